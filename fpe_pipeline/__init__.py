@@ -1,0 +1,1 @@
+"""Text-guided image editing on diffusers pipelines, with fused attention-map replacement."""
