@@ -152,10 +152,11 @@ class EditingSession:
             site.path: EditAttnProcessor(before[f"{site.path}.processor"]) for site in self.edit.select(self.sites)
         }
         self._set_processors({**before, **{f"{path}.processor": p for path, p in self._processors.items()}})
-        self._hooks = [
-            self.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True),
-            self.unet.register_forward_hook(self._after_unet),
-        ]
+        # One by one, so that a failure leaves none behind. `unet.compile()` would trace them with the UNet.
+        self._hooks.append(
+            self.unet.register_forward_pre_hook(torch.compiler.disable(self._before_unet), with_kwargs=True)
+        )
+        self._hooks.append(self.unet.register_forward_hook(torch.compiler.disable(self._after_unet)))
 
     def _restore(self) -> None:
         _SESSIONS.pop(_identity(self.unet), None)

@@ -447,7 +447,7 @@ def test_batches_that_do_not_fit(tiny):
 def test_outside_the_window_any_batch_will_do(tiny):
     """Rows may be dropped once nothing is replaced any more."""
     tiny.scheduler.set_timesteps(2)
-    (latents, _), kwargs = unet_inputs(tiny_unet("sd1", torch.float32), 1)
+    (latents, _), _ = unet_inputs(tiny_unet("sd1", torch.float32), 1)
     embeddings = torch.zeros(1, 7, 32)
     with torch.no_grad(), editing(tiny, FPE, images_per_prompt=2, classifier_free_guidance=True):
         tiny.unet(latents, tiny.scheduler.timesteps[1], embeddings)
@@ -492,7 +492,7 @@ def test_a_bare_unet_has_to_be_told(tiny):
     (latents, _), _ = unet_inputs(tiny_unet("sd1", torch.float32), 4)
     embeddings = torch.zeros(4, 7, 32)
     with torch.no_grad():
-        with pytest.raises(ValueError, match="session.step"), editing(tiny.unet, FPE):
+        with pytest.raises(ValueError, match=r"session\.step"), editing(tiny.unet, FPE):
             tiny.unet(latents, 1, embeddings)
         with pytest.raises(ValueError, match="classifier_free_guidance="), editing(tiny.unet, FPE) as session:
             session.step(0, 2)
