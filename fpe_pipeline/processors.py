@@ -172,6 +172,8 @@ def _project(
         query = attn.norm_q(query)
     if attn.norm_k is not None:
         key = attn.norm_k(key)
+    # A norm may return a wider type (layer norm under autocast), which attention has to narrow again.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     return Rows(query, plan.queries), Rows(key, plan.keys), Rows(value, plan.values)
 
 

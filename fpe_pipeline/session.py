@@ -118,12 +118,11 @@ class EditingSession:
 
     def __enter__(self) -> EditingSession:
         key = _identity(self.unet)
-        if key in _SESSIONS:
+        if _SESSIONS.setdefault(key, self) is not self or self._hooks:
             raise RuntimeError(
                 f"this {type(key).__name__} is already being edited: leave that session first; to apply several edits "
                 "at once, combine them into one Edit"
             )
-        _SESSIONS[key] = self
         self._calls = 0
         self._fixed_step = None
         self._report = EditReport()

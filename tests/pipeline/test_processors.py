@@ -111,6 +111,33 @@ def test_cross_attention(norm, inner):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
+def test_gradients_are_those_of_dense_mathematics():
+    attn = attention(norm_num_groups=4)
+    gradients = []
+    for edited in (False, True):
+        hidden_states = random(6, 16, *GRID).requires_grad_()
+        if edited:
+            out = install(attn, FPE)(hidden_states)
+        else:
+            out = dense_attention(attn, hidden_states, FPE_DENSE)
+        gradients.append(
+            torch.autograd.grad((out * random(*out.shape, seed=9)).sum(), [hidden_states, attn.to_k.weight])
+        )
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+def test_under_autocast():
+    """Layer norm is computed in float32 there, and leaves queries and keys wider than values."""
+    attn = attention(qk_norm="layer_norm", dtype=torch.float32)
+    hidden_states = random(6, 12, 16, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run(attn, hidden_states)
+        actual = run(install(attn, {0: Product(0, (0,), (0,))}), hidden_states)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.1)
+
+
 # What is computed, and what is not
 
 

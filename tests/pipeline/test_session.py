@@ -6,8 +6,8 @@ import pytest
 import torch
 from dense import DenseEditProcessor, replaced
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from tiny_pipelines import sample, tiny_controlnet_pipeline, tiny_pipeline, tiny_sdxl_pipeline
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from tiny_pipelines import PROMPTS, sample, shared_noise, tiny_controlnet_pipeline, tiny_pipeline, tiny_sdxl_pipeline
 from tiny_unets import SHAPES, tiny_unet, unet_inputs
 
 from fpe_pipeline import BatchRoles, FreePromptEdit, editing
@@ -298,8 +298,6 @@ def test_images_per_prompt(tiny):
     """Image i of every prompt is what it is alone."""
     with editing(tiny, FPE, images_per_prompt=2):
         both = sample(tiny, images=2)
-    from tiny_pipelines import PROMPTS, shared_noise
-
     for image in range(2):
         with editing(tiny, FPE):
             alone = tiny(
@@ -313,8 +311,6 @@ def test_images_per_prompt(tiny):
 
 
 def test_several_sources(tiny):
-    from tiny_pipelines import PROMPTS, shared_noise
-
     def run(prompts):
         noise = shared_noise(len(prompts))
         return tiny(prompts, latents=noise, num_inference_steps=3, guidance_scale=5.0, output_type="latent").images
@@ -354,6 +350,24 @@ def test_fused_projections(pipe):
     assert unedited(tiny.unet)
 
 
+def test_processors_that_are_modules_stay_registered(tiny):
+    """An IP-Adapter's weights live in the processors of its cross-attention layers."""
+    before = tiny.unet.attn_processors
+    adapter = IPAdapterAttnProcessor2_0(hidden_size=16, cross_attention_dim=32)
+    path = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    try:
+        tiny.unet.get_submodule(path).set_processor(adapter)
+        weights = list(tiny.unet.state_dict())
+        assert any(".processor." in name for name in weights)
+        session = editing(tiny, FPE)
+        with pytest.warns(RuntimeWarning, match="without a call"), session:
+            assert tiny.unet.get_submodule(path).processor is adapter
+            assert list(tiny.unet.state_dict()) == weights
+        assert list(tiny.unet.state_dict()) == weights
+    finally:
+        tiny.unet.set_attn_processor(dict(before))
+
+
 def test_channels_last_and_attention_slicing(pipe):
     tiny = tiny_pipeline(pipe)
     with editing(tiny, FPE):
@@ -364,20 +378,39 @@ def test_channels_last_and_attention_slicing(pipe):
         torch.testing.assert_close(sample(tiny), expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("wrapper", ["torch.compile", "compile"])
-def test_compiled_unets(pipe, wrapper):
-    tiny = tiny_pipeline(pipe)
-    plain = sample(tiny)
+def test_a_compiled_unet():
+    """One graph without breaks for the steps inside the window and one for those outside, however many steps."""
+    from torch._dynamo.testing import CompileCounter
+
+    unet = tiny_unet("sd2", torch.float32, block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",),
+                     up_block_types=("CrossAttnUpBlock2D",), attention_head_dim=2)  # fmt: skip
+    args, kwargs = unet_inputs(unet, 4)
+    counter = CompileCounter()
+    compiled = torch.compile(unet, backend=counter, fullgraph=True)
+    edit = FreePromptEdit(0.5, layers="mid_block")
+
+    def run(unet):
+        with torch.no_grad(), editing(unet, edit, classifier_free_guidance=True) as session:
+            for index in range(6):
+                session.step(index, 6)
+                yield unet(*args, **kwargs).sample
+
+    for index, (eager, traced) in enumerate(zip(list(run(unet)), run(compiled), strict=True)):
+        torch.testing.assert_close(traced, eager, rtol=0, atol=1e-5)
+        assert counter.frame_count == (1 if index < 3 else 2)
+
+
+def test_a_unet_compiled_in_place(tiny):
+    """`unet.compile()` traces hooks along with the UNet: a session's are left out of the graphs."""
     with editing(tiny, FPE):
         expected = sample(tiny)
-    if wrapper == "compile":
-        tiny.unet.compile(backend="eager")
-    else:
-        tiny.unet = torch.compile(tiny.unet, backend="eager")
-    with editing(tiny, FPE) as session:
-        torch.testing.assert_close(sample(tiny), expected, rtol=0, atol=1e-4)
+    tiny.unet.compile(backend="eager")
+    try:
+        with editing(tiny, FPE) as session:
+            torch.testing.assert_close(sample(tiny), expected, rtol=0, atol=1e-4)
+    finally:
+        tiny.unet._compiled_call_impl = None
     assert all(steps == [0, 1] for steps in session.report().layers.values())
-    torch.testing.assert_close(sample(tiny), plain, rtol=0, atol=1e-4)
 
 
 # What is computed
