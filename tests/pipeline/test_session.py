@@ -97,7 +97,7 @@ def test_outside_the_window_steps_are_unedited_to_the_bit(tiny):
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler])
 def test_schedulers_with_floats_and_repetitions(pipe, scheduler):
-    tiny = tiny_pipeline(pipe, scheduler=scheduler())
+    tiny = tiny_pipeline(pipe, scheduler=scheduler(steps_offset=1))
     steps = edited_steps(tiny, FreePromptEdit(0.5), steps=4)
     assert steps == list(range(len(tiny.scheduler.timesteps) // 2))
 
@@ -378,39 +378,49 @@ def test_channels_last_and_attention_slicing(pipe):
         torch.testing.assert_close(sample(tiny), expected, rtol=0, atol=1e-3)
 
 
+def one_level_unet():
+    """As small as a UNet with self-attention gets, because tracing takes seconds a layer."""
+    unet = tiny_unet(
+        "sd2",
+        torch.float32,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        attention_head_dim=2,
+    )
+    return unet, *unet_inputs(unet, 4)
+
+
+def six_steps(unet, args, kwargs):
+    """The outputs of six steps of which the first three are edited."""
+    edit = FreePromptEdit(0.5, layers="mid_block")
+    with torch.no_grad(), editing(unet, edit, classifier_free_guidance=True) as session:
+        for index in range(6):
+            session.step(index, 6)
+            yield unet(*args, **kwargs).sample
+    assert list(session.report().layers.values()) == [[0, 1, 2]]
+
+
 def test_a_compiled_unet():
     """One graph without breaks for the steps inside the window and one for those outside, however many steps."""
     from torch._dynamo.testing import CompileCounter
 
-    unet = tiny_unet("sd2", torch.float32, block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",),
-                     up_block_types=("CrossAttnUpBlock2D",), attention_head_dim=2)  # fmt: skip
-    args, kwargs = unet_inputs(unet, 4)
+    unet, args, kwargs = one_level_unet()
     counter = CompileCounter()
     compiled = torch.compile(unet, backend=counter, fullgraph=True)
-    edit = FreePromptEdit(0.5, layers="mid_block")
-
-    def run(unet):
-        with torch.no_grad(), editing(unet, edit, classifier_free_guidance=True) as session:
-            for index in range(6):
-                session.step(index, 6)
-                yield unet(*args, **kwargs).sample
-
-    for index, (eager, traced) in enumerate(zip(list(run(unet)), run(compiled), strict=True)):
-        torch.testing.assert_close(traced, eager, rtol=0, atol=1e-5)
+    eager = list(six_steps(unet, args, kwargs))
+    for index, output in enumerate(six_steps(compiled, args, kwargs)):
+        torch.testing.assert_close(output, eager[index], rtol=0, atol=1e-5)
         assert counter.frame_count == (1 if index < 3 else 2)
 
 
-def test_a_unet_compiled_in_place(tiny):
+def test_a_unet_compiled_in_place():
     """`unet.compile()` traces hooks along with the UNet: a session's are left out of the graphs."""
-    with editing(tiny, FPE):
-        expected = sample(tiny)
-    tiny.unet.compile(backend="eager")
-    try:
-        with editing(tiny, FPE) as session:
-            torch.testing.assert_close(sample(tiny), expected, rtol=0, atol=1e-4)
-    finally:
-        tiny.unet._compiled_call_impl = None
-    assert all(steps == [0, 1] for steps in session.report().layers.values())
+    unet, args, kwargs = one_level_unet()
+    eager = list(six_steps(unet, args, kwargs))
+    unet.compile(backend="eager")
+    for output, expected in zip(six_steps(unet, args, kwargs), eager, strict=True):
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
 
 # What is computed
