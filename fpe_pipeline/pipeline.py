@@ -214,14 +214,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
 
     def check_inputs(self, prompt: Any, height: int, width: int, *args: Any, **kwargs: Any) -> None:
         """The parent's checks, with the size measured against this autoencoder rather than against 8 pixels."""
-        factor = self.vae_scale_factor
-        for name, side in (("height", height), ("width", width)):
-            if side <= 0 or side % factor:
-                nearest = max(1, round(side / factor)) * factor
-                raise ValueError(
-                    f"{name} must be a positive multiple of {factor} pixels, which one latent pixel stands for; "
-                    f"received {side}, the nearest is {nearest}"
-                )
+        _check_size(height, width, self.vae_scale_factor)
         super().check_inputs(prompt, 8, 8, *args, **kwargs)
 
     def prepare_latents(
@@ -255,13 +248,14 @@ class FreePromptPipeline(StableDiffusionPipeline):
         default = (sample, sample) if isinstance(sample, int) else tuple(sample)
         grid = default if latents is None else tuple(latents.shape[-2:])
         given = (height, width)
-        size = tuple(side * self.vae_scale_factor if asked is None else asked for side, asked in zip(grid, given))
-        if latents is not None and any(side // self.vae_scale_factor != cells for side, cells in zip(size, grid)):
+        size = tuple(side * self.vae_scale_factor if asked is None else asked for side, asked in zip(grid, given, strict=True))
+        if latents is not None and any(side // self.vae_scale_factor != cells for side, cells in zip(size, grid, strict=True)):
             raise ValueError(
                 f"latents of {grid[0]} x {grid[1]} make images of {grid[0] * self.vae_scale_factor} x "
                 f"{grid[1] * self.vae_scale_factor} pixels (height x width), received height {height} and width "
                 f"{width}; leave height and width out, or pass latents of that size"
             )
+        _check_size(*size, self.vae_scale_factor)  # type: ignore[arg-type]
         return size  # type: ignore[return-value]
 
     def _check_source_can_be_dropped(self, prompts: int, options: dict[str, Any]) -> None:
@@ -367,6 +361,16 @@ def _chosen_edit(edit: Edit | None, self_replace_steps: Any, levels: Any, max_to
     if self_replace_steps != 0.8 or any(value is not None for value in given.values()):
         raise ValueError("self_replace_steps, levels, max_tokens and layers belong to the edit; pass them to it")
     return edit
+
+
+def _check_size(height: int, width: int, factor: int) -> None:
+    for name, side in (("height", height), ("width", width)):
+        if side <= 0 or side % factor:
+            nearest = max(1, round(side / factor)) * factor
+            raise ValueError(
+                f"{name} must be a positive multiple of {factor} pixels, which one latent pixel stands for; "
+                f"received {side}, the nearest is {nearest}"
+            )
 
 
 def _check_positive(**numbers: int) -> None:
