@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .products import Product
@@ -59,27 +59,21 @@ class FreePromptEdit(Edit):
     """
 
     self_replace_steps: Any = 0.8
-    levels: int | Iterable[int] | None = None
-    max_tokens: int | None = None
-    layers: str | int | Iterable[str | int] | None = None
+    levels: int | Iterable[int] | None = field(default=None, kw_only=True)
+    max_tokens: int | None = field(default=None, kw_only=True)
+    layers: str | int | Iterable[str | int] | None = field(default=None, kw_only=True)
 
-    def __init__(
-        self,
-        self_replace_steps: Any = 0.8,
-        *,
-        levels: int | Iterable[int] | None = None,
-        max_tokens: int | None = None,
-        layers: str | int | Iterable[str | int] | None = None,
-    ) -> None:
-        window = StepWindow.parse(self_replace_steps)
-        selection = LayerSelection("self", levels, max_tokens, layers)  # type: ignore[arg-type]
-        for name, value in (
-            ("self_replace_steps", (window.start, window.stop)),
-            ("levels", selection.levels),
-            ("max_tokens", selection.max_tokens),
-            ("layers", selection.layers),
-        ):
-            object.__setattr__(self, name, value)
+    def __post_init__(self) -> None:
+        window = StepWindow.parse(self.self_replace_steps)
+        selection = self._selection()
+        normalised = {
+            "self_replace_steps": (window.start, window.stop),
+            "levels": selection.levels,
+            "max_tokens": selection.max_tokens,
+            "layers": selection.layers,
+        }
+        for name, value in normalised.items():
+            object.__setattr__(self, name, value)  # the way to do it in a frozen dataclass
 
     @property
     def window(self) -> StepWindow:
@@ -90,11 +84,14 @@ class FreePromptEdit(Edit):
         return step in self.window
 
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        selection = LayerSelection("self", self.levels, self.max_tokens, self.layers)  # type: ignore[arg-type]
-        if self.levels is None and self.max_tokens is None and self.layers is None:
-            deepest = max((site.level for site in sites), default=0)
-            selection = LayerSelection("self", levels=tuple(range(1, max(deepest, 1) + 1)))
-        return selection.match(sites)
+        deepest = max((site.level for site in sites), default=1)
+        return self._selection(default_levels=range(1, max(deepest, 1) + 1)).match(sites)
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
         return {target: Product(query=source, keys=(source,), values=(target,)) for source, target in roles.pairs()}
+
+    def _selection(self, default_levels: Iterable[int] | None = None) -> LayerSelection:
+        chosen: dict[str, Any] = {"levels": self.levels, "max_tokens": self.max_tokens, "layers": self.layers}
+        if all(value is None for value in chosen.values()):
+            chosen["levels"] = default_levels
+        return LayerSelection.parse("self", **chosen)

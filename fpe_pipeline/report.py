@@ -21,7 +21,7 @@ class EditReport:
 
     total: int = 0
     layers: dict[str, list[int]] = field(default_factory=dict)
-    _latest: int = -1
+    _latest: int = field(default=-1, init=False, repr=False)
 
     def add(self, step: Step, paths: Iterable[str]) -> None:
         if step.index < self._latest or step.total != self.total:  # a new run

@@ -120,9 +120,10 @@ def _index_by_storage(timesteps: Any, timestep: Any) -> int | None:
     if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
         return None
     # `t.expand(batch)` keeps the offset and has stride 0; a slice of several timesteps is not one step.
-    if timestep.dim() and any(size > 1 and stride for size, stride in zip(timestep.shape, timestep.stride())):
+    if any(size > 1 and stride for size, stride in zip(timestep.shape, timestep.stride(), strict=True)):
         return None
-    index, remainder = divmod(timestep.storage_offset() - timesteps.storage_offset(), timesteps.stride(0))
+    offset = int(timestep.storage_offset()) - int(timesteps.storage_offset())
+    index, remainder = divmod(offset, int(timesteps.stride(0)))
     return index if remainder == 0 and 0 <= index < len(timesteps) else None
 
 

@@ -29,17 +29,23 @@ class LayerSelection:
     max_tokens: int | None = None
     layers: tuple[str | int, ...] | None = None
 
-    def __post_init__(self) -> None:
-        set_ = object.__setattr__  # the way to normalise fields of a frozen dataclass
-        if self.levels is not None:
-            set_(self, "levels", _integers("levels", self.levels, minimum=0))
-        if self.max_tokens is not None:
-            set_(self, "max_tokens", _integers("max_tokens", [self.max_tokens], minimum=1)[0])
-        if self.layers is not None:
-            set_(self, "layers", _layer_names(self.layers))
-        named = [name for name in ("levels", "max_tokens", "layers") if getattr(self, name) is not None]
+    @classmethod
+    def parse(cls, kind: Kind, *, levels: Any = None, max_tokens: Any = None, layers: Any = None) -> LayerSelection:
+        """A selection from what users write: a single value, or any iterable of them.
+
+        Raises:
+            ValueError: more than one condition, an empty one, or values that cannot be levels, counts or layers.
+        """
+        given = {"levels": levels, "max_tokens": max_tokens, "layers": layers}
+        named = [name for name, value in given.items() if value is not None]
         if len(named) > 1:
             raise ValueError(f"name one of levels, max_tokens and layers, not {' and '.join(named)}: they may disagree")
+        return cls(
+            kind,
+            levels=None if levels is None else _integers("levels", levels, minimum=0),
+            max_tokens=None if max_tokens is None else _integers("max_tokens", [max_tokens], minimum=1)[0],
+            layers=None if layers is None else _layer_names(layers),
+        )
 
     def match(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """The selected sites, in execution order. ``max_tokens`` keeps sites whose size is not known yet.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fpe_kernels import backends
+import fpe_kernels
 
 from .edits import Edit
 from .processors import EditAttnProcessor, Order, unsupported_reasons
@@ -125,6 +125,7 @@ class EditingSession:
             )
         _SESSIONS[key] = self
         self._calls = 0
+        self._fixed_step = None
         self._report = EditReport()
         try:
             self._install()
@@ -157,20 +158,21 @@ class EditingSession:
         ]
 
     def _restore(self) -> None:
+        _SESSIONS.pop(_identity(self.unet), None)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        # Whoever still holds one of our processors now holds one that calls the original.
         self._give_orders({})
-        current = self.unet.attn_processors
+        processors = self.unet.attn_processors
         foreign = []
         for path, processor in self._processors.items():
             name = f"{path}.processor"
-            if current.get(name) is processor:
-                current[name] = processor.inner
-            elif name in current and current[name] is not processor.inner:
-                foreign.append(f"{path} ({type(current[name]).__name__})")
-        self._set_processors(current)
-        _SESSIONS.pop(_identity(self.unet), None)
+            if processors.get(name) is processor:
+                processors[name] = processor.inner
+            elif name in processors and processors[name] is not processor.inner:
+                foreign.append(f"{path} ({type(processors[name]).__name__})")
+        self._set_processors(processors)
         if foreign:
             warnings.warn(
                 "these layers' processors were replaced during the editing session and are left as they are: "
@@ -261,8 +263,8 @@ class EditingSession:
             sites = self.edit.select(tuple(site.at(height, width) for site in self.sites))
             refused = {}
             for site in sites:
-                attn = _identity(self.unet).get_submodule(site.path)
-                reasons = unsupported_reasons(attn, self._processors[site.path].inner, self._override)
+                attention = _identity(self.unet).get_submodule(site.path)
+                reasons = unsupported_reasons(attention, self._processors[site.path].inner, self._override)
                 if reasons:
                     refused[site.path] = "; ".join(reasons)
             if refused:
@@ -326,7 +328,7 @@ def _identity(unet: Any) -> torch.nn.Module:
 def _check_backend(backend: str) -> None:
     if backend == "auto":
         return
-    known = backends()
+    known = fpe_kernels.backends()
     if backend not in known:
         raise ValueError(f'unknown backend {backend!r}: expected "auto" or one of {sorted(known)}')
     if known[backend] != "available":

@@ -75,7 +75,7 @@ def attention_sites(unet: Any) -> tuple[Site, ...]:
             # fuser over pixels and boxes together.
             if not path.startswith(f"{prefix}.attentions.") or ".fuser." in path:
                 continue
-            attention = block.get_submodule(path.removeprefix(f"{prefix}."))
+            attention: Any = block.get_submodule(path.removeprefix(f"{prefix}."))
             kind: Kind = "cross" if attention.is_cross_attention else "self"
             sites.append(Site(path, place, kind, counts[kind], attention.heads, len(downsampling), downsampling))
             counts[kind] += 1

@@ -49,12 +49,13 @@ class GoldenCase:
 @cache
 def load_case(name: str) -> GoldenCase:
     folder = GOLDEN / "cases"
-    return GoldenCase(name, json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors"))
+    settings = json.loads((folder / f"{name}.json").read_text())
+    return GoldenCase(name, settings, load_file(folder / f"{name}.safetensors"))
 
 
 def load_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     """The tiny pipeline with the scheduler that the original scripts build."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    pipe = StableDiffusionPipeline.from_pretrained(GOLDEN / "models" / "tiny-sd15", dtype=dtype)
+    pipe = StableDiffusionPipeline.from_pretrained(GOLDEN / "models" / "tiny-sd15").to(dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
