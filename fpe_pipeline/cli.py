@@ -86,7 +86,9 @@ def _parser(arguments: Sequence[str]) -> Parser:
         help="make a few edits with the embedded model",
         description="Make a few edits with the embedded model: no download, no GPU, a minute or two on two CPU cores.",
     )
-    demo.add_argument("-o", "--output", type=Path, default=Path("out/demo"), metavar="DIR", help="folder (default: out/demo)")
+    demo.add_argument(
+        "-o", "--output", type=Path, default=Path("out/demo"), metavar="DIR", help="folder (default: out/demo)"
+    )
     demo.add_argument("--steps", type=int, default=30, metavar="N", help="denoising steps of each edit (default: 30)")
     _add_common(demo)
     demo.set_defaults(run=_demo)
@@ -121,62 +123,94 @@ def _add_edit(edit: argparse.ArgumentParser) -> None:
     what = edit.add_argument_group("prompts")
     what.add_argument("--source", metavar="TEXT", help="prompt of the source image")
     what.add_argument(
-        "--target", dest="targets", action="append", metavar="TEXT", help="prompt to edit it into; repeat for more edits"
+        "--target",
+        dest="targets",
+        action="append",
+        metavar="TEXT",
+        help="prompt to edit it into; repeat for more edits",
     )
     what.add_argument("--negative", metavar="TEXT", help="what all images should not show (default: nothing)")
     what.add_argument(
-        "--from", dest="record", type=Path, metavar="RUN.JSON",
+        "--from",
+        dest="record",
+        type=Path,
+        metavar="RUN.JSON",
         help="repeat an earlier run; options given beside it replace its settings",
     )
 
     how = edit.add_argument_group("edit")
     how.add_argument(
-        "--self-replace", type=_window, metavar="END | START,END",
+        "--self-replace",
+        type=_window,
+        metavar="END | START,END",
         help="steps whose self-attention maps come from the source, as fractions of all steps from 0 to 1: "
         "0.8 is the first 80 %%; lower values follow the target prompt more (default: 0.8)",
     )
     how.add_argument(
-        "--levels", type=_integers, metavar="N,N",
-        help="replace at these levels of the UNet: level n is downsampled n times from the latent (default: 1 and deeper)",
+        "--levels",
+        type=_integers,
+        metavar="N,N",
+        help="replace at these UNet levels; level n is downsampled n times from the latent (default: 1 and deeper)",
     )
-    how.add_argument("--max-tokens", type=int, metavar="N", help="replace where height x width of the layer is at most N")
-    how.add_argument("--layers", type=_layers, metavar="PATH,PATH",
+    how.add_argument(
+        "--max-tokens", type=int, metavar="N", help="replace where height x width of the layer is at most N"
+    )
+    how.add_argument(
+        "--layers",
+        type=_layers,
+        metavar="PATH,PATH",
         help="replace in these self-attention layers: module paths such as up_blocks.1, or numbers in execution order",
     )
-    how.add_argument("--no-control", dest="control", action="store_false", help="do not make the targets without the edit")
+    how.add_argument(
+        "--no-control", dest="control", action="store_false", help="do not make the targets without the edit"
+    )
 
     sampling = edit.add_argument_group("sampling")
     sampling.add_argument(
-        "--model", metavar="PATH",
+        "--model",
+        metavar="PATH",
         help="diffusers folder, .safetensors or .ckpt file, or hub name (default: the embedded model)",
     )
     sampling.add_argument("--seed", type=int, metavar="N", help=f"of the shared noise (default: {DEFAULTS.seed})")
     sampling.add_argument("--steps", type=int, metavar="N", help=f"denoising steps (default: {DEFAULTS.steps})")
     sampling.add_argument(
-        "--guidance", type=float, metavar="SCALE",
+        "--guidance",
+        type=float,
+        metavar="SCALE",
         help=f"classifier-free guidance; 1 or less switches it off (default: {DEFAULTS.guidance})",
     )
     sampling.add_argument("--size", type=_size, metavar="WxH", help="width x height in pixels (default: the model's)")
 
-    edit.add_argument("-o", "--output", type=Path, default=Path("out"), metavar="DIR", help="folder for the results (default: out)")
+    edit.add_argument(
+        "-o", "--output", type=Path, default=Path("out"), metavar="DIR", help="folder for the results (default: out)"
+    )
     _add_common(edit)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     suppress = argparse.SUPPRESS
-    machine.add_argument("--device", default=suppress, help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
     machine.add_argument(
-        "--dtype", default=suppress, choices=(*DTYPES, "auto"),
+        "--device", default=suppress, help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)"
+    )
+    machine.add_argument(
+        "--dtype",
+        default=suppress,
+        choices=(*DTYPES, "auto"),
         help="of weights and images while they are denoised (default: float16 on cuda, else float32)",
     )
-    machine.add_argument("--backend", default=suppress, metavar="NAME", help="attention backend, see `fpe info` (default: auto)")
+    machine.add_argument(
+        "--backend", default=suppress, metavar="NAME", help="attention backend, see `fpe info` (default: auto)"
+    )
     machine.add_argument("--quiet", action="store_true", default=False, help="no progress bars")
-    machine.add_argument("--traceback", action="store_true", default=False, help="show the Python traceback of an error")
+    machine.add_argument(
+        "--traceback", action="store_true", default=False, help="show the Python traceback of an error"
+    )
 
 
 def _edit(options: argparse.Namespace) -> int:
     from . import runs
+    from .staging import check_writable
 
     given = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
     if "targets" in given:
@@ -191,7 +225,7 @@ def _edit(options: argparse.Namespace) -> int:
             raise InputError(f"expected {' and '.join(missing)}, or --from with the run.json of an earlier run")
         settings = Settings(**given)
     settings.check()
-    runs.check_writable(options.output)
+    check_writable(options.output)
     same_model = record is not None and not {"model", "dtype", "device"} & given.keys()
     run = runs.execute(
         settings,

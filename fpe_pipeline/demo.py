@@ -7,6 +7,7 @@ from typing import Any
 
 from . import runs
 from .pictures import Comparison, side_by_side
+from .staging import check_writable, staged
 
 __all__ = ["EDITS", "run"]
 
@@ -36,13 +37,13 @@ def run(directory: Path, *, progress: bool = True, seed: int = 0, **settings: An
     requests = {name: runs.Settings(source, targets, seed=seed, **settings) for name, source, targets in EDITS}
     for request in requests.values():
         request.check()
-    runs.check_writable(directory)
+    check_writable(directory)
     rows: list[Comparison] = []
     written: list[Path] = []
     for name, request in requests.items():
         made = runs.execute(request, progress=progress)
         written += runs.write(made, directory / name)
         rows += made.comparisons()
-    with runs.staged(directory) as stage:
+    with staged(directory) as stage:
         side_by_side(rows, edit_label=runs.EDIT_LABEL).save(stage / "demo.png")
     return [directory / "demo.png", *written]

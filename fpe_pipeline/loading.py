@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 
     from .pipeline import FreePromptPipeline
 
-__all__ = ["EMBEDDED", "InputError", "ModelSource", "find_model", "identity", "load_pipeline", "pick_device", "pick_dtype"]
+__all__ = [
+    "EMBEDDED",
+    "InputError",
+    "ModelSource",
+    "find_model",
+    "identity",
+    "load_pipeline",
+    "pick_device",
+    "pick_dtype",
+]
 
 EMBEDDED = "embedded"
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
@@ -50,8 +59,10 @@ class ModelSource:
         if size is None or self.vae_factor is None:
             return
         if any(side <= 0 or side % self.vae_factor for side in size):
-            down, up = ([max(1, rounding(side / self.vae_factor)) * self.vae_factor for side in size]
-                        for rounding in (math.floor, math.ceil))
+            down, up = (
+                [max(1, rounding(side / self.vae_factor)) * self.vae_factor for side in size]
+                for rounding in (math.floor, math.ceil)
+            )
             raise InputError(
                 f"width and height must be positive multiples of {self.vae_factor} px for this model's autoencoder, "
                 f"received {size[0]}x{size[1]}; use {down[0]}x{down[1]} or {up[0]}x{up[1]}"
@@ -107,7 +118,7 @@ def load_pipeline(source: ModelSource, *, dtype: torch.dtype, device: str) -> Fr
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Spare the reader what the libraries report of every load: advice on optional packages, bars that last a second."""
+    """Keep back what the libraries report of every load: advice on optional packages, bars that last a second."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -47,7 +47,9 @@ class Comparison:
     uncontrolled: Image.Image | None = None
 
 
-def side_by_side(rows: Sequence[Comparison], *, edit_label: str = "target, edited", tile: int | None = None) -> Image.Image:
+def side_by_side(
+    rows: Sequence[Comparison], *, edit_label: str = "target, edited", tile: int | None = None
+) -> Image.Image:
     """Lay comparisons out as one labelled RGB picture, a row each.
 
     Columns are source, target without control, target with the edit; a column that no row fills is left out.
@@ -81,10 +83,7 @@ def side_by_side(rows: Sequence[Comparison], *, edit_label: str = "target, edite
     targets = len(columns) - has_source
     spans = ([cell] if has_source else []) + [targets * cell + (targets - 1) * GAP]
     captions = [
-        [
-            _wrap(words, font, width)
-            for words, width in zip(_captions(row, has_source), spans, strict=True)
-        ]
+        [_wrap(words, font, width) for words, width in zip(_captions(row, has_source), spans, strict=True)]
         for row in rows
     ]
     caption_heights = [line * max(len(lines) for lines in row) for row in captions]
@@ -120,7 +119,7 @@ def side_by_side(rows: Sequence[Comparison], *, edit_label: str = "target, edite
 def upscale(image: Image.Image, longest: int) -> Image.Image:
     """The image in RGB, scaled with a Lanczos filter so that its longest side is `longest` pixels."""
     scale = longest / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     image = image.convert("RGB")
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 

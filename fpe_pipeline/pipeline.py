@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from .edits import Edit, FreePromptEdit
 from .noise import row_generators, shared_latents
@@ -59,7 +59,9 @@ class FreePromptPipelineOutput(StableDiffusionPipelineOutput):
 
     def _of_prompt(self, index: int) -> Any:
         first = index * self.images_per_prompt
-        return self.images[first] if self.images_per_prompt == 1 else self.images[first : first + self.images_per_prompt]
+        return (
+            self.images[first] if self.images_per_prompt == 1 else self.images[first : first + self.images_per_prompt]
+        )
 
 
 @dataclass
@@ -158,7 +160,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         if unknown:
             raise TypeError(f"unknown option {', '.join(sorted(unknown))}; expected one of {sorted(PARENT_OPTIONS)}")
         prompts = _prompt_list(prompt, target_prompt, prompt_embeds)
-        count = len(prompts) if prompts is not None else prompt_embeds.shape[0]
+        count = len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]
         edit = _chosen_edit(edit, self_replace_steps, levels, max_tokens, layers)
         _check_positive(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
         if not math.isfinite(guidance_scale):
@@ -174,7 +176,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
                 call, edit, callback_on_step_end, callback_on_step_end_tensor_inputs
             )
         arguments = dict(
-            prompt=prompts,
+            prompt=prompts or None,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
@@ -218,7 +220,14 @@ class FreePromptPipeline(StableDiffusionPipeline):
         super().check_inputs(prompt, 8, 8, *args, **kwargs)
 
     def prepare_latents(
-        self, batch_size: int, channels: int, height: int, width: int, dtype: Any, device: Any, generator: Any,
+        self,
+        batch_size: int,
+        channels: int,
+        height: int,
+        width: int,
+        dtype: Any,
+        device: Any,
+        generator: Any,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Starting noise [batch, C, h, w]; during an edit, one draw for each image, the same for every prompt."""
@@ -237,26 +246,30 @@ class FreePromptPipeline(StableDiffusionPipeline):
         return options
 
     def to_json_string(self) -> str:
-        """The configuration that `save_pretrained` writes: it names diffusers' class, so that any diffusers loads it."""
+        """The configuration that `save_pretrained` writes; it names diffusers' class, so that diffusers loads it."""
         config = json.loads(super().to_json_string())
         config["_class_name"] = StableDiffusionPipeline.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def _image_size(self, height: int | None, width: int | None, latents: torch.Tensor | None) -> tuple[int, int]:
         """Height and width in pixels; the parent ignores one given without the other, and sizes against latents."""
+        factor = self.vae_scale_factor
         sample = self.unet.config.sample_size
-        default = (sample, sample) if isinstance(sample, int) else tuple(sample)
-        grid = default if latents is None else tuple(latents.shape[-2:])
-        given = (height, width)
-        size = tuple(side * self.vae_scale_factor if asked is None else asked for side, asked in zip(grid, given, strict=True))
-        if latents is not None and any(side // self.vae_scale_factor != cells for side, cells in zip(size, grid, strict=True)):
+        grid = (sample, sample) if isinstance(sample, int) else tuple(sample)
+        if latents is not None:
+            grid = tuple(latents.shape[-2:])
+        size = (
+            grid[0] * factor if height is None else height,
+            grid[1] * factor if width is None else width,
+        )
+        if latents is not None and (size[0] // factor, size[1] // factor) != grid:
             raise ValueError(
-                f"latents of {grid[0]} x {grid[1]} make images of {grid[0] * self.vae_scale_factor} x "
-                f"{grid[1] * self.vae_scale_factor} pixels (height x width), received height {height} and width "
-                f"{width}; leave height and width out, or pass latents of that size"
+                f"latents of {grid[0]} x {grid[1]} make images of {grid[0] * factor} x {grid[1] * factor} pixels "
+                f"(height x width), received height {height} and width {width}; leave height and width out, or pass "
+                "latents of that size"
             )
-        _check_size(*size, self.vae_scale_factor)  # type: ignore[arg-type]
-        return size  # type: ignore[return-value]
+        _check_size(*size, factor)
+        return size
 
     def _check_source_can_be_dropped(self, prompts: int, options: dict[str, Any]) -> None:
         """Raise where keep_source=False would leave source rows behind that the parent gives no access to."""
@@ -314,12 +327,12 @@ def _without_rows(value: Any, rows: int, first: int) -> Any:
     return value
 
 
-def _prompt_list(prompt: Any, target_prompt: Any, prompt_embeds: torch.Tensor | None) -> list[str] | None:
-    """All prompts, the source's first; None where embeddings stand in for them."""
+def _prompt_list(prompt: Any, target_prompt: Any, prompt_embeds: torch.Tensor | None) -> list[str]:
+    """All prompts, the source's first; none where embeddings stand in for them."""
     if prompt_embeds is not None:
         if prompt is not None or target_prompt is not None:
             raise ValueError("pass prompts or prompt_embeds (the source's first), not both")
-        return None
+        return []
     if isinstance(prompt, str):
         prompts = [prompt]
     elif prompt is None:

@@ -11,10 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import platform
-import shutil
-import tempfile
 import time
 import types
 from collections.abc import Iterator
@@ -26,11 +23,21 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from PIL import Image
 
-from .loading import EMBEDDED, InputError, ModelSource, find_model, identity, load_pipeline, pick_device, pick_dtype
-from .loading import scheduler_settings
+from .loading import (
+    EMBEDDED,
+    InputError,
+    ModelSource,
+    find_model,
+    identity,
+    load_pipeline,
+    pick_device,
+    pick_dtype,
+    scheduler_settings,
+)
 from .pictures import Comparison, side_by_side
+from .staging import staged
 
-__all__ = ["Run", "Settings", "check_writable", "differences", "execute", "pixel_hash", "read_record", "staged", "versions", "write"]
+__all__ = ["Run", "Settings", "differences", "execute", "pixel_hash", "read_record", "versions", "write"]
 
 RECORD_FORMAT = 1
 SELECTORS = ("levels", "max_tokens", "layers")
@@ -87,9 +94,7 @@ class Settings:
         from .edits import FreePromptEdit
 
         try:
-            return FreePromptEdit(
-                self.self_replace, levels=self.levels, max_tokens=self.max_tokens, layers=self.layers
-            )
+            return FreePromptEdit(self.self_replace, levels=self.levels, max_tokens=self.max_tokens, layers=self.layers)
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
 
@@ -105,6 +110,8 @@ class Settings:
         Raises:
             InputError: what was expected, what came and what to do.
         """
+        from fpe_kernels import backends
+
         if not self.source.strip():
             raise InputError("the source prompt is empty; describe the image to start from")
         if not self.targets or not all(target.strip() for target in self.targets):
@@ -116,6 +123,10 @@ class Settings:
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed must be from 0 to 2^63 - 1, received {self.seed}")
         self.edit()
+        states = {"auto": "available", **backends()}
+        if states.get(self.backend) != "available":
+            reason = states.get(self.backend, f"there are {', '.join(states)}")
+            raise InputError(f"attention backend '{self.backend}' cannot be used here: {reason}; leave --backend out")
         pick_dtype(self.dtype, pick_device(self.device))
         source = find_model(self.model)
         source.check_size(self.size)
@@ -179,6 +190,8 @@ def execute(settings: Settings, *, progress: bool = True, expected_model: str | 
     """
     import torch
 
+    from fpe_kernels import backends
+
     from . import pipeline  # noqa: F401  (seconds of imports, which are no part of loading the model)
 
     location = settings.check()
@@ -195,7 +208,7 @@ def execute(settings: Settings, *, progress: bool = True, expected_model: str | 
                 f"({model[:12]}… instead of {expected_model[:12]}…); pass --model to use it all the same"
             )
         width, height = settings.size or (None, None)
-        common = {
+        common: dict[str, Any] = {
             "height": height,
             "width": width,
             "num_inference_steps": settings.steps,
@@ -208,7 +221,8 @@ def execute(settings: Settings, *, progress: bool = True, expected_model: str | 
             noise = torch.Generator().manual_seed(settings.seed)
             with clock.measure(title):
                 try:
-                    return pipe(prompts, generator=noise, **common, **options).images
+                    images, _ = pipe(prompts, generator=noise, return_dict=False, **common, **options)
+                    return images
                 except (TypeError, ValueError) as error:
                     raise InputError(str(error)) from error
 
@@ -228,25 +242,10 @@ def execute(settings: Settings, *, progress: bool = True, expected_model: str | 
             "model": {"identity_sha256": model, "class": type(pipe).__name__, "scheduler": scheduler_settings(pipe)},
             "versions": versions(),
             "machine": _machine(device),
+            "backends": backends(),
             "seconds": clock.seconds,
         }
     return Run(settings, source, tuple(edited), tuple(plain) if plain else None, details)
-
-
-def check_writable(directory: Path) -> None:
-    """Raise `InputError` unless files can be written into `directory`, which need not exist yet."""
-    existing = directory
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    try:
-        if not existing.is_dir():
-            raise NotADirectoryError(f"'{existing}' is a file")
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"cannot write into '{directory}': {error.strerror or error}; pass another folder with -o"
-        ) from error
 
 
 def write(run: Run, directory: Path) -> list[Path]:
@@ -268,19 +267,6 @@ def write(run: Run, directory: Path) -> list[Path]:
     return [directory / name for name in (*images, "run.json")]
 
 
-@contextlib.contextmanager
-def staged(directory: Path) -> Iterator[Path]:
-    """A temporary folder inside `directory`; what is written there moves up when the block ends without an error."""
-    directory.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".fpe-", dir=directory))
-    try:
-        yield stage
-        for path in sorted(stage.iterdir(), key=lambda path: path.name == "run.json"):
-            os.replace(path, directory / path.name)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
 def read_record(path: Path) -> tuple[Settings, dict[str, Any]]:
     """Settings and whole record of a `run.json`.
 
@@ -290,13 +276,19 @@ def read_record(path: Path) -> tuple[Settings, dict[str, Any]]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read '{path}': {error.strerror or error}; pass the run.json of an earlier run") from error
+        raise InputError(
+            f"cannot read '{path}': {error.strerror or error}; pass the run.json of an earlier run"
+        ) from error
     except ValueError as error:
         raise InputError(f"'{path}' is not a run record: {error}; pass the run.json of an earlier run") from error
     if not isinstance(record, dict) or record.get("format") != RECORD_FORMAT:
         found = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise InputError(f"expected a run record of format {RECORD_FORMAT}, '{path}' has {found}; make it with fpe edit")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(record.get("settings", {})).items()}
+        raise InputError(
+            f"expected a run record of format {RECORD_FORMAT}, '{path}' has {found}; make it with fpe edit"
+        )
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in dict(record.get("settings", {})).items()
+    }
     hints = get_type_hints(Settings)
     unknown = values.keys() - hints.keys()
     mistyped = [name for name, value in values.items() if name in hints and not _has_type(value, hints[name])]
@@ -304,9 +296,12 @@ def read_record(path: Path) -> tuple[Settings, dict[str, Any]]:
     if unknown or mistyped or missing:
         problems = [
             f"{what} {', '.join(sorted(names))}"
-            for what, names in (("unknown", unknown), ("mistyped", mistyped), ("missing", missing)) if names
+            for what, names in (("unknown", unknown), ("mistyped", mistyped), ("missing", missing))
+            if names
         ]
-        raise InputError(f"'{path}' does not hold settings of this version: {'; '.join(problems)}; make it with fpe edit")
+        raise InputError(
+            f"'{path}' does not hold settings of this version: {'; '.join(problems)}; make it with fpe edit"
+        )
     return Settings(**values), record
 
 
@@ -314,7 +309,8 @@ def differences(run: Run, record: dict[str, Any]) -> str:
     """Which images of a repeated run differ from those of its record, and what may be why; empty where none does."""
     made, before = run.record(), record.get("images", {})
     changed = [
-        name for name, image in made["images"].items()
+        name
+        for name, image in made["images"].items()
         if image["pixels_sha256"] != before.get(name, {}).get("pixels_sha256")
     ]
     if not changed:

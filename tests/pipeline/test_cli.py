@@ -92,7 +92,18 @@ class TestEdit:
         assert "Warning" not in err
 
     def test_options_reach_the_pipeline(self, edit, tmp_path):
-        options = ["--size", "80x48", "--levels", "1", "--negative", "boats", "--guidance", "1", "--backend", "reference"]
+        options = [
+            "--size",
+            "80x48",
+            "--levels",
+            "1",
+            "--negative",
+            "boats",
+            "--guidance",
+            "1",
+            "--backend",
+            "reference",
+        ]
         assert cli.main([*edit, *options, "-o", str(tmp_path)]) == 0
         settings, _ = runs.read_record(tmp_path / "run.json")
         assert (settings.size, settings.levels, settings.negative) == ((80, 48), (1,), "boats")
@@ -198,6 +209,7 @@ class TestRefusals:
             (["--target", " "], "target prompts with words"),
             (["--dtype", "int8"], "invalid choice"),
             (["--device", "abacus"], "device 'abacus' is not available here"),
+            (["--backend", "cudnn"], "attention backend 'cudnn' cannot be used here: there are auto, triton"),
             (["--self-replay", "0.8"], "unrecognized arguments"),
         ],
     )
@@ -251,7 +263,10 @@ class TestRefusals:
 class TestFailures:
     @pytest.mark.parametrize(
         ("error", "code", "message"),
-        [(RuntimeError("out of\nmemory"), 1, "fpe: error: out of memory\n"), (KeyboardInterrupt(), 130, "fpe: interrupted\n")],
+        [
+            (RuntimeError("out of\nmemory"), 1, "fpe: error: out of memory\n"),
+            (KeyboardInterrupt(), 130, "fpe: interrupted\n"),
+        ],
     )
     def test_exit_codes(self, edit, tmp_path, capsys, monkeypatch, error, code, message):
         def fail(*args, **kwargs):

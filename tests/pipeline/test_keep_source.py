@@ -122,7 +122,9 @@ def test_interrupted_before_the_rows_are_dropped(tiny):
 
 
 def test_flags_of_the_safety_checker_follow(tiny, monkeypatch):
-    monkeypatch.setattr(tiny, "run_safety_checker", lambda image, device, dtype: (image, [i == 1 for i in range(len(image))]))
+    monkeypatch.setattr(
+        tiny, "run_safety_checker", lambda image, device, dtype: (image, [i == 1 for i in range(len(image))])
+    )
     out = tiny(SOURCE, [TARGET, OTHER], latents=noise(), keep_source=False, num_inference_steps=2)
     assert out.nsfw_content_detected == [False, True]
 

@@ -48,7 +48,9 @@ class TestLayout:
         assert count(two, BLUE) == 2 * count(one, BLUE) == 2 * 256 * 256
         assert boxes(two, BLUE)[3] > 2 * 256
 
-    @pytest.mark.parametrize(("size", "expected"), [((96, 48), (288, 144)), ((40, 64), (160, 256)), ((1024, 512), (512, 256))])
+    @pytest.mark.parametrize(
+        ("size", "expected"), [((96, 48), (288, 144)), ((40, 64), (160, 256)), ((1024, 512), (512, 256))]
+    )
     def test_aspect_ratio_and_scale(self, size, expected):
         assert boxes(side_by_side([row(size=size)]), BLUE)[2:] == expected
 

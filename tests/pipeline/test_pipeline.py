@@ -110,8 +110,13 @@ class TestSharedNoise:
     def test_equal_prompts_give_equal_images(self, tiny, eta, images):
         """At the start and in the steps of a stochastic sampler; images of one prompt differ."""
         out = tiny(
-            [SOURCE] * 3, generator=torch.Generator().manual_seed(0), num_images_per_prompt=images, eta=eta,
-            height=24, width=32, **FAST,
+            [SOURCE] * 3,
+            generator=torch.Generator().manual_seed(0),
+            num_images_per_prompt=images,
+            eta=eta,
+            height=24,
+            width=32,
+            **FAST,
         )
         assert torch.allclose(out.targets[0], out.source, atol=1e-4)
         assert torch.allclose(out.targets[1], out.source, atol=1e-4)
@@ -129,7 +134,10 @@ class TestSharedNoise:
     def test_a_generator_for_each_image(self, tiny):
         options = {"height": 24, "width": 32, **FAST}
         both = tiny(
-            SOURCE, TARGET, num_images_per_prompt=2, generator=[torch.Generator().manual_seed(s) for s in (1, 2)],
+            SOURCE,
+            TARGET,
+            num_images_per_prompt=2,
+            generator=[torch.Generator().manual_seed(s) for s in (1, 2)],
             **options,
         )
         alone = tiny(SOURCE, TARGET, generator=torch.Generator().manual_seed(2), **options)
@@ -261,8 +269,12 @@ class TestCallbacks:
             return {"latents": torch.zeros_like(tensors["latents"])} if index == 2 else {}
 
         out = tiny(
-            SOURCE, TARGET, latents=noise(), callback_on_step_end=callback,
-            callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], **FAST,
+            SOURCE,
+            TARGET,
+            latents=noise(),
+            callback_on_step_end=callback,
+            callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+            **FAST,
         )
         assert seen == [(index, ["latents", "prompt_embeds"]) for index in range(3)]
         assert not out.images.any()
@@ -282,8 +294,13 @@ class TestCallbacks:
         hook = tiny.unet.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
         try:
             out = tiny(
-                SOURCE, TARGET, latents=noise(), callback_on_step_end=EndGuidance(), keep_source=keep_source,
-                self_replace_steps=0.7, **FAST,
+                SOURCE,
+                TARGET,
+                latents=noise(),
+                callback_on_step_end=EndGuidance(),
+                keep_source=keep_source,
+                self_replace_steps=0.7,
+                **FAST,
             )
         finally:
             hook.remove()
