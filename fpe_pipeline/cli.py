@@ -21,7 +21,8 @@ from .runs import Settings
 __all__ = ["main"]
 
 DEFAULTS = Settings(source="", targets=())
-LATER_COMMANDS = {"evaluate": "score edits of held-out prompts against ground truth"}
+# Commands whose module, in this package, has add_arguments(parser) and run(options).
+OTHER_COMMANDS = {"evaluate": ("quality", "score edits of held-out prompts against ground truth")}
 
 EDIT_DESCRIPTION = """\
 Make an image of a source prompt and edit it into one or more targets by changing the text only. All images start
@@ -107,13 +108,12 @@ def _parser(arguments: Sequence[str]) -> Parser:
     info = commands.add_parser("info", help="show versions, devices and attention backends")
     info.set_defaults(run=_info)
 
-    for name, summary in LATER_COMMANDS.items():
-        module = f"{__package__}.{'evaluation' if name == 'evaluate' else name}"
-        if importlib.util.find_spec(module) is None:
+    for name, (module, summary) in OTHER_COMMANDS.items():
+        if importlib.util.find_spec(f"{__package__}.{module}") is None:
             continue
         command = commands.add_parser(name, help=summary, description=summary)
         if name in arguments[:1]:  # its imports are heavy, and only its own run and help need them
-            implementation = importlib.import_module(module)
+            implementation = importlib.import_module(f"{__package__}.{module}")
             implementation.add_arguments(command)
             command.set_defaults(run=implementation.run)
     return parser

@@ -1,4 +1,4 @@
-"""`fpe demo`: a few edits with the embedded model, unselected: every edit at the first seeds."""
+"""`fpe demo`: a few edits with the embedded model, all at the first seed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from .staging import check_writable, staged
 
 __all__ = ["EDITS", "run"]
 
-# Name, source, targets: one change of colour, one of object, one of background.
+# Name, source, targets: changes of colour, of object and of background, in words that the model was trained on.
 EDITS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("colour", "a photo of a red car on the beach", ("a photo of a blue car on the beach",)),
-    ("object", "a photo of a yellow star in the meadow", ("a photo of a yellow flower in the meadow",)),
+    (
+        "colour",
+        "a photo of a red car on the beach",
+        ("a photo of a blue car on the beach", "a photo of a yellow car on the beach"),
+    ),
+    ("object", "a photo of a purple balloon in the meadow", ("a photo of a purple mushroom in the meadow",)),
     ("background", "a photo of a green house in the snow", ("a photo of a green house in the desert",)),
 )
 

@@ -9,6 +9,8 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import DDIMScheduler
 from golden_cases import GOLDEN
 from PIL import Image
 
@@ -111,9 +113,11 @@ class TestEdit:
         assert Image.open(tmp_path / "target-1.png").size == (80, 48)
 
     def test_a_second_run_replaces_the_first(self, edit, made, tmp_path):
-        for seed in ("1", "5"):
-            assert cli.main([*edit, "--seed", seed, "-o", str(tmp_path)]) == 0
-        assert (tmp_path / "target-1.png").read_bytes() == (made / "target-1.png").read_bytes()
+        first = (made / "target-1.png").read_bytes()
+        assert cli.main([*edit, "--seed", "1", "-o", str(tmp_path)]) == 0
+        assert (tmp_path / "target-1.png").read_bytes() != first
+        assert cli.main([*edit, "-o", str(tmp_path)]) == 0
+        assert (tmp_path / "target-1.png").read_bytes() == first
         assert not list(tmp_path.glob(".fpe-*"))
 
 
@@ -137,6 +141,15 @@ class TestFromRecord:
         assert settings.levels == (0, 1)
         assert settings.seed == 5
         assert (tmp_path / "source.png").read_bytes() == (made / "source.png").read_bytes()
+
+    def test_threads_of_the_record(self, made, tmp_path):
+        record = json.loads((made / "run.json").read_text())
+        record["settings"]["threads"] = 2
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        before = torch.get_num_threads()
+        assert cli.main(["edit", "--from", str(tmp_path / "run.json"), "-o", str(tmp_path), "--quiet"]) == 0
+        assert runs.read_record(tmp_path / "run.json")[0].threads == 2
+        assert torch.get_num_threads() == before != 2
 
     def test_differences_are_reported(self, made, tmp_path, capsys):
         record = json.loads((made / "run.json").read_text())
@@ -300,6 +313,30 @@ class TestFailures:
         assert (tmp_path / "source.png").read_bytes() == b"earlier"
 
 
+class TestIdentity:
+    """A model is known by what decides its images, wherever it lies."""
+
+    @pytest.fixture
+    def loaded(self, model):
+        return loading.load_pipeline(loading.find_model(str(model)), dtype=torch.float32, device="cpu")
+
+    def test_of_the_same_model_elsewhere(self, loaded, tmp_path):
+        loaded.save_pretrained(tmp_path)
+        again = loading.load_pipeline(loading.find_model(str(tmp_path)), dtype=torch.float32, device="cpu")
+        assert loading.identity(again) == loading.identity(loaded)
+
+    def test_of_other_weights_schedulers_and_dtypes(self, loaded):
+        seen = {loading.identity(loaded)}
+        with torch.no_grad():
+            loaded.vae.decoder.conv_out.bias[0] += 1e-3
+        seen.add(loading.identity(loaded))
+        loaded.scheduler = DDIMScheduler.from_config(loaded.scheduler.config, beta_end=0.013)
+        seen.add(loading.identity(loaded))
+        loaded.to(torch.float16)
+        seen.add(loading.identity(loaded))
+        assert len(seen) == 4
+
+
 class TestOtherCommands:
     @pytest.mark.parametrize("command", [[], ["edit"], ["demo"], ["info"]])
     def test_help(self, command, capsys):
@@ -341,7 +378,7 @@ class TestOtherCommands:
         assert "no embedded model; pass --model" in _one_error(capsys)
 
     def test_evaluate_appears_with_its_module(self, capsys, monkeypatch):
-        name = "fpe_pipeline.evaluation"
+        name = "fpe_pipeline.quality"
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         module.add_arguments = lambda parser: parser.add_argument("--pairs", type=int)

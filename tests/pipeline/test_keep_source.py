@@ -73,6 +73,16 @@ def test_stochastic_steps_keep_their_noise(tiny):
     assert distance(run(tiny, True, **{**options, "eta": 0.0})[0], kept) > 0.1
 
 
+def test_the_generator_advances_as_with_the_source(tiny):
+    states = []
+    for keep_source in (True, False):
+        generator = torch.Generator().manual_seed(3)
+        tiny(SOURCE, TARGET, keep_source=keep_source, generator=generator, eta=1.0, self_replace_steps=0.4, **FAST)
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+    assert not torch.equal(states[0], torch.Generator().manual_seed(3).get_state())
+
+
 def test_rows_go_right_after_the_window(tiny, rows):
     run(tiny, False, self_replace_steps=(0.2, 0.5), guidance_scale=1.0)
     assert rows == [3, 3, 3, 2, 2, 2]

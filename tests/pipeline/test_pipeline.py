@@ -9,7 +9,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.callbacks import PipelineCallback
-from golden_cases import CASES, load_case
+from golden_cases import CASES, GOLDEN, load_case
+from original_checkpoint import original_checkpoint
+from safetensors.torch import save_file
 from test_golden_fpe import Trajectory, distance, original_edit
 from tiny_pipeline import OTHER, SOURCE, TARGET, noise, tiny_pipeline
 
@@ -341,6 +343,17 @@ class TestLifeOfThePipeline:
         loaded = FreePromptPipeline.from_pretrained(tmp_path)
         loaded.set_progress_bar_config(disable=True)
         assert torch.equal(loaded(SOURCE, TARGET, latents=noise(), **FAST).images, expected)
+
+    def test_original_checkpoints(self, pipe, tmp_path):
+        save_file(original_checkpoint(pipe), tmp_path / "model.safetensors")
+        loaded = FreePromptPipeline.from_single_file(
+            tmp_path / "model.safetensors", config=str(GOLDEN / "models" / "tiny-sd15")
+        )
+        loaded.set_progress_bar_config(disable=True)
+        options = {"latents": noise(1, 8, 8), "num_inference_steps": 1, "output_type": "np"}
+        expected = FreePromptPipeline.from_pipe(pipe)(SOURCE, TARGET, **options).images
+        assert np.allclose(loaded(SOURCE, TARGET, **options).images, expected, atol=1e-5)
+        assert np.ptp(expected) > 0.05
 
     def test_lora(self):
         peft = pytest.importorskip("peft")
