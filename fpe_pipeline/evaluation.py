@@ -74,7 +74,7 @@ def evaluate(
             bias=_map_bias(call, bias),
             backend=backend,
         )  # [len(products), H, N, E]
-        if call.is_plain and len(call.rows) == plan.rows:
+        if plan.is_plain:
             return result
         for row, product, term in zip(call.rows, call.products, result, strict=True):
             term = _weighted(term, product.weight)

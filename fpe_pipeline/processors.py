@@ -76,19 +76,14 @@ class EditAttnProcessor:
         self.inner = inner
         self.order: Order | None = None
         self.executed = False
-        # `Attention.forward` passes on only those keywords that it finds in `inspect.signature(processor.__call__)`,
-        # so this attribute shows it the signature of `inner`. Calls go to the class's method all the same.
-        self.__dict__["__call__"] = _SignatureOf(inner, self)
+        # `Attention.forward` passes on only those keywords that it finds in `inspect.signature(processor.__call__)`.
+        named = inspect.signature(inner.__call__).parameters
+        self._inner_takes_temb = "temb" in named
+        if not set(named) <= set(inspect.signature(self.__call__).parameters):
+            self.__dict__["__call__"] = _SignatureOf(inner, self)
 
-    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.order is None or _scores_are_skipped():
-            return self.inner(attn, *args, **kwargs)
-        self.executed = True
-        return self._edited(self.order, attn, *args, **kwargs)
-
-    def _edited(
+    def __call__(
         self,
-        order: Order,
         attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
@@ -97,6 +92,19 @@ class EditAttnProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
+        order = self.order
+        if order is None or _scores_are_skipped():
+            if self._inner_takes_temb:
+                kwargs["temb"] = temb
+            return self.inner(
+                attn,
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
+        self.executed = True
+
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -129,7 +137,10 @@ class EditAttnProcessor:
 
 
 class _SignatureOf:
-    """A processor that ``inspect.signature`` takes for another one."""
+    """What ``inspect.signature`` sees as the ``__call__`` of a processor whose inner one names keywords of its own.
+
+    Python calls the method of the class, not this attribute of the instance; here is only what is *looked at*.
+    """
 
     def __init__(self, inner: Any, processor: EditAttnProcessor) -> None:
         self.__signature__ = inspect.signature(inner.__call__)
@@ -161,6 +172,8 @@ def _project(
         query = attn.norm_q(query)
     if attn.norm_k is not None:
         key = attn.norm_k(key)
+    # A norm may return a wider type (layer norm under autocast), which attention has to narrow again.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     return Rows(query, plan.queries), Rows(key, plan.keys), Rows(value, plan.values)
 
 

@@ -57,11 +57,6 @@ class AttentionCall:
     map_index: tuple[int, ...]
     rows: tuple[int, ...]
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the call's output is already the layer's: a product a row, in order, unweighted."""
-        return self.rows == tuple(range(len(self.rows))) and all(_is_one(p.weight) for p in self.products)
-
 
 @dataclass(frozen=True)
 class ProductPlan:
@@ -72,6 +67,16 @@ class ProductPlan:
     keys: tuple[int, ...]
     values: tuple[int, ...]
     calls: tuple[AttentionCall, ...]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the output of the one call is the layer's: a product a row, in order, unweighted."""
+        products = [product for call in self.calls for product in call.products]
+        return (
+            len(self.calls) == 1
+            and self.calls[0].rows == tuple(range(self.rows))
+            and all(not isinstance(p.weight, torch.Tensor) and p.weight == 1.0 for p in products)
+        )
 
 
 def plan_products(products: Mapping[int, Product | Sequence[Product]], rows: int) -> ProductPlan:
@@ -111,7 +116,3 @@ def _call(terms: list[tuple[int, Product]]) -> AttentionCall:
         map_index=tuple(maps[term.query, term.keys] for _, term in terms),
         rows=tuple(row for row, _ in terms),
     )
-
-
-def _is_one(weight: float | torch.Tensor) -> bool:
-    return not isinstance(weight, torch.Tensor) and weight == 1.0

@@ -74,6 +74,8 @@ class BatchRoles:
         sources = (0,) * prompts if source_of is None else tuple(source_of)
         if len(sources) != prompts:
             raise ValueError(f"source_of names the sources of {len(sources)} prompts; the batch holds {prompts}")
+        if not all(0 <= source < prompts for source in sources):
+            raise ValueError(f"source_of={sources} names a prompt outside the batch's prompts 0 to {prompts - 1}")
         half = prompts * images_per_prompt
         return cls(
             conditional=(False,) * (rows - half) + (True,) * half,

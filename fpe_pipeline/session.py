@@ -118,12 +118,11 @@ class EditingSession:
 
     def __enter__(self) -> EditingSession:
         key = _identity(self.unet)
-        if key in _SESSIONS:
+        if _SESSIONS.setdefault(key, self) is not self or self._hooks:
             raise RuntimeError(
                 f"this {type(key).__name__} is already being edited: leave that session first; to apply several edits "
                 "at once, combine them into one Edit"
             )
-        _SESSIONS[key] = self
         self._calls = 0
         self._fixed_step = None
         self._report = EditReport()
@@ -152,10 +151,11 @@ class EditingSession:
             site.path: EditAttnProcessor(before[f"{site.path}.processor"]) for site in self.edit.select(self.sites)
         }
         self._set_processors({**before, **{f"{path}.processor": p for path, p in self._processors.items()}})
-        self._hooks = [
-            self.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True),
-            self.unet.register_forward_hook(self._after_unet),
-        ]
+        # One by one, so that a failure leaves none behind. `unet.compile()` would trace them with the UNet.
+        self._hooks.append(
+            self.unet.register_forward_pre_hook(torch.compiler.disable(self._before_unet), with_kwargs=True)
+        )
+        self._hooks.append(self.unet.register_forward_hook(torch.compiler.disable(self._after_unet)))
 
     def _restore(self) -> None:
         _SESSIONS.pop(_identity(self.unet), None)

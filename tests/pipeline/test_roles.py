@@ -56,7 +56,8 @@ def test_every_row_has_one_role(prompts, images, guidance):
 
 
 @pytest.mark.parametrize(
-    ("rows", "kwargs"), [(3, {}), (0, {}), (4, {"images_per_prompt": 3}), (5, {"guidance": False, "images_per_prompt": 2})]
+    ("rows", "kwargs"),
+    [(3, {}), (0, {}), (4, {"images_per_prompt": 3}), (5, {"guidance": False, "images_per_prompt": 2})],
 )
 def test_batches_that_do_not_divide_are_refused(rows, kwargs):
     with pytest.raises(ValueError, match=r"images_per_prompt=.*classifier_free_guidance="):
@@ -64,12 +65,14 @@ def test_batches_that_do_not_divide_are_refused(rows, kwargs):
 
 
 def test_impossible_roles_are_refused():
-    with pytest.raises(ValueError, match="2 prompts"):
+    with pytest.raises(ValueError, match="holds 2"):
         roles(4, source_of=(0, 0, 0))
     with pytest.raises(ValueError, match="must be its own source"):
         roles(6, source_of=(0, 0, 1))
-    with pytest.raises(ValueError, match="rows 0 to"):
-        roles(4, source_of=(0, 7))
+    with pytest.raises(ValueError, match="names row 7"):
+        BatchRoles(conditional=(True, True), source_of=(0, 7))
+    with pytest.raises(ValueError, match="prompts 0 to 1"):
+        roles(4, source_of=(0, 2))
     with pytest.raises(ValueError, match="images_per_prompt >= 1"):
         roles(4, images_per_prompt=0)
     with pytest.raises(ValueError, match="one source for each"):

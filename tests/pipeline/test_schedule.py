@@ -79,7 +79,9 @@ def test_schedulers_that_repeat_timesteps_by_value():
         scheduler.step(sample, timestep, sample)
 
 
-@pytest.mark.parametrize("cast", [lambda t: t.clone(), lambda t: t.item(), lambda t: t.clone().repeat(3), torch.Tensor.half])
+@pytest.mark.parametrize(
+    "cast", [lambda t: t.clone(), lambda t: t.item(), lambda t: t.clone().repeat(3), torch.Tensor.half]
+)
 def test_steps_by_value(cast):
     scheduler = EulerDiscreteScheduler(timestep_spacing="linspace")
     scheduler.set_timesteps(7)
