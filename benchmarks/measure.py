@@ -42,25 +42,33 @@ THOROUGH = Effort()
 class Clock:
     """Times one call, cache-cold, on one device."""
 
-    def __init__(self, device: str, *, cold: bool = True) -> None:
+    def __init__(self, device: str, *, cold: bool = True, wall: bool = False) -> None:
+        """`wall` takes the host's clock around the call on a GPU too, the device idle before and after."""
         self.cuda = device.startswith("cuda")
+        self.wall = wall or not self.cuda
         size = (256 if self.cuda else 64) * 2**20
         self._buffer = torch.empty(size if cold else 0, dtype=torch.int8, device=device)
 
     def calls(self, call: Call, count: int) -> list[float]:
         """Milliseconds of each of `count` calls."""
-        return self._cuda(call, count) if self.cuda else self._cpu(call, count)
+        return self._by_host(call, count) if self.wall else self._by_events(call, count)
 
-    def _cpu(self, call: Call, count: int) -> list[float]:
+    def _by_host(self, call: Call, count: int) -> list[float]:
         times = []
         for _ in range(count):
             self._buffer.zero_()
+            self._wait()
             start = time.perf_counter_ns()
             call()
+            self._wait()
             times.append((time.perf_counter_ns() - start) / 1e6)
         return times
 
-    def _cuda(self, call: Call, count: int) -> list[float]:
+    def _wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def _by_events(self, call: Call, count: int) -> list[float]:
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
         for start, end in events:
             self._buffer.zero_()
@@ -73,9 +81,11 @@ class Clock:
         return [start.elapsed_time(end) for start, end in events]
 
 
-def interleaved(calls: Mapping[str, Call], device: str, effort: Effort = THOROUGH) -> dict[str, tuple[float, ...]]:
+def interleaved(
+    calls: Mapping[str, Call], device: str, effort: Effort = THOROUGH, *, wall: bool = False
+) -> dict[str, tuple[float, ...]]:
     """Samples in milliseconds for every call, as many for each, in rounds that all of them share."""
-    clock = Clock(device)
+    clock = Clock(device, wall=wall)
     names = list(calls)
     estimate = {}
     for name in names:

@@ -50,8 +50,8 @@ class Bench:
             if provider.name in self._absent:
                 continue
             try:
-                needed = _dense_need(provider, case, self.dtype.itemsize)
-                if needed > _free_bytes(self.device):
+                needed = dense_need(provider, case, self.dtype.itemsize)
+                if needed > free_bytes(self.device):
                     raise Missing(f"needs about {needed / 2**30:.0f} GiB, more than is free")
                 call, answer = first_answer(provider, inputs)
                 verdict = judge(inputs, answer)
@@ -65,7 +65,7 @@ class Bench:
                 continue
             except Exception as error:
                 log.debug("%s failed in %s", provider.name, case.name, exc_info=True)
-                rows.append(self.row(**shared, provider=provider.name, status="failed", reason=_first_line(error)))
+                rows.append(self.row(**shared, provider=provider.name, status="failed", reason=first_line(error)))
                 continue
             measured = {"provider": provider.name, "error": verdict.error, "budget": verdict.budget}
             if not verdict.passed:
@@ -81,13 +81,13 @@ class Bench:
         return rows
 
 
-def _dense_need(provider: Provider, case: Case, itemsize: int) -> int:
+def dense_need(provider: Provider, case: Case, itemsize: int) -> int:
     """Bytes that a provider which materialises maps holds at its peak: the scores, their softmax, a copy."""
     dense = provider.name in ("dense-original", "fpe-reference") or "math" in provider.name
     return 3 * case.dense_bytes(itemsize) if dense else 0
 
 
-def _free_bytes(device: str) -> int:
+def free_bytes(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     try:
@@ -98,7 +98,7 @@ def _free_bytes(device: str) -> int:
     return int(available.split()[1]) * 1024
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = str(error).strip() or "no message"
     return f"{type(error).__name__}: {text.splitlines()[0]}"
 
