@@ -1,3 +1,7 @@
 """Exact attention-map editing at fused-attention speed: the map is an operator, never a matrix."""
 
+from .attention_map import AttentionMap, shared_attention
+from .dispatch import backends
+
 __version__ = "0.1.0"
+__all__ = ["AttentionMap", "backends", "shared_attention"]

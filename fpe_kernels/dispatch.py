@@ -1,0 +1,84 @@
+"""Which backend serves a call. Backends answer with reasons; only ``"auto"`` chooses; nothing falls back silently."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "torch", "reference")
+_MODULES = {
+    "triton": "fpe_kernels.backends.triton",
+    "torch": "fpe_kernels.backends.chunked",
+    "reference": "fpe_kernels.backends.reference",
+}
+
+
+@lru_cache(maxsize=None)
+def load(name: str) -> ModuleType:
+    """Import the backend ``name`` on first use, so that ``import fpe_kernels`` needs torch only."""
+    return importlib.import_module(_MODULES[name])
+
+
+@lru_cache(maxsize=1)
+def _triton_missing() -> str | None:
+    """Why triton cannot be imported, or None."""
+    try:
+        load("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); pip install triton (Linux)"
+    return None
+
+
+def unsupported_reasons(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Why backend ``name`` cannot serve tensors like these; an empty list means that it can."""
+    if name != "triton":
+        return []
+    missing = _triton_missing()
+    return [missing] if missing else load("triton").unsupported_reasons(device, dtype, head_dim)
+
+
+def check_name(name: object) -> str:
+    """Return ``name`` if it names a backend or is ``"auto"``."""
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"backend must be one of {', '.join(map(repr, (*BACKENDS, 'auto')))}; got {name!r}.")
+    return str(name)
+
+
+def select(name: object, query: Tensor) -> str:
+    """Return the backend that serves ``query``; raise with every reason where a named one cannot.
+
+    ``"auto"`` takes ``triton`` on a CUDA device that it supports and ``torch`` everywhere else. It never takes the
+    Triton interpreter, which exists for tests, nor ``reference``, which materialises maps.
+    """
+    name = check_name(name)
+    head_dim = query.shape[-1]
+    if name == "auto":
+        if query.device.type != "cuda":
+            return "torch"
+        return "torch" if unsupported_reasons("triton", query.device, query.dtype, head_dim) else "triton"
+    reasons = unsupported_reasons(name, query.device, query.dtype, head_dim)
+    if reasons:
+        raise ValueError(
+            f"backend {name!r} cannot serve this call: {'; '.join(reasons)}. Use backend='torch', which serves any "
+            "device and float dtype in bounded memory, or backend='auto'."
+        )
+    return name
+
+
+def backends() -> dict[str, str]:
+    """Every backend with ``"available"`` or the reason why it is not, on this machine.
+
+    >>> backends()["torch"]
+    'available'
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    answers = {}
+    for name in BACKENDS:
+        reasons = unsupported_reasons(name, device, torch.float32, 64)
+        answers[name] = "; ".join(reasons) if reasons else "available"
+    return answers

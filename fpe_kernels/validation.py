@@ -1,0 +1,184 @@
+"""Errors that every backend shares: shapes, dtypes and devices are checked once, before any backend runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+
+
+def check_tensor(name: str, tensor: object, layout: str) -> Tensor:
+    """Check that ``tensor`` is a floating-point torch tensor of the rank that ``layout`` (``"B, H, N, D"``) names."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor [{layout}], got {type(tensor).__name__}.")
+    rank = layout.count(",") + 1
+    if tensor.ndim != rank:
+        raise ValueError(
+            f"{name} must have {rank} dimensions [{layout}], got {tensor.ndim}: {_shape(tensor)}. "
+            "Split heads first, e.g. x.view(B, N, H, D).transpose(1, 2)."
+        )
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}.")
+    return tensor
+
+
+def check_query_key(query: object, key: object, batch: str = "B") -> tuple[Tensor, Tensor]:
+    """Check the two tensors that define a map: ``query`` [B, H, N, D] and ``key`` [B, H, M, D]."""
+    query = check_tensor("query", query, f"{batch}, H, N, D")
+    key = check_tensor("key", key, f"{batch}, H, M, D")
+    check_same_place("key", key, query)
+    if query.shape[:2] != key.shape[:2]:
+        raise ValueError(
+            f"query and key must agree in [{batch}, H]: query has {_shape(query)}, key has {_shape(key)}. "
+            "Repeat key heads yourself where heads are grouped, e.g. key.repeat_interleave(groups, dim=1)."
+        )
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"query and key must have the same head dim: got {query.shape[3]} and {key.shape[3]}.")
+    if 0 in query.shape or 0 in key.shape:
+        raise ValueError(f"no axis of query and key may be empty: query {_shape(query)}, key {_shape(key)}.")
+    return query, key
+
+
+def check_same_place(name: str, tensor: Tensor, query: Tensor) -> None:
+    """Check that ``tensor`` has the dtype and device of ``query``."""
+    if tensor.dtype != query.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of query: got {tensor.dtype} and {query.dtype}. "
+            f"Convert with {name}.to(query.dtype)."
+        )
+    if tensor.device != query.device:
+        raise ValueError(
+            f"{name} must be on the device of query: got {tensor.device} and {query.device}. "
+            f"Move with {name}.to(query.device)."
+        )
+
+
+def check_value(value: object, query: Tensor, key: Tensor, batch: int | None) -> Tensor:
+    """Check ``value`` [B, H, M, E] against ``key`` [G, H, M, D]; ``batch`` is the B that is expected."""
+    value = check_tensor("value", value, "B, H, M, E")
+    check_same_place("value", value, query)
+    if batch is not None and value.shape[0] != batch:
+        raise ValueError(f"value must have {batch} batch rows here, got {value.shape[0]}: {_shape(value)}.")
+    if value.shape[1] != key.shape[1]:
+        raise ValueError(f"value must have the {key.shape[1]} heads of key, got {value.shape[1]}: {_shape(value)}.")
+    if value.shape[2] != key.shape[2]:
+        raise ValueError(f"value must have the {key.shape[2]} rows of key, got {value.shape[2]}: {_shape(value)}.")
+    return value
+
+
+def check_weight(weight: object, query: Tensor) -> Tensor:
+    """Check the right-hand side of ``A.T @ weight``: [B, H, N, E] against ``query`` [B, H, N, D]."""
+    weight = check_tensor("weight", weight, "B, H, N, E")
+    check_same_place("weight", weight, query)
+    if weight.shape[:3] != query.shape[:3]:
+        raise ValueError(
+            f"weight must agree with query in [B, H, N]: got {_shape(weight)} and query {_shape(query)}. "
+            "A.T @ weight sums over the query rows."
+        )
+    return weight
+
+
+def check_bias(bias: object, query: Tensor, key: Tensor) -> Tensor | None:
+    """Check an additive bias and give it four axes, each of size 1 or that of [B, H, N, M]."""
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a torch.Tensor or None, got {type(bias).__name__}.")
+    if bias.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"bias is additive and must be floating point, got {bias.dtype}. Convert a boolean mask (True = attend) with "
+            "torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, float('-inf'))."
+        )
+    check_same_place("bias", bias, query)
+    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    axes = (1,) * (4 - bias.ndim) + tuple(bias.shape)
+    if bias.ndim > 4 or any(size not in (1, whole) for size, whole in zip(axes, full, strict=True)):
+        raise ValueError(
+            f"bias must broadcast to [B, H, N, M] = {list(full)}, got {_shape(bias)}. "
+            "Insert axes of size 1 where it does not vary."
+        )
+    return bias.reshape(axes)
+
+
+def check_scale(scale: object, head_dim: int) -> float:
+    """Return the softmax scale; None means ``head_dim ** -0.5``."""
+    if scale is None:
+        return head_dim**-0.5
+    if not isinstance(scale, Real):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}.")
+    scale = float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}.")
+    return scale
+
+
+def check_map_index(map_index: object, maps: int) -> tuple[int, ...]:
+    """Return ``map_index`` as a tuple of ints in [0, maps)."""
+    if isinstance(map_index, Tensor):
+        if map_index.is_floating_point() or map_index.is_complex() or map_index.dtype == torch.bool:
+            raise TypeError(f"map_index must hold integers, got a tensor of {map_index.dtype}.")
+        if map_index.device.type != "cpu":
+            raise ValueError(
+                f"map_index decides what is launched, so it must be known on the host: got a tensor on {map_index.device}. "
+                "Pass a list of ints, e.g. [0, 0, 1]."
+            )
+        map_index = map_index.tolist()
+    if not isinstance(map_index, Sequence) or isinstance(map_index, (str, bytes)):
+        raise TypeError(
+            f"map_index must be a sequence of ints, one for each batch row, got {type(map_index).__name__}."
+        )
+    for position, entry in enumerate(map_index):
+        if isinstance(entry, bool) or not isinstance(entry, Integral):
+            raise TypeError(f"map_index[{position}] must be an int, got {entry!r}.")
+        if not 0 <= entry < maps:
+            raise IndexError(
+                f"map_index[{position}] is {int(entry)}, but query and key hold {maps} map(s): "
+                f"expected 0 <= index < {maps}."
+            )
+    return tuple(int(entry) for entry in map_index)
+
+
+def check_logsumexp(logsumexp: object, query: Tensor) -> Tensor:
+    """Check a known log-sum-exp [B, H, N] against ``query`` [B, H, N, D]."""
+    expected = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if not isinstance(logsumexp, Tensor):
+        raise TypeError(f"logsumexp must be a torch.Tensor [B, H, N], got {type(logsumexp).__name__}.")
+    if logsumexp.shape != query.shape[:3]:
+        raise ValueError(
+            f"logsumexp must be [B, H, N] = {_shape(query[..., 0])}, got {_shape(logsumexp)}. Take it from A.logsumexp."
+        )
+    if logsumexp.dtype != expected or logsumexp.device != query.device:
+        raise ValueError(
+            f"logsumexp must be {expected} on {query.device}, got {logsumexp.dtype} on {logsumexp.device}. "
+            "Statistics are never kept in half precision."
+        )
+    return logsumexp
+
+
+def check_token_index(index: object, tokens: int, device: torch.device) -> Tensor:
+    """Return token positions as an int64 tensor on ``device``; negative ones count from the end."""
+    index = torch.as_tensor(index)
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool or index.ndim > 1:
+        raise TypeError(f"index must be an int or a flat sequence of ints, got {index.dtype} of shape {_shape(index)}.")
+    index = index.reshape(-1).to(device=device, dtype=torch.int64)
+    if index.numel() and (int(index.min()) < -tokens or int(index.max()) >= tokens):
+        raise IndexError(f"token index must be in [{-tokens}, {tokens}), got {index.tolist()}.")
+    return torch.where(index < 0, index + tokens, index)
+
+
+def check_pooling(name: str, grid: object, tokens: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Check a (height, width) grid of ``tokens`` tokens against the (height, width) of a block grid."""
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or grid[0] * grid[1] != tokens:
+        raise ValueError(f"{name} must be (height, width) with height · width = {tokens}, got {grid!r}.")
+    if not (1 <= size[0] <= grid[0] and 1 <= size[1] <= grid[1]):
+        raise ValueError(f"size must be between (1, 1) and {name} = {tuple(grid)}, got {size!r}.")
+    return int(grid[0]), int(grid[1])
