@@ -18,8 +18,8 @@ from torch import Tensor
 from .editors import EDITORS
 from .measure import interleaved
 from .memory import peak_bytes
-from .run import Bench, first_line, free_bytes
 from .rows import Row
+from .run import Bench, first_line, free_bytes
 from .unets import CONFIGS, UNetCase, build, twin, unet_inputs
 
 log = logging.getLogger("benchmarks")
