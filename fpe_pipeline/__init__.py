@@ -1,1 +1,44 @@
 """Text-guided image editing on diffusers pipelines, with fused attention-map replacement."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .edits import Edit, FreePromptEdit
+    from .products import Product
+    from .roles import BatchRoles
+    from .session import EditingSession, editing
+    from .sites import Site
+
+# Imported on first use: the session pulls in diffusers, which takes seconds that `fpe --help` need not spend.
+_HOME = {
+    "BatchRoles": "roles",
+    "Edit": "edits",
+    "EditingSession": "session",
+    "FreePromptEdit": "edits",
+    "Product": "products",
+    "Site": "sites",
+    "editing": "session",
+}
+
+__all__ = [
+    "BatchRoles",
+    "Edit",
+    "EditingSession",
+    "FreePromptEdit",
+    "Product",
+    "Site",
+    "editing",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

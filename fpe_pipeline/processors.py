@@ -1,0 +1,202 @@
+"""The attention processor that computes an edit's products; everywhere else it is the processor it replaced."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models import attention_processor as diffusers_processors
+
+from .evaluation import Rows, evaluate, mask_bias, take
+from .products import ProductPlan
+from .sites import Site
+
+__all__ = ["EditAttnProcessor", "Order", "unsupported_reasons"]
+
+# Processors that compute plain attention and nothing else: an edit may compute a layer in their stead.
+_PLAIN = tuple(
+    getattr(diffusers_processors, name)
+    for name in (
+        "AttnProcessor",
+        "AttnProcessor2_0",
+        "AttnProcessorNPU",
+        "FusedAttnProcessor2_0",
+        "SlicedAttnProcessor",
+        "XFormersAttnProcessor",
+        "XLAFlashAttnProcessor2_0",
+    )
+    if hasattr(diffusers_processors, name)
+)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a processor is to do in the UNet call at hand."""
+
+    site: Site
+    plan: ProductPlan
+    backend: str = "auto"
+
+
+def unsupported_reasons(attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
+    """Why a layer cannot be edited; empty where it can.
+
+    Args:
+        attn: the diffusers ``Attention`` module.
+        processor: the processor it has without the edit.
+        override: further processor classes that an edit may compute in the stead of.
+    """
+    reasons = []
+    if type(processor) not in (*_PLAIN, *override):
+        reasons.append(
+            f"its processor {type(processor).__name__} may do more than attention, which an edit would drop: leave "
+            "the layer out with layers=, or allow the class with editing(..., override_processors=(…,))"
+        )
+    if getattr(attn, "added_kv_proj_dim", None) is not None:
+        reasons.append("it projects added keys and values (added_kv_proj_dim), which no edit describes yet")
+    if getattr(attn, "inner_kv_dim", None) != getattr(attn, "inner_dim", None):
+        reasons.append("it has fewer key and value heads than query heads")
+    return reasons
+
+
+class EditAttnProcessor:
+    """Drop-in processor for diffusers' ``Attention``, wrapped around the one that a layer already has.
+
+    With an :class:`Order` it computes, in the place of ``softmax(q kᵀ) v`` for every row, the order's products:
+    only the rows whose queries or keys some map uses are projected, no map is materialised, and rows that use
+    the same map are computed together. Without an order it calls the processor it wraps, with the same arguments.
+
+    Args:
+        inner: the layer's processor without the edit.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.order: Order | None = None
+        self.executed = False
+        # `Attention.forward` passes on only those keywords that it finds in `inspect.signature(processor.__call__)`,
+        # so this attribute shows it the signature of `inner`. Calls go to the class's method all the same.
+        self.__dict__["__call__"] = _SignatureOf(inner, self)
+
+    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.order is None or _scores_are_skipped():
+            return self.inner(attn, *args, **kwargs)
+        self.executed = True
+        return self._edited(self.order, attn, *args, **kwargs)
+
+    def _edited(
+        self,
+        order: Order,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
+        if image_shape is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)  # [B, N, C]
+        _check_input(order, hidden_states, encoder_hidden_states)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states
+        if encoder_hidden_states is not None:
+            context = encoder_hidden_states
+            if attn.norm_cross is not None:
+                context = attn.norm_encoder_hidden_states(context)
+
+        query, key, value = _project(attn, self.inner, order.plan, hidden_states, context)
+        bias = mask_bias(attention_mask, order.plan.rows, attn.heads, key)
+        hidden_states = evaluate(
+            order.plan, query, key, value, scale=attn.scale, bias=bias, backend=order.backend
+        )  # [B, H, N, E]
+
+        hidden_states = hidden_states.transpose(1, 2).flatten(2).to(value.tensor.dtype)  # [B, N, H·E]
+        hidden_states = attn.to_out[0](hidden_states)
+        hidden_states = attn.to_out[1](hidden_states)  # dropout
+        if image_shape is not None:
+            hidden_states = hidden_states.transpose(1, 2).reshape(image_shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+
+class _SignatureOf:
+    """A processor that ``inspect.signature`` takes for another one."""
+
+    def __init__(self, inner: Any, processor: EditAttnProcessor) -> None:
+        self.__signature__ = inspect.signature(inner.__call__)
+        self.processor = processor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.processor(*args, **kwargs)
+
+
+def _project(
+    attn: Any, inner: Any, plan: ProductPlan, hidden_states: torch.Tensor, context: torch.Tensor
+) -> tuple[Rows, Rows, Rows]:
+    # The class of the processor tells whether fused projections are in use: `attn.fused_projections` stays True
+    # after unfusing, and an adapter loaded since then lives in the separate ones.
+    if isinstance(inner, diffusers_processors.FusedAttnProcessor2_0):
+        if attn.is_cross_attention:
+            query = attn.to_q(take(hidden_states, plan.queries))
+            key, value = attn.to_kv(context).chunk(2, dim=-1)
+            key, value = take(key, plan.keys), take(value, plan.values)
+        else:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            query, key, value = take(query, plan.queries), take(key, plan.keys), take(value, plan.values)
+    else:
+        query = attn.to_q(take(hidden_states, plan.queries))
+        key = attn.to_k(take(context, plan.keys))
+        value = attn.to_v(take(context, plan.values))
+    query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    return Rows(query, plan.queries), Rows(key, plan.keys), Rows(value, plan.values)
+
+
+def _check_input(order: Order, hidden_states: torch.Tensor, encoder_hidden_states: Any) -> None:
+    site = order.site
+    if isinstance(encoder_hidden_states, tuple):
+        raise ValueError(f"{site.path} receives image prompts (IP-Adapter), whose attention no edit describes yet")
+    batches = [hidden_states.shape[0]] + ([] if encoder_hidden_states is None else [encoder_hidden_states.shape[0]])
+    if any(batch != order.plan.rows for batch in batches):
+        raise ValueError(f"{site.path} was planned for a batch of {order.plan.rows} rows and received {batches}")
+    if hidden_states.shape[1] != site.tokens:
+        raise ValueError(
+            f"{site.path} was expected to have {site.grid} = {site.tokens} tokens and received "
+            f"{hidden_states.shape[1]}: something between the latent and this layer changes its size"
+        )
+
+
+def _scores_are_skipped() -> bool:
+    """Whether a guider (PAG, SLG) is replacing attention by its values.
+
+    diffusers does that by intercepting ``F.scaled_dot_product_attention``, which a fused kernel never calls.
+    """
+    if torch.compiler.is_compiling():  # guiders' hooks are not traced
+        return False
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in modes)
+
+
+def _register() -> None:
+    """Tell diffusers' hooks (layer skipping) that this processor returns hidden states as AttnProcessor2_0 does."""
+    try:
+        from diffusers.hooks._helpers import AttentionProcessorRegistry
+    except ImportError:  # diffusers before 0.34
+        return
+    metadata = AttentionProcessorRegistry.get(diffusers_processors.AttnProcessor2_0)
+    AttentionProcessorRegistry.register(EditAttnProcessor, metadata)
+
+
+_register()

@@ -1,0 +1,126 @@
+"""Which row of a UNet batch is what: unconditional or conditional, source or target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["BatchRoles"]
+
+
+@dataclass(frozen=True)
+class BatchRoles:
+    """The role of every row of a UNet batch.
+
+    Most pipelines' layout comes from :meth:`from_batch`. Unusual layouts (Plug-and-Play's
+    ``[source, unconditional, conditional]``, say) are written down as they are::
+
+        BatchRoles(conditional=(True, False, True), source_of=(0, 0, 0))
+
+    Args:
+        conditional: for each row, whether it is conditioned on its prompt; False for the rows of
+            classifier-free guidance that see the negative prompt.
+        source_of: for each row, the row of its source. A source's source is itself.
+    """
+
+    conditional: tuple[bool, ...]
+    source_of: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        rows = len(self.conditional)
+        if rows == 0 or len(self.source_of) != rows:
+            raise ValueError(f"expected one source for each of {rows} rows (at least 1), got {len(self.source_of)}")
+        for row, source in enumerate(self.source_of):
+            if not 0 <= source < rows:
+                raise ValueError(f"row {row} names row {source} as its source; the batch has rows 0 to {rows - 1}")
+            if self.source_of[source] != source:
+                raise ValueError(
+                    f"row {row} names row {source} as its source, which is a target of row {self.source_of[source]}: "
+                    "a source must be its own source"
+                )
+
+    @classmethod
+    def from_batch(
+        cls,
+        rows: int,
+        *,
+        classifier_free_guidance: bool,
+        images_per_prompt: int = 1,
+        source_of: Sequence[int] | None = None,
+    ) -> BatchRoles:
+        """The layout of diffusers' pipelines: ``[unconditional rows …, conditional rows …]``, prompt by prompt.
+
+        Args:
+            rows: the UNet's batch size.
+            classifier_free_guidance: whether the batch holds an unconditional half.
+            images_per_prompt: ``num_images_per_prompt`` of the pipeline call; image i of a target
+                takes the map of image i of its source.
+            source_of: for each *prompt*, the index of its source prompt; default: all from prompt 0.
+
+        Raises:
+            ValueError: where the batch does not divide into these parts.
+        """
+        if images_per_prompt < 1:
+            raise ValueError(f"expected images_per_prompt >= 1, got {images_per_prompt}")
+        halves = 2 if classifier_free_guidance else 1
+        if rows < 1 or rows % (halves * images_per_prompt):
+            raise ValueError(
+                f"a UNet batch of {rows} rows is not prompts × {images_per_prompt} images per prompt × {halves} "
+                f"(classifier-free guidance {'on' if classifier_free_guidance else 'off'}): pass the pipeline call's "
+                "num_images_per_prompt as editing(..., images_per_prompt=), whether guidance is on as "
+                "classifier_free_guidance=, or the whole layout as roles="
+            )
+        prompts = rows // (halves * images_per_prompt)
+        sources = (0,) * prompts if source_of is None else tuple(source_of)
+        if len(sources) != prompts:
+            raise ValueError(f"source_of names the sources of {len(sources)} prompts; the batch holds {prompts}")
+        if not all(0 <= source < prompts for source in sources):
+            raise ValueError(f"source_of={sources} names a prompt outside the batch's prompts 0 to {prompts - 1}")
+        half = prompts * images_per_prompt
+        return cls(
+            conditional=(False,) * (rows - half) + (True,) * half,
+            source_of=tuple(
+                offset + source * images_per_prompt + image
+                for offset in range(0, rows, half)
+                for source in sources
+                for image in range(images_per_prompt)
+            ),
+        )
+
+    @property
+    def rows(self) -> int:
+        """The batch size."""
+        return len(self.conditional)
+
+    def select(self, *, conditional: bool | None = None, source: bool | None = None) -> tuple[int, ...]:
+        """The rows of a role, in batch order; a role left out is not asked for."""
+        return tuple(
+            row
+            for row in range(self.rows)
+            if (conditional is None or self.conditional[row] is conditional)
+            and (source is None or (self.source_of[row] == row) is source)
+        )
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The conditional rows that are edited from."""
+        return self.select(conditional=True, source=True)
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The conditional rows that are edited."""
+        return self.select(conditional=True, source=False)
+
+    def pairs(self, *, conditional: bool | None = True) -> tuple[tuple[int, int], ...]:
+        """``(source, target)`` for every target row of the conditional half, or of both (``conditional=None``).
+
+        Raises:
+            ValueError: a batch without targets, in which an edit would silently do nothing.
+        """
+        targets = self.select(conditional=conditional, source=False)
+        if not targets:
+            raise ValueError(
+                f"the batch of {self.rows} rows holds no target: pass the source prompt and at least one target prompt "
+                "to the pipeline, as a list; run calls that are not to be edited in `with session.paused():`"
+            )
+        return tuple((self.source_of[target], target) for target in targets)

@@ -1,0 +1,335 @@
+"""Editing sessions: processors installed for the length of a `with` block, and a step that is read, not counted."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+
+import fpe_kernels
+
+from .edits import Edit
+from .processors import EditAttnProcessor, Order, unsupported_reasons
+from .products import plan_products
+from .report import EditReport
+from .roles import BatchRoles
+from .schedule import Step, locate_step
+from .sites import Site, attention_sites
+
+__all__ = ["EditingSession", "editing"]
+
+_SESSIONS: weakref.WeakKeyDictionary[torch.nn.Module, EditingSession] = weakref.WeakKeyDictionary()
+
+
+def editing(
+    pipe: Any,
+    edit: Edit,
+    *,
+    images_per_prompt: int = 1,
+    source_of: Sequence[int] | None = None,
+    classifier_free_guidance: bool | None = None,
+    roles: BatchRoles | None = None,
+    backend: str = "auto",
+    override_processors: tuple[type, ...] = (),
+) -> EditingSession:
+    """Edit every call of a diffusers pipeline in a ``with`` block::
+
+        with editing(pipe, FreePromptEdit(self_replace_steps=0.8)) as session:
+            images = pipe([source_prompt, target_prompt], latents=noise.expand(2, -1, -1, -1)).images
+
+    The pipeline is an ordinary one with a UNet: its prompts are one source and any number of targets, started
+    from the same noise. Layers and steps that the edit leaves alone are computed by the processors that were
+    there before, to the bit; on leaving the block, by an exception too, those are back in place.
+
+    Args:
+        pipe: a diffusers pipeline with a ``unet``; or a UNet alone, whose steps are then set with
+            ``session.step(index, total)`` and whose guidance is given by ``classifier_free_guidance``.
+        edit: what to do, such as :class:`FreePromptEdit`.
+        images_per_prompt: the pipeline call's ``num_images_per_prompt``.
+        source_of: for each prompt, the index of its source prompt. Default: prompt 0 is the source of all.
+        classifier_free_guidance: whether UNet batches hold an unconditional half. Default: asked of the pipeline
+            at each call.
+        roles: the whole layout of the batch, where it is none of these; excludes the three arguments above.
+        backend: one of ``fpe_kernels.backends()``, or "auto".
+        override_processors: classes of custom processors that the edit may compute replaced layers in the stead of.
+
+    Raises:
+        TypeError: there is no UNet.
+        ValueError: the edit matches no layer, the backend is unknown, or arguments exclude each other.
+        RuntimeError: the UNet is in another session, or the backend cannot run here.
+    """
+    return EditingSession(
+        pipe,
+        edit,
+        images_per_prompt=images_per_prompt,
+        source_of=source_of,
+        classifier_free_guidance=classifier_free_guidance,
+        roles=roles,
+        backend=backend,
+        override_processors=override_processors,
+    )
+
+
+class EditingSession:
+    """A UNet under edit; made by :func:`editing`."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        edit: Edit,
+        *,
+        images_per_prompt: int = 1,
+        source_of: Sequence[int] | None = None,
+        classifier_free_guidance: bool | None = None,
+        roles: BatchRoles | None = None,
+        backend: str = "auto",
+        override_processors: tuple[type, ...] = (),
+    ) -> None:
+        self.pipe, self.unet = _pipe_and_unet(pipe)
+        self.edit = edit
+        self.backend = backend
+        if not isinstance(edit, Edit):
+            raise TypeError(f"expected an Edit, such as FreePromptEdit(), got {type(edit).__name__}")
+        if roles is not None and (images_per_prompt, source_of, classifier_free_guidance) != (1, None, None):
+            raise ValueError("roles= is the whole layout: leave out images_per_prompt, source_of and guidance")
+        self._roles = roles
+        self._images_per_prompt = images_per_prompt
+        self._source_of = source_of
+        self._guidance = classifier_free_guidance
+        self._override = override_processors
+        _check_backend(backend)
+        self.sites = attention_sites(self.unet)
+        edit.select(self.sites)
+        self._processors: dict[str, EditAttnProcessor] = {}
+        self._selected: dict[tuple[int, int], tuple[Site, ...]] = {}
+        self._hooks: list[Any] = []
+        self._fixed_step: Step | None = None
+        self._paused = False
+        self._calls = 0
+        self._step: Step | None = None
+        self._report = EditReport()
+
+    # Entering and leaving
+
+    def __enter__(self) -> EditingSession:
+        key = _identity(self.unet)
+        if key in _SESSIONS:
+            raise RuntimeError(
+                f"this {type(key).__name__} is already being edited: leave that session first; to apply several edits "
+                "at once, combine them into one Edit"
+            )
+        _SESSIONS[key] = self
+        self._calls = 0
+        self._fixed_step = None
+        self._report = EditReport()
+        try:
+            self._install()
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+        if error is None and self._calls == 0:
+            warnings.warn(
+                "the editing session ended without a call of the UNet it watched: nothing was edited. Was the "
+                "pipeline's unet replaced, or another pipeline called?",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _install(self) -> None:
+        before = self.unet.attn_processors
+        self._processors = {
+            site.path: EditAttnProcessor(before[f"{site.path}.processor"]) for site in self.edit.select(self.sites)
+        }
+        self._set_processors({**before, **{f"{path}.processor": p for path, p in self._processors.items()}})
+        self._hooks = [
+            self.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True),
+            self.unet.register_forward_hook(self._after_unet),
+        ]
+
+    def _restore(self) -> None:
+        _SESSIONS.pop(_identity(self.unet), None)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        # Whoever still holds one of our processors now holds one that calls the original.
+        self._give_orders({})
+        processors = self.unet.attn_processors
+        foreign = []
+        for path, processor in self._processors.items():
+            name = f"{path}.processor"
+            if processors.get(name) is processor:
+                processors[name] = processor.inner
+            elif name in processors and processors[name] is not processor.inner:
+                foreign.append(f"{path} ({type(processors[name]).__name__})")
+        self._set_processors(processors)
+        if foreign:
+            warnings.warn(
+                "these layers' processors were replaced during the editing session and are left as they are: "
+                + ", ".join(foreign),
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _set_processors(self, processors: dict[str, Any]) -> None:
+        # `set_attn_processor` wants every layer named, and empties the dictionary that it is given.
+        self.unet.set_attn_processor(dict(processors))
+
+    # Steps
+
+    def step(self, index: int, total: int) -> None:
+        """Set the step of the UNet calls that follow, in a sampling loop that has no diffusers scheduler::
+
+            with editing(unet, edit, classifier_free_guidance=True) as session:
+                for i, t in enumerate(timesteps):
+                    session.step(i, len(timesteps))
+                    noise = unet(latents, t, embeddings).sample
+
+        From the first call on, the session no longer reads the pipeline's scheduler.
+        """
+        self._fixed_step = Step(index, total)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave UNet calls unedited for a while, inside the session."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @property
+    def current_step(self) -> Step | None:
+        """The step of the latest UNet call; None before the first and while paused."""
+        return self._step
+
+    def report(self) -> EditReport:
+        """What was replaced since the session began: ``print(session.report())``."""
+        return self._report
+
+    # UNet calls
+
+    def _before_unet(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._calls += 1
+        self._give_orders({})
+        self._step = None
+        if self._paused:
+            return
+        sample = args[0] if args else kwargs["sample"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        self._step = self._read_step(timestep)
+        if self.edit.active(self._step):
+            self._give_orders(self._orders(sample, self._step))
+
+    def _after_unet(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        ordered = {path: p for path, p in self._processors.items() if p.order is not None}
+        bypassed = [path for path, processor in ordered.items() if not processor.executed]
+        if self._step is not None:
+            self._report.add(self._step, [path for path in ordered if path not in bypassed])
+        if bypassed:
+            warnings.warn(
+                "layers that this step was to edit were computed without their editing processor, which was replaced "
+                "or skipped: " + ", ".join(bypassed),
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _give_orders(self, orders: dict[str, Order]) -> None:
+        for path, processor in self._processors.items():
+            processor.order = orders.get(path)
+            processor.executed = False
+
+    def _orders(self, sample: torch.Tensor, step: Step) -> dict[str, Order]:
+        roles = self._read_roles(sample.shape[0])
+        orders = {}
+        for site in self._sites_for(sample.shape[-2], sample.shape[-1]):
+            products = self.edit.products(site, step, roles)
+            if products:
+                orders[site.path] = Order(site, plan_products(products, roles.rows), self.backend)
+        return orders
+
+    def _sites_for(self, height: int, width: int) -> tuple[Site, ...]:
+        if (height, width) not in self._selected:
+            sites = self.edit.select(tuple(site.at(height, width) for site in self.sites))
+            refused = {}
+            for site in sites:
+                attention = _identity(self.unet).get_submodule(site.path)
+                reasons = unsupported_reasons(attention, self._processors[site.path].inner, self._override)
+                if reasons:
+                    refused[site.path] = "; ".join(reasons)
+            if refused:
+                raise ValueError(
+                    "these layers cannot be edited:\n" + "\n".join(f"  {path}: {why}" for path, why in refused.items())
+                )
+            self._selected[height, width] = sites
+        return self._selected[height, width]
+
+    def _read_step(self, timestep: Any) -> Step:
+        if self._fixed_step is not None:
+            return self._fixed_step
+        if self.pipe is None:
+            raise ValueError("a UNet alone has no schedule: call session.step(index, total) before each UNet call")
+        return locate_step(self.pipe.scheduler, timestep)
+
+    def _read_roles(self, rows: int) -> BatchRoles:
+        if self._roles is not None:
+            if self._roles.rows != rows:
+                raise ValueError(f"roles= describes a batch of {self._roles.rows} rows; the UNet received {rows}")
+            return self._roles
+        return BatchRoles.from_batch(
+            rows,
+            classifier_free_guidance=self._read_guidance(),
+            images_per_prompt=self._images_per_prompt,
+            source_of=self._source_of,
+        )
+
+    def _read_guidance(self) -> bool:
+        if self._guidance is not None:
+            return self._guidance
+        if getattr(self.pipe, "do_perturbed_attention_guidance", False):
+            raise ValueError("perturbed-attention guidance adds rows to the batch: describe its layout with roles=")
+        try:
+            return bool(self.pipe.do_classifier_free_guidance)
+        except AttributeError:
+            what = "a UNet alone" if self.pipe is None else type(self.pipe).__name__
+            raise ValueError(
+                f"{what} does not say whether the batch holds an unconditional half: pass "
+                "editing(..., classifier_free_guidance=True or False)"
+            ) from None
+
+
+def _pipe_and_unet(pipe: Any) -> tuple[Any, Any]:
+    if hasattr(pipe, "attn_processors"):
+        return None, pipe
+    unet = getattr(pipe, "unet", None)
+    if unet is None:
+        raise TypeError(
+            f"expected a diffusers pipeline with a unet, or a UNet, got {type(pipe).__name__}"
+            + (" (transformer pipelines are not supported yet)" if hasattr(pipe, "transformer") else "")
+        )
+    return pipe, unet
+
+
+def _identity(unet: Any) -> torch.nn.Module:
+    """The module itself, without the wrapper of ``torch.compile``."""
+    return getattr(unet, "_orig_mod", unet)
+
+
+def _check_backend(backend: str) -> None:
+    if backend == "auto":
+        return
+    known = fpe_kernels.backends()
+    if backend not in known:
+        raise ValueError(f'unknown backend {backend!r}: expected "auto" or one of {sorted(known)}')
+    if known[backend] != "available":
+        raise RuntimeError(f"backend {backend!r} cannot run here: {known[backend]}")

@@ -1,0 +1,109 @@
+"""Where attention happens in a UNet, read from its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+__all__ = ["Site", "attention_sites", "describe_sites"]
+
+Place = Literal["down", "mid", "up"]
+Kind = Literal["self", "cross"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention layer of a UNet.
+
+    Args:
+        path: the layer's module path, such as ``down_blocks.0.attentions.0.transformer_blocks.0.attn1``.
+        place: down, mid or up.
+        kind: self- or cross-attention.
+        index: position among the layers of its kind, in execution order (down, mid, up).
+        heads: attention heads.
+        level: how many times the layer's input is downsampled relative to the latent.
+        downsampling: for each of these times, whether an odd size rounds "up" or "down".
+        grid: (height, width) of the layer's tokens; None until the latent's size is known (:meth:`at`).
+    """
+
+    path: str
+    place: Place
+    kind: Kind
+    index: int
+    heads: int
+    level: int
+    downsampling: tuple[Literal["up", "down"], ...]
+    grid: tuple[int, int] | None = None
+
+    @property
+    def tokens(self) -> int | None:
+        """Query tokens: height × width of the grid; None until the latent's size is known."""
+        return None if self.grid is None else self.grid[0] * self.grid[1]
+
+    def at(self, height: int, width: int) -> Site:
+        """This site for a latent of ``height`` × ``width``."""
+        for rounding in self.downsampling:
+            height, width = ((size + (rounding == "up")) // 2 for size in (height, width))
+        return replace(self, grid=(height, width))
+
+    def __str__(self) -> str:
+        size = "" if self.grid is None else f", {self.grid[0]} × {self.grid[1]}"
+        return f"{self.kind} {self.index}: {self.path} (level {self.level}, {self.heads} heads{size})"
+
+
+def attention_sites(unet: Any) -> tuple[Site, ...]:
+    """The attention layers of a UNet in execution order.
+
+    Raises:
+        TypeError: the model is not a UNet with ``attn_processors``, ``down_blocks`` and ``up_blocks``.
+    """
+    missing = [name for name in ("attn_processors", "down_blocks", "up_blocks") if not hasattr(unet, name)]
+    if missing:
+        raise TypeError(
+            f"expected a diffusers UNet (with attn_processors, down_blocks and up_blocks), got {type(unet).__name__} "
+            f"without {', '.join(missing)}"
+        )
+    paths = [name.removesuffix(".processor") for name in unet.attn_processors]
+    counts: dict[str, int] = {"self": 0, "cross": 0}
+    sites = []
+    for prefix, place, block, downsampling in _blocks(unet):
+        for path in paths:
+            # Only a block's `attentions` hold spatial layers: motion modules attend over frames, and GLIGEN's
+            # fuser over pixels and boxes together.
+            if not path.startswith(f"{prefix}.attentions.") or ".fuser." in path:
+                continue
+            attention: Any = block.get_submodule(path.removeprefix(f"{prefix}."))
+            kind: Kind = "cross" if attention.is_cross_attention else "self"
+            sites.append(Site(path, place, kind, counts[kind], attention.heads, len(downsampling), downsampling))
+            counts[kind] += 1
+    return tuple(sites)
+
+
+def describe_sites(sites: tuple[Site, ...]) -> str:
+    """A list for error messages, a line a site."""
+    return "\n".join(f"  {site}" for site in sites) or "  (none)"
+
+
+def _blocks(unet: Any) -> Iterator[tuple[str, Place, nn.Module, tuple[Literal["up", "down"], ...]]]:
+    """(path, place, module, downsamplings so far) in execution order, which is not the order of registration."""
+    passed: tuple[Literal["up", "down"], ...] = ()
+    for index, block in enumerate(unet.down_blocks):
+        yield f"down_blocks.{index}", "down", block, passed
+        for downsampler in getattr(block, "downsamplers", None) or ():
+            passed += (_rounding(downsampler),)
+    if getattr(unet, "mid_block", None) is not None:
+        yield "mid_block", "mid", unet.mid_block, passed
+    for index, block in enumerate(unet.up_blocks):
+        yield f"up_blocks.{index}", "up", block, passed
+        if getattr(block, "upsamplers", None):
+            passed = passed[:-1]
+
+
+def _rounding(downsampler: nn.Module) -> Literal["up", "down"]:
+    # A 3 × 3 convolution with padding 1 on both sides gives ⌈n/2⌉. Everything else gives ⌊n/2⌋: pooling, and the
+    # one-sided padding of `downsample_padding=0`.
+    padded = getattr(downsampler, "use_conv", False) and getattr(downsampler, "padding", 0) == 1
+    return "up" if padded else "down"

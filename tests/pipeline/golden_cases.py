@@ -1,0 +1,61 @@
+"""Loading of tests/golden: the tiny pipeline, and the cases that the original code computed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CASES = sorted(path.stem for path in (GOLDEN / "cases").glob("*.json"))
+
+# An independent fused implementation lands at 0.07 of the suggested tolerance.
+TOLERANCE = 0.25
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """Settings (JSON) and tensors (safetensors) of a case."""
+
+    name: str
+    settings: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """The shared start noise, a row for each prompt."""
+        return self.tensors["in.start_latents"].expand(len(self.settings["prompts"]), -1, -1, -1)
+
+    def call(self, pipe: Any, **kwargs: Any) -> Any:
+        """The case's pipeline call."""
+        return pipe(
+            self.settings["prompts"],
+            num_inference_steps=self.settings["steps"],
+            guidance_scale=self.settings["guidance_scale"],
+            **{"latents": self.latents.to(pipe.unet.dtype), "output_type": "latent", **kwargs},
+        )
+
+    def atol(self, tensor: str) -> float:
+        return TOLERANCE * self.settings["suggested_atol"][tensor]
+
+
+@cache
+def load_case(name: str) -> GoldenCase:
+    folder = GOLDEN / "cases"
+    settings = json.loads((folder / f"{name}.json").read_text())
+    return GoldenCase(name, settings, load_file(folder / f"{name}.safetensors"))
+
+
+def load_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """The tiny pipeline with the scheduler that the original scripts build."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    pipe = StableDiffusionPipeline.from_pretrained(GOLDEN / "models" / "tiny-sd15").to(dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
