@@ -127,7 +127,7 @@ def _judge(bench: Bench, case: UNetCase, unet: Any) -> Callable[[str, Tensor], t
     """
     one = UNetCase(case.model, case.pixels, case.targets, case.selection)
     precise = torch.float64 if bench.dtype == torch.float32 else torch.float32
-    wide = build(case.model, bench.device, bench.dtype).to(precise)
+    wide = torch.nn.Module.to(build(case.model, bench.device, bench.dtype), precise)
     truth: dict[str, Tensor] = {}
     with torch.no_grad():
         for kind, editor in (("unedited", "unedited"), ("edited", "sdpa-gathered")):

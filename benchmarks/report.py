@@ -52,7 +52,8 @@ def case_table(rows: Sequence[Row]) -> str:
             ]
         )
     heading = ["provider", "ms (p20–p80)", "times ours", "peak MB", "of limit", "error"]
-    return f"{rows[0].suite}: {rows[0].case} [{rows[0].dtype}]\n" + columns([heading, *lines])
+    case = next((row.case for row in rows if row.case != "any"), "any")
+    return f"{rows[0].suite}: {case} [{rows[0].dtype}]\n" + columns([heading, *lines])
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:
