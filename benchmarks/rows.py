@@ -28,7 +28,6 @@ STATUSES = {
     "missing": "the provider cannot run here; `reason` says why",
     "wrong": "the result misses its error budget, so it gets no time",
     "failed": "the provider raised; `reason` says what",
-    "computed": "not run: follows from measured rows, as `reason` says",
 }
 
 
@@ -58,7 +57,7 @@ class Environment:
         # The module's own word for it: a source tree on sys.path has no distribution metadata.
         versions["torch"] = str(torch.__version__)
         return cls(
-            device=device_name(device),
+            device=f"{device.split(':')[0]}: {device_name(device)}",
             threads=torch.get_num_threads(),
             versions=versions,
             commit=commit(),
@@ -82,14 +81,20 @@ def device_name(device: str) -> str:
 
 @cache
 def commit() -> str:
-    """The short commit, with "+" after it where the tree differs from it."""
+    """The short commit, with "+" after it where the tree differs from it.
+
+    A tree that travels without its history says its commit in the environment variable FPE_COMMIT.
+    """
+    if os.environ.get("FPE_COMMIT"):
+        return os.environ["FPE_COMMIT"]
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # Results are written beside the code: a row measured after another was saved is still of this commit.
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        # What a run writes is not what it measures: a row taken after others were saved is still of this commit.
+        written = [":!benchmarks/results", ":!benchmarks/figures", ":!*.md"]
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -129,6 +134,18 @@ class Row:
     @classmethod
     def new(cls, environment: Environment, **values: Any) -> Row:
         return cls(**asdict(environment), **values)
+
+    @property
+    def on_gpu(self) -> bool:
+        return not self.device.startswith("cpu")
+
+    @property
+    def machine(self) -> str:
+        """Device, dtype, versions and commit in a line: what stands beside a table."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items() if name != "fpe-kernels")
+        threads = "" if self.on_gpu else f", {self.threads} thread{'s' * (self.threads > 1)}"
+        name = self.device.split(": ", 1)[-1]
+        return f"{name}{threads}, {self.dtype}; {versions}; commit {self.commit}, {self.date}"
 
     @property
     def key(self) -> tuple[str, ...]:

@@ -101,7 +101,7 @@ def build(model: str, device: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     # A GPU draws large weights in no time, a CPU takes seconds for SDXL's.
     with torch.device(device):
-        unet = UNet2DConditionModel(sample_size=64, **CONFIGS[model])
+        unet: Any = UNet2DConditionModel(sample_size=64, **CONFIGS[model])
     # PyTorch's own conversion: diffusers' warns of modules that it would keep in float32, of which there are none.
     return torch.nn.Module.to(unet, dtype).eval().requires_grad_(False)
 
