@@ -48,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
     effort = measure.QUICK if options.quick else measure.THOROUGH
+    known = [*all_providers(), *EDITORS]
+    unknown = set(options.providers.split(",") if options.providers else ()) - set(known)
+    if unknown:
+        raise SystemExit(f"no provider {', '.join(sorted(unknown))}; there are {', '.join(dict.fromkeys(known))}")
     if options.seconds:
         effort = measure.Effort(effort.rounds, effort.least_rounds, options.seconds, effort.sample_ms)
 
@@ -88,15 +92,12 @@ def _run(suite: str, bench: Bench, options: argparse.Namespace) -> list[Row]:
         return collected
 
     providers = all_providers()
-    unknown = set(named or ()) - set(providers)
-    if unknown:
-        raise SystemExit(f"no provider {', '.join(sorted(unknown))}; there are {', '.join(providers)}")
     if suite == "memory":
         cases = [case for case in memory_plan(bench.device, quick=options.quick) if options.cases in case.name]
         return run_memory(bench, providers, cases, show)
     steps = [step for step in kernel_plan(bench.device, quick=options.quick) if options.cases in step.case.name]
     if named is not None:
-        providers = {name: providers[name] for name in named}
+        providers = {name: provider for name, provider in providers.items() if name in named}
         steps = [type(step)(step.case, "all") for step in steps]
     return run_kernels(bench, providers, steps, show)
 

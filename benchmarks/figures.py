@@ -20,7 +20,7 @@ from .tables import DENSE, MEMORY_LIMIT, TITLES, UNEDITED, grouped, holdings, la
 from .unets import UNetCase
 
 OURS, OTHER, BAD = "#1b6ca8", "#9aa5b1", "#c2452d"
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -111,20 +111,19 @@ def roofline(rows: Sequence[Row], gpu: bool) -> Any:
 def edits(rows: Sequence[Row], gpu: bool) -> Any:
     """A UNet step against image size: time and peak memory of every editor."""
     series: dict[tuple[str, str], dict[str, list[tuple[int, Row]]]] = {}
-    for name, editors in grouped(rows, "edits", gpu).items():
+    for name, measured in grouped(rows, "edits", gpu).items():
         case = UNetCase.parse(name)
         if case.steps == 1 and case.targets == 1:
-            for editor, row in editors.items():
+            lines = series.setdefault((case.model, case.selection), {})
+            for editor, row in measured.items():
                 if row.status == "ok":
-                    series.setdefault((case.model, case.selection), {}).setdefault(editor, []).append(
-                        (case.pixels, row)
-                    )
-    grown = {key: editors for key, editors in series.items() if len(editors.get("fpe", [])) > 1}
+                    lines.setdefault(editor, []).append((case.pixels, row))
+    grown = {key: lines for key, lines in series.items() if len(lines.get("fpe", [])) > 1}
     if not grown:
         return None
     figure, axes = plt.subplots(len(grown), 2, figsize=(8, 3.0 * len(grown)), squeeze=False)
-    for (time, peak), ((model, selection), editors) in zip(axes, grown.items(), strict=True):
-        for editor, points in editors.items():
+    for (time, peak), ((model, selection), lines) in zip(axes, grown.items(), strict=True):
+        for editor, points in lines.items():
             points.sort(key=lambda point: point[0])
             pixels = [size for size, _ in points]
             colour = {"fpe": OURS, DENSE: BAD, UNEDITED: "black"}.get(editor, OTHER)

@@ -6,6 +6,7 @@ A table whose rows are not there says so: what has not been measured is not pass
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from .cases import MODELS, PIXELS, Case, headline_cases, kernel_cases
 from .growth import Growth, input_bytes
@@ -232,19 +233,17 @@ def models(rows: Sequence[Row], gpu: bool) -> str:
                     total[name] = total.get(name, 0.0) + case.layers * (float("nan") if time is None else time)
                 used += [ours] if ours else []
             if total["ours"] == total["ours"]:
-                ratios = [f"{total[name] / total['ours']:.2f}" for name in (UNEDITED, DENSE)]
-                lines.append(
-                    [f"{model}, {pixels} px", number(total["ours"]), *("–" if r == "nan" else r for r in ratios)]
-                )
+                ratios = [total[name] / total["ours"] for name in (UNEDITED, DENSE)]
+                cells = ["–" if ratio != ratio else f"{ratio:.2f}" for ratio in ratios]
+                lines.append([f"{model}, {pixels} px", number(total["ours"]), *cells])
     if not lines:
         return not_yet(gpu, "Models")
     heading = ["all self-attention layers of a guided step", "ours, ms", "unedited ÷ ours", "dense ÷ ours"]
     return markdown(heading, lines) + "\n\n" + beside(used)
 
 
-_MAKERS = (headline, rivals, shapes, grid, edits, memory, models)
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
-    f"{maker.__name__}-{device}": (lambda rows, maker=maker, gpu=device == "gpu": maker(rows, gpu))
-    for maker in _MAKERS
+    f"{table.__name__}-{device}": partial(table, gpu=device == "gpu")
+    for table in (headline, rivals, shapes, grid, edits, memory, models)
     for device in ("cpu", "gpu")
 }

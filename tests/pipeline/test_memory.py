@@ -1,4 +1,4 @@
-"""No map is materialised: an edited UNet step holds what the unedited step holds, the dense original several times that.
+"""No map is materialised: an edited UNet step holds what the unedited step holds.
 
 Allocations are counted, not timed: the numbers are the same on every machine and on every run.
 """
