@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -12,19 +12,19 @@ from torch import Tensor
 
 BACKENDS = ("triton", "torch", "reference")
 _MODULES = {
-    "triton": "fpe_kernels.backends.triton",
+    "triton": "fpe_kernels.backends.triton.backend",
     "torch": "fpe_kernels.backends.chunked",
     "reference": "fpe_kernels.backends.reference",
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> ModuleType:
     """Import the backend ``name`` on first use, so that ``import fpe_kernels`` needs torch only."""
     return importlib.import_module(_MODULES[name])
 
 
-@lru_cache(maxsize=1)
+@cache
 def _triton_missing() -> str | None:
     """Why triton cannot be imported, or None."""
     try:

@@ -1,0 +1,293 @@
+"""Adjoint: Y_b = A_gᵀ W_b from a known log-sum-exp, g = map_index[b]. It is also the gradient of the values.
+
+A program owns a tile of keys and streams the queries, so every output is written once and nothing is added atomically.
+The weights of the batch rows that share a map stand side by side as packed columns, as the values do in ``apply``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .configs import MAX_COLUMNS, Config
+from .launch import Launch, product_precision, strides
+from .packing import Chunk, chunks, columns_of, device_table, needs_wide_index, split_width, vector_width
+from .primitives import (
+    LOG2E,
+    aligned,
+    dot,
+    finite_or_zero,
+    head_columns,
+    load_tile,
+    packed_columns,
+    split_scores,
+    tile_index,
+)
+
+
+@triton.jit
+def adjoint_kernel(
+    query_ptr,  # [G, H, N, D]
+    key_ptr,  # [G, H, M, D]
+    weight_ptr,  # [B, H, N, E]
+    bias_ptr,  # [G, H, N, M], strides 0 where it is broadcast
+    out_ptr,  # [B, H, M, E]
+    logsumexp_ptr,  # [G, H, N], contiguous
+    table_ptr,  # [programs' groups, 1 + BRANCHES]: the map, then its batch rows
+    scale,  # of the scores, times log2(e)
+    heads,
+    queries,
+    keys,
+    query_stride_g,
+    query_stride_h,
+    query_stride_n,
+    query_stride_d,
+    key_stride_g,
+    key_stride_h,
+    key_stride_m,
+    key_stride_d,
+    weight_stride_b,
+    weight_stride_h,
+    weight_stride_n,
+    weight_stride_e,
+    bias_stride_g,
+    bias_stride_h,
+    bias_stride_n,
+    bias_stride_m,
+    out_stride_b,
+    out_stride_h,
+    out_stride_m,
+    out_stride_e,
+    HEAD_DIM: tl.constexpr,
+    HEAD_0: tl.constexpr,
+    HEAD_1: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BRANCHES: tl.constexpr,
+    COLUMNS_0: tl.constexpr,
+    COLUMNS_1: tl.constexpr,
+    QUERY_VECTOR: tl.constexpr,
+    KEY_VECTOR: tl.constexpr,
+    WEIGHT_VECTOR: tl.constexpr,
+    OUT_VECTOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_QUERIES: tl.constexpr,
+    EVEN_KEYS: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    COLUMNS: tl.constexpr = BRANCHES * VALUE_DIM
+    tiles = tl.cdiv(keys, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    head = ((tl.program_id(0) // tiles) % heads).to(tl.int64)
+    group_ptr = table_ptr + (tl.program_id(0) // tiles // heads) * (1 + BRANCHES)
+    group = tl.load(group_ptr).to(tl.int64)
+
+    query_stride_n = aligned(query_stride_n, QUERY_VECTOR)
+    key_stride_m = aligned(key_stride_m, KEY_VECTOR)
+    weight_stride_n = aligned(weight_stride_n, WEIGHT_VECTOR)
+    out_stride_m = aligned(out_stride_m, OUT_VECTOR)
+    start_m = tile.to(tl.int64) * BLOCK_M
+    query_ptr += group * aligned(query_stride_g, QUERY_VECTOR) + head * aligned(query_stride_h, QUERY_VECTOR)
+    key_ptr += group * aligned(key_stride_g, KEY_VECTOR) + head * aligned(key_stride_h, KEY_VECTOR)
+    key_ptr += start_m * key_stride_m
+    weight_ptr += head * aligned(weight_stride_h, WEIGHT_VECTOR)
+    out_ptr += head * aligned(out_stride_h, OUT_VECTOR) + start_m * out_stride_m
+    logsumexp_ptr += (group * heads + head) * queries
+
+    rows = tile_index(BLOCK_M, WIDE)  # of the keys
+    columns = tile_index(BLOCK_N, WIDE)  # of the queries
+    rows_end = keys - start_m
+    row_valid = rows < rows_end
+
+    d0, d0_valid = head_columns(key_stride_d, 0, HEAD_0, HEAD_DIM)
+    k0 = load_tile(key_ptr, rows, key_stride_m, d0, rows_end, d0_valid, EVEN_KEYS, HEAD_0 <= HEAD_DIM)
+    q0_columns, q0_valid = head_columns(query_stride_d, 0, HEAD_0, HEAD_DIM)
+    k1 = k0
+    if HEAD_1 > 0:
+        d1, d1_valid = head_columns(key_stride_d, HEAD_0, HEAD_1, HEAD_DIM)
+        k1 = load_tile(key_ptr, rows, key_stride_m, d1, rows_end, d1_valid, EVEN_KEYS, HEAD_0 + HEAD_1 <= HEAD_DIM)
+        q1_columns, q1_valid = head_columns(query_stride_d, HEAD_0, HEAD_1, HEAD_DIM)
+    w0_columns, w0_valid = packed_columns(
+        group_ptr + 1, weight_stride_b, weight_stride_e, 0, COLUMNS_0, VALUE_DIM, COLUMNS, WEIGHT_VECTOR, WIDE
+    )
+    accumulator_0 = tl.zeros([BLOCK_M, COLUMNS_0], dtype=tl.float32)
+    if COLUMNS_1 > 0:
+        w1_columns, w1_valid = packed_columns(
+            group_ptr + 1,
+            weight_stride_b,
+            weight_stride_e,
+            COLUMNS_0,
+            COLUMNS_1,
+            VALUE_DIM,
+            COLUMNS,
+            WEIGHT_VECTOR,
+            WIDE,
+        )
+        accumulator_1 = tl.zeros([BLOCK_M, COLUMNS_1], dtype=tl.float32)
+    if HAS_BIAS:
+        bias_ptr += group * bias_stride_g + head * bias_stride_h + start_m * bias_stride_m
+        bias_ptrs = bias_ptr + rows[:, None] * bias_stride_m + columns[None, :] * bias_stride_n
+
+    for start_n in range(0, queries, BLOCK_N):
+        queries_end = queries - start_n
+        column_valid = columns < queries_end
+        q_ptr = query_ptr + tl.cast(start_n, tl.int64) * query_stride_n
+        q0 = load_tile(
+            q_ptr, columns, query_stride_n, q0_columns, queries_end, q0_valid, EVEN_QUERIES, HEAD_0 <= HEAD_DIM
+        )
+        q1 = q0
+        if HEAD_1 > 0:
+            q1 = load_tile(
+                q_ptr,
+                columns,
+                query_stride_n,
+                q1_columns,
+                queries_end,
+                q1_valid,
+                EVEN_QUERIES,
+                HEAD_0 + HEAD_1 <= HEAD_DIM,
+            )
+        if EVEN_QUERIES:
+            shift = tl.load(logsumexp_ptr + start_n + columns)
+        else:
+            # exp(S − inf) = 0: query rows past the end give nothing.
+            shift = tl.load(logsumexp_ptr + start_n + columns, mask=column_valid, other=float("inf"))
+        scores = split_scores(k0, k1, q0, q1, HEAD_1 > 0, PRECISION) * scale
+        if HAS_BIAS:
+            if EVEN_QUERIES and EVEN_KEYS:
+                bias = tl.load(bias_ptrs)
+            else:
+                bias = tl.load(bias_ptrs, mask=row_valid[:, None] & column_valid[None, :], other=0.0)
+            scores += bias.to(tl.float32) * LOG2E
+            bias_ptrs += BLOCK_N * bias_stride_n
+            shift = finite_or_zero(shift)
+        probabilities = tl.exp2(scores - shift[None, :] * LOG2E)
+        w_ptr = weight_ptr + tl.cast(start_n, tl.int64) * weight_stride_n
+        w0 = load_tile(
+            w_ptr, columns, weight_stride_n, w0_columns, queries_end, w0_valid, EVEN_QUERIES, COLUMNS_0 <= COLUMNS
+        )
+        probabilities = probabilities.to(w0.dtype)
+        accumulator_0 = dot(probabilities, w0, accumulator_0, PRECISION)
+        if COLUMNS_1 > 0:
+            w1 = load_tile(
+                w_ptr,
+                columns,
+                weight_stride_n,
+                w1_columns,
+                queries_end,
+                w1_valid,
+                EVEN_QUERIES,
+                COLUMNS_0 + COLUMNS_1 <= COLUMNS,
+            )
+            accumulator_1 = dot(probabilities, w1, accumulator_1, PRECISION)
+
+    out_rows = out_ptr + rows[:, None] * out_stride_m
+    o0_columns, o0_valid = packed_columns(
+        group_ptr + 1, out_stride_b, out_stride_e, 0, COLUMNS_0, VALUE_DIM, COLUMNS, OUT_VECTOR, WIDE
+    )
+    tl.store(
+        out_rows + o0_columns[None, :],
+        accumulator_0.to(out_ptr.dtype.element_ty),
+        mask=row_valid[:, None] & o0_valid[None, :],
+    )
+    if COLUMNS_1 > 0:
+        o1_columns, o1_valid = packed_columns(
+            group_ptr + 1, out_stride_b, out_stride_e, COLUMNS_0, COLUMNS_1, VALUE_DIM, COLUMNS, OUT_VECTOR, WIDE
+        )
+        tl.store(
+            out_rows + o1_columns[None, :],
+            accumulator_1.to(out_ptr.dtype.element_ty),
+            mask=row_valid[:, None] & o1_valid[None, :],
+        )
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logsumexp: Tensor,
+    chunk: Chunk,
+    scale: float,
+    out: Tensor,
+    config: Config,
+) -> Launch:
+    """The launch of one chunk; ``weight`` and ``out`` are already narrowed to its columns."""
+    _, heads, queries, head_dim = query.shape
+    keys, value_dim = key.shape[2], weight.shape[3]
+    head_pieces, column_pieces = split_width(head_dim), split_width(chunk.branches * value_dim)
+    full_bias = query if bias is None else bias.expand(query.shape[0], heads, queries, keys)
+    return Launch(
+        adjoint_kernel,
+        programs=-(-keys // config.block_m) * heads * len(chunk.table),
+        config=config,
+        tensors={
+            "query_ptr": query,
+            "key_ptr": key,
+            "weight_ptr": weight,
+            "bias_ptr": full_bias,
+            "out_ptr": out,
+            "logsumexp_ptr": logsumexp,
+            "table_ptr": device_table(chunk.table, query.device),
+        },
+        numbers={
+            "scale": scale * LOG2E.value,
+            "heads": heads,
+            "queries": queries,
+            "keys": keys,
+            **strides("query", query, "ghnd"),
+            **strides("key", key, "ghmd"),
+            **strides("weight", weight, "bhne"),
+            **strides("bias", full_bias, "ghnm"),
+            **strides("out", out, "bhme"),
+        },
+        constants={
+            "HEAD_DIM": head_dim,
+            "HEAD_0": head_pieces[0],
+            "HEAD_1": head_pieces[1],
+            "VALUE_DIM": value_dim,
+            "BRANCHES": chunk.branches,
+            "COLUMNS_0": column_pieces[0],
+            "COLUMNS_1": column_pieces[1],
+            "QUERY_VECTOR": vector_width(query),
+            "KEY_VECTOR": vector_width(key),
+            "WEIGHT_VECTOR": vector_width(weight),
+            "OUT_VECTOR": vector_width(out),
+            "HAS_BIAS": bias is not None,
+            "EVEN_QUERIES": queries % config.block_n == 0,
+            "EVEN_KEYS": keys % config.block_m == 0,
+            "WIDE": needs_wide_index(
+                (query, config.block_n),
+                (key, config.block_m),
+                (weight, config.block_n),
+                (out, config.block_m),
+                (full_bias, config.block_n),
+            ),
+            "PRECISION": product_precision(query.dtype),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+        },
+    )
+
+
+def adjoint(
+    query: Tensor,
+    key: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logsumexp: Tensor,
+    map_index: tuple[int, ...],
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Write ``A[map_index].T @ weight`` to ``out``."""
+    logsumexp = logsumexp.contiguous()
+    for chunk in chunks(map_index, query.shape[0], weight.shape[3], MAX_COLUMNS):
+        if chunk.stop > chunk.start:
+            parts = columns_of(weight, chunk), columns_of(out, chunk)
+            config = configs.adjoint_config(query, parts[0], chunk)
+            prepare(query, key, parts[0], bias, logsumexp, chunk, scale, parts[1], config).run()

@@ -1,0 +1,336 @@
+"""Forward: many value columns through one pass over the scores.
+
+    O_b = softmax(scale · Q_g K_gᵀ + bias_g) V_b       for every batch row b with map_index[b] = g
+    L_g = log Σ_m exp(scale · q_n · k_m + bias_nm)
+
+The values of the branches b that share g stand side by side as packed columns: a program computes the scores and the
+softmax of a query tile once and multiplies with all of them. Where L is known already (later chunks of columns, replay
+of a recorded map), the running maximum and the rescaling drop out: P = exp(S − L).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .configs import MAX_COLUMNS, Config
+from .launch import Launch, product_precision, strides
+from .packing import Chunk, chunks, columns_of, device_table, needs_wide_index, split_width, vector_width
+from .primitives import (
+    LN2,
+    LOG2E,
+    aligned,
+    dot,
+    finite_or_zero,
+    head_columns,
+    load_tile,
+    online_softmax_update,
+    packed_columns,
+    split_scores,
+    tile_index,
+)
+
+
+@triton.jit
+def apply_kernel(
+    query_ptr,  # [G, H, N, D]
+    key_ptr,  # [G, H, M, D]
+    value_ptr,  # [B, H, M, E]
+    bias_ptr,  # [G, H, N, M], strides 0 where it is broadcast
+    out_ptr,  # [B, H, N, E]
+    logsumexp_ptr,  # [G, H, N], contiguous
+    table_ptr,  # [programs' groups, 1 + BRANCHES]: the map, then its batch rows
+    scale,  # of the scores, times log2(e)
+    heads,
+    queries,
+    keys,
+    query_stride_g,
+    query_stride_h,
+    query_stride_n,
+    query_stride_d,
+    key_stride_g,
+    key_stride_h,
+    key_stride_m,
+    key_stride_d,
+    value_stride_b,
+    value_stride_h,
+    value_stride_m,
+    value_stride_e,
+    bias_stride_g,
+    bias_stride_h,
+    bias_stride_n,
+    bias_stride_m,
+    out_stride_b,
+    out_stride_h,
+    out_stride_n,
+    out_stride_e,
+    HEAD_DIM: tl.constexpr,
+    HEAD_0: tl.constexpr,
+    HEAD_1: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BRANCHES: tl.constexpr,
+    COLUMNS_0: tl.constexpr,
+    COLUMNS_1: tl.constexpr,
+    QUERY_VECTOR: tl.constexpr,
+    KEY_VECTOR: tl.constexpr,
+    VALUE_VECTOR: tl.constexpr,
+    OUT_VECTOR: tl.constexpr,
+    KNOWN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRESCALE: tl.constexpr,
+    EVEN_QUERIES: tl.constexpr,
+    EVEN_KEYS: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    COLUMNS: tl.constexpr = BRANCHES * VALUE_DIM
+    tiles = tl.cdiv(queries, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    head = (tl.program_id(0) // tiles) % heads
+    group_ptr = table_ptr + (tl.program_id(0) // tiles // heads) * (1 + BRANCHES)
+    group = tl.load(group_ptr).to(tl.int64)
+    head64 = head.to(tl.int64)
+
+    query_stride_g = aligned(query_stride_g, QUERY_VECTOR)
+    query_stride_h = aligned(query_stride_h, QUERY_VECTOR)
+    query_stride_n = aligned(query_stride_n, QUERY_VECTOR)
+    key_stride_g = aligned(key_stride_g, KEY_VECTOR)
+    key_stride_h = aligned(key_stride_h, KEY_VECTOR)
+    key_stride_m = aligned(key_stride_m, KEY_VECTOR)
+    value_stride_h = aligned(value_stride_h, VALUE_VECTOR)
+    value_stride_m = aligned(value_stride_m, VALUE_VECTOR)
+    out_stride_h = aligned(out_stride_h, OUT_VECTOR)
+    out_stride_n = aligned(out_stride_n, OUT_VECTOR)
+
+    query_ptr += group * query_stride_g + head64 * query_stride_h
+    key_ptr += group * key_stride_g + head64 * key_stride_h
+    value_ptr += head64 * value_stride_h
+    out_ptr += head64 * out_stride_h
+    logsumexp_ptr += (group * heads + head64) * queries
+
+    start_m = tile.to(tl.int64) * BLOCK_M
+    rows = tile_index(BLOCK_M, WIDE)
+    rows_end = queries - start_m
+    row_valid = rows < rows_end
+    columns = tile_index(BLOCK_N, WIDE)
+
+    query_ptr += start_m * query_stride_n
+    d0, d0_valid = head_columns(query_stride_d, 0, HEAD_0, HEAD_DIM)
+    q0 = load_tile(query_ptr, rows, query_stride_n, d0, rows_end, d0_valid, EVEN_QUERIES, HEAD_0 <= HEAD_DIM)
+    k0_columns, k0_valid = head_columns(key_stride_d, 0, HEAD_0, HEAD_DIM)
+    q1 = q0
+    if HEAD_1 > 0:
+        d1, d1_valid = head_columns(query_stride_d, HEAD_0, HEAD_1, HEAD_DIM)
+        q1 = load_tile(
+            query_ptr, rows, query_stride_n, d1, rows_end, d1_valid, EVEN_QUERIES, HEAD_0 + HEAD_1 <= HEAD_DIM
+        )
+        k1_columns, k1_valid = head_columns(key_stride_d, HEAD_0, HEAD_1, HEAD_DIM)
+    if COLUMNS_0 > 0:
+        v0_columns, v0_valid = packed_columns(
+            group_ptr + 1, value_stride_b, value_stride_e, 0, COLUMNS_0, VALUE_DIM, COLUMNS, VALUE_VECTOR, WIDE
+        )
+        accumulator_0 = tl.zeros([BLOCK_M, COLUMNS_0], dtype=tl.float32)
+    if COLUMNS_1 > 0:
+        v1_columns, v1_valid = packed_columns(
+            group_ptr + 1, value_stride_b, value_stride_e, COLUMNS_0, COLUMNS_1, VALUE_DIM, COLUMNS, VALUE_VECTOR, WIDE
+        )
+        accumulator_1 = tl.zeros([BLOCK_M, COLUMNS_1], dtype=tl.float32)
+    if HAS_BIAS:
+        bias_ptr += group * bias_stride_g + head64 * bias_stride_h + start_m * bias_stride_n
+        bias_ptrs = bias_ptr + rows[:, None] * bias_stride_n + columns[None, :] * bias_stride_m
+
+    if KNOWN:
+        shift = finite_or_zero(tl.load(logsumexp_ptr + start_m + rows, mask=row_valid, other=0.0)) * LOG2E
+    else:
+        maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        normaliser = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    # A positive scale commutes with the maximum, so it folds into the exponent's multiply-add.
+    factor = scale
+    if PRESCALE:
+        factor = 1.0
+    for start_n in range(0, keys, BLOCK_N):
+        keys_end = keys - start_n
+        k_ptr = key_ptr + tl.cast(start_n, tl.int64) * key_stride_m
+        k0 = load_tile(k_ptr, columns, key_stride_m, k0_columns, keys_end, k0_valid, EVEN_KEYS, HEAD_0 <= HEAD_DIM)
+        k1 = k0
+        if HEAD_1 > 0:
+            k1 = load_tile(
+                k_ptr, columns, key_stride_m, k1_columns, keys_end, k1_valid, EVEN_KEYS, HEAD_0 + HEAD_1 <= HEAD_DIM
+            )
+        scores = split_scores(q0, q1, k0, k1, HEAD_1 > 0, PRECISION)
+        if PRESCALE:
+            scores *= scale
+        if HAS_BIAS:
+            if EVEN_QUERIES and EVEN_KEYS:
+                bias = tl.load(bias_ptrs)
+            else:
+                bias = tl.load(bias_ptrs, mask=row_valid[:, None] & (columns < keys_end)[None, :], other=0.0)
+            scores += bias.to(tl.float32) * LOG2E
+            bias_ptrs += BLOCK_N * bias_stride_m
+        if not EVEN_KEYS:
+            scores = tl.where((columns < keys_end)[None, :], scores, float("-inf"))
+        if KNOWN:
+            probabilities = tl.exp2(scores * factor - shift[:, None])
+        else:
+            probabilities, rescale, maximum, normaliser = online_softmax_update(
+                scores, factor, maximum, normaliser, HAS_BIAS
+            )
+            if COLUMNS_0 > 0:
+                accumulator_0 *= rescale[:, None]
+            if COLUMNS_1 > 0:
+                accumulator_1 *= rescale[:, None]
+        v_ptr = value_ptr + tl.cast(start_n, tl.int64) * value_stride_m
+        if COLUMNS_0 > 0:
+            v0 = load_tile(
+                v_ptr, columns, value_stride_m, v0_columns, keys_end, v0_valid, EVEN_KEYS, COLUMNS_0 <= COLUMNS
+            )
+            probabilities = probabilities.to(v0.dtype)
+            accumulator_0 = dot(probabilities, v0, accumulator_0, PRECISION)
+        if COLUMNS_1 > 0:
+            v1 = load_tile(
+                v_ptr,
+                columns,
+                value_stride_m,
+                v1_columns,
+                keys_end,
+                v1_valid,
+                EVEN_KEYS,
+                COLUMNS_0 + COLUMNS_1 <= COLUMNS,
+            )
+            accumulator_1 = dot(probabilities, v1, accumulator_1, PRECISION)
+
+    if not KNOWN:
+        logsumexp = (maximum + tl.log2(normaliser)) * LN2
+        tl.store(logsumexp_ptr + start_m + rows, logsumexp, mask=row_valid)
+        inverse = 1.0 / tl.where(normaliser == 0.0, 1.0, normaliser)
+        if COLUMNS_0 > 0:
+            accumulator_0 *= inverse[:, None]
+        if COLUMNS_1 > 0:
+            accumulator_1 *= inverse[:, None]
+
+    out_ptr += start_m * out_stride_n
+    out_rows = out_ptr + rows[:, None] * out_stride_n
+    if COLUMNS_0 > 0:
+        o0_columns, o0_valid = packed_columns(
+            group_ptr + 1, out_stride_b, out_stride_e, 0, COLUMNS_0, VALUE_DIM, COLUMNS, OUT_VECTOR, WIDE
+        )
+        tl.store(
+            out_rows + o0_columns[None, :],
+            accumulator_0.to(out_ptr.dtype.element_ty),
+            mask=row_valid[:, None] & o0_valid[None, :],
+        )
+    if COLUMNS_1 > 0:
+        o1_columns, o1_valid = packed_columns(
+            group_ptr + 1, out_stride_b, out_stride_e, COLUMNS_0, COLUMNS_1, VALUE_DIM, COLUMNS, OUT_VECTOR, WIDE
+        )
+        tl.store(
+            out_rows + o1_columns[None, :],
+            accumulator_1.to(out_ptr.dtype.element_ty),
+            mask=row_valid[:, None] & o1_valid[None, :],
+        )
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    chunk: Chunk,
+    scale: float,
+    out: Tensor,
+    logsumexp: Tensor,
+    known: bool,
+    config: Config,
+) -> Launch:
+    """The launch of one chunk; ``value`` and ``out`` are already narrowed to its columns."""
+    _, heads, queries, head_dim = query.shape
+    keys, value_dim = key.shape[2], value.shape[3]
+    head_pieces, column_pieces = split_width(head_dim), split_width(chunk.branches * value_dim)
+    full_bias = query if bias is None else bias.expand(query.shape[0], heads, queries, keys)
+    return Launch(
+        apply_kernel,
+        programs=-(-queries // config.block_m) * heads * len(chunk.table),
+        config=config,
+        tensors={
+            "query_ptr": query,
+            "key_ptr": key,
+            "value_ptr": value,
+            "bias_ptr": full_bias,
+            "out_ptr": out,
+            "logsumexp_ptr": logsumexp,
+            "table_ptr": device_table(chunk.table, query.device),
+        },
+        numbers={
+            "scale": scale * LOG2E.value,
+            "heads": heads,
+            "queries": queries,
+            "keys": keys,
+            **strides("query", query, "ghnd"),
+            **strides("key", key, "ghmd"),
+            **strides("value", value, "bhme"),
+            **strides("bias", full_bias, "ghnm"),
+            **strides("out", out, "bhne"),
+        },
+        constants={
+            "HEAD_DIM": head_dim,
+            "HEAD_0": head_pieces[0],
+            "HEAD_1": head_pieces[1],
+            "VALUE_DIM": value_dim,
+            "BRANCHES": chunk.branches,
+            "COLUMNS_0": column_pieces[0],
+            "COLUMNS_1": column_pieces[1],
+            "QUERY_VECTOR": vector_width(query),
+            "KEY_VECTOR": vector_width(key),
+            "VALUE_VECTOR": vector_width(value),
+            "OUT_VECTOR": vector_width(out),
+            "KNOWN": known,
+            "HAS_BIAS": bias is not None,
+            "PRESCALE": bias is not None or scale <= 0.0,
+            "EVEN_QUERIES": queries % config.block_m == 0,
+            "EVEN_KEYS": keys % config.block_n == 0,
+            "WIDE": needs_wide_index(
+                (query, config.block_m),
+                (key, config.block_n),
+                (value, config.block_n),
+                (out, config.block_m),
+                (full_bias, config.block_m),
+            ),
+            "PRECISION": product_precision(query.dtype),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+        },
+    )
+
+
+def apply(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    map_index: tuple[int, ...],
+    scale: float,
+    out: Tensor,
+    logsumexp: Tensor,
+    known: bool,
+) -> None:
+    """Write ``A[map_index] @ value`` to ``out`` and, unless it is known, the log-sum-exp."""
+    logsumexp = logsumexp.contiguous() if known else logsumexp
+    for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_COLUMNS):
+        config = configs.apply_config(query, value, chunk)
+        prepare(
+            query,
+            key,
+            columns_of(value, chunk),
+            bias,
+            chunk,
+            scale,
+            columns_of(out, chunk),
+            logsumexp,
+            known or not chunk.first,
+            config,
+        ).run()

@@ -1,0 +1,109 @@
+"""Compile a launch for a chip that is not here, and read what the compiler made of it.
+
+Registers, spills and shared memory decide whether a configuration is any good, and all of them are known without a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .launch import Launch
+
+TARGETS = {
+    **{f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 86, 89, 90, 100, 120)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# Bytes of shared memory that one program may use: the CUDA programming guide, table of compute capabilities, "maximum
+# amount of shared memory per thread block"; for gfx942, the LDS of a compute unit.
+SHARED_MEMORY = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
+
+_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled program takes: registers of a thread, bytes spilled by a thread, bytes of shared memory."""
+
+    registers: int
+    spills: int
+    shared: int
+    matrix_instructions: tuple[str, ...]
+
+
+def _specialise(launch: Launch) -> ASTSource:
+    """The signature that the launcher would compile: ones become constants, multiples of 16 are promised."""
+    kernel = launch.kernel
+    signature, constants, attributes = {}, {}, {}
+    promise = [["tt.divisibility", 16]]
+    for position, name in enumerate(kernel.arg_names):
+        if name in launch.tensors:
+            signature[name] = _TYPES[launch.tensors[name].dtype]
+            attributes[(position,)] = promise
+        elif name in launch.constants or launch.numbers[name] == 1:
+            signature[name] = "constexpr"
+            constants[name] = launch.constants.get(name, 1)
+        elif isinstance(launch.numbers[name], float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if launch.numbers[name] < 2**31 else "i64"
+            if launch.numbers[name] % 16 == 0:
+                attributes[(position,)] = promise
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_offline(launch: Launch, target: str) -> Resources:
+    """Compile ``launch`` for ``target``, a key of :data:`TARGETS`.
+
+    Raises:
+        ValueError: for an unknown target.
+        RuntimeError: if the kernels were imported for the interpreter, which compiles nothing.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}.")
+    if not hasattr(launch.kernel, "arg_names") or triton.knobs.runtime.interpret:
+        raise RuntimeError("offline compilation needs the kernels without TRITON_INTERPRET=1 in the environment.")
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+    compiled = triton.compile(_specialise(launch), target=TARGETS[target], options=options)
+    if target.startswith("sm_"):
+        registers, spills = _cuda_resources(compiled.asm["cubin"])
+        # The mnemonics alone: wgmma.mma_async on Hopper, tcgen05.mma on Blackwell, mma.sync before.
+        found = set(re.findall(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", compiled.asm["ptx"]))
+    else:
+        registers, spills = _amd_resources(compiled.asm["amdgcn"])
+        found = set(re.findall(r"(v_mfma_\w+)", compiled.asm["amdgcn"]))
+    return Resources(registers, spills, compiled.metadata.shared, tuple(sorted(found)))
+
+
+def _cuda_resources(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report).groups()
+    local = re.search(r"LOCAL:(\d+)", report)
+    return int(registers), int(stack) + (int(local.group(1)) if local else 0)
+
+
+def _amd_resources(assembly: str) -> tuple[int, int]:
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly).group(1))
+    spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly).group(1))
+    return registers, 4 * spills

@@ -1,0 +1,111 @@
+"""How work is cut before a launch: widths into pieces, branches into chunks of columns, batch rows into tables."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from ..grouping import rows_by_map
+
+MIN_PIECE = 16  # the shortest tile edge that the matrix instructions take in every dtype
+
+
+def _power_of_two(width: int) -> int:
+    return max(MIN_PIECE, 1 << (width - 1).bit_length())
+
+
+@cache
+def split_width(width: int) -> tuple[int, int]:
+    """Cut ``width`` into one or two power-of-two pieces with the least padding; one piece where that pads no more.
+
+    >>> [split_width(width) for width in (8, 40, 72, 80, 96, 120, 128, 160, 320)]
+    [(16, 0), (32, 16), (64, 16), (64, 16), (64, 32), (128, 0), (128, 0), (128, 32), (256, 64)]
+    """
+    if width == 0:
+        return 0, 0
+    whole = _power_of_two(width)
+    half = whole // 2
+    if half >= MIN_PIECE and half < width:
+        rest = _power_of_two(width - half)
+        if half + rest < whole:
+            return half, rest
+    return whole, 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One launch: ``branches`` batch rows of each of some maps, and the columns ``start`` .. ``stop`` of each row."""
+
+    table: tuple[tuple[int, ...], ...]  # for each program group: the map, then its batch rows
+    start: int
+    stop: int
+    first: bool  # no earlier chunk has computed the log-sum-exp of these maps
+
+    @property
+    def branches(self) -> int:
+        return len(self.table[0]) - 1
+
+
+@lru_cache(maxsize=256)
+def chunks(map_index: tuple[int, ...], maps: int, value_dim: int, max_columns: int) -> tuple[Chunk, ...]:
+    """Cut the packed columns of every map into launches of at most ``max_columns``.
+
+    Maps with equally many batch rows share a launch. A value wider than ``max_columns`` is cut by columns; otherwise
+    branches are dealt out in chunks of equal size, so that no launch is left with a narrow remainder.
+    """
+    if value_dim > max_columns:
+        spans = [(start, min(start + max_columns, value_dim)) for start in range(0, value_dim, max_columns)]
+        capacity = 1
+    else:
+        spans, capacity = [(0, value_dim)], max(1, max_columns // max(1, value_dim))
+    launches: dict[tuple[int, bool], list[tuple[int, ...]]] = {}
+    for group, rows in enumerate(rows_by_map(map_index, maps)):
+        if not rows:
+            continue
+        parts = -(-len(rows) // capacity)
+        share, extra = divmod(len(rows), parts)
+        start = 0
+        for part in range(parts):
+            stop = start + share + (part < extra)
+            launches.setdefault((stop - start, part == 0), []).append((group, *rows[start:stop]))
+            start = stop
+    ordered = sorted(launches.items(), key=lambda item: not item[0][1])
+    return tuple(
+        Chunk(tuple(table), *span, first=first and position == 0)
+        for (_, first), table in ordered
+        for position, span in enumerate(spans)
+    )
+
+
+@lru_cache(maxsize=1024)
+def device_table(table: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """``table`` on ``device``; kept, so that a repeated call copies nothing and can be captured in a CUDA graph."""
+    return torch.tensor(table, dtype=torch.int32, device=device)
+
+
+def vector_width(tensor: Tensor) -> int:
+    """How many neighbours of the last axis of [B, H, L, E] move in one access, wherever a row starts: 16 bytes at most."""
+    if tensor.stride(3) != 1:
+        return 1
+    limit = 16 // tensor.element_size()
+    width = math.gcd(limit, tensor.shape[3], *tensor.stride()[:3])
+    while width > 1 and tensor.data_ptr() % (width * tensor.element_size()):
+        width //= 2
+    return width
+
+
+def needs_wide_index(*tiles: tuple[Tensor, int]) -> bool:
+    """Whether an offset inside a tile passes 2³¹: ``rows`` rows of [B, H, L, E], in whatever batch row."""
+    return any(
+        (tensor.shape[0] - 1) * tensor.stride(0) + rows * tensor.stride(2) + tensor.shape[3] * tensor.stride(3) >= 2**31
+        for tensor, rows in tiles
+    )
+
+
+def columns_of(tensor: Tensor, chunk: Chunk) -> Tensor:
+    """The view of the columns that ``chunk`` covers."""
+    return tensor[..., chunk.start : chunk.stop]

@@ -1,0 +1,118 @@
+"""Jitted pieces that the kernels share: tiles of split width, packed columns, scores, online softmax.
+
+Tiles must be powers of two, sums of tiles need not: a width is held in two pieces, 160 = 128 + 32, and the second may be
+absent (width 0), which costs nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def aligned(stride, VECTOR: tl.constexpr):
+    """``stride``, visibly a multiple of VECTOR: the compiler is told of multiples of 16 only, and 40 is none."""
+    return stride // VECTOR * VECTOR
+
+
+@triton.jit
+def tile_index(LENGTH: tl.constexpr, WIDE: tl.constexpr):
+    """0 .. LENGTH, in int64 where offsets inside a tile may pass 2³¹; int32 keeps registers free."""
+    index = tl.arange(0, LENGTH)
+    if WIDE:
+        index = index.to(tl.int64)
+    return index
+
+
+@triton.jit
+def load_tile(
+    ptr, rows, row_stride, columns, row_end, column_valid, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr
+):
+    """ptr[rows, columns], zero outside; ``columns`` are element offsets. Unneeded masks are not compiled."""
+    ptrs = ptr + rows[:, None] * row_stride + columns[None, :]
+    if EVEN_ROWS and EVEN_COLUMNS:
+        return tl.load(ptrs)
+    if EVEN_ROWS:
+        return tl.load(ptrs, mask=column_valid[None, :], other=0.0)
+    if EVEN_COLUMNS:
+        return tl.load(ptrs, mask=(rows < row_end)[:, None], other=0.0)
+    return tl.load(ptrs, mask=(rows < row_end)[:, None] & column_valid[None, :], other=0.0)
+
+
+@triton.jit
+def head_columns(stride, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Offsets and validity of the head-dim entries START .. START + WIDTH."""
+    entry = START + tl.arange(0, WIDTH)
+    return entry * stride, entry < HEAD_DIM
+
+
+@triton.jit
+def packed_columns(
+    rows_ptr,
+    batch_stride,
+    entry_stride,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Offsets and validity of packed columns: column c is entry ``c % VALUE_DIM`` of branch ``c // VALUE_DIM``.
+
+    ``rows_ptr`` holds the batch row of each branch. VECTOR neighbours lie side by side in memory and start aligned; the
+    compiler cannot see that through the table, and without it a copy would move two bytes at a time.
+    """
+    column = START + tl.arange(0, WIDTH)
+    valid = column < COLUMNS
+    row = tl.load(rows_ptr + column // VALUE_DIM, mask=valid, other=0)
+    if WIDE:
+        row = row.to(tl.int64)
+    offset = row * batch_stride + (column % VALUE_DIM) * entry_stride
+    if VECTOR > 1:
+        offset = tl.max_contiguous(tl.multiple_of(offset, VECTOR), VECTOR)
+    return offset, valid
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """a @ b + accumulator in float32. PRECISION "widen" converts first: the interpreter multiplies no bfloat16."""
+    if PRECISION == "widen":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def split_scores(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b.T for tiles whose shared axis is held in two pieces; the second counts where SPLIT."""
+    product = dot(a0, tl.trans(b0), tl.zeros([a0.shape[0], b0.shape[0]], dtype=tl.float32), PRECISION)
+    if SPLIT:
+        product = dot(a1, tl.trans(b1), product, PRECISION)
+    return product
+
+
+@triton.jit
+def finite_or_zero(x):
+    """-inf becomes 0: the statistics of rows that are masked throughout."""
+    return tl.where(x == float("-inf"), 0.0, x)
+
+
+@triton.jit
+def online_softmax_update(scores, factor, maximum, normaliser, MASKED: tl.constexpr):
+    """One step of the online softmax (Milakov and Gimelshein, 2018) on base-2 scores ``scores * factor``, factor > 0.
+
+    Returns the unnormalised probabilities of this tile, the factor that rescales what was accumulated before, and the
+    new statistics. MASKED says that a row may hold nothing but -inf so far.
+    """
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * factor)
+    if MASKED:
+        shift = finite_or_zero(new_maximum)
+    else:
+        shift = new_maximum
+    probabilities = tl.exp2(scores * factor - shift[:, None])
+    rescale = tl.exp2(maximum - shift)
+    return probabilities, rescale, new_maximum, normaliser * rescale + tl.sum(probabilities, 1)
