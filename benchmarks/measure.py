@@ -22,6 +22,9 @@ import torch
 
 Call = Callable[[], object]
 
+# What is overwritten before a cold call: several times the last-level cache.
+CACHE_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -46,8 +49,9 @@ class Clock:
         """`wall` takes the host's clock around the call on a GPU too, the device idle before and after."""
         self.cuda = device.startswith("cuda")
         self.wall = wall or not self.cuda
-        size = (256 if self.cuda else 64) * 2**20
-        self._buffer = torch.empty(size if cold else 0, dtype=torch.int8, device=device)
+        self._buffer = torch.empty(
+            CACHE_BYTES["cuda" if self.cuda else "cpu"] if cold else 0, dtype=torch.int8, device=device
+        )
 
     def calls(self, call: Call, count: int) -> list[float]:
         """Milliseconds of each of `count` calls."""

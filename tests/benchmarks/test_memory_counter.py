@@ -1,5 +1,6 @@
 """The peak-memory counter against arithmetic, and against the resident set of a fresh process."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -51,7 +52,7 @@ def test_the_same_number_every_time():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads VmHWM from /proc")
 def test_it_agrees_with_the_resident_set_of_a_fresh_process():
     script = """
-        import os, re, sys
+        import re
         import torch
         from benchmarks.memory import peak_bytes
 
@@ -65,23 +66,12 @@ def test_it_agrees_with_the_resident_set_of_a_fresh_process():
         small = q[:, :, :64]
         torch.softmax(small @ small.mT, -1) @ small    # loads what is loaded once
         before = status("VmRSS")
-        if sys.argv[1] == "resident":
-            call()
-            print(status("VmHWM") - before)
-        else:
-            print(peak_bytes(call))
+        call()
+        print(status("VmHWM") - before, peak_bytes(call))
     """
     # Without this the C library keeps freed blocks, and the resident set never falls.
-    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    seen = {}
-    for how in ("resident", "counted"):
-        run = [sys.executable, "-c", textwrap.dedent(script), how]
-        finished = subprocess.run(run, capture_output=True, text=True, check=True, env={**_environ(), **environment})
-        seen[how] = int(finished.stdout.split()[-1])
-    assert seen["counted"] == pytest.approx(seen["resident"], rel=0.1)
-
-
-def _environ():
-    import os
-
-    return {**os.environ, "PYTHONPATH": os.getcwd()}
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-c", textwrap.dedent(script)]
+    finished = subprocess.run(run, capture_output=True, text=True, check=True, env=environment)
+    resident, counted = map(int, finished.stdout.split()[-2:])
+    assert counted == pytest.approx(resident, rel=0.1)
