@@ -11,7 +11,7 @@ import torch
 
 from . import measure
 from .editors import EDITORS
-from .edits import edit_plan, run_edit
+from .edits import edit_plan, run_edits
 from .growth import memory_plan, run_memory
 from .plan import kernel_plan
 from .providers import all_providers
@@ -83,18 +83,13 @@ def _run(suite: str, bench: Bench, options: argparse.Namespace) -> list[Row]:
         except ImportError:
             print("\nedits: diffusers is not installed; pip install fpe-kernels[pipeline]")
             return []
-        collected: list[Row] = []
-        for case in edit_plan(bench.device, quick=options.quick):
-            if options.cases in case.name:
-                rows = run_edit(bench, case, [name for name in EDITORS if named is None or name in named])
-                show(rows)
-                collected += rows
-        return collected
+        cases = [case for case in edit_plan(bench.device, quick=options.quick) if options.cases in case.name]
+        return run_edits(bench, cases, [name for name in EDITORS if named is None or name in named], show)
 
     providers = all_providers()
     if suite == "memory":
-        cases = [case for case in memory_plan(bench.device, quick=options.quick) if options.cases in case.name]
-        return run_memory(bench, providers, cases, show)
+        lengths = [case for case in memory_plan(bench.device, quick=options.quick) if options.cases in case.name]
+        return run_memory(bench, providers, lengths, show)
     steps = [step for step in kernel_plan(bench.device, quick=options.quick) if options.cases in step.case.name]
     if named is not None:
         providers = {name: provider for name, provider in providers.items() if name in named}

@@ -7,7 +7,7 @@ has no reason to take longer, or to hold more memory.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +47,26 @@ def edit_plan(device: str, *, quick: bool = False) -> list[UNetCase]:
         *(UNetCase("tiny", pixels, selection="all") for pixels in (256, 512, 768)),
         UNetCase("tiny", 256, selection="all", steps=50),
     ]
+
+
+def run_edits(
+    bench: Bench,
+    cases: Sequence[UNetCase],
+    names: Iterable[str] = tuple(EDITORS),
+    report: Callable[[list[Row]], None] = lambda rows: None,
+    time_left: Callable[[], float] = lambda: float("inf"),
+) -> list[Row]:
+    """All rows of some cases; stops where no time is left, and says at which case."""
+    rows: list[Row] = []
+    names = list(names)
+    for number, case in enumerate(cases):
+        if time_left() <= 0:
+            log.warning("no time left: %d of %d edits measured", number, len(cases))
+            break
+        measured = run_edit(bench, case, names)
+        report(measured)
+        rows += measured
+    return rows
 
 
 @dataclass(frozen=True)

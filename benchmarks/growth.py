@@ -6,6 +6,7 @@ method holds is a·N² + b·N, exactly, so two measurements fix it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from .memory import peak_bytes
 from .providers import Missing, Provider, first_answer
 from .rows import Row
 from .run import Bench, dense_need, first_line, free_bytes
+
+log = logging.getLogger("benchmarks")
 
 LENGTHS = (256, 1024, 4096, 9216, 16384)
 PROVIDERS = ("fpe-triton", "fpe-torch", "sdpa", "dense-original")
@@ -29,10 +32,14 @@ def run_memory(
     providers: dict[str, Provider],
     cases: Iterable[Case],
     report: Callable[[list[Row]], None] = lambda rows: None,
+    time_left: Callable[[], float] = lambda: float("inf"),
 ) -> list[Row]:
     """A row a case and provider, with `peak_mb` beyond the inputs and no time."""
     rows: list[Row] = []
     for case in cases:
+        if time_left() <= 0:
+            log.warning("no time left: memory is not measured from %d tokens on", case.tokens)
+            break
         inputs = Inputs.make(case, bench.device, bench.dtype)
         measured = [_row(bench, case, inputs, providers[name]) for name in PROVIDERS if name in providers]
         report(measured)
