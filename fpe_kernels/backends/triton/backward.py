@@ -2,8 +2,8 @@
 
     dS_g = A_g ∘ (Σ_b X_b Y_bᵀ − δ_g),   dQ_g = scale · dS_g K_g,   dK_g = scale · dS_gᵀ Q_g
 
-One kernel computes either: a program owns a tile of one token axis and streams the other. For dQ it owns queries and the
-statistics belong to its rows; for dK it owns keys and they belong to the streamed columns. X and Y of the batch rows that
+One kernel computes either: a program owns a tile of one token axis and streams the other. For dQ it owns queries and
+the statistics belong to its rows; for dK it owns keys and they belong to the streamed columns. X and Y of batch rows that
 share a map stand side by side, so one product is the sum over them. Every output is written by one program.
 """
 

@@ -88,7 +88,7 @@ def device_table(table: tuple[tuple[int, ...], ...], device: torch.device) -> Te
 
 
 def vector_width(tensor: Tensor) -> int:
-    """How many neighbours of the last axis of [B, H, L, E] move in one access, wherever a row starts: 16 bytes at most."""
+    """How many neighbours of the last axis of [B, H, L, E] move in one access of at most 16 bytes."""
     if tensor.stride(3) != 1:
         return 1
     limit = 16 // tensor.element_size()

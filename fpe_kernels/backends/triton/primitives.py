@@ -1,7 +1,7 @@
 """Jitted pieces that the kernels share: tiles of split width, packed columns, scores, online softmax.
 
-Tiles must be powers of two, sums of tiles need not: a width is held in two pieces, 160 = 128 + 32, and the second may be
-absent (width 0), which costs nothing.
+Tiles must be powers of two, sums of tiles need not: a width is held in two pieces, 160 = 128 + 32, and the second may
+be absent (width 0), which costs nothing.
 """
 
 from __future__ import annotations
