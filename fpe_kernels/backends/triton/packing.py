@@ -98,6 +98,13 @@ def vector_width(tensor: Tensor) -> int:
     return width
 
 
+def bias_varies(bias: Tensor) -> str:
+    """Over which of its last two axes an expanded bias differs: "rows", "columns" or "both"."""
+    if bias.stride(2) == 0:
+        return "columns"
+    return "rows" if bias.stride(3) == 0 else "both"
+
+
 def needs_wide_index(*tiles: tuple[Tensor, int]) -> bool:
     """Whether an offset inside a tile passes 2³¹: ``rows`` rows of [B, H, L, E], in whatever batch row."""
     return any(

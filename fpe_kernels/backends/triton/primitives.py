@@ -96,6 +96,37 @@ def split_scores(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_bias(
+    scores,
+    bias_ptr,
+    rows,
+    columns,
+    row_stride,
+    column_stride,
+    rows_end,
+    columns_end,
+    VARIES: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Base-2 scores plus a tile of bias in natural-log units; ``bias_ptr`` points at the tile.
+
+    VARIES says over which axes of the tile the bias differs, "rows", "columns" or "both": a padding mask is a vector.
+    Offsets are made anew for every tile: held pointers would take half of the registers.
+    """
+    if VARIES == "rows":
+        bias = tl.load(bias_ptr + rows * row_stride, mask=rows < rows_end, other=0.0)[:, None]
+    elif VARIES == "columns":
+        bias = tl.load(bias_ptr + columns * column_stride, mask=columns < columns_end, other=0.0)[None, :]
+    else:
+        ptrs = bias_ptr + rows[:, None] * row_stride + columns[None, :] * column_stride
+        if EVEN:
+            bias = tl.load(ptrs)
+        else:
+            bias = tl.load(ptrs, mask=(rows < rows_end)[:, None] & (columns < columns_end)[None, :], other=0.0)
+    return scores + bias.to(tl.float32) * LOG2E
+
+
+@triton.jit
 def finite_or_zero(x):
     """-inf becomes 0: the statistics of rows that are masked throughout."""
     return tl.where(x == float("-inf"), 0.0, x)
