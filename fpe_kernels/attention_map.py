@@ -34,8 +34,8 @@ class AttentionMap:
             it is known, as from a recorded map. It must belong to this query, key, scale and bias.
 
     Raises:
-        TypeError, ValueError: for ranks, shapes, dtypes and devices that do not fit, and for a named backend that cannot
-            serve these tensors, with the reason.
+        TypeError, ValueError: for ranks, shapes, dtypes and devices that do not fit, and for a named backend that
+            cannot serve these tensors, with the reason.
 
     >>> A = AttentionMap(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8))
     >>> (A @ torch.ones(1, 2, 7, 3)).allclose(torch.ones(1, 2, 5, 3))
@@ -95,7 +95,7 @@ class AttentionMap:
     @overload
     def __matmul__(self, value: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]: ...
     def __matmul__(self, value: Any) -> Any:
-        """``A @ value``: [B, H, M, E] -> [B, H, N, E]. A tuple of values gives a tuple, from one pass over the scores."""
+        """``A @ value``: [B, H, M, E] -> [B, H, N, E]. A tuple gives a tuple, from one pass over the scores."""
         if isinstance(value, (tuple, list)):
             if not value:
                 raise ValueError("A @ () has no value to multiply with; pass at least one [B, H, M, E].")
@@ -182,8 +182,8 @@ class AttentionMap:
         needed = self.shape.numel() * self.query.element_size()
         if needed > max_bytes:
             raise ValueError(
-                f"a dense map {tuple(self.shape)} takes {needed:,} bytes, more than max_bytes={max_bytes:,}. Use products, "
-                "A.rows, A.columns or A.pooled, or pass a larger max_bytes."
+                f"a dense map {tuple(self.shape)} takes {needed:,} bytes, more than max_bytes={max_bytes:,}. Use "
+                "products, A.rows, A.columns or A.pooled, or pass a larger max_bytes."
             )
         return self._entries(self.query, self.key, self.bias, self.logsumexp)
 

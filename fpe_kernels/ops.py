@@ -190,9 +190,8 @@ def _gather_delta(products: Tensor, map_index: Sequence[int], maps: int) -> Tens
     One sum after the other, because ``index_add_`` on CUDA adds in no fixed order.
     """
     groups = rows_by_map(tuple(int(index) for index in map_index), int(maps))
-    return torch.stack(
-        [sum(products[row] for row in rows) if rows else torch.zeros_like(products[0]) for rows in groups]
-    )
+    zero = torch.zeros_like(products[0])
+    return torch.stack([sum((products[row] for row in rows), zero) for rows in groups])
 
 
 def _row_sums(left: Tensor, right: Tensor) -> Tensor:

@@ -95,8 +95,8 @@ def check_bias(bias: object, query: Tensor, key: Tensor) -> Tensor | None:
         raise TypeError(f"bias must be a torch.Tensor or None, got {type(bias).__name__}.")
     if bias.dtype not in FLOAT_DTYPES:
         raise TypeError(
-            f"bias is additive and must be floating point, got {bias.dtype}. Convert a boolean mask (True = attend) with "
-            "torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, float('-inf'))."
+            f"bias is additive and must be floating point, got {bias.dtype}. Convert a boolean mask (True = attend) "
+            "with torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, float('-inf'))."
         )
     check_same_place("bias", bias, query)
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
@@ -128,8 +128,8 @@ def check_map_index(map_index: object, maps: int) -> tuple[int, ...]:
             raise TypeError(f"map_index must hold integers, got a tensor of {map_index.dtype}.")
         if map_index.device.type != "cpu":
             raise ValueError(
-                f"map_index decides what is launched, so it must be known on the host: got a tensor on {map_index.device}. "
-                "Pass a list of ints, e.g. [0, 0, 1]."
+                "map_index decides what is launched, so it must be known on the host: "
+                f"got a tensor on {map_index.device}. Pass a list of ints, e.g. [0, 0, 1]."
             )
         map_index = map_index.tolist()
     if not isinstance(map_index, Sequence) or isinstance(map_index, (str, bytes)):
@@ -137,9 +137,9 @@ def check_map_index(map_index: object, maps: int) -> tuple[int, ...]:
             f"map_index must be a sequence of ints, one for each batch row, got {type(map_index).__name__}."
         )
     for position, entry in enumerate(map_index):
-        if isinstance(entry, bool) or not isinstance(entry, Integral):
+        if isinstance(entry, bool) or not isinstance(entry, (int, Integral)):
             raise TypeError(f"map_index[{position}] must be an int, got {entry!r}.")
-        if not 0 <= entry < maps:
+        if not 0 <= int(entry) < maps:
             raise IndexError(
                 f"map_index[{position}] is {int(entry)}, but query and key hold {maps} map(s): "
                 f"expected 0 <= index < {maps}."

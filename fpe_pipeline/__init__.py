@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .edits import Edit, FreePromptEdit
+    from .pipeline import FreePromptPipeline, FreePromptPipelineOutput
     from .products import Product
     from .roles import BatchRoles
     from .session import EditingSession, editing
@@ -16,6 +17,8 @@ _HOME = {
     "Edit": "edits",
     "EditingSession": "session",
     "FreePromptEdit": "edits",
+    "FreePromptPipeline": "pipeline",
+    "FreePromptPipelineOutput": "pipeline",
     "Product": "products",
     "Site": "sites",
     "editing": "session",
@@ -26,6 +29,8 @@ __all__ = [
     "Edit",
     "EditingSession",
     "FreePromptEdit",
+    "FreePromptPipeline",
+    "FreePromptPipelineOutput",
     "Product",
     "Site",
     "editing",

@@ -185,7 +185,7 @@ def score_gradient(
 ) -> None:
     """Write the gradients of query and key."""
     dtype = _working_dtype(query.dtype)
-    total = None
+    total = key.new_empty(0, dtype=dtype)
     for block, gradient in _score_gradients(query, key, left, right, delta, bias, logsumexp, map_index, scale):
         if block.queries.start == 0:
             total = gradient.new_zeros((gradient.shape[0], *key.shape[2:]))
@@ -217,6 +217,8 @@ def bias_gradient(
     accumulated = torch.zeros_like(grad, dtype=_working_dtype(grad.dtype))
     for block, gradient in _score_gradients(query, key, left, right, delta, bias, logsumexp, map_index, scale):
         wanted = (slice(block.group, block.group + 1), block.heads, block.queries, slice(None))
-        part = accumulated[tuple(index if size > 1 else slice(None) for size, index in zip(bias.shape, wanted))]
+        part = accumulated[
+            tuple(index if size > 1 else slice(None) for size, index in zip(bias.shape, wanted, strict=True))
+        ]
         part += gradient.unsqueeze(0).sum_to_size(part.shape)
     grad.copy_(accumulated)

@@ -13,9 +13,10 @@ from torch import Tensor
 from . import configs
 from .configs import MAX_COLUMNS, Config
 from .launch import Launch, product_precision, strides
-from .packing import Chunk, chunks, columns_of, device_table, needs_wide_index, split_width, vector_width
+from .packing import Chunk, bias_varies, chunks, columns_of, device_table, needs_wide_index, split_width, vector_width
 from .primitives import (
     LOG2E,
+    add_bias,
     aligned,
     dot,
     finite_or_zero,
@@ -72,6 +73,7 @@ def adjoint_kernel(
     WEIGHT_VECTOR: tl.constexpr,
     OUT_VECTOR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    BIAS_VARIES: tl.constexpr,
     EVEN_QUERIES: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -130,7 +132,6 @@ def adjoint_kernel(
         accumulator_1 = tl.zeros([BLOCK_M, COLUMNS_1], dtype=tl.float32)
     if HAS_BIAS:
         bias_ptr += group * bias_stride_g + head * bias_stride_h + start_m * bias_stride_m
-        bias_ptrs = bias_ptr + rows[:, None] * bias_stride_m + columns[None, :] * bias_stride_n
 
     for start_n in range(0, queries, BLOCK_N):
         queries_end = queries - start_n
@@ -158,12 +159,18 @@ def adjoint_kernel(
             shift = tl.load(logsumexp_ptr + start_n + columns, mask=column_valid, other=float("inf"))
         scores = split_scores(k0, k1, q0, q1, HEAD_1 > 0, PRECISION) * scale
         if HAS_BIAS:
-            if EVEN_QUERIES and EVEN_KEYS:
-                bias = tl.load(bias_ptrs)
-            else:
-                bias = tl.load(bias_ptrs, mask=row_valid[:, None] & column_valid[None, :], other=0.0)
-            scores += bias.to(tl.float32) * LOG2E
-            bias_ptrs += BLOCK_N * bias_stride_n
+            scores = add_bias(
+                scores,
+                bias_ptr + tl.cast(start_n, tl.int64) * bias_stride_n,
+                rows,
+                columns,
+                bias_stride_m,
+                bias_stride_n,
+                rows_end,
+                queries_end,
+                BIAS_VARIES,
+                EVEN_QUERIES and EVEN_KEYS,
+            )
             shift = finite_or_zero(shift)
         probabilities = tl.exp2(scores - shift[None, :] * LOG2E)
         w_ptr = weight_ptr + tl.cast(start_n, tl.int64) * weight_stride_n
@@ -258,6 +265,7 @@ def prepare(
             "WEIGHT_VECTOR": vector_width(weight),
             "OUT_VECTOR": vector_width(out),
             "HAS_BIAS": bias is not None,
+            "BIAS_VARIES": bias_varies(full_bias.transpose(2, 3)),
             "EVEN_QUERIES": queries % config.block_n == 0,
             "EVEN_KEYS": keys % config.block_m == 0,
             "WIDE": needs_wide_index(

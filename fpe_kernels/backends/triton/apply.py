@@ -17,10 +17,11 @@ from torch import Tensor
 from . import configs
 from .configs import MAX_COLUMNS, Config
 from .launch import Launch, product_precision, strides
-from .packing import Chunk, chunks, columns_of, device_table, needs_wide_index, split_width, vector_width
+from .packing import Chunk, bias_varies, chunks, columns_of, device_table, needs_wide_index, split_width, vector_width
 from .primitives import (
     LN2,
     LOG2E,
+    add_bias,
     aligned,
     dot,
     finite_or_zero,
@@ -79,6 +80,7 @@ def apply_kernel(
     OUT_VECTOR: tl.constexpr,
     KNOWN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    BIAS_VARIES: tl.constexpr,
     PRESCALE: tl.constexpr,
     EVEN_QUERIES: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
@@ -141,7 +143,6 @@ def apply_kernel(
         accumulator_1 = tl.zeros([BLOCK_M, COLUMNS_1], dtype=tl.float32)
     if HAS_BIAS:
         bias_ptr += group * bias_stride_g + head64 * bias_stride_h + start_m * bias_stride_n
-        bias_ptrs = bias_ptr + rows[:, None] * bias_stride_n + columns[None, :] * bias_stride_m
 
     if KNOWN:
         shift = finite_or_zero(tl.load(logsumexp_ptr + start_m + rows, mask=row_valid, other=0.0)) * LOG2E
@@ -166,12 +167,18 @@ def apply_kernel(
         if PRESCALE:
             scores *= scale
         if HAS_BIAS:
-            if EVEN_QUERIES and EVEN_KEYS:
-                bias = tl.load(bias_ptrs)
-            else:
-                bias = tl.load(bias_ptrs, mask=row_valid[:, None] & (columns < keys_end)[None, :], other=0.0)
-            scores += bias.to(tl.float32) * LOG2E
-            bias_ptrs += BLOCK_N * bias_stride_m
+            scores = add_bias(
+                scores,
+                bias_ptr + tl.cast(start_n, tl.int64) * bias_stride_m,
+                rows,
+                columns,
+                bias_stride_n,
+                bias_stride_m,
+                rows_end,
+                keys_end,
+                BIAS_VARIES,
+                EVEN_QUERIES and EVEN_KEYS,
+            )
         if not EVEN_KEYS:
             scores = tl.where((columns < keys_end)[None, :], scores, float("-inf"))
         if KNOWN:
@@ -290,6 +297,7 @@ def prepare(
             "OUT_VECTOR": vector_width(out),
             "KNOWN": known,
             "HAS_BIAS": bias is not None,
+            "BIAS_VARIES": bias_varies(full_bias),
             "PRESCALE": bias is not None or scale <= 0.0,
             "EVEN_QUERIES": queries % config.block_m == 0,
             "EVEN_KEYS": keys % config.block_n == 0,

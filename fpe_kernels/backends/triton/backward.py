@@ -2,9 +2,9 @@
 
     dS_g = A_g ∘ (Σ_b X_b Y_bᵀ − δ_g),   dQ_g = scale · dS_g K_g,   dK_g = scale · dS_gᵀ Q_g
 
-One kernel computes either: a program owns a tile of one token axis and streams the other. For dQ it owns queries and the
-statistics belong to its rows; for dK it owns keys and they belong to the streamed columns. X and Y of the batch rows that
-share a map stand side by side, so one product is the sum over them. Every output is written by one program.
+One kernel computes either: a program owns a tile of one token axis and streams the other. For dQ it owns queries and
+the statistics belong to its rows; for dK it owns keys and they belong to the streamed columns. X and Y of batch rows
+that share a map stand side by side, so one product is the sum over them. Every output is written by one program.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from ..grouping import unreferenced
 from . import configs
 from .configs import MAX_GRADIENT_COLUMNS, Config
 from .launch import Launch, product_precision, strides
-from .packing import Chunk, chunks, columns_of, device_table, needs_wide_index, split_width, vector_width
+from .packing import Chunk, bias_varies, chunks, columns_of, device_table, needs_wide_index, split_width, vector_width
 from .primitives import (
     LOG2E,
+    add_bias,
     aligned,
     dot,
     finite_or_zero,
@@ -85,6 +86,7 @@ def gradient_kernel(
     OWN_STATISTICS: tl.constexpr,
     FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    BIAS_VARIES: tl.constexpr,
     EVEN_OWNS: tl.constexpr,
     EVEN_OTHERS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -185,7 +187,6 @@ def gradient_kernel(
         )
     if HAS_BIAS:
         bias_ptr += group * bias_stride_g + head * bias_stride_h + start_m * bias_stride_t
-        bias_ptrs = bias_ptr + rows[:, None] * bias_stride_t + columns[None, :] * bias_stride_s
     if OWN_STATISTICS:
         shift = finite_or_zero(tl.load(logsumexp_ptr + start_m + rows, mask=row_valid, other=0.0))[:, None] * LOG2E
         if FIRST:
@@ -210,12 +211,18 @@ def gradient_kernel(
             )
         scores = split_scores(a0, a1, b0, b1, HEAD_1 > 0, PRECISION) * (scale * LOG2E)
         if HAS_BIAS:
-            if EVEN_OWNS and EVEN_OTHERS:
-                bias = tl.load(bias_ptrs)
-            else:
-                bias = tl.load(bias_ptrs, mask=row_valid[:, None] & column_valid[None, :], other=0.0)
-            scores += bias.to(tl.float32) * LOG2E
-            bias_ptrs += BLOCK_N * bias_stride_s
+            scores = add_bias(
+                scores,
+                bias_ptr + tl.cast(start_n, tl.int64) * bias_stride_s,
+                rows,
+                columns,
+                bias_stride_t,
+                bias_stride_s,
+                rows_end,
+                columns_end,
+                BIAS_VARIES,
+                EVEN_OWNS and EVEN_OTHERS,
+            )
         if not OWN_STATISTICS:
             # exp(S − inf) = 0: streamed tokens past the end give nothing.
             known = tl.load(logsumexp_ptr + start_n + columns, mask=column_valid, other=float("inf"))
@@ -332,6 +339,7 @@ def prepare(
             "OWN_STATISTICS": own_statistics,
             "FIRST": chunk.first,
             "HAS_BIAS": bias is not None,
+            "BIAS_VARIES": bias_varies(full_bias),
             "EVEN_OWNS": owns % config.block_m == 0,
             "EVEN_OTHERS": others % config.block_n == 0,
             "WIDE": needs_wide_index(

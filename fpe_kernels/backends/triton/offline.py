@@ -98,12 +98,16 @@ def _cuda_resources(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report).groups()
-    local = re.search(r"LOCAL:(\d+)", report)
-    return int(registers), int(stack) + (int(local.group(1)) if local else 0)
+    return _figure(r"REG:(\d+)", report), _figure(r"STACK:(\d+)", report) + _figure(r"LOCAL:(\d+)", report)
 
 
 def _amd_resources(assembly: str) -> tuple[int, int]:
-    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly).group(1))
-    spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly).group(1))
-    return registers, 4 * spills
+    # A spilled register is four bytes of scratch.
+    return _figure(r"\.vgpr_count:\s+(\d+)", assembly), 4 * _figure(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+
+
+def _figure(pattern: str, report: str) -> int:
+    found = re.search(pattern, report)
+    if found is None:
+        raise RuntimeError(f"the compiler's report has no {pattern!r}:\n{report[:2000]}")
+    return int(found.group(1))

@@ -88,7 +88,7 @@ def device_table(table: tuple[tuple[int, ...], ...], device: torch.device) -> Te
 
 
 def vector_width(tensor: Tensor) -> int:
-    """How many neighbours of the last axis of [B, H, L, E] move in one access, wherever a row starts: 16 bytes at most."""
+    """How many neighbours of the last axis of [B, H, L, E] move in one access of at most 16 bytes."""
     if tensor.stride(3) != 1:
         return 1
     limit = 16 // tensor.element_size()
@@ -96,6 +96,13 @@ def vector_width(tensor: Tensor) -> int:
     while width > 1 and tensor.data_ptr() % (width * tensor.element_size()):
         width //= 2
     return width
+
+
+def bias_varies(bias: Tensor) -> str:
+    """Over which of its last two axes an expanded bias differs: "rows", "columns" or "both"."""
+    if bias.stride(2) == 0:
+        return "columns"
+    return "rows" if bias.stride(3) == 0 else "both"
 
 
 def needs_wide_index(*tiles: tuple[Tensor, int]) -> bool:

@@ -1,7 +1,7 @@
 """Jitted pieces that the kernels share: tiles of split width, packed columns, scores, online softmax.
 
-Tiles must be powers of two, sums of tiles need not: a width is held in two pieces, 160 = 128 + 32, and the second may be
-absent (width 0), which costs nothing.
+Tiles must be powers of two, sums of tiles need not: a width is held in two pieces, 160 = 128 + 32, and the second may
+be absent (width 0), which costs nothing.
 """
 
 from __future__ import annotations
@@ -93,6 +93,37 @@ def split_scores(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     if SPLIT:
         product = dot(a1, tl.trans(b1), product, PRECISION)
     return product
+
+
+@triton.jit
+def add_bias(
+    scores,
+    bias_ptr,
+    rows,
+    columns,
+    row_stride,
+    column_stride,
+    rows_end,
+    columns_end,
+    VARIES: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Base-2 scores plus a tile of bias in natural-log units; ``bias_ptr`` points at the tile.
+
+    VARIES says over which axes of the tile the bias differs, "rows", "columns" or "both": a padding mask is a vector.
+    Offsets are made anew for every tile: held pointers would take half of the registers.
+    """
+    if VARIES == "rows":
+        bias = tl.load(bias_ptr + rows * row_stride, mask=rows < rows_end, other=0.0)[:, None]
+    elif VARIES == "columns":
+        bias = tl.load(bias_ptr + columns * column_stride, mask=columns < columns_end, other=0.0)[None, :]
+    else:
+        ptrs = bias_ptr + rows[:, None] * row_stride + columns[None, :] * column_stride
+        if EVEN:
+            bias = tl.load(ptrs)
+        else:
+            bias = tl.load(ptrs, mask=(rows < rows_end)[:, None] & (columns < columns_end)[None, :], other=0.0)
+    return scores + bias.to(tl.float32) * LOG2E
 
 
 @triton.jit

@@ -1,0 +1,76 @@
+# Everything a person or a CI machine does with this repository.
+#
+# The environment lives in $(VENV) and is rebuilt only when setup.py or constraints.txt change in content
+# (not in date). An interrupted build leaves no stamp, so the next call carries on where it stopped.
+#
+#   make test PYTHON=python3.12
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu     (a small CPU-only torch)
+#   make test PIP_ARGS="--no-index --find-links wheels/"           (no network)
+
+PYTHON      ?= python3
+VENV        ?= .venv
+OUT_DIR     ?= out/demo
+TORCH_INDEX ?=
+PIP_ARGS    ?=
+PYTEST_ARGS ?=
+BENCH_ARGS  ?= all --quick
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+INDEX   := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+CONTENT := $(shell cat setup.py constraints.txt | cksum | cut -d ' ' -f 1)
+STAMP   := $(VENV)/.installed-$(CONTENT)
+
+# Tests are many small tensors: one thread a process beats threads that wait for one another. No test needs
+# the network, and saying so keeps a broken proxy from slowing them down.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format bench figures gpu clean
+
+help:  ## show this list
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP)  ## edit a picture with the model in the repository; pictures land in out/demo
+	@$(BIN)/fpe demo -o $(OUT_DIR)
+	@echo "The pictures are in $(OUT_DIR)/"
+
+test: $(STAMP)  ## the fast tests, Triton kernels through the interpreter (what CI runs)
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: $(STAMP)  ## every test that needs no GPU: fuzzing, offline compilation, long runs
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff check, ruff format --check, mypy
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m mypy
+
+format: $(STAMP)  ## let ruff rewrite what it can
+	@$(BIN)/python -m ruff check --fix .
+	@$(BIN)/python -m ruff format .
+
+bench: $(STAMP)  ## the benchmark suite, short (BENCH_ARGS="all" for the committed tables)
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+figures: $(STAMP)  ## redraw the figures and rewrite README's tables from the committed rows
+	@$(BIN)/python -m benchmarks.plot --update README.md benchmarks/README.md
+
+# On a GPU machine torch is usually there already and the right build of it is that machine's business,
+# so this target uses $(PYTHON) as it is and installs nothing.
+gpu:  ## on a CUDA machine: checks, tuning, timings in under 9 minutes; results land in gpu-results/
+	@$(PYTHON) -m benchmarks.gpu_session
+
+clean:  ## remove the environment, caches and outputs
+	rm -rf $(VENV) build dist out gpu-results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# No prerequisites: the stamp's name holds the checksum of the files that it depends on.
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fpe-kernels needs Python 3.10 or newer, but $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
+	@echo "Making the environment $(VENV) (once; a few minutes where torch has to be downloaded)"
+	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || \
+	  { echo "Could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@$(PIP) install -qq --upgrade pip setuptools wheel $(PIP_ARGS) || echo "pip stays at the version that came with Python"
+	@$(PIP) install -qq -c constraints.txt $(INDEX) $(PIP_ARGS) -e '.[dev]'
+	@rm -f $(VENV)/.installed-* && touch $@

@@ -1,0 +1,179 @@
+"""Whole UNet steps and whole edits: what an edit costs where people run it.
+
+The bar is the unedited step. An edit that computes fewer maps and fewer projections than the unedited step
+has no reason to take longer, or to hold more memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .editors import EDITORS
+from .measure import interleaved
+from .memory import peak_bytes
+from .rows import Row
+from .run import Bench, first_line, free_bytes
+from .unets import CONFIGS, UNetCase, build, twin, unet_inputs
+
+log = logging.getLogger("benchmarks")
+
+# Roundings of a residual stream that some tens of layers add to, in units of the last place.
+ROUNDINGS = 8
+
+
+def edit_plan(device: str, *, quick: bool = False) -> list[UNetCase]:
+    """The cases for a device, the most telling first."""
+    if device.startswith("cuda"):
+        steps = [UNetCase("sd15", 512), UNetCase("sdxl", 1024)]
+        if quick:
+            return steps
+        steps += [UNetCase("sd15", 512, selection="all"), UNetCase("sd15", 512, targets=4)]
+        steps += [UNetCase("sd15", pixels) for pixels in (768, 1024, 1536, 2048)]
+        steps += [UNetCase("sdxl", pixels) for pixels in (1536, 2048)]
+        return [*steps, UNetCase("sd21", 768), UNetCase("sd15", 512, steps=50), UNetCase("sdxl", 1024, steps=50)]
+    if quick:
+        return [UNetCase("tiny", 512, selection="all")]
+    return [
+        UNetCase("narrow", 512),
+        UNetCase("narrow", 512, selection="all"),
+        UNetCase("narrow", 512, targets=4),
+        *(UNetCase("tiny", pixels, selection="all") for pixels in (256, 512, 768)),
+        UNetCase("tiny", 256, selection="all", steps=50),
+    ]
+
+
+def run_edits(
+    bench: Bench,
+    cases: Sequence[UNetCase],
+    names: Iterable[str] = tuple(EDITORS),
+    report: Callable[[list[Row]], None] = lambda rows: None,
+    time_left: Callable[[], float] = lambda: float("inf"),
+) -> list[Row]:
+    """All rows of some cases; stops where no time is left, and says at which case."""
+    rows: list[Row] = []
+    names = list(names)
+    for number, case in enumerate(cases):
+        if time_left() <= 0:
+            log.warning("no time left: %d of %d edits measured", number, len(cases))
+            break
+        measured = run_edit(bench, case, names)
+        report(measured)
+        rows += measured
+    return rows
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A call without arguments: one UNet step, or a whole guided DDIM run."""
+
+    unet: Any
+    case: UNetCase
+    set_step: Callable[[int], None]
+    device: str
+    dtype: torch.dtype
+
+    def __call__(self) -> Tensor:
+        arguments, keywords = unet_inputs(self.case, self.unet, self.device, self.dtype)
+        if self.case.steps == 1:
+            self.set_step(0)
+            return self.unet(*arguments, **keywords, return_dict=False)[0]
+        return self._sample(arguments[0], keywords)
+
+    def _sample(self, latents: Tensor, keywords: dict[str, Any], guidance: float = 7.5) -> Tensor:
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        kept = (1 - betas).cumprod(0).tolist()
+        stride = 1000 // self.case.steps
+        half = latents[: self.case.rows // 2]
+        for step in range(self.case.steps):
+            time = 1000 - stride * (step + 1)
+            self.set_step(step)
+            timestep = torch.tensor(time, device=self.device)
+            noise = self.unet(torch.cat([half, half]), timestep, **keywords, return_dict=False)[0]
+            empty, prompted = noise.chunk(2)
+            noise = empty + guidance * (prompted - empty)
+            now, then = kept[time], kept[max(time - stride, 0)]
+            clean = (half - (1 - now) ** 0.5 * noise) / now**0.5
+            half = then**0.5 * clean + (1 - then) ** 0.5 * noise
+        return half
+
+
+def run_edit(bench: Bench, case: UNetCase, names: Iterable[str] = tuple(EDITORS)) -> list[Row]:
+    """Rows of one case, its editors timed in the same rounds by the wall clock."""
+    shared = {"suite": "edits", "case": case.name}
+    unet = build(case.model, bench.device, bench.dtype)
+    judge = _judge(bench, case, unet)
+    rows: list[Row] = []
+    ready: dict[str, tuple[Sampler, dict[str, Any]]] = {}
+    with ExitStack() as stack, torch.no_grad():
+        for name in names:
+            about = {**shared, "provider": name}
+            needed = _dense_need(case, bench.dtype.itemsize) if name == "dense-original" else 0
+            if needed > free_bytes(bench.device):
+                reason = f"needs about {needed / 2**30:.0f} GiB, more than is free"
+                rows.append(bench.row(**about, status="missing", reason=reason))
+                continue
+            try:
+                module = twin(unet)
+                set_step = stack.enter_context(EDITORS[name](module, case))
+                call = Sampler(module, case, set_step, bench.device, bench.dtype)
+                error, budget = judge(name, call())
+            except Exception as problem:
+                log.debug("%s failed in %s", name, case.name, exc_info=True)
+                rows.append(bench.row(**about, status="failed", reason=first_line(problem)))
+                continue
+            if not error <= budget:
+                reason = f"relative error {error:.2e} exceeds its budget of {budget:.2e}"
+                rows.append(bench.row(**about, status="wrong", reason=reason, error=error, budget=budget))
+                continue
+            peak = peak_bytes(call, bench.device) / 1e6
+            ready[name] = call, {**about, "error": error, "budget": budget, "peak_mb": peak}
+        samples = interleaved({n: c for n, (c, _) in ready.items()}, bench.device, bench.effort, wall=True)
+    rows += [bench.row(**about, status="ok", samples_ms=samples[name]) for name, (_, about) in ready.items()]
+    return rows
+
+
+def _judge(bench: Bench, case: UNetCase, unet: Any) -> Callable[[str, Tensor], tuple[float, float]]:
+    """Holds an editor's output against the same step at higher precision, computed by fused attention.
+
+    The budget is twice the error of gathered SDPA at the working precision, and some roundings. A whole edit
+    is judged by its first step: an error grows over fifty steps of a random network without meaning anything.
+    """
+    one = UNetCase(case.model, case.pixels, case.targets, case.selection)
+    precise = torch.float64 if bench.dtype == torch.float32 else torch.float32
+    wide = torch.nn.Module.to(build(case.model, bench.device, bench.dtype), precise)
+    truth: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for kind, editor in (("unedited", "unedited"), ("edited", "sdpa-gathered")):
+            with EDITORS[editor](wide, one) as set_step:
+                truth[kind] = Sampler(wide, one, set_step, bench.device, precise)().cpu()
+        yardstick = twin(unet)
+        with EDITORS["sdpa-gathered"](yardstick, one) as set_step:
+            allowed = _error(Sampler(yardstick, one, set_step, bench.device, bench.dtype)(), truth["edited"])
+    budget = 2 * allowed + ROUNDINGS * torch.finfo(bench.dtype).eps
+
+    def judge(name: str, output: Tensor) -> tuple[float, float]:
+        if case.steps > 1:
+            return (0.0 if bool(output.isfinite().all()) else float("inf")), budget
+        return _error(output, truth["unedited" if name == "unedited" else "edited"]), budget
+
+    return judge
+
+
+def _error(output: Tensor, expected: Tensor) -> float:
+    return float((output.cpu().double() - expected.double()).abs().max() / expected.abs().max())
+
+
+def _dense_need(case: UNetCase, itemsize: int) -> int:
+    """Bytes of the largest layer's scores, their softmax and one copy."""
+    config = CONFIGS[case.model]
+    heads = config["attention_head_dim"]
+    level = 1 if case.model == "sdxl" else 0
+    finest = heads[level] if isinstance(heads, tuple) else heads
+    return 3 * case.rows * finest * (case.side >> level) ** 4 * itemsize

@@ -1,0 +1,71 @@
+"""`python -m benchmarks.plot`: figures and README tables, from the committed rows and nothing else.
+
+    python -m benchmarks.plot --update README.md benchmarks/README.md
+    python -m benchmarks.plot --check README.md benchmarks/README.md
+
+A README holds a table between two markers, and what stands between them is rewritten:
+
+    <!-- table: headline-cpu -->
+    <!-- end table -->
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .rows import ROOT, Row, read_all
+from .tables import TABLES
+
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "benchmarks" / "figures"
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
+
+
+def rewritten(text: str, rows: Sequence[Row]) -> str:
+    """The text with every table as the rows have it."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ValueError(f"no table {name!r}; there are {', '.join(TABLES)}")
+        return match[1] + TABLES[name](rows) + "\n" + match[3]
+
+    return BLOCK.sub(table, text)
+
+
+def stale(path: Path, rows: Sequence[Row]) -> list[str]:
+    """Names of the tables in a file that differ from what the rows say."""
+    text = path.read_text(encoding="utf-8")
+    pairs = zip(BLOCK.finditer(text), BLOCK.finditer(rewritten(text, rows)), strict=True)
+    return [old["name"] for old, new in pairs if old[0] != new[0]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of rows")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="folder to draw into")
+    parser.add_argument("--update", type=Path, nargs="+", default=[], help="files whose tables are rewritten")
+    parser.add_argument("--check", type=Path, nargs="+", default=[], help="only say which tables are stale")
+    options = parser.parse_args(argv)
+    rows = read_all(options.results)
+    if options.check:
+        old = {path: names for path in options.check if path.exists() and (names := stale(path, rows))}
+        for path, names in old.items():
+            print(f"{path}: {', '.join(names)} not as the rows have it; run `make figures`")
+        return 1 if old else 0
+    for path in options.update:
+        if path.exists():
+            path.write_text(rewritten(path.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    from .figures import draw_all
+
+    for path in draw_all(rows, options.figures):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""README tables, made of rows. Every function takes all rows and returns Markdown; `TABLES` names them.
+
+A table whose rows are not there says so: what has not been measured is not passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from .cases import MODELS, PIXELS, Case, headline_cases, kernel_cases
+from .growth import Growth, input_bytes
+from .providers import case_label
+from .report import number, our_row
+from .rows import Ratio, Row
+from .unets import WORDS, UNetCase
+
+MEMORY_LIMIT = 24 * 2**30
+DENSE, GATHERED, UNEDITED = "dense-original", "sdpa-gathered", "unedited"
+TITLES = {
+    "fpe": "ours",
+    "fpe-triton": "ours (Triton)",
+    "fpe-torch": "ours (PyTorch)",
+    UNEDITED: "unedited",
+    GATHERED: "SDPA, gathered",
+    DENSE: "dense original",
+}
+
+Cases = dict[str, dict[str, Row]]
+
+
+def grouped(rows: Iterable[Row], suite: str, gpu: bool) -> Cases:
+    """Case to provider to row, for one suite on one kind of device."""
+    cases: Cases = {}
+    for row in rows:
+        if row.suite == suite and row.on_gpu == gpu:
+            cases.setdefault(row.case, {})[row.provider] = row
+    return cases
+
+
+def markdown(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(heading) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [heading, rule, *lines])
+
+
+def beside(rows: Iterable[Row]) -> str:
+    """The machines of a table's rows, in a line each."""
+    return "\n".join(f"*{machine}*" for machine in sorted({row.machine for row in rows}))
+
+
+def not_yet(gpu: bool, what: str) -> str:
+    device, command = ("a GPU", "make gpu") if gpu else ("a CPU", "python -m benchmarks")
+    return f"*{what}: not measured on {device} yet (`{command}`).*"
+
+
+def slower(row: Row | None, ours: Row | None) -> str:
+    """How many times longer a row takes than ours."""
+    if row is None:
+        return "–"
+    if row.status != "ok":
+        return row.status
+    if ours is None or len(row.samples_ms) != len(ours.samples_ms) or not ours.samples_ms:
+        return "–"
+    ratio = Ratio.of(ours, row)
+    return f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
+
+
+def best_sdpa(providers: dict[str, Row]) -> Row | None:
+    fused = [row for name, row in providers.items() if name.startswith("sdpa") and row.median_ms is not None]
+    return min(fused, key=lambda row: row.median_ms or 0.0, default=None)
+
+
+def headline(rows: Sequence[Row], gpu: bool) -> str:
+    cases = grouped(rows, "kernels", gpu)
+    lines, used = [], []
+    for case in headline_cases():
+        providers = cases.get(case.name, {})
+        ours = our_row(providers.values())
+        if ours is None:
+            continue
+        used.append(ours)
+        others = [slower(providers.get(DENSE), ours), slower(best_sdpa(providers), ours)]
+        others.append(slower(providers.get(UNEDITED), ours))
+        lines.append([case_label(case), number(ours.median_ms, " ms"), *others, number(ours.percent_of_limit, " %")])
+    if not lines:
+        return not_yet(gpu, "Kernels")
+    heading = ["shared map, values of every row", "ours", "dense original ÷ ours", "best SDPA ÷ ours"]
+    return markdown([*heading, "unedited ÷ ours", "of the machine's limit"], lines) + "\n\n" + beside(used)
+
+
+def rivals(rows: Sequence[Row], gpu: bool) -> str:
+    """Everyone in the headline cases, with the reasons of those that are missing."""
+    cases = grouped(rows, "kernels", gpu)
+    named = [cases.get(case.name, {}) for case in headline_cases()]
+    ours = [our_row(providers.values()) for providers in named]
+    if None in ours:
+        return not_yet(gpu, "Rivals")
+    absent = cases.get("any", {})
+    lines = []
+    for name in dict.fromkeys([*absent, *(name for providers in named for name in providers)]):
+        found = [providers.get(name) for providers in named]
+        cells = []
+        for row, own in zip(found, ours, strict=True):
+            measured = row is not None and row.median_ms is not None
+            cells += [number(row.median_ms) if measured and row else "–", slower(row, own), _peak(row)]
+        reason = next((row.reason for row in [absent.get(name), *found] if row is not None and row.reason), "")
+        lines.append([f"`{name}`", *cells, reason.replace("|", "\\|")])
+    heading = ["provider"]
+    for case in headline_cases():
+        heading += [f"D = {case.head_dim}: ms", "÷ ours", "peak MB"]
+    return markdown([*heading, "why not"], lines) + "\n\n" + beside(row for row in ours if row)
+
+
+def _peak(row: Row | None) -> str:
+    return number(row.peak_mb) if row is not None else "–"
+
+
+def shapes(rows: Sequence[Row], gpu: bool) -> str:
+    """Every measured shape of every model: unedited and dense against ours, for a whole guided batch."""
+    cases = grouped(rows, "kernels", gpu)
+    lines, used = [], []
+    for case in kernel_cases(layouts=("guided",), targets=(1,)):
+        providers = cases.get(case.name, {})
+        ours = our_row(providers.values())
+        if ours is not None:
+            used.append(ours)
+            others = [slower(providers.get(name), ours) for name in (UNEDITED, DENSE)]
+            label = f"{case.model}, {case.pixels} px: {case.tokens} × {case.heads} × {case.head_dim}"
+            lines.append([label, number(ours.median_ms), *others, number(ours.percent_of_limit, " %")])
+    if not lines:
+        return not_yet(gpu, "Shapes")
+    heading = ["guided batch of a source and a target", "ours, ms", "unedited ÷ ours", "dense ÷ ours", "of limit"]
+    return markdown(heading, lines) + "\n\n" + beside(used)
+
+
+def grid(rows: Sequence[Row], gpu: bool) -> str:
+    """Lengths against head dimensions at batch 4, the best PyTorch has against ours."""
+    cases = grouped(rows, "kernels", gpu)
+    lines, used = [], []
+    for name, providers in cases.items():
+        ours = our_row(providers.values())
+        if name.startswith("grid-") and ours is not None:
+            case, fused = Case.parse(name), best_sdpa(providers)
+            used.append(ours)
+            best = f"{slower(fused, ours)} {fused.provider.removeprefix('sdpa-')}" if fused else "–"
+            size = f"{case.tokens} × {case.heads} × {case.head_dim}, {case.batch} rows on {case.maps}"
+            dense = slower(providers.get(DENSE), ours)
+            lines.append([size, number(ours.median_ms), best, dense, number(ours.percent_of_limit, " %")])
+    if not lines:
+        return not_yet(gpu, "Kernel grid")
+    heading = ["tokens × heads × head dim, rows on maps", "ours, ms", "best SDPA ÷ ours", "dense ÷ ours", "of limit"]
+    return markdown(heading, lines) + "\n\n" + beside(used)
+
+
+def edits(rows: Sequence[Row], gpu: bool) -> str:
+    """Whole UNet steps and edits: time and peak memory as multiples of the unedited."""
+    lines, used = [], []
+    for name, editors in grouped(rows, "edits", gpu).items():
+        base, case = editors.get(UNEDITED), UNetCase.parse(name)
+        if base is None or base.status != "ok":
+            continue
+        used.append(base)
+        cells = [number(base.median_ms, " ms"), number(base.peak_mb, " MB")]
+        for editor in ("fpe", GATHERED, DENSE):
+            row = editors.get(editor)
+            if row is None or row.status != "ok" or not row.peak_mb or not base.peak_mb:
+                cells.append(row.status if row else "–")
+            else:
+                cells.append(f"{Ratio.of(base, row).median:.2f} × time, {row.peak_mb / base.peak_mb:.2f} × memory")
+        what = "step" if case.steps == 1 else f"edit of {case.steps} steps"
+        layers = "all layers" if case.selection == "all" else "the method's layers"
+        targets = f"{case.targets} target{'s' * (case.targets > 1)}"
+        lines.append([f"{case.model} {what}, {case.pixels} px, {targets}, {layers}", *cells])
+    if not lines:
+        return not_yet(gpu, "Whole edits")
+    heading = ["random weights, guided batch", "unedited", "peak", *(TITLES[e] for e in ("fpe", GATHERED, DENSE))]
+    models = {UNetCase.parse(row.case).model for row in used}
+    words = "; ".join(f"{model}: {WORDS[model]}" for model in WORDS if model in models)
+    return markdown(heading, lines) + f"\n\n*{words}.*\n" + beside(used)
+
+
+def holdings(rows: Sequence[Row], gpu: bool) -> dict[str, list[tuple[Case, float]]]:
+    """Provider to (case, bytes held, inputs included), by length."""
+    found: dict[str, list[tuple[Case, float]]] = {}
+    for name, providers in grouped(rows, "memory", gpu).items():
+        case = Case.parse(name)
+        for provider, row in providers.items():
+            if row.peak_mb is not None:
+                itemsize = {"float64": 8, "float32": 4}.get(row.dtype, 2)
+                found.setdefault(provider, []).append((case, row.peak_mb * 1e6 + input_bytes(case, itemsize)))
+    return {provider: sorted(points, key=lambda p: p[0].tokens) for provider, points in found.items()}
+
+
+def law(points: Sequence[tuple[Case, float]]) -> Growth:
+    return Growth.fit([(case.tokens, held) for case, held in points])
+
+
+def memory(rows: Sequence[Row], gpu: bool) -> str:
+    held = {name: points for name, points in holdings(rows, gpu).items() if len(points) > 1}
+    ours = next((name for name in ("fpe-triton", "fpe-torch") if name in held), None)
+    if ours is None or DENSE not in held:
+        return not_yet(gpu, "Memory")
+    measured = {name: {case.tokens: size for case, size in points} for name, points in held.items()}
+    lines = []
+    for tokens in sorted(measured[ours]):
+        cells = []
+        for name in (ours, DENSE):
+            known = tokens in measured[name]
+            size = measured[name][tokens] if known else law(held[name]).bytes(tokens)
+            cells.append(number(size / 1e6, " MB") + ("" if known else " (computed)"))
+        lines.append([f"{tokens}", *cells])
+    longest = [f"{law(held[name]).longest(MEMORY_LIMIT):,} tokens" for name in (ours, DENSE)]
+    lines.append(["longest in 24 GiB (computed)", *longest])
+    case = held[ours][0][0]
+    heading = [f"tokens; {case.heads} heads of {case.head_dim}, a source and a target", TITLES[ours], TITLES[DENSE]]
+    used = [row for row in rows if row.suite == "memory" and row.on_gpu == gpu and row.provider == ours]
+    return markdown(heading, lines) + "\n\n" + beside(used)
+
+
+def models(rows: Sequence[Row], gpu: bool) -> str:
+    """All self-attention layers of a model added up, for one guided step on one source and one target."""
+    cases, lines, used = grouped(rows, "kernels", gpu), [], []
+    for model in MODELS:
+        for pixels in PIXELS[model]:
+            levels = kernel_cases(models=(model,), layouts=("guided",), targets=(1,))
+            levels = [case for case in levels if case.pixels == pixels]
+            total: dict[str, float] = {}
+            for case in levels:
+                providers = cases.get(case.name, {})
+                ours = our_row(providers.values())
+                for name, row in (("ours", ours), (UNEDITED, providers.get(UNEDITED)), (DENSE, providers.get(DENSE))):
+                    time = row.median_ms if row is not None else None
+                    total[name] = total.get(name, 0.0) + case.layers * (float("nan") if time is None else time)
+                used += [ours] if ours else []
+            if total["ours"] == total["ours"]:
+                ratios = [total[name] / total["ours"] for name in (UNEDITED, DENSE)]
+                cells = ["–" if ratio != ratio else f"{ratio:.2f}" for ratio in ratios]
+                lines.append([f"{model}, {pixels} px", number(total["ours"]), *cells])
+    if not lines:
+        return not_yet(gpu, "Models")
+    heading = ["all self-attention layers of a guided step", "ours, ms", "unedited ÷ ours", "dense ÷ ours"]
+    return markdown(heading, lines) + "\n\n" + beside(used)
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    f"{table.__name__}-{device}": partial(table, gpu=device == "gpu")
+    for table in (headline, rivals, shapes, grid, edits, memory, models)
+    for device in ("cpu", "gpu")
+}

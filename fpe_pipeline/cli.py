@@ -1,0 +1,312 @@
+"""The `fpe` command: a demo, edits of generated images, and what this installation can do.
+
+Paths of results go to standard output, one a line; progress and errors go to standard error.
+Exit codes: 0 done, 1 failed while running, 2 the request cannot be served as it stands, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .loading import DTYPES, InputError
+from .runs import Settings
+
+__all__ = ["main"]
+
+DEFAULTS = Settings(source="", targets=())
+# Commands whose module, in this package, has add_arguments(parser) and run(options).
+OTHER_COMMANDS = {"evaluate": ("quality", "score edits of held-out prompts against ground truth")}
+
+EDIT_DESCRIPTION = """\
+Make an image of a source prompt and edit it into one or more targets by changing the text only. All images start
+from the same noise; while they are denoised, the targets take the self-attention maps of the source, which keeps its
+layout."""
+
+EDIT_EPILOG = """\
+examples:
+  fpe edit --source "a photo of a red car on the beach" --target "a photo of a blue car on the beach"
+  fpe edit --source "a photo of a cat" --target "a photo of a dog" --target "a photo of a fox" \\
+           --model ./stable-diffusion-v1-5 --size 512x512 --guidance 7.5 --seed 3 -o out/pets
+  fpe edit --from out/pets/run.json -o out/again          # the same images, bit for bit
+  fpe edit --from out/pets/run.json --self-replace 0.4 -o out/looser
+
+The folder receives comparison.png (source, target without control, target with the edit), the images one by one, and
+run.json, which holds every setting, version and timing of the run."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that start with the name of the program, whatever the subcommand."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"fpe: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: arguments after the program's name; default: those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = _parser(arguments).parse_args(arguments)
+    except SystemExit as leave:  # argparse has already written its help or its error
+        return leave.code if isinstance(leave.code, int) else 2
+    try:
+        return options.run(options) or 0
+    except KeyboardInterrupt:
+        print("fpe: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of standard output has gone; Python would report it once more at exit
+        return 1
+    except Exception as error:
+        if getattr(options, "traceback", False):
+            traceback.print_exc()
+        print(f"fpe: error: {_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+
+
+def _parser(arguments: Sequence[str]) -> Parser:
+    parser = Parser(
+        prog="fpe",
+        description="Edit images by editing their prompt, with the attention maps of the source held fixed.",
+        epilog="Exit codes: 0 done, 1 failed while running, 2 bad request, 130 interrupted.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo",
+        help="make a few edits with the embedded model",
+        description="Make a few edits with the embedded model: no download, no GPU, a minute or two on two CPU cores.",
+    )
+    demo.add_argument(
+        "-o", "--output", type=Path, default=Path("out/demo"), metavar="DIR", help="folder (default: out/demo)"
+    )
+    demo.add_argument("--steps", type=int, default=30, metavar="N", help="denoising steps of each edit (default: 30)")
+    _add_common(demo)
+    demo.set_defaults(run=_demo)
+
+    edit = commands.add_parser(
+        "edit",
+        help="make an image of a prompt and edit it into others",
+        description=EDIT_DESCRIPTION,
+        epilog=EDIT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_edit(edit)
+    edit.set_defaults(run=_edit)
+
+    info = commands.add_parser("info", help="show versions, devices and attention backends")
+    info.set_defaults(run=_info)
+
+    for name, (module, summary) in OTHER_COMMANDS.items():
+        if importlib.util.find_spec(f"{__package__}.{module}") is None:
+            continue
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name in arguments[:1]:  # its imports are heavy, and only its own run and help need them
+            implementation = importlib.import_module(f"{__package__}.{module}")
+            implementation.add_arguments(command)
+            command.set_defaults(run=implementation.run)
+    return parser
+
+
+def _add_edit(edit: argparse.ArgumentParser) -> None:
+    what = edit.add_argument_group("prompts")
+    what.add_argument("--source", metavar="TEXT", help="prompt of the source image")
+    what.add_argument(
+        "--target",
+        dest="targets",
+        action="append",
+        metavar="TEXT",
+        help="prompt to edit it into; repeat for more edits",
+    )
+    what.add_argument("--negative", metavar="TEXT", help="what all images should not show (default: nothing)")
+    what.add_argument(
+        "--from",
+        dest="record",
+        type=Path,
+        metavar="RUN.JSON",
+        help="repeat an earlier run; options given beside it replace its settings",
+    )
+
+    how = edit.add_argument_group("edit")
+    how.add_argument(
+        "--self-replace",
+        type=_window,
+        metavar="END | START,END",
+        help="steps whose self-attention maps come from the source, as fractions of all steps from 0 to 1: "
+        "0.8 is the first 80 %%; lower values follow the target prompt more (default: 0.8)",
+    )
+    how.add_argument(
+        "--levels",
+        type=_integers,
+        metavar="N,N",
+        help="replace at these UNet levels; level n is downsampled n times from the latent (default: 1 and deeper)",
+    )
+    how.add_argument(
+        "--max-tokens", type=int, metavar="N", help="replace where height x width of the layer is at most N"
+    )
+    how.add_argument(
+        "--layers",
+        type=_layers,
+        metavar="PATH,PATH",
+        help="replace in these self-attention layers: module paths such as up_blocks.1, or numbers in execution order",
+    )
+    how.add_argument(
+        "--no-control", dest="control", action="store_false", help="do not make the targets without the edit"
+    )
+
+    sampling = edit.add_argument_group("sampling")
+    sampling.add_argument(
+        "--model",
+        metavar="PATH",
+        help="diffusers folder, .safetensors or .ckpt file, or hub name (default: the embedded model)",
+    )
+    sampling.add_argument("--seed", type=int, metavar="N", help=f"of the shared noise (default: {DEFAULTS.seed})")
+    sampling.add_argument("--steps", type=int, metavar="N", help=f"denoising steps (default: {DEFAULTS.steps})")
+    sampling.add_argument(
+        "--guidance",
+        type=float,
+        metavar="SCALE",
+        help=f"classifier-free guidance; 1 or less switches it off (default: {DEFAULTS.guidance})",
+    )
+    sampling.add_argument("--size", type=_size, metavar="WxH", help="width x height in pixels (default: the model's)")
+
+    edit.add_argument(
+        "-o", "--output", type=Path, default=Path("out"), metavar="DIR", help="folder for the results (default: out)"
+    )
+    _add_common(edit)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    machine = parser.add_argument_group("machine")
+    suppress = argparse.SUPPRESS
+    machine.add_argument(
+        "--device", default=suppress, help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)"
+    )
+    machine.add_argument(
+        "--dtype",
+        default=suppress,
+        choices=(*DTYPES, "auto"),
+        help="of weights and images while they are denoised (default: float16 on cuda, else float32)",
+    )
+    machine.add_argument(
+        "--backend", default=suppress, metavar="NAME", help="attention backend, see `fpe info` (default: auto)"
+    )
+    machine.add_argument("--quiet", action="store_true", default=False, help="no progress bars")
+    machine.add_argument(
+        "--traceback", action="store_true", default=False, help="show the Python traceback of an error"
+    )
+
+
+def _edit(options: argparse.Namespace) -> int:
+    from . import runs
+    from .staging import check_writable
+
+    given = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
+    if "targets" in given:
+        given["targets"] = tuple(given["targets"])
+    record: dict[str, Any] | None = None
+    if hasattr(options, "record"):
+        settings, record = runs.read_record(options.record)
+        settings = settings.changed(**given)
+    else:
+        missing = [f"--{name}" for name, key in (("source", "source"), ("target", "targets")) if key not in given]
+        if missing:
+            raise InputError(f"expected {' and '.join(missing)}, or --from with the run.json of an earlier run")
+        settings = Settings(**given)
+    settings.check()
+    check_writable(options.output)
+    same_model = record is not None and not {"model", "dtype", "device"} & given.keys()
+    run = runs.execute(
+        settings,
+        progress=not options.quiet,
+        expected_model=record["model"]["identity_sha256"] if record is not None and same_model else None,
+    )
+    _print_paths(runs.write(run, options.output))
+    if record is not None and not given:
+        _say(runs.differences(run, record) or "the images are those of the record, bit for bit")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from . import demo
+
+    given = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
+    _print_paths(demo.run(options.output, progress=not options.quiet, **given))
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    import torch
+
+    from fpe_kernels import backends
+
+    from .loading import EMBEDDED, find_model
+    from .runs import versions
+
+    for name, version in versions().items():
+        print(f"{name:<14}{version or 'not installed'}")
+    cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    print(f"{'devices':<14}{', '.join([f'cpu ({torch.get_num_threads()} threads)', *cuda])}")
+    print("backends")
+    for name, state in backends().items():
+        print(f"  {name:<12}{state}")
+    try:
+        print(f"{'model':<14}{find_model(EMBEDDED).location}")
+    except InputError as error:
+        print(f"{'model':<14}{error}")
+    return 0
+
+
+def _window(text: str) -> tuple[float, float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+        if len(values) not in (1, 2) or any(math.isnan(value) for value in values):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected one fraction such as 0.8 or two such as 0.1,0.8, received '{text}'"
+        ) from None
+    return (0.0, values[0]) if len(values) == 1 else (values[0], values[1])
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT in pixels such as 512x768, received '{text}'")
+    return int(parts[0]), int(parts[1])
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected whole numbers from 0 on such as 1,2, received '{text}'")
+    return tuple(int(part) for part in text.split(","))
+
+
+def _layers(text: str) -> tuple[str | int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    return tuple(int(part) if part.isdecimal() else part for part in parts if part)
+
+
+def _print_paths(paths: Sequence[Path]) -> None:
+    for path in paths:
+        print(path)
+    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    print(f"fpe: {text}", file=sys.stderr)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,61 @@
+"""Noise that all prompts of an edit share, at the start and in every step of a stochastic sampler."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["row_generators", "shared_latents"]
+
+
+def shared_latents(latents: torch.Tensor | None, prompts: int, images: int, channels: int) -> torch.Tensor | None:
+    """Reduce starting latents to one row an image, [images, C, h, w].
+
+    Args:
+        latents: [1, C, h, w], [images, C, h, w] or [prompts · images, C, h, w], prompt by prompt; or None.
+        prompts: source and targets.
+        images: images per prompt.
+        channels: C of the UNet.
+
+    Raises:
+        ValueError: another shape, or rows of one image that differ between prompts.
+    """
+    if latents is None:
+        return None
+    shapes = " or ".join(f"[{rows}, {channels}, h, w]" for rows in dict.fromkeys((1, images, prompts * images)))
+    if latents.ndim != 4 or latents.shape[1] != channels or latents.shape[0] not in (1, images, prompts * images):
+        raise ValueError(f"expected latents {shapes}, received {list(latents.shape)}")
+    if latents.shape[0] == 1:
+        return latents.expand(images, -1, -1, -1)
+    for row in range(images, latents.shape[0]):
+        if not torch.equal(latents[row], latents[row % images]):
+            raise ValueError(
+                f"an edit starts from shared noise, but row {row} of latents differs from the source's row "
+                f"{row % images}; pass latents {shapes.split(' or ')[0]}"
+            )
+    return latents[:images]
+
+
+def row_generators(
+    generator: torch.Generator | list[torch.Generator] | None, prompts: int, images: int
+) -> list[torch.Generator]:
+    """One generator a row, prompt by prompt, such that rows of the same image draw the same noise.
+
+    The last prompt's rows hold the caller's own generators, where there is one for each image: they advance as
+    they would in diffusers. Several images from one generator, or from none, get generators seeded from it.
+    """
+    if isinstance(generator, torch.Generator) and images == 1:
+        own = [generator]
+    elif isinstance(generator, list):
+        own = list(generator)
+    else:
+        device = generator.device if generator is not None else torch.device("cpu")
+        seeds = torch.randint(2**63 - 1, (images,), generator=generator, device=device).tolist()
+        own = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    copies = [_copy(each) for _ in range(prompts - 1) for each in own]
+    return copies + own
+
+
+def _copy(generator: torch.Generator) -> torch.Generator:
+    copy = torch.Generator(generator.device)
+    copy.set_state(generator.get_state())
+    return copy
