@@ -1,0 +1,53 @@
+"""What every test shares: where the Triton kernels run, the backends with their devices, and seeds."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+
+# Kernels are decorated for the interpreter or for the compiler once, when they are imported: this decides before that.
+# Tests that need the compiler start a process of their own.
+if not HAS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend and the device on which it is tested."""
+
+    name: str
+    device: str
+
+
+BACKENDS = {
+    "reference": Backend("reference", "cpu"),
+    "torch": Backend("torch", "cpu"),
+    "triton": Backend("triton", "cuda" if HAS_CUDA else "cpu"),
+}
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Every backend in turn; ``triton`` on CUDA where there is one, else through the interpreter."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return BACKENDS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip ``gpu`` tests where there is no CUDA device."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_CUDA:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
