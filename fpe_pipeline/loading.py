@@ -112,7 +112,8 @@ def load_pipeline(source: ModelSource, *, dtype: torch.dtype, device: str) -> Fr
             pipe = loader(source.location, torch_dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"model '{source.location}' could not be loaded: {reason[0]}") from error
+        hint = "; a checkpoint file needs its configuration from the hub once" if source.kind == "file" else ""
+        raise InputError(f"model '{source.location}' could not be loaded: {reason[0]}{hint}") from error
     return pipe.to(device)
 
 

@@ -185,7 +185,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
-            ({"self_replace_steps": float("nan")}, ValueError, "NaN"),
+            ({"self_replace_steps": float("nan")}, ValueError, "got nan"),
             ({"self_replace_steps": 1.5}, ValueError, r"\[0, 1\]"),
             ({"self_replace_steps": (0.5, 0.2)}, ValueError, "start <= stop"),
             ({"levels": 7}, ValueError, "match none"),
