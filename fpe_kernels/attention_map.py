@@ -57,7 +57,7 @@ class AttentionMap:
         self.scale = validation.check_scale(scale, query.shape[-1])
         self.backend = dispatch.check_name(backend)
         self._serving = dispatch.select(backend, query)
-        self._logsumexp = None if logsumexp is None else validation.check_logsumexp(logsumexp, query)
+        self._logsumexp = None if logsumexp is None else validation.check_logsumexp(logsumexp, query).detach()
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -103,19 +103,40 @@ class AttentionMap:
             return torch.split(self._product(torch.cat(parts, dim=-1)), [part.shape[-1] for part in parts], dim=-1)
         return self._product(validation.check_value(value, self.query, self.key, self.shape[0]))
 
+    def matmul(self, value: Any) -> Any:
+        """``A @ value`` as a call: ``torch.compile`` traces calls of methods, not ``@`` of classes that it does not know."""
+        return self.__matmul__(value)
+
     def _product(self, value: Tensor) -> Tensor:
         operands = (self.query, self.key, value, self.bias)
         rest = (list(range(self.shape[0])), self.scale, self._serving)
         if self._logsumexp is not None:
             return torch.ops.fpe_kernels.replay(*operands, self._logsumexp, *rest)
-        out, self._logsumexp = torch.ops.fpe_kernels.apply(*operands, *rest)
+        out, logsumexp = torch.ops.fpe_kernels.apply(*operands, *rest)
+        # The numbers are kept, not their graph: a later product must not run, or need, an earlier one's backward.
+        self._logsumexp = logsumexp.detach()
         return out
 
     @property
     def logsumexp(self) -> Tensor:
-        """[B, H, N], float32 (float64 beside float64): log Σ_m exp(scores), natural log; computed once and kept."""
+        """[B, H, N], float32 (float64 beside float64): log Σ_m exp(scores), natural log; computed once and kept.
+
+        Where a gradient of query, key or bias is recorded, each access computes it again, with a graph of its own.
+        """
+        parts = (self.query, self.key, self.bias)
+        if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts):
+            nothing = self.key.new_empty((*self.key.shape[:3], 0))
+            index = list(range(self.shape[0]))
+            return torch.ops.fpe_kernels.apply(
+                self.query, self.key, nothing, self.bias, index, self.scale, self._serving
+            )[1]
+        return self._statistics()
+
+    def _statistics(self) -> Tensor:
+        """The kept log-sum-exp: numbers without a graph, for products whose gradient is whole without one."""
         if self._logsumexp is None:
-            self._product(self.key.new_empty((*self.key.shape[:3], 0)))
+            with torch.no_grad():
+                self._product(self.key.new_empty((*self.key.shape[:3], 0)))
         assert self._logsumexp is not None
         return self._logsumexp
 
@@ -126,7 +147,7 @@ class AttentionMap:
 
     def column_sums(self) -> Tensor:
         """[B, H, M]: how much attention each key receives, summed over the query rows; equals ``A.T @ 1``."""
-        return (self.T @ self.query.new_ones((*self.query.shape[:3], 1))).squeeze(-1)
+        return self.T.matmul(self.query.new_ones((*self.query.shape[:3], 1))).squeeze(-1)
 
     # -- views of a few entries ---------------------------------------------------------------------------------------
 
@@ -169,7 +190,7 @@ class AttentionMap:
         pool_query = validation.check_pooling("query_grid", query_grid, self.shape[2], size)
         pool_key = validation.check_pooling("key_grid", key_grid, self.shape[3], size)
         dtype = ops.accumulator_dtype(self.dtype)
-        by_key = self @ _pooling_matrix(pool_key, size, self.query).expand(*self.shape[:2], -1, -1)
+        by_key = self.matmul(_pooling_matrix(pool_key, size, self.query).expand(*self.shape[:2], -1, -1))
         blocks = _pooling_matrix(pool_query, size, self.query).to(dtype)
         return (blocks.transpose(-1, -2) @ by_key.to(dtype)).to(self.dtype)
 
@@ -238,6 +259,10 @@ class TransposedAttentionMap:
     def __repr__(self) -> str:
         return f"{self.T!r}.T"
 
+    def matmul(self, weight: Tensor) -> Tensor:
+        """``A.T @ weight`` as a call, which ``torch.compile`` traces."""
+        return self.__matmul__(weight)
+
     def __matmul__(self, weight: Tensor) -> Tensor:
         """``A.T @ weight``: [B, H, N, E] -> [B, H, M, E]."""
         owner = self.T
@@ -247,7 +272,7 @@ class TransposedAttentionMap:
             owner.key,
             weight,
             owner.bias,
-            owner.logsumexp.detach(),
+            owner._statistics(),
             list(range(owner.shape[0])),
             owner.scale,
             owner._serving,

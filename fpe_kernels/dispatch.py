@@ -34,6 +34,8 @@ def _triton_missing() -> str | None:
     return None
 
 
+# A backend is imported to be asked, which torch.compile cannot trace; for given arguments the answer never changes.
+@torch.compiler.assume_constant_result
 def unsupported_reasons(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     """Why backend ``name`` cannot serve tensors like these; an empty list means that it can."""
     if name != "triton":

@@ -190,7 +190,7 @@ def _gather_delta(products: Tensor, map_index: Sequence[int], maps: int) -> Tens
     One sum after the other, because ``index_add_`` on CUDA adds in no fixed order.
     """
     groups = rows_by_map(tuple(int(index) for index in map_index), int(maps))
-    zero = torch.zeros_like(products[0])
+    zero = products.new_zeros(products.shape[1:])
     return torch.stack([sum((products[row] for row in rows), zero) for rows in groups])
 
 
@@ -212,6 +212,9 @@ def _map_gradients(
     """Gradients for query, key and bias, from dS = A ∘ (Σ left rightᵀ − delta); ``ctx`` says which are wanted."""
     rest = (logsumexp, ctx.map_index, ctx.scale)
     grad_query = grad_key = grad_bias = None
+    if left.shape[-1] == 0:
+        # Of the log-sum-exp alone: no column was asked for, and a kernel multiplies at least one.
+        left, right = (factor.new_zeros((*factor.shape[:-1], 1)) for factor in (left, right))
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         grad_query, grad_key = torch.ops.fpe_kernels.score_gradient(
             query, key, left, right, delta, bias, *rest, ctx.backend
@@ -262,6 +265,20 @@ def _adjoint_backward(ctx: Any, grad_out: Tensor) -> tuple:
     return (*grads[:2], grad_weight, grads[2], None, None, None, None)
 
 
+def _no_second_derivative(ctx: Any, *grads: Any) -> tuple:
+    raise NotImplementedError(
+        "attention maps have first derivatives only: create_graph=True cannot go through them. For second derivatives "
+        "of a small map, differentiate torch.softmax(scale * query @ key.transpose(-1, -2), -1) @ value instead."
+    )
+
+
+def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    raise NotImplementedError(
+        "torch.vmap cannot map over an attention map: the batch axis decides what is launched. Fold the mapped axis into "
+        "the batch, e.g. query.flatten(0, 1), and name the rows that share a map in map_index."
+    )
+
+
 for _name, _implementation, _fake in (
     ("apply", _apply, _apply_fake),
     ("replay", _replay, _replay_fake),
@@ -271,6 +288,9 @@ for _name, _implementation, _fake in (
 ):
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fpe_kernels::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"fpe_kernels::{_name}", _no_vmap, lib=_LIBRARY)
+for _name in ("score_gradient", "bias_gradient"):
+    torch.library.register_autograd(f"fpe_kernels::{_name}", _no_second_derivative, lib=_LIBRARY)
 torch.library.register_autograd("fpe_kernels::apply", _product_backward, setup_context=_product_context, lib=_LIBRARY)
 torch.library.register_autograd("fpe_kernels::replay", _product_backward, setup_context=_product_context, lib=_LIBRARY)
 torch.library.register_autograd("fpe_kernels::adjoint", _adjoint_backward, setup_context=_adjoint_context, lib=_LIBRARY)

@@ -166,7 +166,8 @@ def check_logsumexp(logsumexp: object, query: Tensor) -> Tensor:
 
 def check_token_index(index: object, tokens: int, device: torch.device) -> Tensor:
     """Return token positions as an int64 tensor on ``device``; negative ones count from the end."""
-    index = torch.as_tensor(index)
+    # An empty list has no dtype of its own, and would become float32.
+    index = torch.as_tensor(index, dtype=torch.int64 if isinstance(index, Sequence) and not index else None)
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool or index.ndim > 1:
         raise TypeError(f"index must be an int or a flat sequence of ints, got {index.dtype} of shape {_shape(index)}.")
     index = index.reshape(-1).to(device=device, dtype=torch.int64)
