@@ -17,8 +17,8 @@ from .loop import Fit, fit
 __all__ = ["build_autoencoder", "encode_all", "measure_autoencoder", "standardise", "to_tensor", "train_autoencoder"]
 
 _KL_WEIGHT = 3e-5
-# Most steps see crops: as much to learn from for each pixel, at a fraction of the time a step.
-_CROP, _WHOLE_FROM = 48, 0.75
+# Crops hold as much to learn from for each pixel, and a batch of them shows more scenes in the same time.
+_CROP = 48
 
 
 def build_autoencoder(size: int, channels: tuple[int, ...] = (16, 32, 64)) -> AutoencoderKL:
@@ -38,26 +38,21 @@ def build_autoencoder(size: int, channels: tuple[int, ...] = (16, 32, 64)) -> Au
 
 def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
     """uint8 ``[n, h, w, 3]`` to float32 ``[n, 3, h, w]`` in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_autoencoder(
     vae: AutoencoderKL, cache: SceneCache, settings: Fit, checkpoint: Path, *, seed: int = 0, **options: object
 ) -> bool:
-    """Train on crops first and on whole images at the end; returns whether it finished (see :func:`~.loop.fit`)."""
+    """Train on random crops; returns whether it finished (see :func:`~.loop.fit`)."""
     device = next(vae.parameters()).device
-    size = cache.images.shape[1]
-    whole_from = int(_WHOLE_FROM * settings.steps)
+    count, room = settings.batch, max(0, cache.images.shape[1] - _CROP)
 
     def loss(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        whole = step >= whole_from or size <= _CROP
-        count = max(1, settings.batch * _CROP**2 // size**2) if whole else settings.batch
-        picked = torch.randint(len(cache), (count,), generator=generator).numpy()
-        images = cache.images[np.sort(picked)]
-        if not whole:
-            x, y = torch.randint(size - _CROP + 1, (2, count), generator=generator).tolist()
-            images = np.stack([im[j : j + _CROP, i : i + _CROP] for im, i, j in zip(images, x, y, strict=True)])
-        pixels = to_tensor(images, device)
+        images = cache.images[torch.randint(len(cache), (count,), generator=generator).sort().values.numpy()]
+        x, y = torch.randint(room + 1, (2, count), generator=generator).tolist()
+        crops = [image[j : j + _CROP, i : i + _CROP] for image, i, j in zip(images, x, y, strict=True)]
+        pixels = to_tensor(np.stack(crops), device)
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(pixels).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +57,13 @@ class Judge(nn.Module):
         super().__init__()
         self.size = size
         self.enter = _Block(3, widths[0], 2)
-        self.down = nn.ModuleList(
-            nn.Sequential(_Block(a, b, 2), _Block(b, b)) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.down = nn.ModuleList(nn.Sequential(_Block(a, b, 2), _Block(b, b)) for a, b in pairwise(widths))
         self.up = nn.ModuleList(
             _Block(a + b, b) for a, b in zip(reversed(widths[1:]), reversed(widths[:-1]), strict=True)
         )
         self.mask = nn.Conv2d(widths[0], 1, 3, 1, 1)
-        self.classes = nn.ModuleList(nn.Linear(2 * widths[-1], n) for n in (len(OBJECTS), len(_COLOURS), len(BACKGROUNDS)))
+        counts = (len(OBJECTS), len(_COLOURS), len(BACKGROUNDS))
+        self.classes = nn.ModuleList(nn.Linear(2 * widths[-1], count) for count in counts)
 
     def forward(self, pixels: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Logits of pictures ``[n, 3, size, size]`` in [-1, 1]: three ``[n, classes]``, and ``[n, size, size]``."""
@@ -82,7 +82,8 @@ class Judge(nn.Module):
     @torch.no_grad()
     def look(self, images: Sequence[Image.Image] | np.ndarray, batch: int = 64) -> Verdict:
         """Judge pictures: PIL images, or uint8 ``[n, h, w, 3]``; masks come back in the first picture's size."""
-        pixels = np.stack([np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image) for image in images])
+        arrays = [np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image) for image in images]
+        pixels = np.stack(arrays)
         tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
         shape = tensor.shape[-2:]
         device = next(self.parameters()).device
