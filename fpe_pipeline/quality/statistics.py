@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .conditions import FREE_PROMPT, SHARED_NOISE
+from .conditions import SHARED_NOISE
 
 __all__ = ["FIGURES", "bootstrap_interval", "summarise"]
 
@@ -73,15 +73,3 @@ def _figure(row: Mapping[str, Any], figure: str) -> float:
 def _mean(values: np.ndarray, seed: int) -> dict[str, float]:
     low, high = bootstrap_interval(values, seed=seed)
     return {"mean": round(float(values.mean()), 4), "low": round(low, 4), "high": round(high, 4)}
-
-
-def headline(summary: Mapping[str, Any], kind: str = "colour") -> dict[str, float]:
-    """The figures that the README quotes of one kind of edit."""
-    edited = summary[kind][FREE_PROMPT]
-    return {
-        "iou": edited["iou"]["mean"],
-        "gain": edited["gain_over_shared_noise"]["mean"],
-        "gain_low": edited["gain_over_shared_noise"]["low"],
-        "edit_colour": edited["edit_colour"]["mean"],
-        "source_colour": edited["source_colour"]["mean"],
-    }
