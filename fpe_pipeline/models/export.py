@@ -50,6 +50,7 @@ def export(
         requires_safety_checker=False,
     )
     pipe.save_pretrained(folder, safe_serialization=True)
+    _declare_float32(folder / "text_encoder" / "config.json")
     save_judge(judge, folder / _JUDGE)
     (folder / MEASUREMENTS).write_text(json.dumps(measurements, indent=2) + "\n")
     write_card(folder)
@@ -66,6 +67,16 @@ def _half(module: torch.nn.Module) -> torch.nn.Module:
     copy = type(module).from_config(config) if hasattr(type(module), "from_config") else type(module)(config)
     copy.half().load_state_dict(state)
     return copy.eval()
+
+
+def _declare_float32(path: Path) -> None:
+    """Have transformers load the text encoder in float32 unless told otherwise, as diffusers loads its models.
+
+    Left to itself, transformers takes the stored precision, and the pipeline's parts would not fit together.
+    """
+    config = json.loads(path.read_text())
+    config["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def folder_bytes(folder: Path) -> int:

@@ -42,7 +42,7 @@ def measure_generation(
     float32 on a CPU.
     """
     dtype = torch.float16 if device.startswith("cuda") else torch.float32
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(folder).to(device, dtype)
     pipe.set_progress_bar_config(disable=True)
     every = triples()
     order = np.random.default_rng(seed).permutation(np.arange(count) % len(every))
