@@ -58,7 +58,7 @@ def select(name: object, query: Tensor) -> str:
     Triton interpreter, which exists for tests, nor ``reference``, which materialises maps.
     """
     name = check_name(name)
-    head_dim = query.shape[-1]
+    head_dim = int(query.shape[-1])  # a head dim is compiled in, also where torch.compile would keep it symbolic
     if name == "auto":
         if query.device.type != "cuda":
             return "torch"
