@@ -31,6 +31,7 @@ __all__ = [
     "load_pipeline",
     "pick_device",
     "pick_dtype",
+    "pipeline_class",
 ]
 
 EMBEDDED = "embedded"
@@ -104,16 +105,23 @@ def load_pipeline(source: ModelSource, *, dtype: torch.dtype, device: str) -> Fr
     Raises:
         InputError: the hub does not provide it, or the weights cannot be read.
     """
-    from .pipeline import FreePromptPipeline
-
-    loader = FreePromptPipeline.from_single_file if source.kind == "file" else FreePromptPipeline.from_pretrained
+    pipeline = pipeline_class()
+    loader = pipeline.from_single_file if source.kind == "file" else pipeline.from_pretrained
     try:
         with _quiet_libraries():
             pipe = loader(source.location, torch_dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"model '{source.location}' could not be loaded: {reason[0]}") from error
+        hint = "; a checkpoint file needs its configuration from the hub once" if source.kind == "file" else ""
+        raise InputError(f"model '{source.location}' could not be loaded: {reason[0]}{hint}") from error
     return pipe.to(device)
+
+
+def pipeline_class() -> type[FreePromptPipeline]:
+    """`FreePromptPipeline`, whose import takes seconds where diffusers is not loaded yet."""
+    with _quiet_libraries():
+        from .pipeline import FreePromptPipeline
+    return FreePromptPipeline
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ ACCENT = (9, 105, 218)
 RULE = (216, 222, 228)
 
 MARGIN, GAP = 24, 16  # px
-FONT_SIZE = 17  # px
+FONT_SIZE = 16  # px
 LEADING = 1.3  # line height over font size
 
 

@@ -388,5 +388,5 @@ def _check_size(height: int, width: int, factor: int) -> None:
 
 def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
-        if not isinstance(number, int) or number < 1:
+        if not hasattr(number, "__index__") or number < 1:
             raise ValueError(f"{name} must be a whole number from 1 on, received {number!r}")

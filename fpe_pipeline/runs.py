@@ -32,6 +32,7 @@ from .loading import (
     load_pipeline,
     pick_device,
     pick_dtype,
+    pipeline_class,
     scheduler_settings,
 )
 from .pictures import Comparison, side_by_side
@@ -192,7 +193,7 @@ def execute(settings: Settings, *, progress: bool = True, expected_model: str | 
 
     from fpe_kernels import backends
 
-    from . import pipeline  # noqa: F401  (seconds of imports, which are no part of loading the model)
+    pipeline_class()  # so that its imports do not count as loading the model
 
     location = settings.check()
     device = pick_device(settings.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -77,16 +76,14 @@ def _fraction(value: Any) -> float:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"expected a fraction of the run in [0, 1], got {value!r} of type {type(value).__name__}")
-    fraction = float(value)
-    if math.isnan(fraction):
-        raise ValueError("expected a fraction of the run in [0, 1], got NaN")
-    return fraction
+    return float(value)
 
 
 def locate_step(scheduler: Any, timestep: Any) -> Step:
     """Which step of ``scheduler``'s schedule a UNet call belongs to, read from the timestep it is given.
 
-    Counting calls would break on samplers that call the UNet several times a step, and on the second run.
+    Counting calls would break on samplers that call the UNet several times a step, and on the second run. A run that
+    starts part-way (image-to-image with a strength) keeps its place in the whole schedule: windows are about noise.
 
     Args:
         scheduler: a diffusers scheduler whose ``set_timesteps`` has run.

@@ -3,6 +3,7 @@
 import importlib.machinery
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -288,6 +289,23 @@ class TestFailures:
         monkeypatch.setattr(runs, "load_pipeline", fail)
         assert cli.main([*edit, "-o", str(tmp_path / "out")]) == code
         assert capsys.readouterr() == ("", message)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+    def test_ctrl_c(self, edit, tmp_path):
+        arguments = [argument for argument in edit if argument != "--quiet"]
+        command = [sys.executable, "-m", "fpe_pipeline", *arguments, "--steps", "900", "-o", str(tmp_path / "out")]
+        environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+            read = ""
+            while "/900" not in read and (character := process.stderr.read(1)):
+                read += character
+            process.send_signal(signal.SIGINT)
+            rest = process.stderr.read()
+        assert process.returncode == 130
+        assert rest.endswith("fpe: interrupted\n")
+        assert "Traceback" not in rest
         assert not (tmp_path / "out").exists()
 
     def test_traceback_on_request(self, edit, tmp_path, capsys, monkeypatch):

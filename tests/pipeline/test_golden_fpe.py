@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import CASES, load_case
+from golden_cases import CASES, load_case, load_pipeline
 
 from fpe_pipeline import FreePromptEdit, editing
 
@@ -117,6 +117,13 @@ def test_output_of_every_attention_layer(golden_run, backend):
 def test_decoded_image(golden_run, backend):
     case = load_case(LAYERS)
     assert distance(golden_run(case, backend).image, case.tensors["out.image"]) <= case.atol("image")
+
+
+def test_float64_agrees_with_the_original_in_float64():
+    case, pipe = load_case(LAYERS), load_pipeline(torch.float64)
+    with editing(pipe, FreePromptEdit(0.8, max_tokens=32**2)):
+        latents = case.call(pipe).images
+    assert distance(latents, case.tensors["f64.latents"]) <= 1e-9
 
 
 ONE_STEP = f"""

@@ -4,13 +4,14 @@ import diffusers
 import pytest
 import torch
 from diffusers import DPMSolverSDEScheduler
-from test_golden_fpe import distance
-from tiny_pipeline import BETAS, OTHER, SOURCE, TARGET, noise, tiny_pipeline
+from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
 from fpe_pipeline import FreePromptEdit
 from fpe_pipeline.edits import Edit
 
 FAST = {"num_inference_steps": 6, "output_type": "latent", "height": 24, "width": 32}
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 SCHEDULERS = {
     "DDIMScheduler": {"clip_sample": False},
@@ -26,8 +27,8 @@ SCHEDULERS = {
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return tiny_pipeline()
+def tiny(pipe):
+    return free_prompt_pipeline(pipe)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import (
 from torch import nn
 
 from fpe_pipeline import BatchRoles, Product
-from fpe_pipeline.evaluation import Rows, evaluate
+from fpe_pipeline.evaluation import Rows, evaluate, take
 from fpe_pipeline.processors import EditAttnProcessor, Order, unsupported_reasons
 from fpe_pipeline.products import plan_products
 from fpe_pipeline.sites import Site
@@ -165,6 +165,13 @@ def test_sources_that_nobody_asks_for_are_not_projected():
     assert counter.rows == {"to_q": [1], "to_k": [1], "to_v": [6]}
 
 
+def test_rows_that_lie_together_are_not_copied():
+    tensor = random(6, 2, 3)
+    assert take(tensor, range(6)) is tensor
+    assert take(tensor, (1, 2, 3)).data_ptr() == tensor[1].data_ptr()
+    assert torch.equal(take(tensor, (0, 1, 4, 4, 2)), tensor[[0, 1, 4, 4, 2]])
+
+
 # Masks
 
 
@@ -197,6 +204,17 @@ def test_a_mask_follows_the_keys(mask):
     with torch.no_grad():
         expected = dense_attention(attn, hidden_states, FPE_DENSE, mask=full_mask(mask))
     actual = run(install(attn, FPE), hidden_states, attention_mask=mask)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+def test_a_mask_follows_the_keys_and_not_the_query():
+    """MasaCtrl's targets ask with their own queries for the source's keys, of which the source's mask knows."""
+    attn, hidden_states, mask = attention(), random(6, 12, 16), MASKS["[B, N, M]"]
+    edit = {5: Product(5, (3,), (3,)), 4: Product(4, (3, 4), (3, 4))}
+    dense = [*FPE_DENSE[:4], [(4, (3, 4), (3, 4), 1.0, None)], [(5, (3,), (3,), 1.0, None)]]
+    with torch.no_grad():
+        expected = dense_attention(attn, hidden_states, dense, mask=full_mask(mask))
+    actual = run(install(attn, edit), hidden_states, attention_mask=mask)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 

@@ -294,8 +294,8 @@ def adjoint(
 ) -> None:
     """Write ``A[map_index].T @ weight`` to ``out``."""
     logsumexp = logsumexp.contiguous()
-    for chunk in chunks(map_index, query.shape[0], weight.shape[3], MAX_COLUMNS):
+    for chunk in chunks(map_index, query.shape[0], weight.shape[3], MAX_COLUMNS[query.element_size()]):
         if chunk.stop > chunk.start:
             parts = columns_of(weight, chunk), columns_of(out, chunk)
-            config = configs.adjoint_config(query, parts[0], chunk)
+            config = configs.adjoint_config(query, parts[0], chunk, bias is not None)
             prepare(query, key, parts[0], bias, logsumexp, chunk, scale, parts[1], config).run()

@@ -328,8 +328,8 @@ def apply(
 ) -> None:
     """Write ``A[map_index] @ value`` to ``out`` and, unless it is known, the log-sum-exp."""
     logsumexp = logsumexp.contiguous() if known else logsumexp
-    for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_COLUMNS):
-        config = configs.apply_config(query, value, chunk)
+    for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_COLUMNS[query.element_size()]):
+        config = configs.apply_config(query, columns_of(value, chunk), chunk, bias is not None)
         prepare(
             query,
             key,

@@ -387,7 +387,7 @@ def score_gradient(
         total = torch.empty_like(gradient, dtype=torch.float32) if several else gradient
         for chunk in parts:
             factors = columns_of(own_factor, chunk), columns_of(other_factor, chunk)
-            config = configs.gradient_config(own, factors[0], chunk)
+            config = configs.gradient_config(own, factors[0], chunk, bias is not None)
             prepare(own, other, *factors, own_bias, total, logsumexp, delta, chunk, scale, own_statistics, config).run()
         if several:
             gradient.copy_(total)

@@ -1,12 +1,37 @@
 """Fixed launch configurations: tile sizes, warps and pipeline stages for each kernel, width and architecture.
 
-Runs are reproducible because nothing is tuned at run time. Widths are what the tiles hold (``sum(split_width(...))``),
-so one rule serves every head dim between two entries.
+Runs are reproducible because nothing is tuned at run time. The rules speak of widths as the tiles hold them
+(``sum(split_width(...))``), so one rule serves every head dim between two entries, and of two budgets: registers bound
+the accumulators (a tile's float32 columns and its scores), shared memory bounds the stages of the load pipeline.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .packing import Chunk, split_width
+
+MAX_COLUMNS = {2: 320, 4: 160}
+"""Packed columns of one forward or adjoint launch by bytes of an element; 320 is SD 1.5's widest pair, 2 × 160."""
+
+MAX_GRADIENT_COLUMNS = 160
+"""Packed columns of one gradient launch, which holds a resident and a streamed tile of them."""
+
+SHARED_MEMORY = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
+"""Bytes of shared memory that one program may use: CUDA C++ programming guide, table of technical specifications by
+compute capability ("maximum amount of shared memory per thread block"); for gfx942, the LDS of a compute unit."""
 
 
 @dataclass(frozen=True)
@@ -19,20 +44,80 @@ class Config:
     stages: int
 
 
-MAX_COLUMNS = 320
-"""Packed columns of one launch: SD 1.5's widest pair, two branches of 160."""
+@lru_cache(maxsize=16)
+def architecture(device: torch.device) -> str:
+    """The key of :data:`SHARED_MEMORY` whose rules serve ``device``; the interpreter takes those of sm_90."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [name for name in SHARED_MEMORY if name.startswith("sm_") and int(name[3:]) <= 10 * major + minor]
+    return max(known, key=lambda name: int(name[3:]))
 
 
-def apply_config(query, value, chunk) -> Config:
-    return Config(64, 64, 4, 2)
+def _staged(
+    tile: tuple[int, int, int], resident: int, streamed: int, itemsize: int, bias: bool, limit: int, most: int = 3
+) -> Config:
+    """``tile`` with as many stages, up to ``most``, as fit into ``limit`` bytes beside the resident tile.
+
+    ``resident`` and ``streamed`` are the columns that a row of each holds.
+    """
+    block_m, block_n, warps = tile
+    fixed = block_m * resident * itemsize + (2 * block_m * block_n * itemsize if bias else 0)
+    stage = block_n * streamed * itemsize
+    stages = max((count for count in range(1, most + 1) if fixed + count * stage <= limit), default=1)
+    return Config(block_m, block_n, warps, stages)
 
 
-MAX_GRADIENT_COLUMNS = 160
+@lru_cache(maxsize=1024)
+def product_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: bool) -> Config:
+    """The configuration of ``apply`` and ``adjoint``: a resident tile of one axis, scores, packed accumulators."""
+    head, packed = sum(split_width(head_dim)), sum(split_width(columns))
+    if itemsize == 4:
+        # Exact float32 products run on the scalar units, whose operands live in registers.
+        if head > 160:
+            tile = (32, 16, 16)
+        else:
+            tile = (32, 32, 8) if max(head, packed) <= 128 else (16, 32, 8)
+        return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=1)
+    if arch in ("sm_90", "sm_100"):
+        if packed <= 128 or (packed <= 160 and not bias):
+            tile = (128, 64, 8)
+        else:
+            tile = (64, 64, 8) if not bias else (64, 32, 8)
+    elif packed <= 128 and head <= 96:
+        tile = (128, 64, 8) if not bias else (64, 64, 8)
+    elif packed <= 160:
+        tile = (128, 32, 8) if not bias else (64, 32, 8)
+    else:
+        tile = (64, 32, 8)
+    return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch])
 
 
-def adjoint_config(query, value, chunk) -> Config:
-    return Config(64, 64, 4, 2)
+@lru_cache(maxsize=1024)
+def score_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: bool) -> Config:
+    """The configuration of the gradient kernel: two resident tiles, scores and their gradient, one accumulator."""
+    head, packed = sum(split_width(head_dim)), sum(split_width(columns))
+    if itemsize == 4:
+        tile = (32, 16, 8) if max(head, packed) <= 160 else (16, 16, 8)
+        return _staged(tile, head + packed, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=1)
+    tile = (64, 64, 8) if max(head, packed) <= 96 and not bias else (64, 32, 8)
+    return _staged(tile, head + packed, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=2)
 
 
-def gradient_config(query, value, chunk) -> Config:
-    return Config(64, 64, 4, 2)
+def apply_config(query: Tensor, value: Tensor, chunk: Chunk, bias: bool) -> Config:
+    """For a forward launch of ``chunk``; ``value`` is narrowed to its columns."""
+    columns = chunk.branches * value.shape[3]
+    return product_config(architecture(query.device), query.shape[3], columns, query.element_size(), bias)
+
+
+def adjoint_config(query: Tensor, weight: Tensor, chunk: Chunk, bias: bool) -> Config:
+    """For an adjoint launch of ``chunk``; ``weight`` is narrowed to its columns."""
+    return apply_config(query, weight, chunk, bias)
+
+
+def gradient_config(own: Tensor, factor: Tensor, chunk: Chunk, bias: bool) -> Config:
+    """For a gradient launch of ``chunk``; ``factor`` is narrowed to its columns."""
+    columns = chunk.branches * factor.shape[3]
+    return score_config(architecture(own.device), own.shape[3], columns, own.element_size(), bias)

@@ -23,18 +23,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# Bytes of shared memory that one program may use: the CUDA programming guide, table of compute capabilities, "maximum
-# amount of shared memory per thread block"; for gfx942, the LDS of a compute unit.
-SHARED_MEMORY = {
-    "sm_80": 163 << 10,
-    "sm_86": 99 << 10,
-    "sm_89": 99 << 10,
-    "sm_90": 227 << 10,
-    "sm_100": 227 << 10,
-    "sm_120": 99 << 10,
-    "gfx942": 64 << 10,
-}
-
 _TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 
 

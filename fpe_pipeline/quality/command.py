@@ -1,0 +1,170 @@
+"""``fpe evaluate``: arguments, a run that can be continued, and what it writes."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import platform
+from pathlib import Path
+from typing import Any
+
+from ..models import embedded_path, judge_path
+from .conditions import Condition, standard_conditions, sweep_conditions
+from .pairs import KINDS, EditPair, held_out_pairs
+from .report import plot, table
+from .scores import Score, evaluate
+from .statistics import summarise
+
+__all__ = ["add_arguments", "run"]
+
+log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments on a parser."""
+    parser.add_argument("--pairs", type=int, default=200, help="edits of each kind (default: 200)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="attributes to change")
+    parser.add_argument("--sweep", action="store_true", help="also vary the step window and the layers' level")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
+    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale (default: 5)")
+    parser.add_argument("--self-replace", type=float, default=0.8, help="part of the steps with replaced maps")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts, noise and bootstrap")
+    parser.add_argument("--chunk", type=int, default=8, help="pairs drawn at a time")
+    parser.add_argument("--model", type=Path, help="model folder with its judge (default: the embedded one)")
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("out/evaluation"), help="folder for the results")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print the table and write ``scores.jsonl``, ``evaluation.json``, ``table.md`` and ``plot.png``.
+
+    A run into a folder that holds the scores of an interrupted run with the same settings continues it.
+
+    Returns:
+        Exit status: 0.
+
+    Raises:
+        FileNotFoundError: there is no model or no judge.
+        ValueError: the folder holds scores made with other settings.
+    """
+    folder = args.model or embedded_path()
+    judge_file = args.model / "judge.safetensors" if args.model else judge_path()
+    conditions = standard_conditions(args.self_replace)
+    if args.sweep:
+        conditions += sweep_conditions(self_replace_steps=args.self_replace)
+    pairs = held_out_pairs(args.pairs, args.kinds, args.seed)
+    settings = {**_settings(args, conditions), "weights": _fingerprint(folder)}
+    args.output.mkdir(parents=True, exist_ok=True)
+    store = args.output / "scores.jsonl"
+    scores = _known(store, settings, conditions)
+    done = len(scores) // len(conditions)
+    if done < len(pairs):
+        _draw_rest(folder, judge_file, args, pairs, done, conditions, scores, store)
+    summary = summarise(scores, seed=args.seed)
+    result = {"settings": settings, "environment": _environment(), "summary": summary, "scores": _packed(scores)}
+    (args.output / "evaluation.json").write_text(_dump(result))
+    rendered = table(summary)
+    (args.output / "table.md").write_text(rendered)
+    plot(summary, args.output / "plot.png", f"{args.steps} steps, guidance {args.guidance:g}, 95 % intervals")
+    print(rendered, end="")
+    return 0
+
+
+def _draw_rest(
+    folder: Path,
+    judge_file: Path,
+    args: argparse.Namespace,
+    pairs: list[EditPair],
+    done: int,
+    conditions: list[Condition],
+    scores: list[dict[str, Any]],
+    store: Path,
+) -> None:
+    pipe, judge = _load(folder, judge_file, args.device)
+
+    def keep(fresh: list[Score]) -> None:
+        rows = [score.to_json() for score in fresh]
+        scores.extend(rows)
+        with store.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        log.info("scored %d of %d pairs", len(scores) // len(conditions), len(pairs))
+
+    evaluate(
+        pipe,
+        judge,
+        pairs[done:],
+        conditions,
+        steps=args.steps,
+        guidance=args.guidance,
+        chunk=args.chunk,
+        first=done,
+        on_chunk=keep,
+    )
+
+
+def _load(folder: Path, judge_file: Path, device: str) -> tuple[Any, Any]:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from ..models.judge import load_judge
+
+    dtype = torch.float16 if device.startswith("cuda") else torch.float32
+    pipe = StableDiffusionPipeline.from_pretrained(folder).to(device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, load_judge(judge_file).to(device)
+
+
+def _settings(args: argparse.Namespace, conditions: list[Condition]) -> dict[str, Any]:
+    edits = {c.name: {"edit": repr(c.edit) if c.edit else None, "shared_noise": c.shared_noise} for c in conditions}
+    names = ("pairs", "kinds", "steps", "guidance", "self_replace", "seed")
+    return {**{name: getattr(args, name) for name in names}, "conditions": edits}
+
+
+def _fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _environment() -> dict[str, str]:
+    import diffusers
+    import torch
+    import transformers
+
+    import fpe_kernels
+
+    packages = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "fpe-kernels": fpe_kernels}
+    versions = {name: str(package.__version__) for name, package in packages.items()}
+    return {"python": platform.python_version(), "machine": platform.machine(), **versions}
+
+
+def _known(store: Path, settings: dict[str, Any], conditions: list[Condition]) -> list[dict[str, Any]]:
+    """Scores that an interrupted run with these settings left; the file starts with its settings."""
+    # How many pairs are wanted may grow from run to run: the first ones stay the same.
+    wanted = {**settings, "pairs": None}
+    if not store.exists():
+        store.write_text(json.dumps(wanted) + "\n")
+        return []
+    first, *rows = [json.loads(line) for line in store.read_text().splitlines()]
+    if first != wanted:
+        raise ValueError(f"{store} holds scores made with other settings: choose another output folder or delete it")
+    rows = rows[: len(rows) - len(rows) % len(conditions)]
+    # What an interruption left of a pair would shift all that is appended.
+    store.write_text("".join(json.dumps(row) + "\n" for row in [first, *rows]))
+    return rows
+
+
+def _packed(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """Columns named once, rows of plain values: a tenth of the repetition."""
+    columns = list(scores[0])
+    return {"columns": columns, "rows": [[row[name] for name in columns] for row in scores]}
+
+
+def _dump(result: dict[str, Any]) -> str:
+    rows = result["scores"]["rows"]
+    packed = ",\n".join(json.dumps(row) for row in rows)
+    text = json.dumps({**result, "scores": {**result["scores"], "rows": "ROWS"}}, indent=1)
+    return text.replace('"ROWS"', f"[\n{packed}\n]") + "\n"

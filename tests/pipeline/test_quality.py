@@ -1,0 +1,101 @@
+"""Scoring of edits: which pairs are drawn, what the statistics say, and that a run can be continued."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+
+from fpe_pipeline.models import scenes
+from fpe_pipeline.quality import Condition, bootstrap_interval, held_out_pairs, run, standard_conditions, summarise
+from fpe_pipeline.quality import command as command_module
+from fpe_pipeline.quality.report import plot, table
+from fpe_pipeline.quality.scores import Score
+
+
+class TestPairs:
+    def test_sources_are_held_out_and_one_attribute_changes(self):
+        place = {"object": 0, "colour": 1, "background": 2}
+        for pair in held_out_pairs(40):
+            assert scenes.held_out(*pair.source)
+            changed = [i for i in range(3) if pair.source[i] != pair.target[i]]
+            assert changed == [place[pair.kind]]
+            assert pair.seed != pair.other_seed
+
+    def test_longer_lists_begin_with_the_shorter_ones_and_cover_all_sources(self):
+        assert held_out_pairs(5, seed=3) == held_out_pairs(50, seed=3)[: 3 * 5]
+        colour = [pair.source for pair in held_out_pairs(32, ["colour"])]
+        assert sorted(colour) == sorted(scenes.triples(held=True))
+
+    def test_bad_requests(self):
+        with pytest.raises(ValueError, match="unknown kinds"):
+            held_out_pairs(3, ["mood"])
+        with pytest.raises(ValueError, match="at least one"):
+            held_out_pairs(0)
+
+
+class TestStatistics:
+    def test_interval_covers_the_mean_and_is_seeded(self):
+        values = np.random.default_rng(0).normal(1.0, 0.5, 400)
+        low, high = bootstrap_interval(values)
+        assert low < values.mean() < high
+        # 1.96 standard errors each way, as for a mean of normal values
+        assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.15)
+        assert bootstrap_interval(values) == (low, high)
+        with pytest.raises(ValueError, match="non-empty"):
+            bootstrap_interval(np.array([]))
+
+    def test_gain_is_paired(self):
+        rng = np.random.default_rng(1)
+        base = rng.uniform(0.1, 0.5, 60)
+        rows = [row for i, b in enumerate(base) for row in (_row(i, "shared noise", b), _row(i, "edit", b + 0.2))]
+        entry = summarise(rows)["colour"]["edit"]
+        assert entry["gain_over_shared_noise"] == {"mean": 0.2, "low": 0.2, "high": 0.2}
+        assert entry["iou"]["high"] - entry["iou"]["low"] > 0.02
+        assert entry["success"]["mean"] == 1.0
+
+    def test_table_and_plot_show_every_condition(self, tmp_path):
+        summary = summarise([_row(0, "shared noise", 0.4), _row(0, "edit", 0.7)])
+        text = table(summary)
+        assert "| colour | edit | 1 | 100.0 % [100.0, 100.0]" in text and "+0.300" in text
+        plot(summary, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_an_edit_needs_shared_noise():
+    with pytest.raises(ValueError, match="source's noise"):
+        Condition("wrong", standard_conditions()[-1].edit, shared_noise=False)
+
+
+def test_interrupted_run_continues_and_refuses_other_settings(tmp_path, monkeypatch):
+    calls = []
+
+    def evaluate(pipe, judge, pairs, conditions, *, first, on_chunk, **_):
+        calls.append((first, len(pairs)))
+        for index, pair in enumerate(pairs):
+            if len(calls) == 1 and index == 2:
+                raise KeyboardInterrupt
+            scores = [Score(first + index, pair.kind, c.name, *6 * [True], 0.5, 30.0) for c in conditions]
+            on_chunk(scores)
+
+    monkeypatch.setattr(command_module, "evaluate", evaluate)
+    monkeypatch.setattr(command_module, "_fingerprint", lambda folder: "weights")
+    monkeypatch.setattr(command_module, "_load", lambda *_: (None, None))
+    parser = argparse.ArgumentParser()
+    command_module.add_arguments(parser)
+    arguments = ["--pairs", "2", "--model", str(tmp_path), "-o", str(tmp_path / "out")]
+    with pytest.raises(KeyboardInterrupt):
+        run(parser.parse_args(arguments))
+    assert run(parser.parse_args(arguments)) == 0
+    assert calls == [(0, 6), (2, 4)]
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert len(result["scores"]["rows"]) == 6 * 3
+    assert result["summary"]["object"]["free-prompt editing"]["pairs"] == 2
+    with pytest.raises(ValueError, match="other settings"):
+        run(parser.parse_args([*arguments, "--steps", "7"]))
+
+
+def _row(pair: int, condition: str, iou: float) -> dict:
+    return Score(pair, "colour", condition, *6 * [True], float(iou), 30.0).to_json()
