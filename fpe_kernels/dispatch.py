@@ -58,7 +58,8 @@ def select(name: object, query: Tensor) -> str:
     Triton interpreter, which exists for tests, nor ``reference``, which materialises maps.
     """
     name = check_name(name)
-    head_dim = query.shape[-1]
+    # Kernels are compiled for a head dim. torch.compile may hold it as a symbol, and repetition makes it a number.
+    head_dim = len((None,) * query.shape[-1])
     if name == "auto":
         if query.device.type != "cuda":
             return "torch"

@@ -14,7 +14,8 @@ Both products have gradients of the same form, so one kernel serves both: for ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -265,6 +266,20 @@ def _adjoint_backward(ctx: Any, grad_out: Tensor) -> tuple:
     return (*grads[:2], grad_weight, grads[2], None, None, None, None)
 
 
+def _at_given_dtype(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Run without autocast: products and statistics of float32 operands are float32, in plain PyTorch products too."""
+
+    @wraps(implementation)
+    def run(query: Tensor, *args: Any) -> Any:
+        device = query.device.type
+        if not torch.is_autocast_enabled(device):
+            return implementation(query, *args)
+        with torch.autocast(device, enabled=False):
+            return implementation(query, *args)
+
+    return run
+
+
 def _no_second_derivative(ctx: Any, *grads: Any) -> tuple:
     raise NotImplementedError(
         "attention maps have first derivatives only: create_graph=True cannot go through them. For second derivatives "
@@ -286,7 +301,7 @@ for _name, _implementation, _fake in (
     ("score_gradient", _score_gradient, _score_gradient_fake),
     ("bias_gradient", _bias_gradient, _bias_gradient_fake),
 ):
-    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _at_given_dtype(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fpe_kernels::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_vmap(f"fpe_kernels::{_name}", _no_vmap, lib=_LIBRARY)
 for _name in ("score_gradient", "bias_gradient"):

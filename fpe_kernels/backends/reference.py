@@ -72,7 +72,7 @@ def score_gradient(
     """Write the gradients of query and key."""
     maps, _ = attention_map(query, key, bias, scale)
     outer = torch.zeros_like(maps)
-    outer.index_add_(0, torch.tensor(map_index, device=query.device), left @ right.transpose(-1, -2))
+    outer.index_add_(0, torch.tensor(map_index, dtype=torch.int64, device=query.device), left @ right.transpose(-1, -2))
     scores = maps * (outer - delta.unsqueeze(-1).to(maps.dtype))
     grad_query.copy_(scale * (scores @ key))
     grad_key.copy_(scale * (scores.transpose(-1, -2) @ query))

@@ -1,0 +1,163 @@
+"""The ops as PyTorch sees them: schemas, fakes, autograd, compilation, and transforms that are refused."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from fpe_kernels import AttentionMap, ops, shared_attention
+from fpe_kernels.testing import Case, assert_matches, make_case
+from torch import Tensor
+
+APPLY = torch.ops.fpe_kernels
+
+
+@pytest.fixture
+def small(backend) -> Case:
+    return make_case(
+        maps=2, map_index=(1, 0, 1), heads=1, queries=5, keys=6, head_dim=8, bias=(0, 0, 1, 1), device=backend.device
+    )
+
+
+def arguments(case: Case, backend: str, gradients: bool = True) -> dict[str, tuple]:
+    """Valid arguments of every op."""
+    tensors = [tensor.detach().requires_grad_(gradients) for tensor in (case.query, case.key, case.value, case.weight)]
+    query, key, value, weight = tensors
+    bias = case.bias.detach().requires_grad_(gradients)
+    rest = (list(case.map_index), case.factor, backend)
+    _, logsumexp = APPLY.apply(query.detach(), key.detach(), value.detach(), bias.detach(), *rest)
+    delta = torch.zeros_like(logsumexp)
+    factors = (query.detach(), key.detach(), weight.detach(), value.detach(), delta, bias.detach(), logsumexp)
+    return {
+        "apply": (query, key, value, bias, *rest),
+        "replay": (query, key, value, bias, logsumexp, *rest),
+        "adjoint": (query, key, weight, bias, logsumexp, *rest),
+        "score_gradient": (*factors, *rest),
+        "bias_gradient": (*factors, *rest[:2]),
+    }
+
+
+@pytest.mark.parametrize("name", ["apply", "replay", "adjoint", "score_gradient", "bias_gradient"])
+def test_opcheck(name: str, small: Case, backend) -> None:
+    checks = ["test_schema", "test_faketensor"]
+    differentiable = name in ("apply", "replay", "adjoint")
+    if differentiable:
+        checks += ["test_autograd_registration"]
+    if differentiable and backend.name == "torch":
+        checks += ["test_aot_dispatch_dynamic"]  # slow, and above the choice of a backend
+    torch.library.opcheck(
+        getattr(APPLY, name).default, arguments(small, backend.name, differentiable)[name], test_utils=checks
+    )
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+@pytest.mark.parametrize("bias", [None, (0, 1, 0, 1)])
+def test_gradcheck(name: str, bias) -> None:
+    case = make_case(
+        maps=2, map_index=(1, 0, 1), queries=3, keys=4, head_dim=2, value_dim=3, dtype=torch.float64, bias=bias
+    )
+    leaves = [t.requires_grad_() for t in (case.query, case.key, case.value, case.weight, case.bias) if t is not None]
+    rest = (list(case.map_index), case.factor, name)
+
+    def every_op(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple:
+        out, logsumexp = APPLY.apply(query, key, value, bias, *rest)
+        # Finite differences move the known log-sum-exp along with query and key, as its gradient rule says.
+        known = logsumexp.detach()
+        return (
+            out,
+            logsumexp,
+            APPLY.replay(query, key, value, bias, known, *rest),
+            APPLY.adjoint(query, key, weight, bias, known, *rest),
+        )
+
+    assert torch.autograd.gradcheck(every_op, leaves, fast_mode=True)
+
+
+def test_compiles_into_one_graph_with_gradients(backend) -> None:
+    case = make_case(map_index=(0, 0), heads=1, queries=5, keys=6, head_dim=8, device=backend.device)
+    leaves = [tensor.requires_grad_() for tensor in (case.query, case.key, case.value)]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return shared_attention(query, key, value, [0, 0], backend=backend.name)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as a cache that Dynamo ignores
+        out = compiled(*leaves)
+        grads = torch.autograd.grad(out, leaves, case.weight)
+    assert_matches(case, out=out, grad_query=grads[0], grad_key=grads[1], grad_value=grads[2])
+
+
+def test_the_operator_compiles_into_one_graph(backend) -> None:
+    case = make_case(heads=1, queries=5, keys=6, head_dim=8, device=backend.device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        operator = AttentionMap(query, key, backend=backend.name)
+        return operator.matmul(value), operator.logsumexp, operator.T.matmul(weight)
+
+    out, logsumexp, adjoint = compiled(case.query, case.key, case.value, case.weight)
+    assert_matches(case, out=out, logsumexp=logsumexp, adjoint=adjoint)
+
+
+def test_compiles_with_dynamic_shapes(backend) -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def compiled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return shared_attention(query, key, value, [0, 0], backend=backend.name)
+
+    for tokens in (5, 9):
+        case = make_case(map_index=(0, 0), heads=1, queries=tokens, keys=tokens, head_dim=8, device=backend.device)
+        assert_matches(case, out=compiled(case.query, case.key, case.value))
+
+
+def test_vmap_is_refused_with_the_way_out() -> None:
+    case = make_case(maps=2)
+    stacked = [tensor.unsqueeze(1) for tensor in (case.query, case.key, case.value)]
+    with pytest.raises(NotImplementedError, match=r"vmap cannot map.*Fold the mapped axis into the batch"):
+        torch.vmap(lambda query, key, value: AttentionMap(query, key) @ value)(*stacked)
+
+
+def test_second_derivatives_are_refused(backend) -> None:
+    case = make_case(heads=1, queries=5, keys=6, head_dim=8, device=backend.device)
+    query = case.query.requires_grad_()
+    out = AttentionMap(query, case.key, backend=backend.name) @ case.value
+    (grad,) = torch.autograd.grad(out, query, case.weight, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        grad.sum().backward()
+
+
+def test_the_statistics_of_a_map_that_no_row_names_are_nan(backend) -> None:
+    case = make_case(maps=2, map_index=(1,), heads=1, queries=5, keys=6, head_dim=8, device=backend.device)
+    _, logsumexp = APPLY.apply(case.query, case.key, case.value, None, [1], case.factor, backend.name)
+    assert logsumexp[0].isnan().all()
+    assert logsumexp[1].isfinite().all()
+
+
+def test_gradients_of_a_map_that_no_row_names_are_zero(backend) -> None:
+    case = make_case(maps=2, map_index=(1,), heads=1, queries=5, keys=6, head_dim=8, device=backend.device)
+    leaves = [case.query.requires_grad_(), case.key.requires_grad_()]
+    out = shared_attention(*leaves, case.value, [1], backend=backend.name)
+    for grad in torch.autograd.grad(out, leaves, case.weight):
+        assert (grad[0] == 0).all()
+        assert (grad[1] != 0).any()
+
+
+def test_a_batch_of_no_rows(backend) -> None:
+    case = make_case(heads=1, queries=5, keys=6, head_dim=8, device=backend.device)
+    query = case.query.requires_grad_()
+    out = shared_attention(query, case.key, case.value[:0], [], backend=backend.name)
+    assert out.shape == (0, 1, 5, 8)
+    assert (torch.autograd.grad(out.sum(), query)[0] == 0).all()
+
+
+def test_autocast_changes_nothing(backend) -> None:
+    case = make_case(heads=1, queries=33, keys=33, head_dim=40, amplitude=2.0, device=backend.device)
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        out = shared_attention(case.query, case.key, case.value, case.map_index, backend=backend.name)
+    assert_matches(case, out=out)
+
+
+def test_outputs_have_the_layout_that_merging_heads_wants() -> None:
+    like = torch.empty(1)
+    assert ops.empty_heads(like, 2, 3, 4, 5).transpose(1, 2).is_contiguous()
