@@ -132,9 +132,12 @@ def complaints(row: dict, committed: dict | None) -> list[str]:
     expected = MATRIX_INSTRUCTION.get(row["arch"], "mma.sync")
     if row["dtype"] != "float32" and expected not in row["matrix_instructions"]:
         found.append(f"has no {expected}")
-    for name in ("registers", "shared") if committed else ():
-        if row[name] > committed[name]:
-            found.append(f"takes {row[name]} {name}, {committed[name]} before")
+    if committed is not None:
+        found += [
+            f"takes {row[name]} {name}, {committed[name]} before"
+            for name in ("registers", "shared")
+            if row[name] > committed[name]
+        ]
     return found
 
 

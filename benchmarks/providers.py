@@ -96,9 +96,8 @@ class Ours:
         return f"fpe-{self.backend}"
 
     def prepare(self, inputs: Inputs) -> Call:
-        from fpe_kernels.dispatch import unsupported_reasons
-
         from fpe_kernels import AttentionMap, shared_attention
+        from fpe_kernels.dispatch import unsupported_reasons
 
         case, backend = inputs.case, self.backend
         if backend == "triton" and inputs.query.device.type != "cuda":

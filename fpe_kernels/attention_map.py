@@ -104,7 +104,7 @@ class AttentionMap:
         return self._product(validation.check_value(value, self.query, self.key, self.shape[0]))
 
     def matmul(self, value: Any) -> Any:
-        """``A @ value`` as a call: ``torch.compile`` traces calls of methods, not ``@`` of classes that it does not know."""
+        """``A @ value`` as a call: ``torch.compile`` traces methods, not ``@`` of classes that it does not know."""
         return self.__matmul__(value)
 
     def _product(self, value: Tensor) -> Tensor:

@@ -289,8 +289,8 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> tuple:
 
 def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     raise NotImplementedError(
-        "torch.vmap cannot map over an attention map: the batch axis decides what is launched. Fold the mapped axis into "
-        "the batch, e.g. query.flatten(0, 1), and name the rows that share a map in map_index."
+        "torch.vmap cannot map over an attention map: the batch axis decides what is launched. Fold the mapped axis "
+        "into the batch, e.g. query.flatten(0, 1), and name the rows that share a map in map_index."
     )
 
 

@@ -54,7 +54,7 @@ def _batch_expanded(shape: Shape, rng: torch.Generator) -> Tensor:
 
 
 def _heads_expanded(shape: Shape, rng: torch.Generator) -> Tensor:
-    batch, heads, tokens, dim = shape
+    batch, _, tokens, dim = shape
     return torch.randn(batch, 1, tokens, dim, generator=rng).expand(shape)
 
 

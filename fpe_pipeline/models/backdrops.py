@@ -27,7 +27,7 @@ def _gradient(size: int, top: RGB, bottom: RGB, until: float) -> Image.Image:
 def _ridge(size: int, base: float, waves: list[tuple[float, float, float]]) -> list[tuple[float, float]]:
     """Polygon of everything below a sum of sines; waves are (amplitude, cycles, phase), heights are fractions."""
     x = np.linspace(0, 1, 49)
-    y = base + sum(a * np.sin(2 * np.pi * (c * x + p)) for a, c, p in waves)
+    y = sum((a * np.sin(2 * np.pi * (c * x + p)) for a, c, p in waves), np.full_like(x, base))
     return [*zip((x * size).tolist(), (y * size).tolist(), strict=True), (size, size), (0, size)]
 
 

@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def render_cache(
     if done.exists() and json.loads(done.read_text()) != settings:
         raise ValueError(f"{folder} holds {json.loads(done.read_text())}, not {settings}: choose another folder")
     scenes = [_scene(seed, index, held) for index in range(count)]
-    mode = "r" if done.exists() else "w+"
+    mode: Literal["r", "w+"] = "r" if done.exists() else "w+"
     images = np.memmap(folder / "images.u8", np.uint8, mode, shape=(count, size, size, 3))
     masks = np.memmap(folder / "masks.u8", np.uint8, mode, shape=(count, size, size))
     if not done.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -60,7 +61,7 @@ def export(
     return size
 
 
-def _half(module: torch.nn.Module) -> torch.nn.Module:
+def _half(module: Any) -> torch.nn.Module:
     """A float16 copy, made through the configuration so that the original keeps its precision."""
     state = {name: value.detach().cpu().half() for name, value in module.state_dict().items()}
     config = module.config

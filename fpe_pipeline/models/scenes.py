@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -79,7 +80,7 @@ class Scene:
     flip: bool = False
     seed: int = 0
 
-    def attributes(self) -> dict[str, object]:
+    def attributes(self) -> dict[str, Any]:
         """The scene as a JSON-ready dictionary."""
         return asdict(self)
 

@@ -13,6 +13,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,7 +124,7 @@ def train(
     workers = os.cpu_count() or 1 if preset.scenes > 1000 else 1
     drawn = data.render_cache(work / "scenes", preset.scenes, preset.size, seed=seed, workers=workers)
     held = data.render_cache(work / "held_out", preset.held_out, preset.size, seed=seed + 1, held=True)
-    options = {"seed": seed, "stop_after": stop_after}
+    options: dict[str, Any] = {"seed": seed, "stop_after": stop_after}
 
     torch.manual_seed(seed)
     vae = autoencoder.build_autoencoder(preset.size).to(device)

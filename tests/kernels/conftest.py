@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fpe_kernels import ops
 
 
@@ -16,7 +17,7 @@ def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "costly: seconds through the Triton interpreter; left out there unless asked for")
+    config.addinivalue_line("markers", "costly: seconds through the Triton interpreter; left out there by default")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

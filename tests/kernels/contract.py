@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from fpe_kernels import AttentionMap, shared_attention
 from fpe_kernels.testing import (
     LAYOUTS,
@@ -18,7 +20,6 @@ from fpe_kernels.testing import (
     padding_bias,
     score_magnitude,
 )
-from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INF = float("inf")

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from contract import ProductContract
+from torch import Tensor
+
 from fpe_kernels import AttentionMap, shared_attention
 from fpe_kernels.backends.reference import attention_map
 from fpe_kernels.testing import LAYOUTS, Case, assert_matches, assert_within_budget, score_magnitude
-from torch import Tensor
 
 LEAVES = ("query", "key", "bias", "value", "weight")
 Function = Callable[..., Tensor]

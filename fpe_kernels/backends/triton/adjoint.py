@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import MAX_COLUMNS, Config
-from .launch import Launch, product_precision, strides
+from .launch import Launch, prepared, product_precision, strides
 from .packing import Chunk, bias_varies, chunks, columns_of, device_table, needs_wide_index, split_width, vector_width
 from .primitives import (
     LOG2E,
@@ -223,11 +223,11 @@ def prepare(
     out: Tensor,
     config: Config,
 ) -> Launch:
-    """The launch of one chunk; ``weight`` and ``out`` are already narrowed to its columns."""
+    """The launch of one chunk; ``weight`` and ``out`` are narrowed to its columns, ``bias`` is [G, H, N, M]."""
     _, heads, queries, head_dim = query.shape
     keys, value_dim = key.shape[2], weight.shape[3]
     head_pieces, column_pieces = split_width(head_dim), split_width(chunk.branches * value_dim)
-    full_bias = query if bias is None else bias.expand(query.shape[0], heads, queries, keys)
+    full_bias = query if bias is None else bias
     return Launch(
         adjoint_kernel,
         programs=-(-keys // config.block_m) * heads * len(chunk.table),
@@ -294,8 +294,10 @@ def adjoint(
 ) -> None:
     """Write ``A[map_index].T @ weight`` to ``out``."""
     logsumexp = logsumexp.contiguous()
+    if bias is not None:
+        bias = bias.expand(*query.shape[:3], key.shape[2])
     for chunk in chunks(map_index, query.shape[0], weight.shape[3], MAX_COLUMNS[query.element_size()]):
         if chunk.stop > chunk.start:
             parts = columns_of(weight, chunk), columns_of(out, chunk)
             config = configs.adjoint_config(query, parts[0], chunk, bias is not None)
-            prepare(query, key, parts[0], bias, logsumexp, chunk, scale, parts[1], config).run()
+            prepared(prepare, query, key, parts[0], bias, logsumexp, chunk, scale, parts[1], config).run()

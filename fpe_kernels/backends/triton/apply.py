@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import MAX_COLUMNS, Config
-from .launch import Launch, product_precision, strides
+from .launch import Launch, prepared, product_precision, strides
 from .packing import Chunk, bias_varies, chunks, columns_of, device_table, needs_wide_index, split_width, vector_width
 from .primitives import (
     LN2,
@@ -254,11 +254,11 @@ def prepare(
     known: bool,
     config: Config,
 ) -> Launch:
-    """The launch of one chunk; ``value`` and ``out`` are already narrowed to its columns."""
+    """The launch of one chunk; ``value`` and ``out`` are narrowed to its columns, ``bias`` is [G, H, N, M]."""
     _, heads, queries, head_dim = query.shape
     keys, value_dim = key.shape[2], value.shape[3]
     head_pieces, column_pieces = split_width(head_dim), split_width(chunk.branches * value_dim)
-    full_bias = query if bias is None else bias.expand(query.shape[0], heads, queries, keys)
+    full_bias = query if bias is None else bias
     return Launch(
         apply_kernel,
         programs=-(-queries // config.block_m) * heads * len(chunk.table),
@@ -328,12 +328,16 @@ def apply(
 ) -> None:
     """Write ``A[map_index] @ value`` to ``out`` and, unless it is known, the log-sum-exp."""
     logsumexp = logsumexp.contiguous() if known else logsumexp
+    if bias is not None:
+        bias = bias.expand(*query.shape[:3], key.shape[2])
     for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_COLUMNS[query.element_size()]):
-        config = configs.apply_config(query, columns_of(value, chunk), chunk, bias is not None)
-        prepare(
+        values = columns_of(value, chunk)
+        config = configs.apply_config(query, values, chunk, bias is not None)
+        prepared(
+            prepare,
             query,
             key,
-            columns_of(value, chunk),
+            values,
             bias,
             chunk,
             scale,

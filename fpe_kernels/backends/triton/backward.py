@@ -17,7 +17,7 @@ from torch import Tensor
 from ..grouping import unreferenced
 from . import configs
 from .configs import MAX_GRADIENT_COLUMNS, Config
-from .launch import Launch, product_precision, strides
+from .launch import Launch, prepared, product_precision, strides
 from .packing import Chunk, bias_varies, chunks, columns_of, device_table, needs_wide_index, split_width, vector_width
 from .primitives import (
     LOG2E,
@@ -388,7 +388,9 @@ def score_gradient(
         for chunk in parts:
             factors = columns_of(own_factor, chunk), columns_of(other_factor, chunk)
             config = configs.gradient_config(own, factors[0], chunk, bias is not None)
-            prepare(own, other, *factors, own_bias, total, logsumexp, delta, chunk, scale, own_statistics, config).run()
+            prepared(
+                prepare, own, other, *factors, own_bias, total, logsumexp, delta, chunk, scale, own_statistics, config
+            ).run()
         if several:
             gradient.copy_(total)
         for group in unreferenced(map_index, maps):

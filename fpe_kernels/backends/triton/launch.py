@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +36,49 @@ class Launch:
                 num_warps=self.config.warps,
                 num_stages=self.config.stages,
             )
+
+
+_REMEMBERED: dict[tuple, tuple[Launch, tuple[tuple[str, int | Tensor], ...]]] = {}
+_REMEMBERED_AT_MOST = 4096
+
+
+def prepared(prepare: Callable[..., Launch], *arguments: Any) -> Launch:
+    """``prepare(*arguments)``, worked out once for tensors of the same layout.
+
+    A launch follows from shapes, strides, dtypes and alignments, never from contents, and a short attention takes less
+    time on a GPU than working it out takes Python.
+    """
+    key = (prepare, torch.backends.cuda.matmul.allow_tf32, *map(_layout, arguments))
+    found = _REMEMBERED.get(key)
+    if found is None:
+        launch = prepare(*arguments)
+        sources = tuple((name, _source(prepare, name, arguments, tensor)) for name, tensor in launch.tensors.items())
+        if len(_REMEMBERED) >= _REMEMBERED_AT_MOST:
+            _REMEMBERED.clear()
+        _REMEMBERED[key] = replace(launch, tensors={}), sources
+        return launch
+    launch, sources = found
+    return replace(
+        launch,
+        tensors={name: arguments[place] if isinstance(place, int) else place for name, place in sources},
+    )
+
+
+def _source(prepare: Callable[..., Launch], name: str, arguments: tuple, tensor: Tensor) -> int | Tensor:
+    """Where the tensor ``name`` of a launch comes from: the place of its argument, or a tensor to keep (a table)."""
+    parameters = list(inspect.signature(prepare).parameters)
+    parameter = name.removesuffix("_ptr")
+    if parameter not in parameters:
+        return tensor
+    place = parameters.index(parameter)
+    # An absent bias is never read; the kernel still wants a pointer, and gets that of the first tensor.
+    return 0 if arguments[place] is None else place
+
+
+def _layout(argument: Any) -> Any:
+    if not isinstance(argument, Tensor):
+        return argument
+    return argument.dtype, argument.shape, argument.stride(), argument.device, argument.data_ptr() % 16
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager:

@@ -116,4 +116,6 @@ def needs_wide_index(*tiles: tuple[Tensor, int]) -> bool:
 
 def columns_of(tensor: Tensor, chunk: Chunk) -> Tensor:
     """The view of the columns that ``chunk`` covers."""
+    if chunk.stop - chunk.start == tensor.shape[3]:
+        return tensor
     return tensor[..., chunk.start : chunk.stop]
