@@ -62,7 +62,8 @@ def chunks(map_index: tuple[int, ...], maps: int, value_dim: int, max_columns: i
         capacity = 1
     else:
         spans, capacity = [(0, value_dim)], max(1, max_columns // max(1, value_dim))
-    launches: dict[tuple[int, bool], list[tuple[int, ...]]] = {}
+    # By part, so that a map comes once in a launch: programs that add to one gradient must not run at the same time.
+    launches: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     for group, rows in enumerate(rows_by_map(map_index, maps)):
         if not rows:
             continue
@@ -71,12 +72,12 @@ def chunks(map_index: tuple[int, ...], maps: int, value_dim: int, max_columns: i
         start = 0
         for part in range(parts):
             stop = start + share + (part < extra)
-            launches.setdefault((stop - start, part == 0), []).append((group, *rows[start:stop]))
+            launches.setdefault((part, stop - start), []).append((group, *rows[start:stop]))
             start = stop
-    ordered = sorted(launches.items(), key=lambda item: not item[0][1])
+    ordered = sorted(launches.items(), key=lambda item: item[0][0])
     return tuple(
-        Chunk(tuple(table), *span, first=first and position == 0)
-        for (_, first), table in ordered
+        Chunk(tuple(table), *span, first=part == 0 and position == 0)
+        for (part, _), table in ordered
         for position, span in enumerate(spans)
     )
 
