@@ -112,15 +112,10 @@ def make(
     """
     batch, heads, tokens, dim = shape
     tensor = LAYOUTS[layout]((batch, heads, tokens, dim), generator(seed))
-    moved = torch.empty_strided(_extent(tensor), (1,), dtype=dtype, device=device)
-    # Through the storage, so that conversion and movement keep strides, overlaps and the offset.
-    whole = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
-    moved.copy_(whole * amplitude)
+    # Through the whole storage, so that conversion and movement keep strides, overlaps and the offset.
+    storage = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    moved = (storage * amplitude).to(device=device, dtype=dtype)
     return moved.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
-
-
-def _extent(tensor: Tensor) -> tuple[int]:
-    return (tensor.untyped_storage().nbytes() // tensor.element_size(),)
 
 
 def causal_bias(queries: int, keys: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:

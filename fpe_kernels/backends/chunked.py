@@ -2,9 +2,10 @@
 
 Scores exist for one block of queries and keys at a time, small enough to stay in a core's cache between the product
 that makes them, the exponential and the product that uses them. The values of all batch rows that share a map stand
-side by side, so the scores and the softmax of a block are computed once for all. A map of one row's own, on a CPU, is
-left to PyTorch's fused attention, which gives the log-sum-exp too. Scores are in units of log 2: PyTorch computes 2ˣ in
-a third of the time of eˣ. Half-precision inputs are widened block by block: products and statistics are float32.
+side by side, so the scores and the softmax of a block are computed once for all. A map of one row's own, or a small
+one, is left on a CPU to PyTorch's fused attention, which gives the log-sum-exp too. Scores are in units of log 2:
+PyTorch computes 2ˣ in a third of the time of eˣ. Half-precision inputs are widened block by block: products and
+statistics are float32.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _LN2 = math.log(2.0)
 _THREAD_BLOCK_BYTES = 1 << 20
 _DEVICE_BLOCK_BYTES = 64 << 20
 _KEY_BLOCK = 512
+# Below so many scores, calls cost more than the arithmetic that sharing saves: rows are then left to one fused call.
+_SMALL_MAP = 1 << 18
 _MIN_QUERY_BLOCK = 32
 
 
@@ -131,10 +134,11 @@ def apply(
     """Write ``A[map_index] @ value`` to ``out`` and, unless it is known, the log-sum-exp."""
     columns = value.shape[3]
     fused = bias is None and not known and _fused_serves(query, key, value)
+    small = query.shape[1] * query.shape[2] * key.shape[2] <= _SMALL_MAP
     for blocks in _cut_maps(query, key, map_index):
-        if fused and len(blocks.rows) == 1:
+        if fused and (small or len(blocks.rows) == 1):
             if blocks.heads.start == 0:  # one call serves all heads
-                _fused_product(query, key, value, blocks.group, blocks.rows[0], scale, out, logsumexp)
+                _fused_product(query, key, value, blocks.group, blocks.rows, scale, out, logsumexp)
             continue
         scores_of = _Scores(query, key, bias, scale, blocks)
         packed = _pack(value, blocks.rows, blocks.heads, scores_of.dtype)
@@ -159,12 +163,20 @@ def _fused_serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def _fused_product(
-    query: Tensor, key: Tensor, value: Tensor, group: int, row: int, scale: float, out: Tensor, logsumexp: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: int,
+    rows: tuple[int, ...],
+    scale: float,
+    out: Tensor,
+    logsumexp: Tensor,
 ) -> None:
-    maps, rows = slice(group, group + 1), slice(row, row + 1)
-    out[rows], logsumexp[maps] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query[maps], key[maps], value[rows], scale=scale
-    )
+    maps, index = slice(group, group + 1), list(rows)
+    shared = (tensor[maps].expand(len(rows), -1, -1, -1) for tensor in (query, key))
+    values = value[rows[0] : rows[0] + 1] if len(rows) == 1 else value[index]
+    product, statistics = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*shared, values, scale=scale)
+    out[index], logsumexp[group] = product, statistics[0]
 
 
 def _known_product(scores_of: _Scores, packed: Tensor, queries: slice, keys: list[slice], logsumexp: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import random
 
 import torch
 from contract_gradients import leaves_of
+
 from fpe_kernels.testing import LAYOUTS, Case, assert_matches, make_case
-from torch import Tensor
 
 
 def random_case(seed: int, backend: str, device: str) -> Case:
@@ -43,23 +43,25 @@ def random_case(seed: int, backend: str, device: str) -> Case:
 def check_seed(seed: int, backend: str, device: str) -> None:
     """Product, replay, adjoint and gradients of one case; an error names the command that repeats it."""
     try:
-        check(random_case(seed, backend, device), backend)
+        # An interpreted gradient takes as long as all the rest, so there only every third case has one.
+        check(random_case(seed, backend, device), backend, backend != "triton" or device != "cpu" or seed % 3 == 0)
     except Exception as error:
         command = f"FUZZ_SEED={seed} python -m pytest tests/kernels/test_fuzz.py -k 'one_seed and {backend}'"
         raise AssertionError(f"seed {seed} on {backend}: {error}\nrepeat with: {command}") from error
 
 
-def check(case: Case, backend: str) -> None:
+def check(case: Case, backend: str, gradients: bool) -> None:
     """All results of ``case`` within the budget."""
     rest = (list(case.map_index), case.factor, backend)
     leaves = leaves_of(case)
     names = [name for name in ("query", "key", "value", "bias") if leaves[name] is not None]
     query, key, value, bias = (leaves[name] for name in ("query", "key", "value", "bias"))
     out, logsumexp = torch.ops.fpe_kernels.apply(query, key, value, bias, *rest)
-    found = torch.autograd.grad(out, [leaves[name] for name in names], case.weight)
-    results: dict[str, Tensor] = {f"grad_{name}": grad for name, grad in zip(names, found, strict=True)}
     known = logsumexp.detach()
     replayed = torch.ops.fpe_kernels.replay(case.query, case.key, case.value, case.bias, known, *rest)
     adjoint = torch.ops.fpe_kernels.adjoint(case.query, case.key, case.weight, case.bias, known, *rest)
-    assert_matches(case, out=out.detach(), logsumexp=known, adjoint=adjoint, **results)
+    assert_matches(case, out=out.detach(), logsumexp=known, adjoint=adjoint)
     assert_matches(case, out=replayed)
+    if gradients:
+        found = torch.autograd.grad(out, [leaves[name] for name in names], case.weight)
+        assert_matches(case, **{f"grad_{name}": grad for name, grad in zip(names, found, strict=True)})

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from fpe_kernels import AttentionMap
 from fpe_kernels.testing import Case, assert_matches, assert_within_budget, make_case, score_magnitude
-from torch import Tensor
 
 
 def operator_of(case: Case, **options) -> AttentionMap:

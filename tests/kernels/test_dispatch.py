@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fpe_kernels import AttentionMap, backends, dispatch, shared_attention
 
 ROOT = Path(__file__).parents[2]

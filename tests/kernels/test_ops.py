@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor
+
 from fpe_kernels import AttentionMap, ops, shared_attention
 from fpe_kernels.testing import Case, assert_matches, make_case
-from torch import Tensor
 
 APPLY = torch.ops.fpe_kernels
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fpe_kernels import AttentionMap, shared_attention
 
 Q = torch.randn(2, 3, 5, 8)
@@ -15,8 +16,16 @@ REFUSED = {
     "query is no tensor": (lambda: AttentionMap([1.0], K), TypeError, r"query must be a torch\.Tensor .*got list"),
     "query has heads merged": (lambda: AttentionMap(Q[0], K), ValueError, r"4 dimensions .*got 3.*Split heads first"),
     "query holds integers": (lambda: AttentionMap(Q.long(), K), TypeError, r"query must be float16.*got torch\.int64"),
-    "key of another dtype": (lambda: AttentionMap(Q, K.half()), TypeError, r"float16 and torch\.float32.*key\.to\(quer"),
-    "key elsewhere": (lambda: AttentionMap(Q, K.to("meta")), ValueError, r"key must be on the device.*got meta and cpu"),
+    "key of another dtype": (
+        lambda: AttentionMap(Q, K.half()),
+        TypeError,
+        r"float16 and torch\.float32.*key\.to\(quer",
+    ),
+    "key elsewhere": (
+        lambda: AttentionMap(Q, K.to("meta")),
+        ValueError,
+        r"key must be on the device.*got meta and cpu",
+    ),
     "key of other heads": (lambda: AttentionMap(Q, K[:, :1]), ValueError, r"agree in \[B, H\].*repeat_interleave"),
     "key of another head dim": (lambda: AttentionMap(Q, K[..., :4]), ValueError, r"same head dim: got 8 and 4"),
     "no tokens": (lambda: AttentionMap(Q, K[:, :, :0]), ValueError, r"no axis of query and key may be empty"),
@@ -31,19 +40,31 @@ REFUSED = {
         TypeError,
         r"additive.*got torch\.bool.*masked_fill",
     ),
-    "bias of another dtype": (lambda: AttentionMap(Q, K, bias=torch.ones(5, 7).half()), TypeError, r"bias must have the"),
+    "bias of another dtype": (
+        lambda: AttentionMap(Q, K, bias=torch.ones(5, 7).half()),
+        TypeError,
+        r"bias must have the",
+    ),
     "bias that does not fit": (
         lambda: AttentionMap(Q, K, bias=torch.ones(7, 5)),
         ValueError,
         r"broadcast to \[B, H, N, M\] = \[2, 3, 5, 7\], got \[7, 5\]",
     ),
-    "bias of five axes": (lambda: AttentionMap(Q, K, bias=torch.ones(1, 1, 1, 5, 7)), ValueError, r"bias must broadcast"),
+    "bias of five axes": (
+        lambda: AttentionMap(Q, K, bias=torch.ones(1, 1, 1, 5, 7)),
+        ValueError,
+        r"bias must broadcast",
+    ),
     "backend without a name": (
         lambda: AttentionMap(Q, K, backend="cuda"),
         ValueError,
         r"'triton', 'torch', 'reference', 'auto'; got 'cuda'",
     ),
-    "logsumexp is a number": (lambda: AttentionMap(Q, K, logsumexp=0.0), TypeError, r"logsumexp must be a torch\.Tensor"),
+    "logsumexp is a number": (
+        lambda: AttentionMap(Q, K, logsumexp=0.0),
+        TypeError,
+        r"logsumexp must be a torch\.Tensor",
+    ),
     "logsumexp of keys": (
         lambda: AttentionMap(Q, K, logsumexp=torch.zeros(2, 3, 7)),
         ValueError,
@@ -61,7 +82,11 @@ REFUSED = {
     "value is a number": (lambda: MAP @ 2.0, TypeError, r"value must be a torch\.Tensor .*got float"),
     "no values": (lambda: MAP @ (), ValueError, r"A @ \(\) has no value"),
     "a wrong value among several": (lambda: MAP @ (V, V[0]), ValueError, r"value must have 4 dimensions"),
-    "weight of the keys": (lambda: MAP.T @ V, ValueError, r"weight must agree with query in \[B, H, N\].*sums over the"),
+    "weight of the keys": (
+        lambda: MAP.T @ V,
+        ValueError,
+        r"weight must agree with query in \[B, H, N\].*sums over the",
+    ),
     "weight of another dtype": (lambda: MAP.T @ Q.half(), TypeError, r"weight must have the dtype of query"),
     "row out of range": (lambda: MAP.rows(5), IndexError, r"token index must be in \[-5, 5\), got \[5\]"),
     "column out of range": (lambda: MAP.columns([-8]), IndexError, r"token index must be in \[-7, 7\), got \[-8\]"),
@@ -74,7 +99,11 @@ REFUSED = {
     "no blocks": (lambda: MAP.pooled((1, 5), (1, 7), 0), ValueError, r"size must be between"),
     "map_index is a number": (lambda: shared_attention(Q, K, V, 0), TypeError, r"sequence of ints.*got int"),
     "map_index is text": (lambda: shared_attention(Q, K, V, "01"), TypeError, r"sequence of ints.*got str"),
-    "map_index of fractions": (lambda: shared_attention(Q, K, V, [0, 0.5]), TypeError, r"map_index\[1\] must be an int"),
+    "map_index of fractions": (
+        lambda: shared_attention(Q, K, V, [0, 0.5]),
+        TypeError,
+        r"map_index\[1\] must be an int",
+    ),
     "map_index of truths": (lambda: shared_attention(Q, K, V, [True, 0]), TypeError, r"map_index\[0\] must be an int"),
     "map_index of float tensors": (
         lambda: shared_attention(Q, K, V, torch.zeros(2)),
@@ -92,7 +121,11 @@ REFUSED = {
         r"map_index\[1\] is 2, but query and key hold 2 map\(s\): expected 0 <= index < 2",
     ),
     "map_index below zero": (lambda: shared_attention(Q, K, V, [-1, 0]), IndexError, r"map_index\[0\] is -1"),
-    "map_index of another length": (lambda: shared_attention(Q, K, V, [0]), ValueError, r"must have 1 batch rows here, got 2"),
+    "map_index of another length": (
+        lambda: shared_attention(Q, K, V, [0]),
+        ValueError,
+        r"must have 1 batch rows here, got 2",
+    ),
 }
 
 
@@ -103,7 +136,9 @@ def test_refused(name: str) -> None:
         call()
 
 
-@pytest.mark.parametrize("index", [[0, 1], (0, 1), range(2), torch.tensor([0, 1])], ids=lambda index: type(index).__name__)
+@pytest.mark.parametrize(
+    "index", [[0, 1], (0, 1), range(2), torch.tensor([0, 1])], ids=lambda index: type(index).__name__
+)
 def test_map_index_is_any_sequence_of_ints(index) -> None:
     torch.testing.assert_close(shared_attention(Q, K, V, index), MAP @ V)
 

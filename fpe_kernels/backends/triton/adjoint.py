@@ -105,14 +105,14 @@ def adjoint_kernel(
     rows_end = keys - start_m
     row_valid = rows < rows_end
 
-    d0, d0_valid = head_columns(key_stride_d, 0, HEAD_0, HEAD_DIM)
+    d0, d0_valid = head_columns(key_stride_d, 0, HEAD_0, HEAD_DIM, WIDE)
     k0 = load_tile(key_ptr, rows, key_stride_m, d0, rows_end, d0_valid, EVEN_KEYS, HEAD_0 <= HEAD_DIM)
-    q0_columns, q0_valid = head_columns(query_stride_d, 0, HEAD_0, HEAD_DIM)
+    q0_columns, q0_valid = head_columns(query_stride_d, 0, HEAD_0, HEAD_DIM, WIDE)
     k1 = k0
     if HEAD_1 > 0:
-        d1, d1_valid = head_columns(key_stride_d, HEAD_0, HEAD_1, HEAD_DIM)
+        d1, d1_valid = head_columns(key_stride_d, HEAD_0, HEAD_1, HEAD_DIM, WIDE)
         k1 = load_tile(key_ptr, rows, key_stride_m, d1, rows_end, d1_valid, EVEN_KEYS, HEAD_0 + HEAD_1 <= HEAD_DIM)
-        q1_columns, q1_valid = head_columns(query_stride_d, HEAD_0, HEAD_1, HEAD_DIM)
+        q1_columns, q1_valid = head_columns(query_stride_d, HEAD_0, HEAD_1, HEAD_DIM, WIDE)
     w0_columns, w0_valid = packed_columns(
         group_ptr + 1, weight_stride_b, weight_stride_e, 0, COLUMNS_0, VALUE_DIM, COLUMNS, WEIGHT_VECTOR, WIDE
     )

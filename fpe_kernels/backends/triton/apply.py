@@ -121,16 +121,16 @@ def apply_kernel(
     columns = tile_index(BLOCK_N, WIDE)
 
     query_ptr += start_m * query_stride_n
-    d0, d0_valid = head_columns(query_stride_d, 0, HEAD_0, HEAD_DIM)
+    d0, d0_valid = head_columns(query_stride_d, 0, HEAD_0, HEAD_DIM, WIDE)
     q0 = load_tile(query_ptr, rows, query_stride_n, d0, rows_end, d0_valid, EVEN_QUERIES, HEAD_0 <= HEAD_DIM)
-    k0_columns, k0_valid = head_columns(key_stride_d, 0, HEAD_0, HEAD_DIM)
+    k0_columns, k0_valid = head_columns(key_stride_d, 0, HEAD_0, HEAD_DIM, WIDE)
     q1 = q0
     if HEAD_1 > 0:
-        d1, d1_valid = head_columns(query_stride_d, HEAD_0, HEAD_1, HEAD_DIM)
+        d1, d1_valid = head_columns(query_stride_d, HEAD_0, HEAD_1, HEAD_DIM, WIDE)
         q1 = load_tile(
             query_ptr, rows, query_stride_n, d1, rows_end, d1_valid, EVEN_QUERIES, HEAD_0 + HEAD_1 <= HEAD_DIM
         )
-        k1_columns, k1_valid = head_columns(key_stride_d, HEAD_0, HEAD_1, HEAD_DIM)
+        k1_columns, k1_valid = head_columns(key_stride_d, HEAD_0, HEAD_1, HEAD_DIM, WIDE)
     if COLUMNS_0 > 0:
         v0_columns, v0_valid = packed_columns(
             group_ptr + 1, value_stride_b, value_stride_e, 0, COLUMNS_0, VALUE_DIM, COLUMNS, VALUE_VECTOR, WIDE

@@ -125,15 +125,15 @@ def gradient_kernel(
     rows_end = owns - start_m
     row_valid = rows < rows_end
 
-    a0_columns, a0_valid = head_columns(own_stride_d, 0, HEAD_0, HEAD_DIM)
+    a0_columns, a0_valid = head_columns(own_stride_d, 0, HEAD_0, HEAD_DIM, WIDE)
     a0 = load_tile(own_ptr, rows, own_stride_t, a0_columns, rows_end, a0_valid, EVEN_OWNS, EVEN_HEAD_0)
-    b0_columns, b0_valid = head_columns(other_stride_d, 0, HEAD_0, HEAD_DIM)
+    b0_columns, b0_valid = head_columns(other_stride_d, 0, HEAD_0, HEAD_DIM, WIDE)
     gradient_0 = tl.zeros([BLOCK_M, HEAD_0], dtype=tl.float32)
     a1 = a0
     if HEAD_1 > 0:
-        a1_columns, a1_valid = head_columns(own_stride_d, HEAD_0, HEAD_1, HEAD_DIM)
+        a1_columns, a1_valid = head_columns(own_stride_d, HEAD_0, HEAD_1, HEAD_DIM, WIDE)
         a1 = load_tile(own_ptr, rows, own_stride_t, a1_columns, rows_end, a1_valid, EVEN_OWNS, EVEN_HEAD_1)
-        b1_columns, b1_valid = head_columns(other_stride_d, HEAD_0, HEAD_1, HEAD_DIM)
+        b1_columns, b1_valid = head_columns(other_stride_d, HEAD_0, HEAD_1, HEAD_DIM, WIDE)
         gradient_1 = tl.zeros([BLOCK_M, HEAD_1], dtype=tl.float32)
     x0_columns, x0_valid = packed_columns(
         group_ptr + 1,

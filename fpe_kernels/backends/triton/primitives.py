@@ -44,9 +44,9 @@ def load_tile(
 
 
 @triton.jit
-def head_columns(stride, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+def head_columns(stride, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr = False):
     """Offsets and validity of the head-dim entries START .. START + WIDTH."""
-    entry = START + tl.arange(0, WIDTH)
+    entry = START + tile_index(WIDTH, WIDE)
     return entry * stride, entry < HEAD_DIM
 
 
@@ -70,9 +70,10 @@ def packed_columns(
     column = START + tl.arange(0, WIDTH)
     valid = column < COLUMNS
     row = tl.load(rows_ptr + column // VALUE_DIM, mask=valid, other=0)
+    entry = column % VALUE_DIM
     if WIDE:
-        row = row.to(tl.int64)
-    offset = row * batch_stride + (column % VALUE_DIM) * entry_stride
+        row, entry = row.to(tl.int64), entry.to(tl.int64)
+    offset = row * batch_stride + entry * entry_stride
     if VECTOR > 1:
         offset = tl.max_contiguous(tl.multiple_of(offset, VECTOR), VECTOR)
     return offset, valid
