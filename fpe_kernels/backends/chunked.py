@@ -1,12 +1,16 @@
 """The ``torch`` backend: bounded memory on any device, from PyTorch's own matrix products.
 
-Scores exist for one block at a time, small enough to stay in a core's cache while they are exponentiated. The values of
-all batch rows that share a map stand side by side, so the scores and the softmax of a block are computed once for all.
-Half-precision inputs are widened block by block: products and statistics are float32.
+Scores exist for one block of queries and keys at a time, small enough to stay in a core's cache between the product
+that makes them, the exponential and the product that uses them. The values of all batch rows that share a map stand
+side by side, so the scores and the softmax of a block are computed once for all. A map of one row's own, or a small
+one, is left on a CPU to PyTorch's fused attention, which gives the log-sum-exp too. Scores are in units of log 2:
+PyTorch computes 2ˣ in a third of the time of eˣ. Half-precision inputs are widened block by block: products and
+statistics are float32.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,47 +19,68 @@ from torch import Tensor
 
 from .grouping import rows_by_map
 
-# Bytes of scores in one block. On a CPU two megabytes stay in the last private cache of two cores; a GPU wants a block
-# that fills it, and 64 MiB is still nothing beside the map.
-_BLOCK_BYTES = {"cpu": 2 << 20}
+_LOG2E = 1.0 / math.log(2.0)
+_LN2 = math.log(2.0)
+
+# Bytes of scores in one block. On a CPU a megabyte a thread stays in a core's own cache; a GPU wants a block that fills
+# it, and 64 MiB is still nothing beside the map.
+_THREAD_BLOCK_BYTES = 1 << 20
 _DEVICE_BLOCK_BYTES = 64 << 20
+_KEY_BLOCK = 512
+# Below so many scores, calls cost more than the arithmetic that sharing saves: rows are then left to one fused call.
+_SMALL_MAP = 1 << 18
 _MIN_QUERY_BLOCK = 32
 
 
 @dataclass(frozen=True)
-class _Block:
-    """A range of query rows of a range of heads of one map."""
+class _Blocks:
+    """How one map is cut: some heads at a time, all their query blocks by all their key blocks."""
 
     group: int
     rows: tuple[int, ...]
     heads: slice
+    queries: list[slice]
+    keys: list[slice]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block of one map."""
+
+    group: int
+    heads: slice
     queries: slice
+    keys: slice
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _block_sizes(heads: int, queries: int, keys: int, itemsize: int, device: str) -> tuple[int, int]:
-    """How many heads and query rows make a block: whole heads while they fit, then parts of one."""
-    budget = _BLOCK_BYTES.get(device, _DEVICE_BLOCK_BYTES) // (keys * itemsize)
-    if budget >= queries:
-        return max(1, min(heads, budget // queries)), queries
-    return 1, min(queries, max(_MIN_QUERY_BLOCK, budget))
+def _cut(length: int, most: int) -> list[slice]:
+    """Equal parts of at most ``most``: no part is left so short that its products are slow."""
+    size = max(1, -(-length // max(1, -(-length // most))))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _head_blocks(
-    query: Tensor, key: Tensor, map_index: tuple[int, ...]
-) -> Iterator[tuple[int, tuple[int, ...], slice, list[slice]]]:
-    """Yield (map, its batch rows, heads, query blocks) for every map that some batch row names."""
+def _cut_maps(query: Tensor, key: Tensor, map_index: tuple[int, ...]) -> Iterator[_Blocks]:
+    """Yield the blocks of every map that some batch row names."""
     maps, heads, queries, _ = query.shape
     itemsize = _working_dtype(query.dtype).itemsize
-    head_block, query_block = _block_sizes(heads, queries, key.shape[2], itemsize, query.device.type)
-    blocks = [slice(start, min(start + query_block, queries)) for start in range(0, queries, query_block)]
+    keys = _cut(key.shape[2], _KEY_BLOCK)
+    if query.device.type == "cpu":
+        # Heads side by side give every thread a product of its own.
+        together = min(heads, torch.get_num_threads())
+        budget = min(together * _THREAD_BLOCK_BYTES, _DEVICE_BLOCK_BYTES)
+    else:
+        together, budget = 1, _DEVICE_BLOCK_BYTES
+    a_query = keys[0].stop * itemsize
+    together = max(together, min(heads, budget // max(1, queries * a_query)))
+    query_blocks = _cut(queries, max(_MIN_QUERY_BLOCK, budget // (together * a_query)))
     for group, rows in enumerate(rows_by_map(map_index, maps)):
         if rows:
-            for start in range(0, heads, head_block):
-                yield group, rows, slice(start, min(start + head_block, heads)), blocks
+            for part in _cut(heads, together):
+                yield _Blocks(group, rows, part, query_blocks, keys)
 
 
 def _pack(tensor: Tensor, rows: tuple[int, ...], heads: slice, dtype: torch.dtype) -> Tensor:
@@ -66,29 +91,33 @@ def _pack(tensor: Tensor, rows: tuple[int, ...], heads: slice, dtype: torch.dtyp
 
 
 class _Scores:
-    """The scores of successive query blocks of one map and head range, in one buffer."""
+    """The scores of successive blocks of one map and head range, in units of log 2, in one buffer."""
 
-    def __init__(self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, group: int, heads: slice) -> None:
+    def __init__(self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, blocks: _Blocks) -> None:
+        group, heads = blocks.group, blocks.heads
         self.dtype = _working_dtype(query.dtype)
         self.query = query[group, heads]
-        self.scale = scale
+        self.scale = scale * _LOG2E
         # [heads, D, M], copied once so that every block's product reads it in order.
-        self.key = key[group, heads].to(self.dtype).transpose(1, 2)
+        self.key = key[group, heads].to(self.dtype).transpose(1, 2).contiguous()
         self.bias = None if bias is None else bias.expand(*query.shape[:3], key.shape[2])[group, heads]
-        self.buffer: Tensor | None = None
+        self.buffer = self.key.new_empty(0)
+        self.scaled: tuple[slice, Tensor] | None = None
 
-    def __call__(self, queries: slice) -> Tensor:
-        block = self.query[:, queries].to(self.dtype) * self.scale
-        shape = (block.shape[0], block.shape[1], self.key.shape[2])
-        if self.buffer is None or self.buffer.shape != shape:
-            self.buffer = block.new_empty(shape)
-        scores = torch.bmm(block, self.key, out=self.buffer)
-        return scores if self.bias is None else scores.add_(self.bias[:, queries])
+    def __call__(self, queries: slice, keys: slice) -> Tensor:
+        if self.scaled is None or self.scaled[0] != queries:
+            self.scaled = queries, self.query[:, queries].to(self.dtype) * self.scale
+        block = self.scaled[1]
+        shape = (block.shape[0], block.shape[1], keys.stop - keys.start)
+        if self.buffer.numel() < math.prod(shape):
+            self.buffer = block.new_empty(math.prod(shape))
+        scores = torch.bmm(block, self.key[:, :, keys], out=self.buffer[: math.prod(shape)].view(shape))
+        return scores if self.bias is None else scores.add_(self.bias[:, queries, keys], alpha=_LOG2E)
 
-    def probabilities(self, queries: slice, logsumexp: Tensor) -> Tensor:
+    def probabilities(self, queries: slice, keys: slice, logsumexp: Tensor) -> Tensor:
         """exp(scores − logsumexp), with rows that are masked throughout at zero."""
-        finite = logsumexp.masked_fill(logsumexp.isneginf(), 0.0)
-        return self(queries).sub_(finite.unsqueeze(-1)).exp_()
+        known = logsumexp.masked_fill(logsumexp.isneginf(), 0.0).mul_(_LOG2E)
+        return self(queries, keys).sub_(known.unsqueeze(-1)).exp2_()
 
 
 def apply(
@@ -104,23 +133,81 @@ def apply(
 ) -> None:
     """Write ``A[map_index] @ value`` to ``out`` and, unless it is known, the log-sum-exp."""
     columns = value.shape[3]
-    for group, rows, heads, blocks in _head_blocks(query, key, map_index):
-        scores_of = _Scores(query, key, bias, scale, group, heads)
-        packed = _pack(value, rows, heads, scores_of.dtype)
-        for queries in blocks:
-            statistics = logsumexp[group, heads, queries]
+    fused = bias is None and not known and _fused_serves(query, key, value)
+    small = query.shape[1] * query.shape[2] * key.shape[2] <= _SMALL_MAP
+    for blocks in _cut_maps(query, key, map_index):
+        if fused and (small or len(blocks.rows) == 1):
+            if blocks.heads.start == 0:  # one call serves all heads
+                _fused_product(query, key, value, blocks.group, blocks.rows, scale, out, logsumexp)
+            continue
+        scores_of = _Scores(query, key, bias, scale, blocks)
+        packed = _pack(value, blocks.rows, blocks.heads, scores_of.dtype)
+        for queries in blocks.queries:
+            statistics = logsumexp[blocks.group, blocks.heads, queries]
             if known:
-                product = torch.bmm(scores_of.probabilities(queries, statistics), packed)
+                product = _known_product(scores_of, packed, queries, blocks.keys, statistics)
             else:
-                scores = scores_of(queries)
-                maximum = scores.amax(-1, keepdim=True)
-                maximum.masked_fill_(maximum.isneginf(), 0.0)
-                normaliser = scores.sub_(maximum).exp_().sum(-1, keepdim=True)
-                statistics.copy_((maximum + normaliser.log()).squeeze(-1))
-                product = torch.bmm(scores, packed)
-                product.div_(normaliser.masked_fill_(normaliser == 0.0, 1.0))
-            for position, row in enumerate(rows):
-                out[row, heads, queries] = product[..., position * columns : (position + 1) * columns]
+                product = _online_product(scores_of, packed, queries, blocks.keys, statistics)
+            for position, row in enumerate(blocks.rows):
+                out[row, blocks.heads, queries] = product[..., position * columns : (position + 1) * columns]
+
+
+def _fused_serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether PyTorch's fused attention for CPUs takes these tensors, and keeps float32 statistics as exact as ours."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.float64)
+        and value.shape[3] == query.shape[3]
+        and all(tensor.stride(3) == 1 and tensor.numel() > 0 for tensor in (query, key, value))
+    )
+
+
+def _fused_product(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: int,
+    rows: tuple[int, ...],
+    scale: float,
+    out: Tensor,
+    logsumexp: Tensor,
+) -> None:
+    maps, index = slice(group, group + 1), list(rows)
+    shared = (tensor[maps].expand(len(rows), -1, -1, -1) for tensor in (query, key))
+    values = value[rows[0] : rows[0] + 1] if len(rows) == 1 else value[index]
+    product, statistics = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*shared, values, scale=scale)
+    out[index], logsumexp[group] = product, statistics[0]
+
+
+def _known_product(scores_of: _Scores, packed: Tensor, queries: slice, keys: list[slice], logsumexp: Tensor) -> Tensor:
+    product = torch.bmm(scores_of.probabilities(queries, keys[0], logsumexp), packed[:, keys[0]])
+    for block in keys[1:]:
+        product.baddbmm_(scores_of.probabilities(queries, block, logsumexp), packed[:, block])
+    return product
+
+
+def _online_product(scores_of: _Scores, packed: Tensor, queries: slice, keys: list[slice], logsumexp: Tensor) -> Tensor:
+    """The product over all key blocks by online softmax; writes the log-sum-exp.
+
+    ``maximum`` is that of the blocks so far, and both sums are relative to it: where a later block raises it, they
+    shrink by as much. It stays finite in rows that have been masked so far, whose sums are zero.
+    """
+    scores = scores_of(queries, keys[0])
+    maximum = scores.amax(-1, keepdim=True)
+    maximum.masked_fill_(maximum.isneginf(), torch.finfo(maximum.dtype).min)
+    product = torch.bmm(scores.sub_(maximum).exp2_(), packed[:, keys[0]])
+    normaliser = scores.sum(-1, keepdim=True)
+    for block in keys[1:]:
+        scores = scores_of(queries, block)
+        raised = torch.maximum(maximum, scores.amax(-1, keepdim=True))
+        shrink = maximum.sub_(raised).exp2_()
+        scores.sub_(raised).exp2_()
+        product.mul_(shrink).baddbmm_(scores, packed[:, block])
+        normaliser.mul_(shrink).add_(scores.sum(-1, keepdim=True))
+        maximum = raised
+    # log 0 = −∞ is the log-sum-exp of a row that is masked throughout.
+    logsumexp.copy_((maximum + normaliser.log2()).mul_(_LN2).squeeze(-1))
+    return product.div_(normaliser.masked_fill_(normaliser == 0.0, 1.0))
 
 
 def adjoint(
@@ -135,15 +222,17 @@ def adjoint(
 ) -> None:
     """Write ``A[map_index].T @ weight`` to ``out``."""
     columns = weight.shape[3]
-    for group, rows, heads, blocks in _head_blocks(query, key, map_index):
-        scores_of = _Scores(query, key, bias, scale, group, heads)
-        packed = _pack(weight, rows, heads, scores_of.dtype)
+    for blocks in _cut_maps(query, key, map_index):
+        scores_of = _Scores(query, key, bias, scale, blocks)
+        packed = _pack(weight, blocks.rows, blocks.heads, scores_of.dtype)
         total = packed.new_zeros((packed.shape[0], key.shape[2], packed.shape[2]))
-        for queries in blocks:
-            maps = scores_of.probabilities(queries, logsumexp[group, heads, queries])
-            total.baddbmm_(maps.transpose(1, 2), packed[:, queries])
-        for position, row in enumerate(rows):
-            out[row, heads] = total[..., position * columns : (position + 1) * columns]
+        for queries in blocks.queries:
+            statistics = logsumexp[blocks.group, blocks.heads, queries]
+            for keys in blocks.keys:
+                maps = scores_of.probabilities(queries, keys, statistics)
+                total[:, keys].baddbmm_(maps.transpose(1, 2), packed[:, queries])
+        for position, row in enumerate(blocks.rows):
+            out[row, blocks.heads] = total[..., position * columns : (position + 1) * columns]
 
 
 def _score_gradients(
@@ -157,17 +246,19 @@ def _score_gradients(
     map_index: tuple[int, ...],
     scale: float,
 ) -> Iterator[tuple[_Block, Tensor]]:
-    """Yield dS for every block; the tensor is valid until the next one is asked for."""
-    for group, rows, heads, blocks in _head_blocks(query, key, map_index):
-        scores_of = _Scores(query, key, bias, scale, group, heads)
+    """Yield dS for every block, key blocks innermost; the tensor is valid until the next one is asked for."""
+    for blocks in _cut_maps(query, key, map_index):
+        scores_of = _Scores(query, key, bias, scale, blocks)
         # Side by side, the product over all columns is the sum over the batch rows.
-        lefts = _pack(left, rows, heads, scores_of.dtype)
-        rights = _pack(right, rows, heads, scores_of.dtype).transpose(1, 2)
-        for queries in blocks:
-            maps = scores_of.probabilities(queries, logsumexp[group, heads, queries])
-            outer = torch.bmm(lefts[:, queries], rights)
-            gradient = maps.mul_(outer.sub_(delta[group, heads, queries].unsqueeze(-1)))
-            yield _Block(group, rows, heads, queries), gradient
+        lefts = _pack(left, blocks.rows, blocks.heads, scores_of.dtype)
+        rights = _pack(right, blocks.rows, blocks.heads, scores_of.dtype).transpose(1, 2)
+        for queries in blocks.queries:
+            statistics = logsumexp[blocks.group, blocks.heads, queries]
+            offset = delta[blocks.group, blocks.heads, queries].unsqueeze(-1)
+            for keys in blocks.keys:
+                maps = scores_of.probabilities(queries, keys, statistics)
+                outer = torch.bmm(lefts[:, queries], rights[:, :, keys])
+                yield _Block(blocks.group, blocks.heads, queries, keys), maps.mul_(outer.sub_(offset))
 
 
 def score_gradient(
@@ -185,16 +276,19 @@ def score_gradient(
 ) -> None:
     """Write the gradients of query and key."""
     dtype = _working_dtype(query.dtype)
-    total = key.new_empty(0, dtype=dtype)
+    by_query = by_key = key.new_empty(0, dtype=dtype)
     for block, gradient in _score_gradients(query, key, left, right, delta, bias, logsumexp, map_index, scale):
-        if block.queries.start == 0:
-            total = gradient.new_zeros((gradient.shape[0], *key.shape[2:]))
-        keys = key[block.group, block.heads].to(dtype)
+        if block.keys.start == 0:
+            by_query = gradient.new_zeros((*gradient.shape[:2], query.shape[3]))
+            if block.queries.start == 0:
+                by_key = gradient.new_zeros((gradient.shape[0], *key.shape[2:]))
+        by_query.baddbmm_(gradient, key[block.group, block.heads, block.keys].to(dtype), alpha=scale)
         queries = query[block.group, block.heads, block.queries].to(dtype)
-        grad_query[block.group, block.heads, block.queries] = torch.bmm(gradient, keys).mul_(scale)
-        total.baddbmm_(gradient.transpose(1, 2), queries, alpha=scale)
-        if block.queries.stop == query.shape[2]:
-            grad_key[block.group, block.heads] = total
+        by_key[:, block.keys].baddbmm_(gradient.transpose(1, 2), queries, alpha=scale)
+        if block.keys.stop == key.shape[2]:
+            grad_query[block.group, block.heads, block.queries] = by_query
+            if block.queries.stop == query.shape[2]:
+                grad_key[block.group, block.heads] = by_key
     for group, rows in enumerate(rows_by_map(map_index, query.shape[0])):
         if not rows:
             grad_query[group] = 0.0
@@ -216,7 +310,7 @@ def bias_gradient(
     """Add dS to ``grad``, which has the shape of ``bias``, summed over the axes of size 1."""
     accumulated = torch.zeros_like(grad, dtype=_working_dtype(grad.dtype))
     for block, gradient in _score_gradients(query, key, left, right, delta, bias, logsumexp, map_index, scale):
-        wanted = (slice(block.group, block.group + 1), block.heads, block.queries, slice(None))
+        wanted = (slice(block.group, block.group + 1), block.heads, block.queries, block.keys)
         part = accumulated[
             tuple(index if size > 1 else slice(None) for size, index in zip(bias.shape, wanted, strict=True))
         ]

@@ -12,6 +12,7 @@ from transformers import CLIPTokenizer
 
 from .diffusion import Denoiser, build_scheduler
 from .judge import Judge, save_judge
+from .tokenizer import build_tokenizer
 
 __all__ = ["MEASUREMENTS", "SIZE_LIMIT", "export", "folder_bytes", "write_card"]
 
@@ -52,6 +53,8 @@ def export(
     )
     pipe.save_pretrained(folder, safe_serialization=True)
     _declare_float32(folder / "text_encoder" / "config.json")
+    # Newer transformers write tokenizer.json alone; older ones read vocab.json and merges.txt.
+    build_tokenizer(folder / "tokenizer")
     save_judge(judge, folder / _JUDGE)
     (folder / MEASUREMENTS).write_text(json.dumps(measurements, indent=2) + "\n")
     write_card(folder)

@@ -36,13 +36,13 @@ def draw(
 def measure_generation(
     folder: Path, count: int = 512, *, steps: int = 25, guidance: float = 5.0, seed: int = 0, device: str = "cpu"
 ) -> dict[str, float]:
-    """Share of pictures whose colour, object and background are those of the prompt, on seen and held-out triples.
+    """Share of pictures whose colour, object and background are those of the prompt.
 
-    Prompts cycle through a seeded shuffle of all triples; the weights are the folder's float16 ones, computed with in
-    float32 on a CPU.
+    Prompts cycle through a seeded shuffle of all triples, those held out of training included. The weights are the
+    folder's float16 ones; a CPU computes with them in float32.
     """
-    dtype = torch.float16 if device.startswith("cuda") else torch.float32
-    pipe = StableDiffusionPipeline.from_pretrained(folder).to(device, dtype)
+    precision = {"torch_dtype": torch.float16} if device.startswith("cuda") else {}
+    pipe = StableDiffusionPipeline.from_pretrained(folder, **precision).to(device)
     pipe.set_progress_bar_config(disable=True)
     every = triples()
     order = np.random.default_rng(seed).permutation(np.arange(count) % len(every))

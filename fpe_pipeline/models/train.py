@@ -66,9 +66,9 @@ PRESETS: dict[str, Preset] = {
         scenes=24000,
         latents=12000,
         held_out=1024,
-        autoencoder=Fit(steps=2700, batch=16, learning_rate=2e-3, warmup=100, tail=0.6, ema=0.995),
-        diffusion=Fit(steps=5000, batch=16, learning_rate=1e-3, warmup=100, ema=0.998),
-        judge=Fit(steps=1200, batch=32, learning_rate=2e-3, ema=0.99),
+        autoencoder=Fit(steps=2685, batch=16, learning_rate=2e-3, warmup=100, tail=0.6, ema=0.995),
+        diffusion=Fit(steps=4850, batch=16, learning_rate=1e-3, warmup=100, ema=0.998),
+        judge=Fit(steps=550, batch=32, learning_rate=2e-3, ema=0.99),
     ),
     "gpu": Preset(
         size=128,
@@ -153,6 +153,13 @@ def train(
         return None
 
     figures: dict[str, object] = {
+        "training": {
+            "scenes": preset.scenes,
+            "latents": preset.latents,
+            "autoencoder_steps": preset.autoencoder.steps,
+            "diffusion_steps": preset.diffusion.steps,
+            "diffusion_batch": preset.diffusion.batch,
+        },
         "autoencoder": autoencoder.measure_autoencoder(vae, held.images),
         "judge": judge.measure_judge(referee, held),
     }
@@ -175,7 +182,7 @@ def _latents(vae: torch.nn.Module, images: np.ndarray, path: Path) -> torch.Tens
 def _tokens(tokenizer: object, drawn: list[scenes.Scene], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of several wordings of each scene, ``[n, k, length]``, and of the empty caption, ``[length]``."""
     captions = [
-        scenes.caption(scene, np.random.default_rng((seed, 7, index, wording)))
+        scenes.caption(scene, np.random.default_rng((seed + 7, index, wording)))
         for index, scene in enumerate(drawn)
         for wording in range(_WORDINGS)
     ]

@@ -110,8 +110,8 @@ def _load(folder: Path, judge_file: Path, device: str) -> tuple[Any, Any]:
 
     from ..models.judge import load_judge
 
-    dtype = torch.float16 if device.startswith("cuda") else torch.float32
-    pipe = StableDiffusionPipeline.from_pretrained(folder).to(device, dtype)
+    precision = {"torch_dtype": torch.float16} if device.startswith("cuda") else {}
+    pipe = StableDiffusionPipeline.from_pretrained(folder, **precision).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, load_judge(judge_file).to(device)
 

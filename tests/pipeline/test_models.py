@@ -143,7 +143,7 @@ class TestTraining:
 
         preset = PRESETS["smoke"]
         figures = train(preset, tmp_path / "whole", tmp_path / "whole" / "model")
-        assert set(figures) == {"autoencoder", "judge", "generated"}
+        assert set(figures) == {"training", "autoencoder", "judge", "generated"}
         for _ in range(6):  # each call stops in the middle of one of the three networks
             resumed = train(preset, tmp_path / "parts", tmp_path / "parts" / "model", stop_after=3)
             if resumed is not None:

@@ -127,9 +127,10 @@ def test_gradients_are_those_of_dense_mathematics():
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
-def test_under_autocast():
-    """Layer norm is computed in float32 there, and leaves queries and keys wider than values."""
-    attn = attention(qk_norm="layer_norm", dtype=torch.float32)
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_under_autocast(norm):
+    """Norms are computed in float32 there, and may leave queries and keys wider than values."""
+    attn = attention(qk_norm=norm, dtype=torch.float32)
     hidden_states = random(6, 12, 16, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         expected = run(attn, hidden_states)

@@ -79,10 +79,12 @@ def product_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: 
         if head > 160:
             tile = (32, 16, 16)
         else:
-            tile = (32, 32, 8) if max(head, packed) <= 128 else (16, 32, 8)
+            tile = (32, 32, 8) if max(head, packed) <= 128 else (16, 16, 8)
         return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=1)
     if arch in ("sm_90", "sm_100"):
-        if packed <= 128 or (packed <= 160 and not bias):
+        if head > 160:
+            return _staged((64, 32, 8), head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=2)
+        if head <= 128 and packed <= (128 if bias else 160):
             tile = (128, 64, 8)
         else:
             tile = (64, 64, 8) if not bias else (64, 32, 8)
@@ -91,7 +93,7 @@ def product_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: 
     elif packed <= 160:
         tile = (128, 32, 8) if not bias else (64, 32, 8)
     else:
-        tile = (64, 32, 8)
+        tile = (32, 32, 8)
     return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch])
 
 
@@ -100,7 +102,10 @@ def score_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: bo
     """The configuration of the gradient kernel: two resident tiles, scores and their gradient, one accumulator."""
     head, packed = sum(split_width(head_dim)), sum(split_width(columns))
     if itemsize == 4:
-        tile = (32, 16, 8) if max(head, packed) <= 160 else (16, 16, 8)
+        if max(head, packed) <= 128:
+            tile = (32, 16, 8)
+        else:
+            tile = (32, 32, 8) if max(head, packed) <= 160 else (16, 16, 8)
         return _staged(tile, head + packed, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=1)
     tile = (64, 64, 8) if max(head, packed) <= 96 and not bias else (64, 32, 8)
     return _staged(tile, head + packed, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=2)
