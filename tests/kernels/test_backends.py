@@ -7,6 +7,8 @@ import torch
 from contract import FLOATS
 from contract_gradients import GradientContract
 
+from fpe_kernels.backends import chunked
+
 
 class TestReference(GradientContract):
     backend = "reference"
@@ -16,6 +18,15 @@ class TestReference(GradientContract):
 class TestTorch(GradientContract):
     backend = "torch"
     dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class TestTorchInSmallBlocks(TestTorch):
+    """The shapes of these tests fit one block; here they take many, of query rows and of heads."""
+
+    @pytest.fixture(autouse=True)
+    def _small_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(chunked, "_BLOCK_BYTES", {"cpu": 1024})
+        monkeypatch.setattr(chunked, "_MIN_QUERY_BLOCK", 4)
 
 
 class TestTriton(GradientContract):
