@@ -48,7 +48,7 @@ def check_seed(seed: int, backend: str, device: str) -> None:
     block_bytes, rows = (1024, 4) if seed % 2 else (2 << 20, 32)
     try:
         # An interpreted gradient takes as long as all the rest, so there only every third case has one.
-        with mock.patch.multiple(chunked, _BLOCK_BYTES={"cpu": block_bytes}, _MIN_QUERY_BLOCK=rows):
+        with mock.patch.multiple(chunked, _THREAD_BLOCK_BYTES=block_bytes, _MIN_QUERY_BLOCK=rows):
             check(random_case(seed, backend, device), backend, backend != "triton" or device != "cpu" or seed % 3 == 0)
     except Exception as error:
         command = f"FUZZ_SEED={seed} python -m pytest tests/kernels/test_fuzz.py -k 'one_seed and {backend}'"

@@ -25,7 +25,9 @@ class TestTorchInSmallBlocks(TestTorch):
 
     @pytest.fixture(autouse=True)
     def _small_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(chunked, "_BLOCK_BYTES", {"cpu": 1024})
+        monkeypatch.setattr(chunked, "_THREAD_BLOCK_BYTES", 1024)
+        monkeypatch.setattr(chunked, "_KEY_BLOCK", 8)
+        monkeypatch.setattr(chunked, "_fused_serves", lambda *tensors: False)
         monkeypatch.setattr(chunked, "_MIN_QUERY_BLOCK", 4)
 
 
