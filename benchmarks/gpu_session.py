@@ -86,7 +86,7 @@ def run_environment(out: Path, device: str) -> None:
     print(lines[0])
 
 
-def run_correctness(out: Path, device: str, seconds: float, dry: bool) -> int:
+def run_correctness(out: Path, dry: bool) -> int:
     """pytest's exit status; 5 where no test was collected."""
     tests = ["tests/benchmarks/test_rows.py"] if dry else ["tests/kernels", "tests"]
     status = 0
@@ -103,7 +103,7 @@ def run_correctness(out: Path, device: str, seconds: float, dry: bool) -> int:
     return status
 
 
-def run_measurements(stage: Stage, out: Path, device: str, seconds: float, dry: bool) -> None:
+def run_measurements(stage: Stage, out: Path, device: str, until: float, dry: bool) -> None:
     import torch
 
     from . import edits, growth, measure, plan, tune
@@ -111,7 +111,7 @@ def run_measurements(stage: Stage, out: Path, device: str, seconds: float, dry: 
     from .report import case_table
     from .run import Bench, run_kernels
 
-    deadline = time.monotonic() + seconds - GRACE / 2
+    deadline = until - GRACE / 2
     effort = measure.Effort(rounds=3, seconds=0.2, sample_ms=1.0) if dry else measure.Effort(rounds=9, seconds=1.5)
     bench = Bench(device, torch.float16 if device == "cuda" else torch.float32, effort)
     path = out / stage.file
@@ -124,7 +124,7 @@ def run_measurements(stage: Stage, out: Path, device: str, seconds: float, dry: 
             print(case_table(rows) + "\n", flush=True)
 
     def left() -> float:
-        return deadline - time.monotonic()
+        return deadline - time.time()
 
     roofline = out / "cuda-roofline.json"
     if stage.name == "roofline":
@@ -185,7 +185,7 @@ def session(out: Path, budget: float, device: str, dry: bool) -> int:
             return
         print(f"== {stage.name}: at most {seconds:.0f} s, {time.monotonic() - begun:.0f} s so far", flush=True)
         command = [sys.executable, "-m", "benchmarks.gpu_session", "--stage", stage.name, "--out", str(out)]
-        command += ["--seconds", f"{seconds:.1f}", "--device", device, *(["--dry-run"] if dry else [])]
+        command += ["--until", f"{time.time() + seconds:.1f}", "--device", device, *(["--dry-run"] if dry else [])]
         start = time.monotonic()
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         try:
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dry-run", action="store_true", help="the same stages on tiny cases, on a CPU")
     parser.add_argument("--stage", choices=[stage.name for stage in STAGES], help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)  # seconds since the epoch
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     device = "cpu" if options.dry_run else options.device
@@ -290,8 +290,8 @@ def main(argv: list[str] | None = None) -> int:
         run_environment(options.out, device)
         return 0
     if stage.name == "correctness":
-        return run_correctness(options.out, device, options.seconds, options.dry_run)
-    run_measurements(stage, options.out, device, options.seconds, options.dry_run)
+        return run_correctness(options.out, options.dry_run)
+    run_measurements(stage, options.out, device, options.until, options.dry_run)
     return 0
 
 

@@ -245,7 +245,9 @@ def read(path: str | Path) -> list[Row]:
 
 
 def read_all(folder: str | Path) -> list[Row]:
-    return [row for path in sorted(Path(folder).glob("*.json")) for row in read(path)]
+    """The rows of every file named after a kind of device; other results lie in the same folder."""
+    paths = [path for kind in ("cpu", "cuda") for path in sorted(Path(folder).glob(f"{kind}-*.json"))]
+    return [row for path in paths for row in read(path)]
 
 
 def _plain(row: Row) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from .scores import Score, evaluate
 from .statistics import summarise
 
 __all__ = ["add_arguments", "run"]
-
-log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +87,7 @@ def _draw_rest(
         scores.extend(rows)
         with store.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        log.info("scored %d of %d pairs", len(scores) // len(conditions), len(pairs))
+        print(f"scored {len(scores) // len(conditions)} of {len(pairs)} pairs", file=sys.stderr, flush=True)
 
     evaluate(
         pipe,

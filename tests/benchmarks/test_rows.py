@@ -25,8 +25,9 @@ def test_rows_survive_a_file(tmp_path):
         row(provider="fpe-torch", status="wrong", samples_ms=(), reason="relative error 1 exceeds its budget"),
         row(provider="flex", case="any", status="missing", samples_ms=(), reason="not installed: “flex”"),
     ]
-    write(tmp_path / "rows.json", rows)
-    assert read(tmp_path / "rows.json") == rows
+    write(tmp_path / "cpu-kernels.json", rows)
+    assert read(tmp_path / "cpu-kernels.json") == rows
+    (tmp_path / "offline.json").write_text('{"not": "rows"}')
     assert read_all(tmp_path) == rows
 
 

@@ -1,0 +1,107 @@
+"""Tables and figures: what README says is what the rows say, and drawing works on the rows that are committed."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks import plot
+from benchmarks.cases import headline_cases
+from benchmarks.figures import FIGURES, draw_all
+from benchmarks.growth import Growth
+from benchmarks.rows import ROOT, Environment, Row, read_all
+from benchmarks.tables import TABLES
+
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+HERE = Environment("cpu: a processor (2 cores)", 1, {"torch": "2.13.0"}, "0123456789ab", "2026-01-01")
+GPU = Environment("cuda: a device", 1, {"torch": "2.13.0"}, "0123456789ab", "2026-01-01")
+
+
+def row(environment=HERE, **values):
+    return Row.new(environment, **{"dtype": "float32", "status": "ok", **values})
+
+
+def sample_rows(environment=HERE):
+    """A little of every suite."""
+    ours = "fpe-triton" if environment is GPU else "fpe-torch"
+    rows = []
+    for case in headline_cases():
+        for provider, time in ((ours, 2.0), ("sdpa", 3.0), ("unedited", 3.5), ("dense-original", 8.0)):
+            about = {"suite": "kernels", "case": case.name, "provider": provider, "flops": case.flops}
+            rows.append(row(environment, **about, samples_ms=(time, 1.1 * time, time), peak_mb=1.0, limit_ms=1.0))
+    rows.append(row(environment, suite="kernels", case="any", provider="xformers", status="missing", reason="not here"))
+    for kind in ("matmul", "copy", "exp"):
+        about = {"suite": "roofline", "case": kind, "provider": "machine"}
+        rows.append(row(environment, **about, samples_ms=(1.0,), flops=10**9))
+    for pixels in (256, 512):
+        for editor, time, peak in (("unedited", 10, 50), ("fpe", 9, 50), ("dense-original", 30, 500)):
+            about = {"suite": "edits", "case": f"tiny-{pixels}/guided-1/all/1", "provider": editor}
+            rows.append(row(environment, **about, samples_ms=(float(time),), peak_mb=float(peak)))
+    for tokens in (256, 1024):
+        for provider, held in ((ours, tokens * 0.01), ("dense-original", tokens**2 * 1e-4)):
+            case = f"length-128/{tokens}x8x64/pair-1/apply"
+            rows.append(row(environment, suite="memory", case=case, provider=provider, peak_mb=held))
+    return rows
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_in_the_readmes_are_those_of_the_committed_rows(page):
+    if not page.exists():
+        pytest.skip(f"there is no {page.name} yet")
+    old = plot.stale(page, read_all(plot.RESULTS))
+    assert not old, f"{', '.join(old)}: run `make figures`"
+
+
+def test_a_readme_that_differs_from_its_rows_is_noticed(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- table: headline-cpu -->\n<!-- end table -->\nafter\n")
+    rows = sample_rows()
+    page.write_text(plot.rewritten(page.read_text(), rows))
+    assert plot.stale(page, rows) == []
+    faster = [dataclasses.replace(r, samples_ms=tuple(t / 2 for t in r.samples_ms)) for r in rows]
+    assert plot.stale(page, faster) == ["headline-cpu"]
+    page.write_text(page.read_text().replace("2.00", "1.00", 1))
+    assert plot.stale(page, rows) == ["headline-cpu"]
+    assert page.read_text().startswith("before\n") and page.read_text().endswith("\nafter\n")
+
+
+def test_an_unknown_table_is_an_error():
+    with pytest.raises(ValueError, match="no table 'speed'"):
+        plot.rewritten("<!-- table: speed -->\n<!-- end table -->", [])
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_without_rows_says_that_it_is_not_measured(name):
+    assert "not measured on a" in TABLES[name]([])
+
+
+def test_a_table_states_its_machine_and_pairs_its_rounds():
+    table = TABLES["headline-cpu"](sample_rows())
+    assert "a processor" in table and "commit 0123456789ab" in table
+    assert "| 4.00 (4.00–4.00) | 1.50 (1.50–1.50) | 1.75 (1.75–1.75) |" in table
+    assert "not measured on a GPU" in TABLES["headline-gpu"](sample_rows())
+    assert "a device" in TABLES["headline-gpu"](sample_rows(GPU))
+
+
+def test_missing_rivals_stand_in_the_table_with_the_reason():
+    line = next(line for line in TABLES["rivals-cpu"](sample_rows()).splitlines() if "xformers" in line)
+    assert "not here" in line
+
+
+def test_figures_are_drawn_from_rows(tmp_path):
+    drawn = [path.name for path in draw_all([*sample_rows(), *sample_rows(GPU)], tmp_path)]
+    assert drawn == [f"{name}-{d}.{kind}" for name in FIGURES for d in ("cpu", "gpu") for kind in ("svg", "png")]
+    assert all((tmp_path / name).stat().st_size > 1000 for name in drawn)
+
+
+def test_figures_are_drawn_from_the_committed_rows(tmp_path):
+    rows = read_all(plot.RESULTS)
+    drawn = list(draw_all(rows, tmp_path))
+    assert bool(drawn) == any(r.status == "ok" for r in rows)
+
+
+def test_growth_is_a_square_law_or_a_line():
+    dense = Growth.fit([(n, 3.0 * n**2 + 5.0 * n) for n in (256, 1024, 4096)])
+    assert dense.bytes(16384) == pytest.approx(3.0 * 16384**2 + 5.0 * 16384)
+    assert dense.longest(dense.bytes(10_000)) == pytest.approx(10_000, abs=1)
+    line = Growth.fit([(1024, 7.0 * 1024), (4096, 7.0 * 4096)])
+    assert line.longest(7.0e6) == 1_000_000
