@@ -24,6 +24,14 @@ from fpe_kernels.testing import (
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INF = float("inf")
 
+SMALL_BLOCKS = {
+    "_THREAD_BLOCK_BYTES": 256,
+    "_KEY_BLOCK": 13,
+    "_MIN_QUERY_BLOCK": 4,
+    "_fused_serves": lambda *operands: False,
+}
+"""What to set in the torch backend so that small shapes take many blocks, and no fused call."""
+
 costly = pytest.mark.costly
 """Marks parameters that the interpreter would take many seconds for; a device runs them all."""
 

@@ -6,6 +6,7 @@ import random
 from unittest import mock
 
 import torch
+from contract import SMALL_BLOCKS
 from contract_gradients import leaves_of
 
 from fpe_kernels.backends import chunked
@@ -45,10 +46,10 @@ def random_case(seed: int, backend: str, device: str) -> Case:
 def check_seed(seed: int, backend: str, device: str) -> None:
     """Product, replay, adjoint and gradients of one case; an error names the command that repeats it."""
     # Half of the cases run in blocks that small shapes fill, so that the torch backend takes several.
-    block_bytes, rows = (1024, 4) if seed % 2 else (2 << 20, 32)
+    blocks = SMALL_BLOCKS if seed % 2 else {name: getattr(chunked, name) for name in SMALL_BLOCKS}
     try:
         # An interpreted gradient takes as long as all the rest, so there only every third case has one.
-        with mock.patch.multiple(chunked, _THREAD_BLOCK_BYTES=block_bytes, _MIN_QUERY_BLOCK=rows):
+        with mock.patch.multiple(chunked, **blocks):
             check(random_case(seed, backend, device), backend, backend != "triton" or device != "cpu" or seed % 3 == 0)
     except Exception as error:
         command = f"FUZZ_SEED={seed} python -m pytest tests/kernels/test_fuzz.py -k 'one_seed and {backend}'"

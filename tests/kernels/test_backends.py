@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import FLOATS
+from contract import FLOATS, SMALL_BLOCKS
 from contract_gradients import GradientContract
 
 from fpe_kernels.backends import chunked
@@ -21,14 +21,12 @@ class TestTorch(GradientContract):
 
 
 class TestTorchInSmallBlocks(TestTorch):
-    """The shapes of these tests fit one block; here they take many, of query rows and of heads."""
+    """The shapes of these tests fit one block; here they take many, of heads, queries and keys, and no fused call."""
 
     @pytest.fixture(autouse=True)
     def _small_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(chunked, "_THREAD_BLOCK_BYTES", 1024)
-        monkeypatch.setattr(chunked, "_KEY_BLOCK", 8)
-        monkeypatch.setattr(chunked, "_fused_serves", lambda *tensors: False)
-        monkeypatch.setattr(chunked, "_MIN_QUERY_BLOCK", 4)
+        for name, number in SMALL_BLOCKS.items():
+            monkeypatch.setattr(chunked, name, number)
 
 
 class TestTriton(GradientContract):

@@ -153,9 +153,9 @@ def test_a_batch_of_no_rows(backend) -> None:
 
 
 def test_autocast_changes_nothing(backend) -> None:
-    case = make_case(heads=1, queries=33, keys=33, head_dim=40, amplitude=2.0, device=backend.device)
+    case = make_case(heads=1, queries=33, keys=33, head_dim=40, bias=(0, 0, 0, 1), device=backend.device)
     with torch.autocast(backend.device, dtype=torch.bfloat16):
-        out = shared_attention(case.query, case.key, case.value, case.map_index, backend=backend.name)
+        out = AttentionMap(case.query, case.key, bias=case.bias, backend=backend.name) @ case.value
     assert_matches(case, out=out)
 
 
