@@ -24,6 +24,7 @@ STAMP   := $(VENV)/.installed-$(CONTENT)
 # Tests are many small tensors: one thread a process beats threads that wait for one another. No test needs
 # the network, and saying so keeps a broken proxy from slowing them down.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format bench figures gpu clean
@@ -36,10 +37,10 @@ demo: $(STAMP)  ## edit a picture with the model in the repository; pictures lan
 	@echo "The pictures are in $(OUT_DIR)/"
 
 test: $(STAMP)  ## the fast tests, Triton kernels through the interpreter (what CI runs)
-	@$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow and not gpu" $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-all: $(STAMP)  ## every test that needs no GPU: fuzzing, offline compilation, long runs
-	@$(TEST_ENV) $(BIN)/python -m pytest -q -m "not gpu" $(PYTEST_ARGS)
+	@$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff check, ruff format --check, mypy
 	@$(BIN)/python -m ruff check .

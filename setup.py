@@ -17,7 +17,9 @@ TRITON = "triton>=3.4; platform_system == 'Linux'"
 PIPELINE = ["diffusers>=0.35", "transformers>=4.51", "safetensors>=0.4", "pillow>=10.1", "numpy>=1.26"]
 TRAIN = ["tokenizers>=0.20", "matplotlib>=3.8"]
 BENCH = ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=4"]
-TEST = ["scipy>=1.11", "pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
+# scipy: diffusers' LMS scheduler; peft: LoRA; accelerate: offloading and loading without a copy.
+TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
+TEST += ["scipy>=1.11", "peft>=0.13", "accelerate>=0.31"]
 LINT = ["ruff>=0.9", "mypy>=1.13"]
 
 setup(

@@ -37,6 +37,9 @@ BUDGET = 525.0
 GRACE = 12.0  # to start a process, and for the case under way when a stage's time is over
 
 
+NOTHING_COLLECTED = 5  # pytest's exit status for it
+
+
 @dataclass(frozen=True)
 class Stage:
     """`share` of the session's seconds; `file` in the result folder, written after every case."""
@@ -87,20 +90,25 @@ def run_environment(out: Path, device: str) -> None:
 
 
 def run_correctness(out: Path, dry: bool) -> int:
-    """pytest's exit status; 5 where no test was collected."""
-    tests = ["tests/benchmarks/test_rows.py"] if dry else ["tests/kernels", "tests"]
-    status = 0
+    """pytest's exit status, the worst of the runs: first the tests that need a GPU, then every law on the device."""
+    runs = [(["tests/kernels"], "gpu"), (["tests/kernels"], "not gpu and not slow")]
+    if _has("diffusers"):
+        runs.insert(1, (["tests/pipeline"], "gpu"))
+    if dry:
+        runs = [(["tests/benchmarks/test_rows.py"], "not gpu and not slow")]
+    workers = min(12, max(1, (os.cpu_count() or 2) - 2)) if _has("xdist") and not dry else 0
+    worst = 0
     with (out / "correctness.txt").open("w") as log:
-        for path, marks in zip(tests, ("not gpu and not slow", "gpu"), strict=False):
-            command = [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", path, "-m", marks]
-            command += ["-n", "8"] if _has("xdist") and not dry else []
+        for paths, marks in runs:
+            command = [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", *paths, "-m", marks]
+            command += ["-n", str(workers)] if workers else []
             environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
             environment.pop("TRITON_INTERPRET", None)
             log.write("$ " + " ".join(command) + "\n")
             log.flush()
-            finished = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            status = max(status, finished.returncode if finished.returncode != 5 else 0)
-    return status
+            status = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
+            worst = max(worst, 0 if status == NOTHING_COLLECTED else status)
+    return worst
 
 
 def run_measurements(stage: Stage, out: Path, device: str, until: float, dry: bool) -> None:
