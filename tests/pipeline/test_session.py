@@ -243,7 +243,7 @@ def test_processors_that_someone_else_sets_meanwhile_are_kept(tiny):
 def test_a_processor_that_outlives_its_session_does_nothing(tiny):
     plain = sample(tiny)
     before = tiny.unet.attn_processors
-    with editing(tiny, FPE):
+    with editing(tiny, FreePromptEdit(1.0)):  # edited to the last step
         sample(tiny)
         kept = tiny.unet.attn_processors  # as libraries do that restore "what was there"
     tiny.unet.set_attn_processor(dict(kept))
