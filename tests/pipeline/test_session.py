@@ -194,11 +194,16 @@ def test_leaving_by_an_exception(tiny, error):
     assert torch.equal(sample(tiny), plain)
 
 
-def test_a_failing_start_leaves_nothing_behind(tiny, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failing_start_leaves_nothing_behind(tiny, monkeypatch, error):
     before = tiny.unet.attn_processors
     session = editing(tiny, FPE)
-    monkeypatch.setattr(type(tiny.unet), "register_forward_hook", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError), session:
+
+    def fail(*args):
+        raise error("stop")
+
+    monkeypatch.setattr(type(tiny.unet), "register_forward_hook", fail)
+    with pytest.raises(error, match="stop"), session:
         pass
     monkeypatch.undo()
     assert tiny.unet.attn_processors == before
@@ -243,7 +248,7 @@ def test_processors_that_someone_else_sets_meanwhile_are_kept(tiny):
 def test_a_processor_that_outlives_its_session_does_nothing(tiny):
     plain = sample(tiny)
     before = tiny.unet.attn_processors
-    with editing(tiny, FPE):
+    with editing(tiny, FreePromptEdit(1.0)):  # edited to the last step
         sample(tiny)
         kept = tiny.unet.attn_processors  # as libraries do that restore "what was there"
     tiny.unet.set_attn_processor(dict(kept))
