@@ -11,7 +11,7 @@ statistics are float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,21 +63,22 @@ def _cut(length: int, most: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _cut_maps(query: Tensor, key: Tensor, map_index: tuple[int, ...]) -> Iterator[_Blocks]:
-    """Yield the blocks of every map that some batch row names."""
-    maps, heads, queries, _ = query.shape
+def _cut_maps(query: Tensor, key: Tensor, by_map: Sequence[tuple[int, ...]]) -> Iterator[_Blocks]:
+    """Yield the blocks of every map that has batch rows."""
+    _, heads, queries, _ = query.shape
     itemsize = _working_dtype(query.dtype).itemsize
     keys = _cut(key.shape[2], _KEY_BLOCK)
     if query.device.type == "cpu":
-        # Heads side by side give every thread a product of its own.
-        together = min(heads, torch.get_num_threads())
-        budget = min(together * _THREAD_BLOCK_BYTES, _DEVICE_BLOCK_BYTES)
+        # Heads side by side give every thread a product of its own; fewer heads than threads share one product.
+        threads = torch.get_num_threads()
+        together = min(heads, threads)
+        budget = min(threads * _THREAD_BLOCK_BYTES, _DEVICE_BLOCK_BYTES)
     else:
         together, budget = 1, _DEVICE_BLOCK_BYTES
     a_query = keys[0].stop * itemsize
     together = max(together, min(heads, budget // max(1, queries * a_query)))
     query_blocks = _cut(queries, max(_MIN_QUERY_BLOCK, budget // (together * a_query)))
-    for group, rows in enumerate(rows_by_map(map_index, maps)):
+    for group, rows in enumerate(by_map):
         if rows:
             for part in _cut(heads, together):
                 yield _Blocks(group, rows, part, query_blocks, keys)
@@ -133,13 +134,14 @@ def apply(
 ) -> None:
     """Write ``A[map_index] @ value`` to ``out`` and, unless it is known, the log-sum-exp."""
     columns = value.shape[3]
-    fused = bias is None and not known and _fused_serves(query, key, value)
-    small = query.shape[1] * query.shape[2] * key.shape[2] <= _SMALL_MAP
-    for blocks in _cut_maps(query, key, map_index):
-        if fused and (small or len(blocks.rows) == 1):
-            if blocks.heads.start == 0:  # one call serves all heads
-                _fused_product(query, key, value, blocks.group, blocks.rows, scale, out, logsumexp)
-            continue
+    by_map: Sequence[tuple[int, ...]] = rows_by_map(map_index, query.shape[0])
+    if bias is None and not known and _fused_serves(query, key, value):
+        small = query.shape[1] * query.shape[2] * key.shape[2] <= _SMALL_MAP
+        fused = [(group, row) for group, rows in enumerate(by_map) if small or len(rows) == 1 for row in rows]
+        by_map = [() if small or len(rows) == 1 else rows for rows in by_map]
+        if fused:
+            _fused_product(query, key, value, fused, scale, out, logsumexp)
+    for blocks in _cut_maps(query, key, by_map):
         scores_of = _Scores(query, key, bias, scale, blocks)
         packed = _pack(value, blocks.rows, blocks.heads, scores_of.dtype)
         for queries in blocks.queries:
@@ -166,17 +168,28 @@ def _fused_product(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    group: int,
-    rows: tuple[int, ...],
+    pairs: list[tuple[int, int]],
     scale: float,
     out: Tensor,
     logsumexp: Tensor,
 ) -> None:
-    maps, index = slice(group, group + 1), list(rows)
-    shared = (tensor[maps].expand(len(rows), -1, -1, -1) for tensor in (query, key))
-    values = value[rows[0] : rows[0] + 1] if len(rows) == 1 else value[index]
-    product, statistics = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*shared, values, scale=scale)
-    out[index], logsumexp[group] = product, statistics[0]
+    """One call for all (map, batch row) ``pairs``: threads share rows as well as heads and queries."""
+    maps, rows = (list(numbers) for numbers in zip(*pairs, strict=True))
+    product, statistics = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        _take(query, maps), _take(key, maps), _take(value, rows), scale=scale
+    )
+    for position, (group, row) in enumerate(pairs):
+        out[row], logsumexp[group] = product[position], statistics[position]
+
+
+def _take(tensor: Tensor, index: list[int]) -> Tensor:
+    """``tensor[index]``, a view where the index is one row or a run."""
+    first = index[0]
+    if all(entry == first for entry in index):
+        return tensor[first : first + 1].expand(len(index), -1, -1, -1)
+    if index == list(range(first, first + len(index))):
+        return tensor[first : first + len(index)]
+    return tensor[index]
 
 
 def _known_product(scores_of: _Scores, packed: Tensor, queries: slice, keys: list[slice], logsumexp: Tensor) -> Tensor:
@@ -222,7 +235,7 @@ def adjoint(
 ) -> None:
     """Write ``A[map_index].T @ weight`` to ``out``."""
     columns = weight.shape[3]
-    for blocks in _cut_maps(query, key, map_index):
+    for blocks in _cut_maps(query, key, rows_by_map(map_index, query.shape[0])):
         scores_of = _Scores(query, key, bias, scale, blocks)
         packed = _pack(weight, blocks.rows, blocks.heads, scores_of.dtype)
         total = packed.new_zeros((packed.shape[0], key.shape[2], packed.shape[2]))
@@ -247,7 +260,7 @@ def _score_gradients(
     scale: float,
 ) -> Iterator[tuple[_Block, Tensor]]:
     """Yield dS for every block, key blocks innermost; the tensor is valid until the next one is asked for."""
-    for blocks in _cut_maps(query, key, map_index):
+    for blocks in _cut_maps(query, key, rows_by_map(map_index, query.shape[0])):
         scores_of = _Scores(query, key, bias, scale, blocks)
         # Side by side, the product over all columns is the sum over the batch rows.
         lefts = _pack(left, blocks.rows, blocks.heads, scores_of.dtype)
