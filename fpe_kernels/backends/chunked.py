@@ -137,10 +137,10 @@ def apply(
     by_map: Sequence[tuple[int, ...]] = rows_by_map(map_index, query.shape[0])
     if bias is None and not known and _fused_serves(query, key, value):
         small = query.shape[1] * query.shape[2] * key.shape[2] <= _SMALL_MAP
-        fused = [(group, row) for group, rows in enumerate(by_map) if small or len(rows) == 1 for row in rows]
-        by_map = [() if small or len(rows) == 1 else rows for rows in by_map]
-        if fused:
-            _fused_product(query, key, value, fused, scale, out, logsumexp)
+        fused = {group: rows for group, rows in enumerate(by_map) if rows and (small or len(rows) == 1)}
+        by_map = [() if group in fused else rows for group, rows in enumerate(by_map)]
+        for maps, rows in _runs(fused):
+            _fused_product(query, key, value, maps, rows, scale, out, logsumexp)
     for blocks in _cut_maps(query, key, by_map):
         scores_of = _Scores(query, key, bias, scale, blocks)
         packed = _pack(value, blocks.rows, blocks.heads, scores_of.dtype)
@@ -164,32 +164,39 @@ def _fused_serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
+def _runs(by_map: dict[int, tuple[int, ...]]) -> list[tuple[slice, list[int]]]:
+    """Maps that one call can serve, with their rows: a map with all of its rows, or neighbours with one row each.
+
+    Threads share rows as well as heads and queries, so neighbours are faster together; and a run is a view.
+    """
+    runs: list[tuple[slice, list[int]]] = []
+    for group, rows in by_map.items():
+        if runs and len(rows) == 1:
+            maps, before = runs[-1]
+            if maps.stop == group and len(before) == maps.stop - maps.start and before[-1] + 1 == rows[0]:
+                runs[-1] = slice(maps.start, group + 1), [*before, *rows]
+                continue
+        runs.append((slice(group, group + 1), list(rows)))
+    return runs
+
+
 def _fused_product(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pairs: list[tuple[int, int]],
+    maps: slice,
+    rows: list[int],
     scale: float,
     out: Tensor,
     logsumexp: Tensor,
 ) -> None:
-    """One call for all (map, batch row) ``pairs``: threads share rows as well as heads and queries."""
-    maps, rows = (list(numbers) for numbers in zip(*pairs, strict=True))
-    product, statistics = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        _take(query, maps), _take(key, maps), _take(value, rows), scale=scale
-    )
-    for position, (group, row) in enumerate(pairs):
-        out[row], logsumexp[group] = product[position], statistics[position]
-
-
-def _take(tensor: Tensor, index: list[int]) -> Tensor:
-    """``tensor[index]``, a view where the index is one row or a run."""
-    first = index[0]
-    if all(entry == first for entry in index):
-        return tensor[first : first + 1].expand(len(index), -1, -1, -1)
-    if index == list(range(first, first + len(index))):
-        return tensor[first : first + len(index)]
-    return tensor[index]
+    """One call of PyTorch's fused attention for the rows of a run."""
+    neighbours = rows == list(range(rows[0], rows[0] + len(rows)))
+    where: slice | list[int] = slice(rows[0], rows[0] + len(rows)) if neighbours else rows
+    shared = (tensor[maps].expand(len(rows), -1, -1, -1) for tensor in (query, key))
+    product, statistics = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*shared, value[where], scale=scale)
+    out[where] = product
+    logsumexp[maps] = statistics[: maps.stop - maps.start]
 
 
 def _known_product(scores_of: _Scores, packed: Tensor, queries: slice, keys: list[slice], logsumexp: Tensor) -> Tensor:
