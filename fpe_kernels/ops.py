@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import dispatch
 from .backends.grouping import rows_by_map
+from .validation import accumulator_dtype
 
 _LIBRARY = torch.library.Library("fpe_kernels", "DEF")
 _LIBRARY.define(
@@ -45,11 +46,6 @@ _LIBRARY.define(
     "bias_gradient(Tensor query, Tensor key, Tensor left, Tensor right, Tensor delta, Tensor bias, Tensor logsumexp,"
     " int[] map_index, float scale) -> Tensor"
 )
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics are float32, or float64 beside float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def empty_heads(like: Tensor, batch: int, heads: int, tokens: int, columns: int) -> Tensor:

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import ops, validation
+from . import validation
 from .backends import reference
 from .backends.grouping import rows_by_map
 
@@ -182,7 +182,7 @@ class Case:
     def plain(self) -> dict[str, Tensor]:
         """Every result by plain PyTorch at the dtype of the inputs; the log-sum-exp at that of the statistics."""
         plain = results_of(self)
-        if plain["logsumexp"].dtype != ops.accumulator_dtype(self.query.dtype):
+        if plain["logsumexp"].dtype != validation.accumulator_dtype(self.query.dtype):
             plain["logsumexp"] = results_of(self.to(torch.float32))["logsumexp"]
         return plain
 
@@ -259,7 +259,7 @@ def rounding_band(dtype: torch.dtype, magnitude: float, scores: float) -> float:
     Operands, probabilities and outputs are rounded to ``dtype``; scores, whose terms add up to ``scores``, to the dtype
     of the statistics, and an error of a score is a relative error of a probability.
     """
-    statistics = ops.accumulator_dtype(dtype)
+    statistics = validation.accumulator_dtype(dtype)
     relative = torch.finfo(dtype).eps + torch.finfo(statistics).eps * (1.0 + scores)
     return relative * magnitude + torch.finfo(dtype).smallest_normal
 
@@ -325,7 +325,7 @@ def assert_matches(case: Case, **actual: Tensor) -> None:
         if name == "logsumexp":
             # Nothing computes the statistics of a map that no row names.
             tensor, exact, plain = tensor[groups], exact[groups], plain[groups]
-            dtype = ops.accumulator_dtype(case.query.dtype)
+            dtype = validation.accumulator_dtype(case.query.dtype)
         else:
             dtype = case.query.dtype
         assert_within_budget(tensor, plain, exact, dtype, case.magnitude[name], scores, name)
