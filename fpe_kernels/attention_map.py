@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, validation
+from . import (
+    dispatch,
+    ops,  # noqa: F401  registers torch.ops.fpe_kernels
+    validation,
+)
 from .composition import LinearMap
 from .normal_form import Block, Term
 
