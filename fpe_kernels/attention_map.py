@@ -105,13 +105,13 @@ class AttentionMap(LinearMap):
         operands = (self.query, self.key, value, self.bias)
         rest = (list(index), self.scale, self._serving)
         if self._logsumexp is not None:
-            out = torch.ops.fpe_kernels.replay(*operands, self._logsumexp, *rest)
-        else:
-            out, logsumexp = torch.ops.fpe_kernels.apply(*operands, *rest)
-            if len(set(index)) == self.shape[0]:
-                # The numbers are kept, not their graph: a later product must not run, or need, an earlier one's.
-                self._logsumexp = logsumexp.detach()
-        return out if weight is None else (weight.unsqueeze(-1) * out).to(out.dtype)
+            return torch.ops.fpe_kernels.replay(*operands, self._logsumexp, *rest, weight)
+        out, logsumexp = torch.ops.fpe_kernels.apply(*operands, *rest, weight)
+        # Rows that no value named, or whose weight is zero, have no statistics yet.
+        if weight is None and len(set(index)) == self.shape[0]:
+            # The numbers are kept, not their graph: a later product must not run, or need, an earlier one's backward.
+            self._logsumexp = logsumexp.detach()
+        return out
 
     def gathered_adjoint(self, weight: Tensor, index: tuple[int, ...]) -> Tensor:
         """``A[index].T @ weight`` for weight [len(index), H, N, E]."""
@@ -214,13 +214,17 @@ def shared_attention(
     *,
     scale: float | None = None,
     bias: Tensor | None = None,
+    weight: float | Sequence[float] | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention in which batch rows share maps: each distinct map is computed once, for all rows that name it.
 
     Equivalent PyTorch, which computes (or stores) a map for every row::
 
-        F.scaled_dot_product_attention(query[map_index], key[map_index], value, attn_mask=bias[map_index], scale=scale)
+        out = F.scaled_dot_product_attention(
+            query[map_index], key[map_index], value, attn_mask=bias[map_index], scale=scale
+        )
+        weight.unsqueeze(-1) * out
 
     Free-Prompt-Editing of one source and two targets is ``map_index=[0, 0, 0]``; beside an unconditional half of three
     rows that keep their own maps, ``[0, 1, 2, 3, 3, 3]`` with G = 4.
@@ -232,6 +236,9 @@ def shared_attention(
         map_index: B ints in [0, G): the map of each batch row. It decides what is launched, so it lives on the host.
         scale: factor of the scores; None means ``D ** -0.5``.
         bias: added to the scaled scores, broadcastable to [G, H, N, M], dtype of ``query``.
+        weight: of each output row, for blends of maps: a number, a list of B numbers, or a tensor that broadcasts to
+            [B, H, N], dtype of ``query`` or float32 (float64 beside float64); None means 1. The kernels read no key
+            for a tile of query rows whose weights are zero in every batch row that shares the map.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
@@ -249,5 +256,8 @@ def shared_attention(
     value = validation.check_value(value, query, (len(index), *query.shape[1:3], key.shape[2]))
     bias = validation.check_bias(bias, query, key)
     scale = validation.check_scale(scale, query.shape[-1])
-    out, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, list(index), scale, dispatch.select(backend, query))
+    if weight is not None:
+        weight = validation.check_row_weight(weight, query, (len(index), *query.shape[1:3], key.shape[2]))
+    serving = dispatch.select(backend, query)
+    out, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, list(index), scale, serving, weight)
     return out

@@ -141,13 +141,14 @@ def check_row_weight(weight: object, like: Placed, shape: Sequence[int]) -> Tens
         for position, entry in enumerate(weight):
             if not isinstance(entry, Real) or isinstance(entry, bool):
                 raise TypeError(f"weight[{position}] must be a number, got {entry!r}.")
-        if len(weight) != shape[0]:
+        if len(weight) != shape[0] or not weight:
             raise ValueError(
                 f"a list of weights has one number for each of the {shape[0]} batch rows, got {len(weight)}. "
                 "For a weight of each query token pass a tensor [N]."
             )
-        numbers = torch.tensor([float(entry) for entry in weight], dtype=accumulator_dtype(like.dtype))
-        return numbers.to(like.device).view(-1, 1, 1)
+        # By fills: a copy from the host would not go into a CUDA graph.
+        place = {"dtype": accumulator_dtype(like.dtype), "device": like.device}
+        return torch.cat([torch.full((1, 1, 1), float(entry), **place) for entry in weight])
     checked = _check_broadcast("weight", weight, "B, H, N", shape[:3], like)
     if checked.dtype not in (like.dtype, accumulator_dtype(like.dtype)):
         raise TypeError(

@@ -130,8 +130,9 @@ def apply(
     out: Tensor,
     logsumexp: Tensor,
     known: bool,
+    row_weight: Tensor | None = None,
 ) -> None:
-    """Write ``A[map_index] @ value`` to ``out`` and, unless it is known, the log-sum-exp."""
+    """Write ``row_weight ⊙ (A[map_index] @ value)`` to ``out`` and, unless it is known, the log-sum-exp."""
     columns = value.shape[3]
     fused = bias is None and not known and _fused_serves(query, key, value)
     small = query.shape[1] * query.shape[2] * key.shape[2] <= _SMALL_MAP
@@ -150,6 +151,8 @@ def apply(
                 product = _online_product(scores_of, packed, queries, blocks.keys, statistics)
             for position, row in enumerate(blocks.rows):
                 out[row, blocks.heads, queries] = product[..., position * columns : (position + 1) * columns]
+    if row_weight is not None:
+        out.mul_(row_weight.unsqueeze(-1))
 
 
 def _fused_serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
