@@ -86,8 +86,7 @@ def launch_of(program: Program) -> Launch:
     query, value = projection(1, program.head_dim), projection(branches, value_dim)
     logsumexp = torch.empty(1, heads, tokens, device="meta")
     bias = torch.empty(1, heads, tokens, tokens, dtype=dtype, device="meta") if program.inputs == "bias" else None
-    row_weight = torch.empty(branches, heads, tokens, dtype=dtype, device="meta")
-    row_weight = row_weight if program.inputs == "weighted" else None
+    row_weight = value[..., 0].contiguous() if program.inputs == "weighted" else None
     chunk = Chunk(((0, *range(branches)),), 0, value_dim, first=True)
     shape = (program.arch, program.head_dim, branches * value_dim, dtype.itemsize, bias is not None)
     if gradient:

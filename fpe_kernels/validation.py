@@ -147,8 +147,8 @@ def check_row_weight(weight: object, like: Placed, shape: Sequence[int]) -> Tens
                 "For a weight of each query token pass a tensor [N]."
             )
         # By fills: a copy from the host would not go into a CUDA graph.
-        place = {"dtype": accumulator_dtype(like.dtype), "device": like.device}
-        return torch.cat([torch.full((1, 1, 1), float(entry), **place) for entry in weight])
+        dtype, device = accumulator_dtype(like.dtype), like.device
+        return torch.cat([torch.full((1, 1, 1), float(entry), dtype=dtype, device=device) for entry in weight])
     checked = _check_broadcast("weight", weight, "B, H, N", shape[:3], like)
     if checked.dtype not in (like.dtype, accumulator_dtype(like.dtype)):
         raise TypeError(
