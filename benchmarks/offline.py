@@ -30,7 +30,7 @@ OTHER_WIDTHS = ((8, 1), (16, 1), (32, 2), (72, 1), (96, 1), (128, 1), (256, 1))
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 MATRIX_INSTRUCTION = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 
-_TOKENS = {"even": 4096, "ragged": 4095, "bias": 4096}
+_TOKENS = {"even": 4096, "ragged": 4095, "bias": 4096, "weighted": 4096}
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -43,7 +43,7 @@ class Program:
     dtype: str
     head_dim: int
     branches: int
-    inputs: str  # even: whole tiles; ragged: masked tiles; bias: a bias for every score
+    inputs: str  # even: whole tiles; ragged: masked tiles; bias: one for every score; weighted: one for every query
 
     @property
     def key(self) -> str:
@@ -60,10 +60,12 @@ def programs(quick: bool) -> Iterator[Program]:
         return
     for arch in ARCHITECTURES:
         for head_dim, branches in WIDTHS + OTHER_WIDTHS:
-            for inputs in _TOKENS:
+            for inputs in ("even", "ragged", "bias"):
                 yield Program("apply", arch, "float16", head_dim, branches, inputs)
             for kernel in ("replay", "adjoint", "grad_query", "grad_key"):
                 yield Program(kernel, arch, "float16", head_dim, branches, "ragged")
+        for head_dim, branches in ((40, 2), (64, 2), (80, 2), (160, 1), (160, 2)):
+            yield Program("apply", arch, "float16", head_dim, branches, "weighted")
         for kernel in ("apply", "adjoint", "grad_query", "grad_key"):
             for head_dim, branches in ((64, 2), (160, 1), (256, 1)):
                 yield Program(kernel, arch, "float32", head_dim, branches, "ragged")
@@ -84,6 +86,7 @@ def launch_of(program: Program) -> Launch:
     query, value = projection(1, program.head_dim), projection(branches, value_dim)
     logsumexp = torch.empty(1, heads, tokens, device="meta")
     bias = torch.empty(1, heads, tokens, tokens, dtype=dtype, device="meta") if program.inputs == "bias" else None
+    row_weight = value[..., 0].contiguous() if program.inputs == "weighted" else None
     chunk = Chunk(((0, *range(branches)),), 0, value_dim, first=True)
     shape = (program.arch, program.head_dim, branches * value_dim, dtype.itemsize, bias is not None)
     if gradient:
@@ -105,7 +108,7 @@ def launch_of(program: Program) -> Launch:
     if program.kernel == "adjoint":
         return adjoint.prepare(query, query, value, bias, logsumexp, chunk, 0.1, value, config)
     known = program.kernel == "replay"
-    return apply.prepare(query, query, value, bias, chunk, 0.1, value, logsumexp, known, config)
+    return apply.prepare(query, query, value, bias, chunk, 0.1, value, logsumexp, known, row_weight, True, config)
 
 
 def compile_program(program: Program) -> dict:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch, ops, validation
+from . import (
+    dispatch,
+    ops,  # noqa: F401  registers torch.ops.fpe_kernels
+    validation,
+)
+from .composition import LinearMap
+from .normal_form import Block, Term
 
-DENSE_LIMIT_BYTES = 1 << 30
 
-
-class AttentionMap:
+class AttentionMap(LinearMap):
     """The attention map of ``query`` and ``key`` as an operator: known by its products, never stored.
 
     Equivalent PyTorch, with every map dense::
@@ -90,32 +94,29 @@ class AttentionMap:
 
     # -- products -----------------------------------------------------------------------------------------------------
 
-    @overload
-    def __matmul__(self, value: Tensor) -> Tensor: ...
-    @overload
-    def __matmul__(self, value: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]: ...
-    def __matmul__(self, value: Any) -> Any:
-        """``A @ value``: [B, H, M, E] -> [B, H, N, E]. A tuple gives a tuple, from one pass over the scores."""
-        if isinstance(value, (tuple, list)):
-            if not value:
-                raise ValueError("A @ () has no value to multiply with; pass at least one [B, H, M, E].")
-            parts = [validation.check_value(part, self.query, self.key, self.shape[0]) for part in value]
-            return torch.split(self._product(torch.cat(parts, dim=-1)), [part.shape[-1] for part in parts], dim=-1)
-        return self._product(validation.check_value(value, self.query, self.key, self.shape[0]))
-
-    def matmul(self, value: Any) -> Any:
-        """``A @ value`` as a call: ``torch.compile`` traces methods, not ``@`` of classes that it does not know."""
-        return self.__matmul__(value)
-
     def _product(self, value: Tensor) -> Tensor:
+        return self.gathered_product(value, tuple(range(self.shape[0])), None)
+
+    def _blocks(self) -> tuple[Block, ...]:
+        return (Block((Term(self, tuple(range(self.shape[0]))),)),)
+
+    def gathered_product(self, value: Tensor, index: tuple[int, ...], weight: Tensor | None) -> Tensor:
+        """``weight ⊙ (A[index] @ value)`` for value [len(index), H, M, E]: what combinations are computed with."""
         operands = (self.query, self.key, value, self.bias)
-        rest = (list(range(self.shape[0])), self.scale, self._serving)
+        rest = (list(index), self.scale, self._serving)
         if self._logsumexp is not None:
-            return torch.ops.fpe_kernels.replay(*operands, self._logsumexp, *rest)
-        out, logsumexp = torch.ops.fpe_kernels.apply(*operands, *rest)
-        # The numbers are kept, not their graph: a later product must not run, or need, an earlier one's backward.
-        self._logsumexp = logsumexp.detach()
+            return torch.ops.fpe_kernels.replay(*operands, self._logsumexp, *rest, weight)
+        out, logsumexp = torch.ops.fpe_kernels.apply(*operands, *rest, weight)
+        # Rows that no value named, or whose weight is zero, have no statistics yet.
+        if weight is None and len(set(index)) == self.shape[0]:
+            # The numbers are kept, not their graph: a later product must not run, or need, an earlier one's backward.
+            self._logsumexp = logsumexp.detach()
         return out
+
+    def gathered_adjoint(self, weight: Tensor, index: tuple[int, ...]) -> Tensor:
+        """``A[index].T @ weight`` for weight [len(index), H, N, E]."""
+        operands = (self.query, self.key, weight, self.bias)
+        return torch.ops.fpe_kernels.adjoint(*operands, self._statistics(), list(index), self.scale, self._serving)
 
     @property
     def logsumexp(self) -> Tensor:
@@ -140,15 +141,6 @@ class AttentionMap:
         assert self._logsumexp is not None
         return self._logsumexp
 
-    @property
-    def T(self) -> TransposedAttentionMap:
-        """The adjoint: ``A.T @ weight``, [B, H, N, E] -> [B, H, M, E]."""
-        return TransposedAttentionMap(self)
-
-    def column_sums(self) -> Tensor:
-        """[B, H, M]: how much attention each key receives, summed over the query rows; equals ``A.T @ 1``."""
-        return self.T.matmul(self.query.new_ones((*self.query.shape[:3], 1))).squeeze(-1)
-
     # -- views of a few entries ---------------------------------------------------------------------------------------
 
     def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
@@ -157,7 +149,7 @@ class AttentionMap:
         bias = None
         if self.bias is not None:
             bias = self.bias if self.bias.shape[2] == 1 else self.bias[:, :, index]
-        return self._entries(self.query[:, :, index], self.key, bias, self.logsumexp[:, :, index])
+        return self._probabilities(self.query[:, :, index], self.key, bias, self.logsumexp[:, :, index])
 
     def columns(self, index: int | Sequence[int] | Tensor) -> Tensor:
         """The columns of the key tokens ``index``: [B, H, N, len(index)]. Memory grows with N · len(index) only."""
@@ -165,48 +157,18 @@ class AttentionMap:
         bias = None
         if self.bias is not None:
             bias = self.bias if self.bias.shape[3] == 1 else self.bias[..., index]
-        return self._entries(self.query, self.key[:, :, index], bias, self.logsumexp)
+        return self._probabilities(self.query, self.key[:, :, index], bias, self.logsumexp)
 
-    def _entries(self, query: Tensor, key: Tensor, bias: Tensor | None, logsumexp: Tensor) -> Tensor:
-        dtype = ops.accumulator_dtype(self.dtype)
+    def _entries(self) -> Tensor:
+        return self._probabilities(self.query, self.key, self.bias, self.logsumexp)
+
+    def _probabilities(self, query: Tensor, key: Tensor, bias: Tensor | None, logsumexp: Tensor) -> Tensor:
+        dtype = validation.accumulator_dtype(self.dtype)
         scores = self.scale * (query.to(dtype) @ key.to(dtype).transpose(-1, -2))
         if bias is not None:
             scores = scores + bias
         finite = torch.where(logsumexp.isneginf(), 0.0, logsumexp)
         return torch.exp(scores - finite.unsqueeze(-1)).to(self.dtype)
-
-    def pooled(self, query_grid: tuple[int, int], key_grid: tuple[int, int], size: int | tuple[int, int]) -> Tensor:
-        """A small dense view to look at: entries averaged over blocks of query pixels and of key pixels.
-
-        Args:
-            query_grid: (height, width) of the query tokens, row by row; their product is N.
-            key_grid: (height, width) of the key tokens; their product is M.
-            size: (height, width) of the block grid, or one int for both; at most either grid.
-
-        Returns:
-            [B, H, size_h · size_w, size_h · size_w]; blocks as ``F.adaptive_avg_pool2d`` cuts them.
-        """
-        size = (size, size) if isinstance(size, int) else size
-        pool_query = validation.check_pooling("query_grid", query_grid, self.shape[2], size)
-        pool_key = validation.check_pooling("key_grid", key_grid, self.shape[3], size)
-        dtype = ops.accumulator_dtype(self.dtype)
-        by_key = self.matmul(_pooling_matrix(pool_key, size, self.query).expand(*self.shape[:2], -1, -1))
-        blocks = _pooling_matrix(pool_query, size, self.query).to(dtype)
-        return (blocks.transpose(-1, -2) @ by_key.to(dtype)).to(self.dtype)
-
-    def dense(self, *, max_bytes: int = DENSE_LIMIT_BYTES) -> Tensor:
-        """The whole map [B, H, N, M], for small maps and for checks.
-
-        Raises:
-            ValueError: if the map would take more than ``max_bytes`` (default 1 GiB).
-        """
-        needed = self.shape.numel() * self.query.element_size()
-        if needed > max_bytes:
-            raise ValueError(
-                f"a dense map {tuple(self.shape)} takes {needed:,} bytes, more than max_bytes={max_bytes:,}. Use "
-                "products, A.rows, A.columns or A.pooled, or pass a larger max_bytes."
-            )
-        return self._entries(self.query, self.key, self.bias, self.logsumexp)
 
     # -- batch views and movement -------------------------------------------------------------------------------------
 
@@ -244,53 +206,6 @@ class AttentionMap:
         )
 
 
-class TransposedAttentionMap:
-    """The adjoint of an :class:`AttentionMap`; ``A.T`` makes it."""
-
-    def __init__(self, attention_map: AttentionMap) -> None:
-        self.T = attention_map
-
-    @property
-    def shape(self) -> torch.Size:
-        """(B, H, M, N)."""
-        batch, heads, queries, keys = self.T.shape
-        return torch.Size((batch, heads, keys, queries))
-
-    def __repr__(self) -> str:
-        return f"{self.T!r}.T"
-
-    def matmul(self, weight: Tensor) -> Tensor:
-        """``A.T @ weight`` as a call, which ``torch.compile`` traces."""
-        return self.__matmul__(weight)
-
-    def __matmul__(self, weight: Tensor) -> Tensor:
-        """``A.T @ weight``: [B, H, N, E] -> [B, H, M, E]."""
-        owner = self.T
-        weight = validation.check_weight(weight, owner.query)
-        return torch.ops.fpe_kernels.adjoint(
-            owner.query,
-            owner.key,
-            weight,
-            owner.bias,
-            owner._statistics(),
-            list(range(owner.shape[0])),
-            owner.scale,
-            owner._serving,
-        )
-
-
-def _pooling_matrix(grid: tuple[int, int], size: tuple[int, int], like: Tensor) -> Tensor:
-    """[tokens, cells]: column c averages the tokens of block c, as ``F.adaptive_avg_pool2d`` does."""
-    sides = []
-    for tokens, cells in zip(grid, size, strict=True):
-        position = torch.arange(tokens, device=like.device).unsqueeze(1)
-        cell = torch.arange(cells, device=like.device)
-        start, stop = cell * tokens // cells, -(-(cell + 1) * tokens // cells)
-        inside = (position >= start) & (position < stop)
-        sides.append(inside.to(like.dtype) / (stop - start))
-    return torch.kron(*sides)
-
-
 def shared_attention(
     query: Tensor,
     key: Tensor,
@@ -299,13 +214,17 @@ def shared_attention(
     *,
     scale: float | None = None,
     bias: Tensor | None = None,
+    weight: float | Sequence[float] | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention in which batch rows share maps: each distinct map is computed once, for all rows that name it.
 
     Equivalent PyTorch, which computes (or stores) a map for every row::
 
-        F.scaled_dot_product_attention(query[map_index], key[map_index], value, attn_mask=bias[map_index], scale=scale)
+        out = F.scaled_dot_product_attention(
+            query[map_index], key[map_index], value, attn_mask=bias[map_index], scale=scale
+        )
+        weight.unsqueeze(-1) * out
 
     Free-Prompt-Editing of one source and two targets is ``map_index=[0, 0, 0]``; beside an unconditional half of three
     rows that keep their own maps, ``[0, 1, 2, 3, 3, 3]`` with G = 4.
@@ -317,6 +236,9 @@ def shared_attention(
         map_index: B ints in [0, G): the map of each batch row. It decides what is launched, so it lives on the host.
         scale: factor of the scores; None means ``D ** -0.5``.
         bias: added to the scaled scores, broadcastable to [G, H, N, M], dtype of ``query``.
+        weight: of each output row, for blends of maps: a number, a list of B numbers, or a tensor that broadcasts to
+            [B, H, N], dtype of ``query`` or float32 (float64 beside float64); None means 1. The kernels read no key
+            for a tile of query rows whose weights are zero in every batch row that shares the map.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
@@ -331,8 +253,11 @@ def shared_attention(
     """
     query, key = validation.check_query_key(query, key, batch="G")
     index = validation.check_map_index(map_index, query.shape[0])
-    value = validation.check_value(value, query, key, batch=len(index))
+    value = validation.check_value(value, query, (len(index), *query.shape[1:3], key.shape[2]))
     bias = validation.check_bias(bias, query, key)
     scale = validation.check_scale(scale, query.shape[-1])
-    out, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, list(index), scale, dispatch.select(backend, query))
+    if weight is not None:
+        weight = validation.check_row_weight(weight, query, (len(index), *query.shape[1:3], key.shape[2]))
+    serving = dispatch.select(backend, query)
+    out, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, list(index), scale, serving, weight)
     return out

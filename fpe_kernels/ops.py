@@ -2,7 +2,7 @@
 
 With ``g = map_index[b]``, ``A_g = softmax(scale · Q_g K_gᵀ + bias_g)``:
 
-    apply           O_b = A_g V_b                                   and L_g, the log-sum-exp of the scores
+    apply           O_b = w_b ⊙ A_g V_b                             and L_g, the log-sum-exp of the scores
     replay          the same product from a known L
     adjoint         Y_b = A_gᵀ W_b
     score_gradient  dS_g = A_g ∘ (Σ_b X_b Y_bᵀ − δ_g);  dQ_g = scale · dS_g K_g,  dK_g = scale · dS_gᵀ Q_g
@@ -10,6 +10,10 @@ With ``g = map_index[b]``, ``A_g = softmax(scale · Q_g K_gᵀ + bias_g)``:
 
 Both products have gradients of the same form, so one kernel serves both: for ``apply``, X = dO, Y = V and
 δ = Σ_b rowsum(dO_b ∘ O_b) − dL; for ``adjoint``, X = W, Y = dY and δ = Σ_b rowsum(W_b ∘ (A_g dY_b)).
+
+Row weights w [B, H, N] are ones where they are left out. With them, X = w ⊙ dO, δ is as above, dw = rowsum(dO ∘ A V).
+A backend may leave out rows whose weights are zero in every b that shares the map: L is +∞ there, the statistics of a
+row without probabilities, so that X = 0 and δ = 0 meet A = 0. The L of a weighted apply serves its gradients only.
 """
 
 from __future__ import annotations
@@ -23,15 +27,16 @@ from torch import Tensor
 
 from . import dispatch
 from .backends.grouping import rows_by_map
+from .validation import accumulator_dtype
 
 _LIBRARY = torch.library.Library("fpe_kernels", "DEF")
 _LIBRARY.define(
-    "apply(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] map_index, float scale, str backend)"
-    " -> (Tensor, Tensor)"
+    "apply(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] map_index, float scale, str backend,"
+    " Tensor? row_weight=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "replay(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor logsumexp, int[] map_index, float scale,"
-    " str backend) -> Tensor"
+    " str backend, Tensor? row_weight=None) -> Tensor"
 )
 _LIBRARY.define(
     "adjoint(Tensor query, Tensor key, Tensor weight, Tensor? bias, Tensor logsumexp, int[] map_index, float scale,"
@@ -45,11 +50,6 @@ _LIBRARY.define(
     "bias_gradient(Tensor query, Tensor key, Tensor left, Tensor right, Tensor delta, Tensor bias, Tensor logsumexp,"
     " int[] map_index, float scale) -> Tensor"
 )
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics are float32, or float64 beside float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def empty_heads(like: Tensor, batch: int, heads: int, tokens: int, columns: int) -> Tensor:
@@ -66,20 +66,27 @@ def empty_logsumexp(query: Tensor) -> Tensor:
 
 
 def _apply(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, map_index: Sequence[int], scale: float, backend: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    map_index: Sequence[int],
+    scale: float,
+    backend: str,
+    row_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out = empty_heads(value, value.shape[0], value.shape[1], query.shape[2], value.shape[3])
     logsumexp = empty_logsumexp(query)
-    dispatch.load(backend).apply(query, key, value, bias, tuple(map_index), scale, out, logsumexp, known=False)
+    dispatch.load(backend).apply(
+        query, key, value, bias, tuple(map_index), scale, out, logsumexp, known=False, row_weight=row_weight
+    )
     for group, rows in enumerate(rows_by_map(tuple(map_index), query.shape[0])):
         if not rows:
             logsumexp[group] = float("nan")  # no product asked for this map, so nothing computed it
     return out, logsumexp
 
 
-def _apply_fake(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, map_index: Sequence[int], scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
+def _apply_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     out = empty_heads(value, value.shape[0], value.shape[1], query.shape[2], value.shape[3])
     return out, empty_logsumexp(query)
 
@@ -93,22 +100,16 @@ def _replay(
     map_index: Sequence[int],
     scale: float,
     backend: str,
+    row_weight: Tensor | None = None,
 ) -> Tensor:
     out = empty_heads(value, value.shape[0], value.shape[1], query.shape[2], value.shape[3])
-    dispatch.load(backend).apply(query, key, value, bias, tuple(map_index), scale, out, logsumexp, known=True)
+    dispatch.load(backend).apply(
+        query, key, value, bias, tuple(map_index), scale, out, logsumexp, known=True, row_weight=row_weight
+    )
     return out
 
 
-def _replay_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    logsumexp: Tensor,
-    map_index: Sequence[int],
-    scale: float,
-    backend: str,
-) -> Tensor:
+def _replay_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return empty_heads(value, value.shape[0], value.shape[1], query.shape[2], value.shape[3])
 
 
@@ -127,16 +128,7 @@ def _adjoint(
     return out
 
 
-def _adjoint_fake(
-    query: Tensor,
-    key: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    logsumexp: Tensor,
-    map_index: Sequence[int],
-    scale: float,
-    backend: str,
-) -> Tensor:
+def _adjoint_fake(query: Tensor, key: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return empty_heads(weight, weight.shape[0], weight.shape[1], key.shape[2], weight.shape[3])
 
 
@@ -226,28 +218,35 @@ def _map_gradients(
 
 
 def _product_context(ctx: Any, inputs: tuple, output: Any) -> None:
-    query, key, value, bias, *known = inputs[:-3]
+    query, key, value, bias, *known = inputs[:-4]
     out, logsumexp = (output, known[0]) if known else output
-    ctx.map_index, ctx.scale, ctx.backend = inputs[-3:]
-    ctx.known = bool(known)
-    ctx.save_for_backward(query, key, value, bias, logsumexp, out)
+    ctx.map_index, ctx.scale, ctx.backend, row_weight = inputs[-4:]
+    ctx.known, ctx.row_weight_place = bool(known), len(inputs) - 1
+    ctx.save_for_backward(query, key, value, bias, row_weight, logsumexp, out)
 
 
 def _product_backward(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None = None) -> tuple:
-    query, key, value, bias, logsumexp, out = ctx.saved_tensors
+    query, key, value, bias, row_weight, logsumexp, out = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grad_value = None
+    rest = (ctx.map_index, ctx.scale, ctx.backend)
+    left = grad_out if row_weight is None else (row_weight.unsqueeze(-1) * grad_out).to(grad_out.dtype)
+    grad_value = grad_row_weight = None
     if ctx.needs_input_grad[2]:
-        grad_value = torch.ops.fpe_kernels.adjoint(
-            query, key, grad_out, bias, logsumexp, ctx.map_index, ctx.scale, ctx.backend
-        )
+        grad_value = torch.ops.fpe_kernels.adjoint(query, key, left, bias, logsumexp, *rest)
+    if row_weight is not None and ctx.needs_input_grad[ctx.row_weight_place]:
+        # The unweighted product cannot be had from the output where a weight is zero, nor its statistics.
+        if ctx.known:
+            product = torch.ops.fpe_kernels.replay(query, key, value, bias, logsumexp, *rest)
+        else:
+            product, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, *rest)
+        grad_row_weight = _row_sums(grad_out, product).sum_to_size(row_weight.shape).to(row_weight.dtype)
     delta = _gather_delta(_row_sums(grad_out, out), ctx.map_index, query.shape[0])
     if grad_logsumexp is not None:
         delta = delta - grad_logsumexp
-    grads = _map_gradients(ctx, query, key, bias, logsumexp, grad_out, value, delta)
+    grads = _map_gradients(ctx, query, key, bias, logsumexp, left, value, delta)
     # A known log-sum-exp is that of the same query and key, so its dependence on them is inside delta.
-    return (*grads[:2], grad_value, grads[2], *((None,) if ctx.known else ()), None, None, None)
+    return (*grads[:2], grad_value, grads[2], *((None,) if ctx.known else ()), None, None, None, grad_row_weight)
 
 
 def _adjoint_context(ctx: Any, inputs: tuple, output: Any) -> None:

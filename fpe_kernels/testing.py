@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import ops, validation
+from . import validation
 from .backends import reference
 from .backends.grouping import rows_by_map
 
@@ -146,6 +146,7 @@ class Case:
         bias: [g, h, n, m], each axis whole or 1; None for none.
         scale: None means ``D ** -0.5``.
         weight: [B, H, N, E], the operand of the adjoint and the gradient of the output.
+        row_weight: [b, h, n], each axis whole or 1: weights of the rows of the product; None for ones.
     """
 
     query: Tensor
@@ -155,6 +156,7 @@ class Case:
     map_index: tuple[int, ...]
     bias: Tensor | None = None
     scale: float | None = None
+    row_weight: Tensor | None = None
 
     @property
     def factor(self) -> float:
@@ -164,6 +166,7 @@ class Case:
     def to(self, dtype: torch.dtype) -> Case:
         """The same numbers in another dtype; widening is exact."""
         bias = None if self.bias is None else self.bias.to(dtype)
+        row_weight = None if self.row_weight is None else self.row_weight.to(dtype)
         return replace(
             self,
             query=self.query.to(dtype),
@@ -171,6 +174,7 @@ class Case:
             value=self.value.to(dtype),
             weight=self.weight.to(dtype),
             bias=bias,
+            row_weight=row_weight,
         )
 
     @cached_property
@@ -182,7 +186,7 @@ class Case:
     def plain(self) -> dict[str, Tensor]:
         """Every result by plain PyTorch at the dtype of the inputs; the log-sum-exp at that of the statistics."""
         plain = results_of(self)
-        if plain["logsumexp"].dtype != ops.accumulator_dtype(self.query.dtype):
+        if plain["logsumexp"].dtype != validation.accumulator_dtype(self.query.dtype):
             plain["logsumexp"] = results_of(self.to(torch.float32))["logsumexp"]
         return plain
 
@@ -192,7 +196,7 @@ class Case:
         return _magnitudes(self.to(torch.float64))
 
 
-RESULTS = ("out", "logsumexp", "adjoint", "grad_query", "grad_key", "grad_value", "grad_bias")
+RESULTS = ("out", "logsumexp", "adjoint", "grad_query", "grad_key", "grad_value", "grad_bias", "grad_row_weight")
 
 
 def results_of(case: Case) -> dict[str, Tensor]:
@@ -200,42 +204,53 @@ def results_of(case: Case) -> dict[str, Tensor]:
     query, key, bias = case.query, case.key, case.bias
     index = list(case.map_index)
     maps, logsumexp = reference.attention_map(query, key, bias, case.factor)
-    out = maps[index] @ case.value
+    product = maps[index] @ case.value
     adjoint = maps[index].transpose(-1, -2) @ case.weight
-    outer = case.weight @ case.value.transpose(-1, -2)
+    rows = _row_weight(case)
+    outer = (rows * case.weight) @ case.value.transpose(-1, -2)
     outer = torch.zeros_like(maps).index_add_(0, torch.tensor(index, device=maps.device, dtype=torch.int64), outer)
     scores = maps * (outer - (maps * outer).sum(-1, keepdim=True))
     results = {
-        "out": out,
+        "out": rows * product,
         "logsumexp": logsumexp,
         "adjoint": adjoint,
         "grad_query": case.factor * (scores @ key),
         "grad_key": case.factor * (scores.transpose(-1, -2) @ query),
-        "grad_value": adjoint,
+        "grad_value": maps[index].transpose(-1, -2) @ (rows * case.weight),
     }
     if bias is not None:
         results["grad_bias"] = scores.sum_to_size(bias.shape)
+    if case.row_weight is not None:
+        results["grad_row_weight"] = (case.weight * product).sum(-1).sum_to_size(case.row_weight.shape)
     return results
+
+
+def _row_weight(case: Case) -> Tensor:
+    """[b, h, n, 1]."""
+    return torch.ones_like(case.value[:1, :1, :1, :1]) if case.row_weight is None else case.row_weight.unsqueeze(-1)
 
 
 def _magnitudes(case: Case) -> dict[str, float]:
     """The equations of :func:`results_of` with every term replaced by its absolute value."""
     index = list(case.map_index)
     maps, _ = reference.attention_map(case.query, case.key, case.bias, case.factor)
-    outer = case.weight.abs() @ case.value.abs().transpose(-1, -2)
+    rows, product = _row_weight(case).abs(), maps[index] @ case.value.abs()
+    outer = (rows * case.weight.abs()) @ case.value.abs().transpose(-1, -2)
     outer = torch.zeros_like(maps).index_add_(0, torch.tensor(index, device=maps.device, dtype=torch.int64), outer)
     scores = maps * (outer + (maps * outer).sum(-1, keepdim=True))
     factor = abs(case.factor)
     magnitudes = {
-        "out": maps[index] @ case.value.abs(),
+        "out": rows * product,
         "logsumexp": torch.ones(1),
         "adjoint": maps[index].transpose(-1, -2) @ case.weight.abs(),
         "grad_query": factor * (scores @ case.key.abs()),
         "grad_key": factor * (scores.transpose(-1, -2) @ case.query.abs()),
     }
-    magnitudes["grad_value"] = magnitudes["adjoint"]
+    magnitudes["grad_value"] = maps[index].transpose(-1, -2) @ (rows * case.weight.abs())
     if case.bias is not None:
         magnitudes["grad_bias"] = scores.sum_to_size(case.bias.shape)
+    if case.row_weight is not None:
+        magnitudes["grad_row_weight"] = (case.weight.abs() * product).sum(-1).sum_to_size(case.row_weight.shape)
     return {name: float(value.abs().max()) if value.numel() else 0.0 for name, value in magnitudes.items()}
 
 
@@ -259,7 +274,7 @@ def rounding_band(dtype: torch.dtype, magnitude: float, scores: float) -> float:
     Operands, probabilities and outputs are rounded to ``dtype``; scores, whose terms add up to ``scores``, to the dtype
     of the statistics, and an error of a score is a relative error of a probability.
     """
-    statistics = ops.accumulator_dtype(dtype)
+    statistics = validation.accumulator_dtype(dtype)
     relative = torch.finfo(dtype).eps + torch.finfo(statistics).eps * (1.0 + scores)
     return relative * magnitude + torch.finfo(dtype).smallest_normal
 
@@ -325,7 +340,7 @@ def assert_matches(case: Case, **actual: Tensor) -> None:
         if name == "logsumexp":
             # Nothing computes the statistics of a map that no row names.
             tensor, exact, plain = tensor[groups], exact[groups], plain[groups]
-            dtype = ops.accumulator_dtype(case.query.dtype)
+            dtype = validation.accumulator_dtype(case.query.dtype)
         else:
             dtype = case.query.dtype
         assert_within_budget(tensor, plain, exact, dtype, case.magnitude[name], scores, name)
@@ -348,6 +363,8 @@ def make_case(
     masked: float = 0.0,
     scale: float | None = None,
     amplitude: float = 1.0,
+    row_weight: Sequence[bool] | None = None,
+    unweighted: float = 0.3,
 ) -> Case:
     """A seeded :class:`Case`.
 
@@ -358,6 +375,8 @@ def make_case(
         bias: for each of the axes [G, H, N, M], whether it varies; None for no bias.
         masked: share of the bias that is -inf.
         amplitude: standard deviation of query and key.
+        row_weight: for each of the axes [B, H, N], whether it varies; None for no weights.
+        unweighted: share of the row weights that is zero.
     """
     index = tuple(range(maps) if map_index is None else map_index)
     names = (layout,) * 4 if isinstance(layout, str) else tuple(layout)
@@ -369,6 +388,13 @@ def make_case(
         additive = torch.randn(shape, generator=rng)
         additive = additive.masked_fill(torch.rand(shape, generator=rng) < masked, float("-inf"))
         additive = additive.to(device=device, dtype=dtype)
+    weights = None
+    if row_weight is not None:
+        rng = generator(seed + 5)
+        full = (len(index), heads, queries)
+        axes = [size if varies else 1 for size, varies in zip(full, row_weight, strict=True)]
+        weights = torch.randn(axes, generator=rng)
+        weights = weights.masked_fill(torch.rand(axes, generator=rng) < unweighted, 0.0).to(device=device, dtype=dtype)
     return Case(
         make((maps, heads, queries, head_dim), seed, dtype, device, names[0], amplitude),
         make((maps, heads, keys, head_dim), seed + 1, dtype, device, names[1], amplitude),
@@ -377,4 +403,5 @@ def make_case(
         index,
         additive,
         scale,
+        weights,
     )

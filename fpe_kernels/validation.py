@@ -5,11 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Placed(Protocol):
+    """A tensor or a map: what has a dtype and a device."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+class Shaped(Placed, Protocol):
+    """A map: what has a shape (B, H, N, M) beside."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics are float32, or float64 beside float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _shape(tensor: Tensor) -> str:
@@ -48,13 +70,18 @@ def check_query_key(query: object, key: object, batch: str = "B") -> tuple[Tenso
     return query, key
 
 
-def check_same_place(name: str, tensor: Tensor, query: Tensor) -> None:
+def check_same_place(name: str, tensor: Placed, query: Placed) -> None:
     """Check that ``tensor`` has the dtype and device of ``query``."""
     if tensor.dtype != query.dtype:
         raise TypeError(
             f"{name} must have the dtype of query: got {tensor.dtype} and {query.dtype}. "
             f"Convert with {name}.to(query.dtype)."
         )
+    check_same_device(name, tensor, query)
+
+
+def check_same_device(name: str, tensor: Placed, query: Placed) -> None:
+    """Check that ``tensor`` has the device of ``query``."""
     if tensor.device != query.device:
         raise ValueError(
             f"{name} must be on the device of query: got {tensor.device} and {query.device}. "
@@ -62,29 +89,106 @@ def check_same_place(name: str, tensor: Tensor, query: Tensor) -> None:
         )
 
 
-def check_value(value: object, query: Tensor, key: Tensor, batch: int | None) -> Tensor:
-    """Check ``value`` [B, H, M, E] against ``key`` [G, H, M, D]; ``batch`` is the B that is expected."""
+def check_value(value: object, like: Placed, shape: Sequence[int]) -> Tensor:
+    """Check ``value`` [B, H, M, E], the right-hand side of a map of ``shape`` (B, H, N, M)."""
     value = check_tensor("value", value, "B, H, M, E")
-    check_same_place("value", value, query)
-    if batch is not None and value.shape[0] != batch:
+    check_same_place("value", value, like)
+    batch, heads, _, keys = shape
+    if value.shape[0] != batch:
         raise ValueError(f"value must have {batch} batch rows here, got {value.shape[0]}: {_shape(value)}.")
-    if value.shape[1] != key.shape[1]:
-        raise ValueError(f"value must have the {key.shape[1]} heads of key, got {value.shape[1]}: {_shape(value)}.")
-    if value.shape[2] != key.shape[2]:
-        raise ValueError(f"value must have the {key.shape[2]} rows of key, got {value.shape[2]}: {_shape(value)}.")
+    if value.shape[1] != heads:
+        raise ValueError(f"value must have the {heads} heads of the map, got {value.shape[1]}: {_shape(value)}.")
+    if value.shape[2] != keys:
+        raise ValueError(
+            f"value must have {keys} tokens, one for each column of the map, got {value.shape[2]}: {_shape(value)}."
+        )
     return value
 
 
-def check_weight(weight: object, query: Tensor) -> Tensor:
-    """Check the right-hand side of ``A.T @ weight``: [B, H, N, E] against ``query`` [B, H, N, D]."""
+def check_weight(weight: object, like: Placed, shape: Sequence[int]) -> Tensor:
+    """Check ``weight`` [B, H, N, E], the right-hand side of the transpose of a map of ``shape`` (B, H, N, M)."""
     weight = check_tensor("weight", weight, "B, H, N, E")
-    check_same_place("weight", weight, query)
-    if weight.shape[:3] != query.shape[:3]:
+    check_same_place("weight", weight, like)
+    if weight.shape[:3] != torch.Size(shape[:3]):
         raise ValueError(
-            f"weight must agree with query in [B, H, N]: got {_shape(weight)} and query {_shape(query)}. "
+            f"weight must agree with the map in [B, H, N] = {list(shape[:3])}, got {_shape(weight)}. "
             "A.T @ weight sums over the query rows."
         )
     return weight
+
+
+def _check_broadcast(name: str, tensor: object, layout: str, full: Sequence[int], like: Placed) -> Tensor:
+    """Check a float tensor that broadcasts to ``full``, and give it as many axes, each of size 1 or the whole."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor that broadcasts to [{layout}], got {type(tensor).__name__}.")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}. Convert with {name}.to(query.dtype).")
+    check_same_device(name, tensor, like)
+    axes = (1,) * (len(full) - tensor.ndim) + tuple(tensor.shape)
+    if tensor.ndim > len(full) or any(size not in (1, whole) for size, whole in zip(axes, full, strict=True)):
+        raise ValueError(
+            f"{name} must broadcast to [{layout}] = {list(full)}, got {_shape(tensor)}. "
+            "Insert axes of size 1 where it does not vary."
+        )
+    return tensor.reshape(axes)
+
+
+def check_row_weight(weight: object, like: Placed, shape: Sequence[int]) -> Tensor:
+    """Check a weight of the query rows of a map of ``shape`` (B, H, N, M); returns it as [1 | B, 1 | H, 1 | N]."""
+    if isinstance(weight, Real) and not isinstance(weight, bool):
+        weight = [weight] * shape[0]
+    if isinstance(weight, Sequence) and not isinstance(weight, (str, bytes)):
+        for position, entry in enumerate(weight):
+            if not isinstance(entry, Real) or isinstance(entry, bool):
+                raise TypeError(f"weight[{position}] must be a number, got {entry!r}.")
+        if len(weight) != shape[0] or not weight:
+            raise ValueError(
+                f"a list of weights has one number for each of the {shape[0]} batch rows, got {len(weight)}. "
+                "For a weight of each query token pass a tensor [N]."
+            )
+        # By fills: a copy from the host would not go into a CUDA graph.
+        dtype, device = accumulator_dtype(like.dtype), like.device
+        return torch.cat([torch.full((1, 1, 1), float(entry), dtype=dtype, device=device) for entry in weight])
+    checked = _check_broadcast("weight", weight, "B, H, N", shape[:3], like)
+    if checked.dtype not in (like.dtype, accumulator_dtype(like.dtype)):
+        raise TypeError(
+            f"weight must have the dtype of query or of its statistics, {like.dtype} or "
+            f"{accumulator_dtype(like.dtype)}, got {checked.dtype}. Convert with weight.to(query.dtype)."
+        )
+    return checked
+
+
+def check_column_weight(weight: object, like: Placed, shape: Sequence[int]) -> Tensor:
+    """Check a weight of the columns of a map of ``shape`` (B, H, N, M); returns it as [1 | B, 1 | H, 1 | M]."""
+    checked = _check_broadcast("weight", weight, "B, H, M", (*shape[:2], shape[3]), like)
+    check_same_place("weight", checked, like)
+    return checked
+
+
+def check_mixing(matrix: object, like: Placed, shape: Sequence[int]) -> Tensor:
+    """Check a matrix on the value tokens of a map of ``shape`` (B, H, N, M); returns it as [1 | B, 1 | H, M, M']."""
+    if not isinstance(matrix, Tensor) or matrix.ndim < 2:
+        got = _shape(matrix) if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise TypeError(f"matrix must be a torch.Tensor [M, M'] or one that broadcasts to [B, H, M, M'], got {got}.")
+    if matrix.shape[-2] != shape[3] or matrix.shape[-1] == 0:
+        raise ValueError(
+            f"matrix must have {shape[3]} rows, one for each column of the map, and at least one column, "
+            f"got {_shape(matrix)}. A.mix(M) @ v is A @ (M @ v); a mapper that is stored the other way is M.T."
+        )
+    checked = _check_broadcast("matrix", matrix, "B, H, M, M'", (*shape[:2], *matrix.shape[-2:]), like)
+    check_same_place("matrix", checked, like)
+    return checked
+
+
+def check_same_map(first: Shaped, second: Shaped, batch: bool = True) -> None:
+    """Check that two maps can be added; or, without ``batch``, stand one after the other along the batch."""
+    start = 0 if batch else 1
+    if first.shape[start:] != second.shape[start:]:
+        raise ValueError(
+            f"maps must agree in {'[B, H, N, M]' if batch else '[H, N, M]'}: got {list(first.shape)} and "
+            f"{list(second.shape)}. Gather batch rows with A.take(index), bring other tokens together with A.mix(M)."
+        )
+    check_same_place("the second map", second, first)
 
 
 def check_bias(bias: object, query: Tensor, key: Tensor) -> Tensor | None:
@@ -121,35 +225,32 @@ def check_scale(scale: object, head_dim: int) -> float:
     return scale
 
 
-def check_map_index(map_index: object, maps: int) -> tuple[int, ...]:
+def check_map_index(map_index: object, maps: int, name: str = "map_index") -> tuple[int, ...]:
     """Return ``map_index`` as a tuple of ints in [0, maps)."""
     if isinstance(map_index, Tensor):
         if map_index.is_floating_point() or map_index.is_complex() or map_index.dtype == torch.bool:
-            raise TypeError(f"map_index must hold integers, got a tensor of {map_index.dtype}.")
+            raise TypeError(f"{name} must hold integers, got a tensor of {map_index.dtype}.")
         if map_index.device.type != "cpu":
             raise ValueError(
-                "map_index decides what is launched, so it must be known on the host: "
+                f"{name} decides what is launched, so it must be known on the host: "
                 f"got a tensor on {map_index.device}. Pass a list of ints, e.g. [0, 0, 1]."
             )
         map_index = map_index.tolist()
     if not isinstance(map_index, Sequence) or isinstance(map_index, (str, bytes)):
-        raise TypeError(
-            f"map_index must be a sequence of ints, one for each batch row, got {type(map_index).__name__}."
-        )
+        raise TypeError(f"{name} must be a sequence of ints, one for each batch row, got {type(map_index).__name__}.")
     for position, entry in enumerate(map_index):
         if isinstance(entry, bool) or not isinstance(entry, (int, Integral)):
-            raise TypeError(f"map_index[{position}] must be an int, got {entry!r}.")
+            raise TypeError(f"{name}[{position}] must be an int, got {entry!r}.")
         if not 0 <= int(entry) < maps:
             raise IndexError(
-                f"map_index[{position}] is {int(entry)}, but query and key hold {maps} map(s): "
-                f"expected 0 <= index < {maps}."
+                f"{name}[{position}] is {int(entry)}, but there are {maps} map(s): expected 0 <= index < {maps}."
             )
     return tuple(int(entry) for entry in map_index)
 
 
 def check_logsumexp(logsumexp: object, query: Tensor) -> Tensor:
     """Check a known log-sum-exp [B, H, N] against ``query`` [B, H, N, D]."""
-    expected = torch.float64 if query.dtype == torch.float64 else torch.float32
+    expected = accumulator_dtype(query.dtype)
     if not isinstance(logsumexp, Tensor):
         raise TypeError(f"logsumexp must be a torch.Tensor [B, H, N], got {type(logsumexp).__name__}.")
     if logsumexp.shape != query.shape[:3]:

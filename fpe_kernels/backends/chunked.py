@@ -131,8 +131,9 @@ def apply(
     out: Tensor,
     logsumexp: Tensor,
     known: bool,
+    row_weight: Tensor | None = None,
 ) -> None:
-    """Write ``A[map_index] @ value`` to ``out`` and, unless it is known, the log-sum-exp."""
+    """Write ``row_weight ⊙ (A[map_index] @ value)`` to ``out`` and, unless it is known, the log-sum-exp."""
     columns = value.shape[3]
     by_map: Sequence[tuple[int, ...]] = rows_by_map(map_index, query.shape[0])
     if bias is None and not known and _fused_serves(query, key, value):
@@ -152,6 +153,8 @@ def apply(
                 product = _online_product(scores_of, packed, queries, blocks.keys, statistics)
             for position, row in enumerate(blocks.rows):
                 out[row, blocks.heads, queries] = product[..., position * columns : (position + 1) * columns]
+    if row_weight is not None:
+        out.mul_(row_weight.unsqueeze(-1))
 
 
 def _fused_serves(query: Tensor, key: Tensor, value: Tensor) -> bool:

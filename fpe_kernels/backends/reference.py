@@ -1,7 +1,7 @@
 """Dense oracle: the equations and nothing else.
 
     A_g = softmax(scale · Q_g K_gᵀ + bias_g)      a row that is masked throughout is zero
-    O_b = A_g V_b,  Y_b = A_gᵀ W_b                g = map_index[b]
+    O_b = w_b ⊙ A_g V_b,  Y_b = A_gᵀ W_b                g = map_index[b]
     dS_g = A_g ∘ (Σ_b X_b Y_bᵀ − δ_g)
 
 Every map is materialised. It serves any device and float dtype, float64 above all, to check the other backends.
@@ -33,10 +33,12 @@ def apply(
     out: Tensor,
     logsumexp: Tensor,
     known: bool,
+    row_weight: Tensor | None = None,
 ) -> None:
-    """Write ``A[map_index] @ value`` to ``out`` and, unless it is known, the log-sum-exp."""
+    """Write ``row_weight ⊙ (A[map_index] @ value)`` to ``out`` and, unless it is known, the log-sum-exp."""
     maps, computed = attention_map(query, key, bias, scale)
-    out.copy_(maps[list(map_index)] @ value)
+    product = maps[list(map_index)] @ value
+    out.copy_(product if row_weight is None else row_weight.unsqueeze(-1) * product)
     if not known:
         logsumexp.copy_(computed)
 

@@ -46,10 +46,19 @@ def forward(case: Case, backend: str) -> dict[str, Tensor]:
     query, key, value, bias = operands(case)
     rest = (list(case.map_index), case.factor, backend)
     out, logsumexp = torch.ops.fpe_kernels.apply(query, key, value, bias, *rest)
-    replayed = torch.ops.fpe_kernels.replay(query, key, value, bias, logsumexp, *rest)
+    if case.row_weight is not None:
+        # Statistics of rows without a weight are not computed, so they come from the unweighted product.
+        out, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, *rest, case.row_weight)
+    replayed = torch.ops.fpe_kernels.replay(query, key, value, bias, logsumexp, *rest, case.row_weight)
     adjoint = torch.ops.fpe_kernels.adjoint(query, key, case.weight, bias, logsumexp, *rest)
     assert_matches(case, out=replayed)
     return {"out": out, "logsumexp": logsumexp, "adjoint": adjoint}
+
+
+def forward_out(case: Case, backend: str) -> Tensor:
+    """The product alone."""
+    rest = (list(case.map_index), case.factor, backend)
+    return torch.ops.fpe_kernels.apply(*operands(case), *rest, case.row_weight)[0]
 
 
 class ProductContract:
@@ -174,6 +183,43 @@ class ProductContract:
         results = forward(shifted, self.backend)
         assert_matches(case, out=results["out"])
         assert_matches(shifted, **results)
+
+    # -- row weights --------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize(
+        "varies",
+        [(0, 0, 1), (1, 0, 0), (1, 1, 1)] + [pytest.param(v, marks=costly) for v in [(0, 0, 0), (0, 1, 1), (1, 0, 1)]],
+    )
+    @pytest.mark.parametrize("head_dim", [8, 40])
+    def test_row_weights_broadcast_every_way(self, varies: tuple[int, ...], head_dim: int) -> None:
+        self.check(row_weight=varies, maps=2, map_index=(1, 0, 1), heads=2, queries=9, keys=17, head_dim=head_dim)
+
+    def test_row_weights_of_more_branches_than_a_launch(self) -> None:
+        case = self.case(map_index=(0,) * 9, queries=9, keys=17, head_dim=40, row_weight=(1, 0, 1))
+        case.row_weight[:5] = 0.0  # the first launch has no weight, but the later ones need its statistics
+        assert_matches(case, **forward(case, self.backend))
+
+    def test_a_wide_value_with_row_weights(self) -> None:
+        self.check(value_dim=336, queries=9, keys=17, head_dim=8, row_weight=(1, 1, 1))
+
+    def test_row_weights_beside_bias_and_dtypes(self) -> None:
+        for dtype in self.dtypes:
+            self.check(dtype=dtype, queries=17, keys=70, bias=(0, 0, 1, 1), masked=0.4, row_weight=(0, 0, 1))
+
+    def test_rows_without_a_weight_are_zero_wherever_they_lie(self) -> None:
+        case = self.case(queries=300, keys=9, map_index=(0, 0), head_dim=8, row_weight=(1, 0, 1))
+        case.row_weight[:, :, :140] = 0.0
+        case.row_weight[1] = 0.0
+        case.value[1] = make(case.value[1:].shape, 8, case.value.dtype, self.device, amplitude=1e3)[0]
+        results = forward(case, self.backend)
+        assert_matches(case, **results)
+        assert (results["out"][:, :, :140] == 0).all()
+        assert (results["out"][1] == 0).all()
+
+    def test_a_weight_that_is_nan_shows(self) -> None:
+        case = self.case(queries=9, keys=7, row_weight=(0, 0, 1), unweighted=1.0)
+        case.row_weight[..., 4] = float("nan")
+        assert forward_out(case, self.backend)[:, :, 4].isnan().all()
 
     # -- extremes -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from fpe_kernels import AttentionMap, shared_attention
 from fpe_kernels.backends.reference import attention_map
 from fpe_kernels.testing import LAYOUTS, Case, assert_matches, assert_within_budget, score_magnitude
 
-LEAVES = ("query", "key", "bias", "value", "weight")
+LEAVES = ("query", "key", "bias", "value", "weight", "row_weight")
 Function = Callable[..., Tensor]
 
 
@@ -52,9 +52,10 @@ class GradientContract(ProductContract):
             case.map_index,
             scale=case.scale,
             bias=leaves["bias"],
+            weight=leaves["row_weight"],
             backend=self.backend,
         )
-        wanted = [name for name in ("query", "key", "value", "bias") if leaves[name] is not None]
+        wanted = [name for name in ("query", "key", "value", "bias", "row_weight") if leaves[name] is not None]
         found = torch.autograd.grad(out, [leaves[name] for name in wanted], case.weight)
         assert_matches(case, **{f"grad_{name}": grad for name, grad in zip(wanted, found, strict=True)})
 
@@ -91,6 +92,32 @@ class GradientContract(ProductContract):
     def test_gradients(self, options: dict) -> None:
         self.check_gradients(**options)
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"row_weight": (0, 0, 1)},
+            {"row_weight": (1, 1, 1), "bias": (0, 0, 1, 1), "masked": 0.3, "map_index": (1, 0, 1), "maps": 2},
+            {"row_weight": (1, 0, 0), "map_index": (0,) * 5, "head_dim": 40},  # more columns than a launch
+            {"row_weight": (1, 0, 1), "unweighted": 1.0},  # no key is read, and the weights have gradients all the same
+            pytest.param({"row_weight": (0, 0, 0), "value_dim": 200}, marks=pytest.mark.costly),
+        ],
+        ids=str,
+    )
+    def test_gradients_with_row_weights(self, options: dict) -> None:
+        self.check_gradients(**{"queries": 9, "keys": 17, **options})
+
+    def test_gradients_where_whole_tiles_have_no_weight(self) -> None:
+        case = self.case(queries=150, keys=9, head_dim=8, row_weight=(0, 0, 1), bias=(0, 0, 0, 1), masked=0.3)
+        case.row_weight[..., :140] = 0.0
+
+        def product(query, key, bias, value, weight, row_weight) -> Tensor:
+            return shared_attention(query, key, value, [0], bias=bias, weight=row_weight, backend=self.backend)
+
+        def dense(query, key, bias, value, weight, row_weight) -> Tensor:
+            return row_weight.unsqueeze(-1) * (attention_map(query, key, bias, query.shape[-1] ** -0.5)[0] @ value)
+
+        self.check_function(product, dense, case)
+
     def test_gradients_in_every_dtype(self) -> None:
         for dtype in self.dtypes:
             self.check_gradients(dtype=dtype, queries=17, keys=70, head_dim=40, map_index=(0, 0), layout="fused_chunk")
@@ -113,10 +140,10 @@ class GradientContract(ProductContract):
         case = self.case(queries=9, keys=17, bias=(0, 0, 1, 1))
         case.bias[:, :, [0, 8]] = -float("inf")
 
-        def product(query: Tensor, key: Tensor, bias: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+        def product(query: Tensor, key: Tensor, bias: Tensor, value: Tensor, weight: Tensor, **_: Tensor) -> Tensor:
             return self.operator(query, key, bias) @ value
 
-        def dense(query: Tensor, key: Tensor, bias: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+        def dense(query: Tensor, key: Tensor, bias: Tensor, value: Tensor, weight: Tensor, **_: Tensor) -> Tensor:
             # Autograd through softmax gives NaN for such a row, so it is left out and put back as zeros.
             seen = slice(1, 8)
             maps, _ = attention_map(query[:, :, seen], key, bias[:, :, seen], query.shape[-1] ** -0.5)
@@ -133,10 +160,14 @@ class GradientContract(ProductContract):
     def test_gradients_of_the_adjoint(self, bias: tuple[int, ...] | None) -> None:
         case = self.case(queries=9, keys=17, heads=2, bias=bias)
 
-        def adjoint(query: Tensor, key: Tensor, bias: Tensor | None, value: Tensor, weight: Tensor) -> Tensor:
+        def adjoint(
+            query: Tensor, key: Tensor, bias: Tensor | None, value: Tensor, weight: Tensor, **_: Tensor
+        ) -> Tensor:
             return self.operator(query, key, bias).T @ weight
 
-        def dense(query: Tensor, key: Tensor, bias: Tensor | None, value: Tensor, weight: Tensor) -> Tensor:
+        def dense(
+            query: Tensor, key: Tensor, bias: Tensor | None, value: Tensor, weight: Tensor, **_: Tensor
+        ) -> Tensor:
             maps, _ = attention_map(query, key, bias, query.shape[-1] ** -0.5)
             return maps.transpose(-1, -2) @ weight
 
@@ -145,10 +176,10 @@ class GradientContract(ProductContract):
     def test_gradients_of_the_logsumexp(self) -> None:
         case = self.case(queries=9, keys=17, heads=2, bias=(0, 1, 0, 1))
 
-        def statistics(query: Tensor, key: Tensor, bias: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+        def statistics(query: Tensor, key: Tensor, bias: Tensor, value: Tensor, weight: Tensor, **_: Tensor) -> Tensor:
             return self.operator(query, key, bias).logsumexp
 
-        def dense(query: Tensor, key: Tensor, bias: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+        def dense(query: Tensor, key: Tensor, bias: Tensor, value: Tensor, weight: Tensor, **_: Tensor) -> Tensor:
             return attention_map(query, key, bias, query.shape[-1] ** -0.5)[1]
 
         self.check_function(statistics, dense, case)
@@ -156,12 +187,12 @@ class GradientContract(ProductContract):
     def test_gradients_of_product_and_logsumexp_together(self) -> None:
         case = self.case(queries=9, keys=17)
 
-        def both(query: Tensor, key: Tensor, bias: None, value: Tensor, weight: Tensor) -> Tensor:
+        def both(query: Tensor, key: Tensor, bias: None, value: Tensor, weight: Tensor, **_: Tensor) -> Tensor:
             operator = self.operator(query, key, bias)
             product = operator @ value
             return torch.cat([product, operator.logsumexp.unsqueeze(-1).to(product.dtype)], dim=-1)
 
-        def dense(query: Tensor, key: Tensor, bias: None, value: Tensor, weight: Tensor) -> Tensor:
+        def dense(query: Tensor, key: Tensor, bias: None, value: Tensor, weight: Tensor, **_: Tensor) -> Tensor:
             maps, logsumexp = attention_map(query, key, bias, query.shape[-1] ** -0.5)
             return torch.cat([maps @ value, logsumexp.unsqueeze(-1)], dim=-1)
 
@@ -170,11 +201,11 @@ class GradientContract(ProductContract):
     def test_gradients_of_a_second_product_from_the_kept_logsumexp(self) -> None:
         case = self.case(queries=9, keys=17, bias=(0, 0, 0, 1))
 
-        def second(query: Tensor, key: Tensor, bias: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+        def second(query: Tensor, key: Tensor, bias: Tensor, value: Tensor, weight: Tensor, **_: Tensor) -> Tensor:
             operator = self.operator(query, key, bias)
             return operator @ value + 2.0 * (operator @ value.flip(-1))
 
-        def dense(query: Tensor, key: Tensor, bias: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+        def dense(query: Tensor, key: Tensor, bias: Tensor, value: Tensor, weight: Tensor, **_: Tensor) -> Tensor:
             maps, _ = attention_map(query, key, bias, query.shape[-1] ** -0.5)
             return maps @ value + 2.0 * (maps @ value.flip(-1))
 
@@ -184,10 +215,10 @@ class GradientContract(ProductContract):
     def test_gradients_of_a_few_entries(self, view: str) -> None:
         case = self.case(queries=9, keys=17)
 
-        def entries(query: Tensor, key: Tensor, bias: None, value: Tensor, weight: Tensor) -> Tensor:
+        def entries(query: Tensor, key: Tensor, bias: None, value: Tensor, weight: Tensor, **_: Tensor) -> Tensor:
             return getattr(self.operator(query, key, bias), view)([1, 5])
 
-        def dense(query: Tensor, key: Tensor, bias: None, value: Tensor, weight: Tensor) -> Tensor:
+        def dense(query: Tensor, key: Tensor, bias: None, value: Tensor, weight: Tensor, **_: Tensor) -> Tensor:
             maps, _ = attention_map(query, key, bias, query.shape[-1] ** -0.5)
             return maps[:, :, [1, 5]] if view == "rows" else maps[..., [1, 5]]
 
@@ -196,7 +227,7 @@ class GradientContract(ProductContract):
     def test_the_same_inputs_give_the_same_gradient_bits(self) -> None:
         case = self.case(queries=9, keys=70, map_index=(0, 0), bias=(0, 1, 1, 1))
 
-        def product(query: Tensor, key: Tensor, bias: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+        def product(query: Tensor, key: Tensor, bias: Tensor, value: Tensor, weight: Tensor, **_: Tensor) -> Tensor:
             return shared_attention(query, key, value, case.map_index, bias=bias, backend=self.backend)
 
         first, second = gradients(product, case), gradients(product, case)

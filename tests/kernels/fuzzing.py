@@ -12,9 +12,11 @@ from contract_gradients import leaves_of
 from fpe_kernels.backends import chunked
 from fpe_kernels.testing import LAYOUTS, Case, assert_matches, make_case
 
+OPS = torch.ops.fpe_kernels
+
 
 def random_case(seed: int, backend: str, device: str) -> Case:
-    """The case of ``seed``: shapes, layouts, dtype, shared maps, bias, scale."""
+    """The case of ``seed``: shapes, layouts, dtype, shared maps, bias, scale, row weights."""
     rng = random.Random(seed)
     interpreted = backend == "triton" and device == "cpu"
     dtypes = [torch.float32, torch.float16, torch.bfloat16] + ([] if backend == "triton" else [torch.float64])
@@ -24,6 +26,7 @@ def random_case(seed: int, backend: str, device: str) -> Case:
     maps = rng.choice([1, 1, 1, 1, 2] if interpreted else [1, 1, 2, 3, 4])
     rows = rng.choice([1, 2, 2, 3] if interpreted else [1, 2, 3, 4, 6])
     bias = None if rng.random() < 0.4 else [rng.random() < 0.5 for _ in range(4)]
+    row_weight = None if rng.random() < 0.5 else [rng.random() < 0.6 for _ in range(3)]
     return make_case(
         seed,
         maps=maps,
@@ -40,34 +43,56 @@ def random_case(seed: int, backend: str, device: str) -> Case:
         masked=rng.choice([0.0, 0.2, 0.9]),
         scale=rng.choice([None, None, None, 0.0, -0.5, 1.0]),
         amplitude=rng.choice([0.1, 1.0, 1.0, 4.0]),
+        row_weight=row_weight,
+        unweighted=rng.choice([0.0, 0.3, 0.8, 1.0]),
     )
 
 
 def check_seed(seed: int, backend: str, device: str) -> None:
-    """Product, replay, adjoint and gradients of one case; an error names the command that repeats it."""
+    """Products, statistics and gradients of one case; an error names the command that repeats it."""
     # Half of the cases run in blocks that small shapes fill, so that the torch backend takes several.
     blocks = SMALL_BLOCKS if seed % 2 else {name: getattr(chunked, name) for name in SMALL_BLOCKS}
     try:
-        # An interpreted gradient takes as long as all the rest, so there only every third case has one.
         with mock.patch.multiple(chunked, **blocks):
-            check(random_case(seed, backend, device), backend, backend != "triton" or device != "cpu" or seed % 3 == 0)
+            check(random_case(seed, backend, device), backend, ROUTES[seed % 3])
     except Exception as error:
         command = f"FUZZ_SEED={seed} python -m pytest tests/kernels/test_fuzz.py -k 'one_seed and {backend}'"
         raise AssertionError(f"seed {seed} on {backend}: {error}\nrepeat with: {command}") from error
 
 
-def check(case: Case, backend: str, gradients: bool) -> None:
+ROUTES = ("apply", "replay", "adjoint")
+"""The op through which the gradients go."""
+
+
+def check(case: Case, backend: str, route: str) -> None:
     """All results of ``case`` within the budget."""
     rest = (list(case.map_index), case.factor, backend)
     leaves = leaves_of(case)
-    names = [name for name in ("query", "key", "value", "bias") if leaves[name] is not None]
-    query, key, value, bias = (leaves[name] for name in ("query", "key", "value", "bias"))
-    out, logsumexp = torch.ops.fpe_kernels.apply(query, key, value, bias, *rest)
-    known = logsumexp.detach()
-    replayed = torch.ops.fpe_kernels.replay(case.query, case.key, case.value, case.bias, known, *rest)
-    adjoint = torch.ops.fpe_kernels.adjoint(case.query, case.key, case.weight, case.bias, known, *rest)
-    assert_matches(case, out=out.detach(), logsumexp=known, adjoint=adjoint)
+    query, key, value, bias, weight, row_weight = (
+        leaves[name] for name in ("query", "key", "value", "bias", "weight", "row_weight")
+    )
+    with torch.no_grad():
+        out, known = OPS.apply(query, key, value, bias, *rest)
+        if row_weight is not None:
+            out, _ = OPS.apply(query, key, value, bias, *rest, row_weight)
+        replayed = OPS.replay(query, key, value, bias, known, *rest, row_weight)
+        adjoint = OPS.adjoint(query, key, weight, bias, known, *rest)
+    assert_matches(case, out=out, logsumexp=known, adjoint=adjoint)
     assert_matches(case, out=replayed)
-    if gradients:
-        found = torch.autograd.grad(out, [leaves[name] for name in names], case.weight)
-        assert_matches(case, **{f"grad_{name}": grad for name, grad in zip(names, found, strict=True)})
+
+    names = {"query": query, "key": key, "value": value, "bias": bias, "row_weight": row_weight}
+    if route == "apply":
+        result, seed = OPS.apply(query, key, value, bias, *rest, row_weight)[0], case.weight
+    elif route == "replay":
+        result, seed = OPS.replay(query, key, value, bias, known, *rest, row_weight), case.weight
+    else:
+        # ⟨A.T (r ⊙ w), v⟩ = ⟨r ⊙ (A v), w⟩: the same numbers, and the gradient for w is the product.
+        del names["value"], names["row_weight"]
+        names["weight"] = weight
+        rows = weight if case.row_weight is None else case.row_weight.unsqueeze(-1) * weight
+        result, seed = OPS.adjoint(query, key, rows, bias, known, *rest), case.value
+    wanted = {name: leaf for name, leaf in names.items() if leaf is not None}
+    found = dict(zip(wanted, torch.autograd.grad(result, list(wanted.values()), seed), strict=True))
+    if "weight" in found:
+        assert_matches(case, out=found.pop("weight"))
+    assert_matches(case, **{f"grad_{name}": grad for name, grad in found.items()})

@@ -76,8 +76,12 @@ REFUSED = {
         r"torch\.float32 on cpu, got torch\.float16.*never kept in half",
     ),
     "value of another batch": (lambda: MAP @ V[:1], ValueError, r"value must have 2 batch rows here, got 1"),
-    "value of other heads": (lambda: MAP @ V[:, :2], ValueError, r"value must have the 3 heads of key, got 2"),
-    "value of other tokens": (lambda: MAP @ V[:, :, :5], ValueError, r"value must have the 7 rows of key, got 5"),
+    "value of other heads": (lambda: MAP @ V[:, :2], ValueError, r"value must have the 3 heads of the map, got 2"),
+    "value of other tokens": (
+        lambda: MAP @ V[:, :, :5],
+        ValueError,
+        r"value must have 7 tokens, .* got 5",
+    ),
     "value of another dtype": (lambda: MAP @ V.double(), TypeError, r"value must have the dtype of query"),
     "value is a number": (lambda: MAP @ 2.0, TypeError, r"value must be a torch\.Tensor .*got float"),
     "no values": (lambda: MAP @ (), ValueError, r"A @ \(\) has no value"),
@@ -85,7 +89,7 @@ REFUSED = {
     "weight of the keys": (
         lambda: MAP.T @ V,
         ValueError,
-        r"weight must agree with query in \[B, H, N\].*sums over the",
+        r"weight must agree with the map in \[B, H, N\].*sums over the",
     ),
     "weight of another dtype": (lambda: MAP.T @ Q.half(), TypeError, r"weight must have the dtype of query"),
     "row out of range": (lambda: MAP.rows(5), IndexError, r"token index must be in \[-5, 5\), got \[5\]"),
@@ -118,7 +122,7 @@ REFUSED = {
     "map_index too large": (
         lambda: shared_attention(Q, K, V, [0, 2]),
         IndexError,
-        r"map_index\[1\] is 2, but query and key hold 2 map\(s\): expected 0 <= index < 2",
+        r"map_index\[1\] is 2, but there are 2 map\(s\): expected 0 <= index < 2",
     ),
     "map_index below zero": (lambda: shared_attention(Q, K, V, [-1, 0]), IndexError, r"map_index\[0\] is -1"),
     "map_index of another length": (

@@ -1,11 +1,16 @@
 """Forward: many value columns through one pass over the scores.
 
-    O_b = softmax(scale · Q_g K_gᵀ + bias_g) V_b       for every batch row b with map_index[b] = g
+    O_b = w_b ⊙ softmax(scale · Q_g K_gᵀ + bias_g) V_b     for every batch row b with map_index[b] = g
     L_g = log Σ_m exp(scale · q_n · k_m + bias_nm)
 
 The values of the branches b that share g stand side by side as packed columns: a program computes the scores and the
 softmax of a query tile once and multiplies with all of them. Where L is known already (later chunks of columns, replay
 of a recorded map), the running maximum and the rescaling drop out: P = exp(S − L).
+
+Weights w, one for each query row, multiply the accumulators last. Where those of all branches are zero for a whole tile
+of query rows, the program reads no key: the output is zero and L is +∞ there, from which every later kernel makes
+probabilities of zero, as the gradient of a product with weight zero wants them. A launch whose L other branches of the
+map still need computes such tiles all the same.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grouping import rows_by_map
 from . import configs
 from .configs import MAX_COLUMNS, Config
 from .launch import Launch, prepared, product_precision, strides
@@ -23,6 +29,7 @@ from .primitives import (
     LOG2E,
     add_bias,
     aligned,
+    branch_weight,
     dot,
     finite_or_zero,
     head_columns,
@@ -31,6 +38,7 @@ from .primitives import (
     packed_columns,
     split_scores,
     tile_index,
+    weigh,
 )
 
 
@@ -67,6 +75,10 @@ def apply_kernel(
     out_stride_h,
     out_stride_n,
     out_stride_e,
+    row_weight_ptr,  # [B, H, N], strides 0 where it is broadcast
+    row_weight_stride_b,
+    row_weight_stride_h,
+    row_weight_stride_n,
     HEAD_DIM: tl.constexpr,
     HEAD_0: tl.constexpr,
     HEAD_1: tl.constexpr,
@@ -81,6 +93,8 @@ def apply_kernel(
     KNOWN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BIAS_VARIES: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    SKIPS: tl.constexpr,
     PRESCALE: tl.constexpr,
     EVEN_QUERIES: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
@@ -90,6 +104,10 @@ def apply_kernel(
     BLOCK_N: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = BRANCHES * VALUE_DIM
+    EVEN_HEAD_0: tl.constexpr = HEAD_0 <= HEAD_DIM
+    EVEN_HEAD_1: tl.constexpr = HEAD_0 + HEAD_1 <= HEAD_DIM
+    EVEN_COLUMNS_0: tl.constexpr = COLUMNS_0 <= COLUMNS
+    EVEN_COLUMNS_1: tl.constexpr = COLUMNS_0 + COLUMNS_1 <= COLUMNS
     tiles = tl.cdiv(queries, BLOCK_M)
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles) % heads
@@ -122,14 +140,12 @@ def apply_kernel(
 
     query_ptr += start_m * query_stride_n
     d0, d0_valid = head_columns(query_stride_d, 0, HEAD_0, HEAD_DIM, WIDE)
-    q0 = load_tile(query_ptr, rows, query_stride_n, d0, rows_end, d0_valid, EVEN_QUERIES, HEAD_0 <= HEAD_DIM)
+    q0 = load_tile(query_ptr, rows, query_stride_n, d0, rows_end, d0_valid, EVEN_QUERIES, EVEN_HEAD_0)
     k0_columns, k0_valid = head_columns(key_stride_d, 0, HEAD_0, HEAD_DIM, WIDE)
     q1 = q0
     if HEAD_1 > 0:
         d1, d1_valid = head_columns(query_stride_d, HEAD_0, HEAD_1, HEAD_DIM, WIDE)
-        q1 = load_tile(
-            query_ptr, rows, query_stride_n, d1, rows_end, d1_valid, EVEN_QUERIES, HEAD_0 + HEAD_1 <= HEAD_DIM
-        )
+        q1 = load_tile(query_ptr, rows, query_stride_n, d1, rows_end, d1_valid, EVEN_QUERIES, EVEN_HEAD_1)
         k1_columns, k1_valid = head_columns(key_stride_d, HEAD_0, HEAD_1, HEAD_DIM, WIDE)
     if COLUMNS_0 > 0:
         v0_columns, v0_valid = packed_columns(
@@ -150,19 +166,29 @@ def apply_kernel(
         maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         normaliser = tl.zeros([BLOCK_M], dtype=tl.float32)
 
+    keys_stop = keys
+    if HAS_WEIGHT:
+        row_weight_ptr += head64 * row_weight_stride_h + start_m * row_weight_stride_n
+    if SKIPS:
+        weighted = tl.zeros([BLOCK_M], dtype=tl.int32)
+        for branch in range(BRANCHES):
+            weight = branch_weight(
+                row_weight_ptr, group_ptr + 1, branch, row_weight_stride_b, rows, row_weight_stride_n, row_valid
+            )
+            weighted |= (weight != 0.0).to(tl.int32)
+        keys_stop = keys * tl.max(weighted, 0)
+
     # A positive scale commutes with the maximum, so it folds into the exponent's multiply-add.
     factor = scale
     if PRESCALE:
         factor = 1.0
-    for start_n in range(0, keys, BLOCK_N):
+    for start_n in range(0, keys_stop, BLOCK_N):
         keys_end = keys - start_n
         k_ptr = key_ptr + tl.cast(start_n, tl.int64) * key_stride_m
-        k0 = load_tile(k_ptr, columns, key_stride_m, k0_columns, keys_end, k0_valid, EVEN_KEYS, HEAD_0 <= HEAD_DIM)
+        k0 = load_tile(k_ptr, columns, key_stride_m, k0_columns, keys_end, k0_valid, EVEN_KEYS, EVEN_HEAD_0)
         k1 = k0
         if HEAD_1 > 0:
-            k1 = load_tile(
-                k_ptr, columns, key_stride_m, k1_columns, keys_end, k1_valid, EVEN_KEYS, HEAD_0 + HEAD_1 <= HEAD_DIM
-            )
+            k1 = load_tile(k_ptr, columns, key_stride_m, k1_columns, keys_end, k1_valid, EVEN_KEYS, EVEN_HEAD_1)
         scores = split_scores(q0, q1, k0, k1, HEAD_1 > 0, PRECISION)
         if PRESCALE:
             scores *= scale
@@ -193,32 +219,33 @@ def apply_kernel(
                 accumulator_1 *= rescale[:, None]
         v_ptr = value_ptr + tl.cast(start_n, tl.int64) * value_stride_m
         if COLUMNS_0 > 0:
-            v0 = load_tile(
-                v_ptr, columns, value_stride_m, v0_columns, keys_end, v0_valid, EVEN_KEYS, COLUMNS_0 <= COLUMNS
-            )
+            v0 = load_tile(v_ptr, columns, value_stride_m, v0_columns, keys_end, v0_valid, EVEN_KEYS, EVEN_COLUMNS_0)
             probabilities = probabilities.to(v0.dtype)
             accumulator_0 = dot(probabilities, v0, accumulator_0, PRECISION)
         if COLUMNS_1 > 0:
-            v1 = load_tile(
-                v_ptr,
-                columns,
-                value_stride_m,
-                v1_columns,
-                keys_end,
-                v1_valid,
-                EVEN_KEYS,
-                COLUMNS_0 + COLUMNS_1 <= COLUMNS,
-            )
+            v1 = load_tile(v_ptr, columns, value_stride_m, v1_columns, keys_end, v1_valid, EVEN_KEYS, EVEN_COLUMNS_1)
             accumulator_1 = dot(probabilities, v1, accumulator_1, PRECISION)
 
     if not KNOWN:
         logsumexp = (maximum + tl.log2(normaliser)) * LN2
+        if SKIPS:
+            logsumexp = tl.where(keys_stop > 0, logsumexp, float("inf"))
         tl.store(logsumexp_ptr + start_m + rows, logsumexp, mask=row_valid)
         inverse = 1.0 / tl.where(normaliser == 0.0, 1.0, normaliser)
         if COLUMNS_0 > 0:
             accumulator_0 *= inverse[:, None]
         if COLUMNS_1 > 0:
             accumulator_1 *= inverse[:, None]
+
+    if HAS_WEIGHT:
+        for branch in range(BRANCHES):
+            weight = branch_weight(
+                row_weight_ptr, group_ptr + 1, branch, row_weight_stride_b, rows, row_weight_stride_n, row_valid
+            )
+            if COLUMNS_0 > 0:
+                accumulator_0 = weigh(accumulator_0, weight, branch, 0, VALUE_DIM, BRANCHES)
+            if COLUMNS_1 > 0:
+                accumulator_1 = weigh(accumulator_1, weight, branch, COLUMNS_0, VALUE_DIM, BRANCHES)
 
     out_ptr += start_m * out_stride_n
     out_rows = out_ptr + rows[:, None] * out_stride_n
@@ -252,9 +279,14 @@ def prepare(
     out: Tensor,
     logsumexp: Tensor,
     known: bool,
+    row_weight: Tensor | None,
+    skips: bool,
     config: Config,
 ) -> Launch:
-    """The launch of one chunk; ``value`` and ``out`` are narrowed to its columns, ``bias`` is [G, H, N, M]."""
+    """The launch of one chunk; ``value`` and ``out`` are narrowed to its columns, ``bias`` is [G, H, N, M].
+
+    ``row_weight`` is [B, H, N]; ``skips`` says that nothing else needs the statistics of rows whose weights are zero.
+    """
     _, heads, queries, head_dim = query.shape
     keys, value_dim = key.shape[2], value.shape[3]
     head_pieces, column_pieces = split_width(head_dim), split_width(chunk.branches * value_dim)
@@ -268,6 +300,7 @@ def prepare(
             "key_ptr": key,
             "value_ptr": value,
             "bias_ptr": full_bias,
+            "row_weight_ptr": query if row_weight is None else row_weight,
             "out_ptr": out,
             "logsumexp_ptr": logsumexp,
             "table_ptr": device_table(chunk.table, query.device),
@@ -281,6 +314,7 @@ def prepare(
             **strides("key", key, "ghmd"),
             **strides("value", value, "bhme"),
             **strides("bias", full_bias, "ghnm"),
+            **strides("row_weight", query[..., 0] if row_weight is None else row_weight, "bhn"),
             **strides("out", out, "bhne"),
         },
         constants={
@@ -298,6 +332,8 @@ def prepare(
             "KNOWN": known,
             "HAS_BIAS": bias is not None,
             "BIAS_VARIES": bias_varies(full_bias),
+            "HAS_WEIGHT": row_weight is not None,
+            "SKIPS": row_weight is not None and skips,
             "PRESCALE": bias is not None or scale <= 0.0,
             "EVEN_QUERIES": queries % config.block_m == 0,
             "EVEN_KEYS": keys % config.block_n == 0,
@@ -325,14 +361,20 @@ def apply(
     out: Tensor,
     logsumexp: Tensor,
     known: bool,
+    row_weight: Tensor | None = None,
 ) -> None:
-    """Write ``A[map_index] @ value`` to ``out`` and, unless it is known, the log-sum-exp."""
+    """Write ``row_weight ⊙ (A[map_index] @ value)`` to ``out`` and, unless it is known, the log-sum-exp."""
     logsumexp = logsumexp.contiguous() if known else logsumexp
     if bias is not None:
         bias = bias.expand(*query.shape[:3], key.shape[2])
+    if row_weight is not None:
+        row_weight = row_weight.expand(out.shape[:3])
+    rows = rows_by_map(map_index, query.shape[0])
     for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_COLUMNS[query.element_size()]):
         values = columns_of(value, chunk)
         config = configs.apply_config(query, values, chunk, bias is not None)
+        known_here = known or not chunk.first
+        whole_maps = all(len(rows[group]) == chunk.branches for group, *_ in chunk.table)
         prepared(
             prepare,
             query,
@@ -343,6 +385,8 @@ def apply(
             scale,
             columns_of(out, chunk),
             logsumexp,
-            known or not chunk.first,
+            known_here,
+            row_weight,
+            known_here or whole_maps,
             config,
         ).run()

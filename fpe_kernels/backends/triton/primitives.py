@@ -148,3 +148,19 @@ def online_softmax_update(scores, factor, maximum, normaliser, MASKED: tl.conste
     probabilities = tl.exp2(scores * factor - shift[:, None])
     rescale = tl.exp2(maximum - shift)
     return probabilities, rescale, new_maximum, normaliser * rescale + tl.sum(probabilities, 1)
+
+
+@triton.jit
+def branch_weight(weight_ptr, rows_ptr, branch, batch_stride, rows, row_stride, row_valid):
+    """The weights of a tile's query rows in one branch; ``weight_ptr`` points at the tile in batch row 0."""
+    row = tl.load(rows_ptr + branch).to(tl.int64)
+    return tl.load(weight_ptr + row * batch_stride + rows * row_stride, mask=row_valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def weigh(accumulator, weight, branch, START: tl.constexpr, VALUE_DIM: tl.constexpr, BRANCHES: tl.constexpr):
+    """``accumulator`` with the packed columns of ``branch`` times ``weight``, which has one number for each row."""
+    if BRANCHES == 1:
+        return accumulator * weight[:, None]
+    owner = (START + tl.arange(0, accumulator.shape[1])) // VALUE_DIM
+    return accumulator * tl.where((owner == branch)[None, :], weight[:, None], 1.0)

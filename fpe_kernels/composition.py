@@ -1,0 +1,375 @@
+"""Linear algebra of attention maps: sums, weights, token mixing and gathers of maps that are never stored.
+
+Every edit of attention maps in the literature is such a combination, and a combination is known by its products: it is
+kept in the normal form of :mod:`.normal_form`, which every operation rewrites.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import validation
+from .normal_form import (
+    Block,
+    Diagonal,
+    Mixing,
+    Term,
+    adjoint_of,
+    product_of,
+    some_rows,
+    sum_of_blocks,
+    taken,
+    terms_by_map,
+)
+
+DENSE_LIMIT_BYTES = 1 << 30
+
+
+class LinearMap(ABC):
+    """A linear operator [B, H, N, M] from key tokens to query tokens, known by its products.
+
+    ``AttentionMap`` is one; sums, weighted, mixed and gathered maps are others. Equivalent PyTorch, every map dense::
+
+        (A + B) @ v                 (A + B) @ v
+        A.scale_rows(w) @ v         w.unsqueeze(-1) * (A @ v)
+        A.scale_columns(c) @ v      A @ (c.unsqueeze(-1) * v)
+        A.mix(M) @ v                A @ (M @ v)
+        A.take([0, 0, 1]) @ v       A[[0, 0, 1]] @ v
+        blend(w, A, B) @ v          w.unsqueeze(-1) * (A @ v) + (1 - w).unsqueeze(-1) * (B @ v)
+
+    >>> from fpe_kernels import AttentionMap
+    >>> source, target = (AttentionMap(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)) for _ in range(2))
+    >>> rows = (0.3 * source + 0.7 * target) @ torch.ones(1, 2, 7, 1)
+    >>> rows.allclose(torch.ones(1, 2, 5, 1))
+    True
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """(B, H, N, M)."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Dtype of every product and of its operand."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where products are computed."""
+
+    @abstractmethod
+    def _blocks(self) -> tuple[Block, ...]:
+        """The normal form."""
+
+    # -- products -----------------------------------------------------------------------------------------------------
+
+    def matmul(self, value: Any) -> Any:
+        """``A @ value`` as a call: ``torch.compile`` traces methods, not ``@`` of classes that it does not know.
+
+        Args:
+            value: [B, H, M, E], dtype and device of the map; or a tuple of such, of whatever widths E.
+
+        Returns:
+            [B, H, N, E]; a tuple for a tuple, from one pass over the scores.
+        """
+        return _columns_at_once(self._product, value, self._check_value)
+
+    def __matmul__(self, value: Any) -> Any:
+        """``A @ value``: [B, H, M, E] -> [B, H, N, E]. A tuple gives a tuple, from one pass over the scores."""
+        return self.matmul(value)
+
+    def _check_value(self, value: object) -> Tensor:
+        return validation.check_value(value, self, self.shape)
+
+    def _product(self, value: Tensor) -> Tensor:
+        return product_of(self._blocks(), value)
+
+    @property
+    def T(self) -> TransposedMap:
+        """The adjoint: ``A.T @ weight``, [B, H, N, E] -> [B, H, M, E]."""
+        return TransposedMap(self)
+
+    def column_sums(self) -> Tensor:
+        """[B, H, M]: how much attention each key receives, summed over the query rows; equals ``A.T @ 1``."""
+        return self.T.matmul(self._ones(self.shape[2], 1)).squeeze(-1)
+
+    def _ones(self, tokens: int, columns: int) -> Tensor:
+        return torch.ones((*self.shape[:2], tokens, columns), dtype=self.dtype, device=self.device)
+
+    # -- views of a few entries ---------------------------------------------------------------------------------------
+
+    def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
+        """The rows of the query tokens ``index``: [B, H, len(index), M]. Memory grows with len(index) · M only."""
+        index = validation.check_token_index(index, self.shape[2], self.device)
+        return self.T.matmul(self._unit_columns(index, self.shape[2])).transpose(-1, -2)
+
+    def columns(self, index: int | Sequence[int] | Tensor) -> Tensor:
+        """The columns of the key tokens ``index``: [B, H, N, len(index)]. Memory grows with N · len(index) only."""
+        index = validation.check_token_index(index, self.shape[3], self.device)
+        return self.matmul(self._unit_columns(index, self.shape[3]))
+
+    def _unit_columns(self, index: Tensor, tokens: int) -> Tensor:
+        position = torch.arange(tokens, device=self.device).unsqueeze(1)
+        return (position == index).to(self.dtype).expand(*self.shape[:2], -1, -1)
+
+    def pooled(self, query_grid: tuple[int, int], key_grid: tuple[int, int], size: int | tuple[int, int]) -> Tensor:
+        """A small dense view to look at: entries averaged over blocks of query pixels and of key pixels.
+
+        Args:
+            query_grid: (height, width) of the query tokens, row by row; their product is N.
+            key_grid: (height, width) of the key tokens; their product is M.
+            size: (height, width) of the block grid, or one int for both; at most either grid.
+
+        Returns:
+            [B, H, size_h · size_w, size_h · size_w]; blocks as ``F.adaptive_avg_pool2d`` cuts them.
+        """
+        size = (size, size) if isinstance(size, int) else size
+        pool_query = validation.check_pooling("query_grid", query_grid, self.shape[2], size)
+        pool_key = validation.check_pooling("key_grid", key_grid, self.shape[3], size)
+        dtype = validation.accumulator_dtype(self.dtype)
+        by_key = self.matmul(_pooling_matrix(pool_key, size, self).expand(*self.shape[:2], -1, -1))
+        blocks = _pooling_matrix(pool_query, size, self).to(dtype)
+        return (blocks.transpose(-1, -2) @ by_key.to(dtype)).to(self.dtype)
+
+    def dense(self, *, max_bytes: int = DENSE_LIMIT_BYTES) -> Tensor:
+        """The whole map [B, H, N, M], for small maps and for checks.
+
+        Raises:
+            ValueError: if the map would take more than ``max_bytes`` (default 1 GiB).
+        """
+        needed = self.shape.numel() * self.dtype.itemsize
+        if needed > max_bytes:
+            raise ValueError(
+                f"a dense map {tuple(self.shape)} takes {needed:,} bytes, more than max_bytes={max_bytes:,}. Use "
+                "products, A.rows, A.columns or A.pooled, or pass a larger max_bytes."
+            )
+        return self._entries()
+
+    def _entries(self) -> Tensor:
+        return self.columns(torch.arange(self.shape[3], device=self.device))
+
+    # -- algebra ------------------------------------------------------------------------------------------------------
+
+    def __add__(self, other: Any) -> LinearMap:
+        """``A + B``: maps of one shape, dtype and device."""
+        if not isinstance(other, LinearMap):
+            return NotImplemented
+        validation.check_same_map(self, other)
+        return Combination(sum_of_blocks(self._blocks(), other._blocks()))
+
+    def __sub__(self, other: Any) -> LinearMap:
+        if not isinstance(other, LinearMap):
+            return NotImplemented
+        return self + other.scale_rows(-1.0)
+
+    def __neg__(self) -> LinearMap:
+        return self.scale_rows(-1.0)
+
+    def __mul__(self, weight: Any) -> LinearMap:
+        """``A * number``; a tensor could mean rows or columns, so it takes a method."""
+        if isinstance(weight, Tensor):
+            raise TypeError(
+                "A * tensor does not say what it weights: write tensor * A or A.scale_rows(tensor) for the query "
+                "rows, A.scale_columns(tensor) for the key columns."
+            )
+        return self.scale_rows(weight)
+
+    def __rmul__(self, weight: Any) -> LinearMap:
+        """``weight * A``: :meth:`scale_rows`."""
+        return self.scale_rows(weight)
+
+    def scale_rows(self, weight: float | Sequence[float] | Tensor) -> LinearMap:
+        """``diag(weight) A``: each query's row times a number, ``weight ⊙ (A @ v)``.
+
+        Args:
+            weight: a number; a list of B numbers, one for each batch row; or a tensor that broadcasts to [B, H, N], as
+                [N] for one of every query pixel does; dtype of the map or of its statistics (float32).
+        """
+        if isinstance(weight, (int, float)) and not isinstance(weight, bool):
+            return self._with_terms(lambda term, rows: replace(term, number=term.number * float(weight)))
+        checked = validation.check_row_weight(weight, self, self.shape)
+        return self._with_terms(lambda term, rows: term.weighted(some_rows(checked, rows)))
+
+    def scale_columns(self, weight: float | Tensor) -> LinearMap:
+        """``A diag(weight)``: each key's column times a number, ``A @ (weight ⊙ v)``; rows are not renormalised.
+
+        Args:
+            weight: a number, or a tensor that broadcasts to [B, H, M], as [M] for one of every word does.
+        """
+        if isinstance(weight, (int, float)) and not isinstance(weight, bool):
+            return self.scale_rows(weight)
+        checked = validation.check_column_weight(weight, self, self.shape)
+        return self._with_terms(lambda term, rows: term.followed_by(Diagonal(some_rows(checked, rows).unsqueeze(-1))))
+
+    def mix(self, matrix: Tensor) -> LinearMap:
+        """``A M``: attention to M keys becomes attention to M' tokens, ``A @ (M @ v)``.
+
+        Args:
+            matrix: [M, M'], or with leading axes that broadcast to [B, H, M, M'].
+
+        Returns:
+            A map [B, H, N, M'].
+        """
+        checked = validation.check_mixing(matrix, self, self.shape)
+        return self._with_terms(lambda term, rows: term.followed_by(Mixing(some_rows(checked, rows))))
+
+    def take(self, index: Sequence[int]) -> LinearMap:
+        """Gather batch rows: row ``b`` of the result is row ``index[b]``. Rows that share a map are computed once."""
+        index = validation.check_map_index(index, self.shape[0], "index")
+        if not index:
+            raise ValueError("A.take([]) has no batch row; name at least one.")
+        return Combination(taken(self._blocks(), index))
+
+    def _with_terms(self, change: Callable[[Term, slice], Term]) -> LinearMap:
+        blocks, start = [], 0
+        for block in self._blocks():
+            rows = slice(start, start + block.rows)
+            blocks.append(Block(tuple(change(term, rows) for term in block.terms)))
+            start = rows.stop
+        return Combination(tuple(blocks))
+
+
+class Combination(LinearMap):
+    """A map in normal form; operations on maps make it."""
+
+    def __init__(self, blocks: tuple[Block, ...]) -> None:
+        self._normal_form = blocks
+        term = blocks[0].terms[0]
+        _, heads, queries, keys = term.map.shape
+        # Only mixing changes the number of tokens.
+        for factor in term.factors:
+            keys = factor.matrix.shape[-1] if isinstance(factor, Mixing) else keys
+        self._shape = torch.Size((sum(block.rows for block in blocks), heads, queries, keys))
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._normal_form[0].terms[0].map.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._normal_form[0].terms[0].map.device
+
+    def _blocks(self) -> tuple[Block, ...]:
+        return self._normal_form
+
+    def __repr__(self) -> str:
+        terms = sum(len(block.terms) for block in self._normal_form)
+        maps = len(terms_by_map([term for block in self._normal_form for term in block.terms]))
+        return (
+            f"Combination(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', terms={terms}, "
+            f"maps={maps})"
+        )
+
+
+class TransposedMap:
+    """The adjoint of a :class:`LinearMap`; ``A.T`` makes it."""
+
+    def __init__(self, linear_map: LinearMap) -> None:
+        self.T = linear_map
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, H, M, N)."""
+        batch, heads, queries, keys = self.T.shape
+        return torch.Size((batch, heads, keys, queries))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the map."""
+        return self.T.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of the map."""
+        return self.T.device
+
+    def __repr__(self) -> str:
+        return f"{self.T!r}.T"
+
+    def matmul(self, weight: Any) -> Any:
+        """``A.T @ weight`` as a call, which ``torch.compile`` traces.
+
+        Args:
+            weight: [B, H, N, E], dtype and device of the map; or a tuple of such, of whatever widths E.
+
+        Returns:
+            [B, H, M, E]; a tuple for a tuple, from one pass over the scores.
+        """
+        return _columns_at_once(
+            lambda whole: adjoint_of(self.T._blocks(), whole),
+            weight,
+            lambda part: validation.check_weight(part, self.T, self.T.shape),
+        )
+
+    def __matmul__(self, weight: Any) -> Any:
+        """``A.T @ weight``: [B, H, N, E] -> [B, H, M, E]. A tuple gives a tuple."""
+        return self.matmul(weight)
+
+
+def blend(weight: float | Sequence[float] | Tensor, first: LinearMap, second: LinearMap) -> LinearMap:
+    """``weight ⊙ first + (1 − weight) ⊙ second``: soft and regional replacement of one map by another.
+
+    Args:
+        weight: as in :meth:`LinearMap.scale_rows`; 1 takes ``first``, 0 takes ``second``. A tensor [N] blends by query
+            pixel. Where it is 0 or 1 for a block of query rows, a fused kernel leaves out the other map there.
+    """
+    validation.check_same_map(first, second)
+    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
+        return first.scale_rows(weight) + second.scale_rows(1.0 - weight)
+    checked = validation.check_row_weight(weight, first, first.shape)
+    return first.scale_rows(checked) + second.scale_rows(1.0 - checked)
+
+
+def concatenate(maps: Sequence[LinearMap]) -> LinearMap:
+    """Maps one after the other along the batch, as one map: what they share is computed once.
+
+    Prompt-to-Prompt's source row and its edited row, in one pass over the source's scores::
+
+        edited = A_src.mix(M).scale_columns(alpha) + A_tgt.scale_columns(1 - alpha)
+        concatenate([A_src, edited]) @ torch.cat([v_src, v_tgt])
+    """
+    if not maps:
+        raise ValueError("concatenate([]) has no map; pass at least one.")
+    for other in maps:
+        if not isinstance(other, LinearMap):
+            raise TypeError(f"concatenate takes maps (LinearMap), got {type(other).__name__}.")
+        validation.check_same_map(maps[0], other, batch=False)
+    return Combination(tuple(block for part in maps for block in part._blocks()))
+
+
+def _columns_at_once(product: Callable[[Tensor], Tensor], operand: Any, check: Callable[[object], Tensor]) -> Any:
+    """``product`` of one operand, or of several side by side."""
+    if not isinstance(operand, (tuple, list)):
+        return product(check(operand))
+    if not operand:
+        raise ValueError("A @ () has no value to multiply with; pass at least one [B, H, M, E].")
+    parts = [check(part) for part in operand]
+    if len(parts) == 1:
+        return (product(parts[0]),)
+    # The copy is one part in N of the product. Parts that lie side by side in memory could do without, but to find that
+    # out means to look at storages, which tracing hides and autograd forbids; who has the whole tensor passes it whole.
+    return torch.split(product(torch.cat(parts, dim=-1)), [part.shape[-1] for part in parts], dim=-1)
+
+
+def _pooling_matrix(grid: tuple[int, int], size: tuple[int, int], like: LinearMap) -> Tensor:
+    """[tokens, cells]: column c averages the tokens of block c, as ``F.adaptive_avg_pool2d`` does."""
+    sides = []
+    for tokens, cells in zip(grid, size, strict=True):
+        position = torch.arange(tokens, device=like.device).unsqueeze(1)
+        cell = torch.arange(cells, device=like.device)
+        start, stop = cell * tokens // cells, -(-(cell + 1) * tokens // cells)
+        inside = (position >= start) & (position < stop)
+        sides.append(inside.to(like.dtype) / (stop - start))
+    return torch.kron(*sides)

@@ -1,0 +1,261 @@
+"""The normal form of a combination of attention maps, and how its products are computed.
+
+Batch rows come in blocks; in a block,
+
+    out_b = Σ_t  r_tb ⊙ A_t[index_t(b)] · F_t1 · F_t2 ⋯ v_b
+
+with row weights r (a number for each query), maps A, and factors F on the side of the values (weights of the columns,
+or a mixing matrix). A product transforms the values for every term, stacks those of terms that share an
+``AttentionMap`` as batch rows of one call, so that its scores and its softmax are computed once, and adds the results.
+The transpose runs the same sum backwards: r ⊙ w, Aᵀ, then the factors' transposes in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .validation import accumulator_dtype
+
+
+class GatheredMap(Protocol):
+    """What a term asks of its map: products in which batch row ``b`` uses row ``index[b]`` of the maps."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def gathered_product(self, value: Tensor, index: tuple[int, ...], weight: Tensor | None) -> Tensor: ...
+    def gathered_adjoint(self, weight: Tensor, index: tuple[int, ...]) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """A weight for every column of a map: v -> weight ⊙ v."""
+
+    weight: Tensor  # [1 | B, 1 | H, M, 1]
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return self.weight * value
+
+    def transposed(self, result: Tensor) -> Tensor:
+        return self.weight * result
+
+    def some_rows(self, rows: Sequence[int]) -> Diagonal:
+        return Diagonal(_gather(self.weight, rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """A matrix on the value's tokens: v -> matrix @ v."""
+
+    matrix: Tensor  # [1 | B, 1 | H, M, M']
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return self.matrix @ value
+
+    def transposed(self, result: Tensor) -> Tensor:
+        return self.matrix.transpose(-1, -2) @ result
+
+    def some_rows(self, rows: Sequence[int]) -> Mixing:
+        return Mixing(_gather(self.matrix, rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """``number · row_weight ⊙ map[index] · factors``; the last factor meets the value first."""
+
+    map: GatheredMap
+    index: tuple[int, ...]
+    number: float = 1.0
+    row_weight: Tensor | None = None  # [1 | B, 1 | H, 1 | N]
+    factors: tuple[Diagonal | Mixing, ...] = ()
+
+    def weighted(self, weight: Tensor) -> Term:
+        return replace(self, row_weight=weight if self.row_weight is None else self.row_weight * weight)
+
+    def followed_by(self, factor: Diagonal | Mixing) -> Term:
+        return replace(self, factors=(*self.factors, factor))
+
+    def some_rows(self, rows: Sequence[int]) -> Term:
+        return replace(
+            self,
+            index=tuple(self.index[row] for row in rows),
+            row_weight=None if self.row_weight is None else _gather(self.row_weight, rows),
+            factors=tuple(factor.some_rows(rows) for factor in self.factors),
+        )
+
+    def whole_weight(self) -> Tensor | None:
+        """Number and weight as one tensor [1 | B, 1 | H, 1 | N]; None for one throughout."""
+        if self.row_weight is not None:
+            return self.row_weight if self.number == 1.0 else self.number * self.row_weight
+        if self.number == 1.0:
+            return None
+        dtype = accumulator_dtype(self.map.dtype)
+        return torch.full((1, 1, 1), self.number, dtype=dtype, device=self.map.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Some batch rows, one after the other, and the terms that add up to each of them."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def rows(self) -> int:
+        return len(self.terms[0].index)
+
+    def some_rows(self, rows: Sequence[int]) -> Block:
+        if list(rows) == list(range(self.rows)):
+            return self
+        return Block(tuple(term.some_rows(rows) for term in self.terms))
+
+
+def some_rows(tensor: Tensor, rows: slice) -> Tensor:
+    return tensor if tensor.shape[0] == 1 else tensor[rows]
+
+
+def _gather(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """``tensor[rows]`` from slices: an index tensor would have to be copied to the device."""
+    if tensor.shape[0] == 1:
+        return tensor
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return tensor[rows[0] : rows[0] + len(rows)]
+    return torch.cat([tensor[row : row + 1] for row in rows])
+
+
+def sum_of_blocks(first: tuple[Block, ...], second: tuple[Block, ...]) -> tuple[Block, ...]:
+    """Blocks cut where either is cut, with the terms of both; a term of weight 0 is left out where another remains."""
+    cuts = sorted({*_starts(first), *_starts(second)})
+    blocks = []
+    for start, stop in pairwise(cuts):
+        rows = range(start, stop)
+        terms = (*_rows_within_a_block(first, rows).terms, *_rows_within_a_block(second, rows).terms)
+        blocks.append(Block(tuple(term for term in terms if term.number != 0.0) or terms[:1]))
+    return tuple(blocks)
+
+
+def _starts(blocks: tuple[Block, ...]) -> list[int]:
+    starts = [0]
+    for block in blocks:
+        starts.append(starts[-1] + block.rows)
+    return starts
+
+
+def _rows_within_a_block(blocks: tuple[Block, ...], rows: Sequence[int]) -> Block:
+    start = 0
+    for block in blocks:
+        if start <= rows[0] < start + block.rows:
+            return block.some_rows([row - start for row in rows])
+        start += block.rows
+    raise IndexError(f"no block has the rows {list(rows)}")
+
+
+def taken(blocks: tuple[Block, ...], index: tuple[int, ...]) -> tuple[Block, ...]:
+    """The rows ``index``; neighbours from one block stay in one block."""
+    owner = [number for number, block in enumerate(blocks) for _ in range(block.rows)]
+    runs: list[list[int]] = []
+    for row in index:
+        if runs and owner[runs[-1][-1]] == owner[row]:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return tuple(_rows_within_a_block(blocks, run) for run in runs)
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def terms_by_map(terms: list[Term]) -> list[list[int]]:
+    """The positions of the terms of each distinct map, in order of appearance."""
+    groups: list[list[int]] = []
+    for position, term in enumerate(terms):
+        for group in groups:
+            if terms[group[0]].map is term.map:
+                group.append(position)
+                break
+        else:
+            groups.append([position])
+    return groups
+
+
+def product_of(blocks: tuple[Block, ...], value: Tensor) -> Tensor:
+    def of_map(some: list[Term], operands: list[Tensor]) -> Tensor:
+        for position, term in enumerate(some):
+            for factor in reversed(term.factors):
+                operands[position] = factor(operands[position])
+        index = tuple(entry for term in some for entry in term.index)
+        return some[0].map.gathered_product(_stacked(operands), index, _stacked_weights(some))
+
+    return _evaluated(blocks, value, of_map, lambda term, result: result)
+
+
+def adjoint_of(blocks: tuple[Block, ...], weight: Tensor) -> Tensor:
+    def of_map(some: list[Term], operands: list[Tensor]) -> Tensor:
+        for position, term in enumerate(some):
+            rows = term.whole_weight()
+            if rows is not None:
+                operands[position] = (rows.unsqueeze(-1) * operands[position]).to(weight.dtype)
+        index = tuple(entry for term in some for entry in term.index)
+        return some[0].map.gathered_adjoint(_stacked(operands), index)
+
+    def through_factors(term: Term, result: Tensor) -> Tensor:
+        for factor in term.factors:
+            result = factor.transposed(result)
+        return result
+
+    return _evaluated(blocks, weight, of_map, through_factors)
+
+
+def _evaluated(
+    blocks: tuple[Block, ...],
+    operand: Tensor,
+    of_map: Callable[[list[Term], list[Tensor]], Tensor],
+    finished: Callable[[Term, Tensor], Tensor],
+) -> Tensor:
+    """One call of ``of_map`` for each distinct map; its results, ``finished``, summed by block and stacked."""
+    starts = _starts(blocks)
+    parts = [operand[start : start + block.rows] for start, block in zip(starts, blocks, strict=False)]
+    terms = [(number, term) for number, block in enumerate(blocks) for term in block.terms]
+    sums: list[Tensor | None] = [None] * len(blocks)
+    for group in terms_by_map([term for _, term in terms]):
+        numbers, some = [terms[position][0] for position in group], [terms[position][1] for position in group]
+        stacked = of_map(some, [parts[number] for number in numbers])
+        results = torch.split(stacked, [len(term.index) for term in some]) if len(some) > 1 else (stacked,)
+        for number, term, result in zip(numbers, some, results, strict=True):
+            so_far = sums[number]
+            result = finished(term, result)
+            sums[number] = result if so_far is None else so_far + result
+    return _stacked([total for total in sums if total is not None])
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _stacked_weights(terms: list[Term]) -> Tensor | None:
+    """The row weights of ``terms`` as [ΣB, 1 | H, 1 | N], or None where all are one."""
+    weights = [term.whole_weight() for term in terms]
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        return None
+    if len(terms) == 1:
+        return given[0]
+    heads, queries = (max(weight.shape[axis] for weight in given) for axis in (1, 2))
+    dtype = given[0].dtype
+    for weight in given[1:]:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    one = given[0].new_ones((1, 1, 1), dtype=dtype)
+    return torch.cat(
+        [
+            (one if weight is None else weight.to(dtype)).expand(len(term.index), heads, queries)
+            for term, weight in zip(terms, weights, strict=True)
+        ]
+    )
