@@ -30,7 +30,7 @@ OTHER_WIDTHS = ((8, 1), (16, 1), (32, 2), (72, 1), (96, 1), (128, 1), (256, 1))
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 MATRIX_INSTRUCTION = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 
-_TOKENS = {"even": 4096, "ragged": 4095, "bias": 4096, "weighted": 4096}
+_TOKENS = {"even": 4096, "ragged": 4095, "bias": 4096, "weighted": 4096, "short": 256}
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -43,7 +43,8 @@ class Program:
     dtype: str
     head_dim: int
     branches: int
-    inputs: str  # even: whole tiles; ragged: masked tiles; bias: one for every score; weighted: one for every query
+    # even: whole tiles; ragged: masked tiles; bias: for every score; weighted: for every query; short: few tokens
+    inputs: str
 
     @property
     def key(self) -> str:
@@ -62,6 +63,7 @@ def programs(quick: bool) -> Iterator[Program]:
         for head_dim, branches in WIDTHS + OTHER_WIDTHS:
             for inputs in ("even", "ragged", "bias"):
                 yield Program("apply", arch, "float16", head_dim, branches, inputs)
+            yield Program("apply", arch, "float16", head_dim, branches, "short")
             for kernel in ("replay", "adjoint", "grad_query", "grad_key"):
                 yield Program(kernel, arch, "float16", head_dim, branches, "ragged")
         for head_dim, branches in ((40, 2), (64, 2), (80, 2), (160, 1), (160, 2)):
@@ -105,6 +107,8 @@ def launch_of(program: Program) -> Launch:
             configs.score_config(*shape),
         )
     config = configs.product_config(*shape)
+    if program.inputs == "short":
+        config = configs.for_length(config, program.arch, dtype.itemsize, heads, tokens)
     if program.kernel == "adjoint":
         return adjoint.prepare(query, query, value, bias, logsumexp, chunk, 0.1, value, config)
     known = program.kernel == "replay"

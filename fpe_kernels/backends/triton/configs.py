@@ -1,4 +1,4 @@
-"""Fixed launch configurations: tile sizes, warps and pipeline stages for each kernel, width and architecture.
+"""Fixed launch configurations: tile sizes, warps and pipeline stages, by kernel, width, architecture and length class.
 
 Runs are reproducible because nothing is tuned at run time. The rules speak of widths as the tiles hold them
 (``sum(split_width(...))``), so one rule serves every head dim between two entries, and of two budgets: registers bound
@@ -7,7 +7,7 @@ the accumulators (a tile's float32 columns and its scores), shared memory bounds
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -32,6 +32,18 @@ SHARED_MEMORY = {
 }
 """Bytes of shared memory that one program may use: CUDA C++ programming guide, table of technical specifications by
 compute capability ("maximum amount of shared memory per thread block"); for gfx942, the LDS of a compute unit."""
+
+
+MULTIPROCESSORS = {
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+    "gfx942": 304,
+}
+"""Multiprocessors of A100, RTX A6000, RTX 4090, H100 SXM, B200, RTX 5090 and MI300X: the vendors' white papers."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +123,43 @@ def score_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: bo
     return _staged(tile, head + packed, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=2)
 
 
+def for_length(config: Config, arch: str, itemsize: int, maps: int, rows: int) -> Config:
+    """``config``, or for short sequences the same with half the resident rows and half the warps.
+
+    A wave of programs is one for each multiprocessor. Where tiles of 128 rows make less than two waves and leave more
+    than a fifth of the last idle, half tiles fill it; on longer sequences they would only read the keys twice as often.
+    The accumulators of a thread stay the same.
+
+    Args:
+        config: that of the width.
+        arch: key of :data:`MULTIPROCESSORS`.
+        itemsize: bytes of an element; float32 tiles are small already.
+        maps: maps of the launch times heads.
+        rows: of the resident axis.
+    """
+    if itemsize == 4 or config.block_m < 128:
+        return config
+    programs, wave = maps * -(-rows // config.block_m), MULTIPROCESSORS[arch]
+    waves = -(-programs // wave)
+    if waves > 2 or programs > 0.8 * waves * wave:
+        return config
+    return replace(config, block_m=config.block_m // 2, warps=config.warps // 2)
+
+
 def apply_config(query: Tensor, value: Tensor, chunk: Chunk, bias: bool) -> Config:
     """For a forward launch of ``chunk``; ``value`` is narrowed to its columns."""
-    columns = chunk.branches * value.shape[3]
-    return product_config(architecture(query.device), query.shape[3], columns, query.element_size(), bias)
+    return _resident(query, query.shape[2], value, chunk, bias)
 
 
-def adjoint_config(query: Tensor, weight: Tensor, chunk: Chunk, bias: bool) -> Config:
-    """For an adjoint launch of ``chunk``; ``weight`` is narrowed to its columns."""
-    return apply_config(query, weight, chunk, bias)
+def adjoint_config(query: Tensor, weight: Tensor, chunk: Chunk, bias: bool, keys: int) -> Config:
+    """For an adjoint launch of ``chunk`` over ``keys`` key tokens; ``weight`` is narrowed to its columns."""
+    return _resident(query, keys, weight, chunk, bias)
+
+
+def _resident(query: Tensor, rows: int, value: Tensor, chunk: Chunk, bias: bool) -> Config:
+    arch, itemsize = architecture(query.device), query.element_size()
+    config = product_config(arch, query.shape[3], chunk.branches * value.shape[3], itemsize, bias)
+    return for_length(config, arch, itemsize, len(chunk.table) * query.shape[1], rows)
 
 
 def gradient_config(own: Tensor, factor: Tensor, chunk: Chunk, bias: bool) -> Config:
