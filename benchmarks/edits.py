@@ -44,6 +44,7 @@ def edit_plan(device: str, *, quick: bool = False) -> list[UNetCase]:
         UNetCase("narrow", 512),
         UNetCase("narrow", 512, selection="all"),
         UNetCase("narrow", 512, targets=4),
+        UNetCase("slimxl", 1024),
         *(UNetCase("tiny", pixels, selection="all") for pixels in (256, 512, 768)),
         UNetCase("tiny", 256, selection="all", steps=50),
     ]
@@ -174,6 +175,6 @@ def _dense_need(case: UNetCase, itemsize: int) -> int:
     """Bytes of the largest layer's scores, their softmax and one copy."""
     config = CONFIGS[case.model]
     heads = config["attention_head_dim"]
-    level = 1 if case.model == "sdxl" else 0
+    level = 1 if config.get("addition_embed_type") == "text_time" else 0
     finest = heads[level] if isinstance(heads, tuple) else heads
     return 3 * case.rows * finest * (case.side >> level) ** 4 * itemsize

@@ -39,6 +39,14 @@ _NARROW = {
     "cross_attention_dim": 64,
     "norm_num_groups": 16,
 }
+# SDXL's layers and head dimension with a fifth of its heads.
+_SLIM_SDXL = {
+    **_SDXL,
+    "block_out_channels": (64, 128, 256),
+    "attention_head_dim": (1, 2, 4),
+    "cross_attention_dim": 128,
+    "norm_num_groups": 16,
+}
 # Two levels, one layer each: for tests and for edits of many steps.
 _TINY = {
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -49,13 +57,21 @@ _TINY = {
     "cross_attention_dim": 32,
     "norm_num_groups": 8,
 }
-CONFIGS: dict[str, dict[str, Any]] = {"sd15": _SD15, "sd21": _SD21, "sdxl": _SDXL, "narrow": _NARROW, "tiny": _TINY}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd15": _SD15,
+    "sd21": _SD21,
+    "sdxl": _SDXL,
+    "narrow": _NARROW,
+    "slimxl": _SLIM_SDXL,
+    "tiny": _TINY,
+}
 
 WORDS = {
     "sd15": "SD 1.5",
     "sd21": "SD 2.1",
     "sdxl": "SDXL",
     "narrow": "SD 1.5's layers with 2 heads instead of 8",
+    "slimxl": "SDXL's layers with 2 and 4 heads instead of 10 and 20",
     "tiny": "two levels, one layer each, 1 head",
 }
 

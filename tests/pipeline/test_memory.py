@@ -18,9 +18,8 @@ TOKENS = 4096
 
 
 @cache
-def peak(editor: str, selection: str) -> int:
-    case = UNetCase("tiny", 512, selection=selection)
-    assert case.side**2 == TOKENS
+def peak(editor: str, selection: str, model: str = "tiny", pixels: int = 512) -> int:
+    case = UNetCase(model, pixels, selection=selection)
     unet = build(case.model, "cpu", torch.float32)
     with torch.no_grad(), EDITORS[editor](unet, case) as set_step:
         return peak_bytes(Sampler(unet, case, set_step, "cpu", torch.float32))
@@ -31,9 +30,16 @@ def test_an_edited_step_holds_no_more_than_an_unedited_one(selection):
     assert peak("fpe", selection) <= 1.05 * peak("unedited", selection)
 
 
+@pytest.mark.slow
+def test_a_step_of_sdxls_layers_at_1024_pixels_holds_no_more_edited():
+    case = ("default", "slimxl", 1024)
+    assert peak("fpe", *case) <= 1.05 * peak("unedited", *case)
+
+
 def test_the_dense_original_holds_more_than_five_times_as_much():
     """Were this to fail, the counter would not see maps, and the test above would mean nothing."""
     unedited, dense = peak("unedited", "all"), peak("dense-original", "all")
     assert dense > 5 * unedited
+    assert UNetCase("tiny", 512).side ** 2 == TOKENS
     one_map_for_each_row = 4 * TOKENS**2 * 4
     assert dense > 2 * one_map_for_each_row  # scores and probabilities at once
