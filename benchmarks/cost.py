@@ -142,6 +142,7 @@ def _product(
     for chunk in chunks(index, max(index) + 1, columns, most):
         width = chunk.branches * (chunk.stop - chunk.start)
         config = configs.product_config(arch, case.head_dim, width, itemsize, False)
+        config = configs.for_length(config, arch, itemsize, len(chunk.table) * case.heads, case.tokens)
         scores = _padded_scores(case, len(chunk.table), config)
         # One exponential a score, and one for each row of a tile of keys to rescale what came before.
         rescales = 0 if known or not chunk.first else scores // config.block_n
