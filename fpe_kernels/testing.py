@@ -8,7 +8,7 @@ rounding band, both against float64. No test brings a tolerance of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -165,17 +165,8 @@ class Case:
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same numbers in another dtype; widening is exact."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        row_weight = None if self.row_weight is None else self.row_weight.to(dtype)
-        return replace(
-            self,
-            query=self.query.to(dtype),
-            key=self.key.to(dtype),
-            value=self.value.to(dtype),
-            weight=self.weight.to(dtype),
-            bias=bias,
-            row_weight=row_weight,
-        )
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: one.to(dtype) for name, one in given.items() if isinstance(one, Tensor)})
 
     @cached_property
     def exact(self) -> dict[str, Tensor]:
