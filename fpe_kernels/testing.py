@@ -8,8 +8,9 @@ rounding band, both against float64. No test brings a tolerance of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,8 +166,9 @@ class Case:
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same numbers in another dtype; widening is exact."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: one.to(dtype) for name, one in given.items() if isinstance(one, Tensor)})
+        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        wide = {name: one.to(dtype) if isinstance(one, Tensor) else one for name, one in given.items()}
+        return Case(**wide)
 
     @cached_property
     def exact(self) -> dict[str, Tensor]:
