@@ -166,9 +166,10 @@ class Case:
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same numbers in another dtype; widening is exact."""
-        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        wide = {name: one.to(dtype) if isinstance(one, Tensor) else one for name, one in given.items()}
-        return Case(**wide)
+        converted: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, one in converted.items():
+            converted[name] = one.to(dtype) if isinstance(one, Tensor) else one
+        return Case(**converted)
 
     @cached_property
     def exact(self) -> dict[str, Tensor]:
