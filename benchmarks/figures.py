@@ -12,9 +12,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from .cases import Case, headline_cases
+from .cost import Ceilings
 from .providers import case_label
 from .report import our_row
-from .roofline import Ceilings
 from .rows import Ratio, Row
 from .tables import DENSE, MEMORY_LIMIT, TITLES, UNEDITED, grouped, holdings, law
 from .unets import UNetCase

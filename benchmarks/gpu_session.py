@@ -139,7 +139,7 @@ def run_measurements(stage: Stage, out: Path, device: str, until: float, dry: bo
         save(bench.roofline())
         return
     if roofline.exists():
-        from .roofline import Ceilings
+        from .cost import Ceilings
 
         bench.ceilings = Ceilings.of_rows(read(roofline))
     if stage.name == "kernels":

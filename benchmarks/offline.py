@@ -3,6 +3,9 @@
 Rows hold registers, spilled bytes, shared memory and matrix instructions. ``--update`` writes them to
 ``benchmarks/results/offline.json``; without it they are compared with what is written there, and the exit status is 1
 if a program spills, does not fit into shared memory, misses its matrix instruction, or takes more than it did.
+
+Of AMD's gfx942 the table has the forward kernels of whole tiles, which compile without spills. Its adjoint and gradient
+kernels compile and spill with the tiles of the other chips; tiles for it want a machine to measure them on.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ TABLE = Path(__file__).parent / "results" / "offline.json"
 WIDTHS = ((40, 1), (40, 2), (40, 5), (64, 1), (64, 2), (64, 5), (80, 2), (80, 4), (160, 1), (160, 2))
 OTHER_WIDTHS = ((8, 1), (16, 1), (32, 2), (72, 1), (96, 1), (128, 1), (256, 1))
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
-MATRIX_INSTRUCTION = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+MATRIX_INSTRUCTION = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+AMD_WIDTHS = ((40, 2), (64, 1), (64, 2), (80, 2), (160, 1), (160, 2))
 
 _TOKENS = {"even": 4096, "ragged": 4095, "bias": 4096, "weighted": 4096, "short": 256}
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -72,6 +76,8 @@ def programs(quick: bool) -> Iterator[Program]:
             for head_dim, branches in ((64, 2), (160, 1), (256, 1)):
                 yield Program(kernel, arch, "float32", head_dim, branches, "ragged")
             yield Program(kernel, arch, "bfloat16", 64, 2, "ragged")
+    for head_dim, branches in AMD_WIDTHS:
+        yield Program("apply", "gfx942", "float16", head_dim, branches, "even")
 
 
 def launch_of(program: Program) -> Launch:
@@ -137,7 +143,7 @@ def complaints(row: dict, committed: dict | None) -> list[str]:
     if row["shared"] > configs.SHARED_MEMORY[row["arch"]]:
         found.append(f"takes {row['shared']} bytes of shared memory of {configs.SHARED_MEMORY[row['arch']]}")
     expected = MATRIX_INSTRUCTION.get(row["arch"], "mma.sync")
-    if row["dtype"] != "float32" and expected not in row["matrix_instructions"]:
+    if row["dtype"] != "float32" and not any(name.startswith(expected) for name in row["matrix_instructions"]):
         found.append(f"has no {expected}")
     if committed is not None:
         found += [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from .cost import percent_of_chip
 from .rows import Ratio, Row
 
 OURS = ("fpe-triton", "fpe-torch", "fpe")
@@ -48,10 +49,11 @@ def case_table(rows: Sequence[Row]) -> str:
                 ratio_to(row, ours),
                 number(row.peak_mb),
                 number(row.percent_of_limit, " %"),
+                number(percent_of_chip(row), " %"),
                 "–" if row.error is None else f"{row.error:.1e}",
             ]
         )
-    heading = ["provider", "ms (p20–p80)", "times ours", "peak MB", "of limit", "error"]
+    heading = ["provider", "ms (p20–p80)", "times ours", "peak MB", "of limit", "of data sheet", "error"]
     case = next((row.case for row in rows if row.case != "any"), "any")
     return f"{rows[0].suite}: {case} [{rows[0].dtype}]\n" + columns([heading, *lines])
 

@@ -1,53 +1,17 @@
 """The machine's own ceilings, measured: matrix product, copy, exponential.
 
-A case's limit is the longest of the three times its work would take at those ceilings. Data sheets promise
-more than a machine under load gives; what it gives is what a kernel can be held against.
+Data sheets promise more than a machine under load gives; what it gives is what a kernel can be held against. How a
+limit follows from ceilings is in `cost.py`.
 """
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
 
 import torch
 
-from .cases import Case
 from .measure import Call, Clock
 from .rows import Environment, Row
-
-KINDS = ("matmul", "copy", "exp")
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Floating-point operations, bytes (read and written) and exponentials a second."""
-
-    flops: float
-    bytes: float
-    exponentials: float
-
-    def limit_ms(self, case: Case, itemsize: int) -> float:
-        """The shortest time that this machine could take for the work that `case` needs."""
-        return 1e3 * max(self.parts(case, itemsize).values())
-
-    def parts(self, case: Case, itemsize: int) -> dict[str, float]:
-        """Seconds at each ceiling by itself; the largest names what bounds the case."""
-        return {
-            "matmul": case.flops / self.flops,
-            "copy": case.bytes(itemsize) / self.bytes,
-            "exp": case.exponentials / self.exponentials,
-        }
-
-    @classmethod
-    def of_rows(cls, rows: list[Row]) -> Ceilings:
-        rate = {}
-        for row in rows:
-            if row.suite == "roofline" and row.flops and row.samples_ms:
-                rate[row.case] = row.flops / (1e-3 * min(row.samples_ms))
-        missing = [kind for kind in KINDS if kind not in rate]
-        if missing:
-            raise ValueError(f"no row of suite 'roofline' for {', '.join(missing)}: run `python -m benchmarks`")
-        return cls(*(rate[kind] for kind in KINDS))
 
 
 def measure(environment: Environment, device: str, dtype: torch.dtype) -> list[Row]:

@@ -11,12 +11,12 @@ import torch
 
 from . import roofline
 from .cases import Case
+from .cost import Ceilings
 from .inputs import Inputs, judge
 from .measure import Call, Effort, interleaved
 from .memory import peak_bytes
 from .plan import Step
 from .providers import Missing, Provider, first_answer
-from .roofline import Ceilings
 from .rows import Environment, Row
 
 log = logging.getLogger("benchmarks")

@@ -32,7 +32,10 @@ class AttentionMap(LinearMap):
         query: [B, H, N, D], float16, bfloat16, float32 or float64, any strides.
         key: [B, H, M, D], dtype and device of ``query``, any strides.
         scale: factor of the scores; None means ``D ** -0.5``.
-        bias: added to the scaled scores (natural-log units), broadcastable to [B, H, N, M], dtype of ``query``.
+        bias: added to the scaled scores (natural-log units), broadcastable to [B, H, N, M], dtype of ``query``. Masking
+            out is ``-inf``, and a row of ``-inf`` throughout is zero. A finite mask such as ``finfo.min`` works beside
+            entries that are not masked; a row that holds nothing else is not treated as masked, and since its scores
+            have no digits left, what it gives is not defined.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``; see :func:`fpe_kernels.backends`.
         logsumexp: [B, H, N], float32 (float64 beside float64 inputs): the row-wise log-sum-exp of the scores where
             it is known, as from a recorded map. It must belong to this query, key, scale and bias.
@@ -235,7 +238,8 @@ def shared_attention(
         value: [B, H, M, E]; E need not be D.
         map_index: B ints in [0, G): the map of each batch row. It decides what is launched, so it lives on the host.
         scale: factor of the scores; None means ``D ** -0.5``.
-        bias: added to the scaled scores, broadcastable to [G, H, N, M], dtype of ``query``.
+        bias: added to the scaled scores, broadcastable to [G, H, N, M], dtype of ``query``. Masking out is ``-inf``, as
+            in :class:`AttentionMap`; rows of ``finfo.min`` throughout are not treated as masked.
         weight: of each output row, for blends of maps: a number, a list of B numbers, or a tensor that broadcasts to
             [B, H, N], dtype of ``query`` or float32 (float64 beside float64); None means 1. The kernels read no key
             for a tile of query rows whose weights are zero in every batch row that shares the map.

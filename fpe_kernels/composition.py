@@ -325,6 +325,7 @@ def blend(weight: float | Sequence[float] | Tensor, first: LinearMap, second: Li
         weight: as in :meth:`LinearMap.scale_rows`; 1 takes ``first``, 0 takes ``second``. A tensor [N] blends by query
             pixel. Where it is 0 or 1 for a block of query rows, a fused kernel leaves out the other map there.
     """
+    _check_maps("blend", (first, second))
     validation.check_same_map(first, second)
     if isinstance(weight, (int, float)) and not isinstance(weight, bool):
         return first.scale_rows(weight) + second.scale_rows(1.0 - weight)
@@ -342,11 +343,19 @@ def concatenate(maps: Sequence[LinearMap]) -> LinearMap:
     """
     if not maps:
         raise ValueError("concatenate([]) has no map; pass at least one.")
-    for other in maps:
-        if not isinstance(other, LinearMap):
-            raise TypeError(f"concatenate takes maps (LinearMap), got {type(other).__name__}.")
+    _check_maps("concatenate", maps)
+    for other in maps[1:]:
         validation.check_same_map(maps[0], other, batch=False)
     return Combination(tuple(block for part in maps for block in part._blocks()))
+
+
+def _check_maps(name: str, maps: Sequence[object]) -> None:
+    for candidate in maps:
+        if not isinstance(candidate, LinearMap):
+            raise TypeError(
+                f"{name} takes maps (LinearMap), got {type(candidate).__name__}. "
+                "For products that are computed already, use torch's own arithmetic."
+            )
 
 
 def _columns_at_once(product: Callable[[Tensor], Tensor], operand: Any, check: Callable[[object], Tensor]) -> Any:

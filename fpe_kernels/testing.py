@@ -8,8 +8,9 @@ rounding band, both against float64. No test brings a tolerance of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,17 +166,10 @@ class Case:
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same numbers in another dtype; widening is exact."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        row_weight = None if self.row_weight is None else self.row_weight.to(dtype)
-        return replace(
-            self,
-            query=self.query.to(dtype),
-            key=self.key.to(dtype),
-            value=self.value.to(dtype),
-            weight=self.weight.to(dtype),
-            bias=bias,
-            row_weight=row_weight,
-        )
+        converted: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, one in converted.items():
+            converted[name] = one.to(dtype) if isinstance(one, Tensor) else one
+        return Case(**converted)
 
     @cached_property
     def exact(self) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -50,7 +51,20 @@ def check_tensor(name: str, tensor: object, layout: str) -> Tensor:
         )
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}.")
+    _refuse_tangent(name, tensor)
     return tensor
+
+
+def _refuse_tangent(name: str, tensor: Tensor) -> None:
+    """Forward-mode AD would drop the tangent without a word: PyTorch's custom ops know reverse mode only."""
+    # A tensor has a tangent inside a dual level only, and asking outside is an error.
+    inside = getattr(forward_ad, "_current_level", -1) >= 0
+    if inside and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(
+            f"{name} has a forward-mode tangent (torch.func.jvp, torch.autograd.forward_ad), and attention maps have "
+            "gradients in reverse mode only: use torch.func.vjp or backward(), or differentiate "
+            "torch.softmax(scale * query @ key.transpose(-1, -2), -1) @ value instead."
+        )
 
 
 def check_query_key(query: object, key: object, batch: str = "B") -> tuple[Tensor, Tensor]:
@@ -124,6 +138,7 @@ def _check_broadcast(name: str, tensor: object, layout: str, full: Sequence[int]
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}. Convert with {name}.to(query.dtype).")
     check_same_device(name, tensor, like)
+    _refuse_tangent(name, tensor)
     axes = (1,) * (len(full) - tensor.ndim) + tuple(tensor.shape)
     if tensor.ndim > len(full) or any(size not in (1, whole) for size, whole in zip(axes, full, strict=True)):
         raise ValueError(
@@ -203,6 +218,7 @@ def check_bias(bias: object, query: Tensor, key: Tensor) -> Tensor | None:
             "with torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, float('-inf'))."
         )
     check_same_place("bias", bias, query)
+    _refuse_tangent("bias", bias)
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     axes = (1,) * (4 - bias.ndim) + tuple(bias.shape)
     if bias.ndim > 4 or any(size not in (1, whole) for size, whole in zip(axes, full, strict=True)):

@@ -8,12 +8,12 @@ import torch
 from benchmarks import measure
 from benchmarks.cases import LAYOUTS, OPS, Case
 from benchmarks.compare import regressions
+from benchmarks.cost import Ceilings
 from benchmarks.inputs import Inputs, judge
 from benchmarks.measure import Effort, interleaved
 from benchmarks.plan import Step, kernel_plan
 from benchmarks.providers import DenseOriginal, Missing, Ours, all_providers, first_answer, groups
 from benchmarks.report import case_table, summary
-from benchmarks.roofline import Ceilings
 from benchmarks.rows import Environment
 from benchmarks.run import Bench, run_kernels
 

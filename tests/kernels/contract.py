@@ -172,6 +172,12 @@ class ProductContract:
         case.value[:, :, 66:] = 1e4
         assert_matches(cut, out=forward(padded, self.backend)["out"])
 
+    def test_a_finite_mask_works_beside_unmasked_entries(self) -> None:
+        case = self.case(queries=9, keys=17, bias=(0, 0, 1, 1))
+        case.bias[:, :, 1:, 5:] = torch.finfo(case.bias.dtype).min
+        infinite = replace(case, bias=case.bias.masked_fill(case.bias < -1e4, -INF))
+        assert_matches(infinite, out=forward(case, self.backend)["out"])
+
     def test_causal_mask(self) -> None:
         case = self.case(queries=70, keys=70)
         case = replace(case, bias=causal_bias(70, 70, case.query.dtype, self.device)[None, None])

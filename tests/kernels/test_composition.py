@@ -471,6 +471,12 @@ REFUSED = {
     "no rows": (lambda: T.take([]), ValueError, r"A\.take\(\[\]\) has no batch row"),
     "no maps": (lambda: concatenate([]), ValueError, r"concatenate\(\[\]\) has no map"),
     "a tensor among maps": (lambda: concatenate([T, torch.ones(1)]), TypeError, r"takes maps .*got Tensor"),
+    "a blend of products": (
+        lambda: blend(0.5, T, torch.ones(1)),
+        TypeError,
+        r"blend takes maps .*torch's own arithmetic",
+    ),
+    "a blend of other rows": (lambda: blend(torch.ones(12), S, T), ValueError, r"agree in \[B, H, N, M\]"),
     "maps of other keys": (
         lambda: concatenate([T, T.mix(torch.ones(12, 5))]),
         ValueError,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fpe_kernels import AttentionMap, shared_attention
+from fpe_kernels import AttentionMap, blend, shared_attention
 from fpe_kernels.testing import assert_matches, assert_within_budget, make, make_case
 
 pytestmark = pytest.mark.gpu
@@ -89,6 +89,35 @@ def test_a_call_is_captured_in_a_graph() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert_matches(case, out=out)
+
+
+def test_a_regional_blend_is_captured_in_a_graph() -> None:
+    tokens, inside = 1024, 400  # whole tiles of one map, of the other, and one of both
+    source, target = (
+        make_case(seed, heads=8, queries=tokens, keys=tokens, head_dim=40, dtype=torch.float16, device="cuda")
+        for seed in (0, 10)
+    )
+    weight = torch.zeros(tokens, device="cuda")
+    weight[:inside] = 1.0
+    value = target.value
+
+    def call() -> torch.Tensor:
+        return blend(weight, *(AttentionMap(case.query, case.key) for case in (source, target))) @ value
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+    borrowed = shared_attention(source.query, source.key, value, [0])
+    torch.testing.assert_close(out[:, :, :inside], borrowed[:, :, :inside])
+    assert_matches(target, out=torch.cat([target.plain["out"][:, :, :inside], out[:, :, inside:]], dim=2))
 
 
 def test_a_call_on_a_side_stream() -> None:

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fpe_kernels import AttentionMap, ops, shared_attention
 from fpe_kernels.testing import Case, assert_matches, make_case
@@ -117,6 +118,22 @@ def test_vmap_is_refused_with_the_way_out() -> None:
     stacked = [tensor.unsqueeze(1) for tensor in (case.query, case.key, case.value)]
     with pytest.raises(NotImplementedError, match=r"vmap cannot map.*Fold the mapped axis into the batch"):
         torch.vmap(lambda query, key, value: AttentionMap(query, key) @ value)(*stacked)
+
+
+@pytest.mark.parametrize("place", ["query", "key", "value", "bias", "weight"])
+def test_forward_mode_is_refused_instead_of_losing_tangents(place: str) -> None:
+    case = make_case(bias=(0, 0, 0, 1), row_weight=(0, 0, 1))
+    tensors = {"query": case.query, "key": case.key, "value": case.value, "bias": case.bias, "weight": case.row_weight}
+
+    def attend(tensor: Tensor) -> Tensor:
+        return shared_attention(**{**tensors, place: tensor}, map_index=[0])
+
+    with pytest.raises(NotImplementedError, match=rf"{place} has a forward-mode tangent.*torch\.func\.vjp"):
+        torch.func.jvp(attend, (tensors[place],), (torch.ones_like(tensors[place]),))
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match=rf"{place} has a forward-mode tangent"):
+            attend(forward_ad.make_dual(tensors[place], torch.ones_like(tensors[place])))
+        assert attend(tensors[place]).isfinite().all()  # nothing else is refused there
 
 
 def test_second_derivatives_are_refused(backend) -> None:

@@ -112,3 +112,12 @@ def test_a_table_is_copied_to_the_device_once() -> None:
     first = device_table(table, torch.device("cpu"))
     assert first is device_table(table, torch.device("cpu"))
     assert first.tolist() == [list(entry) for entry in table]
+
+
+def test_tables_outlive_whatever_else_is_launched() -> None:
+    # A captured CUDA graph reads its table again at every replay.
+    cpu = torch.device("cpu")
+    first = device_table(((0, 1),), cpu)
+    for other in range(3000):
+        device_table(((0, other),), cpu)
+    assert device_table(((0, 1),), cpu) is first

@@ -343,6 +343,7 @@ def prepare(
                 (value, config.block_n),
                 (out, config.block_m),
                 (full_bias, config.block_m),
+                (query if row_weight is None else row_weight.unsqueeze(-1), config.block_m),
             ),
             "PRECISION": product_precision(query.dtype),
             "BLOCK_M": config.block_m,

@@ -82,7 +82,8 @@ def chunks(map_index: tuple[int, ...], maps: int, value_dim: int, max_columns: i
     )
 
 
-@lru_cache(maxsize=1024)
+# Without a bound: a captured CUDA graph reads its table at every replay without saying so, and a table is a few bytes.
+@cache
 def device_table(table: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """``table`` on ``device``; kept, so that a repeated call copies nothing and can be captured in a CUDA graph."""
     return torch.tensor(table, dtype=torch.int32, device=device)
