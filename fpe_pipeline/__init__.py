@@ -5,7 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .edits import Edit, FreePromptEdit
-    from .pipeline import FreePromptPipeline, FreePromptPipelineOutput
+    from .inversion import Inversion
+    from .noise_schedule import ddim_scheduler
+    from .null_text import NullText
+    from .output import FreePromptPipelineOutput
+    from .pipeline import FreePromptPipeline
     from .products import Product
     from .roles import BatchRoles
     from .session import EditingSession, editing
@@ -18,9 +22,12 @@ _HOME = {
     "EditingSession": "session",
     "FreePromptEdit": "edits",
     "FreePromptPipeline": "pipeline",
-    "FreePromptPipelineOutput": "pipeline",
+    "FreePromptPipelineOutput": "output",
+    "Inversion": "inversion",
+    "NullText": "null_text",
     "Product": "products",
     "Site": "sites",
+    "ddim_scheduler": "noise_schedule",
     "editing": "session",
 }
 
@@ -31,8 +38,11 @@ __all__ = [
     "FreePromptEdit",
     "FreePromptPipeline",
     "FreePromptPipelineOutput",
+    "Inversion",
+    "NullText",
     "Product",
     "Site",
+    "ddim_scheduler",
     "editing",
 ]
 

@@ -14,7 +14,12 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-CASES = sorted(path.stem for path in (GOLDEN / "cases").glob("*.json"))
+# Free-Prompt-Editing of generated images: noise in, latents out.
+CASES = sorted(
+    path.stem
+    for path in (GOLDEN / "cases").glob("fpe_*.json")
+    if "inversion_guidance" not in json.loads(path.read_text())
+)
 
 # An independent fused implementation lands at 0.07 of the suggested tolerance.
 TOLERANCE = 0.25
@@ -44,6 +49,11 @@ class GoldenCase:
 
     def atol(self, tensor: str) -> float:
         return TOLERANCE * self.settings["suggested_atol"][tensor]
+
+
+def source_image() -> torch.Tensor:
+    """The picture of the cases with a real image: uint8 [256, 256, 3]."""
+    return load_file(GOLDEN / "models" / "source_image_256.safetensors")["source_image_u8"]
 
 
 @cache

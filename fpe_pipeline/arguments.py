@@ -1,0 +1,105 @@
+"""What callers pass to `FreePromptPipeline`, brought into one form or refused with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .edits import Edit, FreePromptEdit
+from .inversion import Inversion
+
+__all__ = ["check_inversion_options", "check_positive", "check_size", "chosen_edit", "negative_list", "prompt_list"]
+
+
+def prompt_list(prompt: Any, target_prompt: Any, prompt_embeds: torch.Tensor | None) -> list[str]:
+    """All prompts, the source's first; none where embeddings stand in for them."""
+    if prompt_embeds is not None:
+        if prompt is not None or target_prompt is not None:
+            raise ValueError("pass prompts or prompt_embeds (the source's first), not both")
+        return []
+    if isinstance(prompt, str):
+        prompts = [prompt]
+    elif prompt is None:
+        raise ValueError("expected a source prompt, or prompt_embeds; received neither")
+    else:
+        prompts = list(prompt)
+        if target_prompt is not None and len(prompts) != 1:
+            raise ValueError(
+                f"expected one source prompt beside target_prompt, received a list of {len(prompts)}; pass "
+                "prompt=source, target_prompt=[target, …] or prompt=[source, target, …]"
+            )
+    prompts += [target_prompt] if isinstance(target_prompt, str) else list(target_prompt or ())
+    if not prompts:
+        raise ValueError("expected a source prompt and any number of targets, received an empty list")
+    for text in prompts:
+        if not isinstance(text, str):
+            raise TypeError(f"prompts must be text, received {type(text).__name__}: {text!r}")
+    return prompts
+
+
+def negative_list(negative_prompt: Any, count: int) -> list[str] | None:
+    """A negative prompt for each of ``count`` prompts, or None."""
+    if negative_prompt is None:
+        return None
+    negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+    if len(negatives) == 1:
+        return negatives * count
+    if len(negatives) != count:
+        raise ValueError(
+            f"expected one negative prompt, or one for each of the {count} prompts (the source's first), "
+            f"received {len(negatives)}"
+        )
+    return negatives
+
+
+def chosen_edit(edit: Edit | None, self_replace_steps: Any, levels: Any, max_tokens: Any, layers: Any) -> Edit:
+    """The edit, or the `FreePromptEdit` that the four arguments describe."""
+    given = {"levels": levels, "max_tokens": max_tokens, "layers": layers}
+    if edit is None:
+        return FreePromptEdit(self_replace_steps, **given)
+    if self_replace_steps != 0.8 or any(value is not None for value in given.values()):
+        raise ValueError("self_replace_steps, levels, max_tokens and layers belong to the edit; pass them to it")
+    return edit
+
+
+def check_size(height: int, width: int, factor: int) -> None:
+    """Raise ValueError for sides that are no positive multiple of ``factor`` pixels."""
+    for name, side in (("height", height), ("width", width)):
+        if side <= 0 or side % factor:
+            nearest = max(1, round(side / factor)) * factor
+            raise ValueError(
+                f"{name} must be a positive multiple of {factor} pixels, which one latent pixel stands for; "
+                f"received {side}, the nearest is {nearest}"
+            )
+
+
+def check_positive(**numbers: int) -> None:
+    """Raise ValueError for anything but whole numbers from 1 on."""
+    for name, number in numbers.items():
+        if not hasattr(number, "__index__") or number < 1:
+            raise ValueError(f"{name} must be a whole number from 1 on, received {number!r}")
+
+
+def check_inversion_options(
+    inversion: Inversion, given: dict[str, Any], negative_prompt: Any, num_inference_steps: int | None
+) -> None:
+    """Raise where an option would contradict what an inversion decides."""
+    if not isinstance(inversion, Inversion):
+        raise TypeError(f"expected what pipe.invert returns as inversion, received {type(inversion).__name__}")
+    taken = ["latents", "timesteps", "sigmas"]
+    if inversion.unconditional is not None or inversion.method == "negative-prompt":
+        taken.append("negative_prompt_embeds")
+        if negative_prompt is not None:
+            raise ValueError(
+                f"{inversion.method!r} inversion puts its own embeddings in place of the negative prompt; leave "
+                "negative_prompt out, or invert by 'ddim' or 'direct'"
+            )
+    clashing = [name for name in taken if given.get(name) is not None]
+    if clashing:
+        raise ValueError(f"the inversion decides {', '.join(clashing)}; leave out one or the other")
+    if num_inference_steps not in (None, inversion.steps):
+        raise ValueError(
+            f"the image was inverted in {inversion.steps} steps, received num_inference_steps={num_inference_steps}; "
+            "leave it out, or invert with that number"
+        )

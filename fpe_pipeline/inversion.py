@@ -1,0 +1,170 @@
+"""Inversion: the noise, and every latent on the way to it, from which a real image comes out again.
+
+Four methods, on the same DDIM trajectory; they differ in what holds the source to it while it is denoised again:
+
+- ``"ddim"``: at the start of every step the source row is put back onto the stored latent, the reference latents of
+  Free-Prompt-Editing. What comes out after the last step is the sampler's own last step.
+- ``"direct"``: as above, and after the last step too. Direct Inversion adds to the source branch, step by step, its
+  difference from the inversion latent, which is to overwrite it with that latent; the source then comes out as the
+  autoencoder's reconstruction, whatever prompt and guidance. Nothing is optimised.
+- ``"null-text"``: the source is free, and the unconditional embedding of each step is optimised such that guided
+  denoising follows the trajectory; see :mod:`fpe_pipeline.null_text`.
+- ``"negative-prompt"``: the source is free, and its own prompt stands in for the unconditional one. Then guidance
+  cancels in the source row, which goes back as it came; it costs nothing and follows less exactly.
+
+Sources: Song et al., "Denoising Diffusion Implicit Models", ICLR 2021; Ju et al., "PnP Inversion: Boosting
+Diffusion-based Editing with 3 Lines of Code", ICLR 2024; Mokady et al., "Null-text Inversion for Editing Real Images
+using Guided Diffusion Models", CVPR 2023; Miyake et al., "Negative-prompt Inversion", 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import torch
+from PIL import Image
+
+from .images import load_image, to_tensor
+from .noise_schedule import NoiseSchedule, ddim_inverse_step, require_ddim
+from .null_text import NullText, optimise_unconditional
+
+if TYPE_CHECKING:
+    from .pipeline import FreePromptPipeline
+
+__all__ = ["METHODS", "Inversion", "Method", "encode_image", "invert"]
+
+Method = Literal["ddim", "direct", "null-text", "negative-prompt"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+@dataclass(frozen=True, eq=False)
+class Inversion:
+    """A real image as a trajectory of latents, for ``pipe(..., inversion=inversion)``.
+
+    Args:
+        method: how the source is held to the trajectory; see the module.
+        latents: [steps + 1, 1, C, h, w] from the encoded image (first) to noise (last).
+        prompt: of the image; empty where none was given.
+        guidance_scale: of the passes from image to noise.
+        schedule: the run that the latents belong to.
+        image: the picture as it was encoded, cut to size.
+        null_text: settings of the optimisation, with the guidance that it is for.
+        unconditional: [steps, 1, tokens, channels], the optimised embedding of each step, noisiest first.
+    """
+
+    method: Method
+    latents: torch.Tensor
+    prompt: str
+    guidance_scale: float
+    schedule: NoiseSchedule
+    image: Image.Image
+    null_text: NullText | None = None
+    unconditional: torch.Tensor | None = None
+
+    @property
+    def noise(self) -> torch.Tensor:
+        """Latents [1, C, h, w] to start from."""
+        return self.latents[-1]
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of the run."""
+        return self.schedule.steps
+
+    def reference(self, step: int) -> torch.Tensor | None:
+        """The latent [1, C, h, w] that the source row is put onto after step ``step``; None leaves it free."""
+        last = step + 1 >= self.steps
+        if self.method == "direct" or (self.method == "ddim" and not last):
+            return self.latents[self.steps - 1 - step]
+        return None
+
+    def check(self, scheduler: Any, guidance_scale: float) -> None:
+        """Raise ValueError where a run of ``scheduler`` at ``guidance_scale`` cannot follow this trajectory."""
+        require_ddim(scheduler, f"an image inverted by {self.method!r}")
+        self.schedule.check(scheduler, "inversion")
+        if self.null_text is not None and guidance_scale != self.null_text.guidance_scale:
+            raise ValueError(
+                f"the unconditional embeddings were optimised for guidance_scale={self.null_text.guidance_scale:g}, "
+                f"received {guidance_scale:g}; pass that one, or invert with another NullText(guidance_scale=…)"
+            )
+        if self.method == "negative-prompt" and guidance_scale <= 1:
+            raise ValueError(
+                f"negative-prompt inversion lives in the unconditional half, which guidance_scale={guidance_scale:g} "
+                "switches off; pass a larger one, or invert by 'ddim' or 'direct'"
+            )
+
+
+def invert(
+    pipe: FreePromptPipeline,
+    image: Any,
+    prompt: str = "",
+    *,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.0,
+    method: Method | NullText = "ddim",
+    height: int | None = None,
+    width: int | None = None,
+    callback: Callable[[int, int, torch.Tensor], None] | None = None,
+) -> Inversion:
+    """What `FreePromptPipeline.invert` does, and documents."""
+    null_text = method if isinstance(method, NullText) else NullText() if method == "null-text" else None
+    name: Method = "null-text" if null_text is not None else cast(Method, method)
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)} or a NullText, received {method!r}")
+    if not isinstance(prompt, str):
+        raise TypeError(f"expected one prompt, the image's, received {type(prompt).__name__}")
+    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be a whole number from 1 on, received {num_inference_steps!r}")
+    if null_text is not None:
+        null_text.check(pipe)
+        if guidance_scale > 1:
+            raise ValueError(
+                f"null-text optimisation follows the unguided trajectory, received guidance_scale={guidance_scale:g}: "
+                "leave it out, and give the edit's own to NullText(guidance_scale=…)"
+            )
+    require_ddim(pipe.scheduler, "inversion")
+
+    device = pipe._execution_device
+    picture = load_image(
+        image, (width, height), multiple=pipe.vae_scale_factor, pixels=pipe.native_size[0] * pipe.native_size[1]
+    )
+    pipe.scheduler.set_timesteps(num_inference_steps, device=device)
+    schedule = NoiseSchedule.of(pipe.scheduler)
+    with torch.no_grad():
+        latents = [encode_image(pipe, picture)]
+        conditional, unconditional = pipe.encode_prompt(prompt, device, 1, guidance_scale > 1)
+        context = conditional if guidance_scale <= 1 else torch.cat([unconditional, conditional])
+        with pipe.progress_bar(total=schedule.steps) as bar:
+            for index, timestep in enumerate(reversed(pipe.scheduler.timesteps)):
+                sample = latents[-1]
+                prediction = _predict(pipe, sample, timestep, context, guidance_scale)
+                latents.append(ddim_inverse_step(pipe.scheduler, prediction, int(timestep), sample))
+                bar.update()
+                if callback is not None:
+                    callback(index, schedule.steps, latents[-1])
+    stored = torch.stack(latents)
+    embeddings = None
+    if null_text is not None:
+        embeddings = optimise_unconditional(pipe, stored, prompt, null_text)
+    pipe.maybe_free_model_hooks()
+    return Inversion(name, stored, prompt, guidance_scale, schedule, picture, null_text, embeddings)
+
+
+def encode_image(pipe: FreePromptPipeline, image: Image.Image) -> torch.Tensor:
+    """The mean of the autoencoder's distribution for an RGB image, scaled as the UNet takes it: [1, C, h, w]."""
+    pixels = to_tensor(image).to(pipe._execution_device, pipe.vae.dtype)
+    return pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+
+
+def _predict(
+    pipe: FreePromptPipeline, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, guidance_scale: float
+) -> torch.Tensor:
+    """The UNet's prediction [1, C, h, w], guided where ``context`` holds an unconditional half."""
+    rows = sample.expand(context.shape[0], -1, -1, -1)
+    prediction = pipe.unet(rows, timestep, encoder_hidden_states=context, return_dict=False)[0]
+    if context.shape[0] == 1:
+        return prediction
+    unconditional, conditional = prediction.chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)

@@ -1,0 +1,115 @@
+"""The noise schedule under a run: its identity, deterministic DDIM on it, and DDIM's step backwards."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+
+__all__ = ["NoiseSchedule", "ddim_inverse_step", "ddim_scheduler", "require_ddim"]
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """What latents of one run have to share with another run to mean the same there.
+
+    Args:
+        scheduler: class name of the diffusers scheduler.
+        timesteps: of the run, noisiest first.
+        prediction_type: what the UNet predicts: "epsilon", "v_prediction" or "sample".
+        levels_sha256: hash (hex) of the noise level of every training timestep.
+    """
+
+    scheduler: str
+    timesteps: tuple[float, ...]
+    prediction_type: str
+    levels_sha256: str
+
+    @classmethod
+    def of(cls, scheduler: Any) -> NoiseSchedule:
+        """The schedule that a diffusers scheduler is set to; ``set_timesteps`` has run."""
+        levels = scheduler.alphas_cumprod.double().cpu().numpy().tobytes()
+        last = getattr(scheduler, "final_alpha_cumprod", None)
+        return cls(
+            scheduler=type(scheduler).__name__,
+            timesteps=tuple(float(t) for t in scheduler.timesteps),
+            prediction_type=str(scheduler.config.prediction_type),
+            levels_sha256=hashlib.sha256(levels + str(None if last is None else float(last)).encode()).hexdigest(),
+        )
+
+    @property
+    def steps(self) -> int:
+        """UNet calls of the run."""
+        return len(self.timesteps)
+
+    def check(self, scheduler: Any, what: str) -> None:
+        """Raise ValueError unless ``scheduler`` is set to this very schedule; ``what`` names whose schedule this is."""
+        there = NoiseSchedule.of(scheduler)
+        differences = [
+            f"{name} {_short(getattr(self, name))} there and {_short(getattr(there, name))} here"
+            for name in self.__dataclass_fields__
+            if getattr(self, name) != getattr(there, name)
+        ]
+        if differences:
+            raise ValueError(
+                f"the {what} belongs to another noise schedule: {'; '.join(differences)}; use the scheduler and the "
+                f"number of steps that it was made with, or make it again"
+            )
+
+
+def ddim_scheduler(scheduler: Any) -> DDIMScheduler:
+    """A DDIM scheduler that runs backwards as well, on the noise levels that another scheduler is configured with.
+
+    Samples are not clipped, and the last step ends at the first training timestep, as Stable Diffusion's own
+    samplers do. Example: ``pipe.scheduler = ddim_scheduler(pipe.scheduler)``.
+    """
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False, set_alpha_to_one=False)
+
+
+def require_ddim(scheduler: Any, what: str) -> None:
+    """Raise ValueError unless each step of ``scheduler`` can be undone by :func:`ddim_inverse_step`."""
+    hint = "set pipe.scheduler = fpe_pipeline.ddim_scheduler(pipe.scheduler) before inverting and editing"
+    if not isinstance(scheduler, DDIMScheduler):
+        raise ValueError(f"{what} needs DDIM, whose steps can be undone, received {type(scheduler).__name__}; {hint}")
+    if scheduler.config.clip_sample or scheduler.config.thresholding:
+        raise ValueError(f"{what} needs DDIM without clip_sample and thresholding, which cannot be undone; {hint}")
+
+
+def ddim_inverse_step(
+    scheduler: DDIMScheduler, model_output: torch.Tensor, timestep: int, sample: torch.Tensor
+) -> torch.Tensor:
+    """The sample at ``timestep`` from the less noisy one: what ``scheduler.step`` (eta 0) would lead back from.
+
+    DDIM written for one noise estimate, z_a = √ᾱ_a x₀ + √(1 - ᾱ_a) ε, with x₀ and ε taken at the less noisy end.
+
+    Args:
+        model_output: the UNet's prediction for ``sample`` at ``timestep`` [B, C, h, w].
+        timestep: one of ``scheduler.timesteps``.
+        sample: latents one step less noisy than ``timestep`` [B, C, h, w].
+
+    Source: Song et al., "Denoising Diffusion Implicit Models", ICLR 2021, section 4.3.
+    """
+    levels = scheduler.alphas_cumprod
+    before = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    less_noisy = levels[before] if before >= 0 else scheduler.final_alpha_cumprod
+    signal, noise = less_noisy**0.5, (1 - less_noisy) ** 0.5
+    if scheduler.config.prediction_type == "epsilon":
+        epsilon = model_output
+        clean = (sample - noise * epsilon) / signal
+    elif scheduler.config.prediction_type == "v_prediction":
+        clean = signal * sample - noise * model_output
+        epsilon = signal * model_output + noise * sample
+    else:
+        raise ValueError(
+            f"expected a model that predicts epsilon or v_prediction, received {scheduler.config.prediction_type!r}"
+        )
+    return levels[timestep] ** 0.5 * clean + (1 - levels[timestep]) ** 0.5 * epsilon
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"of {len(value)} steps from {value[0]:g} to {value[-1]:g}"
+    return str(value)[:16]

@@ -1,0 +1,123 @@
+"""What happens at the end of each sampling step: the user's callback, then what the pipeline needs done.
+
+diffusers' loop hands its tensors to one callback and takes changed ones back. `StepEnd` is that callback; the tasks
+are pure of one another and run in the order given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from .edits import Edit
+from .schedule import Step
+
+if TYPE_CHECKING:
+    from .inversion import Inversion
+
+__all__ = ["Call", "DropSource", "FollowInversion", "StepEnd", "Task"]
+
+
+@dataclass
+class Call:
+    """What the pipeline's extension points need to know of the call that they serve."""
+
+    prompts: int
+    images_per_prompt: int
+    generators: list[torch.Generator] = field(default_factory=list)
+    source_dropped: bool = False
+
+
+class Task(Protocol):
+    """Something to do at the end of step ``index``; it changes ``tensors`` in place."""
+
+    def __call__(self, pipe: Any, index: int, tensors: dict[str, Any]) -> None: ...
+
+
+class StepEnd:
+    """diffusers' ``callback_on_step_end``: the user's, which sees what it asked for, and then ours.
+
+    Args:
+        callback: the user's, or None.
+        tensor_inputs: the names that it asked for.
+        tasks: run after it, in order.
+        names: every tensor that the loop offers.
+    """
+
+    def __init__(
+        self,
+        callback: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None,
+        tensor_inputs: Sequence[str],
+        tasks: Sequence[Task],
+        names: Sequence[str],
+    ) -> None:
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            tensor_inputs = callback.tensor_inputs
+        self._callback = callback
+        self._asked = tuple(tensor_inputs)
+        self._tasks = tuple(tasks)
+        self.tensor_inputs = list(dict.fromkeys([*tensor_inputs, *names]))
+
+    def __call__(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        changed = dict(tensors)
+        if self._callback is not None:
+            changed |= self._callback(pipe, index, timestep, {name: tensors[name] for name in self._asked})
+        for task in self._tasks:
+            task(pipe, index, changed)
+        return changed
+
+
+class FollowInversion:
+    """Hold the source to an inverted image: its rows onto the stored latents, or each step's own embedding."""
+
+    def __init__(self, call: Call, inversion: Inversion) -> None:
+        self._call = call
+        self._inversion = inversion
+
+    def __call__(self, pipe: Any, index: int, tensors: dict[str, Any]) -> None:
+        latents = tensors["latents"]
+        reference = self._inversion.reference(index)
+        if reference is not None and not self._call.source_dropped:
+            rows = self._call.images_per_prompt
+            source = reference.to(latents).expand(rows, -1, -1, -1)
+            tensors["latents"] = torch.cat([source, latents[rows:]])
+        unconditional = self._inversion.unconditional
+        if unconditional is not None and index + 1 < len(unconditional) and pipe.do_classifier_free_guidance:
+            conditional = tensors["prompt_embeds"].chunk(2)[1]
+            following = unconditional[index + 1].to(conditional).expand_as(conditional)
+            tensors["prompt_embeds"] = torch.cat([following, conditional])
+
+
+class DropSource:
+    """Remove the source rows at the last step that needs them: from the loop, the step noise and the scheduler."""
+
+    def __init__(self, call: Call, edit: Edit) -> None:
+        self._call = call
+        self._edit = edit
+
+    def __call__(self, pipe: Any, index: int, tensors: dict[str, Any]) -> None:
+        total = pipe.num_timesteps
+        last = max((step for step in range(total) if self._edit.active(Step(step, total))), default=0)
+        if index != last:
+            return
+        rows, first = tensors["latents"].shape[0], self._call.images_per_prompt
+        for name, tensor in tensors.items():
+            if isinstance(tensor, torch.Tensor) and tensor.shape[0] % rows == 0:  # unconditional rows, then conditional
+                tensors[name] = torch.cat([half[first:] for half in tensor.split(rows)])
+        for name, value in vars(pipe.scheduler).items():
+            setattr(pipe.scheduler, name, _without_rows(value, rows, first))
+        del self._call.generators[:first]
+        self._call.source_dropped = True
+
+
+def _without_rows(value: Any, rows: int, first: int) -> Any:
+    """A scheduler's attribute without the first rows of what it remembers of each image: 4-D tensors of `rows`."""
+    if isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[0] == rows:
+        return value[first:]
+    if isinstance(value, list) and any(isinstance(item, torch.Tensor) for item in value):
+        return [_without_rows(item, rows, first) for item in value]
+    return value
