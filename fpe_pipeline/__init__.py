@@ -4,8 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .edits import Edit, FreePromptEdit
+    from .edits import (
+        CombinedEdit,
+        Edit,
+        FreePromptEdit,
+        LocalBlend,
+        MasaCtrlEdit,
+        PlugAndPlayEdit,
+        PromptToPromptEdit,
+        StyleAlignedEdit,
+        WordMask,
+    )
+    from .heat_maps import HeatMaps, heat_maps
     from .inversion import Inversion
+    from .methods import METHODS, make_edit
     from .noise_schedule import ddim_scheduler
     from .null_text import NullText
     from .output import FreePromptPipelineOutput
@@ -18,32 +30,54 @@ if TYPE_CHECKING:
 # Imported on first use: the session pulls in diffusers, which takes seconds that `fpe --help` need not spend.
 _HOME = {
     "BatchRoles": "roles",
+    "CombinedEdit": "edits",
     "Edit": "edits",
     "EditingSession": "session",
     "FreePromptEdit": "edits",
     "FreePromptPipeline": "pipeline",
     "FreePromptPipelineOutput": "output",
+    "HeatMaps": "heat_maps",
     "Inversion": "inversion",
+    "LocalBlend": "edits",
+    "METHODS": "methods",
+    "MasaCtrlEdit": "edits",
     "NullText": "null_text",
+    "PlugAndPlayEdit": "edits",
     "Product": "products",
+    "PromptToPromptEdit": "edits",
     "Site": "sites",
+    "StyleAlignedEdit": "edits",
+    "WordMask": "edits",
     "ddim_scheduler": "noise_schedule",
     "editing": "session",
+    "heat_maps": "heat_maps",
+    "make_edit": "methods",
 }
 
 __all__ = [
     "BatchRoles",
+    "CombinedEdit",
     "Edit",
     "EditingSession",
     "FreePromptEdit",
     "FreePromptPipeline",
     "FreePromptPipelineOutput",
+    "HeatMaps",
     "Inversion",
+    "LocalBlend",
+    "METHODS",
+    "MasaCtrlEdit",
     "NullText",
+    "PlugAndPlayEdit",
     "Product",
+    "PromptToPromptEdit",
     "Site",
+    "StyleAlignedEdit",
+    "WordMask",
     "ddim_scheduler",
     "editing",
+    "heat_maps",
+    "make_edit",
 ]
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.models import attention_processor as diffusers_processors
 
-from .evaluation import Rows, evaluate, mask_bias, take
+from .evaluation import Rows, evaluate_with_columns, mask_bias, row_map, take
+from .orders import Order
 from .products import ProductPlan
-from .sites import Site
 
 __all__ = ["EditAttnProcessor", "Order", "unsupported_reasons"]
 
@@ -29,15 +28,6 @@ _PLAIN = tuple(
     )
     if hasattr(diffusers_processors, name)
 )
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a processor is to do in the UNet call at hand."""
-
-    site: Site
-    plan: ProductPlan
-    backend: str = "auto"
 
 
 def unsupported_reasons(attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
@@ -76,6 +66,8 @@ class EditAttnProcessor:
         self.inner = inner
         self.order: Order | None = None
         self.executed = False
+        self.skipped = ""  # why the latest order was not carried out
+        self.bytes = (0, 0)  # of the queries, keys and values that it held, and of the maps that it did not store
         # `Attention.forward` passes on only those keywords that it finds in `inspect.signature(processor.__call__)`.
         named = inspect.signature(inner.__call__).parameters
         self._inner_takes_temb = "temb" in named
@@ -93,7 +85,9 @@ class EditAttnProcessor:
         **kwargs: Any,
     ) -> torch.Tensor:
         order = self.order
-        if order is None or _scores_are_skipped():
+        if order is not None and _scores_are_skipped():
+            self.skipped, order = "a guider replaces the layer's attention by its values", None
+        if order is None:
             if self._inner_takes_temb:
                 kwargs["temb"] = temb
             return self.inner(
@@ -122,9 +116,13 @@ class EditAttnProcessor:
 
         query, key, value = _project(attn, self.inner, order.plan, hidden_states, context)
         bias = mask_bias(attention_mask, order.plan.rows, attn.heads, key)
-        hidden_states = evaluate(
-            order.plan, query, key, value, scale=attn.scale, bias=bias, backend=order.backend
+        options: dict[str, Any] = {"scale": attn.scale, "bias": bias, "backend": order.backend}
+        self.bytes = _bytes(order.plan, query, key, value)
+        hidden_states, heat = evaluate_with_columns(
+            order.plan, query, key, value, order.columns, **options
         )  # [B, H, N, E]
+        if order.deliver is not None:
+            order.deliver(heat, {row: row_map(order.plan, row, query, key, **options) for row in order.maps})
 
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(value.tensor.dtype)  # [B, N, H·E]
         hidden_states = attn.to_out[0](hidden_states)
@@ -175,6 +173,15 @@ def _project(
     # A norm may return a wider type (layer norm under autocast), which attention has to narrow again.
     query, key = query.to(value.dtype), key.to(value.dtype)
     return Rows(query, plan.queries), Rows(key, plan.keys), Rows(value, plan.values)
+
+
+def _bytes(plan: ProductPlan, query: Rows, key: Rows, value: Rows) -> tuple[int, int]:
+    """Bytes of what a layer's products are made from, and of a map for every row, which dense code keeps."""
+    tensors = (query.tensor, key.tensor, value.tensor)
+    _, heads, queries, _ = query.tensor.shape
+    keys = key.tensor.shape[-2] * max(len(spec.keys) for call in plan.calls for spec in call.maps)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return held, plan.rows * heads * queries * keys * query.tensor.element_size()
 
 
 def _check_input(order: Order, hidden_states: torch.Tensor, encoder_hidden_states: Any) -> None:

@@ -7,7 +7,34 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["AttentionCall", "Product", "ProductPlan", "plan_products"]
+__all__ = ["AttentionCall", "MapSpec", "Product", "ProductPlan", "plan_products"]
+
+
+@dataclass(frozen=True)
+class MapSpec:
+    """One attention map, in rows of the batch; products with equal specifications share it.
+
+    Args:
+        query: the row that asks.
+        keys: the rows whose keys it has, one row's tokens after the other's.
+        style: the row whose mean and deviation over tokens the queries and keys of the others are given, or None.
+        shifts: what is added to the scores of each of ``keys``' tokens; () for nothing.
+    """
+
+    query: int
+    keys: tuple[int, ...]
+    style: int | None = None
+    shifts: tuple[float, ...] = ()
+
+    @property
+    def query_rows(self) -> tuple[int, ...]:
+        """Rows whose queries it needs."""
+        return (self.query,) if self.style is None else (self.query, self.style)
+
+    @property
+    def key_rows(self) -> tuple[int, ...]:
+        """Rows whose keys it needs."""
+        return self.keys if self.style is None else (*self.keys, self.style)
 
 
 @dataclass(frozen=True)
@@ -16,13 +43,14 @@ class Product:
 
         weight ⊙ softmax(scale · q[query] @ k[keys]ᵀ) @ (mixing @ v[values])
 
-    where ``k[keys]`` and ``v[values]`` stand for the rows' tokens, one row's after the other's.
+    where ``k[keys]`` and ``v[values]`` stand for the rows' tokens, one row's after the other's. Queries and keys may
+    be given the statistics of another row, and scores a shift, before the softmax.
 
     ====================================  =================================================================
     an unedited row ``b``                 ``Product(b, (b,), (b,))``
     Free-Prompt-Editing, Plug-and-Play    ``Product(source, (source,), (target,))``
     MasaCtrl                              ``Product(target, (source,), (source,))``
-    StyleAligned                          ``Product(b, (source, b), (source, b))``
+    StyleAligned                          ``Product(b, (source, b), (source, b), style=source, shifts=(s, 0.0))``
     soft or regional Free-Prompt-Editing  ``Product(source, (source,), (target,), weight=a)`` and
                                           ``Product(target, (target,), (target,), weight=1 - a)``
     Prompt-to-Prompt                      ``Product(source, (source,), (target,), mixing=M @ diag(a))`` and
@@ -35,6 +63,9 @@ class Product:
         values: the rows whose values the map is applied to.
         weight: a number, or a tensor with a weight for each query token [N].
         mixing: a matrix applied to the values' tokens [M, M'], or one for each head [H, M, M'].
+        style: a row whose mean and deviation over tokens (a head and channel) the other rows' queries and keys take
+            (adaptive instance normalisation).
+        shifts: for each of ``keys``, what is added to the scores of its tokens; empty for nothing.
     """
 
     query: int
@@ -42,17 +73,33 @@ class Product:
     values: tuple[int, ...]
     weight: float | torch.Tensor = 1.0
     mixing: torch.Tensor | None = None
+    style: int | None = None
+    shifts: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.shifts and len(self.shifts) != len(self.keys):
+            raise ValueError(f"expected a shift for each of the keys {self.keys}, got {self.shifts}")
         if self.mixing is None and len(self.keys) != len(self.values):
             raise ValueError(f"a map over {self.keys} cannot be applied to the values of {self.values} without mixing")
+
+    @property
+    def map(self) -> MapSpec:
+        """The map that is multiplied with."""
+        return MapSpec(self.query, self.keys, self.style, self.shifts)
+
+    def describe(self) -> str:
+        """The product in a few words, as ``A(q 2, k 2) @ v 3``."""
+        weight = "α ⊙ " if isinstance(self.weight, torch.Tensor) else "" if self.weight == 1 else f"{self.weight:.3g} "
+        keys, values = (" ‖ ".join(map(str, rows)) for rows in (self.keys, self.values))
+        like = "" if self.style is None else f" like {self.style}"
+        return f"{weight}A(q {self.query}{like}, k {keys}) @ {'' if self.mixing is None else 'M '}v {values}"
 
 
 @dataclass(frozen=True)
 class AttentionCall:
     """One call of ``shared_attention``: the distinct maps, and the products that use them."""
 
-    maps: tuple[tuple[int, tuple[int, ...]], ...]
+    maps: tuple[MapSpec, ...]
     products: tuple[Product, ...]
     map_index: tuple[int, ...]
     rows: tuple[int, ...]
@@ -78,6 +125,16 @@ class ProductPlan:
             and all(not isinstance(p.weight, torch.Tensor) and p.weight == 1.0 for p in products)
         )
 
+    def describe(self) -> str:
+        """What rows become that do not keep their own map and values, in words."""
+        said: dict[int, list[str]] = {}
+        for call in self.calls:
+            for row, product in zip(call.rows, call.products, strict=True):
+                what = product.describe()
+                if what != Product(row, (row,), (row,)).describe():
+                    said.setdefault(row, []).append(what)
+        return "; ".join(f"row {row} = {' + '.join(terms)}" for row, terms in sorted(said.items())) or "as it was"
+
 
 def plan_products(products: Mapping[int, Product | Sequence[Product]], rows: int) -> ProductPlan:
     """Arrange an edit's products; rows that it does not name keep their own map and values.
@@ -90,13 +147,13 @@ def plan_products(products: Mapping[int, Product | Sequence[Product]], rows: int
         given = products.get(row, Product(row, (row,), (row,)))
         terms += [(row, term) for term in ((given,) if isinstance(given, Product) else given)]
     for row, term in terms:
-        used = (row, term.query, *term.keys, *term.values)
+        used = (row, *term.map.query_rows, *term.map.key_rows, *term.values)
         if not all(0 <= index < rows for index in used):
             raise ValueError(f"{term} for row {row} names a row outside the batch of {rows}")
     return ProductPlan(
         rows=rows,
-        queries=tuple(sorted({term.query for _, term in terms})),
-        keys=tuple(sorted({key for _, term in terms for key in term.keys})),
+        queries=tuple(sorted({query for _, term in terms for query in term.map.query_rows})),
+        keys=tuple(sorted({key for _, term in terms for key in term.map.key_rows})),
         values=tuple(sorted({value for _, term in terms for value in term.values})),
         # Maps over different numbers of keys do not fit one call.
         calls=tuple(
@@ -107,12 +164,12 @@ def plan_products(products: Mapping[int, Product | Sequence[Product]], rows: int
 
 
 def _call(terms: list[tuple[int, Product]]) -> AttentionCall:
-    maps: dict[tuple[int, tuple[int, ...]], int] = {}
+    maps: dict[MapSpec, int] = {}
     for _, term in terms:
-        maps.setdefault((term.query, term.keys), len(maps))
+        maps.setdefault(term.map, len(maps))
     return AttentionCall(
         maps=tuple(maps),
         products=tuple(term for _, term in terms),
-        map_index=tuple(maps[term.query, term.keys] for _, term in terms),
+        map_index=tuple(maps[term.map] for _, term in terms),
         rows=tuple(row for row, _ in terms),
     )

@@ -1,13 +1,31 @@
-"""What a session did: which layers were replaced at which steps."""
+"""What a session did: which layers were replaced at which steps, what was left out, and the memory of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from .schedule import Step
+from .sites import Site
 
-__all__ = ["EditReport"]
+if TYPE_CHECKING:
+    from .processors import EditAttnProcessor
+
+__all__ = ["EditReport", "LayerMemory"]
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes of one call of a replaced layer.
+
+    Args:
+        held: queries, keys and values that its products are made from.
+        maps: a dense map for each row of the batch, of which methods that store maps keep at least one copy.
+    """
+
+    held: int
+    maps: int
 
 
 @dataclass
@@ -17,26 +35,95 @@ class EditReport:
     Args:
         total: steps of the run; 0 before the first UNet call.
         layers: for each replaced layer's path, the steps at which it was replaced, in order.
+        features: the same for modules whose output was replaced.
+        products: for each replaced layer, what its rows became, with the steps of it.
+        watched: layers that were computed only to read their maps, with the steps.
+        skipped: for each layer that was to be replaced and was not, the reason and the steps of it.
+        memory: for each replaced layer, the largest of its calls.
     """
 
     total: int = 0
     layers: dict[str, list[int]] = field(default_factory=dict)
+    features: dict[str, list[int]] = field(default_factory=dict)
+    products: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    watched: dict[str, list[int]] = field(default_factory=dict)
+    skipped: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    memory: dict[str, LayerMemory] = field(default_factory=dict)
     _latest: int = field(default=-1, init=False, repr=False)
 
-    def add(self, step: Step, paths: Iterable[str]) -> None:
+    def add(self, step: Step, processors: Mapping[str, EditAttnProcessor], features: Iterable[str] = ()) -> None:
+        """Note one UNet call.
+
+        Args:
+            step: its step; an earlier one than the last starts a new report.
+            processors: by layer path, those that had an order.
+            features: paths of the modules whose output was replaced.
+        """
         if step.index < self._latest or step.total != self.total:  # a new run
-            self.total = step.total
-            self.layers = {}
+            self.__init__(step.total)  # type: ignore[misc]
         self._latest = step.index
-        for path in paths:
-            steps = self.layers.setdefault(path, [])
-            if not steps or steps[-1] != step.index:
-                steps.append(step.index)
+        for path, processor in processors.items():
+            order = processor.order
+            assert order is not None
+            if not processor.executed:
+                reason = processor.skipped or "its processor was replaced or not called"
+                _note(self.skipped.setdefault(path, {}), reason, step.index)
+            elif order.edited:
+                _note(self.layers, path, step.index)
+                _note(self.products.setdefault(path, {}), order.plan.describe(), step.index)
+                held, maps = processor.bytes
+                known = self.memory.get(path, LayerMemory(0, 0))
+                self.memory[path] = LayerMemory(max(held, known.held), max(maps, known.maps))
+            else:
+                _note(self.watched, path, step.index)
+        for path in features:
+            _note(self.features, path, step.index)
 
     def __str__(self) -> str:
         lines = [f"{len(self.layers)} layers replaced in a run of {self.total} steps"]
         lines += [f"  {path}: steps {_ranges(steps)}" for path, steps in self.layers.items()]
+        lines += [f"  {path}: features, steps {_ranges(steps)}" for path, steps in self.features.items()]
         return "\n".join(lines)
+
+    def explain(self, sites: tuple[Site, ...] = ()) -> str:
+        """The report with what each row became, what was left out and why, and memory.
+
+        Args:
+            sites: the UNet's attention layers, to name those that were left alone.
+        """
+        lines = [f"{len(self.layers)} layers replaced in a run of {self.total} steps"]
+        for path, products in self.products.items():
+            memory = self.memory[path]
+            lines.append(f"  {path}: q, k, v {_size(memory.held)}; dense maps {_size(memory.maps)}")
+            lines += [f"    steps {_ranges(steps)}: {what}" for what, steps in products.items()]
+        lines += [f"  {path}: features, steps {_ranges(steps)}" for path, steps in self.features.items()]
+        if self.watched:
+            lines.append(f"{len(self.watched)} layers read without being replaced: heat, same output to rounding")
+        for path, reasons in self.skipped.items():
+            lines += [f"not replaced: {path}, steps {_ranges(steps)}: {why}" for why, steps in reasons.items()]
+        for kind in ("self", "cross"):
+            alone = [site for site in sites if site.kind == kind and site.path not in {*self.layers, *self.skipped}]
+            if alone:
+                levels = sorted({site.level for site in alone})
+                whole = sum(site.kind == kind for site in sites)
+                lines.append(
+                    f"left alone: {len(alone)} of {whole} {kind}-attention layers (levels "
+                    f"{', '.join(map(str, levels))}), which the edit does not select or never replaced"
+                )
+        if self.memory:
+            held = max(self.memory.values(), key=lambda memory: memory.held).held
+            maps = [memory.maps for memory in self.memory.values()]
+            lines.append(
+                f"memory: at most {_size(held)} of queries, keys and values at a time; one dense map would have taken "
+                f"up to {_size(max(maps))}, all of a step's kept {_size(sum(maps))}"
+            )
+        return "\n".join(lines)
+
+
+def _note(where: dict[str, list[int]], name: Any, step: int) -> None:
+    steps = where.setdefault(name, [])
+    if not steps or steps[-1] != step:
+        steps.append(step)
 
 
 def _ranges(steps: list[int]) -> str:
@@ -48,3 +135,11 @@ def _ranges(steps: list[int]) -> str:
         else:
             runs.append([step, step])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"

@@ -21,15 +21,23 @@ class BatchRoles:
         conditional: for each row, whether it is conditioned on its prompt; False for the rows of
             classifier-free guidance that see the negative prompt.
         source_of: for each row, the row of its source. A source's source is itself.
+        prompts: for each row, the number of its prompt (its conditional row's, where it is unconditional). Default:
+            the rows of either half are counted.
     """
 
     conditional: tuple[bool, ...]
     source_of: tuple[int, ...]
+    prompts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         rows = len(self.conditional)
         if rows == 0 or len(self.source_of) != rows:
             raise ValueError(f"expected one source for each of {rows} rows (at least 1), got {len(self.source_of)}")
+        if not self.prompts:
+            counted = (self.conditional[:row].count(flag) for row, flag in enumerate(self.conditional))
+            object.__setattr__(self, "prompts", tuple(counted))  # the way to do it in a frozen dataclass
+        if len(self.prompts) != rows:
+            raise ValueError(f"expected the prompt of each of {rows} rows, got {len(self.prompts)}")
         for row, source in enumerate(self.source_of):
             if not 0 <= source < rows:
                 raise ValueError(f"row {row} names row {source} as its source; the batch has rows 0 to {rows - 1}")
@@ -85,12 +93,17 @@ class BatchRoles:
                 for source in sources
                 for image in range(images_per_prompt)
             ),
+            prompts=tuple(prompt for _ in range(halves) for prompt in range(prompts) for _ in range(images_per_prompt)),
         )
 
     @property
     def rows(self) -> int:
         """The batch size."""
         return len(self.conditional)
+
+    def prompt_of(self, row: int) -> int:
+        """The number of a row's prompt in the pipeline call."""
+        return self.prompts[row]
 
     def select(self, *, conditional: bool | None = None, source: bool | None = None) -> tuple[int, ...]:
         """The rows of a role, in batch order; a role left out is not asked for."""

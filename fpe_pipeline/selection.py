@@ -8,7 +8,7 @@ from typing import Any
 
 from .sites import Kind, Site, describe_sites
 
-__all__ = ["LayerSelection"]
+__all__ = ["LayerSelection", "whole_numbers"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class LayerSelection:
             raise ValueError(f"name one of levels, max_tokens and layers, not {' and '.join(named)}: they may disagree")
         return cls(
             kind,
-            levels=None if levels is None else _integers("levels", levels, minimum=0),
-            max_tokens=None if max_tokens is None else _integers("max_tokens", [max_tokens], minimum=1)[0],
+            levels=None if levels is None else whole_numbers("levels", levels, minimum=0),
+            max_tokens=None if max_tokens is None else whole_numbers("max_tokens", [max_tokens], minimum=1)[0],
             layers=None if layers is None else _layer_names(layers),
         )
 
@@ -86,13 +86,14 @@ def _is_named(site: Site, name: str | int) -> bool:
     return site.path == name or site.path.startswith(f"{name}.")
 
 
-def _integers(name: str, values: Any, minimum: int) -> tuple[int, ...]:
+def whole_numbers(name: str, values: Any, minimum: int = 0) -> tuple[int, ...]:
+    """One or several integers, as a sorted tuple; ValueError for anything else."""
     values = tuple(values) if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
     for value in values:
         if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < minimum:
             raise ValueError(f"expected {name} to be integers >= {minimum}, got {value!r}")
     if not values:
-        raise ValueError(f"expected at least one value for {name}; to edit nothing, use no session")
+        raise ValueError(f"expected at least one value for {name}, got none; to edit nothing, use no session")
     return tuple(sorted({int(value) for value in values}))
 
 
@@ -107,5 +108,5 @@ def _layer_names(layers: Any) -> tuple[str | int, ...]:
         elif isinstance(layer, str):
             names.append(layer.removesuffix(".processor").removesuffix("."))
         else:
-            names.extend(_integers("layers", [layer], minimum=0))
+            names.extend(whole_numbers("layers", [layer], minimum=0))
     return tuple(names)

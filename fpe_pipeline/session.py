@@ -14,14 +14,16 @@ import torch
 import fpe_kernels
 
 from .edits import Edit
-from .processors import EditAttnProcessor, Order, unsupported_reasons
-from .products import plan_products
+from .hooks import FeatureHooks, SchedulerHook
+from .orders import Order, make_orders
+from .processors import EditAttnProcessor, unsupported_reasons
 from .report import EditReport
 from .roles import BatchRoles
 from .schedule import Step, locate_step
 from .sites import Site, attention_sites
+from .watching import Watcher
 
-__all__ = ["EditingSession", "editing"]
+__all__ = ["EditingSession", "editing", "session_of"]
 
 _SESSIONS: weakref.WeakKeyDictionary[torch.nn.Module, EditingSession] = weakref.WeakKeyDictionary()
 
@@ -105,13 +107,19 @@ class EditingSession:
         _check_backend(backend)
         self.sites = attention_sites(self.unet)
         edit.select(self.sites)
+        self._running = edit  # what is asked: the edit, or what it gave for this session
+        self._watchers: tuple[Watcher, ...] = ()
         self._processors: dict[str, EditAttnProcessor] = {}
-        self._selected: dict[tuple[int, int], tuple[Site, ...]] = {}
+        self._selected: dict[tuple[int, int, int], tuple[Site, ...]] = {}
         self._hooks: list[Any] = []
+        self._features: FeatureHooks | None = None
+        self._scheduler_hook: SchedulerHook | None = None
+        self._current_roles: BatchRoles | None = None
         self._fixed_step: Step | None = None
         self._paused = False
         self._calls = 0
         self._step: Step | None = None
+        self._step_before_pause: Step | None = None
         self._report = EditReport()
 
     # Entering and leaving
@@ -125,9 +133,14 @@ class EditingSession:
             )
         self._calls = 0
         self._fixed_step = None
+        self._step = self._step_before_pause = None
         self._report = EditReport()
+        self._selected = {}
+        self._running = self.edit.begin()
         try:
             self._install()
+            for watcher in self._running.watchers():
+                self.watch(watcher)
         except BaseException:
             self._restore()
             raise
@@ -146,22 +159,56 @@ class EditingSession:
             )
 
     def _install(self) -> None:
-        before = self.unet.attn_processors
-        self._processors = {
-            site.path: EditAttnProcessor(before[f"{site.path}.processor"]) for site in self.edit.select(self.sites)
-        }
-        self._set_processors({**before, **{f"{path}.processor": p for path, p in self._processors.items()}})
+        self._processors = {}
+        self._watchers = ()
+        self._wrap(self._running.select(self.sites))
+        self._features = FeatureHooks(_identity(self.unet), self._running.feature_modules)
         # One by one, so that a failure leaves none behind. `unet.compile()` would trace them with the UNet.
         self._hooks.append(
             self.unet.register_forward_pre_hook(torch.compiler.disable(self._before_unet), with_kwargs=True)
         )
         self._hooks.append(self.unet.register_forward_hook(torch.compiler.disable(self._after_unet)))
 
+    def _wrap(self, sites: Sequence[Site]) -> None:
+        before = self.unet.attn_processors
+        new = {
+            site.path: EditAttnProcessor(before[f"{site.path}.processor"])
+            for site in sites
+            if site.path not in self._processors
+        }
+        if new:
+            self._processors |= new
+            self._set_processors({**before, **{f"{path}.processor": p for path, p in new.items()}})
+
+    def watch(self, watcher: Watcher) -> None:
+        """Let a watcher follow the session from here on, beside those of the edit."""
+        self._wrap(watcher.select(self.sites))
+        self._watchers += (watcher,)
+        if watcher.blends and self.pipe is not None and self._scheduler_hook is None:
+            self._scheduler_hook = SchedulerHook(self.pipe.scheduler, self.after_step)
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """Stop asking a watcher; the layers that it alone read go back to being computed as they were."""
+        self._watchers = tuple(other for other in self._watchers if other is not watcher)
+
     def _restore(self) -> None:
         _SESSIONS.pop(_identity(self.unet), None)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._features is not None:
+            self._features.remove()
+        if self._scheduler_hook is not None:
+            self._scheduler_hook.remove()
+            if self._calls and not self._scheduler_hook.calls:
+                warnings.warn(
+                    "latents were to be blended after each step, and the scheduler that the session found on entering "
+                    "made none: set the pipeline's scheduler before, or call session.after_step(latents) in a loop of "
+                    "your own",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            self._scheduler_hook = None
         # Whoever still holds one of our processors now holds one that calls the original.
         self._give_orders({})
         processors = self.unet.attn_processors
@@ -213,29 +260,56 @@ class EditingSession:
         """The step of the latest UNet call; None before the first and while paused."""
         return self._step
 
+    def after_step(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents to go on from after a scheduler step; a pipeline's scheduler is followed without being asked.
+
+        Only edits that blend latents, such as :class:`LocalBlend`, change them.
+        """
+        if self._step is not None and self._current_roles is not None:
+            for watcher in self._watchers:
+                if watcher.blends:
+                    latents = watcher.blend(latents, self._step, self._current_roles)
+        return latents
+
     def report(self) -> EditReport:
-        """What was replaced since the session began: ``print(session.report())``."""
+        """What was replaced in the latest run: ``print(session.report())``."""
         return self._report
+
+    def explain(self) -> str:
+        """What was done to which layer at which step, what was left out and why, and the memory of it."""
+        return self._report.explain(self.sites)
 
     # UNet calls
 
     def _before_unet(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls += 1
         self._give_orders({})
-        self._step = None
+        before, self._step, self._current_roles = self._step, None, None
+        assert self._features is not None
+        self._features.rows = {}
         if self._paused:
+            self._step_before_pause = before or self._step_before_pause
             return
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        self._step = self._read_step(timestep)
-        if self.edit.active(self._step):
-            self._give_orders(self._orders(sample, self._step))
+        step = self._step = self._read_step(timestep)
+        before = before or self._step_before_pause
+        if before is not None and (step.index < before.index or step.total != before.total):
+            for watcher in self._watchers:
+                watcher.begin()
+        active = self._running.active(step)
+        if active or self._watchers:
+            roles = self._current_roles = self._read_roles(sample.shape[0])
+            self._give_orders(self._orders(tuple(sample.shape[-2:]), step, roles, active))
+            if active:
+                self._features.rows = self._running.features(step, roles)
 
     def _after_unet(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         ordered = {path: p for path, p in self._processors.items() if p.order is not None}
         bypassed = [path for path, processor in ordered.items() if not processor.executed]
         if self._step is not None:
-            self._report.add(self._step, [path for path in ordered if path not in bypassed])
+            assert self._features is not None
+            self._report.add(self._step, ordered, self._features.rows)
         if bypassed:
             warnings.warn(
                 "layers that this step was to edit were computed without their editing processor, which was replaced "
@@ -247,20 +321,18 @@ class EditingSession:
     def _give_orders(self, orders: dict[str, Order]) -> None:
         for path, processor in self._processors.items():
             processor.order = orders.get(path)
-            processor.executed = False
+            processor.executed, processor.skipped = False, ""
 
-    def _orders(self, sample: torch.Tensor, step: Step) -> dict[str, Order]:
-        roles = self._read_roles(sample.shape[0])
-        orders = {}
-        for site in self._sites_for(sample.shape[-2], sample.shape[-1]):
-            products = self.edit.products(site, step, roles)
-            if products:
-                orders[site.path] = Order(site, plan_products(products, roles.rows), self.backend)
-        return orders
+    def _orders(self, size: tuple[int, int], step: Step, roles: BatchRoles, active: bool) -> dict[str, Order]:
+        edited = self._sites_for(self._running, size) if active else ()
+        watched = [(watcher, self._sites_for(watcher, size)) for watcher in self._watchers]
+        return make_orders(self._running, edited, watched, step, roles, self.backend)
 
-    def _sites_for(self, height: int, width: int) -> tuple[Site, ...]:
-        if (height, width) not in self._selected:
-            sites = self.edit.select(tuple(site.at(height, width) for site in self.sites))
+    def _sites_for(self, who: Edit | Watcher, size: tuple[int, int]) -> tuple[Site, ...]:
+        """The sites that an edit or a watcher selects for a size of latent, each of which can be computed."""
+        key = (id(who), *size)  # the session holds them, so that their ids stay theirs
+        if key not in self._selected:
+            sites = who.select(tuple(site.at(*size) for site in self.sites))
             refused = {}
             for site in sites:
                 attention = _identity(self.unet).get_submodule(site.path)
@@ -271,8 +343,8 @@ class EditingSession:
                 raise ValueError(
                     "these layers cannot be edited:\n" + "\n".join(f"  {path}: {why}" for path, why in refused.items())
                 )
-            self._selected[height, width] = sites
-        return self._selected[height, width]
+            self._selected[key] = sites
+        return self._selected[key]
 
     def _read_step(self, timestep: Any) -> Step:
         if self._fixed_step is not None:
@@ -318,6 +390,11 @@ def _pipe_and_unet(pipe: Any) -> tuple[Any, Any]:
             + (" (transformer pipelines are not supported yet)" if hasattr(pipe, "transformer") else "")
         )
     return pipe, unet
+
+
+def session_of(pipe: Any) -> EditingSession | None:
+    """The session that a pipeline's UNet is in, or None."""
+    return _SESSIONS.get(_identity(_pipe_and_unet(pipe)[1]))
 
 
 def _identity(unet: Any) -> torch.nn.Module:

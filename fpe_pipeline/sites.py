@@ -27,6 +27,7 @@ class Site:
         level: how many times the layer's input is downsampled relative to the latent.
         downsampling: for each of these times, whether an odd size rounds "up" or "down".
         grid: (height, width) of the layer's tokens; None until the latent's size is known (:meth:`at`).
+        latent: (height, width) of that latent.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Site:
     level: int
     downsampling: tuple[Literal["up", "down"], ...]
     grid: tuple[int, int] | None = None
+    latent: tuple[int, int] | None = None
 
     @property
     def tokens(self) -> int | None:
@@ -45,9 +47,10 @@ class Site:
 
     def at(self, height: int, width: int) -> Site:
         """This site for a latent of ``height`` × ``width``."""
+        latent = (height, width)
         for rounding in self.downsampling:
             height, width = ((size + (rounding == "up")) // 2 for size in (height, width))
-        return replace(self, grid=(height, width))
+        return replace(self, grid=(height, width), latent=latent)
 
     def __str__(self) -> str:
         size = "" if self.grid is None else f", {self.grid[0]} × {self.grid[1]}"

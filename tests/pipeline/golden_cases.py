@@ -44,7 +44,8 @@ class GoldenCase:
             self.settings["prompts"],
             num_inference_steps=self.settings["steps"],
             guidance_scale=self.settings["guidance_scale"],
-            **{"latents": self.latents.to(pipe.unet.dtype), "output_type": "latent", **kwargs},
+            **({} if "latents" in kwargs else {"latents": self.latents.to(pipe.unet.dtype)}),
+            **{"output_type": "latent", **kwargs},
         )
 
     def atol(self, tensor: str) -> float:

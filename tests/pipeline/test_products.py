@@ -11,14 +11,14 @@ from test_processors import attention, dense_attention, install, random, run
 from tiny_unets import tiny_unet, unet_inputs
 
 from fpe_pipeline import BatchRoles, Edit, Product, editing
-from fpe_pipeline.products import plan_products
+from fpe_pipeline.products import MapSpec, plan_products
 from fpe_pipeline.selection import LayerSelection
 
 
 def test_rows_that_share_a_map_are_computed_together():
     plan = plan_products({3: Product(2, (2,), (3,)), 4: Product(2, (2,), (4,))}, 5)
     (call,) = plan.calls
-    assert call.maps == ((0, (0,)), (1, (1,)), (2, (2,)))
+    assert call.maps == (MapSpec(0, (0,)), MapSpec(1, (1,)), MapSpec(2, (2,)))
     assert call.map_index == (0, 1, 2, 2, 2)
     assert plan.is_plain
     assert (plan.queries, plan.keys, plan.values) == ((0, 1, 2), (0, 1, 2), (0, 1, 2, 3, 4))

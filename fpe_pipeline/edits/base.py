@@ -1,0 +1,191 @@
+"""What an edit is, and edits that act together."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..products import Product
+from ..roles import BatchRoles
+from ..schedule import Step
+from ..selection import LayerSelection
+from ..sites import Site
+from ..watching import Watcher
+
+__all__ = ["CombinedEdit", "Edit", "SelfAttentionEdit"]
+
+Products = Mapping[int, Product | Sequence[Product]]
+
+
+@dataclass(frozen=True)
+class Edit(ABC):
+    """An edit of a UNet's attention, as a pure function of site, step and roles.
+
+    A subclass writes :meth:`products`; :meth:`select` and :meth:`active` narrow where and when it is asked. Two edits
+    added to one another (``a + b``) are a :class:`CombinedEdit`.
+    """
+
+    @abstractmethod
+    def products(self, site: Site, step: Step, roles: BatchRoles) -> Products:
+        """What the rows of a layer become; rows left out stay as they are, and an empty mapping leaves the
+        layer to the processor it had before."""
+
+    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        """The sites that the edit is asked about. It raises where none is left.
+
+        A session calls it once without sizes (``site.grid`` is None) and again for every size of latent.
+        """
+        return sites
+
+    def active(self, step: Step) -> bool:
+        """Whether the edit is asked at this step; elsewhere the batch may have any layout."""
+        return True
+
+    def begin(self) -> Edit:
+        """What a session asks for the length of its ``with`` block: an edit that remembers anything of a run
+        gives an object of its own, so that the edit itself stays a description."""
+        return self
+
+    def watchers(self) -> tuple[Watcher, ...]:
+        """What follows the run for the edit; asked once a session, of what :meth:`begin` gave."""
+        return ()
+
+    @property
+    def feature_modules(self) -> tuple[str, ...]:
+        """Paths of the modules of which :meth:`features` speaks."""
+        return ()
+
+    def features(self, step: Step, roles: BatchRoles) -> Mapping[str, Mapping[int, int]]:
+        """For some of :attr:`feature_modules`, the rows whose output is another row's: ``{path: {row: source}}``."""
+        return {}
+
+    def __add__(self, other: Edit) -> CombinedEdit:
+        if not isinstance(other, Edit):
+            return NotImplemented
+        return CombinedEdit((self, other))
+
+
+@dataclass(frozen=True)
+class SelfAttentionEdit(Edit):
+    """An edit of self-attention layers, which at most one of three arguments selects.
+
+    Args:
+        levels: how often the edited layers' input is downsampled from the latent: an int or several.
+        max_tokens: edit layers of at most so many tokens, at any image size.
+        layers: module paths, beginnings of paths, or indices among the self-attention layers.
+    """
+
+    levels: int | Iterable[int] | None = field(default=None, kw_only=True)
+    max_tokens: int | None = field(default=None, kw_only=True)
+    layers: str | int | Iterable[str | int] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        selection = self._selection()
+        self._normalise(levels=selection.levels, max_tokens=selection.max_tokens, layers=selection.layers)
+
+    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        if all(value is None for value in (self.levels, self.max_tokens, self.layers)):
+            return self.default_sites(sites)
+        return self._selection().match(sites)
+
+    def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        """The layers that are edited where none of the three arguments is given: all of self-attention."""
+        return self._selection().match(sites)
+
+    def _selection(self) -> LayerSelection:
+        return LayerSelection.parse("self", levels=self.levels, max_tokens=self.max_tokens, layers=self.layers)
+
+    def _normalise(self, **values: Any) -> None:
+        """Store fields as the edit understands them, so that equal edits compare equal."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the way to do it in a frozen dataclass
+
+
+@dataclass(frozen=True)
+class CombinedEdit(Edit):
+    """Several edits at once, such as ``FreePromptEdit() + PromptToPromptEdit(…, self_replace_steps=0)``.
+
+    Each edit keeps its own layers and steps. Where two of them would say what one row of one layer becomes, neither
+    can be right alone, and the session raises.
+
+    Args:
+        edits: at least one; combined edits among them count as their parts.
+    """
+
+    edits: Sequence[Edit]
+
+    def __post_init__(self) -> None:
+        edits: list[Edit] = []
+        for edit in self.edits:
+            if not isinstance(edit, Edit):
+                raise TypeError(f"expected edits to combine, got {type(edit).__name__}")
+            edits += edit.edits if isinstance(edit, CombinedEdit) else [edit]
+        if not edits:
+            raise ValueError("expected at least one edit to combine")
+        object.__setattr__(self, "edits", tuple(edits))
+
+    def begin(self) -> Edit:
+        return _RunningCombination(tuple(edit.begin() for edit in self.edits))
+
+    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        return self.begin().select(sites)
+
+    def active(self, step: Step) -> bool:
+        return any(edit.active(step) for edit in self.edits)
+
+    def products(self, site: Site, step: Step, roles: BatchRoles) -> Products:
+        """The products of all edits at a site, were it selected by all of them."""
+        return _merged(self.edits, site, step, roles)
+
+    @property
+    def feature_modules(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(path for edit in self.edits for path in edit.feature_modules))
+
+    def features(self, step: Step, roles: BatchRoles) -> Mapping[str, Mapping[int, int]]:
+        out: dict[str, dict[int, int]] = {}
+        for edit in self.edits:
+            for path, rows in edit.features(step, roles).items() if edit.active(step) else ():
+                given = out.setdefault(path, {})
+                if given.keys() & rows.keys():
+                    raise ValueError(f"two of the combined edits replace features of the same rows in {path}")
+                given.update(rows)
+        return out
+
+
+@dataclass(frozen=True)
+class _RunningCombination(CombinedEdit):
+    """A combination in a session: it remembers which of its edits selected which layers."""
+
+    _owners: dict[Site, set[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def begin(self) -> Edit:
+        return self
+
+    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        for number, edit in enumerate(self.edits):
+            for site in edit.select(sites):
+                self._owners.setdefault(site, set()).add(number)
+        return tuple(site for site in sites if site in self._owners)
+
+    def products(self, site: Site, step: Step, roles: BatchRoles) -> Products:
+        owners = self._owners.get(site, ())
+        return _merged([edit for number, edit in enumerate(self.edits) if number in owners], site, step, roles)
+
+    def watchers(self) -> tuple[Watcher, ...]:
+        return tuple(watcher for edit in self.edits for watcher in edit.watchers())
+
+
+def _merged(edits: Iterable[Edit], site: Site, step: Step, roles: BatchRoles) -> Products:
+    out: dict[int, Product | Sequence[Product]] = {}
+    said: dict[int, Edit] = {}
+    for edit in edits:
+        for row, given in edit.products(site, step, roles).items() if edit.active(step) else ():
+            if row in said:
+                raise ValueError(
+                    f"{type(said[row]).__name__} and {type(edit).__name__} both replace row {row} of {site.path} at "
+                    f"step {step.index}: give them different layers (levels=, max_tokens=, layers=) or different steps"
+                )
+            out[row], said[row] = given, edit
+    return out

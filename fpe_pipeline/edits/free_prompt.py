@@ -1,0 +1,97 @@
+"""Free-Prompt-Editing: replaced self-attention maps, wholly, softly or in a region."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..products import Product
+from ..roles import BatchRoles
+from ..schedule import Step, StepWindow
+from ..selection import LayerSelection
+from ..sites import Site
+from ..watching import Watcher
+from .base import SelfAttentionEdit
+from .masks import MaskImage, RunningWordMask, Strength, WordMask
+
+__all__ = ["FreePromptEdit"]
+
+
+@dataclass(frozen=True)
+class FreePromptEdit(SelfAttentionEdit):
+    """Free-Prompt-Editing: in self-attention layers, a target's attention map is its source's.
+
+    As algebra, ``A_source @ v_target`` for the target rows of the conditional half; cross-attention and the
+    unconditional half stay as they are. With a strength or a mask it is the blend
+    ``α ⊙ (A_source @ v_target) + (1 - α) ⊙ (A_target @ v_target)``, whose rows still sum to 1.
+
+    Args:
+        self_replace_steps: a number s for the steps ``[0, int(T·s))``, or a pair for ``[int(T·a), int(T·b))``.
+        strength: α, a number in [0, 1]; or a sequence of numbers spread over the replaced steps, with straight lines
+            between them; or a mapping from level to either; or a function ``(site, step) -> α``.
+        mask: where α applies, a factor of ``strength`` for each pixel: a PIL image or an array of the image's
+            proportions, white where the source's map is taken (a token takes the mean over its part of the image); or
+            a :class:`WordMask`.
+        levels: how often the replaced layers' input is downsampled from the latent: an int or several. Default:
+            all levels from 1 on, which is what the method's limit of 32² tokens means at 512 px.
+        max_tokens: replace layers of at most so many tokens, as the original does (32², at any image size).
+        layers: module paths, beginnings of paths, or indices among the self-attention layers.
+
+    Reference: Liu et al., "Towards Understanding Cross and Self-Attention in Stable Diffusion for Text-Guided
+    Image Editing", CVPR 2024.
+    """
+
+    self_replace_steps: Any = 0.8
+    strength: Any = field(default=1.0, kw_only=True)
+    mask: Any = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        window = StepWindow.parse(self.self_replace_steps)
+        self._normalise(self_replace_steps=(window.start, window.stop), strength=Strength.parse(self.strength))
+        if self.mask is not None and not isinstance(self.mask, MaskImage | WordMask | RunningWordMask):
+            self._normalise(mask=MaskImage(self.mask))
+
+    @property
+    def window(self) -> StepWindow:
+        """The steps in which maps are replaced: ``edit.window.steps(total)`` is a range."""
+        return StepWindow(*self.self_replace_steps)
+
+    def active(self, step: Step) -> bool:
+        return step in self.window
+
+    def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        deepest = max((site.level for site in sites), default=1)
+        return LayerSelection.parse("self", levels=range(1, max(deepest, 1) + 1)).match(sites)
+
+    def begin(self) -> FreePromptEdit:
+        return replace(self, mask=self.mask.begin()) if isinstance(self.mask, WordMask) else self
+
+    def watchers(self) -> tuple[Watcher, ...]:
+        return (self.mask.collector,) if isinstance(self.mask, RunningWordMask) else ()
+
+    def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product | Sequence[Product]]:
+        strength = self.strength.at(site, step, self.window)
+        products: dict[int, Product | Sequence[Product]] = {}
+        for source, target in roles.pairs():
+            weight = strength if self.mask is None else self._masked(strength, site, roles, source)
+            if isinstance(weight, float) and weight == 0.0:
+                continue
+            replaced = Product(query=source, keys=(source,), values=(target,), weight=weight)
+            if isinstance(weight, float) and weight == 1.0:
+                products[target] = replaced
+            else:
+                own = Product(query=target, keys=(target,), values=(target,), weight=1.0 - weight)
+                products[target] = (replaced, own)
+        return products
+
+    def _masked(self, strength: float, site: Site, roles: BatchRoles, source: int) -> float | torch.Tensor:
+        mask = self.mask.begin() if isinstance(self.mask, WordMask) else self.mask
+        weights = strength * mask.weights(site, roles, source)
+        # A mask that is one number in this layer saves a map. Heat lives on the device, where asking would wait for it.
+        if weights.device.type == "cpu" and bool((weights == weights[0]).all()):
+            return float(weights[0])
+        return weights

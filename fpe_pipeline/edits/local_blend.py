@@ -1,0 +1,117 @@
+"""Local blend: what lies outside the words of interest stays the source image's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..products import Product
+from ..roles import BatchRoles
+from ..schedule import Step
+from ..selection import whole_numbers
+from ..sites import Site
+from ..watching import HeatCollector, Watcher
+from .base import Edit
+from .masks import _unit, blended_sites
+from .prompt_to_prompt import tokenize_prompts
+
+__all__ = ["LocalBlend"]
+
+
+@dataclass(frozen=True)
+class LocalBlend(Edit):
+    """Prompt-to-Prompt's local blend, beside any edit: ``PromptToPromptEdit(…) + LocalBlend(…)``.
+
+    After each step, a target's latents outside a mask become the source's. The mask is where the heat of the chosen
+    words, in the source's or in the target's own edited cross-attention, summed over the steps so far, exceeds a
+    share of its largest value. Heat is a few more value columns of the layers' products; no map is stored.
+
+    Args:
+        prompts: the source prompt and its targets, in the order of the pipeline call.
+        tokenizer: the pipeline's.
+        words: for each prompt a word, or several, of it.
+        threshold: share of the largest heat.
+        start: a share s of the run; the first ``int(T·s)`` steps are not blended.
+        levels: levels of cross-attention whose heat is read; default: level 2, which is 16² tokens at 512 px.
+
+    Raises:
+        ValueError: a prompt without its word, or a number outside [0, 1].
+
+    Reference: Hertz et al., "Prompt-to-Prompt Image Editing with Cross-Attention Control", ICLR 2023.
+    """
+
+    prompts: Sequence[str]
+    tokenizer: Any = field(repr=False, compare=False)
+    words: Sequence[str | Sequence[str]]
+    threshold: float = 0.3
+    start: float = field(default=0.0, kw_only=True)
+    levels: Any = field(default=None, kw_only=True)
+    _tokens: tuple[tuple[int, ...], ...] = field(default=(), init=False, repr=False, compare=False)
+    _length: int = field(default=0, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        prompts = tokenize_prompts(self.prompts, self.tokenizer)
+        given = (self.words,) if isinstance(self.words, str) else tuple(self.words)
+        words = tuple((entry,) if isinstance(entry, str) else tuple(entry) for entry in given)
+        if len(words) != len(prompts) or not all(words):
+            raise ValueError(f"expected a word, or several, for each of {len(prompts)} prompts, got {self.words!r}")
+        values = {
+            "prompts": tuple(prompt.text for prompt in prompts),
+            "words": words,
+            "threshold": _unit(self.threshold, "threshold"),
+            "start": _unit(self.start, "start"),
+            "levels": None if self.levels is None else whole_numbers("levels", self.levels),
+            "_tokens": tuple(
+                tuple(sorted({token for word in entry for token in prompt.find(word)}))
+                for prompt, entry in zip(prompts, words, strict=True)
+            ),
+            "_length": prompts[0].length,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
+        return {}
+
+    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        return ()
+
+    def watchers(self) -> tuple[Watcher, ...]:
+        return (_Blend(self),)
+
+
+class _Blend(HeatCollector):
+    blends = True
+
+    def __init__(self, edit: LocalBlend) -> None:
+        super().__init__(
+            [[tokens] for tokens in edit._tokens], edit._length, lambda sites: blended_sites(sites, edit.levels)
+        )
+        self._edit = edit
+
+    def blend(self, latents: torch.Tensor, step: Step, roles: BatchRoles) -> torch.Tensor:
+        if step.index < int(step.total * self._edit.start):
+            return latents
+        rows = roles.select(conditional=True)
+        if latents.shape[0] != len(rows):
+            raise ValueError(
+                f"a local blend needs latents for each of the batch's {len(rows)} images, got {latents.shape[0]} rows"
+            )
+        masks = {row: self._mask(row, latents) for row in self.rows}
+        out = latents.clone()
+        for source, target in roles.pairs():
+            if source in masks and target in masks:
+                mask, here, there = masks[source] | masks[target], rows.index(target), rows.index(source)
+                out[here] = torch.where(mask, latents[here], latents[there])
+        return out
+
+    def _mask(self, row: int, latents: torch.Tensor) -> torch.Tensor:
+        """[1, h, w]: where the words are, at the latents' resolution."""
+        heat = self.heat(row)
+        assert heat is not None
+        heat = torch.nn.functional.max_pool2d(heat[None], 3, stride=1, padding=1)
+        heat = torch.nn.functional.interpolate(heat, size=latents.shape[-2:])[0]
+        return heat / heat.amax() > self._edit.threshold

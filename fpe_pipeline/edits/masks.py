@@ -1,0 +1,242 @@
+"""How strongly an edit acts where: a strength for each step and level, and a mask over the image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+import torch
+
+from ..alignment import tokenize
+from ..roles import BatchRoles
+from ..schedule import Step, StepWindow
+from ..selection import LayerSelection, whole_numbers
+from ..sites import Site
+from ..watching import HeatCollector, resize_maps
+
+__all__ = ["MaskImage", "Strength", "WordMask", "blended_sites"]
+
+Schedule = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Strength:
+    """A number in [0, 1] for each step and level; made by :meth:`parse`.
+
+    Args:
+        by_level: schedules by level; None stands for every level that is not named.
+        function: in place of both.
+    """
+
+    by_level: tuple[tuple[int | None, Schedule], ...] = ((None, (1.0,)),)
+    function: Callable[[Site, Step], float] | None = None
+
+    @classmethod
+    def parse(cls, value: Any) -> Strength:
+        """From what users write.
+
+        Args:
+            value: a number; a sequence of numbers, spread evenly over the edit's steps with straight lines between
+                them, so that ``(1, 0)`` fades out; a mapping from level to either; or a function of site and step.
+
+        Raises:
+            ValueError: anything else, or numbers outside [0, 1].
+        """
+        if isinstance(value, Strength):
+            return value
+        if callable(value) and not isinstance(value, torch.Tensor):
+            return cls((), value)
+        if isinstance(value, Mapping):
+            if not value:
+                raise ValueError("expected a strength for at least one level, got an empty mapping")
+            levels = [(whole_numbers("a level of strength=", [level])[0], _schedule(v)) for level, v in value.items()]
+            return cls(tuple(sorted(levels)))
+        return cls(((None, _schedule(value)),))
+
+    def at(self, site: Site, step: Step, window: StepWindow) -> float:
+        """The strength at a site in a step of the window."""
+        if self.function is not None:
+            return _unit(self.function(site, step), "the strength that the function gave")
+        by_level = dict(self.by_level)
+        schedule = by_level.get(site.level, by_level.get(None, (1.0,)))
+        steps = window.steps(step.total)
+        if len(schedule) == 1 or len(steps) < 2:
+            return schedule[0]
+        place = (step.index - steps.start) / (len(steps) - 1) * (len(schedule) - 1)
+        before = min(max(int(place), 0), len(schedule) - 2)
+        share = place - before
+        return (1 - share) * schedule[before] + share * schedule[before + 1]
+
+
+class MaskImage:
+    """A mask as large as the image, in any resolution: white (1) where an edit acts fully, black (0) where not at all.
+
+    A token's weight is the mask's mean over the token's part of the image.
+
+    Args:
+        image: a PIL image (taken as grey), or an array or tensor [h, w]: bool, 8-bit integers, or floats in [0, 1].
+
+    Raises:
+        ValueError: another shape or values outside [0, 1].
+    """
+
+    def __init__(self, image: Any) -> None:
+        self.values = _mask_values(image)  # [h, w], float64
+        self._weights: dict[tuple[int, int], torch.Tensor] = {}
+
+    def __repr__(self) -> str:
+        height, width = self.values.shape
+        return f"MaskImage({width} x {height}, mean {self.values.mean():.3g})"
+
+    def weights(self, site: Site, roles: BatchRoles, source: int) -> torch.Tensor:
+        """[N], for the tokens of a site.
+
+        Raises:
+            ValueError: the mask's proportions are not the image's.
+        """
+        assert site.grid is not None
+        if site.latent is not None:
+            self._check_proportions(*site.latent)
+        if site.grid not in self._weights:
+            pooled = torch.nn.functional.adaptive_avg_pool2d(self.values[None, None], site.grid)
+            self._weights[site.grid] = pooled.flatten()
+        return self._weights[site.grid]
+
+    def _check_proportions(self, height: int, width: int) -> None:
+        rows, columns = self.values.shape
+        if abs(rows * width / columns - height) >= 1 or abs(columns * height / rows - width) >= 1:
+            raise ValueError(
+                f"the mask has {columns} x {rows} pixels (width x height) and the latents {width} x {height}: make a "
+                "mask of the image's proportions, such as one of its own size"
+            )
+
+
+@dataclass(frozen=True)
+class WordMask:
+    """A mask from the heat of a word: its cross-attention so far in the run, of the source image.
+
+    Until the first step has passed there is no heat, and the edit acts everywhere.
+
+    Args:
+        prompt: the source prompt.
+        word: a word or phrase of it.
+        tokenizer: the pipeline's.
+        threshold: share of the largest heat from which the mask is 1, and 0 below; None keeps it soft, the heat as a
+            share of the largest.
+        invert: act where the word is *not*.
+        levels: levels of cross-attention to read; default as :class:`LocalBlend`.
+
+    Raises:
+        ValueError: the word is not in the prompt.
+    """
+
+    prompt: str
+    word: str
+    tokenizer: Any = field(repr=False, compare=False)
+    threshold: float | None = None
+    invert: bool = False
+    levels: Any = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            _unit(self.threshold, "threshold")
+        if self.levels is not None:
+            object.__setattr__(self, "levels", whole_numbers("levels", self.levels))
+        tokenize(self.prompt, self.tokenizer).find(self.word)
+
+    def begin(self) -> RunningWordMask:
+        """The mask of one session."""
+        return RunningWordMask(self)
+
+
+class RunningWordMask:
+    """A :class:`WordMask` in a session, with the heat so far."""
+
+    def __init__(self, mask: WordMask) -> None:
+        self._mask = mask
+        tokenized = tokenize(mask.prompt, mask.tokenizer)
+        self.collector = _SourceHeat(
+            tokenized.find(mask.word), tokenized.length, lambda sites: blended_sites(sites, mask.levels)
+        )
+
+    def weights(self, site: Site, roles: BatchRoles, source: int) -> torch.Tensor:
+        """[N], for the tokens of a site."""
+        assert site.grid is not None
+        heat = self.collector.heat(source)
+        if heat is None:
+            return torch.ones(site.grid[0] * site.grid[1], dtype=torch.float64)
+        share = heat / heat.amax().clamp_min(torch.finfo(heat.dtype).tiny)
+        share = resize_maps(share, site.grid)[0].flatten()
+        if self._mask.threshold is not None:
+            share = (share >= self._mask.threshold).to(share)
+        return 1 - share if self._mask.invert else share
+
+
+class _SourceHeat(HeatCollector):
+    """Heat of one word in every source row."""
+
+    def __init__(self, tokens: Sequence[int], length: int, selection: Any) -> None:
+        super().__init__([[tokens]], length, selection)
+
+    def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
+        (column,) = self._columns
+        return {} if column is None else dict.fromkeys(roles.sources, column)
+
+
+def blended_sites(sites: tuple[Site, ...], levels: tuple[int, ...] | None) -> tuple[Site, ...]:
+    """Cross-attention layers of encoder and decoder whose heat says where a word is.
+
+    By default those of level 2 (16² tokens at 512 px in SD 1.x and 2.x), or of the deepest level where there are none.
+    """
+    cross = tuple(site for site in LayerSelection.parse("cross").match(sites) if site.place != "mid")
+    if levels is None:
+        levels = (min(2, max((site.level for site in cross), default=2)),)
+        if not any(site.level in levels for site in cross):
+            levels = (max((site.level for site in cross), default=2),)
+    return LayerSelection.parse("cross", levels=levels).match(cross)
+
+
+def _schedule(value: Any) -> Schedule:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if not value:
+            raise ValueError("expected a strength for at least one step, got an empty sequence")
+        return tuple(_unit(number, "strength") for number in value)
+    return (_unit(value, "strength"),)
+
+
+def _unit(value: Any, name: str) -> float:
+    if hasattr(value, "item"):
+        value = value.item()
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else float("nan")
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"expected {name} to be a number in [0, 1], got {value!r}")
+    return number
+
+
+def _mask_values(image: Any) -> torch.Tensor:
+    if hasattr(image, "getbands"):  # PIL
+        largest = {"I;16": 65535.0, "I;16B": 65535.0, "I": 65535.0, "F": 1.0}.get(image.mode)
+        if largest is None:
+            image, largest = image.convert("L"), 255.0
+        width, height = image.size
+        values = torch.tensor(list(image.tobytes()) if image.mode == "L" else list(image.getdata()))
+        values = values.double().reshape(height, width) / largest
+    else:
+        values = torch.as_tensor(image).detach().cpu()
+        if not values.is_floating_point() and values.dtype not in (torch.bool, torch.uint8):
+            raise ValueError(f"expected a mask of bools, 8-bit integers or floats in [0, 1], got {values.dtype}")
+        values = values.double() / (255.0 if values.dtype == torch.uint8 else 1.0)
+        if values.ndim == 3 and 1 in (values.shape[0], values.shape[-1]):
+            values = values.squeeze(0 if values.shape[0] == 1 else -1)
+    if values.ndim != 2 or 0 in values.shape:
+        raise ValueError(f"expected a mask [height, width], got shape {tuple(values.shape)}")
+    if not bool(((values >= 0) & (values <= 1)).all()):  # NaN fails too
+        raise ValueError(
+            f"expected mask values in [0, 1], got {values.min().item():.4g} to {values.max().item():.4g}: divide by "
+            "the largest, or pass 8-bit integers"
+        )
+    return values

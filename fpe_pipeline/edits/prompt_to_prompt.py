@@ -1,0 +1,215 @@
+"""Prompt-to-Prompt: word swap, refinement and re-weighting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any, Literal
+
+import torch
+
+from ..alignment import Alignment, TokenizedPrompt, align_refine, align_replace, tokenize
+from ..products import Product
+from ..roles import BatchRoles
+from ..schedule import Step, StepWindow
+from ..selection import LayerSelection
+from ..sites import Site
+from .base import SelfAttentionEdit
+
+__all__ = ["PromptToPromptEdit", "tokenize_prompts"]
+
+_ALIGN = {"replace": align_replace, "refine": align_refine}
+
+
+@dataclass(frozen=True)
+class PromptToPromptEdit(SelfAttentionEdit):
+    """Prompt-to-Prompt: a target's cross-attention columns are those of the source's words in their place.
+
+    With a mapper M of source tokens to target tokens, α the replaced tokens at this step and c their weights, the
+    target's map ``(A_source M) diag(α c) + A_target diag(1 - α)`` times its values is, on the values' side,
+    ``A_source @ (M (α c ⊙ v)) + A_target @ ((1 - α) ⊙ v)``. Self-attention maps are replaced as a whole. Only the
+    conditional half is edited.
+
+    Args:
+        prompts: the source prompt and its targets, in the order of the pipeline call.
+        tokenizer: the pipeline's (of SDXL's two, either: they have one vocabulary).
+        align: ``"replace"`` pairs words by their place and wants equally many; ``"refine"`` pairs the words that the
+            prompts have in common, and the target's other words keep their own columns.
+        cross_replace_steps: a number s for the steps ``[0, int((T + 1)·s))``, or a pair, or a mapping with either
+            for some words of the targets and, under ``"default_"``, for all others (default: all steps).
+        self_replace_steps: a number s for the steps ``[0, int(T·s))``, or a pair; 0 leaves self-attention alone.
+        weights: factors of words of the targets, such as ``{"fluffy": 3.0, "red": -1.0}``, while they are replaced.
+            As in the original, maps are not renormalised.
+        source_of: for each prompt, the index of its source; default: all from prompt 0. As the session's.
+        compat: ``"original"`` for the mappers of the authors' code, which does not move the tokens after a word whose
+            number of tokens changes.
+        levels, max_tokens, layers: at most one, to choose the *self-attention* layers; default: levels from 2 on,
+            which is what the original's limit of 16² tokens means at 512 px. Cross-attention is edited everywhere.
+
+    Raises:
+        ValueError: prompts that do not align, words that are in no target, factors that are no numbers.
+
+    Reference: Hertz et al., "Prompt-to-Prompt Image Editing with Cross-Attention Control", ICLR 2023.
+    """
+
+    prompts: Sequence[str]
+    tokenizer: Any = field(repr=False, compare=False)
+    align: Literal["replace", "refine"] = "replace"
+    cross_replace_steps: Any = 0.8
+    self_replace_steps: Any = 0.4
+    weights: Any = ()
+    source_of: Sequence[int] | None = field(default=None, kw_only=True)
+    compat: Literal["original"] | None = field(default=None, kw_only=True)
+    _targets: dict[int, _Target] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.align not in _ALIGN:
+            raise ValueError(f"expected align to be one of {sorted(_ALIGN)}, got {self.align!r}")
+        if self.compat not in (None, "original"):
+            raise ValueError(f'expected compat to be None or "original", got {self.compat!r}')
+        prompts = tokenize_prompts(self.prompts, self.tokenizer)
+        if len(prompts) < 2:
+            raise ValueError(f"expected the source prompt and at least one target, got {len(prompts)} prompt(s)")
+        sources = (0,) * len(prompts) if self.source_of is None else tuple(self.source_of)
+        if len(sources) != len(prompts) or not all(0 <= source < len(prompts) for source in sources):
+            raise ValueError(f"expected source_of to name a source for each of {len(prompts)} prompts, got {sources}")
+        window = StepWindow.parse(self.self_replace_steps)
+        self._normalise(
+            prompts=tuple(prompt.text for prompt in prompts),
+            self_replace_steps=(window.start, window.stop),
+            cross_replace_steps=_word_windows(self.cross_replace_steps),
+            weights=_factors(self.weights),
+            source_of=sources,
+        )
+        targets = {number: prompts[number] for number, source in enumerate(sources) if source != number}
+        for word in [*dict(self.weights), *(word for word, _ in self.cross_replace_steps if word is not None)]:
+            if not any(target.contains(word) for target in targets.values()):
+                raise ValueError(
+                    f"the word {word!r} is in none of the target prompts {[target.text for target in targets.values()]}"
+                )
+        for number, target in targets.items():
+            alignment = _ALIGN[self.align](prompts[sources[number]], target, self.compat)
+            self._targets[number] = _Target(target, alignment, self.cross_replace_steps, dict(self.weights))
+
+    def active(self, step: Step) -> bool:
+        return step in self._window or any(any(target.replaced(step)) for target in self._targets.values())
+
+    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        chosen = set(super().select(sites)) if self.self_replace_steps[1] > self.self_replace_steps[0] else set()
+        if any(window.stop > window.start for _, window in self.cross_replace_steps):
+            chosen |= set(LayerSelection.parse("cross").match(sites))
+        return tuple(site for site in sites if site in chosen)
+
+    def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        deepest = max((site.level for site in sites), default=2)
+        return LayerSelection.parse("self", levels=range(min(2, deepest), deepest + 1)).match(sites)
+
+    def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product | Sequence[Product]]:
+        if site.kind == "self":
+            return {t: Product(s, (s,), (t,)) for s, t in roles.pairs()} if step in self._window else {}
+        products = {}
+        for source, target in roles.pairs():
+            number = roles.prompt_of(target)
+            if number not in self._targets or self._sources[number] != roles.prompt_of(source):
+                raise ValueError(
+                    f"the batch edits prompt {number} from prompt {roles.prompt_of(source)}, which is not how the edit "
+                    f"aligned its {len(self.prompts)} prompts: give it the pipeline call's prompts, in their order, "
+                    "and the session's source_of"
+                )
+            terms = self._targets[number].products(source, target, step)
+            if terms:
+                products[target] = terms
+        return products
+
+    @property
+    def _sources(self) -> tuple[int, ...]:
+        return tuple(self.source_of or ())
+
+    @property
+    def _window(self) -> StepWindow:
+        return StepWindow(*self.self_replace_steps)
+
+
+def tokenize_prompts(prompts: Any, tokenizer: Any) -> list[TokenizedPrompt]:
+    """A pipeline call's prompts, as the text encoder sees them; TypeError where one is no text."""
+    if isinstance(prompts, str):
+        raise TypeError(f"expected a list of prompts, the source's first, got the text {prompts!r}")
+    prompts = list(prompts)
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompts must be text, got {type(prompt).__name__}: {prompt!r}")
+    return [tokenize(prompt, tokenizer) for prompt in prompts]
+
+
+class _Target:
+    """One target's columns: which of them are the source's at a step, and with what factor."""
+
+    def __init__(
+        self,
+        prompt: TokenizedPrompt,
+        alignment: Alignment,
+        windows: Sequence[tuple[str | None, StepWindow]],
+        weights: Mapping[str, float],
+    ) -> None:
+        self._alignment = alignment
+        # The window of all tokens, then those of words, which go before it.
+        self._windows = [
+            (slice(None) if word is None else list(prompt.find(word)), window)
+            for word, window in windows
+            if word is None or prompt.contains(word)
+        ]
+        self._factors = torch.ones(prompt.length, dtype=torch.float64)
+        for word, factor in weights.items():
+            if prompt.contains(word):
+                self._factors[list(prompt.find(word))] = factor
+        self._mixings: dict[tuple[bool, ...], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+
+    def replaced(self, step: Step) -> tuple[bool, ...]:
+        """For each window, whether the step is in it."""
+        return tuple(step.index in window.steps(step.total + 1) for _, window in self._windows)
+
+    def products(self, source: int, target: int, step: Step) -> tuple[Product, ...]:
+        """The target row's products; none where it keeps its own map."""
+        replaced = self.replaced(step)
+        if replaced not in self._mixings:
+            self._mixings[replaced] = self._mix(replaced)
+        of_source, of_target = self._mixings[replaced]
+        if of_source is None:
+            return ()
+        replaced_columns = Product(source, (source,), (target,), mixing=of_source)
+        if of_target is None:
+            return (replaced_columns,)
+        return replaced_columns, Product(target, (target,), (target,), mixing=of_target)
+
+    def _mix(self, replaced: tuple[bool, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        alpha = torch.zeros_like(self._factors)
+        for (tokens, _), on in zip(self._windows, replaced, strict=True):
+            alpha[tokens] = float(on)
+        if not alpha.any():
+            return None, None
+        kept, factors = self._alignment.kept, self._factors
+        own = (1 - kept) * factors * alpha + (1 - alpha)
+        return self._alignment.mapper * (kept * factors * alpha), torch.diag(own) if own.any() else None
+
+
+def _word_windows(steps: Any) -> tuple[tuple[str | None, StepWindow], ...]:
+    """(word, window) pairs, the default's first, whose word is None."""
+    if not isinstance(steps, Mapping) and not _is_normalised(steps):
+        return ((None, StepWindow.parse(steps)),)
+    given = dict(steps)
+    default = given.pop("default_", given.pop(None, (0.0, 1.0)))
+    return ((None, StepWindow.parse(default)), *((word, StepWindow.parse(value)) for word, value in given.items()))
+
+
+def _is_normalised(steps: Any) -> bool:
+    return isinstance(steps, tuple) and all(isinstance(item, tuple) and len(item) == 2 for item in steps)
+
+
+def _factors(weights: Any) -> tuple[tuple[str, float], ...]:
+    factors = dict(weights)
+    for word, factor in factors.items():
+        if not isinstance(word, str) or isinstance(factor, bool) or not isfinite(float(factor)):
+            raise ValueError(f"expected weights={{word: factor}} with finite factors, got {word!r}: {factor!r}")
+    return tuple((word, float(factor)) for word, factor in factors.items())

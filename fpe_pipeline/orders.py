@@ -1,0 +1,110 @@
+"""From an edit and its watchers to what each layer's processor is to do in one UNet call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .edits import Edit
+from .evaluation import RowMap
+from .products import ProductPlan, plan_products
+from .roles import BatchRoles
+from .schedule import Step
+from .sites import Site
+from .watching import Watcher
+
+__all__ = ["Order", "make_orders"]
+
+Deliver = Callable[[Mapping[int, torch.Tensor], Mapping[int, RowMap]], None]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a processor is to do in the UNet call at hand.
+
+    Args:
+        site: the layer.
+        plan: its products.
+        backend: of ``shared_attention``.
+        edited: whether an edit asked for the products; otherwise the layer is only watched.
+        columns: for some rows, what their map is to be multiplied with beside the values [M', C].
+        maps: rows whose map is to be delivered as an operator.
+        deliver: takes both.
+    """
+
+    site: Site
+    plan: ProductPlan
+    backend: str = "auto"
+    edited: bool = True
+    columns: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    maps: tuple[int, ...] = ()
+    deliver: Deliver | None = None
+
+
+def make_orders(
+    edit: Edit,
+    sites: Sequence[Site],
+    watchers: Sequence[tuple[Watcher, Sequence[Site]]],
+    step: Step,
+    roles: BatchRoles,
+    backend: str,
+) -> dict[str, Order]:
+    """Orders by layer path; layers without one are left to the processor that they had.
+
+    Args:
+        sites: those that the edit selected; none where it is not active.
+        watchers: each with the sites that it selected.
+    """
+    asked = {site.path: (site, edit.products(site, step, roles)) for site in sites}
+    asking: dict[str, list[Watcher]] = {}
+    for watcher, watched in watchers:
+        for site in watched:
+            asked.setdefault(site.path, (site, {}))
+            asking.setdefault(site.path, []).append(watcher)
+    orders = {}
+    for path, (site, products) in asked.items():
+        wanted = _Wanted(site, step, roles, asking.get(path, ()))
+        if products or wanted:
+            orders[path] = Order(
+                site,
+                plan_products(products, roles.rows),
+                backend,
+                bool(products),
+                wanted.columns,
+                wanted.maps,
+                wanted.deliver if wanted else None,
+            )
+    return orders
+
+
+class _Wanted:
+    """What the watchers of a layer want together, and handing each its part."""
+
+    def __init__(self, site: Site, step: Step, roles: BatchRoles, watchers: Sequence[Watcher]) -> None:
+        self._context = (site, step, roles)
+        self._parts: list[tuple[Watcher, dict[int, slice], tuple[int, ...]]] = []
+        pieces: dict[int, list[torch.Tensor]] = {}
+        for watcher in watchers:
+            columns, maps = watcher.columns(site, step, roles), tuple(watcher.maps(site, step, roles))
+            where = {}
+            for row, given in columns.items():
+                start = sum(piece.shape[-1] for piece in pieces.get(row, ()))
+                where[row] = slice(start, start + given.shape[-1])
+                pieces.setdefault(row, []).append(given)
+            if columns or maps:
+                self._parts.append((watcher, where, maps))
+        self.columns = {row: given[0] if len(given) == 1 else torch.cat(given, -1) for row, given in pieces.items()}
+        self.maps = tuple(sorted({row for _, _, maps in self._parts for row in maps}))
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def deliver(self, columns: Mapping[int, torch.Tensor], maps: Mapping[int, RowMap]) -> None:
+        for watcher, where, rows in self._parts:
+            watcher.receive(
+                *self._context,
+                {row: columns[row][..., part] for row, part in where.items()},
+                {row: maps[row] for row in rows},
+            )
