@@ -151,7 +151,6 @@ class FreePromptPipeline(StableDiffusionPipeline):
         call = Call(count, num_images_per_prompt)
         tasks: list[Task] = []
         if inversion is not None:
-            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
             inversion.check(self.scheduler, guidance_scale)
             tasks.append(FollowInversion(call, inversion))
             if inversion.unconditional is not None:
