@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .output import FreePromptPipelineOutput
     from .pipeline import FreePromptPipeline
     from .products import Product
+    from .recording import Recording
     from .roles import BatchRoles
     from .session import EditingSession, editing
     from .sites import Site
@@ -26,6 +27,7 @@ _HOME = {
     "Inversion": "inversion",
     "NullText": "null_text",
     "Product": "products",
+    "Recording": "recording",
     "Site": "sites",
     "ddim_scheduler": "noise_schedule",
     "editing": "session",
@@ -41,6 +43,7 @@ __all__ = [
     "Inversion",
     "NullText",
     "Product",
+    "Recording",
     "Site",
     "ddim_scheduler",
     "editing",

@@ -122,9 +122,7 @@ class EditAttnProcessor:
 
         query, key, value = _project(attn, self.inner, order.plan, hidden_states, context)
         bias = mask_bias(attention_mask, order.plan.rows, attn.heads, key)
-        hidden_states = evaluate(
-            order.plan, query, key, value, scale=attn.scale, bias=bias, backend=order.backend
-        )  # [B, H, N, E]
+        hidden_states = self.attend(order, query, key, value, attn.scale, bias)  # [B, H, N, E]
 
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(value.tensor.dtype)  # [B, N, H·E]
         hidden_states = attn.to_out[0](hidden_states)
@@ -134,6 +132,12 @@ class EditAttnProcessor:
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
+
+    def attend(
+        self, order: Order, query: Rows, key: Rows, value: Rows, scale: float, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The layer's attention [B, H, N, E] from the projected rows that the order's plan names."""
+        return evaluate(order.plan, query, key, value, scale=scale, bias=bias, backend=order.backend)
 
 
 class _SignatureOf:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
 from PIL import Image
 
@@ -38,7 +38,7 @@ from .settings import Settings
 from .staging import staged
 
 if TYPE_CHECKING:
-    from .inversion import Inversion
+    from .inversion import Inversion, Method
     from .pipeline import FreePromptPipeline
 
 __all__ = ["Run", "Settings", "differences", "execute", "photo_of", "pixel_hash", "read_record", "versions", "write"]
@@ -209,7 +209,9 @@ def _invert(pipe: FreePromptPipeline, settings: Settings, progress: bool) -> Inv
             settings.source,
             num_inference_steps=settings.steps,
             guidance_scale=settings.inversion_guidance,
-            method=NullText(settings.guidance) if settings.inversion == "null-text" else settings.inversion,
+            method=NullText(settings.guidance)
+            if settings.inversion == "null-text"
+            else cast("Method", settings.inversion),
             height=height,
             width=width,
         )
