@@ -38,6 +38,7 @@ Packed = dict[str, torch.Tensor]
 
 FORMAT = 1
 INDEX = "index.json"
+_STEP = "step-"
 
 
 def pack(attention: AttentionMap, precision: Precision) -> Packed:
@@ -231,7 +232,7 @@ class FileStore(MapStore):
 
     @property
     def nbytes(self) -> int:
-        return sum(entry["bytes"] for entry in self._files.values())
+        return sum(entry["bytes"] for name, entry in self._files.items() if name.startswith(_STEP))
 
     def _check_file(self, name: str, expected: dict[str, Any]) -> None:
         path = self.folder / name
@@ -250,4 +251,4 @@ class FileStore(MapStore):
 
 
 def _step_file(step: int) -> str:
-    return f"step-{step:04d}.safetensors"
+    return f"{_STEP}{step:04d}.safetensors"

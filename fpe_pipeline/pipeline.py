@@ -86,7 +86,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **options: Any,
     ) -> FreePromptPipelineOutput | tuple:
-        """Make the source image and its edits; all prompts start from the same noise.
+        """Make the source image and its edits, all from the same noise: a `FreePromptPipelineOutput`, or a tuple.
 
         Args:
             prompt: the source prompt; or, without `target_prompt`, a list of the source and its targets. A source
@@ -119,9 +119,6 @@ class FreePromptPipeline(StableDiffusionPipeline):
                 `keep_source=False` tensors lose their source rows after the step at which these are dropped.
             **options: what else `StableDiffusionPipeline` takes: `eta`, `timesteps`, `sigmas`, `clip_skip`,
                 `guidance_rescale`, `cross_attention_kwargs`, `ip_adapter_image`, `ip_adapter_image_embeds`.
-
-        Returns:
-            `FreePromptPipelineOutput`, or a tuple.
 
         Raises:
             TypeError: an unknown option, or prompts that are not text.

@@ -233,8 +233,8 @@ def edit(
     here = fingerprint(pipe)
     if here != recording.model:
         raise ValueError(
-            f"the recording is of another model: {recording.model[:12]}… there and {here[:12]}… here; weights, adapters, "
-            "dtype and configurations must be those that it was made with"
+            f"the recording is of another model: {recording.model[:12]}… there and {here[:12]}… here; weights, "
+            "adapters, dtype and configurations must be those that it was made with"
         )
     steps = recording.schedule.steps
     pipe.scheduler.set_timesteps(steps)
@@ -243,8 +243,8 @@ def edit(
     window = recorded if self_replace_steps is None else StepWindow.parse(self_replace_steps).steps(steps)
     if window and (window.start < recorded.start or window.stop > recorded.stop):
         raise ValueError(
-            f"self_replace_steps={self_replace_steps} asks for steps {window.start} to {window.stop - 1}; the recording "
-            f"holds {recorded.start} to {recorded.stop - 1}: record with a wider window, or pass a narrower one"
+            f"self_replace_steps={self_replace_steps} asks for steps {window.start} to {window.stop - 1}; the "
+            f"recording holds {recorded.start} to {recorded.stop - 1}: record a wider window, or pass a narrower one"
         )
     tasks: list[Task] = []
     options: dict[str, Any] = {}

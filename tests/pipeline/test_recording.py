@@ -115,11 +115,7 @@ class TestPrecision:
 
     def test_rows_of_rounded_maps_sum_to_one(self):
         query, key = torch.randn(2, 1, 2, 9, 8)
-        attention = (
-            map_store.AttentionMap(query[None] * 4, key[None] * 4)
-            if query.ndim == 3
-            else map_store.AttentionMap(query, key)
-        )
+        attention = map_store.AttentionMap(query, key)
         for precision in map_store.PRECISIONS:
             packed = map_store.pack(attention, precision)
             rounded = map_store.unpack(packed, torch.float32, attention.scale, "auto")
