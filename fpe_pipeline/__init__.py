@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .output import FreePromptPipelineOutput
     from .pipeline import FreePromptPipeline
     from .products import Product
+    from .recording import Recording
     from .roles import BatchRoles
     from .session import EditingSession, editing
     from .sites import Site
@@ -45,6 +46,7 @@ _HOME = {
     "PlugAndPlayEdit": "edits",
     "Product": "products",
     "PromptToPromptEdit": "edits",
+    "Recording": "recording",
     "Site": "sites",
     "StyleAlignedEdit": "edits",
     "WordMask": "edits",
@@ -55,6 +57,7 @@ _HOME = {
 }
 
 __all__ = [
+    "METHODS",
     "BatchRoles",
     "CombinedEdit",
     "Edit",
@@ -65,12 +68,12 @@ __all__ = [
     "HeatMaps",
     "Inversion",
     "LocalBlend",
-    "METHODS",
     "MasaCtrlEdit",
     "NullText",
     "PlugAndPlayEdit",
     "Product",
     "PromptToPromptEdit",
+    "Recording",
     "Site",
     "StyleAlignedEdit",
     "WordMask",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .loading import DTYPES, InputError
-from .runs import Settings
+from .settings import INVERSIONS, Settings
 
 __all__ = ["main"]
 
@@ -27,18 +27,21 @@ OTHER_COMMANDS = {"evaluate": ("quality", "score edits of held-out prompts again
 EDIT_DESCRIPTION = """\
 Make an image of a source prompt and edit it into one or more targets by changing the text only. All images start
 from the same noise; while they are denoised, the targets take the self-attention maps of the source, which keeps its
-layout."""
+layout. With --image, the source is your picture instead: it is inverted to noise first."""
 
 EDIT_EPILOG = """\
 examples:
   fpe edit --source "a photo of a red car on the beach" --target "a photo of a blue car on the beach"
   fpe edit --source "a photo of a cat" --target "a photo of a dog" --target "a photo of a fox" \\
            --model ./stable-diffusion-v1-5 --size 512x512 --guidance 7.5 --seed 3 -o out/pets
+  fpe edit --image beach.jpg --source "a photo of a red car" --target "a photo of a blue car" --inversion direct
   fpe edit --from out/pets/run.json -o out/again          # the same images, bit for bit
   fpe edit --from out/pets/run.json --self-replace 0.4 -o out/looser
 
 The folder receives comparison.png (source, target without control, target with the edit), the images one by one, and
-run.json, which holds every setting, version and timing of the run."""
+run.json, which holds every setting, version and timing of the run. A picture keeps its aspect ratio at the model's own
+number of pixels, or is scaled to cover --size and cut in the middle; photo.png is what the model was given, source.png
+what came back."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -138,6 +141,23 @@ def _add_edit(edit: argparse.ArgumentParser) -> None:
         help="repeat an earlier run; options given beside it replace its settings",
     )
 
+    real = edit.add_argument_group("real images")
+    real.add_argument(
+        "--image", metavar="PATH", help="picture to edit; --source says what it shows, and may be left out"
+    )
+    real.add_argument(
+        "--inversion",
+        choices=INVERSIONS,
+        help="how the source is held to the picture: put back onto it in every step (ddim, direct: to the end), or "
+        f"followed by an optimised or by its own prompt's unconditional half (default: {DEFAULTS.inversion})",
+    )
+    real.add_argument(
+        "--inversion-guidance",
+        type=float,
+        metavar="SCALE",
+        help=f"guidance while the picture is inverted (default: {DEFAULTS.inversion_guidance:g})",
+    )
+
     how = edit.add_argument_group("edit")
     how.add_argument(
         "--self-replace",
@@ -213,6 +233,8 @@ def _edit(options: argparse.Namespace) -> int:
     from .staging import check_writable
 
     given = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
+    if {"inversion", "inversion_guidance"} & given.keys() and not ("image" in given or hasattr(options, "record")):
+        raise InputError("--inversion and --inversion-guidance are about a picture; pass it with --image")
     if "targets" in given:
         given["targets"] = tuple(given["targets"])
     record: dict[str, Any] | None = None
@@ -220,6 +242,8 @@ def _edit(options: argparse.Namespace) -> int:
         settings, record = runs.read_record(options.record)
         settings = settings.changed(**given)
     else:
+        if "image" in given:
+            given.setdefault("source", "")
         missing = [f"--{name}" for name, key in (("source", "source"), ("target", "targets")) if key not in given]
         if missing:
             raise InputError(f"expected {' and '.join(missing)}, or --from with the run.json of an earlier run")
@@ -231,6 +255,7 @@ def _edit(options: argparse.Namespace) -> int:
         settings,
         progress=not options.quiet,
         expected_model=record["model"]["identity_sha256"] if record is not None and same_model else None,
+        expected_photo=runs.photo_of(record) if record is not None and not {"image", "size"} & given.keys() else None,
     )
     _print_paths(runs.write(run, options.output))
     if record is not None and not given:

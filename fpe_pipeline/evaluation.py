@@ -38,6 +38,8 @@ def take(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """``tensor[rows]`` without an index tensor, which would have to be copied to the device; a view where it can be."""
     if len(rows) == tensor.shape[0] and all(row == index for index, row in enumerate(rows)):
         return tensor
+    if not rows:
+        return tensor[:0]
     runs: list[list[int]] = []
     for row in rows:
         if runs and row == runs[-1][1]:

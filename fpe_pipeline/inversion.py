@@ -81,8 +81,9 @@ class Inversion:
         return None
 
     def check(self, scheduler: Any, guidance_scale: float) -> None:
-        """Raise ValueError where a run of ``scheduler`` at ``guidance_scale`` cannot follow this trajectory."""
+        """Set ``scheduler`` to this run; raise ValueError where one at ``guidance_scale`` cannot follow it."""
         require_ddim(scheduler, f"an image inverted by {self.method!r}")
+        scheduler.set_timesteps(self.steps)
         self.schedule.check(scheduler, "inversion")
         if self.null_text is not None and guidance_scale != self.null_text.guidance_scale:
             raise ValueError(

@@ -19,14 +19,16 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from . import inversion as inversions
+from . import recording as recordings
 from .arguments import check_inversion_options, check_positive, check_size, chosen_edit, negative_list, prompt_list
-from .edits import Edit
+from .edits import Edit, FreePromptEdit
 from .inversion import Inversion
 from .noise import row_generators, shared_latents
 from .null_text import NullText
 from .output import FreePromptPipelineOutput
+from .recording import Recording
 from .session import editing
-from .step_end import Call, DropSource, FollowInversion, StepEnd, Task
+from .step_end import Call, DropSource, FollowEmbeddings, FollowInversion, StepEnd, Task
 
 __all__ = ["FreePromptPipeline", "FreePromptPipelineOutput"]
 
@@ -84,7 +86,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **options: Any,
     ) -> FreePromptPipelineOutput | tuple:
-        """Make the source image and its edits; all prompts start from the same noise.
+        """Make the source image and its edits, all from the same noise: a `FreePromptPipelineOutput`, or a tuple.
 
         Args:
             prompt: the source prompt; or, without `target_prompt`, a list of the source and its targets. A source
@@ -118,9 +120,6 @@ class FreePromptPipeline(StableDiffusionPipeline):
             **options: what else `StableDiffusionPipeline` takes: `eta`, `timesteps`, `sigmas`, `clip_skip`,
                 `guidance_rescale`, `cross_attention_kwargs`, `ip_adapter_image`, `ip_adapter_image_embeds`.
 
-        Returns:
-            `FreePromptPipelineOutput`, or a tuple.
-
         Raises:
             TypeError: an unknown option, or prompts that are not text.
             ValueError: an edit, a size, latents or a combination of arguments that cannot be served; before any
@@ -151,10 +150,10 @@ class FreePromptPipeline(StableDiffusionPipeline):
         call = Call(count, num_images_per_prompt)
         tasks: list[Task] = []
         if inversion is not None:
-            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
             inversion.check(self.scheduler, guidance_scale)
             tasks.append(FollowInversion(call, inversion))
             if inversion.unconditional is not None:
+                tasks.append(FollowEmbeddings(inversion.unconditional))
                 negative_prompt_embeds = inversion.unconditional[0].to(self.unet.dtype).expand(count, -1, -1)
         if not keep_source:
             tasks.append(DropSource(call, edit))
@@ -237,6 +236,62 @@ class FreePromptPipeline(StableDiffusionPipeline):
             width=width,
             callback=callback,
         )
+
+    def record(
+        self,
+        prompt: str | None = None,
+        *,
+        self_replace_steps: Any = 0.8,
+        levels: int | Iterable[int] | None = None,
+        max_tokens: int | None = None,
+        layers: str | int | Iterable[str | int] | None = None,
+        **options: Any,
+    ) -> Recording:
+        """Generate the source once and keep what Free-Prompt-Editing needs of it, for any number of edits.
+
+        Args:
+            prompt: the source's; default with `inversion`: its prompt.
+            self_replace_steps, levels, max_tokens, layers: what to keep, as in `FreePromptEdit`; edits may replace
+                fewer steps.
+            **options: `placement` ("device", "cpu" or a new folder), `precision` ("exact", "half" or "int8-keys";
+                `Recording.error` is what it costs), `budget_bytes` (refuse to record more; the estimate goes to
+                standard error unless progress bars are off), and of the run: `inversion`, `latents` [1, C, h, w],
+                `generator`, `height`, `width`, `num_inference_steps`, `guidance_scale`, `negative_prompt`, `backend`.
+
+        Returns:
+            `Recording`; one in a folder is read again by `Recording.load`.
+
+        Raises:
+            ValueError: a scheduler that draws noise in each step, a budget that is too small, layers that match
+                nothing; before any denoising.
+            InputError: a folder that is not empty or cannot be written.
+        """
+        edit = FreePromptEdit(self_replace_steps, levels=levels, max_tokens=max_tokens, layers=layers)
+        return recordings.record(self, prompt, edit=edit, **options)
+
+    @torch.no_grad()
+    def edit(
+        self, recording: Recording, target_prompt: str | Sequence[str], **options: Any
+    ) -> FreePromptPipelineOutput:
+        """Edit a recorded source into target prompts; the source itself is not denoised again.
+
+        Args:
+            recording: from `record` or `Recording.load`, made with this model, scheduler and dtype.
+            target_prompt: one or more prompts.
+            **options: `self_replace_steps` (fewer steps than were recorded), `output_type`, `backend`.
+
+        Returns:
+            The targets' images, to rounding those of ``pipe(source, targets)`` (where the recording is exact).
+
+        Raises:
+            ValueError: a recording of another model or schedule, or of fewer steps than are asked for.
+        """
+        return recordings.edit(self, recording, target_prompt, **options)
+
+    @property
+    def progress_is_hidden(self) -> bool:
+        """Whether ``set_progress_bar_config(disable=True)`` asked for silence."""
+        return bool(getattr(self, "_progress_bar_config", {}).get("disable"))
 
     @property
     def native_size(self) -> tuple[int, int]:

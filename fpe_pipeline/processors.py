@@ -116,13 +116,7 @@ class EditAttnProcessor:
 
         query, key, value = _project(attn, self.inner, order.plan, hidden_states, context)
         bias = mask_bias(attention_mask, order.plan.rows, attn.heads, key)
-        options: dict[str, Any] = {"scale": attn.scale, "bias": bias, "backend": order.backend}
-        self.bytes = _bytes(order.plan, query, key, value)
-        hidden_states, heat = evaluate_with_columns(
-            order.plan, query, key, value, order.columns, **options
-        )  # [B, H, N, E]
-        if order.deliver is not None:
-            order.deliver(heat, {row: row_map(order.plan, row, query, key, **options) for row in order.maps})
+        hidden_states = self.attend(order, query, key, value, attn.scale, bias)  # [B, H, N, E]
 
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(value.tensor.dtype)  # [B, N, H·E]
         hidden_states = attn.to_out[0](hidden_states)
@@ -132,6 +126,17 @@ class EditAttnProcessor:
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
+
+    def attend(
+        self, order: Order, query: Rows, key: Rows, value: Rows, scale: float, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The layer's attention [B, H, N, E] from the projected rows that the order's plan names."""
+        options: dict[str, Any] = {"scale": scale, "bias": bias, "backend": order.backend}
+        self.bytes = _bytes(order.plan, query, key, value)
+        out, heat = evaluate_with_columns(order.plan, query, key, value, order.columns, **options)
+        if order.deliver is not None:
+            order.deliver(heat, {row: row_map(order.plan, row, query, key, **options) for row in order.maps})
+        return out
 
 
 class _SignatureOf:

@@ -1,6 +1,6 @@
-"""One editing run: its settings, its execution, and the record from which it can be repeated.
+"""One editing run, of a generated or a real image: its execution, and the record from which it can be repeated.
 
-`Settings` holds everything that decides the images. `execute` turns settings into images. `write` puts the images,
+`execute` turns settings into images. `write` puts the images,
 a side-by-side picture and `run.json` into a folder, all or nothing. `read_record` gives the settings back; executing
 them again on the same machine with the same versions gives the same images, bit for bit.
 """
@@ -19,15 +19,13 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
 from PIL import Image
 
 from .loading import (
     EMBEDDED,
     InputError,
-    ModelSource,
-    find_model,
     identity,
     load_pipeline,
     pick_device,
@@ -36,125 +34,50 @@ from .loading import (
     scheduler_settings,
 )
 from .pictures import Comparison, side_by_side
+from .settings import Settings
 from .staging import staged
 
-__all__ = ["Run", "Settings", "differences", "execute", "pixel_hash", "read_record", "versions", "write"]
+if TYPE_CHECKING:
+    from .inversion import Inversion, Method
+    from .pipeline import FreePromptPipeline
+
+__all__ = ["Run", "Settings", "differences", "execute", "photo_of", "pixel_hash", "read_record", "versions", "write"]
 
 RECORD_FORMAT = 1
-SELECTORS = ("levels", "max_tokens", "layers")
 EDIT_LABEL = "target, Free-Prompt-Editing"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything that decides the images of a run.
-
-    Args:
-        source: prompt of the source image.
-        targets: one or more prompts to edit it into.
-        negative: negative prompt of every image; None is the empty prompt.
-        model: "embedded", a folder, a checkpoint file or a hub name.
-        seed: of the noise that all images start from; drawn on the CPU, so the same on every device.
-        steps: denoising steps.
-        guidance: classifier-free guidance scale; 1 or less switches it off.
-        self_replace: (first, last) of the replaced steps, as fractions of all steps.
-        levels, max_tokens, layers: at most one, to choose the replaced self-attention layers as `FreePromptEdit`
-            does.
-        size: (width, height) in pixels; None is the model's own.
-        control: also make each target without the edit, to compare.
-        backend: attention backend, or "auto".
-        dtype: "float32", "float16", "bfloat16" or "auto".
-        device: "cpu", "cuda", "cuda:1", "mps" or "auto".
-        threads: CPU threads of torch; None leaves torch's choice. Sums may round differently with another number.
-    """
-
-    source: str
-    targets: tuple[str, ...]
-    negative: str | None = None
-    model: str = EMBEDDED
-    seed: int = 0
-    steps: int = 50
-    guidance: float = 7.5
-    self_replace: tuple[float, float] = (0.0, 0.8)
-    levels: tuple[int, ...] | None = None
-    max_tokens: int | None = None
-    layers: tuple[str | int, ...] | None = None
-    size: tuple[int, int] | None = None
-    control: bool = True
-    backend: str = "auto"
-    dtype: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-
-    def edit(self):
-        """The `FreePromptEdit` of these settings.
-
-        Raises:
-            InputError: the window or the layer choice makes no sense.
-        """
-        from .edits import FreePromptEdit
-
-        try:
-            return FreePromptEdit(self.self_replace, levels=self.levels, max_tokens=self.max_tokens, layers=self.layers)
-        except (TypeError, ValueError) as error:
-            raise InputError(str(error)) from error
-
-    def changed(self, **given: Any) -> Settings:
-        """These settings with some replaced; a new choice of layers replaces the old one, of whichever kind."""
-        if given.keys() & set(SELECTORS):
-            given = dict.fromkeys(SELECTORS) | given
-        return dataclasses.replace(self, **given)
-
-    def check(self) -> ModelSource:
-        """Check all that can be checked before weights are read, and say where the model is.
-
-        Raises:
-            InputError: what was expected, what came and what to do.
-        """
-        from fpe_kernels import backends
-
-        if not self.source.strip():
-            raise InputError("the source prompt is empty; describe the image to start from")
-        if not self.targets or not all(target.strip() for target in self.targets):
-            raise InputError("expected one or more target prompts with words in them; pass --target")
-        if self.steps < 1:
-            raise InputError(f"steps must be at least 1, received {self.steps}")
-        if not abs(self.guidance) < float("inf"):
-            raise InputError(f"guidance must be a finite number, received {self.guidance}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed must be from 0 to 2^63 - 1, received {self.seed}")
-        self.edit()
-        states = {"auto": "available", **backends()}
-        if states.get(self.backend) != "available":
-            reason = states.get(self.backend, f"there are {', '.join(states)}")
-            raise InputError(f"attention backend '{self.backend}' cannot be used here: {reason}; leave --backend out")
-        pick_dtype(self.dtype, pick_device(self.device))
-        source = find_model(self.model)
-        source.check_size(self.size)
-        return source
-
-
-@dataclass(frozen=True)
 class Run:
-    """What `execute` made: the images by role and prompt order, and the record that `run.json` will hold."""
+    """What `execute` made: the images by role and prompt order, and the record that `run.json` will hold.
+
+    `photo` is the real image as it was cut for the model, None where the source was generated; `source` is then what
+    came back from its inversion.
+    """
 
     settings: Settings
     source: Image.Image
     edited: tuple[Image.Image, ...]
     uncontrolled: tuple[Image.Image, ...] | None
     details: dict[str, Any] = field(repr=False)
+    photo: Image.Image | None = None
 
     def comparisons(self) -> list[Comparison]:
         """One row a target, for `pictures.side_by_side`."""
         plain = self.uncontrolled or (None,) * len(self.edited)
         return [
-            Comparison(self.settings.source, prompt, self.source, edited, without)
+            Comparison(self.settings.source, prompt, self.photo or self.source, edited, without)
             for prompt, edited, without in zip(self.settings.targets, self.edited, plain, strict=True)
         ]
 
     def files(self) -> dict[str, tuple[Image.Image, str, str]]:
         """File name to (image, role, prompt), in the order in which they are reported."""
         named = {"source.png": (self.source, "source", self.settings.source)}
+        if self.photo is not None:
+            named = {
+                "photo.png": (self.photo, "photo", self.settings.source),
+                "source.png": (self.source, "reconstruction", self.settings.source),
+            }
         for number, (prompt, image) in enumerate(zip(self.settings.targets, self.edited, strict=True), start=1):
             named[f"target-{number}.png"] = (image, "edited", prompt)
             if self.uncontrolled is not None:
@@ -175,13 +98,20 @@ class Run:
         }
 
 
-def execute(settings: Settings, *, progress: bool = True, expected_model: str | None = None) -> Run:
+def execute(
+    settings: Settings,
+    *,
+    progress: bool = True,
+    expected_model: str | None = None,
+    expected_photo: str | None = None,
+) -> Run:
     """Make the images of a run: the source and its edits, and each target without control.
 
     Args:
         settings: checked here before weights are read.
         progress: show diffusers' progress bars on standard error.
         expected_model: identity that the loaded model must have, as an earlier record gives it.
+        expected_photo: pixel hash that the real image must have, cut for the model.
 
     Returns:
         A `Run`. Its settings have device, dtype, size and threads filled in, so that they repeat this very run.
@@ -216,6 +146,16 @@ def execute(settings: Settings, *, progress: bool = True, expected_model: str | 
             "guidance_scale": settings.guidance,
             "negative_prompt": settings.negative,
         }
+        inversion = None
+        if settings.image is not None:
+            with clock.measure("invert"):
+                inversion = _invert(pipe, settings, progress)
+            common |= {"inversion": inversion, "height": None, "width": None}
+            if expected_photo not in (None, pixel_hash(inversion.image)):
+                raise InputError(
+                    f"'{settings.image}' is not the picture of the record: its pixels differ; pass --image to edit "
+                    "it all the same"
+                )
 
         def generate(title: str, prompts: list[str], **options: Any) -> list[Image.Image]:
             pipe.set_progress_bar_config(desc=title, disable=not progress, leave=True)
@@ -230,10 +170,15 @@ def execute(settings: Settings, *, progress: bool = True, expected_model: str | 
         source, *edited = generate(
             "edit", [settings.source, *settings.targets], edit=settings.edit(), backend=settings.backend
         )
-        plain = generate("no control", list(settings.targets), self_replace_steps=0) if settings.control else None
+        plain = None
+        if settings.control:
+            # A real image's targets start from its noise, with its source row beside them: it holds the inversion.
+            with_source = [] if inversion is None else [settings.source]
+            plain = generate("no control", [*with_source, *settings.targets], self_replace_steps=0)[len(with_source) :]
         settings = dataclasses.replace(
             settings,
             model=location.location if location.kind != "hub" and settings.model != EMBEDDED else settings.model,
+            image=None if settings.image is None else str(Path(settings.image).resolve()),
             size=source.size,
             dtype=str(dtype).removeprefix("torch."),
             device=device,
@@ -246,7 +191,32 @@ def execute(settings: Settings, *, progress: bool = True, expected_model: str | 
             "backends": backends(),
             "seconds": clock.seconds,
         }
-    return Run(settings, source, tuple(edited), tuple(plain) if plain else None, details)
+    photo = None if inversion is None else inversion.image
+    return Run(settings, source, tuple(edited), tuple(plain) if plain else None, details, photo)
+
+
+def _invert(pipe: FreePromptPipeline, settings: Settings, progress: bool) -> Inversion:
+    """The settings' image, inverted by DDIM on the noise levels of whatever scheduler the model names."""
+    from .noise_schedule import ddim_scheduler
+    from .null_text import NullText
+
+    pipe.scheduler = ddim_scheduler(pipe.scheduler)
+    pipe.set_progress_bar_config(desc="invert", disable=not progress, leave=True)
+    width, height = settings.size or (None, None)
+    try:
+        return pipe.invert(
+            settings.image,
+            settings.source,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.inversion_guidance,
+            method=NullText(settings.guidance)
+            if settings.inversion == "null-text"
+            else cast("Method", settings.inversion),
+            height=height,
+            width=width,
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
 
 
 def write(run: Run, directory: Path) -> list[Path]:
@@ -304,6 +274,11 @@ def read_record(path: Path) -> tuple[Settings, dict[str, Any]]:
             f"'{path}' does not hold settings of this version: {'; '.join(problems)}; make it with fpe edit"
         )
     return Settings(**values), record
+
+
+def photo_of(record: dict[str, Any]) -> str | None:
+    """Pixel hash of the real image that a record's run was given; None where its source was generated."""
+    return record.get("images", {}).get("photo.png", {}).get("pixels_sha256")
 
 
 def differences(run: Run, record: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from .schedule import Step
 if TYPE_CHECKING:
     from .inversion import Inversion
 
-__all__ = ["Call", "DropSource", "FollowInversion", "StepEnd", "Task"]
+__all__ = ["Call", "DropSource", "FollowEmbeddings", "FollowInversion", "StepEnd", "Task"]
 
 
 @dataclass
@@ -72,7 +72,7 @@ class StepEnd:
 
 
 class FollowInversion:
-    """Hold the source to an inverted image: its rows onto the stored latents, or each step's own embedding."""
+    """Put the source rows back onto the stored latents of an inverted image, where its method says so."""
 
     def __init__(self, call: Call, inversion: Inversion) -> None:
         self._call = call
@@ -85,10 +85,18 @@ class FollowInversion:
             rows = self._call.images_per_prompt
             source = reference.to(latents).expand(rows, -1, -1, -1)
             tensors["latents"] = torch.cat([source, latents[rows:]])
-        unconditional = self._inversion.unconditional
-        if unconditional is not None and index + 1 < len(unconditional) and pipe.do_classifier_free_guidance:
+
+
+class FollowEmbeddings:
+    """Give every step its own unconditional embedding, from [steps, 1, tokens, channels]."""
+
+    def __init__(self, unconditional: torch.Tensor) -> None:
+        self._unconditional = unconditional
+
+    def __call__(self, pipe: Any, index: int, tensors: dict[str, Any]) -> None:
+        if index + 1 < len(self._unconditional) and pipe.do_classifier_free_guidance:
             conditional = tensors["prompt_embeds"].chunk(2)[1]
-            following = unconditional[index + 1].to(conditional).expand_as(conditional)
+            following = self._unconditional[index + 1].to(conditional).expand_as(conditional)
             tensors["prompt_embeds"] = torch.cat([following, conditional])
 
 

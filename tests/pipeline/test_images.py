@@ -192,7 +192,7 @@ class TestDamage:
     @pytest.mark.parametrize("content", [b"", b"GIF89a", b"not a picture at all"])
     def test_not_a_picture(self, tmp_path, content):
         (tmp_path / "x.png").write_bytes(content)
-        with pytest.raises(InputError, match="not a picture|damaged"):
+        with pytest.raises(InputError, match=r"not a picture|damaged"):
             load_image(tmp_path / "x.png")
 
     def test_flipped_bits(self, tmp_path):

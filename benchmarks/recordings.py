@@ -1,0 +1,103 @@
+"""What a recording saves: an edit with its source beside it, and the same edit from a recording of the source.
+
+    python -m benchmarks.recordings --steps 20 --output rows.json
+
+Both start from the same noise and make the same target, by guided DDIM on the embedded model or on another. The
+recorded edit gets a time only where its image is the full edit's to rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .measure import QUICK, THOROUGH, Effort, interleaved
+from .rows import Environment, Ratio, Row, write
+
+FULL = "full"
+SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on the beach"
+# Largest difference of two latents that took the same way in another batch, as a share of the largest latent.
+ROUNDING = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+
+def run(pipe: Any, steps: int, effort: Effort, folder: Path) -> list[Row]:
+    """Rows of a whole edit of one target, with the source and from recordings in every placement.
+
+    Args:
+        pipe: a `FreePromptPipeline` with a deterministic scheduler.
+        steps: of the edit.
+        effort: how long to measure.
+        folder: empty, for the recording on disk.
+    """
+    device, dtype = str(pipe.device), pipe.unet.dtype
+    environment = Environment.read(device)
+    height, width = pipe.native_size
+    grid = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+    noise = torch.randn(1, pipe.unet.config.in_channels, *grid, generator=torch.Generator().manual_seed(0)).to(dtype)
+    options = {"num_inference_steps": steps, "latents": noise.to(device)}
+
+    def full() -> torch.Tensor:
+        return pipe(SOURCE, TARGET, output_type="latent", **options).images[1:]
+
+    placements = {"recorded-device": "device", "recorded-cpu": "cpu", "recorded-folder": folder / "recording"}
+    recordings = {name: pipe.record(SOURCE, placement=place, **options) for name, place in placements.items()}
+
+    def replay(name: str) -> torch.Tensor:
+        return pipe.edit(recordings[name], TARGET, output_type="latent").images
+
+    calls: dict[str, Any] = {FULL: full, **{name: lambda name=name: replay(name) for name in recordings}}
+    expected = full()
+    about = {
+        "suite": "recordings",
+        "case": f"{width}x{height}/1 target/{steps} steps",
+        "dtype": str(dtype).removeprefix("torch."),
+        "budget": ROUNDING[dtype],
+    }
+    rows = []
+    for name in recordings:
+        error = float((calls[name]() - expected).abs().max() / expected.abs().max())
+        if not error <= ROUNDING[dtype]:
+            reason = f"relative error {error:.2e} exceeds its budget of {ROUNDING[dtype]:.2e}"
+            rows.append(Row.new(environment, **about, provider=name, status="wrong", reason=reason, error=error))
+            del calls[name]
+    samples = interleaved(calls, device, effort, wall=True)
+    return rows + [Row.new(environment, **about, provider=n, status="ok", samples_ms=samples[n]) for n in calls]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recordings", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="embedded", help="as in `fpe edit` (default: the embedded model)")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--output", type=Path, help="file for the rows")
+    options = parser.parse_args(argv)
+
+    from fpe_pipeline.loading import find_model, load_pipeline, pick_device, pick_dtype
+    from fpe_pipeline.noise_schedule import ddim_scheduler
+
+    device = pick_device(options.device)
+    pipe = load_pipeline(find_model(options.model), dtype=pick_dtype(options.dtype, device), device=device)
+    pipe.scheduler = ddim_scheduler(pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run(pipe, options.steps, QUICK if options.quick else THOROUGH, Path(folder))
+    if options.output is not None:
+        write(options.output, rows)
+    (full,) = [row for row in rows if row.provider == FULL]
+    print(full.machine)
+    for row in rows:
+        share = "" if row.status != "ok" else f"{1 / Ratio.of(row, full).median:.2f} of the full edit"
+        print(f"{row.provider:<18}{row.median_ms or float('nan'):>10.1f} ms  {share or row.reason}")
+    return int(any(row.status != "ok" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

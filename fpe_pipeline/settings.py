@@ -1,0 +1,136 @@
+"""Everything that decides the images of a run, checked before weights are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from .loading import EMBEDDED, InputError, ModelSource, find_model, pick_device, pick_dtype
+
+__all__ = ["INVERSIONS", "Settings"]
+
+SELECTORS = ("levels", "max_tokens", "layers")
+# Those of `fpe_pipeline.inversion`, which is not imported here: it takes seconds that `fpe --help` need not spend.
+INVERSIONS = ("ddim", "direct", "null-text", "negative-prompt")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the images of a run.
+
+    Args:
+        source: prompt of the source image; of a real one it may be empty.
+        targets: one or more prompts to edit it into.
+        negative: negative prompt of every image; None is the empty prompt.
+        model: "embedded", a folder, a checkpoint file or a hub name.
+        seed: of the noise that all images start from; drawn on the CPU, so the same on every device.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale; 1 or less switches it off.
+        self_replace: (first, last) of the replaced steps, as fractions of all steps.
+        levels, max_tokens, layers: at most one, to choose the replaced self-attention layers as `FreePromptEdit`
+            does.
+        size: (width, height) in pixels; None is the model's own.
+        image: path of a real image to edit; None generates the source. It is sampled by DDIM, whatever scheduler the
+            model names, and `seed` decides nothing.
+        inversion: how the real image is held: "ddim", "direct", "null-text" or "negative-prompt"; see
+            `fpe_pipeline.inversion`.
+        inversion_guidance: classifier-free guidance while it is inverted.
+        control: also make each target without the edit, to compare.
+        backend: attention backend, or "auto".
+        dtype: "float32", "float16", "bfloat16" or "auto".
+        device: "cpu", "cuda", "cuda:1", "mps" or "auto".
+        threads: CPU threads of torch; None leaves torch's choice. Sums may round differently with another number.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    negative: str | None = None
+    model: str = EMBEDDED
+    seed: int = 0
+    steps: int = 50
+    guidance: float = 7.5
+    self_replace: tuple[float, float] = (0.0, 0.8)
+    levels: tuple[int, ...] | None = None
+    max_tokens: int | None = None
+    layers: tuple[str | int, ...] | None = None
+    size: tuple[int, int] | None = None
+    image: str | None = None
+    inversion: str = "ddim"
+    inversion_guidance: float = 1.0
+    control: bool = True
+    backend: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+
+    def edit(self):
+        """The `FreePromptEdit` of these settings.
+
+        Raises:
+            InputError: the window or the layer choice makes no sense.
+        """
+        from .edits import FreePromptEdit
+
+        try:
+            return FreePromptEdit(self.self_replace, levels=self.levels, max_tokens=self.max_tokens, layers=self.layers)
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from error
+
+    def changed(self, **given: Any) -> Settings:
+        """These settings with some replaced; a new choice of layers replaces the old one, of whichever kind."""
+        if given.keys() & set(SELECTORS):
+            given = dict.fromkeys(SELECTORS) | given
+        return dataclasses.replace(self, **given)
+
+    def check(self) -> ModelSource:
+        """Check all that can be checked before weights are read, and say where the model is.
+
+        Raises:
+            InputError: what was expected, what came and what to do.
+        """
+        from fpe_kernels import backends
+
+        if self.image is None and not self.source.strip():
+            raise InputError("the source prompt is empty; describe the image to start from")
+        if not self.targets or not all(target.strip() for target in self.targets):
+            raise InputError("expected one or more target prompts with words in them; pass --target")
+        if self.steps < 1:
+            raise InputError(f"steps must be at least 1, received {self.steps}")
+        if not abs(self.guidance) < float("inf"):
+            raise InputError(f"guidance must be a finite number, received {self.guidance}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be from 0 to 2^63 - 1, received {self.seed}")
+        if self.inversion not in INVERSIONS:
+            raise InputError(f"inversion must be one of {', '.join(INVERSIONS)}, received '{self.inversion}'")
+        if self.image is not None:
+            self._check_image()
+        self.edit()
+        states = {"auto": "available", **backends()}
+        if states.get(self.backend) != "available":
+            reason = states.get(self.backend, f"there are {', '.join(states)}")
+            raise InputError(f"attention backend '{self.backend}' cannot be used here: {reason}; leave --backend out")
+        pick_dtype(self.dtype, pick_device(self.device))
+        source = find_model(self.model)
+        source.check_size(self.size)
+        return source
+
+    def _check_image(self) -> None:
+        from .images import load_image
+
+        if not abs(self.inversion_guidance) < float("inf"):
+            raise InputError(f"inversion guidance must be a finite number, received {self.inversion_guidance}")
+        if self.inversion in ("null-text", "negative-prompt"):
+            if self.guidance <= 1:
+                raise InputError(
+                    f"{self.inversion} inversion lives in the unconditional half of classifier-free guidance, which "
+                    f"--guidance {self.guidance:g} switches off; pass a larger one, or --inversion direct"
+                )
+            if self.negative is not None:
+                raise InputError(
+                    f"{self.inversion} inversion takes the place of the negative prompt; leave --negative out, or "
+                    "pass --inversion direct"
+                )
+        if self.inversion == "null-text" and self.inversion_guidance > 1:
+            raise InputError("null-text inversion follows the unguided trajectory; leave --inversion-guidance out")
+        load_image(self.image)

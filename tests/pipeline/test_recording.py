@@ -1,0 +1,252 @@
+"""Recordings: the same edits without the source, wherever the maps are kept, and nothing half-read."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
+from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
+
+from fpe_pipeline import FreePromptEdit, Recording, ddim_scheduler, map_store, recording
+from fpe_pipeline.loading import InputError
+
+STEPS = 4
+RUN = {"num_inference_steps": STEPS, "latents": noise()}
+
+
+@pytest.fixture(scope="module")
+def tiny(pipe):
+    tiny = free_prompt_pipeline(pipe)
+    tiny.scheduler = ddim_scheduler(tiny.scheduler)
+    return tiny
+
+
+@pytest.fixture(scope="module")
+def full(tiny):
+    return tiny(SOURCE, [TARGET, OTHER], output_type="latent", **RUN)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("recordings") / "source"
+    tiny.record(SOURCE, placement=path, **RUN)
+    return path
+
+
+def targets(tiny, recorded, prompts=(TARGET, OTHER), **options):
+    return tiny.edit(recorded, list(prompts), output_type="latent", **options).images
+
+
+class TestSameImages:
+    @pytest.mark.parametrize("placement", ["device", "cpu", "folder"])
+    @pytest.mark.parametrize("guidance", [7.5, 1.0])
+    def test_as_with_the_source(self, tiny, full, tmp_path, placement, guidance):
+        where = tmp_path / "recording" if placement == "folder" else placement
+        recorded = tiny.record(SOURCE, placement=where, guidance_scale=guidance, negative_prompt="cars", **RUN)
+        if placement == "folder":
+            recorded = Recording.load(where)
+        options = {"guidance_scale": guidance, "negative_prompt": "cars", "output_type": "latent", **RUN}
+        expected = tiny(SOURCE, [TARGET, OTHER], **options).images
+        assert recorded.error == 0
+        assert distance(recorded.latents[-1], expected[:1]) <= 1e-4
+        assert distance(targets(tiny, recorded), expected[1:]) <= 1e-4
+        assert distance(targets(tiny, recorded, [OTHER]), expected[2:]) <= 1e-4
+        plain = tiny(SOURCE, [TARGET, OTHER], self_replace_steps=0, **options).images
+        assert distance(expected[1:], plain[1:]) > 1e-2
+
+    def test_the_source_does_not_run(self, tiny, folder):
+        rows = []
+        hook = tiny.unet.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+        try:
+            targets(tiny, Recording.load(folder), [TARGET])
+        finally:
+            hook.remove()
+        assert rows == [2] * STEPS
+
+    def test_fewer_steps_than_were_recorded(self, tiny, folder):
+        recorded = Recording.load(folder)
+        expected = tiny(SOURCE, TARGET, self_replace_steps=(0.25, 0.5), output_type="latent", **RUN).images[1:]
+        assert distance(targets(tiny, recorded, [TARGET], self_replace_steps=(0.25, 0.5)), expected) <= 1e-4
+        assert distance(targets(tiny, recorded, [TARGET]), expected) > 1e-3
+
+    @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+    def test_other_samplers(self, tiny, monkeypatch, scheduler):
+        monkeypatch.setattr(tiny, "scheduler", scheduler.from_config(tiny.scheduler.config))
+        expected = tiny(SOURCE, [TARGET, OTHER], output_type="latent", **RUN).images[1:]
+        got = targets(tiny, tiny.record(SOURCE, **RUN))
+        assert distance(got, expected) <= 1e-5 * expected.abs().max()
+
+    @pytest.mark.parametrize("method", ["direct", "null-text", "negative-prompt"])
+    def test_of_real_images(self, tiny, tmp_path, method):
+        photo = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
+        inversion = tiny.invert(photo, SOURCE, num_inference_steps=3, height=24, width=32, method=method)
+        expected = tiny(inversion=inversion, target_prompt=[TARGET, OTHER], output_type="latent").images[1:]
+        tiny.record(inversion=inversion, placement=tmp_path / "r")
+        assert distance(targets(tiny, Recording.load(tmp_path / "r")), expected) <= 1e-4
+
+    def test_images_and_processors(self, tiny, folder):
+        before = tiny.unet.attn_processors
+        out = tiny.edit(Recording.load(folder), TARGET)
+        assert out.source is None
+        assert out.targets[0].size == (32, 24)
+        assert tiny.unet.attn_processors == before
+
+
+class TestPrecision:
+    @pytest.mark.parametrize(("precision", "largest"), [("half", 2e-3), ("int8-keys", 3e-2)])
+    def test_error_is_measured_and_small(self, tiny, full, precision, largest):
+        exact, recorded = tiny.record(SOURCE, **RUN), tiny.record(SOURCE, precision=precision, **RUN)
+        assert 0 < recorded.error <= largest
+        assert recorded.store.nbytes < exact.store.nbytes
+        error = distance(targets(tiny, recorded), full.images[1:])
+        assert 1e-6 < error <= 100 * recorded.error
+
+    @pytest.mark.parametrize("precision", map_store.PRECISIONS)
+    def test_the_estimate_is_what_is_kept(self, tiny, precision):
+        recorded = tiny.record(SOURCE, precision=precision, **RUN)
+        assert recording.estimate(tiny, FreePromptEdit(), (12, 16), STEPS, precision) == recorded.store.nbytes
+        assert recorded.nbytes == recorded.store.nbytes + recorded.latents.nbytes
+
+    def test_rows_of_rounded_maps_sum_to_one(self):
+        query, key = torch.randn(2, 1, 2, 9, 8)
+        attention = map_store.AttentionMap(query, key)
+        for precision in map_store.PRECISIONS:
+            packed = map_store.pack(attention, precision)
+            rounded = map_store.unpack(packed, torch.float32, attention.scale, "auto")
+            ones = rounded @ torch.ones(1, 2, 9, 1)
+            assert distance(ones, torch.ones_like(ones)) <= 1e-5
+
+
+class TestBudget:
+    def test_the_estimate_is_told(self, tiny, capsys):
+        tiny.set_progress_bar_config(disable=False)
+        try:
+            tiny.record(SOURCE, **RUN)
+        finally:
+            tiny.set_progress_bar_config(disable=True)
+        assert "layers at 3 of 4 steps, exact, placed on device" in capsys.readouterr().err
+        tiny.record(SOURCE, **RUN)
+        assert capsys.readouterr().err == ""
+
+    def test_one_that_is_too_small(self, tiny, tmp_path, monkeypatch):
+        monkeypatch.setattr(tiny.unet, "forward", lambda *a, **k: pytest.fail("denoised before the budget was checked"))
+        with pytest.raises(ValueError, match=r"more than budget_bytes=1000 \(0.0 MB\): raise it"):
+            tiny.record(SOURCE, budget_bytes=1000, placement=tmp_path / "r", **RUN)
+        assert not (tmp_path / "r").exists()
+
+
+class TestFolders:
+    def test_one_that_was_killed_is_refused(self, tiny, tmp_path, monkeypatch):
+        calls = []
+
+        def die(self, step, maps, write=map_store.FileStore.write):
+            calls.append(step)
+            if step == 1:
+                raise KeyboardInterrupt
+            write(self, step, maps)
+
+        monkeypatch.setattr(map_store.FileStore, "write", die)
+        before = tiny.unet.attn_processors
+        with pytest.raises(KeyboardInterrupt):
+            tiny.record(SOURCE, placement=tmp_path / "r", **RUN)
+        assert calls == [0, 1]
+        assert tiny.unet.attn_processors == before
+        with pytest.raises(InputError, match="was not finished: it has no index; record it again"):
+            Recording.load(tmp_path / "r")
+
+    def test_a_folder_that_holds_something(self, tiny, tmp_path):
+        (tmp_path / "letter.txt").write_text("dear")
+        with pytest.raises(InputError, match=r"is not empty \(it holds 'letter.txt'\)"):
+            tiny.record(SOURCE, placement=tmp_path, **RUN)
+        assert (tmp_path / "letter.txt").read_text() == "dear"
+        with pytest.raises(InputError, match="cannot record into"):
+            tiny.record(SOURCE, placement=tmp_path / "letter.txt", **RUN)
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda folder: (folder / "index.json").write_text("{"), "is damaged"),
+            (lambda folder: (folder / "index.json").write_text("[]"), "format 1, .* has list"),
+            (lambda folder: (folder / "step-0001.safetensors").unlink(), "cannot be read"),
+            (lambda folder: _cut(folder / "step-0001.safetensors"), "bytes instead of"),
+            (lambda folder: _garble(folder / "step-0001.safetensors"), "cannot be read"),
+            (lambda folder: shutil.copy(folder / "step-0000.safetensors", folder / "latents.safetensors"), "bytes"),
+            (lambda folder: _edit_index(folder, lambda index: index.update(format=2)), "format 1, .* has 2"),
+            (lambda folder: _edit_index(folder, lambda index: index["recording"].pop("model")), "other entries"),
+            (lambda folder: shutil.rmtree(folder), "does not exist"),
+        ],
+    )
+    def test_damage(self, folder, tmp_path, damage, message):
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        Recording.load(copy)
+        damage(copy)
+        with pytest.raises(InputError, match=message):
+            Recording.load(copy)
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _garble(path):
+    path.write_bytes(b"\xff" * len(path.read_bytes()))
+
+
+def _edit_index(folder, change):
+    index = json.loads((folder / "index.json").read_text())
+    change(index)
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+class TestRefusals:
+    def test_another_model(self, tiny, folder):
+        recorded = Recording.load(folder)
+        weight = tiny.unet.conv_in.weight
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.mul_(1.001)
+        try:
+            with pytest.raises(ValueError, match="the recording is of another model"):
+                targets(tiny, recorded)
+        finally:
+            with torch.no_grad():
+                weight.copy_(before)
+        assert targets(tiny, recorded).shape[0] == 2
+
+    def test_another_schedule(self, tiny, folder, monkeypatch):
+        monkeypatch.setattr(tiny, "scheduler", DDIMScheduler.from_config(tiny.scheduler.config, beta_end=0.013))
+        with pytest.raises(ValueError, match="the recording belongs to another noise schedule"):
+            targets(tiny, Recording.load(folder))
+
+    def test_more_steps_than_were_recorded(self, tiny, folder):
+        with pytest.raises(ValueError, match="asks for steps 0 to 3; the recording holds 0 to 2"):
+            targets(tiny, Recording.load(folder), self_replace_steps=1.0)
+
+    def test_noise_in_each_step(self, tiny, monkeypatch):
+        monkeypatch.setattr(tiny, "scheduler", EulerAncestralDiscreteScheduler())
+        with pytest.raises(ValueError, match="adds noise in each step"):
+            tiny.record(SOURCE, **RUN)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"precision": "int4"}, ValueError, "precision must be one of exact, half, int8-keys"),
+            ({"latents": noise(2)}, ValueError, "a recording holds one image"),
+            ({"prompt": [SOURCE]}, TypeError, "one source prompt, received list"),
+            ({"levels": 9}, ValueError, "match none"),
+        ],
+    )
+    def test_of_recording(self, tiny, options, error, message):
+        with pytest.raises(error, match=message):
+            tiny.record(**{"prompt": SOURCE, **RUN, **options})
+
+    def test_without_targets(self, tiny, folder):
+        with pytest.raises(TypeError, match="one or more target prompts"):
+            tiny.edit(Recording.load(folder), [])
