@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     )
     from .heat_maps import HeatMaps, heat_maps
     from .inversion import Inversion
-    from .methods import METHODS, make_edit
+    from .methods import make_edit
     from .noise_schedule import ddim_scheduler
     from .null_text import NullText
     from .output import FreePromptPipelineOutput
@@ -40,7 +40,6 @@ _HOME = {
     "HeatMaps": "heat_maps",
     "Inversion": "inversion",
     "LocalBlend": "edits",
-    "METHODS": "methods",
     "MasaCtrlEdit": "edits",
     "NullText": "null_text",
     "PlugAndPlayEdit": "edits",
