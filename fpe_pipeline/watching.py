@@ -81,8 +81,8 @@ class HeatCollector(Watcher):
     def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
         if self._rows not in (None, roles.rows):
             raise ValueError(
-                f"the batch went from {self._rows} to {roles.rows} rows within a run, so that heat cannot be told apart: "
-                "keep all rows to the end (keep_source=True)"
+                f"the batch went from {self._rows} to {roles.rows} rows within a run, so that heat cannot be told "
+                "apart: keep all rows to the end (keep_source=True)"
             )
         self._rows = roles.rows
         wanted = {}
