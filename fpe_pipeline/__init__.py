@@ -15,9 +15,9 @@ if TYPE_CHECKING:
         StyleAlignedEdit,
         WordMask,
     )
-    from .heat_maps import HeatMaps, heat_maps
+    from .heat import HeatMaps, heat_maps
     from .inversion import Inversion
-    from .methods import METHODS, make_edit
+    from .methods import make_edit
     from .noise_schedule import ddim_scheduler
     from .null_text import NullText
     from .output import FreePromptPipelineOutput
@@ -37,10 +37,9 @@ _HOME = {
     "FreePromptEdit": "edits",
     "FreePromptPipeline": "pipeline",
     "FreePromptPipelineOutput": "output",
-    "HeatMaps": "heat_maps",
+    "HeatMaps": "heat",
     "Inversion": "inversion",
     "LocalBlend": "edits",
-    "METHODS": "methods",
     "MasaCtrlEdit": "edits",
     "NullText": "null_text",
     "PlugAndPlayEdit": "edits",
@@ -52,12 +51,11 @@ _HOME = {
     "WordMask": "edits",
     "ddim_scheduler": "noise_schedule",
     "editing": "session",
-    "heat_maps": "heat_maps",
+    "heat_maps": "heat",
     "make_edit": "methods",
 }
 
 __all__ = [
-    "METHODS",
     "BatchRoles",
     "CombinedEdit",
     "Edit",

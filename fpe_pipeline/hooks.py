@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -61,8 +62,15 @@ class SchedulerHook:
         self._step = step
         scheduler.step = step
 
-    def remove(self) -> None:
-        """Uncover the scheduler's own method."""
+    def remove(self, *, expected: bool) -> None:
+        """Uncover the scheduler's own method; warn where steps were ``expected`` and none was made."""
+        if expected and not self.calls:
+            warnings.warn(
+                "latents were to be blended after each step, and the scheduler that the session found on entering made "
+                "none: set the pipeline's scheduler before, or call session.after_step(latents) in a loop of your own",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         if vars(self._scheduler).get("step") is self._step:
             del self._scheduler.step
 

@@ -21,6 +21,7 @@ from .report import EditReport
 from .roles import BatchRoles
 from .schedule import Step, locate_step
 from .sites import Site, attention_sites
+from .unets import identity, pipe_and_unet
 from .watching import Watcher
 
 __all__ = ["EditingSession", "editing", "session_of"]
@@ -92,7 +93,7 @@ class EditingSession:
         backend: str = "auto",
         override_processors: tuple[type, ...] = (),
     ) -> None:
-        self.pipe, self.unet = _pipe_and_unet(pipe)
+        self.pipe, self.unet = pipe_and_unet(pipe)
         self.edit = edit
         self.backend = backend
         if not isinstance(edit, Edit):
@@ -125,7 +126,7 @@ class EditingSession:
     # Entering and leaving
 
     def __enter__(self) -> EditingSession:
-        key = _identity(self.unet)
+        key = identity(self.unet)
         if _SESSIONS.setdefault(key, self) is not self or self._hooks:
             raise RuntimeError(
                 f"this {type(key).__name__} is already being edited: leave that session first; to apply several edits "
@@ -162,7 +163,7 @@ class EditingSession:
         self._processors = {}
         self._watchers = ()
         self._wrap(self._running.select(self.sites))
-        self._features = FeatureHooks(_identity(self.unet), self._running.feature_modules)
+        self._features = FeatureHooks(identity(self.unet), self._running.feature_modules)
         # One by one, so that a failure leaves none behind. `unet.compile()` would trace them with the UNet.
         self._hooks.append(
             self.unet.register_forward_pre_hook(torch.compiler.disable(self._before_unet), with_kwargs=True)
@@ -190,24 +191,17 @@ class EditingSession:
     def unwatch(self, watcher: Watcher) -> None:
         """Stop asking a watcher; the layers that it alone read go back to being computed as they were."""
         self._watchers = tuple(other for other in self._watchers if other is not watcher)
+        self._selected = {key: sites for key, sites in self._selected.items() if key[0] != id(watcher)}
 
     def _restore(self) -> None:
-        _SESSIONS.pop(_identity(self.unet), None)
+        _SESSIONS.pop(identity(self.unet), None)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         if self._features is not None:
             self._features.remove()
         if self._scheduler_hook is not None:
-            self._scheduler_hook.remove()
-            if self._calls and not self._scheduler_hook.calls:
-                warnings.warn(
-                    "latents were to be blended after each step, and the scheduler that the session found on entering "
-                    "made none: set the pipeline's scheduler before, or call session.after_step(latents) in a loop of "
-                    "your own",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
+            self._scheduler_hook.remove(expected=self._calls > 0)
             self._scheduler_hook = None
         # Whoever still holds one of our processors now holds one that calls the original.
         self._give_orders({})
@@ -335,7 +329,7 @@ class EditingSession:
             sites = who.select(tuple(site.at(*size) for site in self.sites))
             refused = {}
             for site in sites:
-                attention = _identity(self.unet).get_submodule(site.path)
+                attention = identity(self.unet).get_submodule(site.path)
                 reasons = unsupported_reasons(attention, self._processors[site.path].inner, self._override)
                 if reasons:
                     refused[site.path] = "; ".join(reasons)
@@ -380,26 +374,9 @@ class EditingSession:
             ) from None
 
 
-def _pipe_and_unet(pipe: Any) -> tuple[Any, Any]:
-    if hasattr(pipe, "attn_processors"):
-        return None, pipe
-    unet = getattr(pipe, "unet", None)
-    if unet is None:
-        raise TypeError(
-            f"expected a diffusers pipeline with a unet, or a UNet, got {type(pipe).__name__}"
-            + (" (transformer pipelines are not supported yet)" if hasattr(pipe, "transformer") else "")
-        )
-    return pipe, unet
-
-
 def session_of(pipe: Any) -> EditingSession | None:
     """The session that a pipeline's UNet is in, or None."""
-    return _SESSIONS.get(_identity(_pipe_and_unet(pipe)[1]))
-
-
-def _identity(unet: Any) -> torch.nn.Module:
-    """The module itself, without the wrapper of ``torch.compile``."""
-    return getattr(unet, "_orig_mod", unet)
+    return _SESSIONS.get(identity(pipe_and_unet(pipe)[1]))
 
 
 def _check_backend(backend: str) -> None:

@@ -70,14 +70,21 @@ class HeatCollector(Watcher):
         # For each row and grid: the sum over layers and steps [C, h, w], and how many there were.
         self._sums: dict[int, dict[tuple[int, int], torch.Tensor]] = {}
         self._counts: dict[int, dict[tuple[int, int], int]] = {}
+        self._rows: int | None = None
 
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         return self._select(sites)
 
     def begin(self) -> None:
-        self._sums, self._counts = {}, {}
+        self._sums, self._counts, self._rows = {}, {}, None
 
     def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
+        if self._rows not in (None, roles.rows):
+            raise ValueError(
+                f"the batch went from {self._rows} to {roles.rows} rows within a run, so that heat cannot be told "
+                "apart: keep all rows to the end (keep_source=True)"
+            )
+        self._rows = roles.rows
         wanted = {}
         for row in roles.select(conditional=True):
             prompt = roles.prompt_of(row)

@@ -31,7 +31,7 @@ class FreePromptEdit(SelfAttentionEdit):
     Args:
         self_replace_steps: a number s for the steps ``[0, int(T·s))``, or a pair for ``[int(T·a), int(T·b))``.
         strength: α, a number in [0, 1]; or a sequence of numbers spread over the replaced steps, with straight lines
-            between them; or a mapping from level to either; or a function ``(site, step) -> α``.
+            between them; or a mapping from level to either (1 at other levels); or a function ``(site, step) -> α``.
         mask: where α applies, a factor of ``strength`` for each pixel: a PIL image or an array of the image's
             proportions, white where the source's map is taken (a token takes the mean over its part of the image); or
             a :class:`WordMask`.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..alignment import tokenize
@@ -222,9 +223,7 @@ def _mask_values(image: Any) -> torch.Tensor:
         largest = {"I;16": 65535.0, "I;16B": 65535.0, "I": 65535.0, "F": 1.0}.get(image.mode)
         if largest is None:
             image, largest = image.convert("L"), 255.0
-        width, height = image.size
-        values = torch.tensor(list(image.tobytes()) if image.mode == "L" else list(image.getdata()))
-        values = values.double().reshape(height, width) / largest
+        values = torch.from_numpy(np.asarray(image).astype(np.float64) / largest)
     else:
         values = torch.as_tensor(image).detach().cpu()
         if not values.is_floating_point() and values.dtype not in (torch.bool, torch.uint8):

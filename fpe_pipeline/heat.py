@@ -1,0 +1,319 @@
+"""Where words act, what a pixel attends to, and the principal parts of self-attention: maps of any pipeline call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .alignment import tokenize
+from .edits import Edit
+from .evaluation import RowMap
+from .heat_views import overlay, principal_components
+from .products import Product
+from .roles import BatchRoles
+from .schedule import Step, StepWindow
+from .selection import LayerSelection
+from .session import editing, session_of
+from .sites import Site
+from .watching import HeatCollector, Watcher, resize_maps
+
+__all__ = ["HeatMaps", "heat_maps"]
+
+
+@contextmanager
+def heat_maps(
+    pipe: Any,
+    words: Sequence[str] = (),
+    *,
+    pixels: Sequence[tuple[float, float]] = (),
+    components: int = 0,
+    steps: Any = 1.0,
+    levels: Any = None,
+    prompts: str | Sequence[str] | None = None,
+    max_bytes: int = 512 << 20,
+    **session_options: Any,
+) -> Iterator[HeatMaps]:
+    """Read attention maps of the pipeline calls in a ``with`` block; pictures stay what they are, to rounding::
+
+        with heat_maps(pipe, ["cat"], pixels=[(256, 300)]) as maps:
+            image = pipe("a cat on a chair").images[0]
+        maps.overlay(maps.word("cat"), image).save("cat.png")
+
+    Inside ``with editing(...)`` it reads the edited maps. Rows are the conditional ones. Maps are averaged over heads,
+    layers and steps; no dense map is made: words are columns that the layers' products carry along, a pixel is one row
+    of each map, and components come from products with the maps and their adjoints.
+
+    Args:
+        pipe: a diffusers pipeline with a UNet.
+        words: words or phrases, each of which one of the prompts has to hold.
+        pixels: points (x, y) of the image, in pixels, whose self-attention is read.
+        components: number of principal components of self-attention. Queries and keys are kept for it.
+        steps: a number s for the steps ``[0, int(T·s))``, or a pair.
+        levels: levels of the layers that are read. Default: all layers of cross-attention for words; level 2, or the
+            deepest there is, of self-attention for pixels and components.
+        prompts: the pipeline call's. Default: read when the pipeline encodes them.
+        max_bytes: limit of what ``components`` keeps.
+        **session_options: of :func:`editing`, such as ``images_per_prompt``; not inside a session, which has its own.
+
+    Raises:
+        ValueError: nothing to read, words that no prompt holds (before any denoising), pixels outside the image,
+            more to keep than ``max_bytes``.
+    """
+    if not words and not pixels and not components:
+        raise ValueError("expected words, pixels or components to read, got none of them")
+    maps = HeatMaps(pipe, tuple(words), tuple(pixels), components, StepWindow.parse(steps), levels, max_bytes)
+    session = session_of(pipe)
+    if session is not None and session_options:
+        raise ValueError(f"the session is open already: give it {', '.join(sorted(session_options))}")
+    with _prompts_read(pipe, maps, prompts):
+        if session is None:
+            with editing(pipe, _Unedited(), **session_options) as session:
+                session.watch(maps._watcher)
+                yield maps
+        else:
+            session.watch(maps._watcher)
+            try:
+                yield maps
+            finally:
+                session.unwatch(maps._watcher)
+
+
+class HeatMaps:
+    """Maps read by :func:`heat_maps`: arrays [height, width], float32, on the grid of the finest layer read."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        words: tuple[str, ...],
+        pixels: tuple[tuple[float, float], ...],
+        components: int,
+        window: StepWindow,
+        levels: Any,
+        max_bytes: int,
+    ) -> None:
+        self.words, self.pixels, self.components = words, pixels, components
+        self._tokenizer = getattr(pipe, "tokenizer", None)
+        self._watcher = _Reader(self, window, levels, max_bytes, int(getattr(pipe, "vae_scale_factor", 8)))
+
+    def word(self, word: str, image: int = 0) -> np.ndarray:
+        """The heat of a word: the share of attention that each place pays it.
+
+        Args:
+            word: as it was given to :func:`heat_maps`.
+            image: index among the images of the call.
+        """
+        prompt = self._watcher.prompt_of(image)
+        present = self._watcher.present(prompt)
+        if word not in present:
+            raise ValueError(f"no heat of {word!r} was read for image {image}; there is {list(present) or 'none'}")
+        heat = self._watcher.words.heat(self._watcher.row(image)) if self._watcher.words else None
+        if heat is None:
+            raise ValueError("no step of the window has run: there is no heat")
+        return _array(heat[present.index(word)])
+
+    def pixel(self, point: tuple[float, float], image: int = 0) -> np.ndarray:
+        """What a point of the image attends to in self-attention; sums to 1 over the grid."""
+        if point not in self.pixels:
+            raise ValueError(f"the pixel {point} was not read; {list(self.pixels)} were")
+        total = self._watcher.pixel_sum(image)[self.pixels.index(point)]
+        return _array(total / total.sum())
+
+    def principal_components(self, image: int = 0) -> np.ndarray:
+        """[components, height, width]: scores of the mean self-attention map's rows on its principal components.
+
+        Places that attend alike score alike. The largest variance comes first; signs are such that the largest
+        absolute score is positive.
+        """
+        kept, grid = self._watcher.kept(image)
+        return _array(principal_components(kept, self.components).reshape(self.components, *grid))
+
+    def overlay(self, heat: np.ndarray, image: Image.Image, strength: float = 0.6) -> Image.Image:
+        """The image with a map laid over it, from transparent (its least) to red (its most)."""
+        return overlay(heat, image, strength)
+
+
+@dataclass(frozen=True)
+class _Unedited(Edit):
+    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        return ()
+
+    def active(self, step: Step) -> bool:
+        return False
+
+    def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
+        return {}
+
+
+class _Reader(Watcher):
+    """Collects words' columns, pixels' rows and whole operators."""
+
+    def __init__(self, owner: HeatMaps, window: StepWindow, levels: Any, max_bytes: int, factor: int) -> None:
+        self._owner, self._window, self._levels = owner, window, levels
+        self._max_bytes, self._factor = max_bytes, factor
+        self._words_of: list[tuple[str, ...]] = []
+        self.words: HeatCollector | None = None
+        self.begin()
+
+    def set_prompts(self, prompts: Sequence[str]) -> None:
+        """What the rows' prompts are, before the first step."""
+        tokenized = [tokenize(prompt, self._owner._tokenizer) for prompt in prompts]
+        missing = [word for word in self._owner.words if not any(prompt.contains(word) for prompt in tokenized)]
+        if missing:
+            raise ValueError(f"the words {missing} are in none of the prompts {list(prompts)}")
+        self._words_of = [tuple(word for word in self._owner.words if p.contains(word)) for p in tokenized]
+        groups = [[p.find(word) for word in present] for p, present in zip(tokenized, self._words_of, strict=True)]
+        self.words = HeatCollector(groups, tokenized[0].length, self._cross)
+        self.begin()
+
+    def begin(self) -> None:
+        self._roles: BatchRoles | None = None
+        self._pixels: dict[int, torch.Tensor] = {}
+        self._kept: dict[int, tuple[tuple[int, int], list[RowMap]]] = {}
+        self._bytes = 0
+        if self.words is not None:
+            self.words.begin()
+
+    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        chosen: set[Site] = set()
+        if self._owner.words:
+            chosen |= set(self._cross(sites))
+        if self._owner.pixels or self._owner.components:
+            chosen |= set(self._self(sites))
+        return tuple(site for site in sites if site in chosen)
+
+    def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
+        self._roles = roles
+        if site.kind == "self" or step not in self._window:
+            return {}
+        if self.words is None:
+            raise ValueError(
+                "the words' prompts are not known, as this pipeline call encodes none: pass heat_maps(..., prompts=)"
+            )
+        return self.words.columns(site, step, roles)
+
+    def maps(self, site: Site, step: Step, roles: BatchRoles) -> Sequence[int]:
+        return roles.select(conditional=True) if site.kind == "self" and step in self._window else ()
+
+    def receive(self, site, step, roles, columns, maps) -> None:
+        if columns and self.words is not None:
+            self.words.receive(site, step, roles, columns, {})
+        for row, operator in maps.items():
+            if self._owner.pixels:
+                rows = operator.adjoint(self._at(site, operator)).mean(0).T.reshape(-1, *site.grid).float()
+                known = self._pixels.get(row)
+                if known is not None and known.shape != rows.shape:
+                    finest = max(known.shape[-2:], rows.shape[-2:], key=lambda grid: grid[0] * grid[1])
+                    known, rows = resize_maps(known, finest), resize_maps(rows, finest)
+                self._pixels[row] = rows if known is None else known + rows
+            if self._owner.components:
+                self._keep(site, row, operator)
+
+    def _keep(self, site: Site, row: int, operator: RowMap) -> None:
+        grid, kept = self._kept.setdefault(row, (site.grid or (0, 0), []))
+        if grid != site.grid:
+            raise ValueError(f"components are of layers of one grid; levels {self._levels} have {grid} and {site.grid}")
+        self._bytes += operator.nbytes
+        if self._bytes > self._max_bytes:
+            raise ValueError(
+                f"the components' queries and keys take more than max_bytes={self._max_bytes:,}: read fewer steps= or "
+                "deeper levels=, or allow more"
+            )
+        kept.append(operator)
+
+    def _at(self, site: Site, operator: RowMap) -> torch.Tensor:
+        """[N, pixels]: the tokens that the pixels are in."""
+        assert site.grid is not None and site.latent is not None
+        (height, width), (rows, columns) = site.grid, site.latent
+        query = operator.terms[0][0].query
+        out = query.new_zeros(height * width, len(self._owner.pixels))
+        for index, (x, y) in enumerate(self._owner.pixels):
+            across, down = x / (columns * self._factor), y / (rows * self._factor)
+            if not (0 <= across < 1 and 0 <= down < 1):
+                raise ValueError(
+                    f"the pixel {(x, y)} is outside the image of {columns * self._factor} x {rows * self._factor} "
+                    "pixels (width x height)"
+                )
+            out[int(down * height) * width + int(across * width), index] = 1.0
+        return out
+
+    def _cross(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        return LayerSelection.parse("cross", levels=self._levels).match(sites)
+
+    def _self(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        levels = self._levels
+        if levels is None:
+            known = {site.level for site in sites if site.kind == "self"}
+            levels = max((level for level in known if level <= 2), default=max(known, default=0))
+        return LayerSelection.parse("self", levels=levels).match(sites)
+
+    # What was read
+
+    def row(self, image: int) -> int:
+        """The batch row of an image of the call."""
+        if self._roles is None:
+            raise ValueError("no pipeline call was made inside the block: there are no maps")
+        rows = self._roles.select(conditional=True)
+        if not 0 <= image < len(rows):
+            raise ValueError(f"expected image to be in 0 to {len(rows) - 1}, got {image}")
+        return rows[image]
+
+    def prompt_of(self, image: int) -> int:
+        row = self.row(image)
+        assert self._roles is not None
+        return self._roles.prompt_of(row)
+
+    def present(self, prompt: int) -> tuple[str, ...]:
+        """The words of a prompt that were read."""
+        return self._words_of[prompt] if prompt < len(self._words_of) else ()
+
+    def pixel_sum(self, image: int) -> torch.Tensor:
+        row = self.row(image)
+        if row not in self._pixels:
+            raise ValueError("no step of the window has run: there is no self-attention of a pixel")
+        return self._pixels[row]
+
+    def kept(self, image: int) -> tuple[list[RowMap], tuple[int, int]]:
+        row = self.row(image)
+        if row not in self._kept:
+            raise ValueError("nothing was kept for components: pass heat_maps(..., components=k), and run its steps")
+        grid, kept = self._kept[row]
+        return kept, grid
+
+
+@contextmanager
+def _prompts_read(pipe: Any, maps: HeatMaps, prompts: str | Sequence[str] | None) -> Iterator[None]:
+    """Tell the reader the prompts: those given, or those that the pipeline encodes while the block lasts."""
+    if not maps.words:
+        yield
+        return
+    if maps._tokenizer is None:
+        raise ValueError(f"{type(pipe).__name__} has no tokenizer to find words with")
+    if prompts is not None:
+        maps._watcher.set_prompts([prompts] if isinstance(prompts, str) else list(prompts))
+        yield
+        return
+    original = pipe.encode_prompt
+
+    @functools.wraps(original)  # pipelines and their callers inspect the signature
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        prompt = args[0] if args else kwargs.get("prompt")
+        if prompt is not None:
+            maps._watcher.set_prompts([prompt] if isinstance(prompt, str) else list(prompt))
+        return original(*args, **kwargs)
+
+    pipe.encode_prompt = encode_prompt
+    try:
+        yield
+    finally:
+        del pipe.encode_prompt
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().float().cpu().numpy()

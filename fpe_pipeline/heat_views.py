@@ -1,0 +1,80 @@
+"""Views of attention operators: principal components from products alone, and overlays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .evaluation import RowMap
+
+__all__ = ["overlay", "principal_components"]
+
+_ITERATIONS = 12
+_OVERSAMPLING = 8
+
+
+def principal_components(maps: Sequence[RowMap], count: int) -> torch.Tensor:
+    """Scores of the rows of a mean attention map on its principal components, by subspace iteration.
+
+    With Ā the mean over maps and heads and C = Ā - 1 mean(Ā), the scores are the ``count`` leading left singular
+    vectors of C times their singular values. C is applied as products with the maps and their adjoints.
+
+    Args:
+        maps: operators [H, N, M] of equal shape.
+        count: how many, at most N - 1 and M.
+
+    Returns:
+        [count, N], float64.
+
+    Raises:
+        ValueError: more components than the maps have.
+    """
+    _, queries, keys = maps[0].shape
+    if not 1 <= count <= min(queries - 1, keys):
+        raise ValueError(f"expected 1 to {min(queries - 1, keys)} components of maps {queries} x {keys}, got {count}")
+    width = min(count + _OVERSAMPLING, queries, keys)
+    device = maps[0].terms[0][0].query.device
+    start = torch.randn(keys, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        product = torch.stack([(a @ x).double().mean(0) for a in maps]).mean(0)
+        return product - product.mean(0)
+
+    def backward(y: torch.Tensor) -> torch.Tensor:
+        y = y - y.mean(0)
+        return torch.stack([a.adjoint(y).double().mean(0) for a in maps]).mean(0)
+
+    basis = torch.linalg.qr(start).Q
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(backward(torch.linalg.qr(forward(basis)).Q)).Q
+    left, values, _ = torch.linalg.svd(forward(basis), full_matrices=False)
+    scores = (left * values)[:, :count].T
+    largest = scores.gather(1, scores.abs().argmax(1, keepdim=True))
+    return scores * torch.where(largest < 0, -1.0, 1.0)
+
+
+def overlay(heat: np.ndarray, image: Image.Image, strength: float = 0.6) -> Image.Image:
+    """An image with a map [h, w] laid over it, from transparent (its least) to red (its most).
+
+    Args:
+        heat: any finite numbers, of the image's proportions.
+        image: any mode.
+        strength: opacity of the largest value, in [0, 1].
+
+    Raises:
+        ValueError: a map of another rank, or a strength outside [0, 1].
+    """
+    if heat.ndim != 2 or not np.isfinite(heat).all():
+        raise ValueError(f"expected a map [height, width] of finite numbers, got shape {heat.shape}")
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"expected strength to be in [0, 1], got {strength}")
+    spread = float(heat.max() - heat.min())
+    share = (heat - heat.min()) / spread if spread > 0 else np.zeros_like(heat)
+    opacity = Image.fromarray((255 * strength * share).round().astype(np.uint8)).resize(
+        image.size, Image.Resampling.BICUBIC
+    )
+    picture = image.convert("RGB")
+    return Image.composite(Image.new("RGB", picture.size, (220, 20, 20)), picture, opacity)
