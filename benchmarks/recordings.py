@@ -26,7 +26,7 @@ SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on 
 ROUNDING = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
-def run(pipe: Any, steps: int, effort: Effort, folder: Path) -> list[Row]:
+def run(pipe: Any, steps: int, effort: Effort, folder: Path, scale: int = 1) -> list[Row]:
     """Rows of a whole edit of one target, with the source and from recordings in every placement.
 
     Args:
@@ -34,10 +34,11 @@ def run(pipe: Any, steps: int, effort: Effort, folder: Path) -> list[Row]:
         steps: of the edit.
         effort: how long to measure.
         folder: empty, for the recording on disk.
+        scale: sides of the image in units of the model's own.
     """
     device, dtype = str(pipe.device), pipe.unet.dtype
     environment = Environment.read(device)
-    height, width = pipe.native_size
+    height, width = (scale * side for side in pipe.native_size)
     grid = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     noise = torch.randn(1, pipe.unet.config.in_channels, *grid, generator=torch.Generator().manual_seed(0)).to(dtype)
     options = {"num_inference_steps": steps, "latents": noise.to(device)}
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recordings", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="embedded", help="as in `fpe edit` (default: the embedded model)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
+    parser.add_argument("--scale", type=int, default=1, help="image sides in units of the model's own (default: 1)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
@@ -88,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     pipe.scheduler = ddim_scheduler(pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as folder:
-        rows = run(pipe, options.steps, QUICK if options.quick else THOROUGH, Path(folder))
+        effort = QUICK if options.quick else THOROUGH
+        rows = run(pipe, options.steps, effort, Path(folder), options.scale)
     if options.output is not None:
         write(options.output, rows)
     (full,) = [row for row in rows if row.provider == FULL]

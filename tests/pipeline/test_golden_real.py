@@ -5,7 +5,7 @@ import torch
 from free_prompt_pipelines import distance
 from golden_cases import load_case, source_image
 
-from fpe_pipeline import FreePromptPipeline, NullText
+from fpe_pipeline import FreePromptPipeline, MasaCtrlEdit, NullText
 
 REAL = ["fpe_real_sr08", "fpe_real_srcprompt_g1"]
 
@@ -114,3 +114,21 @@ def test_null_text(fpe):
     assert distance(steps[0], case.tensors["out.latents_step1"]) <= case.atol("latents_step1")
     assert distance(steps, case.tensors["out.trajectory"]) <= case.atol("trajectory")
     assert distance(out.images, case.tensors["out.latents"]) <= case.atol("latents")
+
+
+def test_masactrl_from_inverted_noise(fpe):
+    """MasaCtrl's real-image example: the inversion's noise starts both rows, and nothing holds the source after."""
+    case = load_case("masa_real")
+    inversion = invert(fpe, case, guidance_scale=case.settings["guidance_scale"])
+    assert distance(inversion.latents, case.tensors["out.inverted_list"]) <= case.atol("inverted_list")
+    control = case.settings["controller_kwargs"]
+    latents = fpe(
+        case.settings["prompts"],
+        edit=MasaCtrlEdit(**control),
+        latents=inversion.noise,
+        num_inference_steps=case.settings["steps"],
+        guidance_scale=case.settings["guidance_scale"],
+        output_type="latent",
+    ).images
+    assert distance(latents, case.tensors["out.latents"]) <= case.atol("latents")
+    assert distance(latents, case.tensors["off.latents"]) >= 100 * case.atol("latents")
