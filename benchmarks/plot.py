@@ -14,15 +14,24 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from . import quality
 from .rows import ROOT, Row, read_all
-from .tables import TABLES
+from .tables import TABLES as ROW_TABLES
 
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "benchmarks" / "figures"
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    **ROW_TABLES,
+    **{name: partial(quality.study_table, name=name) for name in quality.STUDIES},
+    "embedded-model": quality.model_table,
+}
 
 
 def rewritten(text: str, rows: Sequence[Row]) -> str:
@@ -62,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
             path.write_text(rewritten(path.read_text(encoding="utf-8"), rows), encoding="utf-8")
     from .figures import draw_all
 
-    for path in draw_all(rows, options.figures):
+    for path in (*draw_all(rows, options.figures), *quality.draw(options.figures)):
         print(path)
     return 0
 

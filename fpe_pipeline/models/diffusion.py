@@ -53,19 +53,21 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 96, layers: int = 
 
 
 def build_unet(
-    latent_size: int, channels: tuple[int, ...] = (48, 96, 112), head_dim: int = 16, context: int = 96
+    latent_size: int, channels: tuple[int, ...] = (64, 128), head_dim: int = 32, context: int = 96
 ) -> UNet2DConditionModel:
-    """An untrained UNet: convolutions alone at the latents' own resolution, attention at every level below.
+    """An untrained UNet with self- and cross-attention at every level.
+
+    Few levels and attention at all of them: what the convolutions cannot reach, self-attention has to carry, and with
+    it the layout that edits of its maps keep.
 
     diffusers reads ``attention_head_dim`` as the *number* of heads where ``num_attention_heads`` is absent.
     """
-    deeper = len(channels) - 1
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=4,
         out_channels=4,
-        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * deeper),
-        up_block_types=(*("CrossAttnUpBlock2D",) * deeper, "UpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
         block_out_channels=channels,
         layers_per_block=1,
         cross_attention_dim=context,

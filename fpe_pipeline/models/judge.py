@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from .data import SceneCache
@@ -157,14 +158,16 @@ def measure_judge(judge: Judge, cache: SceneCache) -> dict[str, float]:
 
 
 def save_judge(judge: Judge, path: Path) -> None:
-    """Write the judge as float16 safetensors."""
-    save_file({name: value.half().contiguous() for name, value in judge.state_dict().items()}, path)
+    """Write the judge as float16 safetensors, with the size that it looks at in the file's metadata."""
+    state = {name: value.half().contiguous() for name, value in judge.state_dict().items()}
+    save_file(state, path, metadata={"size": str(judge.size)})
 
 
 def load_judge(path: Path) -> Judge:
     """Read a judge; raises ``FileNotFoundError`` where there is none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no judge at {path}: train one with `python -m fpe_pipeline.models.train`")
-    judge = Judge()
-    judge.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    with safe_open(path, "pt") as file:
+        judge = Judge(int((file.metadata() or {}).get("size", 96)))
+        judge.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
     return judge.eval()

@@ -55,19 +55,19 @@ class Preset:
     autoencoder: Fit
     diffusion: Fit
     judge: Fit
-    channels: tuple[int, ...] = (48, 96, 112)
+    channels: tuple[int, ...] = (64, 128)
     generated: int = 512
     steps: int = 25
 
 
 PRESETS: dict[str, Preset] = {
     "cpu": Preset(
-        size=96,
-        scenes=24000,
-        latents=12000,
+        size=80,
+        scenes=16000,
+        latents=16000,
         held_out=1024,
-        autoencoder=Fit(steps=2685, batch=16, learning_rate=2e-3, warmup=100, tail=0.6, ema=0.995),
-        diffusion=Fit(steps=4850, batch=16, learning_rate=1e-3, warmup=100, ema=0.998),
+        autoencoder=Fit(steps=3488, batch=16, learning_rate=2e-3, warmup=100, tail=0.6, ema=0.995),
+        diffusion=Fit(steps=7377, batch=16, learning_rate=1e-3, warmup=100, ema=0.998),
         judge=Fit(steps=550, batch=32, learning_rate=2e-3, ema=0.99),
     ),
     "gpu": Preset(
@@ -87,7 +87,7 @@ PRESETS: dict[str, Preset] = {
         autoencoder=Fit(steps=4, batch=4, ema=0.9),
         diffusion=Fit(steps=4, batch=4, ema=0.9),
         judge=Fit(steps=4, batch=4, ema=0.9),
-        channels=(16, 32, 32),
+        channels=(32, 64),
         generated=2,
         steps=2,
     ),

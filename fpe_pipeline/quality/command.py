@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models import embedded_path, judge_path
-from .conditions import Condition, standard_conditions, sweep_conditions
+from .conditions import Condition, method_conditions, standard_conditions, sweep_conditions
 from .pairs import KINDS, EditPair, held_out_pairs
 from .report import plot, table
 from .scores import Score, evaluate
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=200, help="edits of each kind (default: 200)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="attributes to change")
     parser.add_argument("--sweep", action="store_true", help="also vary the step window and the layers' level")
+    parser.add_argument("--methods", action="store_true", help="also Prompt-to-Prompt, Plug-and-Play and others")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
     parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale (default: 5)")
     parser.add_argument("--self-replace", type=float, default=0.8, help="part of the steps with replaced maps")
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     conditions = standard_conditions(args.self_replace)
     if args.sweep:
         conditions += sweep_conditions(self_replace_steps=args.self_replace)
+    if args.methods:
+        conditions += method_conditions()
     pairs = held_out_pairs(args.pairs, args.kinds, args.seed)
     settings = {**_settings(args, conditions), "weights": _fingerprint(folder)}
     args.output.mkdir(parents=True, exist_ok=True)
@@ -115,7 +118,10 @@ def _load(folder: Path, judge_file: Path, device: str) -> tuple[Any, Any]:
 
 
 def _settings(args: argparse.Namespace, conditions: list[Condition]) -> dict[str, Any]:
-    edits = {c.name: {"edit": repr(c.edit) if c.edit else None, "shared_noise": c.shared_noise} for c in conditions}
+    edits = {
+        c.name: {"edit": repr(c.edit or (c.method, c.options)) if c.edit or c.method else None, "noise": c.shared_noise}
+        for c in conditions
+    }
     names = ("pairs", "kinds", "steps", "guidance", "self_replace", "seed")
     return {**{name: getattr(args, name) for name in names}, "conditions": edits}
 

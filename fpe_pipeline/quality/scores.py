@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..edits import Edit
 from ..models.judge import Judge, Verdict
 from ..models.measure import noise
-from .conditions import Condition
+from ..session import editing
+from .conditions import Condition, EditByCondition
 from .pairs import EditPair
 
 __all__ = ["Score", "evaluate"]
@@ -67,7 +69,7 @@ def evaluate(
         pipe: a ``StableDiffusionPipeline`` with the embedded model's vocabulary.
         judge: of the same scenes.
         pairs: the edits.
-        conditions: the ways of making them; one without an edit costs one picture, each edit two.
+        conditions: the ways of making them; each costs one picture a pair, beside the source's.
         steps: denoising steps.
         guidance: classifier-free guidance scale.
         chunk: pairs that are drawn at a time.
@@ -103,43 +105,37 @@ def _draw(
 ) -> dict[str, np.ndarray]:
     """Pictures of all conditions, uint8 ``[pairs, h, w, 3]`` each, and of the sources under the empty name.
 
-    The conditions without an edit ride along with the first edit: to the session, such a row is its own source.
+    Edits that do without the prompts are rows of one batch, in which each source is computed once.
     """
-    free = [condition for condition in conditions if condition.edit is None]
-    edited = [condition for condition in conditions if condition.edit is not None]
-    rounds: list[tuple[Condition | None, list[Condition]]] = [(c, []) for c in edited] or [(None, [])]
-    rounds[0][1].extend(free)
-    size, count = pipe.unet.config.sample_size, len(pairs)
-    channels = pipe.unet.config.in_channels
-    shared = noise((channels, size, size), [pair.seed for pair in pairs])
-    other = noise((channels, size, size), [pair.other_seed for pair in pairs])
-    result: dict[str, np.ndarray] = {}
-    for condition, riders in rounds:
-        names = ["", *([condition.name] if condition else []), *(rider.name for rider in riders)]
-        latents = [shared, *([shared] if condition else []), *(shared if r.shared_noise else other for r in riders)]
-        prompts = [pair.source_prompt for pair in pairs] + (len(names) - 1) * [pair.target_prompt for pair in pairs]
-        sources = list(range(len(prompts)))
-        if condition is not None:
-            sources[count : 2 * count] = range(count)
-        images = _call(pipe, prompts, torch.cat(latents), sources, condition, steps, guidance)
-        for place, name in enumerate(names):
-            result.setdefault(name, images[place * count : (place + 1) * count])
-    return result
+    together = [condition for condition in conditions if condition.method is None]
+    blocks = _call(pipe, pairs, together, EditByCondition((None, *(c.edit for c in together))), steps, guidance)
+    drawn = dict(zip(("", *(condition.name for condition in together)), blocks, strict=True))
+    for condition in conditions:
+        if condition.method is not None:
+            drawn[condition.name] = _call(pipe, pairs, [condition], condition, steps, guidance)[1]
+    return drawn
 
 
 def _call(
     pipe: Any,
-    prompts: list[str],
-    latents: torch.Tensor,
-    source_of: list[int],
-    condition: Condition | None,
+    pairs: Sequence[EditPair],
+    conditions: Sequence[Condition],
+    edit: Edit | Condition,
     steps: int,
     guidance: float,
-) -> np.ndarray:
-    from ..session import editing
-
-    edit = condition.edit if condition is not None else None
-    with editing(pipe, edit, source_of=source_of) if edit is not None else nullcontext():
+) -> list[np.ndarray]:
+    """One call of the pipeline: the sources' pictures, then each condition's, uint8 ``[pairs, h, w, 3]``."""
+    size, channels, count = pipe.unet.config.sample_size, pipe.unet.config.in_channels, len(pairs)
+    shared = noise((channels, size, size), [pair.seed for pair in pairs])
+    other = noise((channels, size, size), [pair.other_seed for pair in pairs])
+    latents = torch.cat([shared, *(shared if condition.shared_noise else other for condition in conditions)])
+    prompts = [pair.source_prompt for pair in pairs]
+    prompts += len(conditions) * [pair.target_prompt for pair in pairs]
+    edited = [False, *(condition.edit is not None or condition.method is not None for condition in conditions)]
+    # To the session, what is drawn without an edit is its own source.
+    source_of = [i if edits else place * count + i for place, edits in enumerate(edited) for i in range(count)]
+    chosen = edit.edit_for(prompts, pipe.tokenizer, source_of) if isinstance(edit, Condition) else edit
+    with editing(pipe, chosen, source_of=source_of) if chosen is not None and any(edited) else nullcontext():
         images = pipe(
             prompts,
             latents=latents.to(pipe.device, pipe.unet.dtype),
@@ -147,7 +143,8 @@ def _call(
             guidance_scale=guidance,
             output_type="np",
         ).images
-    return (images * 255).round().astype(np.uint8)
+    pictures = (images * 255).round().astype(np.uint8)
+    return [pictures[start : start + count] for start in range(0, len(pictures), count)]
 
 
 def _score(

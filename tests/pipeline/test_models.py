@@ -165,6 +165,16 @@ class TestTraining:
         assert "no CUDA device" in capsys.readouterr().err
 
 
+def test_a_judge_looks_at_the_size_that_it_learned(tmp_path):
+    from fpe_pipeline.models.judge import Judge, load_judge, save_judge
+
+    judge = Judge(40).eval()
+    save_judge(judge, tmp_path / "judge.safetensors")
+    loaded = load_judge(tmp_path / "judge.safetensors")
+    assert loaded.size == 40
+    assert torch.equal(loaded.mask.weight, judge.mask.weight.half().float())
+
+
 class TestShipped:
     def test_size_and_card(self):
         folder = embedded_path()

@@ -7,9 +7,20 @@ import json
 
 import numpy as np
 import pytest
+from diffusers import StableDiffusionPipeline
 
-from fpe_pipeline.models import scenes
-from fpe_pipeline.quality import Condition, bootstrap_interval, held_out_pairs, run, standard_conditions, summarise
+from fpe_pipeline.models import embedded_path, judge_path, scenes
+from fpe_pipeline.models.judge import load_judge
+from fpe_pipeline.quality import (
+    Condition,
+    bootstrap_interval,
+    evaluate,
+    held_out_pairs,
+    run,
+    standard_conditions,
+    summarise,
+    sweep_conditions,
+)
 from fpe_pipeline.quality import command as command_module
 from fpe_pipeline.quality.report import plot, table
 from fpe_pipeline.quality.scores import Score
@@ -67,6 +78,22 @@ class TestStatistics:
 def test_an_edit_needs_shared_noise():
     with pytest.raises(ValueError, match="source's noise"):
         Condition("wrong", standard_conditions()[-1].edit, shared_noise=False)
+
+
+def test_conditions_drawn_in_one_batch_are_those_drawn_alone():
+    pipe = StableDiffusionPipeline.from_pretrained(embedded_path())
+    pipe.set_progress_bar_config(disable=True)
+    judge = load_judge(judge_path())
+    pairs = held_out_pairs(1, ["object"])
+    conditions = [*standard_conditions(0.5), *sweep_conditions(windows=(1.0,), levels=(1,), self_replace_steps=0.7)]
+    together = evaluate(pipe, judge, pairs, conditions, steps=3)
+    alone = [evaluate(pipe, judge, pairs, [condition], steps=3)[0] for condition in conditions]
+    assert [score.condition for score in together] == [condition.name for condition in conditions]
+    for a, b in zip(together, alone, strict=True):
+        # Eight-bit pictures may differ by a rounding where the batch changes the order of sums.
+        assert (a.iou, a.outside_psnr) == pytest.approx((b.iou, b.outside_psnr), rel=1e-2)
+    psnr = {score.condition: score.outside_psnr for score in together}
+    assert len(set(psnr.values())) == len(psnr), "two conditions drew the same picture"
 
 
 def test_interrupted_run_continues_and_refuses_other_settings(tmp_path, monkeypatch):
