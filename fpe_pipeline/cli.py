@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import sys
 import traceback
@@ -160,6 +161,19 @@ def _add_edit(edit: argparse.ArgumentParser) -> None:
 
     how = edit.add_argument_group("edit")
     how.add_argument(
+        "--method",
+        metavar="NAME",
+        help="fpe (default), p2p-replace, p2p-refine, masactrl, pnp or style-aligned",
+    )
+    how.add_argument(
+        "--option",
+        dest="options",
+        action="append",
+        type=_option,
+        metavar="NAME=VALUE",
+        help="an argument of the method's edit, such as cross_replace_steps=0.6 or start_step=4; repeat for more",
+    )
+    how.add_argument(
         "--self-replace",
         type=_window,
         metavar="END | START,END",
@@ -170,7 +184,8 @@ def _add_edit(edit: argparse.ArgumentParser) -> None:
         "--levels",
         type=_integers,
         metavar="N,N",
-        help="replace at these UNet levels; level n is downsampled n times from the latent (default: 1 and deeper)",
+        help="replace at these UNet levels; level n is downsampled n times from the latent (default: 1 and deeper; "
+        "with the embedded model all, which have at most 32 x 32 tokens)",
     )
     how.add_argument(
         "--max-tokens", type=int, metavar="N", help="replace where height x width of the layer is at most N"
@@ -237,6 +252,8 @@ def _edit(options: argparse.Namespace) -> int:
         raise InputError("--inversion and --inversion-guidance are about a picture; pass it with --image")
     if "targets" in given:
         given["targets"] = tuple(given["targets"])
+    if "options" in given:
+        given["options"] = dict(given["options"])
     record: dict[str, Any] | None = None
     if hasattr(options, "record"):
         settings, record = runs.read_record(options.record)
@@ -321,6 +338,16 @@ def _integers(text: str) -> tuple[int, ...]:
 def _layers(text: str) -> tuple[str | int, ...]:
     parts = [part.strip() for part in text.split(",")]
     return tuple(int(part) if part.isdecimal() else part for part in parts if part)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE such as start_step=4, received '{text}'")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value  # a bare word is text
 
 
 def _print_paths(paths: Sequence[Path]) -> None:

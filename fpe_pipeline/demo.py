@@ -11,9 +11,6 @@ from .staging import check_writable, staged
 
 __all__ = ["EDITS", "run"]
 
-# The original method's limit: every layer of the embedded model is below it.
-MAX_TOKENS = 32**2
-
 # Name, source, targets: changes of colour, of object and of background, in words that the model was trained on.
 EDITS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
@@ -41,7 +38,6 @@ def run(directory: Path, *, progress: bool = True, seed: int = 0, **settings: An
     Raises:
         InputError: there is no embedded model, or the folder cannot be written.
     """
-    settings = {"max_tokens": MAX_TOKENS, **settings}
     requests = {name: runs.Settings(source, targets, seed=seed, **settings) for name, source, targets in EDITS}
     for request in requests.values():
         request.check()

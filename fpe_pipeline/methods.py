@@ -7,7 +7,7 @@ from typing import Any
 
 from .edits import Edit, FreePromptEdit, MasaCtrlEdit, PlugAndPlayEdit, PromptToPromptEdit, StyleAlignedEdit
 
-__all__ = ["METHODS", "make_edit"]
+__all__ = ["ALIGNING", "METHODS", "make_edit"]
 
 #: For each name, a function of the prompts (the source's first), the tokenizer and options that gives an edit.
 METHODS: dict[str, Callable[..., Edit]] = {
@@ -18,6 +18,9 @@ METHODS: dict[str, Callable[..., Edit]] = {
     "pnp": lambda prompts, tokenizer, **options: PlugAndPlayEdit(**options),
     "style-aligned": lambda prompts, tokenizer, **options: StyleAlignedEdit(**options),
 }
+
+#: The methods that align the prompts' words, and so cannot do without the tokenizer.
+ALIGNING = ("p2p-replace", "p2p-refine")
 
 
 def make_edit(method: str, prompts: Sequence[str], tokenizer: Any, **options: Any) -> Edit:

@@ -168,7 +168,10 @@ def execute(
                     raise InputError(str(error)) from error
 
         source, *edited = generate(
-            "edit", [settings.source, *settings.targets], edit=settings.edit(), backend=settings.backend
+            "edit",
+            [settings.source, *settings.targets],
+            edit=settings.edit(pipe.tokenizer),
+            backend=settings.backend,
         )
         plain = None
         if settings.control:
@@ -331,6 +334,8 @@ def _has_type(value: Any, hint: Any) -> bool:
         if kinds[-1] is ...:
             return all(_has_type(each, kinds[0]) for each in value)
         return len(value) == len(kinds) and all(map(_has_type, value, kinds))
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, hint) and isinstance(value, bool) == (hint is bool)

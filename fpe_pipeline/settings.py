@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .loading import EMBEDDED, InputError, ModelSource, find_model, pick_device, pick_dtype
@@ -12,6 +12,8 @@ __all__ = ["INVERSIONS", "Settings"]
 
 SELECTORS = ("levels", "max_tokens", "layers")
 # Those of `fpe_pipeline.inversion`, which is not imported here: it takes seconds that `fpe --help` need not spend.
+SELF_REPLACE = (0.0, 0.8)
+_MAX_TOKENS = 32**2
 INVERSIONS = ("ddim", "direct", "null-text", "negative-prompt")
 
 
@@ -27,9 +29,12 @@ class Settings:
         seed: of the noise that all images start from; drawn on the CPU, so the same on every device.
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 or less switches it off.
-        self_replace: (first, last) of the replaced steps, as fractions of all steps.
-        levels, max_tokens, layers: at most one, to choose the replaced self-attention layers as `FreePromptEdit`
-            does.
+        method: a key of `fpe_pipeline.methods.METHODS`; "fpe" is Free-Prompt-Editing.
+        self_replace: (first, last) of the replaced steps, as fractions of all steps; of "fpe" only.
+        levels, max_tokens, layers: at most one, to choose the edited self-attention layers as the method's edit does.
+            Free-Prompt-Editing's default for the embedded model is its authors' limit of 32² tokens, which takes all
+            of its layers.
+        options: further arguments of the method's edit, by name.
         size: (width, height) in pixels; None is the model's own.
         image: path of a real image to edit; None generates the source. It is sampled by DDIM, whatever scheduler the
             model names, and `seed` decides nothing.
@@ -50,10 +55,12 @@ class Settings:
     seed: int = 0
     steps: int = 50
     guidance: float = 7.5
-    self_replace: tuple[float, float] = (0.0, 0.8)
+    method: str = "fpe"
+    self_replace: tuple[float, float] = SELF_REPLACE
     levels: tuple[int, ...] | None = None
     max_tokens: int | None = None
     layers: tuple[str | int, ...] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     size: tuple[int, int] | None = None
     image: str | None = None
     inversion: str = "ddim"
@@ -64,16 +71,33 @@ class Settings:
     device: str = "auto"
     threads: int | None = None
 
-    def edit(self):
-        """The `FreePromptEdit` of these settings.
+    def edit(self, tokenizer: Any = None):
+        """The edit of these settings.
+
+        Args:
+            tokenizer: the pipeline's. Without it, an edit that aligns words is not made, and None is returned.
 
         Raises:
-            InputError: the window or the layer choice makes no sense.
+            InputError: an unknown method, or a window, a choice of layers or options that make no sense.
         """
-        from .edits import FreePromptEdit
+        from .methods import ALIGNING, METHODS, make_edit
 
+        if self.method not in METHODS:
+            raise InputError(f"method must be one of {', '.join(METHODS)}, received '{self.method}'")
+        if self.method != "fpe" and self.self_replace != SELF_REPLACE:
+            raise InputError(
+                f"--self-replace is Free-Prompt-Editing's window; give {self.method} its own by --option, such as "
+                "--option self_replace_steps=0.4 or --option start_step=4"
+            )
+        chosen = {name: getattr(self, name) for name in SELECTORS if getattr(self, name) is not None}
+        if self.method == "fpe":
+            if self.model == EMBEDDED and not chosen:
+                chosen = {"max_tokens": _MAX_TOKENS}
+            chosen["self_replace_steps"] = self.self_replace
+        if self.method in ALIGNING and tokenizer is None:
+            return None
         try:
-            return FreePromptEdit(self.self_replace, levels=self.levels, max_tokens=self.max_tokens, layers=self.layers)
+            return make_edit(self.method, [self.source, *self.targets], tokenizer, **chosen, **self.options)
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
 

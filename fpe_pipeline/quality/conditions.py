@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..edits import Edit, FreePromptEdit
-from ..methods import make_edit
+from ..methods import ALIGNING, make_edit
 from ..products import Product
 from ..roles import BatchRoles
 from ..schedule import Step, StepWindow
@@ -62,7 +62,7 @@ class Condition:
         if self.method is None:
             return self.edit
         options = dict(self.options)
-        if self.method.startswith("p2p"):
+        if self.method in ALIGNING:
             options["source_of"] = source_of
         return make_edit(self.method, prompts, tokenizer, **options)
 

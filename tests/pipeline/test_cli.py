@@ -74,7 +74,8 @@ class TestEdit:
         record = json.loads((made / "run.json").read_text())
         assert record["settings"] == {
             "source": SOURCE, "targets": [TARGET, OTHER], "negative": None, "model": str(model), "seed": 5, "steps": 2,
-            "guidance": 7.5, "self_replace": [0.0, 0.9], "levels": None, "max_tokens": None, "layers": None,
+            "guidance": 7.5, "method": "fpe", "options": {},
+            "self_replace": [0.0, 0.9], "levels": None, "max_tokens": None, "layers": None,
             "size": [64, 64], "image": None, "inversion": "ddim", "inversion_guidance": 1.0,
             "control": True, "backend": "auto", "dtype": "float32", "device": "cpu",
             "threads": record["settings"]["threads"],
