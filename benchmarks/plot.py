@@ -30,6 +30,7 @@ BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end table -->)
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     **ROW_TABLES,
     **{name: partial(quality.study_table, name=name) for name in quality.STUDIES},
+    "quality-short": quality.short_table,
     "embedded-model": quality.model_table,
 }
 

@@ -1,24 +1,29 @@
-"""Tables and plots of edit quality, from what ``fpe evaluate`` wrote into ``results/quality``.
+"""Tables and plots of edit quality, from what ``fpe evaluate`` wrote.
 
-The scores are per pair and are the embedded model's; they have a schema of their own beside the timings' rows.
+``python -m benchmarks.quality NAME FOLDER …`` keeps evaluations as the study NAME in ``results/quality``; several
+folders are kinds of edit that were evaluated one by one, with the same settings. The scores are per pair and are the
+embedded model's; they have a schema of their own beside the timings' rows.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fpe_pipeline.models import embedded_path
+from fpe_pipeline.quality.command import dump
 from fpe_pipeline.quality.report import plot, table
 
 from .rows import ROOT, Row
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 STUDIES = {
-    "quality": "fpe evaluate -o out/quality",
-    "quality-sweep": "fpe evaluate --sweep --methods --pairs 40 -o out/quality-sweep",
+    "quality": "fpe evaluate",
+    "quality-sweep": "fpe evaluate --sweep --methods",
 }
 
 
@@ -30,12 +35,34 @@ def study_table(rows: Sequence[Row], name: str) -> str:
     return table(result["summary"]) + "\n" + about(result)
 
 
+def short_table(rows: Sequence[Row]) -> str:
+    """Success and structure alone, for the front page."""
+    result = _read("quality")
+    if result is None:
+        return f"*Edit quality: not measured yet (`{STUDIES['quality']}`).*"
+    lines = ["| edit | target drawn with | edit succeeds | silhouettes' IoU | over shared noise |"]
+    lines.append("| --- | --- | ---: | ---: | ---: |")
+    for kind, conditions in result["summary"].items():
+        for name, entry in conditions.items():
+            gain = entry.get("gain_over_shared_noise")
+            cells = [f"{100 * entry['success']['mean']:.1f} %", _with_interval(entry["iou"], ".3f")]
+            cells.append(_with_interval(gain, "+.3f") if gain else "")
+            lines.append("| " + " | ".join([kind, name, *cells]) + " |")
+    return "\n".join(lines) + "\n\n" + about(result)
+
+
+def _with_interval(figure: dict[str, float], form: str) -> str:
+    return f"{figure['mean']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
+
+
 def about(result: dict[str, Any]) -> str:
     """What the study was made with, for a person."""
     settings, made = result["settings"], result["environment"]
+    pairs = {kind: next(iter(conditions.values()))["pairs"] for kind, conditions in result["summary"].items()}
+    counted = ", ".join(f"{count} {kind}" for kind, count in pairs.items())
     versions = ", ".join(f"{name} {version}" for name, version in made.items() if name != "machine")
     return (
-        f"*{settings['pairs']} pairs of each kind on held-out prompts, {settings['steps']} steps, guidance "
+        f"*Pairs on held-out prompts: {counted}; {settings['steps']} steps, guidance "
         f"{settings['guidance']:g}, maps replaced in the first {100 * settings['self_replace']:.0f} % of the steps, "
         f"seed {settings['seed']}; 95 % bootstrap intervals; weights {settings['weights']}; {versions}*"
     )
@@ -71,3 +98,40 @@ def draw(folder: Path) -> Iterator[Path]:
 def _read(name: str) -> dict[str, Any] | None:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One study of evaluations of different kinds of edit.
+
+    Raises:
+        ValueError: two hold the same kind, or they were made with different settings or packages.
+    """
+    first, whole = results[0], {**results[0], "summary": {}, "scores": {**results[0]["scores"], "rows": []}}
+    for result in results:
+        for part, varies in (("settings", {"kinds", "pairs"}), ("environment", set())):
+            differing = [k for k in first[part] if k not in varies and first[part][k] != result[part][k]]
+            if differing:
+                raise ValueError(f"evaluations differ in {', '.join(differing)}: evaluate them again with one setting")
+        if whole["summary"].keys() & result["summary"].keys():
+            raise ValueError(
+                f"two evaluations hold {', '.join(whole['summary'].keys() & result['summary'].keys())} edits"
+            )
+        whole["summary"] |= result["summary"]
+        whole["scores"]["rows"] += result["scores"]["rows"]
+    whole["settings"] = {**first["settings"], "kinds": list(whole["summary"]), "pairs": None}
+    return whole
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n\n")[1])
+    parser.add_argument("name", choices=STUDIES)
+    parser.add_argument("folders", type=Path, nargs="+", help="what fpe evaluate wrote")
+    options = parser.parse_args(argv)
+    result = joined([json.loads((folder / "evaluation.json").read_text()) for folder in options.folders])
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{options.name}.json").write_text(dump(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,7 +17,7 @@ from .report import plot, table
 from .scores import Score, evaluate
 from .statistics import summarise
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "dump", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         _draw_rest(folder, judge_file, args, pairs, done, conditions, scores, store)
     summary = summarise(scores, seed=args.seed)
     result = {"settings": settings, "environment": _environment(), "summary": summary, "scores": _packed(scores)}
-    (args.output / "evaluation.json").write_text(_dump(result))
+    (args.output / "evaluation.json").write_text(dump(result))
     rendered = table(summary)
     (args.output / "table.md").write_text(rendered)
     plot(summary, args.output / "plot.png", f"{args.steps} steps, guidance {args.guidance:g}, 95 % intervals")
@@ -167,7 +167,8 @@ def _packed(scores: list[dict[str, Any]]) -> dict[str, Any]:
     return {"columns": columns, "rows": [[row[name] for name in columns] for row in scores]}
 
 
-def _dump(result: dict[str, Any]) -> str:
+def dump(result: dict[str, Any]) -> str:
+    """The result as JSON, a line for each score."""
     rows = result["scores"]["rows"]
     packed = ",\n".join(json.dumps(row) for row in rows)
     text = json.dumps({**result, "scores": {**result["scores"], "rows": "ROWS"}}, indent=1)
