@@ -236,7 +236,8 @@ def check_scale(scale: object, head_dim: int) -> float:
     if not isinstance(scale, Real):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}.")
     scale = float(scale)
-    if not math.isfinite(scale):
+    # Comparisons are false for NaN, and can be traced where torch.compile makes a symbol of a scale that varies.
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}.")
     return scale
 

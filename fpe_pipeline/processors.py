@@ -9,12 +9,14 @@ import torch
 from diffusers.models import attention_processor as diffusers_processors
 
 from .evaluation import Rows, evaluate_with_columns, mask_bias, row_map, take
+from .image_prompts import IMAGE_PROMPT_PROCESSORS, image_prompt_attention, split_image_prompts
 from .orders import Order
 from .products import ProductPlan
 
-__all__ = ["EditAttnProcessor", "Order", "unsupported_reasons"]
+__all__ = ["EditAttnProcessor", "Order", "editing_processor", "unsupported_reasons"]
 
-# Processors that compute plain attention and nothing else: an edit may compute a layer in their stead.
+# Processors that compute plain attention and nothing else: an edit may compute a layer in their stead. Slicing is among
+# them: it bounds the memory of a map, and an edited layer stores none.
 _PLAIN = tuple(
     getattr(diffusers_processors, name)
     for name in (
@@ -39,7 +41,7 @@ def unsupported_reasons(attn: Any, processor: Any, override: tuple[type, ...] = 
         override: further processor classes that an edit may compute in the stead of.
     """
     reasons = []
-    if type(processor) not in (*_PLAIN, *override):
+    if type(processor) not in (*_PLAIN, *IMAGE_PROMPT_PROCESSORS, *override):
         reasons.append(
             f"its processor {type(processor).__name__} may do more than attention, which an edit would drop: leave "
             "the layer out with layers=, or allow the class with editing(..., override_processors=(…,))"
@@ -57,13 +59,14 @@ class EditAttnProcessor:
     With an :class:`Order` it computes, in the place of ``softmax(q kᵀ) v`` for every row, the order's products:
     only the rows whose queries or keys some map uses are projected, no map is materialised, and rows that use
     the same map are computed together. Without an order it calls the processor it wraps, with the same arguments.
+    Image prompts (IP-Adapter) are added to the edited attention over the text as they are to the unedited.
 
     Args:
         inner: the layer's processor without the edit.
     """
 
     def __init__(self, inner: Any) -> None:
-        self.inner = inner
+        self._keep(inner)
         self.order: Order | None = None
         self.executed = False
         self.skipped = ""  # why the latest order was not carried out
@@ -74,11 +77,14 @@ class EditAttnProcessor:
         if not set(named) <= set(inspect.signature(self.__call__).parameters):
             self.__dict__["__call__"] = _SignatureOf(inner, self)
 
+    def _keep(self, inner: Any) -> None:
+        self.inner = inner
+
     def __call__(
         self,
         attn: Any,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_hidden_states: Any = None,
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
         *args: Any,
@@ -105,18 +111,25 @@ class EditAttnProcessor:
         image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
         if image_shape is not None:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)  # [B, N, C]
-        _check_input(order, hidden_states, encoder_hidden_states)
+        text, images = split_image_prompts(order.site.path, self.inner, encoder_hidden_states)
+        _check_input(order, hidden_states, text, images)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         context = hidden_states
-        if encoder_hidden_states is not None:
-            context = encoder_hidden_states
+        if text is not None:
+            context = text
             if attn.norm_cross is not None:
                 context = attn.norm_encoder_hidden_states(context)
 
-        query, key, value = _project(attn, self.inner, order.plan, hidden_states, context)
+        # Every row asks for its own image, also where it takes another's map of the text.
+        queries = tuple(range(order.plan.rows)) if images else order.plan.queries
+        query, key, value = _project(attn, self.inner, order.plan, queries, hidden_states, context)
         bias = mask_bias(attention_mask, order.plan.rows, attn.heads, key)
         hidden_states = self.attend(order, query, key, value, attn.scale, bias)  # [B, H, N, E]
+        if images:
+            masks, options = kwargs.get("ip_adapter_masks"), {"scale": attn.scale, "backend": order.backend}
+            added = image_prompt_attention(self.inner, query.tensor, images, masks, **options)
+            hidden_states = hidden_states if added is None else hidden_states + added
 
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(value.tensor.dtype)  # [B, N, H·E]
         hidden_states = attn.to_out[0](hidden_states)
@@ -139,6 +152,28 @@ class EditAttnProcessor:
         return out
 
 
+class _EditAttnModule(EditAttnProcessor, torch.nn.Module):
+    """The processor around one that is a module, such as an IP-Adapter's, in whose place it is a module itself.
+
+    It shows the wrapped module's weights under the names that they had, so that during a session too they move with
+    the UNet (offloading), are cast with it and are in its state dict.
+    """
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        torch.nn.Module.__init__(self)
+        EditAttnProcessor.__init__(self, inner)
+
+    def _keep(self, inner: Any) -> None:
+        self.__dict__["inner"] = inner  # not as a submodule, which would give the weights a second name
+        for name in ("_modules", "_parameters", "_buffers"):
+            self.__dict__[name] = inner.__dict__[name]
+
+
+def editing_processor(inner: Any) -> EditAttnProcessor:
+    """An :class:`EditAttnProcessor` around a layer's processor, of the kind that can stand where that one stood."""
+    return (_EditAttnModule if isinstance(inner, torch.nn.Module) else EditAttnProcessor)(inner)
+
+
 class _SignatureOf:
     """What ``inspect.signature`` sees as the ``__call__`` of a processor whose inner one names keywords of its own.
 
@@ -154,20 +189,25 @@ class _SignatureOf:
 
 
 def _project(
-    attn: Any, inner: Any, plan: ProductPlan, hidden_states: torch.Tensor, context: torch.Tensor
+    attn: Any,
+    inner: Any,
+    plan: ProductPlan,
+    queries: tuple[int, ...],
+    hidden_states: torch.Tensor,
+    context: torch.Tensor,
 ) -> tuple[Rows, Rows, Rows]:
     # The class of the processor tells whether fused projections are in use: `attn.fused_projections` stays True
     # after unfusing, and an adapter loaded since then lives in the separate ones.
     if isinstance(inner, diffusers_processors.FusedAttnProcessor2_0):
         if attn.is_cross_attention:
-            query = attn.to_q(take(hidden_states, plan.queries))
+            query = attn.to_q(take(hidden_states, queries))
             key, value = attn.to_kv(context).chunk(2, dim=-1)
             key, value = take(key, plan.keys), take(value, plan.values)
         else:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-            query, key, value = take(query, plan.queries), take(key, plan.keys), take(value, plan.values)
+            query, key, value = take(query, queries), take(key, plan.keys), take(value, plan.values)
     else:
-        query = attn.to_q(take(hidden_states, plan.queries))
+        query = attn.to_q(take(hidden_states, queries))
         key = attn.to_k(take(context, plan.keys))
         value = attn.to_v(take(context, plan.values))
     query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
@@ -177,7 +217,7 @@ def _project(
         key = attn.norm_k(key)
     # A norm may return a wider type (layer norm under autocast), which attention has to narrow again.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    return Rows(query, plan.queries), Rows(key, plan.keys), Rows(value, plan.values)
+    return Rows(query, queries), Rows(key, plan.keys), Rows(value, plan.values)
 
 
 def _bytes(plan: ProductPlan, query: Rows, key: Rows, value: Rows) -> tuple[int, int]:
@@ -189,11 +229,11 @@ def _bytes(plan: ProductPlan, query: Rows, key: Rows, value: Rows) -> tuple[int,
     return held, plan.rows * heads * queries * keys * query.tensor.element_size()
 
 
-def _check_input(order: Order, hidden_states: torch.Tensor, encoder_hidden_states: Any) -> None:
+def _check_input(
+    order: Order, hidden_states: torch.Tensor, text: torch.Tensor | None, images: list[torch.Tensor]
+) -> None:
     site = order.site
-    if isinstance(encoder_hidden_states, tuple):
-        raise ValueError(f"{site.path} receives image prompts (IP-Adapter), whose attention no edit describes yet")
-    batches = [hidden_states.shape[0]] + ([] if encoder_hidden_states is None else [encoder_hidden_states.shape[0]])
+    batches = [given.shape[0] for given in (hidden_states, text, *images) if given is not None]
     if any(batch != order.plan.rows for batch in batches):
         raise ValueError(f"{site.path} was planned for a batch of {order.plan.rows} rows and received {batches}")
     if hidden_states.shape[1] != site.tokens:
@@ -221,7 +261,8 @@ def _register() -> None:
     except ImportError:  # diffusers before 0.34
         return
     metadata = AttentionProcessorRegistry.get(diffusers_processors.AttnProcessor2_0)
-    AttentionProcessorRegistry.register(EditAttnProcessor, metadata)
+    for processor in (EditAttnProcessor, _EditAttnModule):
+        AttentionProcessorRegistry.register(processor, metadata)
 
 
 _register()

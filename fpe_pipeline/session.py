@@ -16,7 +16,7 @@ import fpe_kernels
 from .edits import Edit
 from .hooks import FeatureHooks, SchedulerHook
 from .orders import Order, make_orders
-from .processors import EditAttnProcessor, unsupported_reasons
+from .processors import EditAttnProcessor, editing_processor, unsupported_reasons
 from .report import EditReport
 from .roles import BatchRoles
 from .schedule import Step, locate_step
@@ -173,7 +173,7 @@ class EditingSession:
     def _wrap(self, sites: Sequence[Site]) -> None:
         before = self.unet.attn_processors
         new = {
-            site.path: EditAttnProcessor(before[f"{site.path}.processor"])
+            site.path: editing_processor(before[f"{site.path}.processor"])
             for site in sites
             if site.path not in self._processors
         }
@@ -365,13 +365,19 @@ class EditingSession:
         if getattr(self.pipe, "do_perturbed_attention_guidance", False):
             raise ValueError("perturbed-attention guidance adds rows to the batch: describe its layout with roles=")
         try:
-            return bool(self.pipe.do_classifier_free_guidance)
+            guided = bool(self.pipe.do_classifier_free_guidance)
         except AttributeError:
             what = "a UNet alone" if self.pipe is None else type(self.pipe).__name__
             raise ValueError(
                 f"{what} does not say whether the batch holds an unconditional half: pass "
                 "editing(..., classifier_free_guidance=True or False)"
             ) from None
+        if guided and hasattr(type(self.pipe), "image_guidance_scale"):
+            raise ValueError(
+                f"{type(self.pipe).__name__} guides by image too, so its batch has three parts and not two: describe "
+                "its layout with roles="
+            )
+        return guided
 
 
 def session_of(pipe: Any) -> EditingSession | None:

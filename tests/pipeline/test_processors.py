@@ -342,7 +342,7 @@ def test_layers_that_cannot_be_edited_say_why():
     (reason,) = unsupported_reasons(attention(), Recording())
     assert "Recording" in reason and "override_processors" in reason
     assert unsupported_reasons(attention(), Recording(), (Recording,)) == []
-    assert unsupported_reasons(attention(), IPAdapterAttnProcessor2_0(16, cross_attention_dim=16))
+    assert unsupported_reasons(attention(), IPAdapterAttnProcessor2_0(16, cross_attention_dim=16)) == []
     (reason,) = unsupported_reasons(attention(added_kv_proj_dim=4), AttnProcessor2_0())
     assert "added_kv_proj_dim" in reason
     (reason,) = unsupported_reasons(attention(kv_heads=1), AttnProcessor2_0())

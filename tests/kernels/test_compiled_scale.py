@@ -1,0 +1,28 @@
+"""Layers of several head dims in one compiled function: torch.compile traces their scales as symbols."""
+
+import pytest
+import torch
+
+from fpe_kernels import shared_attention
+
+
+def inputs(head_dim):
+    noise = torch.Generator().manual_seed(head_dim)
+    return [torch.randn(1, 2, 5, head_dim, generator=noise) for _ in range(3)]
+
+
+def test_a_scale_that_varies_breaks_no_graph():
+    def attend(query, key, value, scale):
+        return shared_attention(query, key, value, (0,), scale=scale, backend="torch")
+
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    for head_dim, scale in ((4, 0.5), (6, 0.4), (8, 0.35)):
+        query, key, value = inputs(head_dim)
+        expected = torch.softmax(scale * query @ key.mT, -1) @ value
+        torch.testing.assert_close(compiled(query, key, value, scale), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [float("inf"), -float("inf"), float("nan")])
+def test_a_scale_that_is_not_finite(scale):
+    with pytest.raises(ValueError, match="scale must be finite"):
+        shared_attention(*inputs(4), (0,), scale=scale)

@@ -1,0 +1,68 @@
+"""Edits of whole pipelines whose UNet is compiled, entire or block by block."""
+
+import pytest
+import torch
+from tiny_models import draw
+from tiny_pipelines import tiny_pipeline
+from torch._dynamo.testing import CompileCounter
+
+from fpe_pipeline import FreePromptEdit, editing
+
+pytestmark = pytest.mark.slow  # tracing takes seconds a layer
+
+HALF = FreePromptEdit(0.5)
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def pipeline_of_levels(pipe, *channels):
+    """As in SD 1.x, head dims differ between levels."""
+    return tiny_pipeline(
+        pipe,
+        block_out_channels=channels,
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+    )
+
+
+def with_and_without_an_edit(tiny, edit=HALF):
+    with editing(tiny, edit):
+        edited = draw(tiny, 2, steps=4)
+    plain = draw(tiny, 2, steps=4)
+    assert (edited - plain)[1].abs().max() > 1e-3
+    return torch.stack([edited, plain])
+
+
+def test_blocks_share_graphs(pipe):
+    """diffusers' regional compilation without a graph break: nothing of a layer but its shape is in an edit's graph."""
+    tiny = pipeline_of_levels(pipe, 8, 16, 32)
+    expected = with_and_without_an_edit(tiny)
+    counter = CompileCounter()
+    tiny.unet.compile_repeated_blocks(backend=counter, fullgraph=True)
+    torch.testing.assert_close(with_and_without_an_edit(tiny), expected, rtol=0, atol=1e-4)
+    graphs = counter.frame_count
+    assert graphs < 10  # of ten blocks, each of them with an edit and without
+    torch.testing.assert_close(with_and_without_an_edit(tiny), expected, rtol=0, atol=1e-4)
+    assert counter.frame_count == graphs
+
+
+def test_inductor_on_blocks(pipe):
+    tiny = pipeline_of_levels(pipe, 8, 16)
+    expected = with_and_without_an_edit(tiny)
+    tiny.unet.compile_repeated_blocks(fullgraph=True)
+    torch.testing.assert_close(with_and_without_an_edit(tiny), expected, rtol=0, atol=1e-4)
+
+
+def test_inductor_on_the_unet(pipe):
+    tiny = tiny_pipeline(
+        pipe, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    )
+    edit = FreePromptEdit(0.5, layers="mid_block")
+    expected = with_and_without_an_edit(tiny, edit)
+    tiny.unet = torch.compile(tiny.unet)
+    torch.testing.assert_close(with_and_without_an_edit(tiny, edit), expected, rtol=0, atol=1e-4)
