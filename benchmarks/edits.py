@@ -39,13 +39,14 @@ def edit_plan(device: str, *, quick: bool = False) -> list[UNetCase]:
         steps += [UNetCase("sdxl", pixels) for pixels in (1536, 2048)]
         return [*steps, UNetCase("sd21", 768), UNetCase("sd15", 512, steps=50), UNetCase("sdxl", 1024, steps=50)]
     if quick:
-        return [UNetCase("tiny", 512, selection="all")]
+        return [UNetCase("tiny", 512, selection="all"), UNetCase("tiny", 512, targets=3, selection="all")]
     return [
         UNetCase("narrow", 512),
         UNetCase("narrow", 512, selection="all"),
         UNetCase("narrow", 512, targets=4),
         UNetCase("slimxl", 1024),
         *(UNetCase("tiny", pixels, selection="all") for pixels in (256, 512, 768)),
+        UNetCase("tiny", 512, targets=3, selection="all"),
         UNetCase("tiny", 256, selection="all", steps=50),
     ]
 
