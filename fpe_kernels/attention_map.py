@@ -241,8 +241,9 @@ def shared_attention(
         bias: added to the scaled scores, broadcastable to [G, H, N, M], dtype of ``query``. Masking out is ``-inf``, as
             in :class:`AttentionMap`; rows of ``finfo.min`` throughout are not treated as masked.
         weight: of each output row, for blends of maps: a number, a list of B numbers, or a tensor that broadcasts to
-            [B, H, N], dtype of ``query`` or float32 (float64 beside float64); None means 1. The kernels read no key
-            for a tile of query rows whose weights are zero in every batch row that shares the map.
+            [B, H, N], dtype of ``query`` or float32 (float64 beside float64); None means 1. Query rows whose weights
+            are zero in every batch row that shares the map cost nothing: the kernels read no key for a tile of them,
+            the ``torch`` backend on a CPU leaves out each of them.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import fused_cpu
 from .grouping import rows_by_map
 
 _LOG2E = 1.0 / math.log(2.0)
@@ -27,8 +28,6 @@ _LN2 = math.log(2.0)
 _THREAD_BLOCK_BYTES = 1 << 20
 _DEVICE_BLOCK_BYTES = 64 << 20
 _KEY_BLOCK = 512
-# Below so many scores, calls cost more than the arithmetic that sharing saves: rows are then left to one fused call.
-_SMALL_MAP = 1 << 18
 _MIN_QUERY_BLOCK = 32
 
 
@@ -134,14 +133,78 @@ def apply(
     row_weight: Tensor | None = None,
 ) -> None:
     """Write ``row_weight ⊙ (A[map_index] @ value)`` to ``out`` and, unless it is known, the log-sum-exp."""
+    by_map = rows_by_map(map_index, query.shape[0])
+    if row_weight is not None and query.device.type == "cpu":
+        _weighted_apply(query, key, value, bias, by_map, scale, out, logsumexp, known, row_weight)
+        return
+    _apply_maps(query, key, value, bias, by_map, scale, out, logsumexp, known)
+    if row_weight is not None:
+        # What a weight selects is not known here without waiting for the device.
+        out.mul_(row_weight.unsqueeze(-1))
+
+
+def _weighted_apply(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    by_map: Sequence[tuple[int, ...]],
+    scale: float,
+    out: Tensor,
+    logsumexp: Tensor,
+    known: bool,
+    row_weight: Tensor,
+) -> None:
+    """The product of the query rows that have a weight in any batch row of their map, which are gathered for it.
+
+    A region of an image is scattered over the rows, so gathering leaves out all of the rest where blocks would not. A
+    row left out is zero, and its log-sum-exp +inf: the statistics of a row without probabilities.
+    """
+    row_weight = row_weight.expand(out.shape[:3])
+    has_weight = (row_weight != 0.0).any(1)
+    whole = list(by_map)
+    for group, rows in enumerate(by_map):
+        if not rows:
+            continue
+        index = list(rows)
+        selected = has_weight[index].any(0).nonzero().squeeze(1)
+        if len(selected) == query.shape[2]:
+            continue
+        whole[group] = ()
+        out[index] = 0.0
+        own = slice(group, group + 1)
+        if not known:
+            logsumexp[own] = float("inf")
+        if len(selected) == 0:
+            continue
+        part_bias = None if bias is None else bias.expand(*query.shape[:3], key.shape[2])[own, :, selected]
+        part_out = out.new_empty((len(index), out.shape[1], len(selected), out.shape[3]))
+        statistics = logsumexp[own, :, selected]
+        part = query[own, :, selected], key[own], value[index], part_bias
+        _apply_maps(*part, [tuple(range(len(index)))], scale, part_out, statistics, known)
+        for position, row in enumerate(index):
+            out[row, :, selected] = part_out[position]
+        if not known:
+            logsumexp[own, :, selected] = statistics
+    _apply_maps(query, key, value, bias, whole, scale, out, logsumexp, known)
+    out.mul_(row_weight.unsqueeze(-1))
+
+
+def _apply_maps(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    by_map: Sequence[tuple[int, ...]],
+    scale: float,
+    out: Tensor,
+    logsumexp: Tensor,
+    known: bool,
+) -> None:
+    """The unweighted product for the batch rows of every map in ``by_map``; other rows stay as they are."""
     columns = value.shape[3]
-    by_map: Sequence[tuple[int, ...]] = rows_by_map(map_index, query.shape[0])
-    if bias is None and not known and _fused_serves(query, key, value):
-        small = query.shape[1] * query.shape[2] * key.shape[2] <= _SMALL_MAP
-        fused = {group: rows for group, rows in enumerate(by_map) if rows and (small or len(rows) == 1)}
-        by_map = [() if group in fused else rows for group, rows in enumerate(by_map)]
-        for maps, rows in _runs(fused):
-            _fused_product(query, key, value, maps, rows, scale, out, logsumexp)
+    if bias is None and not known:
+        by_map = fused_cpu.apply(query, key, value, by_map, scale, out, logsumexp)
     for blocks in _cut_maps(query, key, by_map):
         scores_of = _Scores(query, key, bias, scale, blocks)
         packed = _pack(value, blocks.rows, blocks.heads, scores_of.dtype)
@@ -153,53 +216,6 @@ def apply(
                 product = _online_product(scores_of, packed, queries, blocks.keys, statistics)
             for position, row in enumerate(blocks.rows):
                 out[row, blocks.heads, queries] = product[..., position * columns : (position + 1) * columns]
-    if row_weight is not None:
-        out.mul_(row_weight.unsqueeze(-1))
-
-
-def _fused_serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether PyTorch's fused attention for CPUs takes these tensors, and keeps float32 statistics as exact as ours."""
-    return (
-        query.device.type == "cpu"
-        and query.dtype in (torch.float32, torch.float64)
-        and value.shape[3] == query.shape[3]
-        and all(tensor.stride(3) == 1 and tensor.numel() > 0 for tensor in (query, key, value))
-    )
-
-
-def _runs(by_map: dict[int, tuple[int, ...]]) -> list[tuple[slice, list[int]]]:
-    """Maps that one call can serve, with their rows: a map with all of its rows, or neighbours with one row each.
-
-    Threads share rows as well as heads and queries, so neighbours are faster together; and a run is a view.
-    """
-    runs: list[tuple[slice, list[int]]] = []
-    for group, rows in by_map.items():
-        if runs and len(rows) == 1:
-            maps, before = runs[-1]
-            if maps.stop == group and len(before) == maps.stop - maps.start and before[-1] + 1 == rows[0]:
-                runs[-1] = slice(maps.start, group + 1), [*before, *rows]
-                continue
-        runs.append((slice(group, group + 1), list(rows)))
-    return runs
-
-
-def _fused_product(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    maps: slice,
-    rows: list[int],
-    scale: float,
-    out: Tensor,
-    logsumexp: Tensor,
-) -> None:
-    """One call of PyTorch's fused attention for the rows of a run."""
-    neighbours = rows == list(range(rows[0], rows[0] + len(rows)))
-    where: slice | list[int] = slice(rows[0], rows[0] + len(rows)) if neighbours else rows
-    shared = (tensor[maps].expand(len(rows), -1, -1, -1) for tensor in (query, key))
-    product, statistics = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*shared, value[where], scale=scale)
-    out[where] = product
-    logsumexp[maps] = statistics[: maps.stop - maps.start]
 
 
 def _known_product(scores_of: _Scores, packed: Tensor, queries: slice, keys: list[slice], logsumexp: Tensor) -> Tensor:

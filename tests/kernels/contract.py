@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fpe_kernels import AttentionMap, shared_attention
+from fpe_kernels.backends import chunked, fused_cpu
 from fpe_kernels.testing import (
     LAYOUTS,
     Case,
@@ -24,13 +25,13 @@ from fpe_kernels.testing import (
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INF = float("inf")
 
-SMALL_BLOCKS = {
-    "_THREAD_BLOCK_BYTES": 256,
-    "_KEY_BLOCK": 13,
-    "_MIN_QUERY_BLOCK": 4,
-    "_fused_serves": lambda *operands: False,
-}
-"""What to set in the torch backend so that small shapes take many blocks, and no fused call."""
+
+def cut_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the torch backend take many blocks for small shapes, and no fused call."""
+    for name, number in {"_THREAD_BLOCK_BYTES": 256, "_KEY_BLOCK": 13, "_MIN_QUERY_BLOCK": 4}.items():
+        monkeypatch.setattr(chunked, name, number)
+    monkeypatch.setattr(fused_cpu, "_serves", lambda *operands: False)
+
 
 costly = pytest.mark.costly
 """Marks parameters that the interpreter would take many seconds for; a device runs them all."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from unittest import mock
 
+import pytest
 import torch
-from contract import SMALL_BLOCKS
+from contract import cut_small_blocks
 from contract_gradients import leaves_of
 
-from fpe_kernels.backends import chunked
 from fpe_kernels.testing import LAYOUTS, Case, assert_matches, make_case
 
 OPS = torch.ops.fpe_kernels
@@ -51,9 +50,10 @@ def random_case(seed: int, backend: str, device: str) -> Case:
 def check_seed(seed: int, backend: str, device: str) -> None:
     """Products, statistics and gradients of one case; an error names the command that repeats it."""
     # Half of the cases run in blocks that small shapes fill, so that the torch backend takes several.
-    blocks = SMALL_BLOCKS if seed % 2 else {name: getattr(chunked, name) for name in SMALL_BLOCKS}
     try:
-        with mock.patch.multiple(chunked, **blocks):
+        with pytest.MonkeyPatch.context() as patch:
+            if seed % 2:
+                cut_small_blocks(patch)
             check(random_case(seed, backend, device), backend, ROUTES[seed % 3])
     except Exception as error:
         command = f"FUZZ_SEED={seed} python -m pytest tests/kernels/test_fuzz.py -k 'one_seed and {backend}'"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import FLOATS, SMALL_BLOCKS
+from contract import FLOATS, cut_small_blocks
 from contract_gradients import GradientContract
-
-from fpe_kernels.backends import chunked
 
 
 class TestReference(GradientContract):
@@ -25,8 +23,7 @@ class TestTorchInSmallBlocks(TestTorch):
 
     @pytest.fixture(autouse=True)
     def _small_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name, number in SMALL_BLOCKS.items():
-            monkeypatch.setattr(chunked, name, number)
+        cut_small_blocks(monkeypatch)
 
 
 class TestTriton(GradientContract):
