@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from .growth import memory_plan, run_memory
 from .plan import kernel_plan
 from .providers import all_providers
 from .report import BAD, case_table, summary
-from .rows import Row, write
+from .rows import Row, read, replaced, write
 from .run import Bench, run_kernels
 
 SUITES = ("kernels", "edits", "memory")
@@ -28,7 +29,14 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--quick", action="store_true", help="the headline cases and short rounds")
     arguments.add_argument("--device", default="auto", help="cpu, cuda, or auto (cuda where there is one)")
     arguments.add_argument("--dtype", help="float32, float16 or bfloat16; default: float16 on cuda, float32 on cpu")
-    arguments.add_argument("--json", type=Path, help="folder to write rows to, one file a suite")
+    arguments.add_argument(
+        "--json",
+        type=Path,
+        help="folder to write rows to, one file a suite, after every case; rows of other cases stay in the file",
+    )
+    arguments.add_argument(
+        "--resume", action="store_true", help="leave out cases that --json has rows of this commit of"
+    )
     arguments.add_argument("--cases", default="", help="only cases whose name contains this")
     arguments.add_argument("--providers", help="comma-separated names; default: those that the plan names")
     arguments.add_argument("--seconds", type=float, help="most seconds of timing a case")
@@ -38,7 +46,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parser().parse_args(argv)
+    arguments = parser()
+    options = arguments.parse_args(argv)
+    if options.resume and options.json is None:
+        arguments.error("--resume needs --json, the folder with the rows of the run to go on with")
     logging.basicConfig(level=logging.DEBUG if options.verbose else logging.WARNING, format="%(message)s")
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     if options.threads:
@@ -59,47 +70,62 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{bench.environment.device}, {bench.environment.threads} threads, commit {bench.environment.commit}")
     print(", ".join(f"{name} {version}" for name, version in bench.environment.versions.items()))
     everything = bench.roofline()
-    _save(options.json, device, "roofline", everything)
-
+    Results(bench, options, "roofline").keep(everything)
     for suite in SUITES if options.suite == "all" else [options.suite]:
-        rows = _run(suite, bench, options)
-        _save(options.json, device, suite, rows)
-        everything += rows
+        results = Results(bench, options, suite)
+        _run(suite, bench, options, results)
+        everything += results.measured
     print("\n" + summary(everything))
     ours = [row for row in everything if row.status in BAD and row.provider.startswith("fpe")]
     return 1 if ours else 0
 
 
-def _run(suite: str, bench: Bench, options: argparse.Namespace) -> list[Row]:
-    named = options.providers.split(",") if options.providers else None
+class Results:
+    """The rows of one suite: kept, written where asked for, and known when a run goes on."""
 
-    def show(rows: list[Row]) -> None:
+    def __init__(self, bench: Bench, options: argparse.Namespace, suite: str) -> None:
+        folder: Path | None = options.json
+        self.path = None if folder is None else folder / f"{bench.device.split(':')[0]}-{suite}.json"
+        self.measured: list[Row] = []
+        self.before = read(self.path) if self.path is not None and self.path.exists() else []
+        like = bench.row(suite=suite, case="", provider="", status="ok")
+        done = {row.case for row in self.before if row.key[3:] == like.key[3:]} if options.resume else set()
+        self.wanted: Callable[[str], bool] = lambda case: options.cases in case and case not in done
+
+    def keep(self, rows: list[Row]) -> None:
+        self.measured += rows
+        if self.path is not None and rows:
+            write(self.path, replaced(self.before, self.measured))
+
+    def show(self, rows: list[Row]) -> None:
+        """Keep the rows of a case and print its table."""
+        self.keep(rows)
         if rows:
             print("\n" + case_table(rows), flush=True)
 
+
+def _run(suite: str, bench: Bench, options: argparse.Namespace, results: Results) -> None:
+    named = options.providers.split(",") if options.providers else None
     if suite == "edits":
         try:
             import diffusers  # noqa: F401
         except ImportError:
             print("\nedits: diffusers is not installed; pip install fpe-kernels[pipeline]")
-            return []
-        cases = [case for case in edit_plan(bench.device, quick=options.quick) if options.cases in case.name]
-        return run_edits(bench, cases, [name for name in EDITORS if named is None or name in named], show)
+            return
+        cases = [case for case in edit_plan(bench.device, quick=options.quick) if results.wanted(case.name)]
+        run_edits(bench, cases, [name for name in EDITORS if named is None or name in named], results.show)
+        return
 
     providers = all_providers()
     if suite == "memory":
-        lengths = [case for case in memory_plan(bench.device, quick=options.quick) if options.cases in case.name]
-        return run_memory(bench, providers, lengths, show)
-    steps = [step for step in kernel_plan(bench.device, quick=options.quick) if options.cases in step.case.name]
+        lengths = [case for case in memory_plan(bench.device, quick=options.quick) if results.wanted(case.name)]
+        run_memory(bench, providers, lengths, results.show)
+        return
+    steps = [step for step in kernel_plan(bench.device, quick=options.quick) if results.wanted(step.case.name)]
     if named is not None:
         providers = {name: provider for name, provider in providers.items() if name in named}
         steps = [type(step)(step.case, "all") for step in steps]
-    return run_kernels(bench, providers, steps, show)
-
-
-def _save(folder: Path | None, device: str, suite: str, rows: list[Row]) -> None:
-    if folder is not None and rows:
-        write(folder / f"{device.split(':')[0]}-{suite}.json", rows)
+    run_kernels(bench, providers, steps, results.show)
 
 
 if __name__ == "__main__":

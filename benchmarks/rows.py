@@ -217,6 +217,21 @@ def merge(*groups: Iterable[Row]) -> list[Row]:
     return list(rows.values())
 
 
+def replaced(before: Iterable[Row], now: Iterable[Row]) -> list[Row]:
+    """``now`` after the rows of ``before`` whose cases it does not measure again, at this or another commit.
+
+    A case goes as a whole: rows of different rounds have no ratio. Those of providers that are missing everywhere stand
+    for themselves.
+    """
+
+    def subject(row: Row) -> tuple[object, ...]:
+        return (row.suite, row.case, row.provider if row.case == "any" else "", row.device, row.dtype, row.threads)
+
+    now = list(now)
+    again = {subject(row) for row in now}
+    return [*(row for row in before if subject(row) not in again), *now]
+
+
 def write(path: str | Path, rows: Iterable[Row]) -> None:
     """Write rows as JSON, one a line, so that a change to one of them is a change to one line."""
     lines = [json.dumps(_plain(row), ensure_ascii=False) for row in merge(rows)]
