@@ -3,6 +3,7 @@
 import pytest
 import torch
 from golden_cases import load_pipeline
+from tiny_pipelines import tiny_pipeline
 
 torch.set_num_threads(1)
 
@@ -10,3 +11,9 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def pipe():
     return load_pipeline()
+
+
+@pytest.fixture(scope="module")
+def tiny(pipe):
+    """An SD 1.x pipeline with a UNet so small that a call takes tens of milliseconds."""
+    return tiny_pipeline(pipe)

@@ -6,25 +6,17 @@ import numpy as np
 import pytest
 from golden_cases import GOLDEN
 from PIL import Image
+from tiny_cli import OTHER, SOURCE, TARGET, tiny_model_folder
 
 from fpe_pipeline import cli, inversion, runs, settings
-
-SOURCE, TARGET, OTHER = "a photo of a red car", "a photo of a blue car", "a photo of a red boat"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The tiny model, with 64 px as its own size and a scheduler whose steps cannot be undone."""
-    folder, tiny = tmp_path_factory.mktemp("models"), GOLDEN / "models" / "tiny-sd15"
-    for entry in tiny.iterdir():
-        if entry.name not in ("unet", "scheduler", "model_index.json"):
-            (folder / entry.name).symlink_to(entry)
-    (folder / "unet").mkdir()
+    folder = tiny_model_folder(tmp_path_factory.mktemp("models") / "tiny", without=("scheduler", "model_index.json"))
+    tiny = GOLDEN / "models" / "tiny-sd15"
     (folder / "scheduler").mkdir()
-    weights = "diffusion_pytorch_model.safetensors"
-    (folder / "unet" / weights).symlink_to(tiny / "unet" / weights)
-    config = json.loads((tiny / "unet" / "config.json").read_text())
-    (folder / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": 8}))
     index = json.loads((tiny / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "PNDMScheduler"]}))
     scheduler = json.loads((tiny / "scheduler" / "scheduler_config.json").read_text())

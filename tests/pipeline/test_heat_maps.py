@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import PROMPTS, sample, tiny_pipeline, tiny_sdxl_pipeline
+from tiny_pipelines import PROMPTS, sample, tiny_sdxl_pipeline
 from torch.nn import functional as F
 
 from fpe_kernels import AttentionMap
@@ -31,11 +31,6 @@ class Recorder:
         scores = heads(attn.to_q(hidden_states)) @ heads(attn.to_k(context)).transpose(2, 3) * attn.scale
         self.maps.append(scores.softmax(-1))
         return self.inner(attn, hidden_states, encoder_hidden_states=encoder_hidden_states)
-
-
-@pytest.fixture(scope="module")
-def tiny(pipe):
-    return tiny_pipeline(pipe, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -37,11 +37,6 @@ SCHEDULERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def tiny(pipe):
-    return tiny_pipeline(pipe)
-
-
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # diffusers' KDPM2 with NumPy 2
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(tiny, monkeypatch, name):

@@ -12,6 +12,8 @@ from diffusers import (
 from tiny_unets import tiny_unet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from fpe_pipeline.processors import EditAttnProcessor
+
 PROMPTS = ["a photo of a red car", "a photo of a blue car", "a drawing of a car", "a green car", "a car at night"]
 
 
@@ -85,3 +87,10 @@ def sample(pipe, prompts=2, *, steps=3, guidance_scale=5.0, size=(8, 8), images=
         output_type="latent",
         **kwargs,
     ).images
+
+
+def unedited(unet):
+    """Whether a UNet carries nothing of a session."""
+    processors = unet.attn_processors.values()
+    hooks = len(unet._forward_pre_hooks) + len(unet._forward_hooks)
+    return hooks == 0 and not any(isinstance(processor, EditAttnProcessor) for processor in processors)
