@@ -21,6 +21,7 @@ from .normal_form import (
     Mixing,
     Term,
     adjoint_of,
+    bytes_of,
     product_of,
     some_rows,
     sum_of_blocks,
@@ -64,6 +65,11 @@ class LinearMap(ABC):
     @abstractmethod
     def device(self) -> torch.device:
         """Where products are computed."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what defines it: of its distinct maps, weights and mixings."""
+        return bytes_of(self._blocks())
 
     @abstractmethod
     def _blocks(self) -> tuple[Block, ...]:

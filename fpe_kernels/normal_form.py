@@ -32,6 +32,8 @@ class GatheredMap(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def device(self) -> torch.device: ...
+    @property
+    def nbytes(self) -> int: ...
     def gathered_product(self, value: Tensor, index: tuple[int, ...], weight: Tensor | None) -> Tensor: ...
     def gathered_adjoint(self, weight: Tensor, index: tuple[int, ...]) -> Tensor: ...
 
@@ -168,6 +170,16 @@ def taken(blocks: tuple[Block, ...], index: tuple[int, ...]) -> tuple[Block, ...
         else:
             runs.append([row])
     return tuple(_rows_within_a_block(blocks, run) for run in runs)
+
+
+def bytes_of(blocks: tuple[Block, ...]) -> int:
+    """Bytes of the distinct maps, and of every term's row weight and factors."""
+    terms = [term for block in blocks for term in block.terms]
+    tensors = [term.row_weight for term in terms if term.row_weight is not None]
+    for term in terms:
+        tensors += [f.weight if isinstance(f, Diagonal) else f.matrix for f in term.factors]
+    maps = sum(terms[group[0]].map.nbytes for group in terms_by_map(terms))
+    return maps + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------

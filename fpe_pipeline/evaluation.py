@@ -1,17 +1,20 @@
-"""Computing a plan of products with ``shared_attention``."""
+"""A plan of products in terms of ``fpe_kernels``: shared attention for the output, maps as operators on request."""
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from fpe_kernels import AttentionMap, shared_attention
+from fpe_kernels import AttentionMap, LinearMap, shared_attention
 
-from .products import AttentionCall, MapSpec, ProductPlan
+from .products import AttentionCall, MapSpec, Product, ProductPlan
 
-__all__ = ["RowMap", "Rows", "evaluate", "evaluate_with_columns", "mask_bias", "row_map", "take"]
+__all__ = ["Projections", "Rows", "evaluate", "mask_bias", "row_maps", "take"]
 
 # Added to variances where queries and keys are normalised, as in instance normalisation.
 _EPSILON = 1e-5
@@ -50,39 +53,34 @@ def take(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def evaluate(
-    plan: ProductPlan,
-    query: Rows,
-    key: Rows,
-    value: Rows,
-    *,
-    scale: float,
-    bias: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """The plan's products, summed by row: [plan.rows, H, N, E].
+@dataclass(frozen=True)
+class Projections:
+    """A layer's projected rows, and what its scores are made with.
 
     Args:
-        query, key, value: at least the rows that the plan names, as [rows, H, N | M, D | E].
+        query, key, value: at least the rows that a plan names, as [rows, H, N | M, D | E].
         scale: what scores are multiplied with.
         bias: what is added to them, for every row of the batch: [plan.rows, 1 | H, 1 | N, M].
         backend: of ``shared_attention``.
     """
-    return evaluate_with_columns(plan, query, key, value, {}, scale=scale, bias=bias, backend=backend)[0]
+
+    query: Rows
+    key: Rows
+    value: Rows
+    scale: float
+    bias: torch.Tensor | None = None
+    backend: str = "auto"
+
+    def scores(self, maps: Sequence[MapSpec]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Queries [G, H, N, D], keys [G, H, M, D] and options of ``fpe_kernels`` for some maps."""
+        options = {"scale": self.scale, "bias": _map_bias(maps, self.bias, self.key), "backend": self.backend}
+        return _queries(maps, self.query), _keys(maps, self.key), options
 
 
-def evaluate_with_columns(
-    plan: ProductPlan,
-    query: Rows,
-    key: Rows,
-    value: Rows,
-    columns: Mapping[int, torch.Tensor],
-    *,
-    scale: float,
-    bias: torch.Tensor | None = None,
-    backend: str = "auto",
+def evaluate(
+    plan: ProductPlan, layer: Projections, columns: Mapping[int, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """:func:`evaluate`, and beside it products of the rows' edited maps with columns of one's own.
+    """The plan's products, summed by row, and beside them products of the rows' edited maps with columns of one's own.
 
     A row's output is linear in its values, so the columns are carried through the same products as more values:
     scores and softmax are computed once for both.
@@ -91,102 +89,47 @@ def evaluate_with_columns(
         columns: for some rows, what their edited map is to be multiplied with: [M', C].
 
     Returns:
-        The output, and for each row of ``columns`` its edited map times them: [H, N, C].
+        The output [plan.rows, H, N, E], and for each row of ``columns`` its edited map times them: [H, N, C].
     """
-    dim = value.tensor.shape[-1]
+    columns = columns or {}
+    dim = layer.value.tensor.shape[-1]
     wide = max([0, *(given.shape[-1] for given in columns.values())])
     sums: dict[int, torch.Tensor] = {}
     for call in plan.calls:
-        values = _values(call, value)
+        query, key, options = layer.scores(call.maps)
+        values = _values(call, layer.value)
         if wide:
             values = torch.cat([values, _column_values(call, columns, wide, values)], dim=-1)
         result = shared_attention(
-            _queries(call.maps, query),
-            _keys(call.maps, key),
-            values,
-            call.map_index,
-            scale=scale,
-            bias=_map_bias(call.maps, bias, key),
-            backend=backend,
+            query, key, values, call.map_index, weight=_row_weights(call, query), **options
         )  # [len(products), H, N, E + wide]
         if plan.is_plain:
             return result[..., :dim], {row: result[row, ..., dim : dim + c.shape[-1]] for row, c in columns.items()}
-        for row, product, term in zip(call.rows, call.products, result, strict=True):
-            term = _weighted(term, product.weight)
+        for row, term in zip(call.rows, result, strict=True):
             sums[row] = sums[row] + term if row in sums else term
     out = torch.stack([sums[row][..., :dim] for row in range(plan.rows)])
     return out, {row: sums[row][..., dim : dim + given.shape[-1]] for row, given in columns.items()}
 
 
-class RowMap:
-    """The edited attention map of one row, as an operator: a sum of weighted maps, each with its mixing.
-
-    ``A @ x`` takes [M', E] or [H, M', E] to [H, N, E]; ``A.adjoint(y)`` takes [N, E] or [H, N, E] to [H, M', E].
-    """
-
-    def __init__(self, terms: Sequence[tuple[AttentionMap, float | torch.Tensor, torch.Tensor | None]]) -> None:
-        self.terms = tuple(terms)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(H, N, M')."""
-        attention, _, mixing = self.terms[0]
-        _, heads, queries, keys = attention.shape
-        return heads, queries, keys if mixing is None else mixing.shape[-1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the queries and keys that it holds."""
-        return sum(attention.nbytes for attention, _, _ in self.terms)
-
-    def __matmul__(self, operand: torch.Tensor) -> torch.Tensor:
-        total = None
-        for attention, weight, mixing in self.terms:
-            given = operand if mixing is None else mixing.to(operand) @ operand
-            given = given.to(attention.query).expand(1, attention.shape[1], *given.shape[-2:])
-            term = _weighted((attention @ given)[0], weight)
-            total = term if total is None else total + term
-        assert total is not None
-        return total
-
-    def adjoint(self, operand: torch.Tensor) -> torch.Tensor:
-        """``Aᵀ @ operand``."""
-        total = None
-        for attention, weight, mixing in self.terms:
-            given = operand.to(attention.query).expand(attention.shape[1], *operand.shape[-2:])
-            term = (attention.T @ _weighted(given, weight)[None])[0]
-            if mixing is not None:
-                term = mixing.to(term).transpose(-1, -2) @ term
-            total = term if total is None else total + term
-        assert total is not None
-        return total
-
-
-def row_map(
-    plan: ProductPlan,
-    row: int,
-    query: Rows,
-    key: Rows,
-    *,
-    scale: float,
-    bias: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> RowMap:
-    """The edited map of a row of the plan; see :func:`evaluate` for the arguments. Detached, nothing computed yet."""
-    terms = []
+def row_maps(plan: ProductPlan, rows: Sequence[int], layer: Projections) -> dict[int, LinearMap]:
+    """The edited maps of some rows of the plan, as operators [1, H, N, M']. Detached, nothing computed yet."""
+    maps: dict[MapSpec, AttentionMap] = {}
+    terms: dict[int, list[LinearMap]] = {row: [] for row in rows}
     for call in plan.calls:
-        for owner, product in zip(call.rows, call.products, strict=True):
-            if owner == row:
-                maps = (product.map,)
-                attention = AttentionMap(
-                    _queries(maps, query).detach(),
-                    _keys(maps, key).detach(),
-                    scale=scale,
-                    bias=_map_bias(maps, bias, key),
-                    backend=backend,
-                )
-                terms.append((attention, product.weight, product.mixing))
-    return RowMap(terms)
+        for row, product in zip(call.rows, call.products, strict=True):
+            if row in terms:
+                if product.map not in maps:
+                    query, key, options = layer.scores([product.map])
+                    maps[product.map] = AttentionMap(query.detach(), key.detach(), **options)
+                terms[row].append(_edited(maps[product.map], product))
+    return {row: functools.reduce(operator.add, summands) for row, summands in terms.items()}
+
+
+def _edited(attention: AttentionMap, product: Product) -> LinearMap:
+    mixed = attention if product.mixing is None else attention.mix(product.mixing.to(attention.key))
+    if isinstance(product.weight, torch.Tensor):
+        return mixed.scale_rows(_row_weight(product.weight, attention.query))
+    return mixed if product.weight == 1.0 else mixed.scale_rows(product.weight)
 
 
 def mask_bias(mask: torch.Tensor | None, rows: int, heads: int, key: Rows) -> torch.Tensor | None:
@@ -209,12 +152,21 @@ def mask_bias(mask: torch.Tensor | None, rows: int, heads: int, key: Rows) -> to
     return mask.to(key.tensor.dtype).expand(rows, -1, -1, -1)
 
 
-def _weighted(term: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
-    if not isinstance(weight, torch.Tensor) and weight == 1.0:
-        return term
-    if isinstance(weight, torch.Tensor) and weight.ndim:
-        weight = weight[:, None]  # [N, 1], over heads and channels
-    return term * (weight.to(term) if isinstance(weight, torch.Tensor) else weight)
+def _row_weights(call: AttentionCall, query: torch.Tensor) -> list[float] | torch.Tensor | None:
+    """The weights of a call's products as ``shared_attention`` takes them; None where all are one."""
+    weights = [product.weight for product in call.products]
+    numbers = [weight for weight in weights if not isinstance(weight, torch.Tensor)]
+    if len(numbers) == len(weights):
+        return None if all(number == 1.0 for number in numbers) else numbers
+    return torch.stack([_row_weight(weight, query) for weight in weights])[:, None]  # [len(products), 1, N]
+
+
+def _row_weight(weight: float | torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """[N], at the precision of the products' statistics."""
+    dtype, tokens = torch.promote_types(query.dtype, torch.float32), query.shape[-2]
+    if isinstance(weight, torch.Tensor):
+        return weight.to(query.device, dtype).expand(tokens)
+    return torch.full((tokens,), weight, dtype=dtype, device=query.device)
 
 
 def _queries(maps: Sequence[MapSpec], query: Rows) -> torch.Tensor:
@@ -292,10 +244,13 @@ def _map_bias(maps: Sequence[MapSpec], bias: torch.Tensor | None, key: Rows) -> 
         by_key = Rows(bias.transpose(-1, -2), tuple(range(bias.shape[0])))
         out = by_key.concatenated([spec.keys for spec in maps]).transpose(-1, -2)
     if any(any(spec.shifts) for spec in maps):
-        tokens = key.tensor.shape[-2]
-        shifts = torch.tensor(
-            [[shift for shift in spec.shifts or (0.0,) * len(spec.keys) for _ in range(tokens)] for spec in maps],
-            dtype=key.tensor.dtype,
-        ).to(key.tensor.device)[:, None, None]  # [G, 1, 1, M]
+        # By fills: a list's numbers would be copied to the device at every call.
+        tokens = (key.tensor.shape[-2],)
+        shifts = torch.stack(
+            [
+                torch.cat([key.tensor.new_full(tokens, shift) for shift in spec.shifts or (0.0,) * len(spec.keys)])
+                for spec in maps
+            ]
+        )[:, None, None]  # [G, 1, 1, M]
         out = shifts if out is None else out + shifts
     return out

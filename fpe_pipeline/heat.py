@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fpe_kernels import LinearMap
+
 from .alignment import tokenize
 from .edits import Edit
-from .evaluation import RowMap
 from .heat_views import overlay, principal_components
 from .products import Product
 from .roles import BatchRoles
@@ -175,7 +176,7 @@ class _Reader(Watcher):
     def begin(self) -> None:
         self._roles: BatchRoles | None = None
         self._pixels: dict[int, torch.Tensor] = {}
-        self._kept: dict[int, tuple[tuple[int, int], list[RowMap]]] = {}
+        self._kept: dict[int, tuple[tuple[int, int], list[LinearMap]]] = {}
         self._bytes = 0
         if self.words is not None:
             self.words.begin()
@@ -206,16 +207,16 @@ class _Reader(Watcher):
             self.words.receive(site, step, roles, columns, {})
         for row, operator in maps.items():
             if self._owner.pixels:
-                rows = operator.adjoint(self._at(site, operator)).mean(0).T.reshape(-1, *site.grid).float()
+                rows = self._rows_at(site, operator)
                 known = self._pixels.get(row)
                 if known is not None and known.shape != rows.shape:
-                    finest = max(known.shape[-2:], rows.shape[-2:], key=lambda grid: grid[0] * grid[1])
+                    finest = max(tuple(known.shape[-2:]), site.grid, key=lambda grid: grid[0] * grid[1])
                     known, rows = resize_maps(known, finest), resize_maps(rows, finest)
                 self._pixels[row] = rows if known is None else known + rows
             if self._owner.components:
                 self._keep(site, row, operator)
 
-    def _keep(self, site: Site, row: int, operator: RowMap) -> None:
+    def _keep(self, site: Site, row: int, operator: LinearMap) -> None:
         grid, kept = self._kept.setdefault(row, (site.grid or (0, 0), []))
         if grid != site.grid:
             raise ValueError(f"components are of layers of one grid; levels {self._levels} have {grid} and {site.grid}")
@@ -227,21 +228,20 @@ class _Reader(Watcher):
             )
         kept.append(operator)
 
-    def _at(self, site: Site, operator: RowMap) -> torch.Tensor:
-        """[N, pixels]: the tokens that the pixels are in."""
+    def _rows_at(self, site: Site, operator: LinearMap) -> torch.Tensor:
+        """[pixels, height, width]: the rows of the tokens that the pixels are in, averaged over heads."""
         assert site.grid is not None and site.latent is not None
         (height, width), (rows, columns) = site.grid, site.latent
-        query = operator.terms[0][0].query
-        out = query.new_zeros(height * width, len(self._owner.pixels))
-        for index, (x, y) in enumerate(self._owner.pixels):
+        tokens = []
+        for x, y in self._owner.pixels:
             across, down = x / (columns * self._factor), y / (rows * self._factor)
             if not (0 <= across < 1 and 0 <= down < 1):
                 raise ValueError(
                     f"the pixel {(x, y)} is outside the image of {columns * self._factor} x {rows * self._factor} "
                     "pixels (width x height)"
                 )
-            out[int(down * height) * width + int(across * width), index] = 1.0
-        return out
+            tokens.append(int(down * height) * width + int(across * width))
+        return operator.rows(tokens)[0].mean(0).reshape(-1, *site.grid).float()
 
     def _cross(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         return LayerSelection.parse("cross", levels=self._levels).match(sites)
@@ -279,7 +279,7 @@ class _Reader(Watcher):
             raise ValueError("no step of the window has run: there is no self-attention of a pixel")
         return self._pixels[row]
 
-    def kept(self, image: int) -> tuple[list[RowMap], tuple[int, int]]:
+    def kept(self, image: int) -> tuple[list[LinearMap], tuple[int, int]]:
         row = self.row(image)
         if row not in self._kept:
             raise ValueError("nothing was kept for components: pass heat_maps(..., components=k), and run its steps")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .evaluation import RowMap
+from fpe_kernels import LinearMap
 
 __all__ = ["overlay", "principal_components"]
 
@@ -16,14 +16,14 @@ _ITERATIONS = 12
 _OVERSAMPLING = 8
 
 
-def principal_components(maps: Sequence[RowMap], count: int) -> torch.Tensor:
+def principal_components(maps: Sequence[LinearMap], count: int) -> torch.Tensor:
     """Scores of the rows of a mean attention map on its principal components, by subspace iteration.
 
     With Ā the mean over maps and heads and C = Ā - 1 mean(Ā), the scores are the ``count`` leading left singular
     vectors of C times their singular values. C is applied as products with the maps and their adjoints.
 
     Args:
-        maps: operators [H, N, M] of equal shape.
+        maps: [1, H, N, M], of equal shape.
         count: how many, at most N - 1 and M.
 
     Returns:
@@ -32,20 +32,23 @@ def principal_components(maps: Sequence[RowMap], count: int) -> torch.Tensor:
     Raises:
         ValueError: more components than the maps have.
     """
-    _, queries, keys = maps[0].shape
+    _, heads, queries, keys = maps[0].shape
     if not 1 <= count <= min(queries - 1, keys):
         raise ValueError(f"expected 1 to {min(queries - 1, keys)} components of maps {queries} x {keys}, got {count}")
     width = min(count + _OVERSAMPLING, queries, keys)
-    device = maps[0].terms[0][0].query.device
+    device = maps[0].device
     start = torch.randn(keys, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
 
+    def mean(products: Iterable[torch.Tensor]) -> torch.Tensor:  # of [1, H, tokens, width], over heads and maps
+        return torch.stack([product[0].double().mean(0) for product in products]).mean(0)
+
     def forward(x: torch.Tensor) -> torch.Tensor:
-        product = torch.stack([(a @ x).double().mean(0) for a in maps]).mean(0)
+        product = mean(a @ x.to(a.dtype).expand(1, heads, -1, -1) for a in maps)
         return product - product.mean(0)
 
     def backward(y: torch.Tensor) -> torch.Tensor:
         y = y - y.mean(0)
-        return torch.stack([a.adjoint(y).double().mean(0) for a in maps]).mean(0)
+        return mean(a.T @ y.to(a.dtype).expand(1, heads, -1, -1) for a in maps)
 
     basis = torch.linalg.qr(start).Q
     for _ in range(_ITERATIONS):

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fpe_kernels import LinearMap
+
 from .edits import Edit
-from .evaluation import RowMap
 from .products import ProductPlan, plan_products
 from .roles import BatchRoles
 from .schedule import Step
@@ -17,7 +18,7 @@ from .watching import Watcher
 
 __all__ = ["Order", "make_orders"]
 
-Deliver = Callable[[Mapping[int, torch.Tensor], Mapping[int, RowMap]], None]
+Deliver = Callable[[Mapping[int, torch.Tensor], Mapping[int, LinearMap]], None]
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class _Wanted:
     def __bool__(self) -> bool:
         return bool(self._parts)
 
-    def deliver(self, columns: Mapping[int, torch.Tensor], maps: Mapping[int, RowMap]) -> None:
+    def deliver(self, columns: Mapping[int, torch.Tensor], maps: Mapping[int, LinearMap]) -> None:
         for watcher, where, rows in self._parts:
             watcher.receive(
                 *self._context,

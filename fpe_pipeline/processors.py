@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.models import attention_processor as diffusers_processors
 
-from .evaluation import Rows, evaluate_with_columns, mask_bias, row_map, take
+from .evaluation import Projections, Rows, evaluate, mask_bias, row_maps, take
 from .image_prompts import IMAGE_PROMPT_PROCESSORS, image_prompt_attention, split_image_prompts
 from .orders import Order
 from .products import ProductPlan
@@ -144,11 +144,11 @@ class EditAttnProcessor:
         self, order: Order, query: Rows, key: Rows, value: Rows, scale: float, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """The layer's attention [B, H, N, E] from the projected rows that the order's plan names."""
-        options: dict[str, Any] = {"scale": scale, "bias": bias, "backend": order.backend}
+        layer = Projections(query, key, value, scale, bias, order.backend)
         self.bytes = _bytes(order.plan, query, key, value)
-        out, heat = evaluate_with_columns(order.plan, query, key, value, order.columns, **options)
+        out, heat = evaluate(order.plan, layer, order.columns)
         if order.deliver is not None:
-            order.deliver(heat, {row: row_map(order.plan, row, query, key, **options) for row in order.maps})
+            order.deliver(heat, row_maps(order.plan, order.maps, layer))
         return out
 
 

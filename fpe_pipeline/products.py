@@ -117,13 +117,8 @@ class ProductPlan:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the output of the one call is the layer's: a product a row, in order, unweighted."""
-        products = [product for call in self.calls for product in call.products]
-        return (
-            len(self.calls) == 1
-            and self.calls[0].rows == tuple(range(self.rows))
-            and all(not isinstance(p.weight, torch.Tensor) and p.weight == 1.0 for p in products)
-        )
+        """Whether the output of the one call is the layer's: a product a row, in order."""
+        return len(self.calls) == 1 and self.calls[0].rows == tuple(range(self.rows))
 
     def describe(self) -> str:
         """What rows become that do not keep their own map and values, in words."""

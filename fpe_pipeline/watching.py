@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .evaluation import RowMap
+from fpe_kernels import LinearMap
+
 from .roles import BatchRoles
 from .schedule import Step
 from .sites import Site
@@ -45,7 +46,7 @@ class Watcher:
         step: Step,
         roles: BatchRoles,
         columns: Mapping[int, torch.Tensor],
-        maps: Mapping[int, RowMap],
+        maps: Mapping[int, LinearMap],
     ) -> None:
         """What :meth:`columns` [H, N, C] and :meth:`maps` asked for."""
 

@@ -140,6 +140,9 @@ def test_what_a_combination_says_of_itself() -> None:
     source, target = pair()
     mixed = source.take([0, 0]) + target
     assert repr(mixed) == "Combination(shape=(2, 2, 12, 12), dtype=torch.float32, device='cpu', terms=2, maps=2)"
+    shared, weight = mixed + target.scale_rows(torch.ones(PIXELS)), 4 * PIXELS
+    assert shared.nbytes == mixed.nbytes + weight == source.nbytes + target.nbytes + weight
+    assert mixed.mix(torch.ones(PIXELS, 3)).nbytes == mixed.nbytes + 2 * 4 * PIXELS * 3
     assert repr(mixed.T) == repr(mixed) + ".T"
     assert mixed.T.T is mixed
     assert mixed.mix(torch.ones(PIXELS, 3)).T.shape == (2, 2, 3, 12)

@@ -7,10 +7,9 @@ from PIL import Image
 from tiny_pipelines import PROMPTS, sample, tiny_sdxl_pipeline
 from torch.nn import functional as F
 
-from fpe_kernels import AttentionMap
+from fpe_kernels import AttentionMap, blend
 from fpe_pipeline import FreePromptEdit, PromptToPromptEdit, editing, heat_maps
 from fpe_pipeline.alignment import tokenize
-from fpe_pipeline.evaluation import RowMap
 from fpe_pipeline.heat_views import overlay, principal_components
 
 SIZE = (8, 12)
@@ -92,11 +91,8 @@ def test_components_of_operators_in_float64():
     query, key = 3 * torch.randn(2, 1, 3, 20, 4, dtype=torch.float64)
     attention = AttentionMap(query, key, backend="reference")
     weights = torch.rand(20, dtype=torch.float64)
-    operator = RowMap([(attention, weights, None), (AttentionMap(key, query), 1 - weights, None)])
-    dense = weights[:, None] * attention.dense()[0] + (1 - weights[:, None]) * AttentionMap(key, query).dense()[0]
-    torch.testing.assert_close(operator @ torch.eye(20, dtype=torch.float64), dense, rtol=0, atol=1e-12)
-    adjoint = operator.adjoint(torch.eye(20, dtype=torch.float64))
-    torch.testing.assert_close(adjoint, dense.transpose(1, 2), rtol=0, atol=1e-12)
+    operator = blend(weights, attention, AttentionMap(key, query))
+    dense = operator.dense()[0]
     left, values, _ = torch.linalg.svd(dense.mean(0) - dense.mean((0, 1)))
     scores = principal_components([operator], 3)
     torch.testing.assert_close(scores.abs(), (left * values)[:, :3].T.abs(), rtol=0, atol=1e-6)

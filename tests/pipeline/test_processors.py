@@ -4,25 +4,22 @@ import pytest
 import torch
 from dense import dense_attention, own, replaced
 from diffusers.models.attention_processor import (
-    Attention,
     AttnProcessor,
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
     IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from torch import nn
+from edited_layer import GRID, attention, install, random, run
 
 from fpe_pipeline import BatchRoles, Product
-from fpe_pipeline.evaluation import Rows, evaluate, take
-from fpe_pipeline.processors import EditAttnProcessor, Order, unsupported_reasons
+from fpe_pipeline.evaluation import Projections, Rows, evaluate, take
+from fpe_pipeline.processors import EditAttnProcessor, unsupported_reasons
 from fpe_pipeline.products import plan_products
-from fpe_pipeline.sites import Site
 
 ROLES = BatchRoles.from_batch(6, classifier_free_guidance=True)  # one source, two targets
 FPE = {target: Product(source, (source,), (target,)) for source, target in ROLES.pairs()}
 FPE_DENSE = [[own(0)], [own(1)], [own(2)], [own(3)], [replaced(3, 4)], [replaced(3, 5)]]
-GRID = (3, 4)
 
 VARIANTS = {
     "plain": {},
@@ -34,36 +31,6 @@ VARIANTS = {
     "upcast": {"upcast_attention": True, "upcast_softmax": True},
     "spatial norm": {"query_dim": 32, "spatial_norm_dim": 6, "residual_connection": True},
 }
-
-
-def attention(seed=0, dtype=torch.float64, **config):
-    torch.manual_seed(seed)
-    attn = Attention(**{"query_dim": 16, "heads": 2, "dim_head": 8, **config}).to(dtype).eval()
-    for parameter in attn.parameters():  # norms that start as identities would hide errors
-        nn.init.normal_(parameter, std=0.5)
-    return attn
-
-
-def random(*shape, seed=1, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def order(attn, products, rows=6, grid=GRID, backend="torch"):
-    kind = "cross" if attn.is_cross_attention else "self"
-    site = Site("mid_block.attentions.0", "mid", kind, 0, attn.heads, 0, (), grid)
-    return Order(site, plan_products(products, rows), backend)
-
-
-def install(attn, products, **kwargs):
-    """Wrap the layer's processor and give it an order."""
-    attn.processor = EditAttnProcessor(attn.processor)
-    attn.processor.order = order(attn, products, **kwargs)
-    return attn
-
-
-@torch.no_grad()
-def run(attn, hidden_states, **kwargs):
-    return attn(hidden_states, **kwargs)
 
 
 def variant_inputs(config):
@@ -246,9 +213,8 @@ def test_scores_are_accumulated_in_float32(dtype):
     assert scores.abs().max() > 65504
     expected = scores[[0, 1, 2, 3, 3, 3]].softmax(-1) @ value.double()
     rows = tuple(range(6))
-    actual = evaluate(
-        plan_products(FPE, 6), Rows(query, rows), Rows(key, rows), Rows(value, rows), scale=1.0, backend="torch"
-    )
+    layer = Projections(Rows(query, rows), Rows(key, rows), Rows(value, rows), scale=1.0, backend="torch")
+    actual, _ = evaluate(plan_products(FPE, 6), layer)
     assert actual.dtype == dtype
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
 

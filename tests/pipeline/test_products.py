@@ -4,13 +4,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from dense import DenseEditProcessor, own, replaced
+from dense import DenseEditProcessor, dense_attention, own, replaced
+from edited_layer import attention, install, random, run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_processors import attention, dense_attention, install, random, run
 from tiny_unets import tiny_unet, unet_inputs
 
 from fpe_pipeline import BatchRoles, Edit, Product, editing
+from fpe_pipeline.evaluation import Projections, Rows, evaluate, row_maps
 from fpe_pipeline.products import MapSpec, plan_products
 from fpe_pipeline.selection import LayerSelection
 
@@ -71,6 +72,24 @@ def test_any_sum_of_products_is_dense_mathematics(products):
         expected = dense_attention(attn, hidden_states, [products.get(row, [own(row)]) for row in range(4)])
     edit = {row: [Product(*term) for term in given] for row, given in products.items()}
     torch.testing.assert_close(run(install(attn, edit, rows=4), hidden_states), expected, rtol=0, atol=1e-10)
+
+
+def test_maps_of_rows_are_what_their_outputs_are_made_with():
+    """Weighted by pixel, mixed by token and head; a map that two rows use is one object, computed once."""
+    alpha, mixing = random(12, seed=7).sigmoid(), random(2, 12, 12, seed=8)
+    edit = {
+        1: [Product(0, (0,), (1,), weight=alpha), Product(1, (1,), (1,), weight=1 - alpha)],
+        2: [Product(0, (0,), (2,), mixing=mixing), Product(2, (2,), (2,), weight=0.25)],
+    }
+    query, key, value = (Rows(random(3, 2, 12, 4, seed=seed), (0, 1, 2)) for seed in range(3))
+    layer, plan = Projections(query, key, value, scale=0.5, backend="torch"), plan_products(edit, 3)
+    out, columns = evaluate(plan, layer, {2: value.tensor[2, 0, :, :1]})
+    maps = row_maps(plan, (0, 1, 2), layer)
+    for row, operator in maps.items():
+        torch.testing.assert_close(operator @ value.tensor[row : row + 1], out[row : row + 1], rtol=0, atol=1e-12)
+        torch.testing.assert_close(operator.dense() @ value.tensor[row], out[row : row + 1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(columns[2], maps[2].matmul(value.tensor[2:, :1, :, :1].expand(1, 2, -1, -1))[0])
+    assert repr(maps[0] + maps[1] + maps[2]).endswith("terms=5, maps=3)")
 
 
 # The methods of the literature, each as small as this
