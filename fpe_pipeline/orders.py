@@ -10,6 +10,7 @@ import torch
 from fpe_kernels import LinearMap
 
 from .edits import Edit
+from .placement import Place
 from .products import ProductPlan, plan_products
 from .roles import BatchRoles
 from .schedule import Step
@@ -51,14 +52,16 @@ def make_orders(
     step: Step,
     roles: BatchRoles,
     backend: str,
+    place: Place,
 ) -> dict[str, Order]:
     """Orders by layer path; layers without one are left to the processor that they had.
 
     Args:
         sites: those that the edit selected; none where it is not active.
         watchers: each with the sites that it selected.
+        place: where the layers compute.
     """
-    asked = {site.path: (site, edit.products(site, step, roles)) for site in sites}
+    asked = {site.path: (site, place.products(edit.products(site, step, roles))) for site in sites}
     asking: dict[str, list[Watcher]] = {}
     for watcher, watched in watchers:
         for site in watched:
@@ -66,7 +69,7 @@ def make_orders(
             asking.setdefault(site.path, []).append(watcher)
     orders = {}
     for path, (site, products) in asked.items():
-        wanted = _Wanted(site, step, roles, asking.get(path, ()))
+        wanted = _Wanted(site, step, roles, asking.get(path, ()), place)
         if products or wanted:
             orders[path] = Order(
                 site,
@@ -83,7 +86,7 @@ def make_orders(
 class _Wanted:
     """What the watchers of a layer want together, and handing each its part."""
 
-    def __init__(self, site: Site, step: Step, roles: BatchRoles, watchers: Sequence[Watcher]) -> None:
+    def __init__(self, site: Site, step: Step, roles: BatchRoles, watchers: Sequence[Watcher], place: Place) -> None:
         self._context = (site, step, roles)
         self._parts: list[tuple[Watcher, dict[int, slice], tuple[int, ...]]] = []
         pieces: dict[int, list[torch.Tensor]] = {}
@@ -93,7 +96,7 @@ class _Wanted:
             for row, given in columns.items():
                 start = sum(piece.shape[-1] for piece in pieces.get(row, ()))
                 where[row] = slice(start, start + given.shape[-1])
-                pieces.setdefault(row, []).append(given)
+                pieces.setdefault(row, []).append(place.tensor(given))
             if columns or maps:
                 self._parts.append((watcher, where, maps))
         self.columns = {row: given[0] if len(given) == 1 else torch.cat(given, -1) for row, given in pieces.items()}

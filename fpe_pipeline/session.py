@@ -16,12 +16,13 @@ import fpe_kernels
 from .edits import Edit
 from .hooks import FeatureHooks, SchedulerHook
 from .orders import Order, make_orders
+from .placement import Place, Placement
 from .processors import EditAttnProcessor, editing_processor, unsupported_reasons
 from .report import EditReport
 from .roles import BatchRoles
 from .schedule import Step, locate_step
 from .sites import Site, attention_sites
-from .unets import identity, pipe_and_unet
+from .unets import identity, is_guided, pipe_and_unet
 from .watching import Watcher
 
 __all__ = ["EditingSession", "editing", "session_of"]
@@ -122,6 +123,7 @@ class EditingSession:
         self._step: Step | None = None
         self._step_before_pause: Step | None = None
         self._report = EditReport()
+        self._placement = Placement()
 
     # Entering and leaving
 
@@ -294,7 +296,7 @@ class EditingSession:
         active = self._running.active(step)
         if active or self._watchers:
             roles = self._current_roles = self._read_roles(sample.shape[0])
-            self._give_orders(self._orders(tuple(sample.shape[-2:]), step, roles, active))
+            self._give_orders(self._orders(sample, step, roles, active))
             if active:
                 self._features.rows = self._running.features(step, roles)
 
@@ -317,10 +319,12 @@ class EditingSession:
             processor.order = orders.get(path)
             processor.executed, processor.skipped = False, ""
 
-    def _orders(self, size: tuple[int, int], step: Step, roles: BatchRoles, active: bool) -> dict[str, Order]:
+    def _orders(self, sample: torch.Tensor, step: Step, roles: BatchRoles, active: bool) -> dict[str, Order]:
+        size = (sample.shape[-2], sample.shape[-1])
+        place = Place(self._placement, sample.device, sample.dtype)
         edited = self._sites_for(self._running, size) if active else ()
         watched = [(watcher, self._sites_for(watcher, size)) for watcher in self._watchers]
-        return make_orders(self._running, edited, watched, step, roles, self.backend)
+        return make_orders(self._running, edited, watched, step, roles, self.backend, place)
 
     def _sites_for(self, who: Edit | Watcher, size: tuple[int, int]) -> tuple[Site, ...]:
         """The sites that an edit or a watcher selects for a size of latent, each of which can be computed."""
@@ -354,30 +358,10 @@ class EditingSession:
             return self._roles
         return BatchRoles.from_batch(
             rows,
-            classifier_free_guidance=self._read_guidance(),
+            classifier_free_guidance=is_guided(self.pipe) if self._guidance is None else self._guidance,
             images_per_prompt=self._images_per_prompt,
             source_of=self._source_of,
         )
-
-    def _read_guidance(self) -> bool:
-        if self._guidance is not None:
-            return self._guidance
-        if getattr(self.pipe, "do_perturbed_attention_guidance", False):
-            raise ValueError("perturbed-attention guidance adds rows to the batch: describe its layout with roles=")
-        try:
-            guided = bool(self.pipe.do_classifier_free_guidance)
-        except AttributeError:
-            what = "a UNet alone" if self.pipe is None else type(self.pipe).__name__
-            raise ValueError(
-                f"{what} does not say whether the batch holds an unconditional half: pass "
-                "editing(..., classifier_free_guidance=True or False)"
-            ) from None
-        if guided and hasattr(type(self.pipe), "image_guidance_scale"):
-            raise ValueError(
-                f"{type(self.pipe).__name__} guides by image too, so its batch has three parts and not two: describe "
-                "its layout with roles="
-            )
-        return guided
 
 
 def session_of(pipe: Any) -> EditingSession | None:

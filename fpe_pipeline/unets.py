@@ -1,4 +1,4 @@
-"""From what users pass to the UNet that is edited."""
+"""From what users pass to the UNet that is edited, and what its batches hold."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["identity", "pipe_and_unet"]
+__all__ = ["identity", "is_guided", "pipe_and_unet"]
 
 
 def pipe_and_unet(pipe: Any) -> tuple[Any, Any]:
@@ -25,3 +25,27 @@ def pipe_and_unet(pipe: Any) -> tuple[Any, Any]:
 def identity(unet: Any) -> torch.nn.Module:
     """The module itself, without the wrapper of ``torch.compile``."""
     return getattr(unet, "_orig_mod", unet)
+
+
+def is_guided(pipe: Any | None) -> bool:
+    """Whether the UNet batches of a pipeline's call hold an unconditional half; asked while the call is under way.
+
+    Raises:
+        ValueError: it cannot be told, or the batch has further parts.
+    """
+    if getattr(pipe, "do_perturbed_attention_guidance", False):
+        raise ValueError("perturbed-attention guidance adds rows to the batch: describe its layout with roles=")
+    try:
+        guided = bool(pipe.do_classifier_free_guidance)  # type: ignore[union-attr]
+    except AttributeError:
+        what = "a UNet alone" if pipe is None else type(pipe).__name__
+        raise ValueError(
+            f"{what} does not say whether the batch holds an unconditional half: pass "
+            "editing(..., classifier_free_guidance=True or False)"
+        ) from None
+    if guided and hasattr(type(pipe), "image_guidance_scale"):
+        raise ValueError(
+            f"{type(pipe).__name__} guides by image too, so its batch has three parts and not two: describe "
+            "its layout with roles="
+        )
+    return guided

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from ..products import Product
 from ..roles import BatchRoles
 from ..schedule import Step, StepWindow
@@ -15,7 +13,7 @@ from ..selection import LayerSelection
 from ..sites import Site
 from ..watching import Watcher
 from .base import SelfAttentionEdit
-from .masks import MaskImage, RunningWordMask, Strength, WordMask
+from .masks import MaskImage, RunningWordMask, Shares, Strength, WordMask
 
 __all__ = ["FreePromptEdit"]
 
@@ -77,21 +75,18 @@ class FreePromptEdit(SelfAttentionEdit):
         strength = self.strength.at(site, step, self.window)
         products: dict[int, Product | Sequence[Product]] = {}
         for source, target in roles.pairs():
-            weight = strength if self.mask is None else self._masked(strength, site, roles, source)
+            weight, rest = self._shares(strength, site, roles, source)
             if isinstance(weight, float) and weight == 0.0:
                 continue
             replaced = Product(query=source, keys=(source,), values=(target,), weight=weight)
             if isinstance(weight, float) and weight == 1.0:
                 products[target] = replaced
             else:
-                own = Product(query=target, keys=(target,), values=(target,), weight=1.0 - weight)
-                products[target] = (replaced, own)
+                products[target] = (replaced, Product(query=target, keys=(target,), values=(target,), weight=rest))
         return products
 
-    def _masked(self, strength: float, site: Site, roles: BatchRoles, source: int) -> float | torch.Tensor:
+    def _shares(self, strength: float, site: Site, roles: BatchRoles, source: int) -> Shares:
+        if self.mask is None:
+            return strength, 1.0 - strength
         mask = self.mask.begin() if isinstance(self.mask, WordMask) else self.mask
-        weights = strength * mask.weights(site, roles, source)
-        # A mask that is one number in this layer saves a map. Heat lives on the device, where asking would wait for it.
-        if weights.device.type == "cpu" and bool((weights == weights[0]).all()):
-            return float(weights[0])
-        return weights
+        return mask.shares(strength, site, roles, source)

@@ -20,6 +20,7 @@ from ..watching import HeatCollector, resize_maps
 __all__ = ["MaskImage", "Strength", "WordMask", "blended_sites"]
 
 Schedule = tuple[float, ...]
+Shares = tuple[float, float] | tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class MaskImage:
     def __init__(self, image: Any) -> None:
         self.values = _mask_values(image)  # [h, w], float64
         self._weights: dict[tuple[int, int], torch.Tensor] = {}
+        # By grid the latest strength with its shares: one pair of tensors for as long as the strength stays.
+        self._shares: dict[tuple[int, int], tuple[float, Shares]] = {}
 
     def __repr__(self) -> str:
         height, width = self.values.shape
@@ -104,6 +107,14 @@ class MaskImage:
             pooled = torch.nn.functional.adaptive_avg_pool2d(self.values[None, None], site.grid)
             self._weights[site.grid] = pooled.flatten()
         return self._weights[site.grid]
+
+    def shares(self, strength: float, site: Site, roles: BatchRoles, source: int) -> Shares:
+        """Weights [N] of the source's map and of the target's own."""
+        weights = self.weights(site, roles, source)
+        assert site.grid is not None
+        if site.grid not in self._shares or self._shares[site.grid][0] != strength:
+            self._shares[site.grid] = strength, _shares(strength * weights)
+        return self._shares[site.grid][1]
 
     def _check_proportions(self, height: int, width: int) -> None:
         rows, columns = self.values.shape
@@ -174,6 +185,10 @@ class RunningWordMask:
             share = (share >= self._mask.threshold).to(share)
         return 1 - share if self._mask.invert else share
 
+    def shares(self, strength: float, site: Site, roles: BatchRoles, source: int) -> Shares:
+        """Weights [N] of the source's map and of the target's own."""
+        return _shares(strength * self.weights(site, roles, source))
+
 
 class _SourceHeat(HeatCollector):
     """Heat of one word in every source row."""
@@ -184,6 +199,13 @@ class _SourceHeat(HeatCollector):
     def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
         (column,) = self._columns
         return {} if column is None else dict.fromkeys(roles.sources, column)
+
+
+def _shares(weights: torch.Tensor) -> Shares:
+    # A mask that is one number in this layer saves a map. Heat lives on the device, where asking would wait for it.
+    if weights.device.type == "cpu" and bool((weights == weights[0]).all()):
+        return float(weights[0]), 1.0 - float(weights[0])
+    return weights, 1.0 - weights
 
 
 def blended_sites(sites: tuple[Site, ...], levels: tuple[int, ...] | None) -> tuple[Site, ...]:
