@@ -1,8 +1,8 @@
 """Image prompts (IP-Adapter): the attention that a layer adds to that over its text.
 
 An adapter's layer computes ``softmax(q kᵀ) v + Σ scale · softmax(q k_imageᵀ) v_image``. Edits speak of the first term.
-The others are computed as the adapter's processor does, each row with its own queries and its own image. Scales are set
-before a session that edits cross-attention: ``set_ip_adapter_scale`` looks for the processors, which are wrapped in it.
+The others are computed as the adapter's processor does, each row with its own queries and its own image. Scales are
+read at every call, so that ``set_ip_adapter_scale`` acts within a session and between its steps too.
 """
 
 from __future__ import annotations

@@ -169,9 +169,27 @@ class _EditAttnModule(EditAttnProcessor, torch.nn.Module):
             self.__dict__[name] = inner.__dict__[name]
 
 
+class _EditImagePrompts(_EditAttnModule):
+    """The processor around an IP-Adapter's, whose scales are set and read in the wrapped one."""
+
+    @property
+    def scale(self) -> Any:
+        return self.inner.scale
+
+    @scale.setter
+    def scale(self, scale: Any) -> None:
+        self.inner.scale = scale
+
+
+# diffusers tells an adapter's layers by the class of their processors: `set_ip_adapter_scale` in a session would pass
+# by a wrapper of any other class without a word.
+_AROUND = {kind: type(f"Edit{kind.__name__}", (_EditImagePrompts, kind), {}) for kind in IMAGE_PROMPT_PROCESSORS}
+
+
 def editing_processor(inner: Any) -> EditAttnProcessor:
     """An :class:`EditAttnProcessor` around a layer's processor, of the kind that can stand where that one stood."""
-    return (_EditAttnModule if isinstance(inner, torch.nn.Module) else EditAttnProcessor)(inner)
+    default = _EditAttnModule if isinstance(inner, torch.nn.Module) else EditAttnProcessor
+    return _AROUND.get(type(inner), default)(inner)
 
 
 class _SignatureOf:
@@ -261,7 +279,7 @@ def _register() -> None:
     except ImportError:  # diffusers before 0.34
         return
     metadata = AttentionProcessorRegistry.get(diffusers_processors.AttnProcessor2_0)
-    for processor in (EditAttnProcessor, _EditAttnModule):
+    for processor in (EditAttnProcessor, _EditAttnModule, *_AROUND.values()):
         AttentionProcessorRegistry.register(processor, metadata)
 
 

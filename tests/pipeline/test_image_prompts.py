@@ -165,6 +165,38 @@ class TestPipeline:
         change = (edited - plain).abs().amax((1, 2, 3))
         assert change[0] <= 1e-4 and change[1] > 1e-4
 
+    def test_scales_set_in_a_session(self, pipe, tiny):
+        """From the next step on they are those of a session that began with them, and they outlast it."""
+        edit, scales = PromptToPromptEdit(PROMPTS[:2], pipe.tokenizer, self_replace_steps=0), [0.2, {"up": 1.5}]
+
+        def change(pipe, step, timestep, tensors):
+            pipe.set_ip_adapter_scale(scales)
+            return {}
+
+        def read():
+            adapters = [p for p in tiny.unet.attn_processors.values() if isinstance(p, IPAdapterAttnProcessor2_0)]
+            return [list(adapter.scale) for adapter in adapters]
+
+        given = read()
+        try:
+            with editing(tiny, edit):
+                tiny.set_ip_adapter_scale(scales)
+                within = draw(tiny, 2, **EMBEDS)
+                assert read() != given
+            changed = read()
+            with editing(tiny, edit) as session:
+                assert torch.equal(draw(tiny, 2, **EMBEDS), within)
+                tiny.set_ip_adapter_scale([0.7, 0.7])
+                first = draw(tiny, 2, **EMBEDS)
+                between = draw(tiny, 2, callback_on_step_end=change, **EMBEDS)
+            assert len(session.report().layers) == len(changed) > 0
+            assert read() == changed
+            assert (within - first).abs().max() > 1e-3
+            assert min((between - other).abs().max() for other in (first, within)) > 1e-4
+        finally:
+            tiny.set_ip_adapter_scale([0.7, 0.7])
+        assert read() == given
+
     def test_a_whole_step_with_each_row_its_own_map(self, tiny):
         """Every cross-attention layer computed by the edit's way is the unedited pipeline."""
 
