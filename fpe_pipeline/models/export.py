@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,15 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from .card import MEASUREMENTS, write_card
 from .diffusion import Denoiser, build_scheduler
 from .judge import Judge, save_judge
 from .tokenizer import build_tokenizer
 
-__all__ = ["MEASUREMENTS", "SIZE_LIMIT", "export", "folder_bytes", "write_card"]
+__all__ = ["SIZE_LIMIT", "export", "folder_bytes"]
 
 SIZE_LIMIT = 12_000_000
-MEASUREMENTS = "measurements.json"
-_CARD, _JUDGE = "MODEL_CARD.md", "judge.safetensors"
+_JUDGE = "judge.safetensors"
 
 
 def export(
@@ -52,7 +53,9 @@ def export(
         requires_safety_checker=False,
     )
     pipe.save_pretrained(folder, safe_serialization=True)
-    _declare_float32(folder / "text_encoder" / "config.json")
+    _edit_json(folder / "text_encoder" / "config.json", _declare_float32)
+    for path in folder.glob("*/config.json"):
+        _edit_json(path, _forget_origin)
     # Newer transformers write tokenizer.json alone; older ones read vocab.json and merges.txt.
     build_tokenizer(folder / "tokenizer")
     save_judge(judge, folder / _JUDGE)
@@ -73,72 +76,25 @@ def _half(module: Any) -> torch.nn.Module:
     return copy.eval()
 
 
-def _declare_float32(path: Path) -> None:
+def _edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _declare_float32(config: dict[str, Any]) -> None:
     """Have transformers load the text encoder in float32 unless told otherwise, as diffusers loads its models.
 
     Left to itself, transformers takes the stored precision, and the pipeline's parts would not fit together.
     """
-    config = json.loads(path.read_text())
     config["dtype"] = "float32"
-    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _forget_origin(config: dict[str, Any]) -> None:
+    """Drop the folder that a network was loaded from, which means nothing on another machine."""
+    config.pop("_name_or_path", None)
 
 
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def write_card(folder: Path) -> None:
-    """Write the model card from the folder's measurements: no figure in it is typed by hand."""
-    figures = json.loads((folder / MEASUREMENTS).read_text())
-    rows = "\n".join(f"| {name} | {_show(value)} |" for name, value in _flatten(figures))
-    (folder / _CARD).write_text(_TEMPLATE.format(rows=rows))
-
-
-def _flatten(figures: dict[str, object], prefix: str = "") -> list[tuple[str, object]]:
-    rows: list[tuple[str, object]] = []
-    for name, value in figures.items():
-        label = f"{prefix}{name.replace('_', ' ')}"
-        rows += _flatten(value, f"{label}: ") if isinstance(value, dict) else [(label, value)]
-    return rows
-
-
-def _show(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-_TEMPLATE = """# Embedded scenes model
-
-A tiny Stable Diffusion, trained from scratch on procedurally drawn scenes: one of 8 objects in one of 8 colours before
-one of 5 backgrounds. It exists to show and to *measure* attention-map edits where there is no hub and no GPU: the
-right answer to each edit is known. It is not a general image model: it knows the words of its captions and no others.
-
-```python
-from diffusers import StableDiffusionPipeline
-from fpe_pipeline.models import embedded_path
-
-pipe = StableDiffusionPipeline.from_pretrained(embedded_path())
-pipe("a photo of a red car on the beach", num_inference_steps=25, guidance_scale=5.0).images[0]
-```
-
-- **Words.** car, house, boat, rocket, balloon, mushroom, cat, fish; red, orange, yellow, green, blue, purple, pink,
-  black; on the beach, in the desert, in the meadow, in the snow, in the city.
-- **Networks.** `AutoencoderKL` with 4 channels at a quarter of the width and height, `UNet2DConditionModel` with
-  self- and cross-attention at both of its levels, `CLIPTextModel`, `CLIPTokenizer`. Weights are float16 safetensors.
-- **Scheduler.** `DDIMScheduler` with Stable Diffusion's noise levels and `prediction_type="v_prediction"`.
-- **Data.** Drawn by `fpe_pipeline.models.scenes`; one in ten (object, colour, background) triples is held out of
-  training. No photograph, no person and no outside data set is involved.
-- **Judge.** `judge.safetensors` names object, colour and background of a picture and outlines the object. All
-  accuracies below are the judge's, whose own error on held-out renders stands beside them.
-- **Rebuild.** `python -m fpe_pipeline.models.train --preset cpu` (or `gpu`). The shipped weights are of the
-  `cpu` preset with one difference: for its first 2,685 steps the autoencoder saw renders of 96 pixels, with objects of
-  less varied size.
-
-## Measured
-
-Written by the export from `measurements.json`.
-
-| figure | value |
-|---|---|
-{rows}
-"""

@@ -38,6 +38,7 @@ class Preset:
     """Everything that a training depends on, apart from its seed.
 
     Attributes:
+        name: what it is called on the command line.
         size: pixels a side.
         scenes: renders to train on.
         latents: how many of them the diffusion model sees.
@@ -48,6 +49,7 @@ class Preset:
         steps: denoising steps of each.
     """
 
+    name: str
     size: int
     scenes: int
     latents: int
@@ -62,6 +64,7 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "cpu": Preset(
+        name="cpu",
         size=80,
         scenes=16000,
         latents=16000,
@@ -71,6 +74,7 @@ PRESETS: dict[str, Preset] = {
         judge=Fit(steps=550, batch=32, learning_rate=2e-3, ema=0.99),
     ),
     "gpu": Preset(
+        name="gpu",
         size=128,
         scenes=100_000,
         latents=100_000,
@@ -80,6 +84,7 @@ PRESETS: dict[str, Preset] = {
         judge=Fit(steps=5000, batch=64, learning_rate=2e-3, ema=0.99),
     ),
     "smoke": Preset(
+        name="smoke",
         size=64,
         scenes=24,
         latents=24,
@@ -154,9 +159,11 @@ def train(
 
     figures: dict[str, object] = {
         "training": {
+            "preset": preset.name,
             "scenes": preset.scenes,
             "latents": preset.latents,
             "autoencoder_steps": preset.autoencoder.steps,
+            "autoencoder_renders": [{"pixels": preset.size, "steps": preset.autoencoder.steps}],
             "diffusion_steps": preset.diffusion.steps,
             "diffusion_batch": preset.diffusion.batch,
         },

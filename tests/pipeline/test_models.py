@@ -12,6 +12,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from fpe_pipeline.models import embedded_path, judge_path, scenes
+from fpe_pipeline.models.card import render_card
 from fpe_pipeline.models.data import render_cache
 from fpe_pipeline.models.export import SIZE_LIMIT, folder_bytes
 from fpe_pipeline.models.loop import Fit, fit
@@ -157,6 +158,7 @@ class TestTraining:
         assert pipe("a photo of a red car on the beach", num_inference_steps=2).images[0].size == (64, 64)
         card = (tmp_path / "whole" / "model" / "MODEL_CARD.md").read_text()
         assert f"{figures['autoencoder']['psnr']:.4g}" in card
+        assert "--preset smoke`.\n" in card
 
     def test_gpu_preset_without_a_gpu_says_so(self, capsys, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -179,8 +181,24 @@ class TestShipped:
     def test_size_and_card(self):
         folder = embedded_path()
         assert folder_bytes(folder) <= SIZE_LIMIT
-        figures = json.loads((folder / "measurements.json").read_text())
-        assert f"{figures['autoencoder']['psnr']:.4g}" in (folder / "MODEL_CARD.md").read_text()
+        assert (folder / "MODEL_CARD.md").read_text() == render_card(folder)
+
+    def test_record_is_of_its_preset(self):
+        """The schedule that rebuilds the weights is the one that they were trained with."""
+        record = json.loads((embedded_path() / "measurements.json").read_text())["training"]
+        preset = PRESETS[record["preset"]]
+        assert (record["scenes"], record["latents"]) == (preset.scenes, preset.latents)
+        assert (record["diffusion_steps"], record["diffusion_batch"]) == (
+            preset.diffusion.steps,
+            preset.diffusion.batch,
+        )
+        assert sum(stage["steps"] for stage in record["autoencoder_renders"]) == preset.autoencoder.steps
+        assert record["autoencoder_steps"] == preset.autoencoder.steps
+        assert record["autoencoder_renders"][-1]["pixels"] == preset.size
+
+    def test_settings_name_no_folder_of_the_machine_that_trained_it(self):
+        for path in embedded_path().rglob("*.json"):
+            assert "_name_or_path" not in path.read_text(), path
 
     def test_loads_in_one_precision_without_warnings(self, caplog):
         from diffusers import StableDiffusionPipeline
