@@ -88,8 +88,8 @@ def _installed(unet: Any, case: UNetCase, processor: type) -> Iterator[Any]:
     yield set_step
 
 
-class DenseProcessor:
-    """Maps in memory at every layer, the source's copied over the targets' where the edit says so."""
+class _Processor:
+    """Projections before and after the attention of an editor; :meth:`attend` says how it is edited."""
 
     def __init__(self, controller: _Controller, most_tokens: int) -> None:
         self.controller, self.most_tokens = controller, most_tokens
@@ -102,39 +102,37 @@ class DenseProcessor:
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
-        key = attn.head_to_batch_dim(attn.to_k(context))
-        value = attn.head_to_batch_dim(attn.to_v(context))
-        maps = attn.get_attention_scores(query, key)  # [B·H, N, M]
-        if self.controller.active and hidden_states.shape[1] <= self.most_tokens:
-            rows = maps.unflatten(0, (hidden_states.shape[0], attn.heads))
-            half = rows.shape[0] // 2
-            rows[half + 1 :] = rows[half]
-        out = attn.batch_to_head_dim(torch.bmm(maps, value))
+        replaced = self.controller.active and hidden_states.shape[1] <= self.most_tokens
+        out = self.attend(attn, attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context), replaced)
         return attn.to_out[1](attn.to_out[0](out))
 
+    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, replaced: bool) -> Tensor:
+        """From [B, N | M, H·D] to [B, N, H·D]; the targets' maps are the source's where ``replaced``."""
+        raise NotImplementedError
 
-class GatheredProcessor:
+
+class DenseProcessor(_Processor):
+    """Maps in memory at every layer, the source's copied over the targets' where the edit says so."""
+
+    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, replaced: bool) -> Tensor:
+        batch = query.shape[0]
+        query, key, value = (attn.head_to_batch_dim(tensor) for tensor in (query, key, value))
+        maps = attn.get_attention_scores(query, key)  # [B·H, N, M]
+        if replaced:
+            rows = maps.unflatten(0, (batch, attn.heads))
+            rows[batch // 2 + 1 :] = rows[batch // 2]
+        return attn.batch_to_head_dim(torch.bmm(maps, value))
+
+
+class GatheredProcessor(_Processor):
     """Fused attention on queries and keys in which the source's stand in the targets' places."""
 
-    def __init__(self, controller: _Controller, most_tokens: int) -> None:
-        self.controller, self.most_tokens = controller, most_tokens
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, replaced: bool) -> Tensor:
         query, key, value = (
-            projection(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for projection, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
-        )
-        if self.controller.active and hidden_states.shape[1] <= self.most_tokens:
+            tensor.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for tensor in (query, key, value)
+        )  # [B, H, N | M, D]
+        if replaced:
             half = query.shape[0] // 2
             query[half + 1 :] = query[half]
             key[half + 1 :] = key[half]
-        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](out))
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)

@@ -30,17 +30,7 @@ __all__ = ["EditingSession", "editing", "session_of"]
 _SESSIONS: weakref.WeakKeyDictionary[torch.nn.Module, EditingSession] = weakref.WeakKeyDictionary()
 
 
-def editing(
-    pipe: Any,
-    edit: Edit,
-    *,
-    images_per_prompt: int = 1,
-    source_of: Sequence[int] | None = None,
-    classifier_free_guidance: bool | None = None,
-    roles: BatchRoles | None = None,
-    backend: str = "auto",
-    override_processors: tuple[type, ...] = (),
-) -> EditingSession:
+class EditingSession:
     """Edit every call of a diffusers pipeline in a ``with`` block::
 
         with editing(pipe, FreePromptEdit(self_replace_steps=0.8)) as session:
@@ -67,20 +57,6 @@ def editing(
         ValueError: the edit matches no layer, the backend is unknown, or arguments exclude each other.
         RuntimeError: the UNet is in another session, or the backend cannot run here.
     """
-    return EditingSession(
-        pipe,
-        edit,
-        images_per_prompt=images_per_prompt,
-        source_of=source_of,
-        classifier_free_guidance=classifier_free_guidance,
-        roles=roles,
-        backend=backend,
-        override_processors=override_processors,
-    )
-
-
-class EditingSession:
-    """A UNet under edit; made by :func:`editing`."""
 
     def __init__(
         self,
@@ -362,6 +338,10 @@ class EditingSession:
             images_per_prompt=self._images_per_prompt,
             source_of=self._source_of,
         )
+
+
+#: How a session is begun, in words: ``with editing(pipe, edit):``.
+editing = EditingSession
 
 
 def session_of(pipe: Any) -> EditingSession | None:
