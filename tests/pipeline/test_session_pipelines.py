@@ -173,9 +173,9 @@ def one_level_unet():
     return unet, *unet_inputs(unet, 4)
 
 
-def six_steps(unet, args, kwargs):
+def six_steps(unet, args, kwargs, **options):
     """The outputs of six steps of which the first three are edited."""
-    edit = FreePromptEdit(0.5, layers="mid_block")
+    edit = FreePromptEdit(0.5, layers="mid_block", **options)
     with torch.no_grad(), editing(unet, edit, classifier_free_guidance=True) as session:
         for index in range(6):
             session.step(index, 6)
@@ -183,15 +183,20 @@ def six_steps(unet, args, kwargs):
     assert list(session.report().layers.values()) == [[0, 1, 2]]
 
 
-def test_a_compiled_unet():
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"strength": 0.5, "mask": torch.eye(16)}, marks=pytest.mark.slow)],
+    ids=["replaced", "by degrees"],
+)
+def test_a_compiled_unet(options):
     """One graph without breaks for the steps inside the window and one for those outside, however many steps."""
     from torch._dynamo.testing import CompileCounter
 
     unet, args, kwargs = one_level_unet()
     counter = CompileCounter()
     compiled = torch.compile(unet, backend=counter, fullgraph=True)
-    eager = list(six_steps(unet, args, kwargs))
-    for index, output in enumerate(six_steps(compiled, args, kwargs)):
+    eager = list(six_steps(unet, args, kwargs, **options))
+    for index, output in enumerate(six_steps(compiled, args, kwargs, **options)):
         torch.testing.assert_close(output, eager[index], rtol=0, atol=1e-5)
         assert counter.frame_count == (1 if index < 3 else 2)
 
