@@ -6,9 +6,10 @@ A table whose rows are not there says so: what has not been measured is not pass
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
-from .cases import MODELS, PIXELS, Case, headline_cases, kernel_cases
+from .cases import LAYOUTS, MODELS, OPS, PIXELS, TARGETS, Case, headline_cases, kernel_cases
 from .growth import Growth, input_bytes
 from .providers import case_label
 from .report import number, our_row
@@ -24,6 +25,11 @@ TITLES = {
     UNEDITED: "unedited",
     GATHERED: "SDPA, gathered",
     DENSE: "dense original",
+}
+PLACEMENTS = {
+    "recorded-device": "source recorded on the device",
+    "recorded-cpu": "in memory",
+    "recorded-folder": "in a folder",
 }
 
 Cases = dict[str, dict[str, Row]]
@@ -166,7 +172,7 @@ def edits(rows: Sequence[Row], gpu: bool) -> str:
             if row is None or row.status != "ok" or not row.peak_mb or not base.peak_mb:
                 cells.append(row.status if row else "–")
             else:
-                cells.append(f"{Ratio.of(base, row).median:.2f} × time, {row.peak_mb / base.peak_mb:.2f} × memory")
+                cells.append(f"{slower(row, base)} × time, {row.peak_mb / base.peak_mb:.2f} × memory")
         what = "step" if case.steps == 1 else f"edit of {case.steps} steps"
         layers = "all layers" if case.selection == "all" else "the method's layers"
         targets = f"{case.targets} target{'s' * (case.targets > 1)}"
@@ -217,33 +223,102 @@ def memory(rows: Sequence[Row], gpu: bool) -> str:
     return markdown(heading, lines) + "\n\n" + beside(used)
 
 
+def operations(rows: Sequence[Row], gpu: bool) -> str:
+    """What else is measured on the headline's shapes: the other batches and the other products."""
+    cases = grouped(rows, "kernels", gpu)
+    lines, used = [], []
+    for case in headline_cases():
+        variants = [replace(case, layout=layout) for layout in LAYOUTS if layout != case.layout]
+        for variant in [*variants, *(replace(case, op=op) for op in OPS if op != case.op)]:
+            providers = cases.get(variant.name, {})
+            ours = our_row(providers.values())
+            if ours is not None:
+                used.append(ours)
+                what = LAYOUTS[variant.layout] if variant.layout != case.layout else OPS[variant.op]
+                others = [slower(best_sdpa(providers), ours), slower(providers.get(DENSE), ours)]
+                label = f"{case.tokens} × {case.heads} × {case.head_dim}: {what}"
+                lines.append([label, number(ours.median_ms), *others, number(ours.percent_of_limit, " %")])
+    if not lines:
+        return not_yet(gpu, "Other products")
+    heading = ["a source and a target", "ours, ms", "best SDPA ÷ ours", "dense ÷ ours", "of limit"]
+    return markdown(heading, lines) + "\n\n" + beside(used)
+
+
+def targets(rows: Sequence[Row], gpu: bool) -> str:
+    """What the unedited attention takes against ours, by the number of targets, where all rows share one map."""
+    cases = grouped(rows, "kernels", gpu)
+    lines, used = [], []
+    for case in kernel_cases(layouts=("pair",), targets=(1,)):
+        cells = []
+        for count in TARGETS:
+            providers = cases.get(replace(case, targets=count).name, {})
+            ours = our_row(providers.values())
+            used += [ours] if ours else []
+            cells.append(slower(providers.get(UNEDITED), ours))
+        if set(cells) != {"–"}:
+            lines.append([f"{case.model}, {case.pixels} px: {case.tokens} × {case.heads} × {case.head_dim}", *cells])
+    if not lines:
+        return not_yet(gpu, "Numbers of targets")
+    heading = ["unedited ÷ ours", *(f"{count} target{'s' * (count > 1)}" for count in TARGETS)]
+    return markdown(heading, lines) + "\n\n" + beside(used)
+
+
 def models(rows: Sequence[Row], gpu: bool) -> str:
-    """All self-attention layers of a model added up, for one guided step on one source and one target."""
+    """All self-attention layers of a model added up, for one guided step on one source and one target.
+
+    A ratio of sums is the mean of the layers' ratios, each with the weight of our time in it; so are its percentiles.
+    """
     cases, lines, used = grouped(rows, "kernels", gpu), [], []
     for model in MODELS:
         for pixels in PIXELS[model]:
             levels = kernel_cases(models=(model,), layouts=("guided",), targets=(1,))
-            levels = [case for case in levels if case.pixels == pixels]
-            total: dict[str, float] = {}
-            for case in levels:
-                providers = cases.get(case.name, {})
-                ours = our_row(providers.values())
-                for name, row in (("ours", ours), (UNEDITED, providers.get(UNEDITED)), (DENSE, providers.get(DENSE))):
-                    time = row.median_ms if row is not None else None
-                    total[name] = total.get(name, 0.0) + case.layers * (float("nan") if time is None else time)
-                used += [ours] if ours else []
-            if total["ours"] == total["ours"]:
-                ratios = [total[name] / total["ours"] for name in (UNEDITED, DENSE)]
-                cells = ["–" if ratio != ratio else f"{ratio:.2f}" for ratio in ratios]
-                lines.append([f"{model}, {pixels} px", number(total["ours"]), *cells])
+            found = [(case, cases.get(case.name, {})) for case in levels if case.pixels == pixels]
+            ours = [our_row(providers.values()) for _, providers in found]
+            if not all(ours):
+                continue
+            weights = [case.layers * (row.median_ms or 0.0) for (case, _), row in zip(found, ours, strict=True) if row]
+            cells = [
+                _mean_ratio(weights, [providers.get(name) for _, providers in found], ours)
+                for name in (UNEDITED, "sdpa", DENSE)
+            ]
+            lines.append([f"{model}, {pixels} px", number(sum(weights)), *cells])
+            used += [row for row in ours if row]
     if not lines:
         return not_yet(gpu, "Models")
-    heading = ["all self-attention layers of a guided step", "ours, ms", "unedited ÷ ours", "dense ÷ ours"]
+    heading = ["all self-attention layers of a guided step", "ours, ms", "unedited ÷ ours", "SDPA ÷ ours"]
+    return markdown([*heading, "dense ÷ ours"], lines) + "\n\n" + beside(used)
+
+
+def _mean_ratio(weights: Sequence[float], others: Sequence[Row | None], ours: Sequence[Row | None]) -> str:
+    ratios = []
+    for other, own in zip(others, ours, strict=True):
+        if other is None or own is None or not other.samples_ms or len(other.samples_ms) != len(own.samples_ms):
+            return "–"
+        ratios.append(Ratio.of(own, other))
+    total = sum(weights)
+    median, low, high = (
+        sum(weight * getattr(ratio, part) for weight, ratio in zip(weights, ratios, strict=True)) / total
+        for part in ("median", "low", "high")
+    )
+    return f"{median:.2f} ({low:.2f}–{high:.2f})"
+
+
+def recordings(rows: Sequence[Row], gpu: bool) -> str:
+    """A second edit, from a recording of its source in every placement, as a share of the full edit's time."""
+    lines, used = [], []
+    for name, providers in grouped(rows, "recordings", gpu).items():
+        full = providers.get("full")
+        if full is not None and full.status == "ok":
+            used.append(full)
+            lines.append([name, number(full.median_ms, " ms"), *(slower(providers.get(p), full) for p in PLACEMENTS)])
+    if not lines:
+        return not_yet(gpu, "Recordings")
+    heading = ["edit", "source and target together", *(f"target, {words}" for words in PLACEMENTS.values())]
     return markdown(heading, lines) + "\n\n" + beside(used)
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     f"{table.__name__}-{device}": partial(table, gpu=device == "gpu")
-    for table in (headline, rivals, shapes, grid, edits, memory, models)
+    for table in (headline, rivals, operations, shapes, targets, models, grid, edits, recordings, memory)
     for device in ("cpu", "gpu")
 }

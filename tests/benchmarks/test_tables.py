@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from benchmarks import plot
-from benchmarks.cases import headline_cases
+from benchmarks.cases import OPS, headline_cases, kernel_cases
 from benchmarks.figures import FIGURES, draw_all
 from benchmarks.growth import Growth
 from benchmarks.rows import ROOT, Environment, Row, read_all
@@ -105,3 +105,27 @@ def test_growth_is_a_square_law_or_a_line():
     assert dense.longest(dense.bytes(10_000)) == pytest.approx(10_000, abs=1)
     line = Growth.fit([(1024, 7.0 * 1024), (4096, 7.0 * 4096)])
     assert line.longest(7.0e6) == 1_000_000
+
+
+def test_a_model_is_the_sum_of_its_layers():
+    """Ratios weigh as much as our time in their layers, and a model with a shape missing has none."""
+    rows = []
+    shapes = kernel_cases(models=("sdxl",), layouts=("guided",), targets=(1,))
+    for case, own, other in zip([c for c in shapes if c.pixels == 1024], (4.0, 1.0), (8.0, 1.0), strict=True):
+        for provider, time in (("fpe-torch", own), ("unedited", other)):
+            rows.append(row(suite="kernels", case=case.name, provider=provider, samples_ms=(time, time)))
+    # 10 layers of 4 ms at twice the speed and 60 layers of 1 ms at the same.
+    assert "| sdxl, 1024 px | 100 | 1.40 (1.40–1.40) | – | – |" in TABLES["models-cpu"](rows)
+    assert "not measured" in TABLES["models-cpu"](rows[:2])
+
+
+def test_other_products_targets_and_recordings_have_their_tables():
+    (case, _), rows = headline_cases(), []
+    for name in (dataclasses.replace(case, op="replay").name, dataclasses.replace(case, targets=4).name):
+        for provider, time in (("fpe-torch", 2.0), ("unedited", 3.0), ("sdpa", 5.0)):
+            rows.append(row(suite="kernels", case=name, provider=provider, samples_ms=(time,)))
+    for provider, time in (("full", 4.0), ("recorded-device", 2.0), ("recorded-folder", 3.0)):
+        rows.append(row(suite="recordings", case="80x80", provider=provider, samples_ms=(time,)))
+    assert f"{OPS['replay']} | 2.00 | 2.50 (2.50–2.50) | – |" in TABLES["operations-cpu"](rows)
+    assert "| – | – | 1.50 (1.50–1.50) | – |" in TABLES["targets-cpu"](rows)
+    assert "| 80x80 | 4.00 ms | 0.50 (0.50–0.50) | – | 0.75 (0.75–0.75) |" in TABLES["recordings-cpu"](rows)
