@@ -126,29 +126,32 @@ def launches(case: Case, itemsize: int, arch: str) -> Iterator[Work]:
     if case.op == "capture":
         # The rows that share a map and the captured columns are one wide value of one row.
         index, columns = (0,), case.batch * case.head_dim + CAPTURE_COLUMNS
-    most = configs.MAX_COLUMNS[itemsize]
     known = case.op in ("replay", "adjoint")
-    yield from _product(case, index, columns, most, itemsize, arch, known)
+    yield from _product(case, index, columns, itemsize, arch, forward=case.op != "adjoint", known=known)
     if case.op == "backward":
-        yield from _product(case, index, columns, most, itemsize, arch, known=True)  # for the values: the adjoint
+        yield from _product(case, index, columns, itemsize, arch, forward=False, known=True)  # for the values
         for _ in ("query", "key"):
             yield from _gradient(case, index, columns, itemsize, arch)
 
 
 def _product(
-    case: Case, index: tuple[int, ...], columns: int, most: int, itemsize: int, arch: str, known: bool
+    case: Case, index: tuple[int, ...], columns: int, itemsize: int, arch: str, forward: bool, known: bool
 ) -> Iterator[Work]:
-    head = sum(split_width(case.head_dim))
-    for chunk in chunks(index, max(index) + 1, columns, most):
+    head, maps = sum(split_width(case.head_dim)), max(index) + 1
+    together = forward and configs.joins(arch, index, case.heads, case.tokens, case.head_dim, columns, itemsize, False)
+    for chunk in chunks(index, maps, columns, configs.MAX_COLUMNS[itemsize], together):
         width = chunk.branches * (chunk.stop - chunk.start)
-        config = configs.product_config(arch, case.head_dim, width, itemsize, False)
-        config = configs.for_length(config, arch, itemsize, len(chunk.table) * case.heads, case.tokens)
+        choose = configs.forward_config if forward else configs.resident_config
+        config = choose(arch, case.head_dim, width, itemsize, False, len(chunk.table) * case.heads, case.tokens)
         scores = _padded_scores(case, len(chunk.table), config)
         # One exponential a score, and one for each row of a tile of keys to rescale what came before.
         rescales = 0 if known or not chunk.first else scores // config.block_n
+        # A row named again to make maps equally wide is multiplied again, but moved once.
+        rows = sum(len(set(rows)) for _, *rows in chunk.table)
+        moved = 2 * (len(chunk.table) * case.head_dim + rows * (chunk.stop - chunk.start)) * itemsize
         yield Work(
             flops=2 * scores * (head + sum(split_width(width))),
-            bytes=len(chunk.table) * case.heads * case.tokens * ((2 * case.head_dim + 2 * width) * itemsize + 4),
+            bytes=case.heads * case.tokens * (moved + 4 * len(chunk.table)),
             exponentials=scores + rescales,
         )
 

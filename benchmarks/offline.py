@@ -3,9 +3,6 @@
 Rows hold registers, spilled bytes, shared memory and matrix instructions. ``--update`` writes them to
 ``benchmarks/results/offline.json``; without it they are compared with what is written there, and the exit status is 1
 if a program spills, does not fit into shared memory, misses its matrix instruction, or takes more than it did.
-
-Of AMD's gfx942 the table has the forward kernels of whole tiles, which compile without spills. Its adjoint and gradient
-kernels compile and spill with the tiles of the other chips; tiles for it want a machine to measure them on.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from pathlib import Path
 import torch
 import triton
 
-from fpe_kernels.backends.triton import adjoint, apply, backward, configs
+from fpe_kernels.backends.triton import adjoint, apply, backward, boxes, configs
 from fpe_kernels.backends.triton.launch import Launch
 from fpe_kernels.backends.triton.offline import compile_offline
 from fpe_kernels.backends.triton.packing import Chunk
@@ -30,11 +27,11 @@ TABLE = Path(__file__).parent / "results" / "offline.json"
 # (head dim, branches): SD 1.5 and SDXL alone, as pairs and with several targets; then the other head dims.
 WIDTHS = ((40, 1), (40, 2), (40, 5), (64, 1), (64, 2), (64, 5), (80, 2), (80, 4), (160, 1), (160, 2))
 OTHER_WIDTHS = ((8, 1), (16, 1), (32, 2), (72, 1), (96, 1), (128, 1), (256, 1))
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
+BOX_WIDTHS = ((32, 2), (64, 1), (64, 2), (64, 4), (128, 1), (128, 2))
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 MATRIX_INSTRUCTION = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-AMD_WIDTHS = ((40, 2), (64, 1), (64, 2), (80, 2), (160, 1), (160, 2))
 
-_TOKENS = {"even": 4096, "ragged": 4095, "bias": 4096, "weighted": 4096, "short": 256}
+_TOKENS = {"even": 4096, "ragged": 4095, "bias": 4096, "weighted": 4096, "short": 256, "mixed": 256}
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -42,12 +39,13 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 class Program:
     """One compiled program: a kernel for a chip, a dtype, a width and a kind of input."""
 
-    kernel: str  # apply, replay, adjoint, grad_query or grad_key
+    kernel: str  # apply, replay, boxes, adjoint, grad_query or grad_key
     arch: str
     dtype: str
     head_dim: int
     branches: int
-    # even: whole tiles; ragged: masked tiles; bias: for every score; weighted: for every query; short: few tokens
+    # even: whole tiles; ragged: masked tiles; bias: for every score; weighted: for every query; short: few tokens;
+    # mixed: a map with fewer rows in the same launch
     inputs: str
 
     @property
@@ -72,12 +70,15 @@ def programs(quick: bool) -> Iterator[Program]:
                 yield Program(kernel, arch, "float16", head_dim, branches, "ragged")
         for head_dim, branches in ((40, 2), (64, 2), (80, 2), (160, 1), (160, 2)):
             yield Program("apply", arch, "float16", head_dim, branches, "weighted")
+            if branches > 1:
+                yield Program("apply", arch, "float16", head_dim, branches, "mixed")
         for kernel in ("apply", "adjoint", "grad_query", "grad_key"):
             for head_dim, branches in ((64, 2), (160, 1), (256, 1)):
                 yield Program(kernel, arch, "float32", head_dim, branches, "ragged")
             yield Program(kernel, arch, "bfloat16", 64, 2, "ragged")
-    for head_dim, branches in AMD_WIDTHS:
-        yield Program("apply", "gfx942", "float16", head_dim, branches, "even")
+    for arch in ("sm_90", "sm_100"):
+        for head_dim, branches in BOX_WIDTHS:
+            yield Program("boxes", arch, "float16", head_dim, branches, "ragged")
 
 
 def launch_of(program: Program) -> Launch:
@@ -95,7 +96,8 @@ def launch_of(program: Program) -> Launch:
     logsumexp = torch.empty(1, heads, tokens, device="meta")
     bias = torch.empty(1, heads, tokens, tokens, dtype=dtype, device="meta") if program.inputs == "bias" else None
     row_weight = value[..., 0].contiguous() if program.inputs == "weighted" else None
-    chunk = Chunk(((0, *range(branches)),), 0, value_dim, first=True)
+    table = ((0, *range(branches)), *([(1, *[0] * branches)] if program.inputs == "mixed" else []))
+    chunk = Chunk(table, 0, value_dim, first=True)
     shape = (program.arch, program.head_dim, branches * value_dim, dtype.itemsize, bias is not None)
     if gradient:
         return backward.prepare(
@@ -112,11 +114,12 @@ def launch_of(program: Program) -> Launch:
             program.kernel == "grad_query",
             configs.score_config(*shape),
         )
-    config = configs.product_config(*shape)
-    if program.inputs == "short":
-        config = configs.for_length(config, program.arch, dtype.itemsize, heads, tokens)
     if program.kernel == "adjoint":
+        config = configs.resident_config(*shape, heads, tokens)
         return adjoint.prepare(query, query, value, bias, logsumexp, chunk, 0.1, value, config)
+    config = configs.forward_config(*shape, len(chunk.table) * heads, tokens)
+    if program.kernel == "boxes":
+        return boxes.prepare(query, query, value, chunk, 0.1, value, logsumexp, config)
     known = program.kernel == "replay"
     return apply.prepare(query, query, value, bias, chunk, 0.1, value, logsumexp, known, row_weight, True, config)
 

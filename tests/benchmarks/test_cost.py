@@ -67,6 +67,13 @@ def test_rows_with_maps_of_their_own_are_another_launch() -> None:
     assert sorted(work.flops for work in launches(case, 2, "sm_90")) == [384 * scores, 2 * 256 * scores]
 
 
+def test_a_short_mixed_batch_is_one_launch_as_wide_as_its_widest_map() -> None:
+    case = Case("hand", 128, 256, 8, 64, 1, "guided")
+    (work,) = launches(case, 2, "sm_90")
+    assert work.flops == 3 * 384 * 8 * 256**2
+    assert work.bytes == 8 * 256 * ((2 * 3 + 2 * 4) * 64 * 2 + 3 * 4)  # each of three maps and four rows once
+
+
 def test_backward_is_four_passes_over_the_scores() -> None:
     case = pair(64, "backward", tokens=1024)
     scores = 8 * 1024**2

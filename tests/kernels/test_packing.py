@@ -40,24 +40,33 @@ maps_and_index = st.integers(1, 5).flatmap(
 )
 
 
-@given(maps_and_index, st.integers(0, 700), st.sampled_from([16, 160, 320]))
-def test_chunks_cover_every_column_once(shape, value_dim: int, cap: int) -> None:
+@given(maps_and_index, st.integers(0, 700), st.sampled_from([16, 160, 320]), st.booleans())
+def test_chunks_cover_every_column_once(shape, value_dim: int, cap: int, together: bool) -> None:
     maps, map_index = shape
     seen: Counter = Counter()
     computed: set[int] = set()
-    for chunk in chunks(map_index, maps, value_dim, cap):
+    for chunk in chunks(map_index, maps, value_dim, cap, together):
         assert chunk.branches * (chunk.stop - chunk.start) <= cap
         assert {len(entry) for entry in chunk.table} == {1 + chunk.branches}
         groups = [entry[0] for entry in chunk.table]
         assert len(groups) == len(set(groups))  # two programs of one launch never write one element
         for group, *rows in chunk.table:
             assert chunk.first == (group not in computed)  # later launches find the log-sum-exp that the first wrote
-            for row in rows:
+            assert len(set(rows)) == len(rows) or together
+            for row in dict.fromkeys(rows):  # a row named again is read and not written
                 assert map_index[row] == group
                 seen.update((row, column) for column in (range(chunk.start, chunk.stop) if value_dim else [-1]))
         computed |= set(groups)
     columns = range(value_dim) if value_dim else [-1]
     assert seen == Counter((row, column) for row in range(len(map_index)) for column in columns)
+
+
+def test_maps_of_unequal_width_take_two_launches_or_one() -> None:
+    guided = (0, 1, 2, 2)
+    assert [chunk.table for chunk in chunks(guided, 3, 64, 320)] == [((0, 0), (1, 1)), ((2, 2, 3),)]
+    (one,) = chunks(guided, 3, 64, 320, together=True)
+    assert one.table == ((0, 0, 0), (1, 1, 1), (2, 2, 3)) and one.repeats and one.first
+    assert not any(chunk.repeats for chunk in chunks(guided, 3, 64, 320))
 
 
 @given(maps_and_index)

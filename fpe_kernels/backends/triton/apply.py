@@ -11,6 +11,8 @@ Weights w, one for each query row, multiply the accumulators last. Where those o
 of query rows, the program reads no key: the output is zero and L is +∞ there, from which every later kernel makes
 probabilities of zero, as the gradient of a product with weight zero wants them. A launch whose L other branches of the
 map still need computes such tiles all the same.
+
+Branches that name the row before them again are there to make maps of one launch equally wide: read and not written.
 """
 
 from __future__ import annotations
@@ -19,11 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..grouping import rows_by_map
-from . import configs
-from .configs import MAX_COLUMNS, Config
-from .launch import Launch, prepared, product_precision, strides
-from .packing import Chunk, bias_varies, chunks, columns_of, device_table, needs_wide_index, split_width, vector_width
+from .configs import Config
+from .launch import Launch, product_precision, strides
+from .packing import Chunk, bias_varies, device_table, needs_wide_index, split_width, vector_width
 from .primitives import (
     LN2,
     LOG2E,
@@ -95,6 +95,7 @@ def apply_kernel(
     BIAS_VARIES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     SKIPS: tl.constexpr,
+    REPEATS: tl.constexpr,
     PRESCALE: tl.constexpr,
     EVEN_QUERIES: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
@@ -251,7 +252,7 @@ def apply_kernel(
     out_rows = out_ptr + rows[:, None] * out_stride_n
     if COLUMNS_0 > 0:
         o0_columns, o0_valid = packed_columns(
-            group_ptr + 1, out_stride_b, out_stride_e, 0, COLUMNS_0, VALUE_DIM, COLUMNS, OUT_VECTOR, WIDE
+            group_ptr + 1, out_stride_b, out_stride_e, 0, COLUMNS_0, VALUE_DIM, COLUMNS, OUT_VECTOR, WIDE, REPEATS
         )
         tl.store(
             out_rows + o0_columns[None, :],
@@ -260,7 +261,16 @@ def apply_kernel(
         )
     if COLUMNS_1 > 0:
         o1_columns, o1_valid = packed_columns(
-            group_ptr + 1, out_stride_b, out_stride_e, COLUMNS_0, COLUMNS_1, VALUE_DIM, COLUMNS, OUT_VECTOR, WIDE
+            group_ptr + 1,
+            out_stride_b,
+            out_stride_e,
+            COLUMNS_0,
+            COLUMNS_1,
+            VALUE_DIM,
+            COLUMNS,
+            OUT_VECTOR,
+            WIDE,
+            REPEATS,
         )
         tl.store(
             out_rows + o1_columns[None, :],
@@ -334,6 +344,7 @@ def prepare(
             "BIAS_VARIES": bias_varies(full_bias),
             "HAS_WEIGHT": row_weight is not None,
             "SKIPS": row_weight is not None and skips,
+            "REPEATS": chunk.repeats,
             "PRESCALE": bias is not None or scale <= 0.0,
             "EVEN_QUERIES": queries % config.block_m == 0,
             "EVEN_KEYS": keys % config.block_n == 0,
@@ -350,44 +361,3 @@ def prepare(
             "BLOCK_N": config.block_n,
         },
     )
-
-
-def apply(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    map_index: tuple[int, ...],
-    scale: float,
-    out: Tensor,
-    logsumexp: Tensor,
-    known: bool,
-    row_weight: Tensor | None = None,
-) -> None:
-    """Write ``row_weight ⊙ (A[map_index] @ value)`` to ``out`` and, unless it is known, the log-sum-exp."""
-    logsumexp = logsumexp.contiguous() if known else logsumexp
-    if bias is not None:
-        bias = bias.expand(*query.shape[:3], key.shape[2])
-    if row_weight is not None:
-        row_weight = row_weight.expand(out.shape[:3])
-    rows = rows_by_map(map_index, query.shape[0])
-    for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_COLUMNS[query.element_size()]):
-        values = columns_of(value, chunk)
-        config = configs.apply_config(query, values, chunk, bias is not None)
-        known_here = known or not chunk.first
-        whole_maps = all(len(rows[group]) == chunk.branches for group, *_ in chunk.table)
-        prepared(
-            prepare,
-            query,
-            key,
-            values,
-            bias,
-            chunk,
-            scale,
-            columns_of(out, chunk),
-            logsumexp,
-            known_here,
-            row_weight,
-            known_here or whole_maps,
-            config,
-        ).run()

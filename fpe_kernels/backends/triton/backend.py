@@ -6,8 +6,8 @@ import torch
 import triton
 
 from .adjoint import adjoint
-from .apply import apply
 from .backward import score_gradient
+from .forward import apply
 
 __all__ = ["adjoint", "apply", "score_gradient", "unsupported_reasons"]
 

@@ -13,7 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .packing import Chunk, split_width
+from . import tuned
+from .packing import Chunk, chunks, split_width
 
 MAX_COLUMNS = {2: 320, 4: 160}
 """Packed columns of one forward or adjoint launch by bytes of an element; 320 is SD 1.5's widest pair, 2 × 160."""
@@ -45,6 +46,9 @@ MULTIPROCESSORS = {
 }
 """Multiprocessors of A100, RTX A6000, RTX 4090, H100 SXM, B200, RTX 5090 and MI300X: the vendors' white papers."""
 
+LENGTHS = (256, 1024, 4096, 16384)
+"""Length classes of the tuner's table, in tokens: from the inner levels of a UNet at 512 px to SDXL's outer at 2048."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -54,6 +58,7 @@ class Config:
     block_n: int
     warps: int
     stages: int
+    descriptors: bool = False  # keys and values through the bulk copy engine, where the layout allows it
 
 
 @lru_cache(maxsize=16)
@@ -82,10 +87,21 @@ def _staged(
     return Config(block_m, block_n, warps, stages)
 
 
+def _wavefronts(block_n: int, resident: int, streamed: int, itemsize: int, bias: bool) -> Config:
+    """For gfx942: four wavefronts, one a SIMD, so that each has 512 registers; eight would share them and spill.
+
+    The loads of one stage wait in registers instead of shared memory. Single precision has matrix instructions there.
+    """
+    limit = SHARED_MEMORY["gfx942"] + block_n * streamed * itemsize
+    return _staged((64, block_n, 4), resident, streamed, itemsize, bias, limit, most=2 if itemsize == 2 else 1)
+
+
 @lru_cache(maxsize=1024)
 def product_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: bool) -> Config:
     """The configuration of ``apply`` and ``adjoint``: a resident tile of one axis, scores, packed accumulators."""
     head, packed = sum(split_width(head_dim)), sum(split_width(columns))
+    if arch == "gfx942":
+        return _wavefronts(64 if itemsize == 2 else 32, head, head + packed, itemsize, bias)
     if itemsize == 4:
         # Exact float32 products run on the scalar units, whose operands live in registers.
         if head > 160:
@@ -113,6 +129,10 @@ def product_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: 
 def score_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: bool) -> Config:
     """The configuration of the gradient kernel: two resident tiles, scores and their gradient, one accumulator."""
     head, packed = sum(split_width(head_dim)), sum(split_width(columns))
+    if arch == "gfx942":
+        narrow = max(head, packed) <= (96 if itemsize == 2 else 128)
+        block_n = (64 if narrow and not bias else 32) if itemsize == 2 else (32 if narrow else 16)
+        return _wavefronts(block_n, head + packed, head + packed, itemsize, bias)
     if itemsize == 4:
         if max(head, packed) <= 128:
             tile = (32, 16, 8)
@@ -146,23 +166,94 @@ def for_length(config: Config, arch: str, itemsize: int, maps: int, rows: int) -
     return replace(config, block_m=config.block_m // 2, warps=config.warps // 2)
 
 
+def length_class(tokens: int) -> int:
+    """The entry of :data:`LENGTHS`, each four times the one before, that is nearest to ``tokens`` by ratio."""
+    return next((length for length in LENGTHS if tokens <= 2 * length), LENGTHS[-1])
+
+
+def resident_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: bool, maps: int, rows: int) -> Config:
+    """What the rules say for ``apply`` and ``adjoint`` over ``maps`` (times heads) and ``rows`` of the resident axis."""
+    return for_length(product_config(arch, head_dim, columns, itemsize, bias), arch, itemsize, maps, rows)
+
+
+@lru_cache(maxsize=1024)
+def forward_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: bool, maps: int, rows: int) -> Config:
+    """The configuration of ``apply``: the tuner's where it has measured a faster one than the rules', else the rules'.
+
+    Args:
+        arch: key of :data:`SHARED_MEMORY`.
+        head_dim: of the queries.
+        columns: packed columns of the launch.
+        itemsize: bytes of an element.
+        bias: whether the scores have one; the tuner measures without.
+        maps: maps of the launch times heads.
+        rows: query tokens.
+    """
+    key = (arch, sum(split_width(head_dim)), sum(split_width(columns)), length_class(rows))
+    if itemsize == 2 and not bias and key in tuned.FORWARD:
+        return Config(*tuned.FORWARD[key])
+    return resident_config(arch, head_dim, columns, itemsize, bias, maps, rows)
+
+
 def apply_config(query: Tensor, value: Tensor, chunk: Chunk, bias: bool) -> Config:
     """For a forward launch of ``chunk``; ``value`` is narrowed to its columns."""
-    return _resident(query, query.shape[2], value, chunk, bias)
+    columns, maps = chunk.branches * value.shape[3], len(chunk.table) * query.shape[1]
+    arch = architecture(query.device)
+    return forward_config(arch, query.shape[3], columns, query.element_size(), bias, maps, query.shape[2])
 
 
 def adjoint_config(query: Tensor, weight: Tensor, chunk: Chunk, bias: bool, keys: int) -> Config:
     """For an adjoint launch of ``chunk`` over ``keys`` key tokens; ``weight`` is narrowed to its columns."""
-    return _resident(query, keys, weight, chunk, bias)
-
-
-def _resident(query: Tensor, rows: int, value: Tensor, chunk: Chunk, bias: bool) -> Config:
-    arch, itemsize = architecture(query.device), query.element_size()
-    config = product_config(arch, query.shape[3], chunk.branches * value.shape[3], itemsize, bias)
-    return for_length(config, arch, itemsize, len(chunk.table) * query.shape[1], rows)
+    columns, maps = chunk.branches * weight.shape[3], len(chunk.table) * query.shape[1]
+    arch = architecture(query.device)
+    return resident_config(arch, query.shape[3], columns, query.element_size(), bias, maps, keys)
 
 
 def gradient_config(own: Tensor, factor: Tensor, chunk: Chunk, bias: bool) -> Config:
     """For a gradient launch of ``chunk``; ``factor`` is narrowed to its columns."""
     columns = chunk.branches * factor.shape[3]
     return score_config(architecture(own.device), own.shape[3], columns, own.element_size(), bias)
+
+
+def one_launch(query: Tensor, value: Tensor, map_index: tuple[int, ...], bias: bool) -> bool:
+    """Whether maps with unequal numbers of batch rows share forward launches, each as wide as the widest map."""
+    _, heads, tokens, head_dim = query.shape
+    arch = architecture(query.device)
+    return joins(arch, map_index, heads, tokens, head_dim, value.shape[3], query.element_size(), bias)
+
+
+@lru_cache(maxsize=1024)
+def joins(
+    arch: str,
+    map_index: tuple[int, ...],
+    heads: int,
+    tokens: int,
+    head_dim: int,
+    value_dim: int,
+    itemsize: int,
+    bias: bool,
+) -> bool:
+    """:func:`one_launch` by numbers: as the tuner measured it, else what takes fewer waves of programs.
+
+    Launches follow one another, each with a last wave that leaves multiprocessors idle; one launch fills them, and
+    computes columns that nobody asked for. A wave takes the time of the rows that a multiprocessor holds times the
+    width of their products; two launches stay where that makes no difference.
+    """
+    maps = max(map_index, default=-1) + 1
+    plans = [chunks(map_index, maps, value_dim, MAX_COLUMNS[itemsize], together) for together in (False, True)]
+    if len(plans[0]) == len(plans[1]):
+        return False
+    widest = max(chunk.branches * (chunk.stop - chunk.start) for chunk in plans[1])
+    key = (arch, sum(split_width(head_dim)), sum(split_width(widest)), length_class(tokens))
+    if itemsize == 2 and not bias and key in tuned.TOGETHER:
+        return tuned.TOGETHER[key]
+
+    def waves(chunk: Chunk) -> int:
+        columns, entries = chunk.branches * (chunk.stop - chunk.start), len(chunk.table) * heads
+        config = forward_config(arch, head_dim, columns, itemsize, bias, entries, tokens)
+        resident = max(1, 8 // config.warps)  # programs of a multiprocessor, as `for_length` counts them
+        count = -(-entries * -(-tokens // config.block_m) // (resident * MULTIPROCESSORS[arch]))
+        return count * resident * config.block_m * (sum(split_width(head_dim)) + sum(split_width(columns)))
+
+    separate, together = (sum(map(waves, plan)) for plan in plans)
+    return together < separate

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import Config
 
@@ -25,17 +26,23 @@ class Launch:
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, int | float]
     constants: Mapping[str, Any]
+    boxes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of the tensors that the kernel reads in boxes, by descriptors: the shape of a box."""
 
     def run(self) -> None:
         """Launch on the device of the tensors."""
         with _device_of(next(iter(self.tensors.values()))):
             self.kernel[(self.programs,)](
-                **self.tensors,
+                **{name: self._argument(name, tensor) for name, tensor in self.tensors.items()},
                 **self.numbers,
                 **self.constants,
                 num_warps=self.config.warps,
                 num_stages=self.config.stages,
             )
+
+    def _argument(self, name: str, tensor: Tensor) -> Tensor | TensorDescriptor:
+        box = self.boxes.get(name)
+        return tensor if box is None else TensorDescriptor.from_tensor(tensor, list(box))
 
 
 _REMEMBERED: dict[tuple, tuple[Launch, tuple[tuple[str, int | Tensor], ...]]] = {}

@@ -42,7 +42,10 @@ def _specialise(launch: Launch) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     promise = [["tt.divisibility", 16]]
     for position, name in enumerate(kernel.arg_names):
-        if name in launch.tensors:
+        if name in launch.boxes:
+            element = _TYPES[launch.tensors[name].dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{element}{list(launch.boxes[name])}>"
+        elif name in launch.tensors:
             signature[name] = _TYPES[launch.tensors[name].dtype]
             attributes[(position,)] = promise
         elif name in launch.constants or launch.numbers[name] == 1:

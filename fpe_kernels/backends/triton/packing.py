@@ -38,7 +38,10 @@ def split_width(width: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One launch: ``branches`` batch rows of each of some maps, and the columns ``start`` .. ``stop`` of each row."""
+    """One launch: ``branches`` batch rows of each of some maps, and the columns ``start`` .. ``stop`` of each row.
+
+    A map with fewer rows than that names its last one again; such a branch is read and not written.
+    """
 
     table: tuple[tuple[int, ...], ...]  # for each program group: the map, then its batch rows
     start: int
@@ -49,13 +52,21 @@ class Chunk:
     def branches(self) -> int:
         return len(self.table[0]) - 1
 
+    @property
+    def repeats(self) -> bool:
+        """Whether some map names a row again to be as wide as the others."""
+        return any(len(set(rows)) < len(rows) for _, *rows in self.table)
+
 
 @lru_cache(maxsize=256)
-def chunks(map_index: tuple[int, ...], maps: int, value_dim: int, max_columns: int) -> tuple[Chunk, ...]:
+def chunks(
+    map_index: tuple[int, ...], maps: int, value_dim: int, max_columns: int, together: bool = False
+) -> tuple[Chunk, ...]:
     """Cut the packed columns of every map into launches of at most ``max_columns``.
 
-    Maps with equally many batch rows share a launch. A value wider than ``max_columns`` is cut by columns; otherwise
-    branches are dealt out in chunks of equal size, so that no launch is left with a narrow remainder.
+    Maps with equally many batch rows share a launch; ``together``, all maps do, as wide as the widest of them. A value
+    wider than ``max_columns`` is cut by columns; otherwise branches are dealt out in chunks of equal size, so that no
+    launch is left with a narrow remainder.
     """
     if value_dim > max_columns:
         spans = [(start, min(start + max_columns, value_dim)) for start in range(0, value_dim, max_columns)]
@@ -72,14 +83,21 @@ def chunks(map_index: tuple[int, ...], maps: int, value_dim: int, max_columns: i
         start = 0
         for part in range(parts):
             stop = start + share + (part < extra)
-            launches.setdefault((part, stop - start), []).append((group, *rows[start:stop]))
+            width = 0 if together else stop - start
+            launches.setdefault((part, width), []).append((group, *rows[start:stop]))
             start = stop
     ordered = sorted(launches.items(), key=lambda item: item[0][0])
     return tuple(
-        Chunk(tuple(table), *span, first=part == 0 and position == 0)
+        Chunk(_equally_long(table), *span, first=part == 0 and position == 0)
         for (part, _), table in ordered
         for position, span in enumerate(spans)
     )
+
+
+def _equally_long(table: list[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """Every entry as long as the longest, by naming its last batch row again."""
+    longest = max(map(len, table))
+    return tuple(entry + entry[-1:] * (longest - len(entry)) for entry in table)
 
 
 # Without a bound: a captured CUDA graph reads its table at every replay without saying so, and a table is a few bytes.

@@ -61,16 +61,22 @@ def packed_columns(
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
+    ONCE: tl.constexpr = False,
 ):
     """Offsets and validity of packed columns: column c is entry ``c % VALUE_DIM`` of branch ``c // VALUE_DIM``.
 
-    ``rows_ptr`` holds the batch row of each branch. VECTOR neighbours lie side by side in memory and start aligned; the
-    compiler cannot see that through the table, and without it a copy would move two bytes at a time.
+    ``rows_ptr`` holds the batch row of each branch; ONCE leaves out branches that name the row before them again.
+    VECTOR neighbours lie side by side in memory and start aligned; the compiler cannot see that through the table, and
+    without it a copy would move two bytes at a time.
     """
     column = START + tl.arange(0, WIDTH)
     valid = column < COLUMNS
     row = tl.load(rows_ptr + column // VALUE_DIM, mask=valid, other=0)
     entry = column % VALUE_DIM
+    if ONCE:
+        later = valid & (column >= VALUE_DIM)
+        valid = valid & (tl.load(rows_ptr + column // VALUE_DIM - 1, mask=later, other=-1) != row)
+        valid = tl.max_constancy(valid, VECTOR)
     if WIDE:
         row, entry = row.to(tl.int64), entry.to(tl.int64)
     offset = row * batch_stride + entry * entry_stride

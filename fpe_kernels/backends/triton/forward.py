@@ -1,0 +1,63 @@
+"""The forward product, launch by launch: which maps share one, which columns, which kernel, which configuration.
+
+Maps with unequal numbers of batch rows (a guided batch, whose unconditional rows have maps of their own) take a launch
+for each number, or one together, as wide as the widest: :func:`.configs.one_launch` decides.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..grouping import rows_by_map
+from . import boxes, configs
+from . import apply as pointers
+from .configs import MAX_COLUMNS
+from .launch import prepared
+from .packing import chunks, columns_of
+
+
+def apply(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    map_index: tuple[int, ...],
+    scale: float,
+    out: Tensor,
+    logsumexp: Tensor,
+    known: bool,
+    row_weight: Tensor | None = None,
+) -> None:
+    """Write ``row_weight ⊙ (A[map_index] @ value)`` to ``out`` and, unless it is known, the log-sum-exp."""
+    logsumexp = logsumexp.contiguous() if known else logsumexp
+    if bias is not None:
+        bias = bias.expand(*query.shape[:3], key.shape[2])
+    if row_weight is not None:
+        row_weight = row_weight.expand(out.shape[:3])
+    rows = rows_by_map(map_index, query.shape[0])
+    together = configs.one_launch(query, value, map_index, bias is not None)
+    for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_COLUMNS[query.element_size()], together):
+        values = columns_of(value, chunk)
+        config = configs.apply_config(query, values, chunk, bias is not None)
+        known_here = known or not chunk.first
+        plain = bias is None and row_weight is None and not known_here
+        if config.descriptors and plain and boxes.serves(query, key, values, chunk, scale):
+            arguments = query, key, values, chunk, scale, columns_of(out, chunk), logsumexp, config
+            prepared(boxes.prepare, *arguments).run()
+            continue
+        whole_maps = all(set(rows[group]) == set(branches) for group, *branches in chunk.table)
+        prepared(
+            pointers.prepare,
+            query,
+            key,
+            values,
+            bias,
+            chunk,
+            scale,
+            columns_of(out, chunk),
+            logsumexp,
+            known_here,
+            row_weight,
+            known_here or whole_maps,
+            config,
+        ).run()
