@@ -1,9 +1,12 @@
 """`python -m benchmarks.tune`: which launch configuration is fastest, measured.
 
-Every candidate of a shape is compiled (in parallel processes, into Triton's cache on disk), held against
-float64, and timed in the same rounds as the committed configuration and the fastest that PyTorch has. A
-candidate takes effect through `fpe_kernels.backends.triton.configs.apply_config`, which is all that this file
-knows of the kernels. The result is a table to commit, not a choice made at run time.
+Every choice of a shape is compiled (in parallel processes, into Triton's cache on disk), held against float64, and
+timed in the same rounds as the committed configuration and the fastest that PyTorch has. Where all maps have equally
+many rows, the choices are tile sizes, warps, stages and tensor descriptors; in a guided batch, whose unconditional rows
+have maps of their own, they are one launch or two. A choice takes effect through
+`fpe_kernels.backends.triton.configs`, which is all that this file knows of the kernels.
+
+The result is a table to commit, not a choice made at run time: `python -m benchmarks.tune --apply ROWS` writes it.
 """
 
 from __future__ import annotations
@@ -12,13 +15,14 @@ import argparse
 import itertools
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,7 +30,7 @@ from .cases import Case
 from .inputs import Inputs
 from .measure import Effort
 from .providers import Call, Ours, Provider, all_providers
-from .rows import Row, write
+from .rows import Row, read, write
 from .run import Bench
 
 log = logging.getLogger("benchmarks")
@@ -36,86 +40,140 @@ RIVALS = ("sdpa-flash", "sdpa-cudnn", "sdpa-flash-concat", "sdpa-cudnn-concat")
 REGISTERS = 65536  # of a multiprocessor since Kepler
 
 
+class Choice(Protocol):
+    """Something to measure; `str` of it names the row's provider after an `@`."""
+
+    def installed(self) -> AbstractContextManager[None]:
+        """Forward launches inside the block are made so."""
+        ...
+
+
 @dataclass(frozen=True, order=True)
 class Candidate:
+    """A launch configuration."""
+
     block_m: int
     block_n: int
     warps: int
     stages: int
+    descriptors: bool = False
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}w{self.warps}s{self.stages}"
+        return f"{self.block_m}x{self.block_n}w{self.warps}s{self.stages}" + "d" * self.descriptors
 
-    def fits(self, head_dim: int, columns: int, shared_bytes: int, itemsize: int = 2) -> bool:
+    @classmethod
+    def parse(cls, text: str) -> Candidate:
+        """The inverse of `str`."""
+        found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(d?)", text)
+        if found is None:
+            raise ValueError(f"expected a configuration such as 128x64w8s3 or 128x64w8s3d, got {text!r}")
+        block_m, block_n, warps, stages = map(int, found.groups()[:4])
+        return cls(block_m, block_n, warps, stages, descriptors=bool(found[5]))
+
+    def fits(self, head_dim: int, branches: int, shared_bytes: int, itemsize: int = 2) -> bool:
         """Whether the tiles can be held at all; what compiles but spills shows in its time.
 
         Shared memory holds the query tile and `stages` key and value tiles; registers hold the accumulator,
-        the scores and their half-precision copy.
+        the scores and their half-precision copy. Descriptors fetch boxes, whose edges are powers of two.
         """
+        columns = branches * head_dim
         shared = (self.block_m * head_dim + self.stages * self.block_n * (head_dim + columns)) * itemsize
         registers = self.block_m * (columns + 1.5 * self.block_n)
         a_thread = registers / (32 * self.warps)
-        return shared <= shared_bytes and registers <= 0.9 * REGISTERS and a_thread <= 224
+        boxes = head_dim.bit_count() == 1 and branches.bit_count() == 1
+        held = shared <= shared_bytes and registers <= 0.9 * REGISTERS and a_thread <= 224
+        return held and (boxes or not self.descriptors)
+
+    def installed(self) -> AbstractContextManager[None]:
+        from fpe_kernels.backends.triton.configs import Config
+
+        return _replaced("apply_config", Config(self.block_m, self.block_n, self.warps, self.stages, self.descriptors))
 
 
-ALL = [Candidate(*c) for c in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))]
+@dataclass(frozen=True)
+class Launches:
+    """A mixed batch as one launch or as one for each number of rows, with the committed configurations."""
 
+    together: bool
 
-def candidates(case: Case, shared_bytes: int = 227 << 10) -> list[Candidate]:
-    columns = case.head_dim * (case.batch // case.maps)
-    return [candidate for candidate in ALL if candidate.fits(case.head_dim, columns, shared_bytes)]
+    def __str__(self) -> str:
+        return "one-launch" if self.together else "two-launches"
 
-
-def tuning_plan() -> list[Case]:
-    """The shapes that decide, the most telling first: two branches, one, then more; medium, short, long."""
-    shapes = [(10, 64), (8, 40), (8, 80), (8, 160)]
-    cases = [Case("tune", 512, 4096, heads, d, 1, "halves") for heads, d in shapes]
-    cases += [Case("tune", 256, 1024, heads, d, 1, "halves") for heads, d in [(20, 64), *shapes[1:]]]
-    cases += [Case("tune", 512, 4096, heads, d, 0, "halves") for heads, d in shapes]
-    cases += [Case("tune", 512, 4096, heads, d, 3, "pair") for heads, d in shapes]
-    return cases + [Case("tune", 1024, 16384, heads, d, 1, "halves") for heads, d in shapes]
+    def installed(self) -> AbstractContextManager[None]:
+        return _replaced("one_launch", self.together)
 
 
 @contextmanager
-def installed(candidate: Candidate) -> Iterator[None]:
-    """Every forward launch inside the block takes this configuration."""
+def _replaced(name: str, answer: Any) -> Iterator[None]:
+    """The function `name` of the configurations answers this inside the block, whatever it is asked."""
     from fpe_kernels.backends.triton import configs
 
-    before = configs.apply_config
-    chosen = configs.Config(candidate.block_m, candidate.block_n, candidate.warps, candidate.stages)
-    configs.apply_config = lambda *arguments, **keywords: chosen
+    before = getattr(configs, name)
+    setattr(configs, name, lambda *arguments, **keywords: answer)
     try:
         yield
     finally:
-        configs.apply_config = before
+        setattr(configs, name, before)
+
+
+ALL = [Candidate(*c) for c in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))]
+DESCRIBED = [Candidate(*c, descriptors=True) for c in itertools.product((64, 128), (64, 128), (4, 8), (2, 3))]
+
+
+def choices(case: Case, arch: str = "sm_90") -> Sequence[Choice]:
+    """What is measured for `case` on `arch`; descriptors where the chip has a copy engine that reads them."""
+    from fpe_kernels.backends.triton.configs import SHARED_MEMORY
+
+    if case.layout == "guided":
+        return [Launches(True), Launches(False)]
+    engine = arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
+    every = [*ALL, *(DESCRIBED if engine else [])]
+    return [c for c in every if c.fits(case.head_dim, case.batch // case.maps, SHARED_MEMORY[arch])]
+
+
+def tuning_plan() -> list[Case]:
+    """The shapes that decide, the most telling first: two halves at every length class, mixed batches, other widths."""
+
+    def cases(tokens: int, targets: int, layout: str, head_dims: Sequence[int] = (64, 40, 80, 160)) -> list[Case]:
+        # SD 2's and SDXL's heads are 64 wide, and there are twice as many of them where tokens are few.
+        heads = {64: 10 if tokens >= 4096 else 20}
+        side = int(tokens**0.5)
+        return [Case("tune", 8 * side, tokens, heads.get(d, 8), d, targets, layout) for d in head_dims]
+
+    plan = cases(4096, 1, "halves") + cases(1024, 1, "halves")
+    plan += [case for tokens in (256, 1024, 4096) for case in cases(tokens, 1, "guided", (64, 40))]
+    plan += cases(256, 1, "halves") + cases(16384, 1, "halves")
+    plan += [case for tokens in (256, 1024, 4096) for case in cases(tokens, 1, "guided", (80, 160))]
+    plan += cases(16384, 1, "guided") + cases(1024, 3, "guided")
+    return plan + cases(4096, 0, "halves") + cases(4096, 3, "pair")
 
 
 @dataclass(frozen=True)
 class Configured:
-    """Ours with one candidate."""
+    """Ours with one choice."""
 
-    candidate: Candidate
+    choice: Choice
     backend: str = "triton"
 
     @property
     def name(self) -> str:
-        return f"fpe-{self.backend}@{self.candidate}"
+        return f"fpe-{self.backend}@{self.choice}"
 
     def prepare(self, inputs: Inputs) -> Call:
         call = Ours(self.backend).prepare(inputs)
 
         def configured() -> Any:
-            with installed(self.candidate):
+            with self.choice.installed():
                 return call()
 
         return configured
 
 
-def compile_one(case: Case, candidate: Candidate) -> str | None:
-    """Launch a candidate once, which leaves its binary in the cache on disk; None, or what went wrong."""
+def compile_one(case: Case, choice: Choice) -> str | None:
+    """Launch a choice once, which leaves its binary in the cache on disk; None, or what went wrong."""
     try:
         inputs = Inputs.make(case, "cuda", torch.float16)
-        Configured(candidate).prepare(inputs)()
+        Configured(choice).prepare(inputs)()
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -127,33 +185,37 @@ def run_tuning(
     cases: Sequence[Case],
     report: Callable[[list[Row]], None] = lambda rows: None,
     time_left: Callable[[], float] = lambda: float("inf"),
-    choose: Callable[[Case], Sequence[Candidate]] = candidates,
+    choose: Callable[[Case], Sequence[Choice]] | None = None,
 ) -> list[Row]:
-    """Rows of suite `tuning`, a provider a candidate; stops where no time is left."""
+    """Rows of suite `tuning`, a provider a choice; stops where no time is left.
+
+    `choose` says what is measured for a case; left out, :func:`choices` for the device's architecture.
+    """
     named = all_providers()
     rows: list[Row] = []
     cuda = bench.device.startswith("cuda")
     backend = "triton" if cuda else "torch"
     workers = max(1, min(12, (os.cpu_count() or 2) - 2))
+    offered = {case: list((choose or _choices_on(bench.device))(case)) for case in cases}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        # All shapes are compiled ahead, in order; a shape is timed as soon as its own candidates are there.
+        # All shapes are compiled ahead, in order; a shape is timed as soon as its own choices are there.
         pending = {}
         if cuda:
-            pending = {(case, c): pool.submit(compile_one, case, c) for case in cases for c in choose(case)}
+            pending = {(case, c): pool.submit(compile_one, case, c) for case in cases for c in offered[case]}
         for number, case in enumerate(cases):
             if time_left() <= 0:
                 log.warning("no time left: %d of %d shapes tuned", number, len(cases))
                 break
             chosen = []
-            for candidate in choose(case):
-                problem = pending[case, candidate].result() if cuda else None
+            for choice in offered[case]:
+                problem = pending[case, choice].result() if cuda else None
                 if problem:
-                    log.warning("%s, %s: %s", case.name, candidate, problem)
+                    log.warning("%s, %s: %s", case.name, choice, problem)
                 else:
-                    chosen.append(candidate)
+                    chosen.append(choice)
             others = [named[f"fpe-{backend}"], *(named[name] for name in RIVALS if cuda)]
-            providers: list[Provider] = [*others, *(Configured(candidate, backend) for candidate in chosen)]
-            measured = [_as_tuning(row) for row in bench.case(case, providers)]
+            providers: list[Provider] = [*others, *(Configured(choice, backend) for choice in chosen)]
+            measured = [replace(row, suite="tuning") for row in bench.case(case, providers)]
             report(measured)
             rows += measured
         for future in pending.values():
@@ -161,10 +223,11 @@ def run_tuning(
     return rows
 
 
-def _as_tuning(row: Row) -> Row:
-    from dataclasses import replace
+def _choices_on(device: str) -> Callable[[Case], Sequence[Choice]]:
+    from fpe_kernels.backends.triton.configs import architecture
 
-    return replace(row, suite="tuning")
+    arch = architecture(torch.device(device))
+    return lambda case: choices(case, arch)
 
 
 def best_table(rows: Sequence[Row]) -> str:
@@ -184,8 +247,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="file to write rows to")
     parser.add_argument("--cases", default="", help="only shapes whose name contains this")
+    parser.add_argument("--apply", type=Path, metavar="ROWS", help="measure nothing: take over what these rows found")
+    parser.add_argument("--arch", help="of the rows to apply, such as sm_90; default: by the name of their device")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if options.apply:
+        from .tuned_table import take_over
+
+        print(take_over(read(options.apply), options.arch))
+        return
     if not torch.cuda.is_available():
         raise SystemExit("tuning needs a CUDA device; `make gpu` runs it together with everything else that does")
     bench = Bench("cuda", torch.float16, EFFORT)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks.gpu_session import BUDGET, GRACE, STAGES, SUMMARY, Stage, schedule, summarise
-from benchmarks.tune import ALL, candidates, tuning_plan
+from benchmarks.tune import ALL, DESCRIBED, choices, tuning_plan
 
 
 class Clock:
@@ -60,10 +60,11 @@ def test_a_session_that_measured_nothing_still_has_a_summary(tmp_path):
 
 def test_candidates_fit_a_multiprocessor():
     for case in tuning_plan():
-        chosen = candidates(case)
-        assert 4 <= len(chosen) <= len(ALL)
-        smaller = set(candidates(case, shared_bytes=99 << 10))
-        assert smaller <= set(chosen)
+        if case.layout == "guided":
+            continue
+        chosen = choices(case, "sm_100")
+        assert 4 <= len(chosen) <= len(ALL) + len(DESCRIBED)
+        assert set(choices(case, "sm_120")) <= set(chosen)
 
 
 def test_without_a_gpu_every_stage_says_why_it_is_skipped(tmp_path):

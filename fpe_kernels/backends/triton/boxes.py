@@ -99,9 +99,10 @@ def serves(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: float
 
 
 def _boxable(tensor: Tensor) -> bool:
-    """What the copy engine asks of memory: neighbours in the last axis, and every row aligned to 16 bytes."""
+    """What the copy engine asks of memory: something there, neighbours in the last axis, rows aligned to 16 bytes."""
     steps = [stride * tensor.element_size() for stride in tensor.stride()[:3]]
-    return tensor.stride(3) == 1 and all(step > 0 and step % 16 == 0 for step in (*steps, tensor.data_ptr() or 16))
+    in_step = all(step > 0 and step % 16 == 0 for step in steps)
+    return tensor.numel() > 0 and tensor.stride(3) == 1 and in_step and tensor.data_ptr() % 16 == 0
 
 
 def prepare(

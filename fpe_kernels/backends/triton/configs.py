@@ -172,7 +172,7 @@ def length_class(tokens: int) -> int:
 
 
 def resident_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: bool, maps: int, rows: int) -> Config:
-    """What the rules say for ``apply`` and ``adjoint`` over ``maps`` (times heads) and ``rows`` of the resident axis."""
+    """What the rules say for ``apply`` and ``adjoint``; ``maps`` times heads, and ``rows`` of the resident axis."""
     return for_length(product_config(arch, head_dim, columns, itemsize, bias), arch, itemsize, maps, rows)
 
 

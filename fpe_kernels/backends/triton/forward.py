@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..grouping import rows_by_map
-from . import boxes, configs
 from . import apply as pointers
+from . import boxes, configs
 from .configs import MAX_COLUMNS
 from .launch import prepared
 from .packing import chunks, columns_of

@@ -1,0 +1,144 @@
+"""What the tuner offers, and how a table comes of what it measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton has no wheel for this platform")
+
+from benchmarks import tuned_table
+from benchmarks.cases import Case
+from benchmarks.inputs import Inputs
+from benchmarks.providers import Ours
+from benchmarks.rows import Row
+from benchmarks.tune import ALL, DESCRIBED, Candidate, Configured, Launches, choices, tuning_plan
+from fpe_kernels.backends.triton import boxes, configs, tuned
+from fpe_kernels.backends.triton.packing import chunks
+
+H100 = "cuda: NVIDIA H100 80GB HBM3"
+HALVES = Case("tune", 512, 4096, 10, 64, 1, "halves")
+GUIDED = Case("tune", 128, 256, 8, 40, 1, "guided")
+
+
+def row(case: Case, provider: str, ms: float, device: str = H100, dtype: str = "float16") -> Row:
+    return Row("tuning", case.name, provider, dtype, device, "ok", samples_ms=(ms, ms * 1.01, ms))
+
+
+@pytest.mark.parametrize("candidate", [*ALL, *DESCRIBED])
+def test_a_candidate_is_read_back_from_its_name(candidate: Candidate) -> None:
+    assert Candidate.parse(str(candidate)) == candidate
+
+
+def test_another_name_is_no_candidate() -> None:
+    with pytest.raises(ValueError, match="expected a configuration such as 128x64w8s3"):
+        Candidate.parse("one-launch")
+
+
+def test_the_plan_has_both_batches_at_every_length() -> None:
+    plan = tuning_plan()
+    assert len(plan) == len(set(plan))
+    for layout in ("halves", "guided"):
+        assert {case.tokens for case in plan if case.layout == layout} == set(configs.LENGTHS)
+    for case in plan:
+        if case.targets == 1 and case.layout in ("halves", "guided"):
+            assert case.batch == 4
+
+
+def test_a_mixed_batch_is_measured_as_one_launch_and_as_two() -> None:
+    assert choices(GUIDED) == [Launches(True), Launches(False)]
+
+
+def test_descriptors_are_offered_where_they_serve() -> None:
+    for case in tuning_plan():
+        for choice in choices(case):
+            if isinstance(choice, Candidate) and choice.descriptors:
+                shape = (case.tokens, case.heads, case.head_dim)
+                maps, rows = (torch.empty(n, *shape, dtype=torch.half).transpose(1, 2) for n in (case.maps, case.batch))
+                for chunk in chunks(case.map_index, case.maps, case.head_dim, configs.MAX_COLUMNS[2]):
+                    assert boxes.serves(maps, maps, rows, chunk, 0.1)
+    assert any(getattr(choice, "descriptors", False) for choice in choices(HALVES))
+    assert not any(getattr(choice, "descriptors", False) for choice in choices(HALVES, "sm_80"))
+
+
+@pytest.mark.parametrize("choice", [Launches(True), Launches(False), Candidate(64, 32, 4, 2)])
+def test_a_choice_rules_inside_its_call_only(choice, monkeypatch) -> None:
+    seen = []
+
+    def record(self, inputs):
+        return lambda: seen.append((configs.one_launch(None, None, (), False), configs.apply_config(1, 2, 3, 4)))
+
+    monkeypatch.setattr(Ours, "prepare", record)
+    monkeypatch.setattr(configs, "one_launch", lambda *arguments: "rule")
+    monkeypatch.setattr(configs, "apply_config", lambda *arguments: "rule")
+    call = Configured(choice).prepare(Inputs.make(Case("test", 64, 16, 1, 8), "cpu", torch.float32))
+    assert seen == []
+    call()
+    launches, config = seen[0]
+    assert (launches, config) == (
+        (choice.together, "rule") if isinstance(choice, Launches) else ("rule", configs.Config(64, 32, 4, 2))
+    )
+    assert configs.one_launch() == configs.apply_config() == "rule"
+
+
+def test_what_is_faster_becomes_an_entry() -> None:
+    rows = [row(HALVES, "fpe-triton", 1.0), row(HALVES, "fpe-triton@64x64w4s3", 0.9)]
+    rows += [row(HALVES, "fpe-triton@128x64w8s2d", 0.8), row(HALVES, "sdpa-flash", 0.5)]
+    rows += [row(GUIDED, f"fpe-triton@{name}", ms) for name, ms in (("one-launch", 0.5), ("two-launches", 0.6))]
+    table, lines = tuned_table.learn(rows)
+    assert table.forward == {("sm_90", 64, 128, 4096): (128, 64, 8, 2, True)}
+    assert table.together == {("sm_90", 48, 80, 256): True}
+    assert len(lines) == 2 and "1.25 × faster than before" in "\n".join(lines)
+
+
+def test_what_gains_nothing_changes_nothing(tmp_path) -> None:
+    rows = [row(HALVES, "fpe-triton", 1.0), row(HALVES, "fpe-triton@64x64w4s3", 0.99)]
+    rows += [row(GUIDED, f"fpe-triton@{name}", ms) for name, ms in (("one-launch", 0.5), ("two-launches", 0.505))]
+    path = tmp_path / "tuned.py"
+    assert "stays as it is" in tuned_table.take_over(rows, path=path)
+    assert not path.exists()
+
+
+def test_a_choice_must_be_best_over_all_cases_of_its_entry() -> None:
+    other = Case("tune", 512, 4096, 20, 64, 1, "halves")
+    rows = [row(case, "fpe-triton", 1.0) for case in (HALVES, other)]
+    rows += [row(HALVES, "fpe-triton@64x64w4s3", 0.5), row(other, "fpe-triton@64x64w4s3", 1.9)]
+    rows += [row(case, "fpe-triton@128x32w8s3", 0.9) for case in (HALVES, other)]
+    assert tuned_table.learn(rows)[0].forward == {("sm_90", 64, 128, 4096): (128, 32, 8, 3, False)}
+
+
+def test_a_written_table_is_a_module_of_the_same_format(tmp_path) -> None:
+    rows = [row(HALVES, "fpe-triton", 1.0), row(HALVES, "fpe-triton@64x64w4s3", 0.5)]
+    rows += [row(GUIDED, "fpe-triton@one-launch", 0.7), row(GUIDED, "fpe-triton@two-launches", 0.5)]
+    path = tmp_path / "tuned.py"
+    assert "benchmarks.offline --update" in tuned_table.take_over(rows, path=path)
+    written: dict = {}
+    exec(path.read_text(), written)
+    assert written["FORWARD"] == {("sm_90", 64, 128, 4096): (64, 64, 4, 3, False)}
+    assert written["TOGETHER"] == {("sm_90", 48, 80, 256): False}
+    ruff = [sys.executable, "-m", "ruff", "format", "--check", "--line-length", "120", str(path)]
+    assert subprocess.run(ruff, capture_output=True).returncode == 0
+
+
+def test_the_committed_table_is_what_the_tuner_would_write() -> None:
+    assert tuned_table.Table().text() == tuned_table.TABLE.read_text()
+    for (arch, *_), fields in tuned.FORWARD.items():
+        assert arch in configs.SHARED_MEMORY and configs.Config(*fields)
+
+
+def test_rows_of_an_unknown_chip_ask_for_its_architecture() -> None:
+    rows = [row(HALVES, name, 1.0, "cuda: NVIDIA RTX 9999") for name in ("fpe-triton", "fpe-triton@64x64w4s3")]
+    with pytest.raises(ValueError, match="Say it with --arch, one of sm_80"):
+        tuned_table.learn(rows)
+    assert tuned_table.learn(rows, "sm_120")[1] == []
+    with pytest.raises(ValueError, match="arch must be one of"):
+        tuned_table.learn(rows, "sm_75")
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu: a processor", "float16"), (H100, "float32")])
+def test_rows_that_say_nothing_are_refused(device: str, dtype: str) -> None:
+    with pytest.raises(ValueError, match="no times of suite 'tuning'"):
+        tuned_table.learn([row(HALVES, "fpe-triton", 1.0, device, dtype)])
