@@ -6,7 +6,7 @@ Stages run in this order, each in a process of its own, so that one that dies or
     correctness   the tests marked `gpu`, and the kernels' laws on the device
     roofline      the machine's own ceilings
     kernels       ours beside PyTorch's and the dense original, one case after the other
-    tuning        launch configurations, swept
+    tuning        launch configurations, swept at every length class; mixed batches as one launch and as two
     edits         whole UNet steps and whole edits (needs diffusers)
     memory        peaks against length
 
@@ -246,8 +246,9 @@ def summarise(out: Path, outcomes: dict[str, str]) -> str:
     tuned = [row for row in rows if row.suite == "tuning"]
     if tuned:
         parts += [
-            "Configurations, fastest first, then the committed one and the fastest rival (ms):",
+            "Configurations or launches, fastest first, then the committed one and the fastest rival (ms):",
             best_table(tuned),
+            "  (`python -m benchmarks.tune --apply cuda-tuning.json` takes them over)",
         ]
     parts += ["Times, as multiples of ours in the same rounds:", summary([r for r in rows if r.suite != "tuning"])]
     absent = {row.provider: row.reason for row in rows if row.status == "missing" and row.case == "any"}

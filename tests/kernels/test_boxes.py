@@ -25,7 +25,7 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         served.append("descriptors")
         return prepare(*arguments)
 
-    monkeypatch.setattr(configs, "apply_config", lambda *args: configs.Config(32, 16, 4, 2, descriptors=True))
+    monkeypatch.setattr(configs, "apply_config", lambda *args: configs.Config(64, 32, 4, 2, descriptors=True))
     monkeypatch.setattr(configs, "one_launch", lambda *args: False)
     monkeypatch.setattr(boxes, "prepare", counted)
     return served
@@ -48,7 +48,7 @@ def check(query, key, value, map_index, bias=None, **options) -> None:
     ("map_index", "tokens", "keys", "dims", "dtype"),
     [
         ((0, 0), 64, 64, (64, 64), torch.float16),  # whole tiles
-        ((0, 0), 37, 41, (64, 64), torch.bfloat16),  # boxes that reach past both ends
+        ((0, 0), 65, 41, (64, 64), torch.bfloat16),  # boxes that reach past both ends
         ((0, 1, 2, 2), 33, 7, (16, 32), torch.float16),  # several tables
         ((0, 0, 0, 0), 16, 100, (32, 16), torch.float16),
         ((0,), 1, 1, (16, 16), torch.float16),
