@@ -60,6 +60,9 @@ def programs(quick: bool) -> Iterator[Program]:
             for head_dim, branches in ((40, 2), (64, 2), (80, 2), (160, 2)):
                 yield Program("apply", arch, "float16", head_dim, branches, "even")
             yield Program("apply", arch, "float16", 160, 2, "ragged")
+        yield Program("boxes", "sm_90", "float16", 64, 2, "ragged")
+        for kernel in ("apply", "adjoint", "grad_key"):
+            yield Program(kernel, "gfx942", "float16", 64, 2, "ragged")
         return
     for arch in ARCHITECTURES:
         for head_dim, branches in WIDTHS + OTHER_WIDTHS:

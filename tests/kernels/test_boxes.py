@@ -88,6 +88,15 @@ def test_what_no_box_holds_takes_pointers(described, map_index, dims, layout, op
         assert not described
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("map_index", "dims"), [((0, 0, 1, 1), (64, 64)), ((0, 1), (128, 128)), ((0,) * 4, (64, 64))])
+@pytest.mark.parametrize("tokens", [1024, 1023])
+def test_tiles_of_real_size(map_index, dims, tokens, monkeypatch) -> None:
+    rows = 128 if dims[0] * len(map_index) // (max(map_index) + 1) <= 128 else 64
+    monkeypatch.setattr(configs, "apply_config", lambda *args: configs.Config(rows, 64, 8, 2, descriptors=True))
+    check(*tensors(max(map_index) + 1, len(map_index), tokens, tokens, dims, torch.float16, "heads_split"), map_index)
+
+
 def test_single_precision_takes_pointers() -> None:
     query, key, value = tensors(1, 1, 16, 16, (32, 32), torch.float32, "heads_split")
     assert not boxes.serves(query, key, value, Chunk(((0, 0),), 0, 32, True), 0.1)
