@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -121,7 +121,8 @@ def launch_of(program: Program) -> Launch:
         return adjoint.prepare(query, query, value, bias, logsumexp, chunk, 0.1, value, config)
     config = configs.forward_config(*shape, len(chunk.table) * heads, tokens)
     if program.kernel == "boxes":
-        return boxes.prepare(query, query, value, chunk, 0.1, value, logsumexp, config)
+        described = replace(config, descriptors=True)
+        return boxes.prepare(query, query, value, chunk, 0.1, value, logsumexp, described)
     known = program.kernel == "replay"
     return apply.prepare(query, query, value, bias, chunk, 0.1, value, logsumexp, known, row_weight, True, config)
 
