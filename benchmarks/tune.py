@@ -254,7 +254,10 @@ def main(argv: list[str] | None = None) -> None:
     if options.apply:
         from .tuned_table import take_over
 
-        print(take_over(read(options.apply), options.arch))
+        try:
+            print(take_over(read(options.apply), options.arch))
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
         return
     if not torch.cuda.is_available():
         raise SystemExit("tuning needs a CUDA device; `make gpu` runs it together with everything else that does")

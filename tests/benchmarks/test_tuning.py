@@ -10,11 +10,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
-from benchmarks import tuned_table
+from benchmarks import tune, tuned_table
 from benchmarks.cases import Case
 from benchmarks.inputs import Inputs
 from benchmarks.providers import Ours
-from benchmarks.rows import Row
+from benchmarks.rows import Row, write
 from benchmarks.tune import ALL, DESCRIBED, Candidate, Configured, Launches, choices, tuning_plan
 from fpe_kernels.backends.triton import boxes, configs, tuned
 from fpe_kernels.backends.triton.packing import chunks
@@ -142,3 +142,11 @@ def test_rows_of_an_unknown_chip_ask_for_its_architecture() -> None:
 def test_rows_that_say_nothing_are_refused(device: str, dtype: str) -> None:
     with pytest.raises(ValueError, match="no times of suite 'tuning'"):
         tuned_table.learn([row(HALVES, "fpe-triton", 1.0, device, dtype)])
+
+
+def test_the_command_says_what_is_wrong_with_its_rows(tmp_path, capsys) -> None:
+    write(tmp_path / "rows.json", [row(HALVES, "fpe-triton", 1.0, "cpu: a processor")])
+    for name, words in (("rows.json", "no times of suite 'tuning'"), ("none.json", "No such file")):
+        with pytest.raises(SystemExit):
+            tune.main(["--apply", str(tmp_path / name)])
+        assert words in capsys.readouterr().err
