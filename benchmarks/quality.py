@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fpe_pipeline.models import embedded_path
-from fpe_pipeline.quality.command import dump
 from fpe_pipeline.quality.report import plot, table
+from fpe_pipeline.quality.store import dump
 
 from .rows import ROOT, Row
 
