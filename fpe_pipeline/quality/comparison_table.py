@@ -16,7 +16,8 @@ _COLUMNS = (("succeeds", "success"), ("IoU", "iou"), ("PSNR outside, dB", "outsi
 def method_table(
     summary: Mapping[str, Any], origins: Sequence[str] | None = None, kinds: Sequence[str] | None = None
 ) -> str:
-    """Markdown; 95 % intervals in brackets. A method that cannot make an edit stands there with the reason.
+    """Markdown; 95 % intervals in brackets. A method that cannot make an edit stands there with the reason;
+    where it can make some, the reasons follow the table.
 
     Args:
         summary: as :func:`~.tally.compare` gives it.
@@ -33,12 +34,15 @@ def method_table(
         title = "generated" if origin == GENERATED else f"real, {origin}"
         head += [f"{title}: edits", *(name for name, _ in _COLUMNS)]
     lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
+    notes = []
     for kind in chosen:
         tallies = [summary[origin]["kinds"].get(kind, {}) for origin in shown]
         for method in dict.fromkeys(name for tally in tallies for name in tally):
             cells = [text for tally in tallies for text in _cells(tally.get(method))]
             lines.append("| " + " | ".join([kind, method, *cells]) + " |")
-    return "\n".join(lines) + "\n"
+            reasons = {reason for tally in tallies if method in tally for reason in _partly(tally[method])}
+            notes += [f"- {kind}, {method}: not every edit was made: {reason}" for reason in sorted(reasons)]
+    return "\n".join(lines) + "\n" + ("\n" + "\n".join(notes) + "\n" if notes else "")
 
 
 def _cells(entry: Mapping[str, Any] | None) -> list[str]:
@@ -46,7 +50,13 @@ def _cells(entry: Mapping[str, Any] | None) -> list[str]:
         return ["0", *("–" for _ in _COLUMNS)]
     if not entry["edits"]:
         return ["0", "; ".join(entry["reasons"]).replace("|", "\\|"), *("–" for _ in _COLUMNS[1:])]
-    return [str(entry["edits"]), *(cell(entry[figure], figure) for _, figure in _COLUMNS)]
+    edits = f"{entry['edits']} of {entry['asked']}" if _partly(entry) else str(entry["edits"])
+    return [edits, *(cell(entry[figure], figure) for _, figure in _COLUMNS)]
+
+
+def _partly(entry: Mapping[str, Any]) -> list[str]:
+    """Why some of a method's edits are missing, where others were made."""
+    return entry["reasons"] if entry["edits"] else []
 
 
 def cell(figure: Mapping[str, float] | None, name: str) -> str:

@@ -26,9 +26,9 @@ def compare(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, 
 
     Returns:
         ``{origin: {"pictures": n, "reconstruction": figure, "inversion_seconds": figure, "kinds": {kind: {method:
-        {"edits": n, "success": figure, "iou": …, "outside_psnr": …, "seconds": …, "reasons": […]}}}}}`` with a
+        {"edits": n, "asked": n, "success": figure, "iou": …, "outside_psnr": …, "seconds": …, "reasons": […]}}}}}`` with a
         figure ``{"mean", "low", "high"}``, or ``None`` where nothing was measured. ``"edits"`` counts those that the
-        method could make, ``"reasons"`` says why it could not make others. The first kind is ``"all"``.
+        method could make of ``"asked"``, ``"reasons"`` says why it could not make the others. The first kind is ``"all"``.
     """
     result: dict[str, Any] = {}
     for origin in dict.fromkeys(str(score["origin"]) for score in scores):
@@ -54,6 +54,7 @@ def _methods(scores: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
         made = [row for row in rows if not row["reason"]]
         found[method] = {
             "edits": len(made),
+            "asked": len(rows),
             **{figure: _figure(made, figure, seed) for figure in _FIGURES},
             "reasons": sorted({row["reason"] for row in rows if row["reason"]}),
         }
