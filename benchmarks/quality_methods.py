@@ -107,10 +107,12 @@ def _about(result: dict[str, Any]) -> str:
         for origin, kinds in _subjects(result).items()
     )
     versions = ", ".join(f"{name} {version}" for name, version in made.items() if name != "machine")
+    on_cpu = settings["device"] == "cpu"
+    clock = "processor time of all threads together" if on_cpu else f"elapsed time on {settings['device']}"
     return (
         f"*Held-out pairs ({counted}); real images are renders of the pairs' sources; {settings['steps']} steps, "
-        f"guidance {settings['guidance']:g}, seed {settings['seed']}; 95 % bootstrap intervals; seconds of processor "
-        f"time on one thread; weights {settings['weights']}; {versions}*"
+        f"guidance {settings['guidance']:g}, seed {settings['seed']}; 95 % bootstrap intervals; seconds of {clock}; "
+        f"weights {settings['weights']}; {versions}*"
     )
 
 

@@ -50,7 +50,7 @@ def run_on_images(args: argparse.Namespace) -> int:
     folder = args.model or embedded_path()
     settings = {
         "images": folder_digest(Path(args.images)) if own else args.images,
-        **{name: getattr(args, name) for name in ("steps", "guidance", "self_replace", "seed")},
+        **{name: getattr(args, name) for name in ("steps", "guidance", "self_replace", "seed", "device")},
         "methods": {contender.name: contender.about for contender in contenders(args.self_replace)},
         "weights": fingerprint(folder),
     }

@@ -26,9 +26,10 @@ def compare(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, 
 
     Returns:
         ``{origin: {"pictures": n, "reconstruction": figure, "inversion_seconds": figure, "kinds": {kind: {method:
-        {"edits": n, "asked": n, "success": figure, "iou": …, "outside_psnr": …, "seconds": …, "reasons": […]}}}}}`` with a
-        figure ``{"mean", "low", "high"}``, or ``None`` where nothing was measured. ``"edits"`` counts those that the
-        method could make of ``"asked"``, ``"reasons"`` says why it could not make the others. The first kind is ``"all"``.
+        {"edits": n, "asked": n, "reasons": […], "success": figure, "iou": …, "outside_psnr": …, "seconds": …}}}}}``
+        with a figure ``{"mean", "low", "high"}``, or ``None`` where nothing was measured. ``"edits"`` counts those
+        that the method could make of ``"asked"``, ``"reasons"`` says why it could not make the others. The first kind
+        is ``"all"``.
     """
     result: dict[str, Any] = {}
     for origin in dict.fromkeys(str(score["origin"]) for score in scores):

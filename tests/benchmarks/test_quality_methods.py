@@ -22,7 +22,8 @@ def evaluation(images: str, origin: str, iou: float, steps: int = 25) -> dict:
         for n in range(2)
         for method in ("no edit", "fpe")
     ]
-    settings = {"images": images, "steps": steps, "guidance": 5.0, "seed": 0, "weights": "abc", "methods": {"fpe": "x"}}
+    settings = {"images": images, "steps": steps, "guidance": 5.0, "seed": 0, "device": "cpu", "weights": "abc"}
+    settings["methods"] = {"fpe": "x"}
     return {"settings": settings, "environment": {"torch": "2.13"}, "summary": {}, "scores": packed(scores)}
 
 

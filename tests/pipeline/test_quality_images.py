@@ -203,13 +203,7 @@ def test_tally_and_table():
         rows(
             ("a", "colour", "ddim", "fpe", good),
             ("a", "colour", "ddim", "pnp", {"reason": "no | decoder"}),
-            (
-                "b",
-                "background",
-                "ddim",
-                "fpe",
-                {**good, "outside_psnr": None, "success": False, "reconstruction": 33.0},
-            ),
+            ("b", "background", "ddim", "fpe", {**good, **other}),
             ("a", "colour", "generated", "fpe", {**good, "reconstruction": None}),
         )
     )
