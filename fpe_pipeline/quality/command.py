@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from .pairs import KINDS, EditPair, held_out_pairs
 from .report import plot, table
 from .scores import Score, evaluate
 from .statistics import summarise
-from .store import dump, environment, fingerprint, packed
+from .store import ScoreFile, dump, environment, fingerprint, packed
 
 __all__ = ["add_arguments", "run"]
 
@@ -86,13 +85,15 @@ def run(args: argparse.Namespace) -> int:
     pairs = held_out_pairs(args.pairs, args.kinds, args.seed)
     settings = {**_settings(args, conditions), "weights": fingerprint(folder)}
     args.output.mkdir(parents=True, exist_ok=True)
-    store = args.output / "scores.jsonl"
-    scores = _known(store, settings, conditions)
-    done = len(scores) // len(conditions)
+    # How many pairs are wanted may grow from run to run: the first ones stay the same.
+    store = ScoreFile(args.output / "scores.jsonl", {**settings, "pairs": None})
+    done = len(store.rows) // len(conditions)
+    # What an interruption left of a pair would shift all that is appended.
+    store.keep(done * len(conditions))
     if done < len(pairs):
-        _draw_rest(folder, judge_file, args, pairs, done, conditions, scores, store)
-    summary = summarise(scores, seed=args.seed)
-    result = {"settings": settings, "environment": environment(), "summary": summary, "scores": packed(scores)}
+        _draw_rest(folder, judge_file, args, pairs[done:], done, conditions, store)
+    summary = summarise(store.rows, seed=args.seed)
+    result = {"settings": settings, "environment": environment(), "summary": summary, "scores": packed(store.rows)}
     (args.output / "evaluation.json").write_text(dump(result))
     rendered = table(summary)
     (args.output / "table.md").write_text(rendered)
@@ -108,22 +109,19 @@ def _draw_rest(
     pairs: list[EditPair],
     done: int,
     conditions: list[Condition],
-    scores: list[dict[str, Any]],
-    store: Path,
+    store: ScoreFile,
 ) -> None:
     pipe, judge = _load(folder, judge_file, args.device)
 
     def keep(fresh: list[Score]) -> None:
-        rows = [score.to_json() for score in fresh]
-        scores.extend(rows)
-        with store.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        print(f"scored {len(scores) // len(conditions)} of {len(pairs)} pairs", file=sys.stderr, flush=True)
+        store.add(*(score.to_json() for score in fresh))
+        scored = len(store.rows) // len(conditions)
+        print(f"scored {scored} of {done + len(pairs)} pairs", file=sys.stderr, flush=True)
 
     evaluate(
         pipe,
         judge,
-        pairs[done:],
+        pairs,
         conditions,
         steps=args.steps,
         guidance=args.guidance,
@@ -152,19 +150,3 @@ def _settings(args: argparse.Namespace, conditions: list[Condition]) -> dict[str
     }
     names = ("pairs", "kinds", "steps", "guidance", "self_replace", "seed")
     return {**{name: getattr(args, name) for name in names}, "conditions": edits}
-
-
-def _known(store: Path, settings: dict[str, Any], conditions: list[Condition]) -> list[dict[str, Any]]:
-    """Scores that an interrupted run with these settings left; the file starts with its settings."""
-    # How many pairs are wanted may grow from run to run: the first ones stay the same.
-    wanted = {**settings, "pairs": None}
-    if not store.exists():
-        store.write_text(json.dumps(wanted) + "\n")
-        return []
-    first, *rows = [json.loads(line) for line in store.read_text().splitlines()]
-    if first != wanted:
-        raise ValueError(f"{store} holds scores made with other settings: choose another output folder or delete it")
-    rows = rows[: len(rows) - len(rows) % len(conditions)]
-    # What an interruption left of a pair would shift all that is appended.
-    store.write_text("".join(json.dumps(row) + "\n" for row in [first, *rows]))
-    return rows

@@ -17,9 +17,11 @@ from ..models.judge import Judge
 from ..models.measure import noise
 from ..null_text import NullText
 from .contenders import Contender, Unfit
+from .similarity import iou, psnr
+from .store import plain
 from .subjects import GENERATED, Subject
 
-__all__ = ["MethodScore", "psnr", "score_subject"]
+__all__ = ["MethodScore", "score_subject"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class MethodScore:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary with numbers for truth values and four decimals."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        return {name: plain(value) for name, value in asdict(self).items()}
 
 
 def score_subject(
@@ -169,8 +171,7 @@ class _Scorer:
             found["success"] = shown == self._subject.scene
             if mask is not None:
                 either = mask | verdict.masks[0]
-                # Two pictures without an object have nothing in common to keep.
-                found["iou"] = float((mask & verdict.masks[0]).sum() / either.sum()) if either.any() else 0.0
+                found["iou"] = iou(mask, verdict.masks[0])
         if either is not None and self._subject.kind != "background":
             found["outside_psnr"] = psnr(reference, image, ~either)
         return found
@@ -185,17 +186,6 @@ class _Scorer:
         return None
 
 
-def psnr(one: np.ndarray, other: np.ndarray, where: np.ndarray | None = None) -> float:
-    """PSNR in dB of two uint8 pictures [h, w, 3], in the pixels of ``where``; at most 60.
-
-    Eight-bit rounding alone leaves 59 dB; the cap keeps equal pictures from being infinite.
-    """
-    error = one.astype(np.float64) - other.astype(np.float64)
-    error = error if where is None else error[where]
-    square = float(np.square(error).mean()) if error.size else 0.0
-    return min(60.0, 10 * float(np.log10(255**2 / max(square, 1e-9))))
-
-
 def _eight_bit(image: np.ndarray) -> np.ndarray:
     return (image * 255).round().astype(np.uint8)
 
@@ -207,9 +197,3 @@ def _clock(pipe: Any) -> float:
     if pipe.device.type == "cuda":
         torch.cuda.synchronize(pipe.device)
     return time.perf_counter()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bool):
-        return int(value)
-    return round(value, 4) if isinstance(value, float) else value

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ScoreFile", "dump", "environment", "fingerprint", "packed", "unpacked"]
+__all__ = ["ScoreFile", "dump", "environment", "fingerprint", "packed", "plain", "unpacked"]
 
 
 class ScoreFile:
@@ -44,11 +44,25 @@ class ScoreFile:
                 return
         path.write_text(json.dumps(settings) + "\n")
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Keep a score, in the file too."""
-        self.rows.append(row)
+    def add(self, *rows: dict[str, Any]) -> None:
+        """Keep scores, in the file too."""
+        self.rows += rows
         with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def keep(self, count: int) -> None:
+        """Forget all but the first ``count`` scores, in the file too."""
+        self.rows = self.rows[:count]
+        with self._path.open() as file:
+            settings = file.readline()
+        self._path.write_text(settings + "".join(json.dumps(row) + "\n" for row in self.rows))
+
+
+def plain(value: Any) -> Any:
+    """A figure as it is kept: numbers for truth values, four decimals."""
+    if isinstance(value, bool):
+        return int(value)
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def fingerprint(folder: Path) -> str:

@@ -21,9 +21,10 @@ from fpe_pipeline.models import embedded_path, judge_path
 from fpe_pipeline.models.judge import Verdict, load_judge
 from fpe_pipeline.quality import command, compare, contenders, generated_subjects, held_out_pairs, render_subjects
 from fpe_pipeline.quality import images_command as module
-from fpe_pipeline.quality.comparison import MethodScore, psnr, score_subject
+from fpe_pipeline.quality.comparison import MethodScore, score_subject
 from fpe_pipeline.quality.comparison_table import method_table
 from fpe_pipeline.quality.contenders import CONTENDERS, DIFFERENT_NOISE, NO_EDIT, Unfit, chosen
+from fpe_pipeline.quality.similarity import iou, psnr
 
 KINDS = ("colour", "object", "background")
 
@@ -174,10 +175,12 @@ class TestScores:
         ]
         assert alone.outside_psnr is not None
 
-    def test_psnr(self):
-        one, other = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)
-        assert psnr(one, other) == 0.0 and psnr(one, one) == 60.0
-        assert psnr(one, other, np.zeros((2, 2), bool)) == 60.0
+
+def test_similarities():
+    one, other = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)
+    nowhere, left = np.zeros((2, 2), bool), np.array([[True, False], [True, False]])
+    assert psnr(one, other) == 0.0 and psnr(one, one) == psnr(one, other, nowhere) == 60.0
+    assert iou(left, left) == 1.0 and iou(left, ~nowhere) == 0.5 and iou(nowhere, nowhere) == 0.0
 
 
 def test_a_real_image_end_to_end(embedded):
