@@ -14,6 +14,7 @@ from fpe_pipeline.quality.comparison_table import cell, method_table
 from fpe_pipeline.quality.store import unpacked
 from fpe_pipeline.quality.subjects import GENERATED
 from fpe_pipeline.quality.tally import ALL, compare
+from fpe_pipeline.settings import INVERSIONS
 
 from .rows import ROOT, Row
 
@@ -81,13 +82,15 @@ def short_table(rows: Sequence[Row]) -> str:
 def inversion_table(rows: Sequence[Row]) -> str:
     """What each inversion gives back of a real image, what it takes, and Free-Prompt-Editing from there."""
     result = _read()
-    origins = [] if result is None else [origin for origin in result["summary"] if origin != GENERATED]
-    if result is None or not origins:
+    if result is None:
         return _missing()
     head = ["inversion", "real images", "reconstruction, dB", "s to invert", "FPE edits", "succeed", "IoU"]
     lines = ["| " + " | ".join([*head, "PSNR outside, dB"]) + " |", "| --- |" + " ---: |" * len(head)]
-    for origin in origins:
-        whole = result["summary"][origin]
+    for origin in INVERSIONS:
+        whole = result["summary"].get(origin)
+        if whole is None:
+            lines.append("| " + " | ".join([origin, "0", "not measured yet", *("–" for _ in head[2:])]) + " |")
+            continue
         edit = whole["kinds"][ALL].get(_EDIT)
         cells = [str(whole["pictures"]), *(cell(whole[name], name) for name in ("reconstruction", "inversion_seconds"))]
         cells += [str(edit["edits"]) if edit else "0"]
