@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .contenders import CONTENDERS
 from .statistics import mean_and_interval
 from .subjects import GENERATED
 
@@ -50,7 +51,8 @@ def compare(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, 
 
 def _methods(scores: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     found = {}
-    for method in dict.fromkeys(str(score["method"]) for score in scores):
+    # Scores that were added later stand behind the others; the table keeps the contenders' order.
+    for method in sorted({str(score["method"]) for score in scores}, key=CONTENDERS.index):
         rows = [score for score in scores if score["method"] == method]
         made = [row for row in rows if not row["reason"]]
         found[method] = {
