@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from . import quality
+from . import quality, quality_methods
 from .rows import ROOT, Row, read_all
 from .tables import TABLES as ROW_TABLES
 
@@ -31,6 +31,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     **ROW_TABLES,
     **{name: partial(quality.study_table, name=name) for name in quality.STUDIES},
     "quality-short": quality.short_table,
+    **quality_methods.TABLES,
     "embedded-model": quality.model_table,
 }
 

@@ -1,8 +1,8 @@
 """Tables and plots of edit quality, from what ``fpe evaluate`` wrote.
 
 ``python -m benchmarks.quality NAME FOLDER …`` keeps evaluations as the study NAME in ``results/quality``; several
-folders are kinds of edit that were evaluated one by one, with the same settings. The scores are per pair and are the
-embedded model's; they have a schema of their own beside the timings' rows.
+folders are kinds of edit (of the study ``methods``: images) that were evaluated one by one, with the same settings. The
+scores are per pair and are the embedded model's; they have a schema of their own beside the timings' rows.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fpe_pipeline.models import embedded_path
-from fpe_pipeline.quality.command import dump
 from fpe_pipeline.quality.report import plot, table
+from fpe_pipeline.quality.store import dump
 
-from .rows import ROOT, Row
+from .quality_methods import METHODS, RESULTS, combined
+from .rows import Row
 
-RESULTS = ROOT / "benchmarks" / "results" / "quality"
 STUDIES = {
     "quality": "fpe evaluate",
     "quality-sweep": "fpe evaluate --sweep --methods",
@@ -124,10 +124,11 @@ def joined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n\n")[1])
-    parser.add_argument("name", choices=STUDIES)
+    parser.add_argument("name", choices=[*STUDIES, METHODS])
     parser.add_argument("folders", type=Path, nargs="+", help="what fpe evaluate wrote")
     options = parser.parse_args(argv)
-    result = joined([json.loads((folder / "evaluation.json").read_text()) for folder in options.folders])
+    results = [json.loads((folder / "evaluation.json").read_text()) for folder in options.folders]
+    result = combined(results) if options.name == METHODS else joined(results)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{options.name}.json").write_text(dump(result))
     return 0

@@ -23,7 +23,9 @@ __all__ = ["main"]
 
 DEFAULTS = Settings(source="", targets=())
 # Commands whose module, in this package, has add_arguments(parser) and run(options).
-OTHER_COMMANDS = {"evaluate": ("quality", "score edits of held-out prompts against ground truth")}
+OTHER_COMMANDS = {
+    "evaluate": ("quality", "score edits where the right answer is known, and every method on generated or real images")
+}
 
 EDIT_DESCRIPTION = """\
 Make an image of a source prompt and edit it into one or more targets by changing the text only. All images start

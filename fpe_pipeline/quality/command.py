@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
+from ..loading import InputError
 from ..models import embedded_path, judge_path
+from ..settings import INVERSIONS
 from .conditions import Condition, method_conditions, standard_conditions, sweep_conditions
+from .contenders import CONTENDERS
+from .image_folder import PROMPT_FILES
+from .images_command import run_on_images
 from .pairs import KINDS, EditPair, held_out_pairs
 from .report import plot, table
 from .scores import Score, evaluate
 from .statistics import summarise
+from .store import ScoreFile, dump, environment, fingerprint, packed
 
-__all__ = ["add_arguments", "dump", "run"]
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +28,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=200, help="edits of each kind (default: 200)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="attributes to change")
     parser.add_argument("--sweep", action="store_true", help="also vary the step window and the layers' level")
-    parser.add_argument("--methods", action="store_true", help="also Prompt-to-Prompt, Plug-and-Play and others")
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        metavar="NAME",
+        help="also Prompt-to-Prompt, Plug-and-Play and others; with --images, compare these alone (default: all of "
+        f"{', '.join(CONTENDERS)})",
+    )
+    parser.add_argument(
+        "--images",
+        metavar="generated | held-out | FOLDER",
+        help="compare every method, edit by edit and timed, on pictures: generated ones, renders of held-out scenes "
+        f"taken for photos, or your own in a folder with {' or '.join(PROMPT_FILES)}",
+    )
+    parser.add_argument(
+        "--inversion",
+        dest="inversions",
+        nargs="+",
+        choices=INVERSIONS,
+        help="how real images are inverted, one or several (default: ddim, with its latents as reference)",
+    )
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
     parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale (default: 5)")
     parser.add_argument("--self-replace", type=float, default=0.8, help="part of the steps with replaced maps")
@@ -46,25 +68,32 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         FileNotFoundError: there is no model or no judge.
+        InputError: options that do not belong together.
         ValueError: the folder holds scores made with other settings.
     """
+    if args.images is not None:
+        return run_on_images(args)
+    if args.methods or args.inversions:
+        raise InputError("method names and --inversion choose what --images compares: pass it as well")
     folder = args.model or embedded_path()
     judge_file = args.model / "judge.safetensors" if args.model else judge_path()
     conditions = standard_conditions(args.self_replace)
     if args.sweep:
         conditions += sweep_conditions(self_replace_steps=args.self_replace)
-    if args.methods:
+    if args.methods is not None:
         conditions += method_conditions()
     pairs = held_out_pairs(args.pairs, args.kinds, args.seed)
-    settings = {**_settings(args, conditions), "weights": _fingerprint(folder)}
+    settings = {**_settings(args, conditions), "weights": fingerprint(folder)}
     args.output.mkdir(parents=True, exist_ok=True)
-    store = args.output / "scores.jsonl"
-    scores = _known(store, settings, conditions)
-    done = len(scores) // len(conditions)
+    # How many pairs are wanted may grow from run to run: the first ones stay the same.
+    store = ScoreFile(args.output / "scores.jsonl", {**settings, "pairs": None})
+    done = len(store.rows) // len(conditions)
+    # What an interruption left of a pair would shift all that is appended.
+    store.keep(done * len(conditions))
     if done < len(pairs):
-        _draw_rest(folder, judge_file, args, pairs, done, conditions, scores, store)
-    summary = summarise(scores, seed=args.seed)
-    result = {"settings": settings, "environment": _environment(), "summary": summary, "scores": _packed(scores)}
+        _draw_rest(folder, judge_file, args, pairs[done:], done, conditions, store)
+    summary = summarise(store.rows, seed=args.seed)
+    result = {"settings": settings, "environment": environment(), "summary": summary, "scores": packed(store.rows)}
     (args.output / "evaluation.json").write_text(dump(result))
     rendered = table(summary)
     (args.output / "table.md").write_text(rendered)
@@ -80,22 +109,19 @@ def _draw_rest(
     pairs: list[EditPair],
     done: int,
     conditions: list[Condition],
-    scores: list[dict[str, Any]],
-    store: Path,
+    store: ScoreFile,
 ) -> None:
     pipe, judge = _load(folder, judge_file, args.device)
 
     def keep(fresh: list[Score]) -> None:
-        rows = [score.to_json() for score in fresh]
-        scores.extend(rows)
-        with store.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        print(f"scored {len(scores) // len(conditions)} of {len(pairs)} pairs", file=sys.stderr, flush=True)
+        store.add(*(score.to_json() for score in fresh))
+        scored = len(store.rows) // len(conditions)
+        print(f"scored {scored} of {done + len(pairs)} pairs", file=sys.stderr, flush=True)
 
     evaluate(
         pipe,
         judge,
-        pairs[done:],
+        pairs,
         conditions,
         steps=args.steps,
         guidance=args.guidance,
@@ -124,52 +150,3 @@ def _settings(args: argparse.Namespace, conditions: list[Condition]) -> dict[str
     }
     names = ("pairs", "kinds", "steps", "guidance", "self_replace", "seed")
     return {**{name: getattr(args, name) for name in names}, "conditions": edits}
-
-
-def _fingerprint(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _environment() -> dict[str, str]:
-    import diffusers
-    import torch
-    import transformers
-
-    import fpe_kernels
-
-    packages = {"torch": torch, "diffusers": diffusers, "transformers": transformers, "fpe-kernels": fpe_kernels}
-    versions = {name: str(package.__version__) for name, package in packages.items()}
-    return {"python": platform.python_version(), "machine": platform.machine(), **versions}
-
-
-def _known(store: Path, settings: dict[str, Any], conditions: list[Condition]) -> list[dict[str, Any]]:
-    """Scores that an interrupted run with these settings left; the file starts with its settings."""
-    # How many pairs are wanted may grow from run to run: the first ones stay the same.
-    wanted = {**settings, "pairs": None}
-    if not store.exists():
-        store.write_text(json.dumps(wanted) + "\n")
-        return []
-    first, *rows = [json.loads(line) for line in store.read_text().splitlines()]
-    if first != wanted:
-        raise ValueError(f"{store} holds scores made with other settings: choose another output folder or delete it")
-    rows = rows[: len(rows) - len(rows) % len(conditions)]
-    # What an interruption left of a pair would shift all that is appended.
-    store.write_text("".join(json.dumps(row) + "\n" for row in [first, *rows]))
-    return rows
-
-
-def _packed(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """Columns named once, rows of plain values: a tenth of the repetition."""
-    columns = list(scores[0])
-    return {"columns": columns, "rows": [[row[name] for name in columns] for row in scores]}
-
-
-def dump(result: dict[str, Any]) -> str:
-    """The result as JSON, a line for each score."""
-    rows = result["scores"]["rows"]
-    packed = ",\n".join(json.dumps(row) for row in rows)
-    text = json.dumps({**result, "scores": {**result["scores"], "rows": "ROWS"}}, indent=1)
-    return text.replace('"ROWS"', f"[\n{packed}\n]") + "\n"

@@ -16,6 +16,8 @@ from ..models.measure import noise
 from ..session import editing
 from .conditions import Condition, EditByCondition
 from .pairs import EditPair
+from .similarity import iou, psnr
+from .store import plain
 
 __all__ = ["Score", "evaluate"]
 
@@ -48,7 +50,7 @@ class Score:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary with numbers for truth values and four decimals."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        return {name: plain(value) for name, value in asdict(self).items()}
 
 
 def evaluate(
@@ -157,10 +159,6 @@ def _score(
     edits: np.ndarray,
     verdict: Verdict,
 ) -> Score:
-    either = seen.masks[i] | verdict.masks[i]
-    both = seen.masks[i] & verdict.masks[i]
-    error = (sources[i].astype(np.float64) - edits[i].astype(np.float64))[~either]
-    mean_square = float(np.square(error).mean()) if error.size else 0.0
     return Score(
         pair=index,
         kind=pair.kind,
@@ -171,14 +169,6 @@ def _score(
         edit_object=verdict.objects[i] == pair.target[0],
         edit_colour=verdict.colours[i] == pair.target[1],
         edit_background=verdict.backgrounds[i] == pair.target[2],
-        # Two pictures without an object have nothing in common to keep.
-        iou=float(both.sum() / either.sum()) if either.any() else 0.0,
-        # Eight-bit rounding alone leaves 59 dB; a cap keeps equal backgrounds from being infinite.
-        outside_psnr=min(60.0, 10 * float(np.log10(255**2 / max(mean_square, 1e-9)))),
+        iou=iou(seen.masks[i], verdict.masks[i]),
+        outside_psnr=psnr(sources[i], edits[i], ~(seen.masks[i] | verdict.masks[i])),
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bool):
-        return int(value)
-    return round(value, 4) if isinstance(value, float) else value

@@ -9,7 +9,7 @@ import numpy as np
 
 from .conditions import SHARED_NOISE
 
-__all__ = ["FIGURES", "bootstrap_interval", "summarise"]
+__all__ = ["FIGURES", "bootstrap_interval", "mean_and_interval", "summarise"]
 
 _TRUTHS = ("object", "colour", "background")
 FIGURES = (*(f"source_{t}" for t in _TRUTHS), *(f"edit_{t}" for t in _TRUTHS), "success", "iou", "outside_psnr")
@@ -56,10 +56,12 @@ def summarise(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str
             rows = [score for score in mine if score["condition"] == condition]
             entry: dict[str, Any] = {"pairs": len(rows)}
             for figure in FIGURES:
-                entry[figure] = _mean(np.array([_figure(row, figure) for row in rows], dtype=np.float64), seed)
+                entry[figure] = mean_and_interval(
+                    np.array([_figure(row, figure) for row in rows], dtype=np.float64), seed
+                )
             gains = [r["iou"] - iou[SHARED_NOISE, r["pair"]] for r in rows if (SHARED_NOISE, r["pair"]) in iou]
             if condition != SHARED_NOISE and gains:
-                entry["gain_over_shared_noise"] = _mean(np.array(gains), seed)
+                entry["gain_over_shared_noise"] = mean_and_interval(np.array(gains), seed)
             result[kind][condition] = entry
     return result
 
@@ -70,6 +72,7 @@ def _figure(row: Mapping[str, Any], figure: str) -> float:
     return float(row[figure])
 
 
-def _mean(values: np.ndarray, seed: int) -> dict[str, float]:
+def mean_and_interval(values: np.ndarray, seed: int) -> dict[str, float]:
+    """``mean``, ``low`` and ``high`` of the 95 % bootstrap interval of values ``[n]``, to four decimals."""
     low, high = bootstrap_interval(values, seed=seed)
     return {"mean": round(float(values.mean()), 4), "low": round(low, 4), "high": round(high, 4)}

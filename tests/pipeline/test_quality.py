@@ -108,7 +108,7 @@ def test_interrupted_run_continues_and_refuses_other_settings(tmp_path, monkeypa
             on_chunk(scores)
 
     monkeypatch.setattr(command_module, "evaluate", evaluate)
-    monkeypatch.setattr(command_module, "_fingerprint", lambda folder: "weights")
+    monkeypatch.setattr(command_module, "fingerprint", lambda folder: "weights")
     monkeypatch.setattr(command_module, "_load", lambda *_: (None, None))
     parser = argparse.ArgumentParser()
     command_module.add_arguments(parser)

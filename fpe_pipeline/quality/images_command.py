@@ -1,0 +1,113 @@
+"""``fpe evaluate --images``: every method on one set of pictures, a run that can be continued, what it writes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..loading import InputError
+from ..models import embedded_path, judge_path
+from ..staging import check_writable
+from .comparison import score_subject
+from .comparison_table import method_table
+from .contenders import Contender, chosen, contenders
+from .image_folder import folder_digest, folder_subjects
+from .pairs import held_out_pairs
+from .store import ScoreFile, dump, environment, fingerprint, packed
+from .subjects import GENERATED, HELD_OUT, Subject, generated_subjects, render_subjects
+from .tally import compare
+
+__all__ = ["run_on_images"]
+
+
+def run_on_images(args: argparse.Namespace) -> int:
+    """Compare the methods, print the table and write ``scores.jsonl``, ``evaluation.json`` and ``table.md``.
+
+    Every score is kept as soon as it exists. A run into the folder of an earlier one with the same settings adds what
+    is missing there: more pairs, other kinds of edit, methods or inversions.
+
+    Returns:
+        Exit status: 0.
+
+    Raises:
+        InputError: options that do not belong together, or a folder with something missing or damaged; before
+            anything is computed.
+        FileNotFoundError: there is no model or no judge.
+        ValueError: the output folder holds scores made with other settings.
+    """
+    methods = chosen(args.methods or (), args.self_replace)
+    if args.sweep:
+        raise InputError("--sweep varies one method on generated images: leave it out, or leave out --images")
+    if args.images == GENERATED and args.inversions:
+        raise InputError("generated images are not inverted: leave --inversion out, or pass --images held-out")
+    own = args.images not in (GENERATED, HELD_OUT)
+    subjects = folder_subjects(Path(args.images)) if own else []
+    check_writable(args.output)
+    origins = (GENERATED,) if args.images == GENERATED else tuple(args.inversions or ("ddim",))
+    folder = args.model or embedded_path()
+    settings = {
+        "images": folder_digest(Path(args.images)) if own else args.images,
+        **{name: getattr(args, name) for name in ("steps", "guidance", "self_replace", "seed", "device")},
+        "methods": {contender.name: contender.about for contender in contenders(args.self_replace)},
+        "weights": fingerprint(folder),
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    store = ScoreFile(args.output / "scores.jsonl", settings)
+    pipe, judge = _load(folder, _judge_file(args.model, needed=not own), args.device)
+    if not own:
+        pairs = held_out_pairs(args.pairs, args.kinds, args.seed)
+        drawn = args.images == GENERATED
+        subjects = generated_subjects(pairs) if drawn else render_subjects(pairs, pipe.native_size[0])
+    _score_rest(pipe, judge, subjects, origins, methods, store, args)
+    summary = compare(store.rows, seed=args.seed)
+    result = {"settings": settings, "environment": environment(), "summary": summary, "scores": packed(store.rows)}
+    (args.output / "evaluation.json").write_text(dump(result))
+    rendered = method_table(summary)
+    (args.output / "table.md").write_text(rendered)
+    print(rendered, end="")
+    return 0
+
+
+def _score_rest(
+    pipe: Any,
+    judge: Any,
+    subjects: Sequence[Subject],
+    origins: Sequence[str],
+    methods: Sequence[Contender],
+    store: ScoreFile,
+    args: argparse.Namespace,
+) -> None:
+    """Score what the store does not hold, picture by picture, so that any beginning has all methods."""
+    known = {(row["subject"], row["origin"], row["method"]) for row in store.rows}
+    for number, subject in enumerate(subjects, start=1):
+        for origin in origins:
+            missing = [m for m in methods if (subject.name, origin, m.name) not in known]
+            if not missing:
+                continue
+            for score in score_subject(pipe, judge, subject, origin, missing, steps=args.steps, guidance=args.guidance):
+                store.add(score.to_json())
+            print(f"scored {number} of {len(subjects)}: {subject.name}, {origin}", file=sys.stderr, flush=True)
+
+
+def _judge_file(model: Path | None, needed: bool) -> Path | None:
+    """The judge beside a model. Pictures of one's own can do without, where the model has none."""
+    path = model / "judge.safetensors" if model else judge_path()
+    return path if needed or path.is_file() else None
+
+
+def _load(folder: Path, judge_file: Path | None, device: str) -> tuple[Any, Any]:
+    import torch
+
+    from ..models.judge import load_judge
+    from ..noise_schedule import ddim_scheduler
+    from ..pipeline import FreePromptPipeline
+
+    judge = None if judge_file is None else load_judge(judge_file).to(device)
+    precision = {"torch_dtype": torch.float16} if device.startswith("cuda") else {}
+    pipe = FreePromptPipeline.from_pretrained(folder, **precision).to(device)
+    pipe.scheduler = ddim_scheduler(pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, judge

@@ -1,0 +1,69 @@
+"""The comparison's figures: means and bootstrap intervals by origin, kind of edit and method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .contenders import CONTENDERS
+from .statistics import mean_and_interval
+from .subjects import GENERATED
+
+__all__ = ["ALL", "compare"]
+
+#: All kinds of edit together.
+ALL = "all"
+_FIGURES = ("success", "iou", "outside_psnr", "seconds")
+
+
+def compare(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, Any]:
+    """Means and 95 % bootstrap intervals.
+
+    Args:
+        scores: as :meth:`~.comparison.MethodScore.to_json` gives them.
+        seed: of the bootstrap.
+
+    Returns:
+        ``{origin: {"pictures": n, "reconstruction": figure, "inversion_seconds": figure, "kinds": {kind: {method:
+        {"edits": n, "asked": n, "reasons": […], "success": figure, "iou": …, "outside_psnr": …, "seconds": …}}}}}``
+        with a figure ``{"mean", "low", "high"}``, or ``None`` where nothing was measured. ``"edits"`` counts those
+        that the method could make of ``"asked"``, ``"reasons"`` says why it could not make the others. The first kind
+        is ``"all"``.
+    """
+    result: dict[str, Any] = {}
+    for origin in dict.fromkeys(str(score["origin"]) for score in scores):
+        mine = [score for score in scores if score["origin"] == origin]
+        # Every edit of a picture comes with its inversion, and with the same reconstruction.
+        pictures = {str(score["subject"]): score for score in mine if score["reconstruction"] is not None}
+        kinds = [ALL, *dict.fromkeys(str(score["kind"]) for score in mine)]
+        result[origin] = {
+            "pictures": len({score["subject"] for score in mine}),
+            "reconstruction": _figure(list(pictures.values()), "reconstruction", seed),
+            "inversion_seconds": _figure(list(pictures.values()), "inversion_seconds", seed),
+            "kinds": {kind: _methods([s for s in mine if kind in (ALL, s["kind"])], seed) for kind in kinds},
+        }
+        if origin == GENERATED:
+            del result[origin]["reconstruction"], result[origin]["inversion_seconds"]
+    return result
+
+
+def _methods(scores: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    found = {}
+    # Scores that were added later stand behind the others; the table keeps the contenders' order.
+    for method in sorted({str(score["method"]) for score in scores}, key=CONTENDERS.index):
+        rows = [score for score in scores if score["method"] == method]
+        made = [row for row in rows if not row["reason"]]
+        found[method] = {
+            "edits": len(made),
+            "asked": len(rows),
+            **{figure: _figure(made, figure, seed) for figure in _FIGURES},
+            "reasons": sorted({row["reason"] for row in rows if row["reason"]}),
+        }
+    return found
+
+
+def _figure(rows: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict[str, float] | None:
+    values = [float(row[name]) for row in rows if row[name] is not None]
+    return mean_and_interval(np.array(values), seed) if values else None
