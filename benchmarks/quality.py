@@ -16,6 +16,7 @@ from typing import Any
 
 from fpe_pipeline.models import embedded_path
 from fpe_pipeline.quality.report import plot, table
+from fpe_pipeline.quality.statistics import INTERVALS
 from fpe_pipeline.quality.store import dump
 
 from .quality_methods import METHODS, RESULTS, combined
@@ -64,7 +65,7 @@ def about(result: dict[str, Any]) -> str:
     return (
         f"*Pairs on held-out prompts: {counted}; {settings['steps']} steps, guidance "
         f"{settings['guidance']:g}, maps replaced in the first {100 * settings['self_replace']:.0f} % of the steps, "
-        f"seed {settings['seed']}; 95 % bootstrap intervals; weights {settings['weights']}; {versions}*"
+        f"seed {settings['seed']}; {INTERVALS}; weights {settings['weights']}; {versions}*"
     )
 
 

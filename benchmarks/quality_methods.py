@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fpe_pipeline.quality.comparison_table import cell, method_table
+from fpe_pipeline.quality.statistics import INTERVALS
 from fpe_pipeline.quality.store import unpacked
 from fpe_pipeline.quality.subjects import GENERATED
 from fpe_pipeline.quality.tally import ALL, compare
@@ -114,7 +115,7 @@ def _about(result: dict[str, Any]) -> str:
     clock = "processor time of all threads together" if on_cpu else f"elapsed time on {settings['device']}"
     return (
         f"*Held-out pairs ({counted}); real images are renders of the pairs' sources; {settings['steps']} steps, "
-        f"guidance {settings['guidance']:g}, seed {settings['seed']}; 95 % bootstrap intervals; seconds of {clock}; "
+        f"guidance {settings['guidance']:g}, seed {settings['seed']}; {INTERVALS}; seconds of {clock}; "
         f"weights {settings['weights']}; {versions}*"
     )
 

@@ -1,7 +1,7 @@
 """How good edits are: scored on the embedded model, where the right answer to each edit is known.
 
 :func:`evaluate` draws held-out sources and edits of them and has the judge compare the two; :func:`summarise` turns the
-per-pair values into means with paired bootstrap intervals. :func:`score_subject` makes one edit at a time by every
+per-pair values into means with intervals. :func:`score_subject` makes one edit at a time by every
 method, of generated and of real images, and :func:`compare` sums that up. ``add_arguments`` and ``run`` are the command
 line's.
 """
@@ -15,7 +15,7 @@ from .contenders import CONTENDERS, Contender, contenders
 from .image_folder import folder_subjects
 from .pairs import EditPair, held_out_pairs
 from .scores import Score, evaluate
-from .statistics import bootstrap_interval, summarise
+from .statistics import bootstrap_interval, share_interval, summarise
 from .subjects import Subject, generated_subjects, render_subjects
 from .tally import compare
 
@@ -38,6 +38,7 @@ __all__ = [
     "render_subjects",
     "run",
     "score_subject",
+    "share_interval",
     "standard_conditions",
     "summarise",
     "sweep_conditions",

@@ -1,4 +1,4 @@
-"""The comparison's figures: means and bootstrap intervals by origin, kind of edit and method."""
+"""The comparison's figures: means and intervals by origin, kind of edit and method."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FIGURES = ("success", "iou", "outside_psnr", "seconds")
 
 
 def compare(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, Any]:
-    """Means and 95 % bootstrap intervals.
+    """Means and 95 % intervals: Wilson's for shares, bootstrapped for the rest.
 
     Args:
         scores: as :meth:`~.comparison.MethodScore.to_json` gives them.
@@ -66,4 +66,4 @@ def _methods(scores: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
 
 def _figure(rows: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict[str, float] | None:
     values = [float(row[name]) for row in rows if row[name] is not None]
-    return mean_and_interval(np.array(values), seed) if values else None
+    return mean_and_interval(np.array(values), seed, share=name == "success") if values else None

@@ -33,8 +33,8 @@ def test_evaluations_stand_side_by_side(tmp_path, monkeypatch):
     assert "not measured yet" in plot.TABLES["methods"]([])
     (tmp_path / "methods.json").write_text(json.dumps(study))
     full, short, inversions = (plot.TABLES[name]([]) for name in ("methods", "methods-short", "methods-inversions"))
-    assert "| 2 | 100 % [100, 100] | 0.40 [0.40, 0.40] | 25.0 [25.0, 25.0] | 2.00 | 2 | 100 % [100, 100] | 0.80" in full
-    assert "| fpe | 2 | 100 % [100, 100] | 0.40 [0.40, 0.40] | 2 | 100 % [100, 100] | 0.80 [0.80, 0.80] |" in short
+    assert "| 2 | 100 % [34, 100] | 0.40 [0.40, 0.40] | 25.0 [25.0, 25.0] | 2.00 | 2 | 100 % [34, 100] | 0.80" in full
+    assert "| fpe | 2 | 100 % [34, 100] | 0.40 [0.40, 0.40] | 2 | 100 % [34, 100] | 0.80 [0.80, 0.80] |" in short
     assert "| ddim | 2 | 31.0 [31.0, 31.0] | 1.00 | 2 | 100 %" in inversions
     assert "| null-text | 0 | not measured yet | – | – | – | – | – |" in inversions
     assert "generated: 2 colour; ddim: 2 colour" in full and "fpe: x" in full

@@ -17,6 +17,7 @@ from fpe_pipeline.quality import (
     evaluate,
     held_out_pairs,
     run,
+    share_interval,
     standard_conditions,
     summarise,
     sweep_conditions,
@@ -58,6 +59,21 @@ class TestStatistics:
         with pytest.raises(ValueError, match="non-empty"):
             bootstrap_interval(np.array([]))
 
+    @pytest.mark.parametrize("successes", [0, 3, 6, 190])
+    def test_interval_of_a_share_holds_those_that_do_not_exclude_it(self, successes):
+        """Its ends are the shares from which what was seen is 1.96 of their own standard deviations away."""
+        trials = 6 if successes <= 6 else 200
+        low, high = share_interval(successes, trials)
+        assert 0.0 <= low <= successes / trials <= high <= 1.0 and high - low > 0.0
+        for end in (low, high):
+            if 0.0 < end < 1.0:
+                deviation = (end * (1 - end) / trials) ** 0.5
+                assert abs(successes / trials - end) == pytest.approx(1.96 * deviation, rel=1e-4)
+
+    def test_a_share_of_nothing_is_refused(self):
+        with pytest.raises(ValueError, match="0 of 0"):
+            share_interval(0, 0)
+
     def test_gain_is_paired(self):
         rng = np.random.default_rng(1)
         base = rng.uniform(0.1, 0.5, 60)
@@ -70,7 +86,7 @@ class TestStatistics:
     def test_table_and_plot_show_every_condition(self, tmp_path):
         summary = summarise([_row(0, "shared noise", 0.4), _row(0, "edit", 0.7)])
         text = table(summary)
-        assert "| colour | edit | 1 | 100.0 % [100.0, 100.0]" in text and "+0.300" in text
+        assert "| colour | edit | 1 | 100.0 % [20.6, 100.0]" in text and "+0.300" in text
         plot(summary, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").stat().st_size > 1000
 

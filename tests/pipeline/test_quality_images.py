@@ -218,7 +218,7 @@ def test_tally_and_table():
     assert "| edit | method | generated: edits |" in text and "real, ddim: edits" in text
     # Not dropped: the reason stands where the figures would be; so does an edit that was made on one origin only.
     assert "| colour | pnp | 0 | – | – | – | – | 0 | no \\| decoder | – | – | – |" in text
-    assert "| colour | fpe | 1 | 100 % [100, 100] | 0.50 [0.50, 0.50] | 20.0 [20.0, 20.0] | 2.00 |" in text
+    assert "| colour | fpe | 1 | 100 % [21, 100] | 0.50 [0.50, 0.50] | 20.0 [20.0, 20.0] | 2.00 |" in text
     assert text.count("| background | fpe | 0 | – |") == 1
 
 
