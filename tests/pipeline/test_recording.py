@@ -13,8 +13,10 @@ from diffusers import (
 )
 from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
-from fpe_pipeline import FreePromptEdit, Recording, ddim_scheduler, map_store, recording
+from fpe_kernels import AttentionMap
+from fpe_pipeline import FreePromptEdit, Recording, ddim_scheduler, map_store, packing
 from fpe_pipeline.loading import InputError
+from fpe_pipeline.recorded_runs import estimate
 
 STEPS = 4
 RUN = {"num_inference_steps": STEPS, "latents": noise()}
@@ -107,18 +109,18 @@ class TestPrecision:
         error = distance(targets(tiny, recorded), full.images[1:])
         assert 1e-6 < error <= 100 * recorded.error
 
-    @pytest.mark.parametrize("precision", map_store.PRECISIONS)
+    @pytest.mark.parametrize("precision", packing.PRECISIONS)
     def test_the_estimate_is_what_is_kept(self, tiny, precision):
         recorded = tiny.record(SOURCE, precision=precision, **RUN)
-        assert recording.estimate(tiny, FreePromptEdit(), (12, 16), STEPS, precision) == recorded.store.nbytes
+        assert estimate(tiny, FreePromptEdit(), (12, 16), STEPS, precision) == recorded.store.nbytes
         assert recorded.nbytes == recorded.store.nbytes + recorded.latents.nbytes
 
     def test_rows_of_rounded_maps_sum_to_one(self):
         query, key = torch.randn(2, 1, 2, 9, 8)
-        attention = map_store.AttentionMap(query, key)
-        for precision in map_store.PRECISIONS:
-            packed = map_store.pack(attention, precision)
-            rounded = map_store.unpack(packed, torch.float32, attention.scale, "auto")
+        attention = AttentionMap(query, key)
+        for precision in packing.PRECISIONS:
+            kept = packing.unpack(packing.pack({"query": query, "key": key}, precision), torch.float32)
+            rounded = AttentionMap(kept["query"], kept["key"], scale=attention.scale)
             ones = rounded @ torch.ones(1, 2, 9, 1)
             assert distance(ones, torch.ones_like(ones)) <= 1e-5
 
@@ -172,12 +174,12 @@ class TestFolders:
         ("damage", "message"),
         [
             (lambda folder: (folder / "index.json").write_text("{"), "is damaged"),
-            (lambda folder: (folder / "index.json").write_text("[]"), "format 1, .* has list"),
+            (lambda folder: (folder / "index.json").write_text("[]"), "format 2, .* has list"),
             (lambda folder: (folder / "step-0001.safetensors").unlink(), "cannot be read"),
             (lambda folder: _cut(folder / "step-0001.safetensors"), "bytes instead of"),
             (lambda folder: _garble(folder / "step-0001.safetensors"), "cannot be read"),
             (lambda folder: shutil.copy(folder / "step-0000.safetensors", folder / "latents.safetensors"), "bytes"),
-            (lambda folder: _edit_index(folder, lambda index: index.update(format=2)), "format 1, .* has 2"),
+            (lambda folder: _edit_index(folder, lambda index: index.update(format=1)), "format 2, .* has 1"),
             (lambda folder: _edit_index(folder, lambda index: index["recording"].pop("model")), "other entries"),
             (lambda folder: shutil.rmtree(folder), "does not exist"),
         ],
