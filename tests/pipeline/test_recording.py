@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    PNDMScheduler,
 )
 from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
@@ -61,6 +63,13 @@ class TestSameImages:
         assert distance(targets(tiny, recorded, [OTHER]), expected[2:]) <= 1e-4
         plain = tiny(SOURCE, [TARGET, OTHER], self_replace_steps=0, **options).images
         assert distance(expected[1:], plain[1:]) > 1e-2
+
+    def test_schedulers_that_call_the_unet_more_often(self, tiny, monkeypatch):
+        monkeypatch.setattr(tiny, "scheduler", PNDMScheduler.from_config(tiny.scheduler.config, skip_prk_steps=True))
+        expected = tiny(SOURCE, TARGET, output_type="latent", **RUN).images[1:]
+        recorded = tiny.record(SOURCE, **RUN)
+        assert recorded.schedule.steps == recorded.steps + 1
+        assert distance(targets(tiny, recorded, [TARGET]), expected) <= 1e-5 * expected.abs().max()
 
     def test_the_source_does_not_run(self, tiny, folder):
         rows = []
@@ -141,6 +150,28 @@ class TestBudget:
         with pytest.raises(ValueError, match=r"more than budget_bytes=1000 \(0.0 MB\): raise it"):
             tiny.record(SOURCE, budget_bytes=1000, placement=tmp_path / "r", **RUN)
         assert not (tmp_path / "r").exists()
+
+
+class TestStores:
+    TENSORS: ClassVar = {
+        "layer|conditional key": torch.arange(5, dtype=torch.int8),
+        "layer|conditional query": torch.arange(6, dtype=torch.float16).view(2, 3),
+        "layer|conditional logsumexp": torch.arange(3, dtype=torch.float64),
+    }
+
+    @pytest.mark.parametrize("kind", ["memory", "folder"])
+    def test_a_step_is_one_block(self, tmp_path, kind):
+        cpu = torch.device("cpu")
+        store = map_store.MemoryStore(cpu) if kind == "memory" else map_store.FileStore.create(tmp_path / "r")
+        for step in (2, 3):
+            store.write(step, {name: tensor + step for name, tensor in self.TENSORS.items()})
+        for step in (2, 3, 2):
+            read = store.read(step, cpu)
+            assert read.keys() == self.TENSORS.keys()
+            assert all(torch.equal(read[name], tensor + step) for name, tensor in self.TENSORS.items())
+            assert len({tensor.untyped_storage().data_ptr() for tensor in read.values()}) == 1
+        assert store.read(4, cpu) == {}
+        store.release()
 
 
 class TestFolders:
