@@ -129,7 +129,7 @@ class ProductPlan:
     values: tuple[int, ...]
     calls: tuple[AttentionCall, ...]
 
-    @cached_property
+    @property
     def is_plain(self) -> bool:
         """Whether the calls' outputs, put in order, are the layer's: a product a row."""
         return sum(len(call.rows) for call in self.calls) == self.rows

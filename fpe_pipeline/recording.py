@@ -68,7 +68,7 @@ class Recording:
     guidance_scale: float
     steps: int
     schedule: NoiseSchedule
-    contents: Contents
+    contents: Contents = field(repr=False)
     window: tuple[float, float] | None
     paths: tuple[str, ...]
     latents: torch.Tensor
