@@ -43,7 +43,7 @@ EDITS = {
     "refine": lambda t: p2p(t, "refine", cross_replace_steps={"default_": 0.8, "green": 0.3}),
     "re-weight": lambda t: p2p(t, weights={"rubber": 3.0, "cats": -1.0}),
     "free prompt and replace": lambda t: FreePromptEdit() + p2p(t, self_replace_steps=0),
-    "local blend": lambda t: p2p(t) + LocalBlend(PROMPTS, t, ["ducks", "ducks", "cats"], 0.8, start=0.2),
+    "local blend": lambda t: p2p(t) + LocalBlend(PROMPTS, t, ["ducks", "ducks", "cats"], 0.93, start=0.2),
     "masactrl": lambda t: MasaCtrlEdit(start_step=1, start_layer=1),
     "plug and play": lambda t: PlugAndPlayEdit(feature_modules="up_blocks.1.resnets.1.conv2"),
     "style aligned": lambda t: StyleAlignedEdit(0.6, shared_score_shift=0.3),
