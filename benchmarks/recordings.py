@@ -1,9 +1,11 @@
 """What a recording saves: an edit with its source beside it, and the same edit from a recording of the source.
 
-    python -m benchmarks.recordings --steps 20 --output rows.json
+    python -m benchmarks.recordings --steps 20 --sides 48 64 80 --methods fpe p2p-replace --output rows.json
 
 Both start from the same noise and make the same target, by guided DDIM on the embedded model or on another. The
-recorded edit gets a time only where its image is the full edit's to rounding.
+recorded edit gets a time only where its image is the full edit's to rounding. Beside the full edit stands one that
+drops its source after the last step that needs it and makes no image of it, which is as little as an edit can do
+without a recording.
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ from typing import Any
 
 import torch
 
+from fpe_pipeline.methods import METHODS, make_edit
+
 from .measure import QUICK, THOROUGH, Effort, interleaved
 from .rows import Environment, Ratio, Row, write
 
-FULL = "full"
+FULL, DROPPED = "full", "full-source-dropped"
 SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on the beach"
 # Largest difference of two latents that took the same way in another batch, as a share of the largest latent.
 ROUNDING = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
-def run(pipe: Any, steps: int, effort: Effort, folder: Path, scale: int = 1) -> list[Row]:
+def run(pipe: Any, steps: int, effort: Effort, folder: Path, side: int | None = None, method: str = "fpe") -> list[Row]:
     """Rows of a whole edit of one target, with the source and from recordings in every placement.
 
     Args:
@@ -34,34 +38,43 @@ def run(pipe: Any, steps: int, effort: Effort, folder: Path, scale: int = 1) -> 
         steps: of the edit.
         effort: how long to measure.
         folder: empty, for the recording on disk.
-        scale: sides of the image in units of the model's own.
+        side: of the image in pixels; default: the model's own size.
+        method: a key of `fpe_pipeline.methods.METHODS`.
     """
     device, dtype = str(pipe.device), pipe.unet.dtype
     environment = Environment.read(device)
-    height, width = (scale * side for side in pipe.native_size)
+    height, width = pipe.native_size if side is None else (side, side)
     grid = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     noise = torch.randn(1, pipe.unet.config.in_channels, *grid, generator=torch.Generator().manual_seed(0)).to(dtype)
-    options = {"num_inference_steps": steps, "latents": noise.to(device)}
+    edit = make_edit(method, [SOURCE, TARGET], pipe.tokenizer)
+    options = {"num_inference_steps": steps, "latents": noise.to(device), "edit": edit}
 
     def full() -> torch.Tensor:
         return pipe(SOURCE, TARGET, output_type="latent", **options).images[1:]
+
+    def dropped() -> torch.Tensor:
+        return pipe(SOURCE, TARGET, output_type="latent", keep_source=False, **options).images
 
     placements = {"recorded-device": "device", "recorded-cpu": "cpu", "recorded-folder": folder / "recording"}
     recordings = {name: pipe.record(SOURCE, placement=place, **options) for name, place in placements.items()}
 
     def replay(name: str) -> torch.Tensor:
-        return pipe.edit(recordings[name], TARGET, output_type="latent").images
+        return pipe.edit(recordings[name], TARGET, edit=edit, output_type="latent").images
 
-    calls: dict[str, Any] = {FULL: full, **{name: lambda name=name: replay(name) for name in recordings}}
+    calls: dict[str, Any] = {
+        FULL: full,
+        DROPPED: dropped,
+        **{name: lambda name=name: replay(name) for name in recordings},
+    }
     expected = full()
     about = {
         "suite": "recordings",
-        "case": f"{width}x{height}/1 target/{steps} steps",
+        "case": f"{method}/{width}x{height}/1 target/{steps} steps",
         "dtype": str(dtype).removeprefix("torch."),
         "budget": ROUNDING[dtype],
     }
     rows = []
-    for name in recordings:
+    for name in [DROPPED, *recordings]:
         error = float((calls[name]() - expected).abs().max() / expected.abs().max())
         if not error <= ROUNDING[dtype]:
             reason = f"relative error {error:.2e} exceeds its budget of {ROUNDING[dtype]:.2e}"
@@ -75,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recordings", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="embedded", help="as in `fpe edit` (default: the embedded model)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
-    parser.add_argument("--scale", type=int, default=1, help="image sides in units of the model's own (default: 1)")
+    parser.add_argument("--sides", type=int, nargs="+", help="image sides in pixels (default: the model's own)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["fpe"], help="(default: fpe)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
@@ -89,16 +103,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     pipe = load_pipeline(find_model(options.model), dtype=pick_dtype(options.dtype, device), device=device)
     pipe.scheduler = ddim_scheduler(pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
-    with tempfile.TemporaryDirectory() as folder:
-        effort = QUICK if options.quick else THOROUGH
-        rows = run(pipe, options.steps, effort, Path(folder), options.scale)
+    effort = QUICK if options.quick else THOROUGH
+    rows: list[Row] = []
+    for method in options.methods:
+        for side in options.sides or [None]:
+            with tempfile.TemporaryDirectory() as folder:
+                case = run(pipe, options.steps, effort, Path(folder), side, method)
+            rows += case
+            (full,) = [row for row in case if row.provider == FULL]
+            print(f"{full.case}, {full.machine}")
+            for row in case:
+                share = "" if row.status != "ok" else f"{1 / Ratio.of(row, full).median:.2f} of the full edit"
+                print(
+                    f"  {row.provider:<20}{row.median_ms or float('nan'):>10.1f} ms  {share or row.reason}", flush=True
+                )
     if options.output is not None:
         write(options.output, rows)
-    (full,) = [row for row in rows if row.provider == FULL]
-    print(full.machine)
-    for row in rows:
-        share = "" if row.status != "ok" else f"{1 / Ratio.of(row, full).median:.2f} of the full edit"
-        print(f"{row.provider:<18}{row.median_ms or float('nan'):>10.1f} ms  {share or row.reason}")
     return int(any(row.status != "ok" for row in rows))
 
 

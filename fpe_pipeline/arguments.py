@@ -9,7 +9,15 @@ import torch
 from .edits import Edit, FreePromptEdit
 from .inversion import Inversion
 
-__all__ = ["check_inversion_options", "check_positive", "check_size", "chosen_edit", "negative_list", "prompt_list"]
+__all__ = [
+    "check_inversion_options",
+    "check_positive",
+    "check_size",
+    "chosen_edit",
+    "image_size",
+    "negative_list",
+    "prompt_list",
+]
 
 
 def prompt_list(prompt: Any, target_prompt: Any, prompt_embeds: torch.Tensor | None) -> list[str]:
@@ -72,6 +80,32 @@ def check_size(height: int, width: int, factor: int) -> None:
                 f"{name} must be a positive multiple of {factor} pixels, which one latent pixel stands for; "
                 f"received {side}, the nearest is {nearest}"
             )
+
+
+def image_size(
+    native: tuple[int, int], factor: int, height: int | None, width: int | None, latents: torch.Tensor | None
+) -> tuple[int, int]:
+    """Height and width in pixels; the parent ignores one given without the other, and sizes against latents.
+
+    Args:
+        native: those of the model.
+        factor: pixels a latent pixel.
+        height, width: what was asked for.
+        latents: [..., h, w] to start from.
+    """
+    grid = (native[0] // factor, native[1] // factor) if latents is None else tuple(latents.shape[-2:])
+    size = (
+        grid[0] * factor if height is None else height,
+        grid[1] * factor if width is None else width,
+    )
+    if latents is not None and (size[0] // factor, size[1] // factor) != grid:
+        raise ValueError(
+            f"latents of {grid[0]} x {grid[1]} make images of {grid[0] * factor} x {grid[1] * factor} pixels "
+            f"(height x width), received height {height} and width {width}; leave height and width out, or pass "
+            "latents of that size"
+        )
+    check_size(*size, factor)
+    return size
 
 
 def check_positive(**numbers: int) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,13 +23,21 @@ _EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of the batch, by their number in the whole batch."""
+    """Some rows of the batch, by their number in the whole batch, and rows beside it that a recording knows."""
 
     tensor: torch.Tensor  # [len(rows), H, N, E]
     rows: tuple[int, ...]
+    recorded: Mapping[int, torch.Tensor] = field(default_factory=dict)  # [1, H, N, E] each
 
     def take(self, rows: Sequence[int]) -> torch.Tensor:
-        return take(self.tensor, [self.rows.index(row) for row in rows])
+        if not any(row in self.recorded for row in rows):
+            return take(self.tensor, [self.rows.index(row) for row in rows])
+        pieces = [self.recorded[row] if row in self.recorded else self._own(row) for row in rows]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _own(self, row: int) -> torch.Tensor:
+        index = self.rows.index(row)
+        return self.tensor[index : index + 1]
 
     def concatenated(self, groups: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """For each group of rows, their tokens one after the other: [len(groups), H, len(group)·M, E]."""
@@ -62,6 +71,7 @@ class Projections:
         scale: what scores are multiplied with.
         bias: what is added to them, for every row of the batch: [plan.rows, 1 | H, 1 | N, M].
         backend: of ``shared_attention``.
+        logsumexp: of the recorded rows whose maps a plan uses [1, H, N].
     """
 
     query: Rows
@@ -70,6 +80,17 @@ class Projections:
     scale: float
     bias: torch.Tensor | None = None
     backend: str = "auto"
+    logsumexp: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+    def recorded(self, rows: Sequence[int]) -> AttentionMap:
+        """The own maps of recorded rows, one after the other."""
+        return AttentionMap(
+            self.query.take(rows),
+            self.key.take(rows),
+            scale=self.scale,
+            backend=self.backend,
+            logsumexp=torch.cat([self.logsumexp[row] for row in rows]),
+        )
 
     def scores(self, maps: Sequence[MapSpec]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Queries [G, H, N, D], keys [G, H, M, D] and options of ``fpe_kernels`` for some maps."""
@@ -92,29 +113,43 @@ def evaluate(
         The output [plan.rows, H, N, E], and for each row of ``columns`` its edited map times them: [H, N, C].
     """
     columns = columns or {}
+    heat = {row: _heat(layer.recorded([row]), given) for row, given in columns.items() if row >= plan.rows}
+    columns = {row: given for row, given in columns.items() if row < plan.rows}
     dim = layer.value.tensor.shape[-1]
     wide = max([0, *(given.shape[-1] for given in columns.values())])
-    sums: dict[int, torch.Tensor] = {}
+    results = []
     for call in plan.calls:
-        query, key, options = layer.scores(call.maps)
         values = _values(call, layer.value)
         if wide:
             values = torch.cat([values, _column_values(call, columns, wide, values)], dim=-1)
-        result = shared_attention(
-            query, key, values, call.map_index, weight=_row_weights(call, query), **options
-        )  # [len(products), H, N, E + wide]
-        if plan.is_plain:
-            return result[..., :dim], {row: result[row, ..., dim : dim + c.shape[-1]] for row, c in columns.items()}
-        for row, term in zip(call.rows, result, strict=True):
+        if call.recorded:
+            known = layer.recorded([spec.query for spec in call.maps])
+            result = known.gathered_product(values, call.map_index, _recorded_weights(call, known.query))
+        else:
+            query, key, options = layer.scores(call.maps)
+            result = shared_attention(query, key, values, call.map_index, weight=_row_weights(call, query), **options)
+        results.append(result)  # [len(products), H, N, E + wide]
+    rows = [row for call in plan.calls for row in call.rows]
+    if plan.is_plain:
+        joined = results[0] if len(results) == 1 else torch.cat(results)
+        totals = take(joined, [rows.index(row) for row in range(plan.rows)])
+    else:
+        sums: dict[int, torch.Tensor] = {}
+        for row, term in zip(rows, itertools.chain(*results), strict=True):
             sums[row] = sums[row] + term if row in sums else term
-    out = torch.stack([sums[row][..., :dim] for row in range(plan.rows)])
-    return out, {row: sums[row][..., dim : dim + given.shape[-1]] for row, given in columns.items()}
+        totals = torch.stack([sums[row] for row in range(plan.rows)])
+    return totals[..., :dim], heat | {row: totals[row, ..., dim : dim + c.shape[-1]] for row, c in columns.items()}
 
 
 def row_maps(plan: ProductPlan, rows: Sequence[int], layer: Projections) -> dict[int, LinearMap]:
-    """The edited maps of some rows of the plan, as operators [1, H, N, M']. Detached, nothing computed yet."""
+    """The edited maps of some rows of the plan, as operators [1, H, N, M']; of recorded rows, their own.
+
+    Detached, nothing computed yet.
+    """
     maps: dict[MapSpec, AttentionMap] = {}
     terms: dict[int, list[LinearMap]] = {row: [] for row in rows}
+    for row in [row for row in rows if row >= plan.rows]:
+        terms[row].append(layer.recorded([row]))
     for call in plan.calls:
         for row, product in zip(call.rows, call.products, strict=True):
             if row in terms:
@@ -123,6 +158,14 @@ def row_maps(plan: ProductPlan, rows: Sequence[int], layer: Projections) -> dict
                     maps[product.map] = AttentionMap(query.detach(), key.detach(), **options)
                 terms[row].append(_edited(maps[product.map], product))
     return {row: functools.reduce(operator.add, summands) for row, summands in terms.items()}
+
+
+def _heat(attention: AttentionMap, columns: torch.Tensor) -> torch.Tensor:
+    """One map times columns [M, C]: [H, N, C]."""
+    _, heads, _, tokens = attention.shape
+    if columns.shape[-2] != tokens:
+        raise ValueError(f"columns over {columns.shape[-2]} tokens were asked of a recorded map over {tokens} keys")
+    return (attention @ columns.to(attention.query).expand(1, heads, *columns.shape))[0]
 
 
 def _edited(attention: AttentionMap, product: Product) -> LinearMap:
@@ -159,6 +202,14 @@ def _row_weights(call: AttentionCall, query: torch.Tensor) -> list[float] | torc
     if len(numbers) == len(weights):
         return None if all(number == 1.0 for number in numbers) else numbers
     return torch.stack([_row_weight(weight, query) for weight in weights])[:, None]  # [len(products), 1, N]
+
+
+def _recorded_weights(call: AttentionCall, query: torch.Tensor) -> torch.Tensor | None:
+    """The weights of a call's products [len(products), 1, N]; None where all are one."""
+    weights = [product.weight for product in call.products]
+    if all(not isinstance(weight, torch.Tensor) and weight == 1.0 for weight in weights):
+        return None
+    return torch.stack([_row_weight(weight, query) for weight in weights])[:, None]
 
 
 def _row_weight(weight: float | torch.Tensor, query: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,15 @@ __all__ = ["FeatureHooks", "SchedulerHook"]
 
 
 class FeatureHooks:
-    """Forward hooks by which rows of a module's output take another row's, for the length of a session."""
+    """Forward hooks by which rows of a module's output take another row's, for the length of a session.
+
+    Rows numbered past the module's output are looked up in ``recorded``. ``receive`` is shown every output.
+    """
 
     def __init__(self, unet: torch.nn.Module, paths: Iterable[str]) -> None:
         self.rows: Mapping[str, Mapping[int, int]] = {}
+        self.recorded: Mapping[str, Mapping[int, torch.Tensor]] = {}
+        self.receive: Callable[[str, torch.Tensor], None] | None = None
         self._handles: list[Any] = []
         try:
             for path in paths:
@@ -34,10 +39,14 @@ class FeatureHooks:
         self._handles = []
 
     def _replace(self, path: str, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if self.receive is not None:
+            self.receive(path, output)
         sources = self.rows.get(path)
         if not sources:
             return None
-        return torch.stack([output[sources.get(row, row)] for row in range(output.shape[0])])
+        rows, known = output.shape[0], self.recorded.get(path, {})
+        taken = [sources.get(row, row) for row in range(rows)]
+        return torch.stack([output[row] if row < rows else known[row][0] for row in taken])
 
 
 class SchedulerHook:

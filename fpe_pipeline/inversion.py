@@ -109,7 +109,26 @@ def invert(
     width: int | None = None,
     callback: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> Inversion:
-    """What `FreePromptPipeline.invert` does, and documents."""
+    """Find the noise from which a real image comes out again, to edit it with ``pipe(inversion=…)``.
+
+    Args:
+        image: a path, a PIL image, an array or a tensor; `fpe_pipeline.images` states how it is cut and scaled.
+        prompt: what the image shows. "negative-prompt" and "null-text" live by it; the others do without.
+        num_inference_steps: steps here and of the edits.
+        guidance_scale: of these passes, not of the edits; 1 follows the image best.
+        method: "ddim", "direct", "null-text" (or a `NullText` with its settings) or "negative-prompt"; see
+            `fpe_pipeline.inversion`.
+        height, width: pixels, multiples of the autoencoder's factor; default: the image's aspect ratio at the
+            model's own number of pixels.
+        callback: called after each step with its index, the number of steps and the latents.
+
+    Returns:
+        `Inversion`, for any number of edits.
+
+    Raises:
+        InputError: an image that cannot be read or used.
+        ValueError: a scheduler whose steps cannot be undone, an unknown method, numbers out of range.
+    """
     null_text = method if isinstance(method, NullText) else NullText() if method == "null-text" else None
     name: Method = "null-text" if null_text is not None else cast(Method, method)
     if name not in METHODS:

@@ -1,148 +1,173 @@
-"""Where recorded attention maps are kept: on a device, in (pinned) memory or in files, at one of three precisions.
+"""Where recorded tensors are kept: on a device, in (pinned) memory or in files.
 
-A map is kept as query, key and log-sum-exp. At reduced precision the log-sum-exp is that of the *rounded* query and
-key, so that every row of the replayed map still sums to one.
-
-=============  ==============================================================  =========================
-precision      kept                                                            bytes a token and head
-=============  ==============================================================  =========================
-"exact"        query and key as they are                                       2 · D · itemsize + 4
-"half"         both in float16                                                 4 · D + 4
-"int8-keys"    query in float16, key in int8 with a scale for each token       3 · D + 4 + 4
-=============  ==============================================================  =========================
+All tensors of a step lie in one block of memory, or one after the other in one file: a step is moved, and fetched
+ahead, by one copy.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fpe_kernels import AttentionMap
-
 from .loading import InputError
+from .packing import Packed
 
-__all__ = ["PRECISIONS", "FileStore", "MapStore", "MemoryStore", "Precision", "pack", "packed_bytes", "unpack"]
+__all__ = ["FileStore", "MapStore", "MemoryStore"]
 
-Precision = Literal["exact", "half", "int8-keys"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-Packed = dict[str, torch.Tensor]
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
 _STEP = "step-"
+_ALIGNMENT = 64  # bytes, so that kernels load from a view as they do from a tensor of its own
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 
 
-def pack(attention: AttentionMap, precision: Precision) -> Packed:
-    """Tensors that hold a map [1, H, N, M]: query, key, logsumexp and, for integer keys, key_scale."""
-    query, key = attention.query.detach(), attention.key.detach()
-    if precision == "exact":
-        return {"query": query, "key": key, "logsumexp": attention.logsumexp}
-    packed = {"query": query.half(), "key": key.half()}
-    if precision == "int8-keys":
-        scale = (key.float().abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        packed["key"] = (key.float() / scale).round().to(torch.int8)
-        packed["key_scale"] = scale
-    packed["logsumexp"] = unpack(packed, attention.dtype, attention.scale, attention.backend).logsumexp
-    return packed
+@dataclass(frozen=True)
+class _Layout:
+    """Where tensors lie in a block of bytes: for each name its dtype, its shape and its first byte."""
+
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]
+    nbytes: int
+
+    @classmethod
+    def of(cls, tensors: Packed) -> _Layout:
+        places, end = {}, 0
+        for name, tensor in tensors.items():
+            places[name] = (tensor.dtype, tuple(tensor.shape), end)
+            end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        return cls(places, end)
+
+    @classmethod
+    def of_file(cls, path: Path) -> _Layout:
+        """That of a safetensors file, whose header says it and whose data lie one after the other."""
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        places = {
+            name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        return cls(places, path.stat().st_size)
+
+    def views(self, block: torch.Tensor) -> Packed:
+        """The tensors in a block of bytes, without a copy."""
+        return {
+            name: block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for name, (dtype, shape, start) in self.tensors.items()
+        }
 
 
-def unpack(packed: Mapping[str, torch.Tensor], dtype: torch.dtype, scale: float, backend: str) -> AttentionMap:
-    """The map of :func:`pack`, in ``dtype``, on the device of the tensors."""
-    key = packed["key"]
-    if "key_scale" in packed:
-        key = key.float() * packed["key_scale"]
-    return AttentionMap(
-        packed["query"].to(dtype),
-        key.to(dtype),
-        scale=scale,
-        backend=backend,
-        logsumexp=packed.get("logsumexp"),
-    )
+class _Loaded:
+    """A step on its way to a device."""
 
+    def __init__(self, block: torch.Tensor, layout: _Layout, device: torch.device, stream: Any) -> None:
+        self._event = None
+        if stream is not None:
+            with torch.cuda.stream(stream):
+                block = block.to(device, non_blocking=True)
+            self._event = stream.record_event()
+        self._block = block.to(device)
+        self._views = layout.views(self._block)
 
-def packed_bytes(heads: int, tokens: int, head_dim: int, itemsize: int, precision: Precision) -> int:
-    """Bytes of one packed self-attention map; ``itemsize`` is that of the model's dtype."""
-    statistics = 8 if itemsize == 8 else 4
-    a_token = {
-        "exact": 2 * head_dim * itemsize + statistics,
-        "half": 4 * head_dim + statistics,
-        "int8-keys": 3 * head_dim + 4 + statistics,
-    }[precision]
-    return heads * tokens * a_token
+    def tensors(self) -> Packed:
+        """The tensors, to be used on the current stream."""
+        if self._event is not None:
+            current = torch.cuda.current_stream(self._block.device)
+            current.wait_event(self._event)
+            self._block.record_stream(current)
+        return self._views
 
 
 class MapStore(ABC):
-    """Packed maps by step and layer path; the step after the one that was read is fetched ahead."""
+    """Tensors by step and name; the step after the one that was read is fetched ahead."""
 
     def __init__(self) -> None:
-        self._ahead: tuple[int, Future[dict[str, Packed]]] | None = None
+        self._ahead: tuple[int, torch.device, Future[_Loaded]] | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fpe-recording")
+        self._streams: dict[torch.device, Any] = {}
 
     @abstractmethod
-    def write(self, step: int, maps: dict[str, Packed]) -> None:
-        """Keep a step's maps, by layer path."""
+    def write(self, step: int, tensors: Packed) -> None:
+        """Keep a step's tensors."""
 
     @abstractmethod
-    def fetch(self, step: int) -> dict[str, Packed]:
-        """A step's maps, on the device where they are kept."""
+    def fetch(self, step: int) -> tuple[torch.Tensor, _Layout]:
+        """A step's block of bytes, where it is kept, and what lies in it."""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes of all maps."""
+        """Bytes of all steps."""
 
-    def read(self, step: int, device: torch.device) -> dict[str, Packed]:
-        """A step's maps on ``device``; the next step's are fetched in the background meanwhile."""
-        if self._ahead is not None and self._ahead[0] == step:
-            maps = self._ahead[1].result()
+    def read(self, step: int, device: torch.device) -> Packed:
+        """A step's tensors on ``device``; the next step's are fetched in the background meanwhile."""
+        if self._ahead is not None and self._ahead[:2] == (step, device):
+            loaded = self._ahead[2].result()
         else:
-            maps = self.fetch(step)
-        self._ahead = (step + 1, self._worker.submit(self.fetch, step + 1))
-        return {
-            path: {name: tensor.to(device, non_blocking=True) for name, tensor in packed.items()}
-            for path, packed in maps.items()
-        }
+            loaded = self._load(step, device)
+        self._ahead = (step + 1, device, self._worker.submit(self._load, step + 1, device))
+        return loaded.tensors()
+
+    def release(self) -> None:
+        """Let go of what was fetched ahead."""
+        self._ahead = None
+
+    def _load(self, step: int, device: torch.device) -> _Loaded:
+        block, layout = self.fetch(step)
+        stream = None
+        if device.type == "cuda" and block.device.type == "cpu":
+            # A stream of its own, so that the copy runs beside the step before.
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+            stream = self._streams[device]
+            block = block if block.is_pinned() else block.pin_memory()
+        return _Loaded(block, layout, device, stream)
 
 
 class MemoryStore(MapStore):
-    """Maps in the memory of one device; on the CPU beside a GPU, pinned, so that copies overlap with computing."""
+    """Steps in the memory of one device; on the CPU beside a GPU, pinned, so that copies overlap with computing."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
         self._pinned = device.type == "cpu" and torch.cuda.is_available()
-        self._steps: dict[int, dict[str, Packed]] = {}
+        self._steps: dict[int, tuple[torch.Tensor, _Layout]] = {}
+        self._views: dict[int, Packed] = {}
 
-    def write(self, step: int, maps: dict[str, Packed]) -> None:
-        self._steps[step] = {
-            path: {name: self._kept(tensor) for name, tensor in packed.items()} for path, packed in maps.items()
-        }
+    def write(self, step: int, tensors: Packed) -> None:
+        layout = _Layout.of(tensors)
+        block = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
+        self._steps[step], self._views[step] = (block, layout), layout.views(block)
+        for name, kept in self._views[step].items():
+            kept.copy_(tensors[name])
 
-    def fetch(self, step: int) -> dict[str, Packed]:
-        return self._steps.get(step, {})
+    def fetch(self, step: int) -> tuple[torch.Tensor, _Layout]:
+        return self._steps.get(step, (torch.empty(0, dtype=torch.uint8), _Layout({}, 0)))
+
+    def read(self, step: int, device: torch.device) -> Packed:
+        if device == self._device:
+            return self._views.get(step, {})
+        return super().read(step, device)
 
     @property
     def nbytes(self) -> int:
-        return sum(
-            tensor.nbytes for maps in self._steps.values() for packed in maps.values() for tensor in packed.values()
-        )
-
-    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
-        kept = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device, pin_memory=self._pinned)
-        return kept.copy_(tensor)  # views of a whole batch would keep the batch
+        return sum(tensor.nbytes for views in self._views.values() for tensor in views.values())
 
 
 class FileStore(MapStore):
-    """Maps in a folder, a memory-mapped safetensors file a step.
+    """Steps in a folder, a memory-mapped safetensors file each.
 
     Each file is written under another name and renamed; the index, which lists them all, is written last. A folder
     without one belongs to a recording that was killed, and is refused.
@@ -152,6 +177,7 @@ class FileStore(MapStore):
         super().__init__()
         self.folder = folder
         self._files = {} if files is None else files
+        self._layouts: dict[str, _Layout] = {}
 
     @classmethod
     def create(cls, folder: Path) -> FileStore:
@@ -193,19 +219,18 @@ class FileStore(MapStore):
             store._check_file(name, expected)
         return store, index["recording"]
 
-    def write(self, step: int, maps: dict[str, Packed]) -> None:
-        self.write_tensors(
-            _step_file(step), {f"{path}|{name}": t for path, packed in maps.items() for name, t in packed.items()}
-        )
+    def write(self, step: int, tensors: Packed) -> None:
+        self.write_tensors(_step_file(step), tensors)
 
-    def fetch(self, step: int) -> dict[str, Packed]:
-        if _step_file(step) not in self._files:
-            return {}
-        maps: dict[str, Packed] = {}
-        for key, tensor in self.read_tensors(_step_file(step)).items():
-            path, name = key.split("|")
-            maps.setdefault(path, {})[name] = tensor
-        return maps
+    def fetch(self, step: int) -> tuple[torch.Tensor, _Layout]:
+        name = _step_file(step)
+        if name not in self._files:
+            return torch.empty(0, dtype=torch.uint8), _Layout({}, 0)
+        if name not in self._layouts:
+            self._layouts[name] = _Layout.of_file(self.folder / name)
+        layout = self._layouts[name]
+        block = torch.from_file(str(self.folder / name), shared=False, size=layout.nbytes, dtype=torch.uint8)
+        return block, layout
 
     def write_tensors(self, name: str, tensors: Packed) -> None:
         """Write a file of the recording; it counts once the index names it."""

@@ -10,6 +10,8 @@ import torch
 from fpe_kernels import LinearMap
 
 from .edits import Edit
+from .evaluation import Rows
+from .packing import RecordedLayer
 from .placement import Place
 from .products import ProductPlan, plan_products
 from .roles import BatchRoles
@@ -19,6 +21,7 @@ from .watching import Watcher
 
 __all__ = ["Order", "make_orders"]
 
+Compute = Callable[[Rows, Rows, Rows, float, torch.Tensor | None], torch.Tensor]
 Deliver = Callable[[Mapping[int, torch.Tensor], Mapping[int, LinearMap]], None]
 
 
@@ -34,6 +37,9 @@ class Order:
         columns: for some rows, what their map is to be multiplied with beside the values [M', C].
         maps: rows whose map is to be delivered as an operator.
         deliver: takes both.
+        recorded: what a recording holds of the layer at this step, for the plan's rows that are not in the batch.
+        compute: computes the layer's attention [B, H, N, E] from query, key, value, scale and bias, in the place of
+            the plan's products.
     """
 
     site: Site
@@ -43,6 +49,8 @@ class Order:
     columns: Mapping[int, torch.Tensor] = field(default_factory=dict)
     maps: tuple[int, ...] = ()
     deliver: Deliver | None = None
+    recorded: RecordedLayer | None = None
+    compute: Compute | None = None
 
 
 def make_orders(
@@ -53,6 +61,7 @@ def make_orders(
     roles: BatchRoles,
     backend: str,
     place: Place,
+    recorded: Mapping[str, RecordedLayer] | None = None,
 ) -> dict[str, Order]:
     """Orders by layer path; layers without one are left to the processor that they had.
 
@@ -60,6 +69,7 @@ def make_orders(
         sites: those that the edit selected; none where it is not active.
         watchers: each with the sites that it selected.
         place: where the layers compute.
+        recorded: by layer path, where the roles have recorded rows.
     """
     asked = {site.path: (site, place.products(edit.products(site, step, roles))) for site in sites}
     asking: dict[str, list[Watcher]] = {}
@@ -73,12 +83,13 @@ def make_orders(
         if products or wanted:
             orders[path] = Order(
                 site,
-                plan_products(products, roles.rows),
+                plan_products(products, roles.batch, roles.recorded),
                 backend,
                 bool(products),
                 wanted.columns,
                 wanted.maps,
                 wanted.deliver if wanted else None,
+                None if recorded is None else recorded.get(path),
             )
     return orders
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from diffusers.pipelines.stable_diffusion.pipeline_output import StableDiffusionPipelineOutput
 
+from .report import EditReport
+
 __all__ = ["FreePromptPipelineOutput"]
 
 
@@ -20,10 +22,12 @@ class FreePromptPipelineOutput(StableDiffusionPipelineOutput):
         nsfw_content_detected: a bool an image, or None without a safety checker.
         images_per_prompt: the k of the call.
         source_kept: whether `images` begins with the source's.
+        report: what was replaced where; ``print(out.report.explain())``. None where nothing was edited.
     """
 
     images_per_prompt: int = 1
     source_kept: bool = True
+    report: EditReport | None = None
 
     @property
     def source(self) -> Any:

@@ -19,16 +19,22 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from . import inversion as inversions
-from . import recording as recordings
-from .arguments import check_inversion_options, check_positive, check_size, chosen_edit, negative_list, prompt_list
-from .edits import Edit, FreePromptEdit
+from . import recorded_runs
+from .arguments import (
+    check_inversion_options,
+    check_positive,
+    check_size,
+    chosen_edit,
+    image_size,
+    negative_list,
+    prompt_list,
+)
+from .edits import Edit
 from .inversion import Inversion
 from .noise import row_generators, shared_latents
-from .null_text import NullText
 from .output import FreePromptPipelineOutput
-from .recording import Recording
-from .session import editing
-from .step_end import Call, DropSource, FollowEmbeddings, FollowInversion, StepEnd, Task
+from .session import EditingSession, editing
+from .step_end import Call, DropSource, FollowEmbeddings, FollowInversion, StepEnd, Task, check_source_can_be_dropped
 
 __all__ = ["FreePromptPipeline", "FreePromptPipelineOutput"]
 
@@ -143,9 +149,9 @@ class FreePromptPipeline(StableDiffusionPipeline):
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, received {guidance_scale}")
         if not keep_source:
-            self._check_source_can_be_dropped(count, options)
+            check_source_can_be_dropped(self, count, options)
         latents = shared_latents(latents, count, num_images_per_prompt, self.unet.config.in_channels)
-        height, width = self._image_size(height, width, latents)
+        height, width = image_size(self.native_size, self.vae_scale_factor, height, width, latents)
 
         call = Call(count, num_images_per_prompt)
         tasks: list[Task] = []
@@ -191,102 +197,12 @@ class FreePromptPipeline(StableDiffusionPipeline):
             nsfw_content_detected=nsfw,
             images_per_prompt=num_images_per_prompt,
             source_kept=keep_source,
+            report=session.report() if isinstance(session, EditingSession) else None,
         )
 
-    def invert(
-        self,
-        image: Any,
-        prompt: str = "",
-        *,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
-        method: inversions.Method | NullText = "ddim",
-        height: int | None = None,
-        width: int | None = None,
-        callback: Callable[[int, int, torch.Tensor], None] | None = None,
-    ) -> Inversion:
-        """Find the noise from which a real image comes out again, to edit it with ``pipe(inversion=…)``.
-
-        Args:
-            image: a path, a PIL image, an array or a tensor; `fpe_pipeline.images` states how it is cut and scaled.
-            prompt: what the image shows. "negative-prompt" and "null-text" live by it; the others do without.
-            num_inference_steps: steps here and of the edits.
-            guidance_scale: of these passes, not of the edits; 1 follows the image best.
-            method: "ddim", "direct", "null-text" (or a `NullText` with its settings) or "negative-prompt"; see
-                `fpe_pipeline.inversion`.
-            height, width: pixels, multiples of the autoencoder's factor; default: the image's aspect ratio at the
-                model's own number of pixels.
-            callback: called after each step with its index, the number of steps and the latents.
-
-        Returns:
-            `Inversion`, for any number of edits.
-
-        Raises:
-            InputError: an image that cannot be read or used.
-            ValueError: a scheduler whose steps cannot be undone, an unknown method, numbers out of range.
-        """
-        return inversions.invert(
-            self,
-            image,
-            prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            method=method,
-            height=height,
-            width=width,
-            callback=callback,
-        )
-
-    def record(
-        self,
-        prompt: str | None = None,
-        *,
-        self_replace_steps: Any = 0.8,
-        levels: int | Iterable[int] | None = None,
-        max_tokens: int | None = None,
-        layers: str | int | Iterable[str | int] | None = None,
-        **options: Any,
-    ) -> Recording:
-        """Generate the source once and keep what Free-Prompt-Editing needs of it, for any number of edits.
-
-        Args:
-            prompt: the source's; default with `inversion`: its prompt.
-            self_replace_steps, levels, max_tokens, layers: what to keep, as in `FreePromptEdit`; edits may replace
-                fewer steps.
-            **options: `placement` ("device", "cpu" or a new folder), `precision` ("exact", "half" or "int8-keys";
-                `Recording.error` is what it costs), `budget_bytes` (refuse to record more; the estimate goes to
-                standard error unless progress bars are off), and of the run: `inversion`, `latents` [1, C, h, w],
-                `generator`, `height`, `width`, `num_inference_steps`, `guidance_scale`, `negative_prompt`, `backend`.
-
-        Returns:
-            `Recording`; one in a folder is read again by `Recording.load`.
-
-        Raises:
-            ValueError: a scheduler that draws noise in each step, a budget that is too small, layers that match
-                nothing; before any denoising.
-            InputError: a folder that is not empty or cannot be written.
-        """
-        edit = FreePromptEdit(self_replace_steps, levels=levels, max_tokens=max_tokens, layers=layers)
-        return recordings.record(self, prompt, edit=edit, **options)
-
-    @torch.no_grad()
-    def edit(
-        self, recording: Recording, target_prompt: str | Sequence[str], **options: Any
-    ) -> FreePromptPipelineOutput:
-        """Edit a recorded source into target prompts; the source itself is not denoised again.
-
-        Args:
-            recording: from `record` or `Recording.load`, made with this model, scheduler and dtype.
-            target_prompt: one or more prompts.
-            **options: `self_replace_steps` (fewer steps than were recorded), `output_type`, `backend`.
-
-        Returns:
-            The targets' images, to rounding those of ``pipe(source, targets)`` (where the recording is exact).
-
-        Raises:
-            ValueError: a recording of another model or schedule, or of fewer steps than are asked for.
-        """
-        return recordings.edit(self, recording, target_prompt, **options)
+    invert = inversions.invert
+    record = recorded_runs.record
+    edit = recorded_runs.edit
 
     @property
     def progress_is_hidden(self) -> bool:
@@ -364,36 +280,3 @@ class FreePromptPipeline(StableDiffusionPipeline):
         config = json.loads(super().to_json_string())
         config["_class_name"] = StableDiffusionPipeline.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-    def _image_size(self, height: int | None, width: int | None, latents: torch.Tensor | None) -> tuple[int, int]:
-        """Height and width in pixels; the parent ignores one given without the other, and sizes against latents."""
-        factor = self.vae_scale_factor
-        native = self.native_size
-        grid = (native[0] // factor, native[1] // factor) if latents is None else tuple(latents.shape[-2:])
-        size = (
-            grid[0] * factor if height is None else height,
-            grid[1] * factor if width is None else width,
-        )
-        if latents is not None and (size[0] // factor, size[1] // factor) != grid:
-            raise ValueError(
-                f"latents of {grid[0]} x {grid[1]} make images of {grid[0] * factor} x {grid[1] * factor} pixels "
-                f"(height x width), received height {height} and width {width}; leave height and width out, or pass "
-                "latents of that size"
-            )
-        check_size(*size, factor)
-        return size
-
-    def _check_source_can_be_dropped(self, prompts: int, options: dict[str, Any]) -> None:
-        """Raise where keep_source=False would leave source rows behind that the parent gives no access to."""
-        hint = "use keep_source=True"
-        if prompts == 1:
-            raise ValueError("keep_source=False needs at least one target prompt beside the source, received none")
-        if options.get("ip_adapter_image") is not None or options.get("ip_adapter_image_embeds") is not None:
-            raise ValueError(f"keep_source=False cannot drop the source's image embeddings of an IP-Adapter; {hint}")
-        if self.unet.config.time_cond_proj_dim is not None:
-            raise ValueError(f"keep_source=False cannot drop the source's guidance embedding of this UNet; {hint}")
-        if hasattr(self.scheduler, "noise_sampler"):
-            raise ValueError(
-                f"keep_source=False would change the noise that {type(self.scheduler).__name__} adds, which it draws "
-                f"for all rows at once; {hint} or a scheduler without a noise sampler"
-            )

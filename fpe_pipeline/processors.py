@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ class EditAttnProcessor:
         self.order: Order | None = None
         self.executed = False
         self.skipped = ""  # why the latest order was not carried out
+        self.itemsize = 0  # bytes a number of its values, in the latest call
         self.bytes = (0, 0)  # of the queries, keys and values that it held, and of the maps that it did not store
         # `Attention.forward` passes on only those keywords that it finds in `inspect.signature(processor.__call__)`.
         named = inspect.signature(inner.__call__).parameters
@@ -144,7 +146,19 @@ class EditAttnProcessor:
         self, order: Order, query: Rows, key: Rows, value: Rows, scale: float, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """The layer's attention [B, H, N, E] from the projected rows that the order's plan names."""
-        layer = Projections(query, key, value, scale, bias, order.backend)
+        if order.compute is not None:
+            return order.compute(query, key, value, scale, bias)
+        logsumexp: dict[int, torch.Tensor] = {}
+        if order.recorded is not None:
+            if bias is not None:
+                raise ValueError(f"{order.site.path} receives an attention mask, which recordings do not hold")
+            known = order.recorded.unpacked(value.tensor.dtype)
+            logsumexp = known["logsumexp"]
+            query, key, value = (
+                replace(own, recorded=known[part]) for part, own in (("query", query), ("key", key), ("value", value))
+            )
+        layer = Projections(query, key, value, scale, bias, order.backend, logsumexp)
+        self.itemsize = value.tensor.element_size()
         self.bytes = _bytes(order.plan, query, key, value)
         out, heat = evaluate(order.plan, layer, order.columns)
         if order.deliver is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -25,6 +27,11 @@ class MapSpec:
     keys: tuple[int, ...]
     style: int | None = None
     shifts: tuple[float, ...] = ()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the map that its row has without any edit."""
+        return self.keys == (self.query,) and self.style is None and not any(self.shifts)
 
     @property
     def query_rows(self) -> tuple[int, ...]:
@@ -97,17 +104,24 @@ class Product:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of ``shared_attention``: the distinct maps, and the products that use them."""
+    """One call of ``shared_attention``: the distinct maps, and the products that use them.
+
+    ``recorded`` says that all of them are known from a recording and are computed with their log-sum-exp.
+    """
 
     maps: tuple[MapSpec, ...]
     products: tuple[Product, ...]
     map_index: tuple[int, ...]
     rows: tuple[int, ...]
+    recorded: bool = False
 
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """A layer's products, arranged for computing: which rows to project, and which calls to make."""
+    """A layer's products, arranged for computing: which rows to project, and which calls to make.
+
+    Rows from ``rows`` on are not in the batch: a recording knows them, and they are neither projected nor computed.
+    """
 
     rows: int
     queries: tuple[int, ...]
@@ -117,10 +131,26 @@ class ProductPlan:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the output of the one call is the layer's: a product a row, in order."""
-        return len(self.calls) == 1 and self.calls[0].rows == tuple(range(self.rows))
+        """Whether the calls' outputs, put in order, are the layer's: a product a row."""
+        return sum(len(call.rows) for call in self.calls) == self.rows
 
-    def describe(self) -> str:
+    @cached_property
+    def reads(self) -> dict[int, frozenset[str]]:
+        """What it needs of rows that are not in the batch: "query", "key", "value" and, of a map, "logsumexp"."""
+        parts: dict[int, set[str]] = {}
+        for call in self.calls:
+            named = [(spec.is_own, "logsumexp", spec.query_rows) for spec in call.maps]
+            named += [(True, "query", spec.query_rows) for spec in call.maps]
+            named += [(True, "key", spec.key_rows) for spec in call.maps]
+            named += [(True, "value", product.values) for product in call.products]
+            for needed, part, rows in named:
+                for row in rows:
+                    if needed and row >= self.rows:
+                        parts.setdefault(row, set()).add(part)
+        return {row: frozenset(names) for row, names in parts.items()}
+
+    @cached_property
+    def description(self) -> str:
         """What rows become that do not keep their own map and values, in words."""
         said: dict[int, list[str]] = {}
         for call in self.calls:
@@ -131,34 +161,63 @@ class ProductPlan:
         return "; ".join(f"row {row} = {' + '.join(terms)}" for row, terms in sorted(said.items())) or "as it was"
 
 
-def plan_products(products: Mapping[int, Product | Sequence[Product]], rows: int) -> ProductPlan:
+def plan_products(products: Mapping[int, Product | Sequence[Product]], rows: int, recorded: int = 0) -> ProductPlan:
     """Arrange an edit's products; rows that it does not name keep their own map and values.
 
+    Args:
+        products: by row.
+        rows: of the batch.
+        recorded: how many rows, numbered from ``rows`` on, are known from a recording.
+
     Raises:
-        ValueError: a row outside the batch.
+        ValueError: a row outside the batch, or products for one that is recorded.
     """
     terms: list[tuple[int, Product]] = []
     for row in sorted({*range(rows), *products}):
         given = products.get(row, Product(row, (row,), (row,)))
         terms += [(row, term) for term in ((given,) if isinstance(given, Product) else given)]
+    # Layers and steps mostly ask for the same products. Those with tensors are not kept, nor are the tensors.
+    plain = not any(isinstance(term.weight, torch.Tensor) or term.mixing is not None for _, term in terms)
+    return (_known_plan if plain else _plan)(tuple(terms), rows, recorded)
+
+
+def _plan(terms: Sequence[tuple[int, Product]], rows: int, recorded: int) -> ProductPlan:
     for row, term in terms:
         used = (row, *term.map.query_rows, *term.map.key_rows, *term.values)
-        if not all(0 <= index < rows for index in used):
+        if rows <= row < rows + recorded:
+            raise ValueError(f"{term} would change row {row}, whose run is recorded and over: edit targets alone")
+        if not all(0 <= index < rows + recorded for index in used):
             raise ValueError(f"{term} for row {row} names a row outside the batch of {rows}")
     return ProductPlan(
         rows=rows,
-        queries=tuple(sorted({query for _, term in terms for query in term.map.query_rows})),
-        keys=tuple(sorted({key for _, term in terms for key in term.map.key_rows})),
-        values=tuple(sorted({value for _, term in terms for value in term.values})),
-        # Maps over different numbers of keys do not fit one call.
-        calls=tuple(
-            _call([(row, term) for row, term in terms if len(term.keys) == length])
-            for length in sorted({len(term.keys) for _, term in terms})
-        ),
+        queries=_in_batch(rows, (query for _, term in terms for query in term.map.query_rows)),
+        keys=_in_batch(rows, (key for _, term in terms for key in term.map.key_rows)),
+        values=_in_batch(rows, (value for _, term in terms for value in term.values)),
+        calls=_calls(terms, rows),
     )
 
 
-def _call(terms: list[tuple[int, Product]]) -> AttentionCall:
+_known_plan = lru_cache(maxsize=256)(_plan)
+
+
+def _in_batch(rows: int, named: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted({row for row in named if row < rows}))
+
+
+def _calls(terms: Sequence[tuple[int, Product]], rows: int) -> tuple[AttentionCall, ...]:
+    """Maps over different numbers of keys do not fit one call, nor do those whose log-sum-exp is known and others.
+
+    A known log-sum-exp saves less than a call costs where a map serves a single product: that one joins the others.
+    """
+    uses = Counter(term.map for _, term in terms)
+    groups: dict[tuple[int, bool], list[tuple[int, Product]]] = {}
+    for row, term in terms:
+        recorded = term.query >= rows and term.map.is_own and uses[term.map] > 1
+        groups.setdefault((len(term.keys), recorded), []).append((row, term))
+    return tuple(_call(group, recorded) for (_, recorded), group in sorted(groups.items(), key=lambda item: item[0]))
+
+
+def _call(terms: list[tuple[int, Product]], recorded: bool) -> AttentionCall:
     maps: dict[MapSpec, int] = {}
     for _, term in terms:
         maps.setdefault(term.map, len(maps))
@@ -167,4 +226,5 @@ def _call(terms: list[tuple[int, Product]]) -> AttentionCall:
         products=tuple(term for _, term in terms),
         map_index=tuple(maps[term.map] for _, term in terms),
         rows=tuple(row for row, _ in terms),
+        recorded=recorded,
     )

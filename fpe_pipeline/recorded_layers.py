@@ -1,208 +1,234 @@
-"""The layers of a recording: what keeps their maps while the source is denoised, and what replays them later."""
+"""The sessions of a recording: one that keeps what edits need of the source, and one that replays it to targets."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from fpe_kernels import AttentionMap, shared_attention
+from fpe_kernels import AttentionMap
 
+from .edits import Edit
 from .evaluation import Rows
-from .map_store import MapStore, Packed, Precision, pack, unpack
+from .map_store import MapStore
 from .orders import Order
-from .processors import EditAttnProcessor, unsupported_reasons
-from .products import ProductPlan, plan_products
-from .schedule import Step, locate_step
+from .packing import Packed, Precision, RecordedLayer, pack, unpack
+from .products import Product, plan_products
+from .recorded_parts import Contents, part_name, source_needs
+from .roles import BatchRoles
+from .schedule import Step
+from .session import EditingSession
 from .sites import Site
 
 __all__ = ["Capture", "Replay"]
 
 
-class _Layers:
-    """Processors on some layers for the length of a ``with`` block, with an order for each call of the UNet."""
+@dataclass(frozen=True)
+class _Kept(Edit):
+    """Edits nothing: it names the layers, steps and modules of a recording."""
 
-    def __init__(self, pipe: Any, sites: Sequence[Site], steps: range, backend: str) -> None:
-        self._pipe = pipe
-        self._sites = tuple(sites)
-        self._steps = steps
-        self._backend = backend
-        self._processors: dict[str, _Processor] = {}
+    contents: Contents = field(compare=False)
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Put the processors in; on leaving, by an exception too, those that were there are back."""
-        unet = self._pipe.unet
-        before = dict(unet.attn_processors)
-        self._refuse_unsupported(unet, before)
-        self._processors = {
-            site.path: _Processor(before[f"{site.path}.processor"], site.path, self) for site in self._sites
-        }
-        hooks: list[Any] = []
-        try:
-            unet.set_attn_processor({**before, **{f"{path}.processor": p for path, p in self._processors.items()}})
-            hooks.append(unet.register_forward_pre_hook(torch.compiler.disable(self._before_unet), with_kwargs=True))
-            hooks.append(unet.register_forward_hook(torch.compiler.disable(self._after_unet)))
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            unet.set_attn_processor(dict(before))
+    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        return tuple(site for site in sites if site.path in self.contents)
 
-    def _refuse_unsupported(self, unet: Any, processors: dict[str, Any]) -> None:
-        refused = {}
-        for site in self._sites:
-            reasons = unsupported_reasons(unet.get_submodule(site.path), processors[f"{site.path}.processor"])
-            if reasons:
-                refused[site.path] = "; ".join(reasons)
-        if refused:
-            lines = "\n".join(f"  {path}: {why}" for path, why in refused.items())
-            raise ValueError(f"these layers cannot be recorded or replayed:\n{lines}")
+    def active(self, step: Step) -> bool:
+        return any(step.index in steps for parts in self.contents.values() for steps in parts.values())
 
-    def _before_unet(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample = args[0] if args else kwargs["sample"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        step = locate_step(self._pipe.scheduler, timestep)
-        active = step.index in self._steps
-        if active:
-            self.begin(step, sample)
-        for site in self._sites:
-            order = Order(site, self.plan(sample.shape[0]), self._backend) if active else None
-            self._processors[site.path].order = order
+    def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
+        return {}
 
-    def _after_unet(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        if any(processor.order is not None for processor in self._processors.values()):
-            self.end()
+    @property
+    def feature_modules(self) -> tuple[str, ...]:
+        return tuple(path for path, parts in self.contents.items() if any(name.endswith(" feature") for name in parts))
 
-    def begin(self, step: Step, sample: torch.Tensor) -> None:
-        """Called before a UNet call of a recorded step."""
-        raise NotImplementedError
-
-    def end(self) -> None:
-        """Called after it."""
-
-    def plan(self, rows: int) -> ProductPlan:
-        """Which rows of the batch are projected."""
-        raise NotImplementedError
-
-    def attend(
-        self, path: str, query: Rows, key: Rows, value: Rows, scale: float, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """A layer's attention [B, H, N, E]."""
-        raise NotImplementedError
+    def wanted(self, path: str, step: Step, roles: BatchRoles) -> dict[int, list[str]]:
+        """For each row of a batch of sources, the parts of a module that are kept at a step."""
+        parts = self.contents.get(path, {})
+        wanted: dict[int, list[str]] = {}
+        for row, conditional in enumerate(roles.conditional):
+            prefix = part_name(conditional, "")
+            for name, steps in parts.items():
+                if name.startswith(prefix) and step.index in steps:
+                    wanted.setdefault(row, []).append(name.removeprefix(prefix))
+        return wanted
 
 
-class _Processor(EditAttnProcessor):
-    """An editing processor whose attention is computed by the layers' owner."""
-
-    def __init__(self, inner: Any, path: str, owner: _Layers) -> None:
-        super().__init__(inner)
-        self._path = path
-        self._owner = owner
-
-    def attend(
-        self, order: Order, query: Rows, key: Rows, value: Rows, scale: float, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        if bias is not None:
-            raise ValueError(f"{self._path} receives an attention mask, which recordings do not hold")
-        return self._owner.attend(self._path, query, key, value, scale, bias)
-
-
-class Capture(_Layers):
-    """Keep the map of the last row, the source's conditional one, of every layer at every recorded step.
+class Capture(EditingSession):
+    """Keeps parts of a source while a pipeline denoises it, unedited.
 
     Args:
         pipe: denoises one source.
-        sites: layers to record.
-        steps: indices of the steps to record.
-        store: receives the maps, a step at a time.
-        precision: see `map_store`.
+        contents: what to keep.
+        store: receives it, a step at a time.
+        precision: see `packing`.
         backend: of the attention.
     """
 
-    def __init__(
-        self, pipe: Any, sites: Sequence[Site], steps: range, store: MapStore, precision: Precision, backend: str
-    ) -> None:
-        super().__init__(pipe, sites, steps, backend)
+    def __init__(self, pipe: Any, contents: Contents, store: MapStore, precision: Precision, backend: str) -> None:
+        self._kept = _Kept(contents)
+        super().__init__(pipe, self._kept, backend=backend)
         self._store = store
         self._precision = precision
-        self._step = 0
-        self._maps: dict[str, Packed] = {}
+        self._tensors: Packed = {}
         self._errors: list[torch.Tensor] = []
 
     @property
     def error(self) -> float:
-        """Largest relative error (2-norm) that the precision made in the source's own output of a layer."""
+        """Largest relative error (2-norm) that the precision made in a source's attention output or feature."""
         return max((float(error) for error in self._errors), default=0.0)
 
-    def begin(self, step: Step, sample: torch.Tensor) -> None:
-        self._step, self._maps = step.index, {}
+    def _install(self) -> None:
+        super()._install()
+        assert self._features is not None
+        self._features.receive = self._keep_feature
 
-    def end(self) -> None:
-        self._store.write(self._step, self._maps)
-        self._maps = {}
+    def _orders(self, sample: torch.Tensor, step: Step, roles: BatchRoles, active: bool) -> dict[str, Order]:
+        orders = {}
+        for site in self._sites_for(self._kept, (sample.shape[-2], sample.shape[-1])):
+            wanted = self._kept.wanted(site.path, step, roles)
+            if wanted:
+                compute = partial(self._keep_layer, site.path, wanted, roles)
+                plan = plan_products({}, roles.rows)
+                orders[site.path] = Order(site, plan, self.backend, edited=False, compute=compute)
+        return orders
 
-    def plan(self, rows: int) -> ProductPlan:
-        return plan_products({}, rows)
+    def _after_unet(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        super()._after_unet(module, args, output)
+        if self._step is not None and self._tensors:
+            self._store.write(self._step.index, self._tensors)
+        self._tensors = {}
 
-    def attend(
-        self, path: str, query: Rows, key: Rows, value: Rows, scale: float, bias: torch.Tensor | None
+    def _keep_layer(
+        self,
+        path: str,
+        wanted: Mapping[int, list[str]],
+        roles: BatchRoles,
+        query: Rows,
+        key: Rows,
+        value: Rows,
+        scale: float,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        attention = AttentionMap(query.tensor, key.tensor, scale=scale, backend=self._backend)
+        if bias is not None:
+            raise ValueError(f"{path} receives an attention mask, which recordings do not hold")
+        attention = AttentionMap(query.tensor, key.tensor, scale=scale, backend=self.backend)
         out = attention @ value.tensor
-        source = attention[len(query.rows) - 1]
-        self._maps[path] = packed = pack(source, self._precision)
-        if self._precision != "exact":
-            rounded = unpack(packed, attention.dtype, scale, self._backend) @ value.tensor[-1:]
-            exact = out[-1:]
-            self._errors.append((rounded - exact).float().norm() / exact.float().norm())
+        for row, parts in wanted.items():
+            own = {name: given.tensor[row : row + 1] for name, given in _named(query, key, value)}
+            packed = pack({name: own[name] for name in parts if name != "logsumexp"}, self._precision)
+            statistics = None
+            if self._precision != "exact":
+                own |= unpack(packed, query.tensor.dtype)
+                rounded = AttentionMap(own["query"], own["key"], scale=scale, backend=self.backend)
+                self._note_error(rounded @ own["value"], out[row : row + 1])
+                statistics = rounded.logsumexp
+            if "logsumexp" in parts:
+                packed["logsumexp"] = attention.logsumexp[row : row + 1] if statistics is None else statistics
+            self._keep(path, roles.conditional[row], packed)
         return out
 
+    def _keep_feature(self, path: str, output: torch.Tensor) -> None:
+        if self._step is None or self._current_roles is None:
+            return
+        for row in self._kept.wanted(path, self._step, self._current_roles):
+            exact = output[row : row + 1].detach()
+            packed = pack({"feature": exact}, self._precision)
+            if self._precision != "exact":
+                self._note_error(unpack(packed, exact.dtype)["feature"], exact)
+            self._keep(path, self._current_roles.conditional[row], packed)
 
-class Replay(_Layers):
-    """Apply the recorded maps to the values of the conditional rows; unconditional rows keep their own.
+    def _keep(self, path: str, conditional: bool, packed: Packed) -> None:
+        self._tensors |= {f"{path}|{part_name(conditional, part)}": t.detach() for part, t in packed.items()}
+
+    def _note_error(self, rounded: torch.Tensor, exact: torch.Tensor) -> None:
+        self._errors.append((rounded - exact).float().norm() / exact.float().norm())
+
+
+class Replay(EditingSession):
+    """Edits targets alone, from a source that is recorded: its rows are numbered after those of the batch.
 
     Args:
-        pipe: denoises targets alone.
-        sites: the recorded layers.
-        steps: indices of the steps to replay.
-        store: where the maps are.
-        targets: how many; the last rows of the batch.
+        pipe: denoises the targets.
+        edit: asked as if the source were in the batch.
+        store: what is recorded of the source.
+        latents: the source's [steps + 1, 1, C, h, w].
+        targets: how many.
+        guided: whether there are unconditional rows.
         backend: of the attention.
+
+    Attributes:
+        needed: what the edit takes of the source.
     """
 
     def __init__(
-        self, pipe: Any, sites: Sequence[Site], steps: range, store: MapStore, targets: int, backend: str
+        self,
+        pipe: Any,
+        edit: Edit,
+        store: MapStore,
+        latents: torch.Tensor,
+        targets: int,
+        guided: bool,
+        backend: str,
     ) -> None:
-        super().__init__(pipe, sites, steps, backend)
+        super().__init__(pipe, edit, backend=backend)
         self._store = store
-        self._targets = targets
-        self._maps: dict[str, Packed] = {}
+        self._latents = latents
+        self._recorded_roles = BatchRoles.from_recording(targets, classifier_free_guidance=guided)
+        self._device = latents.device
+        sites = tuple(site.at(*latents.shape[-2:]) for site in self.sites)
+        self.needed = source_needs([edit], sites, len(latents) - 1, targets=targets, guided=guided)
 
-    def begin(self, step: Step, sample: torch.Tensor) -> None:
-        self._maps = self._store.read(step.index, sample.device)
+    def after_step(self, latents: torch.Tensor) -> torch.Tensor:
+        """As the session's; blends see the source's latents of the recorded run behind the targets'."""
+        if self._step is None:
+            return latents
+        source = self._latents[self._step.index + 1].to(latents)
+        return super().after_step(torch.cat([latents, source]))[: latents.shape[0]]
 
-    def end(self) -> None:
-        self._maps = {}
+    def _before_unet(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._device = (args[0] if args else kwargs["sample"]).device
+        super()._before_unet(module, args, kwargs)
 
-    def plan(self, rows: int) -> ProductPlan:
-        # Queries and keys of the conditional rows are not even projected.
-        own = tuple(range(rows - self._targets))
-        return dataclasses.replace(plan_products({}, rows), queries=own, keys=own)
+    def _restore(self) -> None:
+        super()._restore()
+        self._store.release()
 
-    def attend(
-        self, path: str, query: Rows, key: Rows, value: Rows, scale: float, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        first = len(value.rows) - self._targets
-        source = unpack(self._maps[path], value.tensor.dtype, scale, self._backend)
-        # One pass over the scores for all targets: their values stand side by side.
-        parts = list(source @ tuple(value.tensor[row : row + 1] for row in range(first, len(value.rows))))
-        if first:
-            own = shared_attention(
-                query.tensor, key.tensor, value.tensor[:first], range(first), scale=scale, backend=self._backend
+    def _read_roles(self, rows: int) -> BatchRoles:
+        if self._recorded_roles.batch != rows:
+            raise ValueError(
+                f"expected a batch of {self._recorded_roles.batch} rows, the targets of a recording, received {rows}"
             )
-            parts.insert(0, own)
-        return torch.cat(parts)
+        return self._recorded_roles
+
+    def _recorded(self, step: Step, roles: BatchRoles) -> Mapping[str, RecordedLayer]:
+        tensors = self._store.read(step.index, self._device)
+        rows = {part_name(roles.conditional[row], ""): row for row in range(roles.batch, roles.rows)}
+        found: dict[str, dict[int, Packed]] = {}
+        for path, parts in self.needed.items():
+            for name in parts:
+                half, part = name.split()
+                tensor = tensors.get(f"{path}|{name}")
+                if tensor is not None:
+                    packed = found.setdefault(path, {}).setdefault(rows[f"{half} "], {})
+                    packed[part] = tensor
+                    if (scale := tensors.get(f"{path}|{name}_scale")) is not None:
+                        packed[f"{part}_scale"] = scale
+        assert self._features is not None
+        self._features.recorded = {
+            path: {row: unpack(packed, self.unet.dtype)["feature"] for row, packed in known.items()}
+            for path, known in found.items()
+            if path in self._running.feature_modules
+        }
+        return {path: RecordedLayer(known, _in_words(known, roles)) for path, known in found.items()}
+
+
+def _named(query: Rows, key: Rows, value: Rows) -> tuple[tuple[str, Rows], ...]:
+    return ("query", query), ("key", key), ("value", value)
+
+
+def _in_words(known: Mapping[int, Packed], roles: BatchRoles) -> str:
+    return "; ".join(part_name(roles.conditional[row], ", ".join(packed)) for row, packed in known.items())

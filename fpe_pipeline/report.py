@@ -10,9 +10,10 @@ from .schedule import Step
 from .sites import Site
 
 if TYPE_CHECKING:
+    from .packing import RecordedLayer
     from .processors import EditAttnProcessor
 
-__all__ = ["EditReport", "LayerMemory"]
+__all__ = ["EditReport", "LayerMemory", "Replayed"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,21 @@ class LayerMemory:
 
 
 @dataclass
+class Replayed:
+    """What a recording gave one layer or module.
+
+    Args:
+        parts: of the source's rows, in words, with the steps at which they were read.
+        nbytes: read, over all steps.
+        maps: bytes that the replayed maps of all steps would have taken, stored densely.
+    """
+
+    parts: dict[str, list[int]] = field(default_factory=dict)
+    nbytes: int = 0
+    maps: int = 0
+
+
+@dataclass
 class EditReport:
     """Replaced layers by step, for the latest run.
 
@@ -40,6 +56,8 @@ class EditReport:
         watched: layers that were computed only to read their maps, with the steps.
         skipped: for each layer that was to be replaced and was not, the reason and the steps of it.
         memory: for each replaced layer, the largest of its calls.
+        replayed: for each layer or module that took something of a recording, what.
+        batch: rows of the batch; products name a recorded source's rows by the numbers after them.
     """
 
     total: int = 0
@@ -49,15 +67,24 @@ class EditReport:
     watched: dict[str, list[int]] = field(default_factory=dict)
     skipped: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     memory: dict[str, LayerMemory] = field(default_factory=dict)
+    replayed: dict[str, Replayed] = field(default_factory=dict)
+    batch: int = 0
     _latest: int = field(default=-1, init=False, repr=False)
 
-    def add(self, step: Step, processors: Mapping[str, EditAttnProcessor], features: Iterable[str] = ()) -> None:
+    def add(
+        self,
+        step: Step,
+        processors: Mapping[str, EditAttnProcessor],
+        features: Iterable[str] = (),
+        recorded: Mapping[str, RecordedLayer] | None = None,
+    ) -> None:
         """Note one UNet call.
 
         Args:
             step: its step; an earlier one than the last starts a new report.
             processors: by layer path, those that had an order.
             features: paths of the modules whose output was replaced.
+            recorded: by path, what was at hand of a recording.
         """
         if step.index < self._latest or step.total != self.total:  # a new run
             self.__init__(step.total)  # type: ignore[misc]
@@ -70,14 +97,25 @@ class EditReport:
                 _note(self.skipped.setdefault(path, {}), reason, step.index)
             elif order.edited:
                 _note(self.layers, path, step.index)
-                _note(self.products.setdefault(path, {}), order.plan.describe(), step.index)
+                _note(self.products.setdefault(path, {}), order.plan.description, step.index)
                 held, maps = processor.bytes
                 known = self.memory.get(path, LayerMemory(0, 0))
                 self.memory[path] = LayerMemory(max(held, known.held), max(maps, known.maps))
             else:
                 _note(self.watched, path, step.index)
+            if processor.executed and order.recorded is not None:
+                self._add_replayed(path, order.recorded, step, processor.itemsize)
+            self.batch = order.plan.rows
         for path in features:
             _note(self.features, path, step.index)
+            if recorded and path in recorded:
+                self._add_replayed(path, recorded[path], step, 0)
+
+    def _add_replayed(self, path: str, layer: RecordedLayer, step: Step, itemsize: int) -> None:
+        entry = self.replayed.setdefault(path, Replayed())
+        _note(entry.parts, layer.parts, step.index)
+        entry.nbytes += layer.nbytes
+        entry.maps += layer.maps_nbytes(itemsize)
 
     def __str__(self) -> str:
         lines = [f"{len(self.layers)} layers replaced in a run of {self.total} steps"]
@@ -117,7 +155,23 @@ class EditReport:
                 f"memory: at most {_size(held)} of queries, keys and values at a time; one dense map would have taken "
                 f"up to {_size(max(maps))}, all of a step's kept {_size(sum(maps))}"
             )
-        return "\n".join(lines)
+        return "\n".join(lines + self._explain_replayed())
+
+    def _explain_replayed(self) -> list[str]:
+        if not self.replayed:
+            return []
+        read = sum(entry.nbytes for entry in self.replayed.values())
+        maps = sum(entry.maps for entry in self.replayed.values())
+        lines = [
+            f"{len(self.replayed)} layers and modules took the source from a recording, whose rows are numbered from "
+            f"{self.batch} on: {_size(read)} read"
+            + (f"; the maps among it would have taken {_size(maps)}" if maps else "")
+        ]
+        for path, entry in self.replayed.items():
+            would = f"; as maps {_size(entry.maps)}" if entry.maps else ""
+            lines.append(f"  {path}: {_size(entry.nbytes)}{would}")
+            lines += [f"    steps {_ranges(steps)}: {what}" for what, steps in entry.parts.items()]
+        return lines
 
 
 def _note(where: dict[str, list[int]], name: Any, step: int) -> None:

@@ -23,11 +23,13 @@ class BatchRoles:
         source_of: for each row, the row of its source. A source's source is itself.
         prompts: for each row, the number of its prompt (its conditional row's, where it is unconditional). Default:
             the rows of either half are counted.
+        recorded: how many of the rows, the last ones, are not in the batch but known from a recording.
     """
 
     conditional: tuple[bool, ...]
     source_of: tuple[int, ...]
     prompts: tuple[int, ...] = ()
+    recorded: int = 0
 
     def __post_init__(self) -> None:
         rows = len(self.conditional)
@@ -96,10 +98,37 @@ class BatchRoles:
             prompts=tuple(prompt for _ in range(halves) for prompt in range(prompts) for _ in range(images_per_prompt)),
         )
 
+    @classmethod
+    def from_recording(cls, targets: int, *, classifier_free_guidance: bool) -> BatchRoles:
+        """A batch of targets alone, whose source is recorded::
+
+            [unconditional targets …, conditional targets …] and then, not in the batch, [unconditional source, source]
+
+        Args:
+            targets: how many.
+            classifier_free_guidance: whether there are unconditional rows.
+        """
+        halves = (False, True) if classifier_free_guidance else (True,)
+        first = len(halves) * targets
+        return cls(
+            conditional=(*(half for half in halves for _ in range(targets)), *halves),
+            source_of=(
+                *(first + half for half in range(len(halves)) for _ in range(targets)),
+                *range(first, first + len(halves)),
+            ),
+            prompts=(*(1 + target for _ in halves for target in range(targets)), *(0 for _ in halves)),
+            recorded=len(halves),
+        )
+
     @property
     def rows(self) -> int:
-        """The batch size."""
+        """Rows in the batch and recorded ones."""
         return len(self.conditional)
+
+    @property
+    def batch(self) -> int:
+        """The batch size."""
+        return self.rows - self.recorded
 
     def prompt_of(self, row: int) -> int:
         """The number of a row's prompt in the pipeline call."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ import fpe_kernels
 from .edits import Edit
 from .hooks import FeatureHooks, SchedulerHook
 from .orders import Order, make_orders
+from .packing import RecordedLayer
 from .placement import Place, Placement
 from .processors import EditAttnProcessor, editing_processor, unsupported_reasons
 from .report import EditReport
@@ -100,6 +101,7 @@ class EditingSession:
         self._step_before_pause: Step | None = None
         self._report = EditReport()
         self._placement = Placement()
+        self._at_hand: Mapping[str, RecordedLayer] | None = None  # of a recording, in the call under way
 
     # Entering and leaving
 
@@ -256,6 +258,7 @@ class EditingSession:
     def _before_unet(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls += 1
         self._give_orders({})
+        self._at_hand = None
         before, self._step, self._current_roles = self._step, None, None
         assert self._features is not None
         self._features.rows = {}
@@ -281,7 +284,7 @@ class EditingSession:
         bypassed = [path for path, processor in ordered.items() if not processor.executed]
         if self._step is not None:
             assert self._features is not None
-            self._report.add(self._step, ordered, self._features.rows)
+            self._report.add(self._step, ordered, self._features.rows, self._at_hand)
         if bypassed:
             warnings.warn(
                 "layers that this step was to edit were computed without their editing processor, which was replaced "
@@ -300,7 +303,12 @@ class EditingSession:
         place = Place(self._placement, sample.device, sample.dtype)
         edited = self._sites_for(self._running, size) if active else ()
         watched = [(watcher, self._sites_for(watcher, size)) for watcher in self._watchers]
-        return make_orders(self._running, edited, watched, step, roles, self.backend, place)
+        self._at_hand = self._recorded(step, roles)
+        return make_orders(self._running, edited, watched, step, roles, self.backend, place, self._at_hand)
+
+    def _recorded(self, step: Step, roles: BatchRoles) -> Mapping[str, RecordedLayer] | None:
+        """What is known of the roles' recorded rows, by layer path."""
+        return None
 
     def _sites_for(self, who: Edit | Watcher, size: tuple[int, int]) -> tuple[Site, ...]:
         """The sites that an edit or a watcher selects for a size of latent, each of which can be computed."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-__all__ = ["Site", "attention_sites", "describe_sites"]
+__all__ = ["Site", "attention_sites", "describe_sites", "feature_shape"]
 
 Place = Literal["down", "mid", "up"]
 Kind = Literal["self", "cross"]
@@ -88,6 +88,24 @@ def attention_sites(unet: Any) -> tuple[Site, ...]:
 def describe_sites(sites: tuple[Site, ...]) -> str:
     """A list for error messages, a line a site."""
     return "\n".join(f"  {site}" for site in sites) or "  (none)"
+
+
+def feature_shape(unet: Any, path: str, height: int, width: int) -> tuple[int, int, int]:
+    """(channels, height, width) of the output of a module in one of the UNet's blocks, for a latent of this size.
+
+    Raises:
+        ValueError: a module that changes the size itself, lies in no block, or does not say its channels.
+    """
+    channels = getattr(unet.get_submodule(path), "out_channels", None)
+    for prefix, _, _, downsampling in _blocks(unet):
+        if channels is not None and path.startswith((f"{prefix}.resnets.", f"{prefix}.attentions.")):
+            for rounding in downsampling:
+                height, width = ((size + (rounding == "up")) // 2 for size in (height, width))
+            return channels, height, width
+    raise ValueError(
+        f"the size of {path!r}'s output is not known beforehand: name a residual block, or a convolution in one, such "
+        "as 'up_blocks.1.resnets.1.conv2'"
+    )
 
 
 def _blocks(unet: Any) -> Iterator[tuple[str, Place, nn.Module, tuple[Literal["up", "down"], ...]]]:

@@ -19,7 +19,15 @@ from .schedule import Step
 if TYPE_CHECKING:
     from .inversion import Inversion
 
-__all__ = ["Call", "DropSource", "FollowEmbeddings", "FollowInversion", "StepEnd", "Task"]
+__all__ = [
+    "Call",
+    "DropSource",
+    "FollowEmbeddings",
+    "FollowInversion",
+    "StepEnd",
+    "Task",
+    "check_source_can_be_dropped",
+]
 
 
 @dataclass
@@ -120,6 +128,22 @@ class DropSource:
             setattr(pipe.scheduler, name, _without_rows(value, rows, first))
         del self._call.generators[:first]
         self._call.source_dropped = True
+
+
+def check_source_can_be_dropped(pipe: Any, prompts: int, options: dict[str, Any]) -> None:
+    """Raise where keep_source=False would leave source rows behind that the parent gives no access to."""
+    hint = "use keep_source=True"
+    if prompts == 1:
+        raise ValueError("keep_source=False needs at least one target prompt beside the source, received none")
+    if options.get("ip_adapter_image") is not None or options.get("ip_adapter_image_embeds") is not None:
+        raise ValueError(f"keep_source=False cannot drop the source's image embeddings of an IP-Adapter; {hint}")
+    if pipe.unet.config.time_cond_proj_dim is not None:
+        raise ValueError(f"keep_source=False cannot drop the source's guidance embedding of this UNet; {hint}")
+    if hasattr(pipe.scheduler, "noise_sampler"):
+        raise ValueError(
+            f"keep_source=False would change the noise that {type(pipe.scheduler).__name__} adds, which it draws "
+            f"for all rows at once; {hint} or a scheduler without a noise sampler"
+        )
 
 
 def _without_rows(value: Any, rows: int, first: int) -> Any:

@@ -61,6 +61,10 @@ class Edit(ABC):
         """For some of :attr:`feature_modules`, the rows whose output is another row's: ``{path: {row: source}}``."""
         return {}
 
+    def written_for(self) -> tuple[str, ...]:
+        """The prompts that it aligned, the source's first; () where it serves any."""
+        return ()
+
     def __add__(self, other: Edit) -> CombinedEdit:
         if not isinstance(other, Edit):
             return NotImplemented
@@ -134,6 +138,13 @@ class CombinedEdit(Edit):
 
     def active(self, step: Step) -> bool:
         return any(edit.active(step) for edit in self.edits)
+
+    def written_for(self) -> tuple[str, ...]:
+        """Raises ValueError where two of the edits aligned other prompts."""
+        given = {edit.written_for() for edit in self.edits} - {()}
+        if len(given) > 1:
+            raise ValueError(f"the combined edits are written for different prompts: {sorted(given)}")
+        return next(iter(given), ())
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Products:
         """The products of all edits at a site, were it selected by all of them."""

@@ -58,6 +58,11 @@ class FreePromptEdit(SelfAttentionEdit):
         """The steps in which maps are replaced: ``edit.window.steps(total)`` is a range."""
         return StepWindow(*self.self_replace_steps)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether maps are replaced wholly and everywhere."""
+        return self.mask is None and self.strength == Strength()
+
     def active(self, step: Step) -> bool:
         return step in self.window
 

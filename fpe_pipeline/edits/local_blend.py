@@ -76,6 +76,9 @@ class LocalBlend(Edit):
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
         return {}
 
+    def written_for(self) -> tuple[str, ...]:
+        return tuple(self.prompts)
+
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         return ()
 

@@ -96,6 +96,9 @@ class PromptToPromptEdit(SelfAttentionEdit):
     def active(self, step: Step) -> bool:
         return step in self._window or any(any(target.replaced(step)) for target in self._targets.values())
 
+    def written_for(self) -> tuple[str, ...]:
+        return tuple(self.prompts)
+
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         chosen = set(super().select(sites)) if self.self_replace_steps[1] > self.self_replace_steps[0] else set()
         if any(window.stop > window.start for _, window in self.cross_replace_steps):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    PNDMScheduler,
 )
 from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
-from fpe_pipeline import FreePromptEdit, Recording, ddim_scheduler, map_store, recording
+from fpe_kernels import AttentionMap
+from fpe_pipeline import FreePromptEdit, Recording, ddim_scheduler, map_store, packing
 from fpe_pipeline.loading import InputError
+from fpe_pipeline.recorded_runs import estimate
 
 STEPS = 4
 RUN = {"num_inference_steps": STEPS, "latents": noise()}
@@ -59,6 +63,13 @@ class TestSameImages:
         assert distance(targets(tiny, recorded, [OTHER]), expected[2:]) <= 1e-4
         plain = tiny(SOURCE, [TARGET, OTHER], self_replace_steps=0, **options).images
         assert distance(expected[1:], plain[1:]) > 1e-2
+
+    def test_schedulers_that_call_the_unet_more_often(self, tiny, monkeypatch):
+        monkeypatch.setattr(tiny, "scheduler", PNDMScheduler.from_config(tiny.scheduler.config, skip_prk_steps=True))
+        expected = tiny(SOURCE, TARGET, output_type="latent", **RUN).images[1:]
+        recorded = tiny.record(SOURCE, **RUN)
+        assert recorded.schedule.steps == recorded.steps + 1
+        assert distance(targets(tiny, recorded, [TARGET]), expected) <= 1e-5 * expected.abs().max()
 
     def test_the_source_does_not_run(self, tiny, folder):
         rows = []
@@ -107,18 +118,18 @@ class TestPrecision:
         error = distance(targets(tiny, recorded), full.images[1:])
         assert 1e-6 < error <= 100 * recorded.error
 
-    @pytest.mark.parametrize("precision", map_store.PRECISIONS)
+    @pytest.mark.parametrize("precision", packing.PRECISIONS)
     def test_the_estimate_is_what_is_kept(self, tiny, precision):
         recorded = tiny.record(SOURCE, precision=precision, **RUN)
-        assert recording.estimate(tiny, FreePromptEdit(), (12, 16), STEPS, precision) == recorded.store.nbytes
+        assert estimate(tiny, FreePromptEdit(), (12, 16), STEPS, precision) == recorded.store.nbytes
         assert recorded.nbytes == recorded.store.nbytes + recorded.latents.nbytes
 
     def test_rows_of_rounded_maps_sum_to_one(self):
         query, key = torch.randn(2, 1, 2, 9, 8)
-        attention = map_store.AttentionMap(query, key)
-        for precision in map_store.PRECISIONS:
-            packed = map_store.pack(attention, precision)
-            rounded = map_store.unpack(packed, torch.float32, attention.scale, "auto")
+        attention = AttentionMap(query, key)
+        for precision in packing.PRECISIONS:
+            kept = packing.unpack(packing.pack({"query": query, "key": key}, precision), torch.float32)
+            rounded = AttentionMap(kept["query"], kept["key"], scale=attention.scale)
             ones = rounded @ torch.ones(1, 2, 9, 1)
             assert distance(ones, torch.ones_like(ones)) <= 1e-5
 
@@ -139,6 +150,28 @@ class TestBudget:
         with pytest.raises(ValueError, match=r"more than budget_bytes=1000 \(0.0 MB\): raise it"):
             tiny.record(SOURCE, budget_bytes=1000, placement=tmp_path / "r", **RUN)
         assert not (tmp_path / "r").exists()
+
+
+class TestStores:
+    TENSORS: ClassVar = {
+        "layer|conditional key": torch.arange(5, dtype=torch.int8),
+        "layer|conditional query": torch.arange(6, dtype=torch.float16).view(2, 3),
+        "layer|conditional logsumexp": torch.arange(3, dtype=torch.float64),
+    }
+
+    @pytest.mark.parametrize("kind", ["memory", "folder"])
+    def test_a_step_is_one_block(self, tmp_path, kind):
+        cpu = torch.device("cpu")
+        store = map_store.MemoryStore(cpu) if kind == "memory" else map_store.FileStore.create(tmp_path / "r")
+        for step in (2, 3):
+            store.write(step, {name: tensor + step for name, tensor in self.TENSORS.items()})
+        for step in (2, 3, 2):
+            read = store.read(step, cpu)
+            assert read.keys() == self.TENSORS.keys()
+            assert all(torch.equal(read[name], tensor + step) for name, tensor in self.TENSORS.items())
+            assert len({tensor.untyped_storage().data_ptr() for tensor in read.values()}) == 1
+        assert store.read(4, cpu) == {}
+        store.release()
 
 
 class TestFolders:
@@ -172,12 +205,12 @@ class TestFolders:
         ("damage", "message"),
         [
             (lambda folder: (folder / "index.json").write_text("{"), "is damaged"),
-            (lambda folder: (folder / "index.json").write_text("[]"), "format 1, .* has list"),
+            (lambda folder: (folder / "index.json").write_text("[]"), "format 2, .* has list"),
             (lambda folder: (folder / "step-0001.safetensors").unlink(), "cannot be read"),
             (lambda folder: _cut(folder / "step-0001.safetensors"), "bytes instead of"),
             (lambda folder: _garble(folder / "step-0001.safetensors"), "cannot be read"),
             (lambda folder: shutil.copy(folder / "step-0000.safetensors", folder / "latents.safetensors"), "bytes"),
-            (lambda folder: _edit_index(folder, lambda index: index.update(format=2)), "format 1, .* has 2"),
+            (lambda folder: _edit_index(folder, lambda index: index.update(format=1)), "format 2, .* has 1"),
             (lambda folder: _edit_index(folder, lambda index: index["recording"].pop("model")), "other entries"),
             (lambda folder: shutil.rmtree(folder), "does not exist"),
         ],
