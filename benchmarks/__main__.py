@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import sys
 from collections.abc import Callable
@@ -16,11 +17,13 @@ from .edits import edit_plan, run_edits
 from .growth import memory_plan, run_memory
 from .plan import kernel_plan
 from .providers import all_providers
+from .recordings import recordings_plan, run_recordings
 from .report import BAD, case_table, summary
 from .rows import Row, read, replaced, write
 from .run import Bench, run_kernels
 
-SUITES = ("kernels", "edits", "memory")
+SUITES = ("kernels", "edits", "recordings", "memory")
+NEED_DIFFUSERS = ("edits", "recordings")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -106,12 +109,14 @@ class Results:
 
 def _run(suite: str, bench: Bench, options: argparse.Namespace, results: Results) -> None:
     named = options.providers.split(",") if options.providers else None
+    if suite in NEED_DIFFUSERS and importlib.util.find_spec("diffusers") is None:
+        print(f"\n{suite}: diffusers is not installed; pip install fpe-kernels[pipeline]")
+        return
+    if suite == "recordings":
+        recorded = [case for case in recordings_plan(quick=options.quick) if results.wanted(case.name)]
+        run_recordings(bench.device, bench.effort, recorded, results.show, dtype=options.dtype or "auto")
+        return
     if suite == "edits":
-        try:
-            import diffusers  # noqa: F401
-        except ImportError:
-            print("\nedits: diffusers is not installed; pip install fpe-kernels[pipeline]")
-            return
         cases = [case for case in edit_plan(bench.device, quick=options.quick) if results.wanted(case.name)]
         run_edits(bench, cases, [name for name in EDITORS if named is None or name in named], results.show)
         return

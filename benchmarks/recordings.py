@@ -1,6 +1,7 @@
 """What a recording saves: an edit with its source beside it, and the same edit from a recording of the source.
 
-    python -m benchmarks.recordings --steps 20 --sides 48 64 80 --methods fpe p2p-replace --output rows.json
+    python -m benchmarks recordings
+    python -m benchmarks.recordings --model MODEL --steps 20 --sides 512 768 --methods fpe pnp --output rows.json
 
 Both start from the same noise and make the same target, by guided DDIM on the embedded model or on another. The
 recorded edit gets a time only where its image is the full edit's to rounding. Beside the full edit stands one that
@@ -13,13 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from fpe_pipeline.methods import METHODS, make_edit
 
 from .measure import QUICK, THOROUGH, Effort, interleaved
 from .rows import Environment, Ratio, Row, write
@@ -30,24 +30,67 @@ SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on 
 ROUNDING = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
-def run(pipe: Any, steps: int, effort: Effort, folder: Path, side: int | None = None, method: str = "fpe") -> list[Row]:
+@dataclass(frozen=True)
+class RecordedEdit:
+    """One edit of one target: a key of `fpe_pipeline.methods.METHODS`, a square image's side in pixels, its steps."""
+
+    method: str
+    side: int
+    steps: int = 20
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}/{self.side}x{self.side}/1 target/{self.steps} steps"
+
+
+def recordings_plan(*, quick: bool = False) -> list[RecordedEdit]:
+    """Edits by the embedded model, the most telling first: its own size, larger ones, other methods."""
+    cases = [RecordedEdit("fpe", side) for side in (80, 128, 192)]
+    return cases[:1] if quick else [*cases, *(RecordedEdit(m, 80) for m in ("p2p-replace", "masactrl", "pnp"))]
+
+
+def run_recordings(
+    device: str,
+    effort: Effort,
+    cases: Iterable[RecordedEdit],
+    report: Callable[[list[Row]], None] = lambda rows: None,
+    *,
+    model: str = "embedded",
+    dtype: str = "auto",
+) -> list[Row]:
+    """All rows of some cases, by one model."""
+    from fpe_pipeline.loading import find_model, load_pipeline, pick_dtype
+    from fpe_pipeline.noise_schedule import ddim_scheduler
+
+    pipe = load_pipeline(find_model(model), dtype=pick_dtype(dtype, device), device=device)
+    pipe.scheduler = ddim_scheduler(pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    rows: list[Row] = []
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            measured = run(pipe, case, effort, Path(folder))
+        report(measured)
+        rows += measured
+    return rows
+
+
+def run(pipe: Any, case: RecordedEdit, effort: Effort, folder: Path) -> list[Row]:
     """Rows of a whole edit of one target, with the source and from recordings in every placement.
 
     Args:
         pipe: a `FreePromptPipeline` with a deterministic scheduler.
-        steps: of the edit.
+        case: what to edit.
         effort: how long to measure.
         folder: empty, for the recording on disk.
-        side: of the image in pixels; default: the model's own size.
-        method: a key of `fpe_pipeline.methods.METHODS`.
     """
+    from fpe_pipeline.methods import make_edit
+
     device, dtype = str(pipe.device), pipe.unet.dtype
     environment = Environment.read(device)
-    height, width = pipe.native_size if side is None else (side, side)
-    grid = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+    grid = (case.side // pipe.vae_scale_factor,) * 2
     noise = torch.randn(1, pipe.unet.config.in_channels, *grid, generator=torch.Generator().manual_seed(0)).to(dtype)
-    edit = make_edit(method, [SOURCE, TARGET], pipe.tokenizer)
-    options = {"num_inference_steps": steps, "latents": noise.to(device), "edit": edit}
+    edit = make_edit(case.method, [SOURCE, TARGET], pipe.tokenizer)
+    options = {"num_inference_steps": case.steps, "latents": noise.to(device), "edit": edit}
 
     def full() -> torch.Tensor:
         return pipe(SOURCE, TARGET, output_type="latent", **options).images[1:]
@@ -69,7 +112,7 @@ def run(pipe: Any, steps: int, effort: Effort, folder: Path, side: int | None = 
     expected = full()
     about = {
         "suite": "recordings",
-        "case": f"{method}/{width}x{height}/1 target/{steps} steps",
+        "case": case.name,
         "dtype": str(dtype).removeprefix("torch."),
         "budget": ROUNDING[dtype],
     }
@@ -85,10 +128,12 @@ def run(pipe: Any, steps: int, effort: Effort, folder: Path, side: int | None = 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    from fpe_pipeline.methods import METHODS
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recordings", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="embedded", help="as in `fpe edit` (default: the embedded model)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
-    parser.add_argument("--sides", type=int, nargs="+", help="image sides in pixels (default: the model's own)")
+    parser.add_argument("--sides", type=int, nargs="+", default=[80], help="image sides in pixels (default: 80)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["fpe"], help="(default: fpe)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -96,27 +141,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="file for the rows")
     options = parser.parse_args(argv)
 
-    from fpe_pipeline.loading import find_model, load_pipeline, pick_device, pick_dtype
-    from fpe_pipeline.noise_schedule import ddim_scheduler
+    from fpe_pipeline.loading import pick_device
 
-    device = pick_device(options.device)
-    pipe = load_pipeline(find_model(options.model), dtype=pick_dtype(options.dtype, device), device=device)
-    pipe.scheduler = ddim_scheduler(pipe.scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    effort = QUICK if options.quick else THOROUGH
-    rows: list[Row] = []
-    for method in options.methods:
-        for side in options.sides or [None]:
-            with tempfile.TemporaryDirectory() as folder:
-                case = run(pipe, options.steps, effort, Path(folder), side, method)
-            rows += case
-            (full,) = [row for row in case if row.provider == FULL]
-            print(f"{full.case}, {full.machine}")
-            for row in case:
-                share = "" if row.status != "ok" else f"{1 / Ratio.of(row, full).median:.2f} of the full edit"
-                print(
-                    f"  {row.provider:<20}{row.median_ms or float('nan'):>10.1f} ms  {share or row.reason}", flush=True
-                )
+    def show(measured: list[Row]) -> None:
+        (full,) = [row for row in measured if row.provider == FULL]
+        print(f"{full.case}, {full.machine}")
+        for row in measured:
+            share = "" if row.status != "ok" else f"{1 / Ratio.of(row, full).median:.2f} of the full edit"
+            print(f"  {row.provider:<20}{row.median_ms or float('nan'):>10.1f} ms  {share or row.reason}", flush=True)
+
+    cases = [RecordedEdit(method, side, options.steps) for method in options.methods for side in options.sides]
+    effort, device = (QUICK if options.quick else THOROUGH), pick_device(options.device)
+    rows = run_recordings(device, effort, cases, show, model=options.model, dtype=options.dtype)
     if options.output is not None:
         write(options.output, rows)
     return int(any(row.status != "ok" for row in rows))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from .cost import percent_of_chip
 from .rows import Ratio, Row
 
-OURS = ("fpe-triton", "fpe-torch", "fpe")
+OURS = ("fpe-triton", "fpe-torch", "fpe", "full")
 
 
 def our_row(rows: Iterable[Row]) -> Row | None:

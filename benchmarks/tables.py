@@ -27,7 +27,8 @@ TITLES = {
     DENSE: "dense original",
 }
 PLACEMENTS = {
-    "recorded-device": "source recorded on the device",
+    "full-source-dropped": "source dropped early",
+    "recorded-device": "source recorded, on the device",
     "recorded-cpu": "in memory",
     "recorded-folder": "in a folder",
 }
@@ -313,7 +314,7 @@ def recordings(rows: Sequence[Row], gpu: bool) -> str:
             lines.append([name, number(full.median_ms, " ms"), *(slower(providers.get(p), full) for p in PLACEMENTS)])
     if not lines:
         return not_yet(gpu, "Recordings")
-    heading = ["edit", "source and target together", *(f"target, {words}" for words in PLACEMENTS.values())]
+    heading = ["edit", "source and target together", *PLACEMENTS.values()]
     return markdown(heading, lines) + "\n\n" + beside(used)
 
 

@@ -11,6 +11,7 @@ import benchmarks.__main__ as command
 from benchmarks import edits, measure
 from benchmarks.cases import Case
 from benchmarks.plan import Step
+from benchmarks.recordings import RecordedEdit
 from benchmarks.rows import Environment, read, write
 from benchmarks.run import Bench
 from benchmarks.unets import UNetCase
@@ -93,3 +94,15 @@ def test_a_whole_edit_is_judged_by_its_first_step(monkeypatch):
 
     monkeypatch.setattr(edits.Sampler, "first_step", spoiled)
     assert edits.run_edit(bench, case, ["fpe"])[0].status == "wrong"
+
+
+def test_a_recorded_edit_is_measured_beside_the_whole_one(monkeypatch, tmp_path):
+    pytest.importorskip("diffusers")
+    monkeypatch.setitem(measure.CACHE_BYTES, "cpu", 2**16)
+    monkeypatch.setattr(measure, "QUICK", measure.Effort(1, 1, 0.1, 1.0, 1))
+    monkeypatch.setattr(Bench, "roofline", lambda bench: [])
+    monkeypatch.setattr(command, "recordings_plan", lambda quick: [RecordedEdit("fpe", 48, 2)])
+    assert command.main(["recordings", "--quick", "--device", "cpu", "--json", str(tmp_path)]) == 0
+    rows = {row.provider: row for row in read(tmp_path / "cpu-recordings.json")}
+    assert set(rows) == {"full", "full-source-dropped", "recorded-device", "recorded-cpu", "recorded-folder"}
+    assert all(row.status == "ok" and row.samples_ms for row in rows.values())

@@ -128,4 +128,4 @@ def test_other_products_targets_and_recordings_have_their_tables():
         rows.append(row(suite="recordings", case="80x80", provider=provider, samples_ms=(time,)))
     assert f"{OPS['replay']} | 2.00 | 2.50 (2.50–2.50) | – |" in TABLES["operations-cpu"](rows)
     assert "| – | – | 1.50 (1.50–1.50) | – |" in TABLES["targets-cpu"](rows)
-    assert "| 80x80 | 4.00 ms | 0.50 (0.50–0.50) | – | 0.75 (0.75–0.75) |" in TABLES["recordings-cpu"](rows)
+    assert "| 80x80 | 4.00 ms | – | 0.50 (0.50–0.50) | – | 0.75 (0.75–0.75) |" in TABLES["recordings-cpu"](rows)
