@@ -44,8 +44,8 @@ class RecordedEdit:
 
 
 def recordings_plan(*, quick: bool = False) -> list[RecordedEdit]:
-    """Edits by the embedded model, the most telling first: its own size, larger ones, other methods."""
-    cases = [RecordedEdit("fpe", side) for side in (80, 128, 192)]
+    """Edits by the embedded model, the most telling first: its own size, a larger one, other methods."""
+    cases = [RecordedEdit("fpe", side) for side in (80, 128)]
     return cases[:1] if quick else [*cases, *(RecordedEdit(m, 80) for m in ("p2p-replace", "masactrl", "pnp"))]
 
 
