@@ -130,7 +130,9 @@ class TestFailures:
         arguments = [argument for argument in edit if argument != "--quiet"]
         command = [sys.executable, "-m", "fpe_pipeline", *arguments, "--steps", "900", "-o", str(tmp_path / "out")]
         environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        # A shell that starts tests in the background has them, and all that they start, ignore the signal.
+        heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **heed) as process:
             read = ""
             while "/900" not in read and (character := process.stderr.read(1)):
                 read += character
