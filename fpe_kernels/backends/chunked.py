@@ -23,11 +23,11 @@ from .grouping import rows_by_map
 _LOG2E = 1.0 / math.log(2.0)
 _LN2 = math.log(2.0)
 
-# Bytes of scores in one block. On a CPU a megabyte a thread stays in a core's own cache; a GPU wants a block that fills
-# it, and 64 MiB is still nothing beside the map.
-_THREAD_BLOCK_BYTES = 1 << 20
+# Bytes of scores in one block. On a CPU two megabytes a thread stay in the caches, and products of a thousand keys run
+# at full speed; a GPU wants a block that fills it, and 64 MiB is still nothing beside the map.
+_THREAD_BLOCK_BYTES = 2 << 20
 _DEVICE_BLOCK_BYTES = 64 << 20
-_KEY_BLOCK = 512
+_KEY_BLOCK = 1024
 _MIN_QUERY_BLOCK = 32
 
 
@@ -98,20 +98,19 @@ class _Scores:
         self.dtype = _working_dtype(query.dtype)
         self.query = query[group, heads]
         self.scale = scale * _LOG2E
-        # [heads, D, M], copied once so that every block's product reads it in order.
-        self.key = key[group, heads].to(self.dtype).transpose(1, 2).contiguous()
+        # [heads, D, M]: a view, where nothing has to be widened.
+        self.key = key[group, heads].to(self.dtype).transpose(1, 2)
         self.bias = None if bias is None else bias.expand(*query.shape[:3], key.shape[2])[group, heads]
         self.buffer = self.key.new_empty(0)
-        self.scaled: tuple[slice, Tensor] | None = None
 
     def __call__(self, queries: slice, keys: slice) -> Tensor:
-        if self.scaled is None or self.scaled[0] != queries:
-            self.scaled = queries, self.query[:, queries].to(self.dtype) * self.scale
-        block = self.scaled[1]
+        block = self.query[:, queries].to(self.dtype)
         shape = (block.shape[0], block.shape[1], keys.stop - keys.start)
         if self.buffer.numel() < math.prod(shape):
             self.buffer = block.new_empty(math.prod(shape))
-        scores = torch.bmm(block, self.key[:, :, keys], out=self.buffer[: math.prod(shape)].view(shape))
+        scores = self.buffer[: math.prod(shape)].view(shape)
+        # β = 0 leaves out what the buffer held, even where that is not finite.
+        torch.baddbmm(scores, block, self.key[:, :, keys], beta=0, alpha=self.scale, out=scores)
         return scores if self.bias is None else scores.add_(self.bias[:, queries, keys], alpha=_LOG2E)
 
     def probabilities(self, queries: slice, keys: slice, logsumexp: Tensor) -> Tensor:
@@ -211,11 +210,18 @@ def _apply_maps(
         for queries in blocks.queries:
             statistics = logsumexp[blocks.group, blocks.heads, queries]
             if known:
-                product = _known_product(scores_of, packed, queries, blocks.keys, statistics)
+                product, normaliser = _known_product(scores_of, packed, queries, blocks.keys, statistics), None
             else:
-                product = _online_product(scores_of, packed, queries, blocks.keys, statistics)
+                product, normaliser = _online_product(scores_of, packed, queries, blocks.keys, statistics)
             for position, row in enumerate(blocks.rows):
-                out[row, blocks.heads, queries] = product[..., position * columns : (position + 1) * columns]
+                part = product[..., position * columns : (position + 1) * columns]
+                target = out[row, blocks.heads, queries]
+                if normaliser is None:
+                    target.copy_(part)
+                elif target.dtype == part.dtype:
+                    torch.div(part, normaliser, out=target)
+                else:
+                    target.copy_(part / normaliser)
 
 
 def _known_product(scores_of: _Scores, packed: Tensor, queries: slice, keys: list[slice], logsumexp: Tensor) -> Tensor:
@@ -225,15 +231,19 @@ def _known_product(scores_of: _Scores, packed: Tensor, queries: slice, keys: lis
     return product
 
 
-def _online_product(scores_of: _Scores, packed: Tensor, queries: slice, keys: list[slice], logsumexp: Tensor) -> Tensor:
-    """The product over all key blocks by online softmax; writes the log-sum-exp.
+def _online_product(
+    scores_of: _Scores, packed: Tensor, queries: slice, keys: list[slice], logsumexp: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The product over all key blocks by online softmax, and what to divide it by; writes the log-sum-exp.
 
     ``maximum`` is that of the blocks so far, and both sums are relative to it: where a later block raises it, they
     shrink by as much. It stays finite in rows that have been masked so far, whose sums are zero.
     """
+    masked = scores_of.bias is not None
     scores = scores_of(queries, keys[0])
     maximum = scores.amax(-1, keepdim=True)
-    maximum.masked_fill_(maximum.isneginf(), torch.finfo(maximum.dtype).min)
+    if masked:
+        maximum.masked_fill_(maximum.isneginf(), torch.finfo(maximum.dtype).min)
     product = torch.bmm(scores.sub_(maximum).exp2_(), packed[:, keys[0]])
     normaliser = scores.sum(-1, keepdim=True)
     for block in keys[1:]:
@@ -245,8 +255,8 @@ def _online_product(scores_of: _Scores, packed: Tensor, queries: slice, keys: li
         normaliser.mul_(shrink).add_(scores.sum(-1, keepdim=True))
         maximum = raised
     # log 0 = −∞ is the log-sum-exp of a row that is masked throughout.
-    logsumexp.copy_((maximum + normaliser.log2()).mul_(_LN2).squeeze(-1))
-    return product.div_(normaliser.masked_fill_(normaliser == 0.0, 1.0))
+    logsumexp.copy_(normaliser.log2().add_(maximum).mul_(_LN2).squeeze(-1))
+    return product, normaliser.masked_fill_(normaliser == 0.0, 1.0) if masked else normaliser
 
 
 def adjoint(
