@@ -8,6 +8,7 @@ Stages run in this order, each in a process of its own, so that one that dies or
     kernels       ours beside PyTorch's and the dense original, one case after the other
     tuning        launch configurations, swept at every length class; mixed batches as one launch and as two
     edits         whole UNet steps and whole edits (needs diffusers)
+    recordings    a second edit from a recording of its source, against the whole edit (needs diffusers)
     memory        peaks against length
 
 When time runs short it gives way in this order: the shapes that the tuner sweeps last, the models' shapes at
@@ -16,7 +17,7 @@ plan starts with its most telling cases, each stage stops before its share of th
 early stage leaves goes to the later ones. Correctness is never cut by choice: a stage that overruns is killed,
 and what it has written so far counts.
 
-Nothing is installed. Without diffusers the edits are skipped, and the summary says so.
+Nothing is installed. Without diffusers edits and recordings are skipped, and the summary says so.
 """
 
 from __future__ import annotations
@@ -55,10 +56,11 @@ STAGES = (
     Stage("roofline", 0.04, "cuda-roofline.json"),
     Stage("kernels", 0.26, "cuda-kernels.json"),
     Stage("tuning", 0.22, "cuda-tuning.json"),
-    Stage("edits", 0.15, "cuda-edits.json"),
+    Stage("edits", 0.12, "cuda-edits.json"),
+    Stage("recordings", 0.03, "cuda-recordings.json"),
     Stage("memory", 0.05, "cuda-memory.json"),
 )
-SUMMARY = "summary.txt"  # the eighth file
+SUMMARY = "summary.txt"  # with what the environment stage wrote: folders of results come back with eight files at most
 
 
 def schedule(stages: Sequence[Stage], run: Callable[[Stage, float], None], budget: float, clock=time.monotonic) -> None:
@@ -90,17 +92,20 @@ def run_environment(out: Path, device: str) -> None:
 
 
 def run_correctness(out: Path, dry: bool) -> int:
-    """pytest's exit status, the worst of the runs: first the tests that need a GPU, then every law on the device."""
-    runs = [(["tests/kernels"], "gpu"), (["tests/kernels"], "not gpu and not slow")]
+    """pytest's exit status, the worst of the runs: first the tests that need a GPU, then every law on the device.
+
+    Of the others those that launch kernels: what needs no device is tested where there is none.
+    """
+    runs = [(["tests/kernels"], ["-m", "gpu"]), (["tests/kernels"], ["-m", "not gpu and not slow", "-k", "riton"])]
     if _has("diffusers"):
-        runs.insert(1, (["tests/pipeline"], "gpu"))
+        runs.insert(1, (["tests/pipeline"], ["-m", "gpu"]))
     if dry:
-        runs = [(["tests/benchmarks/test_rows.py"], "not gpu and not slow")]
+        runs = [(["tests/benchmarks/test_rows.py"], ["-m", "not gpu and not slow"])]
     workers = min(12, max(1, (os.cpu_count() or 2) - 2)) if _has("xdist") and not dry else 0
     worst = 0
     with (out / "correctness.txt").open("w") as log:
-        for paths, marks in runs:
-            command = [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", *paths, "-m", marks]
+        for paths, selected in runs:
+            command = [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", *paths, *selected]
             command += ["-n", str(workers)] if workers else []
             environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
             environment.pop("TRITON_INTERPRET", None)
@@ -114,7 +119,7 @@ def run_correctness(out: Path, dry: bool) -> int:
 def run_measurements(stage: Stage, out: Path, device: str, until: float, dry: bool) -> None:
     import torch
 
-    from . import edits, growth, measure, plan, tune
+    from . import edits, growth, measure, plan, recordings, tune
     from .providers import all_providers
     from .report import case_table
     from .run import Bench, run_kernels
@@ -155,6 +160,9 @@ def run_measurements(stage: Stage, out: Path, device: str, until: float, dry: bo
     elif stage.name == "edits":
         cases = [edits.UNetCase("tiny", 128)] if dry else edits.edit_plan(device)
         edits.run_edits(bench, cases, report=save, time_left=left)
+    elif stage.name == "recordings":
+        cases = recordings.recordings_plan()[:1] if dry else recordings.recordings_plan()
+        recordings.run_recordings(device, bench.effort, cases, save, left)
     elif stage.name == "memory":
         lengths = growth.memory_plan(device, quick=dry)
         growth.run_memory(bench, all_providers(), lengths[:2] if dry else lengths, save, left)
@@ -206,7 +214,9 @@ def session(out: Path, budget: float, device: str, dry: bool) -> int:
 
     schedule(STAGES, run, budget)
     text = summarise(out, outcomes)
-    (out / SUMMARY).write_text(text + "\n")
+    about = out / STAGES[0].file
+    (out / SUMMARY).write_text(text + "\n\n" + (about.read_text() if about.exists() else ""))
+    about.unlink(missing_ok=True)
     print("\n" + text)
     return 1 if any("FAILED" in outcome for outcome in outcomes.values()) else 0
 
@@ -227,7 +237,7 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def _reason_to_skip(stage: Stage, device: str, dry: bool) -> str | None:
-    if stage.name == "edits" and not _has("diffusers"):
+    if stage.name in ("edits", "recordings") and not _has("diffusers"):
         return "diffusers is not installed here (a wheel on PYTHONPATH is enough)"
     if stage.name == "correctness" and not _has("pytest"):
         return "pytest is not installed here"
@@ -238,7 +248,7 @@ def _reason_to_skip(stage: Stage, device: str, dry: bool) -> str | None:
 
 def summarise(out: Path, outcomes: dict[str, str]) -> str:
     """The tables, the stages' outcomes and the tests' last lines: what one wants to see last."""
-    from .report import summary
+    from .report import case_table, summary
     from .tune import best_table
 
     rows = [row for stage in STAGES for row in _rows_of(out / stage.file)]
@@ -251,6 +261,7 @@ def summarise(out: Path, outcomes: dict[str, str]) -> str:
             "  (`python -m benchmarks.tune --apply cuda-tuning.json` takes them over)",
         ]
     parts += ["Times, as multiples of ours in the same rounds:", summary([r for r in rows if r.suite != "tuning"])]
+    parts += [case_table(group) for group in _recorded(rows)]
     absent = {row.provider: row.reason for row in rows if row.status == "missing" and row.case == "any"}
     parts += [f"  missing: {name}: {reason}" for name, reason in absent.items()]
     correctness = out / "correctness.txt"
@@ -261,6 +272,15 @@ def summarise(out: Path, outcomes: dict[str, str]) -> str:
     if rows:
         parts.append(rows[-1].machine)
     return "\n".join(parts)
+
+
+def _recorded(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of the suite `recordings`, case by case."""
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.suite == "recordings":
+            cases.setdefault(row.case, []).append(row)
+    return list(cases.values())
 
 
 def _rows_of(path: Path) -> list[Row]:

@@ -12,6 +12,7 @@ without a recording.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,8 @@ import torch
 
 from .measure import QUICK, THOROUGH, Effort, interleaved
 from .rows import Environment, Ratio, Row, write
+
+log = logging.getLogger("benchmarks")
 
 FULL, DROPPED = "full", "full-source-dropped"
 SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on the beach"
@@ -54,11 +57,12 @@ def run_recordings(
     effort: Effort,
     cases: Iterable[RecordedEdit],
     report: Callable[[list[Row]], None] = lambda rows: None,
+    time_left: Callable[[], float] = lambda: float("inf"),
     *,
     model: str = "embedded",
     dtype: str = "auto",
 ) -> list[Row]:
-    """All rows of some cases, by one model."""
+    """All rows of some cases, by one model; stops where no time is left."""
     from fpe_pipeline.loading import find_model, load_pipeline, pick_dtype
     from fpe_pipeline.noise_schedule import ddim_scheduler
 
@@ -67,6 +71,9 @@ def run_recordings(
     pipe.set_progress_bar_config(disable=True)
     rows: list[Row] = []
     for case in cases:
+        if time_left() <= 0:
+            log.warning("no time left for %s", case.name)
+            break
         with tempfile.TemporaryDirectory() as folder:
             measured = run(pipe, case, effort, Path(folder))
         report(measured)
