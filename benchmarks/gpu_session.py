@@ -161,8 +161,7 @@ def run_measurements(stage: Stage, out: Path, device: str, until: float, dry: bo
         cases = [edits.UNetCase("tiny", 128)] if dry else edits.edit_plan(device)
         edits.run_edits(bench, cases, report=save, time_left=left)
     elif stage.name == "recordings":
-        cases = recordings.recordings_plan()[:1] if dry else recordings.recordings_plan()
-        recordings.run_recordings(device, bench.effort, cases, save, left)
+        recordings.run_recordings(device, bench.effort, recordings.recordings_plan(quick=dry), save, left)
     elif stage.name == "memory":
         lengths = growth.memory_plan(device, quick=dry)
         growth.run_memory(bench, all_providers(), lengths[:2] if dry else lengths, save, left)
