@@ -1,8 +1,9 @@
 """From rows of the suite `tuning` to `fpe_kernels/backends/triton/tuned.py`: what measured faster than the rules.
 
 An entry stands for every shape of an architecture, a head width, a packed width and a length class; where several
-measured cases share one, the choice with the best geometric mean over all of them is taken. What gains less than
-:data:`MARGIN` leaves things as they are.
+measured cases share one, the choice with the best geometric mean over all of them is taken. What does not gain
+:data:`MARGIN` in four rounds of five leaves things as they are: the best of some forty choices owes part of its lead to
+luck, and would not gain that much again.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ def learn(rows: Iterable[Row], arch: str | None = None) -> tuple[Table, list[str
     ]
     if not chosen:
         raise ValueError("no times of suite 'tuning' from a GPU in half precision: `make gpu` writes cuda-tuning.json")
-    gains: dict[Key, list[dict[str, float]]] = defaultdict(list)
-    pairs: dict[Key, list[float]] = defaultdict(list)
+    gains: dict[Key, list[dict[str, Ratio]]] = defaultdict(list)
+    pairs: dict[Key, list[Ratio]] = defaultdict(list)
     by_case: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     for row in chosen:
         by_case[row.case, row.device][row.provider] = row
@@ -106,28 +107,34 @@ def learn(rows: Iterable[Row], arch: str | None = None) -> tuple[Table, list[str
         key = key_of(case, arch or architecture_of(next(iter(named.values()))))
         one, two = (ours.pop(str(Launches(together)), None) for together in (True, False))
         if one and two:
-            pairs[key].append(Ratio.of(one, two).median)
+            pairs[key].append(Ratio.of(one, two))
         elif committed and ours:
-            gains[key].append({choice: Ratio.of(row, committed).median for choice, row in ours.items()})
+            gains[key].append({choice: Ratio.of(row, committed) for choice, row in ours.items()})
     table, lines = Table(), []
     for key, ratios in pairs.items():
-        gain = prod(ratios) ** (1 / len(ratios))
-        if max(gain, 1 / gain) >= MARGIN and table.together.get(key) != (gain > 1):
+        gain = _mean(ratio.median for ratio in ratios)
+        sure = max(_mean(ratio.low for ratio in ratios), 1 / _mean(ratio.high for ratio in ratios))
+        if sure >= MARGIN and table.together.get(key) != (gain > 1):
             table.together[key] = gain > 1
             lines.append(f"{key}: {Launches(gain > 1)}, {max(gain, 1 / gain):.2f} × faster than {Launches(gain <= 1)}")
     for key, found in gains.items():
-        best, gain = _best(found)
-        if gain >= MARGIN:
+        best = _best(found)
+        if best and _mean(ratios[best].low for ratios in found) >= MARGIN:
             table.forward[key] = astuple(Candidate.parse(best))
-            lines.append(f"{key}: {best}, {gain:.2f} × faster than before")
+            lines.append(f"{key}: {best}, {_mean(ratios[best].median for ratios in found):.2f} × faster than before")
     return table, lines
 
 
-def _best(found: list[dict[str, float]]) -> tuple[str, float]:
-    """The choice that was measured in every case with the best geometric mean, and that."""
-    common = set.intersection(*map(set, found))
-    means = {choice: prod(ratios[choice] for ratios in found) ** (1 / len(found)) for choice in sorted(common)}
-    return max(means.items(), key=lambda item: item[1], default=("", 0.0))
+def _mean(factors: Iterable[float]) -> float:
+    """The geometric mean."""
+    listed = list(factors)
+    return prod(listed) ** (1 / len(listed))
+
+
+def _best(found: list[dict[str, Ratio]]) -> str:
+    """The choice with the best mean of those that were measured in every case; "" where there is none."""
+    common = sorted(set.intersection(*map(set, found)))
+    return max(common, key=lambda choice: _mean(ratios[choice].median for ratios in found), default="")
 
 
 def take_over(rows: Iterable[Row], arch: str | None = None, path: Path = TABLE) -> str:

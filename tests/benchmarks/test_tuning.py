@@ -102,6 +102,16 @@ def test_what_gains_nothing_changes_nothing(tmp_path) -> None:
     assert not path.exists()
 
 
+def test_luck_is_no_gain() -> None:
+    lucky = Row(
+        "tuning", HALVES.name, "fpe-triton@64x64w4s3", "float16", H100, "ok", samples_ms=(0.99, 0.9, 0.9, 1.0, 0.9)
+    )
+    committed = Row("tuning", HALVES.name, "fpe-triton", "float16", H100, "ok", samples_ms=(1.0,) * 5)
+    assert tuned_table.learn([committed, lucky])[1] == []
+    steady = Row("tuning", HALVES.name, "fpe-triton@64x64w4s3", "float16", H100, "ok", samples_ms=(0.9,) * 5)
+    assert len(tuned_table.learn([committed, steady])[1]) == 1
+
+
 def test_a_choice_must_be_best_over_all_cases_of_its_entry() -> None:
     other = Case("tune", 512, 4096, 20, 64, 1, "halves")
     rows = [row(case, "fpe-triton", 1.0) for case in (HALVES, other)]
