@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,6 +20,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from . import inversion as inversions
 from . import recorded_runs
 from .arguments import (
+    check_guidance,
     check_inversion_options,
     check_positive,
     check_size,
@@ -146,8 +146,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         count = len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]
         edit = chosen_edit(edit, self_replace_steps, levels, max_tokens, layers)
         check_positive(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale must be a finite number, received {guidance_scale}")
+        check_guidance(guidance_scale)
         if not keep_source:
             check_source_can_be_dropped(self, count, options)
         latents = shared_latents(latents, count, num_images_per_prompt, self.unet.config.in_channels)

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .arguments import chosen_edit, image_size
+from .arguments import check_guidance, check_inversion_options, check_positive, chosen_edit, image_size
 from .edits import Edit, FreePromptEdit
+from .file_store import FileStore
 from .inversion import Inversion
-from .map_store import FileStore, MapStore, MemoryStore
+from .map_store import MapStore, MemoryStore
 from .noise_schedule import NoiseSchedule
 from .output import FreePromptPipelineOutput
 from .packing import PRECISIONS, Precision
 from .recorded_layers import Capture, Replay
-from .recorded_parts import Contents, contents_bytes, describe_lack, source_needs
+from .recorded_parts import Contents, contents_bytes, describe_lack, recorded_steps, source_needs
 from .recording import Recording, fingerprint
 from .schedule import StepWindow
 from .sites import Site, attention_sites
@@ -94,15 +95,22 @@ def record(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, received {precision!r}")
     _check_deterministic(pipe.scheduler)
-    if prompt is None and inversion is not None:
-        prompt = inversion.prompt
-    if not isinstance(prompt, str):
-        raise TypeError(f"expected one source prompt, received {type(prompt).__name__}")
+    check_guidance(guidance_scale)
+    if inversion is not None:
+        check_inversion_options(inversion, {"latents": latents}, negative_prompt, num_inference_steps)
+        inversion.check(pipe.scheduler, guidance_scale)
+        prompt = inversion.prompt if prompt is None else prompt
+        num_inference_steps = inversion.steps
+    for name, text in (("source", prompt), ("negative", negative_prompt)):
+        if not isinstance(text, str) and (name, text) != ("negative", None):
+            raise TypeError(f"expected one {name} prompt, received {type(text).__name__}")
+    assert prompt is not None
     given = edit if isinstance(edit, Sequence) else (edit,)
     edits = [chosen_edit(one, self_replace_steps, levels, max_tokens, layers) for one in given]
     for one in edits:
         _check_prompts(one, [prompt])
-    steps = inversion.steps if inversion is not None else num_inference_steps or 50
+    steps = 50 if num_inference_steps is None else num_inference_steps
+    check_positive(num_inference_steps=steps)
     device, dtype = pipe._execution_device, pipe.unet.dtype
     noise = inversion.noise if inversion is not None else latents
     if noise is None:
@@ -117,10 +125,9 @@ def record(
     sites, calls = _sites(pipe, size), len(pipe.scheduler.timesteps)
     contents = source_needs(edits, sites, calls, guided=_is_guided(pipe, guidance_scale))
     needed = _bytes(pipe, contents, size, precision)
-    kept_steps = {step for parts in contents.values() for at in parts.values() for step in at}
     told = (
-        f"{_megabytes(needed)} for {len(contents)} layers at {len(kept_steps)} of {calls} steps, {precision}, placed "
-        f"on {placement}"
+        f"{_megabytes(needed)} for {len(contents)} layers at {len(recorded_steps(contents))} of {calls} steps, "
+        f"{precision}, placed on {placement}"
     )
     if budget_bytes is not None and needed > budget_bytes:
         raise ValueError(
@@ -130,7 +137,7 @@ def record(
         )
     if not pipe.progress_is_hidden:
         print(f"recording: {told}", file=sys.stderr)
-    store = _new_store(placement, device)
+    model, store = fingerprint(pipe), _new_store(placement, device)
 
     kept = [noise.to(device, dtype)]
 
@@ -138,43 +145,40 @@ def record(
         kept.append(tensors["latents"].clone())
         return {}
 
-    capture = Capture(pipe, contents, store, precision, backend)
-    with capture:
-        pipe(
-            prompt,
-            inversion=inversion,
-            latents=None if inversion is not None else noise,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
+    with store.all_or_nothing():
+        capture = Capture(pipe, contents, store, precision, backend)
+        with capture:
+            pipe(
+                prompt,
+                inversion=inversion,
+                latents=None if inversion is not None else noise,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+                output_type="latent",
+                callback_on_step_end=keep,
+            )
+        if inversion is not None and inversion.method == "negative-prompt":
+            negative_prompt = inversion.prompt
+        plain = next((one for one in edits if isinstance(one, FreePromptEdit) and one.is_plain), None)
+        recording = Recording(
+            prompt=prompt,
             negative_prompt=negative_prompt,
-            output_type="latent",
-            callback_on_step_end=keep,
+            guidance_scale=guidance_scale,
+            steps=steps,
+            schedule=NoiseSchedule.of(pipe.scheduler),
+            contents=contents,
+            window=None if plain is None else (plain.window.start, plain.window.stop),
+            paths=() if plain is None else tuple(site.path for site in plain.select(sites)),
+            latents=torch.stack(kept),
+            model=model,
+            precision=precision,
+            error=capture.error,
+            store=store,
+            unconditional=None if inversion is None else inversion.unconditional,
         )
-    if inversion is not None and inversion.method == "negative-prompt":
-        negative_prompt = inversion.prompt
-    plain = next((one for one in edits if isinstance(one, FreePromptEdit) and one.is_plain), None)
-    recording = Recording(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        guidance_scale=guidance_scale,
-        steps=steps,
-        schedule=NoiseSchedule.of(pipe.scheduler),
-        contents=contents,
-        window=None if plain is None else (plain.window.start, plain.window.stop),
-        paths=() if plain is None else tuple(site.path for site in plain.select(sites)),
-        latents=torch.stack(kept),
-        model=fingerprint(pipe),
-        precision=precision,
-        error=capture.error,
-        store=store,
-        unconditional=None if inversion is None else inversion.unconditional,
-    )
-    if isinstance(store, FileStore):
-        tensors = {"latents": recording.latents}
-        if recording.unconditional is not None:
-            tensors["unconditional"] = recording.unconditional
-        store.write_tensors("latents.safetensors", tensors)
-        store.finish(recording.index())
+        if isinstance(store, FileStore):
+            recording.save(store)
     return recording
 
 

@@ -24,15 +24,15 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from .loading import InputError
-from .map_store import FileStore, MapStore
+from .file_store import FileStore
+from .map_store import MapStore
 from .noise_schedule import NoiseSchedule
 from .packing import Precision
-from .recorded_parts import Contents
+from .recorded_parts import Contents, recorded_steps
 
 if TYPE_CHECKING:
     from .pipeline import FreePromptPipeline
@@ -92,10 +92,8 @@ class Recording:
             InputError: no recording, one that was killed before its end, another version's, damaged files.
         """
         store, values = FileStore.open(Path(folder))
-        tensors = store.read_tensors("latents.safetensors")
-        names = {f.name for f in dataclasses.fields(cls)} - {"store", "latents", "unconditional"}
-        if values.keys() != names:
-            raise InputError(f"the recording '{folder}' is damaged: its index has other entries; record it again")
+        store.check_steps(recorded_steps(values["contents"]))
+        tensors = store.read_latents()
         schedule = dict(values.pop("schedule"))
         schedule["timesteps"] = tuple(schedule["timesteps"])
         values["window"] = None if values["window"] is None else tuple(values["window"])
@@ -108,11 +106,13 @@ class Recording:
             **values,
         )
 
-    def index(self) -> dict[str, Any]:
-        """Everything but the tensors, as `load` reads it."""
+    def save(self, store: FileStore) -> None:
+        """Finish the folder that `load` reads: what belongs to no step, and the index."""
+        names = ("latents",) if self.unconditional is None else ("latents", "unconditional")
+        store.write_latents({name: getattr(self, name) for name in names})
         tensors = ("store", "latents", "unconditional")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in tensors}
-        return values | {"schedule": dataclasses.asdict(self.schedule)}
+        store.finish(values | {"schedule": dataclasses.asdict(self.schedule)})
 
 
 def fingerprint(pipe: FreePromptPipeline) -> str:

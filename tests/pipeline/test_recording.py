@@ -1,7 +1,5 @@
 """Recordings: the same edits without the source, wherever the maps are kept, and nothing half-read."""
 
-import json
-import shutil
 from typing import ClassVar
 
 import pytest
@@ -16,8 +14,9 @@ from diffusers import (
 from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
 from fpe_kernels import AttentionMap
-from fpe_pipeline import FreePromptEdit, Recording, ddim_scheduler, map_store, packing
-from fpe_pipeline.loading import InputError
+from fpe_pipeline import FreePromptEdit, Recording, ddim_scheduler, packing
+from fpe_pipeline.file_store import FileStore
+from fpe_pipeline.map_store import MemoryStore
 from fpe_pipeline.recorded_runs import estimate
 
 STEPS = 4
@@ -162,7 +161,7 @@ class TestStores:
     @pytest.mark.parametrize("kind", ["memory", "folder"])
     def test_a_step_is_one_block(self, tmp_path, kind):
         cpu = torch.device("cpu")
-        store = map_store.MemoryStore(cpu) if kind == "memory" else map_store.FileStore.create(tmp_path / "r")
+        store = MemoryStore(cpu) if kind == "memory" else FileStore.create(tmp_path / "r")
         for step in (2, 3):
             store.write(step, {name: tensor + step for name, tensor in self.TENSORS.items()})
         for step in (2, 3, 2):
@@ -172,70 +171,6 @@ class TestStores:
             assert len({tensor.untyped_storage().data_ptr() for tensor in read.values()}) == 1
         assert store.read(4, cpu) == {}
         store.release()
-
-
-class TestFolders:
-    def test_one_that_was_killed_is_refused(self, tiny, tmp_path, monkeypatch):
-        calls = []
-
-        def die(self, step, maps, write=map_store.FileStore.write):
-            calls.append(step)
-            if step == 1:
-                raise KeyboardInterrupt
-            write(self, step, maps)
-
-        monkeypatch.setattr(map_store.FileStore, "write", die)
-        before = tiny.unet.attn_processors
-        with pytest.raises(KeyboardInterrupt):
-            tiny.record(SOURCE, placement=tmp_path / "r", **RUN)
-        assert calls == [0, 1]
-        assert tiny.unet.attn_processors == before
-        with pytest.raises(InputError, match="was not finished: it has no index; record it again"):
-            Recording.load(tmp_path / "r")
-
-    def test_a_folder_that_holds_something(self, tiny, tmp_path):
-        (tmp_path / "letter.txt").write_text("dear")
-        with pytest.raises(InputError, match=r"is not empty \(it holds 'letter.txt'\)"):
-            tiny.record(SOURCE, placement=tmp_path, **RUN)
-        assert (tmp_path / "letter.txt").read_text() == "dear"
-        with pytest.raises(InputError, match="cannot record into"):
-            tiny.record(SOURCE, placement=tmp_path / "letter.txt", **RUN)
-
-    @pytest.mark.parametrize(
-        ("damage", "message"),
-        [
-            (lambda folder: (folder / "index.json").write_text("{"), "is damaged"),
-            (lambda folder: (folder / "index.json").write_text("[]"), "format 2, .* has list"),
-            (lambda folder: (folder / "step-0001.safetensors").unlink(), "cannot be read"),
-            (lambda folder: _cut(folder / "step-0001.safetensors"), "bytes instead of"),
-            (lambda folder: _garble(folder / "step-0001.safetensors"), "cannot be read"),
-            (lambda folder: shutil.copy(folder / "step-0000.safetensors", folder / "latents.safetensors"), "bytes"),
-            (lambda folder: _edit_index(folder, lambda index: index.update(format=1)), "format 2, .* has 1"),
-            (lambda folder: _edit_index(folder, lambda index: index["recording"].pop("model")), "other entries"),
-            (lambda folder: shutil.rmtree(folder), "does not exist"),
-        ],
-    )
-    def test_damage(self, folder, tmp_path, damage, message):
-        copy = tmp_path / "copy"
-        shutil.copytree(folder, copy)
-        Recording.load(copy)
-        damage(copy)
-        with pytest.raises(InputError, match=message):
-            Recording.load(copy)
-
-
-def _cut(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def _garble(path):
-    path.write_bytes(b"\xff" * len(path.read_bytes()))
-
-
-def _edit_index(folder, change):
-    index = json.loads((folder / "index.json").read_text())
-    change(index)
-    (folder / "index.json").write_text(json.dumps(index))
 
 
 class TestRefusals:
