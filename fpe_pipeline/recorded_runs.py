@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from .arguments import check_guidance, check_inversion_options, check_positive, chosen_edit, image_size
 from .edits import Edit, FreePromptEdit
 from .file_store import FileStore
+from .fingerprint import fingerprint
 from .inversion import Inversion
 from .map_store import MapStore, MemoryStore
 from .noise_schedule import NoiseSchedule
@@ -20,7 +21,7 @@ from .output import FreePromptPipelineOutput
 from .packing import PRECISIONS, Precision
 from .recorded_layers import Capture, Replay
 from .recorded_parts import Contents, contents_bytes, describe_lack, recorded_steps, source_needs
-from .recording import Recording, fingerprint
+from .recording import Recording
 from .schedule import StepWindow
 from .sites import Site, attention_sites
 from .step_end import Call, FollowEmbeddings, Task
@@ -219,8 +220,9 @@ def edit(
     if here != recording.model:
         raise ValueError(
             f"the recording is of another model: {recording.model[:12]}… there and {here[:12]}… here; weights, "
-            "adapters, dtype and configurations must be those that it was made with"
+            "adapters and their strengths, FreeU, dtype and configurations must be those that it was made with"
         )
+    _check_deterministic(pipe.scheduler)
     pipe.scheduler.set_timesteps(recording.steps)
     recording.schedule.check(pipe.scheduler, "recording")
     chosen = _recorded_edit(recording, self_replace_steps) if edit is None else edit
