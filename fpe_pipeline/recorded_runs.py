@@ -22,6 +22,7 @@ from .packing import PRECISIONS, Precision
 from .recorded_layers import Capture, Replay
 from .recorded_parts import Contents, contents_bytes, describe_lack, recorded_steps, source_needs
 from .recording import Recording
+from .requirements import check_model, check_without_image_prompts
 from .schedule import StepWindow
 from .sites import Site, attention_sites
 from .step_end import Call, FollowEmbeddings, Task
@@ -41,9 +42,12 @@ def estimate(
     *,
     guided: bool = True,
 ) -> int:
-    """Bytes that a recording for some edits keeps, of ``steps`` steps on latents of ``size`` (height, width)."""
+    """Bytes that a recording for some edits keeps, of ``steps`` steps on latents of ``size`` (height, width).
+
+    A null-text inversion's embeddings come on top.
+    """
     edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
-    return _bytes(pipe, source_needs(edits, _sites(pipe, size), steps, guided=guided), size, precision)
+    return _bytes(pipe, source_needs(edits, _sites(pipe, size), steps, guided=guided), size, steps, precision)
 
 
 @torch.no_grad()
@@ -78,7 +82,8 @@ def record(
         edit: another edit to record for, or several, each of which the recording then serves, and with it every edit
             that needs no more. A `PromptToPromptEdit` for targets that are not known yet may be written for the source
             twice: what is kept depends on its steps and layers.
-        placement: "device", "cpu" (pinned beside a GPU), or a new folder.
+        placement: "device", "cpu" (pinned beside a GPU), or a new folder; one that is called as a device is goes as a
+            `Path`.
         precision: "exact", "half" or "int8-keys"; `Recording.error` is what it costs.
         budget_bytes: refuse to record more. The estimate goes to standard error unless progress bars are off.
         inversion: a real image as the source; it decides latents and steps.
@@ -89,10 +94,13 @@ def record(
         `Recording`; one in a folder is read again by `Recording.load`.
 
     Raises:
-        ValueError: a scheduler that draws noise in each step, a budget that is too small, layers that match nothing, an
-            edit that is written for another source; before any denoising.
+        ValueError: a model that `FreePromptPipeline` does not serve, an IP-Adapter, a scheduler that draws noise in
+            each step, a budget that is too small, layers that match nothing, an edit that is written for another
+            source; before any denoising. Values that do not fit a reduced precision.
         InputError: a folder that is not empty or cannot be written.
     """
+    check_model(pipe.unet, pipe.vae)
+    check_without_image_prompts(pipe, "a recording")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, received {precision!r}")
     _check_deterministic(pipe.scheduler)
@@ -107,15 +115,20 @@ def record(
             raise TypeError(f"expected one {name} prompt, received {type(text).__name__}")
     assert prompt is not None
     given = edit if isinstance(edit, Sequence) else (edit,)
+    if not given:
+        raise ValueError("expected an edit to record for, or several, received none: leave edit out for its default")
     edits = [chosen_edit(one, self_replace_steps, levels, max_tokens, layers) for one in given]
     for one in edits:
+        if not isinstance(one, Edit):
+            raise TypeError(f"expected an Edit, such as FreePromptEdit(), or several, received {type(one).__name__}")
         _check_prompts(one, [prompt])
     steps = 50 if num_inference_steps is None else num_inference_steps
     check_positive(num_inference_steps=steps)
+    _check_placement(placement)
     device, dtype = pipe._execution_device, pipe.unet.dtype
     noise = inversion.noise if inversion is not None else latents
+    across = image_size(pipe.native_size, pipe.vae_scale_factor, height, width, noise)
     if noise is None:
-        across = image_size(pipe.native_size, pipe.vae_scale_factor, height, width, None)
         shape = (1, pipe.unet.config.in_channels, *(side // pipe.vae_scale_factor for side in across))
         noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     if noise.ndim != 4 or noise.shape[0] != 1:
@@ -125,7 +138,9 @@ def record(
     pipe.scheduler.set_timesteps(steps, device=device)
     sites, calls = _sites(pipe, size), len(pipe.scheduler.timesteps)
     contents = source_needs(edits, sites, calls, guided=_is_guided(pipe, guidance_scale))
-    needed = _bytes(pipe, contents, size, precision)
+    needed = _bytes(pipe, contents, size, calls, precision)
+    if inversion is not None and inversion.unconditional is not None:
+        needed += inversion.unconditional.nbytes
     told = (
         f"{_megabytes(needed)} for {len(contents)} layers at {len(recorded_steps(contents))} of {calls} steps, "
         f"{precision}, placed on {placement}"
@@ -186,7 +201,7 @@ def record(
 @torch.no_grad()
 def edit(
     pipe: FreePromptPipeline,
-    recording: Recording,
+    recording: Recording | str | Path,
     target_prompt: str | Sequence[str],
     *,
     edit: Edit | None = None,
@@ -197,7 +212,8 @@ def edit(
     """Edit a recorded source into target prompts; the source itself is not denoised again.
 
     Args:
-        recording: from `record` or `Recording.load`, made with this model, scheduler and dtype.
+        recording: from `record` or `Recording.load`, or the folder that it is in; made with this model, scheduler and
+            dtype.
         target_prompt: one or more prompts.
         edit: any that needs no more of the source than was recorded; default: Free-Prompt-Editing as recorded. Edits
             that align words are written for `[recording.prompt, *targets]`.
@@ -210,12 +226,19 @@ def edit(
         ``.report.explain()`` says what was replayed.
 
     Raises:
-        ValueError: a recording of another model or schedule, one that lacks what the edit needs, or an edit that is
-            written for other prompts; before any denoising.
+        ValueError: a recording of another model or schedule, one that lacks what the edit needs, an edit that is
+            written for other prompts, or an IP-Adapter; before any denoising.
+        InputError: a folder, or a file of it, that is not what was recorded.
     """
     targets = [target_prompt] if isinstance(target_prompt, str) else list(target_prompt)
     if not targets or not all(isinstance(target, str) for target in targets):
         raise TypeError(f"expected one or more target prompts, received {target_prompt!r}")
+    if isinstance(recording, str | Path):
+        recording = Recording.load(recording)
+    if not isinstance(recording, Recording):
+        raise TypeError(f"expected what record returned, or its folder, received {type(recording).__name__}")
+    check_model(pipe.unet, pipe.vae)
+    check_without_image_prompts(pipe, "a recording")
     here = fingerprint(pipe)
     if here != recording.model:
         raise ValueError(
@@ -289,9 +312,13 @@ def _sites(pipe: FreePromptPipeline, size: tuple[int, int]) -> tuple[Site, ...]:
     return tuple(site.at(*size) for site in attention_sites(pipe.unet))
 
 
-def _bytes(pipe: FreePromptPipeline, contents: Contents, size: tuple[int, int], precision: Precision) -> int:
-    tokens = pipe.tokenizer.model_max_length
-    return contents_bytes(contents, pipe.unet, size, tokens, pipe.unet.dtype.itemsize, precision)
+def _bytes(
+    pipe: FreePromptPipeline, contents: Contents, size: tuple[int, int], steps: int, precision: Precision
+) -> int:
+    """Parts of layers, and the latents before and after every step."""
+    tokens, itemsize = pipe.tokenizer.model_max_length, pipe.unet.dtype.itemsize
+    latents = (steps + 1) * pipe.unet.config.in_channels * size[0] * size[1] * itemsize
+    return latents + contents_bytes(contents, pipe.unet, size, tokens, itemsize, precision)
 
 
 def _is_guided(pipe: FreePromptPipeline, guidance_scale: float) -> bool:
@@ -316,6 +343,25 @@ def _check_deterministic(scheduler: Any) -> None:
         raise ValueError(
             f"{name} adds noise in each step, which targets would have to share with a source that does not run; "
             "record with a deterministic scheduler, such as DDIM, DPM-Solver++ or Euler"
+        )
+
+
+def _check_placement(placement: str | Path) -> None:
+    """Raise for the name of a device or of a medium, which would become a folder of that name."""
+    if not isinstance(placement, str | Path):
+        raise TypeError(f'placement must be "device", "cpu" or a folder, received {type(placement).__name__}')
+    if placement in ("device", "cpu") or isinstance(placement, Path):
+        return
+    try:
+        torch.device(placement)
+    except RuntimeError:
+        is_a_folder = placement not in ("gpu", "disk", "memory")
+    else:
+        is_a_folder = False
+    if not is_a_folder:
+        raise ValueError(
+            f'placement must be "device" (that of the pipeline), "cpu" or a folder, received {placement!r}; if a '
+            f"folder is meant, pass Path({placement!r})"
         )
 
 

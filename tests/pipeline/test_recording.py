@@ -16,6 +16,7 @@ from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_p
 from fpe_kernels import AttentionMap
 from fpe_pipeline import FreePromptEdit, Recording, ddim_scheduler, packing
 from fpe_pipeline.file_store import FileStore
+from fpe_pipeline.loading import InputError
 from fpe_pipeline.map_store import MemoryStore
 from fpe_pipeline.recorded_runs import estimate
 
@@ -120,7 +121,7 @@ class TestPrecision:
     @pytest.mark.parametrize("precision", packing.PRECISIONS)
     def test_the_estimate_is_what_is_kept(self, tiny, precision):
         recorded = tiny.record(SOURCE, precision=precision, **RUN)
-        assert estimate(tiny, FreePromptEdit(), (12, 16), STEPS, precision) == recorded.store.nbytes
+        assert estimate(tiny, FreePromptEdit(), (12, 16), STEPS, precision) == recorded.nbytes
         assert recorded.nbytes == recorded.store.nbytes + recorded.latents.nbytes
 
     def test_rows_of_rounded_maps_sum_to_one(self):
@@ -149,6 +150,16 @@ class TestBudget:
         with pytest.raises(ValueError, match=r"more than budget_bytes=1000 \(0.0 MB\): raise it"):
             tiny.record(SOURCE, budget_bytes=1000, placement=tmp_path / "r", **RUN)
         assert not (tmp_path / "r").exists()
+
+    def test_everything_counts(self, tiny):
+        """Latents and a null-text inversion's embeddings too."""
+        photo = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
+        inversion = tiny.invert(photo, SOURCE, num_inference_steps=2, height=24, width=32, method="null-text")
+        recorded = tiny.record(inversion=inversion)
+        assert recorded.nbytes > recorded.store.nbytes + recorded.latents.nbytes
+        assert tiny.record(inversion=inversion, budget_bytes=recorded.nbytes).nbytes == recorded.nbytes
+        with pytest.raises(ValueError, match="more than budget_bytes"):
+            tiny.record(inversion=inversion, budget_bytes=recorded.nbytes - 1)
 
 
 class TestStores:
@@ -209,12 +220,35 @@ class TestRefusals:
             ({"latents": noise(2)}, ValueError, "a recording holds one image"),
             ({"prompt": [SOURCE]}, TypeError, "one source prompt, received list"),
             ({"levels": 9}, ValueError, "match none"),
+            ({"num_inference_steps": 0}, ValueError, "a whole number from 1 on, received 0"),
+            ({"edit": []}, ValueError, "expected an edit to record for"),
+            ({"edit": "fpe"}, TypeError, "expected an Edit, .* received str"),
+            ({"height": 48, "width": 32}, ValueError, "latents of 12 x 16 make images of 24 x 32 pixels"),
+            ({"placement": "gpu"}, ValueError, r"placement must be .* received 'gpu'; .* pass Path\('gpu'\)"),
+            ({"placement": "cuda:0"}, ValueError, "placement must be"),
+            ({"placement": torch.device("cpu")}, TypeError, "placement must be .* received device"),
+            ({"negative_prompt": ["a", "b"]}, TypeError, "one negative prompt, received list"),
+            ({"inversion": 3}, TypeError, "what pipe.invert returns as inversion, received int"),
         ],
     )
-    def test_of_recording(self, tiny, options, error, message):
+    def test_of_recording(self, tiny, monkeypatch, tmp_path, options, error, message):
+        monkeypatch.chdir(tmp_path)
         with pytest.raises(error, match=message):
             tiny.record(**{"prompt": SOURCE, **RUN, **options})
+        assert list(tmp_path.iterdir()) == []
 
     def test_without_targets(self, tiny, folder):
         with pytest.raises(TypeError, match="one or more target prompts"):
             tiny.edit(Recording.load(folder), [])
+
+    def test_of_something_else(self, tiny, folder, tmp_path):
+        with pytest.raises(TypeError, match="what record returned, or its folder, received int"):
+            tiny.edit(3, TARGET)
+        with pytest.raises(InputError, match="does not exist"):
+            tiny.edit(tmp_path / "nothing", TARGET)
+
+
+def test_a_folder_stands_for_its_recording(tiny, folder):
+    expected = targets(tiny, Recording.load(folder))
+    assert torch.equal(targets(tiny, folder), expected)
+    assert torch.equal(targets(tiny, str(folder)), expected)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, IPNDMScheduler
 from free_prompt_pipelines import SOURCE, TARGET, distance, free_prompt_pipeline, noise
-from tiny_pipelines import tiny_pipeline
+from tiny_models import add_image_prompts, image_embeds, tiny_inpaint_pipeline
+from tiny_pipelines import tiny_pipeline, tiny_sdxl_pipeline
 
-from fpe_pipeline import ddim_scheduler
+from fpe_pipeline import FreePromptPipeline, ddim_scheduler
 from fpe_pipeline.fingerprint import fingerprint
 
 STEPS = 3
@@ -139,3 +140,42 @@ class TestSchedulers:
         tiny.scheduler = IPNDMScheduler.from_config(tiny.scheduler.config)
         expected = tiny(SOURCE, TARGET, output_type="latent", **RUN).images[1:]
         assert distance(edited(tiny, tiny.record(SOURCE, **RUN)), expected) <= 1e-5 * expected.abs().max()
+
+
+class TestClasses:
+    def test_image_prompts(self, tiny, monkeypatch):
+        """Edits of generated images take them; what is kept of a source does not."""
+        recorded = tiny.record(SOURCE, **RUN)
+        tiny.unet = copy.deepcopy(tiny.unet)
+        add_image_prompts(tiny)
+        tiny(SOURCE, TARGET, ip_adapter_image_embeds=image_embeds(1), output_type="latent", **RUN)
+        monkeypatch.setattr(tiny.unet, "forward", lambda *a, **k: pytest.fail("denoised before it was checked"))
+        for call in (
+            lambda: tiny.record(SOURCE, **RUN),
+            lambda: edited(tiny, recorded),
+            lambda: tiny.invert(torch.rand(3, 24, 32), SOURCE, num_inference_steps=2),
+        ):
+            with pytest.raises(ValueError, match=r"takes no image prompts, .*pipe.unload_ip_adapter\(\)"):
+                call()
+
+    def test_further_input_channels(self, pipe, tiny):
+        inpainting = FreePromptPipeline.from_pipe(tiny)
+        inpainting.unet = tiny_inpaint_pipeline(pipe).unet
+        recorded = tiny.record(SOURCE, **RUN)
+        for call in (
+            lambda: inpainting(SOURCE, TARGET, **RUN),
+            lambda: inpainting.record(SOURCE, **RUN),
+            lambda: edited(inpainting, recorded),
+            lambda: inpainting.invert(torch.rand(3, 24, 32), SOURCE, num_inference_steps=2),
+            lambda: FreePromptPipeline.from_pipe(tiny_inpaint_pipeline(pipe)),
+        ):
+            with pytest.raises(ValueError, match=r"takes the 4 channels .* one that takes 9, .*editing\(pipe, edit\)"):
+                call()
+
+    def test_sdxl(self, pipe, tiny):
+        with pytest.raises(ValueError, match=r"received one with addition_embed_type='text_time', as SDXL has: .*"):
+            FreePromptPipeline.from_pipe(tiny_sdxl_pipeline(pipe))
+        tiny.unet = tiny_sdxl_pipeline(pipe).unet
+        for call in (lambda: tiny(SOURCE, TARGET, **RUN), lambda: tiny.record(SOURCE, **RUN)):
+            with pytest.raises(ValueError, match=r"as SDXL has: .*editing\(pipe, edit\)"):
+                call()
