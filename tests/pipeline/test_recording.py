@@ -1,5 +1,6 @@
 """Recordings: the same edits without the source, wherever the maps are kept, and nothing half-read."""
 
+import copy
 from typing import ClassVar
 
 import pytest
@@ -109,6 +110,17 @@ class TestSameImages:
         assert tiny.unet.attn_processors == before
 
 
+def _layer_of_a_copy(tiny, monkeypatch):
+    """A layer whose weights may be changed."""
+    monkeypatch.setattr(tiny, "unet", copy.deepcopy(tiny.unet))
+    return tiny.unet.up_blocks[1].attentions[1].transformer_blocks[0].attn1
+
+
+def _scale(projection, factor):
+    with torch.no_grad():
+        projection.weight.mul_(factor)
+
+
 class TestPrecision:
     @pytest.mark.parametrize(("precision", "largest"), [("half", 2e-3), ("int8-keys", 3e-2)])
     def test_error_is_measured_and_small(self, tiny, full, precision, largest):
@@ -117,6 +129,31 @@ class TestPrecision:
         assert recorded.store.nbytes < exact.store.nbytes
         error = distance(targets(tiny, recorded), full.images[1:])
         assert 1e-6 < error <= 100 * recorded.error
+
+    @pytest.mark.parametrize("precision", ["half", "int8-keys"])
+    def test_values_that_do_not_fit(self, tiny, monkeypatch, tmp_path, precision):
+        """Queries beyond float16's range, with keys so small that the maps are ordinary."""
+        layer = _layer_of_a_copy(tiny, monkeypatch)
+        _scale(layer.to_q, 1e7)
+        _scale(layer.to_k, 1e-7)
+        with pytest.raises(ValueError, match=r"larger in up_blocks.1.attentions.1.* \(up to .*e\+0.\): record .*exact"):
+            tiny.record(SOURCE, precision=precision, placement=tmp_path / "r", **RUN)
+        assert not (tmp_path / "r").exists()
+        expected = tiny(SOURCE, [TARGET, OTHER], output_type="latent", **RUN).images[1:]
+        assert distance(targets(tiny, tiny.record(SOURCE, **RUN)), expected) <= 1e-4
+
+    @pytest.mark.parametrize("precision", ["half", "int8-keys"])
+    def test_values_that_are_nothing(self, tiny, monkeypatch, precision):
+        layer = _layer_of_a_copy(tiny, monkeypatch)
+        _scale(layer.to_v, 0)
+        assert 0 < tiny.record(SOURCE, precision=precision, **RUN).error <= 3e-2
+
+    @pytest.mark.parametrize("precision", ["half", "int8-keys"])
+    def test_values_that_are_no_numbers(self, tiny, monkeypatch, precision):
+        layer = _layer_of_a_copy(tiny, monkeypatch)
+        _scale(layer.to_q, float("nan"))
+        with pytest.raises(ValueError, match=r"up_blocks.1.attentions.1.* \(up to nan\)"):
+            tiny.record(SOURCE, precision=precision, **RUN)
 
     @pytest.mark.parametrize("precision", packing.PRECISIONS)
     def test_the_estimate_is_what_is_kept(self, tiny, precision):
