@@ -33,13 +33,12 @@ class NoiseSchedule:
     @classmethod
     def of(cls, scheduler: Any) -> NoiseSchedule:
         """The schedule that a diffusers scheduler is set to; ``set_timesteps`` has run."""
-        levels = getattr(scheduler, "alphas_cumprod", None)  # some, such as IPNDM, have no options that change them
-        known = b"" if levels is None else levels.double().cpu().numpy().tobytes()
+        levels = scheduler.alphas_cumprod.double().cpu().numpy().tobytes()
         last = getattr(scheduler, "final_alpha_cumprod", None)
         return cls(
             scheduler=type(scheduler).__name__,
             timesteps=tuple(float(t) for t in scheduler.timesteps),
-            levels_sha256=hashlib.sha256(known + str(None if last is None else float(last)).encode()).hexdigest(),
+            levels_sha256=hashlib.sha256(levels + str(None if last is None else float(last)).encode()).hexdigest(),
             settings=_settings(scheduler),
         )
 
