@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from .edits import Edit, FreePromptEdit
 from .inversion import Inversion
 
 __all__ = [
+    "check_guidance",
     "check_inversion_options",
     "check_positive",
     "check_size",
@@ -113,6 +115,12 @@ def check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if not hasattr(number, "__index__") or number < 1:
             raise ValueError(f"{name} must be a whole number from 1 on, received {number!r}")
+
+
+def check_guidance(guidance_scale: float) -> None:
+    """Raise ValueError for a scale that is no number."""
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, received {guidance_scale}")
 
 
 def check_inversion_options(

@@ -29,6 +29,7 @@ from PIL import Image
 from .images import load_image, to_tensor
 from .noise_schedule import NoiseSchedule, ddim_inverse_step, require_ddim
 from .null_text import NullText, optimise_unconditional
+from .requirements import check_model, check_without_image_prompts
 
 if TYPE_CHECKING:
     from .pipeline import FreePromptPipeline
@@ -127,8 +128,11 @@ def invert(
 
     Raises:
         InputError: an image that cannot be read or used.
-        ValueError: a scheduler whose steps cannot be undone, an unknown method, numbers out of range.
+        ValueError: a model that `FreePromptPipeline` does not serve, an IP-Adapter, a scheduler whose steps cannot be
+            undone, an unknown method, numbers out of range.
     """
+    check_model(pipe.unet, pipe.vae)
+    check_without_image_prompts(pipe, "inversion")
     null_text = method if isinstance(method, NullText) else NullText() if method == "null-text" else None
     name: Method = "null-text" if null_text is not None else cast(Method, method)
     if name not in METHODS:

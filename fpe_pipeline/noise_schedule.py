@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import inspect
+import json
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,14 +21,14 @@ class NoiseSchedule:
     Args:
         scheduler: class name of the diffusers scheduler.
         timesteps: of the run, noisiest first.
-        prediction_type: what the UNet predicts: "epsilon", "v_prediction" or "sample".
         levels_sha256: hash (hex) of the noise level of every training timestep.
+        settings: every option of that class, such as what the UNet predicts and the order of the solver.
     """
 
     scheduler: str
     timesteps: tuple[float, ...]
-    prediction_type: str
     levels_sha256: str
+    settings: dict[str, Any] = field(repr=False)
 
     @classmethod
     def of(cls, scheduler: Any) -> NoiseSchedule:
@@ -36,8 +38,8 @@ class NoiseSchedule:
         return cls(
             scheduler=type(scheduler).__name__,
             timesteps=tuple(float(t) for t in scheduler.timesteps),
-            prediction_type=str(scheduler.config.prediction_type),
             levels_sha256=hashlib.sha256(levels + str(None if last is None else float(last)).encode()).hexdigest(),
+            settings=_settings(scheduler),
         )
 
     @property
@@ -47,11 +49,16 @@ class NoiseSchedule:
 
     def check(self, scheduler: Any, what: str) -> None:
         """Raise ValueError unless ``scheduler`` is set to this very schedule; ``what`` names whose schedule this is."""
-        there = NoiseSchedule.of(scheduler)
+        here = NoiseSchedule.of(scheduler)
+        names = ("scheduler", "timesteps", "levels_sha256")
+        pairs = {name: (getattr(self, name), getattr(here, name)) for name in names}
+        if self.scheduler == here.scheduler:
+            options = sorted(self.settings.keys() | here.settings.keys())
+            pairs |= {name: (self.settings.get(name), here.settings.get(name)) for name in options}
         differences = [
-            f"{name} {_short(getattr(self, name))} there and {_short(getattr(there, name))} here"
-            for name in self.__dataclass_fields__
-            if getattr(self, name) != getattr(there, name)
+            f"{name} {_short(known)} there and {_short(found)} here"
+            for name, (known, found) in pairs.items()
+            if known != found
         ]
         if differences:
             raise ValueError(
@@ -107,6 +114,16 @@ def ddim_inverse_step(
             f"expected a model that predicts epsilon or v_prediction, received {scheduler.config.prediction_type!r}"
         )
     return levels[timestep] ** 0.5 * clean + (1 - levels[timestep]) ** 0.5 * epsilon
+
+
+def _settings(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's options, as JSON would give them back.
+
+    Its configuration also carries options of the classes that it was converted from, which do nothing.
+    """
+    options = inspect.signature(type(scheduler).__init__).parameters
+    settings = {name: value for name, value in scheduler.config.items() if name in options}
+    return json.loads(json.dumps(settings, default=str))
 
 
 def _short(value: Any) -> str:

@@ -21,11 +21,22 @@ from typing import Literal, get_args
 
 import torch
 
-__all__ = ["PRECISIONS", "Packed", "Precision", "RecordedLayer", "pack", "packed_bytes", "unpack"]
+__all__ = [
+    "HALF_LIMIT",
+    "PRECISIONS",
+    "Packed",
+    "Precision",
+    "RecordedLayer",
+    "half_reach",
+    "pack",
+    "packed_bytes",
+    "unpack",
+]
 
 Precision = Literal["exact", "half", "int8-keys"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Packed = dict[str, torch.Tensor]
+HALF_LIMIT = torch.finfo(torch.float16).max
 
 
 def pack(parts: Mapping[str, torch.Tensor], precision: Precision) -> Packed:
@@ -39,6 +50,14 @@ def pack(parts: Mapping[str, torch.Tensor], precision: Precision) -> Packed:
         packed["key"] = (key / scale).round().to(torch.int8)
         packed["key_scale"] = scale
     return packed
+
+
+def half_reach(parts: Mapping[str, torch.Tensor], precision: Precision) -> torch.Tensor | None:
+    """The largest magnitude among what :func:`pack` puts into float16, which ends at 65504; None where nothing is."""
+    halved = [
+        tensor for name, tensor in parts.items() if precision != "exact" and (name, precision) != ("key", "int8-keys")
+    ]
+    return torch.stack([tensor.abs().amax().float() for tensor in halved]).amax() if halved else None
 
 
 def unpack(packed: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Packed:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,6 +20,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from . import inversion as inversions
 from . import recorded_runs
 from .arguments import (
+    check_guidance,
     check_inversion_options,
     check_positive,
     check_size,
@@ -33,6 +33,7 @@ from .edits import Edit
 from .inversion import Inversion
 from .noise import row_generators, shared_latents
 from .output import FreePromptPipelineOutput
+from .requirements import check_model
 from .session import EditingSession, editing
 from .step_end import Call, DropSource, FollowEmbeddings, FollowInversion, StepEnd, Task, check_source_can_be_dropped
 
@@ -61,6 +62,14 @@ class FreePromptPipeline(StableDiffusionPipeline):
     """
 
     _call: Call | None = None
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **components: Any) -> FreePromptPipeline:
+        """As in diffusers; a model that this class does not serve is refused with the way to edit it."""
+        unet, vae = (components.get(name, getattr(pipeline, name, None)) for name in ("unet", "vae"))
+        if unet is not None and vae is not None:
+            check_model(unet, vae)
+        return super().from_pipe(pipeline, **components)
 
     @torch.no_grad()
     def __call__(
@@ -134,6 +143,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         unknown = options.keys() - PARENT_OPTIONS - LEGACY_OPTIONS
         if unknown:
             raise TypeError(f"unknown option {', '.join(sorted(unknown))}; expected one of {sorted(PARENT_OPTIONS)}")
+        check_model(self.unet, self.vae)
         if inversion is not None:
             given = {"latents": latents, "negative_prompt_embeds": negative_prompt_embeds, **options}
             check_inversion_options(inversion, given, negative_prompt, num_inference_steps)
@@ -146,8 +156,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         count = len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]
         edit = chosen_edit(edit, self_replace_steps, levels, max_tokens, layers)
         check_positive(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale must be a finite number, received {guidance_scale}")
+        check_guidance(guidance_scale)
         if not keep_source:
             check_source_can_be_dropped(self, count, options)
         latents = shared_latents(latents, count, num_images_per_prompt, self.unet.config.in_channels)

@@ -15,7 +15,7 @@ from .edits import Edit
 from .evaluation import Rows
 from .map_store import MapStore
 from .orders import Order
-from .packing import Packed, Precision, RecordedLayer, pack, unpack
+from .packing import HALF_LIMIT, Packed, Precision, RecordedLayer, half_reach, pack, unpack
 from .products import Product, plan_products
 from .recorded_parts import Contents, part_name, source_needs
 from .roles import BatchRoles
@@ -75,11 +75,12 @@ class Capture(EditingSession):
         self._precision = precision
         self._tensors: Packed = {}
         self._errors: list[torch.Tensor] = []
+        self._reaches: dict[str, torch.Tensor] = {}  # by path, of the step under way; read together, for one wait
 
     @property
     def error(self) -> float:
         """Largest relative error (2-norm) that the precision made in a source's attention output or feature."""
-        return max((float(error) for error in self._errors), default=0.0)
+        return float(torch.stack(self._errors).amax()) if self._errors else 0.0
 
     def _install(self) -> None:
         super()._install()
@@ -99,8 +100,21 @@ class Capture(EditingSession):
     def _after_unet(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         super()._after_unet(module, args, output)
         if self._step is not None and self._tensors:
+            self._check_reaches()
             self._store.write(self._step.index, self._tensors)
         self._tensors = {}
+
+    def _check_reaches(self) -> None:
+        """Raise ValueError where this step's values do not fit the precision: they would come back as infinities."""
+        if self._reaches:
+            largest = dict(zip(self._reaches, torch.stack(list(self._reaches.values())).tolist(), strict=True))
+            beyond = [f"{path} (up to {reach:.3g})" for path, reach in largest.items() if not reach <= HALF_LIMIT]
+            if beyond:
+                raise ValueError(
+                    f"precision={self._precision!r} keeps values up to {HALF_LIMIT:g}, and the source's are larger in "
+                    f"{', '.join(beyond)}: record with precision='exact'"
+                )
+        self._reaches = {}
 
     def _keep_layer(
         self,
@@ -119,7 +133,7 @@ class Capture(EditingSession):
         out = attention @ value.tensor
         for row, parts in wanted.items():
             own = {name: given.tensor[row : row + 1] for name, given in _named(query, key, value)}
-            packed = pack({name: own[name] for name in parts if name != "logsumexp"}, self._precision)
+            packed = self._pack(path, {name: own[name] for name in parts if name != "logsumexp"})
             statistics = None
             if self._precision != "exact":
                 own |= unpack(packed, query.tensor.dtype)
@@ -136,16 +150,24 @@ class Capture(EditingSession):
             return
         for row in self._kept.wanted(path, self._step, self._current_roles):
             exact = output[row : row + 1].detach()
-            packed = pack({"feature": exact}, self._precision)
+            packed = self._pack(path, {"feature": exact})
             if self._precision != "exact":
                 self._note_error(unpack(packed, exact.dtype)["feature"], exact)
             self._keep(path, self._current_roles.conditional[row], packed)
+
+    def _pack(self, path: str, parts: Packed) -> Packed:
+        reach = half_reach(parts, self._precision)
+        if reach is not None:
+            known = self._reaches.get(path, reach)
+            self._reaches[path] = torch.maximum(known, reach)  # not a number where either is none
+        return pack(parts, self._precision)
 
     def _keep(self, path: str, conditional: bool, packed: Packed) -> None:
         self._tensors |= {f"{path}|{part_name(conditional, part)}": t.detach() for part, t in packed.items()}
 
     def _note_error(self, rounded: torch.Tensor, exact: torch.Tensor) -> None:
-        self._errors.append((rounded - exact).float().norm() / exact.float().norm())
+        error = (rounded - exact).float().norm()
+        self._errors.append(torch.where(error == 0, error, error / exact.float().norm()))  # 0, not 0/0, where all is 0
 
 
 class Replay(EditingSession):

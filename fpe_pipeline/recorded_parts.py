@@ -15,7 +15,7 @@ from .roles import BatchRoles
 from .schedule import Step
 from .sites import Site, attention_sites, feature_shape
 
-__all__ = ["Contents", "contents_bytes", "describe_lack", "part_name", "source_needs"]
+__all__ = ["Contents", "contents_bytes", "describe_lack", "part_name", "recorded_steps", "source_needs"]
 
 #: For each module's path, its parts ("conditional query", "unconditional feature", …) with the steps of each.
 Contents = dict[str, dict[str, tuple[int, ...]]]
@@ -26,6 +26,11 @@ _MAP = frozenset({"query", "key", "logsumexp"})
 def part_name(conditional: bool, part: str) -> str:
     """The name of a part of the source's conditional or unconditional row."""
     return f"{'conditional' if conditional else 'unconditional'} {part}"
+
+
+def recorded_steps(contents: Contents) -> set[int]:
+    """Steps of which anything is kept."""
+    return {step for parts in contents.values() for at in parts.values() for step in at}
 
 
 def source_needs(

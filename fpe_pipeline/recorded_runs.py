@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .arguments import chosen_edit, image_size
+from .arguments import check_guidance, check_inversion_options, check_positive, chosen_edit, image_size
 from .edits import Edit, FreePromptEdit
+from .file_store import FileStore
+from .fingerprint import fingerprint
 from .inversion import Inversion
-from .map_store import FileStore, MapStore, MemoryStore
+from .map_store import MapStore, MemoryStore
 from .noise_schedule import NoiseSchedule
 from .output import FreePromptPipelineOutput
 from .packing import PRECISIONS, Precision
 from .recorded_layers import Capture, Replay
-from .recorded_parts import Contents, contents_bytes, describe_lack, source_needs
-from .recording import Recording, fingerprint
+from .recorded_parts import Contents, contents_bytes, describe_lack, recorded_steps, source_needs
+from .recording import Recording
+from .requirements import check_model, check_without_image_prompts
 from .schedule import StepWindow
 from .sites import Site, attention_sites
 from .step_end import Call, FollowEmbeddings, Task
@@ -39,9 +42,12 @@ def estimate(
     *,
     guided: bool = True,
 ) -> int:
-    """Bytes that a recording for some edits keeps, of ``steps`` steps on latents of ``size`` (height, width)."""
+    """Bytes that a recording for some edits keeps, of ``steps`` steps on latents of ``size`` (height, width).
+
+    A null-text inversion's embeddings come on top.
+    """
     edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
-    return _bytes(pipe, source_needs(edits, _sites(pipe, size), steps, guided=guided), size, precision)
+    return _bytes(pipe, source_needs(edits, _sites(pipe, size), steps, guided=guided), size, steps, precision)
 
 
 @torch.no_grad()
@@ -76,7 +82,8 @@ def record(
         edit: another edit to record for, or several, each of which the recording then serves, and with it every edit
             that needs no more. A `PromptToPromptEdit` for targets that are not known yet may be written for the source
             twice: what is kept depends on its steps and layers.
-        placement: "device", "cpu" (pinned beside a GPU), or a new folder.
+        placement: "device", "cpu" (pinned beside a GPU), or a new folder; one that is called as a device is goes as a
+            `Path`.
         precision: "exact", "half" or "int8-keys"; `Recording.error` is what it costs.
         budget_bytes: refuse to record more. The estimate goes to standard error unless progress bars are off.
         inversion: a real image as the source; it decides latents and steps.
@@ -87,26 +94,41 @@ def record(
         `Recording`; one in a folder is read again by `Recording.load`.
 
     Raises:
-        ValueError: a scheduler that draws noise in each step, a budget that is too small, layers that match nothing, an
-            edit that is written for another source; before any denoising.
+        ValueError: a model that `FreePromptPipeline` does not serve, an IP-Adapter, a scheduler that draws noise in
+            each step, a budget that is too small, layers that match nothing, an edit that is written for another
+            source; before any denoising. Values that do not fit a reduced precision.
         InputError: a folder that is not empty or cannot be written.
     """
+    check_model(pipe.unet, pipe.vae)
+    check_without_image_prompts(pipe, "a recording")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, received {precision!r}")
     _check_deterministic(pipe.scheduler)
-    if prompt is None and inversion is not None:
-        prompt = inversion.prompt
-    if not isinstance(prompt, str):
-        raise TypeError(f"expected one source prompt, received {type(prompt).__name__}")
+    check_guidance(guidance_scale)
+    if inversion is not None:
+        check_inversion_options(inversion, {"latents": latents}, negative_prompt, num_inference_steps)
+        inversion.check(pipe.scheduler, guidance_scale)
+        prompt = inversion.prompt if prompt is None else prompt
+        num_inference_steps = inversion.steps
+    for name, text in (("source", prompt), ("negative", negative_prompt)):
+        if not isinstance(text, str) and (name, text) != ("negative", None):
+            raise TypeError(f"expected one {name} prompt, received {type(text).__name__}")
+    assert prompt is not None
     given = edit if isinstance(edit, Sequence) else (edit,)
+    if not given:
+        raise ValueError("expected an edit to record for, or several, received none: leave edit out for its default")
     edits = [chosen_edit(one, self_replace_steps, levels, max_tokens, layers) for one in given]
     for one in edits:
+        if not isinstance(one, Edit):
+            raise TypeError(f"expected an Edit, such as FreePromptEdit(), or several, received {type(one).__name__}")
         _check_prompts(one, [prompt])
-    steps = inversion.steps if inversion is not None else num_inference_steps or 50
+    steps = 50 if num_inference_steps is None else num_inference_steps
+    check_positive(num_inference_steps=steps)
+    _check_placement(placement)
     device, dtype = pipe._execution_device, pipe.unet.dtype
     noise = inversion.noise if inversion is not None else latents
+    across = image_size(pipe.native_size, pipe.vae_scale_factor, height, width, noise)
     if noise is None:
-        across = image_size(pipe.native_size, pipe.vae_scale_factor, height, width, None)
         shape = (1, pipe.unet.config.in_channels, *(side // pipe.vae_scale_factor for side in across))
         noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     if noise.ndim != 4 or noise.shape[0] != 1:
@@ -116,11 +138,12 @@ def record(
     pipe.scheduler.set_timesteps(steps, device=device)
     sites, calls = _sites(pipe, size), len(pipe.scheduler.timesteps)
     contents = source_needs(edits, sites, calls, guided=_is_guided(pipe, guidance_scale))
-    needed = _bytes(pipe, contents, size, precision)
-    kept_steps = {step for parts in contents.values() for at in parts.values() for step in at}
+    needed = _bytes(pipe, contents, size, calls, precision)
+    if inversion is not None and inversion.unconditional is not None:
+        needed += inversion.unconditional.nbytes
     told = (
-        f"{_megabytes(needed)} for {len(contents)} layers at {len(kept_steps)} of {calls} steps, {precision}, placed "
-        f"on {placement}"
+        f"{_megabytes(needed)} for {len(contents)} layers at {len(recorded_steps(contents))} of {calls} steps, "
+        f"{precision}, placed on {placement}"
     )
     if budget_bytes is not None and needed > budget_bytes:
         raise ValueError(
@@ -130,7 +153,7 @@ def record(
         )
     if not pipe.progress_is_hidden:
         print(f"recording: {told}", file=sys.stderr)
-    store = _new_store(placement, device)
+    model, store = fingerprint(pipe), _new_store(placement, device)
 
     kept = [noise.to(device, dtype)]
 
@@ -138,50 +161,47 @@ def record(
         kept.append(tensors["latents"].clone())
         return {}
 
-    capture = Capture(pipe, contents, store, precision, backend)
-    with capture:
-        pipe(
-            prompt,
-            inversion=inversion,
-            latents=None if inversion is not None else noise,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
+    with store.all_or_nothing():
+        capture = Capture(pipe, contents, store, precision, backend)
+        with capture:
+            pipe(
+                prompt,
+                inversion=inversion,
+                latents=None if inversion is not None else noise,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+                output_type="latent",
+                callback_on_step_end=keep,
+            )
+        if inversion is not None and inversion.method == "negative-prompt":
+            negative_prompt = inversion.prompt
+        plain = next((one for one in edits if isinstance(one, FreePromptEdit) and one.is_plain), None)
+        recording = Recording(
+            prompt=prompt,
             negative_prompt=negative_prompt,
-            output_type="latent",
-            callback_on_step_end=keep,
+            guidance_scale=guidance_scale,
+            steps=steps,
+            schedule=NoiseSchedule.of(pipe.scheduler),
+            contents=contents,
+            window=None if plain is None else (plain.window.start, plain.window.stop),
+            paths=() if plain is None else tuple(site.path for site in plain.select(sites)),
+            latents=torch.stack(kept),
+            model=model,
+            precision=precision,
+            error=capture.error,
+            store=store,
+            unconditional=None if inversion is None else inversion.unconditional,
         )
-    if inversion is not None and inversion.method == "negative-prompt":
-        negative_prompt = inversion.prompt
-    plain = next((one for one in edits if isinstance(one, FreePromptEdit) and one.is_plain), None)
-    recording = Recording(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        guidance_scale=guidance_scale,
-        steps=steps,
-        schedule=NoiseSchedule.of(pipe.scheduler),
-        contents=contents,
-        window=None if plain is None else (plain.window.start, plain.window.stop),
-        paths=() if plain is None else tuple(site.path for site in plain.select(sites)),
-        latents=torch.stack(kept),
-        model=fingerprint(pipe),
-        precision=precision,
-        error=capture.error,
-        store=store,
-        unconditional=None if inversion is None else inversion.unconditional,
-    )
-    if isinstance(store, FileStore):
-        tensors = {"latents": recording.latents}
-        if recording.unconditional is not None:
-            tensors["unconditional"] = recording.unconditional
-        store.write_tensors("latents.safetensors", tensors)
-        store.finish(recording.index())
+        if isinstance(store, FileStore):
+            recording.save(store)
     return recording
 
 
 @torch.no_grad()
 def edit(
     pipe: FreePromptPipeline,
-    recording: Recording,
+    recording: Recording | str | Path,
     target_prompt: str | Sequence[str],
     *,
     edit: Edit | None = None,
@@ -192,7 +212,8 @@ def edit(
     """Edit a recorded source into target prompts; the source itself is not denoised again.
 
     Args:
-        recording: from `record` or `Recording.load`, made with this model, scheduler and dtype.
+        recording: from `record` or `Recording.load`, or the folder that it is in; made with this model, scheduler and
+            dtype.
         target_prompt: one or more prompts.
         edit: any that needs no more of the source than was recorded; default: Free-Prompt-Editing as recorded. Edits
             that align words are written for `[recording.prompt, *targets]`.
@@ -205,18 +226,26 @@ def edit(
         ``.report.explain()`` says what was replayed.
 
     Raises:
-        ValueError: a recording of another model or schedule, one that lacks what the edit needs, or an edit that is
-            written for other prompts; before any denoising.
+        ValueError: a recording of another model or schedule, one that lacks what the edit needs, an edit that is
+            written for other prompts, or an IP-Adapter; before any denoising.
+        InputError: a folder, or a file of it, that is not what was recorded.
     """
     targets = [target_prompt] if isinstance(target_prompt, str) else list(target_prompt)
     if not targets or not all(isinstance(target, str) for target in targets):
         raise TypeError(f"expected one or more target prompts, received {target_prompt!r}")
+    if isinstance(recording, str | Path):
+        recording = Recording.load(recording)
+    if not isinstance(recording, Recording):
+        raise TypeError(f"expected what record returned, or its folder, received {type(recording).__name__}")
+    check_model(pipe.unet, pipe.vae)
+    check_without_image_prompts(pipe, "a recording")
     here = fingerprint(pipe)
     if here != recording.model:
         raise ValueError(
             f"the recording is of another model: {recording.model[:12]}… there and {here[:12]}… here; weights, "
-            "adapters, dtype and configurations must be those that it was made with"
+            "adapters and their strengths, FreeU, dtype and configurations must be those that it was made with"
         )
+    _check_deterministic(pipe.scheduler)
     pipe.scheduler.set_timesteps(recording.steps)
     recording.schedule.check(pipe.scheduler, "recording")
     chosen = _recorded_edit(recording, self_replace_steps) if edit is None else edit
@@ -283,9 +312,13 @@ def _sites(pipe: FreePromptPipeline, size: tuple[int, int]) -> tuple[Site, ...]:
     return tuple(site.at(*size) for site in attention_sites(pipe.unet))
 
 
-def _bytes(pipe: FreePromptPipeline, contents: Contents, size: tuple[int, int], precision: Precision) -> int:
-    tokens = pipe.tokenizer.model_max_length
-    return contents_bytes(contents, pipe.unet, size, tokens, pipe.unet.dtype.itemsize, precision)
+def _bytes(
+    pipe: FreePromptPipeline, contents: Contents, size: tuple[int, int], steps: int, precision: Precision
+) -> int:
+    """Parts of layers, and the latents before and after every step."""
+    tokens, itemsize = pipe.tokenizer.model_max_length, pipe.unet.dtype.itemsize
+    latents = (steps + 1) * pipe.unet.config.in_channels * size[0] * size[1] * itemsize
+    return latents + contents_bytes(contents, pipe.unet, size, tokens, itemsize, precision)
 
 
 def _is_guided(pipe: FreePromptPipeline, guidance_scale: float) -> bool:
@@ -310,6 +343,25 @@ def _check_deterministic(scheduler: Any) -> None:
         raise ValueError(
             f"{name} adds noise in each step, which targets would have to share with a source that does not run; "
             "record with a deterministic scheduler, such as DDIM, DPM-Solver++ or Euler"
+        )
+
+
+def _check_placement(placement: str | Path) -> None:
+    """Raise for the name of a device or of a medium, which would become a folder of that name."""
+    if not isinstance(placement, str | Path):
+        raise TypeError(f'placement must be "device", "cpu" or a folder, received {type(placement).__name__}')
+    if placement in ("device", "cpu") or isinstance(placement, Path):
+        return
+    try:
+        torch.device(placement)
+    except RuntimeError:
+        is_a_folder = placement not in ("gpu", "disk", "memory")
+    else:
+        is_a_folder = False
+    if not is_a_folder:
+        raise ValueError(
+            f'placement must be "device" (that of the pipeline), "cpu" or a folder, received {placement!r}; if a '
+            f"folder is meant, pass Path({placement!r})"
         )
 
 

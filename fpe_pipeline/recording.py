@@ -20,24 +20,18 @@ sums of these, edits of your own                         what they name of the s
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .loading import InputError
-from .map_store import FileStore, MapStore
+from .file_store import FileStore
+from .map_store import MapStore
 from .noise_schedule import NoiseSchedule
 from .packing import Precision
-from .recorded_parts import Contents
+from .recorded_parts import Contents, recorded_steps
 
-if TYPE_CHECKING:
-    from .pipeline import FreePromptPipeline
-
-__all__ = ["Recording", "fingerprint"]
+__all__ = ["Recording"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +86,8 @@ class Recording:
             InputError: no recording, one that was killed before its end, another version's, damaged files.
         """
         store, values = FileStore.open(Path(folder))
-        tensors = store.read_tensors("latents.safetensors")
-        names = {f.name for f in dataclasses.fields(cls)} - {"store", "latents", "unconditional"}
-        if values.keys() != names:
-            raise InputError(f"the recording '{folder}' is damaged: its index has other entries; record it again")
+        store.check_steps(recorded_steps(values["contents"]))
+        tensors = store.read_latents()
         schedule = dict(values.pop("schedule"))
         schedule["timesteps"] = tuple(schedule["timesteps"])
         values["window"] = None if values["window"] is None else tuple(values["window"])
@@ -108,29 +100,10 @@ class Recording:
             **values,
         )
 
-    def index(self) -> dict[str, Any]:
-        """Everything but the tensors, as `load` reads it."""
+    def save(self, store: FileStore) -> None:
+        """Finish the folder that `load` reads: what belongs to no step, and the index."""
+        names = ("latents",) if self.unconditional is None else ("latents", "unconditional")
+        store.write_latents({name: getattr(self, name) for name in names})
         tensors = ("store", "latents", "unconditional")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in tensors}
-        return values | {"schedule": dataclasses.asdict(self.schedule)}
-
-
-def fingerprint(pipe: FreePromptPipeline) -> str:
-    """SHA-256 (hex) of the text encoder's and the UNet's configuration, and of samples of every weight.
-
-    64 numbers a weight: another checkpoint, an adapter and another dtype are told apart in a fraction of the time
-    that it takes to read everything.
-    """
-    digest = hashlib.sha256()
-    for name in ("text_encoder", "unet"):
-        module = getattr(pipe, name)
-        config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
-        settings = {key: value for key, value in config.items() if not key.startswith("_")}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        samples = []
-        for key, tensor in sorted(module.state_dict().items()):
-            flat = tensor.detach().flatten()
-            samples.append(flat[:: max(1, flat.numel() // 64)][:64].double())
-            digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(torch.cat(samples).cpu().numpy().tobytes())  # one copy from the device for all
-    return digest.hexdigest()
+        store.finish(values | {"schedule": dataclasses.asdict(self.schedule)})

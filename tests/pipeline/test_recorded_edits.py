@@ -75,7 +75,7 @@ def test_as_with_the_source(tiny, plain, name, guidance):
     got = tiny.edit(recorded, TARGETS, edit=edit, output_type="latent")
     assert distance(got.images, expected) <= 2e-4
     assert min(distance(a, b) for a, b in zip(expected, plain[guidance], strict=True)) > 1e-2
-    assert recorded.store.nbytes == estimate(tiny, edit, (12, 16), STEPS, guided=guidance > 1)
+    assert recorded.nbytes == estimate(tiny, edit, (12, 16), STEPS, guided=guidance > 1)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Recordings: the same edits without the source, wherever the maps are kept, and nothing half-read."""
 
-import json
-import shutil
+import copy
 from typing import ClassVar
 
 import pytest
@@ -16,8 +15,10 @@ from diffusers import (
 from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
 from fpe_kernels import AttentionMap
-from fpe_pipeline import FreePromptEdit, Recording, ddim_scheduler, map_store, packing
+from fpe_pipeline import FreePromptEdit, Recording, ddim_scheduler, packing
+from fpe_pipeline.file_store import FileStore
 from fpe_pipeline.loading import InputError
+from fpe_pipeline.map_store import MemoryStore
 from fpe_pipeline.recorded_runs import estimate
 
 STEPS = 4
@@ -109,6 +110,17 @@ class TestSameImages:
         assert tiny.unet.attn_processors == before
 
 
+def _layer_of_a_copy(tiny, monkeypatch):
+    """A layer whose weights may be changed."""
+    monkeypatch.setattr(tiny, "unet", copy.deepcopy(tiny.unet))
+    return tiny.unet.up_blocks[1].attentions[1].transformer_blocks[0].attn1
+
+
+def _scale(projection, factor):
+    with torch.no_grad():
+        projection.weight.mul_(factor)
+
+
 class TestPrecision:
     @pytest.mark.parametrize(("precision", "largest"), [("half", 2e-3), ("int8-keys", 3e-2)])
     def test_error_is_measured_and_small(self, tiny, full, precision, largest):
@@ -118,10 +130,35 @@ class TestPrecision:
         error = distance(targets(tiny, recorded), full.images[1:])
         assert 1e-6 < error <= 100 * recorded.error
 
+    @pytest.mark.parametrize("precision", ["half", "int8-keys"])
+    def test_values_that_do_not_fit(self, tiny, monkeypatch, tmp_path, precision):
+        """Queries beyond float16's range, with keys so small that the maps are ordinary."""
+        layer = _layer_of_a_copy(tiny, monkeypatch)
+        _scale(layer.to_q, 1e7)
+        _scale(layer.to_k, 1e-7)
+        with pytest.raises(ValueError, match=r"larger in up_blocks.1.attentions.1.* \(up to .*e\+0.\): record .*exact"):
+            tiny.record(SOURCE, precision=precision, placement=tmp_path / "r", **RUN)
+        assert not (tmp_path / "r").exists()
+        expected = tiny(SOURCE, [TARGET, OTHER], output_type="latent", **RUN).images[1:]
+        assert distance(targets(tiny, tiny.record(SOURCE, **RUN)), expected) <= 1e-4
+
+    @pytest.mark.parametrize("precision", ["half", "int8-keys"])
+    def test_values_that_are_nothing(self, tiny, monkeypatch, precision):
+        layer = _layer_of_a_copy(tiny, monkeypatch)
+        _scale(layer.to_v, 0)
+        assert 0 < tiny.record(SOURCE, precision=precision, **RUN).error <= 3e-2
+
+    @pytest.mark.parametrize("precision", ["half", "int8-keys"])
+    def test_values_that_are_no_numbers(self, tiny, monkeypatch, precision):
+        layer = _layer_of_a_copy(tiny, monkeypatch)
+        _scale(layer.to_q, float("nan"))
+        with pytest.raises(ValueError, match=r"up_blocks.1.attentions.1.* \(up to nan\)"):
+            tiny.record(SOURCE, precision=precision, **RUN)
+
     @pytest.mark.parametrize("precision", packing.PRECISIONS)
     def test_the_estimate_is_what_is_kept(self, tiny, precision):
         recorded = tiny.record(SOURCE, precision=precision, **RUN)
-        assert estimate(tiny, FreePromptEdit(), (12, 16), STEPS, precision) == recorded.store.nbytes
+        assert estimate(tiny, FreePromptEdit(), (12, 16), STEPS, precision) == recorded.nbytes
         assert recorded.nbytes == recorded.store.nbytes + recorded.latents.nbytes
 
     def test_rows_of_rounded_maps_sum_to_one(self):
@@ -151,6 +188,16 @@ class TestBudget:
             tiny.record(SOURCE, budget_bytes=1000, placement=tmp_path / "r", **RUN)
         assert not (tmp_path / "r").exists()
 
+    def test_everything_counts(self, tiny):
+        """Latents and a null-text inversion's embeddings too."""
+        photo = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
+        inversion = tiny.invert(photo, SOURCE, num_inference_steps=2, height=24, width=32, method="null-text")
+        recorded = tiny.record(inversion=inversion)
+        assert recorded.nbytes > recorded.store.nbytes + recorded.latents.nbytes
+        assert tiny.record(inversion=inversion, budget_bytes=recorded.nbytes).nbytes == recorded.nbytes
+        with pytest.raises(ValueError, match="more than budget_bytes"):
+            tiny.record(inversion=inversion, budget_bytes=recorded.nbytes - 1)
+
 
 class TestStores:
     TENSORS: ClassVar = {
@@ -162,7 +209,7 @@ class TestStores:
     @pytest.mark.parametrize("kind", ["memory", "folder"])
     def test_a_step_is_one_block(self, tmp_path, kind):
         cpu = torch.device("cpu")
-        store = map_store.MemoryStore(cpu) if kind == "memory" else map_store.FileStore.create(tmp_path / "r")
+        store = MemoryStore(cpu) if kind == "memory" else FileStore.create(tmp_path / "r")
         for step in (2, 3):
             store.write(step, {name: tensor + step for name, tensor in self.TENSORS.items()})
         for step in (2, 3, 2):
@@ -172,70 +219,6 @@ class TestStores:
             assert len({tensor.untyped_storage().data_ptr() for tensor in read.values()}) == 1
         assert store.read(4, cpu) == {}
         store.release()
-
-
-class TestFolders:
-    def test_one_that_was_killed_is_refused(self, tiny, tmp_path, monkeypatch):
-        calls = []
-
-        def die(self, step, maps, write=map_store.FileStore.write):
-            calls.append(step)
-            if step == 1:
-                raise KeyboardInterrupt
-            write(self, step, maps)
-
-        monkeypatch.setattr(map_store.FileStore, "write", die)
-        before = tiny.unet.attn_processors
-        with pytest.raises(KeyboardInterrupt):
-            tiny.record(SOURCE, placement=tmp_path / "r", **RUN)
-        assert calls == [0, 1]
-        assert tiny.unet.attn_processors == before
-        with pytest.raises(InputError, match="was not finished: it has no index; record it again"):
-            Recording.load(tmp_path / "r")
-
-    def test_a_folder_that_holds_something(self, tiny, tmp_path):
-        (tmp_path / "letter.txt").write_text("dear")
-        with pytest.raises(InputError, match=r"is not empty \(it holds 'letter.txt'\)"):
-            tiny.record(SOURCE, placement=tmp_path, **RUN)
-        assert (tmp_path / "letter.txt").read_text() == "dear"
-        with pytest.raises(InputError, match="cannot record into"):
-            tiny.record(SOURCE, placement=tmp_path / "letter.txt", **RUN)
-
-    @pytest.mark.parametrize(
-        ("damage", "message"),
-        [
-            (lambda folder: (folder / "index.json").write_text("{"), "is damaged"),
-            (lambda folder: (folder / "index.json").write_text("[]"), "format 2, .* has list"),
-            (lambda folder: (folder / "step-0001.safetensors").unlink(), "cannot be read"),
-            (lambda folder: _cut(folder / "step-0001.safetensors"), "bytes instead of"),
-            (lambda folder: _garble(folder / "step-0001.safetensors"), "cannot be read"),
-            (lambda folder: shutil.copy(folder / "step-0000.safetensors", folder / "latents.safetensors"), "bytes"),
-            (lambda folder: _edit_index(folder, lambda index: index.update(format=1)), "format 2, .* has 1"),
-            (lambda folder: _edit_index(folder, lambda index: index["recording"].pop("model")), "other entries"),
-            (lambda folder: shutil.rmtree(folder), "does not exist"),
-        ],
-    )
-    def test_damage(self, folder, tmp_path, damage, message):
-        copy = tmp_path / "copy"
-        shutil.copytree(folder, copy)
-        Recording.load(copy)
-        damage(copy)
-        with pytest.raises(InputError, match=message):
-            Recording.load(copy)
-
-
-def _cut(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def _garble(path):
-    path.write_bytes(b"\xff" * len(path.read_bytes()))
-
-
-def _edit_index(folder, change):
-    index = json.loads((folder / "index.json").read_text())
-    change(index)
-    (folder / "index.json").write_text(json.dumps(index))
 
 
 class TestRefusals:
@@ -274,12 +257,35 @@ class TestRefusals:
             ({"latents": noise(2)}, ValueError, "a recording holds one image"),
             ({"prompt": [SOURCE]}, TypeError, "one source prompt, received list"),
             ({"levels": 9}, ValueError, "match none"),
+            ({"num_inference_steps": 0}, ValueError, "a whole number from 1 on, received 0"),
+            ({"edit": []}, ValueError, "expected an edit to record for"),
+            ({"edit": "fpe"}, TypeError, "expected an Edit, .* received str"),
+            ({"height": 48, "width": 32}, ValueError, "latents of 12 x 16 make images of 24 x 32 pixels"),
+            ({"placement": "gpu"}, ValueError, r"placement must be .* received 'gpu'; .* pass Path\('gpu'\)"),
+            ({"placement": "cuda:0"}, ValueError, "placement must be"),
+            ({"placement": torch.device("cpu")}, TypeError, "placement must be .* received device"),
+            ({"negative_prompt": ["a", "b"]}, TypeError, "one negative prompt, received list"),
+            ({"inversion": 3}, TypeError, "what pipe.invert returns as inversion, received int"),
         ],
     )
-    def test_of_recording(self, tiny, options, error, message):
+    def test_of_recording(self, tiny, monkeypatch, tmp_path, options, error, message):
+        monkeypatch.chdir(tmp_path)
         with pytest.raises(error, match=message):
             tiny.record(**{"prompt": SOURCE, **RUN, **options})
+        assert list(tmp_path.iterdir()) == []
 
     def test_without_targets(self, tiny, folder):
         with pytest.raises(TypeError, match="one or more target prompts"):
             tiny.edit(Recording.load(folder), [])
+
+    def test_of_something_else(self, tiny, folder, tmp_path):
+        with pytest.raises(TypeError, match="what record returned, or its folder, received int"):
+            tiny.edit(3, TARGET)
+        with pytest.raises(InputError, match="does not exist"):
+            tiny.edit(tmp_path / "nothing", TARGET)
+
+
+def test_a_folder_stands_for_its_recording(tiny, folder):
+    expected = targets(tiny, Recording.load(folder))
+    assert torch.equal(targets(tiny, folder), expected)
+    assert torch.equal(targets(tiny, str(folder)), expected)
