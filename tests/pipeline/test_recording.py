@@ -259,7 +259,6 @@ class TestRefusals:
             ({"levels": 9}, ValueError, "match none"),
             ({"num_inference_steps": 0}, ValueError, "a whole number from 1 on, received 0"),
             ({"edit": []}, ValueError, "expected an edit to record for"),
-            ({"edit": "fpe"}, TypeError, "expected an Edit, .* received str"),
             ({"height": 48, "width": 32}, ValueError, "latents of 12 x 16 make images of 24 x 32 pixels"),
             ({"placement": "gpu"}, ValueError, r"placement must be .* received 'gpu'; .* pass Path\('gpu'\)"),
             ({"placement": "cuda:0"}, ValueError, "placement must be"),
