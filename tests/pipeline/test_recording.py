@@ -102,6 +102,19 @@ class TestSameImages:
         tiny.record(inversion=inversion, placement=tmp_path / "r")
         assert distance(targets(tiny, Recording.load(tmp_path / "r")), expected) <= 1e-4
 
+    @pytest.mark.parametrize("method", ["ddim", "direct", "negative-prompt"])
+    def test_latents_are_those_that_the_source_goes_on_from(self, tiny, method):
+        photo = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
+        inversion = tiny.invert(photo, SOURCE, num_inference_steps=3, height=24, width=32, method=method)
+        seen = []
+        hook = tiny.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:1].clone()))
+        try:
+            recorded = tiny.record(inversion=inversion)
+        finally:
+            hook.remove()
+        last = tiny(inversion=inversion, output_type="latent").images
+        assert torch.equal(recorded.latents, torch.stack([*seen, last]))
+
     def test_images_and_processors(self, tiny, folder):
         before = tiny.unet.attn_processors
         out = tiny.edit(Recording.load(folder), TARGET)
