@@ -119,8 +119,6 @@ def record(
         raise ValueError("expected an edit to record for, or several, received none: leave edit out for its default")
     edits = [chosen_edit(one, self_replace_steps, levels, max_tokens, layers) for one in given]
     for one in edits:
-        if not isinstance(one, Edit):
-            raise TypeError(f"expected an Edit, such as FreePromptEdit(), or several, received {type(one).__name__}")
         _check_prompts(one, [prompt])
     steps = 50 if num_inference_steps is None else num_inference_steps
     check_positive(num_inference_steps=steps)

@@ -102,6 +102,19 @@ class TestSameImages:
         tiny.record(inversion=inversion, placement=tmp_path / "r")
         assert distance(targets(tiny, Recording.load(tmp_path / "r")), expected) <= 1e-4
 
+    @pytest.mark.parametrize("method", ["ddim", "direct", "negative-prompt"])
+    def test_latents_are_those_that_the_source_goes_on_from(self, tiny, method):
+        photo = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
+        inversion = tiny.invert(photo, SOURCE, num_inference_steps=3, height=24, width=32, method=method)
+        seen = []
+        hook = tiny.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0][:1].clone()))
+        try:
+            recorded = tiny.record(inversion=inversion)
+        finally:
+            hook.remove()
+        last = tiny(inversion=inversion, output_type="latent").images
+        assert torch.equal(recorded.latents, torch.stack([*seen, last]))
+
     def test_images_and_processors(self, tiny, folder):
         before = tiny.unet.attn_processors
         out = tiny.edit(Recording.load(folder), TARGET)
@@ -259,7 +272,6 @@ class TestRefusals:
             ({"levels": 9}, ValueError, "match none"),
             ({"num_inference_steps": 0}, ValueError, "a whole number from 1 on, received 0"),
             ({"edit": []}, ValueError, "expected an edit to record for"),
-            ({"edit": "fpe"}, TypeError, "expected an Edit, .* received str"),
             ({"height": 48, "width": 32}, ValueError, "latents of 12 x 16 make images of 24 x 32 pixels"),
             ({"placement": "gpu"}, ValueError, r"placement must be .* received 'gpu'; .* pass Path\('gpu'\)"),
             ({"placement": "cuda:0"}, ValueError, "placement must be"),
