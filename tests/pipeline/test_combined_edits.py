@@ -183,7 +183,8 @@ def test_explain(tiny):
     text = session.explain()
     assert "steps 0-1: row 3 = A(q 2, k 2) @ v 3" in text
     assert "up_blocks.1.resnets.1.conv2: features, steps 0-2" in text
-    assert "cross-attention layers" in text
+    assert "left alone: 7 of 7 cross-attention layers" in text
+    assert session.report().explain() == text  # all that a pipeline's output has
     memory = session.report().memory
     heads, tokens, dim = 2, 16, 8
     (held,) = {memory[path].held for path in memory if "down_blocks.1" in path}
