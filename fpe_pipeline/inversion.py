@@ -2,7 +2,7 @@
 
 Four methods, on the same DDIM trajectory; they differ in what holds the source to it while it is denoised again:
 
-- ``"ddim"``: at the start of every step the source row is put back onto the stored latent, the reference latents of
+- ``"ddim"``: between steps the source row is put back onto the stored latent, the reference latents of
   Free-Prompt-Editing. What comes out after the last step is the sampler's own last step.
 - ``"direct"``: as above, and after the last step too. Direct Inversion adds to the source branch, step by step, its
   difference from the inversion latent, which is to overwrite it with that latent; the source then comes out as the

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .arguments import chosen_edit, image_size
+from .arguments import check_prompts, chosen_edit, image_size
 from .edits import Edit, FreePromptEdit
 from .inversion import Inversion
 from .map_store import FileStore, MapStore, MemoryStore
@@ -101,7 +101,7 @@ def record(
     given = edit if isinstance(edit, Sequence) else (edit,)
     edits = [chosen_edit(one, self_replace_steps, levels, max_tokens, layers) for one in given]
     for one in edits:
-        _check_prompts(one, [prompt])
+        check_prompts(one, [prompt])
     steps = inversion.steps if inversion is not None else num_inference_steps or 50
     device, dtype = pipe._execution_device, pipe.unet.dtype
     noise = inversion.noise if inversion is not None else latents
@@ -222,7 +222,7 @@ def edit(
     chosen = _recorded_edit(recording, self_replace_steps) if edit is None else edit
     if edit is not None and self_replace_steps is not None:
         raise ValueError("self_replace_steps belongs to the edit; pass it there")
-    _check_prompts(chosen, [recording.prompt, *targets])
+    check_prompts(chosen, [recording.prompt, *targets])
     noise = recording.latents[0]
     guided = _is_guided(pipe, recording.guidance_scale)
     replay = Replay(pipe, chosen, recording.store, recording.latents, len(targets), guided, backend)
@@ -290,16 +290,6 @@ def _bytes(pipe: FreePromptPipeline, contents: Contents, size: tuple[int, int], 
 
 def _is_guided(pipe: FreePromptPipeline, guidance_scale: float) -> bool:
     return guidance_scale > 1 and pipe.unet.config.time_cond_proj_dim is None
-
-
-def _check_prompts(edit: Edit, prompts: Sequence[str]) -> None:
-    """Raise ValueError for an edit that is written for other prompts than begin with these."""
-    written = edit.written_for()
-    if written and (written[: len(prompts)] != tuple(prompts) or len(prompts) not in (1, len(written))):
-        raise ValueError(
-            f"{type(edit).__name__} is written for the prompts {list(written)}, received {list(prompts)}: write it "
-            "for the recorded source and the targets of the call, in their order"
-        )
 
 
 def _check_deterministic(scheduler: Any) -> None:

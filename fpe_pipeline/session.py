@@ -169,7 +169,9 @@ class EditingSession:
         self._layers.wrap(watcher.select(self.sites))
         self._watchers += (watcher,)
         if watcher.blends and self.pipe is not None and self._scheduler_hook is None:
-            self._scheduler_hook = SchedulerHook(self.pipe.scheduler, self.after_step)
+            self._scheduler_hook = SchedulerHook(
+                self.pipe.scheduler, lambda latents, timestep: self.after_step(latents)
+            )
 
     def unwatch(self, watcher: Watcher) -> None:
         """Stop asking a watcher; the layers that it alone read go back to being computed as they were."""

@@ -70,6 +70,9 @@ class FreePromptEdit(SelfAttentionEdit):
         deepest = max((site.level for site in sites), default=1)
         return LayerSelection.parse("self", levels=range(1, max(deepest, 1) + 1)).match(sites)
 
+    def written_for(self) -> tuple[str, ...]:
+        return (self.mask.prompt,) if isinstance(self.mask, WordMask) else ()
+
     def begin(self) -> FreePromptEdit:
         return replace(self, mask=self.mask.begin()) if isinstance(self.mask, WordMask) else self
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline
 
-from fpe_pipeline import FreePromptPipeline, NullText, ddim_scheduler
+from fpe_pipeline import FreePromptPipeline, LocalBlend, NullText, PromptToPromptEdit, ddim_scheduler
 from fpe_pipeline.images import to_tensor
 from fpe_pipeline.inversion import METHODS
 from fpe_pipeline.models import embedded_path, scenes
@@ -88,6 +88,33 @@ def test_direct_returns_the_encoded_image(tiny, inversions):
     ddim = tiny(inversion=inversions["ddim"], target_prompt=TARGET, guidance_scale=9.0, output_type="latent")
     assert torch.equal(ddim.targets[0], out.targets[0])
     assert distance(ddim.source[None], inversions["ddim"].latents[0]) > 1e-4
+
+
+def test_a_local_blend_keeps_the_image_outside_its_words(tiny, inversions):
+    """To the bit, after every step: what it takes over is the source that was put back, live and from a recording."""
+    inversion = inversions["direct"]
+    edit = PromptToPromptEdit([SOURCE, TARGET], tiny.tokenizer) + LocalBlend(
+        [SOURCE, TARGET], tiny.tokenizer, ("green", "rubber"), 0.98
+    )
+    kept = []
+
+    def compare(pipe, index, timestep, tensors):
+        source, target = tensors["latents"]
+        assert torch.equal(source, inversion.latents[STEPS - 1 - index][0])
+        kept.append((source == target).all(0).float().mean().item())
+        return {}
+
+    live = tiny(
+        inversion=inversion, target_prompt=TARGET, edit=edit, output_type="latent", callback_on_step_end=compare
+    ).images
+    assert len(kept) == STEPS
+    assert all(0.2 < share < 1 for share in kept)
+    recording = tiny.record(inversion=inversion, edit=edit)
+    assert torch.equal(recording.latents, inversion.latents.flip(0))
+    replayed = tiny.edit(recording, TARGET, edit=edit, output_type="latent").images[0]
+    assert (replayed == inversion.latents[0][0]).all(0).float().mean().item() == pytest.approx(kept[-1], abs=0.02)
+    assert distance(replayed, live[1]) <= 1e-4
+    assert "step" not in vars(tiny.scheduler)
 
 
 def test_the_source_may_be_dropped_and_another_prompt_named(tiny, inversions):
