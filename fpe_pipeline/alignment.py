@@ -109,7 +109,14 @@ def tokenize(prompt: str, tokenizer: Any, length: int | None = None) -> Tokenize
         tokenizer: a pipeline's ``tokenizer``. Without offsets (slow tokenizers), tokens are located by decoding
             them one after the other.
         length: tokens after padding. Default: ``tokenizer.model_max_length``, as pipelines pad.
+
+    Raises:
+        TypeError: no tokenizer.
     """
+    if not callable(tokenizer):
+        raise TypeError(
+            f"expected a tokenizer to find words with, such as pipe.tokenizer, got {type(tokenizer).__name__}"
+        )
     if length is None:
         length = int(tokenizer.model_max_length)
         if length > 1_000_000:  # transformers' "unlimited"

@@ -12,7 +12,6 @@ from .inversion import Inversion
 
 __all__ = [
     "check_inversion_options",
-    "check_positive",
     "check_prompts",
     "check_size",
     "chosen_edit",
@@ -68,6 +67,8 @@ def chosen_edit(edit: Edit | None, self_replace_steps: Any, levels: Any, max_tok
     given = {"levels": levels, "max_tokens": max_tokens, "layers": layers}
     if edit is None:
         return FreePromptEdit(self_replace_steps, **given)
+    if not isinstance(edit, Edit):
+        raise TypeError(f"expected an Edit, such as FreePromptEdit(), got {type(edit).__name__}")
     if self_replace_steps != 0.8 or any(value is not None for value in given.values()):
         raise ValueError("self_replace_steps, levels, max_tokens and layers belong to the edit; pass them to it")
     return edit
@@ -124,13 +125,6 @@ def image_size(
         )
     check_size(*size, factor)
     return size
-
-
-def check_positive(**numbers: int) -> None:
-    """Raise ValueError for anything but whole numbers from 1 on."""
-    for name, number in numbers.items():
-        if not hasattr(number, "__index__") or number < 1:
-            raise ValueError(f"{name} must be a whole number from 1 on, received {number!r}")
 
 
 def check_inversion_options(

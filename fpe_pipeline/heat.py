@@ -318,7 +318,8 @@ def _prompts_read(pipe: Any, maps: HeatMaps, prompts: str | Sequence[str] | None
     @functools.wraps(original)  # pipelines and their callers inspect the signature
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
         prompt = args[0] if args else kwargs.get("prompt")
-        if prompt is not None:
+        session = session_of(pipe)
+        if prompt is not None and session is not None and not session.is_paused:
             maps._watcher.set_prompts([prompt] if isinstance(prompt, str) else list(prompt))
         return original(*args, **kwargs)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,7 +21,6 @@ from . import inversion as inversions
 from . import recorded_runs
 from .arguments import (
     check_inversion_options,
-    check_positive,
     check_prompts,
     check_size,
     chosen_edit,
@@ -30,6 +28,7 @@ from .arguments import (
     negative_list,
     prompt_list,
 )
+from .checks import check_finite, check_positive
 from .edits import Edit
 from .hooks import FollowInversion
 from .inversion import Inversion
@@ -152,8 +151,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         if prompts:
             check_prompts(edit, prompts)
         check_positive(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale must be a finite number, received {guidance_scale}")
+        check_finite(guidance_scale=guidance_scale)
         if not keep_source:
             check_source_can_be_dropped(self, count, options)
         latents = shared_latents(latents, count, num_images_per_prompt, self.unet.config.in_channels)

@@ -114,6 +114,7 @@ def record(
     size = (noise.shape[-2], noise.shape[-1])
 
     pipe.scheduler.set_timesteps(steps, device=device)
+    schedule = NoiseSchedule.of(pipe.scheduler)
     sites, calls = _sites(pipe, size), len(pipe.scheduler.timesteps)
     contents = source_needs(edits, sites, calls, guided=_is_guided(pipe, guidance_scale))
     needed = _bytes(pipe, contents, size, precision)
@@ -158,7 +159,7 @@ def record(
         negative_prompt=negative_prompt,
         guidance_scale=guidance_scale,
         steps=steps,
-        schedule=NoiseSchedule.of(pipe.scheduler),
+        schedule=schedule,
         contents=contents,
         window=None if plain is None else (plain.window.start, plain.window.stop),
         paths=() if plain is None else tuple(site.path for site in plain.select(sites)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +26,7 @@ from .sites import Site, attention_sites
 from .unets import identity, is_guided, pipe_and_unet
 from .watching import Watcher
 
-__all__ = ["EditingSession", "editing", "session_of"]
+__all__ = ["EditingSession", "editing", "session_of", "unedited"]
 
 _SESSIONS: weakref.WeakKeyDictionary[torch.nn.Module, EditingSession] = weakref.WeakKeyDictionary()
 
@@ -231,6 +231,11 @@ class EditingSession:
             self._paused = before
 
     @property
+    def is_paused(self) -> bool:
+        """Whether UNet calls are left unedited just now."""
+        return self._paused
+
+    @property
     def current_step(self) -> Step | None:
         """The step of the latest UNet call; None before the first and while paused."""
         return self._step
@@ -343,6 +348,12 @@ editing = EditingSession
 def session_of(pipe: Any) -> EditingSession | None:
     """The session that a pipeline's UNet is in, or None."""
     return _SESSIONS.get(identity(pipe_and_unet(pipe)[1]))
+
+
+def unedited(pipe: Any) -> AbstractContextManager[None]:
+    """Leave calls of a pipeline's UNet alone in a ``with`` block, whether or not it is in a session."""
+    session = session_of(pipe)
+    return nullcontext() if session is None else session.paused()
 
 
 def _check_backend(backend: str) -> None:

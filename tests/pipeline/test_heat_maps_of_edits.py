@@ -78,11 +78,18 @@ def test_edits_and_plain_calls_by_turns(tiny):
 
 
 def test_around_an_edit_of_a_real_image(tiny):
-    inversion = tiny.invert(np.random.default_rng(3).random((24, 32, 3)), SOURCE, num_inference_steps=STEPS)
-    with heat_maps(tiny, ["ducks"]) as heat:
+    photo = np.random.default_rng(3).random((24, 32, 3))
+    inversion = tiny.invert(photo, SOURCE, num_inference_steps=STEPS)
+    with heat_maps(tiny, ["rubber"]) as heat:
         out = tiny(inversion=inversion, target_prompt=TARGET, output_type="latent")
     assert out.report.layers
-    assert (heat.word("ducks", 1) > 0).all()
+    expected = heat.word("rubber", 1)
+    assert (expected > 0).all()
+    with heat_maps(tiny, ["rubber"]) as heat:  # the inversion's passes are no part of it
+        again = tiny.invert(photo, SOURCE, num_inference_steps=STEPS)
+        tiny(inversion=again, target_prompt=TARGET, output_type="latent")
+    assert torch.equal(again.latents, inversion.latents)
+    np.testing.assert_array_equal(heat.word("rubber", 1), expected)
 
 
 def test_the_two_blocks_may_end_in_either_order(tiny):

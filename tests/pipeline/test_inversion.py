@@ -5,14 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, IPNDMScheduler, PNDMScheduler
 from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline
 
 from fpe_pipeline import FreePromptPipeline, LocalBlend, NullText, PromptToPromptEdit, ddim_scheduler
 from fpe_pipeline.images import to_tensor
 from fpe_pipeline.inversion import METHODS
 from fpe_pipeline.models import embedded_path, scenes
-from fpe_pipeline.noise_schedule import ddim_inverse_step
+from fpe_pipeline.noise_schedule import NoiseSchedule, ddim_inverse_step
 
 STEPS = 3
 
@@ -148,7 +148,40 @@ def test_each_step_has_its_own_embedding(tiny, inversions):
     assert distance(tiny(inversion=inversion, output_type="latent").source, first) > 1e-4
 
 
+def test_numbers_of_steps_and_guidance(tiny, photo):
+    assert inverted(tiny, photo, num_inference_steps=np.int64(2)).steps == 2
+    for steps in (True, 0, 2.0, "2"):
+        with pytest.raises(ValueError, match="num_inference_steps must be a whole number from 1 on"):
+            inverted(tiny, photo, num_inference_steps=steps)
+    for scale in (float("nan"), float("inf"), None):
+        with pytest.raises(ValueError, match="guidance_scale must be a finite number"):
+            inverted(tiny, photo, guidance_scale=scale)
+
+
+def test_schedulers_without_noise_levels(tiny, monkeypatch):
+    scheduler = IPNDMScheduler()
+    scheduler.set_timesteps(STEPS)
+    with pytest.raises(ValueError, match="IPNDMScheduler has no noise level for each timestep"):
+        NoiseSchedule.of(scheduler)
+    monkeypatch.setattr(tiny, "scheduler", scheduler)
+    monkeypatch.setattr(tiny.unet, "forward", lambda *a, **k: pytest.fail("denoised before it was checked"))
+    with pytest.raises(ValueError, match="IPNDMScheduler has no noise level for each timestep"):
+        tiny.record(SOURCE, num_inference_steps=STEPS)
+
+
 class TestNullText:
+    def test_under_inference_mode(self, tiny, photo):
+        settings = NullText(inner_steps=2)
+        with torch.inference_mode():
+            found = inverted(tiny, photo, settings)
+        assert torch.equal(found.unconditional, inverted(tiny, photo, settings).unconditional)
+
+    def test_weights_made_under_inference_mode(self, tiny, photo, monkeypatch):
+        with torch.inference_mode():
+            monkeypatch.setattr(tiny, "unet", copy.deepcopy(tiny.unet))
+        with pytest.raises(ValueError, match=r"weights were made under torch\.inference_mode"):
+            inverted(tiny, photo, "null-text")
+
     def test_checkpointing_changes_nothing_but_memory(self, tiny, photo):
         found = [
             inverted(tiny, photo, NullText(inner_steps=2, gradient_checkpointing=on)).unconditional
