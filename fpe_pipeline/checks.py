@@ -6,7 +6,7 @@ import math
 from numbers import Real
 from typing import Any
 
-__all__ = ["check_finite", "check_positive"]
+__all__ = ["check_guidance", "check_positive"]
 
 
 def check_positive(**numbers: Any) -> None:
@@ -16,8 +16,7 @@ def check_positive(**numbers: Any) -> None:
             raise ValueError(f"{name} must be a whole number from 1 on, received {number!r}")
 
 
-def check_finite(**numbers: Any) -> None:
-    """Raise ValueError for anything but finite numbers."""
-    for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
-            raise ValueError(f"{name} must be a finite number, received {number!r}")
+def check_guidance(guidance_scale: Any) -> None:
+    """Raise ValueError for a scale that is no finite number."""
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, received {guidance_scale!r}")

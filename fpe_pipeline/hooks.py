@@ -87,7 +87,7 @@ class SchedulerHook:
                 "latents were to be blended after each step, and the scheduler that the session found on entering made "
                 "none: set the pipeline's scheduler before, or call session.after_step(latents) in a loop of your own",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         if vars(self._scheduler).get("step") is self._step:
             del self._scheduler.step

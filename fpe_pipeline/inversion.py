@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from PIL import Image
 
-from .checks import check_finite, check_positive
+from .checks import check_guidance, check_positive
 from .images import load_image, to_tensor
 from .noise_schedule import NoiseSchedule, ddim_inverse_step, require_ddim
 from .null_text import NullText, optimise_unconditional
@@ -141,7 +141,7 @@ def invert(
     if not isinstance(prompt, str):
         raise TypeError(f"expected one prompt, the image's, received {type(prompt).__name__}")
     check_positive(num_inference_steps=num_inference_steps)
-    check_finite(guidance_scale=guidance_scale)
+    check_guidance(guidance_scale)
     if null_text is not None:
         null_text.check(pipe)
         if guidance_scale > 1:

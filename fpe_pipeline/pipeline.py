@@ -28,7 +28,7 @@ from .arguments import (
     negative_list,
     prompt_list,
 )
-from .checks import check_finite, check_positive
+from .checks import check_guidance, check_positive
 from .edits import Edit
 from .hooks import FollowInversion
 from .inversion import Inversion
@@ -151,7 +151,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         if prompts:
             check_prompts(edit, prompts)
         check_positive(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
-        check_finite(guidance_scale=guidance_scale)
+        check_guidance(guidance_scale)
         if not keep_source:
             check_source_can_be_dropped(self, count, options)
         latents = shared_latents(latents, count, num_images_per_prompt, self.unet.config.in_channels)
