@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,13 @@ import torch
 
 __all__ = ["Alignment", "TokenizedPrompt", "Word", "align_refine", "align_replace", "tokenize"]
 
-# A run of letters and digits, with apostrophes and hyphens inside, or a single punctuation mark.
-_WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")
 _SPACED = re.compile(r"\S+")
+# Scripts that put no blanks between words (Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese), or write particles
+# onto them (Korean): a word is found there inside a longer run of letters.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3130-\u318f\u3400-\u4dbf"
+    "\u4e00-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class TokenizedPrompt:
     @property
     def words(self) -> tuple[Word, ...]:
         """Words and punctuation marks, each with its tokens; every token that stands for text is in one of them."""
-        return self._split(_WORD)
+        return self._split(_word_pattern(self.text))
 
     @property
     def spaced_words(self) -> tuple[Word, ...]:
@@ -49,13 +54,15 @@ class TokenizedPrompt:
         return self._split(_SPACED)
 
     def find(self, phrase: str) -> tuple[int, ...]:
-        """Positions of the tokens of a word or phrase, wherever it occurs; letter case does not matter.
+        """Positions of the tokens of a word or phrase, wherever it occurs.
+
+        Letter case does not matter, nor whether accents are characters of their own.
 
         Raises:
             ValueError: the prompt does not contain it as whole words, or was truncated before it.
         """
         phrase = phrase.strip()
-        found = [] if not phrase else [match.span() for match in _whole(phrase).finditer(self.text)]
+        found = _occurrences(phrase, self.text)
         tokens = tuple(i for i, span in enumerate(self.spans) if any(_overlap(span, other) for other in found))
         if not found:
             raise ValueError(f"the word {phrase!r} is not in the prompt {self.text!r}; its words are {self._listed()}")
@@ -65,7 +72,7 @@ class TokenizedPrompt:
 
     def contains(self, phrase: str) -> bool:
         """Whether :meth:`find` finds it."""
-        return bool(phrase.strip()) and _whole(phrase.strip()).search(self.text) is not None
+        return bool(_occurrences(phrase.strip(), self.text))
 
     def _split(self, pattern: re.Pattern[str]) -> tuple[Word, ...]:
         matches = list(pattern.finditer(self.text))
@@ -102,7 +109,14 @@ def tokenize(prompt: str, tokenizer: Any, length: int | None = None) -> Tokenize
         tokenizer: a pipeline's ``tokenizer``. Without offsets (slow tokenizers), tokens are located by decoding
             them one after the other.
         length: tokens after padding. Default: ``tokenizer.model_max_length``, as pipelines pad.
+
+    Raises:
+        TypeError: no tokenizer.
     """
+    if not callable(tokenizer):
+        raise TypeError(
+            f"expected a tokenizer to find words with, such as pipe.tokenizer, got {type(tokenizer).__name__}"
+        )
     if length is None:
         length = int(tokenizer.model_max_length)
         if length > 1_000_000:  # transformers' "unlimited"
@@ -168,7 +182,7 @@ def align_refine(source: TokenizedPrompt, target: TokenizedPrompt, compat: str |
     else:
         ours, theirs = _tokens_as_words(source), _tokens_as_words(target)
     pairs = _longest_common(
-        [word.text.casefold() for word in ours], [word.text.casefold() for word in theirs], late=compat is not None
+        [_spelling(word) for word in ours], [_spelling(word) for word in theirs], late=compat is not None
     )
     if not pairs:
         raise ValueError(
@@ -186,13 +200,61 @@ def align_refine(source: TokenizedPrompt, target: TokenizedPrompt, compat: str |
     return Alignment(mapper, (mapper.sum(0) > 0).double())
 
 
-def _whole(phrase: str) -> re.Pattern[str]:
-    """The phrase as whole words: not inside a longer run of letters, in scripts that put blanks between words."""
-    spaced = phrase.isascii()
-    body = r"\s+".join(re.escape(part) for part in phrase.split())
-    before = r"(?<!\w)" if spaced and phrase[0].isalnum() else ""
-    after = r"(?!\w)" if spaced and phrase[-1].isalnum() else ""
-    return re.compile(before + body + after, re.IGNORECASE)
+def _word_pattern(text: str) -> re.Pattern[str]:
+    """A run of letters and digits of ``text``, with apostrophes and hyphens inside, or a single punctuation mark."""
+    # Combining marks (accents of their own, vowel signs) belong to the letter before; `re` has no class of them.
+    letter = rf"[\w{''.join(sorted({character for character in text if _is_mark(character)}))}]"
+    return re.compile(rf"{letter}+(?:['’-]{letter}+)*|[^\w\s]")
+
+
+def _occurrences(phrase: str, text: str) -> list[tuple[int, int]]:
+    """Where a phrase stands in a text as whole words, as (start, stop)."""
+    if not phrase:
+        return []
+    composed, places = _composed(text)
+    body = r"\s+".join(re.escape(part) for part in _composed(phrase)[0].split())
+    spans = (match.span(1) for match in re.finditer(f"(?=({body}))", composed, re.IGNORECASE))
+    return [
+        (places[start], places[stop])
+        for start, stop in spans
+        if not _is_inside_a_word(composed, start) and not _is_inside_a_word(composed, stop)
+    ]
+
+
+def _composed(text: str) -> tuple[str, list[int]]:
+    """A text with accents composed (NFC), and for each of its characters, and its end, the place in ``text``."""
+    composed: list[str] = []
+    places: list[int] = []
+    start = 0
+    for stop in range(1, len(text) + 1):
+        if stop == len(text) or not _is_mark(text[stop]):  # a letter with its marks has ended
+            letter = unicodedata.normalize("NFC", text[start:stop])
+            composed.append(letter)
+            places += [start] * len(letter)
+            start = stop
+    return "".join(composed), [*places, len(text)]
+
+
+def _is_inside_a_word(text: str, place: int) -> bool:
+    """Whether a cut before the character at ``place`` would divide a word."""
+    if not 0 < place < len(text):
+        return False
+    before, after = text[place - 1], text[place]
+    return _is_mark(after) or (_is_spaced_letter(before) and _is_spaced_letter(after))
+
+
+def _is_spaced_letter(character: str) -> bool:
+    """Whether it spells words, in a script that puts blanks between them."""
+    spells = character.isalnum() or character == "_" or _is_mark(character)
+    return spells and _UNSPACED.match(character) is None
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character).startswith("M")
+
+
+def _spelling(word: Word) -> str:
+    return unicodedata.normalize("NFC", word.text.casefold())
 
 
 def _overlap(span: tuple[int, int] | None, other: tuple[int, int]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,8 @@ from .edits import Edit, FreePromptEdit
 from .inversion import Inversion
 
 __all__ = [
-    "check_guidance",
     "check_inversion_options",
-    "check_positive",
+    "check_prompts",
     "check_size",
     "chosen_edit",
     "image_size",
@@ -68,9 +67,27 @@ def chosen_edit(edit: Edit | None, self_replace_steps: Any, levels: Any, max_tok
     given = {"levels": levels, "max_tokens": max_tokens, "layers": layers}
     if edit is None:
         return FreePromptEdit(self_replace_steps, **given)
+    if not isinstance(edit, Edit):
+        raise TypeError(f"expected an Edit, such as FreePromptEdit(), got {type(edit).__name__}")
     if self_replace_steps != 0.8 or any(value is not None for value in given.values()):
         raise ValueError("self_replace_steps, levels, max_tokens and layers belong to the edit; pass them to it")
     return edit
+
+
+def check_prompts(edit: Edit, prompts: Sequence[str]) -> None:
+    """Raise ValueError for an edit that is written for other prompts than these.
+
+    Args:
+        edit: any.
+        prompts: those of the call, the source's first; the source's alone where its targets are not known yet.
+    """
+    written = edit.written_for()
+    begins_so = all(own == given for own, given in zip(written, prompts, strict=False))
+    if not begins_so or (len(written) > 1 and len(prompts) not in (1, len(written))):
+        raise ValueError(
+            f"{type(edit).__name__} is written for the prompts {list(written)}, received {list(prompts)}: write it "
+            "for the source and the targets of the call, in their order"
+        )
 
 
 def check_size(height: int, width: int, factor: int) -> None:
@@ -108,19 +125,6 @@ def image_size(
         )
     check_size(*size, factor)
     return size
-
-
-def check_positive(**numbers: int) -> None:
-    """Raise ValueError for anything but whole numbers from 1 on."""
-    for name, number in numbers.items():
-        if not hasattr(number, "__index__") or number < 1:
-            raise ValueError(f"{name} must be a whole number from 1 on, received {number!r}")
-
-
-def check_guidance(guidance_scale: float) -> None:
-    """Raise ValueError for a scale that is no number."""
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale must be a finite number, received {guidance_scale}")
 
 
 def check_inversion_options(

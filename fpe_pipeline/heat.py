@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +20,10 @@ from .heat_views import overlay, principal_components
 from .products import Product
 from .roles import BatchRoles
 from .schedule import Step, StepWindow
-from .selection import LayerSelection
-from .session import editing, session_of
+from .selection import LayerSelection, whole_numbers
+from .session import EditingSession, session_of
 from .sites import Site
-from .watching import HeatCollector, Watcher, resize_maps
+from .watching import HeatCollector, Watcher, check_same_rows, resize_maps
 
 __all__ = ["HeatMaps", "heat_maps"]
 
@@ -31,9 +31,9 @@ __all__ = ["HeatMaps", "heat_maps"]
 @contextmanager
 def heat_maps(
     pipe: Any,
-    words: Sequence[str] = (),
+    words: str | Sequence[str] = (),
     *,
-    pixels: Sequence[tuple[float, float]] = (),
+    pixels: Iterable[Sequence[float]] = (),
     components: int = 0,
     steps: Any = 1.0,
     levels: Any = None,
@@ -47,13 +47,14 @@ def heat_maps(
             image = pipe("a cat on a chair").images[0]
         maps.overlay(maps.word("cat"), image).save("cat.png")
 
-    Inside ``with editing(...)`` it reads the edited maps. Rows are the conditional ones. Maps are averaged over heads,
-    layers and steps; no dense map is made: words are columns that the layers' products carry along, a pixel is one row
-    of each map, and components come from products with the maps and their adjoints.
+    Inside and around ``with editing(...)``, and around an edit by `FreePromptPipeline`, it reads the edited maps;
+    images count in the order of the call, the source's first. Rows are the conditional ones. Maps are averaged over
+    heads, layers and steps; no dense map is made: words are columns that the layers' products carry along, a pixel is
+    one row of each map, and components come from products with the maps and their adjoints.
 
     Args:
         pipe: a diffusers pipeline with a UNet.
-        words: words or phrases, each of which one of the prompts has to hold.
+        words: a word or phrase, or several, each of which one of the prompts has to hold.
         pixels: points (x, y) of the image, in pixels, whose self-attention is read.
         components: number of principal components of self-attention. Queries and keys are kept for it.
         steps: a number s for the steps ``[0, int(T·s))``, or a pair.
@@ -67,15 +68,18 @@ def heat_maps(
         ValueError: nothing to read, words that no prompt holds (before any denoising), pixels outside the image,
             more to keep than ``max_bytes``.
     """
-    if not words and not pixels and not components:
+    words = (words,) if isinstance(words, str) else tuple(words)
+    points = tuple(_point(pixel) for pixel in pixels)
+    (components,) = whole_numbers("components", [components])
+    if not words and not points and not components:
         raise ValueError("expected words, pixels or components to read, got none of them")
-    maps = HeatMaps(pipe, tuple(words), tuple(pixels), components, StepWindow.parse(steps), levels, max_bytes)
+    maps = HeatMaps(pipe, words, points, components, StepWindow.parse(steps), levels, max_bytes)
     session = session_of(pipe)
     if session is not None and session_options:
         raise ValueError(f"the session is open already: give it {', '.join(sorted(session_options))}")
     with _prompts_read(pipe, maps, prompts):
         if session is None:
-            with editing(pipe, _Unedited(), **session_options) as session:
+            with _Watching(pipe, _Unedited(), **session_options) as session:
                 session.watch(maps._watcher)
                 yield maps
         else:
@@ -119,8 +123,9 @@ class HeatMaps:
             raise ValueError("no step of the window has run: there is no heat")
         return _array(heat[present.index(word)])
 
-    def pixel(self, point: tuple[float, float], image: int = 0) -> np.ndarray:
-        """What a point of the image attends to in self-attention; sums to 1 over the grid."""
+    def pixel(self, point: Sequence[float], image: int = 0) -> np.ndarray:
+        """What a point (x, y) of the image attends to in self-attention; sums to 1 over the grid."""
+        point = _point(point)
         if point not in self.pixels:
             raise ValueError(f"the pixel {point} was not read; {list(self.pixels)} were")
         total = self._watcher.pixel_sum(image)[self.pixels.index(point)]
@@ -150,6 +155,12 @@ class _Unedited(Edit):
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
         return {}
+
+
+class _Watching(EditingSession):
+    """Nothing is edited; a session that is entered inside it, a `FreePromptPipeline` call's own too, is watched."""
+
+    gives_way = True
 
 
 class _Reader(Watcher):
@@ -190,8 +201,11 @@ class _Reader(Watcher):
         return tuple(site for site in sites if site in chosen)
 
     def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
+        if step not in self._window:
+            return {}
+        check_same_rows(None if self._roles is None else self._roles.rows, roles)
         self._roles = roles
-        if site.kind == "self" or step not in self._window:
+        if site.kind == "self":
             return {}
         if self.words is None:
             raise ValueError(
@@ -258,7 +272,7 @@ class _Reader(Watcher):
     def row(self, image: int) -> int:
         """The batch row of an image of the call."""
         if self._roles is None:
-            raise ValueError("no pipeline call was made inside the block: there are no maps")
+            raise ValueError("no pipeline call was made inside the block, or none of its steps is in steps=: no maps")
         rows = self._roles.select(conditional=True)
         if not 0 <= image < len(rows):
             raise ValueError(f"expected image to be in 0 to {len(rows) - 1}, got {image}")
@@ -304,7 +318,8 @@ def _prompts_read(pipe: Any, maps: HeatMaps, prompts: str | Sequence[str] | None
     @functools.wraps(original)  # pipelines and their callers inspect the signature
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
         prompt = args[0] if args else kwargs.get("prompt")
-        if prompt is not None:
+        session = session_of(pipe)
+        if prompt is not None and session is not None and not session.is_paused:
             maps._watcher.set_prompts([prompt] if isinstance(prompt, str) else list(prompt))
         return original(*args, **kwargs)
 
@@ -313,6 +328,15 @@ def _prompts_read(pipe: Any, maps: HeatMaps, prompts: str | Sequence[str] | None
         yield
     finally:
         del pipe.encode_prompt
+
+
+def _point(pixel: Any) -> tuple[float, float]:
+    """A point of an image, from a pair of numbers of any kind."""
+    try:
+        x, y = (float(number) for number in pixel)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected pixels to be points (x, y), such as [(256, 300)], got {pixel!r}") from None
+    return x, y
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

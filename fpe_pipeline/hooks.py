@@ -1,15 +1,21 @@
-"""What a session hangs on a model besides attention processors: injected features, and a hand on the latents."""
+"""What hangs on a model during a run besides attention processors: injected features, and hands on the latents."""
 
 from __future__ import annotations
 
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-__all__ = ["FeatureHooks", "SchedulerHook"]
+from .schedule import locate_step
+
+if TYPE_CHECKING:
+    from .inversion import Inversion
+    from .step_end import Call
+
+__all__ = ["FeatureHooks", "FollowInversion", "SchedulerHook"]
 
 
 class FeatureHooks:
@@ -50,38 +56,71 @@ class FeatureHooks:
 
 
 class SchedulerHook:
-    """Passes a scheduler's new latents through a function, for the length of a session.
+    """Passes a scheduler's new latents through a function ``change(latents, timestep)``, until it is removed.
 
     Schedulers offer no callback. The method is shadowed on the instance, with its signature, which pipelines inspect.
+    Of several hooks the first one acts first; they are removed in the opposite order.
     """
 
-    def __init__(self, scheduler: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, scheduler: Any, change: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
         self.calls = 0
         self._scheduler, original = scheduler, scheduler.step
+        self._shadowed = vars(scheduler).get("step")
 
         @functools.wraps(original)
         def step(*args: Any, **kwargs: Any) -> Any:
             self.calls += 1
+            timestep = args[1] if len(args) > 1 else kwargs["timestep"]
             output = original(*args, **kwargs)
             if isinstance(output, tuple):
-                return (change(output[0]), *output[1:])
-            output.prev_sample = change(output.prev_sample)
+                return (change(output[0], timestep), *output[1:])
+            output.prev_sample = change(output.prev_sample, timestep)
             return output
 
         self._step = step
         scheduler.step = step
 
     def remove(self, *, expected: bool) -> None:
-        """Uncover the scheduler's own method; warn where steps were ``expected`` and none was made."""
+        """Uncover the method that was there before; warn where steps were ``expected`` and none was made."""
         if expected and not self.calls:
             warnings.warn(
                 "latents were to be blended after each step, and the scheduler that the session found on entering made "
                 "none: set the pipeline's scheduler before, or call session.after_step(latents) in a loop of your own",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         if vars(self._scheduler).get("step") is self._step:
             del self._scheduler.step
+            if self._shadowed is not None:
+                self._scheduler.step = self._shadowed
+
+
+class FollowInversion:
+    """Puts the source rows of a run back onto the stored latents of an inverted image, in a ``with`` block.
+
+    It acts before anything else sees the step's latents: blends take from the source what the next step starts from.
+
+    Args:
+        scheduler: of the run.
+        call: which rows are the source's.
+        inversion: says after which steps the source is put where.
+    """
+
+    def __init__(self, scheduler: Any, call: Call, inversion: Inversion) -> None:
+        self._scheduler, self._call, self._inversion = scheduler, call, inversion
+
+    def __enter__(self) -> None:
+        self._hook = SchedulerHook(self._scheduler, self._follow)
+
+    def __exit__(self, *_: Any) -> None:
+        self._hook.remove(expected=False)
+
+    def _follow(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
+        reference = self._inversion.reference(locate_step(self._scheduler, timestep).index)
+        if reference is None or self._call.source_dropped:
+            return latents
+        rows = self._call.images_per_prompt
+        return torch.cat([reference.to(latents).expand(rows, -1, -1, -1), latents[rows:]])
 
 
 def _submodule(unet: torch.nn.Module, path: str) -> torch.nn.Module:

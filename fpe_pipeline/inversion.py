@@ -2,7 +2,7 @@
 
 Four methods, on the same DDIM trajectory; they differ in what holds the source to it while it is denoised again:
 
-- ``"ddim"``: at the start of every step the source row is put back onto the stored latent, the reference latents of
+- ``"ddim"``: between steps the source row is put back onto the stored latent, the reference latents of
   Free-Prompt-Editing. What comes out after the last step is the sampler's own last step.
 - ``"direct"``: as above, and after the last step too. Direct Inversion adds to the source branch, step by step, its
   difference from the inversion latent, which is to overwrite it with that latent; the source then comes out as the
@@ -26,10 +26,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from PIL import Image
 
+from .checks import check_guidance, check_positive
 from .images import load_image, to_tensor
 from .noise_schedule import NoiseSchedule, ddim_inverse_step, require_ddim
 from .null_text import NullText, optimise_unconditional
 from .requirements import check_model, check_without_image_prompts
+from .session import unedited
 
 if TYPE_CHECKING:
     from .pipeline import FreePromptPipeline
@@ -98,6 +100,7 @@ class Inversion:
             )
 
 
+@torch.inference_mode(False)  # the optimisation takes gradients, for which latents made in that mode are no good
 def invert(
     pipe: FreePromptPipeline,
     image: Any,
@@ -111,6 +114,8 @@ def invert(
     callback: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> Inversion:
     """Find the noise from which a real image comes out again, to edit it with ``pipe(inversion=…)``.
+
+    Inside a session or `heat_maps`, its passes are neither edited nor watched.
 
     Args:
         image: a path, a PIL image, an array or a tensor; `fpe_pipeline.images` states how it is cut and scaled.
@@ -139,8 +144,8 @@ def invert(
         raise ValueError(f"method must be one of {', '.join(METHODS)} or a NullText, received {method!r}")
     if not isinstance(prompt, str):
         raise TypeError(f"expected one prompt, the image's, received {type(prompt).__name__}")
-    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be a whole number from 1 on, received {num_inference_steps!r}")
+    check_positive(num_inference_steps=num_inference_steps)
+    check_guidance(guidance_scale)
     if null_text is not None:
         null_text.check(pipe)
         if guidance_scale > 1:
@@ -154,9 +159,9 @@ def invert(
     picture = load_image(
         image, (width, height), multiple=pipe.vae_scale_factor, pixels=pipe.native_size[0] * pipe.native_size[1]
     )
-    pipe.scheduler.set_timesteps(num_inference_steps, device=device)
+    pipe.scheduler.set_timesteps(int(num_inference_steps), device=device)
     schedule = NoiseSchedule.of(pipe.scheduler)
-    with torch.no_grad():
+    with unedited(pipe), torch.no_grad():
         latents = [encode_image(pipe, picture)]
         conditional, unconditional = pipe.encode_prompt(prompt, device, 1, guidance_scale > 1)
         context = conditional if guidance_scale <= 1 else torch.cat([unconditional, conditional])
@@ -171,7 +176,8 @@ def invert(
     stored = torch.stack(latents)
     embeddings = None
     if null_text is not None:
-        embeddings = optimise_unconditional(pipe, stored, prompt, null_text)
+        with unedited(pipe):
+            embeddings = optimise_unconditional(pipe, stored, prompt, null_text)
     pipe.maybe_free_model_hooks()
     return Inversion(name, stored, prompt, guidance_scale, schedule, picture, null_text, embeddings)
 

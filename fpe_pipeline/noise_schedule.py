@@ -32,7 +32,16 @@ class NoiseSchedule:
 
     @classmethod
     def of(cls, scheduler: Any) -> NoiseSchedule:
-        """The schedule that a diffusers scheduler is set to; ``set_timesteps`` has run."""
+        """The schedule that a diffusers scheduler is set to; ``set_timesteps`` has run.
+
+        Raises:
+            ValueError: a scheduler of other models than Stable Diffusion's, which has no noise level a timestep.
+        """
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"{type(scheduler).__name__} has no noise level for each timestep of training (alphas_cumprod), by "
+                "which a run is recognised: use a scheduler made for Stable Diffusion, such as DDIM or DPM-Solver++"
+            )
         levels = scheduler.alphas_cumprod.double().cpu().numpy().tobytes()
         last = getattr(scheduler, "final_alpha_cumprod", None)
         return cls(

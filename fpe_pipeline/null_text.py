@@ -73,6 +73,11 @@ class NullText:
                 "null-text optimisation takes gradients through the UNet, which vanish in float16; load the model in "
                 "float32 or bfloat16, or invert by 'direct', which optimises nothing"
             )
+        if any(parameter.is_inference() for parameter in pipe.unet.parameters()):
+            raise ValueError(
+                "null-text optimisation takes gradients through the UNet, whose weights were made under "
+                "torch.inference_mode() and allow none; load the model outside of it, or invert by 'direct'"
+            )
 
 
 def optimise_unconditional(

@@ -1,8 +1,8 @@
 """`FreePromptPipeline`: diffusers' `StableDiffusionPipeline` with an edit from one source prompt to many targets.
 
 The parent's sampling loop runs unchanged inside an editing session. What is added here happens at the parent's own
-extension points: the noise that it prepares is shared by all prompts, and its step callback holds the source to an
-inverted image and drops the source rows once no later step needs them.
+extension points: the noise that it prepares is shared by all prompts, the scheduler's steps hold the source to an
+inverted image, and the step callback drops the source rows once no later step needs them.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from . import inversion as inversions
 from . import recorded_runs
 from .arguments import (
-    check_guidance,
     check_inversion_options,
-    check_positive,
+    check_prompts,
     check_size,
     chosen_edit,
     image_size,
     negative_list,
     prompt_list,
 )
+from .checks import check_guidance, check_positive
 from .edits import Edit
+from .hooks import FollowInversion
 from .inversion import Inversion
 from .noise import row_generators, shared_latents
 from .output import FreePromptPipelineOutput
 from .requirements import check_model
 from .session import EditingSession, editing
-from .step_end import Call, DropSource, FollowEmbeddings, FollowInversion, StepEnd, Task, check_source_can_be_dropped
+from .step_end import Call, DropSource, FollowEmbeddings, StepEnd, Task, check_source_can_be_dropped
 
 __all__ = ["FreePromptPipeline", "FreePromptPipelineOutput"]
 
@@ -110,7 +111,8 @@ class FreePromptPipeline(StableDiffusionPipeline):
             self_replace_steps: steps whose self-attention maps are the source's, as fractions of the run: s is
                 (0, s). The default 0.8 is the first 80 % of the steps; 0 generates without control.
             levels, max_tokens, layers: at most one, to choose the replaced layers; see `FreePromptEdit`.
-            edit: another edit, in place of the `FreePromptEdit` that the four arguments above make.
+            edit: another edit, in place of the `FreePromptEdit` that the four arguments above make. One that aligns
+                words is written for these very prompts.
             inversion: a real image, from `invert`, as the source: denoising starts from its noise, and the source rows
                 follow it as its method says. It decides latents, size and number of steps, and where its method
                 lives in the unconditional half, the negative prompts.
@@ -131,7 +133,8 @@ class FreePromptPipeline(StableDiffusionPipeline):
             output_type: "pil", "np", "pt" or "latent".
             return_dict: False returns the tuple (images, nsfw_content_detected).
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in `StableDiffusionPipeline`. With
-                `keep_source=False` tensors lose their source rows after the step at which these are dropped.
+                `inversion` the source's latents are those that it was put back onto. With `keep_source=False` tensors
+                lose their source rows after the step at which these are dropped.
             **options: what else `StableDiffusionPipeline` takes: `eta`, `timesteps`, `sigmas`, `clip_skip`,
                 `guidance_rescale`, `cross_attention_kwargs`, `ip_adapter_image`, `ip_adapter_image_embeds`.
 
@@ -155,6 +158,8 @@ class FreePromptPipeline(StableDiffusionPipeline):
         prompts = prompt_list(prompt, target_prompt, prompt_embeds)
         count = len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]
         edit = chosen_edit(edit, self_replace_steps, levels, max_tokens, layers)
+        if prompts:
+            check_prompts(edit, prompts)
         check_positive(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
         check_guidance(guidance_scale)
         if not keep_source:
@@ -164,9 +169,10 @@ class FreePromptPipeline(StableDiffusionPipeline):
 
         call = Call(count, num_images_per_prompt)
         tasks: list[Task] = []
+        follow: AbstractContextManager = nullcontext()
         if inversion is not None:
             inversion.check(self.scheduler, guidance_scale)
-            tasks.append(FollowInversion(call, inversion))
+            follow = FollowInversion(self.scheduler, call, inversion)
             if inversion.unconditional is not None:
                 tasks.append(FollowEmbeddings(inversion.unconditional))
                 negative_prompt_embeds = inversion.unconditional[0].to(self.unet.dtype).expand(count, -1, -1)
@@ -177,26 +183,27 @@ class FreePromptPipeline(StableDiffusionPipeline):
             if count == 1
             else editing(self, edit, images_per_prompt=num_images_per_prompt, backend=backend)
         )
-        images, nsfw = self._sample(
-            call,
-            session,
-            tasks,
-            prompt=prompts or None,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_list(negative_prompt, count),
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            **options,
-        )
+        with follow:
+            images, nsfw = self._sample(
+                call,
+                session,
+                tasks,
+                prompt=prompts or None,
+                height=height,
+                width=width,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_list(negative_prompt, count),
+                num_images_per_prompt=num_images_per_prompt,
+                generator=generator,
+                latents=latents,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                output_type=output_type,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                **options,
+            )
         if not keep_source and not call.source_dropped:  # interrupted before the step at which it is dropped
             images, nsfw = images[num_images_per_prompt:], nsfw and nsfw[num_images_per_prompt:]
         if not return_dict:

@@ -14,10 +14,9 @@ from .image_prompts import IMAGE_PROMPT_PROCESSORS, image_prompt_attention, spli
 from .orders import Order
 from .products import ProductPlan
 
-__all__ = ["EditAttnProcessor", "Order", "editing_processor", "unsupported_reasons"]
+__all__ = ["SLICED", "EditAttnProcessor", "Order", "editing_processor", "is_sliced", "unsupported_reasons"]
 
-# Processors that compute plain attention and nothing else: an edit may compute a layer in their stead. Slicing is among
-# them: it bounds the memory of a map, and an edited layer stores none.
+# Processors that compute plain attention and nothing else: an edit may compute a layer in their stead.
 _PLAIN = tuple(
     getattr(diffusers_processors, name)
     for name in (
@@ -25,12 +24,24 @@ _PLAIN = tuple(
         "AttnProcessor2_0",
         "AttnProcessorNPU",
         "FusedAttnProcessor2_0",
-        "SlicedAttnProcessor",
         "XFormersAttnProcessor",
         "XLAFlashAttnProcessor2_0",
     )
     if hasattr(diffusers_processors, name)
 )
+
+#: Why a layer with attention slicing is not edited: a setting that would be dropped has to be dropped by the user.
+SLICED = (
+    "attention slicing is on, which computes a map in slices to bound its memory, and an edit computes the layer "
+    "without ever storing its map: call pipe.disable_attention_slicing() first, or leave the layer out with layers="
+)
+
+
+def is_sliced(processor: Any) -> bool:
+    """Whether a layer's processor is one that ``enable_attention_slicing`` sets."""
+    return isinstance(
+        processor, diffusers_processors.SlicedAttnProcessor | diffusers_processors.SlicedAttnAddedKVProcessor
+    )
 
 
 def unsupported_reasons(attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
@@ -42,7 +53,9 @@ def unsupported_reasons(attn: Any, processor: Any, override: tuple[type, ...] = 
         override: further processor classes that an edit may compute in the stead of.
     """
     reasons = []
-    if type(processor) not in (*_PLAIN, *IMAGE_PROMPT_PROCESSORS, *override):
+    if is_sliced(processor):
+        reasons.append(SLICED)
+    elif type(processor) not in (*_PLAIN, *IMAGE_PROMPT_PROCESSORS, *override):
         reasons.append(
             f"its processor {type(processor).__name__} may do more than attention, which an edit would drop: leave "
             "the layer out with layers=, or allow the class with editing(..., override_processors=(…,))"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,8 +22,14 @@ from .roles import BatchRoles
 from .schedule import Step
 from .session import EditingSession
 from .sites import Site
+from .watching import Watcher
 
 __all__ = ["Capture", "Replay"]
+
+_UNWATCHED = (
+    "heat maps are read from a run of source and targets together, and a recording runs them apart: put heat_maps "
+    "around pipe(source, targets, edit=…)"
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Capture(EditingSession):
         backend: of the attention.
     """
 
+    unwatched = _UNWATCHED
+
     def __init__(self, pipe: Any, contents: Contents, store: MapStore, precision: Precision, backend: str) -> None:
         self._kept = _Kept(contents)
         super().__init__(pipe, self._kept, backend=backend)
@@ -82,8 +90,8 @@ class Capture(EditingSession):
         """Largest relative error (2-norm) that the precision made in a source's attention output or feature."""
         return float(torch.stack(self._errors).amax()) if self._errors else 0.0
 
-    def _install(self) -> None:
-        super()._install()
+    def _install(self, watchers: Sequence[Watcher]) -> None:
+        super()._install(watchers)
         assert self._features is not None
         self._features.receive = self._keep_feature
 
@@ -185,6 +193,8 @@ class Replay(EditingSession):
     Attributes:
         needed: what the edit takes of the source.
     """
+
+    unwatched = _UNWATCHED
 
     def __init__(
         self,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .arguments import check_guidance, check_inversion_options, check_positive, chosen_edit, image_size
+from .arguments import check_inversion_options, check_prompts, chosen_edit, image_size
+from .checks import check_guidance, check_positive
 from .edits import Edit, FreePromptEdit
 from .file_store import FileStore
 from .fingerprint import fingerprint
@@ -119,7 +120,7 @@ def record(
         raise ValueError("expected an edit to record for, or several, received none: leave edit out for its default")
     edits = [chosen_edit(one, self_replace_steps, levels, max_tokens, layers) for one in given]
     for one in edits:
-        _check_prompts(one, [prompt])
+        check_prompts(one, [prompt])
     steps = 50 if num_inference_steps is None else num_inference_steps
     check_positive(num_inference_steps=steps)
     _check_placement(placement)
@@ -134,6 +135,7 @@ def record(
     size = (noise.shape[-2], noise.shape[-1])
 
     pipe.scheduler.set_timesteps(steps, device=device)
+    schedule = NoiseSchedule.of(pipe.scheduler)
     sites, calls = _sites(pipe, size), len(pipe.scheduler.timesteps)
     contents = source_needs(edits, sites, calls, guided=_is_guided(pipe, guidance_scale))
     needed = _bytes(pipe, contents, size, calls, precision)
@@ -180,7 +182,7 @@ def record(
             negative_prompt=negative_prompt,
             guidance_scale=guidance_scale,
             steps=steps,
-            schedule=NoiseSchedule.of(pipe.scheduler),
+            schedule=schedule,
             contents=contents,
             window=None if plain is None else (plain.window.start, plain.window.stop),
             paths=() if plain is None else tuple(site.path for site in plain.select(sites)),
@@ -249,7 +251,7 @@ def edit(
     chosen = _recorded_edit(recording, self_replace_steps) if edit is None else edit
     if edit is not None and self_replace_steps is not None:
         raise ValueError("self_replace_steps belongs to the edit; pass it there")
-    _check_prompts(chosen, [recording.prompt, *targets])
+    check_prompts(chosen, [recording.prompt, *targets])
     noise = recording.latents[0]
     guided = _is_guided(pipe, recording.guidance_scale)
     replay = Replay(pipe, chosen, recording.store, recording.latents, len(targets), guided, backend)
@@ -321,16 +323,6 @@ def _bytes(
 
 def _is_guided(pipe: FreePromptPipeline, guidance_scale: float) -> bool:
     return guidance_scale > 1 and pipe.unet.config.time_cond_proj_dim is None
-
-
-def _check_prompts(edit: Edit, prompts: Sequence[str]) -> None:
-    """Raise ValueError for an edit that is written for other prompts than begin with these."""
-    written = edit.written_for()
-    if written and (written[: len(prompts)] != tuple(prompts) or len(prompts) not in (1, len(written))):
-        raise ValueError(
-            f"{type(edit).__name__} is written for the prompts {list(written)}, received {list(prompts)}: write it "
-            "for the recorded source and the targets of the call, in their order"
-        )
 
 
 def _check_deterministic(scheduler: Any) -> None:

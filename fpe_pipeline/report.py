@@ -58,6 +58,7 @@ class EditReport:
         memory: for each replaced layer, the largest of its calls.
         replayed: for each layer or module that took something of a recording, what.
         batch: rows of the batch; products name a recorded source's rows by the numbers after them.
+        sites: the UNet's attention layers, of which those that were left alone are told.
     """
 
     total: int = 0
@@ -69,6 +70,7 @@ class EditReport:
     memory: dict[str, LayerMemory] = field(default_factory=dict)
     replayed: dict[str, Replayed] = field(default_factory=dict)
     batch: int = 0
+    sites: tuple[Site, ...] = field(default=(), repr=False)
     _latest: int = field(default=-1, init=False, repr=False)
 
     def add(
@@ -87,7 +89,7 @@ class EditReport:
             recorded: by path, what was at hand of a recording.
         """
         if step.index < self._latest or step.total != self.total:  # a new run
-            self.__init__(step.total)  # type: ignore[misc]
+            self.__init__(step.total, sites=self.sites)  # type: ignore[misc]
         self._latest = step.index
         for path, processor in processors.items():
             order = processor.order
@@ -123,12 +125,8 @@ class EditReport:
         lines += [f"  {path}: features, steps {_ranges(steps)}" for path, steps in self.features.items()]
         return "\n".join(lines)
 
-    def explain(self, sites: tuple[Site, ...] = ()) -> str:
-        """The report with what each row became, what was left out and why, and memory.
-
-        Args:
-            sites: the UNet's attention layers, to name those that were left alone.
-        """
+    def explain(self) -> str:
+        """The report with what each row became, what was left out and why, and memory."""
         lines = [f"{len(self.layers)} layers replaced in a run of {self.total} steps"]
         for path, products in self.products.items():
             memory = self.memory[path]
@@ -140,12 +138,12 @@ class EditReport:
         for path, reasons in self.skipped.items():
             lines += [f"not replaced: {path}, steps {_ranges(steps)}: {why}" for why, steps in reasons.items()]
         for kind in ("self", "cross"):
-            alone = [site for site in sites if site.kind == kind and site.path not in {*self.layers, *self.skipped}]
+            whole = [site for site in self.sites if site.kind == kind]
+            alone = [site for site in whole if site.path not in {*self.layers, *self.skipped}]
             if alone:
                 levels = sorted({site.level for site in alone})
-                whole = sum(site.kind == kind for site in sites)
                 lines.append(
-                    f"left alone: {len(alone)} of {whole} {kind}-attention layers (levels "
+                    f"left alone: {len(alone)} of {len(whole)} {kind}-attention layers (levels "
                     f"{', '.join(map(str, levels))}), which the edit does not select or never replaced"
                 )
         if self.memory:

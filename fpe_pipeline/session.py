@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -15,10 +15,10 @@ import fpe_kernels
 
 from .edits import Edit
 from .hooks import FeatureHooks, SchedulerHook
+from .layers import LayerProcessors
 from .orders import Order, make_orders
 from .packing import RecordedLayer
 from .placement import Place, Placement
-from .processors import EditAttnProcessor, editing_processor, unsupported_reasons
 from .report import EditReport
 from .roles import BatchRoles
 from .schedule import Step, locate_step
@@ -26,7 +26,7 @@ from .sites import Site, attention_sites
 from .unets import identity, is_guided, pipe_and_unet
 from .watching import Watcher
 
-__all__ = ["EditingSession", "editing", "session_of"]
+__all__ = ["EditingSession", "editing", "session_of", "unedited"]
 
 _SESSIONS: weakref.WeakKeyDictionary[torch.nn.Module, EditingSession] = weakref.WeakKeyDictionary()
 
@@ -59,6 +59,11 @@ class EditingSession:
         RuntimeError: the UNet is in another session, or the backend cannot run here.
     """
 
+    #: Whether a session that is entered inside this one takes its place, and its watchers along, until it ends.
+    gives_way = False
+    #: Why no watcher of a session around this one can follow it; empty where it can.
+    unwatched = ""
+
     def __init__(
         self,
         pipe: Any,
@@ -88,7 +93,7 @@ class EditingSession:
         edit.select(self.sites)
         self._running = edit  # what is asked: the edit, or what it gave for this session
         self._watchers: tuple[Watcher, ...] = ()
-        self._processors: dict[str, EditAttnProcessor] = {}
+        self._layers = LayerProcessors(self.unet)
         self._selected: dict[tuple[int, int, int], tuple[Site, ...]] = {}
         self._hooks: list[Any] = []
         self._features: FeatureHooks | None = None
@@ -99,29 +104,36 @@ class EditingSession:
         self._calls = 0
         self._step: Step | None = None
         self._step_before_pause: Step | None = None
-        self._report = EditReport()
+        self._report = EditReport(sites=self.sites)
         self._placement = Placement()
         self._at_hand: Mapping[str, RecordedLayer] | None = None  # of a recording, in the call under way
+        self._around: EditingSession | None = None  # the session that stands aside for this one
+        self._is_new_run = True
 
     # Entering and leaving
 
     def __enter__(self) -> EditingSession:
         key = identity(self.unet)
-        if _SESSIONS.setdefault(key, self) is not self or self._hooks:
+        around = _SESSIONS.get(key)
+        if self._hooks or (around is not None and not around.gives_way):
             raise RuntimeError(
                 f"this {type(key).__name__} is already being edited: leave that session first; to apply several edits "
                 "at once, combine them into one Edit"
             )
+        if around is not None and self.unwatched:
+            raise ValueError(self.unwatched)
         self._calls = 0
         self._fixed_step = None
         self._step = self._step_before_pause = None
-        self._report = EditReport()
+        self._report = EditReport(sites=self.sites)
         self._selected = {}
         self._running = self.edit.begin()
+        self._around = around
+        if around is not None:
+            around._take_off()
+        _SESSIONS[key] = self
         try:
-            self._install()
-            for watcher in self._running.watchers():
-                self.watch(watcher)
+            self._install((*self._running.watchers(), *(around._watchers if around is not None else ())))
         except BaseException:
             self._restore()
             raise
@@ -139,34 +151,27 @@ class EditingSession:
                 stacklevel=2,
             )
 
-    def _install(self) -> None:
-        self._processors = {}
+    def _install(self, watchers: Sequence[Watcher]) -> None:
         self._watchers = ()
-        self._wrap(self._running.select(self.sites))
+        self._is_new_run = True
+        self._layers.wrap(self._running.select(self.sites))
         self._features = FeatureHooks(identity(self.unet), self._running.feature_modules)
         # One by one, so that a failure leaves none behind. `unet.compile()` would trace them with the UNet.
         self._hooks.append(
             self.unet.register_forward_pre_hook(torch.compiler.disable(self._before_unet), with_kwargs=True)
         )
         self._hooks.append(self.unet.register_forward_hook(torch.compiler.disable(self._after_unet)))
-
-    def _wrap(self, sites: Sequence[Site]) -> None:
-        before = self.unet.attn_processors
-        new = {
-            site.path: editing_processor(before[f"{site.path}.processor"])
-            for site in sites
-            if site.path not in self._processors
-        }
-        if new:
-            self._processors |= new
-            self._set_processors({**before, **{f"{path}.processor": p for path, p in new.items()}})
+        for watcher in watchers:
+            self.watch(watcher)
 
     def watch(self, watcher: Watcher) -> None:
         """Let a watcher follow the session from here on, beside those of the edit."""
-        self._wrap(watcher.select(self.sites))
+        self._layers.wrap(watcher.select(self.sites))
         self._watchers += (watcher,)
         if watcher.blends and self.pipe is not None and self._scheduler_hook is None:
-            self._scheduler_hook = SchedulerHook(self.pipe.scheduler, self.after_step)
+            self._scheduler_hook = SchedulerHook(
+                self.pipe.scheduler, lambda latents, timestep: self.after_step(latents)
+            )
 
     def unwatch(self, watcher: Watcher) -> None:
         """Stop asking a watcher; the layers that it alone read go back to being computed as they were."""
@@ -174,7 +179,24 @@ class EditingSession:
         self._selected = {key: sites for key, sites in self._selected.items() if key[0] != id(watcher)}
 
     def _restore(self) -> None:
-        _SESSIONS.pop(identity(self.unet), None)
+        key = identity(self.unet)
+        inside, around = _SESSIONS.get(key), self._around
+        self._around = None
+        if inside is not self and inside is not None:  # this one stands aside already, and now for good
+            inside._around = None
+            self._calls += inside._calls
+            for watcher in self._watchers:
+                inside.unwatch(watcher)
+            return
+        _SESSIONS.pop(key, None)
+        self._take_off()
+        if around is not None:
+            _SESSIONS[key] = around
+            around._calls += self._calls
+            around._install(around._watchers)
+
+    def _take_off(self) -> None:
+        """Leave the UNet and the scheduler as they were found."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -183,28 +205,7 @@ class EditingSession:
         if self._scheduler_hook is not None:
             self._scheduler_hook.remove(expected=self._calls > 0)
             self._scheduler_hook = None
-        # Whoever still holds one of our processors now holds one that calls the original.
-        self._give_orders({})
-        processors = self.unet.attn_processors
-        foreign = []
-        for path, processor in self._processors.items():
-            name = f"{path}.processor"
-            if processors.get(name) is processor:
-                processors[name] = processor.inner
-            elif name in processors and processors[name] is not processor.inner:
-                foreign.append(f"{path} ({type(processors[name]).__name__})")
-        self._set_processors(processors)
-        if foreign:
-            warnings.warn(
-                "these layers' processors were replaced during the editing session and are left as they are: "
-                + ", ".join(foreign),
-                RuntimeWarning,
-                stacklevel=3,
-            )
-
-    def _set_processors(self, processors: dict[str, Any]) -> None:
-        # `set_attn_processor` wants every layer named, and empties the dictionary that it is given.
-        self.unet.set_attn_processor(dict(processors))
+        self._layers.restore(stacklevel=4)
 
     # Steps
 
@@ -230,6 +231,11 @@ class EditingSession:
             self._paused = before
 
     @property
+    def is_paused(self) -> bool:
+        """Whether UNet calls are left unedited just now."""
+        return self._paused
+
+    @property
     def current_step(self) -> Step | None:
         """The step of the latest UNet call; None before the first and while paused."""
         return self._step
@@ -251,13 +257,13 @@ class EditingSession:
 
     def explain(self) -> str:
         """What was done to which layer at which step, what was left out and why, and the memory of it."""
-        return self._report.explain(self.sites)
+        return self._report.explain()
 
     # UNet calls
 
     def _before_unet(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls += 1
-        self._give_orders({})
+        self._layers.give({})
         self._at_hand = None
         before, self._step, self._current_roles = self._step, None, None
         assert self._features is not None
@@ -269,18 +275,19 @@ class EditingSession:
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         step = self._step = self._read_step(timestep)
         before = before or self._step_before_pause
-        if before is not None and (step.index < before.index or step.total != before.total):
+        if self._is_new_run or (before is not None and (step.index < before.index or step.total != before.total)):
+            self._is_new_run = False
             for watcher in self._watchers:
                 watcher.begin()
         active = self._running.active(step)
         if active or self._watchers:
             roles = self._current_roles = self._read_roles(sample.shape[0])
-            self._give_orders(self._orders(sample, step, roles, active))
+            self._layers.give(self._orders(sample, step, roles, active))
             if active:
                 self._features.rows = self._running.features(step, roles)
 
     def _after_unet(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        ordered = {path: p for path, p in self._processors.items() if p.order is not None}
+        ordered = self._layers.ordered
         bypassed = [path for path, processor in ordered.items() if not processor.executed]
         if self._step is not None:
             assert self._features is not None
@@ -292,11 +299,6 @@ class EditingSession:
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-    def _give_orders(self, orders: dict[str, Order]) -> None:
-        for path, processor in self._processors.items():
-            processor.order = orders.get(path)
-            processor.executed, processor.skipped = False, ""
 
     def _orders(self, sample: torch.Tensor, step: Step, roles: BatchRoles, active: bool) -> dict[str, Order]:
         size = (sample.shape[-2], sample.shape[-1])
@@ -315,16 +317,7 @@ class EditingSession:
         key = (id(who), *size)  # the session holds them, so that their ids stay theirs
         if key not in self._selected:
             sites = who.select(tuple(site.at(*size) for site in self.sites))
-            refused = {}
-            for site in sites:
-                attention = identity(self.unet).get_submodule(site.path)
-                reasons = unsupported_reasons(attention, self._processors[site.path].inner, self._override)
-                if reasons:
-                    refused[site.path] = "; ".join(reasons)
-            if refused:
-                raise ValueError(
-                    "these layers cannot be edited:\n" + "\n".join(f"  {path}: {why}" for path, why in refused.items())
-                )
+            self._layers.check(sites, self._override)
             self._selected[key] = sites
         return self._selected[key]
 
@@ -355,6 +348,12 @@ editing = EditingSession
 def session_of(pipe: Any) -> EditingSession | None:
     """The session that a pipeline's UNet is in, or None."""
     return _SESSIONS.get(identity(pipe_and_unet(pipe)[1]))
+
+
+def unedited(pipe: Any) -> AbstractContextManager[None]:
+    """Leave calls of a pipeline's UNet alone in a ``with`` block, whether or not it is in a session."""
+    session = session_of(pipe)
+    return nullcontext() if session is None else session.paused()
 
 
 def _check_backend(backend: str) -> None:

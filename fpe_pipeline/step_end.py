@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -16,14 +16,10 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from .edits import Edit
 from .schedule import Step
 
-if TYPE_CHECKING:
-    from .inversion import Inversion
-
 __all__ = [
     "Call",
     "DropSource",
     "FollowEmbeddings",
-    "FollowInversion",
     "StepEnd",
     "Task",
     "check_source_can_be_dropped",
@@ -77,22 +73,6 @@ class StepEnd:
         for task in self._tasks:
             task(pipe, index, changed)
         return changed
-
-
-class FollowInversion:
-    """Put the source rows back onto the stored latents of an inverted image, where its method says so."""
-
-    def __init__(self, call: Call, inversion: Inversion) -> None:
-        self._call = call
-        self._inversion = inversion
-
-    def __call__(self, pipe: Any, index: int, tensors: dict[str, Any]) -> None:
-        latents = tensors["latents"]
-        reference = self._inversion.reference(index)
-        if reference is not None and not self._call.source_dropped:
-            rows = self._call.images_per_prompt
-            source = reference.to(latents).expand(rows, -1, -1, -1)
-            tensors["latents"] = torch.cat([source, latents[rows:]])
 
 
 class FollowEmbeddings:

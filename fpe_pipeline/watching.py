@@ -12,7 +12,7 @@ from .roles import BatchRoles
 from .schedule import Step
 from .sites import Site
 
-__all__ = ["HeatCollector", "Watcher", "resize_maps"]
+__all__ = ["HeatCollector", "Watcher", "check_same_rows", "resize_maps"]
 
 
 class Watcher:
@@ -80,11 +80,7 @@ class HeatCollector(Watcher):
         self._sums, self._counts, self._rows = {}, {}, None
 
     def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
-        if self._rows not in (None, roles.rows):
-            raise ValueError(
-                f"the batch went from {self._rows} to {roles.rows} rows within a run, so that heat cannot be told "
-                "apart: keep all rows to the end (keep_source=True)"
-            )
+        check_same_rows(self._rows, roles)
         self._rows = roles.rows
         wanted = {}
         for row in roles.select(conditional=True):
@@ -120,6 +116,15 @@ class HeatCollector(Watcher):
     def rows(self) -> tuple[int, ...]:
         """Rows of which there is heat."""
         return tuple(self._sums)
+
+
+def check_same_rows(rows: int | None, roles: BatchRoles) -> None:
+    """Raise ValueError where the batch has not as many rows as earlier in the run; None where nothing was earlier."""
+    if rows not in (None, roles.rows):
+        raise ValueError(
+            f"the batch went from {rows} to {roles.rows} rows within a run, so that heat cannot be told apart: keep "
+            "all rows to the end (keep_source=True), or read earlier steps"
+        )
 
 
 def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -62,7 +62,8 @@ class Edit(ABC):
         return {}
 
     def written_for(self) -> tuple[str, ...]:
-        """The prompts that it aligned, the source's first; () where it serves any."""
+        """The prompts that it aligned, the source's first; the source's alone where targets may be any, () where all
+        may."""
         return ()
 
     def __add__(self, other: Edit) -> CombinedEdit:
@@ -141,10 +142,11 @@ class CombinedEdit(Edit):
 
     def written_for(self) -> tuple[str, ...]:
         """Raises ValueError where two of the edits aligned other prompts."""
-        given = {edit.written_for() for edit in self.edits} - {()}
-        if len(given) > 1:
-            raise ValueError(f"the combined edits are written for different prompts: {sorted(given)}")
-        return next(iter(given), ())
+        given = {edit.written_for() for edit in self.edits}
+        most = max(given, key=len)
+        if any(prompts != most[: len(prompts)] or len(prompts) not in (0, 1, len(most)) for prompts in given):
+            raise ValueError(f"the combined edits are written for different prompts: {sorted(given - {()})}")
+        return most
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Products:
         """The products of all edits at a site, were it selected by all of them."""

@@ -30,9 +30,9 @@ class FreePromptEdit(SelfAttentionEdit):
         self_replace_steps: a number s for the steps ``[0, int(T·s))``, or a pair for ``[int(T·a), int(T·b))``.
         strength: α, a number in [0, 1]; or a sequence of numbers spread over the replaced steps, with straight lines
             between them; or a mapping from level to either (1 at other levels); or a function ``(site, step) -> α``.
-        mask: where α applies, a factor of ``strength`` for each pixel: a PIL image or an array of the image's
-            proportions, white where the source's map is taken (a token takes the mean over its part of the image); or
-            a :class:`WordMask`.
+        mask: where α applies, a factor of ``strength`` for each pixel: a picture's path, a PIL image or an array of
+            the image's proportions, white where the source's map is taken (a token takes the mean over its part of the
+            image); or a :class:`WordMask`.
         levels: how often the replaced layers' input is downsampled from the latent: an int or several. Default:
             all levels from 1 on, which is what the method's limit of 32² tokens means at 512 px.
         max_tokens: replace layers of at most so many tokens, as the original does (32², at any image size).
@@ -69,6 +69,9 @@ class FreePromptEdit(SelfAttentionEdit):
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         deepest = max((site.level for site in sites), default=1)
         return LayerSelection.parse("self", levels=range(1, max(deepest, 1) + 1)).match(sites)
+
+    def written_for(self) -> tuple[str, ...]:
+        return (self.mask.prompt,) if isinstance(self.mask, WordMask) else ()
 
     def begin(self) -> FreePromptEdit:
         return replace(self, mask=self.mask.begin()) if isinstance(self.mask, WordMask) else self

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 from ..alignment import tokenize
+from ..images import load_image
 from ..roles import BatchRoles
 from ..schedule import Step, StepWindow
 from ..selection import LayerSelection, whole_numbers
@@ -78,10 +81,13 @@ class MaskImage:
     A token's weight is the mask's mean over the token's part of the image.
 
     Args:
-        image: a PIL image (taken as grey), or an array or tensor [h, w]: bool, 8-bit integers, or floats in [0, 1].
+        image: the path of a picture, or a PIL image (both taken as grey, turned the right way up), or an array or
+            tensor [h, w]: bool, 8-bit integers, or floats in [0, 1].
 
     Raises:
-        ValueError: another shape or values outside [0, 1].
+        ValueError: another shape or values outside [0, 1], a picture with transparent parts, which do not say whether
+            colour or transparency is the mask, or one that cannot be read.
+        TypeError: anything else.
     """
 
     def __init__(self, image: Any) -> None:
@@ -241,18 +247,24 @@ def _unit(value: Any, name: str) -> float:
 
 
 def _mask_values(image: Any) -> torch.Tensor:
-    if hasattr(image, "getbands"):  # PIL
-        largest = {"I;16": 65535.0, "I;16B": 65535.0, "I": 65535.0, "F": 1.0}.get(image.mode)
-        if largest is None:
-            image, largest = image.convert("L"), 255.0
-        values = torch.from_numpy(np.asarray(image).astype(np.float64) / largest)
-    else:
+    if isinstance(image, str | Path):
+        load_image(image)  # says what is wrong with it; as a picture it is scaled and blended, which a mask is not
+        with Image.open(image) as opened:
+            values = _grey_values(opened)
+    elif isinstance(image, Image.Image):
+        values = _grey_values(image)
+    elif isinstance(image, torch.Tensor | np.ndarray | Sequence):
         values = torch.as_tensor(image).detach().cpu()
         if not values.is_floating_point() and values.dtype not in (torch.bool, torch.uint8):
             raise ValueError(f"expected a mask of bools, 8-bit integers or floats in [0, 1], got {values.dtype}")
         values = values.double() / (255.0 if values.dtype == torch.uint8 else 1.0)
         if values.ndim == 3 and 1 in (values.shape[0], values.shape[-1]):
             values = values.squeeze(0 if values.shape[0] == 1 else -1)
+    else:
+        raise TypeError(
+            "expected a mask as a path, a PIL image, an array [height, width] or a WordMask, got "
+            f"{type(image).__name__}"
+        )
     if values.ndim != 2 or 0 in values.shape:
         raise ValueError(f"expected a mask [height, width], got shape {tuple(values.shape)}")
     if not bool(((values >= 0) & (values <= 1)).all()):  # NaN fails too
@@ -261,3 +273,19 @@ def _mask_values(image: Any) -> torch.Tensor:
             "the largest, or pass 8-bit integers"
         )
     return values
+
+
+def _grey_values(image: Image.Image) -> torch.Tensor:
+    """[h, w], float64: a picture's grey as shares of its white."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+        if np.asarray(image.getchannel("A")).min() < 255:
+            raise ValueError(
+                "the mask has transparent parts, and whether it is drawn in its colours or in its transparency cannot "
+                "be told: pass image.getchannel('A'), or image.convert('L') for the colours alone"
+            )
+    largest = {"I;16": 65535.0, "I;16B": 65535.0, "I": 65535.0, "F": 1.0}.get(image.mode)
+    if largest is None:
+        image, largest = image.convert("L"), 255.0
+    return torch.from_numpy(np.asarray(image).astype(np.float64) / largest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -49,6 +50,7 @@ class PromptToPromptEdit(SelfAttentionEdit):
 
     Raises:
         ValueError: prompts that do not align, words that are in no target, factors that are no numbers.
+        TypeError: prompts that are no list of text, or no tokenizer.
 
     Reference: Hertz et al., "Prompt-to-Prompt Image Editing with Cross-Attention Control", ICLR 2023.
     """
@@ -211,8 +213,17 @@ def _is_normalised(steps: Any) -> bool:
 
 
 def _factors(weights: Any) -> tuple[tuple[str, float], ...]:
-    factors = dict(weights)
+    expected = "expected weights={word: factor} with finite factors"
+    try:
+        factors = dict(weights)
+    except (TypeError, ValueError):
+        raise ValueError(f"{expected}, got {weights!r}: name the word of each factor") from None
     for word, factor in factors.items():
-        if not isinstance(word, str) or isinstance(factor, bool) or not isfinite(float(factor)):
-            raise ValueError(f"expected weights={{word: factor}} with finite factors, got {word!r}: {factor!r}")
+        if (
+            not isinstance(word, str)
+            or isinstance(factor, bool)
+            or not isinstance(factor, Real)
+            or not isfinite(factor)
+        ):
+            raise ValueError(f"{expected}, got {word!r}: {factor!r}")
     return tuple((word, float(factor)) for word, factor in factors.items())

@@ -69,6 +69,46 @@ def test_punctuation_and_scripts_without_blanks(pipe):
     assert written.find("猫") == (2,)
 
 
+def characters(text):
+    """A prompt of which every character is a token."""
+    return TokenizedPrompt(text, tuple((i, i + 1) for i in range(len(text))), 24)
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "places"),
+    [
+        ("une voiture répétée", "été", None),
+        ("l'été arrive", "été", (2, 3, 4)),
+        ("котёнок и кот", "кот", (10, 11, 12)),
+        ("un cafe\u0301 noir", "caf\u00e9", (3, 4, 5, 6, 7)),
+        ("un caf\u00e9 noir", "cafe\u0301", (3, 4, 5, 6)),
+        ("un cafe\u0301 noir", "cafe", None),
+        ("một con mèo", "me\u0300o", (8, 9, 10)),
+        ("काली बिल्ली", "बिल", None),
+        ("一只猫坐着", "猫", (2,)),
+        ("一只cat坐着", "cat", (2, 3, 4)),
+        ("고양이가 있다", "고양이", (0, 1, 2)),
+        ("แมวสีดำ", "แมว", (0, 1, 2)),
+        ("a-a-a", "A-a", (0, 1, 2, 3, 4)),
+    ],
+)
+def test_whole_words_of_any_script(text, word, places):
+    prompt = characters(text)
+    assert prompt.contains(word) == (places is not None)
+    if places is None:
+        with pytest.raises(ValueError, match="is not in the prompt"):
+            prompt.find(word)
+    else:
+        assert prompt.find(word) == places
+
+
+def test_accents_of_their_own_belong_to_their_letters():
+    composed, apart = characters("un caf\u00e9"), characters("un cafe\u0301")
+    assert [word.text for word in apart.words] == ["un", "cafe\u0301"]
+    assert align_refine(apart, composed).kept[list(composed.find("café"))].all()
+    assert [word.text for word in characters("काली बिल्ली").words] == ["काली", "बिल्ली"]
+
+
 def test_a_tokenizer_without_a_limit(pipe):
     class Unlimited(SlowTokenizer):
         model_max_length = int(1e30)

@@ -97,6 +97,8 @@ BAD = {
     "in none of the target prompts": lambda t: PromptToPromptEdit(PAIR, t, weights={"ducks": 2.0}),
     "'red' is in none": lambda t: PromptToPromptEdit(PAIR, t, cross_replace_steps={"red": 0.4}),
     "finite factors": lambda t: PromptToPromptEdit(PAIR, t, weights={"blue": float("inf")}),
+    "name the word of each factor": lambda t: PromptToPromptEdit(PAIR, t, weights=[3.0]),
+    "'blue': 'strong'": lambda t: PromptToPromptEdit(PAIR, t, weights={"blue": "strong"}),
     "at least one target": lambda t: PromptToPromptEdit(PAIR[:1], t),
     "expected align": lambda t: PromptToPromptEdit(PAIR, t, "swap"),
     "expected compat": lambda t: PromptToPromptEdit(PAIR, t, compat="old"),
@@ -120,6 +122,8 @@ def test_prompts_have_to_be_a_list_of_text(tiny):
         PromptToPromptEdit(PAIR[0], tiny.tokenizer)
     with pytest.raises(TypeError, match="must be text"):
         PromptToPromptEdit([PAIR[0], 3], tiny.tokenizer)
+    with pytest.raises(TypeError, match=r"expected a tokenizer .* such as pipe\.tokenizer, got NoneType"):
+        PromptToPromptEdit(PAIR, None)
 
 
 def test_layers_that_are_not_there(tiny):
@@ -183,7 +187,8 @@ def test_explain(tiny):
     text = session.explain()
     assert "steps 0-1: row 3 = A(q 2, k 2) @ v 3" in text
     assert "up_blocks.1.resnets.1.conv2: features, steps 0-2" in text
-    assert "cross-attention layers" in text
+    assert "left alone: 7 of 7 cross-attention layers" in text
+    assert session.report().explain() == text  # all that a pipeline's output has
     memory = session.report().memory
     heads, tokens, dim = 2, 16, 8
     (held,) = {memory[path].held for path in memory if "down_blocks.1" in path}

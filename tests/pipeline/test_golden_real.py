@@ -6,6 +6,7 @@ from free_prompt_pipelines import distance
 from golden_cases import load_case, source_image
 
 from fpe_pipeline import FreePromptPipeline, MasaCtrlEdit, NullText
+from fpe_pipeline.hooks import SchedulerHook
 
 REAL = ["fpe_real_sr08", "fpe_real_srcprompt_g1"]
 
@@ -29,22 +30,25 @@ def invert(fpe, case, **options):
 
 
 def edit(fpe, case, inversion, targets, **options):
-    """(images, latents after each step)."""
+    """(images, latents after each step): those that the originals keep, before the source is put back."""
     steps = []
 
-    def keep(pipe, index, timestep, tensors):
-        steps.append(tensors["latents"].clone())
-        return {}
+    def keep(latents, timestep):
+        steps.append(latents.clone())
+        return latents
 
-    out = fpe(
-        inversion=inversion,
-        target_prompt=targets,
-        guidance_scale=case.settings["guidance_scale"],
-        callback_on_step_end=keep,
-        max_tokens=32**2,
-        output_type="latent",
-        **{"self_replace_steps": case.settings["self_replace_steps"], **options},
-    )
+    hook = SchedulerHook(fpe.scheduler, keep)
+    try:
+        out = fpe(
+            inversion=inversion,
+            target_prompt=targets,
+            guidance_scale=case.settings["guidance_scale"],
+            max_tokens=32**2,
+            output_type="latent",
+            **{"self_replace_steps": case.settings["self_replace_steps"], **options},
+        )
+    finally:
+        hook.remove(expected=True)
     return out, torch.stack(steps)
 
 

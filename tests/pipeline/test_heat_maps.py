@@ -144,6 +144,8 @@ def call(tiny, *args, **kwargs):
         ({"words": ["dog"]}, r"\['dog'\] are in none of the prompts"),
         ({"words": ["dog"], "prompts": "a cat"}, r"\['dog'\] are in none of the prompts"),
         ({"pixels": [(96, 0)]}, "outside the image of 96 x 64"),
+        ({"pixels": (3, 4)}, r"points \(x, y\)"),
+        ({"components": -1}, "integers >= 0, got -1"),
         ({"components": 2, "max_bytes": 100}, "max_bytes=100"),
         ({"components": 2, "levels": (0, 1)}, "one grid"),
         ({"words": ["car"], "levels": 7}, "levels"),
@@ -153,6 +155,13 @@ def test_bad_input(tiny, arguments, message):
     with pytest.raises(ValueError, match=message):
         call(tiny, **arguments)
     assert "encode_prompt" not in vars(tiny)
+
+
+def test_one_word_and_points_of_any_kind(tiny):
+    heat = call(tiny, "car", pixels=np.array([[3, 3]]))
+    assert heat.words == ("car",)
+    assert heat.word("car").shape == SIZE
+    np.testing.assert_array_equal(heat.pixel([3, 3]), heat.pixel((3.0, 3.0)))
 
 
 def test_asking_for_what_was_not_read(tiny):

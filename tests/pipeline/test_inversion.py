@@ -5,14 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, IPNDMScheduler, PNDMScheduler
 from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline
 
-from fpe_pipeline import FreePromptPipeline, NullText, ddim_scheduler
+from fpe_pipeline import FreePromptPipeline, LocalBlend, NullText, PromptToPromptEdit, ddim_scheduler
 from fpe_pipeline.images import to_tensor
 from fpe_pipeline.inversion import METHODS
 from fpe_pipeline.models import embedded_path, scenes
-from fpe_pipeline.noise_schedule import ddim_inverse_step
+from fpe_pipeline.noise_schedule import NoiseSchedule, ddim_inverse_step
 
 STEPS = 3
 
@@ -90,6 +90,33 @@ def test_direct_returns_the_encoded_image(tiny, inversions):
     assert distance(ddim.source[None], inversions["ddim"].latents[0]) > 1e-4
 
 
+def test_a_local_blend_keeps_the_image_outside_its_words(tiny, inversions):
+    """To the bit, after every step: what it takes over is the source that was put back, live and from a recording."""
+    inversion = inversions["direct"]
+    edit = PromptToPromptEdit([SOURCE, TARGET], tiny.tokenizer) + LocalBlend(
+        [SOURCE, TARGET], tiny.tokenizer, ("green", "rubber"), 0.98
+    )
+    kept = []
+
+    def compare(pipe, index, timestep, tensors):
+        source, target = tensors["latents"]
+        assert torch.equal(source, inversion.latents[STEPS - 1 - index][0])
+        kept.append((source == target).all(0).float().mean().item())
+        return {}
+
+    live = tiny(
+        inversion=inversion, target_prompt=TARGET, edit=edit, output_type="latent", callback_on_step_end=compare
+    ).images
+    assert len(kept) == STEPS
+    assert all(0.2 < share < 1 for share in kept)
+    recording = tiny.record(inversion=inversion, edit=edit)
+    assert torch.equal(recording.latents, inversion.latents.flip(0))
+    replayed = tiny.edit(recording, TARGET, edit=edit, output_type="latent").images[0]
+    assert (replayed == inversion.latents[0][0]).all(0).float().mean().item() == pytest.approx(kept[-1], abs=0.02)
+    assert distance(replayed, live[1]) <= 1e-4
+    assert "step" not in vars(tiny.scheduler)
+
+
 def test_the_source_may_be_dropped_and_another_prompt_named(tiny, inversions):
     options = {"inversion": inversions["ddim"], "output_type": "latent", "self_replace_steps": 0.5}
     kept, dropped = (tiny(target_prompt=TARGET, keep_source=keep, **options).targets[0] for keep in (True, False))
@@ -121,7 +148,40 @@ def test_each_step_has_its_own_embedding(tiny, inversions):
     assert distance(tiny(inversion=inversion, output_type="latent").source, first) > 1e-4
 
 
+def test_numbers_of_steps_and_guidance(tiny, photo):
+    assert inverted(tiny, photo, num_inference_steps=np.int64(2)).steps == 2
+    for steps in (True, 0, 2.0, "2"):
+        with pytest.raises(ValueError, match="num_inference_steps must be a whole number from 1 on"):
+            inverted(tiny, photo, num_inference_steps=steps)
+    for scale in (float("nan"), float("inf"), None):
+        with pytest.raises(ValueError, match="guidance_scale must be a finite number"):
+            inverted(tiny, photo, guidance_scale=scale)
+
+
+def test_schedulers_without_noise_levels(tiny, monkeypatch):
+    scheduler = IPNDMScheduler()
+    scheduler.set_timesteps(STEPS)
+    with pytest.raises(ValueError, match="IPNDMScheduler has no noise level for each timestep"):
+        NoiseSchedule.of(scheduler)
+    monkeypatch.setattr(tiny, "scheduler", scheduler)
+    monkeypatch.setattr(tiny.unet, "forward", lambda *a, **k: pytest.fail("denoised before it was checked"))
+    with pytest.raises(ValueError, match="IPNDMScheduler has no noise level for each timestep"):
+        tiny.record(SOURCE, num_inference_steps=STEPS)
+
+
 class TestNullText:
+    def test_under_inference_mode(self, tiny, photo):
+        settings = NullText(inner_steps=2)
+        with torch.inference_mode():
+            found = inverted(tiny, photo, settings)
+        assert torch.equal(found.unconditional, inverted(tiny, photo, settings).unconditional)
+
+    def test_weights_made_under_inference_mode(self, tiny, photo, monkeypatch):
+        with torch.inference_mode():
+            monkeypatch.setattr(tiny, "unet", copy.deepcopy(tiny.unet))
+        with pytest.raises(ValueError, match=r"weights were made under torch\.inference_mode"):
+            inverted(tiny, photo, "null-text")
+
     def test_checkpointing_changes_nothing_but_memory(self, tiny, photo):
         found = [
             inverted(tiny, photo, NullText(inner_steps=2, gradient_checkpointing=on)).unconditional

@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor
 from tiny_models import EVERYWHERE, add_image_prompts, check_edit, check_restored, draw, image_embeds
-from tiny_pipelines import PROMPTS, shared_noise, tiny_pipeline
+from tiny_pipelines import PROMPTS, shared_noise, tiny_pipeline, unedited
 
-from fpe_pipeline import FreePromptEdit, PromptToPromptEdit, editing
-from fpe_pipeline.processors import EditAttnProcessor
+from fpe_pipeline import FreePromptEdit, PromptToPromptEdit, editing, heat_maps
+from fpe_pipeline.processors import EditAttnProcessor, is_sliced
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -68,29 +68,54 @@ def test_schedules_in_which_a_timestep_stands_twice(tiny, monkeypatch):
 # Attention
 
 
-def test_attention_slicing(tiny):
-    """Layers that are not edited are computed in slices still; those that are store no map that could be sliced."""
+def test_attention_slicing_is_refused(pipe):
+    """By any session that would compute sliced layers, before it computes one; other layers may be sliced."""
+    tiny = tiny_pipeline(pipe)
     expected = check_edit(tiny)
     tiny.enable_attention_slicing("max")
-    try:
-        torch.testing.assert_close(check_restored(tiny), expected, rtol=0, atol=1e-4)
-        with editing(tiny, EVERYWHERE) as session:
+    for session in (editing(tiny, EVERYWHERE), heat_maps(tiny, ["car"])):
+        with pytest.raises(ValueError, match=r"pipe\.disable_attention_slicing\(\)"), session:
             draw(tiny)
-            edited = set(session.report().layers)
-            for name, processor in tiny.unet.attn_processors.items():
-                path = name.removesuffix(".processor")
-                assert type(processor) is (EditAttnProcessor if path in edited else SlicedAttnProcessor)
         assert {type(processor) for processor in tiny.unet.attn_processors.values()} == {SlicedAttnProcessor}
-    finally:
-        tiny.unet.set_attn_processor(AttnProcessor2_0())
+    tiny.disable_attention_slicing()
+    torch.testing.assert_close(check_restored(tiny), expected, rtol=0, atol=1e-4)
+
+    edited = [site.path for site in EVERYWHERE.select(editing(tiny, EVERYWHERE).sites)]
+    tiny.enable_attention_slicing("max")
+    for path in edited:
+        tiny.unet.get_submodule(path).set_processor(AttnProcessor2_0())
+    torch.testing.assert_close(check_restored(tiny), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["enable_attention_slicing", "fuse_qkv_projections"])
-def test_processors_have_to_be_chosen_before_the_session(pipe, method):
+@pytest.mark.filterwarnings("error")
+def test_attention_slicing_inside_a_session(pipe):
+    """Between steps or before the first: the next call that would edit says what to do, and slicing stays on."""
+    tiny = tiny_pipeline(pipe)
+
+    def slice_now(*args):
+        tiny.enable_attention_slicing()
+        return {}
+
+    for options in ({}, {"callback_on_step_end": slice_now}):
+        with (
+            pytest.raises(ValueError, match=r"attention slicing is on.*pipe\.disable_attention_slicing\(\)"),
+            editing(tiny, EVERYWHERE),
+        ):
+            if not options:
+                slice_now()
+            draw(tiny, steps=2, **options)
+        assert {type(processor) for processor in tiny.unet.attn_processors.values()} == {SlicedAttnProcessor}
+        assert unedited(tiny.unet)
+        tiny.disable_attention_slicing()
+        assert not any(is_sliced(processor) for processor in tiny.unet.attn_processors.values())
+    check_edit(tiny)
+
+
+def test_processors_have_to_be_chosen_before_the_session(pipe):
     """Inside one, they would take the edit's place: that is said, and they stay."""
     tiny = tiny_pipeline(pipe)
     with pytest.warns(RuntimeWarning) as record, editing(tiny, EVERYWHERE):
-        getattr(tiny, method)()
+        tiny.fuse_qkv_projections()
         draw(tiny, steps=1)
     computed, left = (str(warning.message) for warning in record)
     assert "computed without their editing processor" in computed

@@ -304,7 +304,8 @@ def test_diffusers_knows_the_processor():
 
 def test_layers_that_cannot_be_edited_say_why():
     assert unsupported_reasons(attention(), AttnProcessor2_0()) == []
-    assert unsupported_reasons(attention(), SlicedAttnProcessor(1)) == []
+    (reason,) = unsupported_reasons(attention(), SlicedAttnProcessor(1))
+    assert "pipe.disable_attention_slicing()" in reason
     (reason,) = unsupported_reasons(attention(), Recording())
     assert "Recording" in reason and "override_processors" in reason
     assert unsupported_reasons(attention(), Recording(), (Recording,)) == []

@@ -126,12 +126,11 @@ def test_processors_that_are_modules_stay_registered(tiny):
         tiny.unet.set_attn_processor(dict(before))
 
 
-def test_channels_last_and_attention_slicing(pipe):
+def test_channels_last(pipe):
     tiny = tiny_pipeline(pipe)
     with editing(tiny, FPE):
         expected = sample(tiny)
     tiny.unet.to(memory_format=torch.channels_last)
-    tiny.enable_attention_slicing("max")
     with editing(tiny, FPE):
         torch.testing.assert_close(sample(tiny), expected, rtol=0, atol=1e-3)
 

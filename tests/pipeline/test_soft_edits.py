@@ -1,5 +1,7 @@
 """Free-Prompt-Editing by degrees: strengths, masks and the heat of words, against dense mathematics."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +97,49 @@ def test_a_token_takes_the_mean_of_its_part():
 )
 def test_masks_of_every_kind(image):
     assert MaskImage(image).values.tolist() == [[0.0, 1.0]]
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_masks_from_files(tmp_path, kind):
+    """As the array that the file shows, upright and at its own size."""
+    values = np.zeros((4, 6), dtype=np.uint8)
+    values[0, 1:] = 255
+    path = tmp_path / "mask.png"
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(values).save(path, exif=turned)
+    expected = (np.rot90(values, -1) / 255).tolist()
+    assert MaskImage(kind(path)).values.tolist() == expected
+    with Image.open(path) as image:
+        assert MaskImage(image).values.tolist() == expected
+    Image.fromarray(values).convert("RGBA").save(path)
+    assert FreePromptEdit(mask=kind(path)).mask.values.tolist() == (values / 255).tolist()
+
+
+def test_files_that_are_no_masks(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read .*nowhere\.png"):
+        FreePromptEdit(mask=tmp_path / "nowhere.png")
+    (tmp_path / "mask.png").write_bytes(b"text")
+    with pytest.raises(ValueError, match="not a picture"):
+        FreePromptEdit(mask=str(tmp_path / "mask.png"))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_masks_drawn_in_transparency(tmp_path, mode):
+    drawn = Image.new("LA", (6, 4), (0, 0))
+    drawn.paste((0, 255), (0, 0, 3, 4))
+    path = tmp_path / "mask.png"
+    drawn.convert("RGBA").convert(mode).save(path)
+    for mask in (path, drawn):
+        with pytest.raises(ValueError, match=r"transparent parts.*getchannel\('A'\)"):
+            FreePromptEdit(mask=mask)
+    assert MaskImage(drawn.getchannel("A")).values.tolist() == [[1.0] * 3 + [0.0] * 3] * 4
+
+
+@pytest.mark.parametrize("mask", [{"a": 1}, object(), 3.0])
+def test_masks_of_no_kind(mask):
+    with pytest.raises(TypeError, match="expected a mask as a path"):
+        FreePromptEdit(mask=mask)
 
 
 @pytest.mark.parametrize(
