@@ -68,7 +68,7 @@ def chosen_edit(edit: Edit | None, self_replace_steps: Any, levels: Any, max_tok
     if edit is None:
         return FreePromptEdit(self_replace_steps, **given)
     if not isinstance(edit, Edit):
-        raise TypeError(f"expected an Edit, such as FreePromptEdit(), got {type(edit).__name__}")
+        raise TypeError(f"expected an Edit, such as FreePromptEdit(), received {type(edit).__name__}")
     if self_replace_steps != 0.8 or any(value is not None for value in given.values()):
         raise ValueError("self_replace_steps, levels, max_tokens and layers belong to the edit; pass them to it")
     return edit
