@@ -134,7 +134,7 @@ def execute(
     clock = Clock()
     with repeatable(settings.threads):
         with clock.measure("load"):
-            pipe = load_pipeline(location, dtype=dtype, device=device)
+            pipe: FreePromptPipeline = load_pipeline(location, dtype=dtype, device=device)
         model = identity(pipe)
         if expected_model is not None and model != expected_model:
             raise InputError(
