@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from fpe_pipeline.quality.comparison_table import cell, method_table
+from fpe_pipeline.quality.comparison_table import cell, inversion_table, method_table
 from fpe_pipeline.quality.statistics import INTERVALS
 from fpe_pipeline.quality.store import unpacked
 from fpe_pipeline.quality.subjects import GENERATED
@@ -25,7 +25,7 @@ METHODS = "methods"
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 _COMMAND = "fpe evaluate --images generated, fpe evaluate --images held-out"
 # The way of inverting that stands beside generated images; the others have a table of their own.
-_REFERENCE, _EDIT = "ddim", "fpe"
+_REFERENCE = "ddim"
 
 
 def combined(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -80,27 +80,13 @@ def short_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n\n" + _about(result)
 
 
-def inversion_table(rows: Sequence[Row]) -> str:
+def inversions_table(rows: Sequence[Row]) -> str:
     """What each inversion gives back of a real image, what it takes, and Free-Prompt-Editing from there."""
     result = _read()
-    if result is None:
-        return _missing()
-    head = ["inversion", "real images", "reconstruction, dB", "s to invert", "FPE edits", "succeed", "IoU"]
-    lines = ["| " + " | ".join([*head, "PSNR outside, dB"]) + " |", "| --- |" + " ---: |" * len(head)]
-    for origin in INVERSIONS:
-        whole = result["summary"].get(origin)
-        if whole is None:
-            lines.append("| " + " | ".join([origin, "0", "not measured yet", *("–" for _ in head[2:])]) + " |")
-            continue
-        edit = whole["kinds"][ALL].get(_EDIT)
-        cells = [str(whole["pictures"]), *(cell(whole[name], name) for name in ("reconstruction", "inversion_seconds"))]
-        cells += [str(edit["edits"]) if edit else "0"]
-        cells += [cell(edit[name] if edit else None, name) for name in ("success", "iou", "outside_psnr")]
-        lines.append("| " + " | ".join([origin, *cells]) + " |")
-    return "\n".join(lines) + "\n\n" + _about(result)
+    return _missing() if result is None else inversion_table(result["summary"], INVERSIONS) + "\n" + _about(result)
 
 
-TABLES = {METHODS: full_table, "methods-short": short_table, "methods-inversions": inversion_table}
+TABLES = {METHODS: full_table, "methods-short": short_table, "methods-inversions": inversions_table}
 
 
 def _about(result: dict[str, Any]) -> str:

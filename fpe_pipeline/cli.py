@@ -160,6 +160,19 @@ def _add_edit(edit: argparse.ArgumentParser) -> None:
         metavar="SCALE",
         help=f"guidance while the picture is inverted (default: {DEFAULTS.inversion_guidance:g})",
     )
+    real.add_argument(
+        "--inner-steps",
+        type=int,
+        metavar="N",
+        help=f"of --inversion null-text: at most N iterations a denoising step (default: {DEFAULTS.inner_steps})",
+    )
+    real.add_argument(
+        "--early-stop",
+        type=float,
+        metavar="ERROR",
+        help="of --inversion null-text: mean squared error below which the first step ends; later ones are allowed a "
+        f"little more each (default: {DEFAULTS.early_stop:g})",
+    )
 
     how = edit.add_argument_group("edit")
     how.add_argument(
@@ -267,6 +280,8 @@ def _edit(options: argparse.Namespace) -> int:
         if missing:
             raise InputError(f"expected {' and '.join(missing)}, or --from with the run.json of an earlier run")
         settings = Settings(**given)
+    if {"inner_steps", "early_stop"} & given.keys() and (settings.image is None or settings.inversion != "null-text"):
+        raise InputError("--inner-steps and --early-stop are null-text inversion's; pass --inversion null-text as well")
     settings.check()
     check_writable(options.output)
     same_model = record is not None and not {"model", "dtype", "device"} & given.keys()
@@ -296,7 +311,7 @@ def _info(options: argparse.Namespace) -> int:
     from fpe_kernels import backends
 
     from .loading import EMBEDDED, find_model
-    from .runs import versions
+    from .repeatable import versions
 
     for name, version in versions().items():
         print(f"{name:<14}{version or 'not installed'}")

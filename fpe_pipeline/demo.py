@@ -49,5 +49,5 @@ def run(directory: Path, *, progress: bool = True, seed: int = 0, **settings: An
         written += runs.write(made, directory / name)
         rows += made.comparisons()
     with staged(directory) as stage:
-        side_by_side(rows, edit_label=runs.EDIT_LABEL).save(stage / "demo.png")
+        side_by_side(rows, edit_label=made.edit_label).save(stage / "demo.png")
     return [directory / "demo.png", *written]

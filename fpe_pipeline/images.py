@@ -9,18 +9,23 @@ The rules, in order:
    ratio and gets the model's own number of pixels. Each side that is not given is rounded to a multiple of the
    autoencoder's factor.
 4. The picture is scaled (Lanczos) until it covers that size, and what stands over is cut off evenly at both ends.
+
+A huge picture costs little more memory than Pillow's decoder takes for it, which is four bytes a pixel or fewer: it is
+converted a band of rows at a time, and averaged down to no less than three times the size that it is scaled to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from .loading import InputError
 
@@ -29,6 +34,22 @@ __all__ = ["fitted_size", "load_image", "to_tensor"]
 # Pillow's own bound against files that unpack to more memory than a machine has.
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)
 WHITE = (255, 255, 255)
+# Pictures of up to so many pixels are scaled from all of them; larger ones, as far as that leaves enough, from means.
+ORDINARY_PIXELS = 2**24
+BAND_PIXELS = 2**20
+REDUCING_GAP = 3.0  # how much larger than its result Lanczos scaling starts at least
+# What Pillow's decoders raise on damaged data, and on data that unpacks to more than they allow.
+DECODER_ERRORS = (OSError, SyntaxError, EOFError, RuntimeError, ValueError, LookupError, TypeError)
+# What turns a picture of an EXIF orientation the right way up; from 5 on it is stored on its side.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(
@@ -51,18 +72,17 @@ def load_image(
         InputError: no such file, not a picture, a damaged one, one too large to unpack, values or shapes that are no
             picture, a size that is no multiple.
     """
+    name = f"'{image}'" if isinstance(image, str | Path) else "the image"
     opened = image
     if isinstance(image, str | Path):
-        opened = _open(Path(image))
+        with _decoding(name):
+            opened = Image.open(image)
     elif isinstance(image, torch.Tensor | np.ndarray):
         opened = _from_array(image)
     elif not isinstance(image, Image.Image):
         raise InputError(f"expected a path, a PIL image, an array or a tensor, received {type(image).__name__}")
-    name = f"'{image}'" if isinstance(image, str | Path) else "the image"
     try:
         return _fit(opened, size, multiple, pixels, name)
-    except (OSError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise on damaged data
-        raise InputError(f"{name} is damaged: {error}; save it again from the original") from error
     finally:
         if opened is not image:
             opened.close()
@@ -96,41 +116,69 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return values.permute(2, 0, 1)[None].contiguous()
 
 
-def _open(path: Path) -> Image.Image:
+@contextlib.contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """What decoders raise, as errors that say what to do."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half of the limit is no reason yet
-            return Image.open(path)
+            yield
+    except InputError:
+        raise
     except Image.DecompressionBombError as error:
         raise InputError(
-            f"'{path}' unpacks to more than {PIXEL_LIMIT} pixels, which may be an attack on memory; scale it down "
+            f"{name} unpacks to more than {PIXEL_LIMIT} pixels, which may be an attack on memory; scale it down "
             "first, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         ) from error
     except UnidentifiedImageError as error:
-        raise InputError(f"'{path}' is not a picture that Pillow can read; pass a PNG, JPEG or WebP file") from error
-    except OSError as error:
-        if error.errno is None:  # raised by a decoder, not by the system
-            raise InputError(f"'{path}' is damaged: {error}; save it again from the original") from error
-        raise InputError(f"cannot read '{path}': {error.strerror}; pass the path of a picture") from error
+        raise InputError(f"{name} is not a picture that Pillow can read; pass a PNG, JPEG or WebP file") from error
+    except DECODER_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None:  # raised by the system, not by a decoder
+            raise InputError(f"cannot read {name}: {error.strerror}; pass the path of a picture") from error
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{name} is damaged: {reason}; save it again from the original") from error
 
 
 def _fit(image: Image.Image, size: tuple[int | None, int | None], multiple: int, pixels: int, name: str) -> Image.Image:
     if 0 in image.size:
         raise InputError(f"{name} has no pixels: its size is {image.width}x{image.height}")
-    upright = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # stored on its side
-    shown = image.size[::-1] if upright else image.size
-    across, down = fitted_size(shown, size, multiple, pixels)
-    # A JPEG can be unpacked at a half, a quarter or an eighth of its size, which is all that scaling needs.
-    scale = 2 * max(across / shown[0], down / shown[1])
-    if scale < 1:
-        image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-    rgb = _to_rgb(ImageOps.exif_transpose(image))
+    with _decoding(name):
+        orientation = image.getexif().get(0x0112, 1)
+        on_its_side = orientation in (5, 6, 7, 8)
+        shown = image.size[::-1] if on_its_side else image.size
+        across, down = fitted_size(shown, size, multiple, pixels)
+        # A JPEG can be unpacked at a half, a quarter or an eighth of its size, which is all that scaling needs.
+        scale = 2 * max(across / shown[0], down / shown[1])
+        if scale < 1:
+            image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+        image.load()
+    width, height = image.size[::-1] if on_its_side else image.size
+    factor = 1
+    if width * height > ORDINARY_PIXELS:
+        factor = max(1, int(min(width / across, height / down) / REDUCING_GAP))
+    rgb = _reduced(image, factor)
+    if orientation in TURNS:
+        rgb = rgb.transpose(TURNS[orientation])
     if rgb.size == (across, down):
         return rgb
-    factor = max(across / rgb.width, down / rgb.height)
-    left, top = (rgb.width - across / factor) / 2, (rgb.height - down / factor) / 2
-    box = (max(0.0, left), max(0.0, top), min(rgb.width, rgb.width - left), min(rgb.height, rgb.height - top))
-    return rgb.resize((across, down), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    # The last of a row of averages may stand for less than a pixel, and a turn may put it first.
+    wide, high = width / factor, height / factor
+    left = rgb.width - wide if orientation in (2, 3, 6, 7) else 0.0
+    top = rgb.height - high if orientation in (3, 4, 7, 8) else 0.0
+    ratio = max(across / wide, down / high)
+    over, above = max(0.0, (wide - across / ratio) / 2), max(0.0, (high - down / ratio) / 2)
+    box = (left + over, top + above, min(rgb.width, left + wide - over), min(rgb.height, top + high - above))
+    return rgb.resize((across, down), Image.Resampling.LANCZOS, box=box, reducing_gap=REDUCING_GAP)
+
+
+def _reduced(image: Image.Image, factor: int) -> Image.Image:
+    """The image in RGB, ``factor`` × ``factor`` pixels averaged into one, made a band of rows at a time."""
+    whole = Image.new("RGB", (math.ceil(image.width / factor), math.ceil(image.height / factor)))
+    rows = max(1, BAND_PIXELS // (image.width * factor)) * factor
+    for top in range(0, image.height, rows):
+        band = _to_rgb(image.crop((0, top, image.width, min(top + rows, image.height))))
+        whole.paste(band.reduce(factor), (0, top // factor))
+    return whole
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -99,13 +99,16 @@ def find_model(model: str) -> ModelSource:
     )
 
 
-def load_pipeline(source: ModelSource, *, dtype: torch.dtype, device: str) -> FreePromptPipeline:
+def load_pipeline(source: ModelSource, *, dtype: torch.dtype, device: str, pipeline: Any = None) -> Any:
     """Load a `FreePromptPipeline` in one dtype onto one device, with the scheduler that the model names.
+
+    Args:
+        pipeline: another class of diffusers' to load.
 
     Raises:
         InputError: the hub does not provide it, or the weights cannot be read.
     """
-    pipeline = pipeline_class()
+    pipeline = pipeline or pipeline_class()
     loader = pipeline.from_single_file if source.kind == "file" else pipeline.from_pretrained
     try:
         with _quiet_libraries():

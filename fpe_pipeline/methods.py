@@ -7,7 +7,7 @@ from typing import Any
 
 from .edits import Edit, FreePromptEdit, MasaCtrlEdit, PlugAndPlayEdit, PromptToPromptEdit, StyleAlignedEdit
 
-__all__ = ["ALIGNING", "METHODS", "make_edit"]
+__all__ = ["ALIGNING", "METHODS", "TITLES", "make_edit"]
 
 #: For each name, a function of the prompts (the source's first), the tokenizer and options that gives an edit.
 METHODS: dict[str, Callable[..., Edit]] = {
@@ -17,6 +17,16 @@ METHODS: dict[str, Callable[..., Edit]] = {
     "masactrl": lambda prompts, tokenizer, **options: MasaCtrlEdit(**options),
     "pnp": lambda prompts, tokenizer, **options: PlugAndPlayEdit(**options),
     "style-aligned": lambda prompts, tokenizer, **options: StyleAlignedEdit(**options),
+}
+
+#: Their names in pictures.
+TITLES = {
+    "fpe": "Free-Prompt-Editing",
+    "p2p-replace": "Prompt-to-Prompt (replace)",
+    "p2p-refine": "Prompt-to-Prompt (refine)",
+    "masactrl": "MasaCtrl",
+    "pnp": "Plug-and-Play",
+    "style-aligned": "StyleAligned",
 }
 
 #: The methods that align the prompts' words, and so cannot do without the tokenizer.

@@ -7,17 +7,12 @@ them again on the same machine with the same versions gives the same images, bit
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import platform
-import time
 import types
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
@@ -34,17 +29,18 @@ from .loading import (
     scheduler_settings,
 )
 from .pictures import Comparison, side_by_side
+from .repeatable import Clock, machine, repeatable, versions
 from .settings import Settings
 from .staging import staged
 
 if TYPE_CHECKING:
+    from .edits import Edit
     from .inversion import Inversion, Method
     from .pipeline import FreePromptPipeline
 
-__all__ = ["Run", "Settings", "differences", "execute", "photo_of", "pixel_hash", "read_record", "versions", "write"]
+__all__ = ["Run", "Settings", "differences", "execute", "photo_of", "pixel_hash", "read_record", "write"]
 
 RECORD_FORMAT = 1
-EDIT_LABEL = "target, Free-Prompt-Editing"
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,13 @@ class Run:
     uncontrolled: tuple[Image.Image, ...] | None
     details: dict[str, Any] = field(repr=False)
     photo: Image.Image | None = None
+
+    @property
+    def edit_label(self) -> str:
+        """Title of the edited pictures in a comparison."""
+        from .methods import TITLES
+
+        return f"target, {TITLES[self.settings.method]}"
 
     def comparisons(self) -> list[Comparison]:
         """One row a target, for `pictures.side_by_side`."""
@@ -128,17 +131,24 @@ def execute(
     location = settings.check()
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    clock = _Clock()
-    with _repeatable(settings.threads):
+    clock = Clock()
+    with repeatable(settings.threads):
         with clock.measure("load"):
-            pipe = load_pipeline(location, dtype=dtype, device=device)
+            pipe: FreePromptPipeline = load_pipeline(location, dtype=dtype, device=device)
         model = identity(pipe)
         if expected_model is not None and model != expected_model:
             raise InputError(
                 f"model '{settings.model}' is not the one of the record: its weights, scheduler or dtype differ "
                 f"({model[:12]}… instead of {expected_model[:12]}…); pass --model to use it all the same"
             )
-        width, height = settings.size or (None, None)
+        photo = _photo(pipe, settings)
+        if expected_photo is not None and photo is not None and expected_photo != pixel_hash(photo):
+            raise InputError(
+                f"'{settings.image}' is not the picture of the record: its pixels differ; pass --image to edit "
+                "it all the same"
+            )
+        width, height = photo.size if photo is not None else settings.size or pipe.native_size[::-1]
+        edit = _edit(pipe, settings, width, height)
         common: dict[str, Any] = {
             "height": height,
             "width": width,
@@ -147,15 +157,10 @@ def execute(
             "negative_prompt": settings.negative,
         }
         inversion = None
-        if settings.image is not None:
+        if photo is not None:
             with clock.measure("invert"):
-                inversion = _invert(pipe, settings, progress)
+                inversion = _invert(pipe, photo, settings, progress)
             common |= {"inversion": inversion, "height": None, "width": None}
-            if expected_photo not in (None, pixel_hash(inversion.image)):
-                raise InputError(
-                    f"'{settings.image}' is not the picture of the record: its pixels differ; pass --image to edit "
-                    "it all the same"
-                )
 
         def generate(title: str, prompts: list[str], **options: Any) -> list[Image.Image]:
             pipe.set_progress_bar_config(desc=title, disable=not progress, leave=True)
@@ -170,7 +175,7 @@ def execute(
         source, *edited = generate(
             "edit",
             [settings.source, *settings.targets],
-            edit=settings.edit(pipe.tokenizer),
+            edit=edit,
             backend=settings.backend,
         )
         plain = None
@@ -190,33 +195,51 @@ def execute(
         details = {
             "model": {"identity_sha256": model, "class": type(pipe).__name__, "scheduler": scheduler_settings(pipe)},
             "versions": versions(),
-            "machine": _machine(device),
+            "machine": machine(device),
             "backends": backends(),
             "seconds": clock.seconds,
         }
-    photo = None if inversion is None else inversion.image
     return Run(settings, source, tuple(edited), tuple(plain) if plain else None, details, photo)
 
 
-def _invert(pipe: FreePromptPipeline, settings: Settings, progress: bool) -> Inversion:
-    """The settings' image, inverted by DDIM on the noise levels of whatever scheduler the model names."""
+def _photo(pipe: FreePromptPipeline, settings: Settings) -> Image.Image | None:
+    """The settings' picture as the model takes it; None where the source is generated."""
+    from .images import load_image
+
+    if settings.image is None:
+        return None
+    pixels = pipe.native_size[0] * pipe.native_size[1]
+    return load_image(settings.image, settings.size or (None, None), multiple=pipe.vae_scale_factor, pixels=pixels)
+
+
+def _edit(pipe: FreePromptPipeline, settings: Settings, width: int, height: int) -> Edit:
+    """The settings' edit; words and layers that it cannot serve are refused here, before a picture is inverted."""
+    from .sites import attention_sites
+
+    edit = settings.edit(pipe.tokenizer)
+    latent = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
+    try:
+        edit.select(tuple(site.at(*latent) for site in attention_sites(pipe.unet)))
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
+    return edit
+
+
+def _invert(pipe: FreePromptPipeline, photo: Image.Image, settings: Settings, progress: bool) -> Inversion:
+    """The settings' picture, inverted by DDIM on the noise levels of whatever scheduler the model names."""
     from .noise_schedule import ddim_scheduler
-    from .null_text import NullText
 
     pipe.scheduler = ddim_scheduler(pipe.scheduler)
     pipe.set_progress_bar_config(desc="invert", disable=not progress, leave=True)
-    width, height = settings.size or (None, None)
     try:
         return pipe.invert(
-            settings.image,
+            photo,
             settings.source,
             num_inference_steps=settings.steps,
             guidance_scale=settings.inversion_guidance,
-            method=NullText(settings.guidance)
-            if settings.inversion == "null-text"
-            else cast("Method", settings.inversion),
-            height=height,
-            width=width,
+            method=settings.null_text() or cast("Method", settings.inversion),
+            height=photo.height,
+            width=photo.width,
         )
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
@@ -231,7 +254,7 @@ def write(run: Run, directory: Path) -> list[Path]:
     Returns:
         The paths, `comparison.png` first and `run.json` last.
     """
-    images = {"comparison.png": side_by_side(run.comparisons(), edit_label=EDIT_LABEL)}
+    images = {"comparison.png": side_by_side(run.comparisons(), edit_label=run.edit_label)}
     images |= {name: image for name, (image, _, _) in run.files().items()}
     record = json.dumps(run.record(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with staged(directory) as stage:
@@ -310,19 +333,6 @@ def pixel_hash(image: Image.Image) -> str:
     return hashlib.sha256(f"{rgb.width}x{rgb.height}\n".encode() + rgb.tobytes()).hexdigest()
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of what decides the images; None for what is not installed."""
-    from fpe_kernels import __version__
-
-    found: dict[str, str | None] = {"fpe": __version__, "python": platform.python_version()}
-    for name in ("torch", "diffusers", "transformers", "triton", "numpy", "pillow"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def _has_type(value: Any, hint: Any) -> bool:
     """Whether a JSON value, lists turned into tuples, is of a type such as `tuple[int, int] | None`."""
     if isinstance(hint, types.UnionType):
@@ -339,40 +349,3 @@ def _has_type(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
-
-
-def _machine(device: str) -> dict[str, Any]:
-    import torch
-
-    accelerator = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    return {"platform": platform.platform(), "accelerator": accelerator, "cuda": torch.version.cuda}
-
-
-@contextlib.contextmanager
-def _repeatable(threads: int | None) -> Iterator[None]:
-    """Pin what would let two runs of the same settings round differently; put everything back afterwards."""
-    import torch
-
-    cudnn = torch.backends.cudnn
-    before = torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark
-    if threads is not None:
-        torch.set_num_threads(threads)
-    cudnn.deterministic, cudnn.benchmark = True, False
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        cudnn.deterministic, cudnn.benchmark = before[1:]
-
-
-class _Clock:
-    """Seconds of named stages, rounded to milliseconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = round(time.perf_counter() - start, 3)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .loading import EMBEDDED, InputError, ModelSource, find_model, pick_device, pick_dtype
+
+if TYPE_CHECKING:
+    from .null_text import NullText
 
 __all__ = ["INVERSIONS", "Settings"]
 
@@ -41,6 +44,8 @@ class Settings:
         inversion: how the real image is held: "ddim", "direct", "null-text" or "negative-prompt"; see
             `fpe_pipeline.inversion`.
         inversion_guidance: classifier-free guidance while it is inverted.
+        inner_steps, early_stop: of null-text inversion only: at most so many iterations a step, and the mean squared
+            error below which a step ends; see `fpe_pipeline.NullText`.
         control: also make each target without the edit, to compare.
         backend: attention backend, or "auto".
         dtype: "float32", "float16", "bfloat16" or "auto".
@@ -65,6 +70,8 @@ class Settings:
     image: str | None = None
     inversion: str = "ddim"
     inversion_guidance: float = 1.0
+    inner_steps: int = 10
+    early_stop: float = 1e-5
     control: bool = True
     backend: str = "auto"
     dtype: str = "auto"
@@ -99,6 +106,24 @@ class Settings:
         try:
             return make_edit(self.method, [self.source, *self.targets], tokenizer, **chosen, **self.options)
         except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from error
+
+    def null_text(self) -> NullText | None:
+        """The settings of the optimisation, where the picture is inverted by it.
+
+        Raises:
+            InputError: a number out of range.
+        """
+        from .null_text import NullText
+
+        if self.inversion != "null-text":
+            return None
+        # A record is JSON, which has no infinity.
+        if self.early_stop == float("inf"):
+            raise InputError("early_stop must be a finite number, received inf; pass a large one for one iteration")
+        try:
+            return NullText(self.guidance, inner_steps=self.inner_steps, early_stop=self.early_stop)
+        except ValueError as error:
             raise InputError(str(error)) from error
 
     def changed(self, **given: Any) -> Settings:
@@ -155,6 +180,7 @@ class Settings:
                     f"{self.inversion} inversion takes the place of the negative prompt; leave --negative out, or "
                     "pass --inversion direct"
                 )
+        self.null_text()
         if self.inversion == "null-text" and self.inversion_guidance > 1:
             raise InputError("null-text inversion follows the unguided trajectory; leave --inversion-guidance out")
         load_image(self.image)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .loading import InputError
@@ -32,12 +32,49 @@ def check_writable(directory: Path) -> None:
 
 @contextlib.contextmanager
 def staged(directory: Path) -> Iterator[Path]:
-    """A temporary folder inside `directory`; what is written there moves up when the block ends without an error."""
+    """A temporary folder inside `directory`; what is written there moves up when the block ends without an error.
+
+    Files of the same names are replaced, all of them or, where one cannot be, none; `directory` is made if missing.
+
+    Raises:
+        InputError: a folder has the name of one of the files.
+    """
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".fpe-", dir=directory))
     try:
         yield stage
-        for path in sorted(stage.iterdir(), key=lambda path: path.name == "run.json"):
-            os.replace(path, directory / path.name)
-    finally:
+        _move(sorted(stage.iterdir(), key=lambda path: path.name == "run.json"), directory)
+    except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
+        with contextlib.suppress(OSError):  # someone else's files are there by now
+            for folder in made:
+                folder.rmdir()
+        raise
+    shutil.rmtree(stage, ignore_errors=True)
+
+
+def _move(paths: Sequence[Path], directory: Path) -> None:
+    """Move files into `directory`; an error puts back those that were there before."""
+    taken = [path.name for path in paths if (directory / path.name).is_dir()]
+    if taken:
+        raise InputError(
+            f"cannot write {', '.join(taken)} into '{directory}': folders have these names; rename them, or pass "
+            "another folder with -o"
+        )
+    if not paths:
+        return
+    before = Path(tempfile.mkdtemp(dir=paths[0].parent))
+    try:
+        for path in paths:
+            destination = directory / path.name
+            if os.path.lexists(destination):
+                os.replace(destination, before / path.name)
+            os.replace(path, destination)
+    except BaseException:
+        for path in paths:
+            if os.path.lexists(before / path.name):
+                os.replace(before / path.name, directory / path.name)
+            elif not path.exists():
+                (directory / path.name).unlink()
+        raise

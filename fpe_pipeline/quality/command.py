@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..loading import InputError
-from ..models import embedded_path, judge_path
+from ..loading import InputError, pick_device
 from ..settings import INVERSIONS
+from ..staging import check_writable, staged
 from .conditions import Condition, method_conditions, standard_conditions, sweep_conditions
 from .contenders import CONTENDERS
+from .evaluated import EvaluatedModel
 from .image_folder import PROMPT_FILES
 from .images_command import run_on_images
 from .pairs import KINDS, EditPair, held_out_pairs
@@ -67,51 +69,51 @@ def run(args: argparse.Namespace) -> int:
         Exit status: 0.
 
     Raises:
-        FileNotFoundError: there is no model or no judge.
-        InputError: options that do not belong together.
-        ValueError: the folder holds scores made with other settings.
+        InputError: options that do not belong together or are out of range, no model or no judge, or a folder with
+            scores made with other settings; before anything is computed or written.
     """
+    _check_numbers(args)
+    args.device = pick_device(args.device)
     if args.images is not None:
         return run_on_images(args)
     if args.methods or args.inversions:
         raise InputError("method names and --inversion choose what --images compares: pass it as well")
-    folder = args.model or embedded_path()
-    judge_file = args.model / "judge.safetensors" if args.model else judge_path()
+    model = EvaluatedModel.find(args.model, judged=True)
+    check_writable(args.output)
     conditions = standard_conditions(args.self_replace)
     if args.sweep:
         conditions += sweep_conditions(self_replace_steps=args.self_replace)
     if args.methods is not None:
         conditions += method_conditions()
     pairs = held_out_pairs(args.pairs, args.kinds, args.seed)
-    settings = {**_settings(args, conditions), "weights": fingerprint(folder)}
-    args.output.mkdir(parents=True, exist_ok=True)
+    settings = {**_settings(args, conditions), "weights": fingerprint(model.folder)}
     # How many pairs are wanted may grow from run to run: the first ones stay the same.
     store = ScoreFile(args.output / "scores.jsonl", {**settings, "pairs": None})
     done = len(store.rows) // len(conditions)
     # What an interruption left of a pair would shift all that is appended.
     store.keep(done * len(conditions))
     if done < len(pairs):
-        _draw_rest(folder, judge_file, args, pairs[done:], done, conditions, store)
+        _draw_rest(model, args, pairs[done:], done, conditions, store)
     summary = summarise(store.rows, seed=args.seed)
     result = {"settings": settings, "environment": environment(), "summary": summary, "scores": packed(store.rows)}
-    (args.output / "evaluation.json").write_text(dump(result))
     rendered = table(summary)
-    (args.output / "table.md").write_text(rendered)
-    plot(summary, args.output / "plot.png", f"{args.steps} steps, guidance {args.guidance:g}, 95 % intervals")
+    with staged(args.output) as stage:
+        (stage / "evaluation.json").write_text(dump(result))
+        (stage / "table.md").write_text(rendered)
+        plot(summary, stage / "plot.png", f"{args.steps} steps, guidance {args.guidance:g}, 95 % intervals")
     print(rendered, end="")
     return 0
 
 
 def _draw_rest(
-    folder: Path,
-    judge_file: Path,
+    model: EvaluatedModel,
     args: argparse.Namespace,
     pairs: list[EditPair],
     done: int,
     conditions: list[Condition],
     store: ScoreFile,
 ) -> None:
-    pipe, judge = _load(folder, judge_file, args.device)
+    pipe, judge = _load(model, args.device)
 
     def keep(fresh: list[Score]) -> None:
         store.add(*(score.to_json() for score in fresh))
@@ -131,16 +133,20 @@ def _draw_rest(
     )
 
 
-def _load(folder: Path, judge_file: Path, device: str) -> tuple[Any, Any]:
-    import torch
+def _load(model: EvaluatedModel, device: str) -> tuple[Any, Any]:
     from diffusers import StableDiffusionPipeline
 
-    from ..models.judge import load_judge
+    return model.load(device, StableDiffusionPipeline)
 
-    precision = {"torch_dtype": torch.float16} if device.startswith("cuda") else {}
-    pipe = StableDiffusionPipeline.from_pretrained(folder, **precision).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, load_judge(judge_file).to(device)
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name, least in (("pairs", 1), ("steps", 1), ("chunk", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} must be at least {least}, received {getattr(args, name)}")
+    if not math.isfinite(args.guidance):
+        raise InputError(f"--guidance must be a finite number, received {args.guidance}")
+    if not 0 <= args.self_replace <= 1:
+        raise InputError(f"--self-replace must be from 0 to 1, a part of the steps, received {args.self_replace}")
 
 
 def _settings(args: argparse.Namespace, conditions: list[Condition]) -> dict[str, Any]:

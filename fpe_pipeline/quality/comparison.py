@@ -40,6 +40,8 @@ class MethodScore:
         reconstruction: PSNR in dB between a real image and the source row of the edit.
         seconds: of the edit; processor time on a CPU, so that it does not depend on what else runs there.
         inversion_seconds: of the inversion, which any number of edits share.
+        autoencoder: PSNR in dB between a real image and what the autoencoder alone gives back of it, which no inversion
+            can be expected to exceed.
         reason: why the method cannot make this edit; everything else is ``None`` then.
     """
 
@@ -53,6 +55,7 @@ class MethodScore:
     reconstruction: float | None = None
     seconds: float | None = None
     inversion_seconds: float | None = None
+    autoencoder: float | None = None
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -136,6 +139,13 @@ class _Drawing:
             return np.asarray(self.inversion.image)
         return _eight_bit(self._pipe(self._subject.source_prompt, **self._source).images[0])
 
+    def autoencoded(self, inversion: Inversion) -> np.ndarray:
+        """What the autoencoder alone gives back of the real image."""
+        vae = self._pipe.vae
+        with torch.no_grad():
+            image = vae.decode(inversion.latents[0] / vae.config.scaling_factor, return_dict=False)[0]
+        return _eight_bit(self._pipe.image_processor.postprocess(image, output_type="np")[0])
+
     def _noise(self, seed: int) -> torch.Tensor:
         config, factor = self._pipe.unet.config, self._pipe.vae_scale_factor
         height, width = (side // factor for side in self._pipe.native_size)
@@ -154,16 +164,20 @@ class _Scorer:
         self._subject, self._drawing = subject, drawing
         self._reference: np.ndarray | None = None
         self._mask: np.ndarray | None = None
+        self._autoencoder: float | None = None
 
     def figures(self, source: np.ndarray | None, image: np.ndarray) -> dict[str, Any]:
         if self._reference is None:
             real = self._drawing.inversion is not None or source is None
             self._reference = self._drawing.reference() if real else source
             self._mask = self._source_mask(cast(np.ndarray, self._reference))
+            if self._drawing.inversion is not None:
+                autoencoded = self._drawing.autoencoded(self._drawing.inversion)
+                self._autoencoder = psnr(cast(np.ndarray, self._reference), autoencoded)
         reference, mask = cast(np.ndarray, self._reference), self._mask
         found: dict[str, Any] = {}
         if self._drawing.inversion is not None and source is not None:
-            found["reconstruction"] = psnr(reference, source)
+            found["reconstruction"], found["autoencoder"] = psnr(reference, source), self._autoencoder
         either = mask
         if self._judge is not None:
             verdict = self._judge.look([Image.fromarray(image)])

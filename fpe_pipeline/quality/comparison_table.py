@@ -8,8 +8,10 @@ from typing import Any
 from .subjects import GENERATED
 from .tally import ALL
 
-__all__ = ["cell", "method_table"]
+__all__ = ["cell", "inversion_table", "method_table"]
 
+# The method that stands for edits from an inversion.
+_EDIT = "fpe"
 _COLUMNS = (("succeeds", "success"), ("IoU", "iou"), ("PSNR outside, dB", "outside_psnr"), ("s", "seconds"))
 
 
@@ -57,6 +59,32 @@ def _cells(entry: Mapping[str, Any] | None) -> list[str]:
 def _partly(entry: Mapping[str, Any]) -> list[str]:
     """Why some of a method's edits are missing, where others were made."""
     return entry["reasons"] if entry["edits"] else []
+
+
+def inversion_table(summary: Mapping[str, Any], origins: Sequence[str] | None = None) -> str:
+    """Markdown: what each inversion gives back of real images, beside what the autoencoder alone does; what it takes;
+    and Free-Prompt-Editing from there.
+
+    Args:
+        summary: as :func:`~.tally.compare` gives it.
+        origins: in this order, also those that were not measured (default: all that were).
+    """
+    head = ["inversion", "real images", "reconstruction, dB", "lowest", "autoencoder alone, dB", "lowest"]
+    head += ["s to invert", "FPE edits", "succeed", "IoU", "PSNR outside, dB"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for origin in origins or [name for name in summary if name != GENERATED]:
+        whole = summary.get(origin)
+        if whole is None:
+            lines.append("| " + " | ".join([origin, "0", "not measured yet", *("–" for _ in head[3:])]) + " |")
+            continue
+        edit = whole["kinds"][ALL].get(_EDIT)
+        cells = [str(whole["pictures"])]
+        for name in ("reconstruction", "autoencoder"):
+            cells += [cell(whole[name], name), f"{whole[name]['minimum']:.2f}" if whole[name] else "–"]
+        cells += [cell(whole["inversion_seconds"], "inversion_seconds"), str(edit["edits"]) if edit else "0"]
+        cells += [cell(edit[name] if edit else None, name) for name in ("success", "iou", "outside_psnr")]
+        lines.append("| " + " | ".join([origin, *cells]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def cell(figure: Mapping[str, float] | None, name: str) -> str:

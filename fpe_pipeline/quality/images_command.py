@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..loading import InputError
-from ..models import embedded_path, judge_path
-from ..staging import check_writable
-from .comparison import score_subject
-from .comparison_table import method_table
+from ..staging import check_writable, staged
+from .comparison import MethodScore, score_subject
+from .comparison_table import inversion_table, method_table
 from .contenders import Contender, chosen, contenders
+from .evaluated import EvaluatedModel
 from .image_folder import folder_digest, folder_subjects
 from .pairs import held_out_pairs
 from .store import ScoreFile, dump, environment, fingerprint, packed
@@ -33,10 +34,8 @@ def run_on_images(args: argparse.Namespace) -> int:
         Exit status: 0.
 
     Raises:
-        InputError: options that do not belong together, or a folder with something missing or damaged; before
-            anything is computed.
-        FileNotFoundError: there is no model or no judge.
-        ValueError: the output folder holds scores made with other settings.
+        InputError: options that do not belong together, no model or no judge, a folder with something missing or
+            damaged, or an output folder with scores made with other settings; before anything is computed or written.
     """
     methods = chosen(args.methods or (), args.self_replace)
     if args.sweep:
@@ -47,16 +46,23 @@ def run_on_images(args: argparse.Namespace) -> int:
     subjects = folder_subjects(Path(args.images)) if own else []
     check_writable(args.output)
     origins = (GENERATED,) if args.images == GENERATED else tuple(args.inversions or ("ddim",))
-    folder = args.model or embedded_path()
+    unguided = sorted({"null-text", "negative-prompt"}.intersection(origins)) if args.guidance <= 1 else []
+    if unguided:
+        raise InputError(
+            f"{' and '.join(unguided)} inversion lives in the unconditional half of classifier-free guidance, which "
+            f"--guidance {args.guidance:g} switches off; pass a larger one, or --inversion direct"
+        )
+    model = EvaluatedModel.find(args.model, judged=not own)
     settings = {
         "images": folder_digest(Path(args.images)) if own else args.images,
         **{name: getattr(args, name) for name in ("steps", "guidance", "self_replace", "seed", "device")},
         "methods": {contender.name: contender.about for contender in contenders(args.self_replace)},
-        "weights": fingerprint(folder),
+        "weights": fingerprint(model.folder),
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    store = ScoreFile(args.output / "scores.jsonl", settings)
-    pipe, judge = _load(folder, _judge_file(args.model, needed=not own), args.device)
+    # Scores of a version that measured other figures are not to be mixed with these.
+    figures = [field.name for field in dataclasses.fields(MethodScore)]
+    store = ScoreFile(args.output / "scores.jsonl", {**settings, "figures": figures})
+    pipe, judge = _load(model, args.device)
     if not own:
         pairs = held_out_pairs(args.pairs, args.kinds, args.seed)
         drawn = args.images == GENERATED
@@ -64,9 +70,12 @@ def run_on_images(args: argparse.Namespace) -> int:
     _score_rest(pipe, judge, subjects, origins, methods, store, args)
     summary = compare(store.rows, seed=args.seed)
     result = {"settings": settings, "environment": environment(), "summary": summary, "scores": packed(store.rows)}
-    (args.output / "evaluation.json").write_text(dump(result))
     rendered = method_table(summary)
-    (args.output / "table.md").write_text(rendered)
+    if args.images != GENERATED:
+        rendered += "\n" + inversion_table(summary)
+    with staged(args.output) as stage:
+        (stage / "evaluation.json").write_text(dump(result))
+        (stage / "table.md").write_text(rendered)
     print(rendered, end="")
     return 0
 
@@ -92,22 +101,9 @@ def _score_rest(
             print(f"scored {number} of {len(subjects)}: {subject.name}, {origin}", file=sys.stderr, flush=True)
 
 
-def _judge_file(model: Path | None, needed: bool) -> Path | None:
-    """The judge beside a model. Pictures of one's own can do without, where the model has none."""
-    path = model / "judge.safetensors" if model else judge_path()
-    return path if needed or path.is_file() else None
-
-
-def _load(folder: Path, judge_file: Path | None, device: str) -> tuple[Any, Any]:
-    import torch
-
-    from ..models.judge import load_judge
+def _load(model: EvaluatedModel, device: str) -> tuple[Any, Any]:
     from ..noise_schedule import ddim_scheduler
-    from ..pipeline import FreePromptPipeline
 
-    judge = None if judge_file is None else load_judge(judge_file).to(device)
-    precision = {"torch_dtype": torch.float16} if device.startswith("cuda") else {}
-    pipe = FreePromptPipeline.from_pretrained(folder, **precision).to(device)
+    pipe, judge = model.load(device)
     pipe.scheduler = ddim_scheduler(pipe.scheduler)
-    pipe.set_progress_bar_config(disable=True)
     return pipe, judge

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..loading import InputError
+from ..staging import staged
+
 __all__ = ["ScoreFile", "dump", "environment", "fingerprint", "packed", "plain", "unpacked"]
 
 
@@ -16,46 +19,50 @@ class ScoreFile:
     """Scores as JSON lines, the first of which holds the settings: whatever is in the file is not computed again.
 
     Args:
-        path: of the file; made if missing.
+        path: of the file; made with the first score.
         settings: JSON-ready; those that a file was made with.
 
     Raises:
-        ValueError: the file holds scores made with other settings, or something else.
+        InputError: the file holds scores made with other settings, or something else.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._path = path
+        self._settings = json.loads(json.dumps(settings))
         self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
+        if not path.exists():
+            return
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             # Of a line that an interruption cut short nothing can be said: its score is computed again.
             whole = [line for line in lines if line.endswith("\n")]
-            try:
-                known = [json.loads(line) for line in whole]
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged: {error}; choose another output folder or delete it") from error
-            if known and known[0] != json.loads(json.dumps(settings)):
-                raise ValueError(
-                    f"{path} holds scores made with other settings: choose another output folder or delete it"
-                )
-            self.rows = known[1:]
-            if known:
-                path.write_text("".join(whole))
-                return
-        path.write_text(json.dumps(settings) + "\n")
+            known = [dict(json.loads(line)) for line in whole]
+        except (OSError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is damaged: {error}; choose another output folder or delete it") from error
+        if known and known[0] != self._settings:
+            raise InputError(f"{path} holds scores made with other settings: choose another output folder or delete it")
+        self.rows = known[1:]
+        if len(whole) < len(lines) or not known:
+            self._rewrite()
 
     def add(self, *rows: dict[str, Any]) -> None:
         """Keep scores, in the file too."""
+        new = [] if self._path.exists() else [self._settings]
         self.rows += rows
-        with self._path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in (*new, *rows))
 
     def keep(self, count: int) -> None:
         """Forget all but the first ``count`` scores, in the file too."""
-        self.rows = self.rows[:count]
-        with self._path.open() as file:
-            settings = file.readline()
-        self._path.write_text(settings + "".join(json.dumps(row) + "\n" for row in self.rows))
+        if count < len(self.rows):
+            self.rows = self.rows[:count]
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        with staged(self._path.parent) as stage:
+            lines = [json.dumps(row) + "\n" for row in (self._settings, *self.rows)]
+            (stage / self._path.name).write_text("".join(lines), encoding="utf-8")
 
 
 def plain(value: Any) -> Any:

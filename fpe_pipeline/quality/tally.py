@@ -15,6 +15,7 @@ __all__ = ["ALL", "compare"]
 
 #: All kinds of edit together.
 ALL = "all"
+_OF_PICTURES = ("reconstruction", "autoencoder", "inversion_seconds")
 _FIGURES = ("success", "iou", "outside_psnr", "seconds")
 
 
@@ -26,11 +27,11 @@ def compare(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, 
         seed: of the bootstrap.
 
     Returns:
-        ``{origin: {"pictures": n, "reconstruction": figure, "inversion_seconds": figure, "kinds": {kind: {method:
-        {"edits": n, "asked": n, "reasons": […], "success": figure, "iou": …, "outside_psnr": …, "seconds": …}}}}}``
-        with a figure ``{"mean", "low", "high"}``, or ``None`` where nothing was measured. ``"edits"`` counts those
-        that the method could make of ``"asked"``, ``"reasons"`` says why it could not make the others. The first kind
-        is ``"all"``.
+        ``{origin: {"pictures": n, "reconstruction": figure, "autoencoder": figure, "inversion_seconds": figure,
+        "kinds": {kind: {method: {"edits": n, "asked": n, "reasons": […], "success": figure, "iou": …, "outside_psnr":
+        …, "seconds": …}}}}}`` with a figure ``{"mean", "low", "high"}``, or ``None`` where nothing was measured; those
+        of a picture have its ``"minimum"`` too. ``"edits"`` counts those that the method could make of ``"asked"``,
+        ``"reasons"`` says why it could not make the others. The first kind is ``"all"``.
     """
     result: dict[str, Any] = {}
     for origin in dict.fromkeys(str(score["origin"]) for score in scores):
@@ -40,12 +41,12 @@ def compare(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, 
         kinds = [ALL, *dict.fromkeys(str(score["kind"]) for score in mine)]
         result[origin] = {
             "pictures": len({score["subject"] for score in mine}),
-            "reconstruction": _figure(list(pictures.values()), "reconstruction", seed),
-            "inversion_seconds": _figure(list(pictures.values()), "inversion_seconds", seed),
+            **{name: _figure(list(pictures.values()), name, seed, minimum=True) for name in _OF_PICTURES},
             "kinds": {kind: _methods([s for s in mine if kind in (ALL, s["kind"])], seed) for kind in kinds},
         }
         if origin == GENERATED:
-            del result[origin]["reconstruction"], result[origin]["inversion_seconds"]
+            for name in _OF_PICTURES:
+                del result[origin][name]
     return result
 
 
@@ -64,6 +65,11 @@ def _methods(scores: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     return found
 
 
-def _figure(rows: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict[str, float] | None:
+def _figure(
+    rows: Sequence[Mapping[str, Any]], name: str, seed: int, *, minimum: bool = False
+) -> dict[str, float] | None:
     values = [float(row[name]) for row in rows if row[name] is not None]
-    return mean_and_interval(np.array(values), seed, share=name == "success") if values else None
+    if not values:
+        return None
+    figure = mean_and_interval(np.array(values), seed, share=name == "success")
+    return {**figure, "minimum": round(min(values), 4)} if minimum else figure

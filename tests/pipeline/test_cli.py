@@ -56,6 +56,7 @@ class TestEdit:
             "guidance": 7.5, "method": "fpe", "options": {},
             "self_replace": [0.0, 0.9], "levels": None, "max_tokens": None, "layers": None,
             "size": [64, 64], "image": None, "inversion": "ddim", "inversion_guidance": 1.0,
+            "inner_steps": 10, "early_stop": 1e-5,
             "control": True, "backend": "auto", "dtype": "float32", "device": "cpu",
             "threads": record["settings"]["threads"],
         }  # fmt: skip

@@ -8,7 +8,7 @@ from golden_cases import GOLDEN
 from PIL import Image
 from tiny_cli import OTHER, SOURCE, TARGET, tiny_model_folder
 
-from fpe_pipeline import cli, inversion, runs, settings
+from fpe_pipeline import FreePromptPipeline, cli, inversion, runs, settings
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,10 @@ def test_a_picture_needs_no_words(edit, tmp_path):
         (["--inversion", "negative-prompt", "--negative", "boats"], "leave --negative out"),
         (["--inversion", "null-text", "--inversion-guidance", "3"], "follows the unguided trajectory"),
         (["--inversion-guidance", "nan"], "must be a finite number"),
+        (["--inversion", "null-text", "--inner-steps", "0"], "inner_steps from 1 on"),
+        (["--inversion", "null-text", "--early-stop", "-1"], "early_stop from 0 on"),
+        (["--inversion", "null-text", "--early-stop", "inf"], "early_stop must be a finite number"),
+        (["--inner-steps", "3"], "pass --inversion null-text as well"),
         (["--size", "60x64"], "use 56x64 or 64x64"),
     ],
 )
@@ -118,6 +122,38 @@ def test_refusals_before_loading(edit, tmp_path, capsys, monkeypatch, options, m
     assert cli.main([*edit, *options, "-o", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "p2p-replace", "--target", "a photo of a big red car"], "word"),
+        (["--layers", "99"], "layers [99] match none"),
+        (["--levels", "9"], "match none"),
+        (["--max-tokens", "1"], "match none"),
+    ],
+)
+def test_words_and_layers_are_refused_before_the_inversion(edit, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.setattr(FreePromptPipeline, "invert", lambda *a, **k: pytest.fail("inverted before the checks"))
+    assert cli.main([*edit, *options, "-o", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_optimisation_reach_it_and_the_record(edit, tmp_path, monkeypatch, capsys):
+    found, invert = [], FreePromptPipeline.invert
+
+    def inverted(pipe, *arguments, method, **options):
+        found.append(method)
+        return invert(pipe, *arguments, method=method, **options)
+
+    monkeypatch.setattr(FreePromptPipeline, "invert", inverted)
+    options = ["--inversion", "null-text", "--inner-steps", "3", "--early-stop", "0.5", "--no-control"]
+    assert cli.main([*edit, *options, "-o", str(tmp_path / "made")]) == 0
+    record = str(tmp_path / "made" / "run.json")
+    assert cli.main(["edit", "--from", record, "--quiet", "-o", str(tmp_path / "again")]) == 0
+    assert "bit for bit" in capsys.readouterr().err
+    assert [(method.inner_steps, method.early_stop, method.guidance_scale) for method in found] == [(3, 0.5, 7.5)] * 2
 
 
 def test_inversion_options_without_a_picture(capsys):

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from fpe_pipeline import cli
-from fpe_pipeline.methods import METHODS
+from fpe_pipeline import cli, runs
+from fpe_pipeline.methods import METHODS, TITLES
 from fpe_pipeline.settings import InputError, Settings
 
 SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on the beach"
@@ -35,6 +35,19 @@ def test_every_method_draws_another_picture_from_the_same_source(made):
     assert len(set(sources.values())) == 1, sources
     # All words of this edit have their place in the source, where refinement and replacement are one and the same.
     assert len(edits) >= len(METHODS) - 1
+
+
+def test_a_comparison_names_its_method(monkeypatch, tmp_path):
+    assert TITLES.keys() == METHODS.keys()
+    labels, draw = [], runs.side_by_side
+
+    def side_by_side(rows, *, edit_label):
+        labels.append(edit_label)
+        return draw(rows, edit_label=edit_label)
+
+    monkeypatch.setattr(runs, "side_by_side", side_by_side)
+    assert edit("masactrl", tmp_path, "--steps", "1", "--no-control") == 0
+    assert labels == ["target, MasaCtrl"]
 
 
 @pytest.mark.parametrize("method", ["p2p-replace", "masactrl"])

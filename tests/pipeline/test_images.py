@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin, features
 
 from fpe_pipeline.images import PIXEL_LIMIT, fitted_size, load_image, to_tensor
 from fpe_pipeline.loading import InputError
@@ -220,6 +220,43 @@ class TestDamage:
         (tmp_path / "bomb.png").write_bytes(bomb)
         with pytest.raises(InputError, match=f"unpacks to more than {PIXEL_LIMIT} pixels"):
             load_image(tmp_path / "bomb.png")
+
+    def test_a_header_that_is_none(self, tmp_path):
+        (tmp_path / "x.ppm").write_bytes(b"P6\n8 8\n300x\n" + bytes(192))
+        with pytest.raises(InputError, match=r"x\.ppm' is damaged: invalid literal"):
+            load_image(tmp_path / "x.ppm")
+
+    def test_text_that_unpacks_to_megabytes(self, tmp_path):
+        text = PngImagePlugin.PngInfo()
+        text.add_text("comment", "a" * 2**21, zip=True)
+        quarters().save(tmp_path / "x.png", pnginfo=text)
+        with pytest.raises(InputError, match=r"x\.png' is damaged: Decompressed data too large"):
+            load_image(tmp_path / "x.png")
+
+    @pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+    def test_planes_that_do_not_decode(self, tmp_path):
+        buffer = io.BytesIO()
+        quarters().save(buffer, "avif")
+        data = bytearray(buffer.getvalue())
+        data[-1] ^= 0xFF
+        (tmp_path / "x.avif").write_bytes(data)
+        with pytest.raises(InputError, match=r"x\.avif' is damaged: Failed to decode"):
+            load_image(tmp_path / "x.avif")
+
+    @pytest.mark.parametrize("error", [RuntimeError("no memory"), ValueError("no header"), IndexError("tile")])
+    @pytest.mark.parametrize("place", ["open", "load"])
+    def test_errors_of_any_kind(self, tmp_path, monkeypatch, error, place):
+        quarters().save(tmp_path / "x.png")
+
+        def fail(*args, **kwargs):
+            raise error
+
+        if place == "open":
+            monkeypatch.setattr(Image, "open", fail)
+        else:
+            monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+        with pytest.raises(InputError, match=rf"x\.png' is damaged: .*{error.args[0]}.*; save it again"):
+            load_image(tmp_path / "x.png")
 
     def test_files_that_are_not_there(self, tmp_path):
         with pytest.raises(InputError, match=r"cannot read '.*nowhere.png': No such file"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 
+from fpe_pipeline.loading import InputError
 from fpe_pipeline.models import embedded_path, judge_path, scenes
 from fpe_pipeline.models.judge import load_judge
 from fpe_pipeline.quality import (
@@ -128,7 +129,7 @@ def test_interrupted_run_continues_and_refuses_other_settings(tmp_path, monkeypa
     monkeypatch.setattr(command_module, "_load", lambda *_: (None, None))
     parser = argparse.ArgumentParser()
     command_module.add_arguments(parser)
-    arguments = ["--pairs", "2", "--model", str(tmp_path), "-o", str(tmp_path / "out")]
+    arguments = ["--pairs", "2", "-o", str(tmp_path / "out")]
     with pytest.raises(KeyboardInterrupt):
         run(parser.parse_args(arguments))
     assert run(parser.parse_args(arguments)) == 0
@@ -136,7 +137,7 @@ def test_interrupted_run_continues_and_refuses_other_settings(tmp_path, monkeypa
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert len(result["scores"]["rows"]) == 6 * 3
     assert result["summary"]["object"]["free-prompt editing"]["pairs"] == 2
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(InputError, match="other settings"):
         run(parser.parse_args([*arguments, "--steps", "7"]))
 
 

@@ -22,7 +22,7 @@ from fpe_pipeline.models.judge import Verdict, load_judge
 from fpe_pipeline.quality import command, compare, contenders, generated_subjects, held_out_pairs, render_subjects
 from fpe_pipeline.quality import images_command as module
 from fpe_pipeline.quality.comparison import MethodScore, score_subject
-from fpe_pipeline.quality.comparison_table import method_table
+from fpe_pipeline.quality.comparison_table import inversion_table, method_table
 from fpe_pipeline.quality.contenders import CONTENDERS, DIFFERENT_NOISE, NO_EDIT, Unfit, chosen
 from fpe_pipeline.quality.similarity import iou, psnr
 
@@ -111,6 +111,10 @@ class FakePipe:
         self.vae_scale_factor, self.native_size = 4, (8, 8)
         self.unet = SimpleNamespace(config=SimpleNamespace(in_channels=4), dtype=torch.float32)
         self.calls = []
+        # Gives back a picture that is everywhere 20 grey levels from the black one that it is asked of.
+        self.vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=2.0), decode=lambda latents, **_: [latents])
+        decoded = np.full((1, 8, 8, 3), 20 / 255)
+        self.image_processor = SimpleNamespace(postprocess=lambda image, output_type: decoded)
 
     def __call__(self, prompt, targets=(), **options):
         self.calls.append((prompt, *targets))
@@ -120,7 +124,9 @@ class FakePipe:
         return SimpleNamespace(images=np.stack([image, *(target for _ in targets)]))
 
     def invert(self, picture, prompt, **options):
-        return SimpleNamespace(image=Image.fromarray(picture), noise=torch.zeros(1, 4, 2, 2))
+        return SimpleNamespace(
+            image=Image.fromarray(picture), noise=torch.zeros(1, 4, 2, 2), latents=torch.zeros(2, 1, 4, 2, 2)
+        )
 
 
 class FakeJudge:
@@ -152,6 +158,12 @@ class TestScores:
         assert score.outside_psnr == score.reconstruction == pytest.approx(20 * np.log10(25.5))
         assert score.success is True and score.inversion_seconds is not None
         assert self.score(replace(self.subject, picture=picture, mask=mask), scene=("x", "y", "z"))[0].success is False
+
+    def test_the_autoencoder_alone_stands_beside_the_reconstruction(self):
+        (score,) = self.score(replace(self.subject, picture=np.zeros((8, 8, 3), np.uint8), mask=None))
+        assert score.autoencoder == pytest.approx(20 * np.log10(255 / 20))
+        (score,) = self.score(self.subject, "generated")
+        assert score.autoencoder is None
 
     def test_of_a_background_edit_the_background_is_not_asked(self):
         subject = replace(self.subject, kind="background", picture=np.zeros((8, 8, 3), np.uint8))
@@ -192,6 +204,8 @@ def test_a_real_image_end_to_end(embedded):
     assert all(score.iou is not None and score.outside_psnr is not None and not score.reason for score in scores)
     assert [score.reconstruction is None for score in scores] == [False, True, False, False]
     assert scores[0].reconstruction > 28
+    # "direct" ends with the autoencoder's own reconstruction.
+    assert scores[0].autoencoder == pytest.approx(scores[0].reconstruction, abs=0.01)
     assert scores[0].reconstruction == pytest.approx(scores[2].reconstruction, abs=0.1)
 
 
@@ -201,6 +215,7 @@ def rows(*values):
 
 def test_tally_and_table():
     good = {"success": True, "iou": 0.5, "outside_psnr": 20.0, "reconstruction": 31.0, "seconds": 2.0}
+    good |= {"autoencoder": 31.5, "inversion_seconds": 1.0}
     other = {"outside_psnr": None, "success": False, "reconstruction": 33.0}
     summary = compare(
         rows(
@@ -211,6 +226,7 @@ def test_tally_and_table():
         )
     )
     assert summary["ddim"]["pictures"] == 2 and summary["ddim"]["reconstruction"]["mean"] == 32.0
+    assert summary["ddim"]["reconstruction"]["minimum"] == 31.0 and summary["ddim"]["autoencoder"]["mean"] == 31.5
     fpe = summary["ddim"]["kinds"]["all"]["fpe"]
     assert (fpe["edits"], fpe["success"]["mean"], fpe["outside_psnr"]["mean"]) == (2, 0.5, 20.0)
     assert "reconstruction" not in summary["generated"]
@@ -220,6 +236,12 @@ def test_tally_and_table():
     assert "| colour | pnp | 0 | – | – | – | – | 0 | no \\| decoder | – | – | – |" in text
     assert "| colour | fpe | 1 | 100 % [21, 100] | 0.50 [0.50, 0.50] | 20.0 [20.0, 20.0] | 2.00 |" in text
     assert text.count("| background | fpe | 0 | – |") == 1
+    inversions = inversion_table(summary, ("ddim", "direct"))
+    assert (
+        "| ddim | 2 | 32.0 [31.0, 33.0] | 31.00 | 31.5 [31.5, 31.5] | 31.50 | 1.00 | 2 | 50 % [9, 91] |" in inversions
+    )
+    assert "| direct | 0 | not measured yet | – | – | – | – | – | – | – | – |" in inversions
+    assert inversion_table(summary).splitlines()[2:] == inversions.splitlines()[2:3]
 
 
 def arguments(*given):
@@ -263,7 +285,8 @@ class TestCommand:
         assert len(result["scores"]["rows"]) == 6
         assert result["summary"]["ddim"]["kinds"]["colour"]["pnp"]["edits"] == 2
         assert "real, direct" in (tmp_path / "table.md").read_text()
-        with pytest.raises(ValueError, match="other settings"):
+        assert "| direct | 2 | 31.0 [31.0, 31.0] | 31.00 | – | – |" in (tmp_path / "table.md").read_text()
+        with pytest.raises(InputError, match="other settings"):
             self.run(tmp_path, "--pairs", 2, "--steps", 7)
 
     def test_all_methods_are_the_default(self, tmp_path):
@@ -272,8 +295,46 @@ class TestCommand:
 
     def test_a_damaged_score_file_is_not_half_read(self, tmp_path):
         (tmp_path / "scores.jsonl").write_text("{}\nnot json\n")
-        with pytest.raises(ValueError, match=r"scores\.jsonl is damaged"):
+        with pytest.raises(InputError, match=r"scores\.jsonl is damaged"):
             self.run(tmp_path, "--pairs", 1)
+        (tmp_path / "scores.jsonl").write_text("{}\n3\n")
+        with pytest.raises(InputError, match=r"scores\.jsonl is damaged"):
+            self.run(tmp_path, "--pairs", 1)
+
+    def test_figures_of_another_version_are_not_mixed_in(self, tmp_path):
+        self.run(tmp_path, "--pairs", 1, "--methods", "fpe")
+        path = tmp_path / "scores.jsonl"
+        path.write_text(path.read_text().replace('"autoencoder", ', "", 1))
+        with pytest.raises(InputError, match="other settings"):
+            self.run(tmp_path, "--pairs", 1, "--methods", "fpe")
+
+    def test_what_fails_leaves_what_was_there(self, tmp_path, monkeypatch):
+        self.run(tmp_path, "--pairs", 1, "--methods", "fpe")
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        del before["scores.jsonl"]
+
+        monkeypatch.setattr(module, "inversion_table", lambda summary: "\ud800")  # fails when table.md is written
+        with pytest.raises(UnicodeEncodeError):
+            self.run(tmp_path, "--pairs", 1, "--methods", "fpe", "pnp")
+        now = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert {**now, **before} == now
+        # The scores are kept: the next run has them.
+        assert now.keys() == {*before, "scores.jsonl"} and b"pnp" in now["scores.jsonl"]
+
+    def test_a_run_that_makes_no_score_leaves_nothing(self, tmp_path):
+        self.stop_at = 0
+        with pytest.raises(KeyboardInterrupt):
+            self.run(tmp_path / "out", "--pairs", 1)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_model_without_a_judge(self, tmp_path):
+        for entry in embedded_path().iterdir():
+            if entry.name != "judge.safetensors":
+                (tmp_path / entry.name).symlink_to(entry)
+        for images in ([], ["--images", "generated"]):
+            with pytest.raises(InputError, match=r"has no judge\.safetensors, which says what"):
+                command.run(arguments(*images, "--model", tmp_path, "-o", tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
         ("given", "message"),
@@ -283,6 +344,15 @@ class TestCommand:
             (["--methods", "fpe"], "--images"),
             (["--inversion", "ddim"], "--images"),
             (["--images", "/no/such/folder"], "is no folder: pass generated, held-out"),
+            (["--images", "generated", "--model", "/no/such/model"], "neither a folder nor a file here"),
+            (["--model", "/no/such/model"], "neither a folder nor a file here"),
+            (["--model", __file__], "must end in .safetensors or .ckpt"),
+            (["--pairs", "0"], "--pairs must be at least 1, received 0"),
+            (["--images", "held-out", "--steps", "0"], "--steps must be at least 1"),
+            (["--guidance", "nan"], "--guidance must be a finite number"),
+            (["--self-replace", "2"], "--self-replace must be from 0 to 1"),
+            (["--device", "abacus"], "device 'abacus' is not available here"),
+            (["--images", "held-out", "--inversion", "null-text", "--guidance", "1"], "unconditional half"),
         ],
     )
     def test_options_that_do_not_fit(self, tmp_path, given, message):

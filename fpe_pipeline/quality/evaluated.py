@@ -1,0 +1,62 @@
+"""The model that an evaluation is of, and the judge beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..loading import EMBEDDED, InputError, ModelSource, find_model, load_pipeline, pick_dtype
+
+__all__ = ["EvaluatedModel"]
+
+_JUDGE = "judge.safetensors"
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A diffusers folder and its judge's file; without one, nothing is judged."""
+
+    source: ModelSource
+    judge: Path | None
+
+    @classmethod
+    def find(cls, model: Path | None, *, judged: bool) -> EvaluatedModel:
+        """The model of a folder (default: the embedded one), before any weights are read.
+
+        Args:
+            judged: whether the evaluation cannot do without a judge.
+
+        Raises:
+            InputError: there is no such model, or no judge where one is needed.
+        """
+        source = find_model(EMBEDDED if model is None else str(model))
+        if source.kind != "folder":
+            raise InputError(
+                f"expected --model to be a diffusers folder, received '{model}'; save the model as one first"
+            )
+        judge = Path(source.location) / _JUDGE
+        if judged and not judge.is_file():
+            raise InputError(
+                f"'{source.location}' has no {_JUDGE}, which says what a picture of the embedded model's scenes shows; "
+                "leave --model out, or evaluate pictures of your own with --images FOLDER"
+            )
+        return cls(source, judge if judge.is_file() else None)
+
+    @property
+    def folder(self) -> Path:
+        """Where the weights are."""
+        return Path(self.source.location)
+
+    def load(self, device: str, pipeline: Any = None) -> tuple[Any, Any]:
+        """A silent pipeline, of the class ``pipeline`` or a `FreePromptPipeline`, and the judge or None.
+
+        Raises:
+            InputError: the weights cannot be read.
+        """
+        from ..models.judge import load_judge
+
+        judge = None if self.judge is None else load_judge(self.judge).to(device)
+        pipe = load_pipeline(self.source, dtype=pick_dtype("auto", device), device=device, pipeline=pipeline)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe, judge

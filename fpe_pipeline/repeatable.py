@@ -1,0 +1,63 @@
+"""What lets a run be repeated and compared: pinned arithmetic, versions, the machine, the time of each stage."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+__all__ = ["Clock", "machine", "repeatable", "versions"]
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides the images; None for what is not installed."""
+    from fpe_kernels import __version__
+
+    found: dict[str, str | None] = {"fpe": __version__, "python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers", "triton", "numpy", "pillow"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a run was made on."""
+    import torch
+
+    accelerator = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    return {"platform": platform.platform(), "accelerator": accelerator, "cuda": torch.version.cuda}
+
+
+@contextlib.contextmanager
+def repeatable(threads: int | None) -> Iterator[None]:
+    """Pin what would let two runs of the same settings round differently; put everything back afterwards."""
+    import torch
+
+    cudnn = torch.backends.cudnn
+    before = torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark
+    if threads is not None:
+        torch.set_num_threads(threads)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        cudnn.deterministic, cudnn.benchmark = before[1:]
+
+
+class Clock:
+    """Seconds of named stages, rounded to milliseconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
