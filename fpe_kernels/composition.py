@@ -28,6 +28,7 @@ from .normal_form import (
     taken,
     terms_by_map,
 )
+from .precision import at_given_dtype
 
 DENSE_LIMIT_BYTES = 1 << 30
 
@@ -143,7 +144,8 @@ class LinearMap(ABC):
         dtype = validation.accumulator_dtype(self.dtype)
         by_key = self.matmul(_pooling_matrix(pool_key, size, self).expand(*self.shape[:2], -1, -1))
         blocks = _pooling_matrix(pool_query, size, self).to(dtype)
-        return (blocks.transpose(-1, -2) @ by_key.to(dtype)).to(self.dtype)
+        with at_given_dtype(self.device):
+            return (blocks.transpose(-1, -2) @ by_key.to(dtype)).to(self.dtype)
 
     def dense(self, *, max_bytes: int = DENSE_LIMIT_BYTES) -> Tensor:
         """The whole map [B, H, N, M], for small maps and for checks.

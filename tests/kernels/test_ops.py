@@ -128,12 +128,23 @@ def test_forward_mode_is_refused_instead_of_losing_tangents(place: str) -> None:
     def attend(tensor: Tensor) -> Tensor:
         return shared_attention(**{**tensors, place: tensor}, map_index=[0])
 
-    with pytest.raises(NotImplementedError, match=rf"{place} has a forward-mode tangent.*torch\.func\.vjp"):
+    with pytest.raises(NotImplementedError, match=rf"{place} has a forward-mode tangent.*torch\.autograd\.grad"):
         torch.func.jvp(attend, (tensors[place],), (torch.ones_like(tensors[place]),))
     with forward_ad.dual_level():
         with pytest.raises(NotImplementedError, match=rf"{place} has a forward-mode tangent"):
             attend(forward_ad.make_dual(tensors[place], torch.ones_like(tensors[place])))
         assert attend(tensors[place]).isfinite().all()  # nothing else is refused there
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vjp, torch.func.jacrev])
+def test_transforms_of_torch_func_are_refused_with_what_works_instead(transform, backend) -> None:
+    case = make_case(heads=1, queries=5, keys=6, head_dim=8, device=backend.device)
+
+    def total(query: Tensor) -> Tensor:
+        return (AttentionMap(query, case.key, backend=backend.name) @ case.value).sum()
+
+    with pytest.raises(NotImplementedError, match=r"query is being differentiated.*use torch\.autograd\.grad"):
+        transform(total, case.query) if transform is torch.func.vjp else transform(total)(case.query)
 
 
 def test_second_derivatives_are_refused(backend) -> None:
@@ -174,6 +185,44 @@ def test_autocast_changes_nothing(backend) -> None:
     with torch.autocast(backend.device, dtype=torch.bfloat16):
         out = AttentionMap(case.query, case.key, bias=case.bias, backend=backend.name) @ case.value
     assert_matches(case, out=out)
+
+
+def test_autocast_changes_no_view_and_no_combination(backend) -> None:
+    case = make_case(heads=1, queries=33, keys=33, head_dim=40, device=backend.device, amplitude=3.0)
+    mixing = torch.randn(33, 5, device=backend.device)
+
+    def everything() -> list[Tensor]:
+        operator = AttentionMap(case.query, case.key, backend=backend.name)
+        mixed = operator.mix(mixing)
+        views = [operator.rows([3]), operator.columns([1]), operator.pooled((3, 11), (11, 3), 2), operator.dense()]
+        return [*views, mixed @ case.value[:, :, :5], mixed.T @ case.weight, mixed.dense()]
+
+    expected = everything()
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        results = everything()
+    for result, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("index", [2, [0, 3, 4], [-1, -2], list(range(0, 130, 2))], ids=["one", "some", "back", "many"])
+def test_rows_and_columns_compile_into_one_graph(index, backend) -> None:
+    case = make_case(heads=1, queries=131, keys=131, head_dim=8, device=backend.device)
+
+    def views(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        operator = AttentionMap(query, key, backend=backend.name)
+        return operator.rows(index), operator.columns(index)
+
+    torch.compiler.reset()  # the other cases' compilations of this function count towards its limit
+    compiled = torch.compile(views, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(case.query, case.key), views(case.query, case.key))
+
+
+def test_rows_by_a_tensor_compile_into_one_graph() -> None:
+    case = make_case(heads=1, queries=9, keys=9, head_dim=8)
+    rows = lambda query, key, index: AttentionMap(query, key).rows(index)  # noqa: E731
+    compiled = torch.compile(rows, fullgraph=True, backend="aot_eager")
+    index = torch.tensor([4, -1])
+    torch.testing.assert_close(compiled(case.query, case.key, index), rows(case.query, case.key, index))
 
 
 def test_outputs_have_the_layout_that_merging_heads_wants() -> None:
