@@ -79,7 +79,10 @@ class LinearMap(ABC):
     # -- products -----------------------------------------------------------------------------------------------------
 
     def matmul(self, value: Any) -> Any:
-        """``A @ value`` as a call: ``torch.compile`` traces methods, not ``@`` of classes that it does not know.
+        """``A @ value`` as a call.
+
+        ``torch.compile`` traces it whatever the operand; of ``@`` it traces tensors whose width is not the number of
+        query tokens, no tuples, and PyTorch versions may differ.
 
         Args:
             value: [B, H, M, E], dtype and device of the map; or a tuple of such, of whatever widths E.
@@ -92,6 +95,11 @@ class LinearMap(ABC):
     def __matmul__(self, value: Any) -> Any:
         """``A @ value``: [B, H, M, E] -> [B, H, N, E]. A tuple gives a tuple, from one pass over the scores."""
         return self.matmul(value)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What PyTorch's functions make of a map: ``torch.matmul`` a product, all others an error."""
+        return _as_traced(function, args)
 
     def _check_value(self, value: object) -> Tensor:
         return validation.check_value(value, self, self.shape)
@@ -306,8 +314,13 @@ class TransposedMap:
     def __repr__(self) -> str:
         return f"{self.T!r}.T"
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As that of :class:`LinearMap`."""
+        return _as_traced(function, args)
+
     def matmul(self, weight: Any) -> Any:
-        """``A.T @ weight`` as a call, which ``torch.compile`` traces.
+        """``A.T @ weight`` as a call; as :meth:`LinearMap.matmul`, it is what ``torch.compile`` traces in every case.
 
         Args:
             weight: [B, H, N, E], dtype and device of the map; or a tuple of such, of whatever widths E.
@@ -355,6 +368,23 @@ def concatenate(maps: Sequence[LinearMap]) -> LinearMap:
     for other in maps[1:]:
         validation.check_same_map(maps[0], other, batch=False)
     return Combination(tuple(block for part in maps for block in part._blocks()))
+
+
+def _as_traced(function: Any, args: Any) -> Any:
+    """``torch.matmul`` of a map, and what ``torch.compile`` makes of ``A @ value``.
+
+    There an operator between a map and a tensor is a method of the tensor, whichever stood first.
+    """
+    if function not in (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__) or len(args) != 2:
+        return NotImplemented
+    first, second = args
+    if isinstance(first, (LinearMap, TransposedMap)):
+        return first.matmul(second)
+    if not torch.compiler.is_compiling():
+        return NotImplemented  # value @ A
+    if first.shape[-1] == second.shape[2]:
+        raise TypeError("torch.compile cannot tell A @ value from value @ A here: write A.matmul(value).")
+    return second.matmul(first)
 
 
 def _check_maps(name: str, maps: Sequence[object]) -> None:
