@@ -33,10 +33,10 @@ def usable(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
-def _state(parts: Parts) -> tuple[str | int | None, ...]:
-    """Equal as long as ``parts`` are unchanged; inference tensors do not count their changes."""
+def _state(parts: Parts) -> tuple:
+    """Equal as long as ``parts`` are the same and unchanged; inference tensors do not count their changes."""
     if torch.compiler.is_compiling():
         return ("traced",)
     captured = any(part is not None and part.is_cuda for part in parts) and torch.cuda.is_current_stream_capturing()
-    counts = [None if part is None or part.is_inference() else part._version for part in parts]
-    return "captured" if captured else "run", *counts
+    counts = [0 if part is None or part.is_inference() else part._version for part in parts]
+    return captured, *map(id, parts), *counts

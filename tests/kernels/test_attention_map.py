@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -207,6 +208,22 @@ def test_a_change_in_place_is_seen(changed: str, part, counted: CountedOps) -> N
     assert_matches(case, out=operator @ case.value, logsumexp=operator.logsumexp)
     assert_matches(case, adjoint=operator.T @ case.weight)
     assert counted.calls == ["apply", "replay", "apply", "adjoint"]
+
+
+def test_copies_count_their_own_changes() -> None:
+    case = make_case(queries=12, keys=20)
+    for _ in range(10):
+        case.query.mul_(1.0)
+    operator = operator_of(case)
+    operator @ case.value
+    copied = copy.deepcopy(operator)
+    assert_matches(case, out=copied @ case.value)
+    copied.query.mul_(0.1)
+    for _ in range(30):  # passes the count of the original, whatever it starts from
+        copied.query.mul_(1.0)
+        case = replace(make_case(queries=12, keys=20), query=copied.query.clone())
+        result = copied @ case.value
+    assert_matches(case, out=result)
 
 
 def test_what_inference_mode_left_serves_gradients(counted: CountedOps) -> None:
