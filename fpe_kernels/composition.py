@@ -28,6 +28,7 @@ from .normal_form import (
     taken,
     terms_by_map,
 )
+from .pooling import pooling_matrix
 from .precision import at_given_dtype
 
 DENSE_LIMIT_BYTES = 1 << 30
@@ -150,8 +151,8 @@ class LinearMap(ABC):
         pool_query = validation.check_pooling("query_grid", query_grid, self.shape[2], size)
         pool_key = validation.check_pooling("key_grid", key_grid, self.shape[3], size)
         dtype = validation.accumulator_dtype(self.dtype)
-        by_key = self.matmul(_pooling_matrix(pool_key, size, self).expand(*self.shape[:2], -1, -1))
-        blocks = _pooling_matrix(pool_query, size, self).to(dtype)
+        by_key = self.matmul(pooling_matrix(pool_key, size, self).expand(*self.shape[:2], -1, -1))
+        blocks = pooling_matrix(pool_query, size, self).to(dtype)
         with at_given_dtype(self.device):
             return (blocks.transpose(-1, -2) @ by_key.to(dtype)).to(self.dtype)
 
@@ -408,15 +409,3 @@ def _columns_at_once(product: Callable[[Tensor], Tensor], operand: Any, check: C
     # The copy is one part in N of the product. Parts that lie side by side in memory could do without, but to find that
     # out means to look at storages, which tracing hides and autograd forbids; who has the whole tensor passes it whole.
     return torch.split(product(torch.cat(parts, dim=-1)), [part.shape[-1] for part in parts], dim=-1)
-
-
-def _pooling_matrix(grid: tuple[int, int], size: tuple[int, int], like: LinearMap) -> Tensor:
-    """[tokens, cells]: column c averages the tokens of block c, as ``F.adaptive_avg_pool2d`` does."""
-    sides = []
-    for tokens, cells in zip(grid, size, strict=True):
-        position = torch.arange(tokens, device=like.device).unsqueeze(1)
-        cell = torch.arange(cells, device=like.device)
-        start, stop = cell * tokens // cells, -(-(cell + 1) * tokens // cells)
-        inside = (position >= start) & (position < stop)
-        sides.append(inside.to(like.dtype) / (stop - start))
-    return torch.kron(*sides)
