@@ -82,6 +82,7 @@ class Chip:
     programming guide), at the clock at which the sheet's tensor rate holds: processors × `flops_a_clock` × clock.
     """
 
+    arch: str
     name: str
     matched: str  # part of the device name that PyTorch reports
     tensor_flops: float
@@ -96,13 +97,17 @@ class Chip:
         return Ceilings(self.tensor_flops, self.memory_bytes, 16 * self.processors * clock)
 
 
-CHIPS = {
-    "sm_80": Chip("A100 SXM 80 GB", "A100", 312e12, 2039e9, 108, 2048, "NVIDIA A100 80GB data sheet, 2021"),
-    "sm_86": Chip("A10", "A10", 125e12, 600e9, 72, 1024, "NVIDIA A10 data sheet, 2021"),
-    "sm_89": Chip("L40S", "L40S", 362.05e12, 864e9, 142, 1024, "NVIDIA L40S data sheet, 2023"),
-    "sm_90": Chip("H100 SXM", "H100", 989.4e12, 3350e9, 132, 4096, "NVIDIA H100 data sheet, 2023"),
-    "sm_100": Chip("B200 (HGX)", "B200", 2250e12, 7700e9, 148, 8192, "NVIDIA HGX B200 specifications, 2025"),
-}
+SHEETS = (
+    Chip("sm_80", "A100 SXM 80 GB", "A100", 312e12, 2039e9, 108, 2048, "NVIDIA A100 80GB data sheet, 2021"),
+    Chip("sm_86", "A10", "A10", 125e12, 600e9, 72, 1024, "NVIDIA A10 data sheet, 2021"),
+    Chip("sm_89", "L40S", "L40S", 362.05e12, 864e9, 142, 1024, "NVIDIA L40S data sheet, 2023"),
+    Chip("sm_90", "H200 SXM", "H200", 989.4e12, 4800e9, 132, 4096, "NVIDIA H200 data sheet, 2024"),
+    Chip("sm_90", "H100 SXM", "H100", 989.4e12, 3350e9, 132, 4096, "NVIDIA H100 data sheet, 2023"),
+    Chip("sm_100", "B200 (HGX)", "B200", 2250e12, 7700e9, 148, 8192, "NVIDIA HGX B200 specifications, 2025"),
+)
+
+CHIPS = {chip.arch: chip for chip in SHEETS}
+"""The last sheet of each architecture, by which its predictions are made."""
 
 
 def needed(case: Case, itemsize: int) -> Work:
@@ -186,7 +191,7 @@ def flash_attention_2(case: Case, itemsize: int) -> Work:
 def chip_of(row: Row) -> Chip | None:
     """The chip that a row was measured on, if its data sheet is here."""
     words = row.device.replace("-", " ").split()
-    return next((chip for chip in CHIPS.values() if chip.matched in words), None) if row.on_gpu else None
+    return next((chip for chip in SHEETS if chip.matched in words), None) if row.on_gpu else None
 
 
 def percent_of_chip(row: Row) -> float | None:

@@ -7,7 +7,8 @@ samples from the same round.
 *Caches are cold*: a buffer larger than the last-level cache is overwritten before each call.
 
 *Device time*: on a GPU the events stand around the call alone, and the device is kept busy until the host has
-queued it, so that what is measured is the work and not Python. Whole edits (`edits.py`) are timed by the wall
+queued it (twice the time that queueing took before, which for a backward pass is milliseconds), so that what is
+measured is the work and not Python. Whole edits (`edits.py`) are timed by the wall
 clock and include the host.
 """
 
@@ -24,6 +25,19 @@ Call = Callable[[], object]
 
 # What is overwritten before a cold call: several times the last-level cache.
 CACHE_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+
+
+# For how long a GPU is kept busy while the host queues a call, in its cycles at some 2 GHz.
+LEAST_BUSY_MS, MOST_BUSY_MS = 0.5, 3.0
+CYCLES_A_MS = 2_000_000
+
+
+def busy_ms(queueing_ms: float) -> float:
+    """How long to keep the device busy before a call that last took the host `queueing_ms`.
+
+    A call that waits for the device takes as long as that is busy, so there is an end to it.
+    """
+    return min(max(2 * queueing_ms, LEAST_BUSY_MS), MOST_BUSY_MS)
 
 
 @dataclass(frozen=True)
@@ -74,12 +88,14 @@ class Clock:
 
     def _by_events(self, call: Call, count: int) -> list[float]:
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+        busy = MOST_BUSY_MS
         for start, end in events:
             self._buffer.zero_()
-            # About half a millisecond in which the host queues the call that follows.
-            torch.cuda._sleep(1_000_000)
+            torch.cuda._sleep(int(busy * CYCLES_A_MS))
             start.record()
+            began = time.perf_counter_ns()
             call()
+            busy = busy_ms((time.perf_counter_ns() - began) / 1e6)
             end.record()
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]

@@ -2,8 +2,8 @@
 
 Each serves the edit as a careful user of it would: rows that share a map are one call on `expand`ed queries
 and keys (nothing is copied), or one call with their values side by side where the package takes values wider
-than keys. Rows that do not share are another call. Results are not concatenated, since a user could avoid
-that too.
+than keys. Rows that do not share are another call; or queries and keys of all rows are gathered for one call
+of the whole batch. Results are not concatenated, since a user could avoid that too.
 """
 
 from __future__ import annotations
@@ -61,14 +61,22 @@ class Fused:
     name: str
     load: Callable[[Inputs], Attend]
     concat: bool = False
+    gathered: bool = False
     context: Callable[[], AbstractContextManager] = nullcontext
 
     def prepare(self, inputs: Inputs) -> Call:
         attend = self.load(inputs)
         if self.concat and not any(group.shared > 1 for group in groups(inputs.case.map_index)):
             raise Missing("no rows share a map, so there is nothing to put side by side")
+        if self.gathered and len(groups(inputs.case.map_index)) == 1:
+            raise Missing("one call serves all rows without a copy of their queries and keys")
+        if self.gathered and inputs.case.op == "capture":
+            raise Missing("captured columns belong to one row, not to all of a gathered batch")
+        rows = torch.tensor(inputs.case.map_index, device=inputs.query.device)
 
         def forward(query: Tensor, key: Tensor, value: Tensor) -> Answer:
+            if self.gathered:
+                return per_row(attend(query.index_select(0, rows), key.index_select(0, rows), value))
             return shared_by_calls(attend, inputs, query, key, value, self.concat)
 
         if inputs.case.op == "backward":
@@ -195,6 +203,8 @@ def rivals() -> Iterator[Provider]:
         context = lambda backend=backend: sdpa_kernel(backend)  # noqa: E731
         yield Fused(f"sdpa-{name}", _sdpa, context=context)
         yield Fused(f"sdpa-{name}-concat", _sdpa, concat=True, context=context)
+        if name in ("flash", "cudnn"):
+            yield Fused(f"sdpa-{name}-gathered", _sdpa, gathered=True, context=context)
     yield Fused("flex", _flex)
     yield Fused("flex-concat", _flex, concat=True)
     yield Fused("flash-attn-2", _flash2)

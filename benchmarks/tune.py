@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,13 +104,19 @@ class Launches:
         return _replaced("one_launch", self.together)
 
 
+@cache
+def _answering(answer: Any) -> Callable[..., Any]:
+    # One function for an answer: what was worked out by it once is kept.
+    return lambda *arguments, **keywords: answer
+
+
 @contextmanager
 def _replaced(name: str, answer: Any) -> Iterator[None]:
     """The function `name` of the configurations answers this inside the block, whatever it is asked."""
     from fpe_kernels.backends.triton import configs
 
     before = getattr(configs, name)
-    setattr(configs, name, lambda *arguments, **keywords: answer)
+    setattr(configs, name, _answering(answer))
     try:
         yield
     finally:

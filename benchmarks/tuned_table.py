@@ -18,7 +18,7 @@ from fpe_kernels.backends.triton import configs, tuned
 from fpe_kernels.backends.triton.packing import chunks, split_width
 
 from .cases import Case
-from .cost import CHIPS, chip_of
+from .cost import chip_of
 from .rows import ROOT, Ratio, Row
 from .tune import Candidate, Launches
 
@@ -71,12 +71,11 @@ def architecture_of(row: Row) -> str:
     """The key of the rules for the GPU of ``row``.
 
     Raises:
-        ValueError: if its data sheet is not in :data:`benchmarks.cost.CHIPS`.
+        ValueError: if its data sheet is not in :data:`benchmarks.cost.SHEETS`.
     """
     chip = chip_of(row)
-    for arch, listed in CHIPS.items():
-        if listed is chip:
-            return arch
+    if chip is not None:
+        return chip.arch
     raise ValueError(
         f"which architecture is {row.device!r}? Say it with --arch, one of {', '.join(configs.SHARED_MEMORY)}."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from . import (
     validation,
 )
 from .composition import LinearMap
+from .kept import KeptLogsumexp, usable
 from .normal_form import Block, Term
+from .precision import at_given_dtype
 
 
 class AttentionMap(LinearMap):
@@ -26,7 +28,9 @@ class AttentionMap(LinearMap):
         A @ value;  A.transpose(-1, -2) @ weight;  A.sum(-2)
 
     Query rows that ``bias`` masks throughout (all ``-inf``) are zero. Products are differentiable in query, key, bias
-    and the operand, and deterministic: the same inputs give the same bits.
+    and the operand, and deterministic: the same inputs give the same bits. The first product leaves the log-sum-exp of
+    the rows for the next; after a change of query, key or bias in place it is computed again. Tensors made in inference
+    mode do not record such changes: make a new map there, as for what changes inside one compiled function.
 
     Args:
         query: [B, H, N, D], float16, bfloat16, float32 or float64, any strides.
@@ -64,7 +68,9 @@ class AttentionMap(LinearMap):
         self.scale = validation.check_scale(scale, query.shape[-1])
         self.backend = dispatch.check_name(backend)
         self._serving = dispatch.select(backend, query)
-        self._logsumexp = None if logsumexp is None else validation.check_logsumexp(logsumexp, query).detach()
+        self._given = None if logsumexp is None else validation.check_logsumexp(logsumexp, query).detach()
+        self._kept: KeptLogsumexp | None = None
+        self._traced = torch.compiler.is_compiling()
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -84,9 +90,14 @@ class AttentionMap(LinearMap):
         return self.query.device
 
     @property
+    def requires_grad(self) -> bool:
+        """Whether query, key or bias takes part in gradients."""
+        return any(part is not None and part.requires_grad for part in self._parts)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the elements that define the map: query, key, bias and, once computed, the log-sum-exp."""
-        parts = (self.query, self.key, self.bias, self._logsumexp)
+        parts = (*self._parts, self._known())
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
     def __repr__(self) -> str:
@@ -107,13 +118,14 @@ class AttentionMap(LinearMap):
         """``weight ⊙ (A[index] @ value)`` for value [len(index), H, M, E]: what combinations are computed with."""
         operands = (self.query, self.key, value, self.bias)
         rest = (list(index), self.scale, self._serving)
-        if self._logsumexp is not None:
-            return torch.ops.fpe_kernels.replay(*operands, self._logsumexp, *rest, weight)
+        known = self._known()
+        if known is not None:
+            return torch.ops.fpe_kernels.replay(*operands, known, *rest, weight)
         out, logsumexp = torch.ops.fpe_kernels.apply(*operands, *rest, weight)
         # Rows that no value named, or whose weight is zero, have no statistics yet.
         if weight is None and len(set(index)) == self.shape[0]:
             # The numbers are kept, not their graph: a later product must not run, or need, an earlier one's backward.
-            self._logsumexp = logsumexp.detach()
+            self._keep(logsumexp.detach())
         return out
 
     def gathered_adjoint(self, weight: Tensor, index: tuple[int, ...]) -> Tensor:
@@ -127,8 +139,7 @@ class AttentionMap(LinearMap):
 
         Where a gradient of query, key or bias is recorded, each access computes it again, with a graph of its own.
         """
-        parts = (self.query, self.key, self.bias)
-        if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts):
+        if torch.is_grad_enabled() and self.requires_grad:
             nothing = self.key.new_empty((*self.key.shape[:3], 0))
             index = list(range(self.shape[0]))
             return torch.ops.fpe_kernels.apply(
@@ -138,11 +149,31 @@ class AttentionMap(LinearMap):
 
     def _statistics(self) -> Tensor:
         """The kept log-sum-exp: numbers without a graph, for products whose gradient is whole without one."""
-        if self._logsumexp is None:
+        known = self._known()
+        if known is None:
+            nothing = self.key.new_empty((*self.key.shape[:3], 0))
+            rest = (list(range(self.shape[0])), self.scale, self._serving)
             with torch.no_grad():
-                self._product(self.key.new_empty((*self.key.shape[:3], 0)))
-        assert self._logsumexp is not None
-        return self._logsumexp
+                _, known = torch.ops.fpe_kernels.apply(self.query, self.key, nothing, self.bias, *rest)
+            self._keep(known)
+        return known
+
+    @property
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.query, self.key, self.bias
+
+    def _known(self) -> Tensor | None:
+        """The log-sum-exp that was given or, while it holds, the one that an earlier product left."""
+        if self._given is not None:
+            return usable(self._given)
+        return None if self._kept is None or self._out_of_reach() else self._kept.of(self._parts)
+
+    def _keep(self, logsumexp: Tensor) -> None:
+        self._kept = None if self._out_of_reach() else KeptLogsumexp(logsumexp, self._parts)
+
+    def _out_of_reach(self) -> bool:
+        # A compiled function cannot ask whether tensors from outside were changed between its calls.
+        return torch.compiler.is_compiling() and not self._traced
 
     # -- views of a few entries ---------------------------------------------------------------------------------------
 
@@ -167,7 +198,8 @@ class AttentionMap(LinearMap):
 
     def _probabilities(self, query: Tensor, key: Tensor, bias: Tensor | None, logsumexp: Tensor) -> Tensor:
         dtype = validation.accumulator_dtype(self.dtype)
-        scores = self.scale * (query.to(dtype) @ key.to(dtype).transpose(-1, -2))
+        with at_given_dtype(self.device):
+            scores = self.scale * (query.to(dtype) @ key.to(dtype).transpose(-1, -2))
         if bias is not None:
             scores = scores + bias
         finite = torch.where(logsumexp.isneginf(), 0.0, logsumexp)
@@ -188,25 +220,31 @@ class AttentionMap(LinearMap):
 
     def to(self, *args: Any, **kwargs: Any) -> AttentionMap:
         """Move or convert query, key and bias as ``Tensor.to`` does; a dtype change drops the log-sum-exp."""
-        moved = self._with(lambda tensor: tensor.to(*args, **kwargs), keep_logsumexp=False)
-        if self._logsumexp is not None and moved.dtype == self.dtype:
-            moved._logsumexp = self._logsumexp.to(moved.device)
+        moved = self._changed(lambda tensor: tensor.to(*args, **kwargs))
+        if moved.dtype == self.dtype:
+            moved._take_over(self, lambda known: known.to(moved.device))
         return moved
 
     def detach(self) -> AttentionMap:
         """The same map without a gradient history."""
         return self._with(torch.Tensor.detach)
 
-    def _with(self, change: Any, keep_logsumexp: bool = True) -> AttentionMap:
-        known = self._logsumexp if keep_logsumexp else None
-        return AttentionMap(
-            change(self.query),
-            change(self.key),
-            scale=self.scale,
-            bias=None if self.bias is None else change(self.bias),
-            backend=self.backend,
-            logsumexp=None if known is None else change(known),
-        )
+    def _with(self, change: Callable[[Tensor], Tensor]) -> AttentionMap:
+        changed = self._changed(change)
+        changed._take_over(self, change)
+        return changed
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> AttentionMap:
+        bias = None if self.bias is None else change(self.bias)
+        return AttentionMap(change(self.query), change(self.key), scale=self.scale, bias=bias, backend=self.backend)
+
+    def _take_over(self, other: AttentionMap, change: Callable[[Tensor], Tensor]) -> None:
+        """Know what ``other`` knows of its statistics, after ``change``."""
+        known = other._known()
+        if other._given is not None:
+            self._given = change(other._given)
+        elif known is not None:
+            self._keep(change(known))
 
 
 def shared_attention(

@@ -28,6 +28,8 @@ from .normal_form import (
     taken,
     terms_by_map,
 )
+from .pooling import pooling_matrix
+from .precision import at_given_dtype
 
 DENSE_LIMIT_BYTES = 1 << 30
 
@@ -78,7 +80,10 @@ class LinearMap(ABC):
     # -- products -----------------------------------------------------------------------------------------------------
 
     def matmul(self, value: Any) -> Any:
-        """``A @ value`` as a call: ``torch.compile`` traces methods, not ``@`` of classes that it does not know.
+        """``A @ value`` as a call.
+
+        ``torch.compile`` traces it whatever the operand; of ``@`` it traces tensors whose width is not the number of
+        query tokens, no tuples, and PyTorch versions may differ.
 
         Args:
             value: [B, H, M, E], dtype and device of the map; or a tuple of such, of whatever widths E.
@@ -91,6 +96,11 @@ class LinearMap(ABC):
     def __matmul__(self, value: Any) -> Any:
         """``A @ value``: [B, H, M, E] -> [B, H, N, E]. A tuple gives a tuple, from one pass over the scores."""
         return self.matmul(value)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What PyTorch's functions make of a map: ``torch.matmul`` a product, all others an error."""
+        return _as_traced(function, args)
 
     def _check_value(self, value: object) -> Tensor:
         return validation.check_value(value, self, self.shape)
@@ -141,9 +151,10 @@ class LinearMap(ABC):
         pool_query = validation.check_pooling("query_grid", query_grid, self.shape[2], size)
         pool_key = validation.check_pooling("key_grid", key_grid, self.shape[3], size)
         dtype = validation.accumulator_dtype(self.dtype)
-        by_key = self.matmul(_pooling_matrix(pool_key, size, self).expand(*self.shape[:2], -1, -1))
-        blocks = _pooling_matrix(pool_query, size, self).to(dtype)
-        return (blocks.transpose(-1, -2) @ by_key.to(dtype)).to(self.dtype)
+        by_key = self.matmul(pooling_matrix(pool_key, size, self).expand(*self.shape[:2], -1, -1))
+        blocks = pooling_matrix(pool_query, size, self).to(dtype)
+        with at_given_dtype(self.device):
+            return (blocks.transpose(-1, -2) @ by_key.to(dtype)).to(self.dtype)
 
     def dense(self, *, max_bytes: int = DENSE_LIMIT_BYTES) -> Tensor:
         """The whole map [B, H, N, M], for small maps and for checks.
@@ -304,8 +315,13 @@ class TransposedMap:
     def __repr__(self) -> str:
         return f"{self.T!r}.T"
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As that of :class:`LinearMap`."""
+        return _as_traced(function, args)
+
     def matmul(self, weight: Any) -> Any:
-        """``A.T @ weight`` as a call, which ``torch.compile`` traces.
+        """``A.T @ weight`` as a call; as :meth:`LinearMap.matmul`, it is what ``torch.compile`` traces in every case.
 
         Args:
             weight: [B, H, N, E], dtype and device of the map; or a tuple of such, of whatever widths E.
@@ -355,6 +371,23 @@ def concatenate(maps: Sequence[LinearMap]) -> LinearMap:
     return Combination(tuple(block for part in maps for block in part._blocks()))
 
 
+def _as_traced(function: Any, args: Any) -> Any:
+    """``torch.matmul`` of a map, and what ``torch.compile`` makes of ``A @ value``.
+
+    There an operator between a map and a tensor is a method of the tensor, whichever stood first.
+    """
+    if function not in (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__) or len(args) != 2:
+        return NotImplemented
+    first, second = args
+    if isinstance(first, (LinearMap, TransposedMap)):
+        return first.matmul(second)
+    if not torch.compiler.is_compiling():
+        return NotImplemented  # value @ A
+    if first.shape[-1] == second.shape[2]:
+        raise TypeError("torch.compile cannot tell A @ value from value @ A here: write A.matmul(value).")
+    return second.matmul(first)
+
+
 def _check_maps(name: str, maps: Sequence[object]) -> None:
     for candidate in maps:
         if not isinstance(candidate, LinearMap):
@@ -376,15 +409,3 @@ def _columns_at_once(product: Callable[[Tensor], Tensor], operand: Any, check: C
     # The copy is one part in N of the product. Parts that lie side by side in memory could do without, but to find that
     # out means to look at storages, which tracing hides and autograd forbids; who has the whole tensor passes it whole.
     return torch.split(product(torch.cat(parts, dim=-1)), [part.shape[-1] for part in parts], dim=-1)
-
-
-def _pooling_matrix(grid: tuple[int, int], size: tuple[int, int], like: LinearMap) -> Tensor:
-    """[tokens, cells]: column c averages the tokens of block c, as ``F.adaptive_avg_pool2d`` does."""
-    sides = []
-    for tokens, cells in zip(grid, size, strict=True):
-        position = torch.arange(tokens, device=like.device).unsqueeze(1)
-        cell = torch.arange(cells, device=like.device)
-        start, stop = cell * tokens // cells, -(-(cell + 1) * tokens // cells)
-        inside = (position >= start) & (position < stop)
-        sides.append(inside.to(like.dtype) / (stop - start))
-    return torch.kron(*sides)

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .precision import at_given_dtype
 from .validation import accumulator_dtype
 
 
@@ -34,6 +35,8 @@ class GatheredMap(Protocol):
     def device(self) -> torch.device: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def requires_grad(self) -> bool: ...
     def gathered_product(self, value: Tensor, index: tuple[int, ...], weight: Tensor | None) -> Tensor: ...
     def gathered_adjoint(self, weight: Tensor, index: tuple[int, ...]) -> Tensor: ...
 
@@ -61,13 +64,19 @@ class Mixing:
     matrix: Tensor  # [1 | B, 1 | H, M, M']
 
     def __call__(self, value: Tensor) -> Tensor:
-        return self.matrix @ value
+        with at_given_dtype(value.device):
+            return self.matrix @ value
 
     def transposed(self, result: Tensor) -> Tensor:
-        return self.matrix.transpose(-1, -2) @ result
+        with at_given_dtype(result.device):
+            return self.matrix.transpose(-1, -2) @ result
 
     def some_rows(self, rows: Sequence[int]) -> Mixing:
         return Mixing(_gather(self.matrix, rows))
+
+
+def tensors_of(factors: Sequence[Diagonal | Mixing]) -> list[Tensor]:
+    return [factor.weight if isinstance(factor, Diagonal) else factor.matrix for factor in factors]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +102,13 @@ class Term:
             row_weight=None if self.row_weight is None else _gather(self.row_weight, rows),
             factors=tuple(factor.some_rows(rows) for factor in self.factors),
         )
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients go into it."""
+        tensors = [] if self.row_weight is None else [self.row_weight]
+        tensors += tensors_of(self.factors)
+        return self.map.requires_grad or any(tensor.requires_grad for tensor in tensors)
 
     def whole_weight(self) -> Tensor | None:
         """Number and weight as one tensor [1 | B, 1 | H, 1 | N]; None for one throughout."""
@@ -134,13 +150,16 @@ def _gather(tensor: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def sum_of_blocks(first: tuple[Block, ...], second: tuple[Block, ...]) -> tuple[Block, ...]:
-    """Blocks cut where either is cut, with the terms of both; a term of weight 0 is left out where another remains."""
+    """Blocks cut where either is cut, with the terms of both.
+
+    A term of weight 0 is left out where another remains, unless its gradients, which are zero, may be asked for.
+    """
     cuts = sorted({*_starts(first), *_starts(second)})
     blocks = []
     for start, stop in pairwise(cuts):
         rows = range(start, stop)
         terms = (*_rows_within_a_block(first, rows).terms, *_rows_within_a_block(second, rows).terms)
-        blocks.append(Block(tuple(term for term in terms if term.number != 0.0) or terms[:1]))
+        blocks.append(Block(tuple(term for term in terms if term.number != 0.0 or term.requires_grad) or terms[:1]))
     return tuple(blocks)
 
 
@@ -177,7 +196,7 @@ def bytes_of(blocks: tuple[Block, ...]) -> int:
     terms = [term for block in blocks for term in block.terms]
     tensors = [term.row_weight for term in terms if term.row_weight is not None]
     for term in terms:
-        tensors += [f.weight if isinstance(f, Diagonal) else f.matrix for f in term.factors]
+        tensors += tensors_of(term.factors)
     maps = sum(terms[group[0]].map.nbytes for group in terms_by_map(terms))
     return maps + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

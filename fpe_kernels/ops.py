@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import dispatch
 from .backends.grouping import rows_by_map
+from .precision import at_given_dtype
 from .validation import accumulator_dtype
 
 _LIBRARY = torch.library.Library("fpe_kernels", "DEF")
@@ -266,14 +267,11 @@ def _adjoint_backward(ctx: Any, grad_out: Tensor) -> tuple:
 
 
 def _at_given_dtype(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Run without autocast: products and statistics of float32 operands are float32, in plain PyTorch products too."""
+    """Run without autocast, which would round products and statistics of float32 operands."""
 
     @wraps(implementation)
     def run(query: Tensor, *args: Any) -> Any:
-        device = query.device.type
-        if not torch.is_autocast_enabled(device):
-            return implementation(query, *args)
-        with torch.autocast(device, enabled=False):
+        with at_given_dtype(query.device):
             return implementation(query, *args)
 
     return run

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_MOST_RUNS = 64
+_LARGEST = sys.float_info.max
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -51,19 +53,24 @@ def check_tensor(name: str, tensor: object, layout: str) -> Tensor:
         )
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}.")
-    _refuse_tangent(name, tensor)
+    _refuse_transforms(name, tensor)
     return tensor
 
 
-def _refuse_tangent(name: str, tensor: Tensor) -> None:
-    """Forward-mode AD would drop the tangent without a word: PyTorch's custom ops know reverse mode only."""
+def _refuse_transforms(name: str, tensor: Tensor) -> None:
+    """PyTorch's custom ops know autograd's reverse mode only; forward mode would drop the tangent without a word."""
     # A tensor has a tangent inside a dual level only, and asking outside is an error.
     inside = getattr(forward_ad, "_current_level", -1) >= 0
     if inside and forward_ad.unpack_dual(tensor).tangent is not None:
         raise NotImplementedError(
             f"{name} has a forward-mode tangent (torch.func.jvp, torch.autograd.forward_ad), and attention maps have "
-            "gradients in reverse mode only: use torch.func.vjp or backward(), or differentiate "
+            "gradients in reverse mode only: use torch.autograd.grad or backward(), or differentiate "
             "torch.softmax(scale * query @ key.transpose(-1, -2), -1) @ value instead."
+        )
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(tensor):
+        raise NotImplementedError(
+            f"{name} is being differentiated by a transform of torch.func (grad, vjp, jacrev, …), which cannot go "
+            "through PyTorch's custom ops: use torch.autograd.grad or backward(), which give the same gradients."
         )
 
 
@@ -138,7 +145,7 @@ def _check_broadcast(name: str, tensor: object, layout: str, full: Sequence[int]
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}. Convert with {name}.to(query.dtype).")
     check_same_device(name, tensor, like)
-    _refuse_tangent(name, tensor)
+    _refuse_transforms(name, tensor)
     axes = (1,) * (len(full) - tensor.ndim) + tuple(tensor.shape)
     if tensor.ndim > len(full) or any(size not in (1, whole) for size, whole in zip(axes, full, strict=True)):
         raise ValueError(
@@ -218,7 +225,7 @@ def check_bias(bias: object, query: Tensor, key: Tensor) -> Tensor | None:
             "with torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, float('-inf'))."
         )
     check_same_place("bias", bias, query)
-    _refuse_tangent("bias", bias)
+    _refuse_transforms("bias", bias)
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     axes = (1,) * (4 - bias.ndim) + tuple(bias.shape)
     if bias.ndim > 4 or any(size not in (1, whole) for size, whole in zip(axes, full, strict=True)):
@@ -235,11 +242,11 @@ def check_scale(scale: object, head_dim: int) -> float:
         return head_dim**-0.5
     if not isinstance(scale, Real):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}.")
-    scale = float(scale)
     # Comparisons are false for NaN, and can be traced where torch.compile makes a symbol of a scale that varies.
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}.")
-    return scale
+    if not -_LARGEST <= cast(float, scale) <= _LARGEST:
+        got = scale if isinstance(scale, float) else f"a number of type {type(scale).__name__} beyond any float"
+        raise ValueError(f"scale must be finite, got {got}.")
+    return float(scale)
 
 
 def check_map_index(map_index: object, maps: int, name: str = "map_index") -> tuple[int, ...]:
@@ -284,14 +291,49 @@ def check_logsumexp(logsumexp: object, query: Tensor) -> Tensor:
 
 def check_token_index(index: object, tokens: int, device: torch.device) -> Tensor:
     """Return token positions as an int64 tensor on ``device``; negative ones count from the end."""
-    # An empty list has no dtype of its own, and would become float32.
-    index = torch.as_tensor(index, dtype=torch.int64 if isinstance(index, Sequence) and not index else None)
+    entries = _host_integers(index)
+    if entries is not None:
+        if any(not -tokens <= entry < tokens for entry in entries):
+            raise IndexError(f"token index must be in [{-tokens}, {tokens}), got {entries}.")
+        return _filled([entry % tokens for entry in entries], device)
+    index = torch.as_tensor(index)
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool or index.ndim > 1:
         raise TypeError(f"index must be an int or a flat sequence of ints, got {index.dtype} of shape {_shape(index)}.")
-    index = index.reshape(-1).to(device=device, dtype=torch.int64)
-    if index.numel() and (int(index.min()) < -tokens or int(index.max()) >= tokens):
+    index = index.reshape(-1).to(dtype=torch.int64)
+    # A compiled function cannot raise by what a tensor holds; the gather that follows checks it on the device.
+    checked = index.numel() > 0 and not torch.compiler.is_compiling()
+    if checked and (int(index.min()) < -tokens or int(index.max()) >= tokens):
         raise IndexError(f"token index must be in [{-tokens}, {tokens}), got {index.tolist()}.")
+    index = index.to(device)
     return torch.where(index < 0, index + tokens, index)
+
+
+def _host_integers(index: object) -> list[int] | None:
+    """The integers of an int or a sequence of ints; None for anything else."""
+    if isinstance(index, Integral) and not isinstance(index, bool):
+        return [int(index)]
+    if not isinstance(index, Sequence) or isinstance(index, (str, bytes)):
+        return None
+    if any(isinstance(entry, bool) or not isinstance(entry, Integral) for entry in index):
+        return None
+    return [int(entry) for entry in index]
+
+
+def _filled(entries: list[int], device: torch.device) -> Tensor:
+    """``entries`` on ``device``, without waiting for it: a few runs by fills, which go into a CUDA graph too."""
+    starts = [place for place, entry in enumerate(entries) if place == 0 or entry != entries[place - 1] + 1]
+    if len(starts) > _MOST_RUNS or not entries:
+        on_host = torch.tensor(entries, dtype=torch.int64)
+        if device.type == "cuda" and not torch.compiler.is_compiling():
+            on_host = on_host.pin_memory()
+        return on_host.to(device, non_blocking=True)
+    stops = [*starts[1:], len(entries)]
+    return torch.cat(
+        [
+            torch.arange(entries[start], entries[start] + stop - start, device=device)
+            for start, stop in zip(starts, stops, strict=True)
+        ]
+    )
 
 
 def check_pooling(name: str, grid: object, tokens: int, size: tuple[int, int]) -> tuple[int, int]:

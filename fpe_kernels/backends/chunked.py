@@ -176,7 +176,11 @@ def _weighted_apply(
             logsumexp[own] = float("inf")
         if len(selected) == 0:
             continue
-        part_bias = None if bias is None else bias.expand(*query.shape[:3], key.shape[2])[own, :, selected]
+        part_bias = bias
+        if part_bias is not None:
+            # Along the axes where it varies only: a row of key padding is not to become a map.
+            part_bias = part_bias if part_bias.shape[0] == 1 else part_bias[own]
+            part_bias = part_bias if part_bias.shape[2] == 1 else part_bias[:, :, selected]
         part_out = out.new_empty((len(index), out.shape[1], len(selected), out.shape[3]))
         statistics = logsumexp[own, :, selected]
         part = query[own, :, selected], key[own], value[index], part_bias

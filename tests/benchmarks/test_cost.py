@@ -122,6 +122,13 @@ def test_a_measurement_beside_its_data_sheet() -> None:
     assert chip_of(measured("cuda: NVIDIA T4")) is None
 
 
+def test_chips_of_one_architecture_have_sheets_of_their_own() -> None:
+    h200 = chip_of(measured("cuda: NVIDIA H200"))
+    assert h200 is not None and (h200.arch, h200.memory_bytes) == ("sm_90", 4800e9)
+    assert CHIPS["sm_90"].name == "H100 SXM" and list(CHIPS) == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100"]
+    assert percent_of_chip(measured("cuda: NVIDIA H200")) == percent_of_chip(measured("cuda: NVIDIA H100 80GB HBM3"))
+
+
 def test_an_unknown_chip_is_refused() -> None:
     with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*got 'sm_70'"):
         packed(pair(64), 2, "sm_70")

@@ -4,16 +4,18 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import measure
 from benchmarks.cases import LAYOUTS, OPS, Case
 from benchmarks.compare import regressions
 from benchmarks.cost import Ceilings
 from benchmarks.inputs import Inputs, judge
-from benchmarks.measure import Effort, interleaved
+from benchmarks.measure import Effort, busy_ms, interleaved
 from benchmarks.plan import Step, kernel_plan
 from benchmarks.providers import DenseOriginal, Missing, Ours, all_providers, first_answer, groups
 from benchmarks.report import case_table, summary
+from benchmarks.rivals import Fused
 from benchmarks.rows import Environment
 from benchmarks.run import Bench, run_kernels
 
@@ -163,6 +165,25 @@ def test_rounds_are_shared_and_their_order_rotates():
     samples = interleaved(calls, "cpu", Effort(rounds=3, least_rounds=3, calls_a_sample=1))
     assert {len(values) for values in samples.values()} == {3}
     assert "".join(order[-9:]) == "abcbcacab"
+
+
+def test_a_device_is_kept_busy_for_as_long_as_queueing_takes():
+    assert [busy_ms(queueing) for queueing in (0.05, 0.4, 1.2, 50.0)] == [0.5, 0.8, 2.4, 3.0]
+
+
+def test_a_gathered_batch_is_one_call_with_the_same_answer():
+    inputs = Inputs.make(Case("test", 64, 16, 2, 8, 1, "halves"), "cpu", torch.float32)
+    sizes = []
+
+    def attend(query, key, value):
+        sizes.append(query.shape[0])
+        return F.scaled_dot_product_attention(query, key, value)
+
+    answer = Fused("gathered", lambda inputs: attend, gathered=True).prepare(inputs)()
+    assert set(sizes) == {4} and judge(inputs, answer).passed
+    pair = Inputs.make(Case("test", 64, 16, 2, 8, 1, "pair"), "cpu", torch.float32)
+    with pytest.raises(Missing, match="one call serves all rows"):
+        Fused("gathered", lambda inputs: attend, gathered=True).prepare(pair)
 
 
 def test_groups_need_no_gather():

@@ -94,6 +94,12 @@ def test_what_is_faster_becomes_an_entry() -> None:
     assert len(lines) == 2 and "1.25 × faster than before" in "\n".join(lines)
 
 
+def test_rows_of_an_h200_need_no_architecture_named() -> None:
+    device = "cuda: NVIDIA H200"
+    rows = [row(HALVES, "fpe-triton", 1.0, device), row(HALVES, "fpe-triton@64x64w4s3", 0.5, device)]
+    assert tuned_table.learn(rows)[0].forward == {("sm_90", 64, 128, 4096): (64, 64, 4, 3, False)}
+
+
 def test_what_gains_nothing_changes_nothing(tmp_path) -> None:
     rows = [row(HALVES, "fpe-triton", 1.0), row(HALVES, "fpe-triton@64x64w4s3", 0.99)]
     rows += [row(GUIDED, f"fpe-triton@{name}", ms) for name, ms in (("one-launch", 0.5), ("two-launches", 0.505))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -190,6 +191,66 @@ def test_a_product_does_not_run_an_earlier_backward(counted: CountedOps) -> None
     operator @ value
     (operator @ value).sum().backward()
     assert counted.calls == ["apply", "replay", "adjoint"]
+
+
+@pytest.mark.parametrize("changed", ["query", "key", "bias"])
+@pytest.mark.parametrize("part", [lambda a: a, lambda a: a[0], lambda a: a.detach()], ids=["whole", "row", "detached"])
+def test_a_change_in_place_is_seen(changed: str, part, counted: CountedOps) -> None:
+    case = make_case(queries=12, keys=20, bias=(1, 0, 0, 1))
+    operator = operator_of(case)
+    operator @ case.value
+    operator = part(operator)
+    operator @ case.value
+    assert counted.calls == ["apply", "replay"]
+    getattr(case, changed)[..., :4].mul_(0.1).add_(1.0)
+    fresh = make_case(queries=12, keys=20, bias=(1, 0, 0, 1))
+    case = replace(fresh, query=case.query, key=case.key, bias=case.bias)
+    assert_matches(case, out=operator @ case.value, logsumexp=operator.logsumexp)
+    assert_matches(case, adjoint=operator.T @ case.weight)
+    assert counted.calls == ["apply", "replay", "apply", "adjoint"]
+
+
+def test_copies_count_their_own_changes() -> None:
+    case = make_case(queries=12, keys=20)
+    for _ in range(10):
+        case.query.mul_(1.0)
+    operator = operator_of(case)
+    operator @ case.value
+    copied = copy.deepcopy(operator)
+    assert_matches(case, out=copied @ case.value)
+    copied.query.mul_(0.1)
+    for _ in range(30):  # passes the count of the original, whatever it starts from
+        copied.query.mul_(1.0)
+        case = replace(make_case(queries=12, keys=20), query=copied.query.clone())
+        result = copied @ case.value
+    assert_matches(case, out=result)
+
+
+def test_what_inference_mode_left_serves_gradients(counted: CountedOps) -> None:
+    case = make_case(queries=12, keys=20)
+    recorded = operator_of(case)
+    with torch.inference_mode():
+        recorded @ case.value
+        given = operator_of(case).logsumexp
+    value = case.value.requires_grad_()
+    for operator in (recorded, operator_of(case, logsumexp=given)):
+        (grad,) = torch.autograd.grad(operator @ value, value, case.weight)
+        assert_matches(case, grad_value=grad)
+    assert counted.calls == ["apply", "apply", "replay", "adjoint", "replay", "adjoint"]
+
+
+def test_a_compiled_function_does_not_rely_on_what_it_cannot_check() -> None:
+    case = make_case(queries=12, keys=20)
+    operator = operator_of(case)
+    compiled = torch.compile(lambda value: operator.matmul(value), fullgraph=True, backend="aot_eager")
+    assert_matches(case, out=compiled(case.value))
+    case.query.mul_(0.1)
+    case = replace(make_case(queries=12, keys=20), query=case.query)
+    assert_matches(case, out=compiled(case.value))
+    assert_matches(case, out=operator @ case.value)
+    case.query.mul_(3.0)
+    case = replace(make_case(queries=12, keys=20), query=case.query)
+    assert_matches(case, out=compiled(case.value))
 
 
 # -- shape, batch views, movement -------------------------------------------------------------------------------------

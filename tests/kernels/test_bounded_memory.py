@@ -55,6 +55,11 @@ def backward(case: Case, bias: Tensor | None = None) -> None:
     torch.autograd.grad(out, leaves + extra, case.weight)
 
 
+def regional(case: Case, bias: Tensor) -> Tensor:
+    weight = (torch.arange(TOKENS) % 2).float()
+    return shared_attention(case.query, case.key, case.value, case.map_index, bias=bias, weight=weight)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -67,8 +72,22 @@ def backward(case: Case, bias: Tensor | None = None) -> None:
         lambda case: AttentionMap(case.query, case.key).columns([0, 5]),
         backward,
         lambda case: backward(case, torch.zeros(1, 1, 1, TOKENS)),
+        lambda case: regional(case, torch.zeros(1, 1, 1, TOKENS)),
+        lambda case: regional(case, torch.zeros(1, 1, TOKENS, 1)),
     ],
-    ids=["shared", "logsumexp", "adjoint", "column_sums", "pooled", "rows", "columns", "backward", "bias gradient"],
+    ids=[
+        "shared",
+        "logsumexp",
+        "adjoint",
+        "column_sums",
+        "pooled",
+        "rows",
+        "columns",
+        "backward",
+        "bias gradient",
+        "weighted with key padding",
+        "weighted with a bias of the queries",
+    ],
 )
 def test_no_tensor_comes_near_the_size_of_a_map(call: Callable[[Case], object], case: Case) -> None:
     # Blocks of scores take 2 MiB whatever the number of tokens; a map of this case takes 32 MiB.

@@ -22,7 +22,9 @@ def test_a_scale_that_varies_breaks_no_graph():
         torch.testing.assert_close(compiled(query, key, value, scale), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "scale", [float("inf"), -float("inf"), float("nan"), 10**400, -(10**5000)], ids=lambda s: f"{type(s)}"
+)
 def test_a_scale_that_is_not_finite(scale):
     with pytest.raises(ValueError, match="scale must be finite"):
         shared_attention(*inputs(4), (0,), scale=scale)

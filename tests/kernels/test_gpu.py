@@ -120,6 +120,103 @@ def test_a_regional_blend_is_captured_in_a_graph() -> None:
     assert_matches(target, out=torch.cat([target.plain["out"][:, :, :inside], out[:, :, inside:]], dim=2))
 
 
+def products(query, key, value, weight):
+    operator = AttentionMap(query, key)
+    return operator @ value, operator.logsumexp, operator.T @ weight
+
+
+def gradients(query, key, value, weight):
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    out = AttentionMap(*leaves[:2]) @ leaves[2]
+    return torch.autograd.grad(out, leaves, weight)
+
+
+def adjoint_first(query, key, value, weight):
+    return (AttentionMap(query, key).T @ weight,)
+
+
+@pytest.mark.parametrize("call", [products, gradients, adjoint_first])
+def test_everything_is_captured_in_a_graph(call) -> None:
+    names = {
+        products: ("out", "logsumexp", "adjoint"),
+        gradients: ("grad_query", "grad_key", "grad_value"),
+        adjoint_first: ("adjoint",),
+    }[call]
+    case = make_case(heads=4, queries=256, keys=192, head_dim=40, dtype=torch.float16, device="cuda")
+    filled = case.query, case.key, case.value, case.weight
+    static = [torch.zeros_like(tensor) for tensor in filled]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call(*static)
+    for tensor, contents in zip(static, filled, strict=True):
+        tensor.copy_(contents)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_matches(case, **dict(zip(names, results, strict=True)))
+
+
+def test_a_map_kept_from_before_a_capture_is_computed_in_it() -> None:
+    case = make_case(heads=4, queries=256, keys=256, head_dim=64, dtype=torch.float16, device="cuda")
+    query, key, value = (torch.zeros_like(tensor) for tensor in (case.query, case.key, case.value))
+    operator = AttentionMap(query, key)
+    operator @ value, operator @ value  # computed and kept; both ways are warm
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first, second = operator @ value, operator @ value
+    for tensor, filled in zip((query, key, value), (case.query, case.key, case.value), strict=True):
+        tensor.copy_(filled)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_matches(case, out=first)
+    assert_matches(case, out=second)
+    assert_matches(case, out=operator @ value)  # not from the graph's statistics
+
+
+def test_a_capture_without_a_call_before_it_says_what_is_missing() -> None:
+    case = make_case(heads=3, queries=129, keys=65, head_dim=24, dtype=torch.float16, device="cuda")
+    with (
+        pytest.raises(RuntimeError, match="Make the call once before capturing"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        shared_attention(case.query, case.key, case.value, (0,))
+    torch.cuda.synchronize()
+    assert_matches(case, out=shared_attention(case.query, case.key, case.value, (0,)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_to_reduce_overhead(training: bool) -> None:
+    # Tables that no call has made yet: the first call of a compiled function allocates from the graph's own pool.
+    maps = 7
+    case = make_case(
+        maps=maps,
+        map_index=(6, 5, 4, 3, 2, 1, 0, 6),
+        heads=2,
+        queries=128,
+        keys=128,
+        head_dim=72,
+        dtype=torch.float16,
+        device="cuda",
+    )
+
+    @torch.compile(mode="reduce-overhead", fullgraph=True)
+    def compiled(query, key, value):
+        return 1.0 * shared_attention(query, key, value, case.map_index)
+
+    for _ in range(4):  # a warm-up, a recording, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        leaves = [tensor.clone().requires_grad_(training) for tensor in (case.query, case.key, case.value)]
+        out = compiled(*leaves)
+        assert_matches(case, out=out.detach().clone())
+        if training:
+            grads = torch.autograd.grad(out, leaves, case.weight)
+            assert_matches(case, grad_query=grads[0], grad_key=grads[1], grad_value=grads[2])
+
+
 def test_a_call_on_a_side_stream() -> None:
     case = make_case(map_index=(0, 0), queries=512, keys=512, head_dim=64, dtype=torch.float16, device="cuda")
     stream = torch.cuda.Stream()

@@ -61,6 +61,21 @@ def test_a_weight_of_zero_computes_nothing(calls) -> None:
     assert {index for _, index in calls} == {(0, 1)}
 
 
+def test_a_weight_of_zero_has_gradients_of_zero() -> None:
+    source, target = pair()
+    leaves = [tensor.detach().requires_grad_() for tensor in (source.query, source.key, target.query)]
+    first = AttentionMap(leaves[0], leaves[1]).take([0, 0])
+    value = torch.randn(2, HEADS, PIXELS, DIM)
+    for both in (
+        0.0 * first + AttentionMap(leaves[2], target.key),
+        blend(0.0, first, AttentionMap(leaves[2], target.key)),
+    ):
+        out = both @ value
+        torch.testing.assert_close(out, target @ value)
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        assert not grads[0].any() and not grads[1].any() and grads[2].any()
+
+
 def test_a_zero_map_is_zero() -> None:
     _, target = pair()
     assert (((0.0 * target) @ torch.randn(2, HEADS, PIXELS, 3)) == 0).all()

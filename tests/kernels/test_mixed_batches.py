@@ -19,15 +19,16 @@ GUIDED = (0, 1, 2, 2)
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many branches each forward launch had."""
-    from fpe_kernels.backends.triton import launch
+    from fpe_kernels.backends.triton import launch, plans
 
     counted: list[int] = []
     run = launch.Launch.run
+    plans.forget()
 
-    def counting(self) -> None:
+    def counting(self):
         if self.kernel is apply_kernel:
             counted.append(self.constants["BRANCHES"])
-        run(self)
+        return run(self)
 
     monkeypatch.setattr(launch.Launch, "run", counting)
     return counted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fpe_kernels import AttentionMap, ops, shared_attention
+from fpe_kernels import AttentionMap, blend, ops, shared_attention
+from fpe_kernels.backends import chunked, fused_cpu
 from fpe_kernels.testing import Case, assert_matches, make_case
 
 APPLY = torch.ops.fpe_kernels
@@ -53,9 +55,15 @@ def test_opcheck(name: str, small: Case, backend) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["reference", "torch"])
+@pytest.mark.parametrize("name", ["reference", "torch", "torch in small blocks"])
 @pytest.mark.parametrize("bias", [None, (0, 1, 0, 1)])
-def test_gradcheck(name: str, bias) -> None:
+def test_gradcheck(name: str, bias, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "torch in small blocks":
+        name = "torch"
+        monkeypatch.setattr(fused_cpu, "_serves", lambda *tensors: False)
+        monkeypatch.setattr(chunked, "_KEY_BLOCK", 2)
+        monkeypatch.setattr(chunked, "_MIN_QUERY_BLOCK", 2)
+        monkeypatch.setattr(chunked, "_THREAD_BLOCK_BYTES", 1)
     case = make_case(
         maps=2, map_index=(1, 0, 1), queries=3, keys=4, head_dim=2, value_dim=3, dtype=torch.float64, bias=bias
     )
@@ -128,12 +136,23 @@ def test_forward_mode_is_refused_instead_of_losing_tangents(place: str) -> None:
     def attend(tensor: Tensor) -> Tensor:
         return shared_attention(**{**tensors, place: tensor}, map_index=[0])
 
-    with pytest.raises(NotImplementedError, match=rf"{place} has a forward-mode tangent.*torch\.func\.vjp"):
+    with pytest.raises(NotImplementedError, match=rf"{place} has a forward-mode tangent.*torch\.autograd\.grad"):
         torch.func.jvp(attend, (tensors[place],), (torch.ones_like(tensors[place]),))
     with forward_ad.dual_level():
         with pytest.raises(NotImplementedError, match=rf"{place} has a forward-mode tangent"):
             attend(forward_ad.make_dual(tensors[place], torch.ones_like(tensors[place])))
         assert attend(tensors[place]).isfinite().all()  # nothing else is refused there
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vjp, torch.func.jacrev])
+def test_transforms_of_torch_func_are_refused_with_what_works_instead(transform, backend) -> None:
+    case = make_case(heads=1, queries=5, keys=6, head_dim=8, device=backend.device)
+
+    def total(query: Tensor) -> Tensor:
+        return (AttentionMap(query, case.key, backend=backend.name) @ case.value).sum()
+
+    with pytest.raises(NotImplementedError, match=r"query is being differentiated.*use torch\.autograd\.grad"):
+        transform(total, case.query) if transform is torch.func.vjp else transform(total)(case.query)
 
 
 def test_second_derivatives_are_refused(backend) -> None:
@@ -174,6 +193,105 @@ def test_autocast_changes_nothing(backend) -> None:
     with torch.autocast(backend.device, dtype=torch.bfloat16):
         out = AttentionMap(case.query, case.key, bias=case.bias, backend=backend.name) @ case.value
     assert_matches(case, out=out)
+
+
+def test_autocast_changes_no_view_and_no_combination(backend) -> None:
+    case = make_case(heads=1, queries=33, keys=33, head_dim=40, device=backend.device, amplitude=3.0)
+    mixing = torch.randn(33, 5, device=backend.device)
+
+    def everything() -> list[Tensor]:
+        operator = AttentionMap(case.query, case.key, backend=backend.name)
+        mixed = operator.mix(mixing)
+        views = [operator.rows([3]), operator.columns([1]), operator.pooled((3, 11), (11, 3), 2), operator.dense()]
+        return [*views, mixed @ case.value[:, :, :5], mixed.T @ case.weight, mixed.dense()]
+
+    expected = everything()
+    with torch.autocast(backend.device, dtype=torch.bfloat16):
+        results = everything()
+    for result, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda A, B, value, weight: A @ value,
+        lambda A, B, value, weight: A.T @ weight,
+        lambda A, B, value, weight: (0.5 * A + B) @ value,
+        lambda A, B, value, weight: blend(weight[0, 0, :, 0], A, B) @ value,
+        lambda A, B, value, weight: torch.matmul(A - B, value),
+    ],
+    ids=["product", "transpose", "sum", "blend", "function"],
+)
+def test_operators_compile_into_one_graph(call) -> None:
+    case = make_case(heads=1, queries=5, keys=6, head_dim=8)
+
+    def product(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+        return call(AttentionMap(query, key), AttentionMap(2.0 * query, key), value, weight)
+
+    torch.compiler.reset()
+    tensors = case.query, case.key, case.value, case.weight
+    compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), product(*tensors), rtol=0, atol=0)
+
+
+def test_a_product_that_tracing_cannot_tell_from_another_is_refused() -> None:
+    case = make_case(heads=1, queries=8, keys=6, head_dim=8)
+    compiled = torch.compile(lambda q, k, v: AttentionMap(q, k) @ v, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"write A\.matmul\(value\)"):
+        compiled(case.query, case.key, case.value)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        case.value @ AttentionMap(case.query, case.key)
+
+
+INDUCTOR = {
+    "product": lambda A, value, weight: A.matmul(value),
+    "transpose": lambda A, value, weight: A.T.matmul(weight),
+    "logsumexp": lambda A, value, weight: A.logsumexp,
+    "blend": lambda A, value, weight: blend(weight[0, 0, :, 0], A, 0.5 * A).matmul(value),
+    "pooled": lambda A, value, weight: A.pooled((3, 4), (2, 5), 2),
+    "rows": lambda A, value, weight: A.rows([1, 2]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("name", INDUCTOR)
+def test_inductor_compiles_it_with_gradients(name: str) -> None:
+    case = make_case(heads=2, queries=12, keys=10, head_dim=8)
+    leaves = [tensor.requires_grad_() for tensor in (case.query, case.key, case.value, case.weight)]
+
+    def call(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+        return INDUCTOR[name](AttentionMap(query, key), value, weight)
+
+    torch.compiler.reset()
+    expected = call(*leaves)
+    result = torch.compile(call, fullgraph=True)(*leaves)
+    torch.testing.assert_close(result, expected)
+    noise = torch.randn_like(expected)
+    grads, wanted = (torch.autograd.grad(out, leaves[:2], noise) for out in (result, expected))
+    torch.testing.assert_close(grads, wanted)
+
+
+@pytest.mark.parametrize("index", [2, [0, 3, 4], [-1, -2], list(range(0, 130, 2))], ids=["one", "some", "back", "many"])
+def test_rows_and_columns_compile_into_one_graph(index, backend) -> None:
+    case = make_case(heads=1, queries=131, keys=131, head_dim=8, device=backend.device)
+
+    def views(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        operator = AttentionMap(query, key, backend=backend.name)
+        return operator.rows(index), operator.columns(index)
+
+    torch.compiler.reset()  # the other cases' compilations of this function count towards its limit
+    compiled = torch.compile(views, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(case.query, case.key), views(case.query, case.key))
+
+
+def test_rows_by_a_tensor_compile_into_one_graph() -> None:
+    case = make_case(heads=1, queries=9, keys=9, head_dim=8)
+    rows = lambda query, key, index: AttentionMap(query, key).rows(index)  # noqa: E731
+    compiled = torch.compile(rows, fullgraph=True, backend="aot_eager")
+    index = torch.tensor([4, -1])
+    torch.testing.assert_close(compiled(case.query, case.key, index), rows(case.query, case.key, index))
 
 
 def test_outputs_have_the_layout_that_merging_heads_wants() -> None:

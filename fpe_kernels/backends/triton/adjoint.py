@@ -6,14 +6,17 @@ The weights of the batch rows that share a map stand side by side as packed colu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import configs
 from .configs import MAX_COLUMNS, Config
-from .launch import Launch, prepared, product_precision, strides
+from .launch import Launch, product_precision, strides
 from .packing import Chunk, bias_varies, chunks, columns_of, device_table, needs_wide_index, split_width, vector_width
+from .plans import launch_all
 from .primitives import (
     LOG2E,
     add_bias,
@@ -293,11 +296,26 @@ def adjoint(
     out: Tensor,
 ) -> None:
     """Write ``A[map_index].T @ weight`` to ``out``."""
-    logsumexp = logsumexp.contiguous()
+    tensors = query, key, weight, bias, out, logsumexp.contiguous()
+    launch_all(plan, tensors, map_index, scale, configs.adjoint_config)
+
+
+def plan(
+    query: Tensor,
+    key: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    map_index: tuple[int, ...],
+    scale: float,
+    adjoint_config: Callable[..., Config],
+) -> Iterator[Launch]:
+    """The launches of :func:`adjoint`, by the rule given."""
     if bias is not None:
         bias = bias.expand(*query.shape[:3], key.shape[2])
     for chunk in chunks(map_index, query.shape[0], weight.shape[3], MAX_COLUMNS[query.element_size()]):
         if chunk.stop > chunk.start:
-            parts = columns_of(weight, chunk), columns_of(out, chunk)
-            config = configs.adjoint_config(query, parts[0], chunk, bias is not None, key.shape[2])
-            prepared(prepare, query, key, parts[0], bias, logsumexp, chunk, scale, parts[1], config).run()
+            weights = columns_of(weight, chunk)
+            config = adjoint_config(query, weights, chunk, bias is not None, key.shape[2])
+            yield prepare(query, key, weights, bias, logsumexp, chunk, scale, columns_of(out, chunk), config)

@@ -9,6 +9,8 @@ that share a map stand side by side, so one product is the sum over them. Every 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -17,8 +19,9 @@ from torch import Tensor
 from ..grouping import unreferenced
 from . import configs
 from .configs import MAX_GRADIENT_COLUMNS, Config
-from .launch import Launch, prepared, product_precision, strides
+from .launch import Launch, product_precision, strides
 from .packing import Chunk, bias_varies, chunks, columns_of, device_table, needs_wide_index, split_width, vector_width
+from .plans import launch_all
 from .primitives import (
     LOG2E,
     add_bias,
@@ -385,13 +388,30 @@ def score_gradient(
         # Several chunks add up, and in float32: the sum is rounded once.
         several = any(not chunk.first for chunk in parts)
         total = torch.empty_like(gradient, dtype=torch.float32) if several else gradient
-        for chunk in parts:
-            factors = columns_of(own_factor, chunk), columns_of(other_factor, chunk)
-            config = configs.gradient_config(own, factors[0], chunk, bias is not None)
-            prepared(
-                prepare, own, other, *factors, own_bias, total, logsumexp, delta, chunk, scale, own_statistics, config
-            ).run()
+        tensors = own, other, own_factor, other_factor, own_bias, total, logsumexp, delta
+        launch_all(plan, tensors, map_index, scale, own_statistics, configs.gradient_config)
         if several:
             gradient.copy_(total)
         for group in unreferenced(map_index, maps):
             gradient[group] = 0.0
+
+
+def plan(
+    own: Tensor,
+    other: Tensor,
+    own_factor: Tensor,
+    other_factor: Tensor,
+    bias: Tensor | None,
+    gradient: Tensor,
+    logsumexp: Tensor,
+    delta: Tensor,
+    map_index: tuple[int, ...],
+    scale: float,
+    own_statistics: bool,
+    gradient_config: Callable[..., Config],
+) -> Iterator[Launch]:
+    """The launches of one of the two gradients, by the rule given."""
+    for chunk in chunks(map_index, own.shape[0], own_factor.shape[3], MAX_GRADIENT_COLUMNS):
+        factors = columns_of(own_factor, chunk), columns_of(other_factor, chunk)
+        config = gradient_config(own, factors[0], chunk, bias is not None)
+        yield prepare(own, other, *factors, bias, gradient, logsumexp, delta, chunk, scale, own_statistics, config)

@@ -6,14 +6,17 @@ for each number, or one together, as wide as the widest: :func:`.configs.one_lau
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 from torch import Tensor
 
 from ..grouping import rows_by_map
 from . import apply as pointers
 from . import boxes, configs
-from .configs import MAX_COLUMNS
-from .launch import prepared
+from .configs import MAX_COLUMNS, Config
+from .launch import Launch
 from .packing import chunks, columns_of
+from .plans import launch_all
 
 
 def apply(
@@ -30,24 +33,41 @@ def apply(
 ) -> None:
     """Write ``row_weight ⊙ (A[map_index] @ value)`` to ``out`` and, unless it is known, the log-sum-exp."""
     logsumexp = logsumexp.contiguous() if known else logsumexp
+    tensors = query, key, value, bias, out, logsumexp, row_weight
+    launch_all(plan, tensors, map_index, scale, known, configs.one_launch, configs.apply_config)
+
+
+def plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    row_weight: Tensor | None,
+    map_index: tuple[int, ...],
+    scale: float,
+    known: bool,
+    one_launch: Callable[..., bool],
+    apply_config: Callable[..., Config],
+) -> Iterator[Launch]:
+    """The launches of :func:`apply`, by the two rules given."""
     if bias is not None:
         bias = bias.expand(*query.shape[:3], key.shape[2])
     if row_weight is not None:
         row_weight = row_weight.expand(out.shape[:3])
     rows = rows_by_map(map_index, query.shape[0])
-    together = configs.one_launch(query, value, map_index, bias is not None)
+    together = one_launch(query, value, map_index, bias is not None)
     for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_COLUMNS[query.element_size()], together):
         values = columns_of(value, chunk)
-        config = configs.apply_config(query, values, chunk, bias is not None)
+        config = apply_config(query, values, chunk, bias is not None)
         known_here = known or not chunk.first
         plain = bias is None and row_weight is None and not known_here
         if config.descriptors and plain and boxes.serves(query, key, values, chunk, scale):
-            arguments = query, key, values, chunk, scale, columns_of(out, chunk), logsumexp, config
-            prepared(boxes.prepare, *arguments).run()
+            yield boxes.prepare(query, key, values, chunk, scale, columns_of(out, chunk), logsumexp, config)
             continue
         whole_maps = all(set(rows[group]) == set(branches) for group, *branches in chunk.table)
-        prepared(
-            pointers.prepare,
+        yield pointers.prepare(
             query,
             key,
             values,
@@ -60,4 +80,4 @@ def apply(
             row_weight,
             known_here or whole_maps,
             config,
-        ).run()
+        )

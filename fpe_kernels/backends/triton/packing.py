@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -104,7 +105,20 @@ def _equally_long(table: list[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
 @cache
 def device_table(table: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """``table`` on ``device``; kept, so that a repeated call copies nothing and can be captured in a CUDA graph."""
-    return torch.tensor(table, dtype=torch.int32, device=device)
+    if device.type != "cuda":
+        return torch.tensor(table, dtype=torch.int32, device=device)
+    # The first call may be the warm-up of a graph, whose thread allocates from the graph's own pool; what is there is
+    # overwritten between replays. A pool is a matter of threads, and this one is not of the pool's.
+    with ThreadPoolExecutor(1) as elsewhere:
+        return elsewhere.submit(_copied, table, device).result()
+
+
+def _copied(table: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    with torch.cuda.device(device):
+        copy = torch.tensor(table, dtype=torch.int32, device=device)
+        # Other streams read it from now on.
+        torch.cuda.current_stream().synchronize()
+        return copy
 
 
 def vector_width(tensor: Tensor) -> int:

@@ -1,0 +1,146 @@
+"""What a call launches, worked out once for tensors of the same layout.
+
+A launch follows from shapes, strides, dtypes and alignments, never from contents, and a short attention takes less time
+on a GPU than working it out takes Python. So the compiled kernels of a call are kept with their arguments, in which the
+next call of the same layout replaces the addresses of its tensors.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .launch import Launch, allows_tf32, device_of
+
+Plan = Callable[..., Iterable[Launch]]
+
+_AT_MOST = 4096
+_AMD = torch.version.hip is not None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A launch of a compiled kernel: its arguments in order, and what of them is another tensor's in each call."""
+
+    kernel: Any  # as it is decorated
+    launch: Callable[..., None]
+    arguments: tuple[Any, ...]
+    addresses: tuple[tuple[int, int, int], ...]  # place among the arguments, place among the tensors, bytes from it
+    boxes: tuple[tuple[int, int], ...]  # place of what makes a descriptor of a tensor, place of that tensor
+
+    def __call__(self, tensors: tuple[Tensor | None, ...], addresses: list[int]) -> None:
+        arguments = list(self.arguments)
+        for place, source, offset in self.addresses:
+            arguments[place] = addresses[source] + offset
+        for place, source in self.boxes:
+            arguments[place] = TensorDescriptor(tensors[source], *arguments[place])
+        self.launch(*arguments)
+
+
+_KNOWN: dict[tuple, tuple[_Step, ...]] = {}
+
+
+def forget() -> None:
+    """Work everything out anew."""
+    _KNOWN.clear()
+
+
+def launch_all(plan: Plan, tensors: tuple[Tensor | None, ...], *rest: Hashable) -> None:
+    """Launch what ``plan(*tensors, *rest)`` yields, or what it yielded for tensors of the same layout.
+
+    Args:
+        plan: yields the launches of a call in order; those depend on nothing but the layouts and ``rest``. A tensor
+            of a launch is that of the plan's parameter of the same name, which may end in ``_ptr``, or a part of it;
+            tensors by other names are kept.
+        tensors: the first arguments of ``plan``; the first of them is never None.
+        rest: the other arguments; what is chosen by a function that can be replaced takes that function too.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured, for a layout that has not been launched before.
+    """
+    query = tensors[0]
+    assert query is not None
+    tf32 = query.dtype == torch.float32 and allows_tf32()
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    layouts = [
+        None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), address % 16)
+        for tensor, address in zip(tensors, addresses)  # noqa: B905  both as long as the tensors
+    ]
+    key = (plan, rest, tf32, query.device, _compiler_settings(tensors), *layouts)
+    steps = _KNOWN.get(key)
+    with device_of(query):
+        if steps is not None and not any(step.kernel.pre_run_hooks for step in steps):
+            for step in steps:
+                step(tensors, addresses)
+            return
+        if query.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being captured, and nothing of this shape, layout and map_index has run before: "
+                "compiling and loading kernels cannot be captured. Make the call once before capturing it, as "
+                "torch.cuda.make_graphed_callables and torch.compile(mode='reduce-overhead') do."
+            )
+        made = [_step(plan, launch, launch.run(), tensors) for launch in plan(*tensors, *rest)]
+    kept = [step for step in made if step is not None]
+    if len(kept) == len(made):
+        if len(_KNOWN) >= _AT_MOST:
+            _KNOWN.clear()
+        _KNOWN[key] = tuple(kept)
+
+
+def _compiler_settings(tensors: tuple[Tensor | None, ...]) -> tuple:
+    """Besides layouts, what Triton compiles by."""
+    knobs = triton.knobs
+    settings = (
+        knobs.runtime.debug,
+        knobs.compilation.instrumentation_mode,
+        getattr(knobs.runtime, "add_stages_inspection_hook", None),
+    )
+    if _AMD:
+        # Offsets into memory of less than 2 GiB take other instructions there.
+        small = tuple(tensor is None or tensor.untyped_storage().nbytes() < 2**31 for tensor in tensors)
+        return *settings, small
+    return settings
+
+
+def _step(plan: Plan, launch: Launch, compiled: Any, tensors: tuple[Tensor | None, ...]) -> _Step | None:
+    """``launch`` as it is repeated; None where it cannot be, as with the interpreter."""
+    if not hasattr(compiled, "packed_metadata"):
+        return None
+    arguments: list[Any] = []
+    addresses, boxes = [], []
+    for place, name in enumerate(launch.kernel.arg_names):
+        tensor, source = launch.tensors.get(name), _parameters(plan).get(name.removesuffix("_ptr"))
+        if tensor is None:
+            arguments.append(launch.numbers[name] if name in launch.numbers else launch.constants[name])
+        elif source is None:
+            arguments.append(tensor)
+        else:
+            given = tensors[source]
+            if given is None:
+                # An absent bias is never read; the kernel still wants an address, and gets that of the first tensor.
+                source, given = 0, tensors[0]
+            assert given is not None
+            offset = tensor.data_ptr() - given.data_ptr()
+            if name not in launch.boxes:
+                addresses.append((place, source, offset))
+                arguments.append(None)
+            elif offset == 0:
+                boxes.append((place, source))
+                arguments.append((list(tensor.shape), list(tensor.stride()), list(launch.boxes[name])))
+            else:
+                return None
+    return _Step(launch.kernel, compiled[launch.programs, 1, 1], tuple(arguments), tuple(addresses), tuple(boxes))
+
+
+@cache
+def _parameters(plan: Plan) -> dict[str, int]:
+    """The places of the parameters of ``plan``."""
+    return {name: place for place, name in enumerate(inspect.signature(plan).parameters)}

@@ -1,0 +1,42 @@
+"""What a map keeps of a product, and when that still holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Parts = tuple[Tensor | None, ...]
+
+
+class KeptLogsumexp:
+    """The log-sum-exp of ``parts``: query, key and bias.
+
+    It holds until one of them is changed in place; and in a CUDA graph, for this capture only: outside, its memory
+    holds what the graph computed last, and what was computed outside would be a constant of the graph.
+    """
+
+    def __init__(self, logsumexp: Tensor, parts: Parts) -> None:
+        self._logsumexp, self._state = logsumexp, _state(parts)
+
+    def of(self, parts: Parts) -> Tensor | None:
+        """The log-sum-exp, if it is that of ``parts`` as they are now."""
+        if self._state != _state(parts):
+            return None
+        self._logsumexp = usable(self._logsumexp)
+        return self._logsumexp
+
+
+def usable(tensor: Tensor) -> Tensor:
+    """``tensor``, or outside inference mode a copy of one that was made in it, which no gradient may need."""
+    if torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled():
+        return tensor
+    return tensor.clone()
+
+
+def _state(parts: Parts) -> tuple:
+    """Equal as long as ``parts`` are the same and unchanged; inference tensors do not count their changes."""
+    if torch.compiler.is_compiling():
+        return ("traced",)
+    captured = any(part is not None and part.is_cuda for part in parts) and torch.cuda.is_current_stream_capturing()
+    counts = [0 if part is None or part.is_inference() else part._version for part in parts]
+    return captured, *map(id, parts), *counts

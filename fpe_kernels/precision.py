@@ -1,0 +1,14 @@
+"""Which digits a map is computed with: those of its tensors, whatever surrounds the call."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def at_given_dtype(device: torch.device) -> AbstractContextManager:
+    """Without autocast: products of float32 operands are float32, in plain PyTorch products too."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,162 @@
+"""A call that is planned already makes the launches that it would make anew. test_plans.py runs this as a program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import torch
+import triton
+from recorded_launches import Recorded, RecordingDriver
+from torch import Tensor
+
+from fpe_kernels.backends.triton import backend, backward, configs, plans
+from fpe_kernels.backends.triton.apply import apply_kernel
+
+HEADS, TOKENS = 2, 64
+Call = Callable[[], None]
+
+
+def heads_split(batch: int, tokens: int, dim: int, offset: int = 0, dtype: torch.dtype = torch.half) -> Tensor:
+    """[batch, HEADS, tokens, dim] as a projection leaves it, ``offset`` elements into its memory."""
+    memory = torch.empty(batch * tokens * HEADS * dim + offset, dtype=dtype)[offset:]
+    return memory.view(batch, tokens, HEADS, dim).transpose(1, 2)
+
+
+def product(
+    map_index: tuple[int, ...] = (0, 0),
+    dim: int = 16,
+    queries: int = TOKENS,
+    keys: int = TOKENS,
+    offset: int = 0,
+    known: bool = False,
+    bias: tuple[int, ...] | None = None,
+    weight: tuple[int, ...] | None = None,
+) -> Call:
+    maps = 1 + max(map_index)
+    query, key = heads_split(maps, queries, dim, offset), heads_split(maps, keys, dim, offset)
+    value, out = heads_split(len(map_index), keys, dim), heads_split(len(map_index), queries, dim)
+    rest = torch.empty(maps, HEADS, queries), known, None if weight is None else torch.empty(weight)
+    full_bias = None if bias is None else torch.empty(bias, dtype=torch.half)
+    return lambda: backend.apply(query, key, value, full_bias, map_index, 0.1, out, *rest)
+
+
+def adjoint() -> Call:
+    query, weight, logsumexp = heads_split(1, TOKENS, 40), heads_split(2, TOKENS, 40), torch.empty(1, HEADS, TOKENS)
+    out = torch.empty_like(weight)
+    return lambda: backend.adjoint(query, query, weight, None, logsumexp, (0, 0), 0.1, out)
+
+
+def gradients() -> Call:
+    query, factor = heads_split(1, TOKENS, 40), heads_split(2, TOKENS, 40)
+    logsumexp, out = torch.empty(1, HEADS, TOKENS), heads_split(1, TOKENS, 40)
+    return lambda: backend.score_gradient(
+        query, query, factor, factor, logsumexp, None, logsumexp, (0, 0), 0.1, out, out
+    )
+
+
+def gradient_of_six() -> Call:
+    query, factor = heads_split(1, TOKENS, 40), heads_split(6, TOKENS, 40)
+    logsumexp, total = torch.empty(1, HEADS, TOKENS), heads_split(1, TOKENS, 40, dtype=torch.float32)
+    tensors = query, query, factor, factor, None, total, logsumexp, logsumexp
+    return lambda: plans.launch_all(backward.plan, tensors, (0,) * 6, 0.1, True, configs.gradient_config)
+
+
+CALLS: dict[str, Callable[[], Call]] = {
+    "a pair": product,
+    "addresses that are no multiples of 16 bytes": lambda: product(offset=1),
+    "addresses that are again": lambda: product(offset=8),
+    "sizes of one": lambda: product(keys=1, queries=1),
+    "odd sizes": lambda: product(keys=77, queries=65),
+    "a mixed batch": lambda: product((0, 1, 2, 2)),
+    "several chunks": lambda: product((0,) * 3, dim=160),
+    "replay": lambda: product(known=True),
+    "a bias": lambda: product(bias=(1, 1, 1, TOKENS)),
+    "weights": lambda: product(weight=(1, 1, TOKENS)),
+    "a transpose": adjoint,
+    "gradients": gradients,
+    "a gradient in two chunks": gradient_of_six,
+}
+
+
+def launched(call: Call) -> list[Recorded]:
+    call()
+    return RecordingDriver.taken()
+
+
+def planned(call: Call) -> list[Recorded]:
+    """What ``call`` launches; checks that nothing is compiled or bound for it."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a planned call was worked out again")
+
+    run, triton.JITFunction.run = triton.JITFunction.run, refuse
+    try:
+        return launched(call)
+    finally:
+        triton.JITFunction.run = run
+
+
+def anew(call: Call) -> list[Recorded]:
+    plans.forget()
+    return launched(call)
+
+
+def check_a_planned_call_is_the_call_made_anew() -> None:
+    functions = {}
+    for name, make in CALLS.items():
+        first, second = make(), make()  # other tensors of the same layout
+        assert launched(first), name
+        known = planned(second)
+        assert known == anew(second) != launched(first), name
+        functions[name] = known[0].function
+    assert functions["a pair"] == functions["addresses that are again"]
+    assert len({functions[name] for name in [*list(CALLS)[:2], "sizes of one", "odd sizes"]}) == 4
+
+
+def check_descriptors() -> None:
+    rule = configs.apply_config
+    configs.apply_config = cache(lambda *arguments: replace(rule(*arguments), descriptors=True))
+    try:
+        first, second = product(dim=64), product(dim=64)
+        (described,) = launched(first)
+        assert isinstance(described.arguments["query"], tuple)
+        assert planned(second) == anew(second) != [described]
+    finally:
+        configs.apply_config = rule
+    assert "query_ptr" in launched(first)[0].arguments  # by the rule again
+
+
+def check_other_ways_to_compile() -> None:
+    call = product()
+    (plain,) = launched(call)
+    triton.knobs.runtime.debug = True
+    try:
+        (checked,) = launched(call)
+        assert checked.function != plain.function
+    finally:
+        triton.knobs.runtime.debug = False
+    assert planned(call) == [plain]
+
+
+def check_hooks() -> None:
+    call, seen = product(), []
+    launched(call)
+    hook = lambda metadata: seen.append(metadata.get()["name"])  # noqa: E731
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    planned(call)
+    triton.knobs.runtime.launch_enter_hook.remove(hook)
+    assert seen == ["apply_kernel"]
+    apply_kernel.add_pre_run_hook(lambda *arguments, **named: seen.append(named["HEAD_DIM"]))
+    launched(call)
+    apply_kernel.pre_run_hooks.clear()
+    assert seen == ["apply_kernel", 16]
+
+
+if __name__ == "__main__":
+    RecordingDriver.install()
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            check()
+            print(name)
