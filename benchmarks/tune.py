@@ -1,10 +1,10 @@
 """`python -m benchmarks.tune`: which launch configuration is fastest, measured.
 
-Every choice of a shape is compiled (in parallel processes, into Triton's cache on disk), held against float64, and
-timed in the same rounds as the committed configuration and the fastest that PyTorch has. Where all maps have equally
-many rows, the choices are tile sizes, warps, stages and tensor descriptors; in a guided batch, whose unconditional rows
-have maps of their own, they are one launch or two. A choice takes effect through
-`fpe_kernels.backends.triton.configs`, which is all that this file knows of the kernels.
+Every choice of a shape is compiled (in parallel processes that launch nothing, into Triton's cache on disk), held
+against float64, and timed in the same rounds as the committed configuration and the fastest that PyTorch has. Where all
+maps have equally many rows, the choices are tile sizes, warps, stages and tensor descriptors; in a guided batch, whose
+unconditional rows have maps of their own, they are one launch or two. A choice takes effect through
+`fpe_kernels.backends.triton.configs`.
 
 The result is a table to commit, not a choice made at run time: `python -m benchmarks.tune --apply ROWS` writes it.
 """
@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -33,6 +33,9 @@ from .measure import Effort
 from .providers import Call, Ours, Provider, all_providers
 from .rows import Row, read, write
 from .run import Bench
+
+if TYPE_CHECKING:
+    from fpe_kernels.backends.triton.launch import Launch
 
 log = logging.getLogger("benchmarks")
 
@@ -177,14 +180,32 @@ class Configured:
 
 
 def compile_one(case: Case, choice: Choice) -> str | None:
-    """Launch a choice once, which leaves its binary in the cache on disk; None, or what went wrong."""
+    """Compile what a choice launches, into the cache on disk; None, or what went wrong.
+
+    Nothing is launched: the device belongs to the process that measures.
+    """
     try:
-        inputs = Inputs.make(case, "cuda", torch.float16)
-        Configured(choice).prepare(inputs)()
-        torch.cuda.synchronize()
+        for launch in launches(case, choice, "cuda"):
+            launch.compile()
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None
+
+
+def launches(case: Case, choice: Choice, device: str) -> list[Launch]:
+    """What a choice launches for `case`, on tensors that hold nothing."""
+    from fpe_kernels.backends.triton import configs, forward
+    from fpe_kernels.ops import empty_heads, empty_logsumexp
+
+    like = torch.empty(0, dtype=torch.float16, device=device)
+    query, key, value = (
+        empty_heads(like, rows, case.heads, case.tokens, case.head_dim) for rows in (case.maps, case.maps, case.batch)
+    )
+    out, logsumexp = empty_heads(like, *value.shape), empty_logsumexp(query)
+    tensors = query, key, value, None, out, logsumexp, None
+    with choice.installed():
+        rules = configs.one_launch, configs.apply_config
+        return list(forward.plan(*tensors, case.map_index, case.head_dim**-0.5, False, *rules))
 
 
 def run_tuning(

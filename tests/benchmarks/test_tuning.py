@@ -108,6 +108,16 @@ def test_what_gains_nothing_changes_nothing(tmp_path) -> None:
     assert not path.exists()
 
 
+def test_what_is_compiled_ahead_is_what_a_choice_launches() -> None:
+    (one,) = tune.launches(GUIDED, Launches(True), "cpu")
+    assert len(tune.launches(GUIDED, Launches(False), "cpu")) == 2
+    assert one.numbers["queries"] == GUIDED.tokens
+    (launch,) = tune.launches(HALVES, Candidate(64, 32, 4, 2), "cpu")
+    assert (launch.config.block_m, launch.config.block_n, launch.config.warps) == (64, 32, 4)
+    (boxed,) = tune.launches(HALVES, Candidate(64, 64, 4, 2, descriptors=True), "cpu")
+    assert boxed.boxes
+
+
 def test_luck_is_no_gain() -> None:
     lucky = Row(
         "tuning", HALVES.name, "fpe-triton@64x64w4s3", "float16", H100, "ok", samples_ms=(0.99, 0.9, 0.9, 1.0, 0.9)

@@ -31,13 +31,21 @@ class Launch:
     def run(self) -> Any:
         """Launch on the device of the tensors; returns the compiled kernel, or None from the interpreter."""
         with device_of(next(iter(self.tensors.values()))):
-            return self.kernel[(self.programs,)](
-                **{name: self._argument(name, tensor) for name, tensor in self.tensors.items()},
-                **self.numbers,
-                **self.constants,
-                num_warps=self.config.warps,
-                num_stages=self.config.stages,
-            )
+            return self.kernel[(self.programs,)](**self._arguments())
+
+    def compile(self) -> Any:
+        """Compile for the device of the tensors, into Triton's cache on disk too, and launch nothing."""
+        with device_of(next(iter(self.tensors.values()))):
+            return self.kernel.warmup(grid=(self.programs,), **self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            **{name: self._argument(name, tensor) for name, tensor in self.tensors.items()},
+            **self.numbers,
+            **self.constants,
+            "num_warps": self.config.warps,
+            "num_stages": self.config.stages,
+        }
 
     def _argument(self, name: str, tensor: Tensor) -> Tensor | TensorDescriptor:
         box = self.boxes.get(name)
