@@ -296,8 +296,9 @@ def adjoint(
     logsumexp = logsumexp.contiguous()
     if bias is not None:
         bias = bias.expand(*query.shape[:3], key.shape[2])
+    tf32 = product_precision(query.dtype) == "tf32"
     for chunk in chunks(map_index, query.shape[0], weight.shape[3], MAX_COLUMNS[query.element_size()]):
         if chunk.stop > chunk.start:
             parts = columns_of(weight, chunk), columns_of(out, chunk)
-            config = configs.adjoint_config(query, parts[0], chunk, bias is not None, key.shape[2])
+            config = configs.adjoint_config(query, parts[0], chunk, bias is not None, key.shape[2], tf32)
             prepared(prepare, query, key, parts[0], bias, logsumexp, chunk, scale, parts[1], config).run()

@@ -378,6 +378,7 @@ def score_gradient(
         bias = bias.expand(maps, heads, queries, key.shape[2])
         bias_t = bias.transpose(2, 3)
     parts = chunks(map_index, maps, left.shape[3], MAX_GRADIENT_COLUMNS)
+    tf32 = product_precision(query.dtype) == "tf32"
     for own, other, own_factor, other_factor, own_bias, gradient, own_statistics in (
         (query, key, left, right, bias, grad_query, True),
         (key, query, right, left, bias_t, grad_key, False),
@@ -387,7 +388,7 @@ def score_gradient(
         total = torch.empty_like(gradient, dtype=torch.float32) if several else gradient
         for chunk in parts:
             factors = columns_of(own_factor, chunk), columns_of(other_factor, chunk)
-            config = configs.gradient_config(own, factors[0], chunk, bias is not None)
+            config = configs.gradient_config(own, other, factors[0], chunk, bias is not None, tf32)
             prepared(
                 prepare, own, other, *factors, own_bias, total, logsumexp, delta, chunk, scale, own_statistics, config
             ).run()

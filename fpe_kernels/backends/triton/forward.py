@@ -12,7 +12,7 @@ from ..grouping import rows_by_map
 from . import apply as pointers
 from . import boxes, configs
 from .configs import MAX_COLUMNS
-from .launch import prepared
+from .launch import prepared, product_precision
 from .packing import chunks, columns_of
 
 
@@ -35,16 +35,19 @@ def apply(
     if row_weight is not None:
         row_weight = row_weight.expand(out.shape[:3])
     rows = rows_by_map(map_index, query.shape[0])
+    tf32 = product_precision(query.dtype) == "tf32"
     together = configs.one_launch(query, value, map_index, bias is not None)
     for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_COLUMNS[query.element_size()], together):
         values = columns_of(value, chunk)
-        config = configs.apply_config(query, values, chunk, bias is not None)
+        config = configs.apply_config(query, values, chunk, bias is not None, tf32)
         known_here = known or not chunk.first
         plain = bias is None and row_weight is None and not known_here
         if config.descriptors and plain and boxes.serves(query, key, values, chunk, scale):
             arguments = query, key, values, chunk, scale, columns_of(out, chunk), logsumexp, config
             prepared(boxes.prepare, *arguments).run()
             continue
+        if config.descriptors or (config.maxnreg and not plain):
+            config = config.general()
         whole_maps = all(set(rows[group]) == set(branches) for group, *branches in chunk.table)
         prepared(
             pointers.prepare,
