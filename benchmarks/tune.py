@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -61,18 +61,24 @@ class Candidate:
     warps: int
     stages: int
     descriptors: bool = False
+    specialised: bool = False
+    maxnreg: int = 0
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}w{self.warps}s{self.stages}" + "d" * self.descriptors
+        fetched = "d" * self.descriptors + "s" * self.specialised
+        bound = f"r{self.maxnreg}" if self.maxnreg else ""
+        return f"{self.block_m}x{self.block_n}w{self.warps}s{self.stages}{fetched}{bound}"
 
     @classmethod
     def parse(cls, text: str) -> Candidate:
         """The inverse of `str`."""
-        found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(d?)", text)
+        found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(d?)(s?)(?:r(\d+))?", text)
         if found is None:
-            raise ValueError(f"expected a configuration such as 128x64w8s3 or 128x64w8s3d, got {text!r}")
+            raise ValueError(
+                f"expected a configuration such as 128x64w8s3, 128x64w4s2ds or 64x64w4s2r168, got {text!r}"
+            )
         block_m, block_n, warps, stages = map(int, found.groups()[:4])
-        return cls(block_m, block_n, warps, stages, descriptors=bool(found[5]))
+        return cls(block_m, block_n, warps, stages, bool(found[5]), bool(found[6]), int(found[7] or 0))
 
     def fits(self, head_dim: int, branches: int, shared_bytes: int, itemsize: int = 2) -> bool:
         """Whether the tiles can be held at all; what compiles but spills shows in its time.
@@ -85,13 +91,15 @@ class Candidate:
         registers = self.block_m * (columns + 1.5 * self.block_n)
         a_thread = registers / (32 * self.warps)
         boxes = head_dim.bit_count() == 1 and branches.bit_count() == 1
-        held = shared <= shared_bytes and registers <= 0.9 * REGISTERS and a_thread <= 224
+        # Beside what is counted here a thread holds addresses, statistics and operands.
+        most = self.maxnreg - 48 if self.maxnreg else 224
+        held = shared <= shared_bytes and registers <= 0.9 * REGISTERS and a_thread <= most
         return held and (boxes or not self.descriptors)
 
     def installed(self) -> AbstractContextManager[None]:
         from fpe_kernels.backends.triton.configs import Config
 
-        return _replaced("apply_config", Config(self.block_m, self.block_n, self.warps, self.stages, self.descriptors))
+        return _replaced("apply_config", Config(*astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -128,16 +136,21 @@ def _replaced(name: str, answer: Any) -> Iterator[None]:
 
 ALL = [Candidate(*c) for c in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))]
 DESCRIBED = [Candidate(*c, descriptors=True) for c in itertools.product((64, 128), (64, 128), (4, 8), (2, 3))]
+# Four warps that compute are what the compiler adds fetching warps to; where it refuses, there is no such candidate.
+SPECIALISED = [Candidate(*c, 4, stages, True, True) for c in ((64, 64), (64, 128), (128, 64)) for stages in (2, 3)]
+# Registers at which three or four programs of four warps share a multiprocessor.
+BOUNDED = [Candidate(*c, maxnreg=most) for c in itertools.product((64,), (32, 64), (4,), (2, 3)) for most in (128, 168)]
 
 
 def choices(case: Case, arch: str = "sm_90") -> Sequence[Choice]:
-    """What is measured for `case` on `arch`; descriptors where the chip has a copy engine that reads them."""
+    """What is measured for `case` on `arch`: descriptors where a copy engine reads them, bounds where they exist."""
     from fpe_kernels.backends.triton.configs import SHARED_MEMORY
 
     if case.layout == "guided":
         return [Launches(True), Launches(False)]
-    engine = arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
-    every = [*ALL, *(DESCRIBED if engine else [])]
+    nvidia = arch.startswith("sm_")
+    engine = nvidia and int(arch.removeprefix("sm_")) >= 90
+    every = [*ALL, *(BOUNDED if nvidia else []), *(DESCRIBED + SPECIALISED if engine else [])]
     return [c for c in every if c.fits(case.head_dim, case.batch // case.maps, SHARED_MEMORY[arch])]
 
 

@@ -58,7 +58,7 @@ def test_more_columns_than_a_launch_are_several() -> None:
     case = Case("hand", 512, 1024, 8, 160, 3, "pair")  # four branches of 160: two launches of two
     first, second = launches(case, 2, "sm_90")
     assert first.flops == second.flops == 960 * 8 * 1024**2
-    assert (first.exponentials, second.exponentials) == (8 * 1024**2 * 65 // 64, 8 * 1024**2)
+    assert (first.exponentials, second.exponentials) == (8 * 1024**2 * 33 // 32, 8 * 1024**2)
 
 
 def test_rows_with_maps_of_their_own_are_another_launch() -> None:

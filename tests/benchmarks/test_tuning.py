@@ -15,7 +15,17 @@ from benchmarks.cases import Case
 from benchmarks.inputs import Inputs
 from benchmarks.providers import Ours
 from benchmarks.rows import Row, write
-from benchmarks.tune import ALL, DESCRIBED, Candidate, Configured, Launches, choices, tuning_plan
+from benchmarks.tune import (
+    ALL,
+    BOUNDED,
+    DESCRIBED,
+    SPECIALISED,
+    Candidate,
+    Configured,
+    Launches,
+    choices,
+    tuning_plan,
+)
 from fpe_kernels.backends.triton import boxes, configs, tuned
 from fpe_kernels.backends.triton.packing import chunks
 
@@ -28,12 +38,13 @@ def row(case: Case, provider: str, ms: float, device: str = H100, dtype: str = "
     return Row("tuning", case.name, provider, dtype, device, "ok", samples_ms=(ms, ms * 1.01, ms))
 
 
-@pytest.mark.parametrize("candidate", [*ALL, *DESCRIBED])
+@pytest.mark.parametrize("candidate", [*ALL, *DESCRIBED, *SPECIALISED, *BOUNDED])
 def test_a_candidate_is_read_back_from_its_name(candidate: Candidate) -> None:
     assert Candidate.parse(str(candidate)) == candidate
 
 
 def test_another_name_is_no_candidate() -> None:
+    assert str(Candidate(128, 64, 4, 2, True, True, 168)) == "128x64w4s2dsr168"
     with pytest.raises(ValueError, match="expected a configuration such as 128x64w8s3"):
         Candidate.parse("one-launch")
 
@@ -64,7 +75,17 @@ def test_descriptors_are_offered_where_they_serve() -> None:
     assert not any(getattr(choice, "descriptors", False) for choice in choices(HALVES, "sm_80"))
 
 
-@pytest.mark.parametrize("choice", [Launches(True), Launches(False), Candidate(64, 32, 4, 2)])
+def test_bounds_and_fetching_warps_are_offered_where_the_compiler_knows_them() -> None:
+    offered = choices(HALVES)
+    assert {Candidate(64, 64, 4, 2, maxnreg=168), Candidate(128, 64, 4, 2, True, True)} <= set(offered)
+    assert Candidate(64, 64, 4, 2, maxnreg=128) not in offered  # the accumulators leave no registers for the rest
+    for arch, specialised, bounded in (("sm_90", True, True), ("sm_80", False, True), ("gfx942", False, False)):
+        found = [choice for choice in choices(HALVES, arch) if isinstance(choice, Candidate)]
+        assert any(choice.specialised for choice in found) == specialised
+        assert any(choice.maxnreg for choice in found) == bounded
+
+
+@pytest.mark.parametrize("choice", [Launches(True), Launches(False), Candidate(64, 32, 4, 2, True, True, 168)])
 def test_a_choice_rules_inside_its_call_only(choice, monkeypatch) -> None:
     seen = []
 
@@ -79,7 +100,9 @@ def test_a_choice_rules_inside_its_call_only(choice, monkeypatch) -> None:
     call()
     launches, config = seen[0]
     assert (launches, config) == (
-        (choice.together, "rule") if isinstance(choice, Launches) else ("rule", configs.Config(64, 32, 4, 2))
+        (choice.together, "rule")
+        if isinstance(choice, Launches)
+        else ("rule", configs.Config(64, 32, 4, 2, True, True, 168))
     )
     assert configs.one_launch() == configs.apply_config() == "rule"
 
@@ -89,7 +112,7 @@ def test_what_is_faster_becomes_an_entry() -> None:
     rows += [row(HALVES, "fpe-triton@128x64w8s2d", 0.8), row(HALVES, "sdpa-flash", 0.5)]
     rows += [row(GUIDED, f"fpe-triton@{name}", ms) for name, ms in (("one-launch", 0.5), ("two-launches", 0.6))]
     table, lines = tuned_table.learn(rows)
-    assert table.forward == {("sm_90", 64, 128, 4096): (128, 64, 8, 2, True)}
+    assert table.forward == {("sm_90", 64, 128, 4096): (128, 64, 8, 2, True, False, 0)}
     assert table.together == {("sm_90", 48, 80, 256): True}
     assert len(lines) == 2 and "1.25 × faster than before" in "\n".join(lines)
 
@@ -133,17 +156,17 @@ def test_a_choice_must_be_best_over_all_cases_of_its_entry() -> None:
     rows = [row(case, "fpe-triton", 1.0) for case in (HALVES, other)]
     rows += [row(HALVES, "fpe-triton@64x64w4s3", 0.5), row(other, "fpe-triton@64x64w4s3", 1.9)]
     rows += [row(case, "fpe-triton@128x32w8s3", 0.9) for case in (HALVES, other)]
-    assert tuned_table.learn(rows)[0].forward == {("sm_90", 64, 128, 4096): (128, 32, 8, 3, False)}
+    assert tuned_table.learn(rows)[0].forward == {("sm_90", 64, 128, 4096): (128, 32, 8, 3, False, False, 0)}
 
 
 def test_a_written_table_is_a_module_of_the_same_format(tmp_path) -> None:
-    rows = [row(HALVES, "fpe-triton", 1.0), row(HALVES, "fpe-triton@64x64w4s3", 0.5)]
+    rows = [row(HALVES, "fpe-triton", 1.0), row(HALVES, "fpe-triton@64x64w4s2r168", 0.5)]
     rows += [row(GUIDED, "fpe-triton@one-launch", 0.7), row(GUIDED, "fpe-triton@two-launches", 0.5)]
     path = tmp_path / "tuned.py"
     assert "benchmarks.offline --update" in tuned_table.take_over(rows, path=path)
     written: dict = {}
     exec(path.read_text(), written)
-    assert written["FORWARD"] == {("sm_90", 64, 128, 4096): (64, 64, 4, 3, False)}
+    assert written["FORWARD"] == {("sm_90", 64, 128, 4096): (64, 64, 4, 2, False, False, 168)}
     assert written["TOGETHER"] == {("sm_90", 48, 80, 256): False}
     ruff = [sys.executable, "-m", "ruff", "format", "--check", "--line-length", "120", str(path)]
     assert subprocess.run(ruff, capture_output=True).returncode == 0

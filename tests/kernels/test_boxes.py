@@ -15,9 +15,12 @@ from fpe_kernels.testing import assert_within_budget, make
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture
-def described(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+@pytest.fixture(params=[False, True], ids=["one kind of warp", "fetching warps"])
+def described(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[str]:
     """Forward launches ask for descriptors; a list that gains an entry whenever they are served."""
+    if request.param and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("warps that fetch need a copy engine")
+    asked = configs.Config(64, 32, 4, 2, descriptors=True, specialised=request.param)
     served: list[str] = []
     prepare = boxes.prepare
 
@@ -25,7 +28,7 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         served.append("descriptors")
         return prepare(*arguments)
 
-    monkeypatch.setattr(configs, "apply_config", lambda *args: configs.Config(64, 32, 4, 2, descriptors=True))
+    monkeypatch.setattr(configs, "apply_config", lambda *args: asked)
     monkeypatch.setattr(configs, "one_launch", lambda *args: False)
     monkeypatch.setattr(boxes, "prepare", counted)
     return served
@@ -102,7 +105,14 @@ def test_single_precision_takes_pointers() -> None:
     assert not boxes.serves(query, key, value, Chunk(((0, 0),), 0, 32, True), 0.1)
 
 
-def test_no_rule_chooses_descriptors() -> None:
+def test_no_rule_chooses_what_only_the_tuner_can_judge() -> None:
     for arch in configs.SHARED_MEMORY:
         for head_dim in (40, 64, 128, 160):
-            assert not configs.forward_config(arch, head_dim, 2 * head_dim, 2, False, 16, 4096).descriptors
+            config = configs.forward_config(arch, head_dim, 2 * head_dim, 2, False, 16, 4096)
+            assert config == config.general()
+
+
+def test_what_no_box_holds_gets_warps_that_fetch_for_themselves() -> None:
+    measured = configs.Config(128, 64, 4, 2, descriptors=True, specialised=True, maxnreg=168)
+    assert measured.general() == configs.Config(128, 64, 8, 2)
+    assert configs.Config(64, 64, 4, 2, maxnreg=168).general() == configs.Config(64, 64, 4, 2)

@@ -8,6 +8,8 @@ import torch
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from fpe_kernels import AttentionMap, shared_attention
+from fpe_kernels.backends.triton import configs
+from fpe_kernels.backends.triton.configs import Config
 from fpe_kernels.testing import assert_within_budget
 
 
@@ -20,6 +22,11 @@ def test_a_launch_remembered_from_aliased_tensors_serves_distinct_ones() -> None
         assert_within_budget(out, plain, exact, torch.float32)
 
 
+def test_bounds_of_registers_reach_the_compiler_where_there_are_any() -> None:
+    assert Config(64, 64, 4, 2).options == {"num_warps": 4, "num_stages": 2}
+    assert Config(64, 64, 4, 2, maxnreg=168).options == {"num_warps": 4, "num_stages": 2, "maxnreg": 168}
+
+
 def test_tables_and_layouts_are_part_of_what_is_remembered() -> None:
     query, key = torch.randn(2, 2, 2, 16, 16)
     value = torch.randn(2, 2, 16, 16)
@@ -29,3 +36,28 @@ def test_tables_and_layouts_are_part_of_what_is_remembered() -> None:
             exact = shared_attention(query.double(), key.double(), value.double(), map_index, backend="reference")
             plain = shared_attention(query, key, value, map_index, backend="reference")
             assert_within_budget(out, plain, exact, torch.float32)
+
+
+def test_rounded_products_of_float32_have_configurations_of_their_own(monkeypatch) -> None:
+    asked = []
+
+    def asking(rules):
+        def ask(*arguments):
+            asked.append((rules.__name__, arguments[-1]))
+            return rules(*arguments)
+
+        return ask
+
+    names = ("apply_config", "adjoint_config", "gradient_config")
+    for name in names:
+        monkeypatch.setattr(configs, name, asking(getattr(configs, name)))
+    query, key, value = (torch.randn(1, 2, 16, 16, requires_grad=True) for _ in range(3))
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (False, True):
+            asked.clear()
+            matmul.allow_tf32 = allowed
+            (AttentionMap(query, key, backend="triton") @ value).sum().backward()
+            assert set(asked) == {(name, allowed) for name in names}
+    finally:
+        matmul.allow_tf32 = before

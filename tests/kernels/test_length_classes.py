@@ -6,7 +6,16 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fpe_kernels.backends.triton.configs import MULTIPROCESSORS, SHARED_MEMORY, Config, for_length, product_config
+from fpe_kernels.backends.triton.configs import (
+    MULTIPROCESSORS,
+    SHARED_MEMORY,
+    Config,
+    for_length,
+    for_streamed,
+    forward_config,
+    product_config,
+    score_config,
+)
 
 LARGE = Config(128, 64, 8, 3)
 
@@ -36,6 +45,34 @@ def test_the_choice_never_idles_more_than_the_large_tile():
             slots = wave * (LARGE.block_m // chosen.block_m)
             used, before = programs(chosen, maps, rows), programs(LARGE, maps, rows)
             assert -(-used // slots) <= -(-before // wave)
+
+
+def test_wide_accumulators_leave_registers_for_addresses():
+    """Half the warps hold twice the addresses each: wide values keep their warps, others load fewer keys at once."""
+    assert forward_config("sm_90", 160, 320, 2, False, 8, 16384) == Config(128, 32, 8, 3)
+    assert forward_config("sm_90", 160, 320, 2, False, 8, 256) == Config(64, 32, 8, 3)
+    assert forward_config("sm_90", 160, 160, 2, False, 8, 256) == Config(64, 32, 4, 2)
+    assert forward_config("sm_90", 64, 128, 2, False, 8, 256) == Config(64, 64, 4, 3)
+
+
+def test_warps_on_hopper_have_sixteen_rows_of_their_own():
+    for head_dim, branches in ((40, 1), (40, 2), (64, 1), (64, 2), (80, 2), (64, 5), (160, 1), (160, 2)):
+        columns = head_dim * branches
+        for config in (
+            product_config("sm_90", head_dim, columns, 2, False),
+            score_config("sm_90", head_dim, min(columns, 160), 2, False),
+        ):
+            assert config.block_m == 16 * config.warps
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block_n"), [(77, 32), (64, 64), (256, 64), (257, 64), (1, 32), (100, 64), (4096, 64)]
+)
+def test_a_prompt_is_padded_to_no_more_than_it_must(tokens, block_n):
+    assert for_streamed(LARGE, tokens).block_n == block_n
+    assert for_streamed(Config(64, 32, 4, 2), tokens).block_n == 32
+    assert forward_config("sm_90", 64, 128, 2, False, 16, 4096, tokens).block_n == block_n
+    assert score_config("sm_90", 64, 64, 2, False, tokens).block_n == block_n
 
 
 def test_single_precision_and_small_tiles_stay():

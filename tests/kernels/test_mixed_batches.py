@@ -85,10 +85,12 @@ def test_a_measured_table_overrules_the_rules(monkeypatch) -> None:
     configs.joins.cache_clear()
     configs.forward_config.cache_clear()
     monkeypatch.setitem(tuned.TOGETHER, ("sm_90", 64, 128, 4096), True)
-    monkeypatch.setitem(tuned.FORWARD, ("sm_90", 64, 128, 4096), (64, 128, 4, 2, False))
+    monkeypatch.setitem(tuned.FORWARD, ("sm_90", 64, 128, 4096), (64, 128, 4, 2, False, False, 168))
     try:
         assert configs.joins("sm_90", GUIDED, 8, 5000, 64, 64, 2, False)
-        assert configs.forward_config("sm_90", 64, 128, 2, False, 8, 3000) == configs.Config(64, 128, 4, 2)
+        assert configs.forward_config("sm_90", 64, 128, 2, False, 8, 3000) == configs.Config(64, 128, 4, 2, maxnreg=168)
+        # A prompt has too few keys for what was measured with many.
+        assert configs.forward_config("sm_90", 64, 128, 2, False, 8, 3000, 77).maxnreg == 0
         for itemsize, bias, tokens in ((4, False, 4096), (2, True, 4096), (2, False, 1024)):
             rules = configs.product_config("sm_90", 64, 128, itemsize, bias)
             assert configs.forward_config("sm_90", 64, 128, itemsize, bias, 64, tokens) == rules

@@ -314,8 +314,9 @@ def plan(
     """The launches of :func:`adjoint`, by the rule given."""
     if bias is not None:
         bias = bias.expand(*query.shape[:3], key.shape[2])
+    tf32 = product_precision(query.dtype) == "tf32"
     for chunk in chunks(map_index, query.shape[0], weight.shape[3], MAX_COLUMNS[query.element_size()]):
         if chunk.stop > chunk.start:
             weights = columns_of(weight, chunk)
-            config = adjoint_config(query, weights, chunk, bias is not None, key.shape[2])
+            config = adjoint_config(query, weights, chunk, bias is not None, key.shape[2], tf32)
             yield prepare(query, key, weights, bias, logsumexp, chunk, scale, columns_of(out, chunk), config)

@@ -411,7 +411,8 @@ def plan(
     gradient_config: Callable[..., Config],
 ) -> Iterator[Launch]:
     """The launches of one of the two gradients, by the rule given."""
+    tf32 = product_precision(own.dtype) == "tf32"
     for chunk in chunks(map_index, own.shape[0], own_factor.shape[3], MAX_GRADIENT_COLUMNS):
         factors = columns_of(own_factor, chunk), columns_of(other_factor, chunk)
-        config = gradient_config(own, factors[0], chunk, bias is not None)
+        config = gradient_config(own, other, factors[0], chunk, bias is not None, tf32)
         yield prepare(own, other, *factors, bias, gradient, logsumexp, delta, chunk, scale, own_statistics, config)

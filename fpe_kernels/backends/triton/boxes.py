@@ -5,7 +5,8 @@
 What :mod:`.apply` computes without bias, weights or a known log-sum-exp. Queries, keys and values arrive as boxes that
 the bulk copy engine fetches, one instruction a box, with zeros where a box reaches past a tensor: no thread computes an
 address or a mask. The values of the branches come in one box of consecutive batch rows. A box has powers of two for
-edges, so the head dim, the value dim and the number of branches must be such.
+edges, so the head dim, the value dim and the number of branches must be such. SPECIALISED asks the compiler for further
+warps, which fetch while the others compute; some releases of Triton refuse that for some tiles.
 
 No rule of :mod:`.configs` chooses this kernel; the tuner times it, and its table may.
 """
@@ -43,6 +44,7 @@ def boxes_kernel(
     BRANCHES: tl.constexpr,
     OUT_VECTOR: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
+    SPECIALISED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,7 +63,7 @@ def boxes_kernel(
     maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     normaliser = tl.zeros([BLOCK_M], dtype=tl.float32)
     accumulator = tl.zeros([BLOCK_M, COLUMNS], dtype=tl.float32)
-    for start_n in range(0, keys, BLOCK_N):
+    for start_n in tl.range(0, keys, BLOCK_N, warp_specialize=SPECIALISED):
         k = key.load([group, head, start_n, 0]).reshape([BLOCK_N, HEAD_DIM])
         scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION)
         if not EVEN_KEYS:
@@ -148,6 +150,7 @@ def prepare(
             "BRANCHES": chunk.branches,
             "OUT_VECTOR": vector_width(out),
             "EVEN_KEYS": keys % config.block_n == 0,
+            "SPECIALISED": config.specialised,
             "WIDE": needs_wide_index((out, config.block_m)),
             "PRECISION": product_precision(query.dtype),
             "BLOCK_M": config.block_m,

@@ -52,13 +52,29 @@ LENGTHS = (256, 1024, 4096, 16384)
 
 @dataclass(frozen=True)
 class Config:
-    """Rows of the resident tile, rows of a streamed tile, warps of a program, stages of the load pipeline."""
+    """Rows of the resident tile, rows of a streamed tile, warps of a program, stages of the load pipeline.
+
+    The rules leave the rest as it is; the tuner measures them.
+    """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
     descriptors: bool = False  # keys and values through the bulk copy engine, where the layout allows it
+    specialised: bool = False  # with descriptors: further warps that do nothing but fetch
+    maxnreg: int = 0  # registers of a thread at most, so that more programs share a multiprocessor; 0: no bound
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told beside the constants of the kernel."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return {**options, "maxnreg": self.maxnreg} if self.maxnreg else options
+
+    def general(self) -> Config:
+        """The same tiles for what the tuner does not measure: fetched by addresses, by warps that compute as well."""
+        warps = max(self.warps, self.block_m // 16) if self.specialised else self.warps
+        return Config(self.block_m, self.block_n, warps, self.stages)
 
 
 @lru_cache(maxsize=16)
@@ -96,12 +112,47 @@ def _wavefronts(block_n: int, resident: int, streamed: int, itemsize: int, bias:
     return _staged((64, block_n, 4), resident, streamed, itemsize, bias, limit, most=2 if itemsize == 2 else 1)
 
 
+def _warpgroups(head: int, packed: int, bias: bool, adjoint: bool) -> tuple[tuple[int, int, int], int]:
+    """Tile and most stages of ``apply`` or ``adjoint`` on Hopper, whose matrix instructions take 64 rows of four warps.
+
+    Sixteen rows a warp: warps that share rows split the columns, and exchange probabilities through shared memory. Only
+    what leaves no registers for that, a bias or addresses beside wide accumulators, is held by more warps.
+    """
+    if bias:
+        if head > 160:
+            return (64, 16, 8), 2
+        return ((128, 32, 8), 3) if packed <= 160 else ((64, 32, 8), 2)
+    if head <= 128 and packed <= 160:
+        return (128, 64, 8), 3
+    if adjoint and (packed > 256 or head > 160):
+        return ((64, 64, 8), 3) if head <= 160 else ((64, 32, 8), 2)
+    return ((128, 64, 8), 2) if packed <= (160 if adjoint else 256) and head <= 160 else ((128, 32, 8), 3)
+
+
+def _relieved(config: Config, head: int, packed: int, bias: bool) -> Config:
+    """Half of a tile since Hopper, with registers for the addresses, of which a thread has twice as many."""
+    if packed > 160 or (bias and head > 96):
+        return replace(config, warps=2 * config.warps)
+    return replace(config, block_n=32) if bias or head > 128 else config
+
+
 @lru_cache(maxsize=1024)
-def product_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: bool) -> Config:
+def product_config(
+    arch: str,
+    head_dim: int,
+    columns: int,
+    itemsize: int,
+    bias: bool,
+    tf32: bool = False,
+    adjoint: bool = False,
+) -> Config:
     """The configuration of ``apply`` and ``adjoint``: a resident tile of one axis, scores, packed accumulators."""
     head, packed = sum(split_width(head_dim)), sum(split_width(columns))
     if arch == "gfx942":
         return _wavefronts(64 if itemsize == 2 else 32, head, head + packed, itemsize, bias)
+    if tf32:
+        tile = (64, 32, 8) if head <= 160 else (32, 16, 8)
+        return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=2)
     if itemsize == 4:
         # Exact float32 products run on the scalar units, whose operands live in registers.
         if head > 160:
@@ -109,7 +160,10 @@ def product_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: 
         else:
             tile = (32, 32, 8) if max(head, packed) <= 128 else (16, 16, 8)
         return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=1)
-    if arch in ("sm_90", "sm_100"):
+    if arch == "sm_90":
+        tile, most = _warpgroups(head, packed, bias, adjoint)
+        return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most)
+    if arch == "sm_100":
         if head > 160:
             return _staged((64, 32, 8), head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=2)
         if head <= 128 and packed <= (128 if bias else 160):
@@ -118,29 +172,67 @@ def product_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: 
             tile = (64, 64, 8) if not bias else (64, 32, 8)
     elif packed <= 128 and head <= 96:
         tile = (128, 64, 8) if not bias else (64, 64, 8)
-    elif packed <= 160:
+    elif packed <= 160 and not (adjoint and bias and head > 128):
         tile = (128, 32, 8) if not bias else (64, 32, 8)
     else:
         tile = (32, 32, 8)
-    return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch])
+    return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=3 if head <= 160 else 2)
 
 
 @lru_cache(maxsize=1024)
-def score_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: bool) -> Config:
+def score_config(
+    arch: str,
+    head_dim: int,
+    columns: int,
+    itemsize: int,
+    bias: bool,
+    streamed: int = LENGTHS[-1],
+    tf32: bool = False,
+) -> Config:
     """The configuration of the gradient kernel: two resident tiles, scores and their gradient, one accumulator."""
+    return for_streamed(_score_config(arch, head_dim, columns, itemsize, bias, tf32), streamed)
+
+
+def _score_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: bool, tf32: bool) -> Config:
     head, packed = sum(split_width(head_dim)), sum(split_width(columns))
     if arch == "gfx942":
         narrow = max(head, packed) <= (96 if itemsize == 2 else 128)
         block_n = (64 if narrow and not bias else 32) if itemsize == 2 else (32 if narrow else 16)
         return _wavefronts(block_n, head + packed, head + packed, itemsize, bias)
-    if itemsize == 4:
-        if max(head, packed) <= 128:
-            tile = (32, 16, 8)
-        else:
-            tile = (32, 32, 8) if max(head, packed) <= 160 else (16, 16, 8)
+    if tf32:
+        tile = (32, 32, 8) if max(head, packed) <= 128 else (16, 16, 8)
         return _staged(tile, head + packed, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=1)
-    tile = (64, 64, 8) if max(head, packed) <= 96 and not bias else (64, 32, 8)
+    if itemsize == 4:
+        if head > 160:
+            tile = (16, 16, 8)
+        else:
+            tile = (32, 16, 8) if max(head, packed) <= 128 or bias else (32, 32, 8)
+        return _staged(tile, head + packed, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=1)
+    if arch == "sm_90":
+        # Sixteen rows a warp where registers allow it, as in `_warpgroups`.
+        if head + packed <= (256 if bias else 320):
+            tile = (64, 64, 4) if head + packed <= 192 and not bias else (64, 32, 4)
+        else:
+            tile = (64, 32, 8) if head + packed <= 320 or not bias else (64, 16, 8)
+    elif max(head, packed) <= 96 and not bias:
+        tile = (64, 64, 8)
+    elif arch == "sm_100":
+        tile = (64, 32, 8)
+    else:
+        tile = (64, 16, 8) if head > 160 or (bias and max(head, packed) > 128) else (64, 32, 8)
     return _staged(tile, head + packed, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=2)
+
+
+def for_streamed(config: Config, tokens: int) -> Config:
+    """``config``, or for a streamed axis of few ``tokens`` the same with half the streamed rows.
+
+    The 77 tokens of a prompt take two tiles of 64, but three of 32: a quarter less of all that is computed. Where half
+    tiles leave less than an eighth out, whole ones have fewer steps.
+    """
+    whole, half = (-(-tokens // block) * block for block in (config.block_n, config.block_n // 2))
+    if config.block_n < 64 or 8 * half > 7 * whole:
+        return config
+    return replace(config, block_n=config.block_n // 2)
 
 
 def for_length(config: Config, arch: str, itemsize: int, maps: int, rows: int) -> Config:
@@ -171,48 +263,80 @@ def length_class(tokens: int) -> int:
     return next((length for length in LENGTHS if tokens <= 2 * length), LENGTHS[-1])
 
 
-def resident_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: bool, maps: int, rows: int) -> Config:
-    """What the rules say for ``apply`` and ``adjoint``; ``maps`` times heads, and ``rows`` of the resident axis."""
-    return for_length(product_config(arch, head_dim, columns, itemsize, bias), arch, itemsize, maps, rows)
-
-
 @lru_cache(maxsize=1024)
-def forward_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: bool, maps: int, rows: int) -> Config:
-    """The configuration of ``apply``: the tuner's where it has measured a faster one than the rules', else the rules'.
+def resident_config(
+    arch: str,
+    head_dim: int,
+    columns: int,
+    itemsize: int,
+    bias: bool,
+    maps: int,
+    rows: int,
+    streamed: int = LENGTHS[-1],
+    tf32: bool = False,
+    adjoint: bool = True,
+) -> Config:
+    """What the rules say for ``adjoint``, or for ``apply``.
 
     Args:
         arch: key of :data:`SHARED_MEMORY`.
         head_dim: of the queries.
         columns: packed columns of the launch.
         itemsize: bytes of an element.
-        bias: whether the scores have one; the tuner measures without.
+        bias: whether the scores have one.
         maps: maps of the launch times heads.
-        rows: query tokens.
+        rows: tokens of the resident axis.
+        streamed: tokens of the other axis; by default many.
+        tf32: whether products of float32 may be rounded, which the matrix units do.
+        adjoint: whether the kernel is that of ``adjoint``, which loads more in a step.
+    """
+    config = product_config(arch, head_dim, columns, itemsize, bias, tf32, adjoint)
+    chosen = for_length(config, arch, itemsize, maps, rows)
+    if chosen != config and arch in ("sm_90", "sm_100"):
+        chosen = _relieved(chosen, sum(split_width(head_dim)), sum(split_width(columns)), bias)
+    return for_streamed(chosen, streamed)
+
+
+@lru_cache(maxsize=1024)
+def forward_config(
+    arch: str,
+    head_dim: int,
+    columns: int,
+    itemsize: int,
+    bias: bool,
+    maps: int,
+    rows: int,
+    keys: int = LENGTHS[-1],
+    tf32: bool = False,
+) -> Config:
+    """The configuration of ``apply``: the tuner's where it has measured a faster one than the rules', else the rules'.
+
+    The tuner measures as many keys as queries, without a bias; the arguments are those of :func:`resident_config`.
     """
     key = (arch, sum(split_width(head_dim)), sum(split_width(columns)), length_class(rows))
-    if itemsize == 2 and not bias and key in tuned.FORWARD:
+    if itemsize == 2 and not bias and keys > LENGTHS[0] // 2 and key in tuned.FORWARD:
         return Config(*tuned.FORWARD[key])
-    return resident_config(arch, head_dim, columns, itemsize, bias, maps, rows)
+    return resident_config(arch, head_dim, columns, itemsize, bias, maps, rows, keys, tf32, adjoint=False)
 
 
-def apply_config(query: Tensor, value: Tensor, chunk: Chunk, bias: bool) -> Config:
+def apply_config(query: Tensor, value: Tensor, chunk: Chunk, bias: bool, tf32: bool = False) -> Config:
     """For a forward launch of ``chunk``; ``value`` is narrowed to its columns."""
     columns, maps = chunk.branches * value.shape[3], len(chunk.table) * query.shape[1]
-    arch = architecture(query.device)
-    return forward_config(arch, query.shape[3], columns, query.element_size(), bias, maps, query.shape[2])
+    arch, (queries, head_dim), keys = architecture(query.device), query.shape[2:], value.shape[2]
+    return forward_config(arch, head_dim, columns, query.element_size(), bias, maps, queries, keys, tf32)
 
 
-def adjoint_config(query: Tensor, weight: Tensor, chunk: Chunk, bias: bool, keys: int) -> Config:
+def adjoint_config(query: Tensor, weight: Tensor, chunk: Chunk, bias: bool, keys: int, tf32: bool = False) -> Config:
     """For an adjoint launch of ``chunk`` over ``keys`` key tokens; ``weight`` is narrowed to its columns."""
     columns, maps = chunk.branches * weight.shape[3], len(chunk.table) * query.shape[1]
-    arch = architecture(query.device)
-    return resident_config(arch, query.shape[3], columns, query.element_size(), bias, maps, keys)
+    arch, (queries, head_dim) = architecture(query.device), query.shape[2:]
+    return resident_config(arch, head_dim, columns, query.element_size(), bias, maps, keys, queries, tf32)
 
 
-def gradient_config(own: Tensor, factor: Tensor, chunk: Chunk, bias: bool) -> Config:
+def gradient_config(own: Tensor, other: Tensor, factor: Tensor, chunk: Chunk, bias: bool, tf32: bool = False) -> Config:
     """For a gradient launch of ``chunk``; ``factor`` is narrowed to its columns."""
-    columns = chunk.branches * factor.shape[3]
-    return score_config(architecture(own.device), own.shape[3], columns, own.element_size(), bias)
+    columns, arch = chunk.branches * factor.shape[3], architecture(own.device)
+    return score_config(arch, own.shape[3], columns, own.element_size(), bias, other.shape[2], tf32)
 
 
 def one_launch(query: Tensor, value: Tensor, map_index: tuple[int, ...], bias: bool) -> bool:

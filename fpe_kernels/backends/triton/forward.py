@@ -14,7 +14,7 @@ from ..grouping import rows_by_map
 from . import apply as pointers
 from . import boxes, configs
 from .configs import MAX_COLUMNS, Config
-from .launch import Launch
+from .launch import Launch, product_precision
 from .packing import chunks, columns_of
 from .plans import launch_all
 
@@ -57,15 +57,18 @@ def plan(
     if row_weight is not None:
         row_weight = row_weight.expand(out.shape[:3])
     rows = rows_by_map(map_index, query.shape[0])
+    tf32 = product_precision(query.dtype) == "tf32"
     together = one_launch(query, value, map_index, bias is not None)
     for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_COLUMNS[query.element_size()], together):
         values = columns_of(value, chunk)
-        config = apply_config(query, values, chunk, bias is not None)
+        config = apply_config(query, values, chunk, bias is not None, tf32)
         known_here = known or not chunk.first
         plain = bias is None and row_weight is None and not known_here
         if config.descriptors and plain and boxes.serves(query, key, values, chunk, scale):
             yield boxes.prepare(query, key, values, chunk, scale, columns_of(out, chunk), logsumexp, config)
             continue
+        if config.descriptors or (config.maxnreg and not plain):
+            config = config.general()
         whole_maps = all(set(rows[group]) == set(branches) for group, *branches in chunk.table)
         yield pointers.prepare(
             query,

@@ -43,8 +43,7 @@ class Launch:
             **{name: self._argument(name, tensor) for name, tensor in self.tensors.items()},
             **self.numbers,
             **self.constants,
-            "num_warps": self.config.warps,
-            "num_stages": self.config.stages,
+            **self.config.options,
         }
 
     def _argument(self, name: str, tensor: Tensor) -> Tensor | TensorDescriptor:

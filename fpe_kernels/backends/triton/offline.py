@@ -71,8 +71,7 @@ def compile_offline(launch: Launch, target: str) -> Resources:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}.")
     if not hasattr(launch.kernel, "arg_names") or triton.knobs.runtime.interpret:
         raise RuntimeError("offline compilation needs the kernels without TRITON_INTERPRET=1 in the environment.")
-    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
-    compiled = triton.compile(_specialise(launch), target=TARGETS[target], options=options)
+    compiled = triton.compile(_specialise(launch), target=TARGETS[target], options=launch.config.options)
     if target.startswith("sm_"):
         registers, spills = _cuda_resources(compiled.asm["cubin"])
         # The mnemonics alone: wgmma.mma_async on Hopper, tcgen05.mma on Blackwell, mma.sync before.
