@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks.gpu_session import BUDGET, GRACE, STAGES, SUMMARY, Stage, schedule, summarise
-from benchmarks.tune import ALL, DESCRIBED, choices, tuning_plan
+from benchmarks.tune import ALL, BOUNDED, DESCRIBED, SPECIALISED, choices, tuning_plan
 
 
 class Clock:
@@ -63,7 +63,7 @@ def test_candidates_fit_a_multiprocessor():
         if case.layout == "guided":
             continue
         chosen = choices(case, "sm_100")
-        assert 4 <= len(chosen) <= len(ALL) + len(DESCRIBED)
+        assert 4 <= len(chosen) <= len(ALL) + len(BOUNDED) + len(DESCRIBED) + len(SPECIALISED)
         assert set(choices(case, "sm_120")) <= set(chosen)
 
 

@@ -120,7 +120,7 @@ def test_what_is_faster_becomes_an_entry() -> None:
 def test_rows_of_an_h200_need_no_architecture_named() -> None:
     device = "cuda: NVIDIA H200"
     rows = [row(HALVES, "fpe-triton", 1.0, device), row(HALVES, "fpe-triton@64x64w4s3", 0.5, device)]
-    assert tuned_table.learn(rows)[0].forward == {("sm_90", 64, 128, 4096): (64, 64, 4, 3, False)}
+    assert tuned_table.learn(rows)[0].forward == {("sm_90", 64, 128, 4096): (64, 64, 4, 3, False, False, 0)}
 
 
 def test_what_gains_nothing_changes_nothing(tmp_path) -> None:
