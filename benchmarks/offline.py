@@ -1,8 +1,9 @@
 """`python -m benchmarks.offline`: what the compiler makes of every launch configuration, chip by chip, without a GPU.
 
 Rows hold registers, spilled bytes, shared memory and matrix instructions. ``--update`` writes them to
-``benchmarks/results/offline.json``; without it they are compared with what is written there, and the exit status is 1
-if a program spills, does not fit into shared memory, misses its matrix instruction, or takes more than it did.
+``benchmarks/results/offline.json``, beside those of other versions of Triton; without it they are compared with what is
+written there for this one, and the exit status is 1 if a program spills, does not fit into shared memory, misses its
+matrix instruction, or takes more than it did.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -22,30 +24,39 @@ from fpe_kernels.backends.triton.launch import Launch
 from fpe_kernels.backends.triton.offline import compile_offline
 from fpe_kernels.backends.triton.packing import Chunk
 
-TABLE = Path(__file__).parent / "results" / "offline.json"
+from .tune import Candidate
 
-# (head dim, branches): SD 1.5 and SDXL alone, as pairs and with several targets; then the other head dims.
+TABLE = Path(__file__).parent / "results" / "offline.json"
+FIELDS = ("config", "registers", "spills", "shared", "matrix_instructions")  # of a row, in the table
+
+# (head dim, branches): SD 1.5 and SDXL alone, as pairs and with several targets; then the other head dims, and some
+# between two, which are held in the tiles of the larger.
 WIDTHS = ((40, 1), (40, 2), (40, 5), (64, 1), (64, 2), (64, 5), (80, 2), (80, 4), (160, 1), (160, 2))
-OTHER_WIDTHS = ((8, 1), (16, 1), (32, 2), (72, 1), (96, 1), (128, 1), (256, 1))
+LARGE_WIDTHS = ((120, 2), (128, 1), (192, 1), (224, 1), (256, 1))
+SMALL_WIDTHS = ((8, 1), (16, 1), (32, 2), (72, 1), (96, 1))
 BOX_WIDTHS = ((32, 2), (64, 1), (64, 2), (64, 4), (128, 1), (128, 2))
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 MATRIX_INSTRUCTION = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+PRODUCTS, GRADIENTS = ("apply", "replay", "adjoint"), ("grad_query", "grad_key")
 
-_TOKENS = {"even": 4096, "ragged": 4095, "bias": 4096, "weighted": 4096, "short": 256, "mixed": 256}
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled program: a kernel for a chip, a dtype, a width and a kind of input."""
+    """One compiled program: a kernel for a chip, a dtype, a width and a kind of input.
+
+    ``inputs`` names what sets it apart, joined by "+": even (whole tiles) or ragged (masked ones); short (few tokens);
+    cross (77 keys); bias (for every score), padding (one for all queries) or rows (one for all keys); weighted (every
+    query); mixed (a map with fewer rows in the same launch); later (not the first chunk of columns); wide (offsets
+    past 2³¹). The dtype "tf32" is float32 whose products may be rounded.
+    """
 
     kernel: str  # apply, replay, boxes, adjoint, grad_query or grad_key
     arch: str
     dtype: str
     head_dim: int
     branches: int
-    # even: whole tiles; ragged: masked tiles; bias: for every score; weighted: for every query; short: few tokens;
-    # mixed: a map with fewer rows in the same launch
     inputs: str
 
     @property
@@ -53,78 +64,114 @@ class Program:
         return "/".join(str(field) for field in asdict(self).values())
 
 
-def programs(quick: bool) -> Iterator[Program]:
-    """What is compiled: all of it, or in a quarter of a minute the pairs that editing spends its time in."""
-    if quick:
-        for arch in ("sm_80", "sm_90", "sm_100"):
-            for head_dim, branches in ((40, 2), (64, 2), (80, 2), (160, 2)):
-                yield Program("apply", arch, "float16", head_dim, branches, "even")
-            yield Program("apply", arch, "float16", 160, 2, "ragged")
-        yield Program("boxes", "sm_90", "float16", 64, 2, "ragged")
+def programs(quick: bool, architectures: Sequence[str] = ARCHITECTURES) -> Iterator[Program]:
+    """What is compiled: all of it, or in half a minute the pairs that editing spends its time in."""
+    for arch in architectures:
+        yield from _quick(arch) if quick else _every(arch)
+
+
+def _quick(arch: str) -> Iterator[Program]:
+    if arch in ("sm_80", "sm_90", "sm_100"):
+        for head_dim, branches in ((40, 2), (64, 2), (80, 2), (160, 2)):
+            yield Program("apply", arch, "float16", head_dim, branches, "even")
+        yield Program("apply", arch, "float16", 160, 2, "ragged")
+    if arch == "sm_90":
+        yield Program("boxes", arch, "float16", 64, 2, "ragged")
+        yield Program("adjoint", arch, "float16", 64, 2, "ragged+bias")
+        yield Program("apply", arch, "float16", 160, 2, "ragged+bias+weighted")
+        yield Program("grad_key", arch, "float16", 80, 2, "ragged+bias")
+        yield Program("grad_query", arch, "tf32", 160, 1, "ragged")
+    if arch == "gfx942":
         for kernel in ("apply", "adjoint", "grad_key"):
-            yield Program(kernel, "gfx942", "float16", 64, 2, "ragged")
+            yield Program(kernel, arch, "float16", 64, 2, "ragged")
+
+
+def _every(arch: str) -> Iterator[Program]:
+    def of(kernels: Sequence[str], widths: Sequence[tuple[int, int]], *inputs: str, dtype: str = "float16") -> Iterator:
+        for (head_dim, branches), kernel, kind in product(widths, kernels, inputs):
+            yield Program(kernel, arch, dtype, head_dim, branches, kind)
+
+    pairs, edges = ((40, 2), (64, 2), (80, 2), (160, 2)), ((64, 2), (160, 2), (256, 1))
+    if arch in ("sm_86", "sm_89"):  # the rules of sm_80, with less shared memory
+        yield from of(("apply", "adjoint"), (*WIDTHS, *LARGE_WIDTHS), "even")
+        yield from of(("apply",), (*WIDTHS, *LARGE_WIDTHS), "ragged+bias+weighted")
+        yield from of(("adjoint", *GRADIENTS), ((40, 2), (64, 2), (160, 2), (256, 1)), "ragged", "ragged+bias")
+        for dtype in ("float32", "tf32"):
+            yield from of(("apply", "adjoint", *GRADIENTS), edges, "ragged+bias", dtype=dtype)
+            yield from of(("adjoint",), edges, "ragged", dtype=dtype)
         return
-    for arch in ARCHITECTURES:
-        for head_dim, branches in WIDTHS + OTHER_WIDTHS:
-            for inputs in ("even", "ragged", "bias"):
-                yield Program("apply", arch, "float16", head_dim, branches, inputs)
-            yield Program("apply", arch, "float16", head_dim, branches, "short")
-            for kernel in ("replay", "adjoint", "grad_query", "grad_key"):
-                yield Program(kernel, arch, "float16", head_dim, branches, "ragged")
-        for head_dim, branches in ((40, 2), (64, 2), (80, 2), (160, 1), (160, 2)):
-            yield Program("apply", arch, "float16", head_dim, branches, "weighted")
-            if branches > 1:
-                yield Program("apply", arch, "float16", head_dim, branches, "mixed")
-        for kernel in ("apply", "adjoint", "grad_query", "grad_key"):
-            for head_dim, branches in ((64, 2), (160, 1), (256, 1)):
-                yield Program(kernel, arch, "float32", head_dim, branches, "ragged")
-            yield Program(kernel, arch, "bfloat16", 64, 2, "ragged")
-    for head_dim, branches in BOX_WIDTHS:
-        yield Program("boxes", "sm_90", "float16", head_dim, branches, "ragged")
+    widths: Sequence[tuple[int, int]] = pairs
+    large: Sequence[tuple[int, int]] = (*pairs, (64, 5), (120, 2), (160, 1), (256, 1))  # the widest of each rule
+    if arch in ("sm_80", "sm_90"):
+        widths, large = WIDTHS, (*WIDTHS, *LARGE_WIDTHS)
+        yield from of(("apply",), SMALL_WIDTHS, "even", "ragged+bias+weighted")
+        yield from of(("adjoint", "grad_key"), SMALL_WIDTHS, "ragged+bias")
+    yield from of(("apply",), large, "even", "ragged", "ragged+bias+weighted")
+    yield from of(("apply",), large, "short+ragged", "short+ragged+bias+weighted")
+    yield from of(("adjoint", *GRADIENTS), large, "ragged", "ragged+bias")
+    yield from of(("apply",), widths, "cross", "ragged+weighted")
+    yield from of(("replay",), widths, "ragged")
+    yield from of(("apply",), pairs, "short+mixed", "even+bias", "cross+padding")
+    yield from of(("grad_query",), pairs, "cross")
+    yield from of(("adjoint",), (*pairs, (160, 1)), "short+ragged", "short+ragged+bias")
+    yield from of(("replay",), edges, "ragged+weighted", "ragged+bias+weighted")
+    yield from of(("apply", "adjoint", *GRADIENTS), edges, "ragged+padding", "ragged+rows", "ragged+wide")
+    yield from of(("adjoint", *GRADIENTS), edges, "even")
+    yield from of(GRADIENTS, edges, "ragged+bias+later")
+    yield from of(("apply", "adjoint", *GRADIENTS), ((64, 2),), "ragged", dtype="bfloat16")
+    for dtype in ("float32", "tf32"):
+        yield from of(("apply", "adjoint", *GRADIENTS), edges, "ragged+bias", dtype=dtype)
+        yield from of(("apply", "grad_query"), edges, "ragged", dtype=dtype)
+    if arch == "sm_90":
+        yield from of(("boxes",), BOX_WIDTHS, "ragged")
 
 
 def launch_of(program: Program) -> Launch:
     """The launch, on tensors without storage, laid out as a processor's projections are."""
-    dtype, tokens, heads = _DTYPES[program.dtype], _TOKENS[program.inputs], 8
-    gradient = program.kernel.startswith("grad")
+    dtype, kinds, heads = _DTYPES[program.dtype], program.inputs.split("+"), 8
+    tokens = (256 if "short" in kinds else 4096) - ("ragged" in kinds)
+    keys = 77 if "cross" in kinds else tokens
+    gradient = program.kernel in GRADIENTS
     limit = configs.MAX_GRADIENT_COLUMNS if gradient else configs.MAX_COLUMNS[dtype.itemsize]
     value_dim = min(program.head_dim, limit)
     branches = min(program.branches, limit // value_dim)
+    # As many rows as pass 2³¹ elements.
+    batch = 2**31 // (tokens * heads * value_dim) + 2 if "wide" in kinds else branches
 
-    def projection(batch: int, width: int) -> torch.Tensor:
-        return torch.empty(batch, tokens, heads, width, dtype=dtype, device="meta").transpose(1, 2)
+    def projection(batch: int, length: int, width: int) -> torch.Tensor:
+        return torch.empty(batch, length, heads, width, dtype=dtype, device="meta").transpose(1, 2)
 
-    query, value = projection(1, program.head_dim), projection(branches, value_dim)
+    query, key = projection(1, tokens, program.head_dim), projection(1, keys, program.head_dim)
+    wide, value = projection(batch, tokens, value_dim), projection(batch, keys, value_dim)
     logsumexp = torch.empty(1, heads, tokens, device="meta")
-    bias = torch.empty(1, heads, tokens, tokens, dtype=dtype, device="meta") if program.inputs == "bias" else None
-    row_weight = value[..., 0].contiguous() if program.inputs == "weighted" else None
-    table = ((0, *range(branches)), *([(1, *[0] * branches)] if program.inputs == "mixed" else []))
-    chunk = Chunk(table, 0, value_dim, first=True)
+    bias = None
+    for kind, extent in (("bias", (heads, tokens, keys)), ("padding", (1, 1, keys)), ("rows", (heads, tokens, 1))):
+        if kind in kinds:
+            bias = torch.empty(1, *extent, dtype=dtype, device="meta").expand(1, heads, tokens, keys)
+    row_weight = torch.empty(batch, heads, tokens, dtype=dtype, device="meta") if "weighted" in kinds else None
+    table = ((0, *range(branches)), *([(1, *[0] * branches)] if "mixed" in kinds else []))
+    chunk = Chunk(table, 0, value_dim, first="later" not in kinds)
     shape = (program.arch, program.head_dim, branches * value_dim, dtype.itemsize, bias is not None)
+    tf32 = program.dtype == "tf32"
     if gradient:
-        return backward.prepare(
-            query,
-            query,
-            value,
-            value,
-            bias,
-            query,
-            logsumexp,
-            logsumexp,
-            chunk,
-            0.1,
-            program.kernel == "grad_query",
-            configs.score_config(*shape),
-        )
-    if program.kernel == "adjoint":
-        config = configs.resident_config(*shape, heads, tokens)
-        return adjoint.prepare(query, query, value, bias, logsumexp, chunk, 0.1, value, config)
-    config = configs.forward_config(*shape, len(chunk.table) * heads, tokens)
-    if program.kernel == "boxes":
-        described = replace(config, descriptors=True)
-        return boxes.prepare(query, query, value, chunk, 0.1, value, logsumexp, described)
-    known = program.kernel == "replay"
-    return apply.prepare(query, query, value, bias, chunk, 0.1, value, logsumexp, known, row_weight, True, config)
+        of_query = program.kernel == "grad_query"
+        own, other, x, y = (query, key, wide, value) if of_query else (key, query, value, wide)
+        own_bias = bias if bias is None or of_query else bias.transpose(2, 3)
+        out = own if chunk.first else torch.empty_like(own, dtype=torch.float32)
+        config = configs.score_config(*shape, other.shape[2], tf32)
+        statistics = logsumexp, logsumexp
+        launch = backward.prepare(own, other, x, y, own_bias, out, *statistics, chunk, 0.1, of_query, config)
+    elif program.kernel == "adjoint":
+        config = configs.resident_config(*shape, heads, keys, tokens, tf32)
+        launch = adjoint.prepare(query, key, wide, bias, logsumexp, chunk, 0.1, value, config)
+    else:
+        config = configs.forward_config(*shape, len(chunk.table) * heads, tokens, keys, tf32)
+        if program.kernel == "boxes":
+            config = replace(config.general(), descriptors=True)
+            return boxes.prepare(query, key, value, chunk, 0.1, wide, logsumexp, config)
+        known = program.kernel == "replay"
+        launch = apply.prepare(query, key, value, bias, chunk, 0.1, wide, logsumexp, known, row_weight, True, config)
+    return replace(launch, constants={**launch.constants, "PRECISION": "tf32"}) if tf32 else launch
 
 
 def compile_program(program: Program) -> dict:
@@ -133,7 +180,7 @@ def compile_program(program: Program) -> dict:
     resources = compile_offline(launch, program.arch)
     return {
         **asdict(program),
-        "config": asdict(launch.config),
+        "config": str(Candidate(*astuple(launch.config))),
         "registers": resources.registers,
         "spills": resources.spills,
         "shared": resources.shared,
@@ -148,9 +195,10 @@ def complaints(row: dict, committed: dict | None) -> list[str]:
         found.append(f"spills {row['spills']} bytes a thread")
     if row["shared"] > configs.SHARED_MEMORY[row["arch"]]:
         found.append(f"takes {row['shared']} bytes of shared memory of {configs.SHARED_MEMORY[row['arch']]}")
-    expected = MATRIX_INSTRUCTION.get(row["arch"], "mma.sync")
+    # Rounded products of float32 have no layout for the newest instructions at every width.
+    expected = MATRIX_INSTRUCTION.get(row["arch"], "mma.sync") if row["dtype"] != "tf32" else ""
     if row["dtype"] != "float32" and not any(name.startswith(expected) for name in row["matrix_instructions"]):
-        found.append(f"has no {expected}")
+        found.append(f"has no {expected or 'matrix instruction'}")
     if committed is not None:
         found += [
             f"takes {row[name]} {name}, {committed[name]} before"
@@ -160,28 +208,54 @@ def complaints(row: dict, committed: dict | None) -> list[str]:
     return found
 
 
+def read_table(path: Path = TABLE) -> dict[str, dict[str, dict]]:
+    """The committed rows by version of triton and key of the program; empty without a file."""
+    if not path.exists():
+        return {}
+    written = json.loads(path.read_text(encoding="utf-8"))
+    fields = written.pop("fields")
+    return {
+        version: {key: dict(zip(fields, values, strict=True)) for key, values in rows.items()}
+        for version, rows in written.items()
+    }
+
+
+def write_table(table: dict[str, dict[str, dict]], path: Path = TABLE) -> None:
+    """The inverse of :func:`read_table`: a line a program."""
+    parts = [f' "fields": {json.dumps(FIELDS)}']
+    for version in sorted(table):
+        rows = table[version]
+        lines = [f"  {json.dumps(key)}: {json.dumps([rows[key][name] for name in FIELDS])}" for key in sorted(rows)]
+        parts.append(f" {json.dumps(version)}: {{\n" + ",\n".join(lines) + "\n }")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.offline", description=__doc__.split("\n\n")[1])
     parser.add_argument("--quick", action="store_true", help="compile the configurations of pairs only")
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="only for these chips")
     parser.add_argument("--update", action="store_true", help=f"write {TABLE.name} instead of comparing with it")
     arguments = parser.parse_args(argv)
     if arguments.update and arguments.quick:
         parser.error("--update writes the whole table: leave out --quick")
-    table = json.loads(TABLE.read_text()) if TABLE.exists() and not arguments.update else {"rows": {}}
-    same_compiler = table.get("triton") == triton.__version__
+    table = read_table()
+    committed = {} if arguments.update else table.get(triton.__version__, {})
     rows, failed = {}, 0
-    for program in programs(arguments.quick):
+    for program in programs(arguments.quick, arguments.arch):
         row = rows[program.key] = compile_program(program)
-        found = complaints(row, table["rows"].get(program.key) if same_compiler else None)
+        found = complaints(row, committed.get(program.key))
         failed += bool(found)
         print(
-            f"{program.key:48} {row['registers']:4} registers {row['shared']:7} bytes shared  "
+            f"{program.key:52} {row['config']:12} {row['registers']:4} registers {row['shared']:7} bytes shared  "
             f"{', '.join(row['matrix_instructions']) or 'scalar':16} {'; '.join(found) or 'ok'}",
             flush=True,
         )
     if arguments.update:
-        TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+        others = {
+            k: row for k, row in table.get(triton.__version__, {}).items() if k.split("/")[1] not in arguments.arch
+        }
+        write_table({**table, triton.__version__: {**others, **rows}})
     print(f"{len(rows) - failed} passed, {failed} failed")
     return 1 if failed else 0
 

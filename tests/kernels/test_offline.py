@@ -10,6 +10,12 @@ import pytest
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
+KERNELS = ("apply", "adjoint", "grad_query", "grad_key", "replay")
+HALVES = {"float16", "bfloat16", "float32", "tf32"}
+DTYPES = {**dict.fromkeys(KERNELS, HALVES), "replay": {"float16"}}
+# A replay is `apply` without the running maximum: in these it differs by what it leaves out.
+SAME = {"replay": {"padding", "rows", "wide"}}
+
 
 def _compile(*arguments: str) -> None:
     # A process of its own: kernels that were imported for the interpreter cannot be compiled.
@@ -28,6 +34,44 @@ def test_the_pairs_that_editing_runs_compile_for_every_generation() -> None:
 @pytest.mark.slow
 def test_every_configuration_compiles_as_the_committed_table_says() -> None:
     _compile()
+
+
+def test_the_committed_table_has_every_program_and_no_spill() -> None:
+    from benchmarks.offline import complaints, programs, read_table
+
+    table = read_table()
+    assert table["3.9.0"].keys() == {program.key for program in programs(False)}
+    # The release that PyTorch 2.11 brings, on the chips that most use it on.
+    assert table["3.6.0"].keys() == {program.key for program in programs(False, ("sm_80", "sm_90"))}
+    for rows in table.values():
+        for key, row in rows.items():
+            names = dict(zip(("kernel", "arch", "dtype"), key.split("/"), strict=False))
+            assert complaints({**names, **row}, None) == [], key
+
+
+def test_what_is_compiled_covers_every_switch_of_the_kernels() -> None:
+    from benchmarks.offline import programs
+
+    of = {kernel: [p for p in programs(False, ("sm_90",)) if p.kernel == kernel] for kernel in KERNELS}
+    for kernel, compiled in of.items():
+        kinds = {kind for program in compiled for kind in program.inputs.split("+")}
+        assert {"ragged", "bias", "padding", "rows", "wide"} <= kinds | SAME.get(kernel, set()), kernel
+        assert {program.dtype for program in compiled} >= DTYPES[kernel], kernel
+    assert {kind for p in of["apply"] for kind in p.inputs.split("+")} >= {"weighted", "cross", "short", "mixed"}
+    assert any(p.inputs == "ragged+bias+weighted" for p in of["replay"])
+    assert any("later" in p.inputs for p in of["grad_query"]) and any("cross" in p.inputs for p in of["grad_query"])
+    assert {192, 224, 256} <= {program.head_dim for program in of["grad_key"]}
+
+
+def test_a_table_is_read_back_as_it_was_written(tmp_path) -> None:
+    from benchmarks.offline import read_table, write_table
+
+    row = {"config": "64x64w4s2", "registers": 178, "spills": 0, "shared": 73728, "matrix_instructions": ["mma.sync"]}
+    table = {"3.6.0": {"b": row, "a": row}, "3.9.0": {"a": row}}
+    write_table(table, tmp_path / "table.json")
+    assert read_table(tmp_path / "table.json") == table
+    assert len((tmp_path / "table.json").read_text().splitlines()) == 3 + 2 * len(table) + 3
+    assert read_table(tmp_path / "none.json") == {}
 
 
 def test_a_worse_program_is_a_complaint() -> None:
@@ -50,3 +94,5 @@ def test_a_worse_program_is_a_complaint() -> None:
         {"matrix_instructions": ["mma.sync"]},
     ):
         assert complaints({**good, **change}, good), change
+    rounded = {**good, "dtype": "tf32", "matrix_instructions": ["mma.sync"]}
+    assert complaints(rounded, None) == [] and complaints({**rounded, "matrix_instructions": []}, None)

@@ -129,11 +129,13 @@ def _warpgroups(head: int, packed: int, bias: bool, adjoint: bool) -> tuple[tupl
     return ((128, 64, 8), 2) if packed <= (160 if adjoint else 256) and head <= 160 else ((128, 32, 8), 3)
 
 
-def _relieved(config: Config, head: int, packed: int, bias: bool) -> Config:
+def _relieved(config: Config, arch: str, head: int, packed: int, bias: bool) -> Config:
     """Half of a tile since Hopper, with registers for the addresses, of which a thread has twice as many."""
+    if arch == "sm_100":
+        return replace(config, block_n=32, warps=2 * config.warps) if bias else config
     if packed > 160 or (bias and head > 96):
         return replace(config, warps=2 * config.warps)
-    return replace(config, block_n=32) if bias or head > 128 else config
+    return replace(config, block_n=32) if head > 128 else config
 
 
 @lru_cache(maxsize=1024)
@@ -149,9 +151,11 @@ def product_config(
     """The configuration of ``apply`` and ``adjoint``: a resident tile of one axis, scores, packed accumulators."""
     head, packed = sum(split_width(head_dim)), sum(split_width(columns))
     if arch == "gfx942":
-        return _wavefronts(64 if itemsize == 2 else 32, head, head + packed, itemsize, bias)
+        block_n = 64 if itemsize == 2 and not (bias and head > 160) else 32
+        return _wavefronts(block_n, head, head + packed, itemsize, bias)
     if tf32:
-        tile = (64, 32, 8) if head <= 160 else (32, 16, 8)
+        block_n = 32 if max(head, packed) <= 128 or arch in ("sm_90", "sm_100") else 16
+        tile = (64, block_n, 8) if head <= 160 else (32, 16, 8)
         return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=2)
     if itemsize == 4:
         # Exact float32 products run on the scalar units, whose operands live in registers.
@@ -170,12 +174,14 @@ def product_config(
             tile = (128, 64, 8)
         else:
             tile = (64, 64, 8) if not bias else (64, 32, 8)
-    elif packed <= 128 and head <= 96:
-        tile = (128, 64, 8) if not bias else (64, 64, 8)
-    elif packed <= 160 and not (adjoint and bias and head > 128):
-        tile = (128, 32, 8) if not bias else (64, 32, 8)
-    else:
+    elif head > 160:
+        tile = (32, 16, 8) if adjoint else (64, 16, 8)
+    elif packed > 160 or (adjoint and bias and head > 128):
         tile = (32, 32, 8)
+    elif bias:
+        tile = (64, 32, 8)
+    else:
+        tile = (128, 64, 8) if packed <= (96 if adjoint else 128) and head <= 96 else (128, 32, 8)
     return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=3 if head <= 160 else 2)
 
 
@@ -216,10 +222,10 @@ def _score_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: b
             tile = (64, 32, 8) if head + packed <= 320 or not bias else (64, 16, 8)
     elif max(head, packed) <= 96 and not bias:
         tile = (64, 64, 8)
-    elif arch == "sm_100":
+    elif arch == "sm_100" or (head <= 160 and not (bias and max(head, packed) > 128)):
         tile = (64, 32, 8)
     else:
-        tile = (64, 16, 8) if head > 160 or (bias and max(head, packed) > 128) else (64, 32, 8)
+        tile = (32, 32, 8) if 160 < head <= 192 else (64, 16, 8)
     return _staged(tile, head + packed, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=2)
 
 
@@ -293,7 +299,7 @@ def resident_config(
     config = product_config(arch, head_dim, columns, itemsize, bias, tf32, adjoint)
     chosen = for_length(config, arch, itemsize, maps, rows)
     if chosen != config and arch in ("sm_90", "sm_100"):
-        chosen = _relieved(chosen, sum(split_width(head_dim)), sum(split_width(columns)), bias)
+        chosen = _relieved(chosen, arch, sum(split_width(head_dim)), sum(split_width(columns)), bias)
     return for_streamed(chosen, streamed)
 
 
