@@ -17,7 +17,8 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import cache
@@ -249,7 +250,7 @@ def run_tuning(
                 break
             chosen = []
             for choice in offered[case]:
-                problem = pending[case, choice].result() if cuda else None
+                problem = _problem(pending[case, choice], choice) if cuda else None
                 if problem:
                     log.warning("%s, %s: %s", case.name, choice, problem)
                 else:
@@ -262,6 +263,18 @@ def run_tuning(
         for future in pending.values():
             future.cancel()
     return rows
+
+
+def _problem(compiled: Future[str | None], choice: Choice) -> str | None:
+    """What was wrong with a choice that was compiled ahead.
+
+    A compiler that aborts takes the pool along. Specialised warps are the candidates that may do that; the others are
+    then compiled where they are timed.
+    """
+    try:
+        return compiled.result()
+    except BrokenProcessPool:
+        return "a compiler died before it" if getattr(choice, "specialised", False) else None
 
 
 def _choices_on(device: str) -> Callable[[Case], Sequence[Choice]]:

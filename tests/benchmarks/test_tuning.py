@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -139,6 +141,13 @@ def test_what_is_compiled_ahead_is_what_a_choice_launches() -> None:
     assert (launch.config.block_m, launch.config.block_n, launch.config.warps) == (64, 32, 4)
     (boxed,) = tune.launches(HALVES, Candidate(64, 64, 4, 2, descriptors=True), "cpu")
     assert boxed.boxes
+
+
+def test_a_compiler_that_dies_takes_only_what_may_have_killed_it() -> None:
+    dead: Future = Future()
+    dead.set_exception(BrokenProcessPool())
+    assert tune._problem(dead, Candidate(64, 64, 4, 2)) is None
+    assert "died" in (tune._problem(dead, Candidate(64, 64, 4, 2, True, True)) or "")
 
 
 def test_luck_is_no_gain() -> None:
