@@ -24,11 +24,14 @@ import torch
 
 from .measure import QUICK, THOROUGH, Effort, interleaved
 from .rows import Environment, Ratio, Row, write
+from .run import first_line
 
 log = logging.getLogger("benchmarks")
 
 FULL, DROPPED = "full", "full-source-dropped"
 SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on the beach"
+# MasaCtrl's tenth layer on is Stable Diffusion's decoder; smaller models have that too, with fewer layers before it.
+OPTIONS = {"masactrl": {"layers": ("up_blocks",)}}
 # Largest difference of two latents that took the same way in another batch, as a share of the largest latent.
 ROUNDING = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
@@ -74,11 +77,23 @@ def run_recordings(
         if time_left() <= 0:
             log.warning("no time left for %s", case.name)
             break
-        with tempfile.TemporaryDirectory() as folder:
-            measured = run(pipe, case, effort, Path(folder))
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                measured = run(pipe, case, effort, Path(folder))
+        except ValueError as problem:
+            about = {"suite": "recordings", "case": case.name, "dtype": str(pipe.unet.dtype).removeprefix("torch.")}
+            about |= {"provider": FULL, "status": "failed", "reason": first_line(problem)}
+            measured = [Row.new(Environment.read(device), **about)]
         report(measured)
         rows += measured
     return rows
+
+
+def edit_of(case: RecordedEdit, tokenizer: Any) -> Any:
+    """The edit of a case."""
+    from fpe_pipeline.methods import make_edit
+
+    return make_edit(case.method, [SOURCE, TARGET], tokenizer, **OPTIONS.get(case.method, {}))
 
 
 def run(pipe: Any, case: RecordedEdit, effort: Effort, folder: Path) -> list[Row]:
@@ -90,13 +105,11 @@ def run(pipe: Any, case: RecordedEdit, effort: Effort, folder: Path) -> list[Row
         effort: how long to measure.
         folder: empty, for the recording on disk.
     """
-    from fpe_pipeline.methods import make_edit
-
     device, dtype = str(pipe.device), pipe.unet.dtype
     environment = Environment.read(device)
     grid = (case.side // pipe.vae_scale_factor,) * 2
     noise = torch.randn(1, pipe.unet.config.in_channels, *grid, generator=torch.Generator().manual_seed(0)).to(dtype)
-    edit = make_edit(case.method, [SOURCE, TARGET], pipe.tokenizer)
+    edit = edit_of(case, pipe.tokenizer)
     options = {"num_inference_steps": case.steps, "latents": noise.to(device), "edit": edit}
 
     def full() -> torch.Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import time
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
-__all__ = ["Clock", "machine", "repeatable", "versions"]
+from .loading import EMBEDDED
+
+__all__ = ["Clock", "machine", "repeatable", "threads_for", "versions"]
 
 
 def versions() -> dict[str, str | None]:
@@ -31,6 +34,16 @@ def machine(device: str) -> dict[str, Any]:
 
     accelerator = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     return {"platform": platform.platform(), "accelerator": accelerator, "cuda": torch.version.cuda}
+
+
+def threads_for(model: str, device: str) -> int | None:
+    """How many CPU threads a run takes that does not say: one for the embedded model, else torch's choice, as None.
+
+    Its layers are so small that threads wait for one another as long as they compute, and on a machine that has other
+    work many times longer. ``OMP_NUM_THREADS`` stands where it is set.
+    """
+    small = model == EMBEDDED and device == "cpu"
+    return 1 if small and "OMP_NUM_THREADS" not in os.environ else None
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from .loading import (
     scheduler_settings,
 )
 from .pictures import Comparison, side_by_side
-from .repeatable import Clock, machine, repeatable, versions
+from .repeatable import Clock, machine, repeatable, threads_for, versions
 from .settings import Settings
 from .staging import staged
 
@@ -132,7 +132,7 @@ def execute(
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     clock = Clock()
-    with repeatable(settings.threads):
+    with repeatable(threads_for(settings.model, device) if settings.threads is None else settings.threads):
         with clock.measure("load"):
             pipe: FreePromptPipeline = load_pipeline(location, dtype=dtype, device=device)
         model = identity(pipe)

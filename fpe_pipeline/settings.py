@@ -50,7 +50,8 @@ class Settings:
         backend: attention backend, or "auto".
         dtype: "float32", "float16", "bfloat16" or "auto".
         device: "cpu", "cuda", "cuda:1", "mps" or "auto".
-        threads: CPU threads of torch; None leaves torch's choice. Sums may round differently with another number.
+        threads: CPU threads of torch; None is one for the embedded model, which is too small to share, and torch's
+            choice for others. Sums may round differently with another number.
     """
 
     source: str

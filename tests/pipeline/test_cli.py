@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_cli import OTHER, SOURCE, TARGET, edit_arguments, one_error, refuse_loading, tiny_model_folder
 
 from fpe_pipeline import cli, runs
+from fpe_pipeline.repeatable import threads_for
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,15 @@ class TestFromRecord:
         assert settings.levels == (0, 1)
         assert settings.seed == 5
         assert (tmp_path / "source.png").read_bytes() == (made / "source.png").read_bytes()
+
+    @pytest.mark.parametrize(
+        ("model", "device", "chosen"), [("embedded", "cpu", 1), ("embedded", "cuda", None), ("./sd15", "cpu", None)]
+    )
+    def test_threads_that_nobody_named(self, model, device, chosen, monkeypatch):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        assert threads_for(model, device) == chosen
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert threads_for(model, device) is None
 
     def test_threads_of_the_record(self, made, tmp_path):
         record = json.loads((made / "run.json").read_text())
