@@ -22,6 +22,7 @@ from .normal_form import (
     Term,
     adjoint_of,
     bytes_of,
+    columns_at_once,
     product_of,
     some_rows,
     sum_of_blocks,
@@ -91,7 +92,7 @@ class LinearMap(ABC):
         Returns:
             [B, H, N, E]; a tuple for a tuple, from one pass over the scores.
         """
-        return _columns_at_once(self._product, value, self._check_value)
+        return columns_at_once(self._product, value, self._check_value)
 
     def __matmul__(self, value: Any) -> Any:
         """``A @ value``: [B, H, M, E] -> [B, H, N, E]. A tuple gives a tuple, from one pass over the scores."""
@@ -329,7 +330,7 @@ class TransposedMap:
         Returns:
             [B, H, M, E]; a tuple for a tuple, from one pass over the scores.
         """
-        return _columns_at_once(
+        return columns_at_once(
             lambda whole: adjoint_of(self.T._blocks(), whole),
             weight,
             lambda part: validation.check_weight(part, self.T, self.T.shape),
@@ -395,17 +396,3 @@ def _check_maps(name: str, maps: Sequence[object]) -> None:
                 f"{name} takes maps (LinearMap), got {type(candidate).__name__}. "
                 "For products that are computed already, use torch's own arithmetic."
             )
-
-
-def _columns_at_once(product: Callable[[Tensor], Tensor], operand: Any, check: Callable[[object], Tensor]) -> Any:
-    """``product`` of one operand, or of several side by side."""
-    if not isinstance(operand, (tuple, list)):
-        return product(check(operand))
-    if not operand:
-        raise ValueError("A @ () has no value to multiply with; pass at least one [B, H, M, E].")
-    parts = [check(part) for part in operand]
-    if len(parts) == 1:
-        return (product(parts[0]),)
-    # The copy is one part in N of the product. Parts that lie side by side in memory could do without, but to find that
-    # out means to look at storages, which tracing hides and autograd forbids; who has the whole tensor passes it whole.
-    return torch.split(product(torch.cat(parts, dim=-1)), [part.shape[-1] for part in parts], dim=-1)

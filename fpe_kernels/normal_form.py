@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -290,3 +290,17 @@ def _stacked_weights(terms: list[Term]) -> Tensor | None:
             for term, weight in zip(terms, weights, strict=True)
         ]
     )
+
+
+def columns_at_once(product: Callable[[Tensor], Tensor], operand: Any, check: Callable[[object], Tensor]) -> Any:
+    """``product`` of one operand, or of several side by side."""
+    if not isinstance(operand, (tuple, list)):
+        return product(check(operand))
+    if not operand:
+        raise ValueError("A @ () has no value to multiply with; pass at least one [B, H, M, E].")
+    parts = [check(part) for part in operand]
+    if len(parts) == 1:
+        return (product(parts[0]),)
+    # The copy is one part in N of the product. Parts that lie side by side in memory could do without, but to find that
+    # out means to look at storages, which tracing hides and autograd forbids; who has the whole tensor passes it whole.
+    return torch.split(product(torch.cat(parts, dim=-1)), [part.shape[-1] for part in parts], dim=-1)

@@ -11,7 +11,8 @@ import triton
 from recorded_launches import Recorded, RecordingDriver
 from torch import Tensor
 
-from fpe_kernels.backends.triton import backend, backward, configs, plans
+from fpe_kernels.backends.triton import backend, configs, plans
+from fpe_kernels.backends.triton import gradients as gradient_launches
 from fpe_kernels.backends.triton.apply import apply_kernel
 
 HEADS, TOKENS = 2, 64
@@ -60,7 +61,7 @@ def gradient_of_six() -> Call:
     query, factor = heads_split(1, TOKENS, 40), heads_split(6, TOKENS, 40)
     logsumexp, total = torch.empty(1, HEADS, TOKENS), heads_split(1, TOKENS, 40, dtype=torch.float32)
     tensors = query, query, factor, factor, None, total, logsumexp, logsumexp
-    return lambda: plans.launch_all(backward.plan, tensors, (0,) * 6, 0.1, True, configs.gradient_config)
+    return lambda: plans.launch_all(gradient_launches.plan, tensors, (0,) * 6, 0.1, True, configs.gradient_config)
 
 
 CALLS: dict[str, Callable[[], Call]] = {

@@ -6,8 +6,8 @@ import torch
 import triton
 
 from .adjoint import adjoint
-from .backward import score_gradient
 from .forward import apply
+from .gradients import score_gradient
 
 __all__ = ["adjoint", "apply", "score_gradient", "unsupported_reasons"]
 

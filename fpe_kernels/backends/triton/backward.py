@@ -9,19 +9,13 @@ that share a map stand side by side, so one product is the sum over them. Every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..grouping import unreferenced
-from . import configs
-from .configs import MAX_GRADIENT_COLUMNS, Config
+from .configs import Config
 from .launch import Launch, product_precision, strides
-from .packing import Chunk, bias_varies, chunks, columns_of, device_table, needs_wide_index, split_width, vector_width
-from .plans import launch_all
+from .packing import Chunk, bias_varies, device_table, needs_wide_index, split_width, vector_width
 from .primitives import (
     LOG2E,
     add_bias,
@@ -358,61 +352,3 @@ def prepare(
             "BLOCK_N": config.block_n,
         },
     )
-
-
-def score_gradient(
-    query: Tensor,
-    key: Tensor,
-    left: Tensor,
-    right: Tensor,
-    delta: Tensor,
-    bias: Tensor | None,
-    logsumexp: Tensor,
-    map_index: tuple[int, ...],
-    scale: float,
-    grad_query: Tensor,
-    grad_key: Tensor,
-) -> None:
-    """Write the gradients of query and key."""
-    maps, heads, queries, _ = query.shape
-    logsumexp, delta = logsumexp.contiguous(), delta.float().contiguous()
-    bias_t = None
-    if bias is not None:
-        bias = bias.expand(maps, heads, queries, key.shape[2])
-        bias_t = bias.transpose(2, 3)
-    parts = chunks(map_index, maps, left.shape[3], MAX_GRADIENT_COLUMNS)
-    for own, other, own_factor, other_factor, own_bias, gradient, own_statistics in (
-        (query, key, left, right, bias, grad_query, True),
-        (key, query, right, left, bias_t, grad_key, False),
-    ):
-        # Several chunks add up, and in float32: the sum is rounded once.
-        several = any(not chunk.first for chunk in parts)
-        total = torch.empty_like(gradient, dtype=torch.float32) if several else gradient
-        tensors = own, other, own_factor, other_factor, own_bias, total, logsumexp, delta
-        launch_all(plan, tensors, map_index, scale, own_statistics, configs.gradient_config)
-        if several:
-            gradient.copy_(total)
-        for group in unreferenced(map_index, maps):
-            gradient[group] = 0.0
-
-
-def plan(
-    own: Tensor,
-    other: Tensor,
-    own_factor: Tensor,
-    other_factor: Tensor,
-    bias: Tensor | None,
-    gradient: Tensor,
-    logsumexp: Tensor,
-    delta: Tensor,
-    map_index: tuple[int, ...],
-    scale: float,
-    own_statistics: bool,
-    gradient_config: Callable[..., Config],
-) -> Iterator[Launch]:
-    """The launches of one of the two gradients, by the rule given."""
-    tf32 = product_precision(own.dtype) == "tf32"
-    for chunk in chunks(map_index, own.shape[0], own_factor.shape[3], MAX_GRADIENT_COLUMNS):
-        factors = columns_of(own_factor, chunk), columns_of(other_factor, chunk)
-        config = gradient_config(own, other, factors[0], chunk, bias is not None, tf32)
-        yield prepare(own, other, *factors, bias, gradient, logsumexp, delta, chunk, scale, own_statistics, config)
