@@ -45,7 +45,7 @@ def test_tf32_by_the_newer_setting(place) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors = [torch.randn(1, 1, 16, 16, device=device) for _ in range(3)]
     exact = shared_attention(*tensors, [0], backend="triton")
-    assert product_precision(torch.float32) == "ieee"  # that it is "none" means the same
+    assert product_precision(torch.float32) == "ieee"
     place.fp32_precision = "tf32"
     assert product_precision(torch.float32) == "tf32"
     assert product_precision(torch.float16) == "ieee"
