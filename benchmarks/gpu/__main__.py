@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         one.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=argparse.SUPPRESS)
         if kind == "train":
             one.add_argument("--models", default="embedded", help="names of models, joined by commas")
-            one.add_argument("--max-mib", type=float, default=16.0, help="largest file that is left in the result folder")
+            one.add_argument("--max-mib", type=float, default=16.0, help="largest file to leave, in MiB")
     stage = commands.add_parser("stage")
     stage.add_argument("name")
     stage.add_argument("--out", type=Path, required=True)
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     stage.add_argument("--device", required=True)
     stage.add_argument("--dry-run", action="store_true")
     stage.add_argument("--option", action="append", default=[])
-    collected = commands.add_parser("collect", help="make the files of rows from the journals of a session that was ended")
+    collected = commands.add_parser("collect", help="make files of rows from journals")
     collected.add_argument("out", type=Path)
     ahead = commands.add_parser("programs", help="compile ahead for a chip that is not here")
     ahead.add_argument("--arch", default="sm_90")

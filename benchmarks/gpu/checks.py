@@ -69,7 +69,9 @@ def full_problems() -> list[Problem]:
     problems += [
         Problem((0, 0, 1), *RAGGED, head_dim, dtype, results="all", bias=bias)
         for head_dim, dtype, bias in product(
-            (*HEAD_DIMS, 256), DTYPES, ((True, True, True, True), (True, False, False, True), (False, False, True, False))
+            (*HEAD_DIMS, 256),
+            DTYPES,
+            ((True, True, True, True), (True, False, False, True), (False, False, True, False)),
         )
         if head_dim in (40, 64, 160) or dtype == "float16"
     ]

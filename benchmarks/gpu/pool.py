@@ -93,6 +93,7 @@ def share_out(
     workers: int,
     limit: float,
     *,
+    startup: float = STARTUP,
     setup: str = "",
     time_left: Callable[[], float] = lambda: float("inf"),
     began: Callable[[Task], None] = lambda task: None,
@@ -102,7 +103,8 @@ def share_out(
     Args:
         tasks: in the order in which they are begun.
         workers: processes at most.
-        limit: seconds for a task; a worker's first task has :data:`STARTUP` more, for its imports.
+        limit: seconds for a task.
+        startup: seconds more for a worker's first task, for its imports.
         setup: "package.module:function", called once in each worker.
         time_left: seconds until everything ends; what is not begun by then is skipped, what is under way is named.
         began: told of each task that starts.
@@ -120,7 +122,7 @@ def share_out(
             waiting = [worker.pipe for worker in crew if worker.task]
             ready = wait(waiting, timeout=min(PATIENCE, max(0.01, time_left())))
             for worker in list(crew):
-                outcome = _outcome(worker, worker.pipe in ready, limit)
+                outcome = _outcome(worker, worker.pipe in ready, limit + (startup if worker.fresh else 0.0))
                 if outcome is None:
                     continue
                 worker.task, worker.fresh = None, False
@@ -140,7 +142,7 @@ def _hire(crew: list[_Worker], most: int, setup: str) -> _Worker | None:
     return crew[-1]
 
 
-def _outcome(worker: _Worker, ready: bool, limit: float) -> Outcome | None:
+def _outcome(worker: _Worker, ready: bool, allowed: float) -> Outcome | None:
     """What became of a worker's task, if anything did."""
     if worker.task is None:
         return None
@@ -154,7 +156,6 @@ def _outcome(worker: _Worker, ready: bool, limit: float) -> Outcome | None:
         if kind == "value":
             return Outcome(worker.task, value, seconds=seconds)
         return Outcome(worker.task, problem=value, seconds=seconds)
-    allowed = limit + (STARTUP if worker.fresh else 0.0)
     if seconds > allowed:
         return Outcome(worker.task, problem=f"hung: no answer within {allowed:.0f} s, killed", seconds=seconds)
     return None

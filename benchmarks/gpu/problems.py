@@ -1,6 +1,6 @@
 """What a check computes, as a value: from it follow the inputs, the exact answer, and the programs to compile ahead.
 
-    out_b = w_b ⊙ softmax(scale · Q_g K_gᵀ + bias_g) V_b, its log-sum-exp, its adjoint and its gradients
+out_b = w_b ⊙ softmax(scale · Q_g K_gᵀ + bias_g) V_b, its log-sum-exp, its adjoint and its gradients
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class Problem:
             bias = like.new_empty([n if varies else 1 for n, varies in zip(extents, self.bias, strict=True)])
         if self.row_weight:
             extents = (rows, self.heads, self.queries)
-            row_weight = like.new_empty([n if varies else 1 for n, varies in zip(extents, self.row_weight, strict=True)])
+            row_weight = like.new_empty(
+                [n if varies else 1 for n, varies in zip(extents, self.row_weight, strict=True)]
+            )
         logsumexp = empty_logsumexp(query)
         with launches_of(arch) as made, self.chosen():
             known = self.results == "replay"
@@ -159,7 +161,7 @@ def check(problem: Problem, device: str, backend: str = "triton") -> dict[str, f
         masked=0.2 if problem.bias else 0.0,
         row_weight=problem.row_weight,
     )
-    shared = {"bias": case.bias, "backend": backend}
+    shared: dict[str, Any] = {"bias": case.bias, "backend": backend}
     found: dict[str, Tensor] = {}
     poison(device, case.weight.numel() * case.weight.element_size())
     with problem.chosen():
@@ -174,7 +176,7 @@ def check(problem: Problem, device: str, backend: str = "triton") -> dict[str, f
             )
         else:
             leaves = [tensor.detach().requires_grad_() for tensor in (case.query, case.key, case.value)]
-            out = shared_attention(*leaves, case.map_index, **shared)
+            out = shared_attention(leaves[0], leaves[1], leaves[2], case.map_index, **shared)
             gradients = torch.autograd.grad(out, leaves, case.weight)
             found |= {"out": out.detach(), **dict(zip(GRADIENTS, gradients, strict=True))}
             _, found["logsumexp"] = torch.ops.fpe_kernels.apply(

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .pool import Task, share_out
 from .problems import Problem, launches_of
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from ..cases import Case
     from ..tune import Choice
+
+Subject: TypeAlias = "Problem | tuple[Case, Choice | None]"
+"""What is computed: a problem, or a case with a choice (None for the committed configuration)."""
 
 COMPILE_LIMIT = 60.0  # seconds; a program takes two or three, and a compiler that hangs takes for ever
 
@@ -101,14 +104,16 @@ def of_case(case: Case, choice: Choice | None, arch: str) -> list[Launch]:
     return made
 
 
-def compile_subject(subject: Problem | tuple[Case, Choice | None], arch: str, place: int) -> float:
+def compile_subject(subject: Subject, arch: str, place: int) -> float:
     """In a worker: compile launch number `place` of what `subject` launches; the seconds that it took."""
     launches = subject.launches(arch) if isinstance(subject, Problem) else of_case(*subject, arch)
     return compile_launch(launches[place], arch)
 
 
-Subject = Any
-"""A :class:`Problem`, or a case and a choice (None for the committed configuration)."""
+def compile_choice(case: Case, choice: Choice | None, arch: str) -> None:
+    """In a worker: compile all that a choice launches for `case`."""
+    for launch in of_case(case, choice, arch):
+        compile_launch(launch, arch)
 
 
 def tasks_for(subjects: Iterable[Subject], arch: str) -> list[Task]:

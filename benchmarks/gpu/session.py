@@ -1,9 +1,8 @@
-"""A session: stages one after the other, each in its own process and time; everything that they say is written at once."""
+"""A session: stages one after the other, each in its own process and time; all that they say is written at once."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import selectors
 import signal
@@ -87,7 +86,14 @@ class Session:
     """One run of `smoke`, `full` or `train`."""
 
     def __init__(
-        self, kind: str, out: Path, budget: float, device: str, *, dry: bool = False, options: dict[str, str] | None = None
+        self,
+        kind: str,
+        out: Path,
+        budget: float,
+        device: str,
+        *,
+        dry: bool = False,
+        options: dict[str, str] | None = None,
     ) -> None:
         self.kind, self.out, self.budget, self.device, self.dry = kind, out, budget, device, dry
         self.options = options or {}
@@ -237,7 +243,10 @@ def summarise(records: Sequence[Record], outcomes: dict[str, str]) -> str:
     parts = []
     tuned = [row for row in rows if row.suite == "tuning"]
     if tuned:
-        parts += ["Configurations, fastest first, then the committed one and the fastest rival (ms):", best_table(tuned)]
+        parts += [
+            "Configurations, fastest first, then the committed one and the fastest rival (ms):",
+            best_table(tuned),
+        ]
         parts += ["  (`python -m benchmarks.tune --apply cuda-tuning.json` takes them over)"]
     timed = [row for row in rows if row.suite in ("kernels", "edits")]
     if timed:
@@ -266,7 +275,3 @@ def collect_journals(out: Path) -> list[Path]:
     """Make the files of rows anew from the journals of a folder, for a session that was itself ended."""
     rows = [row for path in sorted(out.glob("*.jsonl")) for row in rows_of(read_journal(path))]
     return collect(out, rows)
-
-
-def describe(record: Record) -> str:
-    return json.dumps(record)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..rows import ROOT, Row
-from .pool import Outcome, Task, share_out
+from .pool import STARTUP, Outcome, Task, share_out
 from .records import say, say_row
 
 CHECK_LIMIT = 25.0  # seconds for one check with a compilation or two in it
@@ -115,8 +115,8 @@ def _timed_subjects(arch: str) -> list[Any]:
 def smoke_checks(context: Context) -> None:
     from .checks import launch_tasks, smoke_problems, tasks
 
-    problems = smoke_problems()
-    _check(context, [*launch_tasks(context.device, context.backend, _devices()), *tasks(*_for(context, problems))])
+    launched = launch_tasks(context.device, context.backend, _devices())
+    _check(context, [*(launched[:2] if context.dry else launched), *tasks(*_for(context, smoke_problems()))])
 
 
 def full_checks(context: Context) -> None:
@@ -137,19 +137,21 @@ def _check(context: Context, tasks: Sequence[Task]) -> None:
 
     workers = 2 if context.dry else worker_count(14)
     limit = float(context.option("check-limit", str(CHECK_LIMIT)))
-    skipped = 0
+    skipped: list[str] = []
     for outcome in share_out(
         [*tasks, *_planted(context)],
         workers,
         limit,
+        startup=float(context.option("startup", str(STARTUP))),
         setup="benchmarks.gpu.checks:one_thread",
         time_left=context.left,
         began=lambda task: say("begin", what=task.name),
     ):
-        skipped += outcome.skipped
+        skipped += [outcome.task.name] if outcome.skipped else []
         _say_outcome(outcome)
     if skipped:
-        say("failure", what=f"{skipped} checks", why="no time was left for them")
+        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        say("failure", what="; ".join(skipped[:5]) + more, why="no time was left")
 
 
 def _say_outcome(outcome: Outcome) -> None:
@@ -166,7 +168,7 @@ def _say_outcome(outcome: Outcome) -> None:
 def _planted(context: Context) -> list[Task]:
     """Faults that a test plants: "name=module:function" for each."""
     planted = context.option("plant", "")
-    return [Task(*entry.split("=", 1)) for entry in planted.split(",") if "=" in entry]
+    return [Task(name, call) for name, _, call in (entry.partition("=") for entry in planted.split(",")) if call]
 
 
 def ratios(context: Context) -> None:
@@ -232,7 +234,17 @@ def device_tests(context: Context) -> None:
     selected = ["-m", "gpu", *paths]
     if context.dry:
         selected = ["-m", "not gpu and not slow", "tests/benchmarks/test_rows.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.tests_said", *selected]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "benchmarks.gpu.tests_said",
+        *selected,
+    ]
     if _has("xdist") and not context.dry:
         command += ["-n", "4"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
