@@ -18,6 +18,7 @@ from .problems import DTYPES, Problem, check
 
 HEAD_DIMS = (40, 64, 80, 128, 160)  # of SD 1.5, SD 2 and SDXL, and of diffusion transformers
 OTHER_HEAD_DIMS = (8, 16, 32, 72, 96, 256)
+EVERY_SCORE, PADDING = (True, True, True, True), (True, False, False, True)  # the axes [G, H, N, M] that a bias has
 RAGGED = (333, 517)  # queries and keys that end within a tile
 
 # The shapes whose times the smoke run compares: (tokens, heads, head dim).
@@ -52,8 +53,8 @@ def smoke_problems() -> list[Problem]:
         problems += [
             Problem((0, 0), 512, 512, head_dim, heads=2),
             Problem((0, 1), *RAGGED, head_dim, results="replay"),
-            Problem((0, 0), *RAGGED, head_dim, bias=(True, True, True, True)),
-            Problem((0, 0), 256, 77, head_dim, bias=(True, False, False, True)),
+            Problem((0, 0), *RAGGED, head_dim, bias=EVERY_SCORE),
+            Problem((0, 0), 256, 77, head_dim, bias=PADDING),
             Problem((0, 0), *RAGGED, head_dim, row_weight=(True, False, True)),
             Problem((0, 0, 0, 0, 0), *RAGGED, head_dim, heads=2),
         ]

@@ -109,7 +109,8 @@ def share_out(
         time_left: seconds until everything ends; what is not begun by then is skipped, what is under way is named.
         began: told of each task that starts.
     """
-    queue, crew = deque(tasks), []
+    queue = deque(tasks)
+    crew: list[_Worker] = []
     try:
         while queue or any(worker.task for worker in crew):
             if time_left() <= 0:

@@ -77,8 +77,8 @@ class Problem:
         )
         bias = row_weight = None
         if self.bias:
-            extents = (self.maps, self.heads, self.queries, self.keys)
-            bias = like.new_empty([n if varies else 1 for n, varies in zip(extents, self.bias, strict=True)])
+            score_axes = zip((self.maps, self.heads, self.queries, self.keys), self.bias, strict=True)
+            bias = like.new_empty([n if varies else 1 for n, varies in score_axes])
         if self.row_weight:
             extents = (rows, self.heads, self.queries)
             row_weight = like.new_empty(
