@@ -64,11 +64,11 @@ def plan(
         config = apply_config(query, values, chunk, bias is not None, tf32)
         known_here = known or not chunk.first
         outs = columns_of(out, chunk)
-        if config.gluon and bias is None and row_weight is None:
-            if not hopper.refusal(query, key, values, chunk, scale, config):
-                yield from hopper.launches(query, key, values, chunk, scale, outs, logsumexp, known_here, config)
-                continue
-        plain = bias is None and row_weight is None and not known_here
+        plain = bias is None and row_weight is None
+        if config.gluon and plain and not hopper.refusal(query, key, values, chunk, scale, config):
+            yield from hopper.launches(query, key, values, chunk, scale, outs, logsumexp, known_here, config)
+            continue
+        plain = plain and not known_here
         if config.descriptors and plain and boxes.serves(query, key, values, chunk, scale):
             yield boxes.prepare(query, key, values, chunk, scale, outs, logsumexp, config)
             continue

@@ -170,6 +170,7 @@ def prepare(
             "VALUE_0": value_pieces[0],
             "VALUE_1": value_pieces[1],
             "BRANCHES": chunk.branches,
+            "BUNDLE": bundle(chunk.branches, value_pieces),
             "OUT_VECTOR": 2 if _pairs(out) else 1,
             "KNOWN": known,
             "EVEN_KEYS": keys % config.block_n == 0,
@@ -179,6 +180,11 @@ def prepare(
             "REGISTERS": REGISTERS[config.block_m // ROWS],
         },
     )
+
+
+def bundle(branches: int, pieces: tuple[int, int]) -> int:
+    """How many branches share one product: a power of two of at most 256 columns, the widest matrix instruction."""
+    return max(count for count in (1, 2, 4) if branches % count == 0 and (count == 1 or count * max(pieces) <= 256))
 
 
 def _pairs(out: Tensor) -> bool:
@@ -192,9 +198,7 @@ def layout(width: int, itemsize: int) -> Any:
     """How a box with rows of ``width`` lies in shared memory: as the matrix instructions read it without conflicts."""
     from triton.experimental.gluon.language import NVMMASharedLayout
 
-    return NVMMASharedLayout(
-        swizzle_byte_width=min(128, width * itemsize), element_bitwidth=8 * itemsize, rank=4
-    )
+    return NVMMASharedLayout(swizzle_byte_width=min(128, width * itemsize), element_bitwidth=8 * itemsize, rank=4)
 
 
 def descriptor(tensor: Tensor, shape: list[int], steps: list[int], box: list[int]) -> Any:

@@ -33,8 +33,21 @@ LN2 = gl.constexpr(0.6931471805599453)
 FETCHERS = gl.constexpr(1)  # warps that fetch
 ROWS = gl.constexpr(64)  # of a warpgroup's matrix instruction
 
-# Triton 3.8 renamed it.
+# Triton 3.8 renamed both.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def _side_by_side(
+    ring, TYPE: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """The tiles of a ring of values as fewer, wider ones: wide tiles lie as narrow ones do, behind one another."""
+    if _PUBLIC:
+        wide = ring.reinterpret(TYPE, [TILES, ROWS, WIDTH], LAYOUT)
+    else:
+        wide = ring._reinterpret(TYPE, [TILES, ROWS, WIDTH], LAYOUT)
+    return wide
 
 
 @gluon.jit
@@ -71,6 +84,9 @@ def _fetch(
         _load(query_0, [group, head, row, 0], q_full, q_0.index(part))
         if HEAD_1 > 0:
             _load(query_1, [group, head, row, HEAD_0], q_full, q_1.index(part))
+    batch_rows = ()
+    for branch in gl.static_range(BRANCHES):
+        batch_rows = batch_rows + (gl.load(group_ptr + 1 + branch),)
     tiles = gl.cdiv(keys, BLOCK_N)
     slot = 0
     # A barrier that has completed nothing answers a wait for its phase 1 at once: the slots are empty.
@@ -85,7 +101,7 @@ def _fetch(
         mbarrier.wait(v_empty.index(slot), phase)
         mbarrier.expect(v_full.index(slot), 2 * BLOCK_N * BRANCHES * (VALUE_0 + VALUE_1))
         for branch in gl.static_range(BRANCHES):
-            row = gl.load(group_ptr + 1 + branch)
+            row = batch_rows[branch]
             _load(value_0, [row, head, start, 0], v_full.index(slot), v_0.index(slot * BRANCHES + branch))
             if VALUE_1 > 0:
                 _load(value_1, [row, head, start, VALUE_0], v_full.index(slot), v_1.index(slot * BRANCHES + branch))
@@ -131,27 +147,24 @@ def _scores(
 def _products(
     probabilities,
     accumulators,
-    v_0,
-    v_1,
+    values,
     slot,
-    VALUE_0: gl.constexpr,
-    VALUE_1: gl.constexpr,
-    BRANCHES: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    SPLIT: gl.constexpr,
+    BUNDLES: gl.constexpr,
     LAYOUT_0: gl.constexpr,
     LAYOUT_1: gl.constexpr,
 ):
     """Issue P V for a slot of the values, added to the accumulators: in flight when this returns."""
     operand = gl.convert_layout(probabilities, gl.DotOperandLayout(0, LAYOUT_0, 2))
     products = ()
-    for branch in gl.static_range(BRANCHES):
-        v = v_0.index(slot * BRANCHES + branch).reshape([BLOCK_N, VALUE_0])
-        products = products + (warpgroup_mma(operand, v, accumulators[branch], is_async=True),)
-    if VALUE_1 > 0:
+    for bundle in gl.static_range(BUNDLES):
+        v = values[0].index(slot * BUNDLES + bundle)
+        products = products + (warpgroup_mma(operand, v, accumulators[bundle], is_async=True),)
+    if SPLIT:
         operand_1 = gl.convert_layout(probabilities, gl.DotOperandLayout(0, LAYOUT_1, 2))
-        for branch in gl.static_range(BRANCHES):
-            v = v_1.index(slot * BRANCHES + branch).reshape([BLOCK_N, VALUE_1])
-            products = products + (warpgroup_mma(operand_1, v, accumulators[BRANCHES + branch], is_async=True),)
+        for bundle in gl.static_range(BUNDLES):
+            v = values[1].index(slot * BUNDLES + bundle)
+            products = products + (warpgroup_mma(operand_1, v, accumulators[BUNDLES + bundle], is_async=True),)
     return products
 
 
@@ -170,20 +183,20 @@ def _finished(products, PRODUCTS: gl.constexpr):
 def _rescaled(
     accumulators,
     factor,
-    VALUE_1: gl.constexpr,
-    BRANCHES: gl.constexpr,
+    SPLIT: gl.constexpr,
+    BUNDLES: gl.constexpr,
     LAYOUT_0: gl.constexpr,
     LAYOUT_1: gl.constexpr,
 ):
     """Every row of the accumulators times its entry of ``factor``."""
     factor_0 = gl.convert_layout(factor, gl.SliceLayout(1, LAYOUT_0))[:, None]
     rescaled = ()
-    for branch in gl.static_range(BRANCHES):
-        rescaled = rescaled + (accumulators[branch] * factor_0,)
-    if VALUE_1 > 0:
+    for bundle in gl.static_range(BUNDLES):
+        rescaled = rescaled + (accumulators[bundle] * factor_0,)
+    if SPLIT:
         factor_1 = gl.convert_layout(factor, gl.SliceLayout(1, LAYOUT_1))[:, None]
-        for branch in gl.static_range(BRANCHES):
-            rescaled = rescaled + (accumulators[BRANCHES + branch] * factor_1,)
+        for bundle in gl.static_range(BUNDLES):
+            rescaled = rescaled + (accumulators[BUNDLES + bundle] * factor_1,)
     return rescaled
 
 
@@ -191,26 +204,46 @@ def _rescaled(
 def _write(
     accumulator,
     out_ptr,
+    rows_ptr,
     first_row,
     queries,
+    stride_b,
     stride_n,
     stride_e,
-    wanted,
+    before: gl.constexpr,
     START: gl.constexpr,
     WIDTH: gl.constexpr,
+    BUNDLE: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     VECTOR: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
-    """Columns START .. START + WIDTH of one branch; ``out_ptr`` points at its row 0."""
+    """Columns START .. START + WIDTH of the BUNDLE branches after ``before``; ``rows_ptr`` holds their batch rows.
+
+    VECTOR neighbours, which a thread holds, lie side by side and start aligned; the compiler cannot see that.
+    """
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    columns = START + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
-    offsets = rows[:, None] * stride_n + columns[None, :] * stride_e
+    column = gl.arange(0, BUNDLE * WIDTH, gl.SliceLayout(0, LAYOUT))
+    entry = START + column % WIDTH
+    valid = entry // VECTOR * VECTOR < VALUE_DIM
+    start = first_row.to(gl.int64) * stride_n
+    branches = gl.zeros([BUNDLE * WIDTH], gl.int64, gl.SliceLayout(0, LAYOUT))
+    for branch in gl.static_range(BUNDLE):
+        row = gl.load(rows_ptr + before + branch)
+        mine = column // WIDTH == branch
+        branches = gl.where(mine, row.to(gl.int64) * stride_b + start, branches)
+        if before + branch > 0:
+            # A branch that names the row before it again is there to make the launch wide enough.
+            valid = valid & ((gl.load(rows_ptr + before + branch - 1) != row) | (column // WIDTH != branch))
+    offsets = (branches + entry * stride_e)[None, :] + rows[:, None] * stride_n
     if VECTOR > 1:
         offsets = gl.max_contiguous(gl.multiple_of(offsets, [1, VECTOR]), [1, VECTOR])
-    pointers = out_ptr + first_row.to(gl.int64) * stride_n + offsets
-    valid = (rows < queries - first_row)[:, None] & (columns // VECTOR * VECTOR < VALUE_DIM)[None, :] & wanted
-    gl.store(pointers, accumulator.to(out_ptr.dtype.element_ty), mask=valid)
+        valid = gl.max_constancy(valid, [VECTOR])
+    gl.store(
+        out_ptr + offsets,
+        accumulator.to(out_ptr.dtype.element_ty),
+        mask=(rows < queries - first_row)[:, None] & valid[None, :],
+    )
 
 
 @gluon.jit
@@ -226,7 +259,10 @@ def _multiply(
     VALUE_DIM: gl.constexpr,
     VALUE_0: gl.constexpr,
     VALUE_1: gl.constexpr,
+    VALUES_0: gl.constexpr,
+    VALUES_1: gl.constexpr,
     BRANCHES: gl.constexpr,
+    BUNDLE: gl.constexpr,
     OUT_VECTOR: gl.constexpr,
     KNOWN: gl.constexpr,
     EVEN_KEYS: gl.constexpr,
@@ -243,10 +279,14 @@ def _multiply(
     out_stride_b = out_stride_b // OUT_VECTOR * OUT_VECTOR
     out_stride_h = out_stride_h // OUT_VECTOR * OUT_VECTOR
     out_stride_n = out_stride_n // OUT_VECTOR * OUT_VECTOR
+    BUNDLES: gl.constexpr = BRANCHES // BUNDLE
+    SPLIT: gl.constexpr = VALUE_1 > 0
+    WIDE_0: gl.constexpr = BUNDLE * VALUE_0
+    WIDE_1: gl.constexpr = BUNDLE * (VALUE_1 if VALUE_1 > 0 else VALUE_0)
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    O_0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_0, 16])
-    O_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE_1 if VALUE_1 > 0 else VALUE_0, 16])
-    PRODUCTS: gl.constexpr = BRANCHES * (2 if VALUE_1 > 0 else 1)
+    O_0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE_0, 16])
+    O_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE_1, 16])
+    PRODUCTS: gl.constexpr = BUNDLES * (2 if SPLIT else 1)
     TYPE: gl.constexpr = out_ptr.dtype.element_ty
     first_row = (tile * GROUPS + part) * ROWS
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, S))
@@ -254,12 +294,16 @@ def _multiply(
     row_valid = rows < queries - first_row
     tiles = gl.cdiv(keys, BLOCK_N)
 
+    TILES: gl.constexpr = STAGES * BUNDLES
+    values = (_side_by_side(v_0, TYPE, TILES, BLOCK_N, WIDE_0, VALUES_0),)
+    if SPLIT:
+        values = values + (_side_by_side(v_1, TYPE, TILES, BLOCK_N, WIDE_1, VALUES_1),)
     accumulators = ()
-    for _ in gl.static_range(BRANCHES):
-        accumulators = accumulators + (gl.zeros([ROWS, VALUE_0], gl.float32, O_0),)
-    if VALUE_1 > 0:
-        for _ in gl.static_range(BRANCHES):
-            accumulators = accumulators + (gl.zeros([ROWS, VALUE_1], gl.float32, O_1),)
+    for _ in gl.static_range(BUNDLES):
+        accumulators = accumulators + (gl.zeros([ROWS, WIDE_0], gl.float32, O_0),)
+    if SPLIT:
+        for _ in gl.static_range(BUNDLES):
+            accumulators = accumulators + (gl.zeros([ROWS, WIDE_1], gl.float32, O_1),)
 
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
@@ -285,9 +329,7 @@ def _multiply(
     for step in range(1, tiles):
         in_flight = _scores(q_0, q_1, k_0, k_1, part, k_slot, HEAD_0, HEAD_1, BLOCK_N, S)
         mbarrier.wait(v_full.index(v_slot), v_phase)
-        products = _products(
-            probabilities, accumulators, v_0, v_1, v_slot, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, O_0, O_1
-        )
+        products = _products(probabilities, accumulators, values, v_slot, SPLIT, BUNDLES, O_0, O_1)
         scores = warpgroup_mma_wait(PRODUCTS, deps=[in_flight])
         mbarrier.arrive(k_empty.index(k_slot))
         if not KNOWN:
@@ -307,46 +349,56 @@ def _multiply(
         mbarrier.arrive(v_empty.index(v_slot))
         probabilities = exponentials.to(TYPE)
         if not KNOWN:
-            accumulators = _rescaled(accumulators, rescale, VALUE_1, BRANCHES, O_0, O_1)
+            accumulators = _rescaled(accumulators, rescale, SPLIT, BUNDLES, O_0, O_1)
         v_slot += 1
         if v_slot == STAGES:
             v_slot = 0
             v_phase ^= 1
     mbarrier.wait(v_full.index(v_slot), v_phase)
-    accumulators = _finished(
-        _products(probabilities, accumulators, v_0, v_1, v_slot, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, O_0, O_1),
-        PRODUCTS,
-    )
+    products = _products(probabilities, accumulators, values, v_slot, SPLIT, BUNDLES, O_0, O_1)
+    accumulators = _finished(products, PRODUCTS)
 
     if not KNOWN:
         gl.store(logsumexp_ptr + rows, (maximum + gl.log2(normaliser)) * LN2, mask=row_valid)
-        accumulators = _rescaled(accumulators, 1.0 / normaliser, VALUE_1, BRANCHES, O_0, O_1)
+        accumulators = _rescaled(accumulators, 1.0 / normaliser, SPLIT, BUNDLES, O_0, O_1)
     out_ptr += head.to(gl.int64) * out_stride_h
-    before = -1
-    for branch in gl.static_range(BRANCHES):
-        row = gl.load(group_ptr + 1 + branch)
-        at = out_ptr + row.to(gl.int64) * out_stride_b
-        # A branch that names the row before it again is there to make the launch wide enough.
-        wanted = row != before
+    rows_ptr = group_ptr + 1
+    for bundle in gl.static_range(BUNDLES):
         _write(
-            accumulators[branch], at, first_row, queries, out_stride_n, out_stride_e, wanted, 0, VALUE_0, VALUE_DIM, OUT_VECTOR, O_0
+            accumulators[bundle],
+            out_ptr,
+            rows_ptr,
+            first_row,
+            queries,
+            out_stride_b,
+            out_stride_n,
+            out_stride_e,
+            bundle * BUNDLE,
+            0,
+            VALUE_0,
+            BUNDLE,
+            VALUE_DIM,
+            OUT_VECTOR,
+            O_0,
         )
-        if VALUE_1 > 0:
+        if SPLIT:
             _write(
-                accumulators[BRANCHES + branch],
-                at,
+                accumulators[BUNDLES + bundle],
+                out_ptr,
+                rows_ptr,
                 first_row,
                 queries,
+                out_stride_b,
                 out_stride_n,
                 out_stride_e,
-                wanted,
+                bundle * BUNDLE,
                 VALUE_0,
                 VALUE_1,
+                BUNDLE,
                 VALUE_DIM,
                 OUT_VECTOR,
                 O_1,
             )
-        before = row
 
 
 @gluon.jit
@@ -374,6 +426,7 @@ def hopper_kernel(
     VALUE_0: gl.constexpr,
     VALUE_1: gl.constexpr,
     BRANCHES: gl.constexpr,
+    BUNDLE: gl.constexpr,
     OUT_VECTOR: gl.constexpr,
     KNOWN: gl.constexpr,
     EVEN_KEYS: gl.constexpr,
@@ -416,16 +469,21 @@ def hopper_kernel(
     # The copy engine sees the barriers as they are now.
     fence_async_shared()
 
+    VALUES_0: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * VALUE_0), 16, 2)
+    VALUES_1: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * VALUE_1) if VALUE_1 > 0 else 32, 16, 2)
     rings = (q_0, q_1, k_0, k_1, v_0, v_1)
     barriers = (q_full, k_full, k_empty, v_full, v_empty)
     outputs = (out_ptr, logsumexp_ptr, out_stride_b, out_stride_h, out_stride_n, out_stride_e)
     numbers = (scale, heads, queries, keys, head, tile)
-    # Constants stay constants in a call only.
+    # Constants stay constants in the call itself only.
+    # fmt: off
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1, BRANCHES, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
-                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile, keys, HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS)),
+                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile, keys,
+                          HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS)),
             ],
             [FETCHERS],
             [24],
@@ -433,9 +491,12 @@ def hopper_kernel(
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1, BRANCHES, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
-                (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1, BRANCHES, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
-                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile, keys, HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS)),
+                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile, keys,
+                          HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS)),
             ],
             [4, FETCHERS],
             [REGISTERS, 24],
@@ -443,11 +504,16 @@ def hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1, BRANCHES, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
-                (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1, BRANCHES, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
-                (_multiply, (2, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1, BRANCHES, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
-                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile, keys, HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS)),
+                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                (_multiply, (2, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile, keys,
+                          HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS)),
             ],
             [4, 4, FETCHERS],
             [REGISTERS, REGISTERS, 24],
         )
+    # fmt: on
