@@ -60,22 +60,25 @@ class Candidate:
     descriptors: bool = False
     specialised: bool = False
     maxnreg: int = 0
+    gluon: bool = False
 
     def __str__(self) -> str:
-        fetched = "d" * self.descriptors + "s" * self.specialised
+        fetched = "d" * self.descriptors + "s" * self.specialised + "g" * self.gluon
         bound = f"r{self.maxnreg}" if self.maxnreg else ""
         return f"{self.block_m}x{self.block_n}w{self.warps}s{self.stages}{fetched}{bound}"
 
     @classmethod
     def parse(cls, text: str) -> Candidate:
         """The inverse of `str`."""
-        found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(d?)(s?)(?:r(\d+))?", text)
+        found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(d?)(s?)(g?)(?:r(\d+))?", text)
         if found is None:
             raise ValueError(
-                f"expected a configuration such as 128x64w8s3, 128x64w4s2ds or 64x64w4s2r168, got {text!r}"
+                f"expected a configuration such as 128x64w8s3, 128x64w4s2ds, 128x128w4s2g or 64x64w4s2r168, "
+                f"got {text!r}"
             )
         block_m, block_n, warps, stages = map(int, found.groups()[:4])
-        return cls(block_m, block_n, warps, stages, bool(found[5]), bool(found[6]), int(found[7] or 0))
+        fetched = bool(found[5]), bool(found[6])
+        return cls(block_m, block_n, warps, stages, *fetched, int(found[8] or 0), bool(found[7]))
 
     def fits(self, head_dim: int, branches: int, shared_bytes: int, itemsize: int = 2) -> bool:
         """Whether the tiles can be held at all; what compiles but spills shows in its time.
@@ -83,6 +86,11 @@ class Candidate:
         Shared memory holds the query tile and `stages` key and value tiles; registers hold the accumulator,
         the scores and their half-precision copy. Descriptors fetch boxes, whose edges are powers of two.
         """
+        if self.gluon:
+            from fpe_kernels.backends.triton import hopper
+            from fpe_kernels.backends.triton.configs import Config
+
+            return hopper.most_branches(head_dim, head_dim, Config(*astuple(self))) > 0
         columns = branches * head_dim
         shared = (self.block_m * head_dim + self.stages * self.block_n * (head_dim + columns)) * itemsize
         registers = self.block_m * (columns + 1.5 * self.block_n)
@@ -138,6 +146,11 @@ SPECIALISED = [Candidate(*c, 4, stages, True, True) for c in ((64, 64), (64, 128
 # Registers at which three or four programs of four warps share a multiprocessor.
 BOUNDED = [Candidate(*c, maxnreg=most) for c in itertools.product((64,), (32, 64), (4,), (2, 3)) for most in (128, 168)]
 
+GLUON = [
+    Candidate(*c, gluon=True)
+    for c in ((128, 128, 4, 2), (128, 64, 4, 2), (128, 64, 4, 3), (128, 32, 4, 3), (192, 64, 4, 2), (64, 128, 4, 2))
+]
+
 
 def choices(case: Case, arch: str = "sm_90") -> Sequence[Choice]:
     """What is measured for `case` on `arch`: descriptors where a copy engine reads them, bounds where they exist."""
@@ -148,6 +161,7 @@ def choices(case: Case, arch: str = "sm_90") -> Sequence[Choice]:
     nvidia = arch.startswith("sm_")
     engine = nvidia and int(arch.removeprefix("sm_")) >= 90
     every = [*ALL, *(BOUNDED if nvidia else []), *(DESCRIBED + SPECIALISED if engine else [])]
+    every += GLUON if arch == "sm_90" else []
     return [c for c in every if c.fits(case.head_dim, case.batch // case.maps, SHARED_MEMORY[arch])]
 
 

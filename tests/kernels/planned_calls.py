@@ -129,6 +129,28 @@ def check_descriptors() -> None:
     assert "query_ptr" in launched(first)[0].arguments  # by the rule again
 
 
+def check_the_kernel_for_hopper() -> None:
+    rule = configs.apply_config
+    asked = configs.Config(128, 64, 4, 2, gluon=True)
+    configs.apply_config = cache(lambda *arguments: asked)
+    try:
+        # Two pieces of a head; more branches than a launch holds; a known log-sum-exp.
+        for make in (lambda: product(dim=40), lambda: product((0,) * 5, dim=64), lambda: product(dim=64, known=True)):
+            first, second = make(), make()
+            recorded = launched(first)
+            assert all("query_0" in launch.arguments for launch in recorded)
+            assert planned(second) == anew(second) != recorded
+        (halves,) = launched(product(dim=40))
+        boxes = {name: halves.arguments[name] for name in ("query_0", "query_1", "key_1", "value_1")}
+        assert [box[3] for box in boxes.values()] == [[1, 1, 64, 32], [1, 1, 64, 16], [1, 1, 64, 16], [1, 1, 64, 16]]
+        first, second = launched(product((0,) * 5, dim=64))
+        assert (first.arguments["BRANCHES"], first.arguments["KNOWN"]) == (3, False)
+        assert (second.arguments["BRANCHES"], second.arguments["KNOWN"]) == (2, True)
+        assert "query_ptr" in launched(product(dim=40, offset=1))[0].arguments  # where no descriptor holds it
+    finally:
+        configs.apply_config = rule
+
+
 def check_other_ways_to_compile() -> None:
     call = product()
     (plain,) = launched(call)

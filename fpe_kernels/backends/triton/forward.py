@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..grouping import rows_by_map
 from . import apply as pointers
-from . import boxes, configs
+from . import boxes, configs, hopper
 from .configs import MAX_COLUMNS, Config
 from .launch import Launch, product_precision
 from .packing import chunks, columns_of
@@ -63,11 +63,16 @@ def plan(
         values = columns_of(value, chunk)
         config = apply_config(query, values, chunk, bias is not None, tf32)
         known_here = known or not chunk.first
-        plain = bias is None and row_weight is None and not known_here
-        if config.descriptors and plain and boxes.serves(query, key, values, chunk, scale):
-            yield boxes.prepare(query, key, values, chunk, scale, columns_of(out, chunk), logsumexp, config)
+        outs = columns_of(out, chunk)
+        plain = bias is None and row_weight is None
+        if config.gluon and plain and not hopper.refusal(query, key, values, chunk, scale, config):
+            yield from hopper.launches(query, key, values, chunk, scale, outs, logsumexp, known_here, config)
             continue
-        if config.descriptors or (config.maxnreg and not plain):
+        plain = plain and not known_here
+        if config.descriptors and plain and boxes.serves(query, key, values, chunk, scale):
+            yield boxes.prepare(query, key, values, chunk, scale, outs, logsumexp, config)
+            continue
+        if config.descriptors or config.gluon or (config.maxnreg and not plain):
             config = config.general()
         whole_maps = all(set(rows[group]) == set(branches) for group, *branches in chunk.table)
         yield pointers.prepare(
@@ -77,7 +82,7 @@ def plan(
             bias,
             chunk,
             scale,
-            columns_of(out, chunk),
+            outs,
             logsumexp,
             known_here,
             row_weight,

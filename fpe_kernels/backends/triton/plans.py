@@ -8,6 +8,7 @@ next call of the same layout replaces the addresses of its tensors.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -16,13 +17,13 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch, allows_tf32, device_of
 
 Plan = Callable[..., Iterable[Launch]]
 
 _AT_MOST = 4096
+_ENDING = re.compile(r"_(ptr|\d+)$")
 _AMD = torch.version.hip is not None
 
 
@@ -35,13 +36,14 @@ class _Step:
     arguments: tuple[Any, ...]
     addresses: tuple[tuple[int, int, int], ...]  # place among the arguments, place among the tensors, bytes from it
     boxes: tuple[tuple[int, int], ...]  # place of what makes a descriptor of a tensor, place of that tensor
+    descriptor: Callable[..., Any]
 
     def __call__(self, tensors: tuple[Tensor | None, ...], addresses: list[int]) -> None:
         arguments = list(self.arguments)
         for place, source, offset in self.addresses:
             arguments[place] = addresses[source] + offset
         for place, source in self.boxes:
-            arguments[place] = TensorDescriptor(tensors[source], *arguments[place])
+            arguments[place] = self.descriptor(tensors[source], *arguments[place])
         self.launch(*arguments)
 
 
@@ -58,8 +60,8 @@ def launch_all(plan: Plan, tensors: tuple[Tensor | None, ...], *rest: Hashable) 
 
     Args:
         plan: yields the launches of a call in order; those depend on nothing but the layouts and ``rest``. A tensor
-            of a launch is that of the plan's parameter of the same name, which may end in ``_ptr``, or a part of it;
-            tensors by other names are kept.
+            of a launch is that of the plan's parameter of the same name, which may end in ``_ptr`` or in a number, or
+            a part of it; tensors by other names are kept.
         tensors: the first arguments of ``plan``; the first of them is never None.
         rest: the other arguments; what is chosen by a function that can be replaced takes that function too.
 
@@ -117,7 +119,7 @@ def _step(plan: Plan, launch: Launch, compiled: Any, tensors: tuple[Tensor | Non
     arguments: list[Any] = []
     addresses, boxes = [], []
     for place, name in enumerate(launch.kernel.arg_names):
-        tensor, source = launch.tensors.get(name), _parameters(plan).get(name.removesuffix("_ptr"))
+        tensor, source = launch.tensors.get(name), _parameters(plan).get(_ENDING.sub("", name))
         if tensor is None:
             arguments.append(launch.numbers[name] if name in launch.numbers else launch.constants[name])
         elif source is None:
@@ -137,7 +139,8 @@ def _step(plan: Plan, launch: Launch, compiled: Any, tensors: tuple[Tensor | Non
                 arguments.append((list(tensor.shape), list(tensor.stride()), list(launch.boxes[name])))
             else:
                 return None
-    return _Step(launch.kernel, compiled[launch.programs, 1, 1], tuple(arguments), tuple(addresses), tuple(boxes))
+    run = compiled[launch.programs, 1, 1]
+    return _Step(launch.kernel, run, tuple(arguments), tuple(addresses), tuple(boxes), launch.descriptor)
 
 
 @cache
