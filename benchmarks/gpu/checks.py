@@ -41,7 +41,7 @@ def headline_cases() -> list[Case]:
     return [Case("smoke", 8 * int(n**0.5), n, heads, d, 1, "halves") for n, heads, d in HEADLINE_SHAPES]
 
 
-def smoke_problems() -> list[Problem]:
+def smoke_problems(arch: str = "sm_90") -> list[Problem]:
     """Every kernel kind, dtype and head dim once; every kind of input at the head dims of models."""
     pairs = (0, 0, 1)  # a map with two rows and one with one: launches of both widths
     problems = [
@@ -58,7 +58,22 @@ def smoke_problems() -> list[Problem]:
             Problem((0, 0), *RAGGED, head_dim, row_weight=(True, False, True)),
             Problem((0, 0, 0, 0, 0), *RAGGED, head_dim, heads=2),
         ]
-    return [*problems, *launch_path.PROBLEMS]
+    return [*problems, *launch_path.PROBLEMS, *(hopper_problems() if arch == "sm_90" else [])]
+
+
+def hopper_problems() -> list[Problem]:
+    """The kernel that only Hopper has, by name, since no rule chooses it before it has been measured."""
+    tiles = {40: "128x128w4s2g", 64: "128x128w4s2g", 80: "128x64w4s2g", 128: "128x64w4s2g", 160: "128x64w4s2g"}
+    return [
+        Problem(rows, *shape, head_dim, dtype, choice=tile, results=results)
+        for head_dim, tile in tiles.items()
+        for rows, shape, dtype, results in (
+            ((0, 0), (512, 512), "float16", "forward"),
+            ((0, 0, 1), RAGGED, "float16", "forward"),
+            ((0, 0), RAGGED, "bfloat16", "forward"),
+            ((0, 1), RAGGED, "float16", "replay"),
+        )
+    ]
 
 
 def full_problems() -> list[Problem]:

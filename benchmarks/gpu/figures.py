@@ -39,7 +39,7 @@ def measure_programs(arch: str, session: str, workers: int) -> tuple[Figure, lis
     from .programs import compile_ahead
     from .stages import _timed_subjects
 
-    subjects: list[Any] = [*checks.smoke_problems(), *((case, None) for case in checks.headline_cases())]
+    subjects: list[Any] = [*checks.smoke_problems(arch), *((case, None) for case in checks.headline_cases())]
     if session == "full":
         subjects = [*checks.full_problems(), *_timed_subjects(arch)]
     seconds, count, failures = 0.0, 0, []

@@ -90,7 +90,7 @@ def programs(context: Context) -> None:
 
     arch = _architecture(context)
     kind = context.option("session", "smoke")
-    subjects: list[Any] = [*smoke_problems(), *((case, None) for case in headline_cases())]
+    subjects: list[Any] = [*smoke_problems(arch), *((case, None) for case in headline_cases())]
     if kind == "full":
         subjects = [*full_problems(), *_timed_subjects(arch)]
     if context.dry:
@@ -116,7 +116,10 @@ def smoke_checks(context: Context) -> None:
     from .checks import launch_tasks, smoke_problems, tasks
 
     launched = launch_tasks(context.device, context.backend, _devices())
-    _check(context, [*(launched[:2] if context.dry else launched), *tasks(*_for(context, smoke_problems()))])
+    _check(
+        context,
+        [*(launched[:2] if context.dry else launched), *tasks(*_for(context, smoke_problems(_architecture(context))))],
+    )
 
 
 def full_checks(context: Context) -> None:
