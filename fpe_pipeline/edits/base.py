@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,20 @@ class Edit(ABC):
     def active(self, step: Step) -> bool:
         """Whether the edit is asked at this step; elsewhere the batch may have any layout."""
         return True
+
+    def phase(self, step: Step) -> Hashable:
+        """What of a step :meth:`products` follows from, where the edit is active.
+
+        At steps of equal phases a site and roles get the same products, and a session asks for them once. None, the
+        default, is a phase of its own for every step: for products that follow from the step itself or from the run.
+        A subclass that writes :meth:`products` anew starts from the default.
+        """
+        return None
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "products" in vars(cls) and "phase" not in vars(cls):
+            cls.phase = Edit.phase  # type: ignore[method-assign]  what it inherits speaks of other products
 
     def begin(self) -> Edit:
         """What a session asks for the length of its ``with`` block: an edit that remembers anything of a run
@@ -140,6 +154,10 @@ class CombinedEdit(Edit):
     def active(self, step: Step) -> bool:
         return any(edit.active(step) for edit in self.edits)
 
+    def phase(self, step: Step) -> Hashable:
+        phases = tuple(edit.phase(step) if edit.active(step) else () for edit in self.edits)
+        return None if None in phases else (phases, tuple(edit.active(step) for edit in self.edits))
+
     def written_for(self) -> tuple[str, ...]:
         """Raises ValueError where two of the edits aligned other prompts."""
         given = {edit.written_for() for edit in self.edits}
@@ -181,6 +199,9 @@ class _RunningCombination(CombinedEdit):
             for site in edit.select(sites):
                 self._owners.setdefault(site, set()).add(number)
         return tuple(site for site in sites if site in self._owners)
+
+    def phase(self, step: Step) -> Hashable:
+        return super().phase(step)
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Products:
         owners = self._owners.get(site, ())
