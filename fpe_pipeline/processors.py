@@ -184,6 +184,10 @@ class EditAttnProcessor:
         return out
 
 
+# `Attention.forward` looks at it at every call, and working it out takes longer than launching the layer's attention.
+EditAttnProcessor.__call__.__signature__ = inspect.signature(EditAttnProcessor.__call__)  # type: ignore[attr-defined]
+
+
 class _EditAttnModule(EditAttnProcessor, torch.nn.Module):
     """The processor around one that is a module, such as an IP-Adapter's, in whose place it is a module itself.
 
