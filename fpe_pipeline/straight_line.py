@@ -8,6 +8,7 @@ as slices) is worked out once for the plan, and a call is the tensor operations 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,10 +20,9 @@ from .products import ProductPlan
 __all__ = ["StraightLine", "straight_line"]
 
 
-def straight_line(plan: ProductPlan, tokens: int, backend: str) -> StraightLine | None:
+def straight_line(plan: ProductPlan, tokens: int | None, backend: str) -> StraightLine | None:
     """How to compute a plan's self-attention of so many tokens in one call; None where it takes more than that."""
-    call = plan.only_call
-    return None if call is None else StraightLine(plan, tokens, backend)
+    return None if plan.only_call is None or tokens is None else StraightLine(plan, tokens, backend)
 
 
 class StraightLine:
@@ -38,22 +38,31 @@ class StraightLine:
         call = plan.only_call
         assert call is not None
         self._rows, self._tokens, self._backend = plan.rows, tokens, backend
-        queries, keys = [spec.query for spec in call.maps], [spec.keys[0] for spec in call.maps]
-        values = [product.values[0] for product in call.products]
-        self._maps, self._map_index = len(queries), call.map_index
-        self._queries, self._keys, self._values = (runs(rows, plan.rows) for rows in (queries, keys, values))
+        named = {
+            "query": (plan.queries, [spec.query for spec in call.maps]),
+            "key": (plan.keys, [spec.keys[0] for spec in call.maps]),
+            "value": (plan.values, [product.values[0] for product in call.products]),
+        }
+        self._map_index = call.map_index
+        # The rows to project, and then, by their places among those, each map's and each product's.
+        self._queries, self._keys, self._values = (runs(rows, plan.rows) for rows, _ in named.values())
+        self._query_order, self._key_order, self._value_order = (
+            runs([rows.index(row) for row in wanted], len(rows)) for rows, wanted in named.values()
+        )
         self._is_own = self._queries == self._keys
+        self._projected = len(plan.queries), len(plan.keys), len(plan.values)
 
-    def serves(self, attn: Any, hidden_states: torch.Tensor, *others: Any) -> bool:
+    def serves(self, attn: Any, hidden_states: torch.Tensor, context: Any, mask: Any) -> bool:
         """Whether the layer is nothing but projections around attention over its own tokens.
 
         Args:
             attn: the diffusers ``Attention``.
             hidden_states: [B, N, C].
-            others: what else it receives, of which there may be nothing.
+            context, mask: what else it receives, which has to be None.
         """
         return (
-            others == _NOTHING
+            context is None
+            and mask is None
             and hidden_states.ndim == 3
             and hidden_states.shape[0] == self._rows
             and hidden_states.shape[1] == self._tokens
@@ -65,7 +74,7 @@ class StraightLine:
 
     def __call__(self, attn: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int, tuple[int, int]]:
         """The layer's output [B, N, C], bytes of a number of its values, bytes held and bytes of dense maps."""
-        rows, maps, tokens, heads = self._rows, self._maps, self._tokens, attn.heads
+        tokens, heads, (queries, keys, values) = self._tokens, attn.heads, self._projected
         asking = _taken(hidden_states, self._queries)
         query = attn.to_q(asking)
         key = attn.to_k(asking if self._is_own else _taken(hidden_states, self._keys))
@@ -74,30 +83,27 @@ class StraightLine:
         if query.dtype is not dtype or key.dtype is not dtype:
             query, key = query.to(dtype), key.to(dtype)
         out = shared_attention(
-            query.view(maps, tokens, heads, -1).transpose(1, 2),
-            key.view(maps, tokens, heads, -1).transpose(1, 2),
-            value.view(rows, tokens, heads, -1).transpose(1, 2),
+            _taken(query.view(queries, tokens, heads, -1).transpose(1, 2), self._query_order),
+            _taken(key.view(keys, tokens, heads, -1).transpose(1, 2), self._key_order),
+            _taken(value.view(values, tokens, heads, -1).transpose(1, 2), self._value_order),
             self._map_index,
             scale=attn.scale,
             backend=self._backend,
         )
         itemsize = dtype.itemsize
-        held = tokens * itemsize * (maps * (query.shape[2] + key.shape[2]) + rows * width)
+        held = tokens * itemsize * (queries * query.shape[2] + keys * key.shape[2] + values * width)
         project, dropout = attn.to_out
-        out = dropout(project(out.transpose(1, 2).reshape(rows, tokens, width)))
+        out = dropout(project(out.transpose(1, 2).reshape(self._rows, tokens, width)))
         if attn.residual_connection:
             out = out + hidden_states
         if attn.rescale_output_factor != 1.0:
             out = out / attn.rescale_output_factor
-        return out, itemsize, (held, rows * heads * tokens * tokens * itemsize)
+        return out, itemsize, (held, self._rows * heads * tokens * tokens * itemsize)
 
 
-_NOTHING = (None, None)
-
-
-def runs(rows: list[int], batch: int) -> tuple[slice, ...]:
+def runs(rows: Sequence[int], batch: int) -> tuple[slice, ...]:
     """``rows`` of a batch as slices; () for all of them in order."""
-    if rows == list(range(batch)):
+    if list(rows) == list(range(batch)):
         return ()
     starts = [place for place, row in enumerate(rows) if place == 0 or row != rows[place - 1] + 1]
     stops = [*starts[1:], len(rows)]

@@ -44,7 +44,7 @@ class Edit(ABC):
         return True
 
     def phase(self, step: Step) -> Hashable:
-        """What of a step :meth:`products` follows from, where the edit is active.
+        """What of a step :meth:`products` and :meth:`features` follow from, where the edit is active.
 
         At steps of equal phases a site and roles get the same products, and a session asks for them once. None, the
         default, is a phase of its own for every step: for products that follow from the step itself or from the run.
@@ -52,10 +52,29 @@ class Edit(ABC):
         """
         return None
 
+    def phases(self, total: int) -> tuple[range, ...]:
+        """The runs of steps in a schedule of ``total`` in which a UNet call does the same work.
+
+        One graph, compiled or captured, serves all steps of a run::
+
+            >>> FreePromptEdit(0.8).phases(50)
+            (range(0, 40), range(40, 50))
+        """
+        runs: list[range] = []
+        latest: Hashable = None
+        for step in (Step(index, total) for index in range(total)):
+            phase = ("active", self.phase(step)) if self.active(step) else ("left alone",)
+            if runs and phase == latest and phase != ("active", None):
+                runs[-1] = range(runs[-1].start, step.index + 1)
+            else:
+                runs.append(range(step.index, step.index + 1))
+            latest = phase
+        return tuple(runs)
+
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if "products" in vars(cls) and "phase" not in vars(cls):
-            cls.phase = Edit.phase  # type: ignore[method-assign]  what it inherits speaks of other products
+            setattr(cls, "phase", Edit.phase)  # noqa: B010  what it inherits speaks of other products
 
     def begin(self) -> Edit:
         """What a session asks for the length of its ``with`` block: an edit that remembers anything of a run
@@ -200,8 +219,7 @@ class _RunningCombination(CombinedEdit):
                 self._owners.setdefault(site, set()).add(number)
         return tuple(site for site in sites if site in self._owners)
 
-    def phase(self, step: Step) -> Hashable:
-        return super().phase(step)
+    phase = CombinedEdit.phase
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Products:
         owners = self._owners.get(site, ())

@@ -63,7 +63,7 @@ class PlugAndPlayEdit(SelfAttentionEdit):
         return chosen
 
     def phase(self, step: Step) -> Hashable:
-        return step in StepWindow(*self.attention_steps)
+        return step in StepWindow(*self.attention_steps), step in StepWindow(*self.feature_steps)
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
         if step not in StepWindow(*self.attention_steps):
