@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import __doc__ as description
 from .session import BUDGETS, Session, collect_journals
-from .stages import SESSIONS, Context
+from .stages import SESSIONS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,13 +30,6 @@ def main(argv: list[str] | None = None) -> int:
         if kind == "train":
             one.add_argument("--models", default="embedded", help="names of models, joined by commas")
             one.add_argument("--max-mib", type=float, default=16.0, help="largest file to leave, in MiB")
-    stage = commands.add_parser("stage")
-    stage.add_argument("name")
-    stage.add_argument("--out", type=Path, required=True)
-    stage.add_argument("--until", type=float, required=True)
-    stage.add_argument("--device", required=True)
-    stage.add_argument("--dry-run", action="store_true")
-    stage.add_argument("--option", action="append", default=[])
     collected = commands.add_parser("collect", help="make files of rows from journals")
     collected.add_argument("out", type=Path)
     ahead = commands.add_parser("programs", help="compile ahead for a chip that is not here")
@@ -53,11 +46,6 @@ def main(argv: list[str] | None = None) -> int:
         return _programs(options)
     named = dict(entry.split("=", 1) for entry in options.option)
     device = "cpu" if options.dry_run else options.device
-    if options.command == "stage":
-        kind = named.get("session", "full")
-        (chosen,) = [one for one in SESSIONS[kind] if one.name == options.name]
-        chosen.run(Context(options.out, device, options.until, options.dry_run, tuple(named.items())))
-        return 0
     if device == "cuda" and not _cuda():
         return 2
     if options.command == "train":

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 PATIENCE = 0.5  # seconds between looks at the clock
@@ -47,11 +48,18 @@ def resolve(call: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
+def forks() -> ForkServerContext:
+    """Processes forked from one that has imported what they need, and nothing else."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.gpu.preload"])
+    return context
+
+
 class _Worker:
     """A process with a pipe, and the task that it is at."""
 
     def __init__(self, setup: str) -> None:
-        context = get_context("spawn")
+        context = forks()
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, setup), daemon=True)
         self.process.start()

@@ -8,7 +8,6 @@ the cache later is what that launcher looks for. So a cache may also be filled o
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -60,11 +59,11 @@ def offline(arch: str) -> Iterator[None]:
 
 
 def compile_launch(launch: Launch, arch: str) -> float:
-    """Compile into the cache; the seconds that it took."""
-    begun = time.perf_counter()
+    """Compile into the cache; the seconds of processor time that it took, the assembler's included."""
+    begun = sum(os.times()[:4])
     with offline(arch):
         launch.kernel.warmup(grid=(launch.programs,), **launch._arguments())
-    return time.perf_counter() - begun
+    return sum(os.times()[:4]) - begun
 
 
 def identity(launch: Launch) -> str:
@@ -133,12 +132,12 @@ def tasks_for(subjects: Iterable[Subject], arch: str) -> list[Task]:
 
 
 def compile_ahead(
-    subjects: Sequence[Subject], arch: str, workers: int, time_left: Any = lambda: float("inf")
+    tasks: Sequence[Task], workers: int, limit: float = COMPILE_LIMIT, time_left: Any = lambda: float("inf")
 ) -> Iterator[tuple[Task, float, str]]:
     """Compile everything; for each program its task, the seconds it took, and what went wrong ("" for nothing)."""
-    for outcome in share_out(tasks_for(subjects, arch), workers, COMPILE_LIMIT, time_left=time_left):
+    for outcome in share_out(tasks, workers, limit, startup=limit, time_left=time_left):
         if not outcome.skipped:
-            yield outcome.task, outcome.value or outcome.seconds, outcome.problem
+            yield outcome.task, outcome.seconds if outcome.value is None else outcome.value, outcome.problem
 
 
 def worker_count(most: int = 15) -> int:

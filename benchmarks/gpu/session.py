@@ -6,18 +6,20 @@ import importlib.util
 import os
 import selectors
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from ..report import case_table, summary
-from ..rows import ROOT, Row, merge, read, replaced, write
+from ..rows import Row, merge, read, replaced, write
+from .pool import forks
 from .records import Journal, Record, heard, read_journal, rows_of
-from .stages import SESSIONS, Stage
+from .stages import SESSIONS, Context, Stage, run_stage
 
 GRACE = 6.0  # seconds to start a process, and for the case under way when a stage's time is over
 BUDGETS = {"smoke": 150.0, "full": 540.0, "train": 210.0}
@@ -57,17 +59,16 @@ def schedule(stages: Sequence[Stage], run: Callable[[Stage, float], None], budge
     for number, stage in enumerate(stages):
         left = budget - (clock() - start)
         seconds = left * stage.share / sum(later.share for later in stages[number:])
+        seconds = min(left, max(stage.least, seconds))
         if seconds > 0:
             run(stage, seconds)
 
 
-def reason_to_skip(stage: Stage, device: str, dry: bool) -> str:
+def reason_to_skip(stage: Stage, device: str) -> str:
     """Why a stage is not run; "" where it is."""
     missing = [name for name in stage.needs if importlib.util.find_spec(name) is None]
     if missing:
         return f"{', '.join(missing)} is not installed here (a wheel on PYTHONPATH is enough)"
-    if stage.name == "programs" and dry:
-        return "a dry run launches nothing on a device"
     if device == "cuda" and stage.name in ("programs", "checks", "tests") and (too_old := _too_old()):
         return too_old
     return ""
@@ -96,9 +97,8 @@ class Session:
         options: dict[str, str] | None = None,
     ) -> None:
         self.kind, self.out, self.budget, self.device, self.dry = kind, out, budget, device, dry
-        self.options = options or {}
+        self.options = {"session": kind, **(options or {})}
         self.outcomes: dict[str, str] = {}
-        self.process: subprocess.Popen | None = None
         out.mkdir(parents=True, exist_ok=True)
         journal = Path(self.options.pop("journal", "") or out / f"{kind}.jsonl")
         if journal.is_file():
@@ -120,23 +120,27 @@ class Session:
         raise KeyboardInterrupt
 
     def _stage(self, stage: Stage, seconds: float, begun: float) -> None:
-        reason = reason_to_skip(stage, self.device, self.dry)
+        reason = reason_to_skip(stage, self.device)
         if reason:
             self._outcome(stage, f"skipped: {reason}")
             return
         print(f"== {stage.name}: at most {seconds:.0f} s, {time.monotonic() - begun:.0f} s so far", flush=True)
         start = time.monotonic()
         self.findings.under_way.clear()
-        self.process = subprocess.Popen(
-            self._command(stage, seconds), cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True
-        )
+        heard_from, ours = os.pipe()
+        output = Connection(ours, readable=False)
+        context = Context(self.out, self.device, time.time() + seconds, self.dry, tuple(self.options.items()))
+        process = forks().Process(target=run_stage, args=(stage.call, context, output))
+        process.start()
+        output.close()
         try:
-            overrun = self._listen(self.process, start + seconds + GRACE)
+            overrun = self._listen(heard_from, process, start + seconds + GRACE)
         finally:
-            _end(self.process)
+            _end(process)
+            os.close(heard_from)
         at = ", ".join(list(self.findings.under_way)[:5])
         at = f" while at: {at}" if at else ""
-        took, status = time.monotonic() - start, self.process.returncode
+        took, status = time.monotonic() - start, process.exitcode
         if overrun:
             self.findings.fail(f"stage {stage.name}", f"killed after {took:.0f} s, past its time{at}")
             self._outcome(stage, f"KILLED at its time limit after {took:.0f} s{at}; what it had found counts")
@@ -147,34 +151,25 @@ class Session:
         else:
             self._outcome(stage, f"done, {took:.0f} s")
 
-    def _command(self, stage: Stage, seconds: float) -> list[str]:
-        options = [f"--option={name}={value}" for name, value in {"session": self.kind, **self.options}.items()]
-        command = [sys.executable, "-u", "-m", "benchmarks.gpu", "stage", stage.name, "--out", str(self.out)]
-        command += ["--until", f"{time.time() + seconds:.1f}", "--device", self.device, *options]
-        return command + (["--dry-run"] if self.dry else [])
-
-    def _listen(self, process: subprocess.Popen, deadline: float) -> bool:
+    def _listen(self, descriptor: int, process: ForkServerProcess, deadline: float) -> bool:
         """Take what the stage says until it ends; True if it had to be ended."""
-        assert process.stdout is not None
-        descriptor, rest = process.stdout.fileno(), b""
-        os.set_blocking(descriptor, False)
+        rest, ended = b"", False
         with selectors.DefaultSelector() as selector:
             selector.register(descriptor, selectors.EVENT_READ)
-            while True:
+            while not ended:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return True
-                if not selector.select(min(left, 1.0)):
-                    if process.poll() is not None:  # its children may hold the pipe open
-                        return False
-                    continue
-                chunk = os.read(descriptor, 1 << 16)
-                if not chunk:
-                    process.wait()
-                    return False
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    self._line(line.decode(errors="replace"))
+                ended = process.exitcode is not None  # its children may hold the pipe open
+                while selector.select(0.0 if ended else min(left, 0.5)):
+                    chunk = os.read(descriptor, 1 << 16)
+                    if not chunk:
+                        process.join(max(0.0, deadline - time.monotonic()))
+                        return process.exitcode is None
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    for line in lines:
+                        self._line(line.decode(errors="replace"))
+        return False
 
     def _line(self, line: str) -> None:
         record = heard(line)
@@ -207,17 +202,15 @@ class Session:
             print(f"What could not be written lies in {saved}" if saved else "What could not be written stands above.")
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: ForkServerProcess) -> None:
     """End a stage and what it started; its own session is a process group by itself."""
+    assert process.pid is not None
     for kind in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, kind)
-            process.wait(timeout=3)
         except (ProcessLookupError, PermissionError):
             break
-        except subprocess.TimeoutExpired:
-            continue
-    process.poll()
+        process.join(3)
 
 
 def collect(out: Path, rows: Sequence[Row]) -> list[Path]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from ..rows import ROOT, Row
-from .pool import STARTUP, Outcome, Task, share_out
+from .pool import STARTUP, Outcome, Task, resolve, share_out
 from .records import say, say_row
 
 CHECK_LIMIT = 25.0  # seconds for one check with a compilation or two in it
@@ -45,12 +47,16 @@ class Context:
 
 @dataclass(frozen=True)
 class Stage:
-    """`share` of the session's time; `needs` are modules without which it is skipped."""
+    """`share` of the session's time, `least` seconds all the same; `needs` are modules without which it is skipped.
+
+    `call` is "package.module:function", a function of a :class:`Context`.
+    """
 
     name: str
     share: float
-    run: Callable[[Context], None]
+    call: str
     needs: tuple[str, ...] = ()
+    least: float = 0.0
 
 
 # Smoke
@@ -86,17 +92,17 @@ def _too_old(capability: tuple[int, int], reason: str) -> str:
 def programs(context: Context) -> None:
     """Compile ahead what the other stages launch."""
     from .checks import full_problems, headline_cases, smoke_problems
-    from .programs import compile_ahead, worker_count
+    from .programs import COMPILE_LIMIT, compile_ahead, tasks_for, worker_count
 
     arch = _architecture(context)
     kind = context.option("session", "smoke")
     subjects: list[Any] = [*smoke_problems(arch), *((case, None) for case in headline_cases())]
     if kind == "full":
         subjects = [*full_problems(), *_timed_subjects(arch)]
-    if context.dry:
-        subjects = subjects[:1]
+    listed = [*([] if context.dry else tasks_for(subjects, arch)), *_planted(context, "plant-programs")]
+    limit = float(context.option("check-limit", str(COMPILE_LIMIT)))
     count, seconds = 0, 0.0
-    for task, took, problem in compile_ahead(subjects, arch, worker_count(), context.left):
+    for task, took, problem in compile_ahead(listed, worker_count(), limit, context.left):
         count, seconds = count + 1, seconds + took
         if problem:
             say("failure", what=f"compiling {task.name}", why=problem)
@@ -142,7 +148,7 @@ def _check(context: Context, tasks: Sequence[Task]) -> None:
     limit = float(context.option("check-limit", str(CHECK_LIMIT)))
     skipped: list[str] = []
     for outcome in share_out(
-        [*tasks, *_planted(context)],
+        [*tasks, *_planted(context, "plant")],
         workers,
         limit,
         startup=float(context.option("startup", str(STARTUP))),
@@ -168,9 +174,9 @@ def _say_outcome(outcome: Outcome) -> None:
         say("failure", what=name, why=outcome.problem)
 
 
-def _planted(context: Context) -> list[Task]:
+def _planted(context: Context, option: str) -> list[Task]:
     """Faults that a test plants: "name=module:function" for each."""
-    planted = context.option("plant", "")
+    planted = context.option(option, "")
     return [Task(name, call) for name, _, call in (entry.partition("=") for entry in planted.split(",")) if call]
 
 
@@ -388,24 +394,41 @@ def _output(command: Sequence[str]) -> str:
         return f"{command[0]}: {error}"
 
 
+def _stage(name: str, share: float, function: Callable[[Context], None], *needs: str, least: float = 0.0) -> Stage:
+    return Stage(name, share, f"{__name__}:{function.__name__}", needs, least)
+
+
 SMOKE = (
-    Stage("environment", 0.04, environment),
-    Stage("programs", 0.34, programs, ("triton",)),
-    Stage("checks", 0.26, smoke_checks),
-    Stage("ratios", 0.18, ratios),
-    Stage("step", 0.18, edited_step, ("diffusers",)),
+    _stage("environment", 0.05, environment, least=15.0),
+    _stage("programs", 0.31, programs, "triton"),
+    _stage("checks", 0.24, smoke_checks),
+    _stage("ratios", 0.22, ratios),
+    _stage("step", 0.18, edited_step, "diffusers"),
 )
 FULL = (
-    Stage("environment", 0.02, environment),
-    Stage("programs", 0.17, programs, ("triton",)),
-    Stage("checks", 0.08, full_checks),
-    Stage("tests", 0.08, device_tests, ("pytest",)),
-    Stage("roofline", 0.03, roofline),
-    Stage("kernels", 0.22, kernels),
-    Stage("tuning", 0.18, tuning),
-    Stage("edits", 0.14, edits, ("diffusers",)),
-    Stage("recordings", 0.04, recordings, ("diffusers",)),
-    Stage("memory", 0.04, memory),
+    _stage("environment", 0.02, environment, least=15.0),
+    _stage("programs", 0.16, programs, "triton"),
+    _stage("checks", 0.08, full_checks),
+    _stage("tests", 0.08, device_tests, "pytest"),
+    _stage("roofline", 0.03, roofline, least=10.0),
+    _stage("tuning", 0.18, tuning),
+    _stage("kernels", 0.22, kernels),
+    _stage("edits", 0.15, edits, "diffusers"),
+    _stage("recordings", 0.04, recordings, "diffusers"),
+    _stage("memory", 0.04, memory),
 )
-TRAIN = (Stage("environment", 0.02, environment), Stage("train", 0.98, train, ("diffusers", "tokenizers")))
+TRAIN = (
+    _stage("environment", 0.02, environment, least=15.0),
+    _stage("train", 0.98, train, "diffusers", "tokenizers"),
+)
 SESSIONS: dict[str, tuple[Stage, ...]] = {"smoke": SMOKE, "full": FULL, "train": TRAIN}
+
+
+def run_stage(call: str, context: Context, output: Connection) -> None:
+    """In a process of its own: what the stage prints goes to `output`, line by line."""
+    os.setsid()
+    os.dup2(output.fileno(), 1)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  it stays open as long as the process
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    resolve(call)(context)
+    sys.stdout.flush()

@@ -52,7 +52,7 @@ def test_the_three_sessions_fit_a_quarter_of_an_hour_even_where_every_stage_is_k
 
 
 def test_unused_time_moves_on():
-    chosen = [Stage(name, share, lambda context: None) for name, share in (("a", 0.5), ("b", 0.25), ("c", 0.25))]
+    chosen = [Stage(name, share, "") for name, share in (("a", 0.5), ("b", 0.25), ("c", 0.25))]
     given, _ = run_with(chosen, 100.0, lambda stage, seconds: 0.0)
     assert given == {"a": 50.0, "b": 50.0, "c": 100.0}
 
@@ -171,7 +171,7 @@ def test_a_summary_names_every_failure():
 
 def test_a_chip_below_8_skips_the_kernels_stages_and_measures_the_others(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *args: (7, 5))
-    skipped = {stage.name: reason_to_skip(stage, "cuda", dry=False) for stage in FULL if not stage.needs}
+    skipped = {stage.name: reason_to_skip(stage, "cuda") for stage in FULL if not stage.needs}
     assert "compute capability (7, 5)" in skipped["checks"]
     assert not skipped["kernels"]
     assert "as blocks of matrix products" in stages._too_old((7, 5), "it needs compute capability 8.0 or newer")
@@ -194,16 +194,23 @@ def command(*arguments, **more):
 
 @pytest.fixture
 def only_checks(monkeypatch):
-    """A smoke session of its checks alone."""
-    chosen = tuple(stage for stage in SMOKE if stage.name == "checks")
+    """A smoke session of its programs and checks alone."""
+    chosen = tuple(stage for stage in SMOKE if stage.name in ("programs", "checks"))
     monkeypatch.setitem(SESSIONS, "smoke", chosen)
 
 
 def test_planted_faults_are_named_and_every_finished_check_is_kept(tmp_path, only_checks, capfd):
     faults = {"a wrong result": "wrong_result", "an abort": "abort", "a hang": "hang_on_the_device"}
     plant = ",".join(f"{name}=planted_faults:{function}" for name, function in faults.items())
+    faults["compiling a compiler that hangs"] = "hang_on_the_device"
+    programs = "a compiler that hangs=planted_faults:hang_on_the_device"
     session = Session(
-        "smoke", tmp_path, 240.0, "cpu", dry=True, options={"plant": plant, "check-limit": "10", "startup": "20"}
+        "smoke",
+        tmp_path,
+        300.0,
+        "cpu",
+        dry=True,
+        options={"plant": plant, "plant-programs": programs, "check-limit": "10", "startup": "20"},
     )
     assert session.run() == 1
     said = list(read_journal(tmp_path / "smoke.jsonl"))
@@ -212,6 +219,7 @@ def test_planted_faults_are_named_and_every_finished_check_is_kept(tmp_path, onl
     assert "passes the budget" in failures["a wrong result"]
     assert failures["an abort"] == "died: killed by SIGABRT"
     assert failures["a hang"].startswith("hung")
+    assert failures["compiling a compiler that hangs"].startswith("hung")
     passed = [record["what"] for record in said if record["kind"] == "check" and record["ok"]]
     assert len(passed) >= 4
     summary = (tmp_path / "summary.txt").read_text()
@@ -227,9 +235,8 @@ def test_planted_faults_are_named_and_every_finished_check_is_kept(tmp_path, onl
     ],
 )
 def test_a_stage_that_ends_badly_leaves_its_rows_and_the_rest_goes_on(tmp_path, monkeypatch, stage, seconds, words):
-    after = Stage("environment", 0.5, stages.environment)
-    monkeypatch.setitem(SESSIONS, "smoke", (Stage(stage, 0.5, stages.environment), after))
-    monkeypatch.setattr(Session, "_command", _command_of_this_module)
+    after = Stage("environment", 0.5, "benchmarks.gpu.stages:environment")
+    monkeypatch.setitem(SESSIONS, "smoke", (Stage(stage, 0.5, f"planted_faults:{stage}"), after))
     monkeypatch.setattr("benchmarks.gpu.session.GRACE", 0.5)
     assert Session("smoke", tmp_path, 2 * seconds, "cpu", dry=True).run() == 1
     said = list(read_journal(tmp_path / "smoke.jsonl"))
@@ -239,19 +246,8 @@ def test_a_stage_that_ends_badly_leaves_its_rows_and_the_rest_goes_on(tmp_path, 
     assert json.loads((tmp_path / "cuda-kernels.json").read_text())["rows"][0]["samples_ms"] == [1.0]
 
 
-def _command_of_this_module(self, stage, seconds):
-    """Runs the function of a stage by its name, here or among the real ones."""
-    code = (
-        "import sys; from pathlib import Path; from benchmarks.gpu import stages;"
-        "import planted_faults as planted;"
-        f"run = getattr(planted, {stage.name!r}, None) or stages.environment;"
-        f"run(stages.Context(Path({str(self.out)!r}), 'cpu', 1e12, True))"
-    )
-    return [sys.executable, "-c", code]
-
-
 def test_a_full_disk_is_a_failure_and_costs_no_finding(tmp_path, monkeypatch, capfd):
-    monkeypatch.setitem(SESSIONS, "smoke", (Stage("environment", 1.0, stages.environment),))
+    monkeypatch.setitem(SESSIONS, "smoke", (Stage("environment", 1.0, "benchmarks.gpu.stages:environment"),))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     full = tmp_path / "full.jsonl"
