@@ -19,7 +19,7 @@ from ..report import case_table, summary
 from ..rows import Row, merge, read, replaced, write
 from .pool import forks
 from .records import Journal, Record, heard, read_journal, rows_of
-from .stages import SESSIONS, Context, Stage, run_stage
+from .stages import SESSIONS, TUNING, Context, Stage, run_stage
 
 GRACE = 6.0  # seconds to start a process, and for the case under way when a stage's time is over
 BUDGETS = {"smoke": 150.0, "full": 540.0, "train": 210.0}
@@ -153,6 +153,24 @@ class Session:
             self._outcome(stage, f"FAILED ({word}) after {took:.0f} s{at}")
         else:
             self._outcome(stage, f"done, {took:.0f} s")
+        if stage.name in TUNING and self.options.get("take-over") and not self.dry:
+            self._take_over()
+
+    def _take_over(self) -> None:
+        """Have the later stages measure with what the tuner found; the tree's table is changed, and rows say so."""
+        from ..rows import commit
+        from ..tuned_table import take_over
+
+        rows = [row for row in rows_of(self.findings.records) if row.suite == "tuning"]
+        try:
+            text = take_over(rows)
+        except (OSError, ValueError) as error:
+            self.findings.fail("taking over the tuner's table", str(error))
+            return
+        self.findings.take({"kind": "note", "text": f"taken over:\n{text}"})
+        print(text, flush=True)
+        self.options["tuned"] = "yes"
+        os.environ["FPE_COMMIT"] = commit().removesuffix("+tuned") + "+tuned"
 
     def _listen(self, descriptor: int, process: ForkServerProcess, deadline: float) -> bool:
         """Take what the stage says until it ends; True if it had to be ended."""

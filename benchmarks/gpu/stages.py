@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -287,8 +288,17 @@ def kernels(context: Context) -> None:
 
 
 def tuning(context: Context) -> None:
+    """Launch configurations, for maps with equally many rows."""
+    _tune(context, mixed=False)
+
+
+def launches(context: Context) -> None:
+    """Mixed batches as one launch and as two, by the configurations that there are now."""
+    _tune(context, mixed=True)
+
+
+def _tune(context: Context, mixed: bool) -> None:
     from .. import tune
-    from ..cases import Case
 
     bench = _bench(context)
 
@@ -296,7 +306,8 @@ def tuning(context: Context) -> None:
         for row in rows:
             say_row(row)
 
-    shapes: list[Case] = [_dry_case()] if context.dry else tune.tuning_plan()
+    shapes = [case for case in tune.tuning_plan() if (case.layout == "guided") == mixed]
+    shapes = [_dry_case()] if context.dry else shapes
     choose = (lambda case: tune.ALL[:2]) if context.dry else None
     tune.run_tuning(bench, shapes, report, lambda: context.left() - LEAST_CASE, choose)
 
@@ -409,19 +420,28 @@ FULL = (
     _stage("environment", 0.02, environment, least=15.0),
     _stage("programs", 0.16, programs, "triton"),
     _stage("checks", 0.08, full_checks),
-    _stage("tests", 0.08, device_tests, "pytest"),
     _stage("roofline", 0.03, roofline, least=10.0),
-    _stage("tuning", 0.18, tuning),
-    _stage("kernels", 0.22, kernels),
+    _stage("tuning", 0.16, tuning),
+    _stage("launches", 0.04, launches),
+    _stage("kernels", 0.20, kernels),
     _stage("edits", 0.15, edits, "diffusers"),
     _stage("recordings", 0.04, recordings, "diffusers"),
     _stage("memory", 0.04, memory),
+    _stage("tests", 0.08, device_tests, "pytest"),
 )
+TUNING = ("tuning", "launches")  # after which a session may take over what was found
 TRAIN = (
     _stage("environment", 0.02, environment, least=15.0),
     _stage("train", 0.98, train, "diffusers", "tokenizers"),
 )
 SESSIONS: dict[str, tuple[Stage, ...]] = {"smoke": SMOKE, "full": FULL, "train": TRAIN}
+
+
+def _read_the_table_again() -> None:
+    """What this process is forked from has imported the table of before."""
+    from fpe_kernels.backends.triton import tuned
+
+    importlib.reload(tuned)
 
 
 def run_stage(call: str, context: Context, output: Connection) -> None:
@@ -430,5 +450,7 @@ def run_stage(call: str, context: Context, output: Connection) -> None:
     os.dup2(output.fileno(), 1)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  it stays open as long as the process
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if context.option("tuned", ""):
+        _read_the_table_again()
     resolve(call)(context)
     sys.stdout.flush()
