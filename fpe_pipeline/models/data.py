@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -179,8 +180,12 @@ def start_rendering(
         return Rendering(cache, folder, settings, [])
     # Processes of their own rather than a pool's: they import what draws and nothing else, and start at once.
     command = [sys.executable, "-m", "fpe_pipeline.models.data", str(folder), json.dumps(settings), str(workers)]
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen([*command, str(index)], stdout=subprocess.PIPE, text=True) for index in range(workers)
+        subprocess.Popen([*command, str(index)], stdout=subprocess.PIPE, text=True, env=environment)
+        for index in range(workers)
     ]
     return Rendering(cache, folder, settings, processes)
 
@@ -208,9 +213,9 @@ def _to_row(scene: Scene) -> tuple[float, ...]:
 
 
 def _from_row(row: np.void) -> Scene:
-    words = {name: known[row[name]] for name, known in _WORDS.items()}
-    numbers = {name: float(row[name]) for name in ("x", "y", "scale", "angle")}
-    return Scene(**words, **numbers, flip=bool(row["flip"]), seed=int(row["seed"]))
+    object, colour, background = (known[row[name]] for name, known in _WORDS.items())
+    x, y, scale, angle = (float(row[name]) for name in ("x", "y", "scale", "angle"))
+    return Scene(object, colour, background, x, y, scale, angle, bool(row["flip"]), int(row["seed"]))
 
 
 def _drawn_blocks(folder: Path, settings: dict[str, int], workers: int, index: int) -> Iterator[int]:

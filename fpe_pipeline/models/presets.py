@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["PRESETS", "Fit", "Preset"]
+__all__ = ["PRESETS", "Fit", "Preset", "Shares"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ PRESETS: dict[str, Preset] = {
         autoencoder=Fit(steps=30_000, batch=64, learning_rate=2e-3, warmup=100, tail=0.7, ema=0.998),
         judge=Fit(steps=4000, batch=128, learning_rate=2e-3, warmup=50, tail=0.7, ema=0.99),
         text=Fit(steps=600, batch=128),
-        diffusion=Fit(steps=30_000, batch=128, learning_rate=1.2e-3, warmup=200, tail=0.7, ema=0.998),
+        diffusion=Fit(steps=30_000, batch=128, learning_rate=1e-3, warmup=200, tail=0.7, ema=0.998),
         vae_channels=(32, 48, 64),
         edits=64,
     ),

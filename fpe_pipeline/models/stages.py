@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _EARLY = 0.6  # of the diffusion: by then there is something to show, and a run that is cut later leaves it
 _ENCODED = {"cpu": 32, "cuda": 256}  # pictures at a time
-_FIRST = 1024  # scenes that a growing training begins with
+_FIRST, _ENOUGH = 1024, 16_000  # scenes that training against the clock begins with, and does without the rest
 
 
 @dataclass
@@ -53,6 +53,8 @@ class Stages:
         """Everything that is not finished yet; ``None`` where it left early."""
         if self.device.startswith("cuda"):
             torch.set_float32_matmul_precision("high")
+            # cuDNN's attention is built at first use, for longer than it would serve here.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         tokenizer, vae, denoiser, referee = self._networks()
         images = self._images(drawn)
         fitted = autoencoder.train_autoencoder(
@@ -61,8 +63,8 @@ class Stages:
         if not self._done("autoencoder", fitted, self.preset.autoencoder.batch):
             return None
         if self.box.limited:
-            # What is not drawn by now stays undrawn.
-            drawn.wait(seconds=0.02 * self.box.left)
+            # What is not drawn by now stays undrawn, unless it is very little that is drawn.
+            drawn.wait(_ENOUGH, seconds=0.1 * self.box.left)
             drawn.stop()
             images.refresh()
         fitted = judge.train_judge(
@@ -193,5 +195,6 @@ class Stages:
         if self.report is not None:
             metrics = {**figures, "edits": edits, "networks": self.speeds, "seconds": self.box.stages}
             metrics["device"] = torch.cuda.get_device_name() if self.device.startswith("cuda") else "cpu"
+            self.report.mkdir(parents=True, exist_ok=True)
             (self.report / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         return figures

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,8 +41,10 @@ def compute(network: nn.Module) -> torch.autocast:
 class Weights:
     """A module's parameters as one vector, with moments and moving average of the same length.
 
-    On a CUDA device the network that computes is a bfloat16 copy of the module, with convolutions in channels-last
-    layout; elsewhere it is the module itself.
+    Args:
+        module: what is trained, float32.
+        half: whether the network that computes is a bfloat16 copy of the module, with convolutions in channels-last
+            layout, rather than the module itself; by default on CUDA devices.
 
     Attributes:
         module: holds the float32 parameters, which are views of ``values``.
@@ -49,9 +52,9 @@ class Weights:
         values, first, second, average, gradient: float32 ``[p]``.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, half: bool | None = None) -> None:
         self.module, device = module, next(module.parameters()).device
-        self._half = device.type == "cuda"
+        self._half = device.type == "cuda" if half is None else half
         count = sum(parameter.numel() for parameter in module.parameters())
         self.values = torch.empty(count, device=device)
         for parameter, view in self._views(module, self.values):
@@ -60,7 +63,7 @@ class Weights:
         self.first, self.second = torch.zeros_like(self.values), torch.zeros_like(self.values)
         self.average, self.gradient = self.values.clone(), torch.zeros_like(self.values)
         # Nothing here drops units, so training mode would only cost the copies of dropouts that drop nothing.
-        self.network = copy.deepcopy(module).to(torch.bfloat16).eval() if self._half else module.eval()
+        self.network = _lowered(module) if self._half else module.eval()
         self._computed = self.values.to(torch.bfloat16) if self._half else self.values
         self._received = torch.zeros_like(self._computed) if self._half else self.gradient
         for parameter, view in self._views(self.network, self._computed):
@@ -103,7 +106,7 @@ class Weights:
             getattr(self, name).copy_(state[name])
         self.publish()
 
-    def averaged(self) -> nn.Module:
+    def averaged(self) -> Any:
         """A float32 copy of the module with the averaged weights."""
         module = copy.deepcopy(self.module)
         for parameter, view in self._views(module, self.average):
@@ -114,6 +117,11 @@ class Weights:
         """Leave the averaged weights in the module, each parameter with memory of its own, and drop the gradients."""
         for parameter, view in self._views(self.module, self.average):
             parameter.data, parameter.grad = view.clone(memory_format=torch.contiguous_format), None
+
+
+def _lowered(module: nn.Module) -> nn.Module:
+    """A bfloat16 copy; by torch's own conversion, since models' own keep back what they advise against."""
+    return nn.Module.to(copy.deepcopy(module), torch.bfloat16).eval()
 
 
 class OptimiserStep:

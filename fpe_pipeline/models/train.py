@@ -18,11 +18,12 @@ from .data import start_rendering
 from .presets import PRESETS, Preset
 from .timebox import TimeBox
 
-__all__ = ["PRESETS", "Preset", "main", "train"]
+__all__ = ["GRACE", "PRESETS", "Preset", "main", "train"]
 
 log = logging.getLogger(__name__)
 
-_GRACE = 8.0  # seconds beyond the time box before the process is ended
+_WORKERS = 15
+GRACE = 8.0  # seconds beyond the time box before the process is ended
 
 
 def train(
@@ -53,7 +54,8 @@ def train(
     """
     box = box or TimeBox(None)
     # One core is left to this process. The scenes are drawn while torch and diffusers are still being imported.
-    workers = max(1, (os.cpu_count() or 1) - 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(_WORKERS, max(1, cores - 1))
     held = start_rendering(
         work / "held_out", preset.held_out, preset.size, seed=seed + 1, held=True, workers=min(4, workers)
     )
@@ -93,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     work = args.work or Path("runs") / args.preset
     output, report = args.output or work / "model", args.report or work / "report"
-    box.guard(_GRACE, output)
+    box.guard(GRACE, output)
     train(PRESETS[args.preset], work, output, report=report, seed=args.seed, device=device, box=box)
     box.release()
     return 0

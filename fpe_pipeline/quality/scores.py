@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -148,8 +148,10 @@ def _call(
     # To the session, what is drawn without an edit is its own source.
     source_of = [i if edits else place * count + i for place, edits in enumerate(edited) for i in range(count)]
     chosen = edit.edit_for(prompts, pipe.tokenizer, source_of) if isinstance(edit, Condition) else edit
-    session = chosen is not None and any(edited)
-    with editing(pipe, chosen, source_of=source_of, backend=backend) if session else nullcontext():
+    session: AbstractContextManager[Any] = nullcontext()
+    if chosen is not None and any(edited):
+        session = editing(pipe, chosen, source_of=source_of, backend=backend)
+    with session:
         images = pipe(
             prompts,
             latents=latents.to(pipe.device, pipe.unet.dtype),

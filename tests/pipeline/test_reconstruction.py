@@ -49,6 +49,8 @@ def test_scenes_come_back_at_the_guidance_of_an_edit(embedded, method, beside_au
 
 def test_another_noise_does_not_bring_it_back(embedded):
     scene = render_subjects(SCENES[:1], embedded.native_size[0])[0]
-    noise = torch.randn((1, 4, 20, 20), generator=torch.Generator().manual_seed(0))
+    config = embedded.unet.config
+    shape = (1, config.in_channels, config.sample_size, config.sample_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     drawn = embedded(scene.source_prompt, latents=noise, num_inference_steps=STEPS).source
     assert psnr(scene.picture, np.asarray(drawn)) < 20
