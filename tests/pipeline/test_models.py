@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -290,6 +292,70 @@ class TestStep:
 
         OptimiserStep(weights, loss, weight_decay=0.1, clip=1.0)(0, (torch.randn(2, 3, 8, 8),), 0.01, 0.5)
         assert torch.allclose(weights.values, before * (1 - 0.01 * 0.1))
+
+
+class _StandInGraph:
+    """What a CUDA graph does, on a CPU: a capture changes nothing, a replay computes with what the buffers hold."""
+
+    def __init__(self):
+        self.captured = None
+
+    def replay(self):
+        self.captured()
+
+
+class TestGraph:
+    @pytest.fixture
+    def cuda(self, monkeypatch):
+        """CUDA's streams and graphs without a device; whatever is computed in a capture is undone."""
+
+        @contextmanager
+        def capture(graph, stream, capture_error_mode):
+            step = self.step
+            kept = {name: value.clone() for name, value in vars(step._weights).items() if torch.is_tensor(value)}
+            graph.captured = step._compute
+            yield
+            for name, value in kept.items():
+                getattr(step._weights, name).copy_(value)
+            if self.refuses:
+                raise RuntimeError("operation not permitted when stream is capturing\nand so on")
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        stand_ins = {"Stream": lambda: stream, "current_stream": lambda: stream, "synchronize": lambda: None}
+        stand_ins |= {"stream": lambda stream: nullcontext(), "graph": capture, "CUDAGraph": _StandInGraph}
+        for name, stand_in in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        self.refuses = False
+
+    def _train(self, half, on_cuda):
+        self.step = step = OptimiserStep(Weights(TestStep._network(), half=half), TestStep._loss, 0.1, 0.5)
+        if on_cuda:
+            step._cuda, step._capturable, step._stream = True, True, torch.cuda.Stream()
+        losses = []
+        for index in range(8):
+            inputs = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(index))
+            step(index, (inputs,), 0.01 * (index + 1), 0.5)
+            inputs.zero_()  # a graph reads buffers of its own
+            losses.append(step.figures()["loss"])
+        return losses, step._weights.average
+
+    @pytest.mark.parametrize("half", [False, True])
+    def test_a_graph_takes_the_same_steps(self, cuda, half):
+        losses, average = self._train(half, on_cuda=False)
+        graphed, found = self._train(half, on_cuda=True)
+        assert self.step.graphed
+        assert graphed == losses and torch.equal(found, average)
+
+    def test_a_refused_capture_is_told_and_goes_on_without(self, cuda, caplog):
+        losses, average = self._train(True, on_cuda=False)
+        self.refuses = True
+        with caplog.at_level(logging.WARNING):
+            eager, found = self._train(True, on_cuda=True)
+        assert not self.step.graphed
+        assert [r.getMessage() for r in caplog.records] == [
+            "no CUDA graph of the step, it runs eagerly and slower: operation not permitted when stream is capturing"
+        ]
+        assert eager == losses and torch.equal(found, average)
 
 
 class TestTimeBox:
