@@ -68,8 +68,7 @@ class Weights:
         self._received = torch.zeros_like(self._computed) if self._half else self.gradient
         for parameter, view in self._views(self.network, self._computed):
             parameter.data = view
-        for parameter, view in self._views(self.network, self._received):
-            parameter.grad = view
+        self._parts = [view for _, view in self._views(self.network, self._received)]
 
     def _views(self, module: nn.Module, vector: torch.Tensor) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         """Each parameter with its part of a vector, in its shape."""
@@ -83,11 +82,15 @@ class Weights:
             start += parameter.numel()
 
     def clear(self) -> None:
-        """Set the gradient that the network's backward pass adds to, to zero."""
-        self._received.zero_()
+        """Forget the network's gradients: the backward pass hands on its own tensors rather than add to any."""
+        for parameter in self.network.parameters():
+            parameter.grad = None
 
     def receive(self) -> None:
-        """Take the network's gradient over into float32."""
+        """Gather the network's gradients, in float32; parameters without one keep zero."""
+        grads = [(part, p.grad) for part, p in zip(self._parts, self.network.parameters(), strict=True)]
+        parts, found = zip(*((part, grad) for part, grad in grads if grad is not None), strict=True)
+        torch._foreach_copy_(list(parts), list(found))
         if self._half:
             self.gradient.copy_(self._received)
 
