@@ -26,16 +26,19 @@ class Captions:
         self.counts = [len(OBJECTS), len(COLOURS), len(BACKGROUNDS)]
         every = [captions(*triple) for triple in triples()]
         width = max(map(len, every))
-        texts = [text for wordings in every for text, _ in wordings]
-        tokens = tokenizer([*texts, ""], padding="max_length", max_length=MAX_LENGTH).input_ids
-        rows, start = torch.tensor(tokens), 0
-        self._table = rows[-1].repeat(len(every), width, 1)
+        empty = tokenizer("", padding="max_length", max_length=MAX_LENGTH).input_ids
+        begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        # Every word of a caption is one token, so that words are looked up rather than each of 14,000 texts.
+        words = sorted({word for wordings in every for text, _ in wordings for word in _words(text)})
+        known = {word: tokenizer(word, add_special_tokens=False).input_ids for word in words}
+        table = [width * [empty] for _ in every]
         shares = torch.zeros(len(every), width, dtype=torch.float64)
         for index, wordings in enumerate(every):
-            self._table[index, : len(wordings)] = rows[start : start + len(wordings)]
+            for place, (text, _) in enumerate(wordings):
+                tokens = [begin, *(token for word in _words(text) for token in known[word]), end]
+                table[index][place] = tokens + empty[len(tokens) :]
             shares[index, : len(wordings)] = torch.tensor([share for _, share in wordings], dtype=torch.float64)
-            start += len(wordings)
-        self._table, self._empty = self._table.to(device), rows[-1].to(device)
+        self._table, self._empty = torch.tensor(table).to(device), torch.tensor(empty).to(device)
         # Where a uniform number passes from one wording to the next; nothing passes the end of a triple's last one.
         bounds = shares.cumsum(1) / shares.sum(1, keepdim=True)
         bounds[bounds > 1 - 1e-9] = 2.0
@@ -63,3 +66,7 @@ class Captions:
         wording = (chosen[:, None] >= self._bounds[triple]).sum(dim=1)
         tokens = self._table[triple, wording]
         return torch.where((dropped < drop)[:, None], self._empty, tokens)
+
+
+def _words(text: str) -> list[str]:
+    return text.replace(",", " ,").split()

@@ -55,8 +55,8 @@ class Shares:
         review: kept free at the end, for the export, the evaluation and the pictures; of what is left at first.
     """
 
-    autoencoder: float = 0.19
-    judge: float = 0.06
+    autoencoder: float = 0.17
+    judge: float = 0.05
     text: float = 0.02
     review: float = 0.15
 

@@ -130,6 +130,8 @@ class TestScenes:
         count = 4000
         labels = torch.tensor([[7, 1, 3]]).repeat(count, 1)
         tokens = table.draw(labels, torch.Generator().manual_seed(0))
+        whole = tokenizer(list(wordings), padding="max_length", max_length=MAX_LENGTH).input_ids
+        assert {tuple(ids) for ids in tokens.tolist()} == {tuple(ids) for ids in whole}
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         drawn = Counter(text.replace(" ,", ",") for text in texts)
         assert set(drawn) == set(wordings)
