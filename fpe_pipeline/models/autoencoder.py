@@ -17,8 +17,6 @@ from .step import compute
 __all__ = ["build_autoencoder", "encode_all", "measure_autoencoder", "standardise", "to_tensor", "train_autoencoder"]
 
 _KL_WEIGHT, _EDGE_WEIGHT = 3e-5, 0.1
-# Crops hold as much to learn from for each pixel, and a batch of them shows more scenes in the same time.
-_CROP = 64
 _ENCODING = {"cpu": torch.bfloat16, "cuda": torch.float16}
 
 Figures = dict[str, torch.Tensor]
@@ -45,10 +43,10 @@ def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> torch.T
 
 
 def train_autoencoder(
-    vae: AutoencoderKL, images: Images, settings: Fit, checkpoint: Path, *, seed: int = 0, **options: Any
+    vae: AutoencoderKL, images: Images, settings: Fit, checkpoint: Path, *, crop: int, seed: int = 0, **options: Any
 ) -> Fitted:
-    """Train on random crops (see :func:`~.loop.fit`)."""
-    crop = min(_CROP, images.size)
+    """Train on random crops of ``crop`` pixels a side, or on whole pictures (see :func:`~.loop.fit`)."""
+    crop = min(crop, images.size)
 
     def draw(step: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         if step % 64 == 0:

@@ -73,6 +73,8 @@ class Preset:
         autoencoder, judge, text, diffusion: the schedules.
         channels: the UNet's width at each level.
         vae_channels: the autoencoder's.
+        crop: pixels a side that the autoencoder sees. A batch of small crops shows more scenes in the same time; whole
+            pictures are normalised as they will be in use.
         generated: pictures to draw when the model is measured.
         edits: pairs of each kind to edit when it is measured.
         steps: denoising steps of each.
@@ -89,6 +91,7 @@ class Preset:
     diffusion: Fit
     channels: tuple[int, ...] = (64, 128)
     vae_channels: tuple[int, ...] = (16, 32, 64)
+    crop: int = 48
     generated: int = 512
     edits: int = 0
     steps: int = 25
@@ -112,11 +115,12 @@ PRESETS: dict[str, Preset] = {
         size=128,
         scenes=48_000,
         held_out=1024,
-        autoencoder=Fit(steps=30_000, batch=64, learning_rate=2e-3, warmup=100, tail=0.7, ema=0.998),
+        autoencoder=Fit(steps=30_000, batch=24, learning_rate=2e-3, warmup=100, tail=0.7, ema=0.998),
         judge=Fit(steps=4000, batch=128, learning_rate=2e-3, warmup=50, tail=0.7, ema=0.99),
         text=Fit(steps=600, batch=128),
         diffusion=Fit(steps=30_000, batch=128, learning_rate=1e-3, warmup=200, tail=0.7, ema=0.998),
         vae_channels=(32, 48, 64),
+        crop=128,
         edits=64,
     ),
     "smoke": Preset(

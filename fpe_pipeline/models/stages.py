@@ -58,7 +58,12 @@ class Stages:
         tokenizer, vae, denoiser, referee = self._networks()
         images = self._images(drawn)
         fitted = autoencoder.train_autoencoder(
-            vae, images, self.preset.autoencoder, self._checkpoint("autoencoder"), **self._options("autoencoder")
+            vae,
+            images,
+            self.preset.autoencoder,
+            self._checkpoint("autoencoder"),
+            crop=self.preset.crop,
+            **self._options("autoencoder"),
         )
         if not self._done("autoencoder", fitted, self.preset.autoencoder.batch):
             return None
