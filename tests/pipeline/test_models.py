@@ -372,6 +372,7 @@ class TestTimeBox:
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
         assert ended.returncode == 0 and "is whole" in ended.stderr
 
+    @pytest.mark.slow
     def test_training_keeps_to_it_and_leaves_pictures_and_figures(self, tmp_path):
         box, report = TimeBox(0.6), tmp_path / "report"
         fits = ("autoencoder", "judge", "text", "diffusion")
