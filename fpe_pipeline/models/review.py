@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ from PIL import Image
 from ..pictures import Comparison, side_by_side
 from ..quality.conditions import FREE_PROMPT, SHARED_NOISE, standard_conditions
 from ..quality.pairs import KINDS, EditPair, held_out_pairs
-from ..quality.scores import Score, draw_pairs, evaluate
+from ..quality.scores import draw_pairs, evaluate
 from ..quality.statistics import summarise
-from .judge import load_judge
+from .judge import Judge, load_judge
 from .measure import draw, measure_generation
 from .presets import Preset
 from .scenes import BACKGROUNDS, COLOURS, OBJECTS, prompt
@@ -46,7 +48,8 @@ def review(
     device: str,
     seed: int,
     box: TimeBox,
-) -> dict[str, Any]:
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
     """Measure a model folder, as far as the time goes; pictures first, since eyes see more than figures.
 
     Args:
@@ -56,9 +59,7 @@ def review(
         figures: receives ``"generated"``.
         device, seed: as of the training.
         box: each further part is begun only where it will be over in time.
-
-    Returns:
-        The summary of the edits: see :func:`fpe_pipeline.quality.summarise`.
+        keep: called after each part with the summary of the edits so far: see :func:`fpe_pipeline.quality.summarise`.
     """
     half = {"torch_dtype": torch.float16} if device.startswith("cuda") else {}
     pipe = StableDiffusionPipeline.from_pretrained(folder, **half).to(device)
@@ -77,54 +78,38 @@ def review(
         figures["generated"] = measure_generation(folder, preset.generated, **options)
         log.info("generated: %s", figures["generated"])
 
-    edits: dict[str, Any] = {}
-    parts = {"pictures": pictures, "generated": generated}
+    summary: dict[str, Any] = {}
+    parts: dict[str, Callable[[], None]] = {"pictures": pictures, "generated": generated}
     if preset.edits:
-        parts["edits"] = lambda: edits.update(_edits(pipe, folder, preset, device, box))
+        judge = load_judge(folder / "judge.safetensors").to(device)
+        chunk = 64 if device.startswith("cuda") else 8
+        for kind in KINDS:
+            parts[f"{kind} edits"] = partial(_edits, pipe, judge, kind, preset, chunk, summary)
+    took = 0.0
     for name, part in parts.items():
-        if box.left < _SPARE:
+        # Edits of one kind take what those of another took.
+        if box.left < _SPARE + (1.2 * took if name.endswith("edits") else 0.0):
             log.info("no time for: %s", name)
             continue
+        begun = time.monotonic()
         try:
             part()
         except Exception:  # the export is whole, and what else can be told of it should be
             log.exception("left out: %s", name)
-        box.mark(name)
-    return edits
-
-
-def _edits(pipe: Any, folder: Path, preset: Preset, device: str, box: TimeBox) -> dict[str, Any]:
-    """Edits of held-out pairs, kind by kind, while there is time for one more like the last."""
-    judge = load_judge(folder / "judge.safetensors").to(device)
-    scores: list[Score] = []
-    took = 0.0
-    for kind in KINDS:
-        if box.left < _SPARE + 1.2 * took:
-            log.info("no time for %s edits", kind)
-            continue
-        begun = time.monotonic()
-        # Torch's own attention: a kernel would have to be compiled for a few seconds of use.
-        scores += evaluate(
-            pipe,
-            judge,
-            held_out_pairs(preset.edits, [kind]),
-            standard_conditions(),
-            steps=preset.steps,
-            chunk=64 if device.startswith("cuda") else 8,
-            first=len(scores),
-            backend="torch",
-        )
         took = time.monotonic() - begun
-        box.mark(f"{kind} edits")
-    summary = summarise([score.to_json() for score in scores]) if scores else {}
-    for kind, conditions in summary.items():
-        for condition, entry in conditions.items():
-            means = {
-                name: entry[name]["mean"]
-                for name in ("success", "edit_object", "edit_colour", "edit_background", "iou")
-            }
-            log.info("%s, %s: %s", kind, condition, means)
-    return summary
+        box.mark(name)
+        keep(summary)
+
+
+def _edits(pipe: Any, judge: Judge, kind: str, preset: Preset, chunk: int, summary: dict[str, Any]) -> None:
+    """Edits of held-out pairs of one kind, summed up into ``summary``."""
+    # Torch's own attention: a kernel would have to be compiled for a few seconds of use.
+    pairs, conditions = held_out_pairs(preset.edits, [kind]), standard_conditions()
+    scores = evaluate(pipe, judge, pairs, conditions, steps=preset.steps, chunk=chunk, backend="torch")
+    summary |= summarise([score.to_json() for score in scores])
+    for condition, entry in summary[kind].items():
+        means = {name: entry[name]["mean"] for name in ("success", "edit_object", "iou")}
+        log.info("%s, %s: %s", kind, condition, means)
 
 
 def contact_sheet(pipe: Any, *, seeds: tuple[int, ...], steps: int) -> Image.Image:

@@ -195,11 +195,16 @@ class Stages:
 
     def _review(self, figures: dict[str, Any], held: Rendering) -> dict[str, object]:
         """Measured on what was written, so that the figures are those of the shipped float16 weights."""
-        edits = review(self.output, self.report, self.preset, figures, device=self.device, seed=self.seed, box=self.box)
-        write_measurements(self.output, figures)
-        if self.report is not None:
-            metrics = {**figures, "edits": edits, "networks": self.speeds, "seconds": self.box.stages}
-            metrics["device"] = torch.cuda.get_device_name() if self.device.startswith("cuda") else "cpu"
-            self.report.mkdir(parents=True, exist_ok=True)
-            (self.report / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+        def keep(edits: dict[str, Any]) -> None:
+            write_measurements(self.output, figures)
+            if self.report is not None:
+                metrics = {**figures, "edits": edits, "networks": self.speeds, "seconds": self.box.stages}
+                metrics["device"] = torch.cuda.get_device_name() if self.device.startswith("cuda") else "cpu"
+                self.report.mkdir(parents=True, exist_ok=True)
+                (self.report / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+        keep({})
+        options: dict[str, Any] = {"device": self.device, "seed": self.seed, "box": self.box, "keep": keep}
+        review(self.output, self.report, self.preset, figures, **options)
         return figures
