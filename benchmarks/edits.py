@@ -31,11 +31,12 @@ ROUNDINGS = 8
 def edit_plan(device: str, *, quick: bool = False) -> list[UNetCase]:
     """The cases for a device, the most telling first."""
     if device.startswith("cuda"):
-        steps = [UNetCase("sd15", 512), UNetCase("sdxl", 1024)]
+        steps = [UNetCase("sd15", 512), UNetCase("sd15", 1024), UNetCase("sdxl", 1024)]
         if quick:
             return steps
-        steps += [UNetCase("sd15", 512, selection="all"), UNetCase("sd15", 512, targets=4)]
-        steps += [UNetCase("sd15", pixels) for pixels in (768, 1024, 1536, 2048)]
+        steps += [UNetCase("sd15", pixels, selection="all") for pixels in (1024, 512)]
+        steps += [UNetCase("sd15", 512, targets=4)]
+        steps += [UNetCase("sd15", pixels) for pixels in (768, 1536, 2048)]
         steps += [UNetCase("sdxl", pixels) for pixels in (1536, 2048)]
         return [*steps, UNetCase("sd21", 768), UNetCase("sd15", 512, steps=50), UNetCase("sdxl", 1024, steps=50)]
     if quick:

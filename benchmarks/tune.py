@@ -179,9 +179,9 @@ GLUON: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {
 }
 """The kernel for Hopper by head dim and branches: rows and keys of a tile, slots of a ring; the likeliest first.
 
-All of them compile without spills and without a wait for every product (`benchmarks/sass.py` is the judge). Tiles of 256
-rows read the keys half as often, those of 64 rows (for short sequences) occupy more multiprocessors. Where fewer
-branches fit than there are, there are several launches.
+All of them compile without spills and without a wait for every product. Tiles of 256 rows read the keys half as often,
+those of 64 rows (for short sequences) occupy more multiprocessors. Where fewer branches fit than there are, there are
+several launches.
 """
 
 

@@ -101,6 +101,8 @@ class Session:
         self.stages = [stage for stage in SESSIONS[kind] if not only or stage.name in only]
         self.kind, self.out, self.budget, self.device, self.dry = kind, out, budget, device, dry
         self.options = {"session": kind, **(options or {})}
+        if only and "checks" not in only:
+            self.options["unchecked"] = "yes"  # so nothing is compiled for checks
         self.outcomes: dict[str, str] = {}
         out.mkdir(parents=True, exist_ok=True)
         journal = Path(self.options.pop("journal", "") or out / f"{kind}.jsonl")
