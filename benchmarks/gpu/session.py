@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from ..report import case_table, summary
 from ..rows import Row, merge, read, replaced, write
-from .pool import forks
+from .pool import cuda_after_fork, starting
 from .records import Journal, Record, heard, read_journal, rows_of
 from .stages import SESSIONS, TUNING, Context, Stage, run_stage
 
@@ -114,8 +114,14 @@ class Session:
         """All stages; the exit status, which is 1 after any failure."""
         signal.signal(signal.SIGTERM, self._interrupted)
         begun = time.monotonic()
+        if self.device == "cuda" and not cuda_after_fork():
+            self.findings.take(
+                {"kind": "note", "text": "a forked process cannot use the device: each stage imports anew"}
+            )
+        print(f"== ready to start stages after {time.monotonic() - begun:.0f} s", flush=True)
         try:
-            schedule(self.stages, lambda stage, seconds: self._stage(stage, seconds, begun), self.budget)
+            left = self.budget - (time.monotonic() - begun)
+            schedule(self.stages, lambda stage, seconds: self._stage(stage, seconds, begun), left)
         except KeyboardInterrupt:
             self.findings.fail("the session", "interrupted; later stages did not run")
         self._finish()
@@ -135,7 +141,7 @@ class Session:
         heard_from, ours = os.pipe()
         output = Connection(ours, readable=False)
         context = Context(self.out, self.device, time.time() + seconds, self.dry, tuple(self.options.items()))
-        process = forks().Process(target=run_stage, args=(stage.call, context, output))
+        process = starting().Process(target=run_stage, args=(stage.call, context, output))
         process.start()
         output.close()
         try:
@@ -174,7 +180,7 @@ class Session:
         self.options["tuned"] = "yes"
         os.environ["FPE_COMMIT"] = commit().removesuffix("+tuned") + "+tuned"
 
-    def _listen(self, descriptor: int, process: ForkServerProcess, deadline: float) -> bool:
+    def _listen(self, descriptor: int, process: BaseProcess, deadline: float) -> bool:
         """Take what the stage says until it ends; True if it had to be ended."""
         rest, ended = b"", False
         with selectors.DefaultSelector() as selector:
@@ -225,7 +231,7 @@ class Session:
             print(f"What could not be written lies in {saved}" if saved else "What could not be written stands above.")
 
 
-def _end(process: ForkServerProcess) -> None:
+def _end(process: BaseProcess) -> None:
     """End a stage and what it started; its own session is a process group by itself."""
     assert process.pid is not None
     for kind in (signal.SIGTERM, signal.SIGKILL):
