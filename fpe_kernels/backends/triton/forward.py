@@ -72,7 +72,9 @@ def plan(
         if config.descriptors and plain and boxes.serves(query, key, values, chunk, scale):
             yield boxes.prepare(query, key, values, chunk, scale, outs, logsumexp, config)
             continue
-        if config.descriptors or config.gluon or (config.maxnreg and not plain):
+        if config.gluon:
+            config = configs.pointer_config(query, values, chunk, bias is not None, tf32)
+        elif config.descriptors or (config.maxnreg and not plain):
             config = config.general()
         whole_maps = all(set(rows[group]) == set(branches) for group, *branches in chunk.table)
         yield pointers.prepare(
