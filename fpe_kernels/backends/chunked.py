@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import fused_cpu
-from .cpu_threads import Task, share_out, threads_compute_alone
+from .cpu_threads import Task, lane, share_out, threads_compute_alone
 from .grouping import rows_by_map
 
 _LOG2E = 1.0 / math.log(2.0)
@@ -99,14 +99,14 @@ class _Buffers:
     """A thread's memory for the scores of its block, kept from block to block of a call."""
 
     def __init__(self) -> None:
-        self._of_thread: dict[int, Tensor] = {}
+        self._of_lane: dict[int, Tensor] = {}
 
     def view(self, shape: tuple[int, int, int], like: Tensor) -> Tensor:
         """Uninitialised memory of the calling thread."""
-        size, thread = math.prod(shape), threading.get_ident()
-        buffer = self._of_thread.get(thread)
+        size, place = math.prod(shape), lane()
+        buffer = self._of_lane.get(place)
         if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype:
-            buffer = self._of_thread[thread] = like.new_empty(size)
+            buffer = self._of_lane[place] = like.new_empty(size)
         return buffer[:size].view(shape)
 
 
@@ -244,7 +244,7 @@ def _apply_maps(
 
 
 Operands = tuple[_Scores, Tensor]
-"""The scores of a map and head range, and the packed columns [heads, L, E of all rows] that they are multiplied with."""
+"""The scores of a map and head range, and the packed columns [heads, L, E of all rows] that they multiply."""
 
 
 def _operands(

@@ -1,11 +1,12 @@
 """Blocks of work that CPU threads take as they come free, each thread computing its block alone.
 
 PyTorch shares every operation out over all threads and waits for the last of them. A block of attention is many
-operations, so where another process takes a core away, each of them waits for the thread that lost it. Threads that take
-whole blocks wait for one another once, at the end. For that PyTorch's operators have to run on one thread inside a
-worker, which is a setting of the thread in OpenMP and in MKL, but of the process in PyTorch: :func:`torch.set_num_threads`
-would change it for everybody. So the two libraries that PyTorch has loaded are asked themselves; where that cannot be
-done, blocks are computed one after the other by all threads together, as any PyTorch code is.
+operations, so where another process takes a core away, each of them waits for the thread that lost it. Threads that
+take whole blocks wait for one another once, at the end. For that PyTorch's operators have to run on one thread inside a
+worker, which is a setting of the thread in OpenMP and in MKL, but of the process in PyTorch:
+:func:`torch.set_num_threads` would change it for everybody. So the two libraries that PyTorch has loaded are asked
+themselves; where that cannot be done, blocks are computed one after the other by all threads together, as any PyTorch
+code is.
 """
 
 from __future__ import annotations
@@ -39,15 +40,38 @@ def share_out(tasks: Sequence[Task]) -> None:
         for task in tasks:
             task()
         return
-    queue = deque(tasks)
-    inference = torch.is_inference_mode_enabled()
     with settings.one_thread():
-        others = [_workers(os.getpid()).submit(_work, queue, inference, settings) for _ in range(threads - 1)]
+        if _watched():
+            for number, task in enumerate(tasks):
+                _PLACE.lane = number % threads
+                task()
+            _PLACE.lane = 0
+            return
+        queue = deque(tasks)
+        inference, pool = torch.is_inference_mode_enabled(), _workers(os.getpid())
+        others = [pool.submit(_work, queue, lane, inference, settings) for lane in range(1, threads)]
         try:
             _take(queue)
         finally:
             queue.clear()  # after an error or an interrupt nobody begins another one
             _join(others)
+
+
+def lane() -> int:
+    """Which of the threads of :func:`share_out` this one is: what is kept for each of them is kept by this number."""
+    return getattr(_PLACE, "lane", 0)
+
+
+_PLACE = threading.local()
+
+
+def _watched() -> bool:
+    """Whether a profiler or a mode follows what the calling thread does, which would not see other threads.
+
+    Then it computes everything itself, in the lanes that the threads would have had.
+    """
+    c: Any = torch._C
+    return bool(c._len_torch_dispatch_stack() or c._len_torch_function_stack() or c._autograd._profiler_enabled())
 
 
 def threads_compute_alone() -> bool:
@@ -71,8 +95,9 @@ def _take(queue: deque[Task]) -> None:
         task()
 
 
-def _work(queue: deque[Task], inference: bool, settings: _Settings) -> None:
+def _work(queue: deque[Task], lane: int, inference: bool, settings: _Settings) -> None:
     """A worker's share: operators on one thread, and nothing recorded for gradients, as in the thread that waits."""
+    _PLACE.lane = lane
     with settings.one_thread(), torch.inference_mode() if inference else torch.no_grad():
         _take(queue)
 
