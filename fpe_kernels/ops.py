@@ -14,6 +14,14 @@ Both products have gradients of the same form, so one kernel serves both: for ``
 Row weights w [B, H, N] are ones where they are left out. With them, X = w ⊙ dO, δ is as above, dw = rowsum(dO ∘ A V).
 A backend may leave out rows whose weights are zero in every b that shares the map: L is +∞ there, the statistics of a
 row without probabilities, so that X = 0 and δ = 0 meet A = 0. The L of a weighted apply serves its gradients only.
+
+A known L without a gradient is that of the map, and its dependence on the scores is inside δ. One that takes part in
+gradients is a variable of its own, as where a map is one part of a joined one or a range of another's keys: then
+P = exp(S − L), δ = 0 and dL = −Σ_b rowsum(dO_b ∘ O_b), for ``adjoint`` −Σ_b rowsum(W_b ∘ P dY_b).
+
+Keys past ``key_lengths[g]`` do not exist. Keys, and values, may have fewer heads than the queries: query head h reads
+head h // (H / heads), and their gradients are sums over the query heads that share one. ``wide`` asks for a result in
+the dtype of the statistics, for sums that are rounded once.
 """
 
 from __future__ import annotations
@@ -33,37 +41,49 @@ from .validation import accumulator_dtype
 _LIBRARY = torch.library.Library("fpe_kernels", "DEF")
 _LIBRARY.define(
     "apply(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] map_index, float scale, str backend,"
-    " Tensor? row_weight=None) -> (Tensor, Tensor)"
+    " Tensor? row_weight=None, int[]? key_lengths=None, bool wide=False) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "replay(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor logsumexp, int[] map_index, float scale,"
-    " str backend, Tensor? row_weight=None) -> Tensor"
+    " str backend, Tensor? row_weight=None, int[]? key_lengths=None, bool wide=False) -> Tensor"
 )
 _LIBRARY.define(
     "adjoint(Tensor query, Tensor key, Tensor weight, Tensor? bias, Tensor logsumexp, int[] map_index, float scale,"
-    " str backend) -> Tensor"
+    " str backend, int[]? key_lengths=None, bool wide=False) -> Tensor"
 )
 _LIBRARY.define(
     "score_gradient(Tensor query, Tensor key, Tensor left, Tensor right, Tensor delta, Tensor? bias, Tensor logsumexp,"
-    " int[] map_index, float scale, str backend) -> (Tensor, Tensor)"
+    " int[] map_index, float scale, str backend, int[]? key_lengths=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "bias_gradient(Tensor query, Tensor key, Tensor left, Tensor right, Tensor delta, Tensor bias, Tensor logsumexp,"
-    " int[] map_index, float scale) -> Tensor"
+    " int[] map_index, float scale, int[]? key_lengths=None) -> Tensor"
 )
 
 
-def empty_heads(like: Tensor, batch: int, heads: int, tokens: int, columns: int) -> Tensor:
+def empty_heads(
+    like: Tensor, batch: int, heads: int, tokens: int, columns: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """An uninitialised [batch, heads, tokens, columns] whose memory is [batch, tokens, heads, columns].
 
     A processor merges heads after attention; in this layout that is a view, not a copy.
     """
-    return like.new_empty((batch, tokens, heads, columns)).transpose(1, 2)
+    return like.new_empty((batch, tokens, heads, columns), dtype=dtype or like.dtype).transpose(1, 2)
 
 
 def empty_logsumexp(query: Tensor) -> Tensor:
     """An uninitialised [G, H, N] for the statistics of ``query`` [G, H, N, D]."""
     return query.new_empty(query.shape[:3], dtype=accumulator_dtype(query.dtype))
+
+
+def _empty_product(query: Tensor, operand: Tensor, tokens: int, wide: bool) -> Tensor:
+    """[B, H, tokens, E] for a product with ``operand`` [B, h, L, E]."""
+    dtype = accumulator_dtype(operand.dtype) if wide else operand.dtype
+    return empty_heads(operand, operand.shape[0], query.shape[1], tokens, operand.shape[3], dtype)
+
+
+def _lengths(key_lengths: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if key_lengths is None else tuple(key_lengths)
 
 
 def _apply(
@@ -75,21 +95,41 @@ def _apply(
     scale: float,
     backend: str,
     row_weight: Tensor | None = None,
+    key_lengths: Sequence[int] | None = None,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    out = empty_heads(value, value.shape[0], value.shape[1], query.shape[2], value.shape[3])
-    logsumexp = empty_logsumexp(query)
-    dispatch.load(backend).apply(
-        query, key, value, bias, tuple(map_index), scale, out, logsumexp, known=False, row_weight=row_weight
-    )
+    out, logsumexp = _empty_product(query, value, query.shape[2], wide), empty_logsumexp(query)
+    operands = (query, key, value, bias, tuple(map_index), scale, out, logsumexp)
+    _write_product(backend, *operands, False, row_weight, _lengths(key_lengths))
     for group, rows in enumerate(rows_by_map(tuple(map_index), query.shape[0])):
         if not rows:
             logsumexp[group] = float("nan")  # no product asked for this map, so nothing computed it
     return out, logsumexp
 
 
-def _apply_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    out = empty_heads(value, value.shape[0], value.shape[1], query.shape[2], value.shape[3])
-    return out, empty_logsumexp(query)
+def _write_product(backend: str, *operands: Any) -> None:
+    _, key, _, _, _, _, out, logsumexp, known, row_weight, key_lengths = operands
+    if key.shape[2] == 0:
+        out.zero_()
+        if not known:
+            logsumexp.fill_(float("-inf"))
+        return
+    dispatch.load(backend).apply(*operands[:8], known=known, row_weight=row_weight, key_lengths=key_lengths)
+
+
+def _apply_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    map_index: Sequence[int],
+    scale: float,
+    backend: str,
+    row_weight: Tensor | None = None,
+    key_lengths: Sequence[int] | None = None,
+    wide: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return _empty_product(query, value, query.shape[2], wide), empty_logsumexp(query)
 
 
 def _replay(
@@ -102,16 +142,29 @@ def _replay(
     scale: float,
     backend: str,
     row_weight: Tensor | None = None,
+    key_lengths: Sequence[int] | None = None,
+    wide: bool = False,
 ) -> Tensor:
-    out = empty_heads(value, value.shape[0], value.shape[1], query.shape[2], value.shape[3])
-    dispatch.load(backend).apply(
-        query, key, value, bias, tuple(map_index), scale, out, logsumexp, known=True, row_weight=row_weight
-    )
+    out = _empty_product(query, value, query.shape[2], wide)
+    operands = (query, key, value, bias, tuple(map_index), scale, out, logsumexp)
+    _write_product(backend, *operands, True, row_weight, _lengths(key_lengths))
     return out
 
 
-def _replay_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return empty_heads(value, value.shape[0], value.shape[1], query.shape[2], value.shape[3])
+def _replay_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    logsumexp: Tensor,
+    map_index: Sequence[int],
+    scale: float,
+    backend: str,
+    row_weight: Tensor | None = None,
+    key_lengths: Sequence[int] | None = None,
+    wide: bool = False,
+) -> Tensor:
+    return _empty_product(query, value, query.shape[2], wide)
 
 
 def _adjoint(
@@ -123,14 +176,29 @@ def _adjoint(
     map_index: Sequence[int],
     scale: float,
     backend: str,
+    key_lengths: Sequence[int] | None = None,
+    wide: bool = False,
 ) -> Tensor:
-    out = empty_heads(weight, weight.shape[0], weight.shape[1], key.shape[2], weight.shape[3])
-    dispatch.load(backend).adjoint(query, key, weight, bias, logsumexp, tuple(map_index), scale, out)
+    out = _empty_product(query, weight, key.shape[2], wide)
+    if key.shape[2] > 0:
+        operands = (query, key, weight, bias, logsumexp, tuple(map_index), scale, out)
+        dispatch.load(backend).adjoint(*operands, key_lengths=_lengths(key_lengths))
     return out
 
 
-def _adjoint_fake(query: Tensor, key: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return empty_heads(weight, weight.shape[0], weight.shape[1], key.shape[2], weight.shape[3])
+def _adjoint_fake(
+    query: Tensor,
+    key: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logsumexp: Tensor,
+    map_index: Sequence[int],
+    scale: float,
+    backend: str,
+    key_lengths: Sequence[int] | None = None,
+    wide: bool = False,
+) -> Tensor:
+    return _empty_product(query, weight, key.shape[2], wide)
 
 
 def _score_gradient(
@@ -144,12 +212,25 @@ def _score_gradient(
     map_index: Sequence[int],
     scale: float,
     backend: str,
+    key_lengths: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    grads = empty_heads(query, *query.shape), empty_heads(key, *key.shape)
-    dispatch.load(backend).score_gradient(
-        query, key, left, right, delta, bias, logsumexp, tuple(map_index), scale, *grads
-    )
-    return grads
+    grad_query, grad_key = empty_heads(query, *query.shape), empty_heads(key, *key.shape)
+    if key.shape[2] == 0:
+        return grad_query.zero_(), grad_key
+    by_head = grad_key
+    if query.shape[1] != key.shape[1]:
+        dtype = accumulator_dtype(key.dtype)
+        by_head = empty_heads(key, key.shape[0], query.shape[1], key.shape[2], key.shape[3], dtype)
+    operands = (query, key, left, right, delta, bias, logsumexp, tuple(map_index), scale, grad_query, by_head)
+    dispatch.load(backend).score_gradient(*operands, key_lengths=_lengths(key_lengths))
+    if by_head is not grad_key:
+        grad_key.copy_(_sum_shared_heads(by_head, key.shape[1]))
+    return grad_query, grad_key
+
+
+def _sum_shared_heads(tensor: Tensor, heads: int) -> Tensor:
+    """[B, H, L, E] summed over the query heads that share one of ``heads``."""
+    return tensor if tensor.shape[1] == heads else tensor.unflatten(1, (heads, -1)).sum(2)
 
 
 def _score_gradient_fake(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -166,10 +247,12 @@ def _bias_gradient(
     logsumexp: Tensor,
     map_index: Sequence[int],
     scale: float,
+    key_lengths: Sequence[int] | None = None,
 ) -> Tensor:
     # A bias holds as many numbers as its gradient, so row blocks in plain PyTorch bound the extra memory on any device.
     grad = torch.zeros_like(bias, memory_format=torch.contiguous_format)
-    dispatch.load("torch").bias_gradient(query, key, left, right, delta, bias, logsumexp, tuple(map_index), scale, grad)
+    operands = (query, key, left, right, delta, bias, logsumexp, tuple(map_index), scale, grad)
+    dispatch.load("torch").bias_gradient(*operands, key_lengths=_lengths(key_lengths))
     return grad
 
 
@@ -206,23 +289,28 @@ def _map_gradients(
     """Gradients for query, key and bias, from dS = A ∘ (Σ left rightᵀ − delta); ``ctx`` says which are wanted."""
     rest = (logsumexp, ctx.map_index, ctx.scale)
     grad_query = grad_key = grad_bias = None
+    lengths = ctx.key_lengths
     if left.shape[-1] == 0:
         # Of the log-sum-exp alone: no column was asked for, and a kernel multiplies at least one.
         left, right = (factor.new_zeros((*factor.shape[:-1], 1)) for factor in (left, right))
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         grad_query, grad_key = torch.ops.fpe_kernels.score_gradient(
-            query, key, left, right, delta, bias, *rest, ctx.backend
+            query, key, left, right, delta, bias, *rest, ctx.backend, lengths
         )
     if bias is not None and ctx.needs_input_grad[3]:
-        grad_bias = torch.ops.fpe_kernels.bias_gradient(query, key, left, right, delta, bias, *rest)
+        grad_bias = torch.ops.fpe_kernels.bias_gradient(query, key, left, right, delta, bias, *rest, lengths)
     return grad_query, grad_key, grad_bias
 
 
+_PRODUCT_SETTINGS = 6  # map_index, scale, backend, row_weight, key_lengths, wide
+_KNOWN_PLACE = 4  # of a known log-sum-exp among the inputs
+
+
 def _product_context(ctx: Any, inputs: tuple, output: Any) -> None:
-    query, key, value, bias, *known = inputs[:-4]
+    query, key, value, bias, *known = inputs[:-_PRODUCT_SETTINGS]
     out, logsumexp = (output, known[0]) if known else output
-    ctx.map_index, ctx.scale, ctx.backend, row_weight = inputs[-4:]
-    ctx.known, ctx.row_weight_place = bool(known), len(inputs) - 1
+    ctx.map_index, ctx.scale, ctx.backend, row_weight, ctx.key_lengths, _ = inputs[-_PRODUCT_SETTINGS:]
+    ctx.known, ctx.row_weight_place = bool(known), len(inputs) - 3
     ctx.save_for_backward(query, key, value, bias, row_weight, logsumexp, out)
 
 
@@ -231,39 +319,50 @@ def _product_backward(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor 
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     rest = (ctx.map_index, ctx.scale, ctx.backend)
-    left = grad_out if row_weight is None else (row_weight.unsqueeze(-1) * grad_out).to(grad_out.dtype)
-    grad_value = grad_row_weight = None
+    weighted = grad_out if row_weight is None else row_weight.unsqueeze(-1) * grad_out
+    left = weighted.to(value.dtype)
+    grad_value = grad_row_weight = grad_known = None
     if ctx.needs_input_grad[2]:
-        grad_value = torch.ops.fpe_kernels.adjoint(query, key, left, bias, logsumexp, *rest)
+        grouped = value.shape[1] != query.shape[1]
+        by_head = torch.ops.fpe_kernels.adjoint(
+            query, key, left, bias, logsumexp, *rest, ctx.key_lengths, wide=grouped
+        )
+        grad_value = _sum_shared_heads(by_head, value.shape[1]).to(value.dtype)
     if row_weight is not None and ctx.needs_input_grad[ctx.row_weight_place]:
         # The unweighted product cannot be had from the output where a weight is zero, nor its statistics.
+        settings = (*rest, None, ctx.key_lengths)
         if ctx.known:
-            product = torch.ops.fpe_kernels.replay(query, key, value, bias, logsumexp, *rest)
+            product = torch.ops.fpe_kernels.replay(query, key, value, bias, logsumexp, *settings)
         else:
-            product, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, *rest)
+            product, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, *settings)
         grad_row_weight = _row_sums(grad_out, product).sum_to_size(row_weight.shape).to(row_weight.dtype)
     delta = _gather_delta(_row_sums(grad_out, out), ctx.map_index, query.shape[0])
     if grad_logsumexp is not None:
         delta = delta - grad_logsumexp
+    if ctx.known and ctx.needs_input_grad[_KNOWN_PLACE]:
+        delta, grad_known = torch.zeros_like(delta), -delta
     grads = _map_gradients(ctx, query, key, bias, logsumexp, left, value, delta)
-    # A known log-sum-exp is that of the same query and key, so its dependence on them is inside delta.
-    return (*grads[:2], grad_value, grads[2], *((None,) if ctx.known else ()), None, None, None, grad_row_weight)
+    known = (grad_known,) if ctx.known else ()
+    return (*grads[:2], grad_value, grads[2], *known, None, None, None, grad_row_weight, None, None)
 
 
 def _adjoint_context(ctx: Any, inputs: tuple, output: Any) -> None:
-    query, key, weight, bias, logsumexp = inputs[:-3]
-    ctx.map_index, ctx.scale, ctx.backend = inputs[-3:]
+    query, key, weight, bias, logsumexp = inputs[:-5]
+    ctx.map_index, ctx.scale, ctx.backend, ctx.key_lengths, _ = inputs[-5:]
     ctx.save_for_backward(query, key, weight, bias, logsumexp)
 
 
 def _adjoint_backward(ctx: Any, grad_out: Tensor) -> tuple:
     query, key, weight, bias, logsumexp = ctx.saved_tensors
-    grad_weight = torch.ops.fpe_kernels.replay(
-        query, key, grad_out, bias, logsumexp, ctx.map_index, ctx.scale, ctx.backend
-    )
+    right = grad_out.to(weight.dtype)
+    settings = (ctx.map_index, ctx.scale, ctx.backend, None, ctx.key_lengths)
+    grad_weight = torch.ops.fpe_kernels.replay(query, key, right, bias, logsumexp, *settings)
     delta = _gather_delta(_row_sums(weight, grad_weight), ctx.map_index, query.shape[0])
-    grads = _map_gradients(ctx, query, key, bias, logsumexp, weight, grad_out, delta)
-    return (*grads[:2], grad_weight, grads[2], None, None, None, None)
+    grad_known = None
+    if ctx.needs_input_grad[_KNOWN_PLACE]:
+        delta, grad_known = torch.zeros_like(delta), -delta
+    grads = _map_gradients(ctx, query, key, bias, logsumexp, weight, right, delta)
+    return (*grads[:2], grad_weight, grads[2], grad_known, None, None, None, None, None)
 
 
 def _at_given_dtype(implementation: Callable[..., Any]) -> Callable[..., Any]:

@@ -40,6 +40,7 @@ class _Blocks:
     heads: slice
     queries: list[slice]
     keys: list[slice]
+    key_heads: slice | list[int]  # those of the keys, where query heads share them
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class _Block:
     heads: slice
     queries: slice
     keys: slice
+    key_heads: slice | list[int]
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,11 +64,23 @@ def _cut(length: int, most: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _cut_maps(query: Tensor, key: Tensor, by_map: Sequence[tuple[int, ...]]) -> Iterator[_Blocks]:
-    """Yield the blocks of every map that has batch rows."""
+def shared_heads(heads: slice, repeats: int) -> slice | list[int]:
+    """The heads of keys or values for query ``heads`` of which ``repeats`` share one."""
+    return heads if repeats == 1 else [head // repeats for head in range(heads.start, heads.stop)]
+
+
+def _lengths_of(key: Tensor, key_lengths: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The number of keys of every map."""
+    return (key.shape[2],) * key.shape[0] if key_lengths is None else key_lengths
+
+
+def _cut_maps(
+    query: Tensor, key: Tensor, by_map: Sequence[tuple[int, ...]], lengths: tuple[int, ...]
+) -> Iterator[_Blocks]:
+    """Yield the blocks of every map that has batch rows; a map of length 0 has no key blocks."""
     _, heads, queries, _ = query.shape
     itemsize = _working_dtype(query.dtype).itemsize
-    keys = _cut(key.shape[2], _KEY_BLOCK)
+    repeats = heads // key.shape[1]
     if query.device.type == "cpu":
         # Heads side by side give every thread a product of its own; fewer heads than threads share one product.
         threads = torch.get_num_threads()
@@ -74,20 +88,22 @@ def _cut_maps(query: Tensor, key: Tensor, by_map: Sequence[tuple[int, ...]]) -> 
         budget = min(threads * _THREAD_BLOCK_BYTES, _DEVICE_BLOCK_BYTES)
     else:
         together, budget = 1, _DEVICE_BLOCK_BYTES
-    a_query = keys[0].stop * itemsize
+    a_query = _cut(max(lengths), _KEY_BLOCK)[0].stop * itemsize if max(lengths) else itemsize
     together = max(together, min(heads, budget // max(1, queries * a_query)))
     query_blocks = _cut(queries, max(_MIN_QUERY_BLOCK, budget // (together * a_query)))
     for group, rows in enumerate(by_map):
         if rows:
+            keys = _cut(lengths[group], _KEY_BLOCK)
             for part in _cut(heads, together):
-                yield _Blocks(group, rows, part, query_blocks, keys)
+                yield _Blocks(group, rows, part, query_blocks, keys, shared_heads(part, repeats))
 
 
-def _pack(tensor: Tensor, rows: tuple[int, ...], heads: slice, dtype: torch.dtype) -> Tensor:
+def _pack(tensor: Tensor, rows: tuple[int, ...], heads: slice, repeats: int, dtype: torch.dtype) -> Tensor:
     """[B, H, L, E] -> [heads, L, len(rows)·E]: the columns of all ``rows`` side by side."""
+    own = shared_heads(heads, repeats)
     if len(rows) == 1:
-        return tensor[rows[0], heads].to(dtype)
-    return torch.cat([tensor[row, heads] for row in rows], dim=-1).to(dtype)
+        return tensor[rows[0], own].to(dtype)
+    return torch.cat([tensor[row, own] for row in rows], dim=-1).to(dtype)
 
 
 class _Scores:
@@ -99,7 +115,7 @@ class _Scores:
         self.query = query[group, heads]
         self.scale = scale * _LOG2E
         # [heads, D, M]: a view, where nothing has to be widened.
-        self.key = key[group, heads].to(self.dtype).transpose(1, 2)
+        self.key = key[group, blocks.key_heads].to(self.dtype).transpose(1, 2)
         self.bias = None if bias is None else bias.expand(*query.shape[:3], key.shape[2])[group, heads]
         self.buffer = self.key.new_empty(0)
 
@@ -130,13 +146,14 @@ def apply(
     logsumexp: Tensor,
     known: bool,
     row_weight: Tensor | None = None,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> None:
     """Write ``row_weight ⊙ (A[map_index] @ value)`` to ``out`` and, unless it is known, the log-sum-exp."""
-    by_map = rows_by_map(map_index, query.shape[0])
+    by_map, lengths = rows_by_map(map_index, query.shape[0]), _lengths_of(key, key_lengths)
     if row_weight is not None and query.device.type == "cpu":
-        _weighted_apply(query, key, value, bias, by_map, scale, out, logsumexp, known, row_weight)
+        _weighted_apply(query, key, value, bias, by_map, lengths, scale, out, logsumexp, known, row_weight)
         return
-    _apply_maps(query, key, value, bias, by_map, scale, out, logsumexp, known)
+    _apply_maps(query, key, value, bias, by_map, lengths, scale, out, logsumexp, known)
     if row_weight is not None:
         # What a weight selects is not known here without waiting for the device.
         out.mul_(row_weight.unsqueeze(-1))
@@ -148,6 +165,7 @@ def _weighted_apply(
     value: Tensor,
     bias: Tensor | None,
     by_map: Sequence[tuple[int, ...]],
+    lengths: tuple[int, ...],
     scale: float,
     out: Tensor,
     logsumexp: Tensor,
@@ -184,12 +202,12 @@ def _weighted_apply(
         part_out = out.new_empty((len(index), out.shape[1], len(selected), out.shape[3]))
         statistics = logsumexp[own, :, selected]
         part = query[own, :, selected], key[own], value[index], part_bias
-        _apply_maps(*part, [tuple(range(len(index)))], scale, part_out, statistics, known)
+        _apply_maps(*part, [tuple(range(len(index)))], lengths[own], scale, part_out, statistics, known)
         for position, row in enumerate(index):
             out[row, :, selected] = part_out[position]
         if not known:
             logsumexp[own, :, selected] = statistics
-    _apply_maps(query, key, value, bias, whole, scale, out, logsumexp, known)
+    _apply_maps(query, key, value, bias, whole, lengths, scale, out, logsumexp, known)
     out.mul_(row_weight.unsqueeze(-1))
 
 
@@ -199,6 +217,7 @@ def _apply_maps(
     value: Tensor,
     bias: Tensor | None,
     by_map: Sequence[tuple[int, ...]],
+    lengths: tuple[int, ...],
     scale: float,
     out: Tensor,
     logsumexp: Tensor,
@@ -206,11 +225,12 @@ def _apply_maps(
 ) -> None:
     """The unweighted product for the batch rows of every map in ``by_map``; other rows stay as they are."""
     columns = value.shape[3]
+    by_map = _without_keys(by_map, lengths, out, logsumexp, known)
     if bias is None and not known:
-        by_map = fused_cpu.apply(query, key, value, by_map, scale, out, logsumexp)
-    for blocks in _cut_maps(query, key, by_map):
+        by_map = fused_cpu.apply(query, key, value, by_map, lengths, scale, out, logsumexp)
+    for blocks in _cut_maps(query, key, by_map, lengths):
         scores_of = _Scores(query, key, bias, scale, blocks)
-        packed = _pack(value, blocks.rows, blocks.heads, scores_of.dtype)
+        packed = _pack(value, blocks.rows, blocks.heads, query.shape[1] // value.shape[1], scores_of.dtype)
         for queries in blocks.queries:
             statistics = logsumexp[blocks.group, blocks.heads, queries]
             if known:
@@ -226,6 +246,20 @@ def _apply_maps(
                     torch.div(part, normaliser, out=target)
                 else:
                     target.copy_(part / normaliser)
+
+
+def _without_keys(
+    by_map: Sequence[tuple[int, ...]], lengths: tuple[int, ...], out: Tensor, logsumexp: Tensor, known: bool
+) -> Sequence[tuple[int, ...]]:
+    """Write the products of the maps of no keys, which are zero; returns ``by_map`` without their rows."""
+    if all(lengths):
+        return by_map
+    for group, rows in enumerate(by_map):
+        if rows and lengths[group] == 0:
+            out[list(rows)] = 0.0
+            if not known:
+                logsumexp[group] = float("-inf")
+    return [rows if length else () for rows, length in zip(by_map, lengths, strict=True)]
 
 
 def _known_product(scores_of: _Scores, packed: Tensor, queries: slice, keys: list[slice], logsumexp: Tensor) -> Tensor:
@@ -272,12 +306,13 @@ def adjoint(
     map_index: tuple[int, ...],
     scale: float,
     out: Tensor,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> None:
     """Write ``A[map_index].T @ weight`` to ``out``."""
     columns = weight.shape[3]
-    for blocks in _cut_maps(query, key, rows_by_map(map_index, query.shape[0])):
+    for blocks in _cut_maps(query, key, rows_by_map(map_index, query.shape[0]), _lengths_of(key, key_lengths)):
         scores_of = _Scores(query, key, bias, scale, blocks)
-        packed = _pack(weight, blocks.rows, blocks.heads, scores_of.dtype)
+        packed = _pack(weight, blocks.rows, blocks.heads, 1, scores_of.dtype)
         total = packed.new_zeros((packed.shape[0], key.shape[2], packed.shape[2]))
         for queries in blocks.queries:
             statistics = logsumexp[blocks.group, blocks.heads, queries]
@@ -298,20 +333,23 @@ def _score_gradients(
     logsumexp: Tensor,
     map_index: tuple[int, ...],
     scale: float,
+    lengths: tuple[int, ...],
 ) -> Iterator[tuple[_Block, Tensor]]:
     """Yield dS for every block, key blocks innermost; the tensor is valid until the next one is asked for."""
-    for blocks in _cut_maps(query, key, rows_by_map(map_index, query.shape[0])):
+    for blocks in _cut_maps(query, key, rows_by_map(map_index, query.shape[0]), lengths):
         scores_of = _Scores(query, key, bias, scale, blocks)
         # Side by side, the product over all columns is the sum over the batch rows.
-        lefts = _pack(left, blocks.rows, blocks.heads, scores_of.dtype)
-        rights = _pack(right, blocks.rows, blocks.heads, scores_of.dtype).transpose(1, 2)
+        lefts = _pack(left, blocks.rows, blocks.heads, 1, scores_of.dtype)
+        repeats = query.shape[1] // right.shape[1]
+        rights = _pack(right, blocks.rows, blocks.heads, repeats, scores_of.dtype).transpose(1, 2)
         for queries in blocks.queries:
             statistics = logsumexp[blocks.group, blocks.heads, queries]
             offset = delta[blocks.group, blocks.heads, queries].unsqueeze(-1)
             for keys in blocks.keys:
                 maps = scores_of.probabilities(queries, keys, statistics)
                 outer = torch.bmm(lefts[:, queries], rights[:, :, keys])
-                yield _Block(blocks.group, blocks.heads, queries, keys), maps.mul_(outer.sub_(offset))
+                block = _Block(blocks.group, blocks.heads, queries, keys, blocks.key_heads)
+                yield block, maps.mul_(outer.sub_(offset))
 
 
 def score_gradient(
@@ -326,24 +364,27 @@ def score_gradient(
     scale: float,
     grad_query: Tensor,
     grad_key: Tensor,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> None:
-    """Write the gradients of query and key."""
-    dtype = _working_dtype(query.dtype)
+    """Write the gradients of query and key, the latter [G, H, M, D] with a head for each query head."""
+    dtype, lengths = _working_dtype(query.dtype), _lengths_of(key, key_lengths)
     by_query = by_key = key.new_empty(0, dtype=dtype)
-    for block, gradient in _score_gradients(query, key, left, right, delta, bias, logsumexp, map_index, scale):
+    operands = (query, key, left, right, delta, bias, logsumexp, map_index, scale, lengths)
+    for block, gradient in _score_gradients(*operands):
         if block.keys.start == 0:
             by_query = gradient.new_zeros((*gradient.shape[:2], query.shape[3]))
             if block.queries.start == 0:
                 by_key = gradient.new_zeros((gradient.shape[0], *key.shape[2:]))
-        by_query.baddbmm_(gradient, key[block.group, block.heads, block.keys].to(dtype), alpha=scale)
+        keys = key[block.group, block.key_heads][:, block.keys].to(dtype)
+        by_query.baddbmm_(gradient, keys, alpha=scale)
         queries = query[block.group, block.heads, block.queries].to(dtype)
         by_key[:, block.keys].baddbmm_(gradient.transpose(1, 2), queries, alpha=scale)
-        if block.keys.stop == key.shape[2]:
+        if block.keys.stop == lengths[block.group]:
             grad_query[block.group, block.heads, block.queries] = by_query
             if block.queries.stop == query.shape[2]:
                 grad_key[block.group, block.heads] = by_key
     for group, rows in enumerate(rows_by_map(map_index, query.shape[0])):
-        if not rows:
+        if not rows or lengths[group] == 0:
             grad_query[group] = 0.0
             grad_key[group] = 0.0
 
@@ -359,10 +400,12 @@ def bias_gradient(
     map_index: tuple[int, ...],
     scale: float,
     grad: Tensor,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> None:
     """Add dS to ``grad``, which has the shape of ``bias``, summed over the axes of size 1."""
     accumulated = torch.zeros_like(grad, dtype=_working_dtype(grad.dtype))
-    for block, gradient in _score_gradients(query, key, left, right, delta, bias, logsumexp, map_index, scale):
+    operands = (query, key, left, right, delta, bias, logsumexp, map_index, scale)
+    for block, gradient in _score_gradients(*operands, _lengths_of(key, key_lengths)):
         wanted = (slice(block.group, block.group + 1), block.heads, block.queries, block.keys)
         part = accumulated[
             tuple(index if size > 1 else slice(None) for size, index in zip(bias.shape, wanted, strict=True))

@@ -30,11 +30,12 @@ def apply(
     logsumexp: Tensor,
     known: bool,
     row_weight: Tensor | None = None,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> None:
     """Write ``row_weight ⊙ (A[map_index] @ value)`` to ``out`` and, unless it is known, the log-sum-exp."""
     logsumexp = logsumexp.contiguous() if known else logsumexp
     tensors = query, key, value, bias, out, logsumexp, row_weight
-    launch_all(plan, tensors, map_index, scale, known, configs.one_launch, configs.apply_config)
+    launch_all(plan, tensors, map_index, scale, known, configs.one_launch, configs.apply_config, key_lengths)
 
 
 def plan(
@@ -50,6 +51,7 @@ def plan(
     known: bool,
     one_launch: Callable[..., bool],
     apply_config: Callable[..., Config],
+    key_lengths: tuple[int, ...] | None = None,
 ) -> Iterator[Launch]:
     """The launches of :func:`apply`, by the two rules given."""
     if bias is not None:
@@ -64,6 +66,8 @@ def plan(
         config = apply_config(query, values, chunk, bias is not None, tf32)
         known_here = known or not chunk.first
         plain = bias is None and row_weight is None and not known_here
+        # What has fewer keys for some maps, or fewer heads of keys or values, is of the general kernel.
+        plain = plain and key_lengths is None and query.shape[1] == key.shape[1] == value.shape[1]
         if config.descriptors and plain and boxes.serves(query, key, values, chunk, scale):
             yield boxes.prepare(query, key, values, chunk, scale, columns_of(out, chunk), logsumexp, config)
             continue
@@ -83,4 +87,5 @@ def plan(
             row_weight,
             known_here or whole_maps,
             config,
+            key_lengths,
         )
