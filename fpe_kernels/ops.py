@@ -15,10 +15,6 @@ Row weights w [B, H, N] are ones where they are left out. With them, X = w ⊙ d
 A backend may leave out rows whose weights are zero in every b that shares the map: L is +∞ there, the statistics of a
 row without probabilities, so that X = 0 and δ = 0 meet A = 0. The L of a weighted apply serves its gradients only.
 
-A known L without a gradient is that of the map, and its dependence on the scores is inside δ. One that takes part in
-gradients is a variable of its own, as where a map is one part of a joined one or a range of another's keys: then
-P = exp(S − L), δ = 0 and dL = −Σ_b rowsum(dO_b ∘ O_b), for ``adjoint`` −Σ_b rowsum(W_b ∘ P dY_b).
-
 Keys past ``key_lengths[g]`` do not exist. Keys, and values, may have fewer heads than the queries: query head h reads
 head h // (H / heads), and their gradients are sums over the query heads that share one. ``wide`` asks for a result in
 the dtype of the statistics, for sums that are rounded once.
@@ -303,7 +299,6 @@ def _map_gradients(
 
 
 _PRODUCT_SETTINGS = 6  # map_index, scale, backend, row_weight, key_lengths, wide
-_KNOWN_PLACE = 4  # of a known log-sum-exp among the inputs
 
 
 def _product_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -321,12 +316,10 @@ def _product_backward(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor 
     rest = (ctx.map_index, ctx.scale, ctx.backend)
     weighted = grad_out if row_weight is None else row_weight.unsqueeze(-1) * grad_out
     left = weighted.to(value.dtype)
-    grad_value = grad_row_weight = grad_known = None
+    grad_value = grad_row_weight = None
     if ctx.needs_input_grad[2]:
         grouped = value.shape[1] != query.shape[1]
-        by_head = torch.ops.fpe_kernels.adjoint(
-            query, key, left, bias, logsumexp, *rest, ctx.key_lengths, wide=grouped
-        )
+        by_head = torch.ops.fpe_kernels.adjoint(query, key, left, bias, logsumexp, *rest, ctx.key_lengths, wide=grouped)
         grad_value = _sum_shared_heads(by_head, value.shape[1]).to(value.dtype)
     if row_weight is not None and ctx.needs_input_grad[ctx.row_weight_place]:
         # The unweighted product cannot be had from the output where a weight is zero, nor its statistics.
@@ -339,11 +332,20 @@ def _product_backward(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor 
     delta = _gather_delta(_row_sums(grad_out, out), ctx.map_index, query.shape[0])
     if grad_logsumexp is not None:
         delta = delta - grad_logsumexp
-    if ctx.known and ctx.needs_input_grad[_KNOWN_PLACE]:
-        delta, grad_known = torch.zeros_like(delta), -delta
     grads = _map_gradients(ctx, query, key, bias, logsumexp, left, value, delta)
-    known = (grad_known,) if ctx.known else ()
-    return (*grads[:2], grad_value, grads[2], *known, None, None, None, grad_row_weight, None, None)
+    # A known log-sum-exp is that of the same query and key, so its dependence on them is inside delta.
+    return (
+        *grads[:2],
+        grad_value,
+        grads[2],
+        *((None,) if ctx.known else ()),
+        None,
+        None,
+        None,
+        grad_row_weight,
+        None,
+        None,
+    )
 
 
 def _adjoint_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -358,11 +360,8 @@ def _adjoint_backward(ctx: Any, grad_out: Tensor) -> tuple:
     settings = (ctx.map_index, ctx.scale, ctx.backend, None, ctx.key_lengths)
     grad_weight = torch.ops.fpe_kernels.replay(query, key, right, bias, logsumexp, *settings)
     delta = _gather_delta(_row_sums(weight, grad_weight), ctx.map_index, query.shape[0])
-    grad_known = None
-    if ctx.needs_input_grad[_KNOWN_PLACE]:
-        delta, grad_known = torch.zeros_like(delta), -delta
     grads = _map_gradients(ctx, query, key, bias, logsumexp, weight, right, delta)
-    return (*grads[:2], grad_weight, grads[2], grad_known, None, None, None, None, None)
+    return (*grads[:2], grad_weight, grads[2], None, None, None, None, None, None)
 
 
 def _at_given_dtype(implementation: Callable[..., Any]) -> Callable[..., Any]:

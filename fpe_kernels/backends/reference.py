@@ -49,6 +49,15 @@ def repeated(tensor: Tensor, heads: int) -> Tensor:
     return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
 
 
+def _existing(tensor: Tensor, key_lengths: Sequence[int] | None, index: Sequence[int]) -> Tensor:
+    """``tensor`` [len(index), H, M, E] with zeros where keys do not exist, whatever is there."""
+    if key_lengths is None:
+        return tensor
+    lengths = torch.tensor(key_lengths, device=tensor.device)[list(index)]
+    past = torch.arange(tensor.shape[2], device=tensor.device) >= lengths.unsqueeze(1)
+    return tensor.masked_fill(past[:, None, :, None], 0.0)
+
+
 def _maps(
     query: Tensor,
     key: Tensor,
@@ -59,9 +68,8 @@ def _maps(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """:func:`attention_map` at ``dtype``."""
-    query, key, bias = (None if tensor is None else tensor.to(dtype) for tensor in (query, key, bias))
-    assert query is not None and key is not None
-    return attention_map(query, key, bias, scale, key_lengths, logsumexp)
+    bias = None if bias is None else bias.to(dtype)
+    return attention_map(query.to(dtype), key.to(dtype), bias, scale, key_lengths, logsumexp)
 
 
 def apply(
@@ -79,7 +87,8 @@ def apply(
 ) -> None:
     """Write ``row_weight ⊙ (A[map_index] @ value)`` to ``out`` and, unless it is known, the log-sum-exp."""
     maps, computed = _maps(query, key, bias, scale, key_lengths, logsumexp if known else None, out.dtype)
-    product = maps[list(map_index)] @ repeated(value.to(out.dtype), query.shape[1])
+    value = repeated(_existing(value.to(out.dtype), key_lengths, map_index), query.shape[1])
+    product = maps[list(map_index)] @ value
     out.copy_(product if row_weight is None else row_weight.unsqueeze(-1) * product)
     if not known:
         logsumexp.copy_(computed)
@@ -118,9 +127,10 @@ def score_gradient(
     """Write the gradients of query and key, the latter [G, H, M, D] with a head for each query head."""
     maps, _ = _maps(query, key, bias, scale, key_lengths, logsumexp, query.dtype)
     outer = torch.zeros_like(maps)
-    rights = repeated(right, query.shape[1]).transpose(-1, -2)
+    rights = repeated(_existing(right, key_lengths, map_index), query.shape[1]).transpose(-1, -2)
+    key = repeated(_existing(key, key_lengths, range(key.shape[0])), query.shape[1])
     outer.index_add_(0, torch.tensor(map_index, dtype=torch.int64, device=query.device), left @ rights)
     scores = maps * (outer - delta.unsqueeze(-1).to(maps.dtype))
     scores[unreferenced(map_index, query.shape[0])] = 0.0  # whose statistics nothing computed
-    grad_query.copy_(scale * (scores @ repeated(key, query.shape[1])))
+    grad_query.copy_(scale * (scores @ key))
     grad_key.copy_(scale * (scores.transpose(-1, -2) @ query))

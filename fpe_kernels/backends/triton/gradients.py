@@ -73,5 +73,7 @@ def plan(
     for chunk in chunks(map_index, own.shape[0], own_factor.shape[3], MAX_GRADIENT_COLUMNS):
         factors = columns_of(own_factor, chunk), columns_of(other_factor, chunk)
         config = gradient_config(own, other, factors[0], chunk, bias is not None, tf32)
-        rest = (logsumexp, delta, chunk, scale, own_statistics, config, key_lengths)
-        yield prepare(own, other, *factors, bias, gradient, *rest)
+        statistics = logsumexp, delta
+        yield prepare(
+            own, other, *factors, bias, gradient, *statistics, chunk, scale, own_statistics, config, key_lengths
+        )
