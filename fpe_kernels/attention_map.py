@@ -136,6 +136,16 @@ class AttentionMap(SoftmaxMap, LinearMap):
         out, logsumexp = self._apply(value, index, wide=True)
         return out, gathered_rows(logsumexp, index)
 
+    def gathered_merge(
+        self, value: Tensor, index: tuple[int, ...], weight: Tensor | None, prior: Tensor, prior_logsumexp: Tensor
+    ) -> Tensor:
+        """``weight ⊙`` the product over these keys and others, normalised together; without gradients.
+
+        ``prior`` [len(index), H, N, E], wide, is the product over the other keys, and ``prior_logsumexp`` that of them.
+        """
+        operands = (self.query, self.key, value, self.bias, self._known(), list(index), self.scale, self._serving)
+        return torch.ops.fpe_kernels.merge(*operands, prior, prior_logsumexp, weight, self.key_lengths)
+
     def _replay(
         self,
         value: Tensor,

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from . import validation
+from .attention_map import AttentionMap
 from .combining import check_maps
 from .composition import LinearMap
 from .normal_form import Block, adjoint_of, gathered_rows, starts_of, taken, terms_by_map
+from .partial_softmax import merged_products, total_logsumexp
 from .softmax_map import SoftmaxMap, softmax_blocks
 
 
@@ -82,16 +84,43 @@ class JoinedMap(SoftmaxMap, LinearMap):
     # -- products -----------------------------------------------------------------------------------------------------
 
     def gathered_product(self, value: Tensor, index: tuple[int, ...], weight: Tensor | None) -> Tensor:
-        out, _ = self.gathered_with_logsumexp(value, index)
-        return (out if weight is None else weight.unsqueeze(-1) * out).to(self.dtype)
+        last = None if self._records_gradients(value, weight) else self._last()
+        if last is None:
+            out, _ = self.gathered_with_logsumexp(value, index)
+            return (out if weight is None else weight.unsqueeze(-1) * out).to(self.dtype)
+        blocks, keys = self._of_parts[last], self._keys(last)
+        prior, logsumexp = self._merged(value, index, [place for place in range(len(self.parts)) if place != last])
+        (term,) = taken(blocks, index)[0].terms
+        whole = cast(AttentionMap, term.map)
+        return whole.gathered_merge(value[:, :, keys], term.index, weight, prior, logsumexp.expand(prior.shape[:3]))
 
     def gathered_with_logsumexp(self, value: Tensor, index: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        return self._merged(value, index, range(len(self.parts)))
+
+    def _merged(self, value: Tensor, index: tuple[int, ...], places: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The wide product over the keys of some parts, and its log-sum-exp."""
         total: tuple[Tensor, Tensor] | None = None
-        for _, blocks, keys in self._ranges():
-            product = _product_with_logsumexp(taken(blocks, index), value[:, :, keys])
-            total = product if total is None else merged(total, product)
+        for place in places:
+            product = _product_with_logsumexp(taken(self._of_parts[place], index), value[:, :, self._keys(place)])
+            total = product if total is None else merged_products(total, product)
         assert total is not None
         return total
+
+    def _records_gradients(self, value: Tensor, weight: Tensor | None) -> bool:
+        leaves = value.requires_grad or self.requires_grad or (weight is not None and weight.requires_grad)
+        return torch.is_grad_enabled() and leaves
+
+    def _last(self) -> int | None:
+        """The part that can take up the product of the others, and of such the one with the fewest keys."""
+        places = [
+            place
+            for place, blocks in enumerate(self._of_parts)
+            if len(blocks) == 1 and isinstance(blocks[0].terms[0].map, AttentionMap)
+        ]
+        return min(places, key=lambda place: self.parts[place].shape[3]) if places and len(self.parts) > 1 else None
+
+    def _keys(self, place: int) -> slice:
+        return slice(self._stops[place] - self.parts[place].shape[3], self._stops[place])
 
     def gathered_adjoint(self, weight: Tensor, index: tuple[int, ...]) -> Tensor:
         adjoints = []
@@ -104,12 +133,12 @@ class JoinedMap(SoftmaxMap, LinearMap):
     @property
     def logsumexp(self) -> Tensor:
         """[B, H, N], float32 (float64 beside float64): log Σ_m exp(scores) over the keys of all parts."""
-        return _total([_logsumexp(blocks) for blocks in self._of_parts])
+        return total_logsumexp([_logsumexp(blocks) for blocks in self._of_parts])
 
     def _shares(self) -> list[Tensor]:
         """[B, H, N] for every part: its share of each row's sum."""
         statistics = [_logsumexp(blocks) for blocks in self._of_parts]
-        total = _total(statistics)
+        total = total_logsumexp(statistics)
         finite = torch.where(total.isneginf(), 0.0, total)
         return [torch.exp(own - finite) for own in statistics]
 
@@ -197,32 +226,6 @@ def join(maps: Sequence[LinearMap]) -> LinearMap:
     parts = [part for part in parts if part.shape[3]] or parts[:1]
     joined = JoinedMap(parts)
     return parts[0] if len(parts) == 1 else joined
-
-
-def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Products [B, H, N, E] and log-sum-exps [B | 1, H, N] of two parts, normalised together.
-
-    Where no gradient is recorded the first product is overwritten.
-    """
-    (out, one), (other, two) = first, second
-    total = _total([one, two])
-    finite = torch.where(total.isneginf(), 0.0, total)
-    shares = [torch.exp(own - finite).unsqueeze(-1) for own in (one, two)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*first, *second)):
-        return shares[0] * out + shares[1] * other, total
-    return out.mul_(shares[0]).addcmul_(shares[1], other), total
-
-
-def _total(statistics: Sequence[Tensor]) -> Tensor:
-    """log Σ exp of log-sum-exps; −∞ where all are, with gradients of zero there."""
-    if len(statistics) == 1:
-        return statistics[0]
-    largest = statistics[0].detach()
-    for own in statistics[1:]:
-        largest = torch.maximum(largest, own.detach())
-    largest = torch.where(largest.isneginf(), 0.0, largest)
-    total = sum(torch.exp(own - largest) for own in statistics[1:]) + torch.exp(statistics[0] - largest)
-    return torch.where(total == 0.0, float("-inf"), largest + torch.log(torch.where(total == 0.0, 1.0, total)))
 
 
 def _product_with_logsumexp(blocks: tuple[Block, ...], value: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ With ``g = map_index[b]``, ``A_g = softmax(scale · Q_g K_gᵀ + bias_g)``:
 
     apply           O_b = w_b ⊙ A_g V_b                             and L_g, the log-sum-exp of the scores
     replay          the same product from a known L
+    merge           w_b ⊙ (the product over these keys and a product O'_b over others, normalised together by L', L)
     adjoint         Y_b = A_gᵀ W_b
     score_gradient  dS_g = A_g ∘ (Σ_b X_b Y_bᵀ − δ_g);  dQ_g = scale · dS_g K_g,  dK_g = scale · dS_gᵀ Q_g
     bias_gradient   dS_g summed over the axes along which the bias was broadcast
@@ -31,6 +32,16 @@ from torch import Tensor
 
 from . import dispatch
 from .backends.grouping import rows_by_map
+from .gradient_rules import (
+    adjoint_backward,
+    adjoint_context,
+    no_gradient_of_merge,
+    no_second_derivative,
+    product_backward,
+    product_context,
+    sum_shared_heads,
+)
+from .partial_softmax import merged_products
 from .precision import at_given_dtype
 from .validation import accumulator_dtype
 
@@ -42,6 +53,10 @@ _LIBRARY.define(
 _LIBRARY.define(
     "replay(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor logsumexp, int[] map_index, float scale,"
     " str backend, Tensor? row_weight=None, int[]? key_lengths=None, bool wide=False) -> Tensor"
+)
+_LIBRARY.define(
+    "merge(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? logsumexp, int[] map_index, float scale,"
+    " str backend, Tensor prior, Tensor prior_logsumexp, Tensor? row_weight=None, int[]? key_lengths=None) -> Tensor"
 )
 _LIBRARY.define(
     "adjoint(Tensor query, Tensor key, Tensor weight, Tensor? bias, Tensor logsumexp, int[] map_index, float scale,"
@@ -163,6 +178,52 @@ def _replay_fake(
     return _empty_product(query, value, query.shape[2], wide)
 
 
+def _merge(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    logsumexp: Tensor | None,
+    map_index: Sequence[int],
+    scale: float,
+    backend: str,
+    prior: Tensor,
+    prior_logsumexp: Tensor,
+    row_weight: Tensor | None = None,
+    key_lengths: Sequence[int] | None = None,
+) -> Tensor:
+    index, known = tuple(map_index), logsumexp is not None
+    fused = getattr(dispatch.load(backend), "apply_merged", None)
+    out = _empty_product(query, value, query.shape[2], wide=fused is None)
+    statistics = empty_logsumexp(query) if logsumexp is None else logsumexp
+    operands = (query, key, value, bias, index, scale, out, statistics, known)
+    if fused is not None:
+        fused(*operands, row_weight, _lengths(key_lengths), prior, prior_logsumexp)
+        return out
+    _write_product(backend, *operands, None, _lengths(key_lengths))
+    own = torch.cat([statistics[entry : entry + 1] for entry in index])
+    merged, _ = merged_products((out, own), (prior, prior_logsumexp))
+    result = empty_heads(value, *out.shape)
+    return result.copy_(merged if row_weight is None else row_weight.unsqueeze(-1) * merged)
+
+
+def _merge_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    logsumexp: Tensor | None,
+    map_index: Sequence[int],
+    scale: float,
+    backend: str,
+    prior: Tensor,
+    prior_logsumexp: Tensor,
+    row_weight: Tensor | None = None,
+    key_lengths: Sequence[int] | None = None,
+) -> Tensor:
+    return _empty_product(query, value, query.shape[2], wide=False)
+
+
 def _adjoint(
     query: Tensor,
     key: Tensor,
@@ -220,13 +281,8 @@ def _score_gradient(
     operands = (query, key, left, right, delta, bias, logsumexp, tuple(map_index), scale, grad_query, by_head)
     dispatch.load(backend).score_gradient(*operands, key_lengths=_lengths(key_lengths))
     if by_head is not grad_key:
-        grad_key.copy_(_sum_shared_heads(by_head, key.shape[1]))
+        grad_key.copy_(sum_shared_heads(by_head, key.shape[1]))
     return grad_query, grad_key
-
-
-def _sum_shared_heads(tensor: Tensor, heads: int) -> Tensor:
-    """[B, H, L, E] summed over the query heads that share one of ``heads``."""
-    return tensor if tensor.shape[1] == heads else tensor.unflatten(1, (heads, -1)).sum(2)
 
 
 def _score_gradient_fake(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -257,113 +313,6 @@ def _bias_gradient_fake(query: Tensor, key: Tensor, left: Tensor, right: Tensor,
     return torch.zeros_like(bias, memory_format=torch.contiguous_format)
 
 
-def _gather_delta(products: Tensor, map_index: Sequence[int], maps: int) -> Tensor:
-    """Sum the row sums [B, H, N] of the batch rows that share a map: [G, H, N].
-
-    One sum after the other, because ``index_add_`` on CUDA adds in no fixed order.
-    """
-    groups = rows_by_map(tuple(int(index) for index in map_index), int(maps))
-    zero = products.new_zeros(products.shape[1:])
-    return torch.stack([sum((products[row] for row in rows), zero) for rows in groups])
-
-
-def _row_sums(left: Tensor, right: Tensor) -> Tensor:
-    dtype = accumulator_dtype(left.dtype)
-    return (left.to(dtype) * right.to(dtype)).sum(-1)
-
-
-def _map_gradients(
-    ctx: Any,
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    logsumexp: Tensor,
-    left: Tensor,
-    right: Tensor,
-    delta: Tensor,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients for query, key and bias, from dS = A ∘ (Σ left rightᵀ − delta); ``ctx`` says which are wanted."""
-    rest = (logsumexp, ctx.map_index, ctx.scale)
-    grad_query = grad_key = grad_bias = None
-    lengths = ctx.key_lengths
-    if left.shape[-1] == 0:
-        # Of the log-sum-exp alone: no column was asked for, and a kernel multiplies at least one.
-        left, right = (factor.new_zeros((*factor.shape[:-1], 1)) for factor in (left, right))
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        grad_query, grad_key = torch.ops.fpe_kernels.score_gradient(
-            query, key, left, right, delta, bias, *rest, ctx.backend, lengths
-        )
-    if bias is not None and ctx.needs_input_grad[3]:
-        grad_bias = torch.ops.fpe_kernels.bias_gradient(query, key, left, right, delta, bias, *rest, lengths)
-    return grad_query, grad_key, grad_bias
-
-
-_PRODUCT_SETTINGS = 6  # map_index, scale, backend, row_weight, key_lengths, wide
-
-
-def _product_context(ctx: Any, inputs: tuple, output: Any) -> None:
-    query, key, value, bias, *known = inputs[:-_PRODUCT_SETTINGS]
-    out, logsumexp = (output, known[0]) if known else output
-    ctx.map_index, ctx.scale, ctx.backend, row_weight, ctx.key_lengths, _ = inputs[-_PRODUCT_SETTINGS:]
-    ctx.known, ctx.row_weight_place = bool(known), len(inputs) - 3
-    ctx.save_for_backward(query, key, value, bias, row_weight, logsumexp, out)
-
-
-def _product_backward(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None = None) -> tuple:
-    query, key, value, bias, row_weight, logsumexp, out = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    rest = (ctx.map_index, ctx.scale, ctx.backend)
-    weighted = grad_out if row_weight is None else row_weight.unsqueeze(-1) * grad_out
-    left = weighted.to(value.dtype)
-    grad_value = grad_row_weight = None
-    if ctx.needs_input_grad[2]:
-        grouped = value.shape[1] != query.shape[1]
-        by_head = torch.ops.fpe_kernels.adjoint(query, key, left, bias, logsumexp, *rest, ctx.key_lengths, wide=grouped)
-        grad_value = _sum_shared_heads(by_head, value.shape[1]).to(value.dtype)
-    if row_weight is not None and ctx.needs_input_grad[ctx.row_weight_place]:
-        # The unweighted product cannot be had from the output where a weight is zero, nor its statistics.
-        settings = (*rest, None, ctx.key_lengths)
-        if ctx.known:
-            product = torch.ops.fpe_kernels.replay(query, key, value, bias, logsumexp, *settings)
-        else:
-            product, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, *settings)
-        grad_row_weight = _row_sums(grad_out, product).sum_to_size(row_weight.shape).to(row_weight.dtype)
-    delta = _gather_delta(_row_sums(grad_out, out), ctx.map_index, query.shape[0])
-    if grad_logsumexp is not None:
-        delta = delta - grad_logsumexp
-    grads = _map_gradients(ctx, query, key, bias, logsumexp, left, value, delta)
-    # A known log-sum-exp is that of the same query and key, so its dependence on them is inside delta.
-    return (
-        *grads[:2],
-        grad_value,
-        grads[2],
-        *((None,) if ctx.known else ()),
-        None,
-        None,
-        None,
-        grad_row_weight,
-        None,
-        None,
-    )
-
-
-def _adjoint_context(ctx: Any, inputs: tuple, output: Any) -> None:
-    query, key, weight, bias, logsumexp = inputs[:-5]
-    ctx.map_index, ctx.scale, ctx.backend, ctx.key_lengths, _ = inputs[-5:]
-    ctx.save_for_backward(query, key, weight, bias, logsumexp)
-
-
-def _adjoint_backward(ctx: Any, grad_out: Tensor) -> tuple:
-    query, key, weight, bias, logsumexp = ctx.saved_tensors
-    right = grad_out.to(weight.dtype)
-    settings = (ctx.map_index, ctx.scale, ctx.backend, None, ctx.key_lengths)
-    grad_weight = torch.ops.fpe_kernels.replay(query, key, right, bias, logsumexp, *settings)
-    delta = _gather_delta(_row_sums(weight, grad_weight), ctx.map_index, query.shape[0])
-    grads = _map_gradients(ctx, query, key, bias, logsumexp, weight, right, delta)
-    return (*grads[:2], grad_weight, grads[2], None, None, None, None, None, None)
-
-
 def _at_given_dtype(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Run without autocast, which would round products and statistics of float32 operands."""
 
@@ -373,13 +322,6 @@ def _at_given_dtype(implementation: Callable[..., Any]) -> Callable[..., Any]:
             return implementation(query, *args)
 
     return run
-
-
-def _no_second_derivative(ctx: Any, *grads: Any) -> tuple:
-    raise NotImplementedError(
-        "attention maps have first derivatives only: create_graph=True cannot go through them. For second derivatives "
-        "of a small map, differentiate torch.softmax(scale * query @ key.transpose(-1, -2), -1) @ value instead."
-    )
 
 
 def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -392,6 +334,7 @@ def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 for _name, _implementation, _fake in (
     ("apply", _apply, _apply_fake),
     ("replay", _replay, _replay_fake),
+    ("merge", _merge, _merge_fake),
     ("adjoint", _adjoint, _adjoint_fake),
     ("score_gradient", _score_gradient, _score_gradient_fake),
     ("bias_gradient", _bias_gradient, _bias_gradient_fake),
@@ -400,7 +343,8 @@ for _name, _implementation, _fake in (
     torch.library.register_fake(f"fpe_kernels::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_vmap(f"fpe_kernels::{_name}", _no_vmap, lib=_LIBRARY)
 for _name in ("score_gradient", "bias_gradient"):
-    torch.library.register_autograd(f"fpe_kernels::{_name}", _no_second_derivative, lib=_LIBRARY)
-torch.library.register_autograd("fpe_kernels::apply", _product_backward, setup_context=_product_context, lib=_LIBRARY)
-torch.library.register_autograd("fpe_kernels::replay", _product_backward, setup_context=_product_context, lib=_LIBRARY)
-torch.library.register_autograd("fpe_kernels::adjoint", _adjoint_backward, setup_context=_adjoint_context, lib=_LIBRARY)
+    torch.library.register_autograd(f"fpe_kernels::{_name}", no_second_derivative, lib=_LIBRARY)
+torch.library.register_autograd("fpe_kernels::merge", no_gradient_of_merge, lib=_LIBRARY)
+torch.library.register_autograd("fpe_kernels::apply", product_backward, setup_context=product_context, lib=_LIBRARY)
+torch.library.register_autograd("fpe_kernels::replay", product_backward, setup_context=product_context, lib=_LIBRARY)
+torch.library.register_autograd("fpe_kernels::adjoint", adjoint_backward, setup_context=adjoint_context, lib=_LIBRARY)

@@ -84,7 +84,7 @@ def test_a_shared_part_is_one_pass_for_all_rows(calls) -> None:
     joined = join([text, image.take([0, 0, 0])])
     assert calls == []  # lazy
     joined @ value
-    assert calls == [(7, (0, 1, 2)), (10, (0, 0, 0))]
+    assert calls == [(10, (0, 0, 0)), (7, (0, 1, 2))]  # the shared part first, the private one takes it up
 
 
 def test_rows_of_other_maps_beside_a_shared_one(calls) -> None:
@@ -93,7 +93,7 @@ def test_rows_of_other_maps_beside_a_shared_one(calls) -> None:
     own = AttentionMap(make((1, 2, 9, 16), 40), make((1, 2, 10, 16), 41))
     joined = join([text, concatenate([image, own, image])])
     out = joined @ value
-    assert calls == [(7, (0, 1, 2)), (10, (0, 0)), (10, (0,))]
+    assert calls == [(10, (0, 0)), (10, (0,)), (7, (0, 1, 2))]
     expected = [join([text[row], part]) @ value[row : row + 1] for row, part in enumerate((image, own, image))]
     torch.testing.assert_close(out, torch.cat(expected))
     torch.testing.assert_close(joined.T @ out, joined.dense().transpose(-1, -2) @ out)
@@ -179,10 +179,11 @@ def test_opcheck_with_key_lengths_grouped_heads_and_wide_results(options: dict, 
         (ops.apply, (query, key, value, None, *rest, None, lengths, True)),
         (ops.replay, (query, key, value, None, known, *rest, None, lengths, True)),
         (ops.adjoint, (query, key, weight, None, known, *rest, lengths, True)),
+        (ops.merge, (query, key, value, None, known, *rest, weight.float(), known, None, lengths)),
         (ops.score_gradient, (*factors, *rest, lengths)),
     ):
         checks = ["test_schema", "test_faketensor"]
-        checks += [] if op is ops.score_gradient else ["test_autograd_registration"]
+        checks += ["test_autograd_registration"] if op in (ops.apply, ops.replay, ops.adjoint) else []
         torch.library.opcheck(op.default, arguments, test_utils=checks)
 
 

@@ -16,6 +16,12 @@ Branches that name the row before them again are there to make maps of one launc
 
 Keys past the length of a map do not exist, as if the tensor ended there. Several query heads may share a head of the
 keys, or of the values.
+
+A launch over some of the keys may take up the product O' over others, with their log-sum-exp L':
+
+    O_b = w_b ⊙ (exp(L_g − M_b) ⊙ A_g V_b + exp(L'_b − M_b) ⊙ O'_b),   M_b = log(exp L_g + exp L'_b)
+
+L' is a row's own where the other keys are, so the shares differ by branch.
 """
 
 from __future__ import annotations
@@ -40,6 +46,7 @@ from .primitives import (
     online_softmax_update,
     packed_columns,
     split_scores,
+    take_up,
     tile_index,
     weigh,
 )
@@ -83,6 +90,8 @@ def apply_kernel(
     row_weight_stride_h,
     row_weight_stride_n,
     lengths_ptr,  # [G]: the keys of each map
+    prior_ptr,  # [B, H, N, E], float32, with the strides of out: the product over other keys
+    prior_logsumexp_ptr,  # [B, H, N], contiguous: the log-sum-exp over those
     HEAD_DIM: tl.constexpr,
     HEAD_0: tl.constexpr,
     HEAD_1: tl.constexpr,
@@ -110,6 +119,7 @@ def apply_kernel(
     HAS_LENGTHS: tl.constexpr,
     HEADS_PER_KEY: tl.constexpr,
     HEADS_PER_VALUE: tl.constexpr,
+    HAS_PRIOR: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = BRANCHES * VALUE_DIM
     EVEN_HEAD_0: tl.constexpr = HEAD_0 <= HEAD_DIM
@@ -247,6 +257,48 @@ def apply_kernel(
         if COLUMNS_1 > 0:
             accumulator_1 *= inverse[:, None]
 
+    if HAS_PRIOR:
+        if KNOWN:
+            logsumexp = tl.load(logsumexp_ptr + start_m + rows, mask=row_valid, other=0.0)
+        prior_rows = prior_ptr + head64 * out_stride_h + (start_m + rows)[:, None] * out_stride_n
+        prior_logsumexp_ptr += head64 * queries + start_m
+        if COLUMNS_0 > 0:
+            accumulator_0 = take_up(
+                accumulator_0,
+                logsumexp,
+                prior_rows,
+                prior_logsumexp_ptr,
+                group_ptr + 1,
+                heads * queries,
+                rows,
+                row_valid,
+                out_stride_b,
+                out_stride_e,
+                0,
+                VALUE_DIM,
+                BRANCHES,
+                OUT_VECTOR,
+                WIDE,
+            )
+        if COLUMNS_1 > 0:
+            accumulator_1 = take_up(
+                accumulator_1,
+                logsumexp,
+                prior_rows,
+                prior_logsumexp_ptr,
+                group_ptr + 1,
+                heads * queries,
+                rows,
+                row_valid,
+                out_stride_b,
+                out_stride_e,
+                COLUMNS_0,
+                VALUE_DIM,
+                BRANCHES,
+                OUT_VECTOR,
+                WIDE,
+            )
+
     if HAS_WEIGHT:
         for branch in range(BRANCHES):
             weight = branch_weight(
@@ -302,10 +354,13 @@ def prepare(
     skips: bool,
     config: Config,
     key_lengths: tuple[int, ...] | None = None,
+    prior: Tensor | None = None,
+    prior_logsumexp: Tensor | None = None,
 ) -> Launch:
     """The launch of one chunk; ``value`` and ``out`` are narrowed to its columns, ``bias`` is [G, H, N, M].
 
     ``row_weight`` is [B, H, N]; ``skips`` says that nothing else needs the statistics of rows whose weights are zero.
+    ``prior`` is narrowed as ``out`` is, and has its strides; its log-sum-exp [B, H, N] is contiguous.
     """
     _, heads, queries, head_dim = query.shape
     keys, value_dim = key.shape[2], value.shape[3]
@@ -325,6 +380,8 @@ def prepare(
             "out_ptr": out,
             "logsumexp_ptr": logsumexp,
             "table_ptr": table,
+            "prior_ptr": query if prior is None else prior,
+            "prior_logsumexp_ptr": query if prior_logsumexp is None else prior_logsumexp,
             "lengths_ptr": table if key_lengths is None else device_table((key_lengths,), query.device),
         },
         numbers={
@@ -374,5 +431,6 @@ def prepare(
             "HAS_LENGTHS": key_lengths is not None,
             "HEADS_PER_KEY": heads // key.shape[1],
             "HEADS_PER_VALUE": heads // value.shape[1],
+            "HAS_PRIOR": prior is not None,
         },
     )
