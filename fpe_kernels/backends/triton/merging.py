@@ -13,10 +13,14 @@ from torch import Tensor
 
 from . import apply as pointers
 from . import configs
-from .configs import MAX_COLUMNS, Config
+from .configs import Config
 from .launch import Launch, product_precision
 from .packing import chunks, columns_of
 from .plans import launch_all
+
+
+MAX_MERGED_COLUMNS = 160
+"""Packed columns of one launch: a tile of the other product wants registers beside the accumulators."""
 
 
 def apply_merged(
@@ -64,7 +68,7 @@ def plan(
     if row_weight is not None:
         row_weight = row_weight.expand(out.shape[:3])
     tf32 = product_precision(query.dtype) == "tf32"
-    for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_COLUMNS[query.element_size()]):
+    for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_MERGED_COLUMNS):
         values = columns_of(value, chunk)
         yield pointers.prepare(
             query,
