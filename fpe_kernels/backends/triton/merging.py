@@ -18,7 +18,6 @@ from .launch import Launch, product_precision
 from .packing import chunks, columns_of
 from .plans import launch_all
 
-
 MAX_MERGED_COLUMNS = 160
 """Packed columns of one launch: a tile of the other product wants registers beside the accumulators."""
 
