@@ -183,6 +183,7 @@ def launch_of(program: Program) -> Launch:
         launch = adjoint.prepare(query, key, wide, bias, logsumexp, chunk, 0.1, by_head, config, lengths)
     else:
         config = configs.forward_config(*shape, len(chunk.table) * heads, tokens, keys, tf32)
+        config = configs.for_unrounded(config, branches * value_dim) if "unrounded" in kinds else config
         if program.kernel == "boxes":
             config = replace(config.general(), descriptors=True)
             return boxes.prepare(query, key, value, chunk, 0.1, product, logsumexp, config)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fpe_kernels import AttentionMap, blend, ops, shared_attention
+from fpe_kernels import AttentionMap, blend, join, ops, shared_attention
 from fpe_kernels.backends import chunked, fused_cpu
 from fpe_kernels.testing import Case, assert_matches, make_case
 
@@ -251,6 +251,8 @@ INDUCTOR = {
     "blend": lambda A, value, weight: blend(weight[0, 0, :, 0], A, 0.5 * A).matmul(value),
     "pooled": lambda A, value, weight: A.pooled((3, 4), (2, 5), 2),
     "rows": lambda A, value, weight: A.rows([1, 2]),
+    "joined": lambda A, value, weight: join([A.keys(0, 4), A.keys(4)]).matmul(value),
+    "joined transpose": lambda A, value, weight: join([A.keys(0, 4), A.keys(4)]).T.matmul(weight),
 }
 
 

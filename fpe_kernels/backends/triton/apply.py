@@ -380,8 +380,8 @@ def prepare(
             "out_ptr": out,
             "logsumexp_ptr": logsumexp,
             "table_ptr": table,
-            "prior_ptr": query if prior is None else prior,
-            "prior_logsumexp_ptr": query if prior_logsumexp is None else prior_logsumexp,
+            "prior_ptr": table if prior is None else prior,
+            "prior_logsumexp_ptr": table if prior_logsumexp is None else prior_logsumexp,
             "lengths_ptr": table if key_lengths is None else device_table((key_lengths,), query.device),
         },
         numbers={

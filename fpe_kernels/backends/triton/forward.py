@@ -64,6 +64,8 @@ def plan(
     for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_COLUMNS[query.element_size()], together):
         values = columns_of(value, chunk)
         config = apply_config(query, values, chunk, bias is not None, tf32)
+        if out.dtype != value.dtype:
+            config = configs.for_unrounded(config, chunk.branches * values.shape[3])
         known_here = known or not chunk.first
         plain = bias is None and row_weight is None and not known_here
         # What has fewer keys for some maps, or fewer heads of keys or values, is of the general kernel.
