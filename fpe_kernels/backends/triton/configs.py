@@ -266,8 +266,9 @@ def for_length(config: Config, arch: str, itemsize: int, maps: int, rows: int) -
 
 def for_unrounded(config: Config, columns: int) -> Config:
     """``config`` for an output in float32: its addresses take registers that wide accumulators leave to the scores."""
-    wide = sum(split_width(columns)) > 160
-    return replace(config, block_n=32) if wide and config.block_n > 32 else config
+    if sum(split_width(columns)) <= 160:
+        return config
+    return replace(config, block_n=min(config.block_n, 32 if config.block_m > 32 else 16))
 
 
 def length_class(tokens: int) -> int:
