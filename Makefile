@@ -14,6 +14,7 @@ TORCH_INDEX ?=
 PIP_ARGS    ?=
 PYTEST_ARGS ?=
 BENCH_ARGS  ?= all --quick
+GPU_ARGS    ?=
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
@@ -27,7 +28,7 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench figures gpu clean
+.PHONY: help demo test test-all lint format bench figures gpu gpu-smoke gpu-train clean
 
 help:  ## show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,9 +59,15 @@ figures: $(STAMP)  ## redraw the figures and rewrite README's tables from the co
 	@$(BIN)/python -m benchmarks.plot --update README.md benchmarks/README.md fpe_pipeline/quality/README.md
 
 # On a GPU machine torch is usually there already and the right build of it is that machine's business,
-# so this target uses $(PYTHON) as it is and installs nothing.
-gpu:  ## on a CUDA machine: checks, tuning, timings in under 9 minutes; results land in gpu-results/
-	@$(PYTHON) -m benchmarks.gpu_session
+# so these targets use $(PYTHON) as it is and install nothing. GPU_ARGS="--budget 300" gives one less time.
+gpu-smoke:  ## on a CUDA machine: does every kernel run and agree? ten ratios, in 150 s; into gpu-results/
+	@$(PYTHON) -m benchmarks.gpu smoke $(GPU_ARGS)
+
+gpu:  ## on a CUDA machine: the rest of correctness, tuning, timings in 9 minutes; into gpu-results/
+	@$(PYTHON) -m benchmarks.gpu full $(GPU_ARGS)
+
+gpu-train:  ## on a CUDA machine: train the embedded model in 210 s; into gpu-results/
+	@$(PYTHON) -m benchmarks.gpu train $(GPU_ARGS)
 
 clean:  ## remove the environment, caches and outputs
 	rm -rf $(VENV) build dist out gpu-results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
-from fpe_kernels.backends.triton import adjoint, apply, backward, boxes, configs, merging
+from fpe_kernels.backends.triton import adjoint, apply, backward, boxes, configs, hopper, merging
 from fpe_kernels.backends.triton.launch import Launch
 from fpe_kernels.backends.triton.offline import compile_offline
 from fpe_kernels.backends.triton.packing import Chunk
@@ -36,6 +36,14 @@ LARGE_WIDTHS = ((120, 2), (128, 1), (192, 1), (224, 1), (256, 1))
 SMALL_WIDTHS = ((8, 1), (16, 1), (32, 2), (72, 1), (96, 1))
 JOINT_WIDTHS = ((64, 1), (64, 2), (64, 4), (88, 1), (96, 2), (112, 1), (128, 1), (128, 2), (160, 2), (256, 1))
 BOX_WIDTHS = ((32, 2), (64, 1), (64, 2), (64, 4), (128, 1), (128, 2))
+# The kernel for Hopper: tiles as the tuner offers them. What is missing takes two launches.
+GLUON = {
+    **{(d, r): configs.Config(128, 128, 4, 2, gluon=True) for d in (40, 64, 80) for r in (1, 2)},
+    **{(d, 4): configs.Config(128, 64, 4, 2, gluon=True) for d in (40, 64)},
+    (128, 1): configs.Config(128, 128, 4, 2, gluon=True),
+    (128, 2): configs.Config(128, 64, 4, 2, gluon=True),
+    (160, 1): configs.Config(128, 64, 4, 2, gluon=True),
+}
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 MATRIX_INSTRUCTION = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 PRODUCTS, GRADIENTS = ("apply", "replay", "adjoint"), ("grad_query", "grad_key")
@@ -55,7 +63,7 @@ class Program:
     whose products may be rounded.
     """
 
-    kernel: str  # apply, replay, boxes, adjoint, grad_query or grad_key
+    kernel: str  # apply, replay, boxes, gluon, gluon_replay, adjoint, grad_query or grad_key
     arch: str
     dtype: str
     head_dim: int
@@ -133,6 +141,9 @@ def _every(arch: str) -> Iterator[Program]:
         yield from of(("adjoint", *GRADIENTS), edges, "ragged+bias+lengths+grouped")
     if arch == "sm_90":
         yield from of(("boxes",), BOX_WIDTHS, "ragged", "ragged+unrounded")
+        yield from of(("gluon", "gluon_replay"), tuple(GLUON), "ragged")
+        yield from of(("gluon",), ((64, 2), (80, 2)), "even")
+        yield from of(("gluon",), ((64, 2),), "ragged", dtype="bfloat16")
 
 
 def launch_of(program: Program) -> Launch:
@@ -184,6 +195,10 @@ def launch_of(program: Program) -> Launch:
     else:
         config = configs.forward_config(*shape, len(chunk.table) * heads, tokens, keys, tf32)
         config = configs.for_unrounded(config, branches * value_dim) if "unrounded" in kinds else config
+        if program.kernel.startswith("gluon"):
+            config = GLUON[program.head_dim, program.branches]
+            known = program.kernel == "gluon_replay"
+            return hopper.prepare(query, key, value, chunk, 0.1, wide, logsumexp, known, config)
         if program.kernel == "boxes":
             config = replace(config.general(), descriptors=True)
             return boxes.prepare(query, key, value, chunk, 0.1, product, logsumexp, config)

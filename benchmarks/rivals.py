@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -90,19 +91,20 @@ class Fused:
             with self.context():
                 return call()
 
-        self._probe(guarded)
+        probe(guarded)
         return guarded
 
-    def _probe(self, call: Call) -> None:
-        """Turn "no kernel takes this" into a reason; other errors are errors."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                call()
-            except (RuntimeError, NotImplementedError, ValueError, AssertionError) as error:
-                said = [str(w.message).split(" (Triggered")[0].strip() for w in caught]
-                reasons = [s for s in said if s and not s.endswith("because:")] or [str(error).split("\n")[0]]
-                raise Missing("; ".join(dict.fromkeys(reasons))) from error
+
+def probe(call: Call) -> None:
+    """Turn "no kernel takes this" into a reason; other errors are errors."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            call()
+        except (RuntimeError, NotImplementedError, ValueError, AssertionError) as error:
+            said = [str(w.message).split(" (Triggered")[0].strip() for w in caught]
+            reasons = [s for s in said if s and not s.endswith("because:")] or [str(error).split("\n")[0]]
+            raise Missing("; ".join(dict.fromkeys(reasons))) from error
 
 
 def _adjoint_by_gradient(inputs: Inputs, forward: Callable[[Tensor, Tensor, Tensor], Answer]) -> Call:
@@ -126,14 +128,25 @@ class Unedited:
     """
 
     name: str = "unedited"
+    context: Callable[[], AbstractContextManager] = nullcontext
 
     def prepare(self, inputs: Inputs) -> Call:
         if inputs.case.op not in ("apply", "backward"):
             raise Missing(f"an unedited layer has no {inputs.case.op}")
+        if self.context is not nullcontext and inputs.query.device.type != "cuda":
+            raise Missing("PyTorch has one fused kernel for a CPU, which it chooses by itself", everywhere=True)
         index = list(inputs.case.map_index)
         query, key = inputs.query[index], inputs.key[index]
         if inputs.case.op == "apply":
-            return lambda: per_row(F.scaled_dot_product_attention(query, key, inputs.value))
+
+            def attend() -> Answer:
+                with self.context():
+                    return per_row(F.scaled_dot_product_attention(query, key, inputs.value))
+
+            probe(attend)
+            return attend
+        if self.context is not nullcontext:
+            raise Missing("gradients are compared with the kernel that PyTorch chooses")
         query, key, value = (t.detach().requires_grad_() for t in (query, key, inputs.value))
 
         def call() -> Answer:
@@ -198,6 +211,8 @@ def _sage(inputs: Inputs) -> Attend:
 
 def rivals() -> Iterator[Provider]:
     yield Unedited()
+    for name in ("flash", "cudnn"):
+        yield Unedited(f"unedited-{name}", partial(sdpa_kernel, SDPA_BACKENDS[name]))
     yield Fused("sdpa", _sdpa)
     for name, backend in SDPA_BACKENDS.items():
         context = lambda backend=backend: sdpa_kernel(backend)  # noqa: E731

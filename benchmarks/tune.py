@@ -1,7 +1,8 @@
 """`python -m benchmarks.tune`: which launch configuration is fastest, measured.
 
-Every choice of a shape is compiled (in parallel processes that launch nothing, into Triton's cache on disk), held
-against float64, and timed in the same rounds as the committed configuration and the fastest that PyTorch has. Where all
+Every choice of a shape is compiled (in parallel processes that launch nothing and may abort, into Triton's cache on
+disk) and tried; the promising ones are held against float64 and timed in the same rounds as the committed configuration
+and the fastest that PyTorch has. Where all
 maps have equally many rows, the choices are tile sizes, warps, stages and tensor descriptors; in a guided batch, whose
 unconditional rows have maps of their own, they are one launch or two. A choice takes effect through
 `fpe_kernels.backends.triton.configs`.
@@ -14,34 +15,29 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from .cases import Case
 from .inputs import Inputs
-from .measure import Effort
+from .measure import Clock, Effort
 from .providers import Call, Ours, Provider, all_providers
 from .rows import Row, read, write
-from .run import Bench
-
-if TYPE_CHECKING:
-    from fpe_kernels.backends.triton.launch import Launch
+from .run import Bench, first_line
 
 log = logging.getLogger("benchmarks")
 
 EFFORT = Effort(rounds=5, seconds=3.0, sample_ms=5.0, calls_a_sample=8)
 RIVALS = ("sdpa-flash", "sdpa-cudnn", "sdpa-flash-concat", "sdpa-cudnn-concat")
+FINALISTS, SCREENING_CALLS = 6, 4  # how many choices are timed properly, and the calls that say which
 REGISTERS = 65536  # of a multiprocessor since Kepler
 
 
@@ -64,22 +60,25 @@ class Candidate:
     descriptors: bool = False
     specialised: bool = False
     maxnreg: int = 0
+    gluon: bool = False
 
     def __str__(self) -> str:
-        fetched = "d" * self.descriptors + "s" * self.specialised
+        fetched = "d" * self.descriptors + "s" * self.specialised + "g" * self.gluon
         bound = f"r{self.maxnreg}" if self.maxnreg else ""
         return f"{self.block_m}x{self.block_n}w{self.warps}s{self.stages}{fetched}{bound}"
 
     @classmethod
     def parse(cls, text: str) -> Candidate:
         """The inverse of `str`."""
-        found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(d?)(s?)(?:r(\d+))?", text)
+        found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(d?)(s?)(g?)(?:r(\d+))?", text)
         if found is None:
             raise ValueError(
-                f"expected a configuration such as 128x64w8s3, 128x64w4s2ds or 64x64w4s2r168, got {text!r}"
+                f"expected a configuration such as 128x64w8s3, 128x64w4s2ds, 128x128w4s2g or 64x64w4s2r168, "
+                f"got {text!r}"
             )
         block_m, block_n, warps, stages = map(int, found.groups()[:4])
-        return cls(block_m, block_n, warps, stages, bool(found[5]), bool(found[6]), int(found[7] or 0))
+        fetched = bool(found[5]), bool(found[6])
+        return cls(block_m, block_n, warps, stages, *fetched, int(found[8] or 0), bool(found[7]))
 
     def fits(self, head_dim: int, branches: int, shared_bytes: int, itemsize: int = 2) -> bool:
         """Whether the tiles can be held at all; what compiles but spills shows in its time.
@@ -87,6 +86,11 @@ class Candidate:
         Shared memory holds the query tile and `stages` key and value tiles; registers hold the accumulator,
         the scores and their half-precision copy. Descriptors fetch boxes, whose edges are powers of two.
         """
+        if self.gluon:
+            from fpe_kernels.backends.triton import hopper
+            from fpe_kernels.backends.triton.configs import Config
+
+            return hopper.most_branches(head_dim, head_dim, Config(*astuple(self))) > 0
         columns = branches * head_dim
         shared = (self.block_m * head_dim + self.stages * self.block_n * (head_dim + columns)) * itemsize
         registers = self.block_m * (columns + 1.5 * self.block_n)
@@ -142,6 +146,11 @@ SPECIALISED = [Candidate(*c, 4, stages, True, True) for c in ((64, 64), (64, 128
 # Registers at which three or four programs of four warps share a multiprocessor.
 BOUNDED = [Candidate(*c, maxnreg=most) for c in itertools.product((64,), (32, 64), (4,), (2, 3)) for most in (128, 168)]
 
+GLUON = [
+    Candidate(*c, gluon=True)
+    for c in ((128, 128, 4, 2), (128, 64, 4, 2), (128, 64, 4, 3), (128, 32, 4, 3), (192, 64, 4, 2), (64, 128, 4, 2))
+]
+
 
 def choices(case: Case, arch: str = "sm_90") -> Sequence[Choice]:
     """What is measured for `case` on `arch`: descriptors where a copy engine reads them, bounds where they exist."""
@@ -152,6 +161,7 @@ def choices(case: Case, arch: str = "sm_90") -> Sequence[Choice]:
     nvidia = arch.startswith("sm_")
     engine = nvidia and int(arch.removeprefix("sm_")) >= 90
     every = [*ALL, *(BOUNDED if nvidia else []), *(DESCRIBED + SPECIALISED if engine else [])]
+    every += GLUON if arch == "sm_90" else []
     return [c for c in every if c.fits(case.head_dim, case.batch // case.maps, SHARED_MEMORY[arch])]
 
 
@@ -193,35 +203,6 @@ class Configured:
         return configured
 
 
-def compile_one(case: Case, choice: Choice) -> str | None:
-    """Compile what a choice launches, into the cache on disk; None, or what went wrong.
-
-    Nothing is launched: the device belongs to the process that measures.
-    """
-    try:
-        for launch in launches(case, choice, "cuda"):
-            launch.compile()
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return None
-
-
-def launches(case: Case, choice: Choice, device: str) -> list[Launch]:
-    """What a choice launches for `case`, on tensors that hold nothing."""
-    from fpe_kernels.backends.triton import configs, forward
-    from fpe_kernels.ops import empty_heads, empty_logsumexp
-
-    like = torch.empty(0, dtype=torch.float16, device=device)
-    query, key, value = (
-        empty_heads(like, rows, case.heads, case.tokens, case.head_dim) for rows in (case.maps, case.maps, case.batch)
-    )
-    out, logsumexp = empty_heads(like, *value.shape), empty_logsumexp(query)
-    tensors = query, key, value, None, out, logsumexp, None
-    with choice.installed():
-        rules = configs.one_launch, configs.apply_config
-        return list(forward.plan(*tensors, case.map_index, case.head_dim**-0.5, False, *rules))
-
-
 def run_tuning(
     bench: Bench,
     cases: Sequence[Case],
@@ -231,50 +212,95 @@ def run_tuning(
 ) -> list[Row]:
     """Rows of suite `tuning`, a provider a choice; stops where no time is left.
 
+    A few calls of every choice say which are promising; those, the committed configuration and the rivals are then held
+    against float64 and timed in the same rounds.
+
     `choose` says what is measured for a case; left out, :func:`choices` for the device's architecture.
     """
     named = all_providers()
     rows: list[Row] = []
     cuda = bench.device.startswith("cuda")
     backend = "triton" if cuda else "torch"
-    workers = max(1, min(12, (os.cpu_count() or 2) - 2))
     offered = {case: list((choose or _choices_on(bench.device))(case)) for case in cases}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        # All shapes are compiled ahead, in order; a shape is timed as soon as its own choices are there.
-        pending = {}
-        if cuda:
-            pending = {(case, c): pool.submit(compile_one, case, c) for case in cases for c in offered[case]}
+    with _CompiledAhead(offered if cuda else {}, bench.device, time_left) as compiled:
         for number, case in enumerate(cases):
             if time_left() <= 0:
                 log.warning("no time left: %d of %d shapes tuned", number, len(cases))
                 break
             chosen = []
             for choice in offered[case]:
-                problem = _problem(pending[case, choice], choice) if cuda else None
+                problem = compiled.problem(case, choice)
                 if problem:
                     log.warning("%s, %s: %s", case.name, choice, problem)
                 else:
-                    chosen.append(choice)
+                    chosen.append(Configured(choice, backend))
             others = [named[f"fpe-{backend}"], *(named[name] for name in RIVALS if cuda)]
-            providers: list[Provider] = [*others, *(Configured(choice, backend) for choice in chosen)]
+            providers: list[Provider] = [*others, *_promising(bench, case, chosen)]
             measured = [replace(row, suite="tuning") for row in bench.case(case, providers)]
             report(measured)
             rows += measured
-        for future in pending.values():
-            future.cancel()
     return rows
 
 
-def _problem(compiled: Future[str | None], choice: Choice) -> str | None:
-    """What was wrong with a choice that was compiled ahead.
+def _promising(bench: Bench, case: Case, chosen: Sequence[Configured]) -> list[Configured]:
+    """The :data:`FINALISTS` fastest by a few calls each, wrong ones among them; those that raise are left out."""
+    if len(chosen) <= FINALISTS:
+        return list(chosen)
+    inputs = Inputs.make(case, bench.device, bench.dtype)
+    clock = Clock(bench.device)
+    times: dict[Configured, float] = {}
+    for provider in chosen:
+        try:
+            call = provider.prepare(inputs)
+            call()
+            times[provider] = min(clock.calls(call, SCREENING_CALLS))
+        except Exception as error:
+            log.warning("%s, %s: %s", case.name, provider.choice, first_line(error))
+    return sorted(times, key=lambda provider: times[provider])[:FINALISTS]
 
-    A compiler that aborts takes the pool along. Specialised warps are the candidates that may do that; the others are
-    then compiled where they are timed.
-    """
-    try:
-        return compiled.result()
-    except BrokenProcessPool:
-        return "a compiler died before it" if getattr(choice, "specialised", False) else None
+
+class _CompiledAhead:
+    """Every choice's programs, compiled in order by processes that may abort, while earlier cases are timed."""
+
+    def __init__(self, offered: dict[Case, list[Choice]], device: str, time_left: Callable[[], float]) -> None:
+        self._offered, self._device, self._time_left = offered, device, time_left
+        self._problems: dict[tuple[Case, Choice], str] = {}
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._compile, daemon=True)
+        self._closed = False
+
+    def __enter__(self) -> _CompiledAhead:
+        if self._offered:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closed = True
+
+    def problem(self, case: Case, choice: Choice) -> str:
+        """What was wrong with a choice, once that is known; "" for nothing."""
+        if case not in self._offered:
+            return ""
+        with self._changed:
+            self._changed.wait_for(lambda: (case, choice) in self._problems or not self._thread.is_alive())
+        return self._problems.get((case, choice), "it was not compiled")
+
+    def _compile(self) -> None:
+        from fpe_kernels.backends.triton.configs import architecture
+
+        from .gpu.pool import Task, share_out
+        from .gpu.programs import COMPILE_LIMIT, worker_count
+
+        arch = architecture(torch.device(self._device))
+        subjects = [(case, choice) for case, listed in self._offered.items() for choice in listed]
+        tasks = [Task(f"{c.name}@{x}", "benchmarks.gpu.programs:compile_choice", (c, x, arch)) for c, x in subjects]
+        place = {task.name: subject for task, subject in zip(tasks, subjects, strict=True)}
+        left = lambda: 0.0 if self._closed else self._time_left()  # noqa: E731
+        for outcome in share_out(tasks, worker_count(), COMPILE_LIMIT, time_left=left):
+            with self._changed:
+                missed = "no time was left to compile it" if outcome.skipped else ""
+                self._problems[place[outcome.task.name]] = outcome.problem or missed
+                self._changed.notify_all()
 
 
 def _choices_on(device: str) -> Callable[[Case], Sequence[Choice]]:

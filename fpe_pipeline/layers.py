@@ -24,6 +24,7 @@ class LayerProcessors:
     def __init__(self, unet: Any) -> None:
         self._unet = unet
         self._installed: dict[str, EditAttnProcessor] = {}
+        self._found: dict[str, Any] = {}  # the layers themselves, of those installed
 
     def wrap(self, sites: Sequence[Site]) -> None:
         """Put editing processors around those of the sites' layers; layers that have one keep it."""
@@ -79,7 +80,7 @@ class LayerProcessors:
             elif name in processors and processors[name] is not processor.inner:
                 foreign.append(f"{path} ({type(processors[name]).__name__})")
         self._set(processors)
-        self._installed = {}
+        self._installed, self._found = {}, {}
         if foreign:
             warnings.warn(
                 "these layers' processors were replaced during the editing session and are left as they are: "
@@ -89,7 +90,9 @@ class LayerProcessors:
             )
 
     def _layer(self, path: str) -> Any:
-        return identity(self._unet).get_submodule(path)
+        if path not in self._found:  # by name takes a microsecond for each of its parts
+            self._found[path] = identity(self._unet).get_submodule(path)
+        return self._found[path]
 
     def _set(self, processors: dict[str, Any]) -> None:
         # `set_attn_processor` wants every layer named, and empties the dictionary that it is given.

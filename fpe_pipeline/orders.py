@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -17,9 +18,10 @@ from .products import ProductPlan, plan_products
 from .roles import BatchRoles
 from .schedule import Step
 from .sites import Site
+from .straight_line import StraightLine, straight_line
 from .watching import Watcher
 
-__all__ = ["Order", "make_orders"]
+__all__ = ["Order", "StandingOrders", "make_orders"]
 
 Compute = Callable[[Rows, Rows, Rows, float, torch.Tensor | None], torch.Tensor]
 Deliver = Callable[[Mapping[int, torch.Tensor], Mapping[int, LinearMap]], None]
@@ -51,6 +53,14 @@ class Order:
     deliver: Deliver | None = None
     recorded: RecordedLayer | None = None
     compute: Compute | None = None
+
+    @cached_property
+    def straight_line(self) -> StraightLine | None:
+        """The layer in one call, where it is self-attention and nobody asks for more than its output."""
+        alone = self.compute is None and self.recorded is None and self.deliver is None and not self.columns
+        if not alone or self.site.kind != "self" or self.maps:
+            return None
+        return straight_line(self.plan, self.site.tokens, self.backend)
 
 
 def make_orders(
@@ -92,6 +102,32 @@ def make_orders(
                 None if recorded is None else recorded.get(path),
             )
     return orders
+
+
+class StandingOrders:
+    """Orders that hold for more than one step: those of steps with equal :meth:`.Edit.phase` in equal circumstances.
+
+    The same objects stay with the processors from step to step, so that what an order is computed by is made once.
+    """
+
+    _AT_MOST = 64
+
+    def __init__(self) -> None:
+        self._orders: dict[Hashable, dict[str, Order]] = {}
+
+    def orders(
+        self, phase: Hashable, circumstances: Hashable, make: Callable[[], dict[str, Order]]
+    ) -> dict[str, Order]:
+        """Those of a phase, made where there are none yet; made each time where the phase is None."""
+        if phase is None:
+            return make()
+        # Tensors that were placed in inference mode cannot take part in a graph outside it.
+        key = (phase, circumstances, torch.is_inference_mode_enabled())
+        if key not in self._orders:
+            if len(self._orders) >= self._AT_MOST:
+                self._orders.clear()
+            self._orders[key] = make()
+        return self._orders[key]
 
 
 class _Wanted:

@@ -89,6 +89,7 @@ class EditAttnProcessor:
         # `Attention.forward` passes on only those keywords that it finds in `inspect.signature(processor.__call__)`.
         named = inspect.signature(inner.__call__).parameters
         self._inner_takes_temb = "temb" in named
+        self._is_plain = type(inner) in _PLAIN and not isinstance(inner, diffusers_processors.FusedAttnProcessor2_0)
         if not set(named) <= set(inspect.signature(self.__call__).parameters):
             self.__dict__["__call__"] = _SignatureOf(inner, self)
 
@@ -119,6 +120,10 @@ class EditAttnProcessor:
                 **kwargs,
             )
         self.executed = True
+        line = None if torch.compiler.is_compiling() or not self._is_plain else order.straight_line
+        if line is not None and line.serves(attn, hidden_states, encoder_hidden_states, attention_mask):
+            out, self.itemsize, self.bytes = line(attn, hidden_states)
+            return out
 
         residual = hidden_states
         if attn.spatial_norm is not None:
@@ -177,6 +182,10 @@ class EditAttnProcessor:
         if order.deliver is not None:
             order.deliver(heat, row_maps(order.plan, order.maps, layer))
         return out
+
+
+# `Attention.forward` looks at it at every call, and working it out takes longer than launching the layer's attention.
+EditAttnProcessor.__call__.__signature__ = inspect.signature(EditAttnProcessor.__call__)  # type: ignore[attr-defined]
 
 
 class _EditAttnModule(EditAttnProcessor, torch.nn.Module):
@@ -293,8 +302,8 @@ def _scores_are_skipped() -> bool:
 
     diffusers does that by intercepting ``F.scaled_dot_product_attention``, which a fused kernel never calls.
     """
-    if torch.compiler.is_compiling():  # guiders' hooks are not traced
-        return False
+    if torch.compiler.is_compiling() or not torch._C._is_torch_function_mode_enabled():
+        return False  # while compiling, guiders' hooks are not traced
     modes = torch.overrides._get_current_function_mode_stack()
     return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in modes)
 

@@ -135,6 +135,24 @@ class ProductPlan:
         return sum(len(call.rows) for call in self.calls) == self.rows
 
     @cached_property
+    def only_call(self) -> AttentionCall | None:
+        """The call that is the whole plan, where that is softmax attention of single rows and nothing beside."""
+        if len(self.calls) != 1 or self.calls[0].recorded:
+            return None
+        (call,) = self.calls
+        plain = all(
+            not isinstance(product.weight, torch.Tensor)
+            and product.weight == 1.0
+            and product.mixing is None
+            and product.style is None
+            and not any(product.shifts)
+            and len(product.keys) == 1
+            and max(product.query, *product.keys, *product.values) < self.rows
+            for product in call.products
+        )
+        return call if plain and call.rows == tuple(range(self.rows)) else None
+
+    @cached_property
     def reads(self) -> dict[int, frozenset[str]]:
         """What it needs of rows that are not in the batch: "query", "key", "value" and, of a map, "logsumexp"."""
         parts: dict[int, set[str]] = {}

@@ -72,6 +72,10 @@ class EditReport:
     batch: int = 0
     sites: tuple[Site, ...] = field(default=(), repr=False)
     _latest: int = field(default=-1, init=False, repr=False)
+    # By layer: the order and bytes of its latest call, and the lists of steps that took note of it.
+    _carried_out: dict[str, tuple[Any, Any, tuple[list[int], ...]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def add(
         self,
@@ -94,6 +98,12 @@ class EditReport:
         for path, processor in processors.items():
             order = processor.order
             assert order is not None
+            before, held_before, noted = self._carried_out.get(path, _NEVER)
+            if before is order and processor.executed and held_before == processor.bytes:
+                for steps in noted:
+                    if steps[-1] != step.index:
+                        steps.append(step.index)
+                continue
             if not processor.executed:
                 reason = processor.skipped or "its processor was replaced or not called"
                 _note(self.skipped.setdefault(path, {}), reason, step.index)
@@ -103,6 +113,9 @@ class EditReport:
                 held, maps = processor.bytes
                 known = self.memory.get(path, LayerMemory(0, 0))
                 self.memory[path] = LayerMemory(max(held, known.held), max(maps, known.maps))
+                if order.recorded is None:
+                    lists = self.layers[path], self.products[path][order.plan.description]
+                    self._carried_out[path] = order, processor.bytes, lists
             else:
                 _note(self.watched, path, step.index)
             if processor.executed and order.recorded is not None:
@@ -170,6 +183,9 @@ class EditReport:
             lines.append(f"  {path}: {_size(entry.nbytes)}{would}")
             lines += [f"    steps {_ranges(steps)}: {what}" for what, steps in entry.parts.items()]
         return lines
+
+
+_NEVER: tuple[None, None, tuple[list[int], ...]] = (None, None, ())
 
 
 def _note(where: dict[str, list[int]], name: Any, step: int) -> None:

@@ -16,7 +16,7 @@ import fpe_kernels
 from .edits import Edit
 from .hooks import FeatureHooks, SchedulerHook
 from .layers import LayerProcessors
-from .orders import Order, make_orders
+from .orders import Order, StandingOrders, make_orders
 from .packing import RecordedLayer
 from .placement import Place, Placement
 from .report import EditReport
@@ -106,6 +106,7 @@ class EditingSession:
         self._step_before_pause: Step | None = None
         self._report = EditReport(sites=self.sites)
         self._placement = Placement()
+        self._standing = StandingOrders()
         self._at_hand: Mapping[str, RecordedLayer] | None = None  # of a recording, in the call under way
         self._around: EditingSession | None = None  # the session that stands aside for this one
         self._is_new_run = True
@@ -127,6 +128,7 @@ class EditingSession:
         self._step = self._step_before_pause = None
         self._report = EditReport(sites=self.sites)
         self._selected = {}
+        self._standing = StandingOrders()
         self._running = self.edit.begin()
         self._around = around
         if around is not None:
@@ -306,7 +308,14 @@ class EditingSession:
         edited = self._sites_for(self._running, size) if active else ()
         watched = [(watcher, self._sites_for(watcher, size)) for watcher in self._watchers]
         self._at_hand = self._recorded(step, roles)
-        return make_orders(self._running, edited, watched, step, roles, self.backend, place, self._at_hand)
+        context = (step, roles, self.backend, place, self._at_hand)
+        if watched or self._at_hand is not None or not active:
+            return make_orders(self._running, edited, watched, *context)
+        return self._standing.orders(
+            self._running.phase(step),
+            (roles, size, sample.device, sample.dtype),
+            lambda: make_orders(self._running, edited, (), *context),
+        )
 
     def _recorded(self, step: Step, roles: BatchRoles) -> Mapping[str, RecordedLayer] | None:
         """What is known of the roles' recorded rows, by layer path."""

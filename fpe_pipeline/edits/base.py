@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,39 @@ class Edit(ABC):
     def active(self, step: Step) -> bool:
         """Whether the edit is asked at this step; elsewhere the batch may have any layout."""
         return True
+
+    def phase(self, step: Step) -> Hashable:
+        """What of a step :meth:`products` and :meth:`features` follow from, where the edit is active.
+
+        At steps of equal phases a site and roles get the same products, and a session asks for them once. None, the
+        default, is a phase of its own for every step: for products that follow from the step itself or from the run.
+        A subclass that writes :meth:`products` anew starts from the default.
+        """
+        return None
+
+    def phases(self, total: int) -> tuple[range, ...]:
+        """The runs of steps in a schedule of ``total`` in which a UNet call does the same work.
+
+        One graph, compiled or captured, serves all steps of a run::
+
+            >>> FreePromptEdit(0.8).phases(50)
+            (range(0, 40), range(40, 50))
+        """
+        runs: list[range] = []
+        latest: Hashable = None
+        for step in (Step(index, total) for index in range(total)):
+            phase = ("active", self.phase(step)) if self.active(step) else ("left alone",)
+            if runs and phase == latest and phase != ("active", None):
+                runs[-1] = range(runs[-1].start, step.index + 1)
+            else:
+                runs.append(range(step.index, step.index + 1))
+            latest = phase
+        return tuple(runs)
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "products" in vars(cls) and "phase" not in vars(cls):
+            setattr(cls, "phase", Edit.phase)  # noqa: B010  what it inherits speaks of other products
 
     def begin(self) -> Edit:
         """What a session asks for the length of its ``with`` block: an edit that remembers anything of a run
@@ -140,6 +173,10 @@ class CombinedEdit(Edit):
     def active(self, step: Step) -> bool:
         return any(edit.active(step) for edit in self.edits)
 
+    def phase(self, step: Step) -> Hashable:
+        phases = tuple(edit.phase(step) if edit.active(step) else () for edit in self.edits)
+        return None if None in phases else (phases, tuple(edit.active(step) for edit in self.edits))
+
     def written_for(self) -> tuple[str, ...]:
         """Raises ValueError where two of the edits aligned other prompts."""
         given = {edit.written_for() for edit in self.edits}
@@ -181,6 +218,8 @@ class _RunningCombination(CombinedEdit):
             for site in edit.select(sites):
                 self._owners.setdefault(site, set()).add(number)
         return tuple(site for site in sites if site in self._owners)
+
+    phase = CombinedEdit.phase
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Products:
         owners = self._owners.get(site, ())

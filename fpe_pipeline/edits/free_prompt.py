@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -78,6 +78,9 @@ class FreePromptEdit(SelfAttentionEdit):
 
     def watchers(self) -> tuple[Watcher, ...]:
         return (self.mask.collector,) if isinstance(self.mask, RunningWordMask) else ()
+
+    def phase(self, step: Step) -> Hashable:
+        return () if self.strength.is_constant and isinstance(self.mask, MaskImage | None) else None
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product | Sequence[Product]]:
         strength = self.strength.at(site, step, self.window)

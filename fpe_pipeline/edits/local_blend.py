@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,9 @@ class LocalBlend(Edit):
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    def phase(self, step: Step) -> Hashable:
+        return ()
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
         return {}

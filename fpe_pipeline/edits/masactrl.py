@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,9 @@ class MasaCtrlEdit(SelfAttentionEdit):
                 f"{sum(site.kind == 'self' for site in sites)} self-attention layers: name a lower one, or layers="
             )
         return chosen
+
+    def phase(self, step: Step) -> Hashable:
+        return ()
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
         pairs = roles.pairs(conditional=None)

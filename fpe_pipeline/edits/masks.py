@@ -60,6 +60,11 @@ class Strength:
             return cls(tuple(sorted(levels)))
         return cls(((None, _schedule(value)),))
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether it is the same at every step."""
+        return self.function is None and all(len(schedule) == 1 for _, schedule in self.by_level)
+
     def at(self, site: Site, step: Step, window: StepWindow) -> float:
         """The strength at a site in a step of the window."""
         if self.function is not None:

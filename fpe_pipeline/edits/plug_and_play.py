@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,9 @@ class PlugAndPlayEdit(SelfAttentionEdit):
                 "the UNet's decoder has no self-attention layer after its first attention module: name layers="
             )
         return chosen
+
+    def phase(self, step: Step) -> Hashable:
+        return step in StepWindow(*self.attention_steps), step in StepWindow(*self.feature_steps)
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
         if step not in StepWindow(*self.attention_steps):

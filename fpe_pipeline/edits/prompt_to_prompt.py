@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from numbers import Real
@@ -110,6 +110,9 @@ class PromptToPromptEdit(SelfAttentionEdit):
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         deepest = max((site.level for site in sites), default=2)
         return LayerSelection.parse("self", levels=range(min(2, deepest), deepest + 1)).match(sites)
+
+    def phase(self, step: Step) -> Hashable:
+        return step in self._window, tuple(target.replaced(step) for target in self._targets.values())
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product | Sequence[Product]]:
         if site.kind == "self":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -49,6 +49,9 @@ class StyleAlignedEdit(SelfAttentionEdit):
 
     def active(self, step: Step) -> bool:
         return step in StepWindow(*self.steps)
+
+    def phase(self, step: Step) -> Hashable:
+        return ()
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
         shifts = (float(self.shared_score_shift), 0.0) if self.shared_score_shift else ()

@@ -1,13 +1,23 @@
-"""`make gpu` on a machine without one: its arithmetic, and a dry run of the real thing."""
+"""A GPU session on a machine without one: its arithmetic, a dry run, and faults planted into it."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import planted_faults
 import pytest
 
-from benchmarks.gpu_session import BUDGET, GRACE, STAGES, SUMMARY, Stage, schedule, summarise
+from benchmarks.gpu import records, stages
+from benchmarks.gpu.pool import Task, share_out
+from benchmarks.gpu.records import Journal, heard, read_journal, rows_of
+from benchmarks.gpu.session import BUDGETS, GRACE, Session, collect, reason_to_skip, schedule, summarise
+from benchmarks.gpu.stages import FULL, SESSIONS, SMOKE, Stage
+from benchmarks.rows import ROOT, Row
 from benchmarks.tune import ALL, BOUNDED, DESCRIBED, SPECIALISED, choices, tuning_plan
+
+HERE = planted_faults.HERE
 
 
 class Clock:
@@ -17,45 +27,34 @@ class Clock:
         return self.now
 
 
-def run_with(stages, budget, takes):
+def run_with(chosen, budget, takes):
     clock, given = Clock(), {}
 
     def run(stage, seconds):
         given[stage.name] = seconds
         clock.now += takes(stage, seconds)
 
-    schedule(stages, run, budget, clock)
+    schedule(chosen, run, budget, clock)
     return given, clock.now
 
 
-def test_stages_that_use_all_their_time_stay_within_the_budget():
-    given, end = run_with(STAGES, BUDGET, lambda stage, seconds: seconds)
-    assert end == pytest.approx(BUDGET)
-    assert given["kernels"] == pytest.approx(BUDGET * 0.26)
+@pytest.mark.parametrize("kind", SESSIONS)
+def test_stages_that_use_all_their_time_stay_within_the_budget(kind):
+    _, end = run_with(SESSIONS[kind], BUDGETS[kind], lambda stage, seconds: seconds)
+    assert end == pytest.approx(BUDGETS[kind])
+    assert sum(stage.share for stage in SESSIONS[kind]) == pytest.approx(1.0)
 
 
-def test_even_stages_that_overrun_end_within_nine_minutes():
-    """A stage is killed `GRACE` after its time; what it took comes out of what the later ones share."""
-    given, end = run_with(STAGES, BUDGET, lambda stage, seconds: seconds + GRACE)
-    assert end <= 540
-    assert all(seconds > 5 for seconds in given.values())
+def test_the_three_sessions_fit_a_quarter_of_an_hour_even_where_every_stage_is_killed():
+    ends = [run_with(SESSIONS[kind], BUDGETS[kind], lambda stage, seconds: seconds + GRACE)[1] for kind in SESSIONS]
+    assert sum(BUDGETS.values()) <= 900
+    assert all(end <= BUDGETS[kind] + GRACE for kind, end in zip(SESSIONS, ends, strict=True))
 
 
 def test_unused_time_moves_on():
-    stages = (Stage("a", 0.5, "a.txt"), Stage("b", 0.25, "b.txt"), Stage("c", 0.25, "c.txt"))
-    given, _ = run_with(stages, 100.0, lambda stage, seconds: 0.0)
+    chosen = [Stage(name, share, "") for name, share in (("a", 0.5), ("b", 0.25), ("c", 0.25))]
+    given, _ = run_with(chosen, 100.0, lambda stage, seconds: 0.0)
     assert given == {"a": 50.0, "b": 50.0, "c": 100.0}
-
-
-def test_the_result_folder_has_few_files():
-    files = {stage.file for stage in STAGES[1:]} | {SUMMARY}
-    assert len(files) == len(STAGES) <= 8
-    assert not any("/" in name for name in files)
-
-
-def test_a_session_that_measured_nothing_still_has_a_summary(tmp_path):
-    text = summarise(tmp_path, {"correctness": "FAILED (exit status 1), 3 s"})
-    assert "correctness: FAILED" in text
 
 
 def test_candidates_fit_a_multiprocessor():
@@ -67,20 +66,214 @@ def test_candidates_fit_a_multiprocessor():
         assert set(choices(case, "sm_120")) <= set(chosen)
 
 
-def test_without_a_gpu_every_stage_says_why_it_is_skipped(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu_session", "--out", str(tmp_path), "--device", "cpu"]
-    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
-    assert finished.stdout.count("skipped: needs a CUDA device") >= len(STAGES)
+# Workers
+
+
+def tasks(*entries):
+    return [Task(name, f"planted_faults:{name.split()[0]}", arguments) for name, *arguments in entries]
+
+
+def test_a_task_that_hangs_dies_or_raises_is_named_and_the_others_are_done():
+    given = tasks(("answer 1", 1), ("abort",), ("nap for ever", 1000), ("refuse",), ("answer 2", 2), ("answer 3", 3))
+    outcomes = {outcome.task.name: outcome for outcome in share_out(warm() + given, 1, limit=3.0, startup=20.0)}
+    assert [outcomes[f"answer {n}"].value for n in (1, 2, 3)] == [1, 2, 3]
+    assert outcomes["abort"].problem == "died: killed by SIGABRT"
+    assert outcomes["nap for ever"].problem.startswith("hung: no answer within")
+    assert outcomes["refuse"].problem.startswith("ValueError: no such thing (")
+    assert not any(outcome.skipped for outcome in outcomes.values())
+
+
+def warm():
+    return tasks(("answer 0", 0))
+
+
+@pytest.fixture(autouse=True)
+def _planted(monkeypatch):
+    """Stages and workers find the planted faults."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(planted_faults.__file__).parent)]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_without_time_left_tasks_are_skipped_by_name():
+    outcomes = list(share_out(tasks(("answer 1", 1), ("answer 2", 2)), 1, 3.0, time_left=lambda: 0.0))
+    assert [(outcome.task.name, outcome.skipped) for outcome in outcomes] == [("answer 1", True), ("answer 2", True)]
+
+
+# Findings
+
+
+def test_what_a_stage_says_is_heard_and_other_output_is_not(capsys):
+    records.say("check", what="a name", ok=True)
+    line = capsys.readouterr().out
+    assert heard(line) == {"kind": "check", "what": "a name", "ok": True}
+    assert heard("kind: check") is None
+    assert heard(records.MARK + "{cut") is None
+
+
+def test_a_full_disk_keeps_findings_until_it_takes_them_again(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.symlink_to("/dev/full")
+    journal = Journal(path)
+    journal.keep({"kind": "note", "text": "first"})
+    journal.keep({"kind": "note", "text": "second"})
+    assert "No space left on device" in journal.problem
+    path.unlink()
+    journal.keep({"kind": "note", "text": "third"})
+    assert [record["text"] for record in read_journal(path)] == ["first", "second", "third"]
+    assert not journal.problem
+    assert not journal.waiting
+
+
+def test_what_the_disk_never_took_is_brought_elsewhere(tmp_path, monkeypatch):
+    path = tmp_path / "records.jsonl"
+    path.symlink_to("/dev/full")
+    journal = Journal(path)
+    journal.keep({"kind": "note", "text": "only"})
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    saved = journal.rescue(sys.stdout)
+    assert [record["text"] for record in read_journal(saved)] == ["only"]
+
+
+def test_a_line_that_was_cut_costs_that_line_alone(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"kind": "note", "text": "whole"}\n{"kind": "note", "te\n{"kind": "note", "text": "next"}\n')
+    assert [record["text"] for record in read_journal(path)] == ["whole", "next"]
+
+
+def test_rows_are_collected_into_a_file_a_suite_and_a_case_goes_as_a_whole(tmp_path):
+    def row(case, provider, sample):
+        return Row.new(
+            HERE,
+            suite="kernels",
+            case=case,
+            provider=provider,
+            dtype="float16",
+            status="ok",
+            samples_ms=(sample,),
+        )
+
+    collect(tmp_path, [row("a", "fpe-triton", 1.0), row("a", "sdpa", 2.0), row("b", "sdpa", 3.0)])
+    (path,) = collect(tmp_path, [row("a", "fpe-triton", 1.5)])
+    kept = [(one["case"], one["provider"], one["samples_ms"]) for one in json.loads(path.read_text())["rows"]]
+    assert kept == [("b", "sdpa", [3.0]), ("a", "fpe-triton", [1.5])]
+
+
+def test_a_summary_names_every_failure():
+    said = [{"kind": "failure", "what": "forward, 40", "why": "error 1 passes the budget of 0.1"}]
+    text = summarise(said, {"checks": "FAILED (SIGTERM) after 3 s"})
+    assert "Failures: 1\n  forward, 40: error 1 passes the budget of 0.1" in text
+    assert "checks: FAILED (SIGTERM)" in text
+
+
+# A chip that is too old
+
+
+def test_a_chip_below_8_skips_the_kernels_stages_and_measures_the_others(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *args: (7, 5))
+    skipped = {stage.name: reason_to_skip(stage, "cuda") for stage in FULL if not stage.needs}
+    assert "compute capability (7, 5)" in skipped["checks"]
+    assert not skipped["kernels"]
+    assert "as blocks of matrix products" in stages._too_old((7, 5), "it needs compute capability 8.0 or newer")
+
+
+def test_without_cuda_the_command_says_what_serves():
+    finished = command("smoke")
+    assert finished.returncode == 2
+    assert "No CUDA device" in finished.stderr
+    assert "torch and reference serve" in finished.stderr
+
+
+def command(*arguments, **more):
+    line = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=os.environ, check=False, **more)
+
+
+# Dry runs with planted faults
+
+
+@pytest.fixture
+def only_checks(monkeypatch):
+    """A smoke session of its programs and checks alone."""
+    chosen = tuple(stage for stage in SMOKE if stage.name in ("programs", "checks"))
+    monkeypatch.setitem(SESSIONS, "smoke", chosen)
+
+
+def test_planted_faults_are_named_and_every_finished_check_is_kept(tmp_path, only_checks, capfd):
+    faults = {"a wrong result": "wrong_result", "an abort": "abort", "a hang": "hang_on_the_device"}
+    plant = ",".join(f"{name}=planted_faults:{function}" for name, function in faults.items())
+    faults["compiling a compiler that hangs"] = "hang_on_the_device"
+    programs = "a compiler that hangs=planted_faults:hang_on_the_device"
+    session = Session(
+        "smoke",
+        tmp_path,
+        300.0,
+        "cpu",
+        dry=True,
+        options={"plant": plant, "plant-programs": programs, "check-limit": "10", "startup": "20"},
+    )
+    assert session.run() == 1
+    said = list(read_journal(tmp_path / "smoke.jsonl"))
+    failures = {record["what"]: record["why"] for record in said if record["kind"] == "failure"}
+    assert set(failures) == set(faults)
+    assert "passes the budget" in failures["a wrong result"]
+    assert failures["an abort"] == "died: killed by SIGABRT"
+    assert failures["a hang"].startswith("hung")
+    assert failures["compiling a compiler that hangs"].startswith("hung")
+    passed = [record["what"] for record in said if record["kind"] == "check" and record["ok"]]
+    assert len(passed) >= 4
+    summary = (tmp_path / "summary.txt").read_text()
+    assert all(f"  {name}: " in summary for name in faults)
+
+
+@pytest.mark.parametrize(
+    ("stage", "seconds", "words"),
+    [
+        ("terminated", 60.0, "ended by SIGTERM while at: the next case"),
+        ("hung", 8.0, "past its time while at: the next case"),
+        ("out_of_memory", 60.0, "CUDA out of memory"),
+    ],
+)
+def test_a_stage_that_ends_badly_leaves_its_rows_and_the_rest_goes_on(tmp_path, monkeypatch, stage, seconds, words):
+    after = Stage("environment", 0.5, "benchmarks.gpu.stages:environment")
+    monkeypatch.setitem(SESSIONS, "smoke", (Stage(stage, 0.5, f"planted_faults:{stage}"), after))
+    monkeypatch.setattr("benchmarks.gpu.session.GRACE", 0.5)
+    assert Session("smoke", tmp_path, 2 * seconds, "cpu", dry=True).run() == 1
+    said = list(read_journal(tmp_path / "smoke.jsonl"))
+    assert next(iter(rows_of(said))).case == "a"
+    assert any(words in record["why"] for record in said if record["kind"] == "failure")
+    assert [record for record in said if record["kind"] == "stage"][-1]["outcome"].startswith("done")
+    assert json.loads((tmp_path / "cuda-kernels.json").read_text())["rows"][0]["samples_ms"] == [1.0]
+
+
+def test_a_full_disk_is_a_failure_and_costs_no_finding(tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(SESSIONS, "smoke", (Stage("environment", 1.0, "benchmarks.gpu.stages:environment"),))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    full = tmp_path / "full.jsonl"
+    full.symlink_to("/dev/full")
+    session = Session("smoke", tmp_path, 60.0, "cpu", dry=True, options={"journal": str(full)})
+    assert session.run() == 1
+    out = capfd.readouterr().out
+    assert "writing results: " in out
+    saved = out.rsplit("What could not be written lies in ", 1)[1].strip()
+    assert [record["kind"] for record in read_journal(Path(saved))].count("note") >= 2
 
 
 @pytest.mark.slow
-def test_a_dry_run_leaves_every_file(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu_session", "--dry-run", "--out", str(tmp_path)]
-    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+def test_a_dry_run_of_the_full_session_leaves_every_file(tmp_path):
+    finished = command("full", "--dry-run", "--out", str(tmp_path))
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {stage.file for stage in STAGES[1:]} | {SUMMARY}
-    text = (tmp_path / SUMMARY).read_text()
-    tables, environment = text.split("\n\nEnvironment(", 1)
-    assert finished.stdout.rstrip().endswith(tables)
-    assert "passed" in tables
-    assert "backends:" in environment
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"summary.txt", "full.jsonl", "cpu-kernels.json", "cpu-edits.json", "cpu-memory.json"} <= names
+    assert len(names) <= 8
+    assert "Failures: none" in finished.stdout
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_training_leaves_parts_of_a_bounded_size(tmp_path):
+    finished = command("train", "--dry-run", "--out", str(tmp_path), "--max-mib", "0.5", "--budget", "300")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    parts = [path for path in tmp_path.iterdir() if path.name.startswith("embedded-model.tar.gz")]
+    assert parts
+    assert all(path.stat().st_size <= 2**19 for path in parts)

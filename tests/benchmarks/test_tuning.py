@@ -114,7 +114,7 @@ def test_what_is_faster_becomes_an_entry() -> None:
     rows += [row(HALVES, "fpe-triton@128x64w8s2d", 0.8), row(HALVES, "sdpa-flash", 0.5)]
     rows += [row(GUIDED, f"fpe-triton@{name}", ms) for name, ms in (("one-launch", 0.5), ("two-launches", 0.6))]
     table, lines = tuned_table.learn(rows)
-    assert table.forward == {("sm_90", 64, 128, 4096): (128, 64, 8, 2, True, False, 0)}
+    assert table.forward == {("sm_90", 64, 128, 4096): (128, 64, 8, 2, True, False, 0, False)}
     assert table.together == {("sm_90", 48, 80, 256): True}
     assert len(lines) == 2 and "1.25 × faster than before" in "\n".join(lines)
 
@@ -122,7 +122,7 @@ def test_what_is_faster_becomes_an_entry() -> None:
 def test_rows_of_an_h200_need_no_architecture_named() -> None:
     device = "cuda: NVIDIA H200"
     rows = [row(HALVES, "fpe-triton", 1.0, device), row(HALVES, "fpe-triton@64x64w4s3", 0.5, device)]
-    assert tuned_table.learn(rows)[0].forward == {("sm_90", 64, 128, 4096): (64, 64, 4, 3, False, False, 0)}
+    assert tuned_table.learn(rows)[0].forward == {("sm_90", 64, 128, 4096): (64, 64, 4, 3, False, False, 0, False)}
 
 
 def test_what_gains_nothing_changes_nothing(tmp_path) -> None:
@@ -165,7 +165,7 @@ def test_a_choice_must_be_best_over_all_cases_of_its_entry() -> None:
     rows = [row(case, "fpe-triton", 1.0) for case in (HALVES, other)]
     rows += [row(HALVES, "fpe-triton@64x64w4s3", 0.5), row(other, "fpe-triton@64x64w4s3", 1.9)]
     rows += [row(case, "fpe-triton@128x32w8s3", 0.9) for case in (HALVES, other)]
-    assert tuned_table.learn(rows)[0].forward == {("sm_90", 64, 128, 4096): (128, 32, 8, 3, False, False, 0)}
+    assert tuned_table.learn(rows)[0].forward == {("sm_90", 64, 128, 4096): (128, 32, 8, 3, False, False, 0, False)}
 
 
 def test_a_written_table_is_a_module_of_the_same_format(tmp_path) -> None:
@@ -175,7 +175,7 @@ def test_a_written_table_is_a_module_of_the_same_format(tmp_path) -> None:
     assert "benchmarks.offline --update" in tuned_table.take_over(rows, path=path)
     written: dict = {}
     exec(path.read_text(), written)
-    assert written["FORWARD"] == {("sm_90", 64, 128, 4096): (64, 64, 4, 2, False, False, 168)}
+    assert written["FORWARD"] == {("sm_90", 64, 128, 4096): (64, 64, 4, 2, False, False, 168, False)}
     assert written["TOGETHER"] == {("sm_90", 48, 80, 256): False}
     ruff = [sys.executable, "-m", "ruff", "format", "--check", "--line-length", "120", str(path)]
     assert subprocess.run(ruff, capture_output=True).returncode == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -10,7 +10,10 @@ import torch
 import triton
 from recorded_launches import Recorded, RecordingDriver
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
+from fpe_kernels import ready, shared_attention, validation
 from fpe_kernels.backends.triton import backend, configs, plans
 from fpe_kernels.backends.triton import gradients as gradient_launches
 from fpe_kernels.backends.triton.apply import apply_kernel
@@ -104,12 +107,12 @@ def launched(call: Call) -> list[Recorded]:
     return RecordingDriver.taken()
 
 
+def refuse(*args: object, **kwargs: object) -> None:
+    raise AssertionError("a planned call was worked out again")
+
+
 def planned(call: Call) -> list[Recorded]:
     """What ``call`` launches; checks that nothing is compiled or bound for it."""
-
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a planned call was worked out again")
-
     run, triton.JITFunction.run = triton.JITFunction.run, refuse
     try:
         return launched(call)
@@ -147,6 +150,28 @@ def check_descriptors() -> None:
     assert "query_ptr" in launched(first)[0].arguments  # by the rule again
 
 
+def check_the_kernel_for_hopper() -> None:
+    rule = configs.apply_config
+    asked = configs.Config(128, 64, 4, 2, gluon=True)
+    configs.apply_config = cache(lambda *arguments: asked)
+    try:
+        # Two pieces of a head; more branches than a launch holds; a known log-sum-exp.
+        for make in (lambda: product(dim=40), lambda: product((0,) * 5, dim=64), lambda: product(dim=64, known=True)):
+            first, second = make(), make()
+            recorded = launched(first)
+            assert all("query_0" in launch.arguments for launch in recorded)
+            assert planned(second) == anew(second) != recorded
+        (halves,) = launched(product(dim=40))
+        boxes = {name: halves.arguments[name] for name in ("query_0", "query_1", "key_1", "value_1")}
+        assert [box[3] for box in boxes.values()] == [[1, 1, 64, 32], [1, 1, 64, 16], [1, 1, 64, 16], [1, 1, 64, 16]]
+        first, second = launched(product((0,) * 5, dim=64))
+        assert (first.arguments["BRANCHES"], first.arguments["KNOWN"]) == (3, False)
+        assert (second.arguments["BRANCHES"], second.arguments["KNOWN"]) == (2, True)
+        assert "query_ptr" in launched(product(dim=40, offset=1))[0].arguments  # where no descriptor holds it
+    finally:
+        configs.apply_config = rule
+
+
 def check_other_ways_to_compile() -> None:
     call = product()
     (plain,) = launched(call)
@@ -171,6 +196,73 @@ def check_hooks() -> None:
     launched(call)
     apply_kernel.pre_run_hooks.clear()
     assert seen == ["apply_kernel", 16]
+
+
+def check_ready_calls() -> None:
+    """Of `shared_attention`: the launches of a call that goes through checks and dispatcher, without either."""
+    backend.unsupported_reasons = lambda *arguments: []
+    index = (0, 1, 2, 2)
+    query, key, value = heads_split(3, TOKENS, 40), heads_split(3, TOKENS, 40), heads_split(4, TOKENS, 40)
+    arguments = query, key, value, index, 0.3, "triton"
+
+    def call(maps: Sequence[int] = index) -> Tensor:
+        return shared_attention(query, key, value, maps, scale=0.3, backend="triton")
+
+    plans.forget()
+    assert ready.call(*arguments) is None
+    first = anew(call)
+    check, validation.check_query_key = validation.check_query_key, refuse
+    try:
+        RecordingDriver.taken()
+        out = call(list(index))
+    finally:
+        validation.check_query_key = check
+    again = RecordingDriver.taken()
+    assert (out.shape, out.stride(), out.dtype) == (value.shape, value.stride(), value.dtype)
+    assert {launch.arguments["out_ptr"] for launch in again} == {out.data_ptr()}
+    written = ("out_ptr", "logsumexp_ptr")
+    for launch in (*first, *again):
+        launch.arguments |= dict.fromkeys(written)
+    assert again == first
+    refuse_what_needs_the_dispatcher(arguments)
+    configs.one_launch, rule = (lambda *tensors: False), configs.one_launch
+    try:
+        assert ready.call(*arguments) is None
+    finally:
+        configs.one_launch = rule
+    assert ready.call(*arguments) is not None
+    plans.forget()
+    assert ready.call(*arguments) is None
+
+
+def refuse_what_needs_the_dispatcher(arguments: tuple) -> None:
+    query, key, value, index, scale, name = arguments
+    graph = torch.empty_like(query).requires_grad_()
+    negative = torch._neg_view(query)
+    others = {
+        "a graph": (graph, key, value, index, scale, name),
+        "a view whose sign is still to be turned": (negative, key, value, index, scale, name),
+        "a parameter": (torch.nn.Parameter(query, requires_grad=False), key, value, index, scale, name),
+        "numbers that equal an index": (query, key, value, (False, True, 2, 2), scale, name),
+        "an index that cannot be hashed": (query, key, value, ([0], 1, 2, 2), scale, name),
+        "another scale": (query, key, value, index, None, name),
+        "another layout": (query, key, value.contiguous(), index, scale, name),
+        "another alignment": (query, heads_split(3, TOKENS, 40, offset=1), value, index, scale, name),
+    }
+    assert ready.call(*arguments) is not None
+    for what, given in others.items():
+        assert ready.call(*given) is None, what
+    with torch.no_grad():
+        assert ready.call(*others["a graph"]) is not None
+    modes = (
+        torch.device("cpu"),
+        FlopCounterMode(display=False),
+        torch.autograd.profiler.profile(),
+        forward_ad.dual_level(),
+    )
+    for mode in modes:
+        with mode:
+            assert ready.call(*arguments) is None, mode
 
 
 if __name__ == "__main__":

@@ -51,6 +51,27 @@ def test_blocks_share_graphs(pipe):
     assert counter.frame_count == graphs
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["wrapped", "in place"])
+def test_a_run_makes_two_graphs(pipe, in_place):
+    """One for the steps of the edit's window and one for those after it: no graph knows the number of its step."""
+    tiny = tiny_pipeline(
+        pipe, block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",)
+    )
+    edit = FreePromptEdit(0.5, levels=(0, 1))
+    with editing(tiny, edit):
+        expected = draw(tiny, 2, steps=50)
+    counter = CompileCounter()
+    if in_place:
+        tiny.unet.compile(backend=counter)
+    else:
+        tiny.unet = torch.compile(tiny.unet, backend=counter)
+    for _ in range(2):
+        with editing(tiny, edit) as session:
+            torch.testing.assert_close(draw(tiny, 2, steps=50), expected, rtol=0, atol=1e-4)
+        assert set(map(tuple, session.report().layers.values())) == {tuple(range(25))}
+    assert counter.frame_count == 2
+
+
 def test_inductor_on_blocks(pipe):
     tiny = pipeline_of_levels(pipe, 8, 16)
     expected = with_and_without_an_edit(tiny)

@@ -64,6 +64,7 @@ class Config:
     descriptors: bool = False  # keys and values through the bulk copy engine, where the layout allows it
     specialised: bool = False  # with descriptors: further warps that do nothing but fetch
     maxnreg: int = 0  # registers of a thread at most, so that more programs share a multiprocessor; 0: no bound
+    gluon: bool = False  # the kernel for Hopper, where it serves: `warps` for every 64 rows, and one that fetches
 
     @property
     def options(self) -> dict[str, int]:
@@ -73,7 +74,7 @@ class Config:
 
     def general(self) -> Config:
         """The same tiles for what the tuner does not measure: fetched by addresses, by warps that compute as well."""
-        warps = max(self.warps, self.block_m // 16) if self.specialised else self.warps
+        warps = max(self.warps, self.block_m // 16) if self.specialised or self.gluon else self.warps
         return Config(self.block_m, self.block_n, warps, self.stages)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..grouping import rows_by_map
 from . import apply as pointers
-from . import boxes, configs
+from . import boxes, configs, hopper
 from .configs import MAX_COLUMNS, Config
 from .launch import Launch, product_precision
 from .packing import chunks, columns_of
@@ -64,16 +64,21 @@ def plan(
     for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_COLUMNS[query.element_size()], together):
         values = columns_of(value, chunk)
         config = apply_config(query, values, chunk, bias is not None, tf32)
-        if out.dtype != value.dtype:
-            config = configs.for_unrounded(config, chunk.branches * values.shape[3])
         known_here = known or not chunk.first
-        plain = bias is None and row_weight is None and not known_here
+        outs = columns_of(out, chunk)
         # What has fewer keys for some maps, or fewer heads of keys or values, is of the general kernel.
-        plain = plain and key_lengths is None and query.shape[1] == key.shape[1] == value.shape[1]
-        if config.descriptors and plain and boxes.serves(query, key, values, chunk, scale):
-            yield boxes.prepare(query, key, values, chunk, scale, columns_of(out, chunk), logsumexp, config)
+        whole = key_lengths is None and query.shape[1] == key.shape[1] == value.shape[1]
+        plain = whole and bias is None and row_weight is None
+        rounded = out.dtype == value.dtype
+        if config.gluon and plain and rounded and not hopper.refusal(query, key, values, chunk, scale, config):
+            yield from hopper.launches(query, key, values, chunk, scale, outs, logsumexp, known_here, config)
             continue
-        if config.descriptors or (config.maxnreg and not plain):
+        config = config if rounded else configs.for_unrounded(config, chunk.branches * values.shape[3])
+        plain = plain and not known_here
+        if config.descriptors and plain and boxes.serves(query, key, values, chunk, scale):
+            yield boxes.prepare(query, key, values, chunk, scale, outs, logsumexp, config)
+            continue
+        if config.descriptors or config.gluon or (config.maxnreg and not plain):
             config = config.general()
         whole_maps = all(set(rows[group]) == set(branches) for group, *branches in chunk.table)
         yield pointers.prepare(
@@ -83,7 +88,7 @@ def plan(
             bias,
             chunk,
             scale,
-            columns_of(out, chunk),
+            outs,
             logsumexp,
             known_here,
             row_weight,

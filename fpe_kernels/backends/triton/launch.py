@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,8 @@ class Launch:
     constants: Mapping[str, Any]
     boxes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Of the tensors that the kernel reads in boxes, by descriptors: the shape of a box."""
+    descriptor: Callable[[Tensor, list[int], list[int], list[int]], Any] = TensorDescriptor
+    """Makes one of a tensor, its shape, its strides and the shape of a box."""
 
     def run(self) -> Any:
         """Launch on the device of the tensors; returns the compiled kernel, or None from the interpreter."""
@@ -46,9 +48,9 @@ class Launch:
             **self.config.options,
         }
 
-    def _argument(self, name: str, tensor: Tensor) -> Tensor | TensorDescriptor:
+    def _argument(self, name: str, tensor: Tensor) -> Any:
         box = self.boxes.get(name)
-        return tensor if box is None else TensorDescriptor.from_tensor(tensor, list(box))
+        return tensor if box is None else self.descriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box))
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager:

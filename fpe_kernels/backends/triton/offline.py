@@ -10,12 +10,14 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import hopper
 from .launch import Launch
 
 TARGETS = {
@@ -43,8 +45,7 @@ def _specialise(launch: Launch) -> ASTSource:
     promise = [["tt.divisibility", 16]]
     for position, name in enumerate(kernel.arg_names):
         if name in launch.boxes:
-            element = _TYPES[launch.tensors[name].dtype].removeprefix("*")
-            signature[name] = f"tensordesc<{element}{list(launch.boxes[name])}>"
+            signature[name] = _descriptor_type(launch, name)
         elif name in launch.tensors:
             signature[name] = _TYPES[launch.tensors[name].dtype]
             attributes[(position,)] = promise
@@ -57,7 +58,17 @@ def _specialise(launch: Launch) -> ASTSource:
             signature[name] = "i32" if launch.numbers[name] < 2**31 else "i64"
             if launch.numbers[name] % 16 == 0:
                 attributes[(position,)] = promise
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source: Any = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
+    return source(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _descriptor_type(launch: Launch, name: str) -> str:
+    """A box by its elements and edges, and in Gluon by how it lies in shared memory."""
+    dtype, box = launch.tensors[name].dtype, list(launch.boxes[name])
+    lies = f",{hopper.layout(box[-1], dtype.itemsize)!r}" if launch.kernel.is_gluon() else ""
+    return f"tensordesc<{_TYPES[dtype].removeprefix('*')}{box}{lies}>"
 
 
 def compile_offline(launch: Launch, target: str) -> Resources:

@@ -8,7 +8,8 @@ next call of the same layout replaces the addresses of its tensors.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable
+import re
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,41 +17,45 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.runtime import driver
 
+from ... import ready
 from .launch import Launch, allows_tf32, device_of
 
 Plan = Callable[..., Iterable[Launch]]
 
 _AT_MOST = 4096
+_ENDING = re.compile(r"_(ptr|\d+)$")
 _AMD = torch.version.hip is not None
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """A launch of a compiled kernel: its arguments in order, and what of them is another tensor's in each call."""
 
     kernel: Any  # as it is decorated
-    launch: Callable[..., None]
+    launch: Callable[..., None]  # on a stream
     arguments: tuple[Any, ...]
     addresses: tuple[tuple[int, int, int], ...]  # place among the arguments, place among the tensors, bytes from it
     boxes: tuple[tuple[int, int], ...]  # place of what makes a descriptor of a tensor, place of that tensor
+    descriptor: Callable[..., Any]
 
-    def __call__(self, tensors: tuple[Tensor | None, ...], addresses: list[int]) -> None:
+    def __call__(self, tensors: Sequence[Tensor | None], addresses: Sequence[int], stream: int) -> None:
         arguments = list(self.arguments)
         for place, source, offset in self.addresses:
             arguments[place] = addresses[source] + offset
         for place, source in self.boxes:
-            arguments[place] = TensorDescriptor(tensors[source], *arguments[place])
-        self.launch(*arguments)
+            arguments[place] = self.descriptor(tensors[source], *arguments[place])
+        self.launch(stream, *arguments)
 
 
-_KNOWN: dict[tuple, tuple[_Step, ...]] = {}
+_KNOWN: dict[tuple, tuple[Step, ...]] = {}
 
 
 def forget() -> None:
     """Work everything out anew."""
     _KNOWN.clear()
+    ready.forget()
 
 
 def launch_all(plan: Plan, tensors: tuple[Tensor | None, ...], *rest: Hashable) -> None:
@@ -58,8 +63,8 @@ def launch_all(plan: Plan, tensors: tuple[Tensor | None, ...], *rest: Hashable) 
 
     Args:
         plan: yields the launches of a call in order; those depend on nothing but the layouts and ``rest``. A tensor
-            of a launch is that of the plan's parameter of the same name, which may end in ``_ptr``, or a part of it;
-            tensors by other names are kept.
+            of a launch is that of the plan's parameter of the same name, which may end in ``_ptr`` or in a number, or
+            a part of it; tensors by other names are kept.
         tensors: the first arguments of ``plan``; the first of them is never None.
         rest: the other arguments; what is chosen by a function that can be replaced takes that function too.
 
@@ -68,18 +73,13 @@ def launch_all(plan: Plan, tensors: tuple[Tensor | None, ...], *rest: Hashable) 
     """
     query = tensors[0]
     assert query is not None
-    tf32 = query.dtype == torch.float32 and allows_tf32()
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    layouts = [
-        None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), address % 16)
-        for tensor, address in zip(tensors, addresses)  # noqa: B905  both as long as the tensors
-    ]
-    key = (plan, rest, tf32, query.device, _compiler_settings(tensors), *layouts)
+    key, addresses = _key(plan, tensors, rest)
     steps = _KNOWN.get(key)
     with device_of(query):
         if steps is not None and not any(step.kernel.pre_run_hooks for step in steps):
+            stream = current_stream()
             for step in steps:
-                step(tensors, addresses)
+                step(tensors, addresses, stream)
             return
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -95,29 +95,71 @@ def launch_all(plan: Plan, tensors: tuple[Tensor | None, ...], *rest: Hashable) 
         _KNOWN[key] = tuple(kept)
 
 
-def _compiler_settings(tensors: tuple[Tensor | None, ...]) -> tuple:
-    """Besides layouts, what Triton compiles by."""
-    knobs = triton.knobs
-    settings = (
-        knobs.runtime.debug,
-        knobs.compilation.instrumentation_mode,
-        getattr(knobs.runtime, "add_stages_inspection_hook", None),
-    )
+def known(plan: Plan, tensors: tuple[Tensor | None, ...], *rest: Hashable) -> tuple[Step, ...]:
+    """What :func:`launch_all` of the same arguments repeats; () where it would work them out anew."""
+    return _KNOWN.get(_key(plan, tensors, rest)[0], ())
+
+
+def _key(plan: Plan, tensors: tuple[Tensor | None, ...], rest: tuple[Hashable, ...]) -> tuple[tuple, list[int]]:
+    """What the launches of a call follow from, and the addresses of its tensors."""
+    query = tensors[0]
+    assert query is not None
+    tf32 = query.dtype == torch.float32 and allows_tf32()
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    layouts = [
+        None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), address % 16)
+        for tensor, address in zip(tensors, addresses)  # noqa: B905  both as long as the tensors
+    ]
+    settings = compiler_settings()
     if _AMD:
         # Offsets into memory of less than 2 GiB take other instructions there.
-        small = tuple(tensor is None or tensor.untyped_storage().nbytes() < 2**31 for tensor in tensors)
-        return *settings, small
-    return settings
+        settings += tuple(tensor is None or tensor.untyped_storage().nbytes() < 2**31 for tensor in tensors)
+    return (plan, rest, tf32, query.device, settings, *layouts), addresses
 
 
-def _step(plan: Plan, launch: Launch, compiled: Any, tensors: tuple[Tensor | None, ...]) -> _Step | None:
+def compiler_settings() -> tuple:
+    """Besides layouts, what Triton compiles by."""
+    runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
+    return runtime.debug, compilation.instrumentation_mode, getattr(runtime, "add_stages_inspection_hook", None)
+
+
+def current_stream() -> int:
+    """The stream of the current device that kernels are launched on."""
+    active = driver.active
+    return active.get_current_stream(active.get_current_device())
+
+
+def _launcher(compiled: Any, programs: int) -> Callable[..., None]:
+    """``compiled[programs, 1, 1]`` on a stream, less the work that Triton does for hooks while there are none."""
+    general, run = compiled[programs, 1, 1], compiled.run
+    function, packed = compiled.function, compiled.packed_metadata
+
+    def launch(stream: int, *arguments: Any) -> None:
+        if _hooked():
+            general(*arguments, stream=stream)
+        else:
+            run(programs, 1, 1, stream, function, packed, None, None, None, *arguments)
+
+    return launch
+
+
+def _hooked() -> bool:
+    """Whether anybody wants to hear of launches: a profiler of Triton's, say."""
+    runtime = triton.knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):  # a chain of hooks, which may be empty
+            return True
+    return False
+
+
+def _step(plan: Plan, launch: Launch, compiled: Any, tensors: tuple[Tensor | None, ...]) -> Step | None:
     """``launch`` as it is repeated; None where it cannot be, as with the interpreter."""
     if not hasattr(compiled, "packed_metadata"):
         return None
     arguments: list[Any] = []
     addresses, boxes = [], []
     for place, name in enumerate(launch.kernel.arg_names):
-        tensor, source = launch.tensors.get(name), _parameters(plan).get(name.removesuffix("_ptr"))
+        tensor, source = launch.tensors.get(name), _parameters(plan).get(_ENDING.sub("", name))
         if tensor is None:
             arguments.append(launch.numbers[name] if name in launch.numbers else launch.constants[name])
         elif source is None:
@@ -137,7 +179,8 @@ def _step(plan: Plan, launch: Launch, compiled: Any, tensors: tuple[Tensor | Non
                 arguments.append((list(tensor.shape), list(tensor.stride()), list(launch.boxes[name])))
             else:
                 return None
-    return _Step(launch.kernel, compiled[launch.programs, 1, 1], tuple(arguments), tuple(addresses), tuple(boxes))
+    run = _launcher(compiled, launch.programs)
+    return Step(launch.kernel, run, tuple(arguments), tuple(addresses), tuple(boxes), launch.descriptor)
 
 
 @cache

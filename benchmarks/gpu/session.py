@@ -1,0 +1,270 @@
+"""A session: stages one after the other, each in its own process and time; all that they say is written at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import selectors
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from ..report import case_table, summary
+from ..rows import Row, merge, read, replaced, write
+from .pool import forks
+from .records import Journal, Record, heard, read_journal, rows_of
+from .stages import SESSIONS, Context, Stage, run_stage
+
+GRACE = 6.0  # seconds to start a process, and for the case under way when a stage's time is over
+BUDGETS = {"smoke": 150.0, "full": 540.0, "train": 210.0}
+"""Seconds: a quarter of an hour in all."""
+
+SUITES = ("roofline", "kernels", "tuning", "edits", "recordings", "memory")
+SUMMARY, KEPT = "summary.txt", 200
+
+
+@dataclass
+class Findings:
+    """All that has been said in a session."""
+
+    journal: Journal
+    records: list[Record] = field(default_factory=list)
+    under_way: dict[str, None] = field(default_factory=dict)
+
+    def take(self, record: Record) -> None:
+        self.records.append(record)
+        if record["kind"] == "begin":
+            self.under_way[record["what"]] = None
+        elif record["kind"] == "end":
+            self.under_way.pop(record["what"], None)
+        self.journal.keep(record)
+
+    def fail(self, what: str, why: str) -> None:
+        self.take({"kind": "failure", "what": what, "why": why})
+
+    @property
+    def failures(self) -> list[Record]:
+        return [record for record in self.records if record["kind"] == "failure"]
+
+
+def schedule(stages: Sequence[Stage], run: Callable[[Stage, float], None], budget: float, clock=time.monotonic) -> None:
+    """Run the stages in turn; each may take its share of what is left, so unused time moves on to the later ones."""
+    start = clock()
+    for number, stage in enumerate(stages):
+        left = budget - (clock() - start)
+        seconds = left * stage.share / sum(later.share for later in stages[number:])
+        seconds = min(left, max(stage.least, seconds))
+        if seconds > 0:
+            run(stage, seconds)
+
+
+def reason_to_skip(stage: Stage, device: str) -> str:
+    """Why a stage is not run; "" where it is."""
+    missing = [name for name in stage.needs if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{', '.join(missing)} is not installed here (a wheel on PYTHONPATH is enough)"
+    if device == "cuda" and stage.name in ("programs", "checks", "tests") and (too_old := _too_old()):
+        return too_old
+    return ""
+
+
+def _too_old() -> str:
+    import torch
+
+    from .stages import OLDEST
+
+    capability = torch.cuda.get_device_capability()
+    return "" if capability >= OLDEST else f"the Triton kernels do not serve compute capability {capability}"
+
+
+class Session:
+    """One run of `smoke`, `full` or `train`."""
+
+    def __init__(
+        self,
+        kind: str,
+        out: Path,
+        budget: float,
+        device: str,
+        *,
+        dry: bool = False,
+        options: dict[str, str] | None = None,
+    ) -> None:
+        self.kind, self.out, self.budget, self.device, self.dry = kind, out, budget, device, dry
+        self.options = {"session": kind, **(options or {})}
+        self.outcomes: dict[str, str] = {}
+        out.mkdir(parents=True, exist_ok=True)
+        journal = Path(self.options.pop("journal", "") or out / f"{kind}.jsonl")
+        if journal.is_file():
+            journal.unlink()
+        self.findings = Findings(Journal(journal))
+
+    def run(self) -> int:
+        """All stages; the exit status, which is 1 after any failure."""
+        signal.signal(signal.SIGTERM, self._interrupted)
+        begun = time.monotonic()
+        try:
+            schedule(SESSIONS[self.kind], lambda stage, seconds: self._stage(stage, seconds, begun), self.budget)
+        except KeyboardInterrupt:
+            self.findings.fail("the session", "interrupted; later stages did not run")
+        self._finish()
+        return 1 if self.findings.failures else 0
+
+    def _interrupted(self, number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    def _stage(self, stage: Stage, seconds: float, begun: float) -> None:
+        reason = reason_to_skip(stage, self.device)
+        if reason:
+            self._outcome(stage, f"skipped: {reason}")
+            return
+        print(f"== {stage.name}: at most {seconds:.0f} s, {time.monotonic() - begun:.0f} s so far", flush=True)
+        start = time.monotonic()
+        self.findings.under_way.clear()
+        heard_from, ours = os.pipe()
+        output = Connection(ours, readable=False)
+        context = Context(self.out, self.device, time.time() + seconds, self.dry, tuple(self.options.items()))
+        process = forks().Process(target=run_stage, args=(stage.call, context, output))
+        process.start()
+        output.close()
+        try:
+            overrun = self._listen(heard_from, process, start + seconds + GRACE)
+        finally:
+            _end(process)
+            os.close(heard_from)
+        at = ", ".join(list(self.findings.under_way)[:5])
+        at = f" while at: {at}" if at else ""
+        took, status = time.monotonic() - start, process.exitcode
+        if overrun:
+            self.findings.fail(f"stage {stage.name}", f"killed after {took:.0f} s, past its time{at}")
+            self._outcome(stage, f"KILLED at its time limit after {took:.0f} s{at}; what it had found counts")
+        elif status:
+            word = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+            self.findings.fail(f"stage {stage.name}", f"ended by {word}{at}")
+            self._outcome(stage, f"FAILED ({word}) after {took:.0f} s{at}")
+        else:
+            self._outcome(stage, f"done, {took:.0f} s")
+
+    def _listen(self, descriptor: int, process: ForkServerProcess, deadline: float) -> bool:
+        """Take what the stage says until it ends; True if it had to be ended."""
+        rest, ended = b"", False
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, selectors.EVENT_READ)
+            while not ended:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return True
+                ended = process.exitcode is not None  # its children may hold the pipe open
+                while selector.select(0.0 if ended else min(left, 0.5)):
+                    chunk = os.read(descriptor, 1 << 16)
+                    if not chunk:
+                        process.join(max(0.0, deadline - time.monotonic()))
+                        return process.exitcode is None
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    for line in lines:
+                        self._line(line.decode(errors="replace"))
+        return False
+
+    def _line(self, line: str) -> None:
+        record = heard(line)
+        if record is None:
+            print(line, flush=True)
+            return
+        self.findings.take(record)
+        if record["kind"] == "failure":
+            print(f"  FAILURE {record['what']}: {record['why']}", flush=True)
+
+    def _outcome(self, stage: Stage, text: str) -> None:
+        self.outcomes[stage.name] = text
+        self.findings.take({"kind": "stage", "stage": stage.name, "outcome": text})
+        print(f"== {stage.name}: {text}", flush=True)
+
+    def _finish(self) -> None:
+        journal = self.findings.journal
+        journal.flush()
+        if journal.problem:
+            self.findings.records.append({"kind": "failure", "what": "writing results", "why": journal.problem})
+        text = summarise(self.findings.records, self.outcomes)
+        try:
+            collect(self.out, rows_of(self.findings.records))
+            (self.out / SUMMARY).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            self.findings.records.append({"kind": "failure", "what": "writing results", "why": str(error)})
+        print("\n" + text)
+        if journal.waiting:
+            saved = journal.rescue(sys.stdout)
+            print(f"What could not be written lies in {saved}" if saved else "What could not be written stands above.")
+
+
+def _end(process: ForkServerProcess) -> None:
+    """End a stage and what it started; its own session is a process group by itself."""
+    assert process.pid is not None
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, kind)
+        except (ProcessLookupError, PermissionError):
+            break
+        process.join(3)
+
+
+def collect(out: Path, rows: Sequence[Row]) -> list[Path]:
+    """Write rows into the files that tables are made of, one a suite, beside those of other cases that are there."""
+    written = []
+    kind = "cuda" if any(row.on_gpu for row in rows) else "cpu"
+    for suite in SUITES:
+        fresh = [row for row in rows if row.suite == suite]
+        if not fresh:
+            continue
+        path = out / f"{kind}-{suite}.json"
+        before = read(path) if path.exists() else []
+        write(path, merge(replaced(before, fresh)))
+        written.append(path)
+    return written
+
+
+def summarise(records: Sequence[Record], outcomes: dict[str, str]) -> str:
+    """The tables, the checks, every failure by name, and the stages' outcomes: what one wants to see last."""
+    from ..tune import best_table
+
+    rows = rows_of(records)
+    parts = []
+    tuned = [row for row in rows if row.suite == "tuning"]
+    if tuned:
+        parts += [
+            "Configurations, fastest first, then the committed one and the fastest rival (ms):",
+            best_table(tuned),
+        ]
+        parts += ["  (`python -m benchmarks.tune --apply cuda-tuning.json` takes them over)"]
+    timed = [row for row in rows if row.suite in ("kernels", "edits")]
+    if timed:
+        parts += ["Times, as multiples of ours in the same rounds:", summary(timed)]
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.suite == "recordings":
+            cases.setdefault(row.case, []).append(row)
+    parts += [case_table(group) for group in cases.values()]
+    absent = {row.provider: row.reason for row in rows if row.status == "missing" and row.case == "any"}
+    parts += [f"  missing: {name}: {reason}" for name, reason in absent.items()]
+    checks = [record for record in records if record["kind"] == "check"]
+    if checks:
+        parts.append(f"Checks: {sum(check['ok'] for check in checks)} of {len(checks)} agree")
+    parts += [record["text"] for record in records if record["kind"] == "note"]
+    parts += ["Stages:"] + [f"  {name}: {outcome}" for name, outcome in outcomes.items()]
+    failures = [record for record in records if record["kind"] == "failure"]
+    parts.append(f"Failures: {len(failures) or 'none'}")
+    parts += [f"  {record['what']}: {record['why']}" for record in failures[:KEPT]]
+    if rows:
+        parts.append(rows[-1].machine)
+    return "\n".join(parts)
+
+
+def collect_journals(out: Path) -> list[Path]:
+    """Make the files of rows anew from the journals of a folder, for a session that was itself ended."""
+    rows = [row for path in sorted(out.glob("*.jsonl")) for row in rows_of(read_journal(path))]
+    return collect(out, rows)

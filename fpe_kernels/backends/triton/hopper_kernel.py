@@ -1,0 +1,519 @@
+"""Forward on Hopper, written in Gluon: a warp that fetches, warpgroups that multiply while they exponentiate.
+
+    O_b = softmax(scale · Q_g K_gᵀ) V_b     for every batch row b with map_index[b] = g
+
+A program holds 64 query rows a warpgroup and streams tiles of keys and values through two rings in shared memory, which
+the bulk copy engine fills. Of each ring's slot a barrier says that it is full (the bytes have come) and another that it
+is empty (every warpgroup has read it). A slot is in use for the ``t``-th time in phase ``t % 2`` of its barriers.
+
+The order of a warpgroup is that of FlashAttention-3 (Shah et al., 2024): S(j) = Q K(j)ᵀ is issued, then P(j−1) V(j−1)
+behind it; S(j) alone is waited for, its exponentials are taken while the second product runs, and only then are the
+accumulators touched. The tile that the end of the keys cuts is the first one, so that no other needs a mask.
+
+A width is held in one or two pieces that are powers of two, 160 = 128 + 32, as everywhere (:func:`.packing.split_width`);
+a piece has boxes and rings of its own. Boxes reach past a tensor's end, where the copy engine writes zeros.
+
+Importing this needs a Triton with Gluon for Hopper; :mod:`.hopper` does so when it is asked.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+FETCHERS = gl.constexpr(1)  # warps that fetch
+ROWS = gl.constexpr(64)  # of a warpgroup's matrix instruction
+
+# Triton 3.8 renamed both.
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def _side_by_side(
+    ring, TYPE: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """The tiles of a ring of values as fewer, wider ones: wide tiles lie as narrow ones do, behind one another."""
+    if _PUBLIC:
+        wide = ring.reinterpret(TYPE, [TILES, ROWS, WIDTH], LAYOUT)
+    else:
+        wide = ring._reinterpret(TYPE, [TILES, ROWS, WIDTH], LAYOUT)
+    return wide
+
+
+@gluon.jit
+def _fetch(
+    query_0,
+    query_1,
+    key_0,
+    key_1,
+    value_0,
+    value_1,
+    rings,
+    barriers,
+    group_ptr,
+    head,
+    tile,
+    keys,
+    HEAD_0: gl.constexpr,
+    HEAD_1: gl.constexpr,
+    VALUE_0: gl.constexpr,
+    VALUE_1: gl.constexpr,
+    BRANCHES: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUPS: gl.constexpr,
+):
+    """The warp that fetches: the queries once, then the tiles of keys and values, the last tile first."""
+    q_0, q_1, k_0, k_1, v_0, v_1 = rings
+    q_full, k_full, k_empty, v_full, v_empty = barriers
+    group = gl.load(group_ptr)
+    # Two bytes an element; what lies past a tensor's end counts too.
+    mbarrier.expect(q_full, 2 * GROUPS * ROWS * (HEAD_0 + HEAD_1))
+    for part in gl.static_range(GROUPS):
+        row = (tile * GROUPS + part) * ROWS
+        _load(query_0, [group, head, row, 0], q_full, q_0.index(part))
+        if HEAD_1 > 0:
+            _load(query_1, [group, head, row, HEAD_0], q_full, q_1.index(part))
+    batch_rows = ()
+    for branch in gl.static_range(BRANCHES):
+        batch_rows = batch_rows + (gl.load(group_ptr + 1 + branch),)
+    tiles = gl.cdiv(keys, BLOCK_N)
+    slot = 0
+    # A barrier that has completed nothing answers a wait for its phase 1 at once: the slots are empty.
+    phase = 1
+    start = (tiles - 1) * BLOCK_N
+    for step in range(tiles):
+        mbarrier.wait(k_empty.index(slot), phase)
+        mbarrier.expect(k_full.index(slot), 2 * BLOCK_N * (HEAD_0 + HEAD_1))
+        _load(key_0, [group, head, start, 0], k_full.index(slot), k_0.index(slot))
+        if HEAD_1 > 0:
+            _load(key_1, [group, head, start, HEAD_0], k_full.index(slot), k_1.index(slot))
+        mbarrier.wait(v_empty.index(slot), phase)
+        mbarrier.expect(v_full.index(slot), 2 * BLOCK_N * BRANCHES * (VALUE_0 + VALUE_1))
+        for branch in gl.static_range(BRANCHES):
+            row = batch_rows[branch]
+            _load(value_0, [row, head, start, 0], v_full.index(slot), v_0.index(slot * BRANCHES + branch))
+            if VALUE_1 > 0:
+                _load(value_1, [row, head, start, VALUE_0], v_full.index(slot), v_1.index(slot * BRANCHES + branch))
+        start = step * BLOCK_N
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase ^= 1
+
+
+@gluon.jit
+def _scores(
+    q_0,
+    q_1,
+    k_0,
+    k_1,
+    part: gl.constexpr,
+    slot,
+    HEAD_0: gl.constexpr,
+    HEAD_1: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Issue Q Kᵀ for a slot of the keys: in flight when this returns."""
+    scores = warpgroup_mma(
+        q_0.index(part).reshape([ROWS, HEAD_0]),
+        k_0.index(slot).reshape([BLOCK_N, HEAD_0]).permute((1, 0)),
+        gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT),
+        use_acc=False,
+        is_async=True,
+    )
+    if HEAD_1 > 0:
+        scores = warpgroup_mma(
+            q_1.index(part).reshape([ROWS, HEAD_1]),
+            k_1.index(slot).reshape([BLOCK_N, HEAD_1]).permute((1, 0)),
+            scores,
+            is_async=True,
+        )
+    return scores
+
+
+@gluon.jit
+def _products(
+    probabilities,
+    accumulators,
+    values,
+    slot,
+    SPLIT: gl.constexpr,
+    BUNDLES: gl.constexpr,
+    LAYOUT_0: gl.constexpr,
+    LAYOUT_1: gl.constexpr,
+):
+    """Issue P V for a slot of the values, added to the accumulators: in flight when this returns."""
+    operand = gl.convert_layout(probabilities, gl.DotOperandLayout(0, LAYOUT_0, 2))
+    products = ()
+    for bundle in gl.static_range(BUNDLES):
+        v = values[0].index(slot * BUNDLES + bundle)
+        products = products + (warpgroup_mma(operand, v, accumulators[bundle], is_async=True),)
+    if SPLIT:
+        operand_1 = gl.convert_layout(probabilities, gl.DotOperandLayout(0, LAYOUT_1, 2))
+        for bundle in gl.static_range(BUNDLES):
+            v = values[1].index(slot * BUNDLES + bundle)
+            products = products + (warpgroup_mma(operand_1, v, accumulators[BUNDLES + bundle], is_async=True),)
+    return products
+
+
+@gluon.jit
+def _finished(products, PRODUCTS: gl.constexpr):
+    """Wait for everything in flight; the accumulators."""
+    if PRODUCTS == 1:
+        # One is returned as it is, several as a tuple.
+        finished = (warpgroup_mma_wait(0, deps=products),)
+    else:
+        finished = warpgroup_mma_wait(0, deps=products)
+    return finished
+
+
+@gluon.jit
+def _rescaled(
+    accumulators,
+    factor,
+    SPLIT: gl.constexpr,
+    BUNDLES: gl.constexpr,
+    LAYOUT_0: gl.constexpr,
+    LAYOUT_1: gl.constexpr,
+):
+    """Every row of the accumulators times its entry of ``factor``."""
+    factor_0 = gl.convert_layout(factor, gl.SliceLayout(1, LAYOUT_0))[:, None]
+    rescaled = ()
+    for bundle in gl.static_range(BUNDLES):
+        rescaled = rescaled + (accumulators[bundle] * factor_0,)
+    if SPLIT:
+        factor_1 = gl.convert_layout(factor, gl.SliceLayout(1, LAYOUT_1))[:, None]
+        for bundle in gl.static_range(BUNDLES):
+            rescaled = rescaled + (accumulators[BUNDLES + bundle] * factor_1,)
+    return rescaled
+
+
+@gluon.jit
+def _write(
+    accumulator,
+    out_ptr,
+    rows_ptr,
+    first_row,
+    queries,
+    stride_b,
+    stride_n,
+    stride_e,
+    before: gl.constexpr,
+    START: gl.constexpr,
+    WIDTH: gl.constexpr,
+    BUNDLE: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    VECTOR: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Columns START .. START + WIDTH of the BUNDLE branches after ``before``; ``rows_ptr`` holds their batch rows.
+
+    VECTOR neighbours, which a thread holds, lie side by side and start aligned; the compiler cannot see that.
+    """
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, BUNDLE * WIDTH, gl.SliceLayout(0, LAYOUT))
+    entry = START + column % WIDTH
+    valid = entry // VECTOR * VECTOR < VALUE_DIM
+    start = first_row.to(gl.int64) * stride_n
+    branches = gl.zeros([BUNDLE * WIDTH], gl.int64, gl.SliceLayout(0, LAYOUT))
+    for branch in gl.static_range(BUNDLE):
+        row = gl.load(rows_ptr + before + branch)
+        mine = column // WIDTH == branch
+        branches = gl.where(mine, row.to(gl.int64) * stride_b + start, branches)
+        if before + branch > 0:
+            # A branch that names the row before it again is there to make the launch wide enough.
+            valid = valid & ((gl.load(rows_ptr + before + branch - 1) != row) | (column // WIDTH != branch))
+    offsets = (branches + entry * stride_e)[None, :] + rows[:, None] * stride_n
+    if VECTOR > 1:
+        offsets = gl.max_contiguous(gl.multiple_of(offsets, [1, VECTOR]), [1, VECTOR])
+        valid = gl.max_constancy(valid, [VECTOR])
+    gl.store(
+        out_ptr + offsets,
+        accumulator.to(out_ptr.dtype.element_ty),
+        mask=(rows < queries - first_row)[:, None] & valid[None, :],
+    )
+
+
+@gluon.jit
+def _multiply(
+    part: gl.constexpr,
+    rings,
+    barriers,
+    group_ptr,
+    outputs,
+    numbers,
+    HEAD_0: gl.constexpr,
+    HEAD_1: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    VALUE_0: gl.constexpr,
+    VALUE_1: gl.constexpr,
+    VALUES_0: gl.constexpr,
+    VALUES_1: gl.constexpr,
+    BRANCHES: gl.constexpr,
+    BUNDLE: gl.constexpr,
+    OUT_VECTOR: gl.constexpr,
+    KNOWN: gl.constexpr,
+    EVEN_KEYS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUPS: gl.constexpr,
+):
+    """A warpgroup that multiplies: query rows ``part`` · 64 .. of the tile."""
+    q_0, q_1, k_0, k_1, v_0, v_1 = rings
+    q_full, k_full, k_empty, v_full, v_empty = barriers
+    out_ptr, logsumexp_ptr, out_stride_b, out_stride_h, out_stride_n, out_stride_e = outputs
+    scale, heads, queries, keys, head, tile = numbers
+    # Visibly multiples of what is written at once, which the compiler is not told of.
+    out_stride_b = out_stride_b // OUT_VECTOR * OUT_VECTOR
+    out_stride_h = out_stride_h // OUT_VECTOR * OUT_VECTOR
+    out_stride_n = out_stride_n // OUT_VECTOR * OUT_VECTOR
+    BUNDLES: gl.constexpr = BRANCHES // BUNDLE
+    SPLIT: gl.constexpr = VALUE_1 > 0
+    WIDE_0: gl.constexpr = BUNDLE * VALUE_0
+    WIDE_1: gl.constexpr = BUNDLE * (VALUE_1 if VALUE_1 > 0 else VALUE_0)
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O_0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE_0, 16])
+    O_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE_1, 16])
+    PRODUCTS: gl.constexpr = BUNDLES * (2 if SPLIT else 1)
+    TYPE: gl.constexpr = out_ptr.dtype.element_ty
+    first_row = (tile * GROUPS + part) * ROWS
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, S))
+    logsumexp_ptr += (gl.load(group_ptr).to(gl.int64) * heads + head) * queries + first_row
+    row_valid = rows < queries - first_row
+    tiles = gl.cdiv(keys, BLOCK_N)
+
+    TILES: gl.constexpr = STAGES * BUNDLES
+    values = (_side_by_side(v_0, TYPE, TILES, BLOCK_N, WIDE_0, VALUES_0),)
+    if SPLIT:
+        values = values + (_side_by_side(v_1, TYPE, TILES, BLOCK_N, WIDE_1, VALUES_1),)
+    accumulators = ()
+    for _ in gl.static_range(BUNDLES):
+        accumulators = accumulators + (gl.zeros([ROWS, WIDE_0], gl.float32, O_0),)
+    if SPLIT:
+        for _ in gl.static_range(BUNDLES):
+            accumulators = accumulators + (gl.zeros([ROWS, WIDE_1], gl.float32, O_1),)
+
+    mbarrier.wait(q_full, 0)
+    mbarrier.wait(k_full.index(0), 0)
+    scores = warpgroup_mma_wait(0, deps=[_scores(q_0, q_1, k_0, k_1, part, 0, HEAD_0, HEAD_1, BLOCK_N, S)])
+    mbarrier.arrive(k_empty.index(0))
+    if not EVEN_KEYS:
+        columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
+        scores = gl.where((columns < keys - (tiles - 1) * BLOCK_N)[None, :], scores, float("-inf"))
+    if KNOWN:
+        known = gl.load(logsumexp_ptr + rows, mask=row_valid, other=0.0)
+        maximum = gl.where(known == float("-inf"), 0.0, known) * LOG2E
+    else:
+        maximum = gl.max(scores, 1) * scale
+    exponentials = gl.exp2(scores * scale - maximum[:, None])
+    normaliser = gl.sum(exponentials, 1)
+    probabilities = exponentials.to(TYPE)
+
+    k_slot = 1 % STAGES
+    k_phase = 0 if STAGES > 1 else 1
+    v_slot = 0
+    v_phase = 0
+    mbarrier.wait(k_full.index(k_slot), k_phase, pred=tiles > 1)
+    for step in range(1, tiles):
+        in_flight = _scores(q_0, q_1, k_0, k_1, part, k_slot, HEAD_0, HEAD_1, BLOCK_N, S)
+        mbarrier.wait(v_full.index(v_slot), v_phase)
+        products = _products(probabilities, accumulators, values, v_slot, SPLIT, BUNDLES, O_0, O_1)
+        scores = warpgroup_mma_wait(PRODUCTS, deps=[in_flight])
+        mbarrier.arrive(k_empty.index(k_slot))
+        if not KNOWN:
+            new_maximum = gl.maximum(maximum, gl.max(scores, 1) * scale)
+            rescale = gl.exp2(maximum - new_maximum)
+            maximum = new_maximum
+        exponentials = gl.exp2(scores * scale - maximum[:, None])
+        if not KNOWN:
+            normaliser = normaliser * rescale + gl.sum(exponentials, 1)
+        k_slot += 1
+        if k_slot == STAGES:
+            k_slot = 0
+            k_phase ^= 1
+        # Where the next keys are waited for is also what keeps the compiler from waiting for the products any earlier.
+        mbarrier.wait(k_full.index(k_slot), k_phase, pred=step + 1 < tiles)
+        accumulators = _finished(products, PRODUCTS)
+        mbarrier.arrive(v_empty.index(v_slot))
+        probabilities = exponentials.to(TYPE)
+        if not KNOWN:
+            accumulators = _rescaled(accumulators, rescale, SPLIT, BUNDLES, O_0, O_1)
+        v_slot += 1
+        if v_slot == STAGES:
+            v_slot = 0
+            v_phase ^= 1
+    mbarrier.wait(v_full.index(v_slot), v_phase)
+    products = _products(probabilities, accumulators, values, v_slot, SPLIT, BUNDLES, O_0, O_1)
+    accumulators = _finished(products, PRODUCTS)
+
+    if not KNOWN:
+        gl.store(logsumexp_ptr + rows, (maximum + gl.log2(normaliser)) * LN2, mask=row_valid)
+        accumulators = _rescaled(accumulators, 1.0 / normaliser, SPLIT, BUNDLES, O_0, O_1)
+    out_ptr += head.to(gl.int64) * out_stride_h
+    rows_ptr = group_ptr + 1
+    for bundle in gl.static_range(BUNDLES):
+        _write(
+            accumulators[bundle],
+            out_ptr,
+            rows_ptr,
+            first_row,
+            queries,
+            out_stride_b,
+            out_stride_n,
+            out_stride_e,
+            bundle * BUNDLE,
+            0,
+            VALUE_0,
+            BUNDLE,
+            VALUE_DIM,
+            OUT_VECTOR,
+            O_0,
+        )
+        if SPLIT:
+            _write(
+                accumulators[BUNDLES + bundle],
+                out_ptr,
+                rows_ptr,
+                first_row,
+                queries,
+                out_stride_b,
+                out_stride_n,
+                out_stride_e,
+                bundle * BUNDLE,
+                VALUE_0,
+                VALUE_1,
+                BUNDLE,
+                VALUE_DIM,
+                OUT_VECTOR,
+                O_1,
+            )
+
+
+@gluon.jit
+def hopper_kernel(
+    query_0,  # descriptor of [G, H, N, D], boxes [1, 1, 64, HEAD_0]
+    query_1,  # the same, boxes [1, 1, 64, HEAD_1]; None without a second piece, as key_1 and value_1
+    key_0,  # descriptor of [G, H, M, D], boxes [1, 1, BLOCK_N, HEAD_0]
+    key_1,
+    value_0,  # descriptor of [B, H, M, E], boxes [1, 1, BLOCK_N, VALUE_0]
+    value_1,
+    out_ptr,  # [B, H, N, E]
+    logsumexp_ptr,  # [G, H, N], contiguous
+    table_ptr,  # [programs' groups, 1 + BRANCHES]: the map, then its batch rows
+    scale,  # of the scores, times log2(e); positive
+    heads,
+    queries,
+    keys,
+    out_stride_b,
+    out_stride_h,
+    out_stride_n,
+    out_stride_e,
+    HEAD_0: gl.constexpr,
+    HEAD_1: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    VALUE_0: gl.constexpr,
+    VALUE_1: gl.constexpr,
+    BRANCHES: gl.constexpr,
+    BUNDLE: gl.constexpr,
+    OUT_VECTOR: gl.constexpr,
+    KNOWN: gl.constexpr,
+    EVEN_KEYS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    GROUPS: gl.constexpr = BLOCK_M // ROWS
+    TYPE: gl.constexpr = out_ptr.dtype.element_ty
+    tiles = gl.cdiv(queries, BLOCK_M)
+    tile = gl.program_id(0) % tiles
+    head = (gl.program_id(0) // tiles) % heads
+    group_ptr = table_ptr + (gl.program_id(0) // tiles // heads) * (1 + BRANCHES)
+
+    q_0 = gl.allocate_shared_memory(TYPE, [GROUPS, 1, 1, ROWS, HEAD_0], query_0.layout)
+    k_0 = gl.allocate_shared_memory(TYPE, [STAGES, 1, 1, BLOCK_N, HEAD_0], key_0.layout)
+    v_0 = gl.allocate_shared_memory(TYPE, [STAGES * BRANCHES, 1, 1, BLOCK_N, VALUE_0], value_0.layout)
+    q_1 = q_0
+    k_1 = k_0
+    v_1 = v_0
+    if HEAD_1 > 0:
+        q_1 = gl.allocate_shared_memory(TYPE, [GROUPS, 1, 1, ROWS, HEAD_1], query_1.layout)
+        k_1 = gl.allocate_shared_memory(TYPE, [STAGES, 1, 1, BLOCK_N, HEAD_1], key_1.layout)
+    if VALUE_1 > 0:
+        v_1 = gl.allocate_shared_memory(TYPE, [STAGES * BRANCHES, 1, 1, BLOCK_N, VALUE_1], value_1.layout)
+
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(slot), count=1)
+        mbarrier.init(v_full.index(slot), count=1)
+        # A warpgroup arrives once.
+        mbarrier.init(k_empty.index(slot), count=GROUPS)
+        mbarrier.init(v_empty.index(slot), count=GROUPS)
+    # The copy engine sees the barriers as they are now.
+    fence_async_shared()
+
+    VALUES_0: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * VALUE_0), 16, 2)
+    VALUES_1: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * VALUE_1) if VALUE_1 > 0 else 32, 16, 2)
+    rings = (q_0, q_1, k_0, k_1, v_0, v_1)
+    barriers = (q_full, k_full, k_empty, v_full, v_empty)
+    outputs = (out_ptr, logsumexp_ptr, out_stride_b, out_stride_h, out_stride_n, out_stride_e)
+    numbers = (scale, heads, queries, keys, head, tile)
+    # Constants stay constants in the call itself only.
+    # fmt: off
+    if GROUPS == 1:
+        gl.warp_specialize(
+            [
+                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile, keys,
+                          HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS)),
+            ],
+            [FETCHERS],
+            [24],
+        )
+    elif GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile, keys,
+                          HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS)),
+            ],
+            [4, FETCHERS],
+            [REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                (_multiply, (2, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile, keys,
+                          HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS)),
+            ],
+            [4, 4, FETCHERS],
+            [REGISTERS, REGISTERS, 24],
+        )
+    # fmt: on
