@@ -95,10 +95,7 @@ class Session:
         *,
         dry: bool = False,
         options: dict[str, str] | None = None,
-        only: Sequence[str] = (),
     ) -> None:
-        """`only` names the stages to run, in their usual order; left out, all of them."""
-        self.stages = [stage for stage in SESSIONS[kind] if not only or stage.name in only]
         self.kind, self.out, self.budget, self.device, self.dry = kind, out, budget, device, dry
         self.options = {"session": kind, **(options or {})}
         self.outcomes: dict[str, str] = {}
@@ -113,7 +110,7 @@ class Session:
         signal.signal(signal.SIGTERM, self._interrupted)
         begun = time.monotonic()
         try:
-            schedule(self.stages, lambda stage, seconds: self._stage(stage, seconds, begun), self.budget)
+            schedule(SESSIONS[self.kind], lambda stage, seconds: self._stage(stage, seconds, begun), self.budget)
         except KeyboardInterrupt:
             self.findings.fail("the session", "interrupted; later stages did not run")
         self._finish()
