@@ -144,6 +144,7 @@ def _every(arch: str) -> Iterator[Program]:
         yield from of(("gluon", "gluon_replay"), tuple(GLUON), "ragged")
         yield from of(("gluon",), ((64, 2), (80, 2)), "even")
         yield from of(("gluon",), ((64, 2),), "ragged", dtype="bfloat16")
+        yield from of(("gluon",), ((64, 2), (64, 4), (128, 1), (128, 2)), "ragged+unrounded")
 
 
 def launch_of(program: Program) -> Launch:
@@ -198,7 +199,7 @@ def launch_of(program: Program) -> Launch:
         if program.kernel.startswith("gluon"):
             config = GLUON[program.head_dim, program.branches]
             known = program.kernel == "gluon_replay"
-            return hopper.prepare(query, key, value, chunk, 0.1, wide, logsumexp, known, config)
+            return hopper.prepare(query, key, value, chunk, 0.1, product, logsumexp, known, config)
         if program.kernel == "boxes":
             config = replace(config.general(), descriptors=True)
             return boxes.prepare(query, key, value, chunk, 0.1, product, logsumexp, config)

@@ -69,11 +69,11 @@ def plan(
         # What has fewer keys for some maps, or fewer heads of keys or values, is of the general kernel.
         whole = key_lengths is None and query.shape[1] == key.shape[1] == value.shape[1]
         plain = whole and bias is None and row_weight is None
-        rounded = out.dtype == value.dtype
-        if config.gluon and plain and rounded and not hopper.refusal(query, key, values, chunk, scale, config):
+        if config.gluon and plain and not hopper.refusal(query, key, values, chunk, scale, config):
             yield from hopper.launches(query, key, values, chunk, scale, outs, logsumexp, known_here, config)
             continue
-        config = config if rounded else configs.for_unrounded(config, chunk.branches * values.shape[3])
+        if out.dtype != value.dtype:
+            config = configs.for_unrounded(config, chunk.branches * values.shape[3])
         plain = plain and not known_here
         if config.descriptors and plain and boxes.serves(query, key, values, chunk, scale):
             yield boxes.prepare(query, key, values, chunk, scale, outs, logsumexp, config)
