@@ -21,6 +21,7 @@ from benchmarks.tune import (
     ALL,
     BOUNDED,
     DESCRIBED,
+    PLAUSIBLE,
     SPECIALISED,
     Candidate,
     Configured,
@@ -28,7 +29,7 @@ from benchmarks.tune import (
     choices,
     tuning_plan,
 )
-from fpe_kernels.backends.triton import boxes, configs, tuned
+from fpe_kernels.backends.triton import boxes, configs, hopper, tuned
 from fpe_kernels.backends.triton.packing import chunks
 
 H100 = "cuda: NVIDIA H100 80GB HBM3"
@@ -67,24 +68,41 @@ def test_a_mixed_batch_is_measured_as_one_launch_and_as_two() -> None:
 
 def test_descriptors_are_offered_where_they_serve() -> None:
     for case in tuning_plan():
-        for choice in choices(case):
+        for choice in choices(case, "sm_100"):
             if isinstance(choice, Candidate) and choice.descriptors:
                 shape = (case.tokens, case.heads, case.head_dim)
                 maps, rows = (torch.empty(n, *shape, dtype=torch.half).transpose(1, 2) for n in (case.maps, case.batch))
                 for chunk in chunks(case.map_index, case.maps, case.head_dim, configs.MAX_COLUMNS[2]):
                     assert boxes.serves(maps, maps, rows, chunk, 0.1)
-    assert any(getattr(choice, "descriptors", False) for choice in choices(HALVES))
+    assert any(getattr(choice, "descriptors", False) for choice in choices(HALVES, "sm_100"))
     assert not any(getattr(choice, "descriptors", False) for choice in choices(HALVES, "sm_80"))
 
 
 def test_bounds_and_fetching_warps_are_offered_where_the_compiler_knows_them() -> None:
-    offered = choices(HALVES)
+    offered = choices(HALVES, "sm_100")
     assert {Candidate(64, 64, 4, 2, maxnreg=168), Candidate(128, 64, 4, 2, True, True)} <= set(offered)
     assert Candidate(64, 64, 4, 2, maxnreg=128) not in offered  # the accumulators leave no registers for the rest
-    for arch, specialised, bounded in (("sm_90", True, True), ("sm_80", False, True), ("gfx942", False, False)):
+    for arch, specialised, bounded in (("sm_100", True, True), ("sm_80", False, True), ("gfx942", False, False)):
         found = [choice for choice in choices(HALVES, arch) if isinstance(choice, Candidate)]
         assert any(choice.specialised for choice in found) == specialised
         assert any(choice.maxnreg for choice in found) == bounded
+
+
+def test_few_are_offered_on_hopper_most_of_all_the_kernel_made_for_it(monkeypatch) -> None:
+    if isinstance(hopper.kernels(), str):
+        pytest.skip("this Triton has no Gluon")
+    for case in tuning_plan():
+        if case.layout == "guided":
+            continue
+        offered = choices(case, "sm_90")
+        gluon = [candidate for candidate in offered if candidate.gluon]
+        assert len(set(offered)) == len(offered)
+        assert 2 <= len(gluon) <= 4 and set(offered) - set(gluon) <= set(PLAUSIBLE)
+        assert {candidate.block_m for candidate in gluon} <= ({64, 128} if case.tokens <= 1024 else {128, 192, 256})
+    assert any(candidate.block_m == 256 for candidate in choices(HALVES, "sm_90"))
+    monkeypatch.setattr(hopper, "kernels", lambda: "no Gluon")
+    assert {candidate.gluon for candidate in choices(HALVES, "sm_90")} == {False}
+    assert any(candidate.descriptors for candidate in choices(HALVES, "sm_90"))
 
 
 @pytest.mark.parametrize("choice", [Launches(True), Launches(False), Candidate(64, 32, 4, 2, True, True, 168)])

@@ -153,7 +153,7 @@ def check_descriptors() -> None:
 def check_the_kernel_for_hopper() -> None:
     rule = configs.apply_config
     asked = configs.Config(128, 64, 4, 2, gluon=True)
-    configs.apply_config = cache(lambda *arguments: asked)
+    configs.apply_config = lambda *arguments: asked
     try:
         # Two pieces of a head; more branches than a launch holds; a known log-sum-exp.
         for make in (lambda: product(dim=40), lambda: product((0,) * 5, dim=64), lambda: product(dim=64, known=True)):
@@ -167,9 +167,16 @@ def check_the_kernel_for_hopper() -> None:
         first, second = launched(product((0,) * 5, dim=64))
         assert (first.arguments["BRANCHES"], first.arguments["KNOWN"]) == (3, False)
         assert (second.arguments["BRANCHES"], second.arguments["KNOWN"]) == (2, True)
-        assert "query_ptr" in launched(product(dim=40, offset=1))[0].arguments  # where no descriptor holds it
+        odd = product(dim=40, offset=1)
+        refused = launched(odd)  # no descriptor holds it: as if the kernel had not been asked for
+        rows_256 = configs.Config(256, 64, 4, 3, gluon=True)
+        configs.apply_config = lambda *arguments: rows_256
+        (large,) = launched(product(dim=40))
+        assert large.arguments["query_0"][3] == [1, 1, 128, 32]
+        assert (large.arguments["GROUPS"], large.arguments["ROWS"]) == (2, 128)
     finally:
         configs.apply_config = rule
+    assert "query_ptr" in refused[0].arguments and refused == launched(odd)
 
 
 def check_other_ways_to_compile() -> None:

@@ -14,7 +14,7 @@ from fpe_kernels.testing import assert_matches, make_case
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=[(128, 128, 2), (128, 64, 3), (64, 32, 2), (192, 64, 2)], ids=str)
+@pytest.fixture(params=[(128, 128, 2), (128, 64, 3), (64, 32, 2), (192, 64, 2), (256, 64, 3), (256, 32, 4)], ids=str)
 def served(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
     """Forward launches ask for the kernel; a list that gains the branches of every launch that it serves."""
     if torch.cuda.get_device_capability() != (9, 0) or isinstance(hopper.kernels(), str):

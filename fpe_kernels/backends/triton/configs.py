@@ -64,7 +64,7 @@ class Config:
     descriptors: bool = False  # keys and values through the bulk copy engine, where the layout allows it
     specialised: bool = False  # with descriptors: further warps that do nothing but fetch
     maxnreg: int = 0  # registers of a thread at most, so that more programs share a multiprocessor; 0: no bound
-    gluon: bool = False  # the kernel for Hopper, where it serves: `warps` for every 64 rows, and one that fetches
+    gluon: bool = False  # the kernel for Hopper, where it serves: warpgroups of `warps`, and a warp that fetches
 
     @property
     def options(self) -> dict[str, int]:
@@ -73,8 +73,11 @@ class Config:
         return {**options, "maxnreg": self.maxnreg} if self.maxnreg else options
 
     def general(self) -> Config:
-        """The same tiles for what the tuner does not measure: fetched by addresses, by warps that compute as well."""
-        warps = max(self.warps, self.block_m // 16) if self.specialised or self.gluon else self.warps
+        """The same tiles for what the tuner does not measure: fetched by addresses, by warps that compute as well.
+
+        Not for the kernel for Hopper, whose tiles are no other's: :func:`pointer_config`.
+        """
+        warps = max(self.warps, self.block_m // 16) if self.specialised else self.warps
         return Config(self.block_m, self.block_n, warps, self.stages)
 
 
@@ -340,6 +343,14 @@ def apply_config(query: Tensor, value: Tensor, chunk: Chunk, bias: bool, tf32: b
     return forward_config(arch, head_dim, columns, query.element_size(), bias, maps, queries, keys, tf32)
 
 
+def pointer_config(query: Tensor, value: Tensor, chunk: Chunk, bias: bool, tf32: bool = False) -> Config:
+    """What the rules say where :func:`apply_config` names a kernel that does not serve the launch."""
+    columns, maps = chunk.branches * value.shape[3], len(chunk.table) * query.shape[1]
+    arch, (queries, head_dim), keys = architecture(query.device), query.shape[2:], value.shape[2]
+    shape = arch, head_dim, columns, query.element_size(), bias, maps, queries, keys
+    return resident_config(*shape, tf32, adjoint=False)
+
+
 def adjoint_config(query: Tensor, weight: Tensor, chunk: Chunk, bias: bool, keys: int, tf32: bool = False) -> Config:
     """For an adjoint launch of ``chunk`` over ``keys`` key tokens; ``weight`` is narrowed to its columns."""
     columns, maps = chunk.branches * weight.shape[3], len(chunk.table) * query.shape[1]
@@ -389,7 +400,8 @@ def joins(
     def waves(chunk: Chunk) -> int:
         columns, entries = chunk.branches * (chunk.stop - chunk.start), len(chunk.table) * heads
         config = forward_config(arch, head_dim, columns, itemsize, bias, entries, tokens)
-        resident = max(1, 8 // config.warps)  # programs of a multiprocessor, as `for_length` counts them
+        # Programs of a multiprocessor, as `for_length` counts them.
+        resident = 1 if config.gluon and config.block_m > 64 else max(1, 8 // config.warps)
         count = -(-entries * -(-tokens // config.block_m) // (resident * MULTIPROCESSORS[arch]))
         return count * resident * config.block_m * (sum(split_width(head_dim)) + sum(split_width(columns)))
 

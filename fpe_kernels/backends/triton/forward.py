@@ -72,14 +72,16 @@ def plan(
         if config.gluon and plain and not hopper.refusal(query, key, values, chunk, scale, config):
             yield from hopper.launches(query, key, values, chunk, scale, outs, logsumexp, known_here, config)
             continue
-        if out.dtype != value.dtype:
-            config = configs.for_unrounded(config, chunk.branches * values.shape[3])
         plain = plain and not known_here
         if config.descriptors and plain and boxes.serves(query, key, values, chunk, scale):
             yield boxes.prepare(query, key, values, chunk, scale, outs, logsumexp, config)
             continue
-        if config.descriptors or config.gluon or (config.maxnreg and not plain):
+        if config.gluon:
+            config = configs.pointer_config(query, values, chunk, bias is not None, tf32)
+        elif config.descriptors or (config.maxnreg and not plain):
             config = config.general()
+        if out.dtype != value.dtype:
+            config = configs.for_unrounded(config, chunk.branches * values.shape[3])
         whole_maps = all(set(rows[group]) == set(branches) for group, *branches in chunk.table)
         yield pointers.prepare(
             query,

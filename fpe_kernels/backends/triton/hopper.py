@@ -21,13 +21,23 @@ from .launch import Launch, strides
 from .packing import Chunk, device_table, split_width
 from .primitives import LOG2E
 
-ROWS = 64  # of a warpgroup
-MOST_GROUPS = 3
+ROWS = 64  # of a matrix instruction of a warpgroup
+TILE_ROWS = (64, 128, 192, 256)  # of a program
 WARPS = 4  # of a warpgroup
 REGISTERS = {1: 240, 2: 240, 3: 160}
 """Of a thread that multiplies, by warpgroups that do: beside the threads that fetch they fill the register file."""
 
-_HELD = 48  # registers of a thread for what is counted nowhere: addresses, statistics, operands on their way
+_HELD = 32  # registers of a thread for what is counted nowhere: addresses, statistics, operands on their way
+
+
+def warpgroups(block_m: int) -> tuple[int, int]:
+    """Warpgroups that multiply in a program of ``block_m`` rows, and the rows of each.
+
+    Four times 64 rows are two warpgroups with two matrix instructions each for one tile of keys: the register file
+    holds no third warpgroup of 240 registers, and what a program reads from the cache for a row is halved.
+    """
+    rows = ROWS if block_m < 4 * ROWS else 2 * ROWS
+    return block_m // rows, rows
 
 
 @cache
@@ -55,8 +65,8 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: floa
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if reason := _no_descriptor(tensor):
             return f"no descriptor holds the {name}: {reason}"
-    if config.block_m % ROWS or not 1 <= config.block_m // ROWS <= MOST_GROUPS or config.warps != WARPS:
-        return f"tiles have {ROWS} to {MOST_GROUPS * ROWS} rows, {ROWS} for every {WARPS} warps; asked for {config}"
+    if config.block_m not in TILE_ROWS or config.warps != WARPS:
+        return f"tiles have 64, 128, 192 or 256 rows, and {WARPS} warps are counted; asked for {config}"
     if config.block_n not in (16, 32, 64, 128, 256):
         return f"tiles of keys have 16, 32, 64, 128 or 256 rows, not {config.block_n}"
     if most_branches(query.shape[3], value.shape[3], config) < 1:
@@ -80,9 +90,10 @@ def _no_descriptor(tensor: Tensor) -> str:
 
 def most_branches(head_dim: int, value_dim: int, config: Config) -> int:
     """How many branches one launch holds, by registers and by shared memory; 0 where not even one fits."""
-    head, packed, groups = sum(split_width(head_dim)), sum(split_width(value_dim)), config.block_m // ROWS
-    # A thread holds half a row of a tile's float32 columns, and the probabilities a second time in half precision.
-    by_registers = 2 * (REGISTERS[groups] - _HELD - 3 * config.block_n // 4) // packed
+    head, packed = sum(split_width(head_dim)), sum(split_width(value_dim))
+    groups, rows = warpgroups(config.block_m)
+    # A thread holds rows / 128 of a tile's float32 columns, and the probabilities a second time in half precision.
+    by_registers = ((REGISTERS[groups] - _HELD) * 128 // rows - 3 * config.block_n // 2) // packed
     free = SHARED_MEMORY["sm_90"] - 1024 - 2 * head * (config.block_m + config.stages * config.block_n)
     by_shared = free // (2 * config.stages * config.block_n * packed)
     return max(0, min(by_registers, by_shared, 4))
@@ -130,8 +141,9 @@ def prepare(
     tensors: dict[str, Tensor] = {}
     boxes: dict[str, tuple[int, ...]] = {}
     absent: dict[str, None] = {}
+    groups, group_rows = warpgroups(config.block_m)
     for name, tensor, rows in (
-        ("query", query, ROWS),
+        ("query", query, group_rows),
         ("key", key, config.block_n),
         ("value", value, config.block_n),
     ):
@@ -174,10 +186,11 @@ def prepare(
             "OUT_VECTOR": 2 if _pairs(out) else 1,
             "KNOWN": known,
             "EVEN_KEYS": keys % config.block_n == 0,
-            "BLOCK_M": config.block_m,
+            "GROUPS": groups,
+            "ROWS": group_rows,
             "BLOCK_N": config.block_n,
             "STAGES": config.stages,
-            "REGISTERS": REGISTERS[config.block_m // ROWS],
+            "REGISTERS": REGISTERS[groups],
         },
     )
 

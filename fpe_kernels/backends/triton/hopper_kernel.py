@@ -2,7 +2,7 @@
 
     O_b = softmax(scale · Q_g K_gᵀ) V_b     for every batch row b with map_index[b] = g
 
-A program holds 64 query rows a warpgroup and streams tiles of keys and values through two rings in shared memory, which
+A program holds 64 or 128 query rows a warpgroup and streams tiles of keys and values through two rings in shared memory, which
 the bulk copy engine fills. Of each ring's slot a barrier says that it is full (the bytes have come) and another that it
 is empty (every warpgroup has read it). A slot is in use for the ``t``-th time in phase ``t % 2`` of its barriers.
 
@@ -31,7 +31,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 FETCHERS = gl.constexpr(1)  # warps that fetch
-ROWS = gl.constexpr(64)  # of a warpgroup's matrix instruction
 
 # Triton 3.8 renamed both.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -72,6 +71,7 @@ def _fetch(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
+    ROWS: gl.constexpr,
 ):
     """The warp that fetches: the queries once, then the tiles of keys and values, the last tile first."""
     q_0, q_1, k_0, k_1, v_0, v_1 = rings
@@ -122,6 +122,7 @@ def _scores(
     slot,
     HEAD_0: gl.constexpr,
     HEAD_1: gl.constexpr,
+    ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
@@ -211,6 +212,7 @@ def _write(
     stride_n,
     stride_e,
     before: gl.constexpr,
+    ROWS: gl.constexpr,
     START: gl.constexpr,
     WIDTH: gl.constexpr,
     BUNDLE: gl.constexpr,
@@ -269,8 +271,9 @@ def _multiply(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
+    ROWS: gl.constexpr,
 ):
-    """A warpgroup that multiplies: query rows ``part`` · 64 .. of the tile."""
+    """A warpgroup that multiplies: query rows ``part`` · ROWS .. of the tile."""
     q_0, q_1, k_0, k_1, v_0, v_1 = rings
     q_full, k_full, k_empty, v_full, v_empty = barriers
     out_ptr, logsumexp_ptr, out_stride_b, out_stride_h, out_stride_n, out_stride_e = outputs
@@ -307,7 +310,7 @@ def _multiply(
 
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
-    scores = warpgroup_mma_wait(0, deps=[_scores(q_0, q_1, k_0, k_1, part, 0, HEAD_0, HEAD_1, BLOCK_N, S)])
+    scores = warpgroup_mma_wait(0, deps=[_scores(q_0, q_1, k_0, k_1, part, 0, HEAD_0, HEAD_1, ROWS, BLOCK_N, S)])
     mbarrier.arrive(k_empty.index(0))
     if not EVEN_KEYS:
         columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
@@ -327,7 +330,7 @@ def _multiply(
     v_phase = 0
     mbarrier.wait(k_full.index(k_slot), k_phase, pred=tiles > 1)
     for step in range(1, tiles):
-        in_flight = _scores(q_0, q_1, k_0, k_1, part, k_slot, HEAD_0, HEAD_1, BLOCK_N, S)
+        in_flight = _scores(q_0, q_1, k_0, k_1, part, k_slot, HEAD_0, HEAD_1, ROWS, BLOCK_N, S)
         mbarrier.wait(v_full.index(v_slot), v_phase)
         products = _products(probabilities, accumulators, values, v_slot, SPLIT, BUNDLES, O_0, O_1)
         scores = warpgroup_mma_wait(PRODUCTS, deps=[in_flight])
@@ -374,6 +377,7 @@ def _multiply(
             out_stride_n,
             out_stride_e,
             bundle * BUNDLE,
+            ROWS,
             0,
             VALUE_0,
             BUNDLE,
@@ -392,6 +396,7 @@ def _multiply(
                 out_stride_n,
                 out_stride_e,
                 bundle * BUNDLE,
+                ROWS,
                 VALUE_0,
                 VALUE_1,
                 BUNDLE,
@@ -403,8 +408,8 @@ def _multiply(
 
 @gluon.jit
 def hopper_kernel(
-    query_0,  # descriptor of [G, H, N, D], boxes [1, 1, 64, HEAD_0]
-    query_1,  # the same, boxes [1, 1, 64, HEAD_1]; None without a second piece, as key_1 and value_1
+    query_0,  # descriptor of [G, H, N, D], boxes [1, 1, ROWS, HEAD_0]
+    query_1,  # the same, boxes [1, 1, ROWS, HEAD_1]; None without a second piece, as key_1 and value_1
     key_0,  # descriptor of [G, H, M, D], boxes [1, 1, BLOCK_N, HEAD_0]
     key_1,
     value_0,  # descriptor of [B, H, M, E], boxes [1, 1, BLOCK_N, VALUE_0]
@@ -430,14 +435,14 @@ def hopper_kernel(
     OUT_VECTOR: gl.constexpr,
     KNOWN: gl.constexpr,
     EVEN_KEYS: gl.constexpr,
-    BLOCK_M: gl.constexpr,
+    GROUPS: gl.constexpr,
+    ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    GROUPS: gl.constexpr = BLOCK_M // ROWS
     TYPE: gl.constexpr = query_0.dtype
-    tiles = gl.cdiv(queries, BLOCK_M)
+    tiles = gl.cdiv(queries, GROUPS * ROWS)
     tile = gl.program_id(0) % tiles
     head = (gl.program_id(0) // tiles) % heads
     group_ptr = table_ptr + (gl.program_id(0) // tiles // heads) * (1 + BRANCHES)
@@ -481,9 +486,9 @@ def hopper_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
-                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS, ROWS)),
                 (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile, keys,
-                          HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS)),
+                          HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
             ],
             [FETCHERS],
             [24],
@@ -492,11 +497,11 @@ def hopper_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
-                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS, ROWS)),
                 (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
-                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS, ROWS)),
                 (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile, keys,
-                          HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS)),
+                          HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
             ],
             [4, FETCHERS],
             [REGISTERS, 24],
@@ -505,13 +510,13 @@ def hopper_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
-                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS, ROWS)),
                 (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
-                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS, ROWS)),
                 (_multiply, (2, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
-                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS)),
+                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS, ROWS)),
                 (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile, keys,
-                          HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS)),
+                          HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
             ],
             [4, 4, FETCHERS],
             [REGISTERS, REGISTERS, 24],

@@ -69,6 +69,9 @@ def plan(
     tf32 = product_precision(query.dtype) == "tf32"
     for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_MERGED_COLUMNS):
         values = columns_of(value, chunk)
+        config = apply_config(query, values, chunk, bias is not None, tf32)
+        if config.gluon:
+            config = configs.pointer_config(query, values, chunk, bias is not None, tf32)
         yield pointers.prepare(
             query,
             key,
@@ -82,7 +85,7 @@ def plan(
             row_weight,
             # Rows without a weight here have one in the other product's statistics.
             False,
-            apply_config(query, values, chunk, bias is not None, tf32).general(),
+            config.general(),
             key_lengths,
             columns_of(prior, chunk),
             prior_logsumexp,
