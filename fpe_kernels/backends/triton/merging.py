@@ -42,7 +42,7 @@ def apply_merged(
     if prior.stride() != out.stride():
         prior = out.new_empty(out.shape, dtype=prior.dtype).as_strided(out.shape, out.stride()).copy_(prior)
     tensors = query, key, value, bias, out, logsumexp, row_weight, prior, prior_logsumexp.contiguous()
-    launch_all(plan, tensors, map_index, scale, known, configs.apply_config, key_lengths)
+    launch_all(plan, tensors, map_index, scale, known, configs.pointer_config, key_lengths)
 
 
 def plan(
@@ -58,7 +58,7 @@ def plan(
     map_index: tuple[int, ...],
     scale: float,
     known: bool,
-    apply_config: Callable[..., Config],
+    pointer_config: Callable[..., Config],
     key_lengths: tuple[int, ...] | None,
 ) -> Iterator[Launch]:
     """The launches of :func:`apply_merged`, by the rule given."""
@@ -69,9 +69,6 @@ def plan(
     tf32 = product_precision(query.dtype) == "tf32"
     for chunk in chunks(map_index, query.shape[0], value.shape[3], MAX_MERGED_COLUMNS):
         values = columns_of(value, chunk)
-        config = apply_config(query, values, chunk, bias is not None, tf32)
-        if config.gluon:
-            config = configs.pointer_config(query, values, chunk, bias is not None, tf32)
         yield pointers.prepare(
             query,
             key,
@@ -85,7 +82,7 @@ def plan(
             row_weight,
             # Rows without a weight here have one in the other product's statistics.
             False,
-            config.general(),
+            pointer_config(query, values, chunk, bias is not None, tf32),
             key_lengths,
             columns_of(prior, chunk),
             prior_logsumexp,
