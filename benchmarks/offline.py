@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
-from fpe_kernels.backends.triton import adjoint, apply, backward, boxes, configs, hopper
+from fpe_kernels.backends.triton import adjoint, apply, backward, boxes, configs, hopper, merging
 from fpe_kernels.backends.triton.launch import Launch
 from fpe_kernels.backends.triton.offline import compile_offline
 from fpe_kernels.backends.triton.packing import Chunk
@@ -34,6 +34,7 @@ FIELDS = ("config", "registers", "spills", "shared", "matrix_instructions")  # o
 WIDTHS = ((40, 1), (40, 2), (40, 5), (64, 1), (64, 2), (64, 5), (80, 2), (80, 4), (160, 1), (160, 2))
 LARGE_WIDTHS = ((120, 2), (128, 1), (192, 1), (224, 1), (256, 1))
 SMALL_WIDTHS = ((8, 1), (16, 1), (32, 2), (72, 1), (96, 1))
+JOINT_WIDTHS = ((64, 1), (64, 2), (64, 4), (88, 1), (96, 2), (112, 1), (128, 1), (128, 2), (160, 2), (256, 1))
 BOX_WIDTHS = ((32, 2), (64, 1), (64, 2), (64, 4), (128, 1), (128, 2))
 # The kernel for Hopper: tiles as the tuner offers them. What is missing takes two launches.
 GLUON = {
@@ -57,7 +58,9 @@ class Program:
     ``inputs`` names what sets it apart, joined by "+": even (whole tiles) or ragged (masked ones); short (few tokens);
     cross (77 keys); bias (for every score), padding (one for all queries) or rows (one for all keys); weighted (every
     query); mixed (a map with fewer rows in the same launch); later (not the first chunk of columns); wide (offsets
-    past 2³¹). The dtype "tf32" is float32 whose products may be rounded.
+    past 2³¹); lengths (a number of keys for each map); grouped (four query heads share one of keys and values);
+    unrounded (a float32 output, to be merged) or prior (merged with one over other keys). The dtype "tf32" is float32
+    whose products may be rounded.
     """
 
     kernel: str  # apply, replay, boxes, gluon, gluon_replay, adjoint, grad_query or grad_key
@@ -130,11 +133,18 @@ def _every(arch: str) -> Iterator[Program]:
     for dtype in ("float32", "tf32"):
         yield from of(("apply", "adjoint", *GRADIENTS), edges, "ragged+bias", dtype=dtype)
         yield from of(("apply", "grad_query"), edges, "ragged", dtype=dtype)
+    if arch in ("sm_80", "sm_90", "sm_100"):
+        yield from of(("apply",), JOINT_WIDTHS, "ragged+unrounded", "cross+prior", "cross+lengths+prior")
+        yield from of(("replay",), JOINT_WIDTHS, "cross+prior")
+        yield from of(("apply", "adjoint", *GRADIENTS), ((64, 2), (128, 1), (256, 1)), "ragged+lengths+grouped")
+        yield from of(("apply",), pairs, "ragged+bias+weighted+lengths+grouped", "ragged+bias+weighted+prior")
+        yield from of(("adjoint", *GRADIENTS), edges, "ragged+bias+lengths+grouped")
     if arch == "sm_90":
-        yield from of(("boxes",), BOX_WIDTHS, "ragged")
+        yield from of(("boxes",), BOX_WIDTHS, "ragged", "ragged+unrounded")
         yield from of(("gluon", "gluon_replay"), tuple(GLUON), "ragged")
         yield from of(("gluon",), ((64, 2), (80, 2)), "even")
         yield from of(("gluon",), ((64, 2),), "ragged", dtype="bfloat16")
+        yield from of(("gluon",), ((64, 2), (64, 4), (128, 1), (128, 2)), "ragged+unrounded")
 
 
 def launch_of(program: Program) -> Launch:
@@ -144,16 +154,21 @@ def launch_of(program: Program) -> Launch:
     keys = 77 if "cross" in kinds else tokens
     gradient = program.kernel in GRADIENTS
     limit = configs.MAX_GRADIENT_COLUMNS if gradient else configs.MAX_COLUMNS[dtype.itemsize]
+    limit = merging.MAX_MERGED_COLUMNS if "prior" in kinds else limit
     value_dim = min(program.head_dim, limit)
     branches = min(program.branches, limit // value_dim)
     # As many rows as pass 2³¹ elements.
     batch = 2**31 // (tokens * heads * value_dim) + 2 if "wide" in kinds else branches
 
-    def projection(batch: int, length: int, width: int) -> torch.Tensor:
+    def projection(batch: int, length: int, width: int, heads: int = heads, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(batch, length, heads, width, dtype=dtype, device="meta").transpose(1, 2)
 
-    query, key = projection(1, tokens, program.head_dim), projection(1, keys, program.head_dim)
-    wide, value = projection(batch, tokens, value_dim), projection(batch, keys, value_dim)
+    key_heads, lengths = heads // (4 if "grouped" in kinds else 1), (keys,) if "lengths" in kinds else None
+    query, key = projection(1, tokens, program.head_dim), projection(1, keys, program.head_dim, key_heads)
+    wide, value = projection(batch, tokens, value_dim), projection(batch, keys, value_dim, key_heads)
+    by_head = projection(batch, keys, value_dim)
+    single = projection(batch, tokens, value_dim, dtype=torch.float32)
+    product, prior = (single if "unrounded" in kinds else wide), (single if "prior" in kinds else None)
     logsumexp = torch.empty(1, heads, tokens, device="meta")
     bias = None
     for kind, extent in (("bias", (heads, tokens, keys)), ("padding", (1, 1, keys)), ("rows", (heads, tokens, 1))):
@@ -168,24 +183,29 @@ def launch_of(program: Program) -> Launch:
         of_query = program.kernel == "grad_query"
         own, other, x, y = (query, key, wide, value) if of_query else (key, query, value, wide)
         own_bias = bias if bias is None or of_query else bias.transpose(2, 3)
-        out = own if chunk.first else torch.empty_like(own, dtype=torch.float32)
+        # Of a key that several query heads share, each gives its part, in float32.
+        summed = not chunk.first or ("grouped" in kinds and not of_query)
+        out_dtype = torch.float32 if summed else dtype
+        out = projection(1, own.shape[2], program.head_dim, dtype=out_dtype)
         config = configs.score_config(*shape, other.shape[2], tf32)
         statistics = logsumexp, logsumexp
-        launch = backward.prepare(own, other, x, y, own_bias, out, *statistics, chunk, 0.1, of_query, config)
+        launch = backward.prepare(own, other, x, y, own_bias, out, *statistics, chunk, 0.1, of_query, config, lengths)
     elif program.kernel == "adjoint":
         config = configs.resident_config(*shape, heads, keys, tokens, tf32)
-        launch = adjoint.prepare(query, key, wide, bias, logsumexp, chunk, 0.1, value, config)
+        launch = adjoint.prepare(query, key, wide, bias, logsumexp, chunk, 0.1, by_head, config, lengths)
     else:
         config = configs.forward_config(*shape, len(chunk.table) * heads, tokens, keys, tf32)
+        config = configs.for_unrounded(config, branches * value_dim) if "unrounded" in kinds else config
         if program.kernel.startswith("gluon"):
             config = GLUON[program.head_dim, program.branches]
             known = program.kernel == "gluon_replay"
-            return hopper.prepare(query, key, value, chunk, 0.1, wide, logsumexp, known, config)
+            return hopper.prepare(query, key, value, chunk, 0.1, product, logsumexp, known, config)
         if program.kernel == "boxes":
             config = replace(config.general(), descriptors=True)
-            return boxes.prepare(query, key, value, chunk, 0.1, wide, logsumexp, config)
-        known = program.kernel == "replay"
-        launch = apply.prepare(query, key, value, bias, chunk, 0.1, wide, logsumexp, known, row_weight, True, config)
+            return boxes.prepare(query, key, value, chunk, 0.1, product, logsumexp, config)
+        operands = query, key, value, bias, chunk, 0.1, product, logsumexp
+        rest = program.kernel == "replay", row_weight, prior is None, config, lengths
+        launch = apply.prepare(*operands, *rest, prior, None if prior is None else logsumexp)
     return replace(launch, constants={**launch.constants, "PRECISION": "tf32"}) if tf32 else launch
 
 

@@ -1,8 +1,20 @@
 """Exact attention-map editing at fused-attention speed: the map is an operator, never a matrix."""
 
 from .attention_map import AttentionMap, shared_attention
-from .composition import LinearMap, blend, concatenate
+from .combining import beside, blend, concatenate, stack
+from .composition import LinearMap
 from .dispatch import backends
+from .joined_map import join
 
 __version__ = "0.1.0"
-__all__ = ["AttentionMap", "LinearMap", "backends", "blend", "concatenate", "shared_attention"]
+__all__ = [
+    "AttentionMap",
+    "LinearMap",
+    "backends",
+    "beside",
+    "blend",
+    "concatenate",
+    "join",
+    "shared_attention",
+    "stack",
+]

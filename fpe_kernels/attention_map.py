@@ -16,11 +16,12 @@ from . import (
 )
 from .composition import LinearMap
 from .kept import KeptLogsumexp, usable
-from .normal_form import Block, Term
+from .normal_form import gathered_rows
 from .precision import at_given_dtype
+from .softmax_map import SoftmaxMap
 
 
-class AttentionMap(LinearMap):
+class AttentionMap(SoftmaxMap, LinearMap):
     """The attention map of ``query`` and ``key`` as an operator: known by its products, never stored.
 
     Equivalent PyTorch, with every map dense::
@@ -35,7 +36,9 @@ class AttentionMap(LinearMap):
 
     Args:
         query: [B, H, N, D], float16, bfloat16, float32 or float64, any strides.
-        key: [B, H, M, D], dtype and device of ``query``, any strides.
+        key: [B, h, M, D], dtype and device of ``query``, any strides. h is H, or a divisor of it: query head i then
+            reads key head i // (H / h), as with ``enable_gqa`` of ``F.scaled_dot_product_attention``, and so for
+            values, which have h or H heads. M may be 0: every product is zero and the log-sum-exp is ``-inf``.
         scale: factor of the scores; None means ``D ** -0.5``.
         bias: added to the scaled scores (natural-log units), broadcastable to [B, H, N, M], dtype of ``query``. Masking
             out is ``-inf``, and a row of ``-inf`` throughout is zero. A finite mask such as ``finfo.min`` works beside
@@ -43,7 +46,9 @@ class AttentionMap(LinearMap):
             have no digits left, what it gives is not defined.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``; see :func:`fpe_kernels.backends`.
         logsumexp: [B, H, N], float32 (float64 beside float64 inputs): the row-wise log-sum-exp of the scores where
-            it is known, as from a recorded map. It must belong to this query, key, scale and bias.
+            it is known, as from a recorded map. It must belong to this query, key, scale, bias and key_lengths.
+        key_lengths: B ints in [0, M]: keys from that position on are padding and do not exist, without a bias. It
+            decides what is computed, so it lives on the host. None means M for every row.
 
     Raises:
         TypeError, ValueError: for ranks, shapes, dtypes and devices that do not fit, and for a named backend that
@@ -63,9 +68,11 @@ class AttentionMap(LinearMap):
         bias: Tensor | None = None,
         backend: str = "auto",
         logsumexp: Tensor | None = None,
+        key_lengths: Sequence[int] | None = None,
     ) -> None:
         self.query, self.key = validation.check_query_key(query, key)
         self.bias = validation.check_bias(bias, query, key)
+        self.key_lengths = validation.check_key_lengths(key_lengths, key)
         self.scale = validation.check_scale(scale, query.shape[-1])
         self.backend = dispatch.check_name(backend)
         self._serving = dispatch.select(backend, query)
@@ -79,6 +86,11 @@ class AttentionMap(LinearMap):
     def shape(self) -> torch.Size:
         """(B, H, N, M)."""
         return torch.Size((*self.query.shape[:3], self.key.shape[2]))
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of the keys: h."""
+        return self.key.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,30 +121,62 @@ class AttentionMap(LinearMap):
 
     # -- products -----------------------------------------------------------------------------------------------------
 
-    def _product(self, value: Tensor) -> Tensor:
-        return self.gathered_product(value, tuple(range(self.shape[0])), None)
-
-    def _blocks(self) -> tuple[Block, ...]:
-        return (Block((Term(self, tuple(range(self.shape[0]))),)),)
-
     def gathered_product(self, value: Tensor, index: tuple[int, ...], weight: Tensor | None) -> Tensor:
         """``weight ⊙ (A[index] @ value)`` for value [len(index), H, M, E]: what combinations are computed with."""
-        operands = (self.query, self.key, value, self.bias)
-        rest = (list(index), self.scale, self._serving)
         known = self._known()
         if known is not None:
-            return torch.ops.fpe_kernels.replay(*operands, known, *rest, weight)
-        out, logsumexp = torch.ops.fpe_kernels.apply(*operands, *rest, weight)
+            return self._replay(value, known, index, weight)
         # Rows that no value named, or whose weight is zero, have no statistics yet.
-        if weight is None and len(set(index)) == self.shape[0]:
+        return self._apply(value, index, weight, keep=weight is None)[0]
+
+    def gathered_with_logsumexp(self, value: Tensor, index: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """``A[index] @ value`` and the log-sum-exp [len(index) | 1, H, N], both in the dtype of the statistics."""
+        known = None if torch.is_grad_enabled() and self.requires_grad else self._known()
+        if known is not None:
+            return self._replay(value, known, index, wide=True), gathered_rows(known, index)
+        out, logsumexp = self._apply(value, index, wide=True)
+        return out, gathered_rows(logsumexp, index)
+
+    def gathered_merge(
+        self, value: Tensor, index: tuple[int, ...], weight: Tensor | None, prior: Tensor, prior_logsumexp: Tensor
+    ) -> Tensor:
+        """``weight ⊙`` the product over these keys and others, normalised together; without gradients.
+
+        ``prior`` [len(index), H, N, E], wide, is the product over the other keys, and ``prior_logsumexp`` that of them.
+        """
+        operands = (self.query, self.key, value, self.bias, self._known(), list(index), self.scale, self._serving)
+        return torch.ops.fpe_kernels.merge(*operands, prior, prior_logsumexp, weight, self.key_lengths)
+
+    def _replay(
+        self,
+        value: Tensor,
+        known: Tensor,
+        index: tuple[int, ...],
+        weight: Tensor | None = None,
+        wide: bool = False,
+    ) -> Tensor:
+        settings = (list(index), self.scale, self._serving, weight, self.key_lengths, wide)
+        return torch.ops.fpe_kernels.replay(self.query, self.key, value, self.bias, known, *settings)
+
+    def _apply(
+        self,
+        value: Tensor,
+        index: tuple[int, ...],
+        weight: Tensor | None = None,
+        wide: bool = False,
+        keep: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        settings = (list(index), self.scale, self._serving, weight, self.key_lengths, wide)
+        out, logsumexp = torch.ops.fpe_kernels.apply(self.query, self.key, value, self.bias, *settings)
+        if keep and len(set(index)) == self.shape[0]:
             # The numbers are kept, not their graph: a later product must not run, or need, an earlier one's backward.
             self._keep(logsumexp.detach())
-        return out
+        return out, logsumexp
 
     def gathered_adjoint(self, weight: Tensor, index: tuple[int, ...]) -> Tensor:
         """``A[index].T @ weight`` for weight [len(index), H, N, E]."""
-        operands = (self.query, self.key, weight, self.bias)
-        return torch.ops.fpe_kernels.adjoint(*operands, self._statistics(), list(index), self.scale, self._serving)
+        operands = (self.query, self.key, weight, self.bias, self._statistics())
+        return torch.ops.fpe_kernels.adjoint(*operands, list(index), self.scale, self._serving, self.key_lengths)
 
     @property
     def logsumexp(self) -> Tensor:
@@ -141,23 +185,19 @@ class AttentionMap(LinearMap):
         Where a gradient of query, key or bias is recorded, each access computes it again, with a graph of its own.
         """
         if torch.is_grad_enabled() and self.requires_grad:
-            nothing = self.key.new_empty((*self.key.shape[:3], 0))
-            index = list(range(self.shape[0]))
-            return torch.ops.fpe_kernels.apply(
-                self.query, self.key, nothing, self.bias, index, self.scale, self._serving
-            )[1]
+            return self._apply(self._no_value(), tuple(range(self.shape[0])), keep=False)[1]
         return self._statistics()
 
     def _statistics(self) -> Tensor:
         """The kept log-sum-exp: numbers without a graph, for products whose gradient is whole without one."""
         known = self._known()
         if known is None:
-            nothing = self.key.new_empty((*self.key.shape[:3], 0))
-            rest = (list(range(self.shape[0])), self.scale, self._serving)
             with torch.no_grad():
-                _, known = torch.ops.fpe_kernels.apply(self.query, self.key, nothing, self.bias, *rest)
-            self._keep(known)
+                _, known = self._apply(self._no_value(), tuple(range(self.shape[0])))
         return known
+
+    def _no_value(self) -> Tensor:
+        return self.key.new_empty((*self.key.shape[:3], 0))
 
     @property
     def _parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -176,35 +216,66 @@ class AttentionMap(LinearMap):
         # A compiled function cannot ask whether tensors from outside were changed between its calls.
         return torch.compiler.is_compiling() and not self._traced
 
+    # -- ranges of tokens ---------------------------------------------------------------------------------------------
+
+    def queries(self, start: int, stop: int | None = None) -> AttentionMap:
+        """The map of the query tokens ``start`` to ``stop``, a view: its products cost as much as it has rows."""
+        start, stop = validation.check_range("query tokens", start, stop, self.shape[2])
+        bias = self.bias if self.bias is None or self.bias.shape[2] == 1 else self.bias[:, :, start:stop]
+        part = self._of(self.query[:, :, start:stop], self.key, bias, self.key_lengths)
+        part._take_over(self, lambda known: known[:, :, start:stop])
+        return part
+
+    def keys(self, start: int, stop: int | None = None) -> AttentionMap:
+        """The softmax over the key tokens ``start`` to ``stop`` alone, a view; for its entries in A, :meth:`block`.
+
+        ``join([A.keys(0, n), A.keys(n)])`` is A.
+        """
+        start, stop = validation.check_range("key tokens", start, stop, self.shape[3], empty=True)
+        bias = self.bias if self.bias is None or self.bias.shape[3] == 1 else self.bias[..., start:stop]
+        lengths = None
+        if self.key_lengths is not None:
+            lengths = tuple(max(0, min(length, stop) - start) for length in self.key_lengths)
+        return self._of(self.query, self.key[:, :, start:stop], bias, lengths)
+
+    def _of(self, query: Tensor, key: Tensor, bias: Tensor | None, lengths: Sequence[int] | None) -> AttentionMap:
+        """A map of other tensors, with the settings of this one."""
+        return AttentionMap(query, key, scale=self.scale, bias=bias, backend=self.backend, key_lengths=lengths)
+
     # -- views of a few entries ---------------------------------------------------------------------------------------
 
-    def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
-        """The rows of the query tokens ``index``: [B, H, len(index), M]. Memory grows with len(index) · M only."""
-        index = validation.check_token_index(index, self.shape[2], self.device)
-        bias = None
-        if self.bias is not None:
-            bias = self.bias if self.bias.shape[2] == 1 else self.bias[:, :, index]
+    def wide_rows(self, index: Tensor) -> Tensor:
+        """:meth:`rows` in the dtype of the statistics; ``index`` holds positions on the device."""
+        bias = self.bias if self.bias is None or self.bias.shape[2] == 1 else self.bias[:, :, index]
         return self._probabilities(self.query[:, :, index], self.key, bias, self.logsumexp[:, :, index])
 
-    def columns(self, index: int | Sequence[int] | Tensor) -> Tensor:
-        """The columns of the key tokens ``index``: [B, H, N, len(index)]. Memory grows with N · len(index) only."""
-        index = validation.check_token_index(index, self.shape[3], self.device)
-        bias = None
-        if self.bias is not None:
-            bias = self.bias if self.bias.shape[3] == 1 else self.bias[..., index]
-        return self._probabilities(self.query, self.key[:, :, index], bias, self.logsumexp)
+    def wide_columns(self, index: Tensor) -> Tensor:
+        """:meth:`columns` in the dtype of the statistics; ``index`` holds positions on the device."""
+        bias = self.bias if self.bias is None or self.bias.shape[3] == 1 else self.bias[..., index]
+        return self._probabilities(self.query, self.key[:, :, index], bias, self.logsumexp, index)
 
     def _entries(self) -> Tensor:
-        return self._probabilities(self.query, self.key, self.bias, self.logsumexp)
+        return self._probabilities(self.query, self.key, self.bias, self.logsumexp).to(self.dtype)
 
-    def _probabilities(self, query: Tensor, key: Tensor, bias: Tensor | None, logsumexp: Tensor) -> Tensor:
-        dtype = validation.accumulator_dtype(self.dtype)
+    def _probabilities(
+        self, query: Tensor, key: Tensor, bias: Tensor | None, logsumexp: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
+        """[B, H, n, m], the keys at ``positions`` or all of them."""
+        dtype, heads = validation.accumulator_dtype(self.dtype), query.shape[1]
+        if self.key_heads != heads:
+            key = key.repeat_interleave(heads // self.key_heads, dim=1)
         with at_given_dtype(self.device):
             scores = self.scale * (query.to(dtype) @ key.to(dtype).transpose(-1, -2))
         if bias is not None:
             scores = scores + bias
         finite = torch.where(logsumexp.isneginf(), 0.0, logsumexp)
-        return torch.exp(scores - finite.unsqueeze(-1)).to(self.dtype)
+        probabilities = torch.exp(scores - finite.unsqueeze(-1))
+        if self.key_lengths is None:
+            return probabilities
+        # By fills: a copy from the host would not go into a CUDA graph.
+        lengths = torch.cat([torch.full((1, 1, 1, 1), length, device=self.device) for length in self.key_lengths])
+        positions = torch.arange(key.shape[2], device=self.device) if positions is None else positions
+        return torch.where(positions < lengths, probabilities, 0.0)
 
     # -- batch views and movement -------------------------------------------------------------------------------------
 
@@ -217,27 +288,29 @@ class AttentionMap(LinearMap):
         elif not isinstance(index, (slice, list, tuple)):
             raise TypeError(f"A[i] takes an int, a slice or a list of ints over the batch, got {type(index).__name__}.")
         index = list(index) if isinstance(index, tuple) else index
-        return self._with(lambda tensor: tensor if tensor.shape[0] == 1 < self.shape[0] else tensor[index])
+        lengths = self.key_lengths
+        if lengths is not None:
+            lengths = lengths[index] if isinstance(index, slice) else tuple(lengths[row] for row in index)
+        return self._with(lambda tensor: tensor if tensor.shape[0] == 1 < self.shape[0] else tensor[index], lengths)
 
     def to(self, *args: Any, **kwargs: Any) -> AttentionMap:
         """Move or convert query, key and bias as ``Tensor.to`` does; a dtype change drops the log-sum-exp."""
-        moved = self._changed(lambda tensor: tensor.to(*args, **kwargs))
+        moved = self._changed(lambda tensor: tensor.to(*args, **kwargs), self.key_lengths)
         if moved.dtype == self.dtype:
             moved._take_over(self, lambda known: known.to(moved.device))
         return moved
 
     def detach(self) -> AttentionMap:
         """The same map without a gradient history."""
-        return self._with(torch.Tensor.detach)
+        return self._with(torch.Tensor.detach, self.key_lengths)
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> AttentionMap:
-        changed = self._changed(change)
+    def _with(self, change: Callable[[Tensor], Tensor], lengths: Sequence[int] | None) -> AttentionMap:
+        changed = self._changed(change, lengths)
         changed._take_over(self, change)
         return changed
 
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> AttentionMap:
-        bias = None if self.bias is None else change(self.bias)
-        return AttentionMap(change(self.query), change(self.key), scale=self.scale, bias=bias, backend=self.backend)
+    def _changed(self, change: Callable[[Tensor], Tensor], lengths: Sequence[int] | None) -> AttentionMap:
+        return self._of(change(self.query), change(self.key), None if self.bias is None else change(self.bias), lengths)
 
     def _take_over(self, other: AttentionMap, change: Callable[[Tensor], Tensor]) -> None:
         """Know what ``other`` knows of its statistics, after ``change``."""
@@ -258,6 +331,7 @@ def shared_attention(
     bias: Tensor | None = None,
     weight: float | Sequence[float] | Tensor | None = None,
     backend: str = "auto",
+    key_lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """Attention in which batch rows share maps: each distinct map is computed once, for all rows that name it.
 
@@ -273,8 +347,8 @@ def shared_attention(
 
     Args:
         query: [G, H, N, D], the queries of the G distinct maps; float16, bfloat16, float32 or float64, any strides.
-        key: [G, H, M, D].
-        value: [B, H, M, E]; E need not be D.
+        key: [G, h, M, D]; h is H or a divisor of it, as in :class:`AttentionMap`.
+        value: [B, H, M, E] or [B, h, M, E]; E need not be D.
         map_index: B ints in [0, G): the map of each batch row. It decides what is launched, so it lives on the host.
         scale: factor of the scores; None means ``D ** -0.5``.
         bias: added to the scaled scores, broadcastable to [G, H, N, M], dtype of ``query``. Masking out is ``-inf``, as
@@ -284,6 +358,7 @@ def shared_attention(
             are zero in every batch row that shares the map cost nothing: the kernels read no key for a tile of them,
             the ``torch`` backend on a CPU leaves out each of them.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        key_lengths: G ints in [0, M]: keys from that position on do not exist, as in :class:`AttentionMap`.
 
     Returns:
         [B, H, N, E], in memory [B, N, H, E], so that merging heads is a view.
@@ -296,18 +371,20 @@ def shared_attention(
     Editing, CVPR 2024: the target's self-attention map is replaced by the source's.
     """
     given = query, key, value, map_index, scale, backend
-    repeatable = bias is None and weight is None and not torch.compiler.is_compiling()
+    repeatable = bias is None and weight is None and key_lengths is None and not torch.compiler.is_compiling()
     if repeatable and (done := ready.call(*given)) is not None:
         return done
     query, key = validation.check_query_key(query, key, batch="G")
     index = validation.check_map_index(map_index, query.shape[0])
-    value = validation.check_value(value, query, (len(index), *query.shape[1:3], key.shape[2]))
+    shape = (len(index), *query.shape[1:3], key.shape[2])
+    value = validation.check_value(value, query, shape, key.shape[1])
+    lengths = validation.check_key_lengths(key_lengths, key)
     bias = validation.check_bias(bias, query, key)
     scale = validation.check_scale(scale, query.shape[-1])
     if weight is not None:
-        weight = validation.check_row_weight(weight, query, (len(index), *query.shape[1:3], key.shape[2]))
+        weight = validation.check_row_weight(weight, query, shape)
     serving = dispatch.select(backend, query)
-    out, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, list(index), scale, serving, weight)
+    out, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, list(index), scale, serving, weight, lengths)
     if repeatable and serving == "triton":
         ready.keep(*given, scale, out)
     return out

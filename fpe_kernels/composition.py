@@ -18,7 +18,9 @@ from . import validation
 from .normal_form import (
     Block,
     Diagonal,
+    Factor,
     Mixing,
+    Padding,
     Term,
     adjoint_of,
     bytes_of,
@@ -28,9 +30,12 @@ from .normal_form import (
     sum_of_blocks,
     taken,
     terms_by_map,
+    tokens_after,
 )
 from .pooling import pooling_matrix
 from .precision import at_given_dtype
+from .ranges import KeyBlock, once_for_each
+from .softmax_map import SoftmaxMap, softmax_blocks
 
 DENSE_LIMIT_BYTES = 1 << 30
 
@@ -46,6 +51,8 @@ class LinearMap(ABC):
         A.mix(M) @ v                A @ (M @ v)
         A.take([0, 0, 1]) @ v       A[[0, 0, 1]] @ v
         blend(w, A, B) @ v          w.unsqueeze(-1) * (A @ v) + (1 - w).unsqueeze(-1) * (B @ v)
+        A.queries(i, j) @ v         A[:, :, i:j] @ v
+        A.block(keys=(i, j)) @ v    A[..., i:j] @ v
 
     >>> from fpe_kernels import AttentionMap
     >>> source, target = (AttentionMap(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)) for _ in range(2))
@@ -68,6 +75,13 @@ class LinearMap(ABC):
     @abstractmethod
     def device(self) -> torch.device:
         """Where products are computed."""
+
+    @property
+    def key_heads(self) -> int:
+        """Heads that a value may have instead of H: those of the keys, where query heads share them."""
+        terms = [term for block in self._blocks() for term in block.terms]
+        heads = {self.shape[1] if term.factors else term.map.key_heads for term in terms}
+        return heads.pop() if len(heads) == 1 else self.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -104,7 +118,7 @@ class LinearMap(ABC):
         return _as_traced(function, args)
 
     def _check_value(self, value: object) -> Tensor:
-        return validation.check_value(value, self, self.shape)
+        return validation.check_value(value, self, self.shape, self.key_heads)
 
     def _product(self, value: Tensor) -> Tensor:
         return product_of(self._blocks(), value)
@@ -173,6 +187,55 @@ class LinearMap(ABC):
 
     def _entries(self) -> Tensor:
         return self.columns(torch.arange(self.shape[3], device=self.device))
+
+    # -- ranges of tokens ---------------------------------------------------------------------------------------------
+
+    def queries(self, start: int, stop: int | None = None) -> LinearMap:
+        """The rows of the query tokens ``start`` to ``stop`` (N if None) as a map [B, H, stop - start, M].
+
+        Nothing is copied, and a product costs as much as it has rows.
+        """
+        start, stop = validation.check_range("query tokens", start, stop, self.shape[2])
+        part = once_for_each(lambda whole: whole.queries(start, stop))
+        return self._with_terms(lambda term, rows: term.of_queries(part(term.map), start, stop))
+
+    def keys(self, start: int, stop: int | None = None) -> LinearMap:
+        """The softmax over the key tokens ``start`` to ``stop`` (M if None) alone: [B, H, N, stop - start].
+
+        Rows sum to one again; for the entries as they are, :meth:`block`.
+
+        Raises:
+            TypeError: for a map that is not one softmax in each row, such as a sum of maps.
+        """
+        start, stop = validation.check_range("key tokens", start, stop, self.shape[3], empty=True)
+        softmax_blocks(self, "keys(start, stop) is a softmax of its own; for the entries as they are use block(keys=)")
+        part = once_for_each(lambda whole: whole.keys(start, stop))
+        return self._with_terms(lambda term, rows: replace(term, map=part(term.map)))
+
+    def block(
+        self, queries: tuple[int, int | None] | None = None, keys: tuple[int, int | None] | None = None
+    ) -> LinearMap:
+        """The entries of some query tokens and some key tokens, as they are: ``A[:, :, i:j, k:l]``, still a map.
+
+        A product reads the queries and keys of the block only, and the log-sum-exp of its rows over all keys.
+
+        Args:
+            queries: start and stop of the query tokens; None for all.
+            keys: start and stop of the key tokens; None for all.
+        """
+        part = self if queries is None else self.queries(*queries)
+        if keys is None:
+            return part
+        tokens = self.shape[3]
+        start, stop = validation.check_range("key tokens", *keys, tokens, empty=True)
+        of_keys = once_for_each(lambda whole: KeyBlock(whole, start, stop))
+
+        def change(term: Term, rows: slice) -> Term:
+            if term.factors or not isinstance(term.map, SoftmaxMap):
+                return term.followed_by(Padding(start, stop, tokens))
+            return replace(term, map=of_keys(term.map))
+
+        return part._with_terms(change)
 
     # -- algebra ------------------------------------------------------------------------------------------------------
 
@@ -246,6 +309,9 @@ class LinearMap(ABC):
             raise ValueError("A.take([]) has no batch row; name at least one.")
         return Combination(taken(self._blocks(), index))
 
+    def _followed_by(self, factor: Factor) -> LinearMap:
+        return self._with_terms(lambda term, rows: term.followed_by(factor))
+
     def _with_terms(self, change: Callable[[Term, slice], Term]) -> LinearMap:
         blocks, start = [], 0
         for block in self._blocks():
@@ -262,9 +328,7 @@ class Combination(LinearMap):
         self._normal_form = blocks
         term = blocks[0].terms[0]
         _, heads, queries, keys = term.map.shape
-        # Only mixing changes the number of tokens.
-        for factor in term.factors:
-            keys = factor.matrix.shape[-1] if isinstance(factor, Mixing) else keys
+        keys = tokens_after(term.factors, keys)
         self._shape = torch.Size((sum(block.rows for block in blocks), heads, queries, keys))
 
     @property
@@ -341,37 +405,6 @@ class TransposedMap:
         return self.matmul(weight)
 
 
-def blend(weight: float | Sequence[float] | Tensor, first: LinearMap, second: LinearMap) -> LinearMap:
-    """``weight ⊙ first + (1 − weight) ⊙ second``: soft and regional replacement of one map by another.
-
-    Args:
-        weight: as in :meth:`LinearMap.scale_rows`; 1 takes ``first``, 0 takes ``second``. A tensor [N] blends by query
-            pixel. Where it is 0 or 1 for a block of query rows, a fused kernel leaves out the other map there.
-    """
-    _check_maps("blend", (first, second))
-    validation.check_same_map(first, second)
-    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
-        return first.scale_rows(weight) + second.scale_rows(1.0 - weight)
-    checked = validation.check_row_weight(weight, first, first.shape)
-    return first.scale_rows(checked) + second.scale_rows(1.0 - checked)
-
-
-def concatenate(maps: Sequence[LinearMap]) -> LinearMap:
-    """Maps one after the other along the batch, as one map: what they share is computed once.
-
-    Prompt-to-Prompt's source row and its edited row, in one pass over the source's scores::
-
-        edited = A_src.mix(M).scale_columns(alpha) + A_tgt.scale_columns(1 - alpha)
-        concatenate([A_src, edited]) @ torch.cat([v_src, v_tgt])
-    """
-    if not maps:
-        raise ValueError("concatenate([]) has no map; pass at least one.")
-    _check_maps("concatenate", maps)
-    for other in maps[1:]:
-        validation.check_same_map(maps[0], other, batch=False)
-    return Combination(tuple(block for part in maps for block in part._blocks()))
-
-
 def _as_traced(function: Any, args: Any) -> Any:
     """``torch.matmul`` of a map, and what ``torch.compile`` makes of ``A @ value``.
 
@@ -387,12 +420,3 @@ def _as_traced(function: Any, args: Any) -> Any:
     if first.shape[-1] == second.shape[2]:
         raise TypeError("torch.compile cannot tell A @ value from value @ A here: write A.matmul(value).")
     return second.matmul(first)
-
-
-def _check_maps(name: str, maps: Sequence[object]) -> None:
-    for candidate in maps:
-        if not isinstance(candidate, LinearMap):
-            raise TypeError(
-                f"{name} takes maps (LinearMap), got {type(candidate).__name__}. "
-                "For products that are computed already, use torch's own arithmetic."
-            )

@@ -5,9 +5,9 @@ Batch rows come in blocks; in a block,
     out_b = Σ_t  r_tb ⊙ A_t[index_t(b)] · F_t1 · F_t2 ⋯ v_b
 
 with row weights r (a number for each query), maps A, and factors F on the side of the values (weights of the columns,
-or a mixing matrix). A product transforms the values for every term, stacks those of terms that share an
-``AttentionMap`` as batch rows of one call, so that its scores and its softmax are computed once, and adds the results.
-The transpose runs the same sum backwards: r ⊙ w, Aᵀ, then the factors' transposes in turn.
+a mixing matrix, or a range of the tokens). A product transforms the values for every term, stacks those of terms that
+share an ``AttentionMap`` as batch rows of one call, so that its scores and its softmax are computed once, and adds the
+results. The transpose runs the same sum backwards: r ⊙ w, Aᵀ, then the factors' transposes in turn.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ class GatheredMap(Protocol):
     @property
     def device(self) -> torch.device: ...
     @property
+    def key_heads(self) -> int: ...
+    @property
     def nbytes(self) -> int: ...
     @property
     def requires_grad(self) -> bool: ...
     def gathered_product(self, value: Tensor, index: tuple[int, ...], weight: Tensor | None) -> Tensor: ...
     def gathered_adjoint(self, weight: Tensor, index: tuple[int, ...]) -> Tensor: ...
+    def queries(self, start: int, stop: int | None = None) -> GatheredMap: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +57,7 @@ class Diagonal:
         return self.weight * result
 
     def some_rows(self, rows: Sequence[int]) -> Diagonal:
-        return Diagonal(_gather(self.weight, rows))
+        return Diagonal(gathered_rows(self.weight, rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +75,64 @@ class Mixing:
             return self.matrix.transpose(-1, -2) @ result
 
     def some_rows(self, rows: Sequence[int]) -> Mixing:
-        return Mixing(_gather(self.matrix, rows))
+        return Mixing(gathered_rows(self.matrix, rows))
 
 
-def tensors_of(factors: Sequence[Diagonal | Mixing]) -> list[Tensor]:
-    return [factor.weight if isinstance(factor, Diagonal) else factor.matrix for factor in factors]
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A range of the value's tokens, which have more: v -> v[start:stop]."""
+
+    start: int
+    stop: int
+    tokens: int
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return value[:, :, self.start : self.stop]
+
+    def transposed(self, result: Tensor) -> Tensor:
+        return torch.nn.functional.pad(result, (0, 0, self.start, self.tokens - self.stop))
+
+    def some_rows(self, rows: Sequence[int]) -> Cut:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Padding:
+    """The transpose of :class:`Cut`: the value is a range of ``tokens``, and zero elsewhere."""
+
+    start: int
+    stop: int
+    tokens: int
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return torch.nn.functional.pad(value, (0, 0, self.start, self.tokens - self.stop))
+
+    def transposed(self, result: Tensor) -> Tensor:
+        return result[:, :, self.start : self.stop]
+
+    def some_rows(self, rows: Sequence[int]) -> Padding:
+        return self
+
+
+Factor = Diagonal | Mixing | Cut | Padding
+
+
+def tensors_of(factors: Sequence[Factor]) -> list[Tensor]:
+    """What they hold."""
+    weights = [factor.weight for factor in factors if isinstance(factor, Diagonal)]
+    return weights + [factor.matrix for factor in factors if isinstance(factor, Mixing)]
+
+
+def tokens_after(factors: Sequence[Factor], tokens: int) -> int:
+    """The tokens of the value that the last factor meets, where the first gives ``tokens``."""
+    for factor in factors:
+        if isinstance(factor, Mixing):
+            tokens = factor.matrix.shape[-1]
+        elif isinstance(factor, Cut):
+            tokens = factor.tokens
+        elif isinstance(factor, Padding):
+            tokens = factor.stop - factor.start
+    return tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,19 +143,31 @@ class Term:
     index: tuple[int, ...]
     number: float = 1.0
     row_weight: Tensor | None = None  # [1 | B, 1 | H, 1 | N]
-    factors: tuple[Diagonal | Mixing, ...] = ()
+    factors: tuple[Factor, ...] = ()
 
     def weighted(self, weight: Tensor) -> Term:
         return replace(self, row_weight=weight if self.row_weight is None else self.row_weight * weight)
 
-    def followed_by(self, factor: Diagonal | Mixing) -> Term:
+    def followed_by(self, factor: Factor) -> Term:
         return replace(self, factors=(*self.factors, factor))
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is rows of its map as they are."""
+        return self.number == 1.0 and self.row_weight is None and not self.factors
+
+    def of_queries(self, part: GatheredMap, start: int, stop: int) -> Term:
+        """That of the query tokens ``start`` to ``stop``, of which ``part`` is the map."""
+        weight = self.row_weight
+        if weight is not None and weight.shape[2] > 1:
+            weight = weight[:, :, start:stop]
+        return replace(self, map=part, row_weight=weight)
 
     def some_rows(self, rows: Sequence[int]) -> Term:
         return replace(
             self,
             index=tuple(self.index[row] for row in rows),
-            row_weight=None if self.row_weight is None else _gather(self.row_weight, rows),
+            row_weight=None if self.row_weight is None else gathered_rows(self.row_weight, rows),
             factors=tuple(factor.some_rows(rows) for factor in self.factors),
         )
 
@@ -140,8 +208,11 @@ def some_rows(tensor: Tensor, rows: slice) -> Tensor:
     return tensor if tensor.shape[0] == 1 else tensor[rows]
 
 
-def _gather(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """``tensor[rows]`` from slices: an index tensor would have to be copied to the device."""
+def gathered_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """``tensor[rows]``, or the one row that ``tensor`` has for all.
+
+    From slices: an index tensor would have to be copied to the device.
+    """
     if tensor.shape[0] == 1:
         return tensor
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
@@ -154,7 +225,7 @@ def sum_of_blocks(first: tuple[Block, ...], second: tuple[Block, ...]) -> tuple[
 
     A term of weight 0 is left out where another remains, unless its gradients, which are zero, may be asked for.
     """
-    cuts = sorted({*_starts(first), *_starts(second)})
+    cuts = sorted({*starts_of(first), *starts_of(second)})
     blocks = []
     for start, stop in pairwise(cuts):
         rows = range(start, stop)
@@ -163,7 +234,8 @@ def sum_of_blocks(first: tuple[Block, ...], second: tuple[Block, ...]) -> tuple[
     return tuple(blocks)
 
 
-def _starts(blocks: tuple[Block, ...]) -> list[int]:
+def starts_of(blocks: tuple[Block, ...]) -> list[int]:
+    """The first row of every block, and after them the number of rows."""
     starts = [0]
     for block in blocks:
         starts.append(starts[-1] + block.rows)
@@ -252,7 +324,7 @@ def _evaluated(
     finished: Callable[[Term, Tensor], Tensor],
 ) -> Tensor:
     """One call of ``of_map`` for each distinct map; its results, ``finished``, summed by block and stacked."""
-    starts = _starts(blocks)
+    starts = starts_of(blocks)
     parts = [operand[start : start + block.rows] for start, block in zip(starts, blocks, strict=False)]
     terms = [(number, term) for number, block in enumerate(blocks) for term in block.terms]
     sums: list[Tensor | None] = [None] * len(blocks)

@@ -75,19 +75,26 @@ def _refuse_transforms(name: str, tensor: Tensor) -> None:
 
 
 def check_query_key(query: object, key: object, batch: str = "B") -> tuple[Tensor, Tensor]:
-    """Check the two tensors that define a map: ``query`` [B, H, N, D] and ``key`` [B, H, M, D]."""
+    """Check the two tensors that define a map: ``query`` [B, H, N, D] and ``key`` [B, h, M, D], h a divisor of H."""
     query = check_tensor("query", query, f"{batch}, H, N, D")
     key = check_tensor("key", key, f"{batch}, H, M, D")
     check_same_place("key", key, query)
-    if query.shape[:2] != key.shape[:2]:
+    if query.shape[0] != key.shape[0]:
         raise ValueError(
-            f"query and key must agree in [{batch}, H]: query has {_shape(query)}, key has {_shape(key)}. "
-            "Repeat key heads yourself where heads are grouped, e.g. key.repeat_interleave(groups, dim=1)."
+            f"query and key must agree in {batch}: query has {_shape(query)}, key has {_shape(key)}. "
+            "Expand the one that is the same for all, e.g. key.expand(len(query), -1, -1, -1)."
+        )
+    if key.shape[1] and query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"key must have the heads of query, or a divisor of them where query heads share keys: query has "
+            f"{_shape(query)}, key has {_shape(key)}."
         )
     if query.shape[3] != key.shape[3]:
         raise ValueError(f"query and key must have the same head dim: got {query.shape[3]} and {key.shape[3]}.")
-    if 0 in query.shape or 0 in key.shape:
-        raise ValueError(f"no axis of query and key may be empty: query {_shape(query)}, key {_shape(key)}.")
+    if 0 in query.shape or 0 in (*key.shape[:2], key.shape[3]):
+        raise ValueError(
+            f"no axis of query and key but that of the keys may be empty: query {_shape(query)}, key {_shape(key)}."
+        )
     return query, key
 
 
@@ -110,15 +117,53 @@ def check_same_device(name: str, tensor: Placed, query: Placed) -> None:
         )
 
 
-def check_value(value: object, like: Placed, shape: Sequence[int]) -> Tensor:
-    """Check ``value`` [B, H, M, E], the right-hand side of a map of ``shape`` (B, H, N, M)."""
+def check_key_lengths(key_lengths: object, key: Tensor) -> tuple[int, ...] | None:
+    """Return the number of keys of each map as ints, or None where that is all of them."""
+    if key_lengths is None:
+        return None
+    if isinstance(key_lengths, Tensor) and key_lengths.device.type != "cpu":
+        raise ValueError(
+            f"key_lengths decides what is computed, so it must be known on the host: got a tensor on "
+            f"{key_lengths.device}. Pass a list of ints, e.g. key_lengths.tolist()."
+        )
+    entries = _host_integers(key_lengths.tolist() if isinstance(key_lengths, Tensor) else key_lengths)
+    if entries is None or isinstance(key_lengths, Integral):
+        raise TypeError(f"key_lengths must be a sequence of ints, one for each map, got {key_lengths!r}.")
+    maps, keys = key.shape[0], key.shape[2]
+    if len(entries) != maps or not all(0 <= entry <= keys for entry in entries):
+        raise ValueError(f"key_lengths must have {maps} entries in [0, {keys}], one for each map, got {entries}.")
+    return None if all(entry == keys for entry in entries) else tuple(entries)
+
+
+def check_range(name: str, start: object, stop: object, tokens: int, empty: bool = False) -> tuple[int, int]:
+    """Return ``start`` and ``stop`` of a range of ``tokens`` tokens; a ``stop`` of None is their end."""
+    stop = tokens if stop is None else stop
+    for entry in (start, stop):
+        if isinstance(entry, bool) or not isinstance(entry, Integral):
+            raise TypeError(f"a range of {name} is two ints, start and stop, got {start!r} and {stop!r}.")
+    first, last = int(cast(int, start)), int(cast(int, stop))
+    if not 0 <= first <= last <= tokens or (first == last and not empty):
+        raise IndexError(
+            f"a range of {name} must have 0 <= start {'<=' if empty else '<'} stop <= {tokens}, got {first} and {last}."
+        )
+    return first, last
+
+
+def check_value(value: object, like: Placed, shape: Sequence[int], key_heads: int | None = None) -> Tensor:
+    """Check ``value`` [B, H, M, E], the right-hand side of a map of ``shape`` (B, H, N, M).
+
+    ``key_heads`` is the number of heads that the keys have, where it is another than H: the value may have as many.
+    """
     value = check_tensor("value", value, "B, H, M, E")
     check_same_place("value", value, like)
     batch, heads, _, keys = shape
     if value.shape[0] != batch:
         raise ValueError(f"value must have {batch} batch rows here, got {value.shape[0]}: {_shape(value)}.")
-    if value.shape[1] != heads:
-        raise ValueError(f"value must have the {heads} heads of the map, got {value.shape[1]}: {_shape(value)}.")
+    if value.shape[1] not in (heads, heads if key_heads is None else key_heads):
+        shared = "" if key_heads in (None, heads) else f" or the {key_heads} of its keys"
+        raise ValueError(
+            f"value must have the {heads} heads of the map{shared}, got {value.shape[1]}: {_shape(value)}."
+        )
     if value.shape[2] != keys:
         raise ValueError(
             f"value must have {keys} tokens, one for each column of the map, got {value.shape[2]}: {_shape(value)}."
@@ -209,6 +254,26 @@ def check_same_map(first: Shaped, second: Shaped, batch: bool = True) -> None:
         raise ValueError(
             f"maps must agree in {'[B, H, N, M]' if batch else '[H, N, M]'}: got {list(first.shape)} and "
             f"{list(second.shape)}. Gather batch rows with A.take(index), bring other tokens together with A.mix(M)."
+        )
+    check_same_place("the second map", second, first)
+
+
+def check_same_rows(first: Shaped, second: Shaped) -> None:
+    """Check that two maps have the same query rows."""
+    if first.shape[:3] != second.shape[:3]:
+        raise ValueError(
+            f"maps must agree in [B, H, N]: got {list(first.shape)} and {list(second.shape)}. Gather batch rows with "
+            "A.take(index), query rows with A.queries(start, stop)."
+        )
+    check_same_place("the second map", second, first)
+
+
+def check_same_columns(first: Shaped, second: Shaped) -> None:
+    """Check that two maps have the same batch, heads and keys."""
+    if (*first.shape[:2], first.shape[3]) != (*second.shape[:2], second.shape[3]):
+        raise ValueError(
+            f"maps must agree in [B, H] and M: got {list(first.shape)} and {list(second.shape)}. Gather batch rows "
+            "with A.take(index), bring other tokens together with A.mix(M)."
         )
     check_same_place("the second map", second, first)
 

@@ -22,6 +22,7 @@ def apply(
     key: Tensor,
     value: Tensor,
     by_map: Sequence[tuple[int, ...]],
+    lengths: tuple[int, ...],
     scale: float,
     out: Tensor,
     logsumexp: Tensor,
@@ -29,10 +30,22 @@ def apply(
     """Write the products and the log-sum-exp of the maps served here; returns ``by_map`` without their rows."""
     if not _serves(query, key, value):
         return by_map
-    a_row = 2 * query.shape[1] * query.shape[2] * key.shape[2] * query.shape[3]  # of the scores that a row shares
-    served = {group: rows for group, rows in enumerate(by_map) if rows and (len(rows) - 1) * a_row <= _SMALL_MAP}
-    for maps, rows in _runs(served):
-        _product(query, key, value, maps, rows, scale, out, logsumexp)
+    a_key = 2 * query.shape[1] * query.shape[2] * query.shape[3]  # of the scores that a row shares
+    served = {
+        group: rows
+        for group, rows in enumerate(by_map)
+        if rows and (len(rows) - 1) * a_key * lengths[group] <= _SMALL_MAP
+    }
+    repeats = query.shape[1] // key.shape[1]
+    for length in sorted({lengths[group] for group in served}):
+        alike = {group: rows for group, rows in served.items() if lengths[group] == length}
+        keys, values = key[:, :, :length], value[:, :, :length]
+        for maps, rows in _runs(alike):
+            # Of query heads that share a key head, every one is a map of its own here: views, and nothing repeated.
+            for heads in (slice(first, None, repeats) for first in range(repeats)):
+                own_values = values if value.shape[1] == key.shape[1] else values[:, heads]
+                operands = query[:, heads], keys, own_values
+                _product(*operands, maps, rows, scale, out[:, heads], logsumexp[:, heads])
     return [() if group in served else rows for group, rows in enumerate(by_map)]
 
 

@@ -4,23 +4,72 @@
     O_b = w_b ⊙ A_g V_b,  Y_b = A_gᵀ W_b                g = map_index[b]
     dS_g = A_g ∘ (Σ_b X_b Y_bᵀ − δ_g)
 
+with keys past a map's length left out, and heads of the keys and values repeated for the query heads that share them.
+
 Every map is materialised. It serves any device and float dtype, float64 above all, to check the other backends.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from .grouping import unreferenced
 
-def attention_map(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the maps [G, H, N, M] and their row-wise log-sum-exp [G, H, N]."""
-    scores = scale * (query @ key.transpose(-1, -2))
+
+def attention_map(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    key_lengths: Sequence[int] | None = None,
+    known: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the maps [G, H, N, M] and their row-wise log-sum-exp [G, H, N].
+
+    A ``known`` log-sum-exp, which need not be that of these keys alone, normalises the maps in place of it.
+    """
+    scores = scale * (query @ repeated(key, query.shape[1]).transpose(-1, -2))
     if bias is not None:
         scores = scores + bias
+    if key_lengths is not None:
+        lengths = torch.tensor(key_lengths, device=key.device)
+        past = torch.arange(key.shape[2], device=key.device) >= lengths.unsqueeze(1)
+        scores = scores.masked_fill(past[:, None, None, :], float("-inf"))
     logsumexp = torch.logsumexp(scores, dim=-1)
-    finite = torch.where(logsumexp.isneginf(), 0.0, logsumexp)
+    used = logsumexp if known is None else known.to(logsumexp.dtype)
+    finite = torch.where(used.isneginf(), 0.0, used)
     return torch.exp(scores - finite.unsqueeze(-1)), logsumexp
+
+
+def repeated(tensor: Tensor, heads: int) -> Tensor:
+    """[B, h, L, E] with each head as often as query heads share it: [B, heads, L, E]."""
+    return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
+
+
+def _existing(tensor: Tensor, key_lengths: Sequence[int] | None, index: Sequence[int]) -> Tensor:
+    """``tensor`` [len(index), H, M, E] with zeros where keys do not exist, whatever is there."""
+    if key_lengths is None:
+        return tensor
+    lengths = torch.tensor(key_lengths, device=tensor.device)[list(index)]
+    past = torch.arange(tensor.shape[2], device=tensor.device) >= lengths.unsqueeze(1)
+    return tensor.masked_fill(past[:, None, :, None], 0.0)
+
+
+def _maps(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    key_lengths: Sequence[int] | None,
+    logsumexp: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention_map` at ``dtype``."""
+    bias = None if bias is None else bias.to(dtype)
+    return attention_map(query.to(dtype), key.to(dtype), bias, scale, key_lengths, logsumexp)
 
 
 def apply(
@@ -34,9 +83,11 @@ def apply(
     logsumexp: Tensor,
     known: bool,
     row_weight: Tensor | None = None,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> None:
     """Write ``row_weight ⊙ (A[map_index] @ value)`` to ``out`` and, unless it is known, the log-sum-exp."""
-    maps, computed = attention_map(query, key, bias, scale)
+    maps, computed = _maps(query, key, bias, scale, key_lengths, logsumexp if known else None, out.dtype)
+    value = repeated(_existing(value.to(out.dtype), key_lengths, map_index), query.shape[1])
     product = maps[list(map_index)] @ value
     out.copy_(product if row_weight is None else row_weight.unsqueeze(-1) * product)
     if not known:
@@ -52,10 +103,11 @@ def adjoint(
     map_index: tuple[int, ...],
     scale: float,
     out: Tensor,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> None:
     """Write ``A[map_index].T @ weight`` to ``out``."""
-    maps, _ = attention_map(query, key, bias, scale)
-    out.copy_(maps[list(map_index)].transpose(-1, -2) @ weight)
+    maps, _ = _maps(query, key, bias, scale, key_lengths, logsumexp, out.dtype)
+    out.copy_(maps[list(map_index)].transpose(-1, -2) @ weight.to(out.dtype))
 
 
 def score_gradient(
@@ -70,11 +122,15 @@ def score_gradient(
     scale: float,
     grad_query: Tensor,
     grad_key: Tensor,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> None:
-    """Write the gradients of query and key."""
-    maps, _ = attention_map(query, key, bias, scale)
+    """Write the gradients of query and key, the latter [G, H, M, D] with a head for each query head."""
+    maps, _ = _maps(query, key, bias, scale, key_lengths, logsumexp, query.dtype)
     outer = torch.zeros_like(maps)
-    outer.index_add_(0, torch.tensor(map_index, dtype=torch.int64, device=query.device), left @ right.transpose(-1, -2))
+    rights = repeated(_existing(right, key_lengths, map_index), query.shape[1]).transpose(-1, -2)
+    key = repeated(_existing(key, key_lengths, range(key.shape[0])), query.shape[1])
+    outer.index_add_(0, torch.tensor(map_index, dtype=torch.int64, device=query.device), left @ rights)
     scores = maps * (outer - delta.unsqueeze(-1).to(maps.dtype))
+    scores[unreferenced(map_index, query.shape[0])] = 0.0  # whose statistics nothing computed
     grad_query.copy_(scale * (scores @ key))
     grad_key.copy_(scale * (scores.transpose(-1, -2) @ query))

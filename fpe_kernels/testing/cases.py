@@ -20,13 +20,15 @@ class Case:
     """The inputs of every operator of :mod:`fpe_kernels.ops`.
 
     Args:
-        query, key: [G, H, N | M, D].
-        value: [B, H, M, E].
+        query: [G, H, N, D].
+        key: [G, h, M, D]; query heads may share key heads.
+        value: [B, h, M, E]; the same.
         map_index: the map of each batch row.
         bias: [g, h, n, m], each axis whole or 1; None for none.
         scale: None means ``D ** -0.5``.
         weight: [B, H, N, E], the operand of the adjoint and the gradient of the output.
         row_weight: [b, h, n], each axis whole or 1: weights of the rows of the product; None for ones.
+        key_lengths: the keys of each map that exist; None for all.
     """
 
     query: Tensor
@@ -37,6 +39,7 @@ class Case:
     bias: Tensor | None = None
     scale: float | None = None
     row_weight: Tensor | None = None
+    key_lengths: tuple[int, ...] | None = None
 
     @property
     def factor(self) -> float:
@@ -88,6 +91,9 @@ def make_case(
     amplitude: float = 1.0,
     row_weight: Sequence[bool] | None = None,
     unweighted: float = 0.3,
+    key_heads: int | None = None,
+    value_heads: int | None = None,
+    key_lengths: Sequence[int] | None = None,
 ) -> Case:
     """A seeded :class:`Case`.
 
@@ -100,6 +106,7 @@ def make_case(
         amplitude: standard deviation of query and key.
         row_weight: for each of the axes [B, H, N], whether it varies; None for no weights.
         unweighted: share of the row weights that is zero.
+        key_heads, value_heads: heads of key and of value; None means ``heads``.
     """
     index = tuple(range(maps) if map_index is None else map_index)
     names = (layout,) * 4 if isinstance(layout, str) else tuple(layout)
@@ -120,13 +127,14 @@ def make_case(
         weights = weights.masked_fill(torch.rand(axes, generator=rng) < unweighted, 0.0).to(device=device, dtype=dtype)
     return Case(
         make((maps, heads, queries, head_dim), seed, dtype, device, names[0], amplitude),
-        make((maps, heads, keys, head_dim), seed + 1, dtype, device, names[1], amplitude),
-        make((len(index), heads, keys, value_dim), seed + 2, dtype, device, names[2]),
+        make((maps, key_heads or heads, keys, head_dim), seed + 1, dtype, device, names[1], amplitude),
+        make((len(index), value_heads or heads, keys, value_dim), seed + 2, dtype, device, names[2]),
         make((len(index), heads, queries, value_dim), seed + 3, dtype, device, names[3]),
         index,
         additive,
         scale,
         weights,
+        None if key_lengths is None else tuple(key_lengths),
     )
 
 
@@ -149,13 +157,14 @@ RESULTS = ("out", "logsumexp", "adjoint", "grad_query", "grad_key", "grad_value"
 
 def results_of(case: Case) -> dict[str, Tensor]:
     """Every result of ``case`` by dense equations at its own dtype; the gradients are those of ⟨out, weight⟩."""
-    query, key, bias = case.query, case.key, case.bias
+    query, heads, bias = case.query, case.query.shape[1], case.bias
+    key, value = (reference.repeated(tensor, heads) for tensor in (case.key, case.value))
     index = list(case.map_index)
-    maps, logsumexp = reference.attention_map(query, key, bias, case.factor)
-    product = maps[index] @ case.value
+    maps, logsumexp = reference.attention_map(query, key, bias, case.factor, case.key_lengths)
+    product = maps[index] @ value
     adjoint = maps[index].transpose(-1, -2) @ case.weight
     rows = _row_weight(case)
-    outer = (rows * case.weight) @ case.value.transpose(-1, -2)
+    outer = (rows * case.weight) @ value.transpose(-1, -2)
     outer = torch.zeros_like(maps).index_add_(0, torch.tensor(index, device=maps.device, dtype=torch.int64), outer)
     scores = maps * (outer - (maps * outer).sum(-1, keepdim=True))
     results = {
@@ -163,14 +172,19 @@ def results_of(case: Case) -> dict[str, Tensor]:
         "logsumexp": logsumexp,
         "adjoint": adjoint,
         "grad_query": case.factor * (scores @ key),
-        "grad_key": case.factor * (scores.transpose(-1, -2) @ query),
-        "grad_value": maps[index].transpose(-1, -2) @ (rows * case.weight),
+        "grad_key": _shared(case.factor * (scores.transpose(-1, -2) @ query), case.key),
+        "grad_value": _shared(maps[index].transpose(-1, -2) @ (rows * case.weight), case.value),
     }
     if bias is not None:
         results["grad_bias"] = scores.sum_to_size(bias.shape)
     if case.row_weight is not None:
         results["grad_row_weight"] = (case.weight * product).sum(-1).sum_to_size(case.row_weight.shape)
     return results
+
+
+def _shared(by_head: Tensor, like: Tensor) -> Tensor:
+    """[B, H, L, E] summed over the query heads that share one of ``like``."""
+    return by_head if by_head.shape[1] == like.shape[1] else by_head.unflatten(1, (like.shape[1], -1)).sum(2)
 
 
 def _row_weight(case: Case) -> Tensor:
@@ -180,10 +194,11 @@ def _row_weight(case: Case) -> Tensor:
 
 def _magnitudes(case: Case) -> dict[str, float]:
     """The equations of :func:`results_of` with every term replaced by its absolute value."""
-    index = list(case.map_index)
-    maps, _ = reference.attention_map(case.query, case.key, case.bias, case.factor)
-    rows, product = _row_weight(case).abs(), maps[index] @ case.value.abs()
-    outer = (rows * case.weight.abs()) @ case.value.abs().transpose(-1, -2)
+    index, heads = list(case.map_index), case.query.shape[1]
+    key, value = (reference.repeated(tensor, heads).abs() for tensor in (case.key, case.value))
+    maps, _ = reference.attention_map(case.query, case.key, case.bias, case.factor, case.key_lengths)
+    rows, product = _row_weight(case).abs(), maps[index] @ value
+    outer = (rows * case.weight.abs()) @ value.transpose(-1, -2)
     outer = torch.zeros_like(maps).index_add_(0, torch.tensor(index, device=maps.device, dtype=torch.int64), outer)
     scores = maps * (outer + (maps * outer).sum(-1, keepdim=True))
     factor = abs(case.factor)
@@ -191,10 +206,10 @@ def _magnitudes(case: Case) -> dict[str, float]:
         "out": rows * product,
         "logsumexp": torch.ones(1),
         "adjoint": maps[index].transpose(-1, -2) @ case.weight.abs(),
-        "grad_query": factor * (scores @ case.key.abs()),
-        "grad_key": factor * (scores.transpose(-1, -2) @ case.query.abs()),
+        "grad_query": factor * (scores @ key),
+        "grad_key": _shared(factor * (scores.transpose(-1, -2) @ case.query.abs()), case.key),
+        "grad_value": _shared(maps[index].transpose(-1, -2) @ (rows * case.weight.abs()), case.value),
     }
-    magnitudes["grad_value"] = maps[index].transpose(-1, -2) @ (rows * case.weight.abs())
     if case.bias is not None:
         magnitudes["grad_bias"] = scores.sum_to_size(case.bias.shape)
     if case.row_weight is not None:
@@ -208,7 +223,8 @@ def score_magnitude(case: Case) -> float:
     A probability is exp(score − log-sum-exp): the rounding of either is a relative error of the probability.
     """
     wide = case.to(torch.float64)
-    terms = abs(case.factor) * (wide.query.abs() @ wide.key.abs().transpose(-1, -2))
+    key = reference.repeated(wide.key.abs(), wide.query.shape[1])
+    terms = abs(case.factor) * (wide.query.abs() @ key.transpose(-1, -2))
     if wide.bias is not None:
         terms = torch.where(wide.bias.isneginf(), 0.0, terms + wide.bias.abs())
     statistics = case.exact["logsumexp"].detach()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from fpe_kernels import AttentionMap, LinearMap, blend, concatenate
+from fpe_kernels import AttentionMap, LinearMap, beside, blend, concatenate, join, stack
 from fpe_kernels.backends.reference import attention_map
 from fpe_kernels.testing import assert_within_budget, make
 
@@ -64,6 +64,12 @@ class Tensors:
 
 def softmax(query: Tensor, key: Tensor) -> Tensor:
     return attention_map(query, key, None, query.shape[-1] ** -0.5)[0]
+
+
+def joint_softmax(query: Tensor, *keys: Tensor) -> Tensor:
+    """One softmax over several keys, each of one or two batch rows."""
+    batch = max(tensor.shape[0] for tensor in (query, *keys))
+    return softmax(query, torch.cat([key.expand(batch, -1, -1, -1) for key in keys], dim=2))
 
 
 def rows(weight: Tensor) -> Tensor:
@@ -214,6 +220,88 @@ class Edits:
 
         def dense(self, t: Tensors) -> Tensor:
             return (2.0 * softmax(t.q_src, t.k_src) - softmax(t.q_tgt, t.k_tgt)) @ t.v_tgt
+
+    # Joint attention: text tokens, then image tokens, in one softmax. The text's keys stand for its queries too.
+
+    class SharedImageKeysBesideOwnText:
+        """Image rows of Shin et al. (2025): queries and image keys of the source, text keys and all values own."""
+
+        def lazy(self, t: Tensors, A: Make) -> Tensor:
+            text = A(t.q_src.expand(2, -1, -1, -1), t.k_words_tgt)
+            return join([text, A(t.q_src, t.k_src).take([0, 0])]) @ torch.cat([t.v_words_tgt, t.v_tgt], dim=2)
+
+        def dense(self, t: Tensors) -> Tensor:
+            maps = joint_softmax(t.q_src, t.k_words_tgt, t.k_src)
+            return maps @ torch.cat([t.v_words_tgt, t.v_tgt], dim=2)
+
+    class SharedImageQueriesAndKeysInTheWholeMap:
+        """The same with the text's rows, which keep their own queries, and see the source's image keys."""
+
+        def lazy(self, t: Tensors, A: Make) -> Tensor:
+            k_src = t.k_src.expand(2, -1, -1, -1)
+            text_rows = join([A(t.k_words_tgt, t.k_words_tgt), A(t.k_words_tgt, k_src)])
+            image_rows = join([A(t.q_src.expand(2, -1, -1, -1), t.k_words_tgt), A(t.q_src, t.k_src).take([0, 0])])
+            return stack([text_rows, image_rows]) @ torch.cat([t.v_words_tgt, t.v_tgt], dim=2)
+
+        def dense(self, t: Tensors) -> Tensor:
+            queries = torch.cat([t.k_words_tgt, t.q_src.expand(2, -1, -1, -1)], dim=2)
+            return joint_softmax(queries, t.k_words_tgt, t.k_src) @ torch.cat([t.v_words_tgt, t.v_tgt], dim=2)
+
+    class BlocksAfterTheSoftmax:
+        """Image rows of ReFlex (2025): the image block of the source's map, the text block of the target's."""
+
+        def lazy(self, t: Tensors, A: Make) -> Tensor:
+            source = join([A(t.q_src, t.k_words_src), A(t.q_src, t.k_src)]).take([0, 0])
+            target = A(t.q_tgt, torch.cat([t.k_words_tgt, t.k_tgt], dim=2))
+            mixed = beside([target.block(keys=(0, WORDS)), source.block(keys=(WORDS, WORDS + PIXELS))])
+            return mixed @ torch.cat([t.v_words_tgt, t.v_tgt], dim=2)
+
+        def dense(self, t: Tensors) -> Tensor:
+            source = joint_softmax(t.q_src, t.k_words_src, t.k_src)[..., WORDS:]
+            target = joint_softmax(t.q_tgt, t.k_words_tgt, t.k_tgt)[..., :WORDS]
+            return target @ t.v_words_tgt + source @ t.v_tgt
+
+    class SourceKeysAndValuesOfTheImage:
+        """StableFlow and FreeFlux (2025): image keys and values of the source, text of the target."""
+
+        def lazy(self, t: Tensors, A: Make) -> Tensor:
+            joint = join([A(t.q_tgt, t.k_words_tgt), A(t.q_tgt, t.k_src.expand(2, -1, -1, -1))])
+            return joint @ torch.cat([t.v_words_tgt, t.v_src.expand(2, -1, -1, -1)], dim=2)
+
+        def dense(self, t: Tensors) -> Tensor:
+            maps = joint_softmax(t.q_tgt, t.k_words_tgt, t.k_src)
+            return maps[..., :WORDS] @ t.v_words_tgt + maps[..., WORDS:] @ t.v_src
+
+    class RegionalBlendOfJoinedMaps:
+        def lazy(self, t: Tensors, A: Make) -> Tensor:
+            words = torch.cat([t.alpha, torch.ones_like(t.mask)])
+            source = join([A(t.q_src, t.k_words_src), A(t.q_src, t.k_src)]).take([0, 0])
+            target = join([A(t.q_tgt, t.k_words_tgt), A(t.q_tgt, t.k_tgt)])
+            edited = blend(t.mask, source.scale_columns(words), target)
+            return edited @ torch.cat([t.v_words_tgt, t.v_tgt], dim=2)
+
+        def dense(self, t: Tensors) -> Tensor:
+            words = torch.cat([t.alpha, torch.ones_like(t.mask)])
+            source = joint_softmax(t.q_src, t.k_words_src, t.k_src) * words
+            target = joint_softmax(t.q_tgt, t.k_words_tgt, t.k_tgt)
+            mixed = rows(t.mask) * source + rows(1 - t.mask) * target
+            return mixed @ torch.cat([t.v_words_tgt, t.v_tgt], dim=2)
+
+    class TransposeOfAJoinedMap:
+        def lazy(self, t: Tensors, A: Make) -> Tensor:
+            text = A(t.q_src.expand(2, -1, -1, -1), t.k_words_tgt)
+            return join([text, A(t.q_src, t.k_src).take([0, 0])]).T @ t.pixels
+
+        def dense(self, t: Tensors) -> Tensor:
+            return joint_softmax(t.q_src, t.k_words_tgt, t.k_src).transpose(-1, -2) @ t.pixels
+
+    class WordColumnsOfAJoinedMap:
+        def lazy(self, t: Tensors, A: Make) -> Tensor:
+            text = A(t.q_src.expand(2, -1, -1, -1), t.k_words_tgt)
+            return join([text, A(t.q_src, t.k_src).take([0, 0])]).columns([2, WORDS + 3]).mean(1)
+
+        def dense(self, t: Tensors) -> Tensor:
+            return joint_softmax(t.q_src, t.k_words_tgt, t.k_src)[..., [2, WORDS + 3]].mean(1)
 
 
 EDITS = {name: edit() for name, edit in vars(Edits).items() if isinstance(edit, type)}

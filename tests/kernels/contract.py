@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fpe_kernels import AttentionMap, shared_attention
-from fpe_kernels.backends import chunked, fused_cpu
+from fpe_kernels.backends import blocks, fused_cpu
 from fpe_kernels.testing import (
     LAYOUTS,
     Case,
@@ -21,6 +21,7 @@ from fpe_kernels.testing import (
     padding_bias,
     score_magnitude,
 )
+from fpe_kernels.validation import accumulator_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INF = float("inf")
@@ -28,8 +29,8 @@ INF = float("inf")
 
 def cut_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the torch backend take many blocks for small shapes, and no fused call."""
-    for name, number in {"_THREAD_BLOCK_BYTES": 256, "_KEY_BLOCK": 13, "_MIN_QUERY_BLOCK": 4}.items():
-        monkeypatch.setattr(chunked, name, number)
+    for name, number in {"THREAD_BLOCK_BYTES": 256, "KEY_BLOCK": 13, "MIN_QUERY_BLOCK": 4}.items():
+        monkeypatch.setattr(blocks, name, number)
     monkeypatch.setattr(fused_cpu, "_serves", lambda *operands: False)
 
 
@@ -46,12 +47,13 @@ def forward(case: Case, backend: str) -> dict[str, Tensor]:
     """Products of ``case`` through the ops: direct, from the known log-sum-exp, and the adjoint."""
     query, key, value, bias = operands(case)
     rest = (list(case.map_index), case.factor, backend)
-    out, logsumexp = torch.ops.fpe_kernels.apply(query, key, value, bias, *rest)
+    settings = (case.row_weight, case.key_lengths)
+    out, logsumexp = torch.ops.fpe_kernels.apply(query, key, value, bias, *rest, None, case.key_lengths)
     if case.row_weight is not None:
         # Statistics of rows without a weight are not computed, so they come from the unweighted product.
-        out, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, *rest, case.row_weight)
-    replayed = torch.ops.fpe_kernels.replay(query, key, value, bias, logsumexp, *rest, case.row_weight)
-    adjoint = torch.ops.fpe_kernels.adjoint(query, key, case.weight, bias, logsumexp, *rest)
+        out, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, *rest, *settings)
+    replayed = torch.ops.fpe_kernels.replay(query, key, value, bias, logsumexp, *rest, *settings)
+    adjoint = torch.ops.fpe_kernels.adjoint(query, key, case.weight, bias, logsumexp, *rest, case.key_lengths)
     assert_matches(case, out=replayed)
     return {"out": out, "logsumexp": logsumexp, "adjoint": adjoint}
 
@@ -59,7 +61,7 @@ def forward(case: Case, backend: str) -> dict[str, Tensor]:
 def forward_out(case: Case, backend: str) -> Tensor:
     """The product alone."""
     rest = (list(case.map_index), case.factor, backend)
-    return torch.ops.fpe_kernels.apply(*operands(case), *rest, case.row_weight)[0]
+    return torch.ops.fpe_kernels.apply(*operands(case), *rest, case.row_weight, case.key_lengths)[0]
 
 
 class ProductContract:
@@ -78,7 +80,12 @@ class ProductContract:
 
     def attention_map(self, case: Case, **options) -> AttentionMap:
         return AttentionMap(
-            case.query, case.key, scale=case.scale, bias=case.bias, **{"backend": self.backend, **options}
+            case.query,
+            case.key,
+            scale=case.scale,
+            bias=case.bias,
+            key_lengths=case.key_lengths,
+            **{"backend": self.backend, **options},
         )
 
     # -- parity -------------------------------------------------------------------------------------------------------
@@ -91,7 +98,7 @@ class ProductContract:
     def test_ragged_sizes(self, queries: int, keys: int) -> None:
         self.check(queries=queries, keys=keys, heads=2)
 
-    @pytest.mark.parametrize("head_dim", [1, 8, 16, 40, 64, 72, 80, 96, 120, 128, 160, 256])
+    @pytest.mark.parametrize("head_dim", [1, 8, 16, 40, 64, 72, 80, 88, 96, 112, 120, 128, 160, 256])
     def test_head_dims(self, head_dim: int) -> None:
         self.check(head_dim=head_dim, queries=9, keys=17)
 
@@ -227,6 +234,60 @@ class ProductContract:
         case = self.case(queries=9, keys=7, row_weight=(0, 0, 1), unweighted=1.0)
         case.row_weight[..., 4] = float("nan")
         assert forward_out(case, self.backend)[:, :, 4].isnan().all()
+
+    # -- lengths of the keys and grouped heads ------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("options", [{}, {"bias": (0, 0, 1, 1), "masked": 0.3}, {"row_weight": (1, 0, 1)}], ids=str)
+    @pytest.mark.parametrize("lengths", [(70, 66, 1), (64, 0, 13)])
+    def test_key_lengths(self, lengths: tuple[int, ...], options: dict) -> None:
+        self.check(maps=3, map_index=(1, 0, 2, 0), key_lengths=lengths, queries=9, keys=70, heads=2, **options)
+
+    def test_keys_past_the_length_do_not_exist(self) -> None:
+        case = self.case(queries=9, keys=80, key_lengths=(66,), head_dim=8)
+        cut = replace(case, key=case.key[:, :, :66], value=case.value[:, :, :66], key_lengths=None)
+        case.value[:, :, 66:] = float("nan")
+        case.key[:, :, 66:] = float("nan")
+        assert_matches(cut, out=forward_out(case, self.backend))
+        adjoint = self.attention_map(case).T @ case.weight
+        assert (adjoint[:, :, 66:] == 0).all()
+        assert_matches(cut, adjoint=adjoint[:, :, :66])
+
+    def test_a_map_of_length_zero_is_zero(self) -> None:
+        results = forward(self.case(queries=9, keys=7, key_lengths=(0,), map_index=(0, 0)), self.backend)
+        assert (results["out"] == 0).all()
+        assert (results["adjoint"] == 0).all()
+        assert results["logsumexp"].isneginf().all()
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"key_heads": 2, "value_heads": 2},
+            {"key_heads": 1, "value_heads": 1, "map_index": (0, 0), "layout": "heads_split"},
+            {"key_heads": 2, "key_lengths": (5,)},  # values with heads of their own
+            {"value_heads": 1, "bias": (0, 1, 1, 1), "row_weight": (1, 1, 1)},
+            {"key_heads": 2, "value_heads": 2, "maps": 2, "map_index": (1, 0, 1), "key_lengths": (5, 17)},
+        ],
+        ids=str,
+    )
+    def test_grouped_heads(self, options: dict) -> None:
+        self.check(heads=4, queries=9, keys=17, **options)
+
+    @pytest.mark.parametrize("known", [False, True])
+    def test_wide_products_are_those_of_the_statistics_dtype(self, known: bool) -> None:
+        for dtype in self.dtypes:
+            case = self.case(dtype=dtype, queries=33, keys=40, head_dim=24, map_index=(0, 0))
+            rest = (list(case.map_index), case.factor, self.backend)
+            out, logsumexp = torch.ops.fpe_kernels.apply(*operands(case), *rest, wide=True)
+            if known:
+                out = torch.ops.fpe_kernels.replay(*operands(case), logsumexp, *rest, wide=True)
+            adjoint = torch.ops.fpe_kernels.adjoint(
+                *operands(case)[:2], case.weight, case.bias, logsumexp, *rest, wide=True
+            )
+            assert {out.dtype, adjoint.dtype} == {accumulator_dtype(dtype)}
+            assert_matches(case, out=out, adjoint=adjoint)
+            if self.backend != "reference":  # which computes in half precision where that is asked for
+                narrow, _ = torch.ops.fpe_kernels.apply(*operands(case), *rest)
+                assert known or torch.equal(out.to(dtype), narrow)
 
     # -- extremes -----------------------------------------------------------------------------------------------------
 

@@ -53,6 +53,7 @@ class GradientContract(ProductContract):
             scale=case.scale,
             bias=leaves["bias"],
             weight=leaves["row_weight"],
+            key_lengths=case.key_lengths,
             backend=self.backend,
         )
         wanted = [name for name in ("query", "key", "value", "bias", "row_weight") if leaves[name] is not None]
@@ -105,6 +106,36 @@ class GradientContract(ProductContract):
     )
     def test_gradients_with_row_weights(self, options: dict) -> None:
         self.check_gradients(**{"queries": 9, "keys": 17, **options})
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"key_lengths": (5, 17, 0), "maps": 3, "map_index": (1, 0, 1, 2)},
+            {"key_lengths": (5,), "bias": (0, 0, 1, 1), "masked": 0.3, "keys": 40},
+            {"key_lengths": (66,), "keys": 140, "head_dim": 40, "map_index": (0,) * 5},  # more columns than a launch
+            {"heads": 4, "key_heads": 2, "value_heads": 2},
+            {"heads": 4, "key_heads": 1, "value_heads": 4, "map_index": (0, 0), "bias": (0, 1, 0, 1)},
+            {"heads": 4, "key_heads": 2, "value_heads": 2, "key_lengths": (7,), "row_weight": (1, 0, 1)},
+            {"heads": 2, "key_heads": 1, "value_heads": 1, "map_index": (0,) * 5, "head_dim": 40},
+        ],
+        ids=str,
+    )
+    def test_gradients_with_key_lengths_and_grouped_heads(self, options: dict) -> None:
+        self.check_gradients(**{"queries": 9, "keys": 17, **options})
+
+    def test_gradients_of_grouped_heads_in_every_dtype(self) -> None:
+        for dtype in self.dtypes:
+            self.check_gradients(dtype=dtype, queries=17, keys=70, heads=4, key_heads=1, value_heads=1)
+
+    def test_keys_past_the_length_have_no_gradient(self) -> None:
+        case = self.case(queries=9, keys=80, key_lengths=(66,), head_dim=8)
+        case.value[:, :, 66:] = float("nan")
+        case.key[:, :, 66:] = float("nan")
+        leaves = [tensor.requires_grad_() for tensor in (case.query, case.key, case.value)]
+        out = shared_attention(*leaves, [0], key_lengths=[66], backend=self.backend)
+        grads = torch.autograd.grad(out, leaves, case.weight)
+        assert all(grad.isfinite().all() for grad in grads)
+        assert not any(grad[:, :, 66:].any() for grad in grads[1:])
 
     def test_gradients_where_whole_tiles_have_no_weight(self) -> None:
         case = self.case(queries=150, keys=9, head_dim=8, row_weight=(0, 0, 1), bias=(0, 0, 0, 1), masked=0.3)

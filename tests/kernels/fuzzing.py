@@ -9,13 +9,14 @@ import torch
 from contract import cut_small_blocks
 from contract_gradients import leaves_of
 
+from fpe_kernels.backends.reference import repeated
 from fpe_kernels.testing import LAYOUTS, Case, assert_matches, make_case
 
 OPS = torch.ops.fpe_kernels
 
 
 def random_case(seed: int, backend: str, device: str) -> Case:
-    """The case of ``seed``: shapes, layouts, dtype, shared maps, bias, scale, row weights."""
+    """The case of ``seed``: shapes, layouts, dtype, shared maps and heads, lengths, bias, scale, row weights."""
     rng = random.Random(seed)
     interpreted = backend == "triton" and device == "cpu"
     dtypes = [torch.float32, torch.float16, torch.bfloat16] + ([] if backend == "triton" else [torch.float64])
@@ -26,13 +27,22 @@ def random_case(seed: int, backend: str, device: str) -> Case:
     rows = rng.choice([1, 2, 2, 3] if interpreted else [1, 2, 3, 4, 6])
     bias = None if rng.random() < 0.4 else [rng.random() < 0.5 for _ in range(4)]
     row_weight = None if rng.random() < 0.5 else [rng.random() < 0.6 for _ in range(3)]
+    heads = rng.choice([1, 1, 1, 2] if interpreted else [1, 2, 3])
+    queries, keys = rng.choice(tokens + longer), rng.choice(tokens + longer)
+    # What was added later is drawn from its own numbers, so that the rest of a seed's case stays as it was.
+    later = random.Random(-1 - seed)
+    shared = heads if later.random() < 0.6 else later.choice([part for part in (1, 2, heads) if heads % part == 0])
+    lengths = None if later.random() < 0.6 else [later.randrange(keys + 1) for _ in range(maps)]
     return make_case(
         seed,
         maps=maps,
         map_index=[rng.randrange(maps) for _ in range(rows)],
-        heads=rng.choice([1, 1, 1, 2] if interpreted else [1, 2, 3]),
-        queries=rng.choice(tokens + longer),
-        keys=rng.choice(tokens + longer),
+        heads=heads,
+        key_heads=shared,
+        value_heads=later.choice([shared, heads]),
+        key_lengths=lengths,
+        queries=queries,
+        keys=keys,
         head_dim=rng.choice([1, 4, 8, 16, 24, 40, 64, 72, 80, 160]),
         value_dim=rng.choice([None, None, 1, 3, 8, 33, 40, 80]),
         dtype=rng.choice(dtypes),
@@ -72,25 +82,26 @@ def check(case: Case, backend: str, route: str) -> None:
         leaves[name] for name in ("query", "key", "value", "bias", "weight", "row_weight")
     )
     with torch.no_grad():
-        out, known = OPS.apply(query, key, value, bias, *rest)
+        out, known = OPS.apply(query, key, value, bias, *rest, None, case.key_lengths)
         if row_weight is not None:
-            out, _ = OPS.apply(query, key, value, bias, *rest, row_weight)
-        replayed = OPS.replay(query, key, value, bias, known, *rest, row_weight)
-        adjoint = OPS.adjoint(query, key, weight, bias, known, *rest)
+            out, _ = OPS.apply(query, key, value, bias, *rest, row_weight, case.key_lengths)
+        replayed = OPS.replay(query, key, value, bias, known, *rest, row_weight, case.key_lengths)
+        adjoint = OPS.adjoint(query, key, weight, bias, known, *rest, case.key_lengths)
     assert_matches(case, out=out, logsumexp=known, adjoint=adjoint)
     assert_matches(case, out=replayed)
 
     names = {"query": query, "key": key, "value": value, "bias": bias, "row_weight": row_weight}
     if route == "apply":
-        result, seed = OPS.apply(query, key, value, bias, *rest, row_weight)[0], case.weight
+        result, seed = OPS.apply(query, key, value, bias, *rest, row_weight, case.key_lengths)[0], case.weight
     elif route == "replay":
-        result, seed = OPS.replay(query, key, value, bias, known, *rest, row_weight), case.weight
+        result, seed = OPS.replay(query, key, value, bias, known, *rest, row_weight, case.key_lengths), case.weight
     else:
         # ⟨A.T (r ⊙ w), v⟩ = ⟨r ⊙ (A v), w⟩: the same numbers, and the gradient for w is the product.
         del names["value"], names["row_weight"]
         names["weight"] = weight
         rows = weight if case.row_weight is None else case.row_weight.unsqueeze(-1) * weight
-        result, seed = OPS.adjoint(query, key, rows, bias, known, *rest), case.value
+        result = OPS.adjoint(query, key, rows, bias, known, *rest, case.key_lengths)
+        seed = repeated(case.value, case.query.shape[1])
     wanted = {name: leaf for name, leaf in names.items() if leaf is not None}
     found = dict(zip(wanted, torch.autograd.grad(result, list(wanted.values()), seed), strict=True))
     if "weight" in found:

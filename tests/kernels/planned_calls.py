@@ -46,6 +46,22 @@ def product(
     return lambda: backend.apply(query, key, value, full_bias, map_index, 0.1, out, *rest)
 
 
+def merged() -> Call:
+    """A private part of two maps that takes up the product of a shared one."""
+    query, key, value = heads_split(2, TOKENS, 16), heads_split(2, 33, 16), heads_split(2, 33, 16)
+    out, prior = heads_split(2, TOKENS, 16), heads_split(2, TOKENS, 16, dtype=torch.float32)
+    statistics, others = torch.empty(2, HEADS, TOKENS), torch.empty(2, HEADS, TOKENS)
+    operands = query, key, value, None, (0, 1), 0.1, out, statistics, False, None, (33, 20), prior, others
+    return lambda: backend.apply_merged(*operands)
+
+
+def lengths() -> Call:
+    query, value = heads_split(2, TOKENS, 16), heads_split(2, TOKENS, 16)
+    out, statistics = heads_split(2, TOKENS, 16), torch.empty(2, HEADS, TOKENS)
+    operands = query, query, value, None, (0, 1), 0.1, out, statistics, False
+    return lambda: backend.apply(*operands, key_lengths=(TOKENS, 20))
+
+
 def adjoint() -> Call:
     query, weight, logsumexp = heads_split(1, TOKENS, 40), heads_split(2, TOKENS, 40), torch.empty(1, HEADS, TOKENS)
     out = torch.empty_like(weight)
@@ -78,6 +94,8 @@ CALLS: dict[str, Callable[[], Call]] = {
     "replay": lambda: product(known=True),
     "a bias": lambda: product(bias=(1, 1, 1, TOKENS)),
     "weights": lambda: product(weight=(1, 1, TOKENS)),
+    "a joined part": merged,
+    "lengths of the keys": lengths,
     "a transpose": adjoint,
     "gradients": gradients,
     "a gradient in two chunks": gradient_of_six,

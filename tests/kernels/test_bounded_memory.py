@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fpe_kernels import AttentionMap, ops, shared_attention
+from fpe_kernels import AttentionMap, LinearMap, join, ops, shared_attention
 from fpe_kernels.testing import Case, assert_matches, make, make_case
 
 TOKENS = 2048
@@ -60,9 +60,30 @@ def regional(case: Case, bias: Tensor) -> Tensor:
     return shared_attention(case.query, case.key, case.value, case.map_index, bias=bias, weight=weight)
 
 
+def joined(case: Case) -> LinearMap:
+    """A part that two rows share, and private parts of either."""
+    query = case.query.expand(2, -1, -1, -1)
+    private = AttentionMap(query, torch.cat([case.key, 2.0 * case.key])[:, :, :100])
+    return join([private, AttentionMap(case.query, case.key[:, :, 100:]).take([0, 0])])
+
+
+def joined_backward(case: Case) -> None:
+    leaves = [tensor.detach().requires_grad_() for tensor in (case.query, case.key, case.value)]
+    query, key, value = leaves
+    parts = [AttentionMap(query, key[:, :, :100]), AttentionMap(query, key[:, :, 100:], key_lengths=[TOKENS - 150])]
+    torch.autograd.grad(join(parts).take([0, 0]) @ value, leaves, case.weight)
+
+
 @pytest.mark.parametrize(
     "call",
     [
+        lambda case: joined(case) @ case.value,
+        lambda case: joined(case).T @ case.weight,
+        lambda case: joined(case).logsumexp,
+        lambda case: joined(case).rows([0, 5]),
+        lambda case: joined(case).columns([0, 500]),
+        lambda case: joined(case).block((0, 1000), (50, 1500)) @ case.value[:, :, 50:1500],
+        joined_backward,
         lambda case: shared_attention(case.query, case.key, case.value, case.map_index),
         lambda case: AttentionMap(case.query, case.key).logsumexp,
         lambda case: AttentionMap(case.query, case.key).T @ case.weight[:1],
@@ -76,6 +97,13 @@ def regional(case: Case, bias: Tensor) -> Tensor:
         lambda case: regional(case, torch.zeros(1, 1, TOKENS, 1)),
     ],
     ids=[
+        "joined",
+        "joined adjoint",
+        "joined logsumexp",
+        "joined rows",
+        "joined columns",
+        "block of a joined",
+        "joined backward",
         "shared",
         "logsumexp",
         "adjoint",

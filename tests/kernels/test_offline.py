@@ -14,7 +14,7 @@ KERNELS = ("apply", "adjoint", "grad_query", "grad_key", "replay")
 HALVES = {"float16", "bfloat16", "float32", "tf32"}
 DTYPES = {**dict.fromkeys(KERNELS, HALVES), "replay": {"float16"}}
 # A replay is `apply` without the running maximum: in these it differs by what it leaves out.
-SAME = {"replay": {"padding", "rows", "wide"}}
+SAME = {"replay": {"padding", "rows", "wide", "lengths", "grouped"}}
 
 
 def _compile(*arguments: str) -> None:
@@ -55,10 +55,20 @@ def test_what_is_compiled_covers_every_switch_of_the_kernels() -> None:
     of = {kernel: [p for p in programs(False, ("sm_90",)) if p.kernel == kernel] for kernel in KERNELS}
     for kernel, compiled in of.items():
         kinds = {kind for program in compiled for kind in program.inputs.split("+")}
-        assert {"ragged", "bias", "padding", "rows", "wide"} <= kinds | SAME.get(kernel, set()), kernel
+        assert {"ragged", "bias", "padding", "rows", "wide", "lengths", "grouped"} <= kinds | SAME.get(kernel, set()), (
+            kernel
+        )
         assert {program.dtype for program in compiled} >= DTYPES[kernel], kernel
-    assert {kind for p in of["apply"] for kind in p.inputs.split("+")} >= {"weighted", "cross", "short", "mixed"}
+    assert {kind for p in of["apply"] for kind in p.inputs.split("+")} >= {
+        "weighted",
+        "cross",
+        "short",
+        "mixed",
+        "unrounded",
+        "prior",
+    }
     assert any(p.inputs == "ragged+bias+weighted" for p in of["replay"])
+    assert any("prior" in p.inputs for p in of["replay"])
     assert any("later" in p.inputs for p in of["grad_query"]) and any("cross" in p.inputs for p in of["grad_query"])
     assert {192, 224, 256} <= {program.head_dim for program in of["grad_key"]}
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fpe_kernels import AttentionMap, blend, ops, shared_attention
-from fpe_kernels.backends import chunked, fused_cpu
+from fpe_kernels import AttentionMap, blend, join, ops, shared_attention
+from fpe_kernels.backends import blocks, fused_cpu
 from fpe_kernels.testing import Case, assert_matches, make_case
 
 APPLY = torch.ops.fpe_kernels
@@ -61,9 +61,9 @@ def test_gradcheck(name: str, bias, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "torch in small blocks":
         name = "torch"
         monkeypatch.setattr(fused_cpu, "_serves", lambda *tensors: False)
-        monkeypatch.setattr(chunked, "_KEY_BLOCK", 2)
-        monkeypatch.setattr(chunked, "_MIN_QUERY_BLOCK", 2)
-        monkeypatch.setattr(chunked, "_THREAD_BLOCK_BYTES", 1)
+        monkeypatch.setattr(blocks, "KEY_BLOCK", 2)
+        monkeypatch.setattr(blocks, "MIN_QUERY_BLOCK", 2)
+        monkeypatch.setattr(blocks, "THREAD_BLOCK_BYTES", 1)
     case = make_case(
         maps=2, map_index=(1, 0, 1), queries=3, keys=4, head_dim=2, value_dim=3, dtype=torch.float64, bias=bias
     )
@@ -251,6 +251,8 @@ INDUCTOR = {
     "blend": lambda A, value, weight: blend(weight[0, 0, :, 0], A, 0.5 * A).matmul(value),
     "pooled": lambda A, value, weight: A.pooled((3, 4), (2, 5), 2),
     "rows": lambda A, value, weight: A.rows([1, 2]),
+    "joined": lambda A, value, weight: join([A.keys(0, 4), A.keys(4)]).matmul(value),
+    "joined transpose": lambda A, value, weight: join([A.keys(0, 4), A.keys(4)]).T.matmul(weight),
 }
 
 

@@ -64,6 +64,7 @@ def adjoint_kernel(
     out_stride_h,
     out_stride_m,
     out_stride_e,
+    lengths_ptr,  # [G]: the keys of each map
     HEAD_DIM: tl.constexpr,
     HEAD_0: tl.constexpr,
     HEAD_1: tl.constexpr,
@@ -83,6 +84,8 @@ def adjoint_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    HEADS_PER_KEY: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = BRANCHES * VALUE_DIM
     tiles = tl.cdiv(keys, BLOCK_M)
@@ -97,7 +100,7 @@ def adjoint_kernel(
     out_stride_m = aligned(out_stride_m, OUT_VECTOR)
     start_m = tile.to(tl.int64) * BLOCK_M
     query_ptr += group * aligned(query_stride_g, QUERY_VECTOR) + head * aligned(query_stride_h, QUERY_VECTOR)
-    key_ptr += group * aligned(key_stride_g, KEY_VECTOR) + head * aligned(key_stride_h, KEY_VECTOR)
+    key_ptr += group * aligned(key_stride_g, KEY_VECTOR) + head // HEADS_PER_KEY * aligned(key_stride_h, KEY_VECTOR)
     key_ptr += start_m * key_stride_m
     weight_ptr += head * aligned(weight_stride_h, WEIGHT_VECTOR)
     out_ptr += head * aligned(out_stride_h, OUT_VECTOR) + start_m * out_stride_m
@@ -107,6 +110,11 @@ def adjoint_kernel(
     columns = tile_index(BLOCK_N, WIDE)  # of the queries
     rows_end = keys - start_m
     row_valid = rows < rows_end
+    queries_stop = queries
+    if HAS_LENGTHS:
+        # Keys past the length of the map are written, and are zero; a tile of nothing else reads no query.
+        rows_end = tl.load(lengths_ptr + group) - start_m
+        queries_stop = queries * (rows_end > 0).to(tl.int32)
 
     d0, d0_valid = head_columns(key_stride_d, 0, HEAD_0, HEAD_DIM, WIDE)
     k0 = load_tile(key_ptr, rows, key_stride_m, d0, rows_end, d0_valid, EVEN_KEYS, HEAD_0 <= HEAD_DIM)
@@ -136,7 +144,7 @@ def adjoint_kernel(
     if HAS_BIAS:
         bias_ptr += group * bias_stride_g + head * bias_stride_h + start_m * bias_stride_m
 
-    for start_n in range(0, queries, BLOCK_N):
+    for start_n in range(0, queries_stop, BLOCK_N):
         queries_end = queries - start_n
         column_valid = columns < queries_end
         q_ptr = query_ptr + tl.cast(start_n, tl.int64) * query_stride_n
@@ -174,7 +182,10 @@ def adjoint_kernel(
                 BIAS_VARIES,
                 EVEN_QUERIES and EVEN_KEYS,
             )
+        if HAS_BIAS or HAS_LENGTHS:
             shift = finite_or_zero(shift)
+        if HAS_LENGTHS:
+            scores = tl.where((rows < rows_end)[:, None], scores, float("-inf"))
         probabilities = tl.exp2(scores - shift[None, :] * LOG2E)
         w_ptr = weight_ptr + tl.cast(start_n, tl.int64) * weight_stride_n
         w0 = load_tile(
@@ -225,12 +236,14 @@ def prepare(
     scale: float,
     out: Tensor,
     config: Config,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> Launch:
     """The launch of one chunk; ``weight`` and ``out`` are narrowed to its columns, ``bias`` is [G, H, N, M]."""
     _, heads, queries, head_dim = query.shape
     keys, value_dim = key.shape[2], weight.shape[3]
     head_pieces, column_pieces = split_width(head_dim), split_width(chunk.branches * value_dim)
     full_bias = query if bias is None else bias
+    table = device_table(chunk.table, query.device)
     return Launch(
         adjoint_kernel,
         programs=-(-keys // config.block_m) * heads * len(chunk.table),
@@ -242,7 +255,8 @@ def prepare(
             "bias_ptr": full_bias,
             "out_ptr": out,
             "logsumexp_ptr": logsumexp,
-            "table_ptr": device_table(chunk.table, query.device),
+            "table_ptr": table,
+            "lengths_ptr": table if key_lengths is None else device_table((key_lengths,), query.device),
         },
         numbers={
             "scale": scale * LOG2E.value,
@@ -270,7 +284,7 @@ def prepare(
             "HAS_BIAS": bias is not None,
             "BIAS_VARIES": bias_varies(full_bias.transpose(2, 3)),
             "EVEN_QUERIES": queries % config.block_n == 0,
-            "EVEN_KEYS": keys % config.block_m == 0,
+            "EVEN_KEYS": keys % config.block_m == 0 and key_lengths is None,
             "WIDE": needs_wide_index(
                 (query, config.block_n),
                 (key, config.block_m),
@@ -281,6 +295,8 @@ def prepare(
             "PRECISION": product_precision(query.dtype),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
+            "HAS_LENGTHS": key_lengths is not None,
+            "HEADS_PER_KEY": heads // key.shape[1],
         },
     )
 
@@ -294,10 +310,11 @@ def adjoint(
     map_index: tuple[int, ...],
     scale: float,
     out: Tensor,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> None:
     """Write ``A[map_index].T @ weight`` to ``out``."""
     tensors = query, key, weight, bias, out, logsumexp.contiguous()
-    launch_all(plan, tensors, map_index, scale, configs.adjoint_config)
+    launch_all(plan, tensors, map_index, scale, configs.adjoint_config, key_lengths)
 
 
 def plan(
@@ -310,6 +327,7 @@ def plan(
     map_index: tuple[int, ...],
     scale: float,
     adjoint_config: Callable[..., Config],
+    key_lengths: tuple[int, ...] | None = None,
 ) -> Iterator[Launch]:
     """The launches of :func:`adjoint`, by the rule given."""
     if bias is not None:
@@ -319,4 +337,5 @@ def plan(
         if chunk.stop > chunk.start:
             weights = columns_of(weight, chunk)
             config = adjoint_config(query, weights, chunk, bias is not None, key.shape[2], tf32)
-            yield prepare(query, key, weights, bias, logsumexp, chunk, scale, columns_of(out, chunk), config)
+            out_columns = columns_of(out, chunk)
+            yield prepare(query, key, weights, bias, logsumexp, chunk, scale, out_columns, config, key_lengths)

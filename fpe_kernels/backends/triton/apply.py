@@ -13,6 +13,15 @@ probabilities of zero, as the gradient of a product with weight zero wants them.
 map still need computes such tiles all the same.
 
 Branches that name the row before them again are there to make maps of one launch equally wide: read and not written.
+
+Keys past the length of a map do not exist, as if the tensor ended there. Several query heads may share a head of the
+keys, or of the values.
+
+A launch over some of the keys may take up the product O' over others, with their log-sum-exp L':
+
+    O_b = w_b ⊙ (exp(L_g − M_b) ⊙ A_g V_b + exp(L'_b − M_b) ⊙ O'_b),   M_b = log(exp L_g + exp L'_b)
+
+L' is a row's own where the other keys are, so the shares differ by branch.
 """
 
 from __future__ import annotations
@@ -37,6 +46,7 @@ from .primitives import (
     online_softmax_update,
     packed_columns,
     split_scores,
+    take_up,
     tile_index,
     weigh,
 )
@@ -79,6 +89,9 @@ def apply_kernel(
     row_weight_stride_b,
     row_weight_stride_h,
     row_weight_stride_n,
+    lengths_ptr,  # [G]: the keys of each map
+    prior_ptr,  # [B, H, N, E], float32, with the strides of out: the product over other keys
+    prior_logsumexp_ptr,  # [B, H, N], contiguous: the log-sum-exp over those
     HEAD_DIM: tl.constexpr,
     HEAD_0: tl.constexpr,
     HEAD_1: tl.constexpr,
@@ -103,6 +116,10 @@ def apply_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    HEADS_PER_KEY: tl.constexpr,
+    HEADS_PER_VALUE: tl.constexpr,
+    HAS_PRIOR: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = BRANCHES * VALUE_DIM
     EVEN_HEAD_0: tl.constexpr = HEAD_0 <= HEAD_DIM
@@ -115,6 +132,8 @@ def apply_kernel(
     group_ptr = table_ptr + (tl.program_id(0) // tiles // heads) * (1 + BRANCHES)
     group = tl.load(group_ptr).to(tl.int64)
     head64 = head.to(tl.int64)
+    if HAS_LENGTHS:
+        keys = tl.load(lengths_ptr + group)
 
     query_stride_g = aligned(query_stride_g, QUERY_VECTOR)
     query_stride_h = aligned(query_stride_h, QUERY_VECTOR)
@@ -128,8 +147,8 @@ def apply_kernel(
     out_stride_n = aligned(out_stride_n, OUT_VECTOR)
 
     query_ptr += group * query_stride_g + head64 * query_stride_h
-    key_ptr += group * key_stride_g + head64 * key_stride_h
-    value_ptr += head64 * value_stride_h
+    key_ptr += group * key_stride_g + head64 // HEADS_PER_KEY * key_stride_h
+    value_ptr += head64 // HEADS_PER_VALUE * value_stride_h
     out_ptr += head64 * out_stride_h
     logsumexp_ptr += (group * heads + head64) * queries
 
@@ -238,6 +257,48 @@ def apply_kernel(
         if COLUMNS_1 > 0:
             accumulator_1 *= inverse[:, None]
 
+    if HAS_PRIOR:
+        if KNOWN:
+            logsumexp = tl.load(logsumexp_ptr + start_m + rows, mask=row_valid, other=0.0)
+        prior_rows = prior_ptr + head64 * out_stride_h + (start_m + rows)[:, None] * out_stride_n
+        prior_logsumexp_ptr += head64 * queries + start_m
+        if COLUMNS_0 > 0:
+            accumulator_0 = take_up(
+                accumulator_0,
+                logsumexp,
+                prior_rows,
+                prior_logsumexp_ptr,
+                group_ptr + 1,
+                heads * queries,
+                rows,
+                row_valid,
+                out_stride_b,
+                out_stride_e,
+                0,
+                VALUE_DIM,
+                BRANCHES,
+                OUT_VECTOR,
+                WIDE,
+            )
+        if COLUMNS_1 > 0:
+            accumulator_1 = take_up(
+                accumulator_1,
+                logsumexp,
+                prior_rows,
+                prior_logsumexp_ptr,
+                group_ptr + 1,
+                heads * queries,
+                rows,
+                row_valid,
+                out_stride_b,
+                out_stride_e,
+                COLUMNS_0,
+                VALUE_DIM,
+                BRANCHES,
+                OUT_VECTOR,
+                WIDE,
+            )
+
     if HAS_WEIGHT:
         for branch in range(BRANCHES):
             weight = branch_weight(
@@ -292,15 +353,20 @@ def prepare(
     row_weight: Tensor | None,
     skips: bool,
     config: Config,
+    key_lengths: tuple[int, ...] | None = None,
+    prior: Tensor | None = None,
+    prior_logsumexp: Tensor | None = None,
 ) -> Launch:
     """The launch of one chunk; ``value`` and ``out`` are narrowed to its columns, ``bias`` is [G, H, N, M].
 
     ``row_weight`` is [B, H, N]; ``skips`` says that nothing else needs the statistics of rows whose weights are zero.
+    ``prior`` is narrowed as ``out`` is, and has its strides; its log-sum-exp [B, H, N] is contiguous.
     """
     _, heads, queries, head_dim = query.shape
     keys, value_dim = key.shape[2], value.shape[3]
     head_pieces, column_pieces = split_width(head_dim), split_width(chunk.branches * value_dim)
     full_bias = query if bias is None else bias
+    table = device_table(chunk.table, query.device)
     return Launch(
         apply_kernel,
         programs=-(-queries // config.block_m) * heads * len(chunk.table),
@@ -313,7 +379,10 @@ def prepare(
             "row_weight_ptr": query if row_weight is None else row_weight,
             "out_ptr": out,
             "logsumexp_ptr": logsumexp,
-            "table_ptr": device_table(chunk.table, query.device),
+            "table_ptr": table,
+            "prior_ptr": table if prior is None else prior,
+            "prior_logsumexp_ptr": table if prior_logsumexp is None else prior_logsumexp,
+            "lengths_ptr": table if key_lengths is None else device_table((key_lengths,), query.device),
         },
         numbers={
             "scale": scale * LOG2E.value,
@@ -347,7 +416,7 @@ def prepare(
             "REPEATS": chunk.repeats,
             "PRESCALE": bias is not None or scale <= 0.0,
             "EVEN_QUERIES": queries % config.block_m == 0,
-            "EVEN_KEYS": keys % config.block_n == 0,
+            "EVEN_KEYS": keys % config.block_n == 0 and key_lengths is None,
             "WIDE": needs_wide_index(
                 (query, config.block_m),
                 (key, config.block_n),
@@ -359,5 +428,9 @@ def prepare(
             "PRECISION": product_precision(query.dtype),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
+            "HAS_LENGTHS": key_lengths is not None,
+            "HEADS_PER_KEY": heads // key.shape[1],
+            "HEADS_PER_VALUE": heads // value.shape[1],
+            "HAS_PRIOR": prior is not None,
         },
     )

@@ -69,6 +69,7 @@ def gradient_kernel(
     gradient_stride_h,
     gradient_stride_t,
     gradient_stride_d,
+    lengths_ptr,  # [G]: the keys of each map
     HEAD_DIM: tl.constexpr,
     HEAD_0: tl.constexpr,
     HEAD_1: tl.constexpr,
@@ -90,6 +91,11 @@ def gradient_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    HEADS_PER_OWN: tl.constexpr,
+    HEADS_PER_OTHER: tl.constexpr,
+    HEADS_PER_OWN_FACTOR: tl.constexpr,
+    HEADS_PER_OTHER_FACTOR: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = BRANCHES * VALUE_DIM
     EVEN_HEAD_0: tl.constexpr = HEAD_0 <= HEAD_DIM
@@ -107,11 +113,13 @@ def gradient_kernel(
     own_factor_stride_t = aligned(own_factor_stride_t, OWN_FACTOR_VECTOR)
     other_factor_stride_s = aligned(other_factor_stride_s, OTHER_FACTOR_VECTOR)
     start_m = tile.to(tl.int64) * BLOCK_M
-    own_ptr += group * aligned(own_stride_g, OWN_VECTOR) + head * aligned(own_stride_h, OWN_VECTOR)
+    own_ptr += group * aligned(own_stride_g, OWN_VECTOR) + head // HEADS_PER_OWN * aligned(own_stride_h, OWN_VECTOR)
     own_ptr += start_m * own_stride_t
-    other_ptr += group * aligned(other_stride_g, OTHER_VECTOR) + head * aligned(other_stride_h, OTHER_VECTOR)
-    own_factor_ptr += head * aligned(own_factor_stride_h, OWN_FACTOR_VECTOR) + start_m * own_factor_stride_t
-    other_factor_ptr += head * aligned(other_factor_stride_h, OTHER_FACTOR_VECTOR)
+    other_ptr += group * aligned(other_stride_g, OTHER_VECTOR)
+    other_ptr += head // HEADS_PER_OTHER * aligned(other_stride_h, OTHER_VECTOR)
+    own_factor_ptr += head // HEADS_PER_OWN_FACTOR * aligned(own_factor_stride_h, OWN_FACTOR_VECTOR)
+    own_factor_ptr += start_m * own_factor_stride_t
+    other_factor_ptr += head // HEADS_PER_OTHER_FACTOR * aligned(other_factor_stride_h, OTHER_FACTOR_VECTOR)
     gradient_ptr += group * gradient_stride_g + head * gradient_stride_h + start_m * gradient_stride_t
     statistics = owns if OWN_STATISTICS else others
     logsumexp_ptr += (group * heads + head) * statistics
@@ -121,6 +129,16 @@ def gradient_kernel(
     columns = tile_index(BLOCK_N, WIDE)
     rows_end = owns - start_m
     row_valid = rows < rows_end
+    others_stop = others
+    if HAS_LENGTHS:
+        length = tl.load(lengths_ptr + group)
+        if OWN_STATISTICS:
+            others = length
+            others_stop = length
+        else:
+            # Gradients of keys past the length are written, and are zero.
+            rows_end = length - start_m
+            others_stop = others * (rows_end > 0).to(tl.int32)
 
     a0_columns, a0_valid = head_columns(own_stride_d, 0, HEAD_0, HEAD_DIM, WIDE)
     a0 = load_tile(own_ptr, rows, own_stride_t, a0_columns, rows_end, a0_valid, EVEN_OWNS, EVEN_HEAD_0)
@@ -189,7 +207,7 @@ def gradient_kernel(
         if FIRST:
             delta = tl.load(delta_ptr + start_m + rows, mask=row_valid, other=0.0)[:, None]
 
-    for start_n in range(0, others, BLOCK_N):
+    for start_n in range(0, others_stop, BLOCK_N):
         columns_end = others - start_n
         column_valid = columns < columns_end
         b_ptr = other_ptr + tl.cast(start_n, tl.int64) * other_stride_s
@@ -226,6 +244,8 @@ def gradient_kernel(
             shift = finite_or_zero(known)[None, :] * LOG2E
             if FIRST:
                 delta = tl.load(delta_ptr + start_n + columns, mask=column_valid, other=0.0)[None, :]
+            if HAS_LENGTHS:
+                scores = tl.where((rows < rows_end)[:, None], scores, float("-inf"))
         elif not EVEN_OTHERS:
             scores = tl.where(column_valid[None, :], scores, float("-inf"))
         probabilities = tl.exp2(scores - shift)
@@ -288,12 +308,17 @@ def prepare(
     scale: float,
     own_statistics: bool,
     config: Config,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> Launch:
-    """The launch of one chunk; both factors are already narrowed to its columns, ``bias`` is [G, H, T, S]."""
-    _, heads, owns, head_dim = own.shape
+    """The launch of one chunk; both factors are already narrowed to its columns, ``bias`` is [G, H, T, S].
+
+    ``gradient`` has a head for each query head, whichever of the others share some.
+    """
+    _, heads, owns, head_dim = gradient.shape
     others, value_dim = other.shape[2], own_factor.shape[3]
     head_pieces, column_pieces = split_width(head_dim), split_width(chunk.branches * value_dim)
     full_bias = own if bias is None else bias
+    table, whole = device_table(chunk.table, own.device), key_lengths is None
     return Launch(
         gradient_kernel,
         programs=-(-owns // config.block_m) * heads * len(chunk.table),
@@ -307,7 +332,8 @@ def prepare(
             "gradient_ptr": gradient,
             "logsumexp_ptr": logsumexp,
             "delta_ptr": delta,
-            "table_ptr": device_table(chunk.table, own.device),
+            "table_ptr": table,
+            "lengths_ptr": table if key_lengths is None else device_table((key_lengths,), own.device),
         },
         numbers={
             "scale": scale,
@@ -337,8 +363,8 @@ def prepare(
             "FIRST": chunk.first,
             "HAS_BIAS": bias is not None,
             "BIAS_VARIES": bias_varies(full_bias),
-            "EVEN_OWNS": owns % config.block_m == 0,
-            "EVEN_OTHERS": others % config.block_n == 0,
+            "EVEN_OWNS": owns % config.block_m == 0 and (whole or own_statistics),
+            "EVEN_OTHERS": others % config.block_n == 0 and (whole or not own_statistics),
             "WIDE": needs_wide_index(
                 (own, config.block_m),
                 (other, config.block_n),
@@ -350,5 +376,10 @@ def prepare(
             "PRECISION": product_precision(own.dtype),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
+            "HAS_LENGTHS": key_lengths is not None,
+            "HEADS_PER_OWN": heads // own.shape[1],
+            "HEADS_PER_OTHER": heads // other.shape[1],
+            "HEADS_PER_OWN_FACTOR": heads // own_factor.shape[1],
+            "HEADS_PER_OTHER_FACTOR": heads // other_factor.shape[1],
         },
     )

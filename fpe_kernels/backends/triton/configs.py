@@ -268,6 +268,13 @@ def for_length(config: Config, arch: str, itemsize: int, maps: int, rows: int) -
     return replace(config, block_m=config.block_m // 2, warps=config.warps // 2)
 
 
+def for_unrounded(config: Config, columns: int) -> Config:
+    """``config`` for an output in float32: its addresses take registers that wide accumulators leave to the scores."""
+    if sum(split_width(columns)) <= 160:
+        return config
+    return replace(config, block_n=min(config.block_n, 32 if config.block_m > 32 else 16))
+
+
 def length_class(tokens: int) -> int:
     """The entry of :data:`LENGTHS`, each four times the one before, that is nearest to ``tokens`` by ratio."""
     return next((length for length in LENGTHS if tokens <= 2 * length), LENGTHS[-1])

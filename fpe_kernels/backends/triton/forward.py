@@ -30,11 +30,12 @@ def apply(
     logsumexp: Tensor,
     known: bool,
     row_weight: Tensor | None = None,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> None:
     """Write ``row_weight ⊙ (A[map_index] @ value)`` to ``out`` and, unless it is known, the log-sum-exp."""
     logsumexp = logsumexp.contiguous() if known else logsumexp
     tensors = query, key, value, bias, out, logsumexp, row_weight
-    launch_all(plan, tensors, map_index, scale, known, configs.one_launch, configs.apply_config)
+    launch_all(plan, tensors, map_index, scale, known, configs.one_launch, configs.apply_config, key_lengths)
 
 
 def plan(
@@ -50,6 +51,7 @@ def plan(
     known: bool,
     one_launch: Callable[..., bool],
     apply_config: Callable[..., Config],
+    key_lengths: tuple[int, ...] | None = None,
 ) -> Iterator[Launch]:
     """The launches of :func:`apply`, by the two rules given."""
     if bias is not None:
@@ -64,7 +66,9 @@ def plan(
         config = apply_config(query, values, chunk, bias is not None, tf32)
         known_here = known or not chunk.first
         outs = columns_of(out, chunk)
-        plain = bias is None and row_weight is None
+        # What has fewer keys for some maps, or fewer heads of keys or values, is of the general kernel.
+        whole = key_lengths is None and query.shape[1] == key.shape[1] == value.shape[1]
+        plain = whole and bias is None and row_weight is None
         if config.gluon and plain and not hopper.refusal(query, key, values, chunk, scale, config):
             yield from hopper.launches(query, key, values, chunk, scale, outs, logsumexp, known_here, config)
             continue
@@ -76,6 +80,8 @@ def plan(
             config = configs.pointer_config(query, values, chunk, bias is not None, tf32)
         elif config.descriptors or (config.maxnreg and not plain):
             config = config.general()
+        if out.dtype != value.dtype:
+            config = configs.for_unrounded(config, chunk.branches * values.shape[3])
         whole_maps = all(set(rows[group]) == set(branches) for group, *branches in chunk.table)
         yield pointers.prepare(
             query,
@@ -90,4 +96,5 @@ def plan(
             row_weight,
             known_here or whole_maps,
             config,
+            key_lengths,
         )

@@ -28,8 +28,9 @@ def score_gradient(
     scale: float,
     grad_query: Tensor,
     grad_key: Tensor,
+    key_lengths: tuple[int, ...] | None = None,
 ) -> None:
-    """Write the gradients of query and key."""
+    """Write the gradients of query and key, the latter [G, H, M, D] with a head for each query head."""
     maps, heads, queries, _ = query.shape
     logsumexp, delta = logsumexp.contiguous(), delta.float().contiguous()
     bias_t = None
@@ -45,7 +46,7 @@ def score_gradient(
         several = any(not chunk.first for chunk in parts)
         total = torch.empty_like(gradient, dtype=torch.float32) if several else gradient
         tensors = own, other, own_factor, other_factor, own_bias, total, logsumexp, delta
-        launch_all(plan, tensors, map_index, scale, own_statistics, configs.gradient_config)
+        launch_all(plan, tensors, map_index, scale, own_statistics, configs.gradient_config, key_lengths)
         if several:
             gradient.copy_(total)
         for group in unreferenced(map_index, maps):
@@ -65,10 +66,14 @@ def plan(
     scale: float,
     own_statistics: bool,
     gradient_config: Callable[..., Config],
+    key_lengths: tuple[int, ...] | None = None,
 ) -> Iterator[Launch]:
     """The launches of one of the two gradients, by the rule given."""
     tf32 = product_precision(own.dtype) == "tf32"
     for chunk in chunks(map_index, own.shape[0], own_factor.shape[3], MAX_GRADIENT_COLUMNS):
         factors = columns_of(own_factor, chunk), columns_of(other_factor, chunk)
         config = gradient_config(own, other, factors[0], chunk, bias is not None, tf32)
-        yield prepare(own, other, *factors, bias, gradient, logsumexp, delta, chunk, scale, own_statistics, config)
+        statistics = logsumexp, delta
+        yield prepare(
+            own, other, *factors, bias, gradient, *statistics, chunk, scale, own_statistics, config, key_lengths
+        )

@@ -203,7 +203,7 @@ def bundle(branches: int, pieces: tuple[int, int]) -> int:
 def _pairs(out: Tensor) -> bool:
     """Whether two neighbours of a row, which a thread holds, can be written at once."""
     even = all(stride % 2 == 0 for stride in out.stride()[:3])
-    return even and out.stride(3) == 1 and out.shape[3] % 2 == 0 and out.data_ptr() % 4 == 0
+    return even and out.stride(3) == 1 and out.shape[3] % 2 == 0 and out.data_ptr() % (2 * out.element_size()) == 0
 
 
 @cache

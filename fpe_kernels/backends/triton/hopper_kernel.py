@@ -290,7 +290,7 @@ def _multiply(
     O_0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE_0, 16])
     O_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE_1, 16])
     PRODUCTS: gl.constexpr = BUNDLES * (2 if SPLIT else 1)
-    TYPE: gl.constexpr = out_ptr.dtype.element_ty
+    TYPE: gl.constexpr = v_0.dtype
     first_row = (tile * GROUPS + part) * ROWS
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, S))
     logsumexp_ptr += (gl.load(group_ptr).to(gl.int64) * heads + head) * queries + first_row
@@ -441,7 +441,7 @@ def hopper_kernel(
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    TYPE: gl.constexpr = out_ptr.dtype.element_ty
+    TYPE: gl.constexpr = query_0.dtype
     tiles = gl.cdiv(queries, GROUPS * ROWS)
     tile = gl.program_id(0) % tiles
     head = (gl.program_id(0) // tiles) % heads

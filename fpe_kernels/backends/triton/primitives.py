@@ -164,9 +164,51 @@ def branch_weight(weight_ptr, rows_ptr, branch, batch_stride, rows, row_stride, 
 
 
 @triton.jit
+def shares(first, second):
+    """Of log-sum-exps of two parts of a row's keys, each part's share of the row; zero for a part without keys."""
+    largest = finite_or_zero(tl.maximum(first, second))
+    first, second = tl.exp2((first - largest) * LOG2E), tl.exp2((second - largest) * LOG2E)
+    total = first + second
+    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    return first * inverse, second * inverse
+
+
+@triton.jit
 def weigh(accumulator, weight, branch, START: tl.constexpr, VALUE_DIM: tl.constexpr, BRANCHES: tl.constexpr):
     """``accumulator`` with the packed columns of ``branch`` times ``weight``, which has one number for each row."""
     if BRANCHES == 1:
         return accumulator * weight[:, None]
     owner = (START + tl.arange(0, accumulator.shape[1])) // VALUE_DIM
     return accumulator * tl.where((owner == branch)[None, :], weight[:, None], 1.0)
+
+
+@triton.jit
+def take_up(
+    accumulator,  # [BLOCK_M, WIDTH], normalised over the keys of this launch
+    logsumexp,  # over those
+    prior_rows,  # pointers to the rows of the other product, in batch row 0
+    prior_logsumexp_ptr,
+    rows_ptr,
+    statistics_stride_b,
+    rows,
+    row_valid,
+    stride_b,
+    stride_e,
+    START: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BRANCHES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A piece of the accumulators merged with the product over other keys, both normalised together."""
+    WIDTH: tl.constexpr = accumulator.shape[1]
+    columns, valid = packed_columns(
+        rows_ptr, stride_b, stride_e, START, WIDTH, VALUE_DIM, BRANCHES * VALUE_DIM, VECTOR, WIDE
+    )
+    prior = tl.load(prior_rows + columns[None, :], mask=row_valid[:, None] & valid[None, :], other=0.0)
+    for branch in range(BRANCHES):
+        known = branch_weight(prior_logsumexp_ptr, rows_ptr, branch, statistics_stride_b, rows, 1, row_valid)
+        own, other = shares(logsumexp, known)
+        accumulator = weigh(accumulator, own, branch, START, VALUE_DIM, BRANCHES)
+        prior = weigh(prior, other, branch, START, VALUE_DIM, BRANCHES)
+    return accumulator + prior

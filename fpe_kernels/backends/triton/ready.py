@@ -24,7 +24,7 @@ def ready_call(
         return None  # what is compiled there depends on more than layouts
     logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
     tensors = query, key, value, None, out, logsumexp, None
-    steps = plans.known(plan, tensors, map_index, scale, False, configs.one_launch, configs.apply_config)
+    steps = plans.known(plan, tensors, map_index, scale, False, configs.one_launch, configs.apply_config, None)
     described = {place for step in steps for _, place in step.boxes}
     return None if not steps or _LOGSUMEXP in described else ReadyProduct(query, out, steps)
 

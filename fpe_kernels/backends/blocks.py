@@ -1,0 +1,199 @@
+"""Blocks of attention maps: how maps are cut, the scores of a block, and who computes which.
+
+A block of scores is small enough to stay in a core's cache between the product that makes it, the exponential and the
+product that uses it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cpu_threads import Task, lane, share_out, threads_compute_alone
+
+LOG2E = 1.0 / math.log(2.0)
+LN2 = math.log(2.0)
+
+# Bytes of scores in one block. On a CPU two megabytes a thread stay in the caches, and products of a thousand keys run
+# at full speed; a GPU wants a block that fills it, and 64 MiB is still nothing beside the map.
+THREAD_BLOCK_BYTES = 2 << 20
+DEVICE_BLOCK_BYTES = 64 << 20
+KEY_BLOCK = 1024
+MIN_QUERY_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How one map is cut: some heads at a time, all their query blocks by all their key blocks."""
+
+    group: int
+    rows: tuple[int, ...]
+    heads: slice
+    queries: list[slice]
+    keys: list[slice]
+    key_heads: slice | list[int]  # those of the keys, where query heads share them
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of one map."""
+
+    group: int
+    heads: slice
+    queries: slice
+    keys: slice
+    key_heads: slice | list[int]
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cut(length: int, most: int) -> list[slice]:
+    """Equal parts of at most ``most``: no part is left so short that its products are slow."""
+    size = max(1, -(-length // max(1, -(-length // most))))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def shared_heads(heads: slice, repeats: int) -> slice | list[int]:
+    """The heads of keys or values for query ``heads`` of which ``repeats`` share one."""
+    return heads if repeats == 1 else [head // repeats for head in range(heads.start, heads.stop)]
+
+
+def lengths_of(key: Tensor, key_lengths: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The number of keys of every map."""
+    return (key.shape[2],) * key.shape[0] if key_lengths is None else key_lengths
+
+
+def cut_maps(
+    query: Tensor, key: Tensor, by_map: Sequence[tuple[int, ...]], lengths: tuple[int, ...]
+) -> Iterator[Blocks]:
+    """Yield the blocks of every map that has batch rows; a map of length 0 has no key blocks."""
+    _, heads, queries, _ = query.shape
+    itemsize = working_dtype(query.dtype).itemsize
+    repeats = heads // key.shape[1]
+    if query.device.type == "cpu":
+        # A block is computed by one thread. Where threads cannot be told to, heads side by side give each a product of
+        # its own; fewer heads than threads share one product.
+        threads = 1 if threads_compute_alone() else torch.get_num_threads()
+        together = min(heads, threads)
+        budget = min(threads * THREAD_BLOCK_BYTES, DEVICE_BLOCK_BYTES)
+    else:
+        together, budget = 1, DEVICE_BLOCK_BYTES
+    a_query = cut(max(lengths), KEY_BLOCK)[0].stop * itemsize if max(lengths) else itemsize
+    together = max(together, min(heads, budget // max(1, queries * a_query)))
+    query_blocks = cut(queries, max(MIN_QUERY_BLOCK, budget // (together * a_query)))
+    for group, rows in enumerate(by_map):
+        if rows:
+            keys = cut(lengths[group], KEY_BLOCK)
+            for part in cut(heads, together):
+                yield Blocks(group, rows, part, query_blocks, keys, shared_heads(part, repeats))
+
+
+def pack(tensor: Tensor, rows: tuple[int, ...], heads: slice, repeats: int, dtype: torch.dtype) -> Tensor:
+    """[B, H, L, E] -> [heads, L, len(rows)·E]: the columns of all ``rows`` side by side."""
+    own = shared_heads(heads, repeats)
+    if len(rows) == 1:
+        return tensor[rows[0], own].to(dtype)
+    return torch.cat([tensor[row, own] for row in rows], dim=-1).to(dtype)
+
+
+class Buffers:
+    """A thread's memory for the scores of its block, kept from block to block of a call."""
+
+    def __init__(self) -> None:
+        self._of_lane: dict[int, Tensor] = {}
+
+    def view(self, shape: tuple[int, int, int], like: Tensor) -> Tensor:
+        """Uninitialised memory of the calling thread."""
+        size, place = math.prod(shape), lane()
+        buffer = self._of_lane.get(place)
+        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype:
+            buffer = self._of_lane[place] = like.new_empty(size)
+        return buffer[:size].view(shape)
+
+
+class Scores:
+    """The scores of blocks of one map and head range, in units of log 2, in the buffer of the thread that asks."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        blocks: Blocks,
+        buffers: Buffers | None = None,
+    ) -> None:
+        group, heads = blocks.group, blocks.heads
+        self.dtype = working_dtype(query.dtype)
+        self.query = query[group, heads]
+        self.scale = scale * LOG2E
+        # [heads, D, M]: a view, where nothing has to be widened.
+        self.key = key[group, blocks.key_heads].to(self.dtype).transpose(1, 2)
+        self.bias = None if bias is None else bias.expand(*query.shape[:3], key.shape[2])[group, heads]
+        self.buffers = buffers or Buffers()
+
+    def __call__(self, queries: slice, keys: slice) -> Tensor:
+        block = self.query[:, queries].to(self.dtype)
+        shape = (block.shape[0], block.shape[1], keys.stop - keys.start)
+        scores = self.buffers.view(shape, block)
+        # β = 0 leaves out what the buffer held, even where that is not finite.
+        torch.baddbmm(scores, block, self.key[:, :, keys], beta=0, alpha=self.scale, out=scores)
+        return scores if self.bias is None else scores.add_(self.bias[:, queries, keys], alpha=LOG2E)
+
+    def probabilities(self, queries: slice, keys: slice, logsumexp: Tensor) -> Tensor:
+        """exp(scores − logsumexp), with rows that are masked throughout at zero."""
+        known = logsumexp.masked_fill(logsumexp.isneginf(), 0.0).mul_(LOG2E)
+        return self(queries, keys).sub_(known.unsqueeze(-1)).exp2_()
+
+
+Operands = tuple[Scores, Tensor]
+"""The scores of a map and head range, and the packed columns [heads, L, E of all rows] that they multiply."""
+
+
+def operands(
+    query: Tensor,
+    key: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    blocks: Blocks,
+    buffers: Buffers,
+) -> Operands:
+    scores_of = Scores(query, key, bias, scale, blocks, buffers)
+    return scores_of, pack(packed, blocks.rows, blocks.heads, query.shape[1] // packed.shape[1], scores_of.dtype)
+
+
+class Part:
+    """What the blocks of one map and head range share: made for the first of them, dropped after the last."""
+
+    def __init__(self, make: Callable[[], Operands], blocks: int) -> None:
+        self._make, self._left, self._lock = make, blocks, threading.Lock()
+        self._made: Operands | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[Operands]:
+        """The operands, for one of the blocks."""
+        with self._lock:
+            self._made = made = self._made or self._make()
+        yield made
+        with self._lock:
+            self._left -= 1
+            if self._left == 0:
+                self._made = None
+
+
+def compute(tasks: list[Task], query: Tensor) -> None:
+    """All tasks of a call: on a CPU by threads that take them as they come free."""
+    if query.device.type == "cpu":
+        share_out(tasks)
+        return
+    for task in tasks:
+        task()

@@ -1,0 +1,133 @@
+"""Threads that take whole blocks: each computes alone, nobody else's settings change, and errors come back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from fpe_kernels import AttentionMap, shared_attention
+from fpe_kernels.backends import cpu_threads
+from fpe_kernels.testing import make_case
+
+
+def in_two_threads(code: str) -> str:
+    """The output of a process with two threads, whatever the tests themselves have."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_thread_inside_computes_alone_and_others_keep_their_number() -> None:
+    out = in_two_threads(
+        "import torch, threading\n"
+        "from fpe_kernels.backends import cpu_threads\n"
+        "seen = []\n"
+        "def task():\n"
+        "    seen.append((torch.get_num_threads(), threading.get_ident(), cpu_threads.lane()))\n"
+        "    torch.mm(torch.randn(300, 300), torch.randn(300, 300))\n"
+        "cpu_threads.share_out([task] * 200)\n"
+        "later = []\n"
+        "thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))\n"
+        "thread.start(); thread.join()\n"
+        "print(cpu_threads.threads_compute_alone(), {n for n, _, _ in seen}, len(seen), torch.get_num_threads(), later)\n"
+    )
+    assert out.split(" ", 1)[0] in ("True", "False")
+    if out.startswith("True"):
+        assert out == "True {1} 200 2 [2]\n"
+    else:  # a PyTorch whose libraries cannot be asked
+        assert out == "False {2} 200 2 [2]\n"
+
+
+def test_what_a_task_raises_comes_back_and_the_next_call_works(two_threads) -> None:
+    def fail() -> None:
+        raise ValueError("no such block")
+
+    done: list[int] = []
+    with pytest.raises(ValueError, match="no such block"):
+        cpu_threads.share_out([fail, *[lambda: done.append(1)] * 50])
+    cpu_threads.share_out([lambda: done.append(2)] * 3)
+    assert done.count(2) == 3
+
+
+def test_the_same_call_gives_the_same_bits_whichever_thread_takes_a_block() -> None:
+    alone = "from fpe_kernels.backends import cpu_threads; print(cpu_threads.threads_compute_alone())"
+    if in_two_threads(alone) != "True\n":
+        pytest.skip("this PyTorch does not let threads compute alone")
+    code = (
+        "import torch; from fpe_kernels import shared_attention; from fpe_kernels.testing import make_case\n"
+        "case = make_case(map_index=(0, 0), heads=3, queries=700, keys=1100, head_dim=40)\n"
+        "out = [shared_attention(case.query, case.key, case.value, (0, 0), backend='torch') for _ in range(3)]\n"
+        "print(all(torch.equal(out[0], other) for other in out))"
+    )
+    assert in_two_threads(code) == "True\n"
+
+
+def test_inference_mode_and_leaves_that_want_gradients(two_threads) -> None:
+    case = make_case(map_index=(0, 0), heads=4, queries=600, keys=600, head_dim=40)
+    with torch.inference_mode():
+        out = shared_attention(case.query.clone(), case.key.clone(), case.value.clone(), (0, 0), backend="torch")
+        assert out.is_inference()
+    leaves = [tensor.detach().requires_grad_() for tensor in (case.query, case.key, case.value)]
+    shared_attention(leaves[0], leaves[1], leaves[2], (0, 0), backend="torch").sum().backward()
+    assert all(leaf.grad is not None and not leaf.grad.requires_grad for leaf in leaves)
+    torch.testing.assert_close(out, torch.softmax(case.factor * case.query @ case.key.mT, -1) @ case.value)
+
+
+def test_several_callers_at_the_same_time(two_threads) -> None:
+    case = make_case(map_index=(0, 0), heads=4, queries=600, keys=600, head_dim=40)
+    expected = shared_attention(case.query, case.key, case.value, (0, 0), backend="torch")
+    found: list[torch.Tensor] = []
+
+    def call() -> None:
+        found.append(shared_attention(case.query, case.key, case.value, (0, 0), backend="torch"))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    for out in found:
+        torch.testing.assert_close(out, expected)
+
+
+def test_a_profiler_sees_the_memory_of_every_lane(two_threads) -> None:
+    from benchmarks.memory import peak_bytes
+
+    case = make_case(map_index=(0, 0), heads=4, queries=1024, keys=1024, head_dim=40)
+    operator = AttentionMap(case.query, case.key, backend="torch")
+    peak = peak_bytes(lambda: operator @ (case.value[:1], case.value[1:]))
+    block = 512 * 1024 * 4  # bytes of scores that a thread holds
+    if cpu_threads.threads_compute_alone():
+        assert peak > 2 * block
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    out = in_two_threads(
+        "import os, torch\n"
+        "from fpe_kernels import shared_attention\n"
+        "from fpe_kernels.testing import make_case\n"
+        "case = make_case(map_index=(0, 0), heads=4, queries=600, keys=600, head_dim=40)\n"
+        "call = lambda: shared_attention(case.query, case.key, case.value, (0, 0), backend='torch')\n"
+        "call()\n"
+        "torch.set_num_threads(1)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    call(); os._exit(0)\n"
+        "print(os.waitpid(child, 0)[1])\n"
+    )
+    assert out == "0\n"
