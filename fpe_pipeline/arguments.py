@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from .inversion import Inversion
 
 __all__ = [
     "check_inversion_options",
-    "check_prompts",
     "check_size",
     "chosen_edit",
     "image_size",
@@ -72,22 +70,6 @@ def chosen_edit(edit: Edit | None, self_replace_steps: Any, levels: Any, max_tok
     if self_replace_steps != 0.8 or any(value is not None for value in given.values()):
         raise ValueError("self_replace_steps, levels, max_tokens and layers belong to the edit; pass them to it")
     return edit
-
-
-def check_prompts(edit: Edit, prompts: Sequence[str]) -> None:
-    """Raise ValueError for an edit that is written for other prompts than these.
-
-    Args:
-        edit: any.
-        prompts: those of the call, the source's first; the source's alone where its targets are not known yet.
-    """
-    written = edit.written_for()
-    begins_so = all(own == given for own, given in zip(written, prompts, strict=False))
-    if not begins_so or (len(written) > 1 and len(prompts) not in (1, len(written))):
-        raise ValueError(
-            f"{type(edit).__name__} is written for the prompts {list(written)}, received {list(prompts)}: write it "
-            "for the source and the targets of the call, in their order"
-        )
 
 
 def check_size(height: int, width: int, factor: int) -> None:

@@ -21,7 +21,6 @@ from . import inversion as inversions
 from . import recorded_runs
 from .arguments import (
     check_inversion_options,
-    check_prompts,
     check_size,
     chosen_edit,
     image_size,
@@ -30,6 +29,8 @@ from .arguments import (
 )
 from .checks import check_guidance, check_positive
 from .edits import Edit
+from .edits.base import check_prompts
+from .encoding import encoding_tokenizer
 from .hooks import FollowInversion
 from .inversion import Inversion
 from .noise import row_generators, shared_latents
@@ -37,6 +38,7 @@ from .output import FreePromptPipelineOutput
 from .requirements import check_model
 from .session import EditingSession, editing
 from .step_end import Call, DropSource, FollowEmbeddings, StepEnd, Task, check_source_can_be_dropped
+from .words import short_form
 
 __all__ = ["FreePromptPipeline", "FreePromptPipelineOutput"]
 
@@ -159,7 +161,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         count = len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]
         edit = chosen_edit(edit, self_replace_steps, levels, max_tokens, layers)
         if prompts:
-            check_prompts(edit, prompts)
+            check_prompts(edit, prompts, encoding_tokenizer(self))
         check_positive(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
         check_guidance(guidance_scale)
         if not keep_source:
@@ -264,6 +266,12 @@ class FreePromptPipeline(StableDiffusionPipeline):
         """The parent's checks, with the size measured against this autoencoder rather than against 8 pixels."""
         check_size(height, width, self.vae_scale_factor)
         super().check_inputs(prompt, 8, 8, *args, **kwargs)
+
+    def maybe_convert_prompt(self, prompt: Any, tokenizer: Any) -> Any:
+        """Tokens of several vectors written out, as diffusers does, and once where the caller did it already."""
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        converted = super().maybe_convert_prompt([short_form(text, tokenizer) for text in texts], tokenizer)
+        return converted[0] if isinstance(prompt, str) else converted
 
     def prepare_latents(
         self,

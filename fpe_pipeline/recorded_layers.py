@@ -12,6 +12,7 @@ import torch
 from fpe_kernels import AttentionMap
 
 from .edits import Edit
+from .encoding import Encoding
 from .evaluation import Rows
 from .map_store import MapStore
 from .orders import Order
@@ -220,6 +221,9 @@ class Replay(EditingSession):
             return latents
         source = self._latents[self._step.index + 1].to(latents)
         return super().after_step(torch.cat([latents, source]))[: latents.shape[0]]
+
+    def _encoded(self, encoding: Encoding) -> None:
+        """The call encodes the targets alone; the edit was written for the source as well, and checked before."""
 
     def _before_unet(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._device = (args[0] if args else kwargs["sample"]).device

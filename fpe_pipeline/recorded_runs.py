@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .arguments import check_inversion_options, check_prompts, chosen_edit, image_size
+from .arguments import check_inversion_options, chosen_edit, image_size
 from .checks import check_guidance, check_positive
 from .edits import Edit, FreePromptEdit
+from .edits.base import check_prompts
 from .file_store import FileStore
 from .fingerprint import fingerprint
 from .inversion import Inversion
@@ -120,7 +121,7 @@ def record(
         raise ValueError("expected an edit to record for, or several, received none: leave edit out for its default")
     edits = [chosen_edit(one, self_replace_steps, levels, max_tokens, layers) for one in given]
     for one in edits:
-        check_prompts(one, [prompt])
+        check_prompts(one, [prompt], pipe.tokenizer)
     steps = 50 if num_inference_steps is None else num_inference_steps
     check_positive(num_inference_steps=steps)
     _check_placement(placement)
@@ -251,7 +252,7 @@ def edit(
     chosen = _recorded_edit(recording, self_replace_steps) if edit is None else edit
     if edit is not None and self_replace_steps is not None:
         raise ValueError("self_replace_steps belongs to the edit; pass it there")
-    check_prompts(chosen, [recording.prompt, *targets])
+    check_prompts(chosen, [recording.prompt, *targets], pipe.tokenizer)
     noise = recording.latents[0]
     guided = _is_guided(pipe, recording.guidance_scale)
     replay = Replay(pipe, chosen, recording.store, recording.latents, len(targets), guided, backend)

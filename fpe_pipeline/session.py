@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 import fpe_kernels
 
 from .edits import Edit
+from .edits.base import check_prompts
+from .encoding import Encoding, EncodingHook, encoding_tokenizer
 from .hooks import FeatureHooks, SchedulerHook
 from .layers import LayerProcessors
 from .orders import Order, make_orders
@@ -23,7 +26,7 @@ from .report import EditReport
 from .roles import BatchRoles
 from .schedule import Step, locate_step
 from .sites import Site, attention_sites
-from .unets import identity, is_guided, pipe_and_unet
+from .unets import check_images, identity, is_guided, pipe_and_unet
 from .watching import Watcher
 
 __all__ = ["EditingSession", "editing", "session_of", "unedited"]
@@ -45,7 +48,7 @@ class EditingSession:
         pipe: a diffusers pipeline with a ``unet``; or a UNet alone, whose steps are then set with
             ``session.step(index, total)`` and whose guidance is given by ``classifier_free_guidance``.
         edit: what to do, such as :class:`FreePromptEdit`.
-        images_per_prompt: the pipeline call's ``num_images_per_prompt``.
+        images_per_prompt: the pipeline call's ``num_images_per_prompt``. Default: read from the call.
         source_of: for each prompt, the index of its source prompt. Default: prompt 0 is the source of all.
         classifier_free_guidance: whether UNet batches hold an unconditional half. Default: asked of the pipeline
             at each call.
@@ -55,7 +58,8 @@ class EditingSession:
 
     Raises:
         TypeError: there is no UNet.
-        ValueError: the edit matches no layer, the backend is unknown, or arguments exclude each other.
+        ValueError: the edit matches no layer, the backend is unknown, arguments exclude each other, or a pipeline
+            that makes videos or panoramas; in a call, one that encodes other prompts or images than its batch holds.
         RuntimeError: the UNet is in another session, or the backend cannot run here.
     """
 
@@ -69,7 +73,7 @@ class EditingSession:
         pipe: Any,
         edit: Edit,
         *,
-        images_per_prompt: int = 1,
+        images_per_prompt: int | None = None,
         source_of: Sequence[int] | None = None,
         classifier_free_guidance: bool | None = None,
         roles: BatchRoles | None = None,
@@ -81,7 +85,8 @@ class EditingSession:
         self.backend = backend
         if not isinstance(edit, Edit):
             raise TypeError(f"expected an Edit, such as FreePromptEdit(), got {type(edit).__name__}")
-        if roles is not None and (images_per_prompt, source_of, classifier_free_guidance) != (1, None, None):
+        check_images(self.pipe, self.unet)
+        if roles is not None and (images_per_prompt, source_of, classifier_free_guidance) != (None, None, None):
             raise ValueError("roles= is the whole layout: leave out images_per_prompt, source_of and guidance")
         self._roles = roles
         self._images_per_prompt = images_per_prompt
@@ -96,6 +101,8 @@ class EditingSession:
         self._layers = LayerProcessors(self.unet)
         self._selected: dict[tuple[int, int, int], tuple[Site, ...]] = {}
         self._hooks: list[Any] = []
+        self._encoding = Encoding()
+        self._encoding_hook: EncodingHook | None = None
         self._features: FeatureHooks | None = None
         self._scheduler_hook: SchedulerHook | None = None
         self._current_roles: BatchRoles | None = None
@@ -127,6 +134,7 @@ class EditingSession:
         self._step = self._step_before_pause = None
         self._report = EditReport(sites=self.sites)
         self._selected = {}
+        self._encoding = Encoding()
         self._running = self.edit.begin()
         self._around = around
         if around is not None:
@@ -161,6 +169,8 @@ class EditingSession:
             self.unet.register_forward_pre_hook(torch.compiler.disable(self._before_unet), with_kwargs=True)
         )
         self._hooks.append(self.unet.register_forward_hook(torch.compiler.disable(self._after_unet)))
+        if self.pipe is not None:
+            self._encoding_hook = EncodingHook(self.pipe, self._encoded)
         for watcher in watchers:
             self.watch(watcher)
 
@@ -200,6 +210,9 @@ class EditingSession:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._encoding_hook is not None:
+            self._encoding_hook.remove()
+            self._encoding_hook = None
         if self._features is not None:
             self._features.remove()
         if self._scheduler_hook is not None:
@@ -258,6 +271,27 @@ class EditingSession:
     def explain(self) -> str:
         """What was done to which layer at which step, what was left out and why, and the memory of it."""
         return self._report.explain()
+
+    # Pipeline calls
+
+    def _encoded(self, encoding: Encoding) -> None:
+        """The pipeline has encoded its prompts: a run begins, with these prompts and with this layout."""
+        if self._paused:
+            return
+        self._encoding, self._is_new_run = encoding, True
+        if encoding.prompts is not None:
+            check_prompts(self._running, encoding.prompts, encoding_tokenizer(self.pipe))
+        running = self._running.encoded(encoding)
+        if running is not self._running:
+            self._selected = {key: sites for key, sites in self._selected.items() if key[0] != id(self._running)}
+            self._running = running
+        for watcher in self._watchers:
+            watcher.encoded(encoding)
+
+    def source_dropped(self) -> None:
+        """The rows of the source have left the batch, for the rest of this run."""
+        if self._encoding.count is not None:
+            self._encoding = replace(self._encoding, count=self._encoding.count - 1, dropped=1)
 
     # UNet calls
 
@@ -330,15 +364,18 @@ class EditingSession:
 
     def _read_roles(self, rows: int) -> BatchRoles:
         if self._roles is not None:
-            if self._roles.rows != rows:
-                raise ValueError(f"roles= describes a batch of {self._roles.rows} rows; the UNet received {rows}")
-            return self._roles
-        return BatchRoles.from_batch(
-            rows,
-            classifier_free_guidance=is_guided(self.pipe) if self._guidance is None else self._guidance,
-            images_per_prompt=self._images_per_prompt,
-            source_of=self._source_of,
+            return _as_given(self._roles, rows, self.pipe)
+        encoding = self._encoding
+        guided = is_guided(self.pipe, encoding.guided) if self._guidance is None else self._guidance
+        images = self._images_per_prompt or encoding.images or 1
+        if encoding.count is not None and encoding.images is not None:
+            _check_batch(rows, guided, images, encoding)
+        roles = BatchRoles.from_batch(
+            rows, classifier_free_guidance=guided, images_per_prompt=images, source_of=self._source_of
         )
+        if not encoding.dropped:
+            return roles
+        return replace(roles, prompts=tuple(prompt + encoding.dropped for prompt in roles.prompts))
 
 
 #: How a session is begun, in words: ``with editing(pipe, edit):``.
@@ -364,3 +401,28 @@ def _check_backend(backend: str) -> None:
         raise ValueError(f'unknown backend {backend!r}: expected "auto" or one of {sorted(known)}')
     if known[backend] != "available":
         raise RuntimeError(f"backend {backend!r} cannot run here: {known[backend]}")
+
+
+def _as_given(roles: BatchRoles, rows: int, pipe: Any) -> BatchRoles:
+    """``roles=`` for a batch of so many rows; their conditional half where the pipeline's guidance has ended."""
+    if roles.rows == rows:
+        return roles
+    if not getattr(pipe, "do_classifier_free_guidance", True) and roles.without_guidance().rows == rows:
+        return roles.without_guidance()
+    raise ValueError(f"roles= describes a batch of {roles.rows} rows; the UNet received {rows}")
+
+
+def _check_batch(rows: int, guided: bool, images: int, encoding: Encoding) -> None:
+    """Raise ValueError for a batch that is not made of what was encoded."""
+    if images != encoding.images:
+        raise ValueError(
+            f"images_per_prompt={images} was said of a pipeline call with num_images_per_prompt={encoding.images}: "
+            "leave it out, it is read from the call"
+        )
+    expected = (1 + guided) * images * (encoding.count or 0)
+    if rows != expected:
+        raise ValueError(
+            f"the pipeline encodes {encoding.count} prompts with {images} images each, which with guidance "
+            f"{'on' if guided else 'off'} is a batch of {expected} rows; the UNet received {rows}: describe this "
+            "batch with roles=, or encode what does not belong to the run in `with session.paused():`"
+        )

@@ -15,6 +15,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from .edits import Edit
 from .schedule import Step
+from .session import session_of
 
 __all__ = [
     "Call",
@@ -108,6 +109,9 @@ class DropSource:
             setattr(pipe.scheduler, name, _without_rows(value, rows, first))
         del self._call.generators[:first]
         self._call.source_dropped = True
+        session = session_of(pipe)
+        if session is not None:
+            session.source_dropped()
 
 
 def check_source_can_be_dropped(pipe: Any, prompts: int, options: dict[str, Any]) -> None:

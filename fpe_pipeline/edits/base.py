@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..encoding import Encoding
 from ..products import Product
 from ..roles import BatchRoles
 from ..schedule import Step
 from ..selection import LayerSelection
 from ..sites import Site
 from ..watching import Watcher
+from ..words import short_form
 
-__all__ = ["CombinedEdit", "Edit", "SelfAttentionEdit"]
+__all__ = ["CombinedEdit", "Edit", "SelfAttentionEdit", "check_prompts"]
 
 Products = Mapping[int, Product | Sequence[Product]]
 
@@ -46,6 +49,10 @@ class Edit(ABC):
     def begin(self) -> Edit:
         """What a session asks for the length of its ``with`` block: an edit that remembers anything of a run
         gives an object of its own, so that the edit itself stays a description."""
+        return self
+
+    def encoded(self, encoding: Encoding) -> Edit:
+        """The edit for what the pipeline encodes, asked once a pipeline call; one that knows words places them here."""
         return self
 
     def watchers(self) -> tuple[Watcher, ...]:
@@ -134,6 +141,10 @@ class CombinedEdit(Edit):
     def begin(self) -> Edit:
         return _RunningCombination(tuple(edit.begin() for edit in self.edits))
 
+    def encoded(self, encoding: Encoding) -> Edit:
+        edits = tuple(edit.encoded(encoding) for edit in self.edits)
+        return self if all(map(operator.is_, edits, self.edits)) else replace(self, edits=edits)
+
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         return self.begin().select(sites)
 
@@ -202,3 +213,21 @@ def _merged(edits: Iterable[Edit], site: Site, step: Step, roles: BatchRoles) ->
                 )
             out[row], said[row] = given, edit
     return out
+
+
+def check_prompts(edit: Edit, prompts: Sequence[str], tokenizer: Any = None) -> None:
+    """Raise ValueError for an edit that is written for other prompts than these.
+
+    Args:
+        edit: any.
+        prompts: those of the call, the source's first; the source's alone where its targets are not known yet.
+        tokenizer: the pipeline's, which knows the tokens of several vectors.
+    """
+    written = edit.written_for()
+    given = [short_form(prompt, tokenizer) for prompt in prompts] if written else []
+    begins_so = all(own == other for own, other in zip(written, given, strict=False))
+    if not begins_so or (len(written) > 1 and len(prompts) not in (1, len(written))):
+        raise ValueError(
+            f"{type(edit).__name__} is written for the prompts {list(written)}, received {list(prompts)}: write it "
+            "for the source and the targets of the call, in their order"
+        )

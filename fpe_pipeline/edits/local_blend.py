@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from ..encoding import Encoding
 from ..products import Product
 from ..roles import BatchRoles
 from ..schedule import Step
 from ..selection import whole_numbers
 from ..sites import Site
 from ..watching import HeatCollector, Watcher
+from ..words import TokenizedPrompt
 from .base import Edit
 from .masks import _unit, blended_sites
 from .prompt_to_prompt import tokenize_prompts
@@ -64,10 +66,7 @@ class LocalBlend(Edit):
             "threshold": _unit(self.threshold, "threshold"),
             "start": _unit(self.start, "start"),
             "levels": None if self.levels is None else whole_numbers("levels", self.levels),
-            "_tokens": tuple(
-                tuple(sorted({token for word in entry for token in prompt.find(word)}))
-                for prompt, entry in zip(prompts, words, strict=True)
-            ),
+            "_tokens": tuple(_tokens_of(prompt, entry) for prompt, entry in zip(prompts, words, strict=True)),
             "_length": prompts[0].length,
         }
         for name, value in values.items():
@@ -95,6 +94,13 @@ class _Blend(HeatCollector):
         )
         self._edit = edit
 
+    def encoded(self, encoding: Encoding) -> None:
+        edit = self._edit
+        if encoding.prompts is not None:
+            prompts = encoding.placed(tokenize_prompts(edit.prompts, edit.tokenizer))
+            tokens = [[_tokens_of(prompt, words)] for prompt, words in zip(prompts, edit.words, strict=True)]
+            self.watch_tokens(tokens, prompts[0].length)
+
     def blend(self, latents: torch.Tensor, step: Step, roles: BatchRoles) -> torch.Tensor:
         if step.index < int(step.total * self._edit.start):
             return latents
@@ -103,18 +109,24 @@ class _Blend(HeatCollector):
             raise ValueError(
                 f"a local blend needs latents for each of the batch's {len(rows)} images, got {latents.shape[0]} rows"
             )
-        masks = {row: self._mask(row, latents) for row in self.rows}
+        masks = {row: self._mask(roles.image_of(row), latents) for row in rows}
         out = latents.clone()
         for source, target in roles.pairs():
-            if source in masks and target in masks:
-                mask, here, there = masks[source] | masks[target], rows.index(target), rows.index(source)
+            of_source, of_target = masks[source], masks[target]
+            if of_source is not None and of_target is not None:
+                mask, here, there = of_source | of_target, rows.index(target), rows.index(source)
                 out[here] = torch.where(mask, latents[here], latents[there])
         return out
 
-    def _mask(self, row: int, latents: torch.Tensor) -> torch.Tensor:
-        """[1, h, w]: where the words are, at the latents' resolution."""
-        heat = self.heat(row)
-        assert heat is not None
+    def _mask(self, image: tuple[int, int], latents: torch.Tensor) -> torch.Tensor | None:
+        """[1, h, w]: where the words are, at the latents' resolution; None where nothing was read of an image."""
+        heat = self.heat(image)
+        if heat is None:
+            return None
         heat = torch.nn.functional.max_pool2d(heat[None], 3, stride=1, padding=1)
         heat = torch.nn.functional.interpolate(heat, size=latents.shape[-2:])[0]
         return heat / heat.amax() > self._edit.threshold
+
+
+def _tokens_of(prompt: TokenizedPrompt, words: Sequence[str]) -> tuple[int, ...]:
+    return tuple(sorted({token for word in words for token in prompt.find(word)}))

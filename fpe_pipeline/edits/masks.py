@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..alignment import tokenize
+from ..encoding import Encoding
 from ..images import load_image
 from ..roles import BatchRoles
 from ..schedule import Step, StepWindow
 from ..selection import LayerSelection, whole_numbers
 from ..sites import Site
 from ..watching import HeatCollector, resize_maps
+from ..words import tokenize
 
 __all__ = ["MaskImage", "Strength", "WordMask", "blended_sites"]
 
@@ -174,15 +175,12 @@ class RunningWordMask:
 
     def __init__(self, mask: WordMask) -> None:
         self._mask = mask
-        tokenized = tokenize(mask.prompt, mask.tokenizer)
-        self.collector = _SourceHeat(
-            tokenized.find(mask.word), tokenized.length, lambda sites: blended_sites(sites, mask.levels)
-        )
+        self.collector = _SourceHeat(mask)
 
     def weights(self, site: Site, roles: BatchRoles, source: int) -> torch.Tensor:
         """[N], for the tokens of a site."""
         assert site.grid is not None
-        heat = self.collector.heat(source)
+        heat = self.collector.heat(roles.image_of(source))
         if heat is None:
             return torch.ones(site.grid[0] * site.grid[1], dtype=torch.float64)
         share = heat / heat.amax().clamp_min(torch.finfo(heat.dtype).tiny)
@@ -199,8 +197,17 @@ class RunningWordMask:
 class _SourceHeat(HeatCollector):
     """Heat of one word in every source row."""
 
-    def __init__(self, tokens: Sequence[int], length: int, selection: Any) -> None:
-        super().__init__([[tokens]], length, selection)
+    def __init__(self, mask: WordMask) -> None:
+        self._mask, self._prompt = mask, tokenize(mask.prompt, mask.tokenizer)
+        tokens = self._prompt.find(mask.word)
+        super().__init__([[tokens]], self._prompt.length, lambda sites: blended_sites(sites, mask.levels))
+
+    def encoded(self, encoding: Encoding) -> None:
+        if encoding.prompts is not None:
+            prompts = [tokenize(prompt, self._mask.tokenizer) for prompt in encoding.prompts]
+            source = encoding.placed(prompts)[0]
+            if source.text == self._prompt.text:
+                self.watch_tokens([[source.find(self._mask.word)]], source.length)
 
     def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
         (column,) = self._columns

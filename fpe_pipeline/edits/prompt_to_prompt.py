@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from numbers import Real
 from typing import Any, Literal
 
 import torch
 
-from ..alignment import Alignment, TokenizedPrompt, align_refine, align_replace, tokenize
+from ..alignment import Alignment, align_refine, align_replace
+from ..encoding import Encoding
 from ..products import Product
 from ..roles import BatchRoles
 from ..schedule import Step, StepWindow
 from ..selection import LayerSelection
 from ..sites import Site
+from ..words import TokenizedPrompt, tokenize
 from .base import SelfAttentionEdit
 
 __all__ = ["PromptToPromptEdit", "tokenize_prompts"]
@@ -91,9 +93,26 @@ class PromptToPromptEdit(SelfAttentionEdit):
                 raise ValueError(
                     f"the word {word!r} is in none of the target prompts {[target.text for target in targets.values()]}"
                 )
-        for number, target in targets.items():
-            alignment = _ALIGN[self.align](prompts[sources[number]], target, self.compat)
-            self._targets[number] = _Target(target, alignment, self.cross_replace_steps, dict(self.weights))
+        self._align(prompts)
+
+    def _align(self, prompts: Sequence[TokenizedPrompt]) -> None:
+        for number, source in enumerate(self._sources):
+            if source != number:
+                alignment = _ALIGN[self.align](prompts[source], prompts[number], self.compat)
+                self._targets[number] = _Target(
+                    prompts[number], alignment, self.cross_replace_steps, dict(self.weights)
+                )
+
+    def encoded(self, encoding: Encoding) -> PromptToPromptEdit:
+        if encoding.prompts is None:
+            return self
+        known = tokenize_prompts(self.prompts, self.tokenizer)
+        placed = encoding.placed(known)
+        if placed == tuple(known):
+            return self
+        moved = replace(self)
+        moved._align(placed)
+        return moved
 
     def active(self, step: Step) -> bool:
         return step in self._window or any(any(target.replaced(step)) for target in self._targets.values())
