@@ -6,7 +6,11 @@ import math
 from numbers import Real
 from typing import Any
 
-__all__ = ["check_guidance", "check_positive"]
+__all__ = ["EditWarning", "check_guidance", "check_positive"]
+
+
+class EditWarning(RuntimeWarning):
+    """Something was asked for that had no effect, or will hardly give what was meant."""
 
 
 def check_positive(**numbers: Any) -> None:

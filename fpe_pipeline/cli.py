@@ -7,15 +7,18 @@ Exit codes: 0 done, 1 failed while running, 2 the request cannot be served as it
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .checks import EditWarning
 from .loading import DTYPES, InputError
 from .settings import INVERSIONS, Settings
 
@@ -66,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leave:  # argparse has already written its help or its error
         return leave.code if isinstance(leave.code, int) else 2
     try:
-        return options.run(options) or 0
+        with _warnings_in_one_line():
+            return options.run(options) or 0
     except KeyboardInterrupt:
         print("fpe: interrupted", file=sys.stderr)
         return 130
@@ -78,6 +82,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"fpe: error: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Warnings of this package as errors are written: one line each, without the place in the code."""
+    show = warnings.showwarning
+
+    def say(message: Any, category: type[Warning], *where: Any, **options: Any) -> None:
+        if issubclass(category, EditWarning):
+            _say(f"warning: {' '.join(str(message).split())}")
+        else:
+            show(message, category, *where, **options)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = say
+        warnings.simplefilter("default", EditWarning)
+        yield
 
 
 def _parser(arguments: Sequence[str]) -> Parser:

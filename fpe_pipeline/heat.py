@@ -14,6 +14,7 @@ from PIL import Image
 from fpe_kernels import LinearMap
 
 from .edits import Edit
+from .edits.base import Windows
 from .encoding import Encoding, encoding_tokenizer
 from .heat_views import overlay, principal_components
 from .products import Product
@@ -155,6 +156,9 @@ class _Unedited(Edit):
 
     def active(self, step: Step) -> bool:
         return False
+
+    def windows(self) -> Windows:
+        return ()
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
         return {}

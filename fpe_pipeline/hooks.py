@@ -116,7 +116,7 @@ class FollowInversion:
         self._hook.remove(expected=False)
 
     def _follow(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
-        reference = self._inversion.reference(locate_step(self._scheduler, timestep).index)
+        reference = self._inversion.reference(locate_step(self._scheduler, timestep).call)
         if reference is None or self._call.source_dropped:
             return latents
         rows = self._call.images_per_prompt

@@ -25,7 +25,7 @@ from .recorded_layers import Capture, Replay
 from .recorded_parts import Contents, contents_bytes, describe_lack, recorded_steps, source_needs
 from .recording import Recording
 from .requirements import check_model, check_without_image_prompts
-from .schedule import StepWindow
+from .schedule import StepWindow, run_steps
 from .sites import Site, attention_sites
 from .step_end import Call, FollowEmbeddings, Task
 
@@ -49,7 +49,10 @@ def estimate(
     A null-text inversion's embeddings come on top.
     """
     edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
-    return _bytes(pipe, source_needs(edits, _sites(pipe, size), steps, guided=guided), size, steps, precision)
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    run = run_steps(scheduler)
+    return _bytes(pipe, source_needs(edits, _sites(pipe, size), run, guided=guided), size, len(run), precision)
 
 
 @torch.no_grad()
@@ -138,7 +141,7 @@ def record(
     pipe.scheduler.set_timesteps(steps, device=device)
     schedule = NoiseSchedule.of(pipe.scheduler)
     sites, calls = _sites(pipe, size), len(pipe.scheduler.timesteps)
-    contents = source_needs(edits, sites, calls, guided=_is_guided(pipe, guidance_scale))
+    contents = source_needs(edits, sites, run_steps(pipe.scheduler), guided=_is_guided(pipe, guidance_scale))
     needed = _bytes(pipe, contents, size, calls, precision)
     if inversion is not None and inversion.unconditional is not None:
         needed += inversion.unconditional.nbytes
@@ -297,7 +300,7 @@ def _recorded_edit(recording: Recording, self_replace_steps: Any) -> FreePromptE
             "the recording was not made for plain Free-Prompt-Editing: say with edit= what to do, as it was said to "
             "record"
         )
-    steps = recording.schedule.steps
+    steps = recording.steps
     recorded = StepWindow(*recording.window)
     asked = recorded if self_replace_steps is None else StepWindow.parse(self_replace_steps)
     held, window = recorded.steps(steps), asked.steps(steps)

@@ -14,11 +14,13 @@ import torch
 
 import fpe_kernels
 
+from .checks import EditWarning
 from .edits import Edit
 from .edits.base import check_prompts
 from .encoding import Encoding, EncodingHook, encoding_tokenizer
 from .hooks import FeatureHooks, SchedulerHook
 from .layers import LayerProcessors
+from .layout import layout_as_given, layout_of_call
 from .orders import Order, make_orders
 from .packing import RecordedLayer
 from .placement import Place, Placement
@@ -95,7 +97,7 @@ class EditingSession:
         self._override = override_processors
         _check_backend(backend)
         self.sites = attention_sites(self.unet)
-        edit.select(self.sites)
+        _check_selects(edit, self.sites)
         self._running = edit  # what is asked: the edit, or what it gave for this session
         self._watchers: tuple[Watcher, ...] = ()
         self._layers = LayerProcessors(self.unet)
@@ -116,6 +118,7 @@ class EditingSession:
         self._at_hand: Mapping[str, RecordedLayer] | None = None  # of a recording, in the call under way
         self._around: EditingSession | None = None  # the session that stands aside for this one
         self._is_new_run = True
+        self._seen: list[Step] = []  # of the run under way
 
     # Entering and leaving
 
@@ -134,6 +137,7 @@ class EditingSession:
         self._step = self._step_before_pause = None
         self._report = EditReport(sites=self.sites)
         self._selected = {}
+        self._seen = []
         self._encoding = Encoding()
         self._running = self.edit.begin()
         self._around = around
@@ -150,6 +154,8 @@ class EditingSession:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            self._finish_run()
         self._restore()
         if error is None and self._calls == 0:
             warnings.warn(
@@ -293,6 +299,16 @@ class EditingSession:
         if self._encoding.count is not None:
             self._encoding = replace(self._encoding, count=self._encoding.count - 1, dropped=1)
 
+    def _finish_run(self) -> None:
+        """Say what of the edit did nothing in the run that has ended."""
+        seen, self._seen = self._seen, []
+        if not seen:
+            return
+        blends = any(watcher.blends for watcher in self._watchers)
+        self._report.note_idle(self._running, seen, blends=blends)
+        for reason in self._report.idle:
+            warnings.warn(reason, EditWarning, stacklevel=3)
+
     # UNet calls
 
     def _before_unet(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -309,10 +325,12 @@ class EditingSession:
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         step = self._step = self._read_step(timestep)
         before = before or self._step_before_pause
-        if self._is_new_run or (before is not None and (step.index < before.index or step.total != before.total)):
+        if self._is_new_run or (before is not None and (step.call < before.call or step.calls != before.calls)):
             self._is_new_run = False
+            self._finish_run()
             for watcher in self._watchers:
                 watcher.begin()
+        self._seen.append(step)
         active = self._running.active(step)
         if active or self._watchers:
             roles = self._current_roles = self._read_roles(sample.shape[0])
@@ -364,18 +382,11 @@ class EditingSession:
 
     def _read_roles(self, rows: int) -> BatchRoles:
         if self._roles is not None:
-            return _as_given(self._roles, rows, self.pipe)
-        encoding = self._encoding
-        guided = is_guided(self.pipe, encoding.guided) if self._guidance is None else self._guidance
-        images = self._images_per_prompt or encoding.images or 1
-        if encoding.count is not None and encoding.images is not None:
-            _check_batch(rows, guided, images, encoding)
-        roles = BatchRoles.from_batch(
-            rows, classifier_free_guidance=guided, images_per_prompt=images, source_of=self._source_of
+            return layout_as_given(self._roles, rows, self.pipe)
+        guided = is_guided(self.pipe, self._encoding.guided) if self._guidance is None else self._guidance
+        return layout_of_call(
+            rows, self._encoding, guided=guided, images=self._images_per_prompt, source_of=self._source_of
         )
-        if not encoding.dropped:
-            return roles
-        return replace(roles, prompts=tuple(prompt + encoding.dropped for prompt in roles.prompts))
 
 
 #: How a session is begun, in words: ``with editing(pipe, edit):``.
@@ -393,6 +404,16 @@ def unedited(pipe: Any) -> AbstractContextManager[None]:
     return nullcontext() if session is None else session.paused()
 
 
+def _check_selects(edit: Edit, sites: tuple[Site, ...]) -> None:
+    """Raise ValueError for an edit that selects nothing, watches nothing and injects nothing, unless it means to."""
+    running = edit.begin()
+    if not (running.select(sites) or running.windows() == () or running.watchers() or running.feature_modules):
+        raise ValueError(
+            f"{type(edit).__name__} selects none of the UNet's {len(sites)} attention layers, so that it would edit "
+            "nothing: return some of the sites from select, or use no session"
+        )
+
+
 def _check_backend(backend: str) -> None:
     if backend == "auto":
         return
@@ -401,28 +422,3 @@ def _check_backend(backend: str) -> None:
         raise ValueError(f'unknown backend {backend!r}: expected "auto" or one of {sorted(known)}')
     if known[backend] != "available":
         raise RuntimeError(f"backend {backend!r} cannot run here: {known[backend]}")
-
-
-def _as_given(roles: BatchRoles, rows: int, pipe: Any) -> BatchRoles:
-    """``roles=`` for a batch of so many rows; their conditional half where the pipeline's guidance has ended."""
-    if roles.rows == rows:
-        return roles
-    if not getattr(pipe, "do_classifier_free_guidance", True) and roles.without_guidance().rows == rows:
-        return roles.without_guidance()
-    raise ValueError(f"roles= describes a batch of {roles.rows} rows; the UNet received {rows}")
-
-
-def _check_batch(rows: int, guided: bool, images: int, encoding: Encoding) -> None:
-    """Raise ValueError for a batch that is not made of what was encoded."""
-    if images != encoding.images:
-        raise ValueError(
-            f"images_per_prompt={images} was said of a pipeline call with num_images_per_prompt={encoding.images}: "
-            "leave it out, it is read from the call"
-        )
-    expected = (1 + guided) * images * (encoding.count or 0)
-    if rows != expected:
-        raise ValueError(
-            f"the pipeline encodes {encoding.count} prompts with {images} images each, which with guidance "
-            f"{'on' if guided else 'off'} is a batch of {expected} rows; the UNet received {rows}: describe this "
-            "batch with roles=, or encode what does not belong to the run in `with session.paused():`"
-        )

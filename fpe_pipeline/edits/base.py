@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,9 +17,10 @@ from ..sites import Site
 from ..watching import Watcher
 from ..words import short_form
 
-__all__ = ["CombinedEdit", "Edit", "SelfAttentionEdit", "check_prompts"]
+__all__ = ["CombinedEdit", "Edit", "SelfAttentionEdit", "Windows", "check_compat", "check_prompts"]
 
 Products = Mapping[int, Product | Sequence[Product]]
+Windows = Sequence[tuple[str, Callable[[Step], bool]]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,14 @@ class Edit(ABC):
     def active(self, step: Step) -> bool:
         """Whether the edit is asked at this step; elsewhere the batch may have any layout."""
         return True
+
+    def windows(self) -> Windows:
+        """The parts of the edit, each as the words that say when it acts and whether it does at a step.
+
+        A session warns of a part that acted at no step of a run. What is asked to do nothing, such as a window of no
+        width, is left out: () is an edit that leaves everything as it is, and is meant to.
+        """
+        return (("its active steps", self.active),)
 
     def begin(self) -> Edit:
         """What a session asks for the length of its ``with`` block: an edit that remembers anything of a run
@@ -85,7 +94,7 @@ class SelfAttentionEdit(Edit):
 
     Args:
         levels: how often the edited layers' input is downsampled from the latent: an int or several.
-        max_tokens: edit layers of at most so many tokens, at any image size.
+        max_tokens: edit layers of at most so many tokens, at any image size; 0 for no layer.
         layers: module paths, beginnings of paths, or indices among the self-attention layers.
     """
 
@@ -151,6 +160,9 @@ class CombinedEdit(Edit):
     def active(self, step: Step) -> bool:
         return any(edit.active(step) for edit in self.edits)
 
+    def windows(self) -> Windows:
+        return tuple((f"{type(edit).__name__}'s {what}", acts) for edit in self.edits for what, acts in edit.windows())
+
     def written_for(self) -> tuple[str, ...]:
         """Raises ValueError where two of the edits aligned other prompts."""
         given = {edit.written_for() for edit in self.edits}
@@ -213,6 +225,12 @@ def _merged(edits: Iterable[Edit], site: Site, step: Step, roles: BatchRoles) ->
                 )
             out[row], said[row] = given, edit
     return out
+
+
+def check_compat(compat: Any) -> None:
+    """Raise ValueError for anything but None and "original"."""
+    if compat not in (None, "original"):
+        raise ValueError(f'expected compat to be None or "original", got {compat!r}')
 
 
 def check_prompts(edit: Edit, prompts: Sequence[str], tokenizer: Any = None) -> None:

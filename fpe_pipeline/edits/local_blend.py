@@ -16,7 +16,7 @@ from ..selection import whole_numbers
 from ..sites import Site
 from ..watching import HeatCollector, Watcher
 from ..words import TokenizedPrompt
-from .base import Edit
+from .base import Edit, Windows
 from .masks import _unit, blended_sites
 from .prompt_to_prompt import tokenize_prompts
 
@@ -78,6 +78,13 @@ class LocalBlend(Edit):
     def written_for(self) -> tuple[str, ...]:
         return tuple(self.prompts)
 
+    def windows(self) -> Windows:
+        return ((f"start={self.start:g}", self.blends_at),)
+
+    def blends_at(self, step: Step) -> bool:
+        """Whether latents are blended after a step."""
+        return step.index >= int(step.total * self.start)
+
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         return ()
 
@@ -102,7 +109,7 @@ class _Blend(HeatCollector):
             self.watch_tokens(tokens, prompts[0].length)
 
     def blend(self, latents: torch.Tensor, step: Step, roles: BatchRoles) -> torch.Tensor:
-        if step.index < int(step.total * self._edit.start):
+        if not self._edit.blends_at(step):
             return latents
         rows = roles.select(conditional=True)
         if latents.shape[0] != len(rows):

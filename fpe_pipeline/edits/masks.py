@@ -61,7 +61,7 @@ class Strength:
             return cls(tuple(sorted(levels)))
         return cls(((None, _schedule(value)),))
 
-    def at(self, site: Site, step: Step, window: StepWindow) -> float:
+    def at(self, site: Site, step: Step, window: StepWindow, compat: str | None = None) -> float:
         """The strength at a site in a step of the window."""
         if self.function is not None:
             return _unit(self.function(site, step), "the strength that the function gave")
@@ -70,7 +70,7 @@ class Strength:
         steps = window.steps(step.total)
         if len(schedule) == 1 or len(steps) < 2:
             return schedule[0]
-        place = (step.index - steps.start) / (len(steps) - 1) * (len(schedule) - 1)
+        place = (step.place(compat) - steps.start) / (len(steps) - 1) * (len(schedule) - 1)
         before = min(max(int(place), 0), len(schedule) - 2)
         share = place - before
         return (1 - share) * schedule[before] + share * schedule[before + 1]

@@ -43,11 +43,17 @@ def test_schedulers(tiny, monkeypatch, name):
     """Every call of the UNet is given its place in the schedule, calls of one timestep too; the source is as it was."""
     kind, config, calls = SCHEDULERS[name]
     monkeypatch.setattr(tiny, "scheduler", getattr(diffusers, kind)(**BETAS, **config))
-    plain = draw(tiny, 2, steps=4)
-    with editing(tiny, FreePromptEdit(0.6)) as session:
-        edited = draw(tiny, 2, steps=4)
-    assert session.report().total == calls
-    assert set(map(tuple, session.report().layers.values())) == {tuple(range(int(calls * 0.6)))}
+    pipe_calls = []
+    hook = tiny.unet.register_forward_pre_hook(lambda module, args: pipe_calls.append(args[0].shape))
+    try:
+        plain = draw(tiny, 2, steps=4)
+        with editing(tiny, FreePromptEdit(0.6)) as session:
+            edited = draw(tiny, 2, steps=4)
+    finally:
+        hook.remove()
+    assert session.report().total == 4
+    assert len(pipe_calls) == 2 * calls
+    assert set(map(tuple, session.report().layers.values())) == {tuple(range(int(4 * 0.6)))}
     largest = plain.abs().max()
     assert (edited - plain)[0].abs().max() <= 1e-5 * largest
     assert (edited - plain)[1].abs().max() > 1e-3 * largest
