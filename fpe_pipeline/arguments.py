@@ -8,6 +8,7 @@ import torch
 
 from .edits import Edit, FreePromptEdit
 from .inversion import Inversion
+from .texts import check_text
 
 __all__ = [
     "check_inversion_options",
@@ -42,6 +43,7 @@ def prompt_list(prompt: Any, target_prompt: Any, prompt_embeds: torch.Tensor | N
     for text in prompts:
         if not isinstance(text, str):
             raise TypeError(f"prompts must be text, received {type(text).__name__}: {text!r}")
+        check_text("a prompt", text)
     return prompts
 
 
@@ -49,6 +51,8 @@ def negative_list(negative_prompt: Any, count: int) -> list[str] | None:
     """A negative prompt for each of ``count`` prompts, or None."""
     if negative_prompt is None:
         return None
+    for text in [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt:
+        check_text("a negative prompt", text)
     negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
     if len(negatives) == 1:
         return negatives * count

@@ -21,6 +21,7 @@ from typing import Any
 from .checks import EditWarning
 from .loading import DTYPES, InputError
 from .settings import INVERSIONS, Settings
+from .texts import print_text
 
 __all__ = ["main"]
 
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if getattr(options, "traceback", False):
             traceback.print_exc()
-        print(f"fpe: error: {_one_line(error)}", file=sys.stderr)
+        print_text(f"fpe: error: {_one_line(error)}", sys.stderr)
         return 2 if isinstance(error, InputError) else 1
 
 
@@ -342,7 +343,7 @@ def _info(options: argparse.Namespace) -> int:
     for name, state in backends().items():
         print(f"  {name:<12}{state}")
     try:
-        print(f"{'model':<14}{find_model(EMBEDDED).location}")
+        print_text(f"{'model':<14}{find_model(EMBEDDED).location}")
     except InputError as error:
         print(f"{'model':<14}{error}")
     return 0
@@ -390,12 +391,12 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _print_paths(paths: Sequence[Path]) -> None:
     for path in paths:
-        print(path)
+        print_text(path)
     sys.stdout.flush()
 
 
 def _say(text: str) -> None:
-    print(f"fpe: {text}", file=sys.stderr)
+    print_text(f"fpe: {text}", sys.stderr)
 
 
 def _one_line(error: Exception) -> str:

@@ -32,6 +32,7 @@ from .noise_schedule import NoiseSchedule, ddim_inverse_step, require_ddim
 from .null_text import NullText, optimise_unconditional
 from .requirements import check_model, check_without_image_prompts
 from .session import unedited
+from .texts import check_text
 
 if TYPE_CHECKING:
     from .pipeline import FreePromptPipeline
@@ -144,6 +145,7 @@ def invert(
         raise ValueError(f"method must be one of {', '.join(METHODS)} or a NullText, received {method!r}")
     if not isinstance(prompt, str):
         raise TypeError(f"expected one prompt, the image's, received {type(prompt).__name__}")
+    check_text("the prompt", prompt)
     check_positive(num_inference_steps=num_inference_steps)
     check_guidance(guidance_scale)
     if null_text is not None:

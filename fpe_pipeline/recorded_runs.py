@@ -28,6 +28,7 @@ from .requirements import check_model, check_without_image_prompts
 from .schedule import StepWindow, run_steps
 from .sites import Site, attention_sites
 from .step_end import Call, FollowEmbeddings, Task
+from .texts import check_text, print_text
 
 if TYPE_CHECKING:
     from .pipeline import FreePromptPipeline
@@ -118,6 +119,7 @@ def record(
     for name, text in (("source", prompt), ("negative", negative_prompt)):
         if not isinstance(text, str) and (name, text) != ("negative", None):
             raise TypeError(f"expected one {name} prompt, received {type(text).__name__}")
+        check_text(f"the {name} prompt", text or "")
     assert prompt is not None
     given = edit if isinstance(edit, Sequence) else (edit,)
     if not given:
@@ -156,7 +158,7 @@ def record(
             "folder as placement"
         )
     if not pipe.progress_is_hidden:
-        print(f"recording: {told}", file=sys.stderr)
+        print_text(f"recording: {told}", sys.stderr)
     model, store = fingerprint(pipe), _new_store(placement, device)
 
     kept = [noise.to(device, dtype)]
@@ -237,6 +239,8 @@ def edit(
     targets = [target_prompt] if isinstance(target_prompt, str) else list(target_prompt)
     if not targets or not all(isinstance(target, str) for target in targets):
         raise TypeError(f"expected one or more target prompts, received {target_prompt!r}")
+    for target in targets:
+        check_text("a target prompt", target)
     if isinstance(recording, str | Path):
         recording = Recording.load(recording)
     if not isinstance(recording, Recording):

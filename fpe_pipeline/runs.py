@@ -256,11 +256,12 @@ def write(run: Run, directory: Path) -> list[Path]:
     """
     images = {"comparison.png": side_by_side(run.comparisons(), edit_label=run.edit_label)}
     images |= {name: image for name, (image, _, _) in run.files().items()}
+    # A file name that is no UTF-8 has lone surrogates for its bytes; as escapes they are JSON.
     record = json.dumps(run.record(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with staged(directory) as stage:
         for name, image in images.items():
             image.save(stage / name, format="PNG")
-        (stage / "run.json").write_text(record, encoding="utf-8")
+        (stage / "run.json").write_text(record, encoding="utf-8", errors="backslashreplace")
     return [directory / name for name in (*images, "run.json")]
 
 

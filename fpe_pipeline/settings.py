@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .loading import EMBEDDED, InputError, ModelSource, find_model, pick_device, pick_dtype
+from .texts import check_text
 
 if TYPE_CHECKING:
     from .null_text import NullText
@@ -145,6 +146,9 @@ class Settings:
             raise InputError("the source prompt is empty; describe the image to start from")
         if not self.targets or not all(target.strip() for target in self.targets):
             raise InputError("expected one or more target prompts with words in them; pass --target")
+        for name, text in (("source", self.source), *(("target", each) for each in self.targets)):
+            _check_text(f"the {name} prompt", text)
+        _check_text("the negative prompt", self.negative or "")
         if self.steps < 1:
             raise InputError(f"steps must be at least 1, received {self.steps}")
         if not abs(self.guidance) < float("inf"):
@@ -185,3 +189,10 @@ class Settings:
         if self.inversion == "null-text" and self.inversion_guidance > 1:
             raise InputError("null-text inversion follows the unguided trajectory; leave --inversion-guidance out")
         load_image(self.image)
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        check_text(name, text)
+    except ValueError as error:
+        raise InputError(str(error)) from None

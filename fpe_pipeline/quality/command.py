@@ -11,6 +11,7 @@ from typing import Any
 from ..loading import InputError, pick_device
 from ..settings import INVERSIONS
 from ..staging import check_writable, staged
+from ..texts import print_text
 from .conditions import Condition, method_conditions, standard_conditions, sweep_conditions
 from .contenders import CONTENDERS
 from .evaluated import EvaluatedModel
@@ -98,10 +99,10 @@ def run(args: argparse.Namespace) -> int:
     result = {"settings": settings, "environment": environment(), "summary": summary, "scores": packed(store.rows)}
     rendered = table(summary)
     with staged(args.output) as stage:
-        (stage / "evaluation.json").write_text(dump(result))
-        (stage / "table.md").write_text(rendered)
+        (stage / "evaluation.json").write_text(dump(result), encoding="utf-8")
+        (stage / "table.md").write_text(rendered, encoding="utf-8")
         plot(summary, stage / "plot.png", f"{args.steps} steps, guidance {args.guidance:g}, 95 % intervals")
-    print(rendered, end="")
+    print_text(rendered.removesuffix("\n"))
     return 0
 
 
