@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,11 +31,12 @@ from .checks import check_guidance, check_positive
 from .edits import Edit
 from .edits.base import check_prompts
 from .encoding import encoding_tokenizer
+from .finite import FiniteSteps, check_latents
 from .hooks import FollowInversion
 from .inversion import Inversion
 from .noise import row_generators, shared_latents
 from .output import FreePromptPipelineOutput
-from .requirements import check_model
+from .requirements import check_guided_inversion, check_model, check_options, check_pipeline
 from .session import EditingSession, editing
 from .step_end import Call, DropSource, FollowEmbeddings, StepEnd, Task, check_source_can_be_dropped
 from .words import short_form
@@ -148,7 +149,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         unknown = options.keys() - PARENT_OPTIONS - LEGACY_OPTIONS
         if unknown:
             raise TypeError(f"unknown option {', '.join(sorted(unknown))}; expected one of {sorted(PARENT_OPTIONS)}")
-        check_model(self.unet, self.vae)
+        check_pipeline(self)
         if inversion is not None:
             given = {"latents": latents, "negative_prompt_embeds": negative_prompt_embeds, **options}
             check_inversion_options(inversion, given, negative_prompt, num_inference_steps)
@@ -164,8 +165,10 @@ class FreePromptPipeline(StableDiffusionPipeline):
             check_prompts(edit, prompts, encoding_tokenizer(self))
         check_positive(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
         check_guidance(guidance_scale)
+        check_options(self, guidance_scale, negative_prompt is not None and inversion is None, options)
         if not keep_source:
             check_source_can_be_dropped(self, count, options)
+        check_latents(latents)
         latents = shared_latents(latents, count, num_images_per_prompt, self.unet.config.in_channels)
         height, width = image_size(self.native_size, self.vae_scale_factor, height, width, latents)
 
@@ -173,6 +176,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         tasks: list[Task] = []
         follow: AbstractContextManager = nullcontext()
         if inversion is not None:
+            check_guided_inversion(self.unet, inversion.method)
             inversion.check(self.scheduler, guidance_scale)
             follow = FollowInversion(self.scheduler, call, inversion)
             if inversion.unconditional is not None:
@@ -252,7 +256,8 @@ class FreePromptPipeline(StableDiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._call = call
         try:
-            with session:
+            watched = nullcontext() if isinstance(session, EditingSession) else FiniteSteps(self)
+            with session, watched, _text_model_found(self.text_encoder):
                 return super().__call__(
                     return_dict=False,
                     callback_on_step_end=callback_on_step_end,
@@ -304,3 +309,19 @@ class FreePromptPipeline(StableDiffusionPipeline):
         config = json.loads(super().to_json_string())
         config["_class_name"] = StableDiffusionPipeline.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+@contextmanager
+def _text_model_found(encoder: Any) -> Iterator[None]:
+    """Let diffusers find the text encoder's final norm, for ``clip_skip``, where it looks for it: in ``text_model``.
+
+    From version 5 of transformers on, a `CLIPTextModel` is that model itself.
+    """
+    if encoder is None or hasattr(encoder, "text_model") or not hasattr(encoder, "final_layer_norm"):
+        yield
+        return
+    vars(encoder)["text_model"] = encoder  # not as a submodule: it would contain itself
+    try:
+        yield
+    finally:
+        del vars(encoder)["text_model"]

@@ -24,7 +24,7 @@ from .packing import PRECISIONS, Precision
 from .recorded_layers import Capture, Replay
 from .recorded_parts import Contents, contents_bytes, describe_lack, recorded_steps, source_needs
 from .recording import Recording
-from .requirements import check_model, check_without_image_prompts
+from .requirements import check_guided_inversion, check_pipeline, check_without_image_prompts
 from .schedule import StepWindow, run_steps
 from .sites import Site, attention_sites
 from .step_end import Call, FollowEmbeddings, Task
@@ -105,7 +105,7 @@ def record(
             source; before any denoising. Values that do not fit a reduced precision.
         InputError: a folder that is not empty or cannot be written.
     """
-    check_model(pipe.unet, pipe.vae)
+    check_pipeline(pipe)
     check_without_image_prompts(pipe, "a recording")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, received {precision!r}")
@@ -113,6 +113,7 @@ def record(
     check_guidance(guidance_scale)
     if inversion is not None:
         check_inversion_options(inversion, {"latents": latents}, negative_prompt, num_inference_steps)
+        check_guided_inversion(pipe.unet, inversion.method)
         inversion.check(pipe.scheduler, guidance_scale)
         prompt = inversion.prompt if prompt is None else prompt
         num_inference_steps = inversion.steps
@@ -245,7 +246,7 @@ def edit(
         recording = Recording.load(recording)
     if not isinstance(recording, Recording):
         raise TypeError(f"expected what record returned, or its folder, received {type(recording).__name__}")
-    check_model(pipe.unet, pipe.vae)
+    check_pipeline(pipe)
     check_without_image_prompts(pipe, "a recording")
     here = fingerprint(pipe)
     if here != recording.model:

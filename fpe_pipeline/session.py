@@ -18,6 +18,7 @@ from .checks import EditWarning
 from .edits import Edit
 from .edits.base import check_prompts
 from .encoding import Encoding, EncodingHook, encoding_tokenizer
+from .finite import FiniteDecoder, is_finite, refuse_step
 from .hooks import FeatureHooks, SchedulerHook
 from .layers import LayerProcessors
 from .layout import layout_as_given, layout_of_call
@@ -25,6 +26,7 @@ from .orders import Order, make_orders
 from .packing import RecordedLayer
 from .placement import Place, Placement
 from .report import EditReport
+from .requirements import check_precision
 from .roles import BatchRoles
 from .schedule import Step, locate_step
 from .sites import Site, attention_sites
@@ -88,6 +90,7 @@ class EditingSession:
         if not isinstance(edit, Edit):
             raise TypeError(f"expected an Edit, such as FreePromptEdit(), got {type(edit).__name__}")
         check_images(self.pipe, self.unet)
+        check_precision("unet", self.unet)
         if roles is not None and (images_per_prompt, source_of, classifier_free_guidance) != (None, None, None):
             raise ValueError("roles= is the whole layout: leave out images_per_prompt, source_of and guidance")
         self._roles = roles
@@ -109,6 +112,8 @@ class EditingSession:
         self._scheduler_hook: SchedulerHook | None = None
         self._current_roles: BatchRoles | None = None
         self._fixed_step: Step | None = None
+        self._decoder: FiniteDecoder | None = None
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # of the latest UNet call
         self._paused = False
         self._calls = 0
         self._step: Step | None = None
@@ -177,6 +182,8 @@ class EditingSession:
         self._hooks.append(self.unet.register_forward_hook(torch.compiler.disable(self._after_unet)))
         if self.pipe is not None:
             self._encoding_hook = EncodingHook(self.pipe, self._encoded)
+            self._decoder = FiniteDecoder(self.pipe)
+            self._scheduler_hook = SchedulerHook(self.pipe.scheduler, self._after_scheduler_step)
         for watcher in watchers:
             self.watch(watcher)
 
@@ -184,10 +191,6 @@ class EditingSession:
         """Let a watcher follow the session from here on, beside those of the edit."""
         self._layers.wrap(watcher.select(self.sites))
         self._watchers += (watcher,)
-        if watcher.blends and self.pipe is not None and self._scheduler_hook is None:
-            self._scheduler_hook = SchedulerHook(
-                self.pipe.scheduler, lambda latents, timestep: self.after_step(latents)
-            )
 
     def unwatch(self, watcher: Watcher) -> None:
         """Stop asking a watcher; the layers that it alone read go back to being computed as they were."""
@@ -219,10 +222,14 @@ class EditingSession:
         if self._encoding_hook is not None:
             self._encoding_hook.remove()
             self._encoding_hook = None
+        if self._decoder is not None:
+            self._decoder.remove()
+            self._decoder = None
+        self._arguments = (), {}
         if self._features is not None:
             self._features.remove()
         if self._scheduler_hook is not None:
-            self._scheduler_hook.remove(expected=self._calls > 0)
+            self._scheduler_hook.remove(expected=self._calls > 0 and any(w.blends for w in self._watchers))
             self._scheduler_hook = None
         self._layers.restore(stacklevel=4)
 
@@ -268,6 +275,13 @@ class EditingSession:
             for watcher in self._watchers:
                 if watcher.blends:
                     latents = watcher.blend(latents, self._step, self._current_roles)
+        return latents
+
+    def _after_scheduler_step(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
+        latents = self.after_step(latents)
+        if not (self._paused or is_finite(latents)):
+            refuse_step(self._step, identity(self.unet), *self._arguments, getattr(self.pipe, "guidance_scale", None))
+        self._arguments = (), {}
         return latents
 
     def report(self) -> EditReport:
@@ -321,6 +335,7 @@ class EditingSession:
         if self._paused:
             self._step_before_pause = before or self._step_before_pause
             return
+        self._arguments = args, kwargs
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         step = self._step = self._read_step(timestep)
@@ -341,6 +356,8 @@ class EditingSession:
     def _after_unet(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         ordered = self._layers.ordered
         bypassed = [path for path, processor in ordered.items() if not processor.executed]
+        if self.pipe is None and not (self._paused or is_finite(output[0])):  # no scheduler to look at after the step
+            refuse_step(self._step, identity(self.unet), *self._arguments)
         if self._step is not None:
             assert self._features is not None
             self._report.add(self._step, ordered, self._features.rows, self._at_hand)

@@ -201,6 +201,8 @@ class _Scorer:
 
 
 def _eight_bit(image: np.ndarray) -> np.ndarray:
+    if not np.isfinite(image).all():
+        raise FloatingPointError("a picture holds values that are not finite: lower the guidance scale")
     return (image * 255).round().astype(np.uint8)
 
 
