@@ -160,6 +160,10 @@ class _Unedited(Edit):
     def windows(self) -> Windows:
         return ()
 
+    @property
+    def pairs_pixels(self) -> bool:
+        return False
+
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
         return {}
 

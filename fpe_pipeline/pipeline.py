@@ -187,7 +187,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         session = (
             nullcontext()
             if count == 1
-            else editing(self, edit, images_per_prompt=num_images_per_prompt, backend=backend)
+            else editing(self, edit, images_per_prompt=num_images_per_prompt, noise="separate", backend=backend)
         )
         with follow:
             images, nsfw = self._sample(

@@ -49,6 +49,10 @@ class _Kept(Edit):
     def windows(self) -> Windows:
         return ()
 
+    @property
+    def pairs_pixels(self) -> bool:
+        return False
+
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
         return {}
 

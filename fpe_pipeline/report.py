@@ -59,6 +59,7 @@ class EditReport:
         memory: for each replaced layer, the largest of its calls.
         replayed: for each layer or module that took something of a recording, what.
         idle: what was asked for and did nothing in the run, in sentences.
+        noise: how rows drew their noise, in words; empty where they drew as the pipeline does.
         batch: rows of the batch; products name a recorded source's rows by the numbers after them.
         sites: the UNet's attention layers, of which those that were left alone are told.
     """
@@ -72,6 +73,7 @@ class EditReport:
     memory: dict[str, LayerMemory] = field(default_factory=dict)
     replayed: dict[str, Replayed] = field(default_factory=dict)
     idle: list[str] = field(default_factory=list)
+    noise: str = ""
     batch: int = 0
     sites: tuple[Site, ...] = field(default=(), repr=False)
     _latest: int = field(default=-1, init=False, repr=False)
@@ -92,7 +94,7 @@ class EditReport:
             recorded: by path, what was at hand of a recording.
         """
         if step.call < self._latest or step.total != self.total:  # a new run
-            self.__init__(step.total, sites=self.sites)  # type: ignore[misc]
+            self.__init__(step.total, sites=self.sites, noise=self.noise)  # type: ignore[misc]
         self._latest = step.call
         for path, processor in processors.items():
             order = processor.order
@@ -150,6 +152,7 @@ class EditReport:
     def explain(self) -> str:
         """The report with what each row became, what was left out and why, and memory."""
         lines = [f"{len(self.layers)} layers replaced in a run of {self.total} steps"]
+        lines += [f"noise: {self.noise}"] if self.noise else []
         lines += [f"without effect: {reason}" for reason in self.idle]
         for path, products in self.products.items():
             memory = self.memory[path]

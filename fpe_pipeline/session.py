@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,13 +17,14 @@ import fpe_kernels
 from .checks import EditWarning
 from .edits import Edit
 from .edits.base import check_prompts
-from .encoding import Encoding, EncodingHook, encoding_tokenizer
-from .finite import FiniteDecoder, is_finite, refuse_step
-from .hooks import FeatureHooks, SchedulerHook
+from .encoding import Encoding, encoding_tokenizer
+from .finite import is_finite, refuse_step
+from .hooks import FeatureHooks
 from .layers import LayerProcessors
 from .layout import layout_as_given, layout_of_call
 from .orders import Order, make_orders
 from .packing import RecordedLayer
+from .pipeline_hooks import PipelineHooks
 from .placement import Place, Placement
 from .report import EditReport
 from .requirements import check_precision
@@ -57,6 +58,9 @@ class EditingSession:
         classifier_free_guidance: whether UNet batches hold an unconditional half. Default: asked of the pipeline
             at each call.
         roles: the whole layout of the batch, where it is none of these; excludes the three arguments above.
+        noise: whether the rows of one image draw the same noise, in calls that pass a generator and no latents:
+            "shared" or "separate". Default: shared for edits that pair rows pixel by pixel, which is all but
+            :class:`StyleAlignedEdit`.
         backend: one of ``fpe_kernels.backends()``, or "auto".
         override_processors: classes of custom processors that the edit may compute replaced layers in the stead of.
 
@@ -81,6 +85,7 @@ class EditingSession:
         source_of: Sequence[int] | None = None,
         classifier_free_guidance: bool | None = None,
         roles: BatchRoles | None = None,
+        noise: Literal["shared", "separate"] | None = None,
         backend: str = "auto",
         override_processors: tuple[type, ...] = (),
     ) -> None:
@@ -93,7 +98,10 @@ class EditingSession:
         check_precision("unet", self.unet)
         if roles is not None and (images_per_prompt, source_of, classifier_free_guidance) != (None, None, None):
             raise ValueError("roles= is the whole layout: leave out images_per_prompt, source_of and guidance")
+        if noise not in (None, "shared", "separate"):
+            raise ValueError(f'expected noise to be "shared" or "separate", got {noise!r}')
         self._roles = roles
+        self._noise = noise
         self._images_per_prompt = images_per_prompt
         self._source_of = source_of
         self._guidance = classifier_free_guidance
@@ -107,12 +115,10 @@ class EditingSession:
         self._selected: dict[tuple[int, int, int], tuple[Site, ...]] = {}
         self._hooks: list[Any] = []
         self._encoding = Encoding()
-        self._encoding_hook: EncodingHook | None = None
+        self._pipeline_hooks: PipelineHooks | None = None
         self._features: FeatureHooks | None = None
-        self._scheduler_hook: SchedulerHook | None = None
         self._current_roles: BatchRoles | None = None
         self._fixed_step: Step | None = None
-        self._decoder: FiniteDecoder | None = None
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # of the latest UNet call
         self._paused = False
         self._calls = 0
@@ -181,9 +187,9 @@ class EditingSession:
         )
         self._hooks.append(self.unet.register_forward_hook(torch.compiler.disable(self._after_unet)))
         if self.pipe is not None:
-            self._encoding_hook = EncodingHook(self.pipe, self._encoded)
-            self._decoder = FiniteDecoder(self.pipe)
-            self._scheduler_hook = SchedulerHook(self.pipe.scheduler, self._after_scheduler_step)
+            self._pipeline_hooks = PipelineHooks(
+                self.pipe, self._encoded, self._after_scheduler_step, self._paired_rows
+            )
         for watcher in watchers:
             self.watch(watcher)
 
@@ -219,18 +225,12 @@ class EditingSession:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if self._encoding_hook is not None:
-            self._encoding_hook.remove()
-            self._encoding_hook = None
-        if self._decoder is not None:
-            self._decoder.remove()
-            self._decoder = None
         self._arguments = (), {}
         if self._features is not None:
             self._features.remove()
-        if self._scheduler_hook is not None:
-            self._scheduler_hook.remove(expected=self._calls > 0 and any(w.blends for w in self._watchers))
-            self._scheduler_hook = None
+        if self._pipeline_hooks is not None:
+            self._pipeline_hooks.remove(expected=self._calls > 0 and any(w.blends for w in self._watchers))
+            self._pipeline_hooks = None
         self._layers.restore(stacklevel=4)
 
     # Steps
@@ -308,6 +308,19 @@ class EditingSession:
         for watcher in self._watchers:
             watcher.encoded(encoding)
 
+    def _paired_rows(self) -> tuple[Sequence[int], int] | None:
+        """The sources of the prompts and images a prompt, where rows of one image are to draw the same noise."""
+        encoding, shared = self._encoding, self._noise == "shared"
+        if self._noise is None:
+            shared = self._running.pairs_pixels
+        if not shared or self._paused or encoding.count is None or self._roles is not None:
+            return None
+        self._report.noise = (
+            "rows of one image draw the same noise where the call passes none (generator and no latents); "
+            'editing(…, noise="separate") keeps them apart'
+        )
+        return self._source_of or (0,) * encoding.count, self._images_per_prompt or encoding.images or 1
+
     def source_dropped(self) -> None:
         """The rows of the source have left the batch, for the rest of this run."""
         if self._encoding.count is not None:
@@ -356,7 +369,8 @@ class EditingSession:
     def _after_unet(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         ordered = self._layers.ordered
         bypassed = [path for path, processor in ordered.items() if not processor.executed]
-        if self.pipe is None and not (self._paused or is_finite(output[0])):  # no scheduler to look at after the step
+        own_loop = self.pipe is None or self._fixed_step is not None  # in which no scheduler's step need be seen
+        if own_loop and not (self._paused or is_finite(output[0])):
             refuse_step(self._step, identity(self.unet), *self._arguments)
         if self._step is not None:
             assert self._features is not None

@@ -31,6 +31,11 @@ class Edit(ABC):
     added to one another (``a + b``) are a :class:`CombinedEdit`.
     """
 
+    @property
+    def pairs_pixels(self) -> bool:
+        """Whether a target is its source's image with some pixels changed, so that both start from the same noise."""
+        return True
+
     @abstractmethod
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Products:
         """What the rows of a layer become; rows left out stay as they are, and an empty mapping leaves the
@@ -159,6 +164,10 @@ class CombinedEdit(Edit):
 
     def active(self, step: Step) -> bool:
         return any(edit.active(step) for edit in self.edits)
+
+    @property
+    def pairs_pixels(self) -> bool:
+        return any(edit.pairs_pixels for edit in self.edits)
 
     def windows(self) -> Windows:
         return tuple((f"{type(edit).__name__}'s {what}", acts) for edit in self.edits for what, acts in edit.windows())

@@ -47,6 +47,10 @@ class StyleAlignedEdit(SelfAttentionEdit):
         if not isfinite(self.shared_score_shift):
             raise ValueError(f"expected shared_score_shift to be a finite number, got {self.shared_score_shift}")
 
+    @property
+    def pairs_pixels(self) -> bool:
+        return False
+
     def active(self, step: Step) -> bool:
         return step in StepWindow(*self.steps)
 
