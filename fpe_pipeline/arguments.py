@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from .edits import Edit, FreePromptEdit
+from .checks import warn_of_size
+from .edits import Edit
+from .edits.registry import make_edit
 from .inversion import Inversion
 from .texts import check_text
 
@@ -64,11 +66,14 @@ def negative_list(negative_prompt: Any, count: int) -> list[str] | None:
     return negatives
 
 
-def chosen_edit(edit: Edit | None, self_replace_steps: Any, levels: Any, max_tokens: Any, layers: Any) -> Edit:
-    """The edit, or the `FreePromptEdit` that the four arguments describe."""
+def chosen_edit(
+    edit: Edit | None, self_replace_steps: Any, levels: Any, max_tokens: Any, layers: Any, unet: Any
+) -> Edit:
+    """The edit, or the `FreePromptEdit` that the four arguments describe, in layers that suit the UNet."""
     given = {"levels": levels, "max_tokens": max_tokens, "layers": layers}
     if edit is None:
-        return FreePromptEdit(self_replace_steps, **given)
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return make_edit("fpe", (), None, unet, self_replace_steps=self_replace_steps, **chosen)
     if not isinstance(edit, Edit):
         raise TypeError(f"expected an Edit, such as FreePromptEdit(), received {type(edit).__name__}")
     if self_replace_steps != 0.8 or any(value is not None for value in given.values()):
@@ -103,13 +108,15 @@ def image_size(
         grid[0] * factor if height is None else height,
         grid[1] * factor if width is None else width,
     )
+    asked = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
     if latents is not None and (size[0] // factor, size[1] // factor) != grid:
         raise ValueError(
             f"latents of {grid[0]} x {grid[1]} make images of {grid[0] * factor} x {grid[1] * factor} pixels "
-            f"(height x width), received height {height} and width {width}; leave height and width out, or pass "
-            "latents of that size"
+            f"(height x width), received {' and '.join(f'{name} {side}' for name, side in asked.items())}; leave "
+            f"{' and '.join(asked)} out, or pass latents of that size"
         )
     check_size(*size, factor)
+    warn_of_size(size, native)
     return size
 
 

@@ -200,7 +200,7 @@ def _add_edit(edit: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--method",
         metavar="NAME",
-        help="fpe (default), p2p-replace, p2p-refine, masactrl, pnp or style-aligned",
+        help="fpe (default) or another; `fpe info` lists them and their options",
     )
     how.add_argument(
         "--option",
@@ -222,7 +222,7 @@ def _add_edit(edit: argparse.ArgumentParser) -> None:
         type=_integers,
         metavar="N,N",
         help="replace at these UNet levels; level n is downsampled n times from the latent (default: 1 and deeper; "
-        "with the embedded model all, which have at most 32 x 32 tokens)",
+        "with models of at most 32 x 32 tokens, as the embedded one, all)",
     )
     how.add_argument(
         "--max-tokens", type=int, metavar="N", help="replace where height x width of the layer is at most N"
@@ -332,7 +332,9 @@ def _info(options: argparse.Namespace) -> int:
 
     from fpe_kernels import backends
 
+    from .edits.registry import METHODS
     from .loading import EMBEDDED, find_model
+    from .models.scenes import BACKGROUNDS, COLOURS, OBJECTS
     from .repeatable import versions
 
     for name, version in versions().items():
@@ -346,6 +348,11 @@ def _info(options: argparse.Namespace) -> int:
         print_text(f"{'model':<14}{find_model(EMBEDDED).location}")
     except InputError as error:
         print(f"{'model':<14}{error}")
+    for title, names in (("objects", OBJECTS), ("colours", COLOURS), ("backgrounds", BACKGROUNDS)):
+        print(f"  {title:<12}{', '.join(names)}")
+    print("methods")
+    for name, method in METHODS.items():
+        print(f"  {name:<15}{method.title}: {', '.join(method.options)}")
     return 0
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from PIL import Image
 
-from .checks import check_guidance, check_positive
+from .checks import check_guidance, check_positive, warn_of_size, warn_of_unknown_words
 from .finite import is_finite, refuse_step
 from .images import load_image, to_tensor
 from .noise_schedule import NoiseSchedule, ddim_inverse_step, require_ddim
@@ -165,6 +165,8 @@ def invert(
     picture = load_image(
         image, (width, height), multiple=pipe.vae_scale_factor, pixels=pipe.native_size[0] * pipe.native_size[1]
     )
+    warn_of_size(picture.size[::-1], pipe.native_size)
+    warn_of_unknown_words([prompt], pipe.tokenizer)
     pipe.scheduler.set_timesteps(int(num_inference_steps), device=device)
     schedule = NoiseSchedule.of(pipe.scheduler)
     with unedited(pipe), torch.no_grad():

@@ -27,7 +27,7 @@ from .arguments import (
     negative_list,
     prompt_list,
 )
-from .checks import check_guidance, check_positive
+from .checks import check_guidance, check_positive, warn_of_unknown_words
 from .edits import Edit
 from .edits.base import check_prompts
 from .encoding import encoding_tokenizer
@@ -113,7 +113,8 @@ class FreePromptPipeline(StableDiffusionPipeline):
             target_prompt: one or more prompts to edit the source into.
             self_replace_steps: steps whose self-attention maps are the source's, as fractions of the run: s is
                 (0, s). The default 0.8 is the first 80 % of the steps; 0 generates without control.
-            levels, max_tokens, layers: at most one, to choose the replaced layers; see `FreePromptEdit`.
+            levels, max_tokens, layers: at most one, to choose the replaced layers; see `FreePromptEdit`. Default:
+                levels from 1 on, or, in a model of at most 32² tokens, all.
             edit: another edit, in place of the `FreePromptEdit` that the four arguments above make. One that aligns
                 words is written for these very prompts.
             inversion: a real image, from `invert`, as the source: denoising starts from its noise, and the source rows
@@ -160,7 +161,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         num_inference_steps = 50 if num_inference_steps is None else num_inference_steps
         prompts = prompt_list(prompt, target_prompt, prompt_embeds)
         count = len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]
-        edit = chosen_edit(edit, self_replace_steps, levels, max_tokens, layers)
+        edit = chosen_edit(edit, self_replace_steps, levels, max_tokens, layers, self.unet)
         if prompts:
             check_prompts(edit, prompts, encoding_tokenizer(self))
         check_positive(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
@@ -172,6 +173,8 @@ class FreePromptPipeline(StableDiffusionPipeline):
         latents = shared_latents(latents, count, num_images_per_prompt, self.unet.config.in_channels)
         height, width = image_size(self.native_size, self.vae_scale_factor, height, width, latents)
 
+        if count == 1:  # a session warns of those that it watches
+            warn_of_unknown_words(prompts, self.tokenizer)
         call = Call(count, num_images_per_prompt)
         tasks: list[Task] = []
         follow: AbstractContextManager = nullcontext()

@@ -11,7 +11,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from .arguments import check_inversion_options, chosen_edit, image_size
-from .checks import check_guidance, check_positive
+from .checks import check_guidance, check_positive, warn_of_unknown_words
 from .edits import Edit, FreePromptEdit
 from .edits.base import check_prompts
 from .file_store import FileStore
@@ -125,7 +125,7 @@ def record(
     given = edit if isinstance(edit, Sequence) else (edit,)
     if not given:
         raise ValueError("expected an edit to record for, or several, received none: leave edit out for its default")
-    edits = [chosen_edit(one, self_replace_steps, levels, max_tokens, layers) for one in given]
+    edits = [chosen_edit(one, self_replace_steps, levels, max_tokens, layers, pipe.unet) for one in given]
     for one in edits:
         check_prompts(one, [prompt], pipe.tokenizer)
     steps = 50 if num_inference_steps is None else num_inference_steps
@@ -261,6 +261,7 @@ def edit(
     if edit is not None and self_replace_steps is not None:
         raise ValueError("self_replace_steps belongs to the edit; pass it there")
     check_prompts(chosen, [recording.prompt, *targets], pipe.tokenizer)
+    warn_of_unknown_words(targets, pipe.tokenizer)
     noise = recording.latents[0]
     guided = _is_guided(pipe, recording.guidance_scale)
     replay = Replay(pipe, chosen, recording.store, recording.latents, len(targets), guided, backend)

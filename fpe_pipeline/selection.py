@@ -47,8 +47,12 @@ class LayerSelection:
             layers=None if layers is None else _layer_names(layers),
         )
 
-    def match(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+    def match(self, sites: tuple[Site, ...], *, by_default: bool = False) -> tuple[Site, ...]:
         """The selected sites, in execution order. ``max_tokens`` keeps sites whose size is not known yet.
+
+        Args:
+            sites: to choose from.
+            by_default: whether nobody asked for these conditions, so that an error does not speak of them.
 
         Raises:
             ValueError: nothing matches, or an entry of ``layers`` does not. The message lists what there is.
@@ -58,6 +62,12 @@ class LayerSelection:
         unmatched = [name for name in self.layers or () if not any(_is_named(site, name) for site in candidates)]
         if unmatched or not (chosen or self.max_tokens == 0):
             wanted = f"layers {unmatched}" if unmatched else str(self)
+            if by_default:
+                raise ValueError(
+                    f"the layers that are edited where none are named are not among this UNet's {len(candidates)} "
+                    f"{self.kind}-attention layers: choose some with levels=, max_tokens= or layers=\n"
+                    f"{describe_sites(candidates)}"
+                )
             raise ValueError(
                 f"{wanted} match none of the UNet's {len(candidates)} {self.kind}-attention layers:\n"
                 f"{describe_sites(candidates)}"

@@ -14,7 +14,7 @@ import torch
 
 import fpe_kernels
 
-from .checks import EditWarning
+from .checks import EditWarning, warn_of_unknown_words
 from .edits import Edit
 from .edits.base import check_prompts
 from .encoding import Encoding, encoding_tokenizer
@@ -300,7 +300,9 @@ class EditingSession:
             return
         self._encoding, self._is_new_run = encoding, True
         if encoding.prompts is not None:
-            check_prompts(self._running, encoding.prompts, encoding_tokenizer(self.pipe))
+            tokenizer = encoding_tokenizer(self.pipe)
+            check_prompts(self._running, encoding.prompts, tokenizer)
+            warn_of_unknown_words(encoding.prompts, tokenizer)
         running = self._running.encoded(encoding)
         if running is not self._running:
             self._selected = {key: sites for key, sites in self._selected.items() if key[0] != id(self._running)}

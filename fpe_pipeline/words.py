@@ -206,6 +206,8 @@ def short_form(prompt: str, tokenizer: Any) -> str:
 
 def unknown_words(prompt: str, tokenizer: Any) -> tuple[str, ...]:
     """Words of a prompt that a tokenizer has to spell letter by letter, or has no token for at all."""
+    if not callable(tokenizer):
+        return ()
     tokenized = tokenize(prompt, tokenizer)
     unknown = getattr(tokenizer, "unk_token_id", None)
     found = []

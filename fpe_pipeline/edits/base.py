@@ -118,7 +118,7 @@ class SelfAttentionEdit(Edit):
 
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """The layers that are edited where none of the three arguments is given: all of self-attention."""
-        return self._selection().match(sites)
+        return self._selection().match(sites, by_default=True)
 
     def _selection(self) -> LayerSelection:
         return LayerSelection.parse("self", levels=self.levels, max_tokens=self.max_tokens, layers=self.layers)

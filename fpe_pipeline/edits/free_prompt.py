@@ -78,7 +78,7 @@ class FreePromptEdit(SelfAttentionEdit):
 
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         deepest = max((site.level for site in sites), default=1)
-        return LayerSelection.parse("self", levels=range(1, max(deepest, 1) + 1)).match(sites)
+        return LayerSelection.parse("self", levels=range(1, max(deepest, 1) + 1)).match(sites, by_default=True)
 
     def written_for(self) -> tuple[str, ...]:
         return (self.mask.prompt,) if isinstance(self.mask, WordMask) else ()

@@ -227,11 +227,12 @@ def blended_sites(sites: tuple[Site, ...], levels: tuple[int, ...] | None) -> tu
     By default those of level 2 (16² tokens at 512 px in SD 1.x and 2.x), or of the deepest level where there are none.
     """
     cross = tuple(site for site in LayerSelection.parse("cross").match(sites) if site.place != "mid")
+    by_default = levels is None
     if levels is None:
         levels = (min(2, max((site.level for site in cross), default=2)),)
         if not any(site.level in levels for site in cross):
             levels = (max((site.level for site in cross), default=2),)
-    return LayerSelection.parse("cross", levels=levels).match(cross)
+    return LayerSelection.parse("cross", levels=levels).match(cross, by_default=by_default)
 
 
 def _schedule(value: Any) -> Schedule:

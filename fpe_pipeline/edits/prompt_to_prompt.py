@@ -142,7 +142,7 @@ class PromptToPromptEdit(SelfAttentionEdit):
 
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         deepest = max((site.level for site in sites), default=2)
-        return LayerSelection.parse("self", levels=range(min(2, deepest), deepest + 1)).match(sites)
+        return LayerSelection.parse("self", levels=range(min(2, deepest), deepest + 1)).match(sites, by_default=True)
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product | Sequence[Product]]:
         if site.kind == "self":

@@ -15,7 +15,7 @@ from fpe_pipeline import (
     editing,
     make_edit,
 )
-from fpe_pipeline.methods import METHODS
+from fpe_pipeline.edits.registry import METHODS
 
 PAIR = PROMPTS[:2]
 
@@ -175,7 +175,11 @@ def test_several_targets_and_images_have_their_own_words(tiny):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_by_name(tiny, method):
-    options = {"masactrl": {"start_step": 1, "start_layer": 2}}.get(method, {})
+    options = {
+        "masactrl": {"start_step": 1, "start_layer": 2},
+        "fpe-regional": {"word": "car"},
+        "p2p-blend": {"words": ("red", "blue")},
+    }.get(method, {})
     edit = make_edit(method, PAIR, tiny.tokenizer, **options)
     latents, session = run(tiny, edit)
     assert (latents - sample(tiny))[1].abs().max() > 1e-4

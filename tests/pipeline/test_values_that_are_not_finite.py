@@ -87,9 +87,9 @@ def test_a_session_and_a_loop_of_ones_own():
 def test_guidance_that_is_too_large():
     """The UNet's prediction is finite, what guidance makes of it is not."""
     pipe = embedded(FreePromptPipeline)
-    message = r"from step 0 of 4 on: the UNet's prediction is finite, and what guidance \(guidance_scale=1e\+38\)"
+    message = r"from step 0 of 4 on: the UNet's prediction is finite, and what guidance \(guidance_scale=1e\+300\)"
     with pytest.raises(FloatingPointError, match=message):
-        pipe(SOURCE, TARGET, latents=noise(0) * 1e3, guidance_scale=1e38, **FAST)
+        pipe(SOURCE, TARGET, latents=noise(0), guidance_scale=1e300, **FAST)
 
 
 def test_weights_of_words_that_are_too_large():
@@ -121,7 +121,7 @@ def test_an_autoencoder_that_overflows():
         with torch.no_grad():
             pipe.vae.decoder.conv_norm_out.weight[0] = math.inf
         options = {"latents": noise(0) if kind is FreePromptPipeline else noise(0, 0), "num_inference_steps": 1}
-        with pytest.raises(FloatingPointError, match="autoencoder makes values .* first in decoder.conv_norm_out"):
+        with pytest.raises(FloatingPointError, match=r"autoencoder makes values .* first in decoder\.conv_norm_out"):
             if kind is FreePromptPipeline:
                 pipe(SOURCE, TARGET, self_replace_steps=1.0, **options)
             else:
