@@ -124,17 +124,17 @@ class EditReport:
         entry.nbytes += layer.nbytes
         entry.maps += layer.maps_nbytes(itemsize)
 
-    def note_idle(self, edit: Edit, seen: Sequence[Step], *, blends: bool) -> None:
+    def note_idle(self, name: str, edit: Edit, seen: Sequence[Step], *, blends: bool) -> None:
         """Note what of an edit did nothing in a run.
 
         Args:
+            name: of the edit.
             edit: what was asked.
             seen: the run's steps, in order.
             blends: whether latents were blended.
         """
         windows, steps = edit.windows(), sorted({step.index for step in seen})
         made = f"the steps {steps[0]} to {steps[-1]} of {seen[0].total} that the run made"
-        name = type(edit).__name__.removeprefix("_")
         self.idle = [
             f"{name} did nothing by {what}, which holds none of {made}: give it another window, or the run more steps"
             for what, acts in windows

@@ -334,7 +334,7 @@ class EditingSession:
         if not seen:
             return
         blends = any(watcher.blends for watcher in self._watchers)
-        self._report.note_idle(self._running, seen, blends=blends)
+        self._report.note_idle(type(self.edit).__name__, self._running, seen, blends=blends)
         for reason in self._report.idle:
             warnings.warn(reason, EditWarning, stacklevel=3)
 

@@ -205,7 +205,8 @@ def short_form(prompt: str, tokenizer: Any) -> str:
 
 
 def unknown_words(prompt: str, tokenizer: Any) -> tuple[str, ...]:
-    """Words of a prompt that a tokenizer has to spell letter by letter, or has no token for at all."""
+    """Words of a prompt for which a tokenizer has no token, or so many that it all but spells them: more than one for
+    every two letters."""
     if not callable(tokenizer):
         return ()
     tokenized = tokenize(prompt, tokenizer)
@@ -213,8 +214,11 @@ def unknown_words(prompt: str, tokenizer: Any) -> tuple[str, ...]:
     found = []
     for word in tokenized.words:
         given = [token - tokenized.first for token in word.tokens]
-        spelled = len(given) > 1 and all(_width(tokenized.spans[token]) <= 1 for token in given)
-        if any(map(str.isalpha, word.text)) and (spelled or any(tokenized.ids[token] == unknown for token in given)):
+        texts = [tokenized.text[slice(*(tokenized.spans[token] or (0, 0)))] for token in given]
+        letters = sum(map(str.isalpha, word.text))
+        pieces = sum(not text or any(map(str.isalpha, text)) for text in texts)
+        spelled = pieces > 1 and pieces > letters / 2 and word.text not in tokenized.added
+        if letters and (spelled or any(tokenized.ids[token] == unknown for token in given)):
             found.append(word.text)
     return tuple(dict.fromkeys(found))
 
@@ -261,10 +265,6 @@ def _in_short_form(span: tuple[int, int], pieces: Sequence[tuple[str, tuple[int,
             return span[0] - offset + start, span[1] - offset + start
         offset += len(piece)
     raise AssertionError("a text has at least one piece")
-
-
-def _width(span: tuple[int, int] | None) -> int:
-    return 0 if span is None else span[1] - span[0]
 
 
 def _occurrences(phrase: str, text: str) -> list[tuple[int, int]]:

@@ -43,6 +43,7 @@ class Method:
         make: a function of the prompts (the source's first), the tokenizer and options.
         aligns: whether it looks for words, and so cannot do without the tokenizer.
         further: options beside the edit's arguments.
+        taken: arguments of the edit that the method gives itself.
         layers: options that choose layers for a model, as a function of its UNet; {} where the edit's own choice
             stands.
     """
@@ -54,13 +55,14 @@ class Method:
     make: Make
     aligns: bool = False
     further: tuple[str, ...] = ()
+    taken: tuple[str, ...] = ("prompts", "tokenizer", "align")
     layers: Callable[[Any], Mapping[str, Any]] = lambda unet: {}
 
     @property
     def options(self) -> tuple[str, ...]:
         """The names of its options."""
         made = inspect.signature(self.edit).parameters
-        return (*self.further, *(name for name in made if name not in ("prompts", "tokenizer", "align")))
+        return (*self.further, *(name for name in made if name not in self.taken))
 
     def defaults(self, model: Any) -> dict[str, Any]:
         """Its options for a model, a pipeline or a UNet, beyond those that the edit has anyway."""
@@ -186,6 +188,7 @@ _TABLE = (
         _regional,
         aligns=True,
         further=("word", "threshold"),
+        taken=("mask",),
         layers=_few_tokens,
     ),
     Method(

@@ -109,7 +109,7 @@ class FakePipe:
     def __init__(self):
         self.device, self.tokenizer = torch.device("cpu"), None
         self.vae_scale_factor, self.native_size = 4, (8, 8)
-        self.unet = SimpleNamespace(config=SimpleNamespace(in_channels=4), dtype=torch.float32)
+        self.unet = SimpleNamespace(config=SimpleNamespace(in_channels=4, sample_size=64), dtype=torch.float32)
         self.calls = []
         # Gives back a picture that is everywhere 20 grey levels from the black one that it is asked of.
         self.vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=2.0), decode=lambda latents, **_: [latents])
