@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 import torch
 
-import fpe_kernels
-
 from .checks import EditWarning, warn_of_unknown_words
 from .edits import Edit
 from .edits.base import check_prompts
@@ -27,11 +25,11 @@ from .packing import RecordedLayer
 from .pipeline_hooks import PipelineHooks
 from .placement import Place, Placement
 from .report import EditReport
-from .requirements import check_precision
 from .roles import BatchRoles
 from .schedule import Step, locate_step
+from .session_checks import check_entry, check_selects
 from .sites import Site, attention_sites
-from .unets import check_images, identity, is_guided, pipe_and_unet
+from .unets import identity, is_guided, pipe_and_unet
 from .watching import Watcher
 
 __all__ = ["EditingSession", "editing", "session_of", "unedited"]
@@ -92,23 +90,16 @@ class EditingSession:
         self.pipe, self.unet = pipe_and_unet(pipe)
         self.edit = edit
         self.backend = backend
-        if not isinstance(edit, Edit):
-            raise TypeError(f"expected an Edit, such as FreePromptEdit(), got {type(edit).__name__}")
-        check_images(self.pipe, self.unet)
-        check_precision("unet", self.unet)
-        if roles is not None and (images_per_prompt, source_of, classifier_free_guidance) != (None, None, None):
-            raise ValueError("roles= is the whole layout: leave out images_per_prompt, source_of and guidance")
-        if noise not in (None, "shared", "separate"):
-            raise ValueError(f'expected noise to be "shared" or "separate", got {noise!r}')
+        layout = (images_per_prompt, source_of, classifier_free_guidance)
+        check_entry(self.pipe, self.unet, edit, backend, noise, roles, layout)
         self._roles = roles
         self._noise = noise
         self._images_per_prompt = images_per_prompt
         self._source_of = source_of
         self._guidance = classifier_free_guidance
         self._override = override_processors
-        _check_backend(backend)
         self.sites = attention_sites(self.unet)
-        _check_selects(edit, self.sites)
+        check_selects(edit, self.sites)
         self._running = edit  # what is asked: the edit, or what it gave for this session
         self._watchers: tuple[Watcher, ...] = ()
         self._layers = LayerProcessors(self.unet)
@@ -435,23 +426,3 @@ def unedited(pipe: Any) -> AbstractContextManager[None]:
     """Leave calls of a pipeline's UNet alone in a ``with`` block, whether or not it is in a session."""
     session = session_of(pipe)
     return nullcontext() if session is None else session.paused()
-
-
-def _check_selects(edit: Edit, sites: tuple[Site, ...]) -> None:
-    """Raise ValueError for an edit that selects nothing, watches nothing and injects nothing, unless it means to."""
-    running = edit.begin()
-    if not (running.select(sites) or running.windows() == () or running.watchers() or running.feature_modules):
-        raise ValueError(
-            f"{type(edit).__name__} selects none of the UNet's {len(sites)} attention layers, so that it would edit "
-            "nothing: return some of the sites from select, or use no session"
-        )
-
-
-def _check_backend(backend: str) -> None:
-    if backend == "auto":
-        return
-    known = fpe_kernels.backends()
-    if backend not in known:
-        raise ValueError(f'unknown backend {backend!r}: expected "auto" or one of {sorted(known)}')
-    if known[backend] != "available":
-        raise RuntimeError(f"backend {backend!r} cannot run here: {known[backend]}")

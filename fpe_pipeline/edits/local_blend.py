@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from ..selection import whole_numbers
 from ..sites import Site
 from ..watching import HeatCollector, Watcher
 from ..words import TokenizedPrompt
-from .base import Edit, Windows
+from .base import Edit, Windows, check_compat
 from .masks import _unit, blended_sites
 from .prompt_to_prompt import tokenize_prompts
 
@@ -38,6 +38,7 @@ class LocalBlend(Edit):
         threshold: share of the largest heat.
         start: a share s of the run; the first ``int(T·s)`` steps are not blended.
         levels: levels of cross-attention whose heat is read; default: level 2, which is 16² tokens at 512 px.
+        compat: ``"original"`` counts calls of the model rather than steps for ``start``, as the authors' code does.
 
     Raises:
         ValueError: a prompt without its word, or a number outside [0, 1].
@@ -51,10 +52,12 @@ class LocalBlend(Edit):
     threshold: float = 0.3
     start: float = field(default=0.0, kw_only=True)
     levels: Any = field(default=None, kw_only=True)
+    compat: Literal["original"] | None = field(default=None, kw_only=True)
     _tokens: tuple[tuple[int, ...], ...] = field(default=(), init=False, repr=False, compare=False)
     _length: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_compat(self.compat)
         prompts = tokenize_prompts(self.prompts, self.tokenizer)
         given = (self.words,) if isinstance(self.words, str) else tuple(self.words)
         words = tuple((entry,) if isinstance(entry, str) else tuple(entry) for entry in given)
@@ -83,7 +86,7 @@ class LocalBlend(Edit):
 
     def blends_at(self, step: Step) -> bool:
         """Whether latents are blended after a step."""
-        return step.index >= int(step.total * self.start)
+        return step.place(self.compat) >= int(step.total * self.start)
 
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         return ()

@@ -152,14 +152,15 @@ def _blend(
     words: Any = None,
     threshold: float = 0.3,
     start: float = 0.0,
+    compat: Any = None,
     **options: Any,
 ) -> Edit:
     if words is None:
         raise ValueError(
             'no words say what may change: pass the option words, a word of each prompt, such as words=["red","blue"]'
         )
-    blend = LocalBlend(prompts, tokenizer, words, threshold, start=start)
-    return PromptToPromptEdit(prompts, tokenizer, **options) + blend
+    blend = LocalBlend(prompts, tokenizer, words, threshold, start=start, compat=compat)
+    return PromptToPromptEdit(prompts, tokenizer, compat=compat, **options) + blend
 
 
 _P2P = "Prompt-to-Prompt"

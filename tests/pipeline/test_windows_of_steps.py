@@ -7,7 +7,8 @@ import pytest
 import torch
 from silent import SOURCE, TARGET, embedded, noise
 
-from fpe_pipeline import FreePromptEdit, FreePromptPipeline, PromptToPromptEdit, editing
+from fpe_pipeline import FreePromptEdit, FreePromptPipeline, LocalBlend, PromptToPromptEdit, editing
+from fpe_pipeline.schedule import run_steps
 
 PROMPTS = [SOURCE, TARGET]
 # Per scheduler, how many calls of the model its first `steps` steps take, of ten.
@@ -116,3 +117,15 @@ def test_recordings_and_dropped_sources_of_such_runs():
     torch.testing.assert_close(
         pipe.edit(recording, TARGET, output_type="latent").images, expected[1:], rtol=0, atol=1e-4
     )
+
+
+def test_the_authors_local_blend(pipe):
+    """Its counter is of calls, and blends once it exceeds int(num_steps * start)."""
+    with_scheduler(pipe, "PNDMScheduler")
+    pipe.scheduler.set_timesteps(10)
+    edit = LocalBlend(PROMPTS, pipe.tokenizer, ("red", "blue"), start=0.25, compat="original")
+    blended = []
+    for counter, step in enumerate(run_steps(pipe.scheduler), start=1):
+        assert edit.blends_at(step) == (counter > int(10 * 0.25))
+        blended.append(edit.blends_at(step))
+    assert blended.count(True) == len(blended) - int(10 * 0.25)
