@@ -10,14 +10,18 @@ from typing import Any
 
 from .words import unknown_words
 
-__all__ = ["EditWarning", "check_guidance", "check_positive", "warn_of_size", "warn_of_unknown_words"]
+__all__ = ["EditWarning", "RequestWarning", "check_guidance", "check_positive", "warn_of_size", "warn_of_unknown_words"]
 
 #: Times more, or fewer, pixels than a model was trained for, from which on it is warned of.
 FAR = 3.5
 
 
 class EditWarning(RuntimeWarning):
-    """Something was asked for that had no effect, or will hardly give what was meant."""
+    """Something was asked for that had no effect."""
+
+
+class RequestWarning(UserWarning):
+    """What was asked for will hardly give what was meant."""
 
 
 def check_positive(**numbers: Any) -> None:
@@ -40,7 +44,7 @@ def warn_of_size(size: tuple[int, int], native: tuple[int, int]) -> None:
         warnings.warn(
             f"{size[1]} x {size[0]} pixels (width x height) are {share:.2g} times those that the model was trained for "
             f"({native[1]} x {native[0]}): expect {'objects twice' if share > 1 else 'no recognisable picture'}",
-            EditWarning,
+            RequestWarning,
             stacklevel=3,
         )
 
@@ -54,6 +58,6 @@ def warn_of_unknown_words(prompts: Iterable[str], tokenizer: Any) -> None:
                 f"the model's tokenizer does not know {', '.join(map(repr, unknown))} of {prompt!r}: such words are "
                 "spelt letter by letter, and the model has hardly learnt what they mean (`fpe info` lists what the "
                 "embedded model draws)",
-                EditWarning,
+                RequestWarning,
                 stacklevel=3,
             )

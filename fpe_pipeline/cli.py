@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checks import EditWarning
+from .checks import EditWarning, RequestWarning
 from .loading import DTYPES, InputError
 from .settings import INVERSIONS, Settings
 from .texts import print_text
@@ -91,14 +91,15 @@ def _warnings_in_one_line() -> Iterator[None]:
     show = warnings.showwarning
 
     def say(message: Any, category: type[Warning], *where: Any, **options: Any) -> None:
-        if issubclass(category, EditWarning):
+        if issubclass(category, EditWarning | RequestWarning):
             _say(f"warning: {' '.join(str(message).split())}")
         else:
             show(message, category, *where, **options)
 
     with warnings.catch_warnings():
         warnings.showwarning = say
-        warnings.simplefilter("default", EditWarning)
+        for kind in (EditWarning, RequestWarning):
+            warnings.simplefilter("default", kind)
         yield
 
 

