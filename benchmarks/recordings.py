@@ -38,7 +38,7 @@ ROUNDING = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 @dataclass(frozen=True)
 class RecordedEdit:
-    """One edit of one target: a key of `fpe_pipeline.methods.METHODS`, a square image's side in pixels, its steps."""
+    """One edit of one target: a method's name in the registry, a square image's side in pixels, its steps."""
 
     method: str
     side: int
@@ -91,7 +91,7 @@ def run_recordings(
 
 def edit_of(case: RecordedEdit, tokenizer: Any) -> Any:
     """The edit of a case."""
-    from fpe_pipeline.methods import make_edit
+    from fpe_pipeline.edits.registry import make_edit
 
     return make_edit(case.method, [SOURCE, TARGET], tokenizer, **OPTIONS.get(case.method, {}))
 
@@ -148,7 +148,7 @@ def run(pipe: Any, case: RecordedEdit, effort: Effort, folder: Path) -> list[Row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from fpe_pipeline.methods import METHODS
+    from fpe_pipeline.edits.registry import METHODS
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recordings", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="embedded", help="as in `fpe edit` (default: the embedded model)")

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
         StyleAlignedEdit,
         WordMask,
     )
+    from .edits.registry import make_edit
     from .heat import HeatMaps, heat_maps
     from .inversion import Inversion
-    from .methods import make_edit
     from .noise_schedule import ddim_scheduler
     from .null_text import NullText
     from .output import FreePromptPipelineOutput
@@ -52,7 +52,7 @@ _HOME = {
     "ddim_scheduler": "noise_schedule",
     "editing": "session",
     "heat_maps": "heat",
-    "make_edit": "methods",
+    "make_edit": "edits.registry",
 }
 
 __all__ = [

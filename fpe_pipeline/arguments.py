@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .edits import Edit, FreePromptEdit
+from .checks import warn_of_size
+from .edits import Edit
+from .edits.registry import make_edit
 from .inversion import Inversion
+from .texts import check_text
 
 __all__ = [
     "check_inversion_options",
-    "check_prompts",
     "check_size",
     "chosen_edit",
     "image_size",
@@ -44,6 +45,7 @@ def prompt_list(prompt: Any, target_prompt: Any, prompt_embeds: torch.Tensor | N
     for text in prompts:
         if not isinstance(text, str):
             raise TypeError(f"prompts must be text, received {type(text).__name__}: {text!r}")
+        check_text("a prompt", text)
     return prompts
 
 
@@ -51,6 +53,8 @@ def negative_list(negative_prompt: Any, count: int) -> list[str] | None:
     """A negative prompt for each of ``count`` prompts, or None."""
     if negative_prompt is None:
         return None
+    for text in [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt:
+        check_text("a negative prompt", text)
     negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
     if len(negatives) == 1:
         return negatives * count
@@ -62,32 +66,19 @@ def negative_list(negative_prompt: Any, count: int) -> list[str] | None:
     return negatives
 
 
-def chosen_edit(edit: Edit | None, self_replace_steps: Any, levels: Any, max_tokens: Any, layers: Any) -> Edit:
-    """The edit, or the `FreePromptEdit` that the four arguments describe."""
+def chosen_edit(
+    edit: Edit | None, self_replace_steps: Any, levels: Any, max_tokens: Any, layers: Any, unet: Any
+) -> Edit:
+    """The edit, or the `FreePromptEdit` that the four arguments describe, in layers that suit the UNet."""
     given = {"levels": levels, "max_tokens": max_tokens, "layers": layers}
     if edit is None:
-        return FreePromptEdit(self_replace_steps, **given)
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return make_edit("fpe", (), None, unet, self_replace_steps=self_replace_steps, **chosen)
     if not isinstance(edit, Edit):
         raise TypeError(f"expected an Edit, such as FreePromptEdit(), received {type(edit).__name__}")
     if self_replace_steps != 0.8 or any(value is not None for value in given.values()):
         raise ValueError("self_replace_steps, levels, max_tokens and layers belong to the edit; pass them to it")
     return edit
-
-
-def check_prompts(edit: Edit, prompts: Sequence[str]) -> None:
-    """Raise ValueError for an edit that is written for other prompts than these.
-
-    Args:
-        edit: any.
-        prompts: those of the call, the source's first; the source's alone where its targets are not known yet.
-    """
-    written = edit.written_for()
-    begins_so = all(own == given for own, given in zip(written, prompts, strict=False))
-    if not begins_so or (len(written) > 1 and len(prompts) not in (1, len(written))):
-        raise ValueError(
-            f"{type(edit).__name__} is written for the prompts {list(written)}, received {list(prompts)}: write it "
-            "for the source and the targets of the call, in their order"
-        )
 
 
 def check_size(height: int, width: int, factor: int) -> None:
@@ -117,13 +108,15 @@ def image_size(
         grid[0] * factor if height is None else height,
         grid[1] * factor if width is None else width,
     )
+    asked = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
     if latents is not None and (size[0] // factor, size[1] // factor) != grid:
         raise ValueError(
             f"latents of {grid[0]} x {grid[1]} make images of {grid[0] * factor} x {grid[1] * factor} pixels "
-            f"(height x width), received height {height} and width {width}; leave height and width out, or pass "
-            "latents of that size"
+            f"(height x width), received {' and '.join(f'{name} {side}' for name, side in asked.items())}; leave "
+            f"{' and '.join(asked)} out, or pass latents of that size"
         )
     check_size(*size, factor)
+    warn_of_size(size, native)
     return size
 
 

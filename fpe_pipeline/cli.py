@@ -7,17 +7,21 @@ Exit codes: 0 done, 1 failed while running, 2 the request cannot be served as it
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .checks import EditWarning, RequestWarning
 from .loading import DTYPES, InputError
 from .settings import INVERSIONS, Settings
+from .texts import print_text
 
 __all__ = ["main"]
 
@@ -66,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leave:  # argparse has already written its help or its error
         return leave.code if isinstance(leave.code, int) else 2
     try:
-        return options.run(options) or 0
+        with _warnings_in_one_line():
+            return options.run(options) or 0
     except KeyboardInterrupt:
         print("fpe: interrupted", file=sys.stderr)
         return 130
@@ -76,8 +81,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if getattr(options, "traceback", False):
             traceback.print_exc()
-        print(f"fpe: error: {_one_line(error)}", file=sys.stderr)
+        print_text(f"fpe: error: {_one_line(error)}", sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Warnings of this package as errors are written: one line each, without the place in the code."""
+    show = warnings.showwarning
+
+    def say(message: Any, category: type[Warning], *where: Any, **options: Any) -> None:
+        if issubclass(category, EditWarning | RequestWarning):
+            _say(f"warning: {' '.join(str(message).split())}")
+        else:
+            show(message, category, *where, **options)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = say
+        for kind in (EditWarning, RequestWarning):
+            warnings.simplefilter("default", kind)
+        yield
 
 
 def _parser(arguments: Sequence[str]) -> Parser:
@@ -178,7 +201,7 @@ def _add_edit(edit: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--method",
         metavar="NAME",
-        help="fpe (default), p2p-replace, p2p-refine, masactrl, pnp or style-aligned",
+        help="fpe (default) or another; `fpe info` lists them and their options",
     )
     how.add_argument(
         "--option",
@@ -200,7 +223,7 @@ def _add_edit(edit: argparse.ArgumentParser) -> None:
         type=_integers,
         metavar="N,N",
         help="replace at these UNet levels; level n is downsampled n times from the latent (default: 1 and deeper; "
-        "with the embedded model all, which have at most 32 x 32 tokens)",
+        "with models of at most 32 x 32 tokens, as the embedded one, all)",
     )
     how.add_argument(
         "--max-tokens", type=int, metavar="N", help="replace where height x width of the layer is at most N"
@@ -310,7 +333,9 @@ def _info(options: argparse.Namespace) -> int:
 
     from fpe_kernels import backends
 
+    from .edits.registry import METHODS
     from .loading import EMBEDDED, find_model
+    from .models.scenes import BACKGROUNDS, COLOURS, OBJECTS
     from .repeatable import versions
 
     for name, version in versions().items():
@@ -321,9 +346,14 @@ def _info(options: argparse.Namespace) -> int:
     for name, state in backends().items():
         print(f"  {name:<12}{state}")
     try:
-        print(f"{'model':<14}{find_model(EMBEDDED).location}")
+        print_text(f"{'model':<14}{find_model(EMBEDDED).location}")
     except InputError as error:
         print(f"{'model':<14}{error}")
+    for title, names in (("objects", OBJECTS), ("colours", COLOURS), ("backgrounds", BACKGROUNDS)):
+        print(f"  {title:<12}{', '.join(names)}")
+    print("methods")
+    for name, method in METHODS.items():
+        print(f"  {name:<15}{method.title}: {', '.join(method.options)}")
     return 0
 
 
@@ -369,12 +399,12 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _print_paths(paths: Sequence[Path]) -> None:
     for path in paths:
-        print(path)
+        print_text(path)
     sys.stdout.flush()
 
 
 def _say(text: str) -> None:
-    print(f"fpe: {text}", file=sys.stderr)
+    print_text(f"fpe: {text}", sys.stderr)
 
 
 def _one_line(error: Exception) -> str:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from .loading import InputError
 from .map_store import Layout, MapStore
 from .packing import Packed
+from .texts import check_readable_name
 
 __all__ = ["FileStore"]
 
@@ -50,6 +51,10 @@ class FileStore(MapStore):
         Raises:
             InputError: it holds something, or cannot be made.
         """
+        try:
+            check_readable_name(folder.absolute())
+        except ValueError as error:
+            raise InputError(f"cannot record: {error}") from None
         store = cls(folder)
         try:
             for path in reversed([folder, *folder.parents]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from PIL import Image
 
 from fpe_kernels import LinearMap
 
-from .alignment import tokenize
 from .edits import Edit
+from .edits.base import Windows
+from .encoding import Encoding, encoding_tokenizer
 from .heat_views import overlay, principal_components
 from .products import Product
 from .roles import BatchRoles
@@ -23,7 +23,8 @@ from .schedule import Step, StepWindow
 from .selection import LayerSelection, whole_numbers
 from .session import EditingSession, session_of
 from .sites import Site
-from .watching import HeatCollector, Watcher, check_same_rows, resize_maps
+from .watching import HeatCollector, Watcher, check_same_images, resize_maps
+from .words import TokenizedPrompt, tokenize
 
 __all__ = ["HeatMaps", "heat_maps"]
 
@@ -77,17 +78,20 @@ def heat_maps(
     session = session_of(pipe)
     if session is not None and session_options:
         raise ValueError(f"the session is open already: give it {', '.join(sorted(session_options))}")
-    with _prompts_read(pipe, maps, prompts):
-        if session is None:
-            with _Watching(pipe, _Unedited(), **session_options) as session:
-                session.watch(maps._watcher)
-                yield maps
-        else:
+    if words and maps._tokenizer is None:
+        raise ValueError(f"{type(pipe).__name__} has no tokenizer to find words with")
+    if words and prompts is not None:
+        maps._watcher.set_prompts([prompts] if isinstance(prompts, str) else list(prompts))
+    if session is None:
+        with _Watching(pipe, _Unedited(), **session_options) as session:
             session.watch(maps._watcher)
-            try:
-                yield maps
-            finally:
-                session.unwatch(maps._watcher)
+            yield maps
+        return
+    session.watch(maps._watcher)
+    try:
+        yield maps
+    finally:
+        session.unwatch(maps._watcher)
 
 
 class HeatMaps:
@@ -104,7 +108,7 @@ class HeatMaps:
         max_bytes: int,
     ) -> None:
         self.words, self.pixels, self.components = words, pixels, components
-        self._tokenizer = getattr(pipe, "tokenizer", None)
+        self._tokenizer = encoding_tokenizer(pipe)
         self._watcher = _Reader(self, window, levels, max_bytes, int(getattr(pipe, "vae_scale_factor", 8)))
 
     def word(self, word: str, image: int = 0) -> np.ndarray:
@@ -118,7 +122,7 @@ class HeatMaps:
         present = self._watcher.present(prompt)
         if word not in present:
             raise ValueError(f"no heat of {word!r} was read for image {image}; there is {list(present) or 'none'}")
-        heat = self._watcher.words.heat(self._watcher.row(image)) if self._watcher.words else None
+        heat = self._watcher.words.heat(self._watcher.image(image)) if self._watcher.words else None
         if heat is None:
             raise ValueError("no step of the window has run: there is no heat")
         return _array(heat[present.index(word)])
@@ -153,6 +157,13 @@ class _Unedited(Edit):
     def active(self, step: Step) -> bool:
         return False
 
+    def windows(self) -> Windows:
+        return ()
+
+    @property
+    def pairs_pixels(self) -> bool:
+        return False
+
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
         return {}
 
@@ -170,12 +181,22 @@ class _Reader(Watcher):
         self._owner, self._window, self._levels = owner, window, levels
         self._max_bytes, self._factor = max_bytes, factor
         self._words_of: list[tuple[str, ...]] = []
+        self._prompts_are_given = False
         self.words: HeatCollector | None = None
         self.begin()
 
     def set_prompts(self, prompts: Sequence[str]) -> None:
-        """What the rows' prompts are, before the first step."""
-        tokenized = [tokenize(prompt, self._owner._tokenizer) for prompt in prompts]
+        """What the rows' prompts are, whatever the pipeline encodes."""
+        self._prompts_are_given = True
+        self._set(prompts, [tokenize(prompt, self._owner._tokenizer) for prompt in prompts])
+
+    def encoded(self, encoding: Encoding) -> None:
+        if self._prompts_are_given or not self._owner.words or encoding.prompts is None:
+            return
+        known = [tokenize(prompt, self._owner._tokenizer) for prompt in encoding.prompts]
+        self._set(encoding.prompts, encoding.placed(known))
+
+    def _set(self, prompts: Sequence[str], tokenized: Sequence[TokenizedPrompt]) -> None:
         missing = [word for word in self._owner.words if not any(prompt.contains(word) for prompt in tokenized)]
         if missing:
             raise ValueError(f"the words {missing} are in none of the prompts {list(prompts)}")
@@ -185,9 +206,9 @@ class _Reader(Watcher):
         self.begin()
 
     def begin(self) -> None:
-        self._roles: BatchRoles | None = None
-        self._pixels: dict[int, torch.Tensor] = {}
-        self._kept: dict[int, tuple[tuple[int, int], list[LinearMap]]] = {}
+        self._images: tuple[tuple[int, int], ...] | None = None
+        self._pixels: dict[tuple[int, int], torch.Tensor] = {}
+        self._kept: dict[tuple[int, int], tuple[tuple[int, int], list[LinearMap]]] = {}
         self._bytes = 0
         if self.words is not None:
             self.words.begin()
@@ -203,8 +224,7 @@ class _Reader(Watcher):
     def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
         if step not in self._window:
             return {}
-        check_same_rows(None if self._roles is None else self._roles.rows, roles)
-        self._roles = roles
+        self._images = check_same_images(self._images, roles)
         if site.kind == "self":
             return {}
         if self.words is None:
@@ -220,18 +240,19 @@ class _Reader(Watcher):
         if columns and self.words is not None:
             self.words.receive(site, step, roles, columns, {})
         for row, operator in maps.items():
+            image = roles.image_of(row)
             if self._owner.pixels:
                 rows = self._rows_at(site, operator)
-                known = self._pixels.get(row)
+                known = self._pixels.get(image)
                 if known is not None and known.shape != rows.shape:
                     finest = max(tuple(known.shape[-2:]), site.grid, key=lambda grid: grid[0] * grid[1])
                     known, rows = resize_maps(known, finest), resize_maps(rows, finest)
-                self._pixels[row] = rows if known is None else known + rows
+                self._pixels[image] = rows if known is None else known + rows
             if self._owner.components:
-                self._keep(site, row, operator)
+                self._keep(site, image, operator)
 
-    def _keep(self, site: Site, row: int, operator: LinearMap) -> None:
-        grid, kept = self._kept.setdefault(row, (site.grid or (0, 0), []))
+    def _keep(self, site: Site, image: tuple[int, int], operator: LinearMap) -> None:
+        grid, kept = self._kept.setdefault(image, (site.grid or (0, 0), []))
         if grid != site.grid:
             raise ValueError(f"components are of layers of one grid; levels {self._levels} have {grid} and {site.grid}")
         self._bytes += operator.nbytes
@@ -269,65 +290,33 @@ class _Reader(Watcher):
 
     # What was read
 
-    def row(self, image: int) -> int:
-        """The batch row of an image of the call."""
-        if self._roles is None:
+    def image(self, number: int) -> tuple[int, int]:
+        """An image of the call, as (prompt, number among the prompt's images)."""
+        if self._images is None:
             raise ValueError("no pipeline call was made inside the block, or none of its steps is in steps=: no maps")
-        rows = self._roles.select(conditional=True)
-        if not 0 <= image < len(rows):
-            raise ValueError(f"expected image to be in 0 to {len(rows) - 1}, got {image}")
-        return rows[image]
+        if not 0 <= number < len(self._images):
+            raise ValueError(f"expected image to be in 0 to {len(self._images) - 1}, got {number}")
+        return self._images[number]
 
-    def prompt_of(self, image: int) -> int:
-        row = self.row(image)
-        assert self._roles is not None
-        return self._roles.prompt_of(row)
+    def prompt_of(self, number: int) -> int:
+        return self.image(number)[0]
 
     def present(self, prompt: int) -> tuple[str, ...]:
         """The words of a prompt that were read."""
         return self._words_of[prompt] if prompt < len(self._words_of) else ()
 
     def pixel_sum(self, image: int) -> torch.Tensor:
-        row = self.row(image)
-        if row not in self._pixels:
+        which = self.image(image)
+        if which not in self._pixels:
             raise ValueError("no step of the window has run: there is no self-attention of a pixel")
-        return self._pixels[row]
+        return self._pixels[which]
 
     def kept(self, image: int) -> tuple[list[LinearMap], tuple[int, int]]:
-        row = self.row(image)
-        if row not in self._kept:
+        which = self.image(image)
+        if which not in self._kept:
             raise ValueError("nothing was kept for components: pass heat_maps(..., components=k), and run its steps")
-        grid, kept = self._kept[row]
+        grid, kept = self._kept[which]
         return kept, grid
-
-
-@contextmanager
-def _prompts_read(pipe: Any, maps: HeatMaps, prompts: str | Sequence[str] | None) -> Iterator[None]:
-    """Tell the reader the prompts: those given, or those that the pipeline encodes while the block lasts."""
-    if not maps.words:
-        yield
-        return
-    if maps._tokenizer is None:
-        raise ValueError(f"{type(pipe).__name__} has no tokenizer to find words with")
-    if prompts is not None:
-        maps._watcher.set_prompts([prompts] if isinstance(prompts, str) else list(prompts))
-        yield
-        return
-    original = pipe.encode_prompt
-
-    @functools.wraps(original)  # pipelines and their callers inspect the signature
-    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-        prompt = args[0] if args else kwargs.get("prompt")
-        session = session_of(pipe)
-        if prompt is not None and session is not None and not session.is_paused:
-            maps._watcher.set_prompts([prompt] if isinstance(prompt, str) else list(prompt))
-        return original(*args, **kwargs)
-
-    pipe.encode_prompt = encode_prompt
-    try:
-        yield
-    finally:
-        del pipe.encode_prompt
 
 
 def _point(pixel: Any) -> tuple[float, float]:

@@ -59,26 +59,16 @@ class SchedulerHook:
     """Passes a scheduler's new latents through a function ``change(latents, timestep)``, until it is removed.
 
     Schedulers offer no callback. The method is shadowed on the instance, with its signature, which pipelines inspect.
-    Of several hooks the first one acts first; they are removed in the opposite order.
+    Of several hooks the first one acts first; they are removed in any order.
     """
 
     def __init__(self, scheduler: Any, change: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
         self.calls = 0
-        self._scheduler, original = scheduler, scheduler.step
-        self._shadowed = vars(scheduler).get("step")
-
-        @functools.wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-            output = original(*args, **kwargs)
-            if isinstance(output, tuple):
-                return (change(output[0], timestep), *output[1:])
-            output.prev_sample = change(output.prev_sample, timestep)
-            return output
-
-        self._step = step
-        scheduler.step = step
+        self.change = change
+        self._scheduler = scheduler
+        shadow = vars(scheduler).get("step")
+        self._shadow = shadow if hasattr(shadow, "hooks") else _shadow_step(scheduler)
+        self._shadow.hooks.append(self)
 
     def remove(self, *, expected: bool) -> None:
         """Uncover the method that was there before; warn where steps were ``expected`` and none was made."""
@@ -89,10 +79,37 @@ class SchedulerHook:
                 RuntimeWarning,
                 stacklevel=5,
             )
-        if vars(self._scheduler).get("step") is self._step:
+        hooks = self._shadow.hooks
+        if self in hooks:
+            hooks.remove(self)
+        if not hooks and vars(self._scheduler).get("step") is self._shadow:
             del self._scheduler.step
-            if self._shadowed is not None:
-                self._scheduler.step = self._shadowed
+            if self._shadow.shadowed is not None:
+                self._scheduler.step = self._shadow.shadowed
+
+
+def _shadow_step(scheduler: Any) -> Any:
+    """Cover a scheduler's ``step`` by one that shows its latents to every one of its ``hooks``."""
+    original = scheduler.step
+    hooks: list[SchedulerHook] = []
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        output = original(*args, **kwargs)
+        latents = output[0] if isinstance(output, tuple) else output.prev_sample
+        for hook in tuple(hooks):
+            hook.calls += 1
+            latents = hook.change(latents, timestep)
+        if isinstance(output, tuple):
+            return (latents, *output[1:])
+        output.prev_sample = latents
+        return output
+
+    shadow: Any = step
+    shadow.hooks, shadow.shadowed = hooks, vars(scheduler).get("step")
+    scheduler.step = shadow
+    return shadow
 
 
 class FollowInversion:
@@ -116,7 +133,7 @@ class FollowInversion:
         self._hook.remove(expected=False)
 
     def _follow(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
-        reference = self._inversion.reference(locate_step(self._scheduler, timestep).index)
+        reference = self._inversion.reference(locate_step(self._scheduler, timestep).call)
         if reference is None or self._call.source_dropped:
             return latents
         rows = self._call.images_per_prompt

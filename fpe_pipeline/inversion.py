@@ -26,12 +26,16 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from PIL import Image
 
-from .checks import check_guidance, check_positive
+from .checks import check_guidance, check_positive, warn_of_size, warn_of_unknown_words
+from .finite import is_finite, refuse_step
 from .images import load_image, to_tensor
 from .noise_schedule import NoiseSchedule, ddim_inverse_step, require_ddim
 from .null_text import NullText, optimise_unconditional
-from .requirements import check_model, check_without_image_prompts
+from .requirements import check_guided_inversion, check_pipeline, check_without_image_prompts
+from .schedule import Step
 from .session import unedited
+from .texts import check_text
+from .unets import identity
 
 if TYPE_CHECKING:
     from .pipeline import FreePromptPipeline
@@ -136,14 +140,16 @@ def invert(
         ValueError: a model that `FreePromptPipeline` does not serve, an IP-Adapter, a scheduler whose steps cannot be
             undone, an unknown method, numbers out of range.
     """
-    check_model(pipe.unet, pipe.vae)
+    check_pipeline(pipe)
     check_without_image_prompts(pipe, "inversion")
     null_text = method if isinstance(method, NullText) else NullText() if method == "null-text" else None
     name: Method = "null-text" if null_text is not None else cast(Method, method)
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)} or a NullText, received {method!r}")
+    check_guided_inversion(pipe.unet, name)
     if not isinstance(prompt, str):
         raise TypeError(f"expected one prompt, the image's, received {type(prompt).__name__}")
+    check_text("the prompt", prompt)
     check_positive(num_inference_steps=num_inference_steps)
     check_guidance(guidance_scale)
     if null_text is not None:
@@ -159,6 +165,8 @@ def invert(
     picture = load_image(
         image, (width, height), multiple=pipe.vae_scale_factor, pixels=pipe.native_size[0] * pipe.native_size[1]
     )
+    warn_of_size(picture.size[::-1], pipe.native_size)
+    warn_of_unknown_words([prompt], pipe.tokenizer)
     pipe.scheduler.set_timesteps(int(num_inference_steps), device=device)
     schedule = NoiseSchedule.of(pipe.scheduler)
     with unedited(pipe), torch.no_grad():
@@ -170,6 +178,9 @@ def invert(
                 sample = latents[-1]
                 prediction = _predict(pipe, sample, timestep, context, guidance_scale)
                 latents.append(ddim_inverse_step(pipe.scheduler, prediction, int(timestep), sample))
+                if not is_finite(latents[-1]):
+                    given = (sample.expand(context.shape[0], -1, -1, -1), timestep, context)
+                    refuse_step(Step(index, schedule.steps), identity(pipe.unet), given)
                 bar.update()
                 if callback is not None:
                     callback(index, schedule.steps, latents[-1])

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .texts import check_readable_name
+
 if TYPE_CHECKING:
     import torch
 
@@ -82,6 +84,10 @@ def find_model(model: str) -> ModelSource:
     if model == EMBEDDED:
         return _folder(_embedded_folder())
     path = Path(model).expanduser()
+    try:
+        check_readable_name(path)
+    except ValueError as error:
+        raise InputError(f"model {error}") from None
     if path.is_dir():
         return _folder(path)
     if path.is_file():

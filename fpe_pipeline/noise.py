@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-__all__ = ["row_generators", "shared_latents"]
+__all__ = ["paired_generators", "row_generators", "shared_latents"]
 
 
 def shared_latents(latents: torch.Tensor | None, prompts: int, images: int, channels: int) -> torch.Tensor | None:
@@ -43,16 +45,36 @@ def row_generators(
     The last prompt's rows hold the caller's own generators, where there is one for each image: they advance as
     they would in diffusers. Several images from one generator, or from none, get generators seeded from it.
     """
-    if isinstance(generator, torch.Generator) and images == 1:
-        own = [generator]
-    elif isinstance(generator, list):
-        own = list(generator)
-    else:
-        device = generator.device if generator is not None else torch.device("cpu")
-        seeds = torch.randint(2**63 - 1, (images,), generator=generator, device=device).tolist()
-        own = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    own = _own_generators(generator, images)
     copies = [_copy(each) for _ in range(prompts - 1) for each in own]
     return copies + own
+
+
+def paired_generators(
+    generator: torch.Generator | None, source_of: Sequence[int], images: int
+) -> list[torch.Generator]:
+    """One generator a row, prompt by prompt, such that image i of a prompt draws what image i of its source draws.
+
+    Args:
+        generator: the caller's; with one source and one image it is the last row's, and advances as it would have.
+        source_of: for each prompt, the index of its source.
+        images: images a prompt.
+    """
+    sources = list(dict.fromkeys(source_of))
+    own = _own_generators(generator, len(sources) * images)
+    rows = [own[sources.index(source) * images + image] for source in source_of for image in range(images)]
+    last = {id(each): row for row, each in enumerate(rows)}
+    return [each if last[id(each)] == row else _copy(each) for row, each in enumerate(rows)]
+
+
+def _own_generators(generator: torch.Generator | list[torch.Generator] | None, count: int) -> list[torch.Generator]:
+    if isinstance(generator, torch.Generator) and count == 1:
+        return [generator]
+    if isinstance(generator, list):
+        return list(generator)
+    device = generator.device if generator is not None else torch.device("cpu")
+    seeds = torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
 def _copy(generator: torch.Generator) -> torch.Generator:

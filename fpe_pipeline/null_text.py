@@ -14,6 +14,7 @@ Source: Mokady et al., "Null-text Inversion for Editing Real Images using Guided
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
+
+from .requirements import stored_in_float8
 
 if TYPE_CHECKING:
     from .pipeline import FreePromptPipeline
@@ -72,6 +75,12 @@ class NullText:
             raise ValueError(
                 "null-text optimisation takes gradients through the UNet, which vanish in float16; load the model in "
                 "float32 or bfloat16, or invert by 'direct', which optimises nothing"
+            )
+        if stored_in_float8(pipe.unet):
+            raise ValueError(
+                "null-text optimisation takes gradients through the UNet, whose weights are stored in float8 and cast "
+                "back before the gradients need them; load the UNet in float32 or bfloat16, or invert by 'direct', "
+                "which optimises nothing"
             )
         if any(parameter.is_inference() for parameter in pipe.unet.parameters()):
             raise ValueError(
@@ -139,6 +148,11 @@ def _optimise_step(
             error.backward()
             optimiser.step()
             loss, iterations = error.item(), iterations + 1
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"null-text optimisation gives values that are not finite at step {index}: lower its "
+                    "guidance_scale, or compute in another dtype"
+                )
             if loss < settings.early_stop + index * TOLERANCE_GROWTH:
                 break
     return embedding.detach(), iterations, loss

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,22 +21,25 @@ from . import inversion as inversions
 from . import recorded_runs
 from .arguments import (
     check_inversion_options,
-    check_prompts,
     check_size,
     chosen_edit,
     image_size,
     negative_list,
     prompt_list,
 )
-from .checks import check_guidance, check_positive
+from .checks import check_guidance, check_positive, warn_of_unknown_words
 from .edits import Edit
+from .edits.base import check_prompts
+from .encoding import encoding_tokenizer
+from .finite import FiniteSteps, check_latents
 from .hooks import FollowInversion
 from .inversion import Inversion
 from .noise import row_generators, shared_latents
 from .output import FreePromptPipelineOutput
-from .requirements import check_model
+from .requirements import check_guided_inversion, check_model, check_options, check_pipeline
 from .session import EditingSession, editing
 from .step_end import Call, DropSource, FollowEmbeddings, StepEnd, Task, check_source_can_be_dropped
+from .words import short_form
 
 __all__ = ["FreePromptPipeline", "FreePromptPipelineOutput"]
 
@@ -110,7 +113,8 @@ class FreePromptPipeline(StableDiffusionPipeline):
             target_prompt: one or more prompts to edit the source into.
             self_replace_steps: steps whose self-attention maps are the source's, as fractions of the run: s is
                 (0, s). The default 0.8 is the first 80 % of the steps; 0 generates without control.
-            levels, max_tokens, layers: at most one, to choose the replaced layers; see `FreePromptEdit`.
+            levels, max_tokens, layers: at most one, to choose the replaced layers; see `FreePromptEdit`. Default:
+                levels from 1 on, or, in a model of at most 32² tokens, all.
             edit: another edit, in place of the `FreePromptEdit` that the four arguments above make. One that aligns
                 words is written for these very prompts.
             inversion: a real image, from `invert`, as the source: denoising starts from its noise, and the source rows
@@ -146,7 +150,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         unknown = options.keys() - PARENT_OPTIONS - LEGACY_OPTIONS
         if unknown:
             raise TypeError(f"unknown option {', '.join(sorted(unknown))}; expected one of {sorted(PARENT_OPTIONS)}")
-        check_model(self.unet, self.vae)
+        check_pipeline(self)
         if inversion is not None:
             given = {"latents": latents, "negative_prompt_embeds": negative_prompt_embeds, **options}
             check_inversion_options(inversion, given, negative_prompt, num_inference_steps)
@@ -157,20 +161,25 @@ class FreePromptPipeline(StableDiffusionPipeline):
         num_inference_steps = 50 if num_inference_steps is None else num_inference_steps
         prompts = prompt_list(prompt, target_prompt, prompt_embeds)
         count = len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]
-        edit = chosen_edit(edit, self_replace_steps, levels, max_tokens, layers)
+        edit = chosen_edit(edit, self_replace_steps, levels, max_tokens, layers, self.unet)
         if prompts:
-            check_prompts(edit, prompts)
+            check_prompts(edit, prompts, encoding_tokenizer(self))
         check_positive(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
         check_guidance(guidance_scale)
+        check_options(self, guidance_scale, negative_prompt is not None and inversion is None, options)
         if not keep_source:
             check_source_can_be_dropped(self, count, options)
+        check_latents(latents)
         latents = shared_latents(latents, count, num_images_per_prompt, self.unet.config.in_channels)
         height, width = image_size(self.native_size, self.vae_scale_factor, height, width, latents)
 
+        if count == 1:  # a session warns of those that it watches
+            warn_of_unknown_words(prompts, self.tokenizer)
         call = Call(count, num_images_per_prompt)
         tasks: list[Task] = []
         follow: AbstractContextManager = nullcontext()
         if inversion is not None:
+            check_guided_inversion(self.unet, inversion.method)
             inversion.check(self.scheduler, guidance_scale)
             follow = FollowInversion(self.scheduler, call, inversion)
             if inversion.unconditional is not None:
@@ -181,7 +190,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         session = (
             nullcontext()
             if count == 1
-            else editing(self, edit, images_per_prompt=num_images_per_prompt, backend=backend)
+            else editing(self, edit, images_per_prompt=num_images_per_prompt, noise="separate", backend=backend)
         )
         with follow:
             images, nsfw = self._sample(
@@ -250,7 +259,8 @@ class FreePromptPipeline(StableDiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._call = call
         try:
-            with session:
+            watched = nullcontext() if isinstance(session, EditingSession) else FiniteSteps(self)
+            with session, watched, _text_model_found(self.text_encoder):
                 return super().__call__(
                     return_dict=False,
                     callback_on_step_end=callback_on_step_end,
@@ -264,6 +274,12 @@ class FreePromptPipeline(StableDiffusionPipeline):
         """The parent's checks, with the size measured against this autoencoder rather than against 8 pixels."""
         check_size(height, width, self.vae_scale_factor)
         super().check_inputs(prompt, 8, 8, *args, **kwargs)
+
+    def maybe_convert_prompt(self, prompt: Any, tokenizer: Any) -> Any:
+        """Tokens of several vectors written out, as diffusers does, and once where the caller did it already."""
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        converted = super().maybe_convert_prompt([short_form(text, tokenizer) for text in texts], tokenizer)
+        return converted[0] if isinstance(prompt, str) else converted
 
     def prepare_latents(
         self,
@@ -296,3 +312,19 @@ class FreePromptPipeline(StableDiffusionPipeline):
         config = json.loads(super().to_json_string())
         config["_class_name"] = StableDiffusionPipeline.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+@contextmanager
+def _text_model_found(encoder: Any) -> Iterator[None]:
+    """Let diffusers find the text encoder's final norm, for ``clip_skip``, where it looks for it: in ``text_model``.
+
+    From version 5 of transformers on, a `CLIPTextModel` is that model itself.
+    """
+    if encoder is None or hasattr(encoder, "text_model") or not hasattr(encoder, "final_layer_norm"):
+        yield
+        return
+    vars(encoder)["text_model"] = encoder  # not as a submodule: it would contain itself
+    try:
+        yield
+    finally:
+        del vars(encoder)["text_model"]

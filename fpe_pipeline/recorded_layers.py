@@ -12,6 +12,8 @@ import torch
 from fpe_kernels import AttentionMap
 
 from .edits import Edit
+from .edits.base import Windows
+from .encoding import Encoding
 from .evaluation import Rows
 from .map_store import MapStore
 from .orders import Order
@@ -19,7 +21,7 @@ from .packing import HALF_LIMIT, Packed, Precision, RecordedLayer, half_reach, p
 from .products import Product, plan_products
 from .recorded_parts import Contents, part_name, source_needs
 from .roles import BatchRoles
-from .schedule import Step
+from .schedule import Step, run_steps
 from .session import EditingSession
 from .sites import Site
 from .watching import Watcher
@@ -42,7 +44,14 @@ class _Kept(Edit):
         return tuple(site for site in sites if site.path in self.contents)
 
     def active(self, step: Step) -> bool:
-        return any(step.index in steps for parts in self.contents.values() for steps in parts.values())
+        return any(step.call in steps for parts in self.contents.values() for steps in parts.values())
+
+    def windows(self) -> Windows:
+        return ()
+
+    @property
+    def pairs_pixels(self) -> bool:
+        return False
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
         return {}
@@ -58,7 +67,7 @@ class _Kept(Edit):
         for row, conditional in enumerate(roles.conditional):
             prefix = part_name(conditional, "")
             for name, steps in parts.items():
-                if name.startswith(prefix) and step.index in steps:
+                if name.startswith(prefix) and step.call in steps:
                     wanted.setdefault(row, []).append(name.removeprefix(prefix))
         return wanted
 
@@ -109,7 +118,7 @@ class Capture(EditingSession):
         super()._after_unet(module, args, output)
         if self._step is not None and self._tensors:
             self._check_reaches()
-            self._store.write(self._step.index, self._tensors)
+            self._store.write(self._step.call, self._tensors)
         self._tensors = {}
 
     def _check_reaches(self) -> None:
@@ -185,7 +194,7 @@ class Replay(EditingSession):
         pipe: denoises the targets.
         edit: asked as if the source were in the batch.
         store: what is recorded of the source.
-        latents: the source's [steps + 1, 1, C, h, w].
+        latents: the source's [calls of the UNet + 1, 1, C, h, w].
         targets: how many.
         guided: whether there are unconditional rows.
         backend: of the attention.
@@ -212,14 +221,17 @@ class Replay(EditingSession):
         self._recorded_roles = BatchRoles.from_recording(targets, classifier_free_guidance=guided)
         self._device = latents.device
         sites = tuple(site.at(*latents.shape[-2:]) for site in self.sites)
-        self.needed = source_needs([edit], sites, len(latents) - 1, targets=targets, guided=guided)
+        self.needed = source_needs([edit], sites, run_steps(pipe.scheduler), targets=targets, guided=guided)
 
     def after_step(self, latents: torch.Tensor) -> torch.Tensor:
         """As the session's; blends see the source's latents of the recorded run behind the targets'."""
         if self._step is None:
             return latents
-        source = self._latents[self._step.index + 1].to(latents)
+        source = self._latents[self._step.call + 1].to(latents)
         return super().after_step(torch.cat([latents, source]))[: latents.shape[0]]
+
+    def _encoded(self, encoding: Encoding) -> None:
+        """The call encodes the targets alone; the edit was written for the source as well, and checked before."""
 
     def _before_unet(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._device = (args[0] if args else kwargs["sample"]).device
@@ -237,7 +249,7 @@ class Replay(EditingSession):
         return self._recorded_roles
 
     def _recorded(self, step: Step, roles: BatchRoles) -> Mapping[str, RecordedLayer]:
-        tensors = self._store.read(step.index, self._device)
+        tensors = self._store.read(step.call, self._device)
         rows = {part_name(roles.conditional[row], ""): row for row in range(roles.batch, roles.rows)}
         found: dict[str, dict[int, Packed]] = {}
         for path, parts in self.needed.items():

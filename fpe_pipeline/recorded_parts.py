@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,8 @@ from .sites import Site, attention_sites, feature_shape
 
 __all__ = ["Contents", "contents_bytes", "describe_lack", "part_name", "recorded_steps", "source_needs"]
 
-#: For each module's path, its parts ("conditional query", "unconditional feature", …) with the steps of each.
+#: For each module's path, its parts ("conditional query", "unconditional feature", …) with the steps of each: calls of
+#: the UNet, of which some schedulers make several a step.
 Contents = dict[str, dict[str, tuple[int, ...]]]
 
 _MAP = frozenset({"query", "key", "logsumexp"})
@@ -34,14 +35,14 @@ def recorded_steps(contents: Contents) -> set[int]:
 
 
 def source_needs(
-    edits: Iterable[Edit], sites: tuple[Site, ...], steps: int, *, targets: int | None = None, guided: bool
+    edits: Iterable[Edit], sites: tuple[Site, ...], steps: Sequence[Step], *, targets: int | None = None, guided: bool
 ) -> Contents:
     """What edits need of their source beside a batch of targets.
 
     Args:
         edits: each is asked alone.
         sites: attention layers, at the size of the run.
-        steps: of the run.
+        steps: of the run, one for each call of the UNet.
         targets: how many; default: those that an edit is written for, else one.
         guided: whether there are unconditional rows.
     """
@@ -55,13 +56,15 @@ def source_needs(
     return {path: {name: tuple(sorted(at)) for name, at in parts.items()} for path, parts in found.items()}
 
 
-def _reads(edit: Edit, sites: tuple[Site, ...], steps: int, roles: BatchRoles) -> Iterator[tuple[str, int, str, int]]:
+def _reads(
+    edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: BatchRoles
+) -> Iterator[tuple[str, int, str, int]]:
     """(path, recorded row, part, step) of everything that is read."""
     running, place = edit.begin(), Place(Placement(), torch.device("cpu"), torch.float64)
     chosen = running.select(sites)
     watching = [(watcher, watcher.select(sites)) for watcher in running.watchers()]
-    for index in range(steps):
-        step = Step(index, steps)
+    for step in steps:
+        index = step.call
         active = running.active(step)
         orders = make_orders(running, chosen if active else (), watching, step, roles, "auto", place)
         for path, order in orders.items():

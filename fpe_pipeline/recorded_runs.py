@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .arguments import check_inversion_options, check_prompts, chosen_edit, image_size
-from .checks import check_guidance, check_positive
+from .arguments import check_inversion_options, chosen_edit, image_size
+from .checks import check_guidance, check_positive, warn_of_unknown_words
 from .edits import Edit, FreePromptEdit
+from .edits.base import check_prompts
 from .file_store import FileStore
 from .fingerprint import fingerprint
 from .inversion import Inversion
@@ -23,10 +24,11 @@ from .packing import PRECISIONS, Precision
 from .recorded_layers import Capture, Replay
 from .recorded_parts import Contents, contents_bytes, describe_lack, recorded_steps, source_needs
 from .recording import Recording
-from .requirements import check_model, check_without_image_prompts
-from .schedule import StepWindow
+from .requirements import check_guided_inversion, check_pipeline, check_without_image_prompts
+from .schedule import StepWindow, run_steps
 from .sites import Site, attention_sites
 from .step_end import Call, FollowEmbeddings, Task
+from .texts import check_text, print_text
 
 if TYPE_CHECKING:
     from .pipeline import FreePromptPipeline
@@ -48,7 +50,10 @@ def estimate(
     A null-text inversion's embeddings come on top.
     """
     edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
-    return _bytes(pipe, source_needs(edits, _sites(pipe, size), steps, guided=guided), size, steps, precision)
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    run = run_steps(scheduler)
+    return _bytes(pipe, source_needs(edits, _sites(pipe, size), run, guided=guided), size, len(run), precision)
 
 
 @torch.no_grad()
@@ -100,7 +105,7 @@ def record(
             source; before any denoising. Values that do not fit a reduced precision.
         InputError: a folder that is not empty or cannot be written.
     """
-    check_model(pipe.unet, pipe.vae)
+    check_pipeline(pipe)
     check_without_image_prompts(pipe, "a recording")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, received {precision!r}")
@@ -108,19 +113,21 @@ def record(
     check_guidance(guidance_scale)
     if inversion is not None:
         check_inversion_options(inversion, {"latents": latents}, negative_prompt, num_inference_steps)
+        check_guided_inversion(pipe.unet, inversion.method)
         inversion.check(pipe.scheduler, guidance_scale)
         prompt = inversion.prompt if prompt is None else prompt
         num_inference_steps = inversion.steps
     for name, text in (("source", prompt), ("negative", negative_prompt)):
         if not isinstance(text, str) and (name, text) != ("negative", None):
             raise TypeError(f"expected one {name} prompt, received {type(text).__name__}")
+        check_text(f"the {name} prompt", text or "")
     assert prompt is not None
     given = edit if isinstance(edit, Sequence) else (edit,)
     if not given:
         raise ValueError("expected an edit to record for, or several, received none: leave edit out for its default")
-    edits = [chosen_edit(one, self_replace_steps, levels, max_tokens, layers) for one in given]
+    edits = [chosen_edit(one, self_replace_steps, levels, max_tokens, layers, pipe.unet) for one in given]
     for one in edits:
-        check_prompts(one, [prompt])
+        check_prompts(one, [prompt], pipe.tokenizer)
     steps = 50 if num_inference_steps is None else num_inference_steps
     check_positive(num_inference_steps=steps)
     _check_placement(placement)
@@ -137,7 +144,7 @@ def record(
     pipe.scheduler.set_timesteps(steps, device=device)
     schedule = NoiseSchedule.of(pipe.scheduler)
     sites, calls = _sites(pipe, size), len(pipe.scheduler.timesteps)
-    contents = source_needs(edits, sites, calls, guided=_is_guided(pipe, guidance_scale))
+    contents = source_needs(edits, sites, run_steps(pipe.scheduler), guided=_is_guided(pipe, guidance_scale))
     needed = _bytes(pipe, contents, size, calls, precision)
     if inversion is not None and inversion.unconditional is not None:
         needed += inversion.unconditional.nbytes
@@ -152,7 +159,7 @@ def record(
             "folder as placement"
         )
     if not pipe.progress_is_hidden:
-        print(f"recording: {told}", file=sys.stderr)
+        print_text(f"recording: {told}", sys.stderr)
     model, store = fingerprint(pipe), _new_store(placement, device)
 
     kept = [noise.to(device, dtype)]
@@ -233,11 +240,13 @@ def edit(
     targets = [target_prompt] if isinstance(target_prompt, str) else list(target_prompt)
     if not targets or not all(isinstance(target, str) for target in targets):
         raise TypeError(f"expected one or more target prompts, received {target_prompt!r}")
+    for target in targets:
+        check_text("a target prompt", target)
     if isinstance(recording, str | Path):
         recording = Recording.load(recording)
     if not isinstance(recording, Recording):
         raise TypeError(f"expected what record returned, or its folder, received {type(recording).__name__}")
-    check_model(pipe.unet, pipe.vae)
+    check_pipeline(pipe)
     check_without_image_prompts(pipe, "a recording")
     here = fingerprint(pipe)
     if here != recording.model:
@@ -251,7 +260,8 @@ def edit(
     chosen = _recorded_edit(recording, self_replace_steps) if edit is None else edit
     if edit is not None and self_replace_steps is not None:
         raise ValueError("self_replace_steps belongs to the edit; pass it there")
-    check_prompts(chosen, [recording.prompt, *targets])
+    check_prompts(chosen, [recording.prompt, *targets], pipe.tokenizer)
+    warn_of_unknown_words(targets, pipe.tokenizer)
     noise = recording.latents[0]
     guided = _is_guided(pipe, recording.guidance_scale)
     replay = Replay(pipe, chosen, recording.store, recording.latents, len(targets), guided, backend)
@@ -296,7 +306,7 @@ def _recorded_edit(recording: Recording, self_replace_steps: Any) -> FreePromptE
             "the recording was not made for plain Free-Prompt-Editing: say with edit= what to do, as it was said to "
             "record"
         )
-    steps = recording.schedule.steps
+    steps = recording.steps
     recorded = StepWindow(*recording.window)
     asked = recorded if self_replace_steps is None else StepWindow.parse(self_replace_steps)
     held, window = recorded.steps(steps), asked.steps(steps)

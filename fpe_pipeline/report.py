@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from .schedule import Step
 from .sites import Site
 
 if TYPE_CHECKING:
+    from .edits import Edit
     from .packing import RecordedLayer
     from .processors import EditAttnProcessor
 
@@ -57,6 +58,8 @@ class EditReport:
         skipped: for each layer that was to be replaced and was not, the reason and the steps of it.
         memory: for each replaced layer, the largest of its calls.
         replayed: for each layer or module that took something of a recording, what.
+        idle: what was asked for and did nothing in the run, in sentences.
+        noise: how rows drew their noise, in words; empty where they drew as the pipeline does.
         batch: rows of the batch; products name a recorded source's rows by the numbers after them.
         sites: the UNet's attention layers, of which those that were left alone are told.
     """
@@ -69,6 +72,8 @@ class EditReport:
     skipped: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     memory: dict[str, LayerMemory] = field(default_factory=dict)
     replayed: dict[str, Replayed] = field(default_factory=dict)
+    idle: list[str] = field(default_factory=list)
+    noise: str = ""
     batch: int = 0
     sites: tuple[Site, ...] = field(default=(), repr=False)
     _latest: int = field(default=-1, init=False, repr=False)
@@ -92,9 +97,9 @@ class EditReport:
             features: paths of the modules whose output was replaced.
             recorded: by path, what was at hand of a recording.
         """
-        if step.index < self._latest or step.total != self.total:  # a new run
-            self.__init__(step.total, sites=self.sites)  # type: ignore[misc]
-        self._latest = step.index
+        if step.call < self._latest or step.total != self.total:  # a new run
+            self.__init__(step.total, sites=self.sites, noise=self.noise)  # type: ignore[misc]
+        self._latest = step.call
         for path, processor in processors.items():
             order = processor.order
             assert order is not None
@@ -132,6 +137,25 @@ class EditReport:
         entry.nbytes += layer.nbytes
         entry.maps += layer.maps_nbytes(itemsize)
 
+    def note_idle(self, name: str, edit: Edit, seen: Sequence[Step], *, blends: bool) -> None:
+        """Note what of an edit did nothing in a run.
+
+        Args:
+            name: of the edit.
+            edit: what was asked.
+            seen: the run's steps, in order.
+            blends: whether latents were blended.
+        """
+        windows, steps = edit.windows(), sorted({step.index for step in seen})
+        made = f"the steps {steps[0]} to {steps[-1]} of {seen[0].total} that the run made"
+        self.idle = [
+            f"{name} did nothing by {what}, which holds none of {made}: give it another window, or the run more steps"
+            for what, acts in windows
+            if not any(acts(step) for step in seen)
+        ]
+        if windows and not (self.idle or self.layers or self.features or self.skipped or blends):
+            self.idle = [f"{name} did nothing: at none of {made} did it replace anything, as its products are empty"]
+
     def __str__(self) -> str:
         lines = [f"{len(self.layers)} layers replaced in a run of {self.total} steps"]
         lines += [f"  {path}: steps {_ranges(steps)}" for path, steps in self.layers.items()]
@@ -141,6 +165,8 @@ class EditReport:
     def explain(self) -> str:
         """The report with what each row became, what was left out and why, and memory."""
         lines = [f"{len(self.layers)} layers replaced in a run of {self.total} steps"]
+        lines += [f"noise: {self.noise}"] if self.noise else []
+        lines += [f"without effect: {reason}" for reason in self.idle]
         for path, products in self.products.items():
             memory = self.memory[path]
             lines.append(f"  {path}: q, k, v {_size(memory.held)}; dense maps {_size(memory.maps)}")

@@ -134,6 +134,27 @@ class BatchRoles:
         """The number of a row's prompt in the pipeline call."""
         return self.prompts[row]
 
+    def image_of(self, row: int) -> tuple[int, int]:
+        """The image of a row, as (prompt, number among the prompt's images): rows move when guidance ends, images do
+        not."""
+        before = (other for other in range(row) if self.conditional[other] is self.conditional[row])
+        return self.prompts[row], sum(self.prompts[other] == self.prompts[row] for other in before)
+
+    @property
+    def images(self) -> tuple[tuple[int, int], ...]:
+        """The images of the conditional rows, in their order."""
+        return tuple(self.image_of(row) for row in self.select(conditional=True))
+
+    def without_guidance(self) -> BatchRoles:
+        """The layout once guidance has ended: the conditional rows alone."""
+        kept = self.select(conditional=True)
+        return BatchRoles(
+            conditional=(True,) * len(kept),
+            source_of=tuple(kept.index(self.source_of[row]) for row in kept),
+            prompts=tuple(self.prompts[row] for row in kept),
+            recorded=sum(row >= self.batch for row in kept),
+        )
+
     def select(self, *, conditional: bool | None = None, source: bool | None = None) -> tuple[int, ...]:
         """The rows of a role, in batch order; a role left out is not asked for."""
         return tuple(

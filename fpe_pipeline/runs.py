@@ -61,9 +61,9 @@ class Run:
     @property
     def edit_label(self) -> str:
         """Title of the edited pictures in a comparison."""
-        from .methods import TITLES
+        from .edits.registry import METHODS
 
-        return f"target, {TITLES[self.settings.method]}"
+        return f"target, {METHODS[self.settings.method].title}"
 
     def comparisons(self) -> list[Comparison]:
         """One row a target, for `pictures.side_by_side`."""
@@ -216,7 +216,7 @@ def _edit(pipe: FreePromptPipeline, settings: Settings, width: int, height: int)
     """The settings' edit; words and layers that it cannot serve are refused here, before a picture is inverted."""
     from .sites import attention_sites
 
-    edit = settings.edit(pipe.tokenizer)
+    edit = settings.edit(pipe.tokenizer, pipe.unet)
     latent = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
     try:
         edit.select(tuple(site.at(*latent) for site in attention_sites(pipe.unet)))
@@ -256,11 +256,12 @@ def write(run: Run, directory: Path) -> list[Path]:
     """
     images = {"comparison.png": side_by_side(run.comparisons(), edit_label=run.edit_label)}
     images |= {name: image for name, (image, _, _) in run.files().items()}
+    # A file name that is no UTF-8 has lone surrogates for its bytes; as escapes they are JSON.
     record = json.dumps(run.record(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with staged(directory) as stage:
         for name, image in images.items():
             image.save(stage / name, format="PNG")
-        (stage / "run.json").write_text(record, encoding="utf-8")
+        (stage / "run.json").write_text(record, encoding="utf-8", errors="backslashreplace")
     return [directory / name for name in (*images, "run.json")]
 
 

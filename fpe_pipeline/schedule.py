@@ -9,19 +9,39 @@ from typing import Any
 
 import torch
 
-__all__ = ["Step", "StepWindow", "locate_step"]
+__all__ = ["Step", "StepWindow", "locate_step", "run_steps"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """Step ``index`` (from 0, noisiest first) of a run of ``total`` steps."""
+    """Step ``index`` (from 0, noisiest first) of a run of ``total`` steps.
+
+    Some schedulers call the model more than once a step: PNDM for its first step, Heun and KDPM2 for all but the last.
+    Windows are fractions of the steps that the user asked for, whatever the scheduler makes of them.
+
+    Args:
+        index: of the step.
+        total: steps of the run, as the user asked for them.
+        call: which call of the model it is, from 0; default: ``index``.
+        calls: calls of the run; default: ``total``.
+    """
 
     index: int
     total: int
+    call: int = -1
+    calls: int = -1
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.total:
             raise ValueError(f"expected a step with 0 <= index < total, got index {self.index} of {self.total}")
+        for name, default in (("call", self.index), ("calls", self.total)):
+            if getattr(self, name) < 0:
+                object.__setattr__(self, name, default)  # the way to do it in a frozen dataclass
+
+    def place(self, compat: str | None = None) -> int:
+        """Where windows look for it: the step; with ``"original"`` the call, which is what the authors' code counts
+        (its fractions are of ``total`` all the same)."""
+        return self.index if compat is None else self.call
 
 
 @dataclass(frozen=True)
@@ -67,8 +87,12 @@ class StepWindow:
         """The active steps of a run of ``total`` steps."""
         return range(int(total * self.start), int(total * self.stop))
 
+    def holds(self, step: Step, compat: str | None = None) -> bool:
+        """Whether a step is among them; with ``compat="original"``, whether a call of the model is."""
+        return step.place(compat) in self.steps(step.total)
+
     def __contains__(self, step: Step) -> bool:
-        return step.index in self.steps(step.total)
+        return self.holds(step)
 
 
 def _fraction(value: Any) -> float:
@@ -98,11 +122,38 @@ def locate_step(scheduler: Any, timestep: Any) -> Step:
             f"{type(scheduler).__name__} has no timesteps yet: call set_timesteps first, or set the step yourself "
             "with session.step(index, total) before each UNet call"
         )
-    total = len(timesteps)
-    index = _index_by_storage(timesteps, timestep)
-    if index is None:
-        index = _index_by_value(scheduler, timesteps, timestep)
-    return Step(index, total)
+    call = _index_by_storage(timesteps, timestep)
+    if call is None:
+        call = _index_by_value(scheduler, timesteps, timestep)
+    return _step_of_call(scheduler, call, len(timesteps))
+
+
+def run_steps(scheduler: Any) -> tuple[Step, ...]:
+    """The step of each call of the model, of a scheduler whose ``set_timesteps`` has run."""
+    calls = len(scheduler.timesteps)
+    return tuple(_step_of_call(scheduler, call, calls) for call in range(calls))
+
+
+def _step_of_call(scheduler: Any, call: int, calls: int) -> Step:
+    """The user's step that a call of the model belongs to.
+
+    With N steps, Heun and KDPM2 call twice a step but the last: 2N - 1. PNDM's first step is made by two calls (N + 1),
+    or its first three by four each (Runge-Kutta, N + 9).
+    """
+    total = getattr(scheduler, "num_inference_steps", None)
+    if total is None or total == calls:
+        return Step(call, calls)
+    runge_kutta = getattr(scheduler, "prk_timesteps", None)
+    if runge_kutta is not None and len(runge_kutta):
+        first = len(runge_kutta)
+        index = call // 4 if call < first else call - first + first // 4
+    elif runge_kutta is not None and calls == total + 1:
+        index = max(call - 1, 0)
+    elif calls == 2 * total - 1:
+        index = call // 2
+    else:
+        return Step(call, calls)
+    return Step(min(index, total - 1), total, call, calls)
 
 
 def _index_by_storage(timesteps: Any, timestep: Any) -> int | None:

@@ -19,7 +19,7 @@ class LayerSelection:
         kind: self- or cross-attention.
         levels: how often a layer's input is downsampled from the latent: an int or several. On SD 1.5 at
             512 px, levels 0, 1, 2, 3 are 64², 32², 16² and 8² tokens.
-        max_tokens: at most so many query tokens. This depends on the image's size, levels do not.
+        max_tokens: at most so many query tokens; 0 for no layer. This depends on the image's size, levels do not.
         layers: module paths, or beginnings of paths that end at a dot ("up_blocks.1"), or indices among the
             layers of the kind in execution order. Every entry must match.
     """
@@ -43,12 +43,16 @@ class LayerSelection:
         return cls(
             kind,
             levels=None if levels is None else whole_numbers("levels", levels, minimum=0),
-            max_tokens=None if max_tokens is None else whole_numbers("max_tokens", [max_tokens], minimum=1)[0],
+            max_tokens=None if max_tokens is None else whole_numbers("max_tokens", [max_tokens])[0],
             layers=None if layers is None else _layer_names(layers),
         )
 
-    def match(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+    def match(self, sites: tuple[Site, ...], *, by_default: bool = False) -> tuple[Site, ...]:
         """The selected sites, in execution order. ``max_tokens`` keeps sites whose size is not known yet.
+
+        Args:
+            sites: to choose from.
+            by_default: whether nobody asked for these conditions, so that an error does not speak of them.
 
         Raises:
             ValueError: nothing matches, or an entry of ``layers`` does not. The message lists what there is.
@@ -56,8 +60,14 @@ class LayerSelection:
         candidates = tuple(site for site in sites if site.kind == self.kind)
         chosen = tuple(site for site in candidates if self._matches(site))
         unmatched = [name for name in self.layers or () if not any(_is_named(site, name) for site in candidates)]
-        if unmatched or not chosen:
+        if unmatched or not (chosen or self.max_tokens == 0):
             wanted = f"layers {unmatched}" if unmatched else str(self)
+            if by_default:
+                raise ValueError(
+                    f"the layers that are edited where none are named are not among this UNet's {len(candidates)} "
+                    f"{self.kind}-attention layers: choose some with levels=, max_tokens= or layers=\n"
+                    f"{describe_sites(candidates)}"
+                )
             raise ValueError(
                 f"{wanted} match none of the UNet's {len(candidates)} {self.kind}-attention layers:\n"
                 f"{describe_sites(candidates)}"
@@ -68,7 +78,7 @@ class LayerSelection:
         if self.levels is not None:
             return site.level in self.levels
         if self.max_tokens is not None:
-            return site.tokens is None or site.tokens <= self.max_tokens
+            return self.max_tokens > 0 and (site.tokens is None or site.tokens <= self.max_tokens)
         if self.layers is not None:
             return any(_is_named(site, name) for name in self.layers)
         return True

@@ -6,22 +6,28 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-import fpe_kernels
-
+from .checks import EditWarning, warn_of_unknown_words
 from .edits import Edit
-from .hooks import FeatureHooks, SchedulerHook
+from .edits.base import check_prompts
+from .encoding import Encoding, encoding_tokenizer
+from .finite import is_finite, refuse_step
+from .hooks import FeatureHooks
 from .layers import LayerProcessors
+from .layout import layout_as_given, layout_of_call
 from .orders import Order, StandingOrders, make_orders
 from .packing import RecordedLayer
+from .pipeline_hooks import PipelineHooks
 from .placement import Place, Placement
 from .report import EditReport
 from .roles import BatchRoles
 from .schedule import Step, locate_step
+from .session_checks import check_entry, check_selects
 from .sites import Site, attention_sites
 from .unets import identity, is_guided, pipe_and_unet
 from .watching import Watcher
@@ -45,17 +51,21 @@ class EditingSession:
         pipe: a diffusers pipeline with a ``unet``; or a UNet alone, whose steps are then set with
             ``session.step(index, total)`` and whose guidance is given by ``classifier_free_guidance``.
         edit: what to do, such as :class:`FreePromptEdit`.
-        images_per_prompt: the pipeline call's ``num_images_per_prompt``.
+        images_per_prompt: the pipeline call's ``num_images_per_prompt``. Default: read from the call.
         source_of: for each prompt, the index of its source prompt. Default: prompt 0 is the source of all.
         classifier_free_guidance: whether UNet batches hold an unconditional half. Default: asked of the pipeline
             at each call.
         roles: the whole layout of the batch, where it is none of these; excludes the three arguments above.
+        noise: whether the rows of one image draw the same noise, in calls that pass a generator and no latents:
+            "shared" or "separate". Default: shared for edits that pair rows pixel by pixel, which is all but
+            :class:`StyleAlignedEdit`.
         backend: one of ``fpe_kernels.backends()``, or "auto".
         override_processors: classes of custom processors that the edit may compute replaced layers in the stead of.
 
     Raises:
         TypeError: there is no UNet.
-        ValueError: the edit matches no layer, the backend is unknown, or arguments exclude each other.
+        ValueError: the edit matches no layer, the backend is unknown, arguments exclude each other, or a pipeline
+            that makes videos or panoramas; in a call, one that encodes other prompts or images than its batch holds.
         RuntimeError: the UNet is in another session, or the backend cannot run here.
     """
 
@@ -69,37 +79,38 @@ class EditingSession:
         pipe: Any,
         edit: Edit,
         *,
-        images_per_prompt: int = 1,
+        images_per_prompt: int | None = None,
         source_of: Sequence[int] | None = None,
         classifier_free_guidance: bool | None = None,
         roles: BatchRoles | None = None,
+        noise: Literal["shared", "separate"] | None = None,
         backend: str = "auto",
         override_processors: tuple[type, ...] = (),
     ) -> None:
         self.pipe, self.unet = pipe_and_unet(pipe)
         self.edit = edit
         self.backend = backend
-        if not isinstance(edit, Edit):
-            raise TypeError(f"expected an Edit, such as FreePromptEdit(), got {type(edit).__name__}")
-        if roles is not None and (images_per_prompt, source_of, classifier_free_guidance) != (1, None, None):
-            raise ValueError("roles= is the whole layout: leave out images_per_prompt, source_of and guidance")
+        layout = (images_per_prompt, source_of, classifier_free_guidance)
+        check_entry(self.pipe, self.unet, edit, backend, noise, roles, layout)
         self._roles = roles
+        self._noise = noise
         self._images_per_prompt = images_per_prompt
         self._source_of = source_of
         self._guidance = classifier_free_guidance
         self._override = override_processors
-        _check_backend(backend)
         self.sites = attention_sites(self.unet)
-        edit.select(self.sites)
+        check_selects(edit, self.sites)
         self._running = edit  # what is asked: the edit, or what it gave for this session
         self._watchers: tuple[Watcher, ...] = ()
         self._layers = LayerProcessors(self.unet)
         self._selected: dict[tuple[int, int, int], tuple[Site, ...]] = {}
         self._hooks: list[Any] = []
+        self._encoding = Encoding()
+        self._pipeline_hooks: PipelineHooks | None = None
         self._features: FeatureHooks | None = None
-        self._scheduler_hook: SchedulerHook | None = None
         self._current_roles: BatchRoles | None = None
         self._fixed_step: Step | None = None
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # of the latest UNet call
         self._paused = False
         self._calls = 0
         self._step: Step | None = None
@@ -110,6 +121,7 @@ class EditingSession:
         self._at_hand: Mapping[str, RecordedLayer] | None = None  # of a recording, in the call under way
         self._around: EditingSession | None = None  # the session that stands aside for this one
         self._is_new_run = True
+        self._seen: list[Step] = []  # of the run under way
 
     # Entering and leaving
 
@@ -129,6 +141,8 @@ class EditingSession:
         self._report = EditReport(sites=self.sites)
         self._selected = {}
         self._standing = StandingOrders()
+        self._seen = []
+        self._encoding = Encoding()
         self._running = self.edit.begin()
         self._around = around
         if around is not None:
@@ -144,6 +158,8 @@ class EditingSession:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            self._finish_run()
         self._restore()
         if error is None and self._calls == 0:
             warnings.warn(
@@ -163,6 +179,10 @@ class EditingSession:
             self.unet.register_forward_pre_hook(torch.compiler.disable(self._before_unet), with_kwargs=True)
         )
         self._hooks.append(self.unet.register_forward_hook(torch.compiler.disable(self._after_unet)))
+        if self.pipe is not None:
+            self._pipeline_hooks = PipelineHooks(
+                self.pipe, self._encoded, self._after_scheduler_step, self._paired_rows
+            )
         for watcher in watchers:
             self.watch(watcher)
 
@@ -170,10 +190,6 @@ class EditingSession:
         """Let a watcher follow the session from here on, beside those of the edit."""
         self._layers.wrap(watcher.select(self.sites))
         self._watchers += (watcher,)
-        if watcher.blends and self.pipe is not None and self._scheduler_hook is None:
-            self._scheduler_hook = SchedulerHook(
-                self.pipe.scheduler, lambda latents, timestep: self.after_step(latents)
-            )
 
     def unwatch(self, watcher: Watcher) -> None:
         """Stop asking a watcher; the layers that it alone read go back to being computed as they were."""
@@ -202,11 +218,12 @@ class EditingSession:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._arguments = (), {}
         if self._features is not None:
             self._features.remove()
-        if self._scheduler_hook is not None:
-            self._scheduler_hook.remove(expected=self._calls > 0)
-            self._scheduler_hook = None
+        if self._pipeline_hooks is not None:
+            self._pipeline_hooks.remove(expected=self._calls > 0 and any(w.blends for w in self._watchers))
+            self._pipeline_hooks = None
         self._layers.restore(stacklevel=4)
 
     # Steps
@@ -253,6 +270,13 @@ class EditingSession:
                     latents = watcher.blend(latents, self._step, self._current_roles)
         return latents
 
+    def _after_scheduler_step(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
+        latents = self.after_step(latents)
+        if not (self._paused or is_finite(latents)):
+            refuse_step(self._step, identity(self.unet), *self._arguments, getattr(self.pipe, "guidance_scale", None))
+        self._arguments = (), {}
+        return latents
+
     def report(self) -> EditReport:
         """What was replaced in the latest run: ``print(session.report())``."""
         return self._report
@@ -260,6 +284,52 @@ class EditingSession:
     def explain(self) -> str:
         """What was done to which layer at which step, what was left out and why, and the memory of it."""
         return self._report.explain()
+
+    # Pipeline calls
+
+    def _encoded(self, encoding: Encoding) -> None:
+        """The pipeline has encoded its prompts: a run begins, with these prompts and with this layout."""
+        if self._paused:
+            return
+        self._encoding, self._is_new_run = encoding, True
+        if encoding.prompts is not None:
+            tokenizer = encoding_tokenizer(self.pipe)
+            check_prompts(self._running, encoding.prompts, tokenizer)
+            warn_of_unknown_words(encoding.prompts, tokenizer)
+        running = self._running.encoded(encoding)
+        if running is not self._running:
+            self._selected = {key: sites for key, sites in self._selected.items() if key[0] != id(self._running)}
+            self._running = running
+        for watcher in self._watchers:
+            watcher.encoded(encoding)
+
+    def _paired_rows(self) -> tuple[Sequence[int], int] | None:
+        """The sources of the prompts and images a prompt, where rows of one image are to draw the same noise."""
+        encoding, shared = self._encoding, self._noise == "shared"
+        if self._noise is None:
+            shared = self._running.pairs_pixels
+        if not shared or self._paused or encoding.count is None or self._roles is not None:
+            return None
+        self._report.noise = (
+            "rows of one image draw the same noise where the call passes none (generator and no latents); "
+            'editing(…, noise="separate") keeps them apart'
+        )
+        return self._source_of or (0,) * encoding.count, self._images_per_prompt or encoding.images or 1
+
+    def source_dropped(self) -> None:
+        """The rows of the source have left the batch, for the rest of this run."""
+        if self._encoding.count is not None:
+            self._encoding = replace(self._encoding, count=self._encoding.count - 1, dropped=1)
+
+    def _finish_run(self) -> None:
+        """Say what of the edit did nothing in the run that has ended."""
+        seen, self._seen = self._seen, []
+        if not seen:
+            return
+        blends = any(watcher.blends for watcher in self._watchers)
+        self._report.note_idle(type(self.edit).__name__, self._running, seen, blends=blends)
+        for reason in self._report.idle:
+            warnings.warn(reason, EditWarning, stacklevel=3)
 
     # UNet calls
 
@@ -273,14 +343,17 @@ class EditingSession:
         if self._paused:
             self._step_before_pause = before or self._step_before_pause
             return
+        self._arguments = args, kwargs
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         step = self._step = self._read_step(timestep)
         before = before or self._step_before_pause
-        if self._is_new_run or (before is not None and (step.index < before.index or step.total != before.total)):
+        if self._is_new_run or (before is not None and (step.call < before.call or step.calls != before.calls)):
             self._is_new_run = False
+            self._finish_run()
             for watcher in self._watchers:
                 watcher.begin()
+        self._seen.append(step)
         active = self._running.active(step)
         if active or self._watchers:
             roles = self._current_roles = self._read_roles(sample.shape[0])
@@ -291,6 +364,9 @@ class EditingSession:
     def _after_unet(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         ordered = self._layers.ordered
         bypassed = [path for path, processor in ordered.items() if not processor.executed]
+        own_loop = self.pipe is None or self._fixed_step is not None  # in which no scheduler's step need be seen
+        if own_loop and not (self._paused or is_finite(output[0])):
+            refuse_step(self._step, identity(self.unet), *self._arguments)
         if self._step is not None:
             assert self._features is not None
             self._report.add(self._step, ordered, self._features.rows, self._at_hand)
@@ -339,14 +415,10 @@ class EditingSession:
 
     def _read_roles(self, rows: int) -> BatchRoles:
         if self._roles is not None:
-            if self._roles.rows != rows:
-                raise ValueError(f"roles= describes a batch of {self._roles.rows} rows; the UNet received {rows}")
-            return self._roles
-        return BatchRoles.from_batch(
-            rows,
-            classifier_free_guidance=is_guided(self.pipe) if self._guidance is None else self._guidance,
-            images_per_prompt=self._images_per_prompt,
-            source_of=self._source_of,
+            return layout_as_given(self._roles, rows, self.pipe)
+        guided = is_guided(self.pipe, self._encoding.guided) if self._guidance is None else self._guidance
+        return layout_of_call(
+            rows, self._encoding, guided=guided, images=self._images_per_prompt, source_of=self._source_of
         )
 
 
@@ -363,13 +435,3 @@ def unedited(pipe: Any) -> AbstractContextManager[None]:
     """Leave calls of a pipeline's UNet alone in a ``with`` block, whether or not it is in a session."""
     session = session_of(pipe)
     return nullcontext() if session is None else session.paused()
-
-
-def _check_backend(backend: str) -> None:
-    if backend == "auto":
-        return
-    known = fpe_kernels.backends()
-    if backend not in known:
-        raise ValueError(f'unknown backend {backend!r}: expected "auto" or one of {sorted(known)}')
-    if known[backend] != "available":
-        raise RuntimeError(f"backend {backend!r} cannot run here: {known[backend]}")

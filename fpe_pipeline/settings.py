@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .loading import EMBEDDED, InputError, ModelSource, find_model, pick_device, pick_dtype
+from .texts import check_text
 
 if TYPE_CHECKING:
     from .null_text import NullText
@@ -16,7 +17,6 @@ __all__ = ["INVERSIONS", "Settings"]
 SELECTORS = ("levels", "max_tokens", "layers")
 # Those of `fpe_pipeline.inversion`, which is not imported here: it takes seconds that `fpe --help` need not spend.
 SELF_REPLACE = (0.0, 0.8)
-_MAX_TOKENS = 32**2
 INVERSIONS = ("ddim", "direct", "null-text", "negative-prompt")
 
 
@@ -32,11 +32,10 @@ class Settings:
         seed: of the noise that all images start from; drawn on the CPU, so the same on every device.
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 or less switches it off.
-        method: a key of `fpe_pipeline.methods.METHODS`; "fpe" is Free-Prompt-Editing.
-        self_replace: (first, last) of the replaced steps, as fractions of all steps; of "fpe" only.
+        method: a key of `fpe_pipeline.edits.registry.METHODS`, which has its defaults for a model; "fpe" is
+            Free-Prompt-Editing.
+        self_replace: (first, last) of the replaced steps, as fractions of all steps; of Free-Prompt-Editing only.
         levels, max_tokens, layers: at most one, to choose the edited self-attention layers as the method's edit does.
-            Free-Prompt-Editing's default for the embedded model is its authors' limit of 32² tokens, which takes all
-            of its layers.
         options: further arguments of the method's edit, by name.
         size: (width, height) in pixels; None is the model's own.
         image: path of a real image to edit; None generates the source. It is sampled by DDIM, whatever scheduler the
@@ -79,33 +78,40 @@ class Settings:
     device: str = "auto"
     threads: int | None = None
 
-    def edit(self, tokenizer: Any = None):
+    def edit(self, tokenizer: Any = None, unet: Any = None):
         """The edit of these settings.
 
         Args:
             tokenizer: the pipeline's. Without it, an edit that aligns words is not made, and None is returned.
+            unet: the pipeline's, whose layers the method's defaults suit. Without it, those of Stable Diffusion.
 
         Raises:
             InputError: an unknown method, or a window, a choice of layers or options that make no sense.
         """
-        from .methods import ALIGNING, METHODS, make_edit
+        from .edits import FreePromptEdit
+        from .edits.registry import METHODS, make_edit
 
         if self.method not in METHODS:
             raise InputError(f"method must be one of {', '.join(METHODS)}, received '{self.method}'")
-        if self.method != "fpe" and self.self_replace != SELF_REPLACE:
+        method = METHODS[self.method]
+        if method.edit is not FreePromptEdit and self.self_replace != SELF_REPLACE:
             raise InputError(
                 f"--self-replace is Free-Prompt-Editing's window; give {self.method} its own by --option, such as "
                 "--option self_replace_steps=0.4 or --option start_step=4"
             )
         chosen = {name: getattr(self, name) for name in SELECTORS if getattr(self, name) is not None}
-        if self.method == "fpe":
-            if self.model == EMBEDDED and not chosen:
-                chosen = {"max_tokens": _MAX_TOKENS}
+        if method.edit is FreePromptEdit:
             chosen["self_replace_steps"] = self.self_replace
-        if self.method in ALIGNING and tokenizer is None:
+        unknown = [name for name in self.options if name not in method.options]
+        if unknown:
+            raise InputError(f"{self.method} has no option {', '.join(unknown)}; it has {', '.join(method.options)}")
+        twice = chosen.keys() & self.options.keys()
+        if twice:
+            raise InputError(f"{', '.join(sorted(twice))} is given twice, by --option and by an option of its own")
+        if method.aligns and tokenizer is None:
             return None
         try:
-            return make_edit(self.method, [self.source, *self.targets], tokenizer, **chosen, **self.options)
+            return make_edit(self.method, [self.source, *self.targets], tokenizer, unet, **chosen, **self.options)
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
 
@@ -145,6 +151,9 @@ class Settings:
             raise InputError("the source prompt is empty; describe the image to start from")
         if not self.targets or not all(target.strip() for target in self.targets):
             raise InputError("expected one or more target prompts with words in them; pass --target")
+        for name, text in (("source", self.source), *(("target", each) for each in self.targets)):
+            _check_text(f"the {name} prompt", text)
+        _check_text("the negative prompt", self.negative or "")
         if self.steps < 1:
             raise InputError(f"steps must be at least 1, received {self.steps}")
         if not abs(self.guidance) < float("inf"):
@@ -185,3 +194,10 @@ class Settings:
         if self.inversion == "null-text" and self.inversion_guidance > 1:
             raise InputError("null-text inversion follows the unguided trajectory; leave --inversion-guidance out")
         load_image(self.image)
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        check_text(name, text)
+    except ValueError as error:
+        raise InputError(str(error)) from None

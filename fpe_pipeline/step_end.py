@@ -14,7 +14,8 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from .edits import Edit
-from .schedule import Step
+from .schedule import run_steps
+from .session import session_of
 
 __all__ = [
     "Call",
@@ -96,8 +97,7 @@ class DropSource:
         self._edit = edit
 
     def __call__(self, pipe: Any, index: int, tensors: dict[str, Any]) -> None:
-        total = pipe.num_timesteps
-        last = max((step for step in range(total) if self._edit.active(Step(step, total))), default=0)
+        last = max((step.call for step in run_steps(pipe.scheduler) if self._edit.active(step)), default=0)
         if index != last:
             return
         rows, first = tensors["latents"].shape[0], self._call.images_per_prompt
@@ -108,6 +108,9 @@ class DropSource:
             setattr(pipe.scheduler, name, _without_rows(value, rows, first))
         del self._call.generators[:first]
         self._call.source_dropped = True
+        session = session_of(pipe)
+        if session is not None:
+            session.source_dropped()
 
 
 def check_source_can_be_dropped(pipe: Any, prompts: int, options: dict[str, Any]) -> None:

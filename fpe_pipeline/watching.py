@@ -8,11 +8,14 @@ import torch
 
 from fpe_kernels import LinearMap
 
+from .encoding import Encoding
 from .roles import BatchRoles
 from .schedule import Step
 from .sites import Site
 
-__all__ = ["HeatCollector", "Watcher", "check_same_rows", "resize_maps"]
+__all__ = ["HeatCollector", "Watcher", "check_same_images", "resize_maps"]
+
+Image = tuple[int, int]  # of which prompt, and which of its images
 
 
 class Watcher:
@@ -31,6 +34,9 @@ class Watcher:
 
     def begin(self) -> None:
         """A new run starts: forget the last one's."""
+
+    def encoded(self, encoding: Encoding) -> None:
+        """What the pipeline encodes for the run to come."""
 
     def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
         """For some rows, what their map is to be multiplied with [M', C]; computed beside the layer's values."""
@@ -66,22 +72,25 @@ class HeatCollector(Watcher):
     """
 
     def __init__(self, tokens: Sequence[Sequence[Sequence[int]]], length: int, selection) -> None:
-        self._columns = [_one_hot(groups, length) if groups else None for groups in tokens]
+        self.watch_tokens(tokens, length)
         self._select = selection
-        # For each row and grid: the sum over layers and steps [C, h, w], and how many there were.
-        self._sums: dict[int, dict[tuple[int, int], torch.Tensor]] = {}
-        self._counts: dict[int, dict[tuple[int, int], int]] = {}
-        self._rows: int | None = None
+        # For each image and grid: the sum over layers and steps [C, h, w], and how many there were.
+        self._sums: dict[Image, dict[tuple[int, int], torch.Tensor]] = {}
+        self._counts: dict[Image, dict[tuple[int, int], int]] = {}
+        self._images: tuple[Image, ...] | None = None
+
+    def watch_tokens(self, tokens: Sequence[Sequence[Sequence[int]]], length: int) -> None:
+        """From here on, these tokens; arguments are those of the class."""
+        self._columns = [_one_hot(groups, length) if groups else None for groups in tokens]
 
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         return self._select(sites)
 
     def begin(self) -> None:
-        self._sums, self._counts, self._rows = {}, {}, None
+        self._sums, self._counts, self._images = {}, {}, None
 
     def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
-        check_same_rows(self._rows, roles)
-        self._rows = roles.rows
+        self._images = check_same_images(self._images, roles)
         wanted = {}
         for row in roles.select(conditional=True):
             prompt = roles.prompt_of(row)
@@ -100,31 +109,34 @@ class HeatCollector(Watcher):
         for row, heat in columns.items():
             heat = heat.detach().to(torch.promote_types(heat.dtype, torch.float32)).mean(0)  # [N, C]
             heat = heat.T.reshape(-1, *site.grid)
-            sums, counts = self._sums.setdefault(row, {}), self._counts.setdefault(row, {})
+            image = roles.image_of(row)
+            sums, counts = self._sums.setdefault(image, {}), self._counts.setdefault(image, {})
             sums[site.grid] = heat if site.grid not in sums else sums[site.grid] + heat
             counts[site.grid] = counts.get(site.grid, 0) + 1
 
-    def heat(self, row: int) -> torch.Tensor | None:
+    def heat(self, image: Image) -> torch.Tensor | None:
         """Mean over layers and steps so far: [C, h, w] on the finest grid; None before the first."""
-        if row not in self._sums:
+        if image not in self._sums:
             return None
-        sums, count = self._sums[row], sum(self._counts[row].values())
+        sums, count = self._sums[image], sum(self._counts[image].values())
         finest = max(sums, key=lambda grid: grid[0] * grid[1])
         return torch.stack([resize_maps(heat, finest) for heat in sums.values()]).sum(0) / count
 
-    @property
-    def rows(self) -> tuple[int, ...]:
-        """Rows of which there is heat."""
-        return tuple(self._sums)
 
+def check_same_images(images: tuple[Image, ...] | None, roles: BatchRoles) -> tuple[Image, ...]:
+    """The images of a batch, for whom heat is summed; None stands for those of a run that has only begun.
 
-def check_same_rows(rows: int | None, roles: BatchRoles) -> None:
-    """Raise ValueError where the batch has not as many rows as earlier in the run; None where nothing was earlier."""
-    if rows not in (None, roles.rows):
+    Rows may come and go with guidance, images may not.
+
+    Raises:
+        ValueError: other images than earlier in the run.
+    """
+    if images not in (None, roles.images):
         raise ValueError(
-            f"the batch went from {rows} to {roles.rows} rows within a run, so that heat cannot be told apart: keep "
-            "all rows to the end (keep_source=True), or read earlier steps"
+            f"the batch went from {len(images or ())} to {len(roles.images)} images within a run, so that heat cannot "
+            "be told apart: keep all rows to the end (keep_source=True), or read earlier steps"
         )
+    return roles.images
 
 
 def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

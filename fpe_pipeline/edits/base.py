@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..encoding import Encoding
 from ..products import Product
 from ..roles import BatchRoles
 from ..schedule import Step
 from ..selection import LayerSelection
 from ..sites import Site
 from ..watching import Watcher
+from ..words import short_form
 
-__all__ = ["CombinedEdit", "Edit", "SelfAttentionEdit"]
+__all__ = ["CombinedEdit", "Edit", "SelfAttentionEdit", "Windows", "check_compat", "check_prompts"]
 
 Products = Mapping[int, Product | Sequence[Product]]
+Windows = Sequence[tuple[str, Callable[[Step], bool]]]
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,11 @@ class Edit(ABC):
     A subclass writes :meth:`products`; :meth:`select` and :meth:`active` narrow where and when it is asked. Two edits
     added to one another (``a + b``) are a :class:`CombinedEdit`.
     """
+
+    @property
+    def pairs_pixels(self) -> bool:
+        """Whether a target is its source's image with some pixels changed, so that both start from the same noise."""
+        return True
 
     @abstractmethod
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Products:
@@ -76,9 +85,21 @@ class Edit(ABC):
         if "products" in vars(cls) and "phase" not in vars(cls):
             setattr(cls, "phase", Edit.phase)  # noqa: B010  what it inherits speaks of other products
 
+    def windows(self) -> Windows:
+        """The parts of the edit, each as the words that say when it acts and whether it does at a step.
+
+        A session warns of a part that acted at no step of a run. What is asked to do nothing, such as a window of no
+        width, is left out: () is an edit that leaves everything as it is, and is meant to.
+        """
+        return (("its active steps", self.active),)
+
     def begin(self) -> Edit:
         """What a session asks for the length of its ``with`` block: an edit that remembers anything of a run
         gives an object of its own, so that the edit itself stays a description."""
+        return self
+
+    def encoded(self, encoding: Encoding) -> Edit:
+        """The edit for what the pipeline encodes, asked once a pipeline call; one that knows words places them here."""
         return self
 
     def watchers(self) -> tuple[Watcher, ...]:
@@ -111,7 +132,7 @@ class SelfAttentionEdit(Edit):
 
     Args:
         levels: how often the edited layers' input is downsampled from the latent: an int or several.
-        max_tokens: edit layers of at most so many tokens, at any image size.
+        max_tokens: edit layers of at most so many tokens, at any image size; 0 for no layer.
         layers: module paths, beginnings of paths, or indices among the self-attention layers.
     """
 
@@ -130,7 +151,7 @@ class SelfAttentionEdit(Edit):
 
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """The layers that are edited where none of the three arguments is given: all of self-attention."""
-        return self._selection().match(sites)
+        return self._selection().match(sites, by_default=True)
 
     def _selection(self) -> LayerSelection:
         return LayerSelection.parse("self", levels=self.levels, max_tokens=self.max_tokens, layers=self.layers)
@@ -167,6 +188,10 @@ class CombinedEdit(Edit):
     def begin(self) -> Edit:
         return _RunningCombination(tuple(edit.begin() for edit in self.edits))
 
+    def encoded(self, encoding: Encoding) -> Edit:
+        edits = tuple(edit.encoded(encoding) for edit in self.edits)
+        return self if all(map(operator.is_, edits, self.edits)) else replace(self, edits=edits)
+
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         return self.begin().select(sites)
 
@@ -176,6 +201,13 @@ class CombinedEdit(Edit):
     def phase(self, step: Step) -> Hashable:
         phases = tuple(edit.phase(step) if edit.active(step) else () for edit in self.edits)
         return None if None in phases else (phases, tuple(edit.active(step) for edit in self.edits))
+
+    @property
+    def pairs_pixels(self) -> bool:
+        return any(edit.pairs_pixels for edit in self.edits)
+
+    def windows(self) -> Windows:
+        return tuple((f"{type(edit).__name__}'s {what}", acts) for edit in self.edits for what, acts in edit.windows())
 
     def written_for(self) -> tuple[str, ...]:
         """Raises ValueError where two of the edits aligned other prompts."""
@@ -241,3 +273,27 @@ def _merged(edits: Iterable[Edit], site: Site, step: Step, roles: BatchRoles) ->
                 )
             out[row], said[row] = given, edit
     return out
+
+
+def check_compat(compat: Any) -> None:
+    """Raise ValueError for anything but None and "original"."""
+    if compat not in (None, "original"):
+        raise ValueError(f'expected compat to be None or "original", got {compat!r}')
+
+
+def check_prompts(edit: Edit, prompts: Sequence[str], tokenizer: Any = None) -> None:
+    """Raise ValueError for an edit that is written for other prompts than these.
+
+    Args:
+        edit: any.
+        prompts: those of the call, the source's first; the source's alone where its targets are not known yet.
+        tokenizer: the pipeline's, which knows the tokens of several vectors.
+    """
+    written = edit.written_for()
+    given = [short_form(prompt, tokenizer) for prompt in prompts] if written else []
+    begins_so = all(own == other for own, other in zip(written, given, strict=False))
+    if not begins_so or (len(written) > 1 and len(prompts) not in (1, len(written))):
+        raise ValueError(
+            f"{type(edit).__name__} is written for the prompts {list(written)}, received {list(prompts)}: write it "
+            "for the source and the targets of the call, in their order"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..products import Product
 from ..roles import BatchRoles
@@ -12,7 +12,7 @@ from ..schedule import Step, StepWindow
 from ..selection import LayerSelection
 from ..sites import Site
 from ..watching import Watcher
-from .base import SelfAttentionEdit
+from .base import SelfAttentionEdit, Windows, check_compat
 from .masks import MaskImage, RunningWordMask, Shares, Strength, WordMask
 
 __all__ = ["FreePromptEdit"]
@@ -33,6 +33,8 @@ class FreePromptEdit(SelfAttentionEdit):
         mask: where α applies, a factor of ``strength`` for each pixel: a picture's path, a PIL image or an array of
             the image's proportions, white where the source's map is taken (a token takes the mean over its part of the
             image); or a :class:`WordMask`.
+        compat: ``"original"`` counts calls of the model rather than steps, as the authors' code does: with PNDM, whose
+            first step calls it twice, the window ends a step earlier.
         levels: how often the replaced layers' input is downsampled from the latent: an int or several. Default:
             all levels from 1 on, which is what the method's limit of 32² tokens means at 512 px.
         max_tokens: replace layers of at most so many tokens, as the original does (32², at any image size).
@@ -45,9 +47,11 @@ class FreePromptEdit(SelfAttentionEdit):
     self_replace_steps: Any = 0.8
     strength: Any = field(default=1.0, kw_only=True)
     mask: Any = field(default=None, kw_only=True)
+    compat: Literal["original"] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_compat(self.compat)
         window = StepWindow.parse(self.self_replace_steps)
         self._normalise(self_replace_steps=(window.start, window.stop), strength=Strength.parse(self.strength))
         if self.mask is not None and not isinstance(self.mask, MaskImage | WordMask | RunningWordMask):
@@ -61,14 +65,20 @@ class FreePromptEdit(SelfAttentionEdit):
     @property
     def is_plain(self) -> bool:
         """Whether maps are replaced wholly and everywhere."""
-        return self.mask is None and self.strength == Strength()
+        return self.mask is None and self.strength == Strength() and self.compat is None
 
     def active(self, step: Step) -> bool:
-        return step in self.window
+        return self.window.holds(step, self.compat)
+
+    def windows(self) -> Windows:
+        window = self.window
+        if window.stop == window.start or self.strength == Strength.parse(0.0) or self.max_tokens == 0:
+            return ()
+        return ((f"self_replace_steps={self.self_replace_steps}", self.active),)
 
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         deepest = max((site.level for site in sites), default=1)
-        return LayerSelection.parse("self", levels=range(1, max(deepest, 1) + 1)).match(sites)
+        return LayerSelection.parse("self", levels=range(1, max(deepest, 1) + 1)).match(sites, by_default=True)
 
     def written_for(self) -> tuple[str, ...]:
         return (self.mask.prompt,) if isinstance(self.mask, WordMask) else ()
@@ -83,7 +93,7 @@ class FreePromptEdit(SelfAttentionEdit):
         return () if self.strength.is_constant and isinstance(self.mask, MaskImage | None) else None
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product | Sequence[Product]]:
-        strength = self.strength.at(site, step, self.window)
+        strength = self.strength.at(site, step, self.window, self.compat)
         products: dict[int, Product | Sequence[Product]] = {}
         for source, target in roles.pairs():
             weight, rest = self._shares(strength, site, roles, source)

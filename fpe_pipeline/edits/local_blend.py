@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from ..encoding import Encoding
 from ..products import Product
 from ..roles import BatchRoles
 from ..schedule import Step
 from ..selection import whole_numbers
 from ..sites import Site
 from ..watching import HeatCollector, Watcher
-from .base import Edit
+from ..words import TokenizedPrompt
+from .base import Edit, Windows, check_compat
 from .masks import _unit, blended_sites
 from .prompt_to_prompt import tokenize_prompts
 
@@ -36,6 +38,7 @@ class LocalBlend(Edit):
         threshold: share of the largest heat.
         start: a share s of the run; the first ``int(T·s)`` steps are not blended.
         levels: levels of cross-attention whose heat is read; default: level 2, which is 16² tokens at 512 px.
+        compat: ``"original"`` counts calls of the model rather than steps for ``start``, as the authors' code does.
 
     Raises:
         ValueError: a prompt without its word, or a number outside [0, 1].
@@ -49,10 +52,12 @@ class LocalBlend(Edit):
     threshold: float = 0.3
     start: float = field(default=0.0, kw_only=True)
     levels: Any = field(default=None, kw_only=True)
+    compat: Literal["original"] | None = field(default=None, kw_only=True)
     _tokens: tuple[tuple[int, ...], ...] = field(default=(), init=False, repr=False, compare=False)
     _length: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_compat(self.compat)
         prompts = tokenize_prompts(self.prompts, self.tokenizer)
         given = (self.words,) if isinstance(self.words, str) else tuple(self.words)
         words = tuple((entry,) if isinstance(entry, str) else tuple(entry) for entry in given)
@@ -64,10 +69,7 @@ class LocalBlend(Edit):
             "threshold": _unit(self.threshold, "threshold"),
             "start": _unit(self.start, "start"),
             "levels": None if self.levels is None else whole_numbers("levels", self.levels),
-            "_tokens": tuple(
-                tuple(sorted({token for word in entry for token in prompt.find(word)}))
-                for prompt, entry in zip(prompts, words, strict=True)
-            ),
+            "_tokens": tuple(_tokens_of(prompt, entry) for prompt, entry in zip(prompts, words, strict=True)),
             "_length": prompts[0].length,
         }
         for name, value in values.items():
@@ -81,6 +83,13 @@ class LocalBlend(Edit):
 
     def written_for(self) -> tuple[str, ...]:
         return tuple(self.prompts)
+
+    def windows(self) -> Windows:
+        return ((f"start={self.start:g}", self.blends_at),)
+
+    def blends_at(self, step: Step) -> bool:
+        """Whether latents are blended after a step."""
+        return step.place(self.compat) >= int(step.total * self.start)
 
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         return ()
@@ -98,26 +107,39 @@ class _Blend(HeatCollector):
         )
         self._edit = edit
 
+    def encoded(self, encoding: Encoding) -> None:
+        edit = self._edit
+        if encoding.prompts is not None:
+            prompts = encoding.placed(tokenize_prompts(edit.prompts, edit.tokenizer))
+            tokens = [[_tokens_of(prompt, words)] for prompt, words in zip(prompts, edit.words, strict=True)]
+            self.watch_tokens(tokens, prompts[0].length)
+
     def blend(self, latents: torch.Tensor, step: Step, roles: BatchRoles) -> torch.Tensor:
-        if step.index < int(step.total * self._edit.start):
+        if not self._edit.blends_at(step):
             return latents
         rows = roles.select(conditional=True)
         if latents.shape[0] != len(rows):
             raise ValueError(
                 f"a local blend needs latents for each of the batch's {len(rows)} images, got {latents.shape[0]} rows"
             )
-        masks = {row: self._mask(row, latents) for row in self.rows}
+        masks = {row: self._mask(roles.image_of(row), latents) for row in rows}
         out = latents.clone()
         for source, target in roles.pairs():
-            if source in masks and target in masks:
-                mask, here, there = masks[source] | masks[target], rows.index(target), rows.index(source)
+            of_source, of_target = masks[source], masks[target]
+            if of_source is not None and of_target is not None:
+                mask, here, there = of_source | of_target, rows.index(target), rows.index(source)
                 out[here] = torch.where(mask, latents[here], latents[there])
         return out
 
-    def _mask(self, row: int, latents: torch.Tensor) -> torch.Tensor:
-        """[1, h, w]: where the words are, at the latents' resolution."""
-        heat = self.heat(row)
-        assert heat is not None
+    def _mask(self, image: tuple[int, int], latents: torch.Tensor) -> torch.Tensor | None:
+        """[1, h, w]: where the words are, at the latents' resolution; None where nothing was read of an image."""
+        heat = self.heat(image)
+        if heat is None:
+            return None
         heat = torch.nn.functional.max_pool2d(heat[None], 3, stride=1, padding=1)
         heat = torch.nn.functional.interpolate(heat, size=latents.shape[-2:])[0]
         return heat / heat.amax() > self._edit.threshold
+
+
+def _tokens_of(prompt: TokenizedPrompt, words: Sequence[str]) -> tuple[int, ...]:
+    return tuple(sorted({token for word in words for token in prompt.find(word)}))

@@ -11,7 +11,7 @@ from ..roles import BatchRoles
 from ..schedule import Step
 from ..selection import LayerSelection, whole_numbers
 from ..sites import Site
-from .base import SelfAttentionEdit
+from .base import SelfAttentionEdit, Windows
 
 __all__ = ["MasaCtrlEdit"]
 
@@ -47,6 +47,11 @@ class MasaCtrlEdit(SelfAttentionEdit):
 
     def active(self, step: Step) -> bool:
         return step.index >= self.start_step if self.steps is None else step.index in self.steps
+
+    def windows(self) -> Windows:
+        if self.max_tokens == 0:
+            return ()
+        return ((f"start_step={self.start_step}" if self.steps is None else f"steps={self.steps}", self.active),)
 
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         chosen = tuple(s for s in LayerSelection.parse("self").match(sites) if s.index >= self.start_layer)

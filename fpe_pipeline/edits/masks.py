@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..alignment import tokenize
+from ..encoding import Encoding
 from ..images import load_image
 from ..roles import BatchRoles
 from ..schedule import Step, StepWindow
 from ..selection import LayerSelection, whole_numbers
 from ..sites import Site
 from ..watching import HeatCollector, resize_maps
+from ..words import tokenize
 
 __all__ = ["MaskImage", "Strength", "WordMask", "blended_sites"]
 
@@ -65,7 +66,7 @@ class Strength:
         """Whether it is the same at every step."""
         return self.function is None and all(len(schedule) == 1 for _, schedule in self.by_level)
 
-    def at(self, site: Site, step: Step, window: StepWindow) -> float:
+    def at(self, site: Site, step: Step, window: StepWindow, compat: str | None = None) -> float:
         """The strength at a site in a step of the window."""
         if self.function is not None:
             return _unit(self.function(site, step), "the strength that the function gave")
@@ -74,7 +75,7 @@ class Strength:
         steps = window.steps(step.total)
         if len(schedule) == 1 or len(steps) < 2:
             return schedule[0]
-        place = (step.index - steps.start) / (len(steps) - 1) * (len(schedule) - 1)
+        place = (step.place(compat) - steps.start) / (len(steps) - 1) * (len(schedule) - 1)
         before = min(max(int(place), 0), len(schedule) - 2)
         share = place - before
         return (1 - share) * schedule[before] + share * schedule[before + 1]
@@ -179,15 +180,12 @@ class RunningWordMask:
 
     def __init__(self, mask: WordMask) -> None:
         self._mask = mask
-        tokenized = tokenize(mask.prompt, mask.tokenizer)
-        self.collector = _SourceHeat(
-            tokenized.find(mask.word), tokenized.length, lambda sites: blended_sites(sites, mask.levels)
-        )
+        self.collector = _SourceHeat(mask)
 
     def weights(self, site: Site, roles: BatchRoles, source: int) -> torch.Tensor:
         """[N], for the tokens of a site."""
         assert site.grid is not None
-        heat = self.collector.heat(source)
+        heat = self.collector.heat(roles.image_of(source))
         if heat is None:
             return torch.ones(site.grid[0] * site.grid[1], dtype=torch.float64)
         share = heat / heat.amax().clamp_min(torch.finfo(heat.dtype).tiny)
@@ -204,8 +202,17 @@ class RunningWordMask:
 class _SourceHeat(HeatCollector):
     """Heat of one word in every source row."""
 
-    def __init__(self, tokens: Sequence[int], length: int, selection: Any) -> None:
-        super().__init__([[tokens]], length, selection)
+    def __init__(self, mask: WordMask) -> None:
+        self._mask, self._prompt = mask, tokenize(mask.prompt, mask.tokenizer)
+        tokens = self._prompt.find(mask.word)
+        super().__init__([[tokens]], self._prompt.length, lambda sites: blended_sites(sites, mask.levels))
+
+    def encoded(self, encoding: Encoding) -> None:
+        if encoding.prompts is not None:
+            prompts = [tokenize(prompt, self._mask.tokenizer) for prompt in encoding.prompts]
+            source = encoding.placed(prompts)[0]
+            if source.text == self._prompt.text:
+                self.watch_tokens([[source.find(self._mask.word)]], source.length)
 
     def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
         (column,) = self._columns
@@ -225,11 +232,12 @@ def blended_sites(sites: tuple[Site, ...], levels: tuple[int, ...] | None) -> tu
     By default those of level 2 (16² tokens at 512 px in SD 1.x and 2.x), or of the deepest level where there are none.
     """
     cross = tuple(site for site in LayerSelection.parse("cross").match(sites) if site.place != "mid")
+    by_default = levels is None
     if levels is None:
         levels = (min(2, max((site.level for site in cross), default=2)),)
         if not any(site.level in levels for site in cross):
             levels = (max((site.level for site in cross), default=2),)
-    return LayerSelection.parse("cross", levels=levels).match(cross)
+    return LayerSelection.parse("cross", levels=levels).match(cross, by_default=by_default)
 
 
 def _schedule(value: Any) -> Schedule:

@@ -10,7 +10,7 @@ from ..products import Product
 from ..roles import BatchRoles
 from ..schedule import Step, StepWindow
 from ..sites import Site
-from .base import SelfAttentionEdit
+from .base import SelfAttentionEdit, Windows
 
 __all__ = ["PlugAndPlayEdit"]
 
@@ -51,6 +51,15 @@ class PlugAndPlayEdit(SelfAttentionEdit):
 
     def active(self, step: Step) -> bool:
         return step in StepWindow(*self.attention_steps) or step in StepWindow(*self.feature_steps)
+
+    def windows(self) -> Windows:
+        names = ("attention_steps", "feature_steps") if self.max_tokens != 0 else ("feature_steps",)
+        asked = []
+        for name in names:
+            window = StepWindow(*getattr(self, name))
+            if window.stop > window.start and (name != "feature_steps" or self.feature_modules):
+                asked.append((f"{name}={getattr(self, name)}", window.holds))
+        return tuple(asked)
 
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         decoder = [site for site in sites if site.kind == "self" and site.place == "up"]

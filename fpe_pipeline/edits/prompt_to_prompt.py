@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from numbers import Real
 from typing import Any, Literal
 
 import torch
 
-from ..alignment import Alignment, TokenizedPrompt, align_refine, align_replace, tokenize
+from ..alignment import Alignment, align_refine, align_replace
+from ..encoding import Encoding
 from ..products import Product
 from ..roles import BatchRoles
 from ..schedule import Step, StepWindow
 from ..selection import LayerSelection
 from ..sites import Site
-from .base import SelfAttentionEdit
+from ..words import TokenizedPrompt, tokenize
+from .base import SelfAttentionEdit, Windows, check_compat
 
 __all__ = ["PromptToPromptEdit", "tokenize_prompts"]
 
@@ -44,7 +46,7 @@ class PromptToPromptEdit(SelfAttentionEdit):
             As in the original, maps are not renormalised.
         source_of: for each prompt, the index of its source; default: all from prompt 0. As the session's.
         compat: ``"original"`` for the mappers of the authors' code, which does not move the tokens after a word whose
-            number of tokens changes.
+            number of tokens changes; and for its count of steps, which is of calls of the model (PNDM makes one more).
         levels, max_tokens, layers: at most one, to choose the *self-attention* layers; default: levels from 2 on,
             which is what the original's limit of 16² tokens means at 512 px. Cross-attention is edited everywhere.
 
@@ -69,8 +71,7 @@ class PromptToPromptEdit(SelfAttentionEdit):
         super().__post_init__()
         if self.align not in _ALIGN:
             raise ValueError(f"expected align to be one of {sorted(_ALIGN)}, got {self.align!r}")
-        if self.compat not in (None, "original"):
-            raise ValueError(f'expected compat to be None or "original", got {self.compat!r}')
+        check_compat(self.compat)
         prompts = tokenize_prompts(self.prompts, self.tokenizer)
         if len(prompts) < 2:
             raise ValueError(f"expected the source prompt and at least one target, got {len(prompts)} prompt(s)")
@@ -91,12 +92,44 @@ class PromptToPromptEdit(SelfAttentionEdit):
                 raise ValueError(
                     f"the word {word!r} is in none of the target prompts {[target.text for target in targets.values()]}"
                 )
-        for number, target in targets.items():
-            alignment = _ALIGN[self.align](prompts[sources[number]], target, self.compat)
-            self._targets[number] = _Target(target, alignment, self.cross_replace_steps, dict(self.weights))
+        self._align(prompts)
+
+    def _align(self, prompts: Sequence[TokenizedPrompt]) -> None:
+        for number, source in enumerate(self._sources):
+            if source != number:
+                alignment = _ALIGN[self.align](prompts[source], prompts[number], self.compat)
+                self._targets[number] = _Target(
+                    prompts[number], alignment, self.cross_replace_steps, dict(self.weights), self.compat
+                )
+
+    def encoded(self, encoding: Encoding) -> PromptToPromptEdit:
+        if encoding.prompts is None:
+            return self
+        known = tokenize_prompts(self.prompts, self.tokenizer)
+        placed = encoding.placed(known)
+        if placed == tuple(known):
+            return self
+        moved = replace(self)
+        moved._align(placed)
+        return moved
 
     def active(self, step: Step) -> bool:
-        return step in self._window or any(any(target.replaced(step)) for target in self._targets.values())
+        return self._replaces_self(step) or self._replaces_cross(step)
+
+    def windows(self) -> Windows:
+        asked = []
+        if self._window.stop > self._window.start and self.max_tokens != 0:
+            asked.append((f"self_replace_steps={self.self_replace_steps}", self._replaces_self))
+        if any(window.stop > window.start for _, window in self.cross_replace_steps):
+            spelled = ", ".join(f"{word or 'all words'}: {(w.start, w.stop)}" for word, w in self.cross_replace_steps)
+            asked.append((f"cross_replace_steps ({spelled})", self._replaces_cross))
+        return tuple(asked)
+
+    def _replaces_self(self, step: Step) -> bool:
+        return self._window.holds(step, self.compat)
+
+    def _replaces_cross(self, step: Step) -> bool:
+        return any(any(target.replaced(step)) for target in self._targets.values())
 
     def written_for(self) -> tuple[str, ...]:
         return tuple(self.prompts)
@@ -109,14 +142,14 @@ class PromptToPromptEdit(SelfAttentionEdit):
 
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         deepest = max((site.level for site in sites), default=2)
-        return LayerSelection.parse("self", levels=range(min(2, deepest), deepest + 1)).match(sites)
+        return LayerSelection.parse("self", levels=range(min(2, deepest), deepest + 1)).match(sites, by_default=True)
 
     def phase(self, step: Step) -> Hashable:
-        return step in self._window, tuple(target.replaced(step) for target in self._targets.values())
+        return self._replaces_self(step), tuple(target.replaced(step) for target in self._targets.values())
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product | Sequence[Product]]:
         if site.kind == "self":
-            return {t: Product(s, (s,), (t,)) for s, t in roles.pairs()} if step in self._window else {}
+            return {t: Product(s, (s,), (t,)) for s, t in roles.pairs()} if self._replaces_self(step) else {}
         products = {}
         for source, target in roles.pairs():
             number = roles.prompt_of(target)
@@ -160,8 +193,9 @@ class _Target:
         alignment: Alignment,
         windows: Sequence[tuple[str | None, StepWindow]],
         weights: Mapping[str, float],
+        compat: str | None,
     ) -> None:
-        self._alignment = alignment
+        self._alignment, self._compat = alignment, compat
         # The window of all tokens, then those of words, which go before it.
         self._windows = [
             (slice(None) if word is None else list(prompt.find(word)), window)
@@ -176,7 +210,7 @@ class _Target:
 
     def replaced(self, step: Step) -> tuple[bool, ...]:
         """For each window, whether the step is in it."""
-        return tuple(step.index in window.steps(step.total + 1) for _, window in self._windows)
+        return tuple(step.place(self._compat) in window.steps(step.total + 1) for _, window in self._windows)
 
     def products(self, source: int, target: int, step: Step) -> tuple[Product, ...]:
         """The target row's products; none where it keeps its own map."""

@@ -11,7 +11,7 @@ from ..products import Product
 from ..roles import BatchRoles
 from ..schedule import Step, StepWindow
 from ..sites import Site
-from .base import SelfAttentionEdit
+from .base import SelfAttentionEdit, Windows
 
 __all__ = ["StyleAlignedEdit"]
 
@@ -47,11 +47,19 @@ class StyleAlignedEdit(SelfAttentionEdit):
         if not isfinite(self.shared_score_shift):
             raise ValueError(f"expected shared_score_shift to be a finite number, got {self.shared_score_shift}")
 
+    @property
+    def pairs_pixels(self) -> bool:
+        return False
+
     def active(self, step: Step) -> bool:
         return step in StepWindow(*self.steps)
 
     def phase(self, step: Step) -> Hashable:
         return ()
+
+    def windows(self) -> Windows:
+        start, stop = self.steps
+        return () if start == stop or self.max_tokens == 0 else ((f"steps={self.steps}", self.active),)
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
         shifts = (float(self.shared_score_shift), 0.0) if self.shared_score_shift else ()

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..loading import InputError, pick_device
-from ..settings import INVERSIONS
+from ..settings import INVERSIONS, Settings
 from ..staging import check_writable, staged
+from ..texts import print_text
 from .conditions import Condition, method_conditions, standard_conditions, sweep_conditions
 from .contenders import CONTENDERS
 from .evaluated import EvaluatedModel
@@ -23,6 +24,8 @@ from .statistics import summarise
 from .store import ScoreFile, dump, environment, fingerprint, packed
 
 __all__ = ["add_arguments", "run"]
+
+DEFAULT = Settings(source="", targets=())  # what `fpe edit` does where nothing is said
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=INVERSIONS,
         help="how real images are inverted, one or several (default: ddim, with its latents as reference)",
     )
-    parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
-    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale (default: 5)")
-    parser.add_argument("--self-replace", type=float, default=0.8, help="part of the steps with replaced maps")
+    parser.add_argument("--steps", type=int, default=DEFAULT.steps, help=f"denoising steps (default: {DEFAULT.steps})")
+    parser.add_argument(
+        "--guidance", type=float, default=DEFAULT.guidance, help=f"guidance scale (default: {DEFAULT.guidance:g})"
+    )
+    parser.add_argument(
+        "--self-replace", type=float, default=DEFAULT.self_replace[1], help="part of the steps with replaced maps"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of prompts, noise and bootstrap")
     parser.add_argument("--chunk", type=int, default=8, help="pairs drawn at a time")
     parser.add_argument("--model", type=Path, help="model folder with its judge (default: the embedded one)")
@@ -98,10 +105,10 @@ def run(args: argparse.Namespace) -> int:
     result = {"settings": settings, "environment": environment(), "summary": summary, "scores": packed(store.rows)}
     rendered = table(summary)
     with staged(args.output) as stage:
-        (stage / "evaluation.json").write_text(dump(result))
-        (stage / "table.md").write_text(rendered)
+        (stage / "evaluation.json").write_text(dump(result), encoding="utf-8")
+        (stage / "table.md").write_text(rendered, encoding="utf-8")
         plot(summary, stage / "plot.png", f"{args.steps} steps, guidance {args.guidance:g}, 95 % intervals")
-    print(rendered, end="")
+    print_text(rendered.removesuffix("\n"))
     return 0
 
 

@@ -16,6 +16,7 @@ from ..inversion import Inversion, Method
 from ..models.judge import Judge
 from ..models.measure import noise
 from ..null_text import NullText
+from ..settings import Settings
 from .contenders import Contender, Unfit
 from .similarity import iou, psnr
 from .store import plain
@@ -70,8 +71,8 @@ def score_subject(
     origin: str,
     contenders: Sequence[Contender],
     *,
-    steps: int = 25,
-    guidance: float = 5.0,
+    steps: int = Settings.steps,
+    guidance: float = Settings.guidance,
 ) -> Iterator[MethodScore]:
     """Edit one picture by every method, and score each edit as soon as it is made.
 
@@ -89,7 +90,7 @@ def score_subject(
     for contender in contenders:
         unscored = MethodScore(subject.name, subject.kind, origin, contender.name)
         try:
-            edit = contender.edit_for(subject, pipe.tokenizer)
+            edit = contender.edit_for(subject, pipe.tokenizer, pipe)
         except Unfit as unfit:
             yield replace(unscored, reason=str(unfit))
             continue
@@ -201,6 +202,8 @@ class _Scorer:
 
 
 def _eight_bit(image: np.ndarray) -> np.ndarray:
+    if not np.isfinite(image).all():
+        raise FloatingPointError("a picture holds values that are not finite: lower the guidance scale")
     return (image * 255).round().astype(np.uint8)
 
 

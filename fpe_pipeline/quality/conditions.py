@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..edits import Edit, FreePromptEdit
-from ..methods import ALIGNING, make_edit
+from ..edits.registry import METHODS, make_edit
 from ..products import Product
 from ..roles import BatchRoles
 from ..schedule import Step, StepWindow
@@ -41,7 +41,7 @@ class Condition:
         name: what tables and plots call it.
         edit: the edit that is in force, or ``None``.
         shared_noise: whether the target starts from the source's noise; an edit implies it.
-        method: in place of ``edit``, a method that asks for the prompts, by its name in :data:`fpe_pipeline.METHODS`.
+        method: in place of ``edit``, a method that asks for the prompts, by its name in the registry.
         options: of the method.
     """
 
@@ -57,14 +57,14 @@ class Condition:
         if self.edit is not None and self.method is not None:
             raise ValueError(f"condition {self.name!r} names an edit and a method: which one?")
 
-    def edit_for(self, prompts: Sequence[str], tokenizer: Any, source_of: Sequence[int]) -> Edit | None:
-        """The edit of a batch with these prompts, each of which ``source_of`` gives its source."""
+    def edit_for(self, prompts: Sequence[str], tokenizer: Any, source_of: Sequence[int], model: Any) -> Edit | None:
+        """The edit of a batch with these prompts, each of which ``source_of`` gives its source, for a pipeline."""
         if self.method is None:
             return self.edit
         options = dict(self.options)
-        if self.method in ALIGNING:
+        if METHODS[self.method].aligns:
             options["source_of"] = source_of
-        return make_edit(self.method, prompts, tokenizer, **options)
+        return make_edit(self.method, prompts, tokenizer, model, **options)
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,10 @@ def sweep_conditions(
 
 
 def method_conditions() -> list[Condition]:
-    """The other methods at their authors' settings, with layers counted from the decoder's beginning."""
+    """The other methods, with their defaults for the model."""
     return [
-        Condition("prompt-to-prompt", method="p2p-replace", options=(("max_tokens", _MAX_TOKENS),)),
+        Condition("prompt-to-prompt", method="p2p-replace"),
         Condition("plug-and-play", method="pnp"),
-        Condition("masactrl", method="masactrl", options=(("layers", ("up_blocks",)),)),
+        Condition("masactrl", method="masactrl"),
         Condition("style-aligned", method="style-aligned"),
     ]

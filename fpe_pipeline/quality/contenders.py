@@ -6,25 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..edits import (
-    Edit,
-    FreePromptEdit,
-    LocalBlend,
-    MasaCtrlEdit,
-    PlugAndPlayEdit,
-    PromptToPromptEdit,
-    StyleAlignedEdit,
-    WordMask,
-)
+from ..edits import Edit, FreePromptEdit
+from ..edits.registry import METHODS, make_edit
 from ..loading import InputError
 from .subjects import Subject
 
 __all__ = ["CONTENDERS", "DIFFERENT_NOISE", "NO_EDIT", "Contender", "Unfit", "chosen", "contenders"]
 
 NO_EDIT, DIFFERENT_NOISE = "no edit", "different noise"
-# Free-Prompt-Editing's own limit; the embedded model has no layer above it.
-_MAX_TOKENS = 32**2
-_HALF, _HEAT, _FACTOR = 0.5, 0.5, 2.0
 
 
 class Unfit(ValueError):
@@ -38,25 +27,31 @@ class Contender:
     Attributes:
         name: what tables and ``--methods`` call it.
         about: its settings in words.
-        make: the edit of a subject with a pipeline's tokenizer; ``None`` for the baselines.
+        options: of a subject, those that the method needs beside its defaults for the model; None for the baselines.
         alone: whether the target is drawn without its source, from other noise.
     """
 
     name: str
     about: str
-    make: Callable[[Subject, Any], Edit] | None = None
+    options: Callable[[Subject], dict[str, Any]] | None = None
     alone: bool = False
 
-    def edit_for(self, subject: Subject, tokenizer: Any) -> Edit:
+    def edit_for(self, subject: Subject, tokenizer: Any, model: Any) -> Edit:
         """The edit of a subject; one that replaces nothing where nothing is edited.
+
+        Args:
+            subject: the picture and what it is to become.
+            tokenizer: the pipeline's.
+            model: the pipeline or its UNet, which decides the method's layers.
 
         Raises:
             Unfit: the method cannot make this edit.
         """
-        if self.make is None:
+        if self.options is None:
             return FreePromptEdit(0)
+        prompts = (subject.source_prompt, subject.target_prompt)
         try:
-            return self.make(subject, tokenizer)
+            return make_edit(self.name, prompts, tokenizer, model, **self.options(subject))
         except Unfit:
             raise
         except ValueError as error:
@@ -64,67 +59,49 @@ class Contender:
 
 
 def contenders(self_replace: float = 0.8) -> tuple[Contender, ...]:
-    """All of them, the baselines first.
+    """All of them, the baselines first: every method of the registry with its defaults for the model.
 
     Args:
-        self_replace: share of the steps in which Free-Prompt-Editing replaces maps; the other methods have their
-            authors' settings, with layers counted from the decoder's beginning.
+        self_replace: share of the steps in which Free-Prompt-Editing replaces maps.
     """
-
-    def free_prompt(**options: Any) -> FreePromptEdit:
-        return FreePromptEdit(self_replace, max_tokens=_MAX_TOKENS, **options)
-
-    def regional(subject: Subject, tokenizer: Any) -> Edit:
-        if subject.object_word is None:
-            raise Unfit("no word says where maps are to be replaced: name it as `object` in the prompts file")
-        return free_prompt(mask=WordMask(subject.source_prompt, subject.object_word, tokenizer, threshold=_HEAT))
-
-    def blended(subject: Subject, tokenizer: Any) -> Edit:
-        if subject.region_words is None:
-            raise Unfit("no words say what may change: name `object` and `target_object` in the prompts file")
-        prompts = (subject.source_prompt, subject.target_prompt)
-        return _prompt_to_prompt(subject, tokenizer) + LocalBlend(prompts, tokenizer, subject.region_words)
-
-    def reweighted(subject: Subject, tokenizer: Any) -> Edit:
-        if not subject.new_words:
-            raise Unfit("the target prompt has no word that the source prompt has not")
-        return _prompt_to_prompt(subject, tokenizer, weights=dict.fromkeys(subject.new_words, _FACTOR))
-
     window = f"in the first {100 * self_replace:g} % of the steps"
+
+    def options(name: str) -> Callable[[Subject], dict[str, Any]]:
+        given = {"self_replace_steps": self_replace} if METHODS[name].edit is FreePromptEdit else {}
+        words = _WORDS.get(name, lambda subject: {})
+        return lambda subject: {**given, **words(subject)}
+
     return (
         Contender(NO_EDIT, "the target from the source's noise, or from the real image's inverted latents"),
         Contender(DIFFERENT_NOISE, "the target alone, from other noise", alone=True),
-        Contender("fpe", f"self-attention maps replaced {window}", lambda s, t: free_prompt()),
-        Contender("fpe-soft", f"fpe at strength {_HALF:g}", lambda s, t: free_prompt(strength=_HALF)),
-        Contender(
-            "fpe-regional", f"fpe where the heat of the source's object is above {_HEAT:g} of its largest", regional
-        ),
-        Contender(
-            "p2p-replace",
-            "cross-attention to 0.8, self-attention to 0.4 of the steps, words aligned by their place",
-            _prompt_to_prompt,
-        ),
-        Contender(
-            "p2p-refine",
-            "p2p-replace with the words that both prompts have aligned",
-            lambda s, t: _prompt_to_prompt(s, t, align="refine"),
-        ),
-        Contender("p2p-reweight", f"p2p-replace, the new word times {_FACTOR:g}", reweighted),
-        Contender(
-            "p2p-blend",
-            "p2p-replace, latents kept outside the heat of the object, or of the place that changes",
-            blended,
-        ),
-        Contender("masactrl", "from step 4 on, in the decoder", lambda s, t: MasaCtrlEdit(layers=("up_blocks",))),
-        Contender("pnp", "maps to 0.5, features to 0.8 of the steps", lambda s, t: PlugAndPlayEdit()),
-        Contender("style-aligned", "the source's tokens among the keys", lambda s, t: StyleAlignedEdit()),
+        *(Contender(name, method.about.format(window=window), options(name)) for name, method in METHODS.items()),
     )
 
 
-def _prompt_to_prompt(subject: Subject, tokenizer: Any, **options: Any) -> PromptToPromptEdit:
-    prompts = (subject.source_prompt, subject.target_prompt)
-    return PromptToPromptEdit(prompts, tokenizer, max_tokens=_MAX_TOKENS, **options)
+def _object(subject: Subject) -> dict[str, Any]:
+    if subject.object_word is None:
+        raise Unfit("no word says where maps are to be replaced: name it as `object` in the prompts file")
+    return {"word": subject.object_word}
 
+
+def _region(subject: Subject) -> dict[str, Any]:
+    if subject.region_words is None:
+        raise Unfit("no words say what may change: name `object` and `target_object` in the prompts file")
+    return {"words": subject.region_words}
+
+
+def _new(subject: Subject) -> dict[str, Any]:
+    if not subject.new_words:
+        raise Unfit("the target prompt has no word that the source prompt has not")
+    return {}
+
+
+# The words of a subject, for the methods that look for them.
+_WORDS: dict[str, Callable[[Subject], dict[str, Any]]] = {
+    "fpe-regional": _object,
+    "p2p-blend": _region,
+    "p2p-reweight": _new,
+}
 
 #: Names of all contenders.
 CONTENDERS = tuple(contender.name for contender in contenders())

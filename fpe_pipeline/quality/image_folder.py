@@ -30,6 +30,7 @@ from PIL import Image
 from ..images import load_image
 from ..loading import InputError
 from ..models.scenes import BACKGROUNDS, COLOURS, OBJECTS
+from ..texts import check_text
 from .subjects import Subject
 from .tally import ALL
 
@@ -113,6 +114,11 @@ def _subject(folder: Path, entry: Mapping[str, str]) -> Subject:
     missing = [name for name in _NEEDED if not entry.get(name)]
     if missing:
         raise InputError(f"{' and '.join(missing)} missing")
+    for name, text in entry.items():
+        try:
+            check_text(name, text)
+        except ValueError as error:
+            raise InputError(str(error)) from None
     picture = folder / entry["image"]
     mask = folder / entry["mask"] if "mask" in entry else None
     for path in (picture, mask):

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..loading import InputError
 from ..staging import check_writable, staged
+from ..texts import print_text
 from .comparison import MethodScore, score_subject
 from .comparison_table import inversion_table, method_table
 from .contenders import Contender, chosen, contenders
@@ -74,9 +75,9 @@ def run_on_images(args: argparse.Namespace) -> int:
     if args.images != GENERATED:
         rendered += "\n" + inversion_table(summary)
     with staged(args.output) as stage:
-        (stage / "evaluation.json").write_text(dump(result))
-        (stage / "table.md").write_text(rendered)
-    print(rendered, end="")
+        (stage / "evaluation.json").write_text(dump(result), encoding="utf-8")
+        (stage / "table.md").write_text(rendered, encoding="utf-8")
+    print_text(rendered.removesuffix("\n"))
     return 0
 
 
@@ -98,7 +99,8 @@ def _score_rest(
                 continue
             for score in score_subject(pipe, judge, subject, origin, missing, steps=args.steps, guidance=args.guidance):
                 store.add(score.to_json())
-            print(f"scored {number} of {len(subjects)}: {subject.name}, {origin}", file=sys.stderr, flush=True)
+            print_text(f"scored {number} of {len(subjects)}: {subject.name}, {origin}", sys.stderr)
+            sys.stderr.flush()
 
 
 def _load(model: EvaluatedModel, device: str) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ from ..edits import Edit
 from ..models.judge import Judge, Verdict
 from ..models.measure import noise
 from ..session import editing
+from ..settings import Settings
 from .conditions import Condition, EditByCondition
 from .pairs import EditPair
 from .similarity import iou, psnr
@@ -59,8 +60,8 @@ def evaluate(
     pairs: Sequence[EditPair],
     conditions: Sequence[Condition],
     *,
-    steps: int = 25,
-    guidance: float = 5.0,
+    steps: int = Settings.steps,
+    guidance: float = Settings.guidance,
     chunk: int = 8,
     first: int = 0,
     backend: str = "auto",
@@ -147,7 +148,7 @@ def _call(
     edited = [False, *(condition.edit is not None or condition.method is not None for condition in conditions)]
     # To the session, what is drawn without an edit is its own source.
     source_of = [i if edits else place * count + i for place, edits in enumerate(edited) for i in range(count)]
-    chosen = edit.edit_for(prompts, pipe.tokenizer, source_of) if isinstance(edit, Condition) else edit
+    chosen = edit.edit_for(prompts, pipe.tokenizer, source_of, pipe) if isinstance(edit, Condition) else edit
     session: AbstractContextManager[Any] = nullcontext()
     if chosen is not None and any(edited):
         session = editing(pipe, chosen, source_of=source_of, backend=backend)
@@ -159,6 +160,8 @@ def _call(
             guidance_scale=guidance,
             output_type="np",
         ).images
+    if not np.isfinite(images).all():
+        raise FloatingPointError("a picture holds values that are not finite: lower the guidance scale")
     pictures = (images * 255).round().astype(np.uint8)
     return [pictures[start : start + count] for start in range(0, len(pictures), count)]
 

@@ -6,14 +6,20 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fpe_pipeline import cli, runs
-from fpe_pipeline.methods import METHODS, TITLES
+from fpe_pipeline.edits.registry import METHODS
+from fpe_pipeline.loading import find_model, load_pipeline
 from fpe_pipeline.settings import InputError, Settings
 
 SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on the beach"
-OPTIONS = {"masactrl": ["--option", "start_step=0", "--layers", "up_blocks"], "fpe": []}
+OPTIONS = {
+    "masactrl": ["--option", "start_step=0"],
+    "fpe-regional": ["--option", "word=car"],
+    "p2p-blend": ["--option", 'words=["red", "blue"]'],
+}
 
 
 def edit(method, folder, *more):
@@ -41,7 +47,6 @@ def test_every_method_draws_another_picture_from_the_same_source(made):
 
 
 def test_a_comparison_names_its_method(monkeypatch, tmp_path):
-    assert TITLES.keys() == METHODS.keys()
     labels, draw = [], runs.side_by_side
 
     def side_by_side(rows, *, edit_label):
@@ -60,9 +65,10 @@ def test_a_record_repeats_its_method(made, method, tmp_path, capsys):
 
 
 def test_the_embedded_model_takes_the_original_limit_and_keeps_a_choice():
-    assert Settings(SOURCE, (TARGET,)).edit().max_tokens == 32**2
-    assert Settings(SOURCE, (TARGET,), levels=(1,)).edit().max_tokens is None
-    assert Settings(SOURCE, (TARGET,), model="elsewhere").edit().max_tokens is None
+    unet = load_pipeline(find_model("embedded"), dtype=torch.float32, device="cpu").unet
+    assert Settings(SOURCE, (TARGET,)).edit(None, unet).levels == (0, 1)
+    assert Settings(SOURCE, (TARGET,), levels=(1,)).edit(None, unet).levels == (1,)
+    assert Settings(SOURCE, (TARGET,), model="elsewhere").edit().levels is None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from fpe_pipeline import (
     editing,
     make_edit,
 )
-from fpe_pipeline.methods import METHODS
+from fpe_pipeline.edits.registry import METHODS
 
 PAIR = PROMPTS[:2]
 
@@ -138,7 +138,7 @@ def test_layers_that_are_not_there(tiny):
 
 
 def test_a_batch_with_other_prompts_than_the_edits(tiny):
-    with pytest.raises(ValueError, match="edits prompt 2 from prompt 0"):
+    with pytest.raises(ValueError, match="is written for the prompts"):
         run(tiny, PromptToPromptEdit(PAIR, tiny.tokenizer), prompts=3)
 
 
@@ -175,7 +175,11 @@ def test_several_targets_and_images_have_their_own_words(tiny):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_by_name(tiny, method):
-    options = {"masactrl": {"start_step": 1, "start_layer": 2}}.get(method, {})
+    options = {
+        "masactrl": {"start_step": 1, "start_layer": 2},
+        "fpe-regional": {"word": "car"},
+        "p2p-blend": {"words": ("red", "blue")},
+    }.get(method, {})
     edit = make_edit(method, PAIR, tiny.tokenizer, **options)
     latents, session = run(tiny, edit)
     assert (latents - sample(tiny))[1].abs().max() > 1e-4

@@ -14,7 +14,7 @@ from golden_cases import CASES, GOLDEN, load_case
 from original_checkpoint import original_checkpoint
 from safetensors.torch import save_file
 
-from fpe_pipeline import FreePromptEdit, FreePromptPipeline, editing
+from fpe_pipeline import FreePromptEdit, FreePromptPipeline, editing, make_edit
 
 FAST = {"num_inference_steps": 3, "output_type": "latent"}
 
@@ -76,7 +76,8 @@ class TestAgainstTheSession:
         options = {**FAST, "guidance_scale": guidance, "num_images_per_prompt": images}
         plain = StableDiffusionPipeline(**tiny.components, requires_safety_checker=False)
         plain.set_progress_bar_config(disable=True)
-        with editing(plain, FreePromptEdit((0.0, 0.7)), images_per_prompt=images):
+        edit = make_edit("fpe", prompts, None, plain, self_replace_steps=(0.0, 0.7))
+        with editing(plain, edit, images_per_prompt=images):
             expected = plain(
                 prompts, latents=noise(images).repeat(3, 1, 1, 1), negative_prompt=["cars"] * 3, **options
             ).images

@@ -15,8 +15,8 @@ from transformers import CLIPTokenizer
 
 from fpe_pipeline import FreePromptPipeline, ddim_scheduler
 from fpe_pipeline.edits import CombinedEdit, Edit
+from fpe_pipeline.edits.registry import METHODS
 from fpe_pipeline.loading import InputError
-from fpe_pipeline.methods import METHODS
 from fpe_pipeline.models import embedded_path, judge_path
 from fpe_pipeline.models.judge import Verdict, load_judge
 from fpe_pipeline.quality import command, compare, contenders, generated_subjects, held_out_pairs, render_subjects
@@ -72,11 +72,11 @@ class TestSubjects:
 class TestContenders:
     def test_every_method_and_both_baselines_take_part(self):
         assert {NO_EDIT, DIFFERENT_NOISE} < set(CONTENDERS)
-        assert set(METHODS) <= set(CONTENDERS)
+        assert (NO_EDIT, DIFFERENT_NOISE, *METHODS) == CONTENDERS
 
-    def test_all_can_make_the_held_out_edits(self, tokenizer):
+    def test_all_can_make_the_held_out_edits(self, tokenizer, embedded):
         for subject in generated_subjects(held_out_pairs(2)):
-            edits = [c.edit_for(subject, tokenizer) for c in contenders() if c.make is not None]
+            edits = [c.edit_for(subject, tokenizer, embedded) for c in contenders() if c.options is not None]
             assert all(isinstance(edit, Edit | CombinedEdit) for edit in edits)
             assert len({repr(edit) for edit in edits}) == len(edits), "two methods are one"
 
@@ -92,7 +92,7 @@ class TestContenders:
             ("p2p-replace", longer),
         ):
             with pytest.raises(Unfit) as caught:
-                chosen([name])[0].edit_for(tried, tokenizer)
+                chosen([name])[0].edit_for(tried, tokenizer, None)
             reasons[name] = str(caught.value)
         assert "`object`" in reasons["fpe-regional"] and "`target_object`" in reasons["p2p-blend"]
         assert "no word" in reasons["p2p-reweight"] and "words" in reasons["p2p-replace"]
@@ -109,7 +109,7 @@ class FakePipe:
     def __init__(self):
         self.device, self.tokenizer = torch.device("cpu"), None
         self.vae_scale_factor, self.native_size = 4, (8, 8)
-        self.unet = SimpleNamespace(config=SimpleNamespace(in_channels=4), dtype=torch.float32)
+        self.unet = SimpleNamespace(config=SimpleNamespace(in_channels=4, sample_size=64), dtype=torch.float32)
         self.calls = []
         # Gives back a picture that is everywhere 20 grey levels from the black one that it is asked of.
         self.vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=2.0), decode=lambda latents, **_: [latents])

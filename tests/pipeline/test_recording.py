@@ -15,7 +15,7 @@ from diffusers import (
 from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
 from fpe_kernels import AttentionMap
-from fpe_pipeline import FreePromptEdit, Recording, ddim_scheduler, packing
+from fpe_pipeline import Recording, ddim_scheduler, make_edit, packing
 from fpe_pipeline.file_store import FileStore
 from fpe_pipeline.loading import InputError
 from fpe_pipeline.map_store import MemoryStore
@@ -171,7 +171,7 @@ class TestPrecision:
     @pytest.mark.parametrize("precision", packing.PRECISIONS)
     def test_the_estimate_is_what_is_kept(self, tiny, precision):
         recorded = tiny.record(SOURCE, precision=precision, **RUN)
-        assert estimate(tiny, FreePromptEdit(), (12, 16), STEPS, precision) == recorded.nbytes
+        assert estimate(tiny, make_edit("fpe", (), None, tiny), (12, 16), STEPS, precision) == recorded.nbytes
         assert recorded.nbytes == recorded.store.nbytes + recorded.latents.nbytes
 
     def test_rows_of_rounded_maps_sum_to_one(self):

@@ -3,11 +3,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpe_pipeline.schedule import Step, StepWindow, locate_step
+from fpe_pipeline.schedule import Step, StepWindow, locate_step, run_steps
 
 FRACTIONS = st.floats(0, 1)
 
@@ -60,12 +67,46 @@ def test_steps_of_a_sampling_loop(scheduler):
     """Heun and PNDM repeat timesteps: the views that a loop receives tell the repetitions apart."""
     scheduler = scheduler()
     scheduler.set_timesteps(6)
-    total = len(scheduler.timesteps)
-    for index, timestep in enumerate(scheduler.timesteps):
-        assert locate_step(scheduler, timestep) == Step(index, total)
-        assert locate_step(scheduler, timestep.expand(4)) == Step(index, total)
-    for index, timestep in enumerate(scheduler.timesteps[2:]):
-        assert locate_step(scheduler, timestep) == Step(index + 2, total)
+    steps = run_steps(scheduler)
+    assert [step.call for step in steps] == list(range(len(scheduler.timesteps)))
+    assert {(step.total, step.calls) for step in steps} == {(6, len(steps))}
+    for step, timestep in zip(steps, scheduler.timesteps, strict=True):
+        assert locate_step(scheduler, timestep) == step
+        assert locate_step(scheduler, timestep.expand(4)) == step
+    for step, timestep in zip(steps[2:], scheduler.timesteps[2:], strict=True):
+        assert locate_step(scheduler, timestep) == step
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (DDIMScheduler, {}),
+        (PNDMScheduler, {"skip_prk_steps": True}),
+        (HeunDiscreteScheduler, {}),
+        (KDPM2DiscreteScheduler, {}),
+        (KDPM2AncestralDiscreteScheduler, {}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # diffusers' KDPM2 with NumPy 2
+def test_calls_belong_to_the_users_steps(kind, options, count):
+    """Calls of one step lie between the noise levels of that step; a step's first call is at its own level."""
+    scheduler = kind(**options)
+    scheduler.set_timesteps(count)
+    steps, timesteps = run_steps(scheduler), scheduler.timesteps.double()
+    starts = [next(step.call for step in steps if step.index == index) for index in range(count)]
+    assert [step.index for step in steps] == sorted(step.index for step in steps)
+    assert {step.total for step in steps} == {count}
+    for step in steps:
+        following = timesteps[starts[step.index + 1]] if step.index + 1 < count else timesteps.min()
+        assert timesteps[starts[step.index]] >= timesteps[step.call] >= following
+
+
+def test_runge_kutta_steps():
+    """PNDM as published begins with three steps of four calls each."""
+    scheduler = PNDMScheduler()
+    scheduler.set_timesteps(8)
+    assert [step.index for step in run_steps(scheduler)] == [0] * 4 + [1] * 4 + [2] * 4 + list(range(3, 8))
 
 
 def test_schedulers_that_repeat_timesteps_by_value():
@@ -74,8 +115,8 @@ def test_schedulers_that_repeat_timesteps_by_value():
     timesteps = scheduler.timesteps.tolist()
     assert timesteps[1] == timesteps[2]
     sample = torch.zeros(1, 1, 2, 2)
-    for index, timestep in enumerate(timesteps):
-        assert locate_step(scheduler, timestep).index == index
+    for call, timestep in enumerate(timesteps):
+        assert locate_step(scheduler, timestep).call == call
         scheduler.step(sample, timestep, sample)
 
 

@@ -86,7 +86,7 @@ def test_outside_the_window_steps_are_unedited_to_the_bit(tiny):
 def test_schedulers_with_floats_and_repetitions(pipe, scheduler):
     tiny = tiny_pipeline(pipe, scheduler=scheduler(steps_offset=1))
     steps = edited_steps(tiny, FreePromptEdit(0.5), steps=4)
-    assert steps == list(range(len(tiny.scheduler.timesteps) // 2))
+    assert steps == list(range(4 // 2))
 
 
 def test_calling_the_unet_several_times_a_step_does_not_advance_it(tiny):

@@ -134,7 +134,7 @@ def test_a_token_limit_below_every_layer_is_refused_once_the_size_is_known(pipe)
         {"levels": -1},
         {"levels": 0.5},
         {"levels": "1"},
-        {"max_tokens": 0},
+        {"max_tokens": -1},
         {"max_tokens": True},
         {"layers": []},
         {"layers": [-1]},

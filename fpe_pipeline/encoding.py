@@ -1,0 +1,152 @@
+"""What a pipeline call encodes: its prompts, their images, guidance, and the very tokens that its text encoders get.
+
+Nothing else says for certain how a batch is laid out and which key of cross-attention is which word. It is read while
+the pipeline's ``encode_prompt`` runs, which every Stable Diffusion pipeline of diffusers has.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .words import TokenizedPrompt
+
+__all__ = ["Encoding", "EncodingHook", "encoding_tokenizer"]
+
+Inputs = dict[str, list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One call of a pipeline's ``encode_prompt``.
+
+    Args:
+        prompts: as the call received them, the source's first; None where it received embeddings.
+        count: how many there are in the batch; None where that is not known.
+        images: images a prompt; None where the call does not say.
+        guided: whether it asked for an unconditional half; None where it does not say.
+        inputs: by text encoder, the token numbers [rows, tokens] of each of its calls.
+        dropped: prompts, the first ones, whose rows have left the batch.
+    """
+
+    prompts: tuple[str, ...] | None = None
+    count: int | None = None
+    images: int | None = None
+    guided: bool | None = None
+    inputs: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict, repr=False)
+    dropped: int = 0
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], inputs: Mapping[str, Sequence[torch.Tensor]]) -> Encoding:
+        """From the named arguments of ``encode_prompt``."""
+        prompt, embeddings = arguments.get("prompt"), arguments.get("prompt_embeds")
+        prompts = None
+        if embeddings is None and isinstance(prompt, str):
+            prompts = (prompt,)
+        elif embeddings is None and isinstance(prompt, Sequence) and all(isinstance(text, str) for text in prompt):
+            prompts = tuple(prompt)
+        count = len(prompts) if prompts is not None else None
+        if isinstance(embeddings, torch.Tensor):
+            count = embeddings.shape[0]
+        images, guided = arguments.get("num_images_per_prompt"), arguments.get("do_classifier_free_guidance")
+        return cls(prompts, count, images, None if guided is None else bool(guided), inputs)
+
+    def placed(self, prompts: Sequence[TokenizedPrompt]) -> tuple[TokenizedPrompt, ...]:
+        """The call's prompts where its text encoders received them.
+
+        Raises:
+            ValueError: an encoder received other tokens, or two of them received the prompts at different places.
+        """
+        found = [self._placed_in(batches, prompts) for batches in self.inputs.values() if batches]
+        if any(other != found[0] for other in found[1:]):
+            raise ValueError(
+                "the pipeline's text encoders receive the words of a prompt at different places, so that a key of "
+                "cross-attention stands for two words: pass one prompt for both (leave prompt_2 out)"
+            )
+        return found[0] if found else tuple(prompts)
+
+    @staticmethod
+    def _placed_in(batches: Sequence[torch.Tensor], prompts: Sequence[TokenizedPrompt]) -> tuple[TokenizedPrompt, ...]:
+        first: ValueError | None = None
+        for batch in batches:  # the prompts', then the negative prompts'
+            if len(batch) == len(prompts):
+                try:
+                    return tuple(prompt.placed(row) for prompt, row in zip(prompts, batch.tolist(), strict=True))
+                except ValueError as error:
+                    first = first or error
+        if first is not None:
+            raise first
+        return tuple(prompts)  # encoded in parts of another number: nothing can be told
+
+
+class EncodingHook:
+    """Shows every call of a pipeline's ``encode_prompt`` to a function, until it is removed.
+
+    The method is shadowed on the instance, with its signature, which pipelines and their callers inspect.
+    """
+
+    def __init__(self, pipe: Any, receive: Callable[[Encoding], None]) -> None:
+        self._pipe, original = pipe, getattr(pipe, "encode_prompt", None)
+        self._method: Any = None
+        if original is None:
+            return
+        self._shadowed = vars(pipe).get("encode_prompt")
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+            with _inputs_of(pipe) as inputs:
+                encoded = original(*args, **kwargs)
+            receive(Encoding.of(signature.bind(*args, **kwargs).arguments, inputs))
+            return encoded
+
+        self._method = encode_prompt
+        pipe.encode_prompt = encode_prompt
+
+    def remove(self) -> None:
+        """Uncover the method that was there before."""
+        if self._method is not None and vars(self._pipe).get("encode_prompt") is self._method:
+            del self._pipe.encode_prompt
+            if self._shadowed is not None:
+                self._pipe.encode_prompt = self._shadowed
+
+
+def encoding_tokenizer(pipe: Any) -> Any:
+    """The tokenizer whose tokens a pipeline's cross-attention sees; None where it has none.
+
+    Pipelines with two have one vocabulary in both, and refiners have the second alone.
+    """
+    for name in ("tokenizer", "tokenizer_2"):
+        if getattr(pipe, name, None) is not None:
+            return getattr(pipe, name)
+    return None
+
+
+@contextmanager
+def _inputs_of(pipe: Any) -> Iterator[Inputs]:
+    """What the pipeline's text encoders receive in a block."""
+    inputs: Inputs = {}
+    handles = []
+    for name in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(pipe, name, None)
+        if isinstance(encoder, torch.nn.Module):
+            batches = inputs.setdefault(name, [])
+            keep = torch.compiler.disable(functools.partial(_keep_input, batches))
+            handles.append(encoder.register_forward_pre_hook(keep, with_kwargs=True))
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep_input(batches: list[torch.Tensor], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = kwargs.get("input_ids", args[0] if args else None)
+    if isinstance(given, torch.Tensor) and given.ndim == 2 and not given.is_floating_point():
+        batches.append(given.detach())

@@ -1,0 +1,61 @@
+"""Text at the borders of the system: prompts that cannot be encoded, and names that an output cannot spell."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+__all__ = ["check_readable_name", "check_text", "print_text"]
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise ValueError for text that is no Unicode: bytes of another encoding, as a command line may hand them over."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is no text in UTF-8: it holds {text[error.start : error.end]!a} at character {error.start} of "
+            f"{text!a}; write it in UTF-8 (of a terminal, its locale decides)"
+        ) from None
+
+
+def check_readable_name(path: Path) -> None:
+    """Raise ValueError for a path whose bytes are no UTF-8: the libraries that map and read tensors cannot open it."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{str(path)!a} has a name that is no UTF-8, which the libraries for tensor files cannot open; rename "
+            "it, or link to it by another name"
+        ) from None
+
+
+def print_text(text: Any, file: TextIO | None = None) -> None:
+    """Write a line, whatever the output can encode: results exist by then, and their names are owed to the caller.
+
+    What the output cannot encode goes as the bytes that the file system has for it, which is what a program that reads
+    the line needs; where names are no bytes, as escapes.
+    """
+    file = sys.stdout if file is None else file
+    line = f"{text}\n"
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    try:
+        line.encode(encoding, getattr(file, "errors", None) or "strict")
+    except UnicodeEncodeError:
+        if os.name == "posix" and hasattr(file, "buffer"):
+            file.flush()
+            file.buffer.write(os.fsencode(line) if _is_name(line) else line.encode("utf-8", "backslashreplace"))
+            file.buffer.flush()
+            return
+        line = line.encode(encoding, "backslashreplace").decode(encoding)
+    file.write(line)
+
+
+def _is_name(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
