@@ -38,7 +38,7 @@ examples:
   fpe edit --source "a photo of a cat" --target "a photo of a dog" --target "a photo of a fox" \\
            --model ./stable-diffusion-v1-5 --size 512x512 --guidance 7.5 --seed 3 -o out/pets
   fpe edit --image beach.jpg --source "a photo of a red car" --target "a photo of a blue car" --inversion direct
-  fpe edit --from out/pets/run.json -o out/again          # the same images, bit for bit
+  fpe edit --from out/pets/run.json -o out/again          # the same images; how far, if not to the bit
   fpe edit --from out/pets/run.json --self-replace 0.4 -o out/looser
 
 The folder receives comparison.png (source, target without control, target with the edit), the images one by one, and
@@ -259,7 +259,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _edit(options: argparse.Namespace) -> int:
-    from . import runs
+    from . import agreement, runs
     from .staging import check_writable
 
     given = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
@@ -291,9 +291,12 @@ def _edit(options: argparse.Namespace) -> int:
         expected_model=record["model"]["identity_sha256"] if record is not None and same_model else None,
         expected_photo=runs.photo_of(record) if record is not None and not {"image", "size"} & given.keys() else None,
     )
+    repeats = record is not None and not given
+    # Measured before the images are written: they may replace those that they are compared with.
+    differences = agreement.differences(run, record, options.record.parent) if repeats else ""
     _print_paths(runs.write(run, options.output))
-    if record is not None and not given:
-        _say(runs.differences(run, record) or "the images are those of the record, bit for bit")
+    if repeats:
+        _say(differences or "the images are those of the record, bit for bit")
     return 0
 
 

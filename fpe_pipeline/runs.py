@@ -2,13 +2,13 @@
 
 `execute` turns settings into images. `write` puts the images,
 a side-by-side picture and `run.json` into a folder, all or nothing. `read_record` gives the settings back; executing
-them again on the same machine with the same versions gives the same images, bit for bit.
+them again on the same machine with the same versions and threads gives the same images, bit for bit, and elsewhere the
+same to rounding; :mod:`fpe_pipeline.agreement` says how far they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import types
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hint
 
 from PIL import Image
 
+from .agreement import pixel_hash
 from .loading import (
     EMBEDDED,
     InputError,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from .inversion import Inversion, Method
     from .pipeline import FreePromptPipeline
 
-__all__ = ["Run", "Settings", "differences", "execute", "photo_of", "pixel_hash", "read_record", "write"]
+__all__ = ["Run", "Settings", "execute", "photo_of", "pixel_hash", "read_record", "write"]
 
 RECORD_FORMAT = 1
 
@@ -305,32 +306,6 @@ def read_record(path: Path) -> tuple[Settings, dict[str, Any]]:
 def photo_of(record: dict[str, Any]) -> str | None:
     """Pixel hash of the real image that a record's run was given; None where its source was generated."""
     return record.get("images", {}).get("photo.png", {}).get("pixels_sha256")
-
-
-def differences(run: Run, record: dict[str, Any]) -> str:
-    """Which images of a repeated run differ from those of its record, and what may be why; empty where none does."""
-    made, before = run.record(), record.get("images", {})
-    changed = [
-        name
-        for name, image in made["images"].items()
-        if image["pixels_sha256"] != before.get(name, {}).get("pixels_sha256")
-    ]
-    if not changed:
-        return ""
-    reasons = [
-        f"{name} was {then} and is {now}"
-        for part in ("versions", "machine")
-        for name, now in made[part].items()
-        if (then := record.get(part, {}).get(name)) != now
-    ]
-    why = "; ".join(reasons) or "the record names the same versions and machine"
-    return f"these images differ from the record's: {', '.join(changed)} ({why})"
-
-
-def pixel_hash(image: Image.Image) -> str:
-    """SHA-256 (hex) of size and RGB pixels: independent of how the file was compressed."""
-    rgb = image.convert("RGB")
-    return hashlib.sha256(f"{rgb.width}x{rgb.height}\n".encode() + rgb.tobytes()).hexdigest()
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -9,6 +9,7 @@ from PIL import Image
 from tiny_cli import OTHER, SOURCE, TARGET, tiny_model_folder
 
 from fpe_pipeline import FreePromptPipeline, cli, inversion, runs, settings
+from fpe_pipeline.agreement import pixel_hash
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_files_and_record(made, photo):
     sizes = {Image.open(made / name).size for name in record["images"]}
     assert sizes == {(96, 40)}  # 130 x 60 at about 64 x 64 pixels
     for name, image in record["images"].items():
-        assert runs.pixel_hash(Image.open(made / name)) == image["pixels_sha256"]
+        assert pixel_hash(Image.open(made / name)) == image["pixels_sha256"]
     assert len({image["pixels_sha256"] for image in record["images"].values()}) == 6
 
 

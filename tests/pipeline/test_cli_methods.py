@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from itertools import combinations
 
 import pytest
+from PIL import Image
 
 from fpe_pipeline import cli, runs
+from fpe_pipeline.agreement import distance
 from fpe_pipeline.methods import METHODS, TITLES
 from fpe_pipeline.settings import InputError, Settings
 
 SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on the beach"
+ROUNDING = 1  # levels of 255
 OPTIONS = {"masactrl": ["--option", "start_step=0", "--layers", "up_blocks"], "fpe": []}
 
 
@@ -29,12 +32,16 @@ def made(tmp_path_factory):
 
 
 def test_every_method_draws_another_picture_from_the_same_source(made):
-    images = {method: json.loads((folder / "run.json").read_text())["images"] for method, folder in made.items()}
-    sources = {method: found["source.png"]["pixels_sha256"] for method, found in images.items()}
-    edits = {found["target-1.png"]["pixels_sha256"] for found in images.values()}
-    assert len(set(sources.values())) == 1, sources
+    """To rounding: the rows of a batch round by what is computed beside them, and each method computes other things."""
+    sources, edits = (
+        {method: Image.open(folder / name) for method, folder in made.items()}
+        for name in ("source.png", "target-1.png")
+    )
+    for method in METHODS:
+        assert distance(sources[method], sources["fpe"]).levels <= ROUNDING, method
+    same = {pair for pair in combinations(METHODS, 2) if distance(*(edits[name] for name in pair)).levels <= ROUNDING}
     # All words of this edit have their place in the source, where refinement and replacement are one and the same.
-    assert len(edits) >= len(METHODS) - 1
+    assert same <= {("p2p-replace", "p2p-refine")}
 
 
 def test_a_comparison_names_its_method(monkeypatch, tmp_path):
