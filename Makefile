@@ -24,7 +24,7 @@ STAMP   := $(VENV)/.installed-$(CONTENT)
 # Tests are many small tensors: one thread a process beats threads that wait for one another, unless the caller
 # says otherwise. No test needs the network, and saying so keeps a broken proxy from slowing them down.
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
-PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -q -n auto --maxprocesses 4
+PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format bench figures gpu clean

@@ -291,12 +291,13 @@ def _edit(options: argparse.Namespace) -> int:
         expected_model=record["model"]["identity_sha256"] if record is not None and same_model else None,
         expected_photo=runs.photo_of(record) if record is not None and not {"image", "size"} & given.keys() else None,
     )
-    repeats = record is not None and not given
     # Measured before the images are written: they may replace those that they are compared with.
-    differences = agreement.differences(run, record, options.record.parent) if repeats else ""
+    distance = None
+    if record is not None and not given:
+        distance = agreement.differences(run, record, options.record.parent)
     _print_paths(runs.write(run, options.output))
-    if repeats:
-        _say(differences or "the images are those of the record, bit for bit")
+    if distance is not None:
+        _say(distance or "the images are those of the record, bit for bit")
     return 0
 
 

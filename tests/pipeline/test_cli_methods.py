@@ -33,10 +33,8 @@ def made(tmp_path_factory):
 
 def test_every_method_draws_another_picture_from_the_same_source(made):
     """To rounding: the rows of a batch round by what is computed beside them, and each method computes other things."""
-    sources, edits = (
-        {method: Image.open(folder / name) for method, folder in made.items()}
-        for name in ("source.png", "target-1.png")
-    )
+    names = ("source.png", "target-1.png")
+    sources, edits = ({method: Image.open(folder / name) for method, folder in made.items()} for name in names)
     for method in METHODS:
         assert distance(sources[method], sources["fpe"]).levels <= ROUNDING, method
     same = {pair for pair in combinations(METHODS, 2) if distance(*(edits[name] for name in pair)).levels <= ROUNDING}
