@@ -52,6 +52,15 @@ class GoldenCase:
         return TOLERANCE * self.settings["suggested_atol"][tensor]
 
 
+def noise_levels() -> torch.Tensor:
+    """``alphas_cumprod`` [1000] of the scheduler as the cases were computed with.
+
+    Schedulers hold them in float32 whatever the model's dtype, and CPUs without AVX2 round 6e-8 of them elsewhere, which
+    is more than a run in float64 forgives.
+    """
+    return load_file(GOLDEN / "models" / "noise_levels.safetensors")["alphas_cumprod"]
+
+
 def source_image() -> torch.Tensor:
     """The picture of the cases with a real image: uint8 [256, 256, 3]."""
     return load_file(GOLDEN / "models" / "source_image_256.safetensors")["source_image_u8"]
