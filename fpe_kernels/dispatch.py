@@ -43,7 +43,7 @@ def unsupported_reasons(name: str, device: torch.device, dtype: torch.dtype, hea
 
 
 # A backend is imported to be asked, which torch.compile cannot trace; for given arguments the answer never changes.
-# `torch.compiler.assume_constant_result` sets this mark and no more, but doubles the time that the import of torch takes.
+# `torch.compiler.assume_constant_result` sets this mark and no more, but doubles the time of the import.
 unsupported_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

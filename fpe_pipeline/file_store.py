@@ -25,7 +25,7 @@ from .packing import Packed
 
 __all__ = ["FileStore"]
 
-FORMAT = 3
+FORMAT = 4
 INDEX = "index.json"
 LATENTS = "latents.safetensors"
 _STEP = "step-"

@@ -56,8 +56,8 @@ class GoldenCase:
 class OriginalNoiseLevels(TorchFunctionMode):
     """Within it, schedulers compute with the noise levels that the original ran with, whatever the CPU.
 
-    They hold them in float32 whatever the model's dtype; some CPUs round 6e-8 of them elsewhere, and others their square
-    roots: 3e-6 in the latents of a run that is otherwise in float64.
+    They hold them in float32 whatever the model's dtype; some CPUs round 6e-8 of them elsewhere, and others their
+    square roots: 3e-6 in the latents of a run that is otherwise in float64.
     """
 
     def __init__(self, scheduler: Any) -> None:
