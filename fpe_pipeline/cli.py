@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import extras
+from .console import Version, quiet_imports, warnings_on_stderr
 from .loading import DTYPES, InputError
 from .settings import INVERSIONS, Settings
 
@@ -26,6 +28,8 @@ DEFAULTS = Settings(source="", targets=())
 OTHER_COMMANDS = {
     "evaluate": ("quality", "score edits where the right answer is known, and every method on generated or real images")
 }
+# Commands that need more than torch.
+NEED_PICTURES = ("demo", "edit", *OTHER_COMMANDS)
 
 EDIT_DESCRIPTION = """\
 Make an image of a source prompt and edit it into one or more targets by changing the text only. All images start
@@ -61,12 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; default: those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    quiet_imports()
+    asks_for_help = not arguments or {"-h", "--help"} & set(arguments)
+    if not asks_for_help and arguments[0] in NEED_PICTURES and (absent := extras.missing()):
+        print(f"fpe: error: {extras.hint(absent)}", file=sys.stderr)
+        return 2
     try:
-        options = _parser(arguments).parse_args(arguments)
+        parser = _parser(arguments)
+        if not arguments:
+            parser.print_help()
+            return 0
+        options = parser.parse_args(arguments)
     except SystemExit as leave:  # argparse has already written its help or its error
         return leave.code if isinstance(leave.code, int) else 2
     try:
-        return options.run(options) or 0
+        with warnings_on_stderr():
+            return options.run(options) or 0
     except KeyboardInterrupt:
         print("fpe: interrupted", file=sys.stderr)
         return 130
@@ -86,6 +100,7 @@ def _parser(arguments: Sequence[str]) -> Parser:
         description="Edit images by editing their prompt, with the attention maps of the source held fixed.",
         epilog="Exit codes: 0 done, 1 failed while running, 2 bad request, 130 interrupted.",
     )
+    parser.add_argument("--version", action=Version, help="show the version and leave")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     demo = commands.add_parser(
@@ -118,7 +133,9 @@ def _parser(arguments: Sequence[str]) -> Parser:
         if importlib.util.find_spec(f"{__package__}.{module}") is None:
             continue
         command = commands.add_parser(name, help=summary, description=summary)
-        if name in arguments[:1]:  # its imports are heavy, and only its own run and help need them
+        if (
+            name in arguments[:1] and not extras.missing()
+        ):  # its imports are heavy, and only its own run and help need them
             implementation = importlib.import_module(f"{__package__}.{module}")
             implementation.add_arguments(command)
             command.set_defaults(run=implementation.run)

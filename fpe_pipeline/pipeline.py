@@ -54,9 +54,11 @@ class FreePromptPipeline(StableDiffusionPipeline):
     Example:
         >>> pipe = FreePromptPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
         >>> out = pipe("a photo of a red car on the beach", ["a photo of a blue car on the beach"])
-        >>> out.source, out.targets[0]
+        >>> out.source.size == out.targets[0].size
+        True
 
     A real image is inverted first:
+        >>> from fpe_pipeline import ddim_scheduler
         >>> pipe.scheduler = ddim_scheduler(pipe.scheduler)
         >>> inversion = pipe.invert("beach.jpg", "a photo of a red car on the beach", method="direct")
         >>> out = pipe(inversion=inversion, target_prompt="a photo of a blue car on the beach")

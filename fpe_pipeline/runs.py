@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import types
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -24,6 +25,7 @@ from .loading import (
     InputError,
     identity,
     load_pipeline,
+    only_errors,
     pick_device,
     pick_dtype,
     pipeline_class,
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from .pipeline import FreePromptPipeline
 
 __all__ = ["Run", "Settings", "execute", "photo_of", "pixel_hash", "read_record", "write"]
+
+logger = logging.getLogger(__name__)
 
 RECORD_FORMAT = 1
 
@@ -133,9 +137,13 @@ def execute(
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     clock = Clock()
-    with repeatable(threads_for(settings.model, device) if settings.threads is None else settings.threads):
+    with (
+        only_errors(),
+        repeatable(threads_for(settings.model, device) if settings.threads is None else settings.threads),
+    ):
         with clock.measure("load"):
             pipe: FreePromptPipeline = load_pipeline(location, dtype=dtype, device=device)
+        _warn_of_cut_prompts(pipe.tokenizer, settings)
         model = identity(pipe)
         if expected_model is not None and model != expected_model:
             raise InputError(
@@ -201,6 +209,17 @@ def execute(
             "seconds": clock.seconds,
         }
     return Run(settings, source, tuple(edited), tuple(plain) if plain else None, details, photo)
+
+
+def _warn_of_cut_prompts(tokenizer: Any, settings: Settings) -> None:
+    """Say in one line which prompts are longer than the model reads."""
+    room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+    prompts = {"source": settings.source, "negative": settings.negative or ""}
+    prompts |= {f"target {number}": target for number, target in enumerate(settings.targets, start=1)}
+    lengths = {name: len(tokenizer(prompt, add_special_tokens=False).input_ids) for name, prompt in prompts.items()}
+    cut = [f"{name} {length}" for name, length in lengths.items() if length > room]
+    if cut:
+        logger.warning("the model reads the first %d tokens of a prompt and no more: %s", room, ", ".join(cut))
 
 
 def _photo(pipe: FreePromptPipeline, settings: Settings) -> Image.Image | None:
