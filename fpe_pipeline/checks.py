@@ -1,12 +1,15 @@
-"""Numbers that callers pass, refused where they are none."""
+"""What callers pass, refused in one line that says what to do where it is something else."""
 
 from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["check_guidance", "check_positive"]
+if TYPE_CHECKING:
+    from .edits import Edit
+
+__all__ = ["check_generator", "check_guidance", "check_positive", "require_edit"]
 
 
 def check_positive(**numbers: Any) -> None:
@@ -20,3 +23,38 @@ def check_guidance(guidance_scale: Any) -> None:
     """Raise ValueError for a scale that is no finite number."""
     if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be a finite number, received {guidance_scale!r}")
+
+
+def check_generator(generator: Any) -> None:
+    """Raise TypeError for anything but a generator, a list of them or None; a seed is what most people mean."""
+    import torch
+
+    given = generator if isinstance(generator, list | tuple) else [] if generator is None else [generator]
+    for each in given:
+        if not isinstance(each, torch.Generator):
+            seed = int(each) if hasattr(each, "__index__") else 0
+            raise TypeError(
+                f"expected generator to be a torch.Generator, received {each!r}: write "
+                f"generator=torch.Generator().manual_seed({seed})"
+            )
+
+
+def require_edit(edit: Any) -> Edit:
+    """The edit; raises TypeError for its class, the name of a method, and anything else."""
+    from .edits import Edit
+    from .methods import METHODS
+
+    if isinstance(edit, Edit):
+        return edit
+    if isinstance(edit, str):
+        known = edit in METHODS
+        name, there = (edit, "") if known else (next(iter(METHODS)), f"; there are {', '.join(METHODS)}")
+        raise TypeError(
+            f"expected an Edit, received the text {edit!r}: write make_edit({name!r}, [source, target], "
+            f"pipe.tokenizer){there}"
+        )
+    if isinstance(edit, type) and issubclass(edit, Edit):
+        raise TypeError(
+            f"expected an Edit, received the class {edit.__name__}: write {edit.__name__}(…), with its arguments"
+        )
+    raise TypeError(f"expected an Edit, such as FreePromptEdit(), received {type(edit).__name__}")

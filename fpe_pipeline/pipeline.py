@@ -11,6 +11,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from . import inversion as inversions
 from . import recorded_runs
 from .arguments import (
     check_inversion_options,
+    check_options,
     check_prompts,
     check_size,
     chosen_edit,
@@ -28,10 +30,12 @@ from .arguments import (
     negative_list,
     prompt_list,
 )
-from .checks import check_guidance, check_positive
+from .checks import check_generator, check_guidance, check_positive
 from .edits import Edit
 from .hooks import FollowInversion
 from .inversion import Inversion
+from .loading import EMBEDDED
+from .models import embedded_path
 from .noise import row_generators, shared_latents
 from .output import FreePromptPipelineOutput
 from .requirements import check_model
@@ -43,6 +47,9 @@ __all__ = ["FreePromptPipeline", "FreePromptPipelineOutput"]
 # What the parent takes and this class hands on without looking; anything else is a misspelt name.
 PARENT_OPTIONS = frozenset(inspect.signature(StableDiffusionPipeline.__call__).parameters) - {"self", "kwargs"}
 LEGACY_OPTIONS = frozenset({"callback", "callback_steps"})
+
+
+_ADOPTING = ContextVar("adopting", default=False)
 
 
 class FreePromptPipeline(StableDiffusionPipeline):
@@ -68,11 +75,30 @@ class FreePromptPipeline(StableDiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **components: Any) -> FreePromptPipeline:
-        """As in diffusers; a model that this class does not serve is refused with the way to edit it."""
+        """As in diffusers, but modules keep their dtypes; a model that this class does not serve is refused with the
+        way to edit it."""
         unet, vae = (components.get(name, getattr(pipeline, name, None)) for name in ("unet", "vae"))
         if unet is not None and vae is not None:
             check_model(unet, vae)
-        return super().from_pipe(pipeline, **components)
+        if {"dtype", "torch_dtype"} & components.keys():
+            return super().from_pipe(pipeline, **components)
+        # diffusers' from_pipe casts to float32, and what it casts are the caller's own modules.
+        token = _ADOPTING.set(True)
+        try:
+            return super().from_pipe(pipeline, **components)
+        finally:
+            _ADOPTING.reset(token)
+
+    def to(self, *arguments: Any, **options: Any) -> FreePromptPipeline:
+        """As in diffusers; while a pipeline is made from another one, its modules stay as they are."""
+        return self if _ADOPTING.get() else super().to(*arguments, **options)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> FreePromptPipeline:
+        """As in diffusers; "embedded" is the model that comes with this package."""
+        if pretrained_model_name_or_path == EMBEDDED:
+            pretrained_model_name_or_path = embedded_path()
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @torch.no_grad()
     def __call__(
@@ -145,9 +171,8 @@ class FreePromptPipeline(StableDiffusionPipeline):
             ValueError: an edit, a size, latents or a combination of arguments that cannot be served; before any
                 denoising.
         """
-        unknown = options.keys() - PARENT_OPTIONS - LEGACY_OPTIONS
-        if unknown:
-            raise TypeError(f"unknown option {', '.join(sorted(unknown))}; expected one of {sorted(PARENT_OPTIONS)}")
+        check_options(options, OWN_OPTIONS, PARENT_OPTIONS | LEGACY_OPTIONS)
+        check_generator(generator)
         check_model(self.unet, self.vae)
         if inversion is not None:
             given = {"latents": latents, "negative_prompt_embeds": negative_prompt_embeds, **options}
@@ -215,6 +240,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
             nsfw_content_detected=nsfw,
             images_per_prompt=num_images_per_prompt,
             source_kept=keep_source,
+            prompts=tuple(prompts),
             report=session.report() if isinstance(session, EditingSession) else None,
         )
 
@@ -298,3 +324,6 @@ class FreePromptPipeline(StableDiffusionPipeline):
         config = json.loads(super().to_json_string())
         config["_class_name"] = StableDiffusionPipeline.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+OWN_OPTIONS = frozenset(inspect.signature(FreePromptPipeline.__call__).parameters) - {"self", "options"}

@@ -72,6 +72,12 @@ class Recording:
     store: MapStore = field(repr=False)
     unconditional: torch.Tensor | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.prompt[:40]!r}, {self.steps} steps, guidance {self.guidance_scale:g}, "
+            f"{len(self.contents)} layers and modules, {self.precision}, {self.nbytes / 2**20:.1f} MiB)"
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is kept: parts of layers, latents and embeddings."""

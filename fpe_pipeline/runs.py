@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hint
 
 from PIL import Image
 
-from .agreement import pixel_hash
+from .agreement import distance, pixel_hash
 from .loading import (
     EMBEDDED,
     InputError,
@@ -74,7 +74,14 @@ class Run:
         """One row a target, for `pictures.side_by_side`."""
         plain = self.uncontrolled or (None,) * len(self.edited)
         return [
-            Comparison(self.settings.source, prompt, self.photo or self.source, edited, without)
+            Comparison(
+                self.settings.source,
+                prompt,
+                self.photo or self.source,
+                edited,
+                without,
+                None if self.photo is None else self.source,
+            )
             for prompt, edited, without in zip(self.settings.targets, self.edited, plain, strict=True)
         ]
 
@@ -274,7 +281,9 @@ def write(run: Run, directory: Path) -> list[Path]:
     Returns:
         The paths, `comparison.png` first and `run.json` last.
     """
-    images = {"comparison.png": side_by_side(run.comparisons(), edit_label=run.edit_label)}
+    reconstruction = "" if run.photo is None else f"reconstruction, {distance(run.photo, run.source).psnr:.1f} dB"
+    comparison = side_by_side(run.comparisons(), edit_label=run.edit_label, reconstruction_label=reconstruction)
+    images = {"comparison.png": comparison}
     images |= {name: image for name, (image, _, _) in run.files().items()}
     record = json.dumps(run.record(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with staged(directory) as stage:

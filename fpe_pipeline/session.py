@@ -13,6 +13,7 @@ import torch
 
 import fpe_kernels
 
+from .checks import require_edit
 from .edits import Edit
 from .hooks import FeatureHooks, SchedulerHook
 from .layers import LayerProcessors
@@ -79,8 +80,7 @@ class EditingSession:
         self.pipe, self.unet = pipe_and_unet(pipe)
         self.edit = edit
         self.backend = backend
-        if not isinstance(edit, Edit):
-            raise TypeError(f"expected an Edit, such as FreePromptEdit(), got {type(edit).__name__}")
+        require_edit(edit)
         if roles is not None and (images_per_prompt, source_of, classifier_free_guidance) != (1, None, None):
             raise ValueError("roles= is the whole layout: leave out images_per_prompt, source_of and guidance")
         self._roles = roles

@@ -46,9 +46,9 @@ def test_a_comparison_names_its_method(monkeypatch, tmp_path):
     assert TITLES.keys() == METHODS.keys()
     labels, draw = [], runs.side_by_side
 
-    def side_by_side(rows, *, edit_label):
+    def side_by_side(rows, *, edit_label, **options):
         labels.append(edit_label)
-        return draw(rows, edit_label=edit_label)
+        return draw(rows, edit_label=edit_label, **options)
 
     monkeypatch.setattr(runs, "side_by_side", side_by_side)
     assert edit("masactrl", tmp_path, "--steps", "1", "--no-control") == 0
