@@ -73,6 +73,10 @@ class EditReport:
     sites: tuple[Site, ...] = field(default=(), repr=False)
     _latest: int = field(default=-1, init=False, repr=False)
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.layers)} layers replaced, {len(self.skipped)} left out"
+        return f"{type(self).__name__}({counts} in a run of {self.total} steps; explain() says where and why)"
+
     def add(
         self,
         step: Step,

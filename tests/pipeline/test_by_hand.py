@@ -176,7 +176,7 @@ class TestInversions:
 def test_representations_fit_a_screen(tiny, out):
     inversion = tiny.invert(PICTURE, "a photo " * 100, num_inference_steps=2)
     recording = tiny.record("a photo " * 100, **FAST)
-    for thing in (inversion, recording, out):
+    for thing in (inversion, recording, out, out.report):
         text = repr(thing)
         assert len(text) < 240 and text.startswith(type(thing).__name__), text
     assert "2 steps" in repr(inversion) and "image 36x28" in repr(inversion) and "2 targets" in repr(out)
