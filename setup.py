@@ -1,5 +1,6 @@
 """Packaging of fpe-kernels: two packages, one distribution."""
 
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,19 @@ ROOT = Path(__file__).parent
 VERSION = re.search(
     r'^__version__ = "([^"]+)"', (ROOT / "fpe_kernels" / "__init__.py").read_text(), re.MULTILINE
 ).group(1)
+
+# Where the repository is published, such as https://github.com/OWNER/fpe-kernels: an index shows pictures and follows
+# links by absolute addresses only. Without it the description has no pictures, and the words of its links.
+URL = os.environ.get("FPE_PROJECT_URL", "").rstrip("/")
+
+
+def description() -> str:
+    """README for an index."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pictures, links = r"!\[([^\]]*)\]\((?!https?:)([^)]+)\)", r"(?<!!)\[([^\]]*)\]\((?!https?:|#)([^)]+)\)"
+    text = re.sub(pictures, rf"![\1]({URL}/raw/v{VERSION}/\2)" if URL else "", text)
+    return re.sub(links, rf"[\1]({URL}/blob/v{VERSION}/\2)" if URL else r"\1", text)
+
 
 # Triton publishes wheels for Linux only; elsewhere the `torch` backend serves.
 TRITON = "triton>=3.4; platform_system == 'Linux'"
@@ -26,11 +40,22 @@ setup(
     name="fpe-kernels",
     version=VERSION,
     description="Exact attention-map editing at fused-attention speed: Triton kernels, diffusers processors, pipelines",
-    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description=description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=[
+        "attention",
+        "diffusers",
+        "diffusion models",
+        "image editing",
+        "Prompt-to-Prompt",
+        "Stable Diffusion",
+        "triton",
+    ],
+    project_urls={"Source": URL, "Changelog": f"{URL}/blob/v{VERSION}/CHANGELOG.md"} if URL else {},
     python_requires=">=3.10",
-    packages=find_packages(include=["fpe_kernels*", "fpe_pipeline*", "benchmarks*"]),
+    packages=find_packages(include=["fpe_kernels*", "fpe_pipeline*"]),
     package_data={"fpe_kernels": ["py.typed"], "fpe_pipeline": ["py.typed", "models/embedded/**/*"]},
     install_requires=["torch>=2.6", TRITON],
     extras_require={
@@ -42,8 +67,14 @@ setup(
     },
     entry_points={"console_scripts": ["fpe = fpe_pipeline.cli:main"]},
     classifiers=[
-        "Programming Language :: Python :: 3",
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
         "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Multimedia :: Graphics",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

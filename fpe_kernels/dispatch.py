@@ -34,14 +34,17 @@ def _triton_missing() -> str | None:
     return None
 
 
-# A backend is imported to be asked, which torch.compile cannot trace; for given arguments the answer never changes.
-@torch.compiler.assume_constant_result
 def unsupported_reasons(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     """Why backend ``name`` cannot serve tensors like these; an empty list means that it can."""
     if name != "triton":
         return []
     missing = _triton_missing()
     return [missing] if missing else load("triton").unsupported_reasons(device, dtype, head_dim)
+
+
+# A backend is imported to be asked, which torch.compile cannot trace; for given arguments the answer never changes.
+# `torch.compiler.assume_constant_result` sets this mark and no more, but doubles the time of the import.
+unsupported_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_name(name: object) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
-from .checks import warn_of_size
+from .checks import require_edit, warn_of_size
 from .edits import Edit
 from .edits.registry import make_edit
 from .inversion import Inversion
@@ -14,6 +18,7 @@ from .texts import check_text
 
 __all__ = [
     "check_inversion_options",
+    "check_option_names",
     "check_size",
     "chosen_edit",
     "image_size",
@@ -28,6 +33,8 @@ def prompt_list(prompt: Any, target_prompt: Any, prompt_embeds: torch.Tensor | N
         if prompt is not None or target_prompt is not None:
             raise ValueError("pass prompts or prompt_embeds (the source's first), not both")
         return []
+    for text in (prompt, target_prompt):
+        _refuse_pictures(text)
     if isinstance(prompt, str):
         prompts = [prompt]
     elif prompt is None:
@@ -47,6 +54,27 @@ def prompt_list(prompt: Any, target_prompt: Any, prompt_embeds: torch.Tensor | N
             raise TypeError(f"prompts must be text, received {type(text).__name__}: {text!r}")
         check_text("a prompt", text)
     return prompts
+
+
+def check_option_names(options: Mapping[str, Any], own: Iterable[str], parents: Iterable[str]) -> None:
+    """Raise TypeError for options that neither this pipeline nor its parent has, with the name that was meant."""
+    known = {*own, *parents}
+    unknown = sorted(options.keys() - known)
+    if not unknown:
+        return
+    meant = [near[0] for name in unknown if (near := difflib.get_close_matches(name, known, 1))]
+    hint = f"did you mean {', '.join(meant)}? " if meant else ""
+    raise TypeError(f"unknown option {', '.join(unknown)}; {hint}There are {', '.join(sorted(known))}")
+
+
+def _refuse_pictures(text: Any) -> None:
+    """Raise TypeError for a picture where a prompt is expected."""
+    for each in text if isinstance(text, list | tuple) else (text,):
+        if isinstance(each, Image.Image | torch.Tensor | np.ndarray):
+            raise TypeError(
+                f"prompts must be text, received a picture ({type(each).__name__}): invert it first, inversion = "
+                "pipe.invert(picture, prompt), then pipe(inversion=inversion, target_prompt=…)"
+            )
 
 
 def negative_list(negative_prompt: Any, count: int) -> list[str] | None:
@@ -74,8 +102,7 @@ def chosen_edit(
     if edit is None:
         chosen = {name: value for name, value in given.items() if value is not None}
         return make_edit("fpe", (), None, unet, self_replace_steps=self_replace_steps, **chosen)
-    if not isinstance(edit, Edit):
-        raise TypeError(f"expected an Edit, such as FreePromptEdit(), received {type(edit).__name__}")
+    require_edit(edit)
     if self_replace_steps != 0.8 or any(value is not None for value in given.values()):
         raise ValueError("self_replace_steps, levels, max_tokens and layers belong to the edit; pass them to it")
     return edit

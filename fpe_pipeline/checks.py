@@ -1,4 +1,4 @@
-"""Numbers that callers pass, refused where they are none."""
+"""What callers pass, refused in one line that says what to do where it is something else."""
 
 from __future__ import annotations
 
@@ -6,11 +6,23 @@ import math
 import warnings
 from collections.abc import Iterable
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .words import unknown_words
 
-__all__ = ["EditWarning", "RequestWarning", "check_guidance", "check_positive", "warn_of_size", "warn_of_unknown_words"]
+if TYPE_CHECKING:
+    from .edits import Edit
+
+__all__ = [
+    "EditWarning",
+    "RequestWarning",
+    "check_generator",
+    "check_guidance",
+    "check_positive",
+    "require_edit",
+    "warn_of_size",
+    "warn_of_unknown_words",
+]
 
 #: Times more, or fewer, pixels than a model was trained for, from which on it is warned of.
 FAR = 3.5
@@ -61,3 +73,38 @@ def warn_of_unknown_words(prompts: Iterable[str], tokenizer: Any) -> None:
                 RequestWarning,
                 stacklevel=3,
             )
+
+
+def check_generator(generator: Any) -> None:
+    """Raise TypeError for anything but a generator, a list of them or None; a seed is what most people mean."""
+    import torch
+
+    given = generator if isinstance(generator, list | tuple) else [] if generator is None else [generator]
+    for each in given:
+        if not isinstance(each, torch.Generator):
+            seed = int(each) if hasattr(each, "__index__") else 0
+            raise TypeError(
+                f"expected generator to be a torch.Generator, received {each!r}: write "
+                f"generator=torch.Generator().manual_seed({seed})"
+            )
+
+
+def require_edit(edit: Any) -> Edit:
+    """The edit; raises TypeError for its class, the name of a method, and anything else."""
+    from .edits import Edit
+    from .edits.registry import METHODS
+
+    if isinstance(edit, Edit):
+        return edit
+    if isinstance(edit, str):
+        known = edit in METHODS
+        name, there = (edit, "") if known else (next(iter(METHODS)), f"; there are {', '.join(METHODS)}")
+        raise TypeError(
+            f"expected an Edit, received the text {edit!r}: write make_edit({name!r}, [source, target], "
+            f"pipe.tokenizer){there}"
+        )
+    if isinstance(edit, type) and issubclass(edit, Edit):
+        raise TypeError(
+            f"expected an Edit, received the class {edit.__name__}: write {edit.__name__}(…), with its arguments"
+        )
+    raise TypeError(f"expected an Edit, such as FreePromptEdit(), received {type(edit).__name__}")

@@ -7,18 +7,17 @@ Exit codes: 0 done, 1 failed while running, 2 the request cannot be served as it
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import math
 import sys
 import traceback
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .checks import EditWarning, RequestWarning
+from . import extras
+from .console import Version, quiet_imports, warnings_on_stderr
 from .loading import DTYPES, InputError
 from .settings import INVERSIONS, Settings
 from .texts import print_text
@@ -30,6 +29,8 @@ DEFAULTS = Settings(source="", targets=())
 OTHER_COMMANDS = {
     "evaluate": ("quality", "score edits where the right answer is known, and every method on generated or real images")
 }
+# Commands that need more than torch.
+NEED_PICTURES = ("demo", "edit", *OTHER_COMMANDS)
 
 EDIT_DESCRIPTION = """\
 Make an image of a source prompt and edit it into one or more targets by changing the text only. All images start
@@ -42,7 +43,7 @@ examples:
   fpe edit --source "a photo of a cat" --target "a photo of a dog" --target "a photo of a fox" \\
            --model ./stable-diffusion-v1-5 --size 512x512 --guidance 7.5 --seed 3 -o out/pets
   fpe edit --image beach.jpg --source "a photo of a red car" --target "a photo of a blue car" --inversion direct
-  fpe edit --from out/pets/run.json -o out/again          # the same images, bit for bit
+  fpe edit --from out/pets/run.json -o out/again          # the same images; how far, if not to the bit
   fpe edit --from out/pets/run.json --self-replace 0.4 -o out/looser
 
 The folder receives comparison.png (source, target without control, target with the edit), the images one by one, and
@@ -65,12 +66,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; default: those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    quiet_imports()
+    asks_for_help = not arguments or {"-h", "--help"} & set(arguments)
+    if not asks_for_help and arguments[0] in NEED_PICTURES and (absent := extras.missing()):
+        print(f"fpe: error: {extras.hint(absent)}", file=sys.stderr)
+        return 2
     try:
-        options = _parser(arguments).parse_args(arguments)
+        parser = _parser(arguments)
+        if not arguments:
+            parser.print_help()
+            return 0
+        options = parser.parse_args(arguments)
     except SystemExit as leave:  # argparse has already written its help or its error
         return leave.code if isinstance(leave.code, int) else 2
     try:
-        with _warnings_in_one_line():
+        with warnings_on_stderr(_say):
             return options.run(options) or 0
     except KeyboardInterrupt:
         print("fpe: interrupted", file=sys.stderr)
@@ -85,30 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, InputError) else 1
 
 
-@contextlib.contextmanager
-def _warnings_in_one_line() -> Iterator[None]:
-    """Warnings of this package as errors are written: one line each, without the place in the code."""
-    show = warnings.showwarning
-
-    def say(message: Any, category: type[Warning], *where: Any, **options: Any) -> None:
-        if issubclass(category, EditWarning | RequestWarning):
-            _say(f"warning: {' '.join(str(message).split())}")
-        else:
-            show(message, category, *where, **options)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = say
-        for kind in (EditWarning, RequestWarning):
-            warnings.simplefilter("default", kind)
-        yield
-
-
 def _parser(arguments: Sequence[str]) -> Parser:
     parser = Parser(
         prog="fpe",
         description="Edit images by editing their prompt, with the attention maps of the source held fixed.",
         epilog="Exit codes: 0 done, 1 failed while running, 2 bad request, 130 interrupted.",
     )
+    parser.add_argument("--version", action=Version, help="show the version and leave")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     demo = commands.add_parser(
@@ -141,7 +134,9 @@ def _parser(arguments: Sequence[str]) -> Parser:
         if importlib.util.find_spec(f"{__package__}.{module}") is None:
             continue
         command = commands.add_parser(name, help=summary, description=summary)
-        if name in arguments[:1]:  # its imports are heavy, and only its own run and help need them
+        if (
+            name in arguments[:1] and not extras.missing()
+        ):  # its imports are heavy, and only its own run and help need them
             implementation = importlib.import_module(f"{__package__}.{module}")
             implementation.add_arguments(command)
             command.set_defaults(run=implementation.run)
@@ -282,7 +277,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _edit(options: argparse.Namespace) -> int:
-    from . import runs
+    from . import agreement, runs
     from .staging import check_writable
 
     given = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
@@ -314,9 +309,13 @@ def _edit(options: argparse.Namespace) -> int:
         expected_model=record["model"]["identity_sha256"] if record is not None and same_model else None,
         expected_photo=runs.photo_of(record) if record is not None and not {"image", "size"} & given.keys() else None,
     )
-    _print_paths(runs.write(run, options.output))
+    # Measured before the images are written: they may replace those that they are compared with.
+    distance = None
     if record is not None and not given:
-        _say(runs.differences(run, record) or "the images are those of the record, bit for bit")
+        distance = agreement.differences(run, record, options.record.parent)
+    _print_paths(runs.write(run, options.output))
+    if distance is not None:
+        _say(distance or "the images are those of the record, bit for bit")
     return 0
 
 

@@ -26,7 +26,7 @@ from .texts import check_readable_name
 
 __all__ = ["FileStore"]
 
-FORMAT = 3
+FORMAT = 4
 INDEX = "index.json"
 LATENTS = "latents.safetensors"
 _STEP = "step-"

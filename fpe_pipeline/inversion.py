@@ -19,16 +19,23 @@ using Guided Diffusion Models", CVPR 2023; Miyake et al., "Negative-prompt Inver
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .checks import check_guidance, check_positive, warn_of_size, warn_of_unknown_words
 from .finite import is_finite, refuse_step
 from .images import load_image, to_tensor
+from .loading import InputError
 from .noise_schedule import NoiseSchedule, ddim_inverse_step, require_ddim
 from .null_text import NullText, optimise_unconditional
 from .requirements import check_guided_inversion, check_pipeline, check_without_image_prompts
@@ -46,7 +53,11 @@ Method = Literal["ddim", "direct", "null-text", "negative-prompt"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
-@dataclass(frozen=True, eq=False)
+FORMAT = 1
+NULL_TEXT_SETTINGS = ("guidance_scale", "inner_steps", "early_stop", "gradient_checkpointing")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Inversion:
     """A real image as a trajectory of latents, for ``pipe(..., inversion=inversion)``.
 
@@ -69,6 +80,84 @@ class Inversion:
     image: Image.Image
     null_text: NullText | None = None
     unconditional: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        latents = f"{list(self.latents.shape)} {str(self.latents.dtype).removeprefix('torch.')}"
+        size = f"{self.image.width}x{self.image.height}"
+        return (
+            f"{type(self).__name__}({self.method!r}, {_shortened(self.prompt)!r}, {self.steps} steps, "
+            f"guidance {self.guidance_scale:g}, image {size}, latents {latents} on {self.latents.device})"
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything into one safetensors file, which :meth:`load` reads; a file of that name is replaced.
+
+        Of null-text settings all but ``on_step`` is kept.
+        """
+        tensors = {"latents": self.latents, "image": torch.from_numpy(np.array(self.image.convert("RGB")))}
+        if self.unconditional is not None:
+            tensors["unconditional"] = self.unconditional
+        null_text = None
+        if self.null_text is not None:
+            null_text = {name: getattr(self.null_text, name) for name in NULL_TEXT_SETTINGS}
+        values = {
+            "format": FORMAT,
+            "method": self.method,
+            "prompt": self.prompt,
+            "guidance_scale": self.guidance_scale,
+            "schedule": asdict(self.schedule),
+            "null_text": null_text,
+        }
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.part")
+        try:
+            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, beside, metadata={"fpe_inversion": json.dumps(values)})
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Inversion:
+        """An inversion from the file that :meth:`save` wrote.
+
+        Args:
+            path: of the file.
+            device: of the tensors. Edits take them from wherever they are.
+
+        Raises:
+            InputError: no such file, or not an inversion of this version.
+        """
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                values = json.loads((file.metadata() or {}).get("fpe_inversion", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        except OSError as error:
+            raise InputError(
+                f"cannot read '{path}': {error.strerror or error}; pass what Inversion.save wrote"
+            ) from error
+        except SafetensorError as error:
+            raise InputError(
+                f"'{path}' is no inversion, or damaged: {error}; pass what Inversion.save wrote"
+            ) from error
+        if values.get("format") != FORMAT:
+            raise InputError(
+                f"expected an inversion of format {FORMAT}, '{path}' has {values.get('format')}; invert the image again"
+            )
+        schedule = values["schedule"]
+        schedule |= {name: tuple(schedule[name]) for name in ("timesteps", "levels")}
+        return cls(
+            method=values["method"],
+            latents=tensors["latents"],
+            prompt=values["prompt"],
+            guidance_scale=values["guidance_scale"],
+            schedule=NoiseSchedule(**schedule),
+            image=Image.fromarray(tensors["image"].cpu().numpy()),
+            null_text=None if values["null_text"] is None else NullText(**values["null_text"]),
+            unconditional=tensors.get("unconditional"),
+        )
 
     @property
     def noise(self) -> torch.Tensor:
@@ -209,3 +298,7 @@ def _predict(
         return prediction
     unconditional, conditional = prediction.chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def _shortened(text: str, longest: int = 40) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"

@@ -31,6 +31,7 @@ __all__ = [
     "find_model",
     "identity",
     "load_pipeline",
+    "only_errors",
     "pick_device",
     "pick_dtype",
     "pipeline_class",
@@ -134,23 +135,36 @@ def pipeline_class() -> type[FreePromptPipeline]:
 
 
 @contextlib.contextmanager
+def only_errors() -> Iterator[None]:
+    """Keep back what diffusers and transformers report of every run: advice on packages, cut prompts in full."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
+    for log, _ in before:
+        log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for log, verbosity in before:
+            log.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Keep back what the libraries report of every load: advice on optional packages, bars that last a second."""
+    """`only_errors`, without the bars of a load that lasts a second."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     bars = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
     for log in bars:
         log.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with only_errors(), warnings.catch_warnings():
             # diffusers renamed torch_dtype to dtype; the versions that this package supports take the old name.
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch_dtype.*")
             yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
         for log in bars:
             log.enable_progress_bar()
 

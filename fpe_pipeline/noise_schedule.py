@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,9 @@ import torch
 from diffusers import DDIMScheduler
 
 __all__ = ["NoiseSchedule", "ddim_inverse_step", "ddim_scheduler", "require_ddim"]
+
+# Of products of up to a thousand float32 numbers near one.
+RELATIVE_ROUNDING, ABSOLUTE_ROUNDING = 1e-5, 1e-6
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,13 @@ class NoiseSchedule:
     Args:
         scheduler: class name of the diffusers scheduler.
         timesteps: of the run, noisiest first.
-        levels_sha256: hash (hex) of the noise level of every training timestep.
+        levels: ᾱ, the share of the signal in the variance, at each of them, and at the end where that is set apart.
         settings: every option of that class, such as what the UNet predicts and the order of the solver.
     """
 
     scheduler: str
     timesteps: tuple[float, ...]
-    levels_sha256: str
+    levels: tuple[float, ...]
     settings: dict[str, Any] = field(repr=False)
 
     @classmethod
@@ -42,12 +45,14 @@ class NoiseSchedule:
                 f"{type(scheduler).__name__} has no noise level for each timestep of training (alphas_cumprod), by "
                 "which a run is recognised: use a scheduler made for Stable Diffusion, such as DDIM or DPM-Solver++"
             )
-        levels = scheduler.alphas_cumprod.double().cpu().numpy().tobytes()
+        timesteps = tuple(float(t) for t in scheduler.timesteps)
+        known = scheduler.alphas_cumprod
         last = getattr(scheduler, "final_alpha_cumprod", None)
+        ends = () if last is None else (float(last),)
         return cls(
             scheduler=type(scheduler).__name__,
-            timesteps=tuple(float(t) for t in scheduler.timesteps),
-            levels_sha256=hashlib.sha256(levels + str(None if last is None else float(last)).encode()).hexdigest(),
+            timesteps=timesteps,
+            levels=(*(float(known[min(max(round(t), 0), len(known) - 1)]) for t in timesteps), *ends),
             settings=_settings(scheduler),
         )
 
@@ -57,9 +62,12 @@ class NoiseSchedule:
         return len(self.timesteps)
 
     def check(self, scheduler: Any, what: str) -> None:
-        """Raise ValueError unless ``scheduler`` is set to this very schedule; ``what`` names whose schedule this is."""
+        """Raise ValueError unless ``scheduler`` is set to this schedule; ``what`` names whose schedule this is.
+
+        Numbers are compared to rounding: schedulers compute them in float32, and CPUs round differently.
+        """
         here = NoiseSchedule.of(scheduler)
-        names = ("scheduler", "timesteps", "levels_sha256")
+        names = ("scheduler", "timesteps", "levels")
         pairs = {name: (getattr(self, name), getattr(here, name)) for name in names}
         if self.scheduler == here.scheduler:
             options = sorted(self.settings.keys() | here.settings.keys())
@@ -67,7 +75,7 @@ class NoiseSchedule:
         differences = [
             f"{name} {_short(known)} there and {_short(found)} here"
             for name, (known, found) in pairs.items()
-            if known != found
+            if not _agree(known, found)
         ]
         if differences:
             raise ValueError(
@@ -133,6 +141,16 @@ def _settings(scheduler: Any) -> dict[str, Any]:
     options = inspect.signature(type(scheduler).__init__).parameters
     settings = {name: value for name, value in scheduler.config.items() if name in options}
     return json.loads(json.dumps(settings, default=str))
+
+
+def _agree(known: Any, found: Any) -> bool:
+    """Whether two values are equal; numbers of a run, to rounding."""
+    if isinstance(known, tuple) and isinstance(found, tuple):
+        return len(known) == len(found) and all(
+            math.isclose(one, other, rel_tol=RELATIVE_ROUNDING, abs_tol=ABSOLUTE_ROUNDING)
+            for one, other in zip(known, found, strict=True)
+        )
+    return known == found
 
 
 def _short(value: Any) -> str:

@@ -38,6 +38,7 @@ class Comparison:
         source: image of the source prompt, or None where only the edit was kept.
         edited: image of the target prompt with the edit.
         uncontrolled: image of the target prompt from the same noise without the edit, or None.
+        reconstruction: what the source's inversion gives back, where the source is a photo.
     """
 
     source_prompt: str
@@ -45,19 +46,25 @@ class Comparison:
     source: Image.Image | None
     edited: Image.Image
     uncontrolled: Image.Image | None = None
+    reconstruction: Image.Image | None = None
 
 
 def side_by_side(
-    rows: Sequence[Comparison], *, edit_label: str = "target, edited", tile: int | None = None
+    rows: Sequence[Comparison],
+    *,
+    edit_label: str = "target, edited",
+    reconstruction_label: str = "reconstruction",
+    tile: int | None = None,
 ) -> Image.Image:
     """Lay comparisons out as one labelled RGB picture, a row each.
 
-    Columns are source, target without control, target with the edit; a column that no row fills is left out.
-    Images keep their aspect ratio and are scaled so that their longest side is `tile` pixels.
+    Columns are source, its reconstruction, target without control, target with the edit; a column that no row fills
+    is left out. Images keep their aspect ratio and are scaled so that their longest side is `tile` pixels.
 
     Args:
         rows: at least one comparison.
         edit_label: title of the last column, such as the name of the method.
+        reconstruction_label: title of the second, such as how close it is.
         tile: longest side of each image in pixels; default: as small a whole multiple of the largest image as is
             256 or more, at most 512.
 
@@ -69,7 +76,8 @@ def side_by_side(
     """
     if not rows:
         raise ValueError("side_by_side needs at least one row, received none")
-    columns = [("source", "source"), ("target, no control", "uncontrolled"), (edit_label, "edited")]
+    columns = [("source", "source"), (reconstruction_label, "reconstruction")]
+    columns += [("target, no control", "uncontrolled"), (edit_label, "edited")]
     columns = [column for column in columns if any(getattr(row, column[1]) is not None for row in rows)]
     images = [[getattr(row, attribute) for _, attribute in columns] for row in rows]
     tile = tile or _tile_size([image for row in images for image in row if image is not None])
@@ -79,9 +87,9 @@ def side_by_side(
     heights = [max(image.height for image in row if image is not None) for row in tiles]
     font = _font(FONT_SIZE)
     line = math.ceil(FONT_SIZE * LEADING)
-    has_source = columns[0][1] == "source"
-    targets = len(columns) - has_source
-    spans = ([cell] if has_source else []) + [targets * cell + (targets - 1) * GAP]
+    sources = sum(attribute in ("source", "reconstruction") for _, attribute in columns)
+    has_source = sources > 0
+    spans = [count * cell + (count - 1) * GAP for count in (sources, len(columns) - sources) if count]
     captions = [
         [_wrap(words, font, width) for words, width in zip(_captions(row, has_source), spans, strict=True)]
         for row in rows

@@ -11,6 +11,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,19 +22,22 @@ from . import inversion as inversions
 from . import recorded_runs
 from .arguments import (
     check_inversion_options,
+    check_option_names,
     check_size,
     chosen_edit,
     image_size,
     negative_list,
     prompt_list,
 )
-from .checks import check_guidance, check_positive, warn_of_unknown_words
+from .checks import check_generator, check_guidance, check_positive, warn_of_unknown_words
 from .edits import Edit
 from .edits.base import check_prompts
 from .encoding import encoding_tokenizer
 from .finite import FiniteSteps, check_latents
 from .hooks import FollowInversion
 from .inversion import Inversion
+from .loading import EMBEDDED
+from .models import embedded_path
 from .noise import row_generators, shared_latents
 from .output import FreePromptPipelineOutput
 from .requirements import check_guided_inversion, check_model, check_options, check_pipeline
@@ -48,6 +52,9 @@ PARENT_OPTIONS = frozenset(inspect.signature(StableDiffusionPipeline.__call__).p
 LEGACY_OPTIONS = frozenset({"callback", "callback_steps"})
 
 
+_ADOPTING = ContextVar("adopting", default=False)
+
+
 class FreePromptPipeline(StableDiffusionPipeline):
     """Edit an image, generated or real, into target prompts, by Free-Prompt-Editing or another edit.
 
@@ -57,9 +64,11 @@ class FreePromptPipeline(StableDiffusionPipeline):
     Example:
         >>> pipe = FreePromptPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
         >>> out = pipe("a photo of a red car on the beach", ["a photo of a blue car on the beach"])
-        >>> out.source, out.targets[0]
+        >>> out.source.size == out.targets[0].size
+        True
 
     A real image is inverted first:
+        >>> from fpe_pipeline import ddim_scheduler
         >>> pipe.scheduler = ddim_scheduler(pipe.scheduler)
         >>> inversion = pipe.invert("beach.jpg", "a photo of a red car on the beach", method="direct")
         >>> out = pipe(inversion=inversion, target_prompt="a photo of a blue car on the beach")
@@ -69,11 +78,30 @@ class FreePromptPipeline(StableDiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **components: Any) -> FreePromptPipeline:
-        """As in diffusers; a model that this class does not serve is refused with the way to edit it."""
+        """As in diffusers, but modules keep their dtypes; a model that this class does not serve is refused with the
+        way to edit it."""
         unet, vae = (components.get(name, getattr(pipeline, name, None)) for name in ("unet", "vae"))
         if unet is not None and vae is not None:
             check_model(unet, vae)
-        return super().from_pipe(pipeline, **components)
+        if {"dtype", "torch_dtype"} & components.keys():
+            return super().from_pipe(pipeline, **components)
+        # diffusers' from_pipe casts to float32, and what it casts are the caller's own modules.
+        token = _ADOPTING.set(True)
+        try:
+            return super().from_pipe(pipeline, **components)
+        finally:
+            _ADOPTING.reset(token)
+
+    def to(self, *arguments: Any, **options: Any) -> FreePromptPipeline:
+        """As in diffusers; while a pipeline is made from another one, its modules stay as they are."""
+        return self if _ADOPTING.get() else super().to(*arguments, **options)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> FreePromptPipeline:
+        """As in diffusers; "embedded" is the model that comes with this package."""
+        if pretrained_model_name_or_path == EMBEDDED:
+            pretrained_model_name_or_path = embedded_path()
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @torch.no_grad()
     def __call__(
@@ -147,9 +175,8 @@ class FreePromptPipeline(StableDiffusionPipeline):
             ValueError: an edit, a size, latents or a combination of arguments that cannot be served; before any
                 denoising.
         """
-        unknown = options.keys() - PARENT_OPTIONS - LEGACY_OPTIONS
-        if unknown:
-            raise TypeError(f"unknown option {', '.join(sorted(unknown))}; expected one of {sorted(PARENT_OPTIONS)}")
+        check_option_names(options, OWN_OPTIONS, PARENT_OPTIONS | LEGACY_OPTIONS)
+        check_generator(generator)
         check_pipeline(self)
         if inversion is not None:
             given = {"latents": latents, "negative_prompt_embeds": negative_prompt_embeds, **options}
@@ -222,6 +249,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
             nsfw_content_detected=nsfw,
             images_per_prompt=num_images_per_prompt,
             source_kept=keep_source,
+            prompts=tuple(prompts),
             report=session.report() if isinstance(session, EditingSession) else None,
         )
 
@@ -312,6 +340,9 @@ class FreePromptPipeline(StableDiffusionPipeline):
         config = json.loads(super().to_json_string())
         config["_class_name"] = StableDiffusionPipeline.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+OWN_OPTIONS = frozenset(inspect.signature(FreePromptPipeline.__call__).parameters) - {"self", "options"}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from .arguments import check_inversion_options, chosen_edit, image_size
-from .checks import check_guidance, check_positive, warn_of_unknown_words
+from .checks import check_generator, check_guidance, check_positive, require_edit, warn_of_unknown_words
 from .edits import Edit, FreePromptEdit
 from .edits.base import check_prompts
 from .file_store import FileStore
@@ -111,6 +111,7 @@ def record(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, received {precision!r}")
     _check_deterministic(pipe.scheduler)
     check_guidance(guidance_scale)
+    check_generator(generator)
     if inversion is not None:
         check_inversion_options(inversion, {"latents": latents}, negative_prompt, num_inference_steps)
         check_guided_inversion(pipe.unet, inversion.method)
@@ -257,7 +258,7 @@ def edit(
     _check_deterministic(pipe.scheduler)
     pipe.scheduler.set_timesteps(recording.steps)
     recording.schedule.check(pipe.scheduler, "recording")
-    chosen = _recorded_edit(recording, self_replace_steps) if edit is None else edit
+    chosen = _recorded_edit(recording, self_replace_steps) if edit is None else require_edit(edit)
     if edit is not None and self_replace_steps is not None:
         raise ValueError("self_replace_steps belongs to the edit; pass it there")
     check_prompts(chosen, [recording.prompt, *targets], pipe.tokenizer)
@@ -295,7 +296,11 @@ def edit(
         **options,
     )
     return FreePromptPipelineOutput(
-        images=images, nsfw_content_detected=nsfw, source_kept=False, report=replay.report()
+        images=images,
+        nsfw_content_detected=nsfw,
+        source_kept=False,
+        report=replay.report(),
+        prompts=(recording.prompt, *targets),
     )
 
 

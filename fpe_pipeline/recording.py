@@ -72,6 +72,12 @@ class Recording:
     store: MapStore = field(repr=False)
     unconditional: torch.Tensor | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.prompt[:40]!r}, {self.steps} steps, guidance {self.guidance_scale:g}, "
+            f"{len(self.contents)} layers and modules, {self.precision}, {self.nbytes / 2**20:.1f} MiB)"
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is kept: parts of layers, latents and embeddings."""
@@ -89,7 +95,7 @@ class Recording:
         store.check_steps(recorded_steps(values["contents"]))
         tensors = store.read_latents()
         schedule = dict(values.pop("schedule"))
-        schedule["timesteps"] = tuple(schedule["timesteps"])
+        schedule |= {name: tuple(schedule[name]) for name in ("timesteps", "levels")}
         values["window"] = None if values["window"] is None else tuple(values["window"])
         values["paths"] = tuple(values["paths"])
         return cls(

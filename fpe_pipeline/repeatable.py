@@ -33,7 +33,12 @@ def machine(device: str) -> dict[str, Any]:
     import torch
 
     accelerator = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    return {"platform": platform.platform(), "accelerator": accelerator, "cuda": torch.version.cuda}
+    return {
+        "platform": platform.platform(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # which instructions sum, and so how they round
+        "accelerator": accelerator,
+        "cuda": torch.version.cuda,
+    }
 
 
 def threads_for(model: str, device: str) -> int | None:

@@ -82,6 +82,10 @@ class EditReport:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.layers)} layers replaced, {len(self.skipped)} left out"
+        return f"{type(self).__name__}({counts} in a run of {self.total} steps; explain() says where and why)"
+
     def add(
         self,
         step: Step,

@@ -2,14 +2,15 @@
 
 `execute` turns settings into images. `write` puts the images,
 a side-by-side picture and `run.json` into a folder, all or nothing. `read_record` gives the settings back; executing
-them again on the same machine with the same versions gives the same images, bit for bit.
+them again on the same machine with the same versions and threads gives the same images, bit for bit, and elsewhere the
+same to rounding; :mod:`fpe_pipeline.agreement` says how far they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import logging
 import types
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -18,11 +19,13 @@ from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hint
 
 from PIL import Image
 
+from .agreement import distance, pixel_hash
 from .loading import (
     EMBEDDED,
     InputError,
     identity,
     load_pipeline,
+    only_errors,
     pick_device,
     pick_dtype,
     pipeline_class,
@@ -38,7 +41,9 @@ if TYPE_CHECKING:
     from .inversion import Inversion, Method
     from .pipeline import FreePromptPipeline
 
-__all__ = ["Run", "Settings", "differences", "execute", "photo_of", "pixel_hash", "read_record", "write"]
+__all__ = ["Run", "Settings", "execute", "photo_of", "pixel_hash", "read_record", "write"]
+
+logger = logging.getLogger(__name__)
 
 RECORD_FORMAT = 1
 
@@ -69,7 +74,14 @@ class Run:
         """One row a target, for `pictures.side_by_side`."""
         plain = self.uncontrolled or (None,) * len(self.edited)
         return [
-            Comparison(self.settings.source, prompt, self.photo or self.source, edited, without)
+            Comparison(
+                self.settings.source,
+                prompt,
+                self.photo or self.source,
+                edited,
+                without,
+                None if self.photo is None else self.source,
+            )
             for prompt, edited, without in zip(self.settings.targets, self.edited, plain, strict=True)
         ]
 
@@ -132,9 +144,13 @@ def execute(
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     clock = Clock()
-    with repeatable(threads_for(settings.model, device) if settings.threads is None else settings.threads):
+    with (
+        only_errors(),
+        repeatable(threads_for(settings.model, device) if settings.threads is None else settings.threads),
+    ):
         with clock.measure("load"):
             pipe: FreePromptPipeline = load_pipeline(location, dtype=dtype, device=device)
+        _warn_of_cut_prompts(pipe.tokenizer, settings)
         model = identity(pipe)
         if expected_model is not None and model != expected_model:
             raise InputError(
@@ -202,6 +218,17 @@ def execute(
     return Run(settings, source, tuple(edited), tuple(plain) if plain else None, details, photo)
 
 
+def _warn_of_cut_prompts(tokenizer: Any, settings: Settings) -> None:
+    """Say in one line which prompts are longer than the model reads."""
+    room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+    prompts = {"source": settings.source, "negative": settings.negative or ""}
+    prompts |= {f"target {number}": target for number, target in enumerate(settings.targets, start=1)}
+    lengths = {name: len(tokenizer(prompt, add_special_tokens=False).input_ids) for name, prompt in prompts.items()}
+    cut = [f"{name} {length}" for name, length in lengths.items() if length > room]
+    if cut:
+        logger.warning("the model reads the first %d tokens of a prompt and no more: %s", room, ", ".join(cut))
+
+
 def _photo(pipe: FreePromptPipeline, settings: Settings) -> Image.Image | None:
     """The settings' picture as the model takes it; None where the source is generated."""
     from .images import load_image
@@ -254,7 +281,9 @@ def write(run: Run, directory: Path) -> list[Path]:
     Returns:
         The paths, `comparison.png` first and `run.json` last.
     """
-    images = {"comparison.png": side_by_side(run.comparisons(), edit_label=run.edit_label)}
+    reconstruction = "" if run.photo is None else f"reconstruction, {distance(run.photo, run.source).psnr:.1f} dB"
+    comparison = side_by_side(run.comparisons(), edit_label=run.edit_label, reconstruction_label=reconstruction)
+    images = {"comparison.png": comparison}
     images |= {name: image for name, (image, _, _) in run.files().items()}
     # A file name that is no UTF-8 has lone surrogates for its bytes; as escapes they are JSON.
     record = json.dumps(run.record(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -306,32 +335,6 @@ def read_record(path: Path) -> tuple[Settings, dict[str, Any]]:
 def photo_of(record: dict[str, Any]) -> str | None:
     """Pixel hash of the real image that a record's run was given; None where its source was generated."""
     return record.get("images", {}).get("photo.png", {}).get("pixels_sha256")
-
-
-def differences(run: Run, record: dict[str, Any]) -> str:
-    """Which images of a repeated run differ from those of its record, and what may be why; empty where none does."""
-    made, before = run.record(), record.get("images", {})
-    changed = [
-        name
-        for name, image in made["images"].items()
-        if image["pixels_sha256"] != before.get(name, {}).get("pixels_sha256")
-    ]
-    if not changed:
-        return ""
-    reasons = [
-        f"{name} was {then} and is {now}"
-        for part in ("versions", "machine")
-        for name, now in made[part].items()
-        if (then := record.get(part, {}).get(name)) != now
-    ]
-    why = "; ".join(reasons) or "the record names the same versions and machine"
-    return f"these images differ from the record's: {', '.join(changed)} ({why})"
-
-
-def pixel_hash(image: Image.Image) -> str:
-    """SHA-256 (hex) of size and RGB pixels: independent of how the file was compressed."""
-    rgb = image.convert("RGB")
-    return hashlib.sha256(f"{rgb.width}x{rgb.height}\n".encode() + rgb.tobytes()).hexdigest()
 
 
 def _has_type(value: Any, hint: Any) -> bool:

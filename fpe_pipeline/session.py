@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from .checks import EditWarning, warn_of_unknown_words
+from .checks import EditWarning, require_edit, warn_of_unknown_words
 from .edits import Edit
 from .edits.base import check_prompts
 from .encoding import Encoding, encoding_tokenizer
@@ -90,6 +90,7 @@ class EditingSession:
         self.pipe, self.unet = pipe_and_unet(pipe)
         self.edit = edit
         self.backend = backend
+        require_edit(edit)
         layout = (images_per_prompt, source_of, classifier_free_guidance)
         check_entry(self.pipe, self.unet, edit, backend, noise, roles, layout)
         self._roles = roles

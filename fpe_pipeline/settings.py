@@ -29,7 +29,8 @@ class Settings:
         targets: one or more prompts to edit it into.
         negative: negative prompt of every image; None is the empty prompt.
         model: "embedded", a folder, a checkpoint file or a hub name.
-        seed: of the noise that all images start from; drawn on the CPU, so the same on every device.
+        seed: of the noise that all images start from; drawn on the CPU, so the same on every device, and to rounding on
+            every CPU.
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 or less switches it off.
         method: a key of `fpe_pipeline.edits.registry.METHODS`, which has its defaults for a model; "fpe" is

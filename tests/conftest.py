@@ -15,7 +15,17 @@ HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
-torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))))
+# Tests are many small tensors, for which threads wait longer than they compute: one, unless the caller says otherwise.
+torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1").partition(",")[0])))
+
+
+def pytest_report_header() -> str:
+    """What decides how sums are rounded: results of two runs are comparable to the bit where these lines agree."""
+    limits = [
+        f"{name}={os.environ[name]}" for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA") if name in os.environ
+    ]
+    cpu = " ".join([torch.backends.cpu.get_cpu_capability(), *limits])
+    return f"torch {torch.__version__}, CPU capability {cpu}, {torch.get_num_threads()} threads, CUDA {HAS_CUDA}"
 
 
 @dataclass(frozen=True)

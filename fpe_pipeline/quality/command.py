@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -70,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table and write ``scores.jsonl``, ``evaluation.json``, ``table.md`` and ``plot.png``.
 
+    The plot needs matplotlib, and is left out with a word where that is not installed.
+
     A run into a folder that holds the scores of an interrupted run with the same settings continues it.
 
     Returns:
@@ -107,7 +110,10 @@ def run(args: argparse.Namespace) -> int:
     with staged(args.output) as stage:
         (stage / "evaluation.json").write_text(dump(result), encoding="utf-8")
         (stage / "table.md").write_text(rendered, encoding="utf-8")
-        plot(summary, stage / "plot.png", f"{args.steps} steps, guidance {args.guidance:g}, 95 % intervals")
+        if importlib.util.find_spec("matplotlib") is None:
+            print("fpe: no plot.png, which needs matplotlib: pip install matplotlib", file=sys.stderr)
+        else:
+            plot(summary, stage / "plot.png", f"{args.steps} steps, guidance {args.guidance:g}, 95 % intervals")
     print_text(rendered.removesuffix("\n"))
     return 0
 

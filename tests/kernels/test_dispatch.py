@@ -158,3 +158,19 @@ def test_backends_do_not_import_one_another() -> None:
         assert sources
         for source in sources:
             assert not [found for found in imports_of(source) if found.startswith(others)], source
+
+
+def test_the_import_costs_little_more_than_torch() -> None:
+    """The compiler and triton are imported by what needs them: each takes as long as torch itself."""
+    code = "import sys, torch; before = set(sys.modules); import fpe_kernels; print(*sorted(set(sys.modules) - before))"
+    imported = in_a_fresh_process(code).split()
+    foreign = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names) - {"fpe_kernels"}
+    assert foreign <= {"torch"} and not any(name.startswith("torch._dynamo") for name in imported)
+
+
+def test_the_mark_is_that_of_the_compiler() -> None:
+    def function() -> None:
+        pass
+
+    torch.compiler.assume_constant_result(function)
+    assert vars(function).items() <= vars(dispatch.unsupported_reasons).items() and vars(function)

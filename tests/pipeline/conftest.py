@@ -1,11 +1,8 @@
 """Fixtures that the pipeline tests share. The pipeline is loaded once: a session has to leave it as it was."""
 
 import pytest
-import torch
 from golden_cases import load_pipeline
 from tiny_pipelines import tiny_pipeline
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

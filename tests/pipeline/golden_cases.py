@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 # Free-Prompt-Editing of generated images: noise in, latents out.
@@ -50,6 +51,27 @@ class GoldenCase:
 
     def atol(self, tensor: str) -> float:
         return TOLERANCE * self.settings["suggested_atol"][tensor]
+
+
+class OriginalNoiseLevels(TorchFunctionMode):
+    """Within it, schedulers compute with the noise levels that the original ran with, whatever the CPU.
+
+    They hold them in float32 whatever the model's dtype; some CPUs round 6e-8 of them elsewhere, and others their
+    square roots: 3e-6 in the latents of a run that is otherwise in float64.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        super().__init__()
+        recorded = load_file(GOLDEN / "models" / "noise_levels.safetensors")
+        torch.testing.assert_close(scheduler.alphas_cumprod, recorded["alphas_cumprod"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(recorded["numbers"].sqrt(), recorded["roots"], rtol=1e-6, atol=0)
+        scheduler.alphas_cumprod = recorded["alphas_cumprod"]
+        self.roots = dict(zip(recorded["numbers"].tolist(), recorded["roots"], strict=True))
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.__pow__, torch.Tensor.pow) and args[1] == 0.5 and args[0].dtype == torch.float32:
+            return self.roots[args[0].item()]
+        return function(*args, **(kwargs or {}))
 
 
 def source_image() -> torch.Tensor:

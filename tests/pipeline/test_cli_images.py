@@ -9,6 +9,7 @@ from PIL import Image
 from tiny_cli import OTHER, SOURCE, TARGET, tiny_model_folder
 
 from fpe_pipeline import FreePromptPipeline, cli, inversion, runs, settings
+from fpe_pipeline.agreement import pixel_hash
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,26 @@ def test_files_and_record(made, photo):
     sizes = {Image.open(made / name).size for name in record["images"]}
     assert sizes == {(96, 40)}  # 130 x 60 at about 64 x 64 pixels
     for name, image in record["images"].items():
-        assert runs.pixel_hash(Image.open(made / name)) == image["pixels_sha256"]
+        assert pixel_hash(Image.open(made / name)) == image["pixels_sha256"]
     assert len({image["pixels_sha256"] for image in record["images"].values()}) == 6
+
+
+def test_the_photo_stands_beside_its_reconstruction(edit, tmp_path, monkeypatch):
+    drawn = []
+
+    def side_by_side(rows, **labels):
+        drawn.append((rows, labels["reconstruction_label"]))
+        return draw(rows, **labels)
+
+    draw = runs.side_by_side
+    monkeypatch.setattr(runs, "side_by_side", side_by_side)
+    assert cli.main([*edit, "--no-control", "-o", str(tmp_path)]) == 0
+    ((rows, label),) = drawn
+    photo, source = (Image.open(tmp_path / name) for name in ("photo.png", "source.png"))
+    error = np.square(np.subtract(photo, source, dtype=np.float64)).mean()
+    assert label == f"reconstruction, {10 * np.log10(255**2 / error):.1f} dB"
+    for shown in rows:
+        assert shown.source.tobytes() == photo.tobytes() and shown.reconstruction.tobytes() == source.tobytes()
 
 
 def test_same_bits_from_the_record(made, tmp_path, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import CASES, load_case, load_pipeline
+from golden_cases import CASES, OriginalNoiseLevels, load_case, load_pipeline
 
 from fpe_pipeline import FreePromptEdit, editing
 
@@ -121,7 +121,7 @@ def test_decoded_image(golden_run, backend):
 
 def test_float64_agrees_with_the_original_in_float64():
     case, pipe = load_case(LAYERS), load_pipeline(torch.float64)
-    with editing(pipe, FreePromptEdit(0.8, max_tokens=32**2)):
+    with OriginalNoiseLevels(pipe.scheduler), editing(pipe, FreePromptEdit(0.8, max_tokens=32**2)):
         latents = case.call(pipe).images
     assert distance(latents, case.tensors["f64.latents"]) <= 1e-9
 

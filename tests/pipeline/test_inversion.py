@@ -257,8 +257,14 @@ class TestRefusals:
 
     def test_another_schedule(self, tiny, inversions, monkeypatch):
         monkeypatch.setattr(tiny, "scheduler", DDIMScheduler.from_config(tiny.scheduler.config, beta_end=0.013))
-        with pytest.raises(ValueError, match="another noise schedule: levels_sha256"):
+        with pytest.raises(ValueError, match="another noise schedule: levels of 4"):
             tiny(inversion=inversions["ddim"], target_prompt=TARGET)
+
+    def test_the_same_schedule_as_another_cpu_rounds_it(self, tiny, inversions, monkeypatch):
+        other = DDIMScheduler.from_config(tiny.scheduler.config)
+        other.alphas_cumprod = torch.nextafter(other.alphas_cumprod, torch.zeros(()))
+        monkeypatch.setattr(tiny, "scheduler", other)
+        assert len(tiny(inversion=inversions["ddim"], target_prompt=TARGET, output_type="latent").targets) == 1
 
     def test_what_is_no_inversion(self, tiny):
         with pytest.raises(TypeError, match=r"what pipe\.invert returns"):

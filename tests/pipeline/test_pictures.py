@@ -28,7 +28,7 @@ def boxes(picture, colour):
     return columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1
 
 
-RED, BLUE, PURPLE = (255, 0, 0), (0, 0, 255), (128, 0, 128)
+RED, BLUE, PURPLE, ORANGE = (255, 0, 0), (0, 0, 255), (128, 0, 128), (255, 165, 0)
 
 
 class TestLayout:
@@ -41,6 +41,13 @@ class TestLayout:
             lefts.append((left, top))
         assert lefts == sorted(lefts)
         assert len({top for _, top in lefts}) == 1
+
+    def test_a_photo_stands_beside_its_reconstruction(self):
+        made = Comparison(SOURCE, TARGET, image("red"), image("blue"), image("purple"), image("orange"))
+        picture = side_by_side([made], reconstruction_label="reconstruction, 30.0 dB")
+        lefts = [boxes(picture, colour)[0] for colour in (RED, ORANGE, PURPLE, BLUE)]
+        assert lefts == sorted(lefts) and len(set(lefts)) == 4
+        assert picture.width - side_by_side([row()]).width == lefts[1] - lefts[0]
 
     def test_a_row_for_each_target(self):
         one, two = side_by_side([row()]), side_by_side([row(), row()])

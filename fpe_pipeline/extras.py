@@ -1,0 +1,24 @@
+"""What this package needs beside torch, and what to say where it is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+
+__all__ = ["PIPELINE", "hint", "missing"]
+
+#: Modules of the extra ``pipeline``; :mod:`fpe_kernels` does without them.
+PIPELINE = ("PIL", "diffusers", "numpy", "safetensors", "transformers")
+
+
+def missing(modules: Iterable[str] = PIPELINE) -> list[str]:
+    """Those of ``modules`` that are not installed."""
+    return [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+def hint(modules: Iterable[str]) -> str:
+    """One line that says what is missing and how to install it."""
+    return (
+        f"{', '.join(modules)} cannot be imported: editing pictures needs the extra 'pipeline', "
+        "pip install 'fpe-kernels[pipeline]' or, in a checkout, pip install '.[pipeline]'"
+    )
