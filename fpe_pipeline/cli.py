@@ -219,7 +219,8 @@ def _add_edit(edit: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--model",
         metavar="PATH",
-        help="diffusers folder, .safetensors or .ckpt file, or hub name (default: the embedded model)",
+        help="diffusers folder, .safetensors or .ckpt file, hub name, or embedded-80, the embedded model of before "
+        "(default: the embedded model)",
     )
     sampling.add_argument("--seed", type=int, metavar="N", help=f"of the shared noise (default: {DEFAULTS.seed})")
     sampling.add_argument("--steps", type=int, metavar="N", help=f"denoising steps (default: {DEFAULTS.steps})")
@@ -284,6 +285,8 @@ def _edit(options: argparse.Namespace) -> int:
         raise InputError("--inner-steps and --early-stop are null-text inversion's; pass --inversion null-text as well")
     settings.check()
     check_writable(options.output)
+    if record is not None and "model" not in given:
+        settings = _with_its_model(settings, record)
     same_model = record is not None and not {"model", "dtype", "device"} & given.keys()
     run = runs.execute(
         settings,
@@ -295,6 +298,16 @@ def _edit(options: argparse.Namespace) -> int:
     if record is not None and not given:
         _say(runs.differences(run, record) or "the images are those of the record, bit for bit")
     return 0
+
+
+def _with_its_model(settings: Settings, record: dict[str, Any]) -> Settings:
+    """`runs.with_its_model`, which says so where the record's weights are earlier ones."""
+    from . import runs
+
+    found = runs.with_its_model(settings, record)
+    if found.model != settings.model:
+        _say(f"the record was made with an earlier embedded model, {found.model}, which is used again")
+    return found
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .loading import EMBEDDED, InputError, ModelSource, find_model, pick_device, pick_dtype
+from .loading import EMBEDDED, InputError, ModelSource, find_model, is_embedded, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from .null_text import NullText
@@ -28,7 +28,7 @@ class Settings:
         source: prompt of the source image; of a real one it may be empty.
         targets: one or more prompts to edit it into.
         negative: negative prompt of every image; None is the empty prompt.
-        model: "embedded", a folder, a checkpoint file or a hub name.
+        model: "embedded", an earlier one such as "embedded-80", a folder, a checkpoint file or a hub name.
         seed: of the noise that all images start from; drawn on the CPU, so the same on every device.
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 or less switches it off.
@@ -99,7 +99,7 @@ class Settings:
             )
         chosen = {name: getattr(self, name) for name in SELECTORS if getattr(self, name) is not None}
         if self.method == "fpe":
-            if self.model == EMBEDDED and not chosen:
+            if is_embedded(self.model) and not chosen:
                 chosen = {"max_tokens": _MAX_TOKENS}
             chosen["self_replace_steps"] = self.self_replace
         if self.method in ALIGNING and tokenizer is None:
