@@ -91,12 +91,12 @@ def _parser(arguments: Sequence[str]) -> Parser:
     demo = commands.add_parser(
         "demo",
         help="make a few edits with the embedded model",
-        description="Make a few edits with the embedded model: no download, no GPU, a minute or two on two CPU cores.",
+        description="Make a few edits with the embedded model: no download, no GPU, a minute on one CPU core.",
     )
     demo.add_argument(
         "-o", "--output", type=Path, default=Path("out/demo"), metavar="DIR", help="folder (default: out/demo)"
     )
-    demo.add_argument("--steps", type=int, default=30, metavar="N", help="denoising steps of each edit (default: 30)")
+    demo.add_argument("--steps", type=int, default=25, metavar="N", help="denoising steps of each edit (default: 25)")
     _add_common(demo)
     demo.set_defaults(run=_demo)
 

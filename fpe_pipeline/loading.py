@@ -1,7 +1,7 @@
 """Finding, loading and identifying the model of a run.
 
-A model is the embedded one or one before it, a diffusers folder, a single-file checkpoint, or a name on the Hugging Face hub.
-What can be checked without reading weights is checked first, so that a typo costs no loading.
+A model is the embedded one, one before it, a diffusers folder, a single-file checkpoint, or a name on the Hugging Face
+hub. What can be checked without reading weights is checked first, so that a typo costs no loading.
 """
 
 from __future__ import annotations
