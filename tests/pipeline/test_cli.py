@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -124,7 +125,9 @@ class TestFromRecord:
         assert settings.targets == ("a photo of a green car",)
         assert settings.levels == (0, 1)
         assert settings.seed == 5
-        assert (tmp_path / "source.png").read_bytes() == (made / "source.png").read_bytes()
+        # One target instead of two: a batch of another size orders sums in a way of its own.
+        before, now = (np.asarray(Image.open(folder / "source.png")).astype(int) for folder in (made, tmp_path))
+        assert np.abs(now - before).max() <= 2
 
     @pytest.mark.parametrize(
         ("model", "device", "chosen"), [("embedded", "cpu", 1), ("embedded", "cuda", None), ("./sd15", "cpu", None)]

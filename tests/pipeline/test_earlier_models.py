@@ -116,7 +116,7 @@ class TestNames:
         folder = embedded_path(name)
         assert loading.find_model(name) == loading.find_model(str(folder))
         assert EvaluatedModel.find(Path(name), judged=True).folder == folder
-        assert "Embedded scenes model" in (folder / "MODEL_CARD.md").read_text()
+        assert f'embedded_path("{name}")' in (folder / "MODEL_CARD.md").read_text()
 
     def test_they_are_computed_as_the_embedded_model_is(self, monkeypatch):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
