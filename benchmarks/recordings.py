@@ -51,8 +51,8 @@ class RecordedEdit:
 
 def recordings_plan(*, quick: bool = False) -> list[RecordedEdit]:
     """Edits by the embedded model, the most telling first: its own size, a larger one, other methods."""
-    cases = [RecordedEdit("fpe", side) for side in (80, 128)]
-    return cases[:1] if quick else [*cases, *(RecordedEdit(m, 80) for m in ("p2p-replace", "masactrl", "pnp"))]
+    cases = [RecordedEdit("fpe", side) for side in (128, 192)]
+    return cases[:1] if quick else [*cases, *(RecordedEdit(m, 128) for m in ("p2p-replace", "masactrl", "pnp"))]
 
 
 def run_recordings(
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recordings", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="embedded", help="as in `fpe edit` (default: the embedded model)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
-    parser.add_argument("--sides", type=int, nargs="+", default=[80], help="image sides in pixels (default: 80)")
+    parser.add_argument("--sides", type=int, nargs="+", default=[128], help="image sides in pixels (default: 128)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["fpe"], help="(default: fpe)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")

@@ -107,12 +107,12 @@ def _parser(arguments: Sequence[str]) -> Parser:
     demo = commands.add_parser(
         "demo",
         help="make a few edits with the embedded model",
-        description="Make a few edits with the embedded model: no download, no GPU, a minute or two on two CPU cores.",
+        description="Make a few edits with the embedded model: no download, no GPU, a minute on one CPU core.",
     )
     demo.add_argument(
         "-o", "--output", type=Path, default=Path("out/demo"), metavar="DIR", help="folder (default: out/demo)"
     )
-    demo.add_argument("--steps", type=int, default=30, metavar="N", help="denoising steps of each edit (default: 30)")
+    demo.add_argument("--steps", type=int, default=25, metavar="N", help="denoising steps of each edit (default: 25)")
     _add_common(demo)
     demo.set_defaults(run=_demo)
 
@@ -237,7 +237,8 @@ def _add_edit(edit: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--model",
         metavar="PATH",
-        help="diffusers folder, .safetensors or .ckpt file, or hub name (default: the embedded model)",
+        help="diffusers folder, .safetensors or .ckpt file, hub name, or embedded-80, the embedded model of before "
+        "(default: the embedded model)",
     )
     sampling.add_argument("--seed", type=int, metavar="N", help=f"of the shared noise (default: {DEFAULTS.seed})")
     sampling.add_argument("--steps", type=int, metavar="N", help=f"denoising steps (default: {DEFAULTS.steps})")
@@ -302,6 +303,8 @@ def _edit(options: argparse.Namespace) -> int:
         raise InputError("--inner-steps and --early-stop are null-text inversion's; pass --inversion null-text as well")
     settings.check()
     check_writable(options.output)
+    if record is not None and "model" not in given:
+        settings = _with_its_model(settings, record)
     same_model = record is not None and not {"model", "dtype", "device"} & given.keys()
     run = runs.execute(
         settings,
@@ -317,6 +320,16 @@ def _edit(options: argparse.Namespace) -> int:
     if distance is not None:
         _say(distance or "the images are those of the record, bit for bit")
     return 0
+
+
+def _with_its_model(settings: Settings, record: dict[str, Any]) -> Settings:
+    """`runs.with_its_model`, which says so where the record's weights are earlier ones."""
+    from . import runs
+
+    found = runs.with_its_model(settings, record)
+    if found.model != settings.model:
+        _say(f"the record was made with an earlier embedded model, {found.model}, which is used again")
+    return found
 
 
 def _demo(options: argparse.Namespace) -> int:

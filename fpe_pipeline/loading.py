@@ -1,7 +1,7 @@
 """Finding, loading and identifying the model of a run.
 
-A model is the embedded one, a diffusers folder, a single-file checkpoint, or a name on the Hugging Face hub.
-What can be checked without reading weights is checked first, so that a typo costs no loading.
+A model is the embedded one, one before it, a diffusers folder, a single-file checkpoint, or a name on the Hugging Face
+hub. What can be checked without reading weights is checked first, so that a typo costs no loading.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .models import EARLIER, EMBEDDED
 from .texts import check_readable_name
 
 if TYPE_CHECKING:
@@ -25,19 +26,21 @@ if TYPE_CHECKING:
     from .pipeline import FreePromptPipeline
 
 __all__ = [
+    "EARLIER",
     "EMBEDDED",
     "InputError",
     "ModelSource",
     "find_model",
     "identity",
+    "is_embedded",
     "load_pipeline",
     "only_errors",
     "pick_device",
     "pick_dtype",
     "pipeline_class",
+    "replaced_models",
 ]
 
-EMBEDDED = "embedded"
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 PIPELINE_CLASSES = ("StableDiffusionPipeline", "FreePromptPipeline")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -77,13 +80,14 @@ def find_model(model: str) -> ModelSource:
     """Resolve a model name without loading weights.
 
     Args:
-        model: "embedded", a diffusers folder, a .safetensors or .ckpt file, or a hub name such as "owner/model".
+        model: "embedded" or an earlier one's name such as "embedded-80", a diffusers folder, a .safetensors or .ckpt
+            file, or a hub name such as "owner/model".
 
     Raises:
         InputError: nothing of that name is here and it cannot be a hub name, or it is another kind of model.
     """
-    if model == EMBEDDED:
-        return _folder(_embedded_folder())
+    if is_embedded(model):
+        return _folder(_embedded_folder(model))
     path = Path(model).expanduser()
     try:
         check_readable_name(path)
@@ -104,6 +108,23 @@ def find_model(model: str) -> ModelSource:
         f"model '{model}' is neither a folder nor a file here, nor a hub name of the form owner/model; "
         f"check the path, or leave --model out for the {EMBEDDED} model"
     )
+
+
+def is_embedded(model: str) -> bool:
+    """Whether a name is that of the embedded model or of one before it, rather than a path or a hub's name."""
+    return model == EMBEDDED or model in EARLIER
+
+
+def replaced_models(model: str) -> list[str]:
+    """What lay before where a model lies, newest first: names for "embedded", folders for its folder, else nothing."""
+    if model == EMBEDDED:
+        return list(EARLIER)
+    try:
+        if find_model(model) != find_model(EMBEDDED):
+            return []
+    except InputError:
+        return []
+    return [find_model(name).location for name in EARLIER]
 
 
 def load_pipeline(source: ModelSource, *, dtype: torch.dtype, device: str, pipeline: Any = None) -> Any:
@@ -229,11 +250,11 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     return getattr(torch, dtype)
 
 
-def _embedded_folder() -> Path:
+def _embedded_folder(name: str) -> Path:
     from . import models
 
     try:
-        return Path(models.embedded_path())
+        return Path(models.embedded_path(name))
     except (AttributeError, FileNotFoundError) as error:
         raise InputError(
             "this installation has no embedded model; pass --model with a diffusers folder or a checkpoint file"

@@ -17,6 +17,7 @@ from .edits.base import check_prompts
 from .file_store import FileStore
 from .fingerprint import fingerprint
 from .inversion import Inversion
+from .loading import EARLIER, EMBEDDED, InputError, find_model, load_pipeline
 from .map_store import MapStore, MemoryStore
 from .noise_schedule import NoiseSchedule
 from .output import FreePromptPipelineOutput
@@ -252,8 +253,8 @@ def edit(
     here = fingerprint(pipe)
     if here != recording.model:
         raise ValueError(
-            f"the recording is of another model: {recording.model[:12]}… there and {here[:12]}… here; weights, "
-            "adapters and their strengths, FreeU, dtype and configurations must be those that it was made with"
+            f"the recording is of another model: {recording.model[:12]}… there and {here[:12]}… here; "
+            + _which_model(recording.model, pipe.unet.dtype)
         )
     _check_deterministic(pipe.scheduler)
     pipe.scheduler.set_timesteps(recording.steps)
@@ -302,6 +303,21 @@ def edit(
         report=replay.report(),
         prompts=(recording.prompt, *targets),
     )
+
+
+def _which_model(recorded: str, dtype: torch.dtype) -> str:
+    """What to do about a recording of another model: one in this package is named."""
+    for name in (EMBEDDED, *EARLIER):
+        try:
+            candidate = load_pipeline(find_model(name), dtype=dtype, device="cpu")
+        except InputError:  # an installation without those weights
+            continue
+        if fingerprint(candidate) == recorded:
+            return (
+                f"it was made with the model {name!r} of this package: edit it with "
+                f'FreePromptPipeline.from_pretrained(fpe_pipeline.models.embedded_path("{name}"))'
+            )
+    return "weights, adapters and their strengths, FreeU, dtype and configurations must be those that it was made with"
 
 
 def _recorded_edit(recording: Recording, self_replace_steps: Any) -> FreePromptEdit:

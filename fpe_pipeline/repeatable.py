@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
-from .loading import EMBEDDED
+from .loading import is_embedded
 
 __all__ = ["Clock", "machine", "repeatable", "threads_for", "versions"]
 
@@ -47,7 +47,7 @@ def threads_for(model: str, device: str) -> int | None:
     Its layers are so small that a second thread gains little, and on a machine that has other work threads wait for one
     another many times longer than they compute. ``OMP_NUM_THREADS`` stands where it is set.
     """
-    small = model == EMBEDDED and device == "cpu"
+    small = is_embedded(model) and device == "cpu"
     return 1 if small and "OMP_NUM_THREADS" not in os.environ else None
 
 

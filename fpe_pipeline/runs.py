@@ -21,14 +21,16 @@ from PIL import Image
 
 from .agreement import distance, pixel_hash
 from .loading import (
-    EMBEDDED,
     InputError,
+    find_model,
     identity,
+    is_embedded,
     load_pipeline,
     only_errors,
     pick_device,
     pick_dtype,
     pipeline_class,
+    replaced_models,
     scheduler_settings,
 )
 from .pictures import Comparison, side_by_side
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from .inversion import Inversion, Method
     from .pipeline import FreePromptPipeline
 
-__all__ = ["Run", "Settings", "execute", "photo_of", "pixel_hash", "read_record", "write"]
+__all__ = ["Run", "Settings", "execute", "photo_of", "pixel_hash", "read_record", "with_its_model", "write"]
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +203,7 @@ def execute(
             plain = generate("no control", [*with_source, *settings.targets], self_replace_steps=0)[len(with_source) :]
         settings = dataclasses.replace(
             settings,
-            model=location.location if location.kind != "hub" and settings.model != EMBEDDED else settings.model,
+            model=settings.model if location.kind == "hub" or is_embedded(settings.model) else location.location,
             image=None if settings.image is None else str(Path(settings.image).resolve()),
             size=source.size,
             dtype=str(dtype).removeprefix("torch."),
@@ -330,6 +332,25 @@ def read_record(path: Path) -> tuple[Settings, dict[str, Any]]:
             f"'{path}' does not hold settings of this version: {'; '.join(problems)}; make it with fpe edit"
         )
     return Settings(**values), record
+
+
+def with_its_model(settings: Settings, record: dict[str, Any]) -> Settings:
+    """Settings of a record, with the weights that it was made with where the embedded model has been replaced since.
+
+    Each candidate is loaded in the record's dtype, as identities of other dtypes differ; where none is the record's,
+    the settings stay as they are.
+
+    Raises:
+        InputError: a model that cannot be found or read.
+    """
+    earlier = replaced_models(settings.model)
+    if not earlier:
+        return settings
+    dtype, wanted = pick_dtype(record["settings"].get("dtype", "auto"), "cpu"), record["model"]["identity_sha256"]
+    for model in (settings.model, *earlier):
+        if identity(load_pipeline(find_model(model), dtype=dtype, device="cpu")) == wanted:
+            return dataclasses.replace(settings, model=model)
+    return settings
 
 
 def photo_of(record: dict[str, Any]) -> str | None:

@@ -28,7 +28,7 @@ class Settings:
         source: prompt of the source image; of a real one it may be empty.
         targets: one or more prompts to edit it into.
         negative: negative prompt of every image; None is the empty prompt.
-        model: "embedded", a folder, a checkpoint file or a hub name.
+        model: "embedded", an earlier one such as "embedded-80", a folder, a checkpoint file or a hub name.
         seed: of the noise that all images start from; drawn on the CPU, so the same on every device, and to rounding on
             every CPU.
         steps: denoising steps.

@@ -1,4 +1,4 @@
-"""The embedded model: where it lies, and the scenes that it draws.
+"""The embedded model: where it lies, the ones before it, and the scenes that they draw.
 
 Importing this package is cheap; what trains the model is in :mod:`fpe_pipeline.models.train`.
 """
@@ -7,22 +7,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["embedded_path", "judge_path"]
+__all__ = ["EARLIER", "EMBEDDED", "embedded_path", "judge_path"]
 
-_FOLDER = Path(__file__).parent / "embedded"
+EMBEDDED = "embedded"
+# What was the embedded model once, newest first: kept so that records and recordings of that time still repeat.
+EARLIER = ("embedded-80",)
+_HERE = Path(__file__).parent
 
 
-def embedded_path() -> Path:
-    """Folder of the shipped model, which ``StableDiffusionPipeline.from_pretrained`` loads.
+def embedded_path(name: str = EMBEDDED) -> Path:
+    """Folder of the shipped model, or of an earlier one, which ``StableDiffusionPipeline.from_pretrained`` loads.
+
+    Args:
+        name: "embedded", or one of :data:`EARLIER`.
 
     Raises:
+        ValueError: no such name.
         FileNotFoundError: this installation was built without the weights.
     """
-    if not (_FOLDER / "model_index.json").is_file():
+    if name != EMBEDDED and name not in EARLIER:
+        raise ValueError(f"the models in this package are {', '.join((EMBEDDED, *EARLIER))}, received {name!r}")
+    folder = _HERE / EMBEDDED if name == EMBEDDED else _HERE / "earlier" / name.replace("-", "_")
+    if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"no embedded model in {_FOLDER}: train one with `python -m fpe_pipeline.models.train --preset cpu`"
+            f"no embedded model in {folder}: train one with `python -m fpe_pipeline.models.train --preset cpu`"
         )
-    return _FOLDER
+    return folder
 
 
 def judge_path() -> Path:

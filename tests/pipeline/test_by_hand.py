@@ -21,8 +21,8 @@ from fpe_pipeline import (
     ddim_scheduler,
     editing,
 )
-from fpe_pipeline.loading import InputError
 from fpe_pipeline.edits.registry import METHODS
+from fpe_pipeline.loading import InputError
 from fpe_pipeline.models import embedded_path
 from fpe_pipeline.pictures import Comparison, side_by_side
 

@@ -212,7 +212,7 @@ class TestOtherCommands:
             assert name in out
 
     def test_demo(self, model, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(loading, "_embedded_folder", lambda: model)
+        monkeypatch.setattr(loading, "_embedded_folder", lambda name: model)
         assert cli.main(["demo", "--steps", "1", "--quiet", "-o", str(tmp_path)]) == 0
         paths = capsys.readouterr().out.splitlines()
         assert paths[0] == str(tmp_path / "demo.png")
