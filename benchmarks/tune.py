@@ -146,7 +146,7 @@ SPECIALISED = [Candidate(*c, 4, stages, True, True) for c in ((64, 64), (64, 128
 # Registers at which three or four programs of four warps share a multiprocessor.
 BOUNDED = [Candidate(*c, maxnreg=most) for c in itertools.product((64,), (32, 64), (4,), (2, 3)) for most in (128, 168)]
 
-# What a first run on Hopper left of the pointer kernel's candidates: the others were never among the fastest there.
+# What a first run on Hopper left of the pointer kernel's candidates: no other was among the fastest there.
 PLAUSIBLE = [
     Candidate(*c)
     for c in (
@@ -179,8 +179,8 @@ GLUON: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {
 }
 """The kernel for Hopper by head dim and branches: rows and keys of a tile, slots of a ring; the likeliest first.
 
-All of them compile without spills and without a wait for every product (`benchmarks/sass.py` is the judge). Tiles of 256
-rows read the keys half as often, those of 64 rows (for short sequences) occupy more multiprocessors. Where fewer
+All of them compile without spills and without a wait for every product (`benchmarks/sass.py` is the judge). Tiles of
+256 rows read the keys half as often, those of 64 rows (for short sequences) occupy more multiprocessors. Where fewer
 branches fit than there are, there are several launches.
 """
 

@@ -60,7 +60,9 @@ def _specialise(launch: Launch) -> ASTSource:
                 attributes[(position,)] = promise
     source: Any = ASTSource
     if kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource as source
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source = GluonASTSource
     return source(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
