@@ -160,7 +160,8 @@ PLAUSIBLE = [
 ]
 
 _MANY_ROWS, _MANY_KEYS, _RING, _DEEP_RING = (256, 64, 3), (128, 128, 2), (128, 64, 2), (128, 64, 3)
-_NARROW, _SHORT = (256, 32, 4), ((64, 64, 3), (64, 128, 2))
+_NARROW = (256, 32, 4)
+SHORT = ((64, 64, 3), (64, 128, 2))  # for short sequences
 GLUON: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {
     (40, 1): (_MANY_ROWS, (256, 64, 2), _MANY_KEYS, (192, 128, 2)),
     (40, 2): (_MANY_ROWS, (256, 64, 2), _DEEP_RING, _MANY_KEYS),
@@ -180,7 +181,7 @@ GLUON: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {
 """The kernel for Hopper by head dim and branches: rows and keys of a tile, slots of a ring; the likeliest first.
 
 All of them compile without spills and without a wait for every product (`benchmarks/sass.py` is the judge). Tiles of
-256 rows read the keys half as often, those of 64 rows (for short sequences) occupy more multiprocessors. Where fewer
+256 rows read the keys half as often, those of 64 rows (:data:`SHORT`) occupy more multiprocessors. Where fewer
 branches fit than there are, there are several launches.
 """
 
@@ -191,7 +192,7 @@ def gluon_candidates(case: Case) -> list[Candidate]:
     near = min(GLUON, key=lambda entry: (abs(entry[0] - case.head_dim), abs(entry[1] - branches)))
     tiles = GLUON[near]
     if case.tokens <= 1024:
-        tiles = tuple(tile for tile in tiles if tile[0] <= 128)[:2] + _SHORT
+        tiles = tuple(tile for tile in tiles if tile[0] <= 128)[:2] + SHORT
     listed = [Candidate(*tile[:2], 4, tile[2], gluon=True) for tile in tiles]
     return [candidate for candidate in listed if candidate.fits(case.head_dim, branches, 0)]
 
