@@ -51,7 +51,8 @@ class Program:
     ``inputs`` names what sets it apart, joined by "+": even (whole tiles) or ragged (masked ones); short (few tokens);
     cross (77 keys); bias (for every score), padding (one for all queries) or rows (one for all keys); weighted (every
     query); mixed (a map with fewer rows in the same launch); later (not the first chunk of columns); wide (offsets
-    past 2³¹); the kernel for Hopper adds its tiles, such as 128x128s2. The dtype "tf32" is float32 whose products may be rounded.
+    past 2³¹); the kernel for Hopper adds its tiles, such as 128x128s2. The dtype "tf32" is float32 whose products may
+    be rounded.
     """
 
     kernel: str  # apply, replay, boxes, gluon, gluon_replay, adjoint, grad_query or grad_key

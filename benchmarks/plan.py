@@ -38,6 +38,8 @@ def kernel_plan(device: str, *, quick: bool = False) -> list[Step]:
     cuda = device.startswith("cuda")
     # Attention that is compiled first may take a minute for it, so on a GPU it is met last, all rivals once more.
     steps = [Step(case, "uncompiled" if cuda else "all") for case in heads]
+    if cuda:
+        steps += [Step(case, "uncompiled") for case in grid_cases() if case.tokens > 1024 and case.layout == "halves"]
     for case in heads:
         steps += [Step(replace(case, layout=layout), "uncompiled") for layout in ("halves", "guided")]
         steps += [Step(replace(case, op=op), "uncompiled") for op in ("capture", "replay", "adjoint", "backward")]

@@ -2,8 +2,8 @@
 
 Registers and spills do not show it when the assembler gives up on asynchronous products and waits for each one; the
 order of a loop's instructions does. Of Hopper's instructions, HGMMA is a product of a warpgroup, in flight until a
-WARPGROUP.DEPBAR allows fewer products in flight than there are; MUFU.EX2 is an exponential, BAR.SYNC a barrier of several
-warps, LDS and STS copy between registers and shared memory, LDL and STL spill.
+WARPGROUP.DEPBAR allows fewer products in flight than there are; MUFU.EX2 is an exponential, BAR.SYNC a barrier of
+several warps, LDS and STS copy between registers and shared memory, LDL and STL spill.
 """
 
 from __future__ import annotations
@@ -206,5 +206,5 @@ def stalls(program: Program, products: int | None = None) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-MOST_BARRIERS = 4
-"""Of a warpgroup, a tile: the two that say a slot is empty, with what the compiler adds before a product."""
+MOST_BARRIERS = 5
+"""Of a warpgroup, a tile: before it says that a slot is empty or whose turn is next, and what the compiler adds to waits."""

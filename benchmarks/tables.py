@@ -14,7 +14,7 @@ from .growth import Growth, input_bytes
 from .providers import case_label
 from .report import number, our_row
 from .rows import Ratio, Row
-from .unets import WORDS, UNetCase
+from .unets import GRAPH, WORDS, UNetCase
 
 MEMORY_LIMIT = 24 * 2**30
 DENSE, GATHERED, UNEDITED = "dense-original", "sdpa-gathered", "unedited"
@@ -186,6 +186,24 @@ def edits(rows: Sequence[Row], gpu: bool) -> str:
     return markdown(heading, lines) + f"\n\n*{words}.*\n" + beside(used)
 
 
+def graphs(rows: Sequence[Row], gpu: bool) -> str:
+    """Whole UNet steps as CUDA graphs, which leave out the time that Python takes: edited beside unedited."""
+    lines, used = [], []
+    for name, editors in grouped(rows, "edits", gpu).items():
+        base, ours, case = editors.get(f"{UNEDITED}{GRAPH}"), editors.get(f"fpe{GRAPH}"), UNetCase.parse(name)
+        if base is None or ours is None or base.status != "ok" or ours.status != "ok":
+            continue
+        used.append(base)
+        layers = "all layers" if case.selection == "all" else "the method's layers"
+        targets = f"{case.targets} target{'s' * (case.targets > 1)}"
+        step = f"{case.model} step, {case.pixels} px, {targets}, {layers}"
+        lines.append([step, number(base.median_ms, " ms"), number(ours.median_ms, " ms"), slower(ours, base)])
+    if not lines:
+        return not_yet(gpu, "Steps as graphs")
+    heading = ["random weights, guided batch", "unedited", "edited", "edited ÷ unedited"]
+    return markdown(heading, lines) + "\n\n" + beside(used)
+
+
 def holdings(rows: Sequence[Row], gpu: bool) -> dict[str, list[tuple[Case, float]]]:
     """Provider to (case, bytes held, inputs included), by length."""
     found: dict[str, list[tuple[Case, float]]] = {}
@@ -320,6 +338,6 @@ def recordings(rows: Sequence[Row], gpu: bool) -> str:
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     f"{table.__name__}-{device}": partial(table, gpu=device == "gpu")
-    for table in (headline, rivals, operations, shapes, targets, models, grid, edits, recordings, memory)
+    for table in (headline, rivals, operations, shapes, targets, models, grid, edits, graphs, recordings, memory)
     for device in ("cpu", "gpu")
 }

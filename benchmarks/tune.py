@@ -220,20 +220,24 @@ def choices(case: Case, arch: str = "sm_90") -> Sequence[Choice]:
 
 
 def tuning_plan() -> list[Case]:
-    """The shapes that decide, the most telling first: two halves at every length class, mixed batches, other widths."""
+    """The shapes that decide, the most telling first.
 
-    def cases(tokens: int, targets: int, layout: str, head_dims: Sequence[int] = (64, 40, 80, 160)) -> list[Case]:
-        # SD 2's and SDXL's heads are 64 wide, and there are twice as many of them where tokens are few.
-        heads = {64: 10 if tokens >= 4096 else 20}
+    Two maps of a source and a target, and of one row each, at every length class; more targets; then mixed batches,
+    which are one launch or two by what has been found before.
+    """
+
+    def cases(tokens: int, targets: int, layout: str, head_dims: Sequence[int] = (64, 40, 80, 128, 160)) -> list[Case]:
+        # SD 2's and SDXL's heads are 64 wide, and there are twice as many of them where tokens are few; transformers
+        # have twelve and more of 128.
+        heads = {64: 10 if tokens >= 4096 else 20, 128: 12}
         side = int(tokens**0.5)
         return [Case("tune", 8 * side, tokens, heads.get(d, 8), d, targets, layout) for d in head_dims]
 
-    plan = cases(4096, 1, "halves") + cases(1024, 1, "halves")
-    plan += [case for tokens in (256, 1024, 4096) for case in cases(tokens, 1, "guided", (64, 40))]
-    plan += cases(256, 1, "halves") + cases(16384, 1, "halves")
-    plan += [case for tokens in (256, 1024, 4096) for case in cases(tokens, 1, "guided", (80, 160))]
-    plan += cases(16384, 1, "guided") + cases(1024, 3, "guided")
-    return plan + cases(4096, 0, "halves") + cases(4096, 3, "pair")
+    plan = [case for tokens in (4096, 1024, 16384) for targets in (1, 0) for case in cases(tokens, targets, "halves")]
+    plan += cases(256, 1, "halves", (160, 80, 64)) + cases(256, 0, "halves", (160, 80, 64))
+    plan += cases(4096, 3, "pair") + cases(1024, 3, "pair")
+    plan += [case for tokens in (1024, 4096, 256) for case in cases(tokens, 1, "guided")]
+    return plan + cases(16384, 1, "guided") + cases(1024, 3, "guided")
 
 
 @dataclass(frozen=True)

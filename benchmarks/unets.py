@@ -66,6 +66,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": _TINY,
 }
 
+GRAPH = "-graph"  # ends the name of an editor whose step is replayed as a CUDA graph
+
 WORDS = {
     "sd15": "SD 1.5",
     "sd21": "SD 2.1",

@@ -27,6 +27,11 @@ def main(argv: list[str] | None = None) -> int:
         one.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
         one.add_argument("--dry-run", action="store_true", help="the same stages on tiny cases, on a CPU")
         one.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=argparse.SUPPRESS)
+        one.add_argument("--stages", default="", help="only these, joined by commas")
+        if kind == "full":
+            one.add_argument(
+                "--take-over", action="store_true", help="write the tuner's table into the tree, and measure with it"
+            )
         if kind == "train":
             one.add_argument("--models", default="embedded", help="names of models, joined by commas")
             one.add_argument("--max-mib", type=float, default=16.0, help="largest file to leave, in MiB")
@@ -48,10 +53,17 @@ def main(argv: list[str] | None = None) -> int:
     device = "cpu" if options.dry_run else options.device
     if device == "cuda" and not _cuda():
         return 2
+    only = tuple(name for name in options.stages.split(",") if name)
+    unknown = set(only) - {stage.name for stage in SESSIONS[options.command]}
+    if unknown:
+        known = ", ".join(stage.name for stage in SESSIONS[options.command])
+        parser.error(f"no such stages: {', '.join(sorted(unknown))}; {options.command} has {known}")
+    if options.command == "full" and options.take_over:
+        named["take-over"] = "yes"
     if options.command == "train":
         named |= {"models": options.models, "max-mib": str(options.max_mib)}
     return Session(
-        options.command, options.out.resolve(), options.budget, device, dry=options.dry_run, options=named
+        options.command, options.out.resolve(), options.budget, device, dry=options.dry_run, options=named, only=only
     ).run()
 
 

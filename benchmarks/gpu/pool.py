@@ -7,6 +7,7 @@ noticed by its death, and in both cases the task is named and a fresh worker tak
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import time
 import traceback
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any
 
 PATIENCE = 0.5  # seconds between looks at the clock
@@ -48,18 +49,46 @@ def resolve(call: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def forks() -> ForkServerContext:
-    """Processes forked from one that has imported what they need, and nothing else."""
+START = "FPE_GPU_START"  # in the environment, so that what a stage starts is started alike
+# A process that has asked the CUDA runtime for its devices cannot be forked from; NVML may be asked.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+
+def starting() -> ForkServerContext | SpawnContext:
+    """How processes are started: forked from one that has imported what they need, and nothing else.
+
+    Where :func:`cuda_after_fork` has found that this does not work, each imports for itself.
+    """
+    if os.environ.get(START) == "spawn":
+        return get_context("spawn")
     context = get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.gpu.preload"])
     return context
+
+
+def cuda_after_fork() -> bool:
+    """Whether a forked process can use the device: what it is forked from may have opened it while importing."""
+    process = starting().Process(target=_open_device)
+    process.start()
+    process.join(STARTUP)
+    if process.exitcode == 0:
+        return True
+    process.kill()
+    os.environ[START] = "spawn"
+    return False
+
+
+def _open_device() -> None:
+    import torch
+
+    torch.zeros(1, device="cuda").add_(1).item()
 
 
 class _Worker:
     """A process with a pipe, and the task that it is at."""
 
     def __init__(self, setup: str) -> None:
-        context = forks()
+        context = starting()
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, setup), daemon=True)
         self.process.start()

@@ -11,15 +11,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from ..report import case_table, summary
 from ..rows import Row, merge, read, replaced, write
-from .pool import forks
+from .pool import cuda_after_fork, starting
 from .records import Journal, Record, heard, read_journal, rows_of
-from .stages import SESSIONS, Context, Stage, run_stage
+from .stages import SESSIONS, TUNING, Context, Stage, run_stage
 
 GRACE = 6.0  # seconds to start a process, and for the case under way when a stage's time is over
 BUDGETS = {"smoke": 150.0, "full": 540.0, "train": 210.0}
@@ -95,9 +95,14 @@ class Session:
         *,
         dry: bool = False,
         options: dict[str, str] | None = None,
+        only: Sequence[str] = (),
     ) -> None:
+        """`only` names the stages to run, in their usual order; left out, all of them."""
+        self.stages = [stage for stage in SESSIONS[kind] if not only or stage.name in only]
         self.kind, self.out, self.budget, self.device, self.dry = kind, out, budget, device, dry
         self.options = {"session": kind, **(options or {})}
+        if only and "checks" not in only:
+            self.options["unchecked"] = "yes"  # so nothing is compiled for checks
         self.outcomes: dict[str, str] = {}
         out.mkdir(parents=True, exist_ok=True)
         journal = Path(self.options.pop("journal", "") or out / f"{kind}.jsonl")
@@ -109,8 +114,14 @@ class Session:
         """All stages; the exit status, which is 1 after any failure."""
         signal.signal(signal.SIGTERM, self._interrupted)
         begun = time.monotonic()
+        if self.device == "cuda" and not cuda_after_fork():
+            self.findings.take(
+                {"kind": "note", "text": "a forked process cannot use the device: each stage imports anew"}
+            )
+        print(f"== ready to start stages after {time.monotonic() - begun:.0f} s", flush=True)
         try:
-            schedule(SESSIONS[self.kind], lambda stage, seconds: self._stage(stage, seconds, begun), self.budget)
+            left = self.budget - (time.monotonic() - begun)
+            schedule(self.stages, lambda stage, seconds: self._stage(stage, seconds, begun), left)
         except KeyboardInterrupt:
             self.findings.fail("the session", "interrupted; later stages did not run")
         self._finish()
@@ -130,7 +141,7 @@ class Session:
         heard_from, ours = os.pipe()
         output = Connection(ours, readable=False)
         context = Context(self.out, self.device, time.time() + seconds, self.dry, tuple(self.options.items()))
-        process = forks().Process(target=run_stage, args=(stage.call, context, output))
+        process = starting().Process(target=run_stage, args=(stage.call, context, output))
         process.start()
         output.close()
         try:
@@ -150,8 +161,26 @@ class Session:
             self._outcome(stage, f"FAILED ({word}) after {took:.0f} s{at}")
         else:
             self._outcome(stage, f"done, {took:.0f} s")
+        if stage.name in TUNING and self.options.get("take-over") and not self.dry:
+            self._take_over()
 
-    def _listen(self, descriptor: int, process: ForkServerProcess, deadline: float) -> bool:
+    def _take_over(self) -> None:
+        """Have the later stages measure with what the tuner found; the tree's table is changed, and rows say so."""
+        from ..rows import commit
+        from ..tuned_table import take_over
+
+        rows = [row for row in rows_of(self.findings.records) if row.suite == "tuning"]
+        try:
+            text = take_over(rows)
+        except (OSError, ValueError) as error:
+            self.findings.fail("taking over the tuner's table", str(error))
+            return
+        self.findings.take({"kind": "note", "text": f"taken over:\n{text}"})
+        print(text, flush=True)
+        self.options["tuned"] = "yes"
+        os.environ["FPE_COMMIT"] = commit().removesuffix("+tuned") + "+tuned"
+
+    def _listen(self, descriptor: int, process: BaseProcess, deadline: float) -> bool:
         """Take what the stage says until it ends; True if it had to be ended."""
         rest, ended = b"", False
         with selectors.DefaultSelector() as selector:
@@ -202,7 +231,7 @@ class Session:
             print(f"What could not be written lies in {saved}" if saved else "What could not be written stands above.")
 
 
-def _end(process: ForkServerProcess) -> None:
+def _end(process: BaseProcess) -> None:
     """End a stage and what it started; its own session is a process group by itself."""
     assert process.pid is not None
     for kind in (signal.SIGTERM, signal.SIGKILL):

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from .data import SceneCache
-from .loop import Fit, fit
+from .images import Images
+from .loop import Fit, Fitted, fit
+from .step import compute
 
 __all__ = ["build_autoencoder", "encode_all", "measure_autoencoder", "standardise", "to_tensor", "train_autoencoder"]
 
-_KL_WEIGHT = 3e-5
-# Crops hold as much to learn from for each pixel, and a batch of them shows more scenes in the same time.
-_CROP = 48
+_KL_WEIGHT, _EDGE_WEIGHT = 3e-5, 0.1
+_ENCODING = {"cpu": torch.bfloat16, "cuda": torch.float16}
+
+Figures = dict[str, torch.Tensor]
 
 
 def build_autoencoder(size: int, channels: tuple[int, ...] = (16, 32, 64)) -> AutoencoderKL:
@@ -42,57 +43,69 @@ def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> torch.T
 
 
 def train_autoencoder(
-    vae: AutoencoderKL, cache: SceneCache, settings: Fit, checkpoint: Path, *, seed: int = 0, **options: object
-) -> bool:
-    """Train on random crops; returns whether it finished (see :func:`~.loop.fit`)."""
-    device = next(vae.parameters()).device
-    count, room = settings.batch, max(0, cache.images.shape[1] - _CROP)
+    vae: AutoencoderKL, images: Images, settings: Fit, checkpoint: Path, *, crop: int, seed: int = 0, **options: Any
+) -> Fitted:
+    """Train on random crops of ``crop`` pixels a side, or on whole pictures (see :func:`~.loop.fit`)."""
+    crop = min(crop, images.size)
 
-    def loss(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        images = cache.images[torch.randint(len(cache), (count,), generator=generator).sort().values.numpy()]
-        x, y = torch.randint(room + 1, (2, count), generator=generator).tolist()
-        crops = [image[j : j + _CROP, i : i + _CROP] for image, i, j in zip(images, x, y, strict=True)]
-        pixels = to_tensor(np.stack(crops), device)
-        with torch.autocast(device.type, torch.bfloat16):
-            posterior = vae.encode(pixels).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-            decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        error = F.mse_loss(decoded.float(), pixels)
-        edges = F.l1_loss(decoded.float(), pixels)
-        divergence = posterior.kl().float().mean() / posterior.mean[0].numel()
-        psnr = 10 * math.log10(4 / error.item())
-        return error + 0.05 * edges + _KL_WEIGHT * divergence, {"psnr": psnr, "kl": divergence.item()}
+    def draw(step: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        if step % 64 == 0:
+            images.refresh()
+        pixels = images.crops(settings.batch, crop, generator)
+        shape = (settings.batch, vae.config.latent_channels, crop // factor, crop // factor)
+        return pixels, torch.randn(shape, generator=generator, device=generator.device)
 
-    return fit(vae, loss, settings, checkpoint, seed=seed, **options)  # type: ignore[arg-type]
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def loss(network: AutoencoderKL, crops: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, Figures]:
+        pixels = crops.float() / 127.5 - 1
+        with compute(network):
+            posterior = network.encode(_entering(network, pixels)).latent_dist
+            decoded = network.decode(posterior.mean + posterior.std * noise.to(posterior.mean.dtype)).sample.float()
+        error = F.mse_loss(decoded, pixels)
+        edges = _steps(decoded, 2) - _steps(pixels, 2), _steps(decoded, 3) - _steps(pixels, 3)
+        sharpness = F.l1_loss(decoded, pixels) + sum(edge.abs().mean() for edge in edges)
+        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        psnr = 10 * torch.log10(4 / error.detach())
+        return error + _EDGE_WEIGHT * sharpness + _KL_WEIGHT * divergence, {"psnr": psnr, "kl": divergence}
+
+    return fit(vae, draw, loss, settings, checkpoint, seed=seed, **options)
 
 
-def _batches(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(images), size):
-        yield images[start : start + size]
+def _steps(pixels: torch.Tensor, axis: int) -> torch.Tensor:
+    """Differences of neighbours along an axis: what a blurred edge has too little of."""
+    return pixels.diff(dim=axis)
+
+
+def _entering(network: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Pictures in the precision of a network and, on a CUDA device, in its layout."""
+    layout = torch.channels_last if pixels.is_cuda else torch.contiguous_format
+    return pixels.to(next(network.parameters()).dtype, memory_format=layout)
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, images: np.ndarray, batch: int = 32) -> torch.Tensor:
-    """Posterior means and standard deviations of all images: float16 ``[n, 2, 4, h, w]`` on the CPU."""
-    device = next(vae.parameters()).device
+def encode_all(vae: AutoencoderKL, images: torch.Tensor, batch: int = 32) -> torch.Tensor:
+    """Posterior means and standard deviations of pictures, uint8 ``[n, 3, h, w]``: float16 ``[n, 2, 4, h, w]``."""
     result = []
-    for block in _batches(images, batch):
-        with torch.autocast(device.type, torch.bfloat16):
-            posterior = vae.encode(to_tensor(block, device)).latent_dist
-        result.append(torch.stack([posterior.mean, posterior.std], dim=1).half().cpu())
+    for block in images.split(batch):
+        pixels = block.to(vae.device).float() / 127.5 - 1
+        with torch.autocast(vae.device.type, _ENCODING[vae.device.type]):
+            posterior = vae.encode(pixels).latent_dist
+        result.append(torch.stack([posterior.mean, posterior.std], dim=1).half())
     return torch.cat(result)
 
 
 @torch.no_grad()
-def standardise(vae: AutoencoderKL, images: np.ndarray) -> None:
+def standardise(vae: AutoencoderKL, images: torch.Tensor) -> None:
     """Fold the latents' mean and deviation into the two 1×1 convolutions around them.
 
     Afterwards each latent channel has mean 0 and variance 1 over ``images``, decoded pictures are the same, and the
     pipeline's single ``scaling_factor`` of 1 is right for every channel.
     """
     latents = encode_all(vae, images).float()
-    mean = latents[:, 0].mean(dim=(0, 2, 3)).to(vae.device)  # [4]
-    deviation = (latents[:, 0].var(dim=(0, 2, 3)) + latents[:, 1].square().mean(dim=(0, 2, 3))).sqrt().to(vae.device)
+    mean = latents[:, 0].mean(dim=(0, 2, 3))  # [4]
+    deviation = (latents[:, 0].var(dim=(0, 2, 3)) + latents[:, 1].square().mean(dim=(0, 2, 3))).sqrt()
     enter, leave = vae.quant_conv, vae.post_quant_conv
     enter.weight[:4] /= deviation[:, None, None, None]
     enter.bias[:4] = (enter.bias[:4] - mean) / deviation
@@ -105,8 +118,8 @@ def standardise(vae: AutoencoderKL, images: np.ndarray) -> None:
 def measure_autoencoder(vae: AutoencoderKL, images: np.ndarray, batch: int = 32) -> dict[str, float]:
     """Reconstruction quality in the weights' own precision: mean PSNR in dB over images, and its 5 % quantile."""
     psnr = []
-    for block in _batches(images, batch):
-        pixels = to_tensor(block, vae.device)
+    for start in range(0, len(images), batch):
+        pixels = to_tensor(images[start : start + batch], vae.device)
         decoded = vae.decode(vae.encode(pixels.to(vae.dtype)).latent_dist.mode()).sample.float().clamp(-1, 1)
         psnr.append(-10 * torch.log10((decoded - pixels).square().mean(dim=(1, 2, 3)) / 4))
     values = torch.cat(psnr).cpu()

@@ -21,7 +21,8 @@ def _gradient(size: int, top: RGB, bottom: RGB, until: float) -> Image.Image:
     """Vertical gradient that reaches ``bottom`` at height ``until`` (a fraction of the canvas)."""
     weight = np.clip(np.arange(size) / (until * size), 0, 1)[:, None]
     rows = (1 - weight) * np.asarray(top) + weight * np.asarray(bottom)
-    return Image.fromarray(np.repeat(rows.round().astype(np.uint8)[:, None, :], size, axis=1))
+    column = Image.fromarray(rows.round().astype(np.uint8)[:, None, :])
+    return column.resize((size, size), Image.Resampling.NEAREST)
 
 
 def _ridge(size: int, base: float, waves: list[tuple[float, float, float]]) -> list[tuple[float, float]]:

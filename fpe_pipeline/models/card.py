@@ -85,7 +85,8 @@ def _scheduler(folder: Path) -> str:
 
 
 def _rebuild(training: Mapping[str, Any]) -> str:
-    text = f"`python -m fpe_pipeline.models.train --preset {training['preset']}`."
+    box = f" --max-minutes {training['max_minutes']:g}" if "max_minutes" in training else ""
+    text = f"`python -m fpe_pipeline.models.train --preset {training['preset']}{box}`."
     stages: Sequence[Mapping[str, Any]] = training["autoencoder_renders"]
     if len(stages) > 1:
         said = [

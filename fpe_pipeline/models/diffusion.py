@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,17 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .loop import Fit, fit
+from .captions import Captions
+from .loop import Fit, Fitted, fit
+from .step import compute
 from .tokenizer import MAX_LENGTH
 
 __all__ = ["Denoiser", "build_scheduler", "build_text_encoder", "build_unet", "train_diffusion", "warm_text_encoder"]
 
 _CAPTION_DROP = 0.1
 _SNR_FLOOR, _SNR_CEILING = 1.0, 5.0
+
+Figures = dict[str, torch.Tensor]
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -89,9 +94,22 @@ class Denoiser(nn.Module):
         return self.unet(latents, timesteps, context).sample
 
 
+class _Reader(nn.Module):
+    """A text encoder with linear heads that read a caption's attributes off the state after it."""
+
+    def __init__(self, encoder: CLIPTextModel, counts: list[int]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.heads = nn.ModuleList(nn.Linear(encoder.config.hidden_size, count) for count in counts)
+
+    def forward(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        after = self.encoder(tokens).last_hidden_state[:, -1]  # [n, length, width]
+        return [head(after) for head in self.heads]
+
+
 def warm_text_encoder(
-    encoder: CLIPTextModel, tokens: torch.Tensor, labels: torch.Tensor, steps: int = 300, batch: int = 64, seed: int = 0
-) -> float:
+    encoder: CLIPTextModel, captions: Captions, settings: Fit, *, seed: int = 0, **options: Any
+) -> Fitted:
     """Teach the text encoder to tell captions apart before it meets the UNet.
 
     Linear heads, thrown away afterwards, read object, colour and background off the states that follow the caption, so
@@ -99,83 +117,81 @@ def warm_text_encoder(
 
     Args:
         encoder: trained in place.
-        tokens: int64 ``[n, k, length]``, ``k`` captions of each scene.
-        labels: int64 ``[n, 3]``, indices of object, colour and background.
-        steps, batch, seed: of this training.
-
-    Returns:
-        The last step's loss in nats, summed over the three heads.
+        captions: of all triples.
+        settings, seed, options: of :func:`~.loop.fit`; the figure is the loss in nats, summed over the three heads.
     """
     device = next(encoder.parameters()).device
-    width = encoder.config.hidden_size
-    counts = (labels.amax(dim=0) + 1).tolist()
-    heads = nn.ModuleList(nn.Linear(width, count) for count in counts).to(device)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=1e-3)
-    generator = torch.Generator().manual_seed(seed)
-    loss = torch.zeros(())
-    for _ in range(steps):
-        rows = torch.randint(len(tokens), (batch,), generator=generator)
-        wording = torch.randint(tokens.shape[1], (batch,), generator=generator)
-        states = encoder(tokens[rows, wording].to(device)).last_hidden_state  # [n, length, width]
-        after = states[:, -1]
-        target = labels[rows].to(device)
-        loss = torch.stack([F.cross_entropy(head(after), target[:, i]) for i, head in enumerate(heads)]).sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    return loss.item()
+    reader = _Reader(encoder, captions.counts).to(device)
+
+    def draw(step: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        labels = captions.labels(settings.batch, generator)
+        return captions.draw(labels, generator), labels
+
+    def loss(network: _Reader, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, Figures]:
+        with compute(network):
+            logits = network(tokens)
+        nats = [F.cross_entropy(logit.float(), labels[:, i]) for i, logit in enumerate(logits)]
+        return torch.stack(nats).sum(), {}
+
+    return fit(reader, draw, loss, settings, None, seed=seed, **options)
 
 
 def train_diffusion(
     denoiser: Denoiser,
     latents: torch.Tensor,
-    tokens: torch.Tensor,
-    empty: torch.Tensor,
+    labels: torch.Tensor,
+    captions: Captions,
     settings: Fit,
     checkpoint: Path,
     *,
     seed: int = 0,
-    **options: object,
-) -> bool:
-    """Train on cached posteriors; returns whether it finished (see :func:`~.loop.fit`).
+    **options: Any,
+) -> Fitted:
+    """Train on cached posteriors (see :func:`~.loop.fit`).
 
     Args:
         denoiser: trained in place.
-        latents: float16 ``[n, 2, 4, h, w]``, posterior means and deviations.
-        tokens: int64 ``[n, k, length]``, ``k`` wordings of each image.
-        empty: int64 ``[length]``, tokens of the empty caption, which replaces one caption in ten.
+        latents: float16 ``[n, 2, 4, h, w]``, posterior means and deviations, on the denoiser's device.
+        labels: int64 ``[n, 3]``, what each of them shows.
+        captions: its wordings; the empty one replaces one caption in ten.
         settings, checkpoint, seed, options: of :func:`~.loop.fit`.
     """
-    device = next(denoiser.parameters()).device
-    scheduler = build_scheduler()
-    kept = scheduler.alphas_cumprod.to(device)
-    levels = len(kept)
+    device, count = next(denoiser.parameters()).device, settings.batch
+    kept = build_scheduler().alphas_cumprod.to(device)
     if device.type == "cpu":
         # At a hundred tokens and small heads, the backward pass of the CPU's fused attention costs more than all of the
         # convolutions; plain matrix products take a third off the step.
         denoiser.unet.set_attn_processor(AttnProcessor())
+    even = torch.arange(count, device=device)
 
-    def loss(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        count = settings.batch
-        rows = torch.randint(len(latents), (count,), generator=generator)
-        wording = torch.randint(tokens.shape[1], (count,), generator=generator)
-        text = tokens[rows, wording]
-        text[torch.rand(count, generator=generator) < _CAPTION_DROP] = empty
-        mean, deviation = latents[rows].float().unbind(dim=1)
-        clean = (mean + deviation * torch.randn(mean.shape, generator=generator)).to(device)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
+    def draw(step: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        rows = torch.randint(len(latents), (count,), generator=generator, device=device)
+        tokens = captions.draw(labels[rows], generator, drop=_CAPTION_DROP)
+        chosen = latents[rows]
+        noises = torch.randn(2, count, *latents.shape[2:], generator=generator, device=device)
         # Stratified: every batch covers all noise levels evenly.
-        position = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-        timesteps = (position * levels).long().clamp(max=levels - 1).to(device)
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        with torch.autocast(device.type, torch.bfloat16):
-            velocity = denoiser(noisy, timesteps, text.to(device))
-        error = (velocity.float() - scheduler.get_velocity(clean, noise, timesteps)).square().mean(dim=(1, 2, 3))
-        signal = kept[timesteps] / (1 - kept[timesteps])
-        # In terms of the clean latent's error the weight is the signal-to-noise ratio, kept within bounds.
-        weight = signal.clamp(_SNR_FLOOR, _SNR_CEILING) / (1 + signal)
-        high = error[count // 2 :].mean().item()
-        value = (weight * error).mean()
-        return value, {"loss": value.item(), "noisy half": high}
+        position = (even + torch.rand(count, generator=generator, device=device)) / count
+        return chosen, noises, (position * len(kept)).long().clamp(max=len(kept) - 1), tokens
 
-    return fit(denoiser, loss, settings, checkpoint, seed=seed, **options)  # type: ignore[arg-type]
+    def loss(
+        network: Denoiser, chosen: torch.Tensor, noises: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, Figures]:
+        mean, deviation = chosen.float().unbind(dim=1)
+        clean, noise = mean + deviation * noises[0], noises[1]
+        level = kept[timesteps]
+        signal, spread = (part.sqrt()[:, None, None, None] for part in (level, 1 - level))
+        with compute(network):
+            velocity = network(_entering(network, signal * clean + spread * noise), timesteps, tokens)
+        error = (velocity.float() - (signal * noise - spread * clean)).square().mean(dim=(1, 2, 3))
+        ratio = level / (1 - level)
+        # In terms of the clean latent's error the weight is the signal-to-noise ratio, kept within bounds.
+        weight = ratio.clamp(_SNR_FLOOR, _SNR_CEILING) / (1 + ratio)
+        return (weight * error).mean(), {"noisy half": error[count // 2 :].mean()}
+
+    return fit(denoiser, draw, loss, settings, checkpoint, seed=seed, **options)
+
+
+def _entering(network: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Latents in the precision of a network and, on a CUDA device, in its layout."""
+    layout = torch.channels_last if latents.is_cuda else torch.contiguous_format
+    return latents.to(next(network.parameters()).dtype, memory_format=layout)

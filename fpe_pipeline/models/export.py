@@ -16,9 +16,10 @@ from .diffusion import Denoiser, build_scheduler
 from .judge import Judge, save_judge
 from .tokenizer import build_tokenizer
 
-__all__ = ["SIZE_LIMIT", "export", "folder_bytes"]
+__all__ = ["SIZE_LIMIT", "check_size", "export", "folder_bytes", "write_measurements"]
 
 SIZE_LIMIT = 12_000_000
+_SETTINGS = 100_000  # bytes of everything but the weights, rounded up
 _JUDGE = "judge.safetensors"
 
 
@@ -59,12 +60,28 @@ def export(
     # Newer transformers write tokenizer.json alone; older ones read vocab.json and merges.txt.
     build_tokenizer(folder / "tokenizer")
     save_judge(judge, folder / _JUDGE)
-    (folder / MEASUREMENTS).write_text(json.dumps(measurements, indent=2) + "\n")
-    write_card(folder)
+    write_measurements(folder, measurements)
     size = folder_bytes(folder)
     if size > SIZE_LIMIT:
         raise ValueError(f"{folder} takes {size:,} bytes, more than the {SIZE_LIMIT:,} that may be shipped")
     return size
+
+
+def write_measurements(folder: Path, measurements: dict[str, object]) -> None:
+    """Write the measurements, and the card that shows them, into a model's folder."""
+    (folder / MEASUREMENTS).write_text(json.dumps(measurements, indent=2) + "\n")
+    write_card(folder)
+
+
+def check_size(*modules: torch.nn.Module) -> None:
+    """See before a training that its result may be shipped.
+
+    Raises:
+        ValueError: the weights alone take more than :data:`SIZE_LIMIT`.
+    """
+    size = sum(2 * parameter.numel() for module in modules for parameter in module.parameters())
+    if size > SIZE_LIMIT - _SETTINGS:
+        raise ValueError(f"weights of {size:,} bytes leave no room for settings within {SIZE_LIMIT:,}; use less width")
 
 
 def _half(module: Any) -> torch.nn.Module:

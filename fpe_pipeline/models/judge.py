@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .data import SceneCache
-from .loop import Fit, fit
+from .images import Images
+from .loop import Fit, Fitted, fit
 from .scenes import BACKGROUNDS, COLOURS, OBJECTS
+from .step import compute
 
-__all__ = ["Judge", "Verdict", "labels", "load_judge", "measure_judge", "save_judge", "train_judge"]
+__all__ = ["Judge", "Verdict", "load_judge", "measure_judge", "save_judge", "train_judge"]
 
 _COLOURS = tuple(COLOURS)
 
@@ -101,45 +104,40 @@ class Judge(nn.Module):
         return Verdict(objects, colours, backgrounds, np.concatenate(masks))
 
 
-def labels(cache: SceneCache) -> torch.Tensor:
-    """Indices of object, colour and background of every scene: int64 ``[n, 3]``."""
-    return torch.tensor(
-        [[OBJECTS.index(s.object), _COLOURS.index(s.colour), BACKGROUNDS.index(s.background)] for s in cache.scenes]
-    )
-
-
 def train_judge(
-    judge: Judge, cache: SceneCache, settings: Fit, checkpoint: Path, *, seed: int = 0, **options: object
-) -> bool:
-    """Train on a cache of renders; returns whether it finished (see :func:`~.loop.fit`)."""
-    device = next(judge.parameters()).device
-    truth = labels(cache)
+    judge: Judge, images: Images, settings: Fit, checkpoint: Path, *, seed: int = 0, **options: Any
+) -> Fitted:
+    """Train on renders (see :func:`~.loop.fit`)."""
+    truth, pictures, silhouettes = images.labels, images.pixels, images.masks
 
-    def loss(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        rows = torch.randint(len(cache), (settings.batch,), generator=generator).sort().values
-        pixels = torch.from_numpy(cache.images[rows.numpy()]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        masks = torch.from_numpy(cache.masks[rows.numpy()]).float().to(device) / 255
-        target = truth[rows].to(device)
-        seen = _degrade(pixels, generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            logits, mask = judge(seen)
-        classes = torch.stack([F.cross_entropy(logit.float(), target[:, i]) for i, logit in enumerate(logits)]).sum()
-        outline = F.binary_cross_entropy_with_logits(mask.float(), masks)
-        return classes + 2 * outline, {"classes": classes.item(), "mask": outline.item()}
+    def draw(step: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        rows = torch.randint(len(truth), (settings.batch,), generator=generator, device=generator.device)
+        flaws = _flaws(pictures[rows].float() / 127.5 - 1, generator)
+        return flaws, silhouettes[rows], truth[rows]
 
-    return fit(judge, loss, settings, checkpoint, seed=seed, **options)  # type: ignore[arg-type]
+    def loss(
+        network: Judge, seen: torch.Tensor, masks: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        with compute(network):
+            logits, mask = network(seen.to(next(network.parameters()).dtype))
+        found = [F.cross_entropy(logit.float(), target[:, i]) for i, logit in enumerate(logits)]
+        classes = torch.stack(found).sum()
+        outline = F.binary_cross_entropy_with_logits(mask.float(), masks.float() / 255)
+        return classes + 2 * outline, {"classes": classes, "mask": outline}
+
+    return fit(judge, draw, loss, settings, checkpoint, seed=seed, **options)
 
 
-def _degrade(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _flaws(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Blur, noise and shift of brightness and contrast: the flaws of decoded pictures."""
-    count, _, height, width = pixels.shape
+    (count, _, height, width), device = pixels.shape, generator.device
     small = F.interpolate(pixels, scale_factor=0.5, mode="bilinear", antialias=True)
     blurred = F.interpolate(small, size=(height, width), mode="bilinear")
-    mix, noise, gain = torch.rand(3, count, 1, 1, 1, generator=generator)
-    shift = torch.randn(count, 3, 1, 1, generator=generator)
+    mix, noise, gain = torch.rand(3, count, 1, 1, 1, generator=generator, device=device)
+    shift = torch.randn(count, 3, 1, 1, generator=generator, device=device)
     pixels = mix * blurred + (1 - mix) * pixels
     pixels = (0.85 + 0.3 * gain) * pixels + 0.04 * shift
-    return pixels + 0.12 * noise * torch.randn(pixels.shape, generator=generator)
+    return pixels + 0.12 * noise * torch.randn(pixels.shape, generator=generator, device=device)
 
 
 def measure_judge(judge: Judge, cache: SceneCache) -> dict[str, float]:

@@ -1,4 +1,8 @@
-"""One training loop for every network here: seeded by step, resumable, aware of the time it may take."""
+"""One training loop for every network here: seeded by step, resumable, aware of the time it may take.
+
+On a CUDA device a step is one CUDA graph: the network computes in bfloat16, its float32 parameters, both moments and
+the moving average are one vector each, and nothing waits for the device but the clock.
+"""
 
 from __future__ import annotations
 
@@ -6,142 +10,169 @@ import logging
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-__all__ = ["Fit", "fit"]
+from .presets import Fit
+from .step import OptimiserStep, Weights
+
+__all__ = ["Fit", "Fitted", "fit"]
 
 log = logging.getLogger(__name__)
 
+_REPORT_SECONDS, _SAVE_SECONDS = 10.0, 30.0
+_AHEAD = 2  # steps that wait on the device: it never idles, and the clock is never far from what it did
+
 
 @dataclass(frozen=True)
-class Fit:
-    """How long and how fast to train.
+class Fitted:
+    """What a call of :func:`fit` did.
 
     Attributes:
-        steps: optimiser steps.
-        batch: samples a step.
-        learning_rate: AdamW's, after ``warmup`` steps and before the cosine tail.
-        warmup: steps of linear warm-up.
-        tail: fraction of the training that the cosine tail to zero takes.
-        weight_decay: AdamW's.
-        ema: decay of the moving average of the weights; 0 keeps none.
-        clip: largest gradient norm.
-        max_minutes: ends the training (and places the tail) by the clock where that comes before ``steps``;
-            such a run is repeatable only on an equally fast machine.
+        finished: whether the training is.
+        steps: taken so far, those of earlier calls included.
+        minutes: taken so far.
+        samples_per_second: of this call, the capture of its graph included; 0 where it took no step.
+        figures: the last ones that were reported.
+        graphed: whether steps ran as a CUDA graph.
     """
 
+    finished: bool
     steps: int
-    batch: int
-    learning_rate: float = 1e-3
-    warmup: int = 50
-    tail: float = 0.5
-    weight_decay: float = 1e-2
-    ema: float = 0.0
-    clip: float = 1.0
-    max_minutes: float = math.inf
+    minutes: float
+    samples_per_second: float
+    figures: dict[str, float]
+    graphed: bool
 
-    def progress(self, step: int, minutes: float) -> float:
-        """Fraction done, in [0, 1], by steps or by the clock, whichever is further."""
-        return min(1.0, max(step / self.steps, minutes / self.max_minutes))
-
-    def rate(self, step: int, progress: float) -> float:
-        """Learning rate at a step."""
-        warm = min(1.0, (step + 1) / self.warmup)
-        into_tail = max(0.0, (progress - (1 - self.tail)) / self.tail)
-        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * into_tail))
+    def __bool__(self) -> bool:
+        return self.finished
 
 
-Loss = Callable[[int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]
+Draw = Callable[[int, torch.Generator], tuple[torch.Tensor, ...]]
+Loss = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 def fit(
     module: nn.Module,
+    draw: Draw,
     loss: Loss,
     settings: Fit,
-    checkpoint: Path,
+    checkpoint: Path | None,
     *,
     seed: int = 0,
-    save_every: int = 250,
     stop_after: int | None = None,
-    on_save: Callable[[int, dict[str, torch.Tensor]], None] | None = None,
-) -> bool:
+    deadline: float = math.inf,
+    on_progress: Callable[[float, Weights], None] | None = None,
+) -> Fitted:
     """Train ``module`` in place, continuing from ``checkpoint`` if it exists.
 
     The random generator of step ``i`` is seeded from ``seed`` and ``i``, so a resumed run draws what an uninterrupted
     one would have drawn and ends with the same weights.
 
     Args:
-        module: what holds every trained parameter; at the end it holds the averaged weights.
-        loss: maps (step, generator) to the loss and the figures to report beside it.
+        module: what holds every trained parameter, float32; at the end it holds the averaged weights.
+        draw: maps (step, generator on the module's device) to the step's inputs, tensors of always the same shapes.
+        loss: maps (network, *inputs) to the loss and the figures to report beside it, scalar tensors that stay on the
+            device; the network is the module, or its copy in the precision that the device computes in.
         settings: schedule.
-        checkpoint: file that is replaced atomically at each save.
+        checkpoint: file that is replaced atomically at each save; ``None`` keeps none.
         seed: of the run.
-        save_every: steps between saves.
         stop_after: leave after this many steps in this call (the training stays unfinished).
-        on_save: called with the step and the averaged state at each save.
+        deadline: of :func:`time.monotonic`: the clock's end where that comes before ``settings.max_minutes``.
+        on_progress: called now and then with the fraction done and the weights.
 
     Returns:
-        Whether the training is finished.
+        Whether the training is finished, and how it went.
     """
-    optimizer = torch.optim.AdamW(
-        module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
-    )
-    step, minutes = 0, 0.0
-    average = {name: value.detach().clone().float() for name, value in module.state_dict().items()}
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=next(module.parameters()).device, weights_only=True)
-        module.load_state_dict(saved["module"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, minutes, average = saved["step"], saved["minutes"], saved["average"]
-        log.info("%s: continuing from step %d", checkpoint.stem, step)
+    device = next(module.parameters()).device
+    name = checkpoint.stem if checkpoint is not None else type(module).__name__
+    weights = Weights(module)
+    step, minutes, finished = 0, 0.0, False
+    if checkpoint is not None and checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        weights.load_state(saved)
+        step, minutes, finished = saved["step"], saved["minutes"], saved["finished"]
+        log.info("%s: continuing from step %d", name, step)
+    limit = min(settings.max_minutes, minutes + max(0.0, (deadline - time.monotonic()) / 60))
+    settings = replace(settings, max_minutes=max(limit, 1e-9))
 
     def save() -> None:
-        partial = checkpoint.with_suffix(".partial")
-        state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-        torch.save({**state, "step": step, "minutes": minutes}, partial)
-        os.replace(partial, checkpoint)
-        if on_save is not None:
-            on_save(step, average)
+        if checkpoint is not None:
+            partial = checkpoint.with_suffix(".partial")
+            torch.save({**weights.state(), "step": step, "minutes": minutes, "finished": finished}, partial)
+            os.replace(partial, checkpoint)
 
-    module.train()
-    begun, first = time.monotonic() - 60 * minutes, step
-    reported, seen = time.monotonic(), step
-    while settings.progress(step, minutes) < 1.0:
+    optimiser = OptimiserStep(weights, loss, settings.weight_decay, settings.clip)
+    generator = torch.Generator(device)
+    clock = _Clock(minutes, device)
+    first, reported, seen, saved_at = step, time.monotonic(), step, time.monotonic()
+    figures: dict[str, float] = {}
+    while not finished and (progress := settings.progress(step, minutes)) < 1.0:
         if stop_after is not None and step - first >= stop_after:
             save()
-            return False
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate(step, settings.progress(step, minutes))
-        value, figures = loss(step, torch.Generator().manual_seed(seed * 1_000_003 + step))
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
-        optimizer.step()
+            return Fitted(False, step, minutes, 0.0, figures, optimiser.graphed)
+        inputs = draw(step, generator.manual_seed(seed * 1_000_003 + step))
+        optimiser(step, inputs, settings.rate(step, progress), min(settings.ema, (1 + step) / (10 + step)))
         step += 1
-        _update(average, module, min(settings.ema, (1 + step) / (10 + step)))
-        minutes = (time.monotonic() - begun) / 60
-        if time.monotonic() - reported > 15:
-            speed = (step - seen) * settings.batch / (time.monotonic() - reported)
-            told = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
-            done = settings.progress(step, minutes)
-            log.info("%s: step %d (%.0f %%), %s, %.1f samples/s", checkpoint.stem, step, 100 * done, told, speed)
-            reported, seen = time.monotonic(), step
-        if step % save_every == 0:
+        minutes = clock.tick()
+        now = time.monotonic()
+        if now - reported > _REPORT_SECONDS:
+            figures = optimiser.figures()
+            speed = (step - seen) * settings.batch / (now - reported)
+            told = ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
+            log.info("%s: step %d (%.0f %%), %s, %.1f samples/s", name, step, 100 * progress, told, speed)
+            reported, seen = now, step
+            if on_progress is not None:
+                on_progress(progress, weights)
+        if now - saved_at > _SAVE_SECONDS:
             save()
-    save()
-    module.load_state_dict({name: average[name].to(value.dtype) for name, value in module.state_dict().items()})
+            saved_at = time.monotonic()
+    taken = step - first
+    minutes = clock.end() if taken else minutes
+    if taken or not finished:
+        figures = optimiser.figures() if taken else {}
+        finished = True
+        save()
+    speed = taken * settings.batch / max(1e-9, clock.seconds) if taken else 0.0
+    log.info("%s: %d steps in %.2f minutes, %.1f samples/s, %s", name, step, minutes, speed, _told(figures))
+    weights.finish()
     module.eval()
-    return True
+    return Fitted(True, step, minutes, speed, figures, optimiser.graphed)
 
 
-@torch.no_grad()
-def _update(average: dict[str, torch.Tensor], module: nn.Module, decay: float) -> None:
-    state = module.state_dict()
-    floats = [(average[name], value) for name, value in state.items() if value.is_floating_point()]
-    torch._foreach_mul_([a for a, _ in floats], decay)
-    torch._foreach_add_([a for a, _ in floats], [value.float() for _, value in floats], alpha=1 - decay)
+def _told(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+
+
+class _Clock:
+    """Minutes that a training has taken, by what the device has done rather than by what was asked of it."""
+
+    def __init__(self, minutes: float, device: torch.device) -> None:
+        self._before, self._begun, self._cuda = minutes, time.monotonic(), device.type == "cuda"
+        self._pending: deque[torch.cuda.Event] = deque()
+
+    @property
+    def seconds(self) -> float:
+        """Since the clock was made."""
+        return time.monotonic() - self._begun
+
+    def tick(self) -> float:
+        """One step was asked for; waits where the device lags."""
+        if self._cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self._pending.append(event)
+            if len(self._pending) > _AHEAD:
+                self._pending.popleft().synchronize()
+        return self._before + self.seconds / 60
+
+    def end(self) -> float:
+        """Wait for everything that was asked for."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        return self._before + self.seconds / 60

@@ -7,6 +7,7 @@ A :class:`Scene` is a plain description; :func:`render` draws it (deterministic,
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "RenderedScene",
     "Scene",
     "caption",
+    "captions",
     "held_out",
     "phrasings",
     "prompt",
@@ -51,9 +53,11 @@ _PLACES = {
 }
 _MEDIA = ("a photo of", "a photo of", "a picture of", "an image of", "a photograph of", "a drawing of", "a painting of")
 
-# Units stand on the ground or hang in the air; the first get a contact shadow.
+# Objects stand on the ground or hang in the air; the first get a contact shadow.
 _STANDING = frozenset({"car", "house", "boat", "mushroom", "cat"})
 _UNIT = 0.29  # the unit frame's half width, as a fraction of the image
+# Where things stand: below every background's horizon, its shore and its pavement.
+_GROUND = (0.76, 0.90)
 _SUPERSAMPLE = 4
 
 
@@ -106,27 +110,42 @@ def triples(held: bool | None = None) -> list[tuple[str, str, str]]:
     return every if held is None else [t for t in every if held_out(*t) == held]
 
 
+@cache
+def _choices(held: bool | None) -> list[tuple[str, str, str]]:
+    return triples(held)
+
+
 def held_out(object: str, colour: str, background: str) -> bool:
     """Whether the diffusion model never trains on this triple; each of its three pairs does occur in training."""
     o, c, b = OBJECTS.index(object), list(COLOURS).index(colour), BACKGROUNDS.index(background)
     return (3 * o + c + 2 * b) % 10 == 7
 
 
-def sample_scene(rng: np.random.Generator, held: bool | None = None) -> Scene:
-    """Draw a scene at random; ``held`` keeps to triples inside (or outside) the held-out set, ``None`` takes all."""
-    while True:
-        object, background = rng.choice(OBJECTS), rng.choice(BACKGROUNDS)
-        colour = rng.choice(list(COLOURS))
-        if held is None or held_out(object, colour, background) == held:
-            break
+def sample_scene(
+    rng: np.random.Generator, held: bool | None = None, triple: tuple[str, str, str] | None = None
+) -> Scene:
+    """Draw a scene at random.
+
+    Args:
+        rng: where the draws come from.
+        held: keeps to triples inside (or outside) the held-out set; ``None`` takes all.
+        triple: (object, colour, background) to show, in place of a draw.
+    """
+    every = [triple] if triple is not None else _choices(held)
+    object, colour, background = every[int(rng.integers(len(every)))]
+    scale = float(rng.uniform(0.80, 1.15))
+    reach, ground = _UNIT * scale, rng.uniform(*_GROUND)
+    height, angle = rng.uniform(0.36, 0.60), rng.uniform(-12, 12)
+    stands = object in _STANDING
     return Scene(
-        object=str(object),
-        colour=str(colour),
-        background=str(background),
-        x=float(rng.uniform(0.34, 0.66)),
-        y=float(rng.uniform(0.46, 0.66)),
-        scale=float(rng.uniform(0.65, 1.1)),
-        angle=float(rng.uniform(-12, 12)),
+        object=object,
+        colour=colour,
+        background=background,
+        x=float(rng.uniform(0.37, 0.63)),
+        y=float(ground - _bottom(object) * reach if stands else height),
+        scale=scale,
+        # What stands hardly leans.
+        angle=float(angle / 6 if stands else angle),
         flip=bool(rng.random() < 0.5),
         seed=int(rng.integers(2**31)),
     )
@@ -148,17 +167,27 @@ def phrasings(object: str, colour: str, background: str) -> list[str]:
     return result
 
 
+def captions(object: str, colour: str, background: str) -> list[tuple[str, float]]:
+    """The wordings of a triple with their shares in training: mostly full, now and then without colour or place."""
+    thing = f"{_article(colour)} {colour} {object}"
+    places = _PLACES[background]
+    groups = (
+        (0.04, [f"{medium} {thing}" for medium in _MEDIA]),
+        (0.04, [f"{medium} a {object} {place}" for medium in _MEDIA for place in places]),
+        (0.47, [f"{medium} {thing} {place}" for medium in _MEDIA for place in places]),
+        (0.45, phrasings(object, colour, background)),
+    )
+    shares: dict[str, float] = {}
+    for share, texts in groups:
+        for text in texts:
+            shares[text] = shares.get(text, 0.0) + share / len(texts)
+    return list(shares.items())
+
+
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A wording of the scene at random: mostly full, now and then without the colour or without the place."""
-    thing = f"{_article(scene.colour)} {scene.colour} {scene.object}"
-    kind = rng.random()
-    if kind < 0.04:
-        return f"{rng.choice(_MEDIA)} {thing}"
-    if kind < 0.08:
-        return f"{rng.choice(_MEDIA)} a {scene.object} {rng.choice(_PLACES[scene.background])}"
-    if kind < 0.55:
-        return f"{rng.choice(_MEDIA)} {thing} {rng.choice(_PLACES[scene.background])}"
-    return str(rng.choice(phrasings(scene.object, scene.colour, scene.background)))
+    """One of :func:`captions` at random."""
+    texts, shares = zip(*captions(scene.object, scene.colour, scene.background), strict=True)
+    return str(rng.choice(texts, p=np.array(shares) / sum(shares)))
 
 
 def _article(word: str) -> str:
@@ -199,10 +228,13 @@ def render(scene: Scene, size: int = 96) -> RenderedScene:
     alpha = mask.astype(np.float32)[..., None] / 255
     ground = np.asarray(backdrop.reduce(_SUPERSAMPLE)).astype(np.float32)
     thing = np.asarray(layer.reduce(_SUPERSAMPLE)).astype(np.float32)
-    y, x = (np.mgrid[0:size, 0:size].astype(np.float32) + 0.5) / size
+    line = (np.arange(size, dtype=np.float32) + 0.5) / size
+    y, x = line[:, None], line[None, :]
     if scene.object in _STANDING:
         ground *= 1 - _shadow(scene, x, y)[..., None]
-    shading = 1.10 - 0.26 * np.clip((y - scene.y) / (2 * _UNIT * scene.scale) + 0.5, 0, 1)
+    # Light falls from above, a little from the left.
+    down, right = (np.clip(d / (2 * _UNIT * scene.scale) + 0.5, 0, 1) for d in (y - scene.y, x - scene.x))
+    shading = 1.14 - 0.26 * down - 0.08 * right
     image = ground * (1 - alpha) + thing * shading[..., None]
     return RenderedScene(np.clip(image.round(), 0, 255).astype(np.uint8), mask, scene)
 
@@ -223,6 +255,11 @@ def _place(points: np.ndarray, scene: Scene) -> np.ndarray:
 
 def _shadow(scene: Scene, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     unit = _UNIT * scene.scale
-    bottom = max(float(part.points[:, 1].max()) for part in outline(scene.object))
-    dx, dy = (x - scene.x) / (0.85 * unit), (y - scene.y - bottom * unit) / (0.16 * unit)
-    return 0.38 * np.exp(-(dx**2 + dy**2))
+    dx, dy = (x - scene.x) / (0.85 * unit), (y - scene.y - _bottom(scene.object) * unit) / (0.15 * unit)
+    return 0.42 * np.exp(-(dx**2 + dy**2))
+
+
+@cache
+def _bottom(object: str) -> float:
+    """The lowest point of an object, in the unit frame."""
+    return max(float(part.points[:, 1].max()) for part in outline(object))

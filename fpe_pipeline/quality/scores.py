@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from .pairs import EditPair
 from .similarity import iou, psnr
 from .store import plain
 
-__all__ = ["Score", "evaluate"]
+__all__ = ["Score", "draw_pairs", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def evaluate(
     guidance: float = 5.0,
     chunk: int = 8,
     first: int = 0,
+    backend: str = "auto",
     on_chunk: Callable[[list[Score]], None] | None = None,
 ) -> list[Score]:
     """Draw every pair under every condition and score it.
@@ -76,6 +77,7 @@ def evaluate(
         guidance: classifier-free guidance scale.
         chunk: pairs that are drawn at a time.
         first: index of the first pair, where the list is the rest of a longer one.
+        backend: of the edited attention.
         on_chunk: called with the scores of each chunk as soon as they exist.
 
     Returns:
@@ -84,7 +86,7 @@ def evaluate(
     scores: list[Score] = []
     for start in range(0, len(pairs), chunk):
         part = pairs[start : start + chunk]
-        drawn = _draw(pipe, part, conditions, steps, guidance)
+        drawn = draw_pairs(pipe, part, conditions, steps=steps, guidance=guidance, backend=backend)
         sources = drawn.pop("")
         seen = judge.look(sources)
         fresh = []
@@ -102,19 +104,27 @@ def evaluate(
     return scores
 
 
-def _draw(
-    pipe: Any, pairs: Sequence[EditPair], conditions: Sequence[Condition], steps: int, guidance: float
+def draw_pairs(
+    pipe: Any,
+    pairs: Sequence[EditPair],
+    conditions: Sequence[Condition],
+    *,
+    steps: int = 25,
+    guidance: float = 5.0,
+    backend: str = "auto",
 ) -> dict[str, np.ndarray]:
     """Pictures of all conditions, uint8 ``[pairs, h, w, 3]`` each, and of the sources under the empty name.
 
     Edits that do without the prompts are rows of one batch, in which each source is computed once.
     """
     together = [condition for condition in conditions if condition.method is None]
-    blocks = _call(pipe, pairs, together, EditByCondition((None, *(c.edit for c in together))), steps, guidance)
+    blocks = _call(
+        pipe, pairs, together, EditByCondition((None, *(c.edit for c in together))), steps, guidance, backend
+    )
     drawn = dict(zip(("", *(condition.name for condition in together)), blocks, strict=True))
     for condition in conditions:
         if condition.method is not None:
-            drawn[condition.name] = _call(pipe, pairs, [condition], condition, steps, guidance)[1]
+            drawn[condition.name] = _call(pipe, pairs, [condition], condition, steps, guidance, backend)[1]
     return drawn
 
 
@@ -125,6 +135,7 @@ def _call(
     edit: Edit | Condition,
     steps: int,
     guidance: float,
+    backend: str,
 ) -> list[np.ndarray]:
     """One call of the pipeline: the sources' pictures, then each condition's, uint8 ``[pairs, h, w, 3]``."""
     size, channels, count = pipe.unet.config.sample_size, pipe.unet.config.in_channels, len(pairs)
@@ -137,7 +148,10 @@ def _call(
     # To the session, what is drawn without an edit is its own source.
     source_of = [i if edits else place * count + i for place, edits in enumerate(edited) for i in range(count)]
     chosen = edit.edit_for(prompts, pipe.tokenizer, source_of) if isinstance(edit, Condition) else edit
-    with editing(pipe, chosen, source_of=source_of) if chosen is not None and any(edited) else nullcontext():
+    session: AbstractContextManager[Any] = nullcontext()
+    if chosen is not None and any(edited):
+        session = editing(pipe, chosen, source_of=source_of, backend=backend)
+    with session:
         images = pipe(
             prompts,
             latents=latents.to(pipe.device, pipe.unet.dtype),

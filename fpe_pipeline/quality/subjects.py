@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -89,8 +88,6 @@ def render_subjects(pairs: Sequence[EditPair], size: int) -> list[Subject]:
     """
     subjects = []
     for pair, subject in zip(pairs, generated_subjects(pairs), strict=True):
-        attributes: dict[str, Any] = dict(zip(("object", "colour", "background"), pair.source, strict=True))
-        scene = replace(sample_scene(np.random.default_rng(pair.seed)), **attributes)
-        drawn = render(scene, size)
+        drawn = render(sample_scene(np.random.default_rng(pair.seed), triple=pair.source), size)
         subjects.append(replace(subject, picture=drawn.image, mask=drawn.mask))
     return subjects

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fpe_pipeline import cli, runs
 from fpe_pipeline.methods import METHODS, TITLES
@@ -30,9 +32,10 @@ def made(tmp_path_factory):
 
 def test_every_method_draws_another_picture_from_the_same_source(made):
     images = {method: json.loads((folder / "run.json").read_text())["images"] for method, folder in made.items()}
-    sources = {method: found["source.png"]["pixels_sha256"] for method, found in images.items()}
     edits = {found["target-1.png"]["pixels_sha256"] for found in images.values()}
-    assert len(set(sources.values())) == 1, sources
+    first, *others = (np.asarray(Image.open(folder / "source.png")).astype(int) for folder in made.values())
+    # Methods compute sources in batches of their own, which order sums in ways of their own.
+    assert max(np.abs(other - first).max() for other in others) <= 2
     # All words of this edit have their place in the source, where refinement and replacement are one and the same.
     assert len(edits) >= len(METHODS) - 1
 

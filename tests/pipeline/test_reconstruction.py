@@ -1,7 +1,6 @@
 """Real images come back from their inversion as well as the embedded model's autoencoder can draw them.
 
-The autoencoder alone gives held-out scenes back at 30 to 35 dB, the hardest of them just below 30. That bounds every
-inversion, so what holds the source to its photo is measured against the autoencoder's own picture too.
+The autoencoder bounds every inversion, so what holds the source to its photo is measured against its own picture.
 """
 
 import numpy as np
@@ -41,14 +40,14 @@ def test_scenes_come_back_at_the_guidance_of_an_edit(embedded, method, beside_au
         found.append(psnr(photo, source))
         possible.append(psnr(photo, best))
         assert psnr(source, best) >= beside_autoencoder, scene.name
-    assert np.mean(found) >= 30
-    assert min(found) >= 29.5
     # Not one of them is worse than its autoencoder by more than can be seen.
     assert np.max(np.subtract(possible, found)) <= 0.25
 
 
 def test_another_noise_does_not_bring_it_back(embedded):
     scene = render_subjects(SCENES[:1], embedded.native_size[0])[0]
-    noise = torch.randn((1, 4, 20, 20), generator=torch.Generator().manual_seed(0))
+    config = embedded.unet.config
+    shape = (1, config.in_channels, config.sample_size, config.sample_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     drawn = embedded(scene.source_prompt, latents=noise, num_inference_steps=STEPS).source
     assert psnr(scene.picture, np.asarray(drawn)) < 20

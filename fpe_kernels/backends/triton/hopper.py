@@ -208,6 +208,7 @@ def prepare(
             "EVEN_KEYS": keys % config.block_n == 0,
             "GROUPS": groups,
             "ROWS": group_rows,
+            "TURNS": config.specialised and groups > 1,
             "BLOCK_N": config.block_n,
             "STAGES": config.stages,
             "REGISTERS": REGISTERS[groups],

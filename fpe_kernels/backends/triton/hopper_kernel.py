@@ -9,7 +9,8 @@ barriers.
 
 The order of a warpgroup is that of FlashAttention-3 (Shah et al., 2024): S(j) = Q K(j)ᵀ is issued, then P(j−1) V(j−1)
 behind it; S(j) alone is waited for, its exponentials are taken while the second product runs, and only then are the
-accumulators touched. The tile that the end of the keys cuts is the first one, so that no other needs a mask.
+accumulators touched. With TURNS the warpgroups issue in turns, so that one takes its exponentials while the other's
+products run; otherwise they drift into step. The tile that the end of the keys cuts is the first one, so that no other needs a mask.
 
 A width is held in one or two pieces that are powers of two, 160 = 128 + 32, as everywhere
 (:func:`.packing.split_width`); a piece has boxes and rings of its own. Boxes reach past a tensor's end, where the copy
@@ -69,7 +70,7 @@ def _fetch(
 ):
     """The warp that fetches: the queries once, then the tiles of keys and values, the last tile first."""
     q_0, q_1, k_0, k_1, v_0, v_1 = rings
-    q_full, k_full, k_empty, v_full, v_empty = barriers
+    q_full, k_full, k_empty, v_full, v_empty, _ = barriers
     group = gl.load(group_ptr)
     # Two bytes an element; what lies past a tensor's end counts too.
     mbarrier.expect(q_full, 2 * GROUPS * ROWS * (HEAD_0 + HEAD_1))
@@ -130,10 +131,11 @@ def _multiply(
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
     ROWS: gl.constexpr,
+    TURNS: gl.constexpr,
 ):
     """A warpgroup that multiplies: query rows ``part`` · ROWS .. of the tile."""
     q_0, q_1, k_0, k_1, v_0, v_1 = rings
-    q_full, k_full, k_empty, v_full, v_empty = barriers
+    q_full, k_full, k_empty, v_full, v_empty, turn = barriers
     out_ptr, logsumexp_ptr, out_stride_b, out_stride_h, out_stride_n, out_stride_e = outputs
     scale, heads, queries, keys, head, tile = numbers
     # Visibly multiples of what is written at once, which the compiler is not told of.
@@ -187,10 +189,17 @@ def _multiply(
     v_slot = 0
     v_phase = 0
     mbarrier.wait(k_full.index(k_slot), k_phase, pred=tiles > 1)
+    # The first warpgroup begins: its barrier has completed nothing, which answers phase 1.
+    turn_phase = 1 if part == 0 else 0
     for step in range(1, tiles):
+        if TURNS:
+            mbarrier.wait(turn.index(part), turn_phase)
+            turn_phase ^= 1
         in_flight = issue_scores(q_0, q_1, k_0, k_1, part, k_slot, HEAD_0, HEAD_1, ROWS, BLOCK_N, S)
         mbarrier.wait(v_full.index(v_slot), v_phase)
         products = issue_products(probabilities, accumulators, values, v_slot, SPLIT, BUNDLES, O_0, O_1)
+        if TURNS:
+            mbarrier.arrive(turn.index((part + 1) % GROUPS))
         scores = warpgroup_mma_wait(PRODUCTS, deps=[in_flight])
         mbarrier.arrive(k_empty.index(k_slot))
         if not KNOWN:
@@ -295,6 +304,7 @@ def hopper_kernel(
     EVEN_KEYS: gl.constexpr,
     GROUPS: gl.constexpr,
     ROWS: gl.constexpr,
+    TURNS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -322,7 +332,10 @@ def hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
+    for part in gl.static_range(GROUPS):
+        mbarrier.init(turn.index(part), count=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(k_full.index(slot), count=1)
         mbarrier.init(v_full.index(slot), count=1)
@@ -335,7 +348,7 @@ def hopper_kernel(
     VALUES_0: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * VALUE_0), 16, 2)
     VALUES_1: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * VALUE_1) if VALUE_1 > 0 else 32, 16, 2)
     rings = (q_0, q_1, k_0, k_1, v_0, v_1)
-    barriers = (q_full, k_full, k_empty, v_full, v_empty)
+    barriers = (q_full, k_full, k_empty, v_full, v_empty, turn)
     outputs = (out_ptr, logsumexp_ptr, out_stride_b, out_stride_h, out_stride_n, out_stride_e)
     numbers = (scale, heads, queries, keys, head, tile)
     # Constants stay constants in the call itself only.
@@ -345,7 +358,7 @@ def hopper_kernel(
             [
                 (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
                              VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
-                             STAGES, GROUPS, ROWS)),
+                             STAGES, GROUPS, ROWS, TURNS)),
                 (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile,
                           keys, HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
             ],
@@ -357,10 +370,10 @@ def hopper_kernel(
             [
                 (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
                              VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
-                             STAGES, GROUPS, ROWS)),
+                             STAGES, GROUPS, ROWS, TURNS)),
                 (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
                              VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
-                             STAGES, GROUPS, ROWS)),
+                             STAGES, GROUPS, ROWS, TURNS)),
                 (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile,
                           keys, HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
             ],
@@ -372,13 +385,13 @@ def hopper_kernel(
             [
                 (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
                              VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
-                             STAGES, GROUPS, ROWS)),
+                             STAGES, GROUPS, ROWS, TURNS)),
                 (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
                              VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
-                             STAGES, GROUPS, ROWS)),
+                             STAGES, GROUPS, ROWS, TURNS)),
                 (_multiply, (2, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
                              VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
-                             STAGES, GROUPS, ROWS)),
+                             STAGES, GROUPS, ROWS, TURNS)),
                 (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile,
                           keys, HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
             ],
