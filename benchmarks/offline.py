@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
@@ -25,8 +24,8 @@ from fpe_kernels.backends.triton.launch import Launch
 from fpe_kernels.backends.triton.offline import compile_for, resources
 from fpe_kernels.backends.triton.packing import Chunk
 
-from . import sass
-from .tune import GLUON, SHORT, Candidate
+from . import hopper_tiles, sass
+from .tune import Candidate
 
 TABLE = Path(__file__).parent / "results" / "offline.json"
 FIELDS = ("config", "registers", "spills", "shared", "matrix_instructions")  # of a row, in the table
@@ -141,26 +140,17 @@ def _every(arch: str) -> Iterator[Program]:
 
 def _gluon(arch: str) -> Iterator[Program]:
     """The kernel for Hopper: what the tuner offers, where it takes one launch."""
-    for (head_dim, branches), listed in GLUON.items():
-        tiles = [tile for tile in listed if _holds(head_dim, branches, tile)]
-        names = [f"{rows}x{keys}s{slots}" for rows, keys, slots in tiles]
+    for head_dim, branches in hopper_tiles.TILES:
+        names = hopper_tiles.in_one_launch(head_dim, branches)
         for name in names:
             yield Program("gluon", arch, "float16", head_dim, branches, f"ragged+{name}")
         for name in names[:1]:
             yield Program("gluon_replay", arch, "float16", head_dim, branches, f"ragged+{name}")
             if branches == 2:
                 yield Program("gluon", arch, "float16", head_dim, branches, f"even+{name}")
-    for short in SHORT:
-        yield Program("gluon", arch, "float16", 64, 2, "short+ragged+{}x{}s{}".format(*short))
+    for name in hopper_tiles.SHORT:
+        yield Program("gluon", arch, "float16", 64, 2, f"short+ragged+{name}")
     yield Program("gluon", arch, "bfloat16", 64, 2, "ragged+128x128s2")
-
-
-def _holds(head_dim: int, branches: int, tile: tuple[int, int, int]) -> bool:
-    return hopper.most_branches(head_dim, head_dim, _tiles(tile), hopper.LEAST_HELD) >= branches
-
-
-def _tiles(tile: tuple[int, int, int]) -> configs.Config:
-    return configs.Config(*tile[:2], hopper.WARPS, tile[2], gluon=True)
 
 
 def launch_of(program: Program) -> Launch:
@@ -204,8 +194,7 @@ def launch_of(program: Program) -> Launch:
     else:
         config = configs.forward_config(*shape, len(chunk.table) * heads, tokens, keys, tf32)
         if program.kernel.startswith("gluon"):
-            rows, columns, slots = map(int, re.split("[xs]", kinds[-1]))
-            config, known = _tiles((rows, columns, slots)), program.kernel == "gluon_replay"
+            config, known = hopper_tiles.config_of(kinds[-1]), program.kernel == "gluon_replay"
             (launch,) = hopper.launches(query, key, value, chunk, 0.1, wide, logsumexp, known, config)
             return launch
         if program.kernel == "boxes":

@@ -207,4 +207,4 @@ def stalls(program: Program, products: int | None = None) -> list[str]:
 
 
 MOST_BARRIERS = 5
-"""Of a warpgroup, a tile: before it says that a slot is empty or whose turn is next, and what the compiler adds to waits."""
+"""Of a warpgroup, a tile: before it says which slot is empty and whose turn is next, and what the compiler adds."""

@@ -20,9 +20,8 @@ GOOD = [*SCORES, *VALUES, wait(1), *[EXPONENTIAL] * 6, BARRIER, wait(0), BARRIER
 
 def program(*bodies: list[str], before: tuple[str, ...] = (), spin: bool = True) -> sass.Program:
     """A loop around each body, with the wait for a barrier that the assembler puts out of line."""
-    lines, late, count = ["kernel:", *before], [], 0
-    for body in bodies:
-        count += 1
+    lines, late = ["kernel:", *before], []
+    for count, body in enumerate(bodies):
         lines += [f".L_loop{count}:", f"@!P0 BRA `(.L_spin{count})" if spin else "NOP", f".L_on{count}:", *body]
         lines += [f"@P1 BRA `(.L_loop{count})", "MUFU.EX2 R9, R9", "EXIT"]
         if spin:

@@ -10,7 +10,8 @@ barriers.
 The order of a warpgroup is that of FlashAttention-3 (Shah et al., 2024): S(j) = Q K(j)ᵀ is issued, then P(j−1) V(j−1)
 behind it; S(j) alone is waited for, its exponentials are taken while the second product runs, and only then are the
 accumulators touched. With TURNS the warpgroups issue in turns, so that one takes its exponentials while the other's
-products run; otherwise they drift into step. The tile that the end of the keys cuts is the first one, so that no other needs a mask.
+products run; otherwise nothing keeps them from running in step. The tile that the end of the keys cuts is the first
+one, so that no other needs a mask.
 
 A width is held in one or two pieces that are powers of two, 160 = 128 + 32, as everywhere
 (:func:`.packing.split_width`); a piece has boxes and rings of its own. Boxes reach past a tensor's end, where the copy
