@@ -39,8 +39,8 @@ class Bench:
         self.ceilings = Ceilings.of_rows(rows)
         return rows
 
-    def case(self, case: Case, providers: Iterable[Provider]) -> list[Row]:
-        """Rows of one case, its providers timed in the same rounds."""
+    def case(self, case: Case, providers: Iterable[Provider], *, memory: bool = True) -> list[Row]:
+        """Rows of one case, its providers timed in the same rounds; with peaks of `memory`, which take a while."""
         inputs = Inputs.make(case, self.device, self.dtype)
         limit = self.ceilings.limit_ms(case, self.dtype.itemsize) if self.ceilings else None
         shared = {"suite": "kernels", "case": case.name, "flops": case.flops, "limit_ms": limit}
@@ -71,7 +71,8 @@ class Bench:
             if not verdict.passed:
                 rows.append(self.row(**shared, **measured, status="wrong", reason=verdict.reason))
                 continue
-            measured["peak_mb"] = peak_bytes(call, self.device) / 1e6
+            if memory:
+                measured["peak_mb"] = peak_bytes(call, self.device) / 1e6
             ready[provider.name] = call, measured
         samples = interleaved({name: call for name, (call, _) in ready.items()}, self.device, self.effort)
         rows += [

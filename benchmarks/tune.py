@@ -259,7 +259,7 @@ def run_tuning(
                     chosen.append(Configured(choice, backend))
             others = [named[f"fpe-{backend}"], *(named[name] for name in RIVALS if cuda)]
             providers: list[Provider] = [*others, *_promising(bench, case, chosen)]
-            measured = [replace(row, suite="tuning") for row in bench.case(case, providers)]
+            measured = [replace(row, suite="tuning") for row in bench.case(case, providers, memory=False)]
             report(measured)
             rows += measured
     return rows

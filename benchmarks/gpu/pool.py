@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import sys
 import time
 import traceback
 from collections import deque
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.context import ForkContext, ForkServerContext, SpawnContext
 from typing import Any
 
 PATIENCE = 0.5  # seconds between looks at the clock
@@ -54,13 +55,15 @@ START = "FPE_GPU_START"  # in the environment, so that what a stage starts is st
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
-def starting() -> ForkServerContext | SpawnContext:
+def starting() -> ForkContext | ForkServerContext | SpawnContext:
     """How processes are started: forked from one that has imported what they need, and nothing else.
 
     Where :func:`cuda_after_fork` has found that this does not work, each imports for itself.
     """
     if os.environ.get(START) == "spawn":
         return get_context("spawn")
+    if "benchmarks.gpu.preload" in sys.modules and not sys.modules["torch"].cuda.is_initialized():
+        return get_context("fork")  # this process is itself such a fork, and has opened nothing yet
     context = get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.gpu.preload"])
     return context

@@ -5,6 +5,7 @@ Nothing here may touch a device, since what a process has opened there its child
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 
@@ -26,3 +27,7 @@ for name in OPTIONAL:
             importlib.import_module(name)
         except ImportError:  # the stage that needs it says so
             continue
+
+# Peaks of memory are measured after a collection, which would go through all of this each time.
+gc.collect()
+gc.freeze()

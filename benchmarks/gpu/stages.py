@@ -13,11 +13,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..rows import ROOT, Row
 from .pool import STARTUP, Outcome, Task, resolve, share_out
 from .records import say, say_row
+
+if TYPE_CHECKING:
+    from ..cases import Case
+    from ..providers import Provider
 
 CHECK_LIMIT = 25.0  # seconds for one check with a compilation or two in it
 LEAST_CASE = 4.0  # seconds: with less left, no further case is begun
@@ -191,21 +195,21 @@ def ratios(context: Context) -> None:
     if context.device != "cuda":
         wanted = ["fpe-torch", "unedited"]
     cases = [_dry_case()] if context.dry else headline_cases()
-    _time(context, cases, lambda case: [named[name] for name in wanted], rounds=15, seconds=2.0)
+    _time(context, [(case, [named[name] for name in wanted]) for case in cases], rounds=15, seconds=2.0)
 
 
-def _time(context: Context, cases: Iterable[Any], choose: Callable[[Any], list], rounds: int, seconds: float) -> None:
+def _time(context: Context, steps: Iterable[tuple[Case, list[Provider]]], rounds: int, seconds: float) -> None:
     from .. import measure
 
     bench = _bench(context)
     brief = measure.Effort(rounds=3, seconds=0.2, sample_ms=1.0)
     bench.effort = brief if context.dry else measure.Effort(rounds=rounds, seconds=seconds, sample_ms=5.0)
-    for case in cases:
+    for case, providers in steps:
         if context.left() < LEAST_CASE:
             say("note", text=f"no time left for {case.name} and what follows it")
             return
         say("begin", what=case.name)
-        for row in bench.case(case, choose(case)):
+        for row in bench.case(case, providers):
             say_row(row)
         say("end", what=case.name)
 
@@ -279,12 +283,10 @@ def kernels(context: Context) -> None:
     from ..providers import all_providers
 
     named = all_providers()
-    steps = kernel_plan(context.device)
-    chosen = {step.case: [named[name] for name in step.choose(named)] for step in steps}
-    cases = [_dry_case()] if context.dry else [step.case for step in steps]
+    steps = [(step.case, step.choose(named)) for step in kernel_plan(context.device)]
     if context.dry:
-        chosen = {case: [named["fpe-torch"], named["sdpa"]] for case in cases}
-    _time(context, cases, lambda case: chosen[case], rounds=9, seconds=0.8)
+        steps = [(_dry_case(), ["fpe-torch", "sdpa"])]
+    _time(context, [(case, [named[name] for name in names]) for case, names in steps], rounds=9, seconds=0.8)
 
 
 def tuning(context: Context) -> None:

@@ -11,13 +11,17 @@ statistics are float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import fused_cpu
+from .cpu_threads import Task, lane, share_out, threads_compute_alone
 from .grouping import rows_by_map
 
 _LOG2E = 1.0 / math.log(2.0)
@@ -68,8 +72,9 @@ def _cut_maps(query: Tensor, key: Tensor, by_map: Sequence[tuple[int, ...]]) -> 
     itemsize = _working_dtype(query.dtype).itemsize
     keys = _cut(key.shape[2], _KEY_BLOCK)
     if query.device.type == "cpu":
-        # Heads side by side give every thread a product of its own; fewer heads than threads share one product.
-        threads = torch.get_num_threads()
+        # A block is computed by one thread. Where threads cannot be told to, heads side by side give each a product of
+        # its own; fewer heads than threads share one product.
+        threads = 1 if threads_compute_alone() else torch.get_num_threads()
         together = min(heads, threads)
         budget = min(threads * _THREAD_BLOCK_BYTES, _DEVICE_BLOCK_BYTES)
     else:
@@ -90,10 +95,33 @@ def _pack(tensor: Tensor, rows: tuple[int, ...], heads: slice, dtype: torch.dtyp
     return torch.cat([tensor[row, heads] for row in rows], dim=-1).to(dtype)
 
 
-class _Scores:
-    """The scores of successive blocks of one map and head range, in units of log 2, in one buffer."""
+class _Buffers:
+    """A thread's memory for the scores of its block, kept from block to block of a call."""
 
-    def __init__(self, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, blocks: _Blocks) -> None:
+    def __init__(self) -> None:
+        self._of_lane: dict[int, Tensor] = {}
+
+    def view(self, shape: tuple[int, int, int], like: Tensor) -> Tensor:
+        """Uninitialised memory of the calling thread."""
+        size, place = math.prod(shape), lane()
+        buffer = self._of_lane.get(place)
+        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype:
+            buffer = self._of_lane[place] = like.new_empty(size)
+        return buffer[:size].view(shape)
+
+
+class _Scores:
+    """The scores of blocks of one map and head range, in units of log 2, in the buffer of the thread that asks."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        blocks: _Blocks,
+        buffers: _Buffers | None = None,
+    ) -> None:
         group, heads = blocks.group, blocks.heads
         self.dtype = _working_dtype(query.dtype)
         self.query = query[group, heads]
@@ -101,14 +129,12 @@ class _Scores:
         # [heads, D, M]: a view, where nothing has to be widened.
         self.key = key[group, heads].to(self.dtype).transpose(1, 2)
         self.bias = None if bias is None else bias.expand(*query.shape[:3], key.shape[2])[group, heads]
-        self.buffer = self.key.new_empty(0)
+        self.buffers = buffers or _Buffers()
 
     def __call__(self, queries: slice, keys: slice) -> Tensor:
         block = self.query[:, queries].to(self.dtype)
         shape = (block.shape[0], block.shape[1], keys.stop - keys.start)
-        if self.buffer.numel() < math.prod(shape):
-            self.buffer = block.new_empty(math.prod(shape))
-        scores = self.buffer[: math.prod(shape)].view(shape)
+        scores = self.buffers.view(shape, block)
         # β = 0 leaves out what the buffer held, even where that is not finite.
         torch.baddbmm(scores, block, self.key[:, :, keys], beta=0, alpha=self.scale, out=scores)
         return scores if self.bias is None else scores.add_(self.bias[:, queries, keys], alpha=_LOG2E)
@@ -205,27 +231,89 @@ def _apply_maps(
     known: bool,
 ) -> None:
     """The unweighted product for the batch rows of every map in ``by_map``; other rows stay as they are."""
-    columns = value.shape[3]
     if bias is None and not known:
         by_map = fused_cpu.apply(query, key, value, by_map, scale, out, logsumexp)
+    tasks: list[Task] = []
+    buffers = _Buffers()
     for blocks in _cut_maps(query, key, by_map):
-        scores_of = _Scores(query, key, bias, scale, blocks)
-        packed = _pack(value, blocks.rows, blocks.heads, scores_of.dtype)
-        for queries in blocks.queries:
-            statistics = logsumexp[blocks.group, blocks.heads, queries]
-            if known:
-                product, normaliser = _known_product(scores_of, packed, queries, blocks.keys, statistics), None
-            else:
-                product, normaliser = _online_product(scores_of, packed, queries, blocks.keys, statistics)
-            for position, row in enumerate(blocks.rows):
-                part = product[..., position * columns : (position + 1) * columns]
-                target = out[row, blocks.heads, queries]
-                if normaliser is None:
-                    target.copy_(part)
-                elif target.dtype == part.dtype:
-                    torch.div(part, normaliser, out=target)
-                else:
-                    target.copy_(part / normaliser)
+        part = _Part(partial(_operands, query, key, value, bias, scale, blocks, buffers), len(blocks.queries))
+        tasks += [
+            partial(_product_of_block, part, blocks, queries, out, logsumexp, known) for queries in blocks.queries
+        ]
+    _compute(tasks, query)
+
+
+Operands = tuple[_Scores, Tensor]
+"""The scores of a map and head range, and the packed columns [heads, L, E of all rows] that they multiply."""
+
+
+def _operands(
+    query: Tensor,
+    key: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    blocks: _Blocks,
+    buffers: _Buffers,
+) -> Operands:
+    scores_of = _Scores(query, key, bias, scale, blocks, buffers)
+    return scores_of, _pack(packed, blocks.rows, blocks.heads, scores_of.dtype)
+
+
+class _Part:
+    """What the blocks of one map and head range share: made for the first of them, dropped after the last."""
+
+    def __init__(self, make: Callable[[], Operands], blocks: int) -> None:
+        self._make, self._left, self._lock = make, blocks, threading.Lock()
+        self._made: Operands | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[Operands]:
+        """The operands, for one of the blocks."""
+        with self._lock:
+            self._made = made = self._made or self._make()
+        yield made
+        with self._lock:
+            self._left -= 1
+            if self._left == 0:
+                self._made = None
+
+
+def _product_of_block(
+    part: _Part, blocks: _Blocks, queries: slice, out: Tensor, logsumexp: Tensor, known: bool
+) -> None:
+    """The product of one block of queries with all keys, written to the rows of its map."""
+    with part.held() as (scores_of, packed):
+        _write_product(scores_of, packed, blocks, queries, out, logsumexp, known)
+
+
+def _write_product(
+    scores_of: _Scores, packed: Tensor, blocks: _Blocks, queries: slice, out: Tensor, logsumexp: Tensor, known: bool
+) -> None:
+    statistics = logsumexp[blocks.group, blocks.heads, queries]
+    columns = packed.shape[2] // len(blocks.rows)
+    if known:
+        product, normaliser = _known_product(scores_of, packed, queries, blocks.keys, statistics), None
+    else:
+        product, normaliser = _online_product(scores_of, packed, queries, blocks.keys, statistics)
+    for position, row in enumerate(blocks.rows):
+        part = product[..., position * columns : (position + 1) * columns]
+        target = out[row, blocks.heads, queries]
+        if normaliser is None:
+            target.copy_(part)
+        elif target.dtype == part.dtype:
+            torch.div(part, normaliser, out=target)
+        else:
+            target.copy_(part / normaliser)
+
+
+def _compute(tasks: list[Task], query: Tensor) -> None:
+    """All tasks of a call: on a CPU by threads that take them as they come free."""
+    if query.device.type == "cpu":
+        share_out(tasks)
+        return
+    for task in tasks:
+        task()
 
 
 def _known_product(scores_of: _Scores, packed: Tensor, queries: slice, keys: list[slice], logsumexp: Tensor) -> Tensor:
@@ -274,18 +362,24 @@ def adjoint(
     out: Tensor,
 ) -> None:
     """Write ``A[map_index].T @ weight`` to ``out``."""
-    columns = weight.shape[3]
+    tasks: list[Task] = []
+    buffers = _Buffers()
     for blocks in _cut_maps(query, key, rows_by_map(map_index, query.shape[0])):
-        scores_of = _Scores(query, key, bias, scale, blocks)
-        packed = _pack(weight, blocks.rows, blocks.heads, scores_of.dtype)
-        total = packed.new_zeros((packed.shape[0], key.shape[2], packed.shape[2]))
+        part = _Part(partial(_operands, query, key, weight, bias, scale, blocks, buffers), len(blocks.keys))
+        tasks += [partial(_adjoint_of_block, part, blocks, keys, logsumexp, out) for keys in blocks.keys]
+    _compute(tasks, query)
+
+
+def _adjoint_of_block(part: _Part, blocks: _Blocks, keys: slice, logsumexp: Tensor, out: Tensor) -> None:
+    """The adjoint product of one block of keys with all queries, written to the rows of its map."""
+    with part.held() as (scores_of, packed):
+        columns = packed.shape[2] // len(blocks.rows)
+        total = packed.new_zeros((packed.shape[0], keys.stop - keys.start, packed.shape[2]))
         for queries in blocks.queries:
-            statistics = logsumexp[blocks.group, blocks.heads, queries]
-            for keys in blocks.keys:
-                maps = scores_of.probabilities(queries, keys, statistics)
-                total[:, keys].baddbmm_(maps.transpose(1, 2), packed[:, queries])
+            maps = scores_of.probabilities(queries, keys, logsumexp[blocks.group, blocks.heads, queries])
+            total.baddbmm_(maps.transpose(1, 2), packed[:, queries])
         for position, row in enumerate(blocks.rows):
-            out[row, blocks.heads] = total[..., position * columns : (position + 1) * columns]
+            out[row, blocks.heads, keys] = total[..., position * columns : (position + 1) * columns]
 
 
 def _score_gradients(
@@ -296,22 +390,21 @@ def _score_gradients(
     delta: Tensor,
     bias: Tensor | None,
     logsumexp: Tensor,
-    map_index: tuple[int, ...],
+    blocks: _Blocks,
     scale: float,
 ) -> Iterator[tuple[_Block, Tensor]]:
     """Yield dS for every block, key blocks innermost; the tensor is valid until the next one is asked for."""
-    for blocks in _cut_maps(query, key, rows_by_map(map_index, query.shape[0])):
-        scores_of = _Scores(query, key, bias, scale, blocks)
-        # Side by side, the product over all columns is the sum over the batch rows.
-        lefts = _pack(left, blocks.rows, blocks.heads, scores_of.dtype)
-        rights = _pack(right, blocks.rows, blocks.heads, scores_of.dtype).transpose(1, 2)
-        for queries in blocks.queries:
-            statistics = logsumexp[blocks.group, blocks.heads, queries]
-            offset = delta[blocks.group, blocks.heads, queries].unsqueeze(-1)
-            for keys in blocks.keys:
-                maps = scores_of.probabilities(queries, keys, statistics)
-                outer = torch.bmm(lefts[:, queries], rights[:, :, keys])
-                yield _Block(blocks.group, blocks.heads, queries, keys), maps.mul_(outer.sub_(offset))
+    scores_of = _Scores(query, key, bias, scale, blocks)
+    # Side by side, the product over all columns is the sum over the batch rows.
+    lefts = _pack(left, blocks.rows, blocks.heads, scores_of.dtype)
+    rights = _pack(right, blocks.rows, blocks.heads, scores_of.dtype).transpose(1, 2)
+    for queries in blocks.queries:
+        statistics = logsumexp[blocks.group, blocks.heads, queries]
+        offset = delta[blocks.group, blocks.heads, queries].unsqueeze(-1)
+        for keys in blocks.keys:
+            maps = scores_of.probabilities(queries, keys, statistics)
+            outer = torch.bmm(lefts[:, queries], rights[:, :, keys])
+            yield _Block(blocks.group, blocks.heads, queries, keys), maps.mul_(outer.sub_(offset))
 
 
 def score_gradient(
@@ -328,9 +421,38 @@ def score_gradient(
     grad_key: Tensor,
 ) -> None:
     """Write the gradients of query and key."""
+    by_map = rows_by_map(map_index, query.shape[0])
+    inputs = query, key, left, right, delta, bias, logsumexp
+    _compute(
+        [
+            partial(_gradients_of_part, *inputs, blocks, scale, grad_query, grad_key)
+            for blocks in _cut_maps(query, key, by_map)
+        ],
+        query,
+    )
+    for group, rows in enumerate(by_map):
+        if not rows:
+            grad_query[group] = 0.0
+            grad_key[group] = 0.0
+
+
+def _gradients_of_part(
+    query: Tensor,
+    key: Tensor,
+    left: Tensor,
+    right: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    logsumexp: Tensor,
+    blocks: _Blocks,
+    scale: float,
+    grad_query: Tensor,
+    grad_key: Tensor,
+) -> None:
+    """Write the gradients of query and key of one map and head range."""
     dtype = _working_dtype(query.dtype)
     by_query = by_key = key.new_empty(0, dtype=dtype)
-    for block, gradient in _score_gradients(query, key, left, right, delta, bias, logsumexp, map_index, scale):
+    for block, gradient in _score_gradients(query, key, left, right, delta, bias, logsumexp, blocks, scale):
         if block.keys.start == 0:
             by_query = gradient.new_zeros((*gradient.shape[:2], query.shape[3]))
             if block.queries.start == 0:
@@ -342,10 +464,6 @@ def score_gradient(
             grad_query[block.group, block.heads, block.queries] = by_query
             if block.queries.stop == query.shape[2]:
                 grad_key[block.group, block.heads] = by_key
-    for group, rows in enumerate(rows_by_map(map_index, query.shape[0])):
-        if not rows:
-            grad_query[group] = 0.0
-            grad_key[group] = 0.0
 
 
 def bias_gradient(
@@ -362,7 +480,10 @@ def bias_gradient(
 ) -> None:
     """Add dS to ``grad``, which has the shape of ``bias``, summed over the axes of size 1."""
     accumulated = torch.zeros_like(grad, dtype=_working_dtype(grad.dtype))
-    for block, gradient in _score_gradients(query, key, left, right, delta, bias, logsumexp, map_index, scale):
+    # Heads may share the bias, so their blocks follow one another.
+    inputs = query, key, left, right, delta, bias, logsumexp
+    parts = _cut_maps(query, key, rows_by_map(map_index, query.shape[0]))
+    for block, gradient in (found for blocks in parts for found in _score_gradients(*inputs, blocks, scale)):
         wanted = (slice(block.group, block.group + 1), block.heads, block.queries, block.keys)
         part = accumulated[
             tuple(index if size > 1 else slice(None) for size, index in zip(bias.shape, wanted, strict=True))

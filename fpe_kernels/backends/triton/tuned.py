@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-FORWARD: dict[tuple[str, int, int, int], tuple[int, int, int, int, bool, bool, int, bool]] = {}
+FORWARD: dict[tuple[str, int, int, int], tuple[int, int, int, int, bool, bool, int, bool]] = {
+    ("sm_90", 48, 48, 4096): (192, 128, 4, 2, False, False, 0, True),
+    ("sm_90", 48, 80, 4096): (256, 64, 4, 3, False, False, 0, True),
+    ("sm_90", 64, 64, 4096): (64, 64, 4, 3, False, False, 0, False),
+    ("sm_90", 64, 128, 4096): (128, 128, 4, 2, False, False, 0, True),
+    ("sm_90", 80, 80, 4096): (256, 64, 4, 3, False, False, 0, True),
+    ("sm_90", 80, 160, 4096): (128, 128, 4, 2, False, False, 0, True),
+    ("sm_90", 128, 256, 4096): (128, 64, 4, 3, False, False, 0, True),
+    ("sm_90", 160, 320, 4096): (128, 64, 4, 2, False, False, 0, True),
+}
 """(architecture, head width, packed width, length class) -> the fields of a ``Config``, for 16-bit ``apply``."""
 
 TOGETHER: dict[tuple[str, int, int, int], bool] = {}
