@@ -192,7 +192,10 @@ def launch_of(program: Program) -> Launch:
         config = configs.resident_config(*shape, heads, keys, tokens, tf32)
         launch = adjoint.prepare(query, key, wide, bias, logsumexp, chunk, 0.1, value, config)
     else:
-        config = configs.forward_config(*shape, len(chunk.table) * heads, tokens, keys, tf32)
+        extents = len(chunk.table) * heads, tokens, keys, tf32
+        config = configs.forward_config(*shape, *extents)
+        if config.gluon:  # these kernels serve what that one refuses
+            config = configs.resident_config(*shape, *extents, adjoint=False)
         if program.kernel.startswith("gluon"):
             config, known = hopper_tiles.config_of(kinds[-1]), program.kernel == "gluon_replay"
             (launch,) = hopper.launches(query, key, value, chunk, 0.1, wide, logsumexp, known, config)

@@ -38,6 +38,16 @@ HALVES = Case("tune", 512, 4096, 10, 64, 1, "halves")
 GUIDED = Case("tune", 128, 256, 8, 40, 1, "guided")
 
 
+@pytest.fixture(autouse=True)
+def nothing_committed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Tables are learnt from none, but for the test of the committed one."""
+    if "committed_table" not in request.node.name:
+        monkeypatch.setattr(tuned, "FORWARD", {})
+        monkeypatch.setattr(tuned, "TOGETHER", {})
+        for kept in (configs.forward_config, configs.joins):
+            request.addfinalizer(kept.cache_clear)
+
+
 def row(case: Case, provider: str, ms: float, device: str = H100, dtype: str = "float16") -> Row:
     return Row("tuning", case.name, provider, dtype, device, "ok", samples_ms=(ms, ms * 1.01, ms))
 

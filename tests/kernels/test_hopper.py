@@ -101,18 +101,37 @@ def test_rows_of_a_program_are_dealt_to_warpgroups(block_m) -> None:
 @pytest.mark.parametrize("dim", [40, 64, 80, 128, 160])
 @pytest.mark.parametrize("block_m", hopper.TILE_ROWS)
 @pytest.mark.parametrize("block_n", [32, 64, 128])
-def test_branches_end_where_registers_or_shared_memory_do(dim, block_m, block_n) -> None:
+@pytest.mark.parametrize("beside", [hopper.LEAST_HELD, hopper.MOST_HELD])
+def test_branches_end_where_registers_or_shared_memory_do(dim, block_m, block_n, beside) -> None:
     config = Config(block_m, block_n, 4, 2, gluon=True)
-    most = hopper.most_branches(dim, dim, config)
+    most = hopper.most_branches(dim, dim, config, beside)
     groups, rows = hopper.warpgroups(block_m)
     width = sum(hopper.split_width(dim))
     # Of a thread: scores and accumulators in single, probabilities in half precision.
     held = lambda branches: rows * (block_n + block_n / 2 + branches * width) / 128  # noqa: E731
     shared = lambda branches: 2 * width * (block_m + 2 * block_n * (1 + branches))  # noqa: E731
     fits = lambda branches: (  # noqa: E731
-        held(branches) <= hopper.REGISTERS[groups] - 32 and shared(branches) <= configs.SHARED_MEMORY["sm_90"] - 1024
+        held(branches) <= hopper.REGISTERS[groups] - beside
+        and shared(branches) <= configs.SHARED_MEMORY["sm_90"] - 1024
     )
     assert most == max([branches for branches in range(1, 5) if fits(branches)], default=0)
+
+
+def test_an_assembler_that_holds_less_gets_smaller_tiles_not_more_launches() -> None:
+    of = lambda *tile: Config(*tile[:2], 4, tile[2], gluon=True)  # noqa: E731
+    for (dim, branches, tile), smaller in {
+        (40, 2, (256, 64, 3)): (256, 32, 3),
+        (80, 2, (256, 32, 3)): (128, 32, 3),
+        (160, 2, (128, 64, 2)): (128, 32, 2),
+        (64, 2, (128, 128, 2)): (128, 128, 2),
+        (64, 1, (192, 128, 2)): (192, 64, 2),
+        (160, 2, (128, 128, 2)): (128, 128, 2),  # two launches by either
+    }.items():
+        assert hopper.fitted(dim, dim, branches, of(*tile), hopper.LEAST_HELD) == of(*tile)
+        found = hopper.fitted(dim, dim, branches, of(*tile), hopper.MOST_HELD)
+        assert found == of(*smaller), (dim, branches, tile)
+        wanted = min(branches, hopper.most_branches(dim, dim, of(*tile), hopper.LEAST_HELD))
+        assert hopper.most_branches(dim, dim, found, hopper.MOST_HELD) >= wanted
 
 
 @pytest.mark.parametrize(("branches", "parts"), [(1, [1]), (2, [2]), (4, [4]), (5, [3, 2]), (9, [3, 3, 3])])

@@ -27,7 +27,7 @@ WARPS = 4  # of a warpgroup
 REGISTERS = {1: 240, 2: 240, 3: 160}
 """Of a thread that multiplies, by warpgroups that do: beside the threads that fetch they fill the register file."""
 
-LEAST_HELD, MOST_HELD = 32, 64
+LEAST_HELD, MOST_HELD = 32, 56
 """Registers of a thread for what is counted nowhere: addresses, statistics, operands on their way. The assembler of
 Triton 3.6 to 3.8 needs the less, that of 3.9 the more: given fewer it spills, and waits for every product."""
 
