@@ -133,9 +133,8 @@ def main() -> None:
     print("Measured, TFLOP/s beside the model's:")
     for one in compared:
         print(f"  {one.name:48} {one.measured:5.0f} {one.expected:5.0f}  {100 * (exp(one.error) - 1):+4.0f} %")
-    print(
-        f"typically wrong by {100 * spread(compared):.0f} % ({len(compared)} rows)\n\nExpected, N = 4096, 8 heads, 2 maps:"
-    )
+    print(f"typically wrong by {100 * spread(compared):.0f} % ({len(compared)} rows)\n")
+    print("Expected, N = 4096, 8 heads, 2 maps:")
     for head_dim, branches in hopper_tiles.TILES:
         for name in hopper_tiles.in_one_launch(head_dim, branches):
             config = hopper_tiles.config_of(name)

@@ -96,7 +96,7 @@ class Candidate:
         shared = (self.block_m * head_dim + self.stages * self.block_n * (head_dim + columns)) * itemsize
         registers = self.block_m * (columns + 1.5 * self.block_n)
         a_thread = registers / (32 * self.warps)
-        boxes = head_dim.bit_count() == 1 and branches.bit_count() == 1
+        boxes = head_dim.bit_count() == 1 and branches <= 4
         # Beside what is counted here a thread holds addresses, statistics and operands.
         most = self.maxnreg - 48 if self.maxnreg else 224
         held = shared <= shared_bytes and registers <= 0.9 * REGISTERS and a_thread <= most
