@@ -160,7 +160,7 @@ def _cycles(followers: list[list[int]]) -> list[list[int]]:
                 if work:
                     lowest[work[-1][0]] = min(lowest[work[-1][0]], lowest[place])
                 if lowest[place] == order[place]:
-                    members = []
+                    members: list[int] = []
                     while not members or members[-1] != place:
                         members.append(kept.pop())
                         on_stack.discard(members[-1])

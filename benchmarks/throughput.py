@@ -109,7 +109,8 @@ def compare(rows: Iterable[Row]) -> list[Compared]:
         if tile is None or not row.median_ms or row.suite != "tuning":
             continue
         case = Case.parse(row.case)
-        config = Config(*map(int, tile.groups()[:2]), 4, int(tile[3]), specialised=bool(tile[4]), gluon=True)
+        queries, keys, slots = map(int, tile.groups()[:3])
+        config = Config(queries, keys, hopper.WARPS, slots, specialised=bool(tile[4]), gluon=True)
         branches = case.batch // case.maps
         held = hopper.most_branches(case.head_dim, case.head_dim, config, hopper.LEAST_HELD)
         if case.layout == "guided" or case.tokens < 4096 or held < branches:
