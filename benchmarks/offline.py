@@ -3,7 +3,7 @@
 Rows hold registers, spilled bytes, shared memory and matrix instructions. ``--update`` writes them to
 ``benchmarks/results/offline.json``, beside those of other versions of Triton; without it they are compared with what is
 written there for this one, and the exit status is 1 if a program spills, does not fit into shared memory, misses its
-matrix instruction, or takes more than it did.
+matrix instruction, or takes more than it did, or if one of the kernel for Hopper stalls by what :mod:`.sass` reads.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import triton
 
 from fpe_kernels.backends.triton import adjoint, apply, backward, boxes, configs, hopper, merging
 from fpe_kernels.backends.triton.launch import Launch
-from fpe_kernels.backends.triton.offline import compile_offline
+from fpe_kernels.backends.triton.offline import compile_for, resources
 from fpe_kernels.backends.triton.packing import Chunk
 
+from . import hopper_tiles, sass
 from .tune import Candidate
 
 TABLE = Path(__file__).parent / "results" / "offline.json"
@@ -36,14 +37,6 @@ LARGE_WIDTHS = ((120, 2), (128, 1), (192, 1), (224, 1), (256, 1))
 SMALL_WIDTHS = ((8, 1), (16, 1), (32, 2), (72, 1), (96, 1))
 JOINT_WIDTHS = ((64, 1), (64, 2), (64, 4), (88, 1), (96, 2), (112, 1), (128, 1), (128, 2), (160, 2), (256, 1))
 BOX_WIDTHS = ((32, 2), (64, 1), (64, 2), (64, 4), (128, 1), (128, 2))
-# The kernel for Hopper: tiles as the tuner offers them. What is missing takes two launches.
-GLUON = {
-    **{(d, r): configs.Config(128, 128, 4, 2, gluon=True) for d in (40, 64, 80) for r in (1, 2)},
-    **{(d, 4): configs.Config(128, 64, 4, 2, gluon=True) for d in (40, 64)},
-    (128, 1): configs.Config(128, 128, 4, 2, gluon=True),
-    (128, 2): configs.Config(128, 64, 4, 2, gluon=True),
-    (160, 1): configs.Config(128, 64, 4, 2, gluon=True),
-}
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 MATRIX_INSTRUCTION = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 PRODUCTS, GRADIENTS = ("apply", "replay", "adjoint"), ("grad_query", "grad_key")
@@ -59,8 +52,8 @@ class Program:
     cross (77 keys); bias (for every score), padding (one for all queries) or rows (one for all keys); weighted (every
     query); mixed (a map with fewer rows in the same launch); later (not the first chunk of columns); wide (offsets
     past 2³¹); lengths (a number of keys for each map); grouped (four query heads share one of keys and values);
-    unrounded (a float32 output, to be merged) or prior (merged with one over other keys). The dtype "tf32" is float32
-    whose products may be rounded.
+    unrounded (a float32 output, to be merged) or prior (merged with one over other keys); the kernel for Hopper adds
+    its tiles, such as 128x128s2. The dtype "tf32" is float32 whose products may be rounded.
     """
 
     kernel: str  # apply, replay, boxes, gluon, gluon_replay, adjoint, grad_query or grad_key
@@ -75,10 +68,18 @@ class Program:
         return "/".join(str(field) for field in asdict(self).values())
 
 
-def programs(quick: bool, architectures: Sequence[str] = ARCHITECTURES) -> Iterator[Program]:
-    """What is compiled: all of it, or in half a minute the pairs that editing spends its time in."""
+def programs(quick: bool, architectures: Sequence[str] = ARCHITECTURES, only: str = "") -> Iterator[Program]:
+    """What is compiled: all of it, or in half a minute the pairs that editing spends its time in.
+
+    Args:
+        quick: whether it is half a minute.
+        architectures: for these chips.
+        only: kernels whose name begins so.
+    """
     for arch in architectures:
-        yield from _quick(arch) if quick else _every(arch)
+        for program in _quick(arch) if quick else _every(arch):
+            if program.kernel.startswith(only):
+                yield program
 
 
 def _quick(arch: str) -> Iterator[Program]:
@@ -88,6 +89,7 @@ def _quick(arch: str) -> Iterator[Program]:
         yield Program("apply", arch, "float16", 160, 2, "ragged")
     if arch == "sm_90":
         yield Program("boxes", arch, "float16", 64, 2, "ragged")
+        yield Program("gluon", arch, "float16", 40, 2, "ragged+128x64s3")
         yield Program("adjoint", arch, "float16", 64, 2, "ragged+bias")
         yield Program("apply", arch, "float16", 160, 2, "ragged+bias+weighted")
         yield Program("grad_key", arch, "float16", 80, 2, "ragged+bias")
@@ -141,10 +143,25 @@ def _every(arch: str) -> Iterator[Program]:
         yield from of(("adjoint", *GRADIENTS), edges, "ragged+bias+lengths+grouped")
     if arch == "sm_90":
         yield from of(("boxes",), BOX_WIDTHS, "ragged", "ragged+unrounded")
-        yield from of(("gluon", "gluon_replay"), tuple(GLUON), "ragged")
-        yield from of(("gluon",), ((64, 2), (80, 2)), "even")
-        yield from of(("gluon",), ((64, 2),), "ragged", dtype="bfloat16")
-        yield from of(("gluon",), ((64, 2), (64, 4), (128, 1), (128, 2)), "ragged+unrounded")
+        yield from _gluon(arch)
+
+
+def _gluon(arch: str) -> Iterator[Program]:
+    """The kernel for Hopper: what the tuner offers, where it takes one launch."""
+    for head_dim, branches in hopper_tiles.TILES:
+        names = hopper_tiles.in_one_launch(head_dim, branches)
+        for name in names:
+            yield Program("gluon", arch, "float16", head_dim, branches, f"ragged+{name}")
+        for name in names[:1]:
+            yield Program("gluon_replay", arch, "float16", head_dim, branches, f"ragged+{name}")
+            if branches == 2:
+                yield Program("gluon", arch, "float16", head_dim, branches, f"even+{name}")
+    for head_dim, branches in ((64, 2), (64, 4), (128, 1), (128, 2)):
+        name = hopper_tiles.in_one_launch(head_dim, branches)[0]
+        yield Program("gluon", arch, "float16", head_dim, branches, f"ragged+unrounded+{name}")
+    for name in hopper_tiles.SHORT:
+        yield Program("gluon", arch, "float16", 64, 2, f"short+ragged+{name}")
+    yield Program("gluon", arch, "bfloat16", 64, 2, "ragged+128x128s2")
 
 
 def launch_of(program: Program) -> Launch:
@@ -194,12 +211,15 @@ def launch_of(program: Program) -> Launch:
         config = configs.resident_config(*shape, heads, keys, tokens, tf32)
         launch = adjoint.prepare(query, key, wide, bias, logsumexp, chunk, 0.1, by_head, config, lengths)
     else:
-        config = configs.forward_config(*shape, len(chunk.table) * heads, tokens, keys, tf32)
+        extents = len(chunk.table) * heads, tokens, keys, tf32
+        config = configs.forward_config(*shape, *extents)
+        if config.gluon:  # these kernels serve what that one refuses
+            config = configs.resident_config(*shape, *extents, adjoint=False)
         config = configs.for_unrounded(config, branches * value_dim) if "unrounded" in kinds else config
         if program.kernel.startswith("gluon"):
-            config = GLUON[program.head_dim, program.branches]
-            known = program.kernel == "gluon_replay"
-            return hopper.prepare(query, key, value, chunk, 0.1, product, logsumexp, known, config)
+            config, known = hopper_tiles.config_of(kinds[-1]), program.kernel == "gluon_replay"
+            (launch,) = hopper.launches(query, key, value, chunk, 0.1, product, logsumexp, known, config)
+            return launch
         if program.kernel == "boxes":
             config = replace(config.general(), descriptors=True)
             return boxes.prepare(query, key, value, chunk, 0.1, product, logsumexp, config)
@@ -212,20 +232,30 @@ def launch_of(program: Program) -> Launch:
 def compile_program(program: Program) -> dict:
     """The row of one program."""
     launch = launch_of(program)
-    resources = compile_offline(launch, program.arch)
-    return {
+    compiled = compile_for(launch, program.arch)
+    taken = resources(compiled, program.arch)
+    row = {
         **asdict(program),
         "config": str(Candidate(*astuple(launch.config))),
-        "registers": resources.registers,
-        "spills": resources.spills,
-        "shared": resources.shared,
-        "matrix_instructions": list(resources.matrix_instructions),
+        "registers": taken.registers,
+        "spills": taken.spills,
+        "shared": taken.shared,
+        "matrix_instructions": list(taken.matrix_instructions),
     }
+    if program.kernel.startswith("gluon"):
+        row["stalls"] = sass.stalls(sass.read(sass.disassemble(compiled.asm["cubin"])), products_of(launch))
+    return row
+
+
+def products_of(launch: Launch) -> int:
+    """How many products with values are in flight together in a launch of the kernel for Hopper."""
+    constants = launch.constants
+    return constants["BRANCHES"] // constants["BUNDLE"] * (2 if constants["VALUE_1"] else 1)
 
 
 def complaints(row: dict, committed: dict | None) -> list[str]:
     """What is wrong with a row, by itself and beside the committed one (of the same compiler)."""
-    found = []
+    found = list(row.get("stalls", ()))
     if row["spills"]:
         found.append(f"spills {row['spills']} bytes a thread")
     if row["shared"] > configs.SHARED_MEMORY[row["arch"]]:
@@ -270,6 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.offline", description=__doc__.split("\n\n")[1])
     parser.add_argument("--quick", action="store_true", help="compile the configurations of pairs only")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="only for these chips")
+    parser.add_argument("--only", default="", metavar="KERNEL", help="kernels whose name begins so, such as gluon")
     parser.add_argument("--update", action="store_true", help=f"write {TABLE.name} instead of comparing with it")
     arguments = parser.parse_args(argv)
     if arguments.update and arguments.quick:
@@ -277,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     table = read_table()
     committed = {} if arguments.update else table.get(triton.__version__, {})
     rows, failed = {}, 0
-    for program in programs(arguments.quick, arguments.arch):
+    for program in programs(arguments.quick, arguments.arch, arguments.only):
         row = rows[program.key] = compile_program(program)
         found = complaints(row, committed.get(program.key))
         failed += bool(found)
@@ -288,7 +319,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     if arguments.update:
         others = {
-            k: row for k, row in table.get(triton.__version__, {}).items() if k.split("/")[1] not in arguments.arch
+            key: row
+            for key, row in table.get(triton.__version__, {}).items()
+            if key.split("/")[1] not in arguments.arch or not key.startswith(arguments.only)
         }
         write_table({**table, triton.__version__: {**others, **rows}})
     print(f"{len(rows) - failed} passed, {failed} failed")

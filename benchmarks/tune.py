@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 import torch
 
+from . import hopper_tiles
 from .cases import Case
 from .inputs import Inputs
 from .measure import Clock, Effort
@@ -95,7 +96,7 @@ class Candidate:
         shared = (self.block_m * head_dim + self.stages * self.block_n * (head_dim + columns)) * itemsize
         registers = self.block_m * (columns + 1.5 * self.block_n)
         a_thread = registers / (32 * self.warps)
-        boxes = head_dim.bit_count() == 1 and branches.bit_count() == 1
+        boxes = head_dim.bit_count() == 1 and branches <= 4
         # Beside what is counted here a thread holds addresses, statistics and operands.
         most = self.maxnreg - 48 if self.maxnreg else 224
         held = shared <= shared_bytes and registers <= 0.9 * REGISTERS and a_thread <= most
@@ -146,7 +147,7 @@ SPECIALISED = [Candidate(*c, 4, stages, True, True) for c in ((64, 64), (64, 128
 # Registers at which three or four programs of four warps share a multiprocessor.
 BOUNDED = [Candidate(*c, maxnreg=most) for c in itertools.product((64,), (32, 64), (4,), (2, 3)) for most in (128, 168)]
 
-# What a first run on Hopper left of the pointer kernel's candidates: the others were never among the fastest there.
+# What a first run on Hopper left of the pointer kernel's candidates: no other was among the fastest there.
 PLAUSIBLE = [
     Candidate(*c)
     for c in (
@@ -158,42 +159,6 @@ PLAUSIBLE = [
         (128, 32, 8, 3),
     )
 ]
-
-_MANY_ROWS, _MANY_KEYS, _RING, _DEEP_RING = (256, 64, 3), (128, 128, 2), (128, 64, 2), (128, 64, 3)
-_NARROW, _SHORT = (256, 32, 4), ((64, 64, 3), (64, 128, 2))
-GLUON: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {
-    (40, 1): (_MANY_ROWS, (256, 64, 2), _MANY_KEYS, (192, 128, 2)),
-    (40, 2): (_MANY_ROWS, (256, 64, 2), _DEEP_RING, _MANY_KEYS),
-    (40, 4): (_DEEP_RING, _RING, _MANY_KEYS),
-    (64, 1): (_MANY_ROWS, (256, 64, 2), _MANY_KEYS, (192, 128, 2)),
-    (64, 2): (_MANY_KEYS, _NARROW, (256, 32, 3), _DEEP_RING),
-    (64, 4): (_DEEP_RING, _RING),
-    (80, 1): (_MANY_ROWS, (256, 64, 2), _MANY_KEYS),
-    (80, 2): (_MANY_KEYS, (256, 32, 3), _DEEP_RING, (192, 64, 2)),
-    (80, 4): (_RING, (128, 32, 3)),
-    (128, 1): (_MANY_KEYS, _NARROW, (256, 32, 3)),
-    (128, 2): (_RING, _DEEP_RING, (128, 32, 3)),
-    (160, 1): (_MANY_KEYS, _RING, _DEEP_RING),
-    (160, 2): (_RING, (128, 32, 3), _MANY_KEYS),
-    (160, 4): (_RING, (128, 32, 3)),
-}
-"""The kernel for Hopper by head dim and branches: rows and keys of a tile, slots of a ring; the likeliest first.
-
-All of them compile without spills and without a wait for every product. Tiles of 256 rows read the keys half as often,
-those of 64 rows (for short sequences) occupy more multiprocessors. Where fewer branches fit than there are, there are
-several launches.
-"""
-
-
-def gluon_candidates(case: Case) -> list[Candidate]:
-    """For a case whose maps have equally many rows: at most four."""
-    branches = min(case.batch // case.maps, 4)
-    near = min(GLUON, key=lambda entry: (abs(entry[0] - case.head_dim), abs(entry[1] - branches)))
-    tiles = GLUON[near]
-    if case.tokens <= 1024:
-        tiles = tuple(tile for tile in tiles if tile[0] <= 128)[:2] + _SHORT
-    listed = [Candidate(*tile[:2], 4, tile[2], gluon=True) for tile in tiles]
-    return [candidate for candidate in listed if candidate.fits(case.head_dim, branches, 0)]
 
 
 def choices(case: Case, arch: str = "sm_90") -> Sequence[Choice]:
@@ -209,7 +174,8 @@ def choices(case: Case, arch: str = "sm_90") -> Sequence[Choice]:
         return [Launches(True), Launches(False)]
     branches = case.batch // case.maps
     if arch == "sm_90":
-        other = DESCRIBED if isinstance(hopper.kernels(), str) else gluon_candidates(case)
+        made = hopper_tiles.offered(case.head_dim, branches, case.tokens)
+        other = DESCRIBED if isinstance(hopper.kernels(), str) else [Candidate(*astuple(config)) for config in made]
         every = [*PLAUSIBLE, *other]
     else:
         nvidia = arch.startswith("sm_")

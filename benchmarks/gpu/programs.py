@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from .. import sass
 from .pool import Task, share_out
 from .problems import Problem, launches_of
 
@@ -61,9 +62,14 @@ def offline(arch: str) -> Iterator[None]:
 def compile_launch(launch: Launch, arch: str) -> float:
     """Compile into the cache; the seconds of processor time that it took, the assembler's included."""
     begun = sum(os.times()[:4])
-    with offline(arch):
-        launch.kernel.warmup(grid=(launch.programs,), **launch._arguments())
+    compiled(launch, arch)
     return sum(os.times()[:4]) - begun
+
+
+def compiled(launch: Launch, arch: str) -> Any:
+    """The program of ``launch``, from the cache where it is there."""
+    with offline(arch):
+        return launch.kernel.warmup(grid=(launch.programs,), **launch._arguments())
 
 
 def identity(launch: Launch) -> str:
@@ -110,9 +116,22 @@ def compile_subject(subject: Subject, arch: str, place: int) -> float:
 
 
 def compile_choice(case: Case, choice: Choice | None, arch: str) -> None:
-    """In a worker: compile all that a choice launches for `case`."""
+    """In a worker: compile all that a choice launches for `case`.
+
+    Raises:
+        ValueError: for a candidate on Hopper that is not worth its time: what it launches spills or waits for every
+            product, which no count of registers shows before.
+    """
+    from ..tune import Candidate
+
     for launch in of_case(case, choice, arch):
-        compile_launch(launch, arch)
+        program = compiled(launch, arch)
+        if arch != "sm_90" or not isinstance(choice, Candidate):
+            continue
+        found = sass.read(sass.disassemble(program.asm["cubin"]))
+        if found.serialised or found.spills:
+            what = "waits for every product" if found.serialised else f"spills ({found.spills} instructions)"
+            raise ValueError(f"{choice} {what}: refused")
 
 
 def tasks_for(subjects: Iterable[Subject], arch: str) -> list[Task]:

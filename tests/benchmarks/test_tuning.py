@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
-from benchmarks import tune, tuned_table
+from benchmarks import sass, tune, tuned_table
 from benchmarks.cases import Case
+from benchmarks.gpu import programs
+from benchmarks.gpu.programs import of_case
 from benchmarks.inputs import Inputs
 from benchmarks.providers import Ours
 from benchmarks.rows import Row, write
@@ -35,6 +36,16 @@ from fpe_kernels.backends.triton.packing import chunks
 H100 = "cuda: NVIDIA H100 80GB HBM3"
 HALVES = Case("tune", 512, 4096, 10, 64, 1, "halves")
 GUIDED = Case("tune", 128, 256, 8, 40, 1, "guided")
+
+
+@pytest.fixture(autouse=True)
+def nothing_committed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Tables are learnt from none, but for the test of the committed one."""
+    if "committed_table" not in request.node.name:
+        monkeypatch.setattr(tuned, "FORWARD", {})
+        monkeypatch.setattr(tuned, "TOGETHER", {})
+        for kept in (configs.forward_config, configs.joins):
+            request.addfinalizer(kept.cache_clear)
 
 
 def row(case: Case, provider: str, ms: float, device: str = H100, dtype: str = "float16") -> Row:
@@ -152,20 +163,34 @@ def test_what_gains_nothing_changes_nothing(tmp_path) -> None:
 
 
 def test_what_is_compiled_ahead_is_what_a_choice_launches() -> None:
-    (one,) = tune.launches(GUIDED, Launches(True), "cpu")
-    assert len(tune.launches(GUIDED, Launches(False), "cpu")) == 2
+    (one,) = of_case(GUIDED, Launches(True), "sm_90")
+    assert len(of_case(GUIDED, Launches(False), "sm_90")) == 2
     assert one.numbers["queries"] == GUIDED.tokens
-    (launch,) = tune.launches(HALVES, Candidate(64, 32, 4, 2), "cpu")
+    (launch,) = of_case(HALVES, Candidate(64, 32, 4, 2), "sm_90")
     assert (launch.config.block_m, launch.config.block_n, launch.config.warps) == (64, 32, 4)
-    (boxed,) = tune.launches(HALVES, Candidate(64, 64, 4, 2, descriptors=True), "cpu")
+    (boxed,) = of_case(HALVES, Candidate(64, 64, 4, 2, descriptors=True), "sm_90")
     assert boxed.boxes
 
 
-def test_a_compiler_that_dies_takes_only_what_may_have_killed_it() -> None:
-    dead: Future = Future()
-    dead.set_exception(BrokenProcessPool())
-    assert tune._problem(dead, Candidate(64, 64, 4, 2)) is None
-    assert "died" in (tune._problem(dead, Candidate(64, 64, 4, 2, True, True)) or "")
+@pytest.mark.parametrize(
+    ("loop", "reason"),
+    [
+        (sass.Loop(("HGMMA", "WARPGROUP.DEPBAR.LE gsb0, 0x0") * 4), "waits for every product: refused"),
+        (sass.Loop(("HGMMA", "HGMMA", "WARPGROUP.DEPBAR.LE gsb0, 0x0")), r"spills \(3 instructions\): refused"),
+    ],
+)
+def test_a_candidate_whose_program_stalls_is_refused(loop, reason, monkeypatch) -> None:
+    candidate = Candidate(64, 32, 4, 2)
+    spills = 0 if loop.serialised else 3
+    monkeypatch.setattr(programs, "compiled", lambda launch, arch: SimpleNamespace(asm={"cubin": b""}))
+    monkeypatch.setattr(sass, "disassemble", lambda cubin: "")
+    monkeypatch.setattr(sass, "read", lambda text: sass.Program((loop,), spills))
+    with pytest.raises(ValueError, match=f"{candidate} {reason}"):
+        programs.compile_choice(HALVES, candidate, "sm_90")
+    programs.compile_choice(HALVES, candidate, "sm_80")  # where nothing of the kind is read
+    programs.compile_choice(HALVES, None, "sm_90")  # the committed configuration is no candidate
+    monkeypatch.setattr(sass, "read", lambda text: sass.Program((sass.Loop(loop.instructions[:2]),), 0))
+    programs.compile_choice(HALVES, candidate, "sm_90")
 
 
 def test_luck_is_no_gain() -> None:

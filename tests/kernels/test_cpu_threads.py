@@ -43,7 +43,8 @@ def test_a_thread_inside_computes_alone_and_others_keep_their_number() -> None:
         "later = []\n"
         "thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))\n"
         "thread.start(); thread.join()\n"
-        "print(cpu_threads.threads_compute_alone(), {n for n, _, _ in seen}, len(seen), torch.get_num_threads(), later)\n"
+        "numbers = {n for n, _, _ in seen}\n"
+        "print(cpu_threads.threads_compute_alone(), numbers, len(seen), torch.get_num_threads(), later)\n"
     )
     assert out.split(" ", 1)[0] in ("True", "False")
     if out.startswith("True"):

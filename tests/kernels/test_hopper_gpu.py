@@ -1,4 +1,4 @@
-"""The kernel for Hopper on a device that has it: exact where it serves, at every width, and the same bits every time."""
+"""The kernel for Hopper on a device that has it: exact where it serves, at every width, the same bits every time."""
 
 from __future__ import annotations
 

@@ -1,14 +1,17 @@
-"""Forward through tensor descriptors, for the widths that are boxes of memory: a candidate of the tuner on Hopper.
+"""Forward through tensor descriptors, for the widths that are boxes of memory: by name, where Gluon is missing.
 
     O_b = softmax(scale · Q_g K_gᵀ) V_b     for every batch row b with map_index[b] = g
 
-What :mod:`.apply` computes without bias, weights or a known log-sum-exp. Queries, keys and values arrive as boxes that
-the bulk copy engine fetches, one instruction a box, with zeros where a box reaches past a tensor: no thread computes an
-address or a mask. The values of the branches come in one box of consecutive batch rows. A box has powers of two for
-edges, so the head dim, the value dim and the number of branches must be such. SPECIALISED asks the compiler for further
-warps, which fetch while the others compute; some releases of Triton refuse that for some tiles.
+What :mod:`.apply` computes without bias, weights or a known log-sum-exp. Queries, keys and the values of each branch
+arrive as boxes that the bulk copy engine fetches, one instruction a box, with zeros where a box reaches past a tensor:
+no thread computes an address or a mask. A box has powers of two for edges, so head dim and value dim must be such. The
+scores of the next tile are issued before the softmax of this one, and every branch has a product and an accumulator
+of its own, so that values are read where they lie. SPECIALISED asks the compiler for further warps, which fetch while
+the others compute; some releases of Triton refuse that for some tiles.
 
-No rule of :mod:`.configs` chooses this kernel; the tuner times it, and its table may.
+No rule of :mod:`.configs` chooses this kernel; the tuner times it, and its table may. On an H200 it was no faster than
+the pointer kernel (0.33 to 0.35 ms beside 0.34 at head dim 64, 0.91 beside 0.88 at 128); :mod:`.hopper` was. Triton 3.6
+keeps its products in flight; 3.9 waits for each one at most widths, which the tuner refuses.
 """
 
 from __future__ import annotations
@@ -20,17 +23,19 @@ from torch import Tensor
 from .configs import Config
 from .launch import Launch, product_precision, strides
 from .packing import MIN_PIECE, Chunk, device_table, needs_wide_index, vector_width
-from .primitives import LN2, LOG2E, aligned, dot, online_softmax_update, packed_columns, tile_index
+from .primitives import LN2, LOG2E, aligned, dot, online_softmax_update, tile_index
+
+MOST_BRANCHES = 4
 
 
 @triton.jit
 def boxes_kernel(
     query,  # descriptor of [G, H, N, D], boxes [1, 1, BLOCK_M, D]
     key,  # descriptor of [G, H, M, D], boxes [1, 1, BLOCK_N, D]
-    value,  # descriptor of [B, H, M, E], boxes [BRANCHES, 1, BLOCK_N, E]
+    value,  # descriptor of [B, H, M, E], boxes [1, 1, BLOCK_N, E]
     out_ptr,  # [B, H, N, E]
     logsumexp_ptr,  # [G, H, N], contiguous
-    table_ptr,  # [programs' groups, 1 + BRANCHES]: the map, then its batch rows, one after the other
+    table_ptr,  # [programs' groups, 1 + BRANCHES]: the map, then its batch rows
     scale,  # of the scores, times log2(e); positive
     heads,
     queries,
@@ -50,28 +55,44 @@ def boxes_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    COLUMNS: tl.constexpr = BRANCHES * VALUE_DIM
     tiles = tl.cdiv(queries, BLOCK_M)
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles) % heads
     group_ptr = table_ptr + (tl.program_id(0) // tiles // heads) * (1 + BRANCHES)
     group = tl.load(group_ptr)
-    first_row = tl.load(group_ptr + 1)
 
     q = query.load([group, head, tile * BLOCK_M, 0]).reshape([BLOCK_M, HEAD_DIM])
     columns = tl.arange(0, BLOCK_N)
     maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     normaliser = tl.zeros([BLOCK_M], dtype=tl.float32)
-    accumulator = tl.zeros([BLOCK_M, COLUMNS], dtype=tl.float32)
+    # Read again for a launch of fewer branches, which does not use them; the compiler drops them.
+    row_0 = tl.load(group_ptr + 1)
+    row_1 = tl.load(group_ptr + min(2, BRANCHES))
+    row_2 = tl.load(group_ptr + min(3, BRANCHES))
+    row_3 = tl.load(group_ptr + min(4, BRANCHES))
+    sum_0 = tl.zeros([BLOCK_M, VALUE_DIM], dtype=tl.float32)
+    sum_1 = sum_0
+    sum_2 = sum_0
+    sum_3 = sum_0
+    k = key.load([group, head, 0, 0]).reshape([BLOCK_N, HEAD_DIM])
+    scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION)
     for start_n in tl.range(0, keys, BLOCK_N, warp_specialize=SPECIALISED):
-        k = key.load([group, head, start_n, 0]).reshape([BLOCK_N, HEAD_DIM])
-        scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION)
+        # Past the end of the keys these are zeros, of which nothing is made.
+        k = key.load([group, head, start_n + BLOCK_N, 0]).reshape([BLOCK_N, HEAD_DIM])
+        next_scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION)
         if not EVEN_KEYS:
             scores = tl.where((columns < keys - start_n)[None, :], scores, float("-inf"))
         probabilities, rescale, maximum, normaliser = online_softmax_update(scores, scale, maximum, normaliser, False)
-        v = value.load([first_row, head, start_n, 0]).reshape([BRANCHES, BLOCK_N, VALUE_DIM])
-        v = tl.permute(v, [1, 0, 2]).reshape([BLOCK_N, COLUMNS])
-        accumulator = dot(probabilities.to(v.dtype), v, accumulator * rescale[:, None], PRECISION)
+        p = probabilities.to(q.dtype)
+        factor = rescale[:, None]
+        sum_0 = dot(p, _values(value, row_0, head, start_n, BLOCK_N, VALUE_DIM), sum_0 * factor, PRECISION)
+        if BRANCHES > 1:
+            sum_1 = dot(p, _values(value, row_1, head, start_n, BLOCK_N, VALUE_DIM), sum_1 * factor, PRECISION)
+        if BRANCHES > 2:
+            sum_2 = dot(p, _values(value, row_2, head, start_n, BLOCK_N, VALUE_DIM), sum_2 * factor, PRECISION)
+        if BRANCHES > 3:
+            sum_3 = dot(p, _values(value, row_3, head, start_n, BLOCK_N, VALUE_DIM), sum_3 * factor, PRECISION)
+        scores = next_scores
 
     start_m = tile.to(tl.int64) * BLOCK_M
     rows = tile_index(BLOCK_M, WIDE)
@@ -80,24 +101,36 @@ def boxes_kernel(
     logsumexp_ptr += (group.to(tl.int64) * heads + head64) * queries + start_m
     tl.store(logsumexp_ptr + rows, (maximum + tl.log2(normaliser)) * LN2, mask=row_valid)
     out_stride_n = aligned(out_stride_n, OUT_VECTOR)
+    entries = tile_index(VALUE_DIM, WIDE) * out_stride_e
     out_ptr += head64 * aligned(out_stride_h, OUT_VECTOR) + start_m * out_stride_n
-    o_columns, _ = packed_columns(
-        group_ptr + 1, out_stride_b, out_stride_e, 0, COLUMNS, VALUE_DIM, COLUMNS, OUT_VECTOR, WIDE
-    )
-    tl.store(
-        out_ptr + rows[:, None] * out_stride_n + o_columns[None, :],
-        (accumulator / normaliser[:, None]).to(out_ptr.dtype.element_ty),
-        mask=row_valid[:, None],
-    )
+    out_ptrs = out_ptr + rows[:, None] * out_stride_n + entries[None, :]
+    out_stride_b = aligned(out_stride_b, OUT_VECTOR)
+    _write(out_ptrs, row_0, out_stride_b, sum_0, normaliser, row_valid)
+    if BRANCHES > 1:
+        _write(out_ptrs, row_1, out_stride_b, sum_1, normaliser, row_valid)
+    if BRANCHES > 2:
+        _write(out_ptrs, row_2, out_stride_b, sum_2, normaliser, row_valid)
+    if BRANCHES > 3:
+        _write(out_ptrs, row_3, out_stride_b, sum_3, normaliser, row_valid)
+
+
+@triton.jit
+def _values(value, row, head, start_n, BLOCK_N: tl.constexpr, VALUE_DIM: tl.constexpr):
+    return value.load([row, head, start_n, 0]).reshape([BLOCK_N, VALUE_DIM])
+
+
+@triton.jit
+def _write(out_ptrs, row, stride, accumulator, normaliser, row_valid):
+    quotient = (accumulator / normaliser[:, None]).to(out_ptrs.dtype.element_ty)
+    tl.store(out_ptrs + row.to(tl.int64) * stride, quotient, mask=row_valid[:, None])
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: float) -> bool:
     """Whether boxes can hold a launch of ``chunk``; ``value`` is narrowed to its columns."""
-    consecutive = all(rows == list(range(rows[0], rows[0] + len(rows))) for _, *rows in chunk.table)
-    edges = query.shape[3], value.shape[3], MIN_PIECE * chunk.branches
+    edges = query.shape[3], value.shape[3]
     powers = all(edge >= MIN_PIECE and edge & (edge - 1) == 0 for edge in edges)
     aligned_rows = all(map(_boxable, (query, key, value)))
-    return consecutive and powers and aligned_rows and query.element_size() == 2 and scale > 0.0
+    return chunk.branches <= MOST_BRANCHES and powers and aligned_rows and query.element_size() == 2 and scale > 0.0
 
 
 def _boxable(tensor: Tensor) -> bool:
@@ -135,7 +168,7 @@ def prepare(
         boxes={
             "query": (1, 1, config.block_m, head_dim),
             "key": (1, 1, config.block_n, head_dim),
-            "value": (chunk.branches, 1, config.block_n, value_dim),
+            "value": (1, 1, config.block_n, value_dim),
         },
         numbers={
             "scale": scale * LOG2E.value,

@@ -62,7 +62,7 @@ class Config:
     warps: int
     stages: int
     descriptors: bool = False  # keys and values through the bulk copy engine, where the layout allows it
-    specialised: bool = False  # with descriptors: further warps that do nothing but fetch
+    specialised: bool = False  # with descriptors: further warps that only fetch; with gluon: warpgroups take turns
     maxnreg: int = 0  # registers of a thread at most, so that more programs share a multiprocessor; 0: no bound
     gluon: bool = False  # the kernel for Hopper, where it serves: warpgroups of `warps`, and a warp that fetches
 

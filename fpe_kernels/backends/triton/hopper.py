@@ -27,7 +27,11 @@ WARPS = 4  # of a warpgroup
 REGISTERS = {1: 240, 2: 240, 3: 160}
 """Of a thread that multiplies, by warpgroups that do: beside the threads that fetch they fill the register file."""
 
-_HELD = 32  # registers of a thread for what is counted nowhere: addresses, statistics, operands on their way
+LEAST_HELD, MOST_HELD = 32, 56
+"""Registers of a thread for what is counted nowhere: addresses, statistics, operands on their way. The assembler of
+Triton 3.6 to 3.8 needs the less, that of 3.9 the more: given fewer it spills, and waits for every product."""
+
+_HELD = MOST_HELD if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else LEAST_HELD
 
 
 def warpgroups(block_m: int) -> tuple[int, int]:
@@ -69,7 +73,8 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: floa
         return f"tiles have 64, 128, 192 or 256 rows, and {WARPS} warps are counted; asked for {config}"
     if config.block_n not in (16, 32, 64, 128, 256):
         return f"tiles of keys have 16, 32, 64, 128 or 256 rows, not {config.block_n}"
-    if most_branches(query.shape[3], value.shape[3], config) < 1:
+    shape = query.shape[3], value.shape[3]
+    if most_branches(*shape, fitted(*shape, 1, config)) < 1:
         return f"the tiles of {config} do not fit"
     return ""
 
@@ -88,15 +93,29 @@ def _no_descriptor(tensor: Tensor) -> str:
     return ""
 
 
-def most_branches(head_dim: int, value_dim: int, config: Config) -> int:
+def most_branches(head_dim: int, value_dim: int, config: Config, held: int = _HELD) -> int:
     """How many branches one launch holds, by registers and by shared memory; 0 where not even one fits."""
     head, packed = sum(split_width(head_dim)), sum(split_width(value_dim))
     groups, rows = warpgroups(config.block_m)
     # A thread holds rows / 128 of a tile's float32 columns, and the probabilities a second time in half precision.
-    by_registers = ((REGISTERS[groups] - _HELD) * 128 // rows - 3 * config.block_n // 2) // packed
+    by_registers = ((REGISTERS[groups] - held) * 128 // rows - 3 * config.block_n // 2) // packed
     free = SHARED_MEMORY["sm_90"] - 1024 - 2 * head * (config.block_m + config.stages * config.block_n)
     by_shared = free // (2 * config.stages * config.block_n * packed)
     return max(0, min(by_registers, by_shared, 4))
+
+
+def fitted(head_dim: int, value_dim: int, branches: int, config: Config, held: int = _HELD) -> Config:
+    """``config``, or smaller tiles where this Triton holds fewer branches of them than that which they are tuned with.
+
+    Args:
+        held: as of :data:`LEAST_HELD` or :data:`MOST_HELD`.
+    """
+    wanted = min(branches, most_branches(head_dim, value_dim, config, LEAST_HELD))
+    while most_branches(head_dim, value_dim, config, held) < wanted and config.block_n > 32:
+        config = replace(config, block_n=config.block_n // 2)
+    if most_branches(head_dim, value_dim, config, held) < wanted and config.block_m > 128:
+        config = replace(config, block_m=128)
+    return config
 
 
 def launches(
@@ -114,6 +133,7 @@ def launches(
 
     More branches than one launch holds are dealt out to several, of which the later know the log-sum-exp.
     """
+    config = fitted(query.shape[3], value.shape[3], chunk.branches, config)
     parts = -(-chunk.branches // most_branches(query.shape[3], value.shape[3], config))
     share, extra = divmod(chunk.branches, parts)
     start = 1
@@ -188,6 +208,7 @@ def prepare(
             "EVEN_KEYS": keys % config.block_n == 0,
             "GROUPS": groups,
             "ROWS": group_rows,
+            "TURNS": config.specialised and groups > 1,
             "BLOCK_N": config.block_n,
             "STAGES": config.stages,
             "REGISTERS": REGISTERS[groups],

@@ -2,19 +2,27 @@
 
     O_b = softmax(scale · Q_g K_gᵀ) V_b     for every batch row b with map_index[b] = g
 
-A program holds 64 or 128 query rows a warpgroup and streams tiles of keys and values through two rings in shared memory, which
-the bulk copy engine fills. Of each ring's slot a barrier says that it is full (the bytes have come) and another that it
-is empty (every warpgroup has read it). A slot is in use for the ``t``-th time in phase ``t % 2`` of its barriers.
+A program holds 64 or 128 query rows a warpgroup and streams tiles of keys and values through two rings in shared
+memory, which the bulk copy engine fills. Of each ring's slot a barrier says that it is full (the bytes have come) and
+another that it is empty (every warpgroup has read it). A slot is in use for the ``t``-th time in phase ``t % 2`` of its
+barriers.
 
 The order of a warpgroup is that of FlashAttention-3 (Shah et al., 2024): S(j) = Q K(j)ᵀ is issued, then P(j−1) V(j−1)
 behind it; S(j) alone is waited for, its exponentials are taken while the second product runs, and only then are the
-accumulators touched. The tile that the end of the keys cuts is the first one, so that no other needs a mask.
+accumulators touched. With TURNS the warpgroups issue in turns, so that one takes its exponentials while the other's
+products run; otherwise nothing keeps them from running in step. The tile that the end of the keys cuts is the first
+one, so that no other needs a mask.
 
-A width is held in one or two pieces that are powers of two, 160 = 128 + 32, as everywhere (:func:`.packing.split_width`);
-a piece has boxes and rings of its own. Boxes reach past a tensor's end, where the copy engine writes zeros.
+A width is held in one or two pieces that are powers of two, 160 = 128 + 32, as everywhere
+(:func:`.packing.split_width`); a piece has boxes and rings of its own. Boxes reach past a tensor's end, where the copy
+engine writes zeros.
 
 Importing this needs a Triton with Gluon for Hopper; :mod:`.hopper` does so when it is asked.
 """
+
+# Calls of a kernel know no unpacking, and a tuple that grows there has a new type.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -24,29 +32,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from .hopper_pieces import finished, issue_products, issue_scores, rescaled_rows, side_by_side, write
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 FETCHERS = gl.constexpr(1)  # warps that fetch
 
-# Triton 3.8 renamed both.
+# Triton 3.8 renamed it.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-
-
-@gluon.jit
-def _side_by_side(
-    ring, TYPE: gl.constexpr, TILES: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """The tiles of a ring of values as fewer, wider ones: wide tiles lie as narrow ones do, behind one another."""
-    if _PUBLIC:
-        wide = ring.reinterpret(TYPE, [TILES, ROWS, WIDTH], LAYOUT)
-    else:
-        wide = ring._reinterpret(TYPE, [TILES, ROWS, WIDTH], LAYOUT)
-    return wide
 
 
 @gluon.jit
@@ -75,7 +71,7 @@ def _fetch(
 ):
     """The warp that fetches: the queries once, then the tiles of keys and values, the last tile first."""
     q_0, q_1, k_0, k_1, v_0, v_1 = rings
-    q_full, k_full, k_empty, v_full, v_empty = barriers
+    q_full, k_full, k_empty, v_full, v_empty, _ = barriers
     group = gl.load(group_ptr)
     # Two bytes an element; what lies past a tensor's end counts too.
     mbarrier.expect(q_full, 2 * GROUPS * ROWS * (HEAD_0 + HEAD_1))
@@ -113,142 +109,6 @@ def _fetch(
 
 
 @gluon.jit
-def _scores(
-    q_0,
-    q_1,
-    k_0,
-    k_1,
-    part: gl.constexpr,
-    slot,
-    HEAD_0: gl.constexpr,
-    HEAD_1: gl.constexpr,
-    ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
-    """Issue Q Kᵀ for a slot of the keys: in flight when this returns."""
-    scores = warpgroup_mma(
-        q_0.index(part).reshape([ROWS, HEAD_0]),
-        k_0.index(slot).reshape([BLOCK_N, HEAD_0]).permute((1, 0)),
-        gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT),
-        use_acc=False,
-        is_async=True,
-    )
-    if HEAD_1 > 0:
-        scores = warpgroup_mma(
-            q_1.index(part).reshape([ROWS, HEAD_1]),
-            k_1.index(slot).reshape([BLOCK_N, HEAD_1]).permute((1, 0)),
-            scores,
-            is_async=True,
-        )
-    return scores
-
-
-@gluon.jit
-def _products(
-    probabilities,
-    accumulators,
-    values,
-    slot,
-    SPLIT: gl.constexpr,
-    BUNDLES: gl.constexpr,
-    LAYOUT_0: gl.constexpr,
-    LAYOUT_1: gl.constexpr,
-):
-    """Issue P V for a slot of the values, added to the accumulators: in flight when this returns."""
-    operand = gl.convert_layout(probabilities, gl.DotOperandLayout(0, LAYOUT_0, 2))
-    products = ()
-    for bundle in gl.static_range(BUNDLES):
-        v = values[0].index(slot * BUNDLES + bundle)
-        products = products + (warpgroup_mma(operand, v, accumulators[bundle], is_async=True),)
-    if SPLIT:
-        operand_1 = gl.convert_layout(probabilities, gl.DotOperandLayout(0, LAYOUT_1, 2))
-        for bundle in gl.static_range(BUNDLES):
-            v = values[1].index(slot * BUNDLES + bundle)
-            products = products + (warpgroup_mma(operand_1, v, accumulators[BUNDLES + bundle], is_async=True),)
-    return products
-
-
-@gluon.jit
-def _finished(products, PRODUCTS: gl.constexpr):
-    """Wait for everything in flight; the accumulators."""
-    if PRODUCTS == 1:
-        # One is returned as it is, several as a tuple.
-        finished = (warpgroup_mma_wait(0, deps=products),)
-    else:
-        finished = warpgroup_mma_wait(0, deps=products)
-    return finished
-
-
-@gluon.jit
-def _rescaled(
-    accumulators,
-    factor,
-    SPLIT: gl.constexpr,
-    BUNDLES: gl.constexpr,
-    LAYOUT_0: gl.constexpr,
-    LAYOUT_1: gl.constexpr,
-):
-    """Every row of the accumulators times its entry of ``factor``."""
-    factor_0 = gl.convert_layout(factor, gl.SliceLayout(1, LAYOUT_0))[:, None]
-    rescaled = ()
-    for bundle in gl.static_range(BUNDLES):
-        rescaled = rescaled + (accumulators[bundle] * factor_0,)
-    if SPLIT:
-        factor_1 = gl.convert_layout(factor, gl.SliceLayout(1, LAYOUT_1))[:, None]
-        for bundle in gl.static_range(BUNDLES):
-            rescaled = rescaled + (accumulators[BUNDLES + bundle] * factor_1,)
-    return rescaled
-
-
-@gluon.jit
-def _write(
-    accumulator,
-    out_ptr,
-    rows_ptr,
-    first_row,
-    queries,
-    stride_b,
-    stride_n,
-    stride_e,
-    before: gl.constexpr,
-    ROWS: gl.constexpr,
-    START: gl.constexpr,
-    WIDTH: gl.constexpr,
-    BUNDLE: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
-    VECTOR: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
-    """Columns START .. START + WIDTH of the BUNDLE branches after ``before``; ``rows_ptr`` holds their batch rows.
-
-    VECTOR neighbours, which a thread holds, lie side by side and start aligned; the compiler cannot see that.
-    """
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    column = gl.arange(0, BUNDLE * WIDTH, gl.SliceLayout(0, LAYOUT))
-    entry = START + column % WIDTH
-    valid = entry // VECTOR * VECTOR < VALUE_DIM
-    start = first_row.to(gl.int64) * stride_n
-    branches = gl.zeros([BUNDLE * WIDTH], gl.int64, gl.SliceLayout(0, LAYOUT))
-    for branch in gl.static_range(BUNDLE):
-        row = gl.load(rows_ptr + before + branch)
-        mine = column // WIDTH == branch
-        branches = gl.where(mine, row.to(gl.int64) * stride_b + start, branches)
-        if before + branch > 0:
-            # A branch that names the row before it again is there to make the launch wide enough.
-            valid = valid & ((gl.load(rows_ptr + before + branch - 1) != row) | (column // WIDTH != branch))
-    offsets = (branches + entry * stride_e)[None, :] + rows[:, None] * stride_n
-    if VECTOR > 1:
-        offsets = gl.max_contiguous(gl.multiple_of(offsets, [1, VECTOR]), [1, VECTOR])
-        valid = gl.max_constancy(valid, [VECTOR])
-    gl.store(
-        out_ptr + offsets,
-        accumulator.to(out_ptr.dtype.element_ty),
-        mask=(rows < queries - first_row)[:, None] & valid[None, :],
-    )
-
-
-@gluon.jit
 def _multiply(
     part: gl.constexpr,
     rings,
@@ -272,10 +132,11 @@ def _multiply(
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
     ROWS: gl.constexpr,
+    TURNS: gl.constexpr,
 ):
     """A warpgroup that multiplies: query rows ``part`` · ROWS .. of the tile."""
     q_0, q_1, k_0, k_1, v_0, v_1 = rings
-    q_full, k_full, k_empty, v_full, v_empty = barriers
+    q_full, k_full, k_empty, v_full, v_empty, turn = barriers
     out_ptr, logsumexp_ptr, out_stride_b, out_stride_h, out_stride_n, out_stride_e = outputs
     scale, heads, queries, keys, head, tile = numbers
     # Visibly multiples of what is written at once, which the compiler is not told of.
@@ -298,9 +159,9 @@ def _multiply(
     tiles = gl.cdiv(keys, BLOCK_N)
 
     TILES: gl.constexpr = STAGES * BUNDLES
-    values = (_side_by_side(v_0, TYPE, TILES, BLOCK_N, WIDE_0, VALUES_0),)
+    values = (side_by_side(v_0, TYPE, TILES, BLOCK_N, WIDE_0, VALUES_0),)
     if SPLIT:
-        values = values + (_side_by_side(v_1, TYPE, TILES, BLOCK_N, WIDE_1, VALUES_1),)
+        values = values + (side_by_side(v_1, TYPE, TILES, BLOCK_N, WIDE_1, VALUES_1),)
     accumulators = ()
     for _ in gl.static_range(BUNDLES):
         accumulators = accumulators + (gl.zeros([ROWS, WIDE_0], gl.float32, O_0),)
@@ -310,7 +171,7 @@ def _multiply(
 
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
-    scores = warpgroup_mma_wait(0, deps=[_scores(q_0, q_1, k_0, k_1, part, 0, HEAD_0, HEAD_1, ROWS, BLOCK_N, S)])
+    scores = warpgroup_mma_wait(0, deps=[issue_scores(q_0, q_1, k_0, k_1, part, 0, HEAD_0, HEAD_1, ROWS, BLOCK_N, S)])
     mbarrier.arrive(k_empty.index(0))
     if not EVEN_KEYS:
         columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
@@ -329,10 +190,17 @@ def _multiply(
     v_slot = 0
     v_phase = 0
     mbarrier.wait(k_full.index(k_slot), k_phase, pred=tiles > 1)
+    # The first warpgroup begins: its barrier has completed nothing, which answers phase 1.
+    turn_phase = 1 if part == 0 else 0
     for step in range(1, tiles):
-        in_flight = _scores(q_0, q_1, k_0, k_1, part, k_slot, HEAD_0, HEAD_1, ROWS, BLOCK_N, S)
+        if TURNS:
+            mbarrier.wait(turn.index(part), turn_phase)
+            turn_phase ^= 1
+        in_flight = issue_scores(q_0, q_1, k_0, k_1, part, k_slot, HEAD_0, HEAD_1, ROWS, BLOCK_N, S)
         mbarrier.wait(v_full.index(v_slot), v_phase)
-        products = _products(probabilities, accumulators, values, v_slot, SPLIT, BUNDLES, O_0, O_1)
+        products = issue_products(probabilities, accumulators, values, v_slot, SPLIT, BUNDLES, O_0, O_1)
+        if TURNS:
+            mbarrier.arrive(turn.index((part + 1) % GROUPS))
         scores = warpgroup_mma_wait(PRODUCTS, deps=[in_flight])
         mbarrier.arrive(k_empty.index(k_slot))
         if not KNOWN:
@@ -348,26 +216,26 @@ def _multiply(
             k_phase ^= 1
         # Where the next keys are waited for is also what keeps the compiler from waiting for the products any earlier.
         mbarrier.wait(k_full.index(k_slot), k_phase, pred=step + 1 < tiles)
-        accumulators = _finished(products, PRODUCTS)
+        accumulators = finished(products, PRODUCTS)
         mbarrier.arrive(v_empty.index(v_slot))
         probabilities = exponentials.to(TYPE)
         if not KNOWN:
-            accumulators = _rescaled(accumulators, rescale, SPLIT, BUNDLES, O_0, O_1)
+            accumulators = rescaled_rows(accumulators, rescale, SPLIT, BUNDLES, O_0, O_1)
         v_slot += 1
         if v_slot == STAGES:
             v_slot = 0
             v_phase ^= 1
     mbarrier.wait(v_full.index(v_slot), v_phase)
-    products = _products(probabilities, accumulators, values, v_slot, SPLIT, BUNDLES, O_0, O_1)
-    accumulators = _finished(products, PRODUCTS)
+    products = issue_products(probabilities, accumulators, values, v_slot, SPLIT, BUNDLES, O_0, O_1)
+    accumulators = finished(products, PRODUCTS)
 
     if not KNOWN:
         gl.store(logsumexp_ptr + rows, (maximum + gl.log2(normaliser)) * LN2, mask=row_valid)
-        accumulators = _rescaled(accumulators, 1.0 / normaliser, SPLIT, BUNDLES, O_0, O_1)
+        accumulators = rescaled_rows(accumulators, 1.0 / normaliser, SPLIT, BUNDLES, O_0, O_1)
     out_ptr += head.to(gl.int64) * out_stride_h
     rows_ptr = group_ptr + 1
     for bundle in gl.static_range(BUNDLES):
-        _write(
+        write(
             accumulators[bundle],
             out_ptr,
             rows_ptr,
@@ -386,7 +254,7 @@ def _multiply(
             O_0,
         )
         if SPLIT:
-            _write(
+            write(
                 accumulators[BUNDLES + bundle],
                 out_ptr,
                 rows_ptr,
@@ -437,6 +305,7 @@ def hopper_kernel(
     EVEN_KEYS: gl.constexpr,
     GROUPS: gl.constexpr,
     ROWS: gl.constexpr,
+    TURNS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -464,7 +333,10 @@ def hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
+    for part in gl.static_range(GROUPS):
+        mbarrier.init(turn.index(part), count=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(k_full.index(slot), count=1)
         mbarrier.init(v_full.index(slot), count=1)
@@ -477,7 +349,7 @@ def hopper_kernel(
     VALUES_0: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * VALUE_0), 16, 2)
     VALUES_1: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * VALUE_1) if VALUE_1 > 0 else 32, 16, 2)
     rings = (q_0, q_1, k_0, k_1, v_0, v_1)
-    barriers = (q_full, k_full, k_empty, v_full, v_empty)
+    barriers = (q_full, k_full, k_empty, v_full, v_empty, turn)
     outputs = (out_ptr, logsumexp_ptr, out_stride_b, out_stride_h, out_stride_n, out_stride_e)
     numbers = (scale, heads, queries, keys, head, tile)
     # Constants stay constants in the call itself only.
@@ -485,10 +357,11 @@ def hopper_kernel(
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
-                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS, ROWS)),
-                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile, keys,
-                          HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
+                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
+                             VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
+                             STAGES, GROUPS, ROWS, TURNS)),
+                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile,
+                          keys, HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
             ],
             [FETCHERS],
             [24],
@@ -496,12 +369,14 @@ def hopper_kernel(
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
-                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS, ROWS)),
-                (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
-                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS, ROWS)),
-                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile, keys,
-                          HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
+                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
+                             VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
+                             STAGES, GROUPS, ROWS, TURNS)),
+                (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
+                             VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
+                             STAGES, GROUPS, ROWS, TURNS)),
+                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile,
+                          keys, HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
             ],
             [4, FETCHERS],
             [REGISTERS, 24],
@@ -509,14 +384,17 @@ def hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
-                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS, ROWS)),
-                (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
-                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS, ROWS)),
-                (_multiply, (2, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0, VALUE_1,
-                             VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N, STAGES, GROUPS, ROWS)),
-                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile, keys,
-                          HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
+                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
+                             VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
+                             STAGES, GROUPS, ROWS, TURNS)),
+                (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
+                             VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
+                             STAGES, GROUPS, ROWS, TURNS)),
+                (_multiply, (2, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
+                             VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
+                             STAGES, GROUPS, ROWS, TURNS)),
+                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile,
+                          keys, HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
             ],
             [4, 4, FETCHERS],
             [REGISTERS, REGISTERS, 24],

@@ -60,7 +60,9 @@ def _specialise(launch: Launch) -> ASTSource:
                 attributes[(position,)] = promise
     source: Any = ASTSource
     if kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource as source
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source = GluonASTSource
     return source(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
@@ -71,8 +73,8 @@ def _descriptor_type(launch: Launch, name: str) -> str:
     return f"tensordesc<{_TYPES[dtype].removeprefix('*')}{box}{lies}>"
 
 
-def compile_offline(launch: Launch, target: str) -> Resources:
-    """Compile ``launch`` for ``target``, a key of :data:`TARGETS`.
+def compile_for(launch: Launch, target: str) -> Any:
+    """``launch`` compiled for ``target``, a key of :data:`TARGETS`, as Triton returns it.
 
     Raises:
         ValueError: for an unknown target.
@@ -82,7 +84,16 @@ def compile_offline(launch: Launch, target: str) -> Resources:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}.")
     if not hasattr(launch.kernel, "arg_names") or triton.knobs.runtime.interpret:
         raise RuntimeError("offline compilation needs the kernels without TRITON_INTERPRET=1 in the environment.")
-    compiled = triton.compile(_specialise(launch), target=TARGETS[target], options=launch.config.options)
+    return triton.compile(_specialise(launch), target=TARGETS[target], options=launch.config.options)
+
+
+def compile_offline(launch: Launch, target: str) -> Resources:
+    """What ``launch`` takes on ``target``; raises what :func:`compile_for` does."""
+    return resources(compile_for(launch, target), target)
+
+
+def resources(compiled: Any, target: str) -> Resources:
+    """What a program takes that :func:`compile_for` returned for ``target``."""
     if target.startswith("sm_"):
         registers, spills = _cuda_resources(compiled.asm["cubin"])
         # The mnemonics alone: wgmma.mma_async on Hopper, tcgen05.mma on Blackwell, mma.sync before.
