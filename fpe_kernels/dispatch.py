@@ -77,7 +77,7 @@ def select(name: object, query: Tensor) -> str:
 
 
 def backends() -> dict[str, str]:
-    """Every backend with ``"available"`` or the reason why it is not, on this machine.
+    """Every backend with ``"available"``, or what it lacks, or the reason why it is not, on this machine.
 
     >>> backends()["torch"]
     'available'
@@ -86,5 +86,6 @@ def backends() -> dict[str, str]:
     answers = {}
     for name in BACKENDS:
         reasons = unsupported_reasons(name, device, torch.float32, 64)
-        answers[name] = "; ".join(reasons) if reasons else "available"
+        lacking = load(name).without(device) if name == "triton" and not reasons else ""
+        answers[name] = "; ".join(reasons) or ", ".join(filter(None, ("available", lacking)))
     return answers

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 import triton
 
+from fpe_kernels import dispatch
 from fpe_kernels.backends.triton import configs, hopper
 from fpe_kernels.backends.triton.configs import Config
 from fpe_kernels.backends.triton.packing import Chunk
@@ -88,6 +89,19 @@ def test_an_import_that_fails_is_a_reason(monkeypatch) -> None:
     again = importlib.util.module_from_spec(importlib.util.find_spec(name))
     again.__spec__.loader.exec_module(again)  # one that remembers no earlier answer
     assert f"Triton {triton.__version__} has no Gluon for Hopper" in again.kernels()
+
+
+def test_a_chip_that_goes_without_says_so(monkeypatch) -> None:
+    hopper_chip, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index == 0 else (8, 0))
+    assert hopper.missing(hopper_chip) == ""
+    monkeypatch.setattr(hopper, "kernels", lambda: "Triton 3.0.0 has no Gluon")
+    assert hopper.missing(hopper_chip) == "without the kernel for Hopper: Triton 3.0.0 has no Gluon"
+    assert hopper.missing(other) == hopper.missing(torch.device("cpu")) == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "unsupported_reasons", lambda *arguments: [])
+    monkeypatch.setattr(torch, "device", lambda *arguments: hopper_chip)
+    assert dispatch.backends()["triton"] == "available, without the kernel for Hopper: Triton 3.0.0 has no Gluon"
 
 
 @pytest.mark.parametrize("block_m", hopper.TILE_ROWS)

@@ -8,10 +8,19 @@ import triton
 from .adjoint import adjoint
 from .forward import apply
 from .gradients import score_gradient
+from .hopper import missing as without
 from .merging import apply_merged
 from .ready import ready_call
 
-__all__ = ["adjoint", "apply", "apply_merged", "ready_call", "score_gradient", "unsupported_reasons"]
+__all__ = [
+    "adjoint",
+    "apply",
+    "apply_merged",
+    "ready_call",
+    "score_gradient",
+    "unsupported_reasons",
+    "without",
+]
 
 # Read when the kernels are imported: a kernel is decorated for the interpreter or for the compiler, once and for all.
 INTERPRETED = bool(triton.knobs.runtime.interpret)

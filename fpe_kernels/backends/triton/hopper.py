@@ -54,6 +54,14 @@ def kernels() -> ModuleType | str:
     return hopper_kernel
 
 
+def missing(device: torch.device) -> str:
+    """Why a chip that the kernel is made for goes without it, or nothing; other kernels serve there."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+        return ""
+    found = kernels()
+    return f"without the kernel for Hopper: {found}" if isinstance(found, str) else ""
+
+
 def refusal(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: float, config: Config) -> str:
     """Why no launch of ``chunk`` can be made so, or nothing; ``value`` is narrowed to its columns."""
     if triton.knobs.runtime.interpret:
