@@ -95,6 +95,28 @@ def headline(rows: Sequence[Row], gpu: bool) -> str:
     return markdown([*heading, "unedited ÷ ours", "of the machine's limit"], lines) + "\n\n" + beside(used)
 
 
+def claim(rows: Sequence[Row], gpu: bool) -> str:
+    """What the headline says in a sentence: the least and the most that sharing gains over unedited attention."""
+    cases = grouped(rows, "kernels", gpu)
+    found = []
+    for case in headline_cases():
+        ours, base = our_row(cases.get(case.name, {}).values()), cases.get(case.name, {}).get(UNEDITED)
+        if ours is not None and base is not None and base.samples_ms:
+            found.append((Ratio.of(ours, base).median, case, ours))
+    if not found:
+        device = "a GPU" if gpu else "a CPU"
+        known = "only the work a score, the memory and what is compiled are known"
+        return f"*On {device} nothing has been measured yet: {known}.*"
+    words = " and ".join(f"{ratio:.2f} × at head dim {case.head_dim}" for ratio, case, _ in found)
+    name = found[0][2].device.split(": ", 1)[-1]
+    least = min(ratio for ratio, _, _ in found)
+    verb = "is faster than" if least > 1 else "is not faster than"
+    return (
+        f"On {name} ({found[0][2].dtype}) the attention of a source and a target that share one map {verb} what it "
+        f"replaces, in the fastest form that PyTorch chooses there: {words}, at {found[0][1].tokens} tokens."
+    )
+
+
 def rivals(rows: Sequence[Row], gpu: bool) -> str:
     """Everyone in the headline cases, with the reasons of those that are missing."""
     cases = grouped(rows, "kernels", gpu)
@@ -201,6 +223,33 @@ def graphs(rows: Sequence[Row], gpu: bool) -> str:
     if not lines:
         return not_yet(gpu, "Steps as graphs")
     heading = ["random weights, guided batch", "unedited", "edited", "edited ÷ unedited"]
+    return markdown(heading, lines) + "\n\n" + beside(used)
+
+
+def busy(rows: Sequence[Row], gpu: bool) -> str:
+    """Ours against PyTorch's attention by the wall clock, beside processes that keep cores busy."""
+    found: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in rows:
+        if row.suite == "busy" and row.on_gpu == gpu and row.status == "ok":
+            found.setdefault((row.case, row.threads), {})[row.provider] = row
+    shapes: dict[tuple[str, int], dict[str, str]] = {}
+    used = []
+    for (name, threads), providers in found.items():
+        ours, base = our_row(providers.values()), providers.get(UNEDITED)
+        if ours is None or base is None:
+            continue
+        used.append(ours)
+        shape, level = name.rsplit("/", 1)
+        shapes.setdefault((shape, threads), {})[level] = str(Ratio.of(ours, base)).replace("×", "")
+    if not shapes:
+        return not_yet(gpu, "A busy machine")
+    levels = ["busy-0", "busy-1", "busy-2"]
+    lines = [
+        [f"{Case.parse(shape).tokens} × {Case.parse(shape).heads} × {Case.parse(shape).head_dim}", str(threads)]
+        + [cells.get(level, "–") for level in levels]
+        for (shape, threads), cells in shapes.items()
+    ]
+    heading = ["unedited ÷ ours, a source and a target", "threads", "alone", "beside one process", "beside two"]
     return markdown(heading, lines) + "\n\n" + beside(used)
 
 
@@ -338,6 +387,20 @@ def recordings(rows: Sequence[Row], gpu: bool) -> str:
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     f"{table.__name__}-{device}": partial(table, gpu=device == "gpu")
-    for table in (headline, rivals, operations, shapes, targets, models, grid, edits, graphs, recordings, memory)
+    for table in (
+        claim,
+        headline,
+        rivals,
+        operations,
+        shapes,
+        targets,
+        models,
+        grid,
+        edits,
+        graphs,
+        busy,
+        recordings,
+        memory,
+    )
     for device in ("cpu", "gpu")
 }
