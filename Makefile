@@ -29,8 +29,9 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 # Tests whose outcome could hang on how sums are rounded: CI repeats them as other CPUs and threads round.
-ROUNDING := $(addprefix tests/pipeline/test_,cli cli_images cli_methods golden_fpe inversion keep_source pipeline \
-  recording recording_models session soft_edits) tests/kernels/test_mixed_batches tests/kernels/test_row_weights
+ROUNDING := $(addprefix tests/pipeline/test_,cli.py::TestFromRecord cli_methods.py keep_source.py \
+  golden_fpe.py::test_float64_agrees_with_the_original_in_float64 inversion.py::TestRefusals) \
+  tests/kernels/test_mixed_batches.py tests/kernels/test_row_weights.py
 
 .PHONY: help demo test test-rounding test-all lint format bench figures gpu gpu-smoke gpu-train clean
 
@@ -45,7 +46,7 @@ test: $(STAMP)  ## the fast tests, Triton kernels through the interpreter (what 
 	@$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-rounding: $(STAMP)  ## tests that could hang on rounding, as ATEN_CPU_CAPABILITY and OMP_NUM_THREADS say
-	@$(PYTEST) -m "not slow and not gpu" $(addsuffix .py,$(ROUNDING)) $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow and not gpu" $(ROUNDING) $(PYTEST_ARGS)
 
 test-all: $(STAMP)  ## every test that needs no GPU: fuzzing, offline compilation, long runs
 	@$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
