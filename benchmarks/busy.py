@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,8 +75,8 @@ def _rows(case: Case, inputs: Inputs, level: int, pairs: int) -> Iterator[Row]:
     with busy(level):
         samples = interleaved(calls, "cpu", effort)
     for name, verdict in verdicts.items():
-        about = {"suite": "busy", "case": f"{case.name}/busy-{level}", "provider": name, "dtype": "float32"}
-        about |= {"error": verdict.error, "budget": verdict.budget}
+        about: dict[str, Any] = {"suite": "busy", "case": f"{case.name}/busy-{level}", "provider": name}
+        about |= {"dtype": "float32", "error": verdict.error, "budget": verdict.budget}
         if verdict.passed:
             yield Row.new(environment, **about, status="ok", samples_ms=samples[name])
         else:

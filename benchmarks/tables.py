@@ -385,6 +385,9 @@ def recordings(rows: Sequence[Row], gpu: bool) -> str:
     return markdown(heading, lines) + "\n\n" + beside(used)
 
 
+_BY_DEVICE: tuple[Callable[..., str], ...] = (claim, headline, rivals, operations, shapes, targets, models, grid)
+_BY_DEVICE += (edits, graphs, busy, recordings, memory)
+
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     f"{table.__name__}-{device}": partial(table, gpu=device == "gpu")
     for table in (
