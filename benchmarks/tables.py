@@ -106,7 +106,7 @@ def claim(rows: Sequence[Row], gpu: bool) -> str:
     if not found:
         device = "a GPU" if gpu else "a CPU"
         known = "only the work a score, the memory and what is compiled are known"
-        return f"*On {device} nothing has been measured yet: {known}.*"
+        return f"*Sharing: not measured on {device} yet; {known}.*"
     words = " and ".join(f"{ratio:.2f} × at head dim {case.head_dim}" for ratio, case, _ in found)
     name = found[0][2].device.split(": ", 1)[-1]
     least = min(ratio for ratio, _, _ in found)

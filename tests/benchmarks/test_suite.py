@@ -205,7 +205,14 @@ def test_the_longest_of_the_three_ceilings_is_the_limit():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_plans_start_with_the_headline_and_hold_no_case_twice(device):
     steps = kernel_plan(device)
+    if device == "cuda":  # where rivals that compile first are met last, in the headline's cases once more
+        last = steps[-2:]
+        assert [step.who for step in last] == ["all", "all"]
+        assert steps[0].who == "uncompiled" and steps[0].case == last[0].case
+        steps = steps[:-2]
+    else:
+        assert steps[0].who == "all"
     names = [step.case.name for step in steps]
     assert len(names) == len(set(names))
-    assert names[0] == "sd15-512/4096x8x40/pair-1/apply" and steps[0].who == "all"
+    assert names[0] == "sd15-512/4096x8x40/pair-1/apply"
     assert {"sd15", "sd21", "sdxl"} <= {step.case.model for step in steps}

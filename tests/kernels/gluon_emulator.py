@@ -137,6 +137,10 @@ class Shared:
     layout: Layout
     reading: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.memory.dtype
+
     def index(self, place: Any) -> Shared:
         size = self.memory.numel() // self.shape[0]
         if not 0 <= place < self.shape[0]:
@@ -241,6 +245,10 @@ class Descriptor:
     tensor: torch.Tensor
     box: tuple[int, ...]
     layout: Layout
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
 
 
 def _load(descriptor: Descriptor, start: list[Any], barriers: Barriers, tile: Shared) -> None:
