@@ -27,6 +27,7 @@ from .texts import check_readable_name
 __all__ = ["FileStore"]
 
 FORMAT = 4
+READABLE = (3, FORMAT)  # 3 has a digest of the noise levels in place of the levels
 INDEX = "index.json"
 LATENTS = "latents.safetensors"
 _STEP = "step-"
@@ -85,7 +86,7 @@ class FileStore(MapStore):
             raise InputError(f"the recording '{folder}' {what}; record it again") from error
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"the recording '{folder}' is damaged: {error}; record it again") from error
-        if not isinstance(index, dict) or index.get("format") != FORMAT:
+        if not isinstance(index, dict) or index.get("format") not in READABLE:
             found = index.get("format") if isinstance(index, dict) else type(index).__name__
             raise InputError(f"expected a recording of format {FORMAT}, '{folder}' has {found}; record it again")
         if index.pop("digest", None) != _digest_of_index(index):

@@ -24,7 +24,8 @@ class NoiseSchedule:
     Args:
         scheduler: class name of the diffusers scheduler.
         timesteps: of the run, noisiest first.
-        levels: ᾱ, the share of the signal in the variance, at each of them, and at the end where that is set apart.
+        levels: ᾱ, the share of the signal in the variance, at each of them, and at the end where that is set apart;
+            () where a record does not say them, which then follow from the settings.
         settings: every option of that class, such as what the UNet predicts and the order of the solver.
     """
 
@@ -67,7 +68,7 @@ class NoiseSchedule:
         Numbers are compared to rounding: schedulers compute them in float32, and CPUs round differently.
         """
         here = NoiseSchedule.of(scheduler)
-        names = ("scheduler", "timesteps", "levels")
+        names = ("scheduler", "timesteps", *(["levels"] if self.levels else []))
         pairs = {name: (getattr(self, name), getattr(here, name)) for name in names}
         if self.scheduler == here.scheduler:
             options = sorted(self.settings.keys() | here.settings.keys())

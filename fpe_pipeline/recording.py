@@ -95,7 +95,8 @@ class Recording:
         store.check_steps(recorded_steps(values["contents"]))
         tensors = store.read_latents()
         schedule = dict(values.pop("schedule"))
-        schedule |= {name: tuple(schedule[name]) for name in ("timesteps", "levels")}
+        schedule.pop("levels_sha256", None)
+        schedule |= {name: tuple(schedule.get(name, ())) for name in ("timesteps", "levels")}
         values["window"] = None if values["window"] is None else tuple(values["window"])
         values["paths"] = tuple(values["paths"])
         return cls(

@@ -66,6 +66,7 @@ class Edit(ABC):
 
         One graph, compiled or captured, serves all steps of a run::
 
+            >>> from fpe_pipeline import FreePromptEdit
             >>> FreePromptEdit(0.8).phases(50)
             (range(0, 40), range(40, 50))
         """

@@ -16,7 +16,7 @@ import fpe_pipeline
 from fpe_pipeline import cli, extras
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["edit", "--source", "a photo of a red car", "--target", "a photo of a blue car", "--steps", "1", "--quiet"]
+SHORT = ["edit", "--source", "a photo of a red car", "--target", "a photo of a blue car", "--steps", "2", "--quiet"]
 
 
 def fpe(arguments, without=()):
@@ -71,8 +71,8 @@ def test_libraries_keep_quiet(tmp_path):
 
 
 def test_a_long_prompt_is_warned_of_in_one_line(tmp_path):
-    long = "a photo of a red car on the beach and " * 12
-    made = fpe([*SHORT, "--source", long, "--target", f"{long} a boat", "--steps", "1", "-o", tmp_path])
+    long = "a photo of a red car on the beach in the snow " * 12
+    made = fpe([*SHORT, "--source", long, "--target", f"{long} a balloon", "--steps", "2", "-o", tmp_path])
     assert made.returncode == 0, made.stderr
     assert made.stderr.count("\n") == 1
     assert made.stderr.startswith("fpe: the model reads the first 22 tokens of a prompt and no more: source ")

@@ -26,6 +26,9 @@ def starts(pipe):
     hook.remove()
 
 
+SIDE = 32  # of the embedded model's latents
+
+
 def run(pipe, prompts=PROMPTS, seed=0, images=1, steps=2, **options):
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     options = {"num_inference_steps": steps, "guidance_scale": 5.0, "output_type": "latent", **options}
@@ -36,14 +39,15 @@ def test_the_noise_is_shared(pipe, starts):
     with editing(pipe, FreePromptEdit(1.0)) as session:
         run(pipe)
     assert torch.equal(starts[0][0], starts[0][1])
-    torch.testing.assert_close(starts[0][0], torch.randn(1, 4, 20, 20, generator=torch.Generator().manual_seed(0))[0])
+    noise = torch.randn(1, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(starts[0][0], noise[0])
     assert 'editing(…, noise="separate") keeps them apart' in session.explain()
 
 
 def test_the_edit_is_that_of_shared_latents(pipe):
     with editing(pipe, FreePromptEdit(1.0)):
         drawn = run(pipe)
-    latents = torch.randn(1, 4, 20, 20, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+    latents = torch.randn(1, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
     with editing(pipe, FreePromptEdit(1.0)):
         given = run(pipe, latents=latents)
     torch.testing.assert_close(drawn, given, rtol=0, atol=1e-5)
