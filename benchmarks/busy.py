@@ -75,7 +75,10 @@ def _rows(case: Case, inputs: Inputs, level: int, pairs: int) -> Iterator[Row]:
     with busy(level):
         samples = interleaved(calls, "cpu", effort)
     for name, verdict in verdicts.items():
-        about: dict[str, Any] = {"suite": "busy", "case": f"{case.name}/busy-{level}", "provider": name}
+        about: dict[str, Any] = {"suite": "busy", "provider": name}
+        about["case"] = (
+            f"{case.name}/busy-{level}/{environment.threads}-threads"  # rows of a file differ by their names
+        )
         about |= {"dtype": "float32", "error": verdict.error, "budget": verdict.budget}
         if verdict.passed:
             yield Row.new(environment, **about, status="ok", samples_ms=samples[name])

@@ -239,7 +239,8 @@ def busy(rows: Sequence[Row], gpu: bool) -> str:
         if ours is None or base is None:
             continue
         used.append(ours)
-        shape, level = name.rsplit("/", 1)
+        *parts, level, _ = name.split("/")
+        shape = "/".join(parts)
         shapes.setdefault((shape, threads), {})[level] = str(Ratio.of(ours, base)).replace("×", "")
     if not shapes:
         return not_yet(gpu, "A busy machine")
