@@ -69,6 +69,13 @@ def starting() -> ForkContext | ForkServerContext | SpawnContext:
     return context
 
 
+def warm_up() -> None:
+    """Have the process that others are forked from import what it imports."""
+    process = starting().Process(target=int)
+    process.start()
+    process.join()
+
+
 def cuda_after_fork() -> bool:
     """Whether a forked process can use the device: what it is forked from may have opened it while importing."""
     process = starting().Process(target=_open_device)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..report import case_table, summary
 from ..rows import Row, merge, read, replaced, write
-from .pool import cuda_after_fork, starting
+from .pool import cuda_after_fork, starting, warm_up
 from .records import Journal, Record, heard, read_journal, rows_of
 from .stages import SESSIONS, TUNING, Context, Stage, run_stage
 
@@ -118,6 +118,7 @@ class Session:
             self.findings.take(
                 {"kind": "note", "text": "a forked process cannot use the device: each stage imports anew"}
             )
+        warm_up()  # so that no stage's time goes into imports
         print(f"== ready to start stages after {time.monotonic() - begun:.0f} s", flush=True)
         try:
             left = self.budget - (time.monotonic() - begun)
