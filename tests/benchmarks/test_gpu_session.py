@@ -75,7 +75,7 @@ def tasks(*entries):
 
 def test_a_task_that_hangs_dies_or_raises_is_named_and_the_others_are_done():
     given = tasks(("answer 1", 1), ("abort",), ("nap for ever", 1000), ("refuse",), ("answer 2", 2), ("answer 3", 3))
-    outcomes = {outcome.task.name: outcome for outcome in share_out(warm() + given, 1, limit=3.0, startup=20.0)}
+    outcomes = {outcome.task.name: outcome for outcome in share_out(warm() + given, 1, limit=3.0, startup=8.0)}
     assert [outcomes[f"answer {n}"].value for n in (1, 2, 3)] == [1, 2, 3]
     assert outcomes["abort"].problem == "died: killed by SIGABRT"
     assert outcomes["nap for ever"].problem.startswith("hung: no answer within")
@@ -210,7 +210,7 @@ def test_planted_faults_are_named_and_every_finished_check_is_kept(tmp_path, onl
         300.0,
         "cpu",
         dry=True,
-        options={"plant": plant, "plant-programs": programs, "check-limit": "10", "startup": "20"},
+        options={"plant": plant, "plant-programs": programs, "check-limit": "6", "startup": "10"},
     )
     assert session.run() == 1
     said = list(read_journal(tmp_path / "smoke.jsonl"))
