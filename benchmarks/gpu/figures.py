@@ -36,12 +36,11 @@ def measure_programs(arch: str, session: str, workers: int) -> tuple[Figure, lis
 
     from ..rows import device_name
     from . import checks
-    from .programs import compile_ahead, tasks_for
-    from .stages import _timed_subjects
+    from .programs import compile_ahead, tasks_for, timed_subjects
 
     subjects: list[Any] = [*checks.smoke_problems(arch), *((case, None) for case in checks.headline_cases())]
     if session == "full":
-        subjects = [*checks.full_problems(), *_timed_subjects(arch)]
+        subjects = [*checks.full_problems(), *timed_subjects(arch)]
     seconds, count, failures = 0.0, 0, []
     for task, took, problem in compile_ahead(tasks_for(subjects, arch), workers):
         seconds, count = seconds + took, count + 1

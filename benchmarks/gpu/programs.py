@@ -162,3 +162,13 @@ def compile_ahead(
 def worker_count(most: int = 15) -> int:
     """As many processes as there are cores, but one for the session itself."""
     return max(1, min(most, len(os.sched_getaffinity(0)) - 1))
+
+
+def timed_subjects(arch: str) -> list[Subject]:
+    """What the timed stages launch: the plan's cases, and every choice of the tuner."""
+    from ..plan import kernel_plan
+    from ..tune import choices, tuning_plan
+
+    cases = [step.case for step in kernel_plan("cuda") if step.case.op in ("apply", "replay")]
+    subjects: list[Subject] = [(case, None) for case in cases]
+    return subjects + [(case, choice) for case in tuning_plan() for choice in choices(case, arch)]

@@ -112,7 +112,7 @@ class Session:
 
     def run(self) -> int:
         """All stages; the exit status, which is 1 after any failure."""
-        signal.signal(signal.SIGTERM, self._interrupted)
+        before = signal.signal(signal.SIGTERM, self._interrupted)
         begun = time.monotonic()
         if self.device == "cuda" and not cuda_after_fork():
             self.findings.take(
@@ -125,6 +125,8 @@ class Session:
             schedule(self.stages, lambda stage, seconds: self._stage(stage, seconds, begun), left)
         except KeyboardInterrupt:
             self.findings.fail("the session", "interrupted; later stages did not run")
+        finally:
+            signal.signal(signal.SIGTERM, before)
         self._finish()
         return 1 if self.findings.failures else 0
 
@@ -178,8 +180,8 @@ class Session:
             return
         self.findings.take({"kind": "note", "text": f"taken over:\n{text}"})
         print(text, flush=True)
-        self.options["tuned"] = "yes"
-        os.environ["FPE_COMMIT"] = commit().removesuffix("+tuned") + "+tuned"
+        # Stages are forked from a process that began before: they are told what their rows are to say.
+        self.options["tuned"] = commit().removesuffix("+tuned") + "+tuned"
 
     def _listen(self, descriptor: int, process: BaseProcess, deadline: float) -> bool:
         """Take what the stage says until it ends; True if it had to be ended."""

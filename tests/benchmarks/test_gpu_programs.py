@@ -37,8 +37,7 @@ def test_the_smoke_list_compiles_in_time_under_the_triton_of_the_gpu_machine():
         "subjects = [*checks.smoke_problems(), *((case, None) for case in checks.headline_cases())]\n"
         "print(len(programs.tasks_for(subjects, 'sm_90')))"
     )
-    # A program more or less is the same list; another list wants another figure.
-    assert abs(int(listed) / figure["programs"] - 1) < 0.05, "python -m benchmarks.gpu programs --update"
+    assert int(listed) == figure["programs"], "the list has changed: python -m benchmarks.gpu programs --update"
 
 
 def test_the_smoke_list_has_every_kernel_dtype_and_head_dim():

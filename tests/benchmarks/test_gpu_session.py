@@ -246,6 +246,18 @@ def test_a_stage_that_ends_badly_leaves_its_rows_and_the_rest_goes_on(tmp_path, 
     assert json.loads((tmp_path / "cuda-kernels.json").read_text())["rows"][0]["samples_ms"] == [1.0]
 
 
+def test_rows_after_the_tuners_table_was_taken_over_say_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(SESSIONS, "smoke", (Stage("environment", 1.0, "benchmarks.gpu.stages:environment"),))
+    monkeypatch.delenv("FPE_COMMIT", raising=False)
+    session = Session("smoke", tmp_path, 60.0, "cpu", dry=True)
+    monkeypatch.setattr("benchmarks.tuned_table.take_over", lambda rows: "an entry")
+    session._take_over()
+    assert session.run() == 0
+    notes = [record["text"] for record in read_journal(tmp_path / "smoke.jsonl") if record["kind"] == "note"]
+    assert any("an entry" in note for note in notes)
+    assert any(note.startswith("Environment(") and "+tuned'" in note for note in notes)
+
+
 def test_a_full_disk_is_a_failure_and_costs_no_finding(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(SESSIONS, "smoke", (Stage("environment", 1.0, "benchmarks.gpu.stages:environment"),))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
