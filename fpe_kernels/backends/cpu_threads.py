@@ -42,10 +42,12 @@ def share_out(tasks: Sequence[Task]) -> None:
         return
     with settings.one_thread():
         if _watched():
-            for number, task in enumerate(tasks):
-                _PLACE.lane = number % threads
-                task()
-            _PLACE.lane = 0
+            try:
+                for number, task in enumerate(tasks):
+                    _PLACE.lane = number % threads
+                    task()
+            finally:
+                _PLACE.lane = 0  # what the calling thread is in its next call
             return
         queue = deque(tasks)
         inference, pool = torch.is_inference_mode_enabled(), _workers(os.getpid())

@@ -64,6 +64,21 @@ def test_what_a_task_raises_comes_back_and_the_next_call_works(two_threads) -> N
     assert done.count(2) == 3
 
 
+def test_a_failure_while_a_mode_watches_leaves_the_thread_in_its_own_lane(two_threads) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    def fail() -> None:
+        raise ValueError("no such block")
+
+    with Watching(), pytest.raises(ValueError, match="no such block"):
+        cpu_threads.share_out([lambda: None, fail])
+    assert cpu_threads.lane() == 0
+
+
 def test_the_same_call_gives_the_same_bits_whichever_thread_takes_a_block() -> None:
     alone = "from fpe_kernels.backends import cpu_threads; print(cpu_threads.threads_compute_alone())"
     if in_two_threads(alone) != "True\n":
