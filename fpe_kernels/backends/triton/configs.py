@@ -137,6 +137,8 @@ def _relieved(config: Config, arch: str, head: int, packed: int, bias: bool) -> 
     """Half of a tile since Hopper, with registers for the addresses, of which a thread has twice as many."""
     if arch == "sm_100":
         return replace(config, block_n=32, warps=2 * config.warps) if bias else config
+    if arch == "sm_120":
+        return replace(config, warps=2 * config.warps) if packed > 64 else config
     if packed > 160 or (bias and head > 96):
         return replace(config, warps=2 * config.warps)
     return replace(config, block_n=32) if head > 128 else config
@@ -160,7 +162,10 @@ def product_config(
     if tf32:
         block_n = 32 if max(head, packed) <= 128 or arch in ("sm_90", "sm_100") else 16
         tile = (64, block_n, 8) if head <= 160 else (32, 16, 8)
-        return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=2)
+        if arch == "sm_120" and packed > 128:
+            return Config(16, 32, 8, 1)
+        most = 1 if arch == "sm_120" else 2
+        return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most)
     if itemsize == 4:
         # Exact float32 products run on the scalar units, whose operands live in registers.
         if head > 160:
@@ -179,8 +184,10 @@ def product_config(
         else:
             tile = (64, 64, 8) if not bias else (64, 32, 8)
     elif head > 160:
+        if arch == "sm_120" and bias and not adjoint:
+            return Config(32, 32, 8, 1) if head > 192 else Config(32, 16, 8, 2)
         tile = (32, 16, 8) if adjoint else (64, 16, 8)
-    elif packed > 160 or (adjoint and bias and head > 128):
+    elif packed > 160 or (adjoint and bias and head > 128) or (bias and packed > 128 and arch == "sm_120"):
         tile = (32, 32, 8)
     elif bias:
         tile = (64, 32, 8)
@@ -218,6 +225,9 @@ def _score_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: b
         else:
             tile = (32, 16, 8) if max(head, packed) <= 128 or bias else (32, 32, 8)
         return _staged(tile, head + packed, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=1)
+    if arch == "sm_120" and max(head, packed) > 128:
+        # Its compiler keeps more addresses in registers than that of the chips before.
+        return Config(32, 32, 8, 1) if head > 192 and bias else Config(64, 16, 8, 1)
     if arch == "sm_90":
         # Sixteen rows a warp where registers allow it, as in `_warpgroups`.
         if head + packed <= (256 if bias else 320):
@@ -309,7 +319,7 @@ def resident_config(
     """
     config = product_config(arch, head_dim, columns, itemsize, bias, tf32, adjoint)
     chosen = for_length(config, arch, itemsize, maps, rows)
-    if chosen != config and arch in ("sm_90", "sm_100"):
+    if chosen != config and arch in ("sm_90", "sm_100", "sm_120"):
         chosen = _relieved(chosen, arch, sum(split_width(head_dim)), sum(split_width(columns)), bias)
     return for_streamed(chosen, streamed)
 

@@ -42,13 +42,14 @@ class Launch:
 
     def _arguments(self) -> dict[str, Any]:
         return {
-            **{name: self._argument(name, tensor) for name, tensor in self.tensors.items()},
+            **{name: self.argument(name, tensor) for name, tensor in self.tensors.items()},
             **self.numbers,
             **self.constants,
             **self.config.options,
         }
 
-    def _argument(self, name: str, tensor: Tensor) -> Any:
+    def argument(self, name: str, tensor: Tensor) -> Any:
+        """What the kernel is given for one of ``tensors``: itself, or a descriptor of it."""
         box = self.boxes.get(name)
         return tensor if box is None else self.descriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box))
 

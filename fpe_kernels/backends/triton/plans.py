@@ -37,16 +37,26 @@ class Step:
     launch: Callable[..., None]  # on a stream
     arguments: tuple[Any, ...]
     addresses: tuple[tuple[int, int, int], ...]  # place among the arguments, place among the tensors, bytes from it
-    boxes: tuple[tuple[int, int], ...]  # place of what makes a descriptor of a tensor, place of that tensor
-    descriptor: Callable[..., Any]
+    boxes: tuple[tuple[int, int], ...]  # place of a descriptor that lacks its tensor, place of that tensor
 
     def __call__(self, tensors: Sequence[Tensor | None], addresses: Sequence[int], stream: int) -> None:
         arguments = list(self.arguments)
         for place, source, offset in self.addresses:
             arguments[place] = addresses[source] + offset
         for place, source in self.boxes:
-            arguments[place] = self.descriptor(tensors[source], *arguments[place])
+            arguments[place] = _describing(arguments[place], tensors[source])
         self.launch(stream, *arguments)
+
+
+def _describing(kept: Any, tensor: Tensor | None) -> Any:
+    """A descriptor like ``kept``, of ``tensor``: what it says of the layout was checked when the first was made.
+
+    One of its own for each call: threads may be launching the same step, and a kept one would keep its tensor alive.
+    """
+    made = object.__new__(type(kept))
+    made.__dict__.update(kept.__dict__)
+    made.base = tensor
+    return made
 
 
 _KNOWN: dict[tuple, tuple[Step, ...]] = {}
@@ -176,11 +186,11 @@ def _step(plan: Plan, launch: Launch, compiled: Any, tensors: tuple[Tensor | Non
                 arguments.append(None)
             elif offset == 0:
                 boxes.append((place, source))
-                arguments.append((list(tensor.shape), list(tensor.stride()), list(launch.boxes[name])))
+                arguments.append(_describing(launch.argument(name, tensor), None))
             else:
                 return None
     run = _launcher(compiled, launch.programs)
-    return Step(launch.kernel, run, tuple(arguments), tuple(addresses), tuple(boxes), launch.descriptor)
+    return Step(launch.kernel, run, tuple(arguments), tuple(addresses), tuple(boxes))
 
 
 @cache
