@@ -117,12 +117,26 @@ def read(text: str) -> Program:
             always = "@" not in line.split("*/", 1)[1][:24]
             instructions.append(instruction.group(1) + ("" if always else " ?"))
     loops = []
-    for places in _cycles(_followers(instructions, labels)):
+    for places in _innermost(_followers(instructions, labels), instructions):
         body = [instructions[place].removesuffix(" ?") for place in places]
         if any(instruction.startswith("HGMMA") for instruction in body):
             loops.append(Loop(tuple(body)))
     spills = sum(instruction.startswith(("LDL", "STL")) for instruction in instructions)
     return Program(tuple(loops), spills)
+
+
+def _innermost(followers: list[list[int]], instructions: list[str]) -> list[list[int]]:
+    """The cycles that multiply and hold no other cycle that does: a loop over tiles holds the one over their keys."""
+    found = []
+    for places in _cycles(followers):
+        if not any(instructions[place].startswith("HGMMA") for place in places):
+            continue
+        inside = set(places[1:])  # without its head, what is still a cycle is another loop
+        rest = [
+            [to for to in follows if to in inside] if place in inside else [] for place, follows in enumerate(followers)
+        ]
+        found += _innermost(rest, instructions) or [places]
+    return found
 
 
 def _followers(instructions: list[str], labels: dict[str, int]) -> list[list[int]]:

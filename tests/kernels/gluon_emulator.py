@@ -112,6 +112,7 @@ class Schedule:
 WARPS = threading.local()
 CURRENT: Schedule = None
 PROGRAM = 0
+PROGRAMS = 1
 LOADS: Counter[tuple] = Counter()
 
 
@@ -369,6 +370,11 @@ def _specialise(parts: list[tuple[Callable[..., None], tuple]], warps: list[int]
     CURRENT.run([lambda function=function, given=given: function(*given) for function, given in parts])
 
 
+def _range(*arguments: Any) -> Iterable[torch.Tensor]:
+    """What is counted in a kernel is a number of the device's."""
+    return (torch.tensor(number) for number in range(*map(int, arguments)))
+
+
 def _language() -> ModuleType:
     language = ModuleType("triton.experimental.gluon.language")
     same = lambda value, *_: value  # noqa: E731
@@ -377,6 +383,7 @@ def _language() -> ModuleType:
         static_range=range,
         cdiv=lambda a, b: -(-int(a) // b),
         program_id=lambda axis: torch.tensor(PROGRAM),
+        num_programs=lambda axis: torch.tensor(PROGRAMS),
         load=_read,
         store=_store,
         allocate_shared_memory=_allocate,
@@ -428,19 +435,22 @@ def load_kernel(planted: tuple[str, str] | None = None) -> ModuleType:
     experimental = ModuleType("triton.experimental")
     experimental.gluon = gluon
     standing["triton.experimental"] = experimental
-    names = [f"{launcher.__package__}.{name}" for name in ("hopper_pieces", "hopper_kernel")]
+    names = [f"{launcher.__package__}.{name}" for name in ("hopper_pieces", "hopper_fetch", "hopper_kernel")]
     before = {name: sys.modules.get(name) for name in (*standing, *names)}
     sys.modules.update(standing)
+    count = 0
     try:
         for name in names:
             path = Path(launcher.__file__).parent / f"{name.rsplit('.', 1)[1]}.py"
             module = sys.modules[name] = ModuleType(name)
             module.__package__ = launcher.__package__
             source = path.read_text(encoding="utf-8")
-            if planted and name == names[-1]:
-                assert source.count(planted[0]) == 1, f"{source.count(planted[0])} times in the source: {planted[0]}"
+            if planted:
+                count += source.count(planted[0])
                 source = source.replace(*planted)
+            module.range = _range
             exec(compile(source, str(path), "exec"), module.__dict__)
+        assert count == (planted is not None), f"{count} times in the source: {planted}"
         return module
     finally:
         for name, was in before.items():
@@ -450,15 +460,19 @@ def load_kernel(planted: tuple[str, str] | None = None) -> ModuleType:
                 sys.modules[name] = was
 
 
-def run(launch: Any, seed: int = 0) -> Counter[tuple]:
+def run(launch: Any, seed: int = 0, programs: int | None = None) -> Counter[tuple]:
     """Every program of a launch of :func:`load_kernel`'s kernel; how often each box was fetched by each.
+
+    Args:
+        programs: how many run; default: as many as the launch says.
 
     Raises:
         Fault: if warps wait for ever, or use what is in flight.
     """
-    global CURRENT, PROGRAM
+    global CURRENT, PROGRAM, PROGRAMS
     LOADS.clear()
-    for PROGRAM in range(launch.programs):
+    PROGRAMS = launch.programs if programs is None else programs
+    for PROGRAM in range(PROGRAMS):
         CURRENT = Schedule(1000 * seed + PROGRAM)
         arguments: dict[str, Any] = {**launch.numbers, **launch.constants}
         for name, tensor in launch.tensors.items():

@@ -55,6 +55,7 @@ def misaligned(tensor: torch.Tensor) -> torch.Tensor:
     ("arguments", "reason"),
     [
         ({"query": heads(dtype=torch.float32)}, "tiles are float16 or bfloat16, the tensors torch.float32"),
+        ({"config": Config(128, 64, 4, 1, gluon=True)}, "rings have two slots or more, not 1"),
         ({"scale": 0.0}, "the scale must be positive, it is 0"),
         ({"scale": -0.1}, "the scale must be positive, it is -0.1"),
         ({"key": heads(dim=128)[..., ::2]}, "no descriptor holds the key: neighbours in the last axis are 2 elements"),

@@ -30,7 +30,7 @@ def ragged(map_index=(0, 0), head_dim: int = 64, queries: int = 150, keys: int =
 class Computed:
     """What the kernel makes of a case, and what it fetched."""
 
-    def __init__(self, case: Case, tiles, turns=False, known=None, seed=0, kernel: ModuleType = KERNEL) -> None:
+    def __init__(self, case: Case, tiles, turns=False, known=None, seed=0, kernel: ModuleType = KERNEL, programs=None) -> None:
         config = Config(tiles[0], tiles[1], 4, tiles[2], gluon=True, specialised=turns)
         maps, heads, queries, _ = case.query.shape
         self.out = torch.full(
@@ -45,12 +45,12 @@ class Computed:
                 arguments = *tensors, chunk, case.factor, self.out, self.logsumexp, known is not None, config
                 for launch in hopper.launches(*arguments):
                     self.launches.append(launch)
-                    self.fetched += emulator.run(launch, seed)
+                    self.fetched += emulator.run(launch, seed, programs)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("turns", [False, True], ids=["", "in turns"])
-@pytest.mark.parametrize("tiles", [(64, 32, 3), (128, 16, 2), (192, 32, 2), (256, 16, 3), (256, 64, 1)], ids=str)
+@pytest.mark.parametrize("tiles", [(64, 32, 3), (128, 16, 2), (192, 32, 2), (256, 16, 3), (256, 64, 2)], ids=str)
 def test_ragged_shapes_are_exact_in_any_order_of_warps(tiles, turns, seed) -> None:
     case = ragged(map_index=(0, 0), head_dim=16, queries=270, keys=77 + seed)
     found = Computed(case, tiles, turns, seed=seed)
@@ -82,6 +82,25 @@ def test_a_known_log_sum_exp_is_used_and_left_as_it_is(head_dim) -> None:
     assert torch.equal(found.logsumexp, known)
 
 
+@pytest.mark.parametrize("turns", [False, True], ids=["", "in turns"])
+@pytest.mark.parametrize("tiles", [(64, 32, 3), (128, 16, 2), (192, 32, 2), (256, 16, 3)], ids=str)
+@pytest.mark.parametrize("programs", [1, 3, 7])
+def test_programs_that_take_several_tiles_are_exact(programs, tiles, turns) -> None:
+    case = ragged((0, 1, 1), 40, queries=270, keys=77, heads=4)
+    found = Computed(case, tiles, turns, programs=programs)
+    assert max(launch.numbers["programs"] for launch in found.launches) > programs
+    assert_matches(case, out=found.out, logsumexp=found.logsumexp)
+
+
+def test_as_many_programs_are_launched_as_run_at_the_same_time(monkeypatch) -> None:
+    case = ragged((0, 0), 16, queries=300, keys=20, heads=2)
+    monkeypatch.setattr(hopper, "MULTIPROCESSORS", {"sm_90": 2})
+    few = Computed(case, (128, 16, 2))
+    assert [launch.programs for launch in few.launches] == [2]  # of the six tiles
+    assert_matches(case, out=few.out, logsumexp=few.logsumexp)
+    assert [launch.programs for launch in Computed(case, (64, 16, 2)).launches] == [4]
+
+
 @pytest.mark.parametrize("head_dim", [40, 64])
 @pytest.mark.parametrize("tiles", [(64, 16, 2), (256, 32, 3)], ids=str)
 def test_every_box_is_fetched_once_by_each_program(head_dim, tiles) -> None:
@@ -99,8 +118,8 @@ def test_every_box_is_fetched_once_by_each_program(head_dim, tiles) -> None:
 
 
 def lines(*texts: str) -> str:
-    """In the body of a loop."""
-    return "".join(f"        {text}\n" for text in texts)
+    """In the body of the loop over keys."""
+    return "".join(f"            {text}\n" for text in texts)
 
 
 # A text of the kernel, and what stands in its place.
@@ -109,6 +128,8 @@ KEYS_THERE = lines("mbarrier.wait(k_full.index(k_slot), k_phase, pred=step + 1 <
 VALUES_READ, VALUES_FREE = "accumulators = finished(products, PRODUCTS)", "mbarrier.arrive(v_empty.index(v_slot))"
 COUNTED, RESCALED = "init(k_empty.index(slot), count=GROUPS", "rescaled_rows(accumulators, rescale,"
 VALUES_THERE = "        mbarrier.wait(v_full.index(v_slot), v_phase)\n        products"
+QUERIES_THERE = "        mbarrier.wait(q_full, q_phase)\n"
+VALUES_LAST = f"        {VALUES_READ}\n        {VALUES_FREE}\n"
 
 
 def turned(slot: str, phase: str) -> tuple[str, str]:
@@ -128,6 +149,10 @@ PLANTED = {
     "a barrier that counts the wrong bytes": ("expect(k_full.index(slot), 2", "expect(k_full.index(slot), 4"),
     "a first turn that nobody gives": ("turn_phase = 1 if part == 0 else 0", "turn_phase = 0"),
     "the wrong tile is masked": ("keys - (tiles - 1) * BLOCK_N)[None", "keys - BLOCK_N)[None"),
+    "queries that are never given back": ("        mbarrier.arrive(q_empty)  # the next tile's may come\n", ""),
+    "queries replaced while they are read": ("        mbarrier.wait(q_empty, q_phase)\n", ""),
+    "queries of the tile before": (QUERIES_THERE, ""),
+    "a last slot of values that is not given back": (VALUES_LAST, VALUES_LAST.splitlines()[0] + "\n"),
     "a maximum without its rescaling": (RESCALED, RESCALED.replace("rescale,", "1 + 0 * rescale,")),
 }  # fmt: skip
 
@@ -138,5 +163,5 @@ def test_a_planted_fault_is_found(planted) -> None:
     case = ragged(head_dim=16, queries=130, keys=150, amplitude=2.0)
     with pytest.raises(AssertionError):
         for seed in range(10):
-            found = Computed(case, (128, 16, 3), turns=True, seed=seed, kernel=kernel)
+            found = Computed(case, (128, 16, 3), turns=True, seed=seed, kernel=kernel, programs=1)
             assert_matches(case, out=found.out, logsumexp=found.logsumexp)

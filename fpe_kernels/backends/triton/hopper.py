@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .configs import SHARED_MEMORY, Config
+from .configs import MULTIPROCESSORS, SHARED_MEMORY, Config
 from .launch import Launch, strides
 from .packing import Chunk, device_table, split_width
 from .primitives import LOG2E
@@ -81,6 +81,9 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: floa
         return f"tiles have 64, 128, 192 or 256 rows, and {WARPS} warps are counted; asked for {config}"
     if config.block_n not in (16, 32, 64, 128, 256):
         return f"tiles of keys have 16, 32, 64, 128 or 256 rows, not {config.block_n}"
+    if config.stages < 2:
+        # The keys after next are waited for before a slot of values is given back.
+        return f"rings have two slots or more, not {config.stages}"
     shape = query.shape[3], value.shape[3]
     if most_branches(*shape, fitted(*shape, 1, config)) < 1:
         return f"the tiles of {config} do not fit"
@@ -119,6 +122,8 @@ def fitted(head_dim: int, value_dim: int, branches: int, config: Config, held: i
         held: as of :data:`LEAST_HELD` or :data:`MOST_HELD`.
     """
     wanted = min(branches, most_branches(head_dim, value_dim, config, LEAST_HELD))
+    if held > LEAST_HELD and head_dim > 128:  # the addresses of a long product's steps take registers too
+        config = replace(config, block_n=min(config.block_n, 64))
     while most_branches(head_dim, value_dim, config, held) < wanted and config.block_n > 32:
         config = replace(config, block_n=config.block_n // 2)
     if most_branches(head_dim, value_dim, config, held) < wanted and config.block_m > 128:
@@ -180,12 +185,13 @@ def prepare(
                 tensors[f"{name}_{piece}"], boxes[f"{name}_{piece}"] = tensor, (1, 1, rows, width)
             else:
                 absent[f"{name}_{piece}"] = None
+    tiles = -(-queries // config.block_m) * heads * len(chunk.table)
     head_pieces, value_pieces = split_width(head_dim), split_width(value_dim)
     module = kernels()
     assert isinstance(module, ModuleType), module
     return Launch(
         module.hopper_kernel,
-        programs=-(-queries // config.block_m) * heads * len(chunk.table),
+        programs=min(tiles, resident(query.device, config)),
         config=config,
         tensors={
             **tensors,
@@ -197,6 +203,7 @@ def prepare(
         descriptor=descriptor,
         numbers={
             "scale": scale * LOG2E.value,
+            "programs": tiles,
             "heads": heads,
             "queries": queries,
             "keys": keys,
@@ -222,6 +229,13 @@ def prepare(
             "REGISTERS": REGISTERS[groups],
         },
     )
+
+
+def resident(device: torch.device, config: Config) -> int:
+    """How many programs run at the same time: one a multiprocessor by its registers, or two of one warpgroup."""
+    on_device = device.type == "cuda" and not torch.version.hip
+    every = torch.cuda.get_device_properties(device).multi_processor_count if on_device else MULTIPROCESSORS["sm_90"]
+    return every * (2 if config.block_m == ROWS else 1)
 
 
 def bundle(branches: int, pieces: tuple[int, int]) -> int:

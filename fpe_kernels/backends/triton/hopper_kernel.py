@@ -2,8 +2,9 @@
 
     O_b = softmax(scale · Q_g K_gᵀ) V_b     for every batch row b with map_index[b] = g
 
-A program holds 64 or 128 query rows a warpgroup and streams tiles of keys and values through two rings in shared
-memory, which the bulk copy engine fills. Of each ring's slot a barrier says that it is full (the bytes have come) and
+A program holds 64 or 128 query rows a warpgroup, a tile, and streams tiles of keys and values through two rings in
+shared memory, which the bulk copy engine fills. There are as many programs as run at the same time, each of which takes
+tile after tile (:mod:`.hopper_fetch`): while one tile's output is written, the next one's operands come. Of each ring's slot a barrier says that it is full (the bytes have come) and
 another that it is empty (every warpgroup has read it). A slot is in use for the ``t``-th time in phase ``t % 2`` of its
 barriers.
 
@@ -28,94 +29,25 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
+from .hopper_fetch import fetch, place
 from .hopper_pieces import finished, issue_products, issue_scores, rescaled_rows, side_by_side, write
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 FETCHERS = gl.constexpr(1)  # warps that fetch
-
-# Triton 3.8 renamed it.
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-
-
-@gluon.jit
-def _fetch(
-    query_0,
-    query_1,
-    key_0,
-    key_1,
-    value_0,
-    value_1,
-    rings,
-    barriers,
-    group_ptr,
-    head,
-    tile,
-    keys,
-    HEAD_0: gl.constexpr,
-    HEAD_1: gl.constexpr,
-    VALUE_0: gl.constexpr,
-    VALUE_1: gl.constexpr,
-    BRANCHES: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUPS: gl.constexpr,
-    ROWS: gl.constexpr,
-):
-    """The warp that fetches: the queries once, then the tiles of keys and values, the last tile first."""
-    q_0, q_1, k_0, k_1, v_0, v_1 = rings
-    q_full, k_full, k_empty, v_full, v_empty, _ = barriers
-    group = gl.load(group_ptr)
-    # Two bytes an element; what lies past a tensor's end counts too.
-    mbarrier.expect(q_full, 2 * GROUPS * ROWS * (HEAD_0 + HEAD_1))
-    for part in gl.static_range(GROUPS):
-        row = (tile * GROUPS + part) * ROWS
-        _load(query_0, [group, head, row, 0], q_full, q_0.index(part))
-        if HEAD_1 > 0:
-            _load(query_1, [group, head, row, HEAD_0], q_full, q_1.index(part))
-    batch_rows = ()
-    for branch in gl.static_range(BRANCHES):
-        batch_rows = batch_rows + (gl.load(group_ptr + 1 + branch),)
-    tiles = gl.cdiv(keys, BLOCK_N)
-    slot = 0
-    # A barrier that has completed nothing answers a wait for its phase 1 at once: the slots are empty.
-    phase = 1
-    start = (tiles - 1) * BLOCK_N
-    for step in range(tiles):
-        mbarrier.wait(k_empty.index(slot), phase)
-        mbarrier.expect(k_full.index(slot), 2 * BLOCK_N * (HEAD_0 + HEAD_1))
-        _load(key_0, [group, head, start, 0], k_full.index(slot), k_0.index(slot))
-        if HEAD_1 > 0:
-            _load(key_1, [group, head, start, HEAD_0], k_full.index(slot), k_1.index(slot))
-        mbarrier.wait(v_empty.index(slot), phase)
-        mbarrier.expect(v_full.index(slot), 2 * BLOCK_N * BRANCHES * (VALUE_0 + VALUE_1))
-        for branch in gl.static_range(BRANCHES):
-            row = batch_rows[branch]
-            _load(value_0, [row, head, start, 0], v_full.index(slot), v_0.index(slot * BRANCHES + branch))
-            if VALUE_1 > 0:
-                _load(value_1, [row, head, start, VALUE_0], v_full.index(slot), v_1.index(slot * BRANCHES + branch))
-        start = step * BLOCK_N
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
-
+FETCHING = gl.constexpr(24)  # registers of a thread of theirs
 
 @gluon.jit
 def _multiply(
     part: gl.constexpr,
     rings,
     barriers,
-    group_ptr,
+    table_ptr,
     outputs,
-    numbers,
+    scale,
+    extents,
     HEAD_0: gl.constexpr,
     HEAD_1: gl.constexpr,
     VALUE_DIM: gl.constexpr,
@@ -134,11 +66,11 @@ def _multiply(
     ROWS: gl.constexpr,
     TURNS: gl.constexpr,
 ):
-    """A warpgroup that multiplies: query rows ``part`` · ROWS .. of the tile."""
+    """A warpgroup that multiplies: query rows ``part`` · ROWS .. of each of the program's tiles."""
     q_0, q_1, k_0, k_1, v_0, v_1 = rings
-    q_full, k_full, k_empty, v_full, v_empty, turn = barriers
-    out_ptr, logsumexp_ptr, out_stride_b, out_stride_h, out_stride_n, out_stride_e = outputs
-    scale, heads, queries, keys, head, tile = numbers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
+    out_start, logsumexp_start, out_stride_b, out_stride_h, out_stride_n, out_stride_e = outputs
+    programs, heads, queries, keys = extents
     # Visibly multiples of what is written at once, which the compiler is not told of.
     out_stride_b = out_stride_b // OUT_VECTOR * OUT_VECTOR
     out_stride_h = out_stride_h // OUT_VECTOR * OUT_VECTOR
@@ -152,126 +84,115 @@ def _multiply(
     O_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE_1, 16])
     PRODUCTS: gl.constexpr = BUNDLES * (2 if SPLIT else 1)
     TYPE: gl.constexpr = v_0.dtype
-    first_row = (tile * GROUPS + part) * ROWS
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, S))
-    logsumexp_ptr += (gl.load(group_ptr).to(gl.int64) * heads + head) * queries + first_row
-    row_valid = rows < queries - first_row
+    query_tiles = gl.cdiv(queries, GROUPS * ROWS)
     tiles = gl.cdiv(keys, BLOCK_N)
 
     TILES: gl.constexpr = STAGES * BUNDLES
     values = (side_by_side(v_0, TYPE, TILES, BLOCK_N, WIDE_0, VALUES_0),)
     if SPLIT:
         values = values + (side_by_side(v_1, TYPE, TILES, BLOCK_N, WIDE_1, VALUES_1),)
-    accumulators = ()
-    for _ in gl.static_range(BUNDLES):
-        accumulators = accumulators + (gl.zeros([ROWS, WIDE_0], gl.float32, O_0),)
-    if SPLIT:
-        for _ in gl.static_range(BUNDLES):
-            accumulators = accumulators + (gl.zeros([ROWS, WIDE_1], gl.float32, O_1),)
 
-    mbarrier.wait(q_full, 0)
-    mbarrier.wait(k_full.index(0), 0)
-    scores = warpgroup_mma_wait(0, deps=[issue_scores(q_0, q_1, k_0, k_1, part, 0, HEAD_0, HEAD_1, ROWS, BLOCK_N, S)])
-    mbarrier.arrive(k_empty.index(0))
-    if not EVEN_KEYS:
-        columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
-        scores = gl.where((columns < keys - (tiles - 1) * BLOCK_N)[None, :], scores, float("-inf"))
-    if KNOWN:
-        known = gl.load(logsumexp_ptr + rows, mask=row_valid, other=0.0)
-        maximum = gl.where(known == float("-inf"), 0.0, known) * LOG2E
-    else:
-        maximum = gl.max(scores, 1) * scale
-    exponentials = gl.exp2(scores * scale - maximum[:, None])
-    normaliser = gl.sum(exponentials, 1)
-    probabilities = exponentials.to(TYPE)
-
-    k_slot = 1 % STAGES
-    k_phase = 0 if STAGES > 1 else 1
+    q_phase = 0
+    k_slot = 0
+    k_phase = 0
     v_slot = 0
     v_phase = 0
-    mbarrier.wait(k_full.index(k_slot), k_phase, pred=tiles > 1)
     # The first warpgroup begins: its barrier has completed nothing, which answers phase 1.
     turn_phase = 1 if part == 0 else 0
-    for step in range(1, tiles):
-        if TURNS:
-            mbarrier.wait(turn.index(part), turn_phase)
-            turn_phase ^= 1
+    for index in range(gl.program_id(0), programs, gl.num_programs(0)):
+        tile, head, group_ptr = place(index, query_tiles, heads, table_ptr, BRANCHES)
+        first_row = (tile * GROUPS + part) * ROWS
+        rows = gl.arange(0, ROWS, gl.SliceLayout(1, S))
+        accumulators = ()
+        for _ in gl.static_range(BUNDLES):
+            accumulators = accumulators + (gl.zeros([ROWS, WIDE_0], gl.float32, O_0),)
+        if SPLIT:
+            for _ in gl.static_range(BUNDLES):
+                accumulators = accumulators + (gl.zeros([ROWS, WIDE_1], gl.float32, O_1),)
+
+        mbarrier.wait(q_full, q_phase)
+        q_phase ^= 1
+        mbarrier.wait(k_full.index(k_slot), k_phase)
         in_flight = issue_scores(q_0, q_1, k_0, k_1, part, k_slot, HEAD_0, HEAD_1, ROWS, BLOCK_N, S)
-        mbarrier.wait(v_full.index(v_slot), v_phase)
-        products = issue_products(probabilities, accumulators, values, v_slot, SPLIT, BUNDLES, O_0, O_1)
-        if TURNS:
-            mbarrier.arrive(turn.index((part + 1) % GROUPS))
-        scores = warpgroup_mma_wait(PRODUCTS, deps=[in_flight])
+        scores = warpgroup_mma_wait(0, deps=[in_flight])
         mbarrier.arrive(k_empty.index(k_slot))
-        if not KNOWN:
-            new_maximum = gl.maximum(maximum, gl.max(scores, 1) * scale)
-            rescale = gl.exp2(maximum - new_maximum)
-            maximum = new_maximum
+        if not EVEN_KEYS:
+            columns = gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
+            scores = gl.where((columns < keys - (tiles - 1) * BLOCK_N)[None, :], scores, float("-inf"))
+        if KNOWN:
+            known_ptr = logsumexp_start + ((gl.load(group_ptr).to(gl.int64) * heads + head) * queries + first_row)
+            known = gl.load(known_ptr + rows, mask=rows < queries - first_row, other=0.0)
+            maximum = gl.where(known == float("-inf"), 0.0, known) * LOG2E
+        else:
+            maximum = gl.max(scores, 1) * scale
         exponentials = gl.exp2(scores * scale - maximum[:, None])
-        if not KNOWN:
-            normaliser = normaliser * rescale + gl.sum(exponentials, 1)
+        normaliser = gl.sum(exponentials, 1)
+        probabilities = exponentials.to(TYPE)
+
         k_slot += 1
         if k_slot == STAGES:
             k_slot = 0
             k_phase ^= 1
-        # Where the next keys are waited for is also what keeps the compiler from waiting for the products any earlier.
-        mbarrier.wait(k_full.index(k_slot), k_phase, pred=step + 1 < tiles)
+        mbarrier.wait(k_full.index(k_slot), k_phase, pred=tiles > 1)
+        for step in range(1, tiles):
+            if TURNS:
+                mbarrier.wait(turn.index(part), turn_phase)
+                turn_phase ^= 1
+            in_flight = issue_scores(q_0, q_1, k_0, k_1, part, k_slot, HEAD_0, HEAD_1, ROWS, BLOCK_N, S)
+            mbarrier.wait(v_full.index(v_slot), v_phase)
+            products = issue_products(probabilities, accumulators, values, v_slot, SPLIT, BUNDLES, O_0, O_1)
+            if TURNS:
+                mbarrier.arrive(turn.index((part + 1) % GROUPS))
+            scores = warpgroup_mma_wait(PRODUCTS, deps=[in_flight])
+            mbarrier.arrive(k_empty.index(k_slot))
+            if not KNOWN:
+                new_maximum = gl.maximum(maximum, gl.max(scores, 1) * scale)
+                rescale = gl.exp2(maximum - new_maximum)
+                maximum = new_maximum
+            exponentials = gl.exp2(scores * scale - maximum[:, None])
+            if not KNOWN:
+                normaliser = normaliser * rescale + gl.sum(exponentials, 1)
+            k_slot += 1
+            if k_slot == STAGES:
+                k_slot = 0
+                k_phase ^= 1
+            # Waiting for the next keys here also keeps the compiler from waiting for the products any earlier.
+            mbarrier.wait(k_full.index(k_slot), k_phase, pred=step + 1 < tiles)
+            accumulators = finished(products, PRODUCTS)
+            mbarrier.arrive(v_empty.index(v_slot))
+            probabilities = exponentials.to(TYPE)
+            if not KNOWN:
+                accumulators = rescaled_rows(accumulators, rescale, SPLIT, BUNDLES, O_0, O_1)
+            v_slot += 1
+            if v_slot == STAGES:
+                v_slot = 0
+                v_phase ^= 1
+        mbarrier.arrive(q_empty)  # the next tile's may come
+        mbarrier.wait(v_full.index(v_slot), v_phase)
+        products = issue_products(probabilities, accumulators, values, v_slot, SPLIT, BUNDLES, O_0, O_1)
         accumulators = finished(products, PRODUCTS)
         mbarrier.arrive(v_empty.index(v_slot))
-        probabilities = exponentials.to(TYPE)
-        if not KNOWN:
-            accumulators = rescaled_rows(accumulators, rescale, SPLIT, BUNDLES, O_0, O_1)
         v_slot += 1
         if v_slot == STAGES:
             v_slot = 0
             v_phase ^= 1
-    mbarrier.wait(v_full.index(v_slot), v_phase)
-    products = issue_products(probabilities, accumulators, values, v_slot, SPLIT, BUNDLES, O_0, O_1)
-    accumulators = finished(products, PRODUCTS)
 
-    if not KNOWN:
-        gl.store(logsumexp_ptr + rows, (maximum + gl.log2(normaliser)) * LN2, mask=row_valid)
-        accumulators = rescaled_rows(accumulators, 1.0 / normaliser, SPLIT, BUNDLES, O_0, O_1)
-    out_ptr += head.to(gl.int64) * out_stride_h
-    rows_ptr = group_ptr + 1
-    for bundle in gl.static_range(BUNDLES):
-        write(
-            accumulators[bundle],
-            out_ptr,
-            rows_ptr,
-            first_row,
-            queries,
-            out_stride_b,
-            out_stride_n,
-            out_stride_e,
-            bundle * BUNDLE,
-            ROWS,
-            0,
-            VALUE_0,
-            BUNDLE,
-            VALUE_DIM,
-            OUT_VECTOR,
-            O_0,
-        )
-        if SPLIT:
+        if not KNOWN:
+            # Worked out here, an address is held in no register while the loop runs.
+            logsumexp_ptr = logsumexp_start + ((gl.load(group_ptr).to(gl.int64) * heads + head) * queries + first_row)
+            logsumexp = (maximum + gl.log2(normaliser)) * LN2
+            gl.store(logsumexp_ptr + rows, logsumexp, mask=rows < queries - first_row)
+            accumulators = rescaled_rows(accumulators, 1.0 / normaliser, SPLIT, BUNDLES, O_0, O_1)
+        out_ptr = out_start + head.to(gl.int64) * out_stride_h
+        where = (group_ptr + 1, first_row, queries, out_stride_b, out_stride_n, out_stride_e)
+        for bundle in gl.static_range(BUNDLES):
+            before: gl.constexpr = bundle * BUNDLE
             write(
-                accumulators[BUNDLES + bundle],
-                out_ptr,
-                rows_ptr,
-                first_row,
-                queries,
-                out_stride_b,
-                out_stride_n,
-                out_stride_e,
-                bundle * BUNDLE,
-                ROWS,
-                VALUE_0,
-                VALUE_1,
-                BUNDLE,
-                VALUE_DIM,
-                OUT_VECTOR,
-                O_1,
+                accumulators[bundle], out_ptr, where, before, ROWS, 0, VALUE_0, BUNDLE, VALUE_DIM, OUT_VECTOR, O_0
             )
+            if SPLIT:
+                rest = accumulators[BUNDLES + bundle]
+                write(rest, out_ptr, where, before, ROWS, VALUE_0, VALUE_1, BUNDLE, VALUE_DIM, OUT_VECTOR, O_1)
 
 
 @gluon.jit
@@ -286,6 +207,7 @@ def hopper_kernel(
     logsumexp_ptr,  # [G, H, N], contiguous
     table_ptr,  # [programs' groups, 1 + BRANCHES]: the map, then its batch rows
     scale,  # of the scores, times log2(e); positive
+    programs,  # tiles in all
     heads,
     queries,
     keys,
@@ -311,11 +233,6 @@ def hopper_kernel(
     REGISTERS: gl.constexpr,
 ):
     TYPE: gl.constexpr = query_0.dtype
-    tiles = gl.cdiv(queries, GROUPS * ROWS)
-    tile = gl.program_id(0) % tiles
-    head = (gl.program_id(0) // tiles) % heads
-    group_ptr = table_ptr + (gl.program_id(0) // tiles // heads) * (1 + BRANCHES)
-
     q_0 = gl.allocate_shared_memory(TYPE, [GROUPS, 1, 1, ROWS, HEAD_0], query_0.layout)
     k_0 = gl.allocate_shared_memory(TYPE, [STAGES, 1, 1, BLOCK_N, HEAD_0], key_0.layout)
     v_0 = gl.allocate_shared_memory(TYPE, [STAGES * BRANCHES, 1, 1, BLOCK_N, VALUE_0], value_0.layout)
@@ -329,12 +246,14 @@ def hopper_kernel(
         v_1 = gl.allocate_shared_memory(TYPE, [STAGES * BRANCHES, 1, 1, BLOCK_N, VALUE_1], value_1.layout)
 
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=GROUPS)
     for part in gl.static_range(GROUPS):
         mbarrier.init(turn.index(part), count=1)
     for slot in gl.static_range(STAGES):
@@ -349,54 +268,54 @@ def hopper_kernel(
     VALUES_0: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * VALUE_0), 16, 2)
     VALUES_1: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * VALUE_1) if VALUE_1 > 0 else 32, 16, 2)
     rings = (q_0, q_1, k_0, k_1, v_0, v_1)
-    barriers = (q_full, k_full, k_empty, v_full, v_empty, turn)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
     outputs = (out_ptr, logsumexp_ptr, out_stride_b, out_stride_h, out_stride_n, out_stride_e)
-    numbers = (scale, heads, queries, keys, head, tile)
+    extents = (programs, heads, queries, keys)
     # Constants stay constants in the call itself only.
     # fmt: off
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
+                (_multiply, (0, rings, barriers, table_ptr, outputs, scale, extents, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
                              VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
                              STAGES, GROUPS, ROWS, TURNS)),
-                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile,
-                          keys, HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
+                (fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, table_ptr, extents, HEAD_0,
+                         HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
             ],
             [FETCHERS],
-            [24],
+            [FETCHING],
         )
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
+                (_multiply, (0, rings, barriers, table_ptr, outputs, scale, extents, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
                              VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
                              STAGES, GROUPS, ROWS, TURNS)),
-                (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
+                (_multiply, (1, rings, barriers, table_ptr, outputs, scale, extents, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
                              VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
                              STAGES, GROUPS, ROWS, TURNS)),
-                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile,
-                          keys, HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
+                (fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, table_ptr, extents, HEAD_0,
+                         HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
             ],
             [4, FETCHERS],
-            [REGISTERS, 24],
+            [REGISTERS, FETCHING],
         )
     else:
         gl.warp_specialize(
             [
-                (_multiply, (0, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
+                (_multiply, (0, rings, barriers, table_ptr, outputs, scale, extents, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
                              VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
                              STAGES, GROUPS, ROWS, TURNS)),
-                (_multiply, (1, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
+                (_multiply, (1, rings, barriers, table_ptr, outputs, scale, extents, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
                              VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
                              STAGES, GROUPS, ROWS, TURNS)),
-                (_multiply, (2, rings, barriers, group_ptr, outputs, numbers, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
+                (_multiply, (2, rings, barriers, table_ptr, outputs, scale, extents, HEAD_0, HEAD_1, VALUE_DIM, VALUE_0,
                              VALUE_1, VALUES_0, VALUES_1, BRANCHES, BUNDLE, OUT_VECTOR, KNOWN, EVEN_KEYS, BLOCK_N,
                              STAGES, GROUPS, ROWS, TURNS)),
-                (_fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, group_ptr, head, tile,
-                          keys, HEAD_0, HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
+                (fetch, (query_0, query_1, key_0, key_1, value_0, value_1, rings, barriers, table_ptr, extents, HEAD_0,
+                         HEAD_1, VALUE_0, VALUE_1, BRANCHES, BLOCK_N, STAGES, GROUPS, ROWS)),
             ],
             [4, 4, FETCHERS],
-            [REGISTERS, REGISTERS, 24],
+            [REGISTERS, REGISTERS, FETCHING],
         )
     # fmt: on

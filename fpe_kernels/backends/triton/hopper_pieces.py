@@ -122,12 +122,7 @@ def rescaled_rows(
 def write(
     accumulator,
     out_ptr,
-    rows_ptr,
-    first_row,
-    queries,
-    stride_b,
-    stride_n,
-    stride_e,
+    where,
     before: gl.constexpr,
     ROWS: gl.constexpr,
     START: gl.constexpr,
@@ -137,10 +132,12 @@ def write(
     VECTOR: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
-    """Columns START .. START + WIDTH of the BUNDLE branches after ``before``; ``rows_ptr`` holds their batch rows.
+    """Columns START .. START + WIDTH of the BUNDLE branches after ``before``.
 
+    ``where``: a pointer to their batch rows, the first query row, the queries, strides of batch rows, queries, columns.
     VECTOR neighbours, which a thread holds, lie side by side and start aligned; the compiler cannot see that.
     """
+    rows_ptr, first_row, queries, stride_b, stride_n, stride_e = where
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     column = gl.arange(0, BUNDLE * WIDTH, gl.SliceLayout(0, LAYOUT))
     entry = START + column % WIDTH
