@@ -170,12 +170,16 @@ def headline_cases() -> list[Case]:
 
 
 def grid_cases() -> list[Case]:
-    """Head dimensions against lengths at batch 4: the table that kernels are tuned and judged by."""
-    shapes = [(8, 40), (8, 80), (8, 160), (10, 64), (20, 64), (12, 128)]
+    """Head dimensions against lengths at batch 4: the table that kernels are tuned and judged by.
+
+    Two shapes beside it: twice the heads of SD 1.5, which keep every multiprocessor busy for several waves, and a
+    transformer's image and text at 1024 px.
+    """
+    heads = [(8, 40), (8, 80), (8, 160), (10, 64), (20, 64), (12, 128)]
+    shapes = [(tokens, *shape) for tokens in (1024, 4096, 16384) for shape in heads]
     return [
         Case("grid", 8 * int(tokens**0.5), tokens, heads, head_dim, 1, layout)
-        for tokens in (1024, 4096, 16384)
-        for heads, head_dim in shapes
+        for tokens, heads, head_dim in [*shapes, (4096, 16, 40), (4608, 24, 128)]
         for layout in ("halves", "pair")
     ]
 

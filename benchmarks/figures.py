@@ -17,7 +17,7 @@ from .providers import case_label
 from .report import our_row
 from .rows import Ratio, Row
 from .tables import DENSE, MEMORY_LIMIT, TITLES, UNEDITED, grouped, holdings, law
-from .unets import GRAPH, UNetCase
+from .unets import COMPILED, GRAPH, UNetCase
 
 OURS, OTHER, BAD = "#1b6ca8", "#9aa5b1", "#c2452d"
 STYLE: Any = {
@@ -116,7 +116,7 @@ def edits(rows: Sequence[Row], gpu: bool) -> Any:
         if case.steps == 1 and case.targets == 1:
             lines = series.setdefault((case.model, case.selection), {})
             for editor, row in measured.items():
-                if row.status == "ok" and not editor.endswith(GRAPH):
+                if row.status == "ok" and not editor.endswith((GRAPH, COMPILED)):
                     lines.setdefault(editor, []).append((case.pixels, row))
     grown = {key: lines for key, lines in series.items() if len(lines.get("fpe", [])) > 1}
     if not grown:

@@ -14,7 +14,7 @@ from .growth import Growth, input_bytes
 from .providers import case_label
 from .report import number, our_row
 from .rows import Ratio, Row
-from .unets import GRAPH, WORDS, UNetCase
+from .unets import COMPILED, GRAPH, WORDS, UNetCase
 
 MEMORY_LIMIT = 24 * 2**30
 DENSE, GATHERED, UNEDITED = "dense-original", "sdpa-gathered", "unedited"
@@ -211,14 +211,16 @@ def edits(rows: Sequence[Row], gpu: bool) -> str:
 def graphs(rows: Sequence[Row], gpu: bool) -> str:
     """Whole UNet steps as CUDA graphs, which leave out the time that Python takes: edited beside unedited."""
     lines, used = [], []
-    for name, editors in grouped(rows, "edits", gpu).items():
-        base, ours, case = editors.get(f"{UNEDITED}{GRAPH}"), editors.get(f"fpe{GRAPH}"), UNetCase.parse(name)
+    steps = [(*found, ending) for ending in (GRAPH, COMPILED) for found in grouped(rows, "edits", gpu).items()]
+    for name, editors, ending in steps:
+        base, ours, case = editors.get(f"{UNEDITED}{ending}"), editors.get(f"fpe{ending}"), UNetCase.parse(name)
         if base is None or ours is None or base.status != "ok" or ours.status != "ok":
             continue
         used.append(base)
         layers = "all layers" if case.selection == "all" else "the method's layers"
         targets = f"{case.targets} target{'s' * (case.targets > 1)}"
-        step = f"{case.model} step, {case.pixels} px, {targets}, {layers}"
+        how = ", torch.compile (reduce-overhead)" if ending == COMPILED else ""
+        step = f"{case.model} step, {case.pixels} px, {targets}, {layers}{how}"
         lines.append([step, number(base.median_ms, " ms"), number(ours.median_ms, " ms"), slower(ours, base)])
     if not lines:
         return not_yet(gpu, "Steps as graphs")

@@ -67,6 +67,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 GRAPH = "-graph"  # ends the name of an editor whose step is replayed as a CUDA graph
+COMPILED = "-compiled"  # ends that of one whose step torch.compile made
 
 WORDS = {
     "sd15": "SD 1.5",

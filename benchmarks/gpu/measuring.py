@@ -117,6 +117,21 @@ def edits(context: Context) -> None:
     _edits(context, cases, tuple(EDITORS), rounds=7)
 
 
+def compiled(context: Context) -> None:
+    """Steps under `torch.compile`, replayed as CUDA graphs."""
+    from .. import edits, measure
+    from ..unets import UNetCase
+
+    bench = bench_of(context)
+    bench.effort = measure.Effort(rounds=3 if context.dry else 9, seconds=4.0, sample_ms=20.0)
+    options = {"backend": "eager"} if context.dry else {}
+    for case in [UNetCase("tiny", 64)] if context.dry else [UNetCase("sd15", 512)]:
+        say("begin", what=f"{case.name} compiled")
+        for row in edits.run_compiled(bench, case, **options):
+            say_row(row)
+        say("end", what=f"{case.name} compiled")
+
+
 def recordings(context: Context) -> None:
     from .. import measure, recordings
 

@@ -177,6 +177,8 @@ def _planted(context: Context, option: str) -> list[Task]:
 
 def device_tests(context: Context) -> None:
     """The tests marked `gpu`; every outcome is said by name as it comes."""
+    from .programs import worker_count
+
     paths = _files_with_gpu_tests()
     if not _has("diffusers"):
         paths = [path for path in paths if "pipeline" not in path]
@@ -195,7 +197,7 @@ def device_tests(context: Context) -> None:
         *selected,
     ]
     if _has("xdist") and not context.dry:
-        command += ["-n", "4"]
+        command += ["-n", str(worker_count(14))]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
@@ -264,6 +266,7 @@ FULL = (
     _stage("edits", 0.15, measuring.edits, "diffusers"),
     _stage("recordings", 0.04, measuring.recordings, "diffusers"),
     _stage("memory", 0.04, measuring.memory),
+    _stage("compiled", 0.15, measuring.compiled, "diffusers"),
     _stage("tests", 0.08, device_tests, "pytest"),
 )
 TUNING = ("tuning", "launches")  # after which a session may take over what was found

@@ -39,6 +39,7 @@ LN2 = gl.constexpr(0.6931471805599453)
 FETCHERS = gl.constexpr(1)  # warps that fetch
 FETCHING = gl.constexpr(24)  # registers of a thread of theirs
 
+
 @gluon.jit
 def _multiply(
     part: gl.constexpr,
@@ -187,9 +188,7 @@ def _multiply(
         where = (group_ptr + 1, first_row, queries, out_stride_b, out_stride_n, out_stride_e)
         for bundle in gl.static_range(BUNDLES):
             before: gl.constexpr = bundle * BUNDLE
-            write(
-                accumulators[bundle], out_ptr, where, before, ROWS, 0, VALUE_0, BUNDLE, VALUE_DIM, OUT_VECTOR, O_0
-            )
+            write(accumulators[bundle], out_ptr, where, before, ROWS, 0, VALUE_0, BUNDLE, VALUE_DIM, OUT_VECTOR, O_0)
             if SPLIT:
                 rest = accumulators[BUNDLES + bundle]
                 write(rest, out_ptr, where, before, ROWS, VALUE_0, VALUE_1, BUNDLE, VALUE_DIM, OUT_VECTOR, O_1)
