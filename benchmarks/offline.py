@@ -163,6 +163,8 @@ def _gluon(arch: str) -> Iterator[Program]:
         yield Program("gluon", arch, "float16", head_dim, branches, f"ragged+unrounded+{name}")
     for name in hopper_tiles.SHORT:
         yield Program("gluon", arch, "float16", 64, 2, f"short+ragged+{name}")
+    for head_dim in (40, 64):
+        yield Program("gluon", arch, "float16", head_dim, 3, "ragged+128x64s3")  # each a product of its own
     yield Program("gluon", arch, "bfloat16", 64, 2, "ragged+128x128s2")
 
 

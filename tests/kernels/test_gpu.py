@@ -116,7 +116,9 @@ def test_a_regional_blend_is_captured_in_a_graph() -> None:
     torch.cuda.synchronize()
     assert torch.equal(out, expected)
     borrowed = shared_attention(source.query, source.key, value, [0])
-    torch.testing.assert_close(out[:, :, :inside], borrowed[:, :, :inside])
+    # A kernel that takes no weights may serve this one, which rounds elsewhere.
+    last_places = 2 * torch.finfo(torch.float16).eps * float(borrowed.abs().max())
+    torch.testing.assert_close(out[:, :, :inside], borrowed[:, :, :inside], rtol=0, atol=last_places)
     assert_matches(target, out=torch.cat([target.plain["out"][:, :, :inside], out[:, :, inside:]], dim=2))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from types import ModuleType
 
 import pytest
 import torch
@@ -30,9 +29,7 @@ def ragged(map_index=(0, 0), head_dim: int = 64, queries: int = 150, keys: int =
 class Computed:
     """What the kernel makes of a case, and what it fetched."""
 
-    def __init__(
-        self, case: Case, tiles, turns=False, known=None, seed=0, kernel: ModuleType = KERNEL, programs=None
-    ) -> None:
+    def __init__(self, case: Case, tiles, turns=False, known=None, seed=0, kernel=KERNEL, programs=None) -> None:
         config = Config(tiles[0], tiles[1], 4, tiles[2], gluon=True, specialised=turns)
         maps, heads, queries, _ = case.query.shape
         self.out = torch.full(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -59,7 +61,7 @@ def test_products_are_exact(served, head_dim, map_index, queries, keys, dtype) -
     )  # fmt: skip
     arguments = case.query, case.key, case.value, None, list(map_index), case.factor, "triton"
     out, logsumexp = torch.ops.fpe_kernels.apply(*arguments)
-    assert sum(served) >= len(set(map_index))
+    assert sum(served) >= max(Counter(map_index).values())  # maps with fewer rows may share a launch
     assert_matches(case, out=out, logsumexp=logsumexp)
     replayed = torch.ops.fpe_kernels.replay(*arguments[:4], logsumexp, *arguments[4:])
     assert_matches(case, out=replayed)

@@ -47,7 +47,7 @@ def fetch(
     GROUPS: gl.constexpr,
     ROWS: gl.constexpr,
 ):
-    """The warp that fetches, tile after tile: the queries once, then the tiles of keys and values, the last tile first."""
+    """The warp that fetches: of each tile the queries, then keys and values, the last of them first."""
     q_0, q_1, k_0, k_1, v_0, v_1 = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = barriers
     programs, heads, queries, keys = extents

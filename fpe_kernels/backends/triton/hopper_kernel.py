@@ -2,11 +2,11 @@
 
     O_b = softmax(scale · Q_g K_gᵀ) V_b     for every batch row b with map_index[b] = g
 
-A program holds 64 or 128 query rows a warpgroup, a tile, and streams tiles of keys and values through two rings in
+A program holds a tile of 64 or 128 query rows a warpgroup and streams tiles of keys and values through two rings in
 shared memory, which the bulk copy engine fills. There are as many programs as run at the same time, each of which takes
-tile after tile (:mod:`.hopper_fetch`): while one tile's output is written, the next one's operands come. Of each ring's slot a barrier says that it is full (the bytes have come) and
-another that it is empty (every warpgroup has read it). A slot is in use for the ``t``-th time in phase ``t % 2`` of its
-barriers.
+tile after tile (:mod:`.hopper_fetch`): while one tile's output is written, the next one's operands come. Of each ring's
+slot a barrier says that it is full (the bytes have come) and another that it is empty (every warpgroup has read it). A
+slot is in use for the ``t``-th time in phase ``t % 2`` of its barriers.
 
 The order of a warpgroup is that of FlashAttention-3 (Shah et al., 2024): S(j) = Q K(j)ᵀ is issued, then P(j−1) V(j−1)
 behind it; S(j) alone is waited for, its exponentials are taken while the second product runs, and only then are the
@@ -186,12 +186,15 @@ def _multiply(
             accumulators = rescaled_rows(accumulators, 1.0 / normaliser, SPLIT, BUNDLES, O_0, O_1)
         out_ptr = out_start + head.to(gl.int64) * out_stride_h
         where = (group_ptr + 1, first_row, queries, out_stride_b, out_stride_n, out_stride_e)
+        # Constants stay constants in the call itself only.
+        # fmt: off
         for bundle in gl.static_range(BUNDLES):
-            before: gl.constexpr = bundle * BUNDLE
-            write(accumulators[bundle], out_ptr, where, before, ROWS, 0, VALUE_0, BUNDLE, VALUE_DIM, OUT_VECTOR, O_0)
+            write(accumulators[bundle], out_ptr, where, bundle * BUNDLE, ROWS, 0, VALUE_0, BUNDLE, VALUE_DIM,
+                  OUT_VECTOR, O_0)
             if SPLIT:
-                rest = accumulators[BUNDLES + bundle]
-                write(rest, out_ptr, where, before, ROWS, VALUE_0, VALUE_1, BUNDLE, VALUE_DIM, OUT_VECTOR, O_1)
+                write(accumulators[BUNDLES + bundle], out_ptr, where, bundle * BUNDLE, ROWS, VALUE_0, VALUE_1, BUNDLE,
+                      VALUE_DIM, OUT_VECTOR, O_1)
+        # fmt: on
 
 
 @gluon.jit
