@@ -7,9 +7,9 @@ A multiprocessor's cycles for one tile of keys, by what they go into:
     issue        instructions of a warp, four warps a cycle, counted in SASS: 12 + 5.6 a score + 1.6 an accumulator
     L2           boxes of keys and values by sectors of 32 bytes, :data:`L2_RATE` bytes a cycle
 
-A tile takes `tensor + exponential + LATENCY`: that fits what an H200 measured, and reads as warpgroups that run in
-step, multiplying together and exponentiating together. In turns (:mod:`.hopper_tiles`) one could hide what the other
-does: `max` of the two, with the latency; an upper bound that nothing has measured yet.
+A tile takes the longer of `tensor` and `exponential`, :data:`EXPOSED` of the shorter, and `LATENCY`; a program's first
+tile and its output take `START` more. Warpgroups that issue in turns (:mod:`.hopper_tiles`) hide no more of it than
+those that run as they like: on an H200 both take the same time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from .cases import Case
 from .rows import ROOT, Row, read
 
 CLOCK = 1.755e9  # cycles a second: H100 SXM's and H200's boost clock at which the data sheet's tensor rate holds
-LATENCY = 400  # cycles a tile: barriers, the way from one pipe to another. Fitted to the committed rows of the tuner
+# Fitted to the committed rows of the tuner:
+EXPOSED = 0.55  # of the shorter of two pipes, what the other does not hide
+LATENCY = 350  # cycles a tile: barriers, the way from one pipe to another
+START = 12000  # cycles a tile of queries, and what a launch takes: queries come, the first scores, the output is written
 L2_RATE = 22  # bytes a cycle of one multiprocessor: the most that any row shows
 SECTOR = 32
 RESULTS = ROOT / "benchmarks" / "results"
@@ -42,21 +45,18 @@ class Estimate:
     exponential: float
     issue: float
     l2: float
-    turns: bool
 
     @property
     def cycles(self) -> float:
-        pipes = max(self.tensor, self.exponential) if self.turns else self.tensor + self.exponential
-        return max(pipes + LATENCY, self.issue, self.l2)
+        longer, shorter = max(self.tensor, self.exponential), min(self.tensor, self.exponential)
+        return max(longer + EXPOSED * shorter + LATENCY, self.issue, self.l2)
 
     @property
     def limit(self) -> str:
         """What the cycles go into most."""
         if self.cycles in (self.issue, self.l2):
             return "issue" if self.cycles == self.issue else "L2"
-        if self.turns:
-            return "tensor" if self.tensor >= self.exponential else "exponential"
-        return "tensor and exponential in step"
+        return "tensor" if self.tensor >= self.exponential else "exponential"
 
 
 def estimate(head_dim: int, branches: int, config: Config) -> Estimate:
@@ -74,7 +74,7 @@ def estimate(head_dim: int, branches: int, config: Config) -> Estimate:
     # A row that starts in the middle of a sector touches one more; every second head does where rows are no sectors.
     sectors = (-(-row // SECTOR) + (0.5 if row % SECTOR else 0.0)) * SECTOR
     l2 = keys * (1 + branches) * sectors / L2_RATE
-    return Estimate(scores + values, halves * hopper.ROWS * keys / 16, issue, l2, config.specialised)
+    return Estimate(scores + values, halves * hopper.ROWS * keys / 16, issue, l2)
 
 
 def tflops(head_dim: int, branches: int, config: Config, maps: int, tokens: int) -> float:
@@ -83,7 +83,7 @@ def tflops(head_dim: int, branches: int, config: Config, maps: int, tokens: int)
     resident = MULTIPROCESSORS["sm_90"] * (2 if config.block_m == hopper.ROWS else 1)
     waves = -(-maps * tiles // resident)
     shared = resident // MULTIPROCESSORS["sm_90"]
-    seconds = waves * shared * steps * estimate(head_dim, branches, config).cycles / CLOCK
+    seconds = waves * shared * (START + steps * estimate(head_dim, branches, config).cycles) / CLOCK
     return 2.0 * maps * tokens**2 * head_dim * (1 + branches) / seconds / 1e12
 
 
