@@ -49,7 +49,7 @@ def share_out(tasks: Sequence[Task]) -> None:
             task()
         return
     with settings.one_thread():
-        if _watched():
+        if watched():
             try:
                 for number, task in enumerate(tasks):
                     _PLACE.lane = number % threads
@@ -106,7 +106,7 @@ def lane() -> int:
 _PLACE = threading.local()
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether a profiler or a mode follows what the calling thread does, which would not see other threads.
 
     Then it computes everything itself, in the lanes that the threads would have had.
