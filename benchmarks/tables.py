@@ -240,8 +240,8 @@ def busy(rows: Sequence[Row], gpu: bool) -> str:
             continue
         used.append(ours)
         shape, _, rest = name.partition("/busy-")
-        level, _, *told = rest.split("/")
-        shapes.setdefault((shape, *(told or [""]), threads), {})[level] = str(Ratio.of(ours, base)).replace("×", "")
+        level, _, told = [*rest.split("/"), ""][:3]
+        shapes.setdefault((shape, told, threads), {})[level] = str(Ratio.of(ours, base)).replace("×", "")
     if not shapes:
         return not_yet(gpu, "A busy machine")
     lines = []

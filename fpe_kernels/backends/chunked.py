@@ -126,7 +126,7 @@ def _apply_maps(
     for blocks in cut_maps(query, key, by_map, lengths):
         if plain and whole_maps.serves(blocks, query, key, value, out):
             some = whole_maps.whole_blocks(blocks, query, key, value, out)
-            tasks += [partial(block, query, key, value, scale, out, logsumexp, buffers) for block in some]
+            tasks += [partial(block.write, query, key, value, scale, out, logsumexp, buffers) for block in some]
             continue
         part = Part(partial(operands, query, key, value, bias, scale, blocks, buffers), len(blocks.queries))
         tasks += [

@@ -25,7 +25,7 @@ class Run(NamedTuple):
 
     maps: slice
     rows: slice | list[int]
-    count: int  # of rows
+    row_count: int
     length: int  # of every map's keys
     heads: slice
     value_heads: slice
@@ -65,8 +65,8 @@ def product(run: Run, query: Tensor, key: Tensor, value: Tensor, scale: float) -
     """The products of a run [rows, heads, N, D], in memory [rows, N, heads, D], and the log-sum-exp of its rows."""
     keys = slice(run.length)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query[run.maps, run.heads].expand(run.count, -1, -1, -1),
-        key[run.maps, :, keys].expand(run.count, -1, -1, -1),
+        query[run.maps, run.heads].expand(run.row_count, -1, -1, -1),
+        key[run.maps, :, keys].expand(run.row_count, -1, -1, -1),
         value[run.rows, run.value_heads, keys],
         scale=scale,
     )

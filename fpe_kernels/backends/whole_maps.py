@@ -29,7 +29,7 @@ class View(NamedTuple):
     @classmethod
     def of(cls, part: Tensor, tensor: Tensor) -> View:
         """That of ``part``, a view of ``tensor``."""
-        return cls(tuple(part.shape), part.stride(), part.storage_offset() - tensor.storage_offset())
+        return cls(tuple(part.shape), part.stride(), int(part.storage_offset()) - int(tensor.storage_offset()))
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The part of a tensor that has the layout of the one before."""
@@ -45,7 +45,7 @@ class WholeBlock(NamedTuple):
     where: tuple[int, slice, slice]  # among the log-sum-exp
     scores: tuple[int, int, int]
 
-    def __call__(
+    def write(
         self,
         query: Tensor,
         key: Tensor,
@@ -107,9 +107,9 @@ def ready_call(
     """
     if not query.is_cpu or key.shape[2] == 0:
         return None
-    by_map, lengths = rows_by_map(map_index, query.shape[0]), lengths_of(key, None)
-    runs, by_map = fused_cpu.runs(query, key, value, by_map, lengths)
-    cut = list(cut_maps(query, key, by_map, lengths))
+    lengths = lengths_of(key, None)
+    runs, left = fused_cpu.runs(query, key, value, rows_by_map(map_index, query.shape[0]), lengths)
+    cut = list(cut_maps(query, key, left, lengths))
     if not all(serves(blocks, query, key, value, out) for blocks in cut):
         return None
     whole = [block for blocks in cut for block in whole_blocks(blocks, query, key, value, out)]
@@ -144,9 +144,9 @@ class ReadyProduct:
             fused_cpu.write_product(run, query, key, value, self._scale, out, None)
         buffers = Buffers()
         if len(self._blocks) == 1:
-            self._blocks[0](query, key, value, self._scale, out, None, buffers)
+            self._blocks[0].write(query, key, value, self._scale, out, None, buffers)
         else:
             operands = query, key, value, self._scale, out, None, buffers
-            share_out([partial(block, *operands) for block in self._blocks])
+            share_out([partial(block.write, *operands) for block in self._blocks])
         buffers.release()
         return out
