@@ -234,24 +234,23 @@ def busy(rows: Sequence[Row], gpu: bool) -> str:
     for row in rows:
         if row.suite == "busy" and row.on_gpu == gpu and row.status == "ok":
             found.setdefault((row.case, row.threads), {})[row.provider] = row
-    shapes: dict[tuple[str, int], dict[str, str]] = {}
+    shapes: dict[tuple[str, str, int], dict[str, str]] = {}
     used = []
     for (name, threads), providers in found.items():
         ours, base = our_row(providers.values()), providers.get(UNEDITED)
         if ours is None or base is None:
             continue
         used.append(ours)
-        *parts, level, _ = name.split("/")
-        shape = "/".join(parts)
-        shapes.setdefault((shape, threads), {})[level] = str(Ratio.of(ours, base)).replace("×", "")
+        shape, _, rest = name.partition("/busy-")
+        level, _, told = [*rest.split("/"), ""][:3]
+        shapes.setdefault((shape, told, threads), {})[level] = str(Ratio.of(ours, base)).replace("×", "")
     if not shapes:
         return not_yet(gpu, "A busy machine")
-    levels = ["busy-0", "busy-1", "busy-2"]
-    lines = [
-        [f"{Case.parse(shape).tokens} × {Case.parse(shape).heads} × {Case.parse(shape).head_dim}", str(threads)]
-        + [cells.get(level, "–") for level in levels]
-        for (shape, threads), cells in shapes.items()
-    ]
+    lines = []
+    for (shape, told, threads), cells in shapes.items():
+        case, limited = Case.parse(shape), f", {told.upper()} only" if told else ""
+        name = f"{case.tokens} × {case.heads} × {case.head_dim}{limited}"
+        lines.append([name, str(threads), *(cells.get(level, "–") for level in "012")])
     heading = ["unedited ÷ ours, a source and a target", "threads", "alone", "beside one process", "beside two"]
     return markdown(heading, lines) + "\n\n" + beside(used)
 

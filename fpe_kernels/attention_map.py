@@ -387,6 +387,6 @@ def shared_attention(
         weight = validation.check_row_weight(weight, query, shape)
     serving = dispatch.select(backend, query)
     out, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, list(index), scale, serving, weight, lengths)
-    if repeatable and serving == "triton":
-        ready.keep(*given, scale, out)
+    if repeatable:
+        ready.keep(*given, scale, serving, out)
     return out

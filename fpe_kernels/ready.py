@@ -1,9 +1,10 @@
 """Calls of ``shared_attention`` that have been made before, ready to be launched again.
 
 What a call checks, chooses and launches follows from the layouts of its tensors and from its other arguments, never
-from contents. A call that succeeded leaves a *ready call*: the next one like it allocates its output and launches. That
-passes by PyTorch's dispatcher, which takes longer than a short attention; where the dispatcher has anything to do
-besides finding the implementation (gradients, modes, transforms, tracing, a profiler), nothing is ready.
+from contents. A call that succeeded leaves a *ready call*, made by its backend: the next one like it allocates its
+output and launches or computes. That passes by PyTorch's dispatcher, which takes longer than a short attention; where
+the dispatcher has anything to do besides finding the implementation (gradients, modes, transforms, tracing, a
+profiler), nothing is ready.
 """
 
 from __future__ import annotations
@@ -51,18 +52,28 @@ def call(query: Any, key: Any, value: Any, map_index: Any, scale: Any, backend: 
 
 
 def keep(
-    query: Any, key: Any, value: Any, map_index: Any, scale: Any, backend: Any, checked_scale: float, out: Tensor
+    query: Any,
+    key: Any,
+    value: Any,
+    map_index: Any,
+    scale: Any,
+    backend: Any,
+    checked_scale: float,
+    serving: str,
+    out: Tensor,
 ) -> None:
     """Have the call of these arguments ready from now on, if it can be.
 
     Args:
         checked_scale: the number that ``scale`` stands for.
-        out: what the call gave, by the triton backend.
+        serving: the backend that gave ``out``.
+        out: what the call gave.
     """
-    found = _layout(query, key, value, map_index, scale, backend)
-    if found is None:
+    ready_call = getattr(dispatch.load(serving), "ready_call", None)
+    found = None if ready_call is None else _layout(query, key, value, map_index, scale, backend)
+    if ready_call is None or found is None:
         return
-    made = dispatch.load("triton").ready_call(query, key, value, tuple(map_index), checked_scale, out)
+    made = ready_call(query, key, value, tuple(map_index), checked_scale, out)
     if made is not None:
         if len(_READY) >= _AT_MOST:
             _READY.clear()
@@ -82,6 +93,8 @@ def _layout(
     if (query.requires_grad or key.requires_grad or value.requires_grad) and torch.is_grad_enabled():
         return None
     if query.is_neg() or key.is_neg() or value.is_neg():
+        return None
+    if not (query.layout is key.layout is value.layout is torch.strided):  # others have no address
         return None
     index = map_index if type(map_index) is tuple else tuple(map_index) if type(map_index) is list else ()
     for entry in index:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .cpu_threads import Task, lane, share_out, threads_compute_alone
+from .cpu_threads import Task, lane, share_out, threads_compute_alone, watched
 
 LOG2E = 1.0 / math.log(2.0)
 LN2 = math.log(2.0)
@@ -26,6 +28,12 @@ THREAD_BLOCK_BYTES = 2 << 20
 DEVICE_BLOCK_BYTES = 64 << 20
 KEY_BLOCK = 1024
 MIN_QUERY_BLOCK = 32
+# Bytes of scores from which on a call has a block for every thread. Waking a thread takes as long as computing half of
+# them; smaller maps are one block, whose operations PyTorch shares out.
+SHARED_OUT_BYTES = 1 << 20
+# Bytes of scores that are kept from call to call, in the whole process: fresh memory of a block is mapped page by page,
+# which takes a tenth of the time of a small map.
+KEPT_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,10 @@ def cut_maps(
         together, budget = 1, DEVICE_BLOCK_BYTES
     a_query = cut(max(lengths), KEY_BLOCK)[0].stop * itemsize if max(lengths) else itemsize
     together = max(together, min(heads, budget // max(1, queries * a_query)))
+    if query.device.type == "cpu" and threads_compute_alone():
+        maps = sum(1 for rows in by_map if rows)
+        if maps * heads * queries * a_query >= SHARED_OUT_BYTES:
+            together = min(together, max(1, -(-maps * heads // torch.get_num_threads())))
     query_blocks = cut(queries, max(MIN_QUERY_BLOCK, budget // (together * a_query)))
     for group, rows in enumerate(by_map):
         if rows:
@@ -105,18 +117,58 @@ def pack(tensor: Tensor, rows: tuple[int, ...], heads: slice, repeats: int, dtyp
 
 
 class Buffers:
-    """A thread's memory for the scores of its block, kept from block to block of a call."""
+    """Memory for the scores of the blocks of one call, for each of its threads.
+
+    What a call gives back with :meth:`release` the next one takes, whichever thread makes it; a call that comes while
+    another one has them makes its own, in a thread that is within a call already too.
+    """
+
+    _kept: ClassVar[deque[Tensor]] = deque(maxlen=KEPT_BYTES // THREAD_BLOCK_BYTES)
 
     def __init__(self) -> None:
         self._of_lane: dict[int, Tensor] = {}
 
     def view(self, shape: tuple[int, int, int], like: Tensor) -> Tensor:
-        """Uninitialised memory of the calling thread."""
-        size, place = math.prod(shape), lane()
+        """Uninitialised memory of the calling thread, with the dtype and device of ``like``."""
+        size, place = shape[0] * shape[1] * shape[2], lane()
         buffer = self._of_lane.get(place)
         if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype:
-            buffer = self._of_lane[place] = like.new_empty(size)
-        return buffer[:size].view(shape)
+            buffer = self._of_lane[place] = self._keepable(size, like)
+        return buffer.as_strided(shape, (shape[1] * shape[2], shape[2], 1))
+
+    def _keepable(self, size: int, like: Tensor) -> Tensor:
+        """A buffer of the kind that is kept, if such a one serves and nobody counts what is allocated."""
+        if size > _KEPT_SIZE or like.dtype != torch.float32 or like.device.type != "cpu" or watched():
+            return like.new_empty(size)
+        try:
+            return self._kept.pop()
+        except IndexError:
+            # A tensor of inference mode could not be written outside of it.
+            with torch.inference_mode(False):
+                return like.new_empty(_KEPT_SIZE)
+
+    def release(self) -> None:
+        """Give back what is kept for other calls; nothing may use a view any longer."""
+        if not watched():
+            self._kept.extend(
+                buffer
+                for buffer in self._of_lane.values()
+                if buffer.numel() == _KEPT_SIZE and buffer.dtype == torch.float32 and buffer.device.type == "cpu"
+            )
+        self._of_lane.clear()
+
+    @classmethod
+    def forget(cls) -> None:
+        """Keep nothing."""
+        cls._kept.clear()
+
+    @classmethod
+    def kept_bytes(cls) -> int:
+        """Bytes that lie ready for the next call."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in cls._kept)
+
+
+_KEPT_SIZE = THREAD_BLOCK_BYTES // torch.float32.itemsize
 
 
 class Scores:

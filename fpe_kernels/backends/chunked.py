@@ -2,10 +2,10 @@
 
 Scores exist for one block of queries and keys at a time, small enough to stay in a core's cache between the product
 that makes them, the exponential and the product that uses them. The values of all batch rows that share a map stand
-side by side, so the scores and the softmax of a block are computed once for all. A map of one row's own, or a small
-one, is left on a CPU to PyTorch's fused attention, which gives the log-sum-exp too. Scores are in units of log 2:
-PyTorch computes 2ˣ in a third of the time of eˣ. Half-precision inputs are widened block by block: products and
-statistics are float32.
+side by side, so the scores and the softmax of a block are computed once for all. Scores are in units of log 2: PyTorch
+computes 2ˣ in a third of the time of eˣ. On a CPU there are shorter ways for a block that has all keys (`whole_maps`)
+and for a map of one row's own, or a tiny one (`fused_cpu`). Half-precision inputs are widened block by block: products
+and statistics are float32.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import fused_cpu
+from . import fused_cpu, whole_maps
 from .blocks import LN2, Blocks, Buffers, Part, Scores, compute, cut_maps, lengths_of, operands
 from .chunked_gradients import bias_gradient, score_gradient
 from .cpu_threads import Task
 from .grouping import rows_by_map
+from .whole_maps import ready_call
 
-__all__ = ["adjoint", "apply", "bias_gradient", "score_gradient"]
+__all__ = ["adjoint", "apply", "bias_gradient", "ready_call", "score_gradient"]
 
 
 def apply(
@@ -115,16 +116,24 @@ def _apply_maps(
 ) -> None:
     """The unweighted product for the batch rows of every map in ``by_map``; other rows stay as they are."""
     by_map = _without_keys(by_map, lengths, out, logsumexp, known)
-    if bias is None and not known:
-        by_map = fused_cpu.apply(query, key, value, by_map, lengths, scale, out, logsumexp)
+    plain = bias is None and not known
+    if plain:
+        runs, by_map = fused_cpu.runs(query, key, value, by_map, lengths)
+        for run in runs:
+            fused_cpu.write_product(run, query, key, value, scale, out, logsumexp)
     tasks: list[Task] = []
     buffers = Buffers()
     for blocks in cut_maps(query, key, by_map, lengths):
+        if plain and whole_maps.serves(blocks, query, key, value, out):
+            some = whole_maps.whole_blocks(blocks, query, key, value, out)
+            tasks += [partial(block.write, query, key, value, scale, out, logsumexp, buffers) for block in some]
+            continue
         part = Part(partial(operands, query, key, value, bias, scale, blocks, buffers), len(blocks.queries))
         tasks += [
             partial(_product_of_block, part, blocks, queries, out, logsumexp, known) for queries in blocks.queries
         ]
     compute(tasks, query)
+    buffers.release()
 
 
 def _product_of_block(part: Part, blocks: Blocks, queries: slice, out: Tensor, logsumexp: Tensor, known: bool) -> None:
@@ -224,6 +233,7 @@ def adjoint(
         part = Part(partial(operands, query, key, weight, bias, scale, blocks, buffers), len(blocks.keys))
         tasks += [partial(_adjoint_of_block, part, blocks, keys, logsumexp, out) for keys in blocks.keys]
     compute(tasks, query)
+    buffers.release()
 
 
 def _adjoint_of_block(part: Part, blocks: Blocks, keys: slice, logsumexp: Tensor, out: Tensor) -> None:

@@ -7,6 +7,10 @@ worker, which is a setting of the thread in OpenMP and in MKL, but of the proces
 :func:`torch.set_num_threads` would change it for everybody. So the two libraries that PyTorch has loaded are asked
 themselves; where that cannot be done, blocks are computed one after the other by all threads together, as any PyTorch
 code is.
+
+The threads are those of OpenMP, where its library offers to run a function in each of them. Between two operations of
+PyTorch they wait in a loop, so they begin at once; threads of our own would have to be woken, and to share their cores
+with the waiting ones for as long as these keep at it, some milliseconds.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,10 @@ from typing import Any
 import torch
 
 Task = Callable[[], None]
+
+_Callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+# The process whose OpenMP has these threads. A forked one has none of them, and libgomp would wait for them forever.
+_PROCESS = os.getpid()
 
 
 def share_out(tasks: Sequence[Task]) -> None:
@@ -41,7 +49,7 @@ def share_out(tasks: Sequence[Task]) -> None:
             task()
         return
     with settings.one_thread():
-        if _watched():
+        if watched():
             try:
                 for number, task in enumerate(tasks):
                     _PLACE.lane = number % threads
@@ -49,14 +57,45 @@ def share_out(tasks: Sequence[Task]) -> None:
             finally:
                 _PLACE.lane = 0  # what the calling thread is in its next call
             return
-        queue = deque(tasks)
-        inference, pool = torch.is_inference_mode_enabled(), _workers(os.getpid())
-        others = [pool.submit(_work, queue, lane, inference, settings) for lane in range(1, threads)]
+        inference = torch.is_inference_mode_enabled()
+        if settings.team is not None and os.getpid() == _PROCESS:
+            _by_team(tasks, threads, inference, settings)
+        else:
+            _by_workers(tasks, threads, inference, settings)
+
+
+def _by_team(tasks: Sequence[Task], threads: int, inference: bool, settings: _Settings) -> None:
+    """By OpenMP's threads, of which the calling one is the first."""
+    queue, done, problems = deque(tasks), deque[Task](), deque[BaseException]()
+
+    def member(_: int | None) -> None:
         try:
-            _take(queue)
-        finally:
-            queue.clear()  # after an error or an interrupt nobody begins another one
-            _join(others)
+            _work(queue, done, settings.omp_place(), inference, settings)
+        except BaseException as problem:  # nothing is raised through a library of C
+            queue.clear()
+            problems.append(problem)
+
+    try:
+        settings.team(_Callback(member), None, threads, 0)
+    finally:
+        _PLACE.lane = 0  # what the calling thread is in its next call
+    if problems:
+        raise problems[0]
+    # An interrupt at the very begin or end of a member is lost in the library, and what that thread was to do is not.
+    _take(queue, done)
+    if len(done) != len(tasks):
+        raise KeyboardInterrupt
+
+
+def _by_workers(tasks: Sequence[Task], threads: int, inference: bool, settings: _Settings) -> None:
+    """By the calling thread and threads that are kept for this."""
+    queue, done, pool = deque(tasks), deque[Task](), _workers(os.getpid())
+    others = [pool.submit(_work, queue, done, lane, inference, settings) for lane in range(1, threads)]
+    try:
+        _take(queue, done)
+    finally:
+        queue.clear()  # after an error or an interrupt nobody begins another one
+        _join(others)
 
 
 def lane() -> int:
@@ -67,7 +106,7 @@ def lane() -> int:
 _PLACE = threading.local()
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether a profiler or a mode follows what the calling thread does, which would not see other threads.
 
     Then it computes everything itself, in the lanes that the threads would have had.
@@ -88,20 +127,21 @@ def _join(others: list[Future[None]]) -> None:
         raise problems[0]
 
 
-def _take(queue: deque[Task]) -> None:
+def _take(queue: deque[Task], done: deque[Task]) -> None:
     while True:
         try:
             task = queue.popleft()
         except IndexError:
             return
         task()
+        done.append(task)
 
 
-def _work(queue: deque[Task], lane: int, inference: bool, settings: _Settings) -> None:
-    """A worker's share: operators on one thread, and nothing recorded for gradients, as in the thread that waits."""
+def _work(queue: deque[Task], done: deque[Task], lane: int, inference: bool, settings: _Settings) -> None:
+    """A thread's share: operators on one thread, and nothing recorded for gradients, as in the thread that waits."""
     _PLACE.lane = lane
     with settings.one_thread(), torch.inference_mode() if inference else torch.no_grad():
-        _take(queue)
+        _take(queue, done)
 
 
 @cache
@@ -112,11 +152,13 @@ def _workers(process: int) -> ThreadPoolExecutor:
 
 @dataclass(frozen=True)
 class _Settings:
-    """The functions that say how many threads the calling thread's operations take."""
+    """The functions that say how many threads the calling thread's operations take, and that use them."""
 
     omp_get: Any
     omp_set: Any
+    omp_place: Any  # which thread of a team the calling one is
     mkl_set: Any  # None where PyTorch is built without MKL
+    team: Any  # runs a callback in so many threads; None where OpenMP's library does not offer it
 
     @contextmanager
     def one_thread(self) -> Iterator[None]:
@@ -137,11 +179,20 @@ class _Settings:
 def _settings() -> _Settings | None:
     """The settings, after a trial in a thread of its own; None where they are not found or do nothing."""
     try:
-        openmp = ctypes.CDLL(_openmp())
-        settings = _Settings(openmp.omp_get_max_threads, openmp.omp_set_num_threads, _mkl())
+        path = _openmp()
+        openmp = ctypes.PyDLL(path)  # functions that return at once: Python's lock is not to change hands for them
+        functions = openmp.omp_get_max_threads, openmp.omp_set_num_threads, openmp.omp_get_thread_num
+        settings = _Settings(*functions, _mkl(), None)
     except (OSError, AttributeError, LookupError):
         return None
-    return settings if _works(settings) else None
+    if not _works(settings):
+        return None
+    team = getattr(ctypes.CDLL(path), "GOMP_parallel", None)  # LLVM's and Intel's libraries have it too, on Linux
+    if team is None:
+        return settings
+    team.argtypes, team.restype = (_Callback, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    with_team = replace(settings, team=team)
+    return with_team if _team_works(with_team) else settings
 
 
 def _openmp() -> str:
@@ -165,7 +216,7 @@ def _mkl() -> Any:
     """MKL's setting of a thread, out of PyTorch's own library; None where PyTorch does not have MKL."""
     if not torch.backends.mkl.is_available():
         return None
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).MKL_Set_Num_Threads_Local
+    return ctypes.PyDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).MKL_Set_Num_Threads_Local
 
 
 def _works(settings: _Settings) -> bool:
@@ -183,3 +234,19 @@ def _works(settings: _Settings) -> bool:
     thread.start()
     thread.join()
     return seen == [1] and torch.get_num_threads() == before
+
+
+def _team_works(settings: _Settings) -> bool:
+    """Whether a team has the threads that it is asked for, and they compute alone."""
+    seen: deque[tuple[int, int]] = deque()
+    both = threading.Barrier(2)
+
+    def task() -> None:
+        seen.append((lane(), torch.get_num_threads()))
+        both.wait(timeout=10.0)
+
+    try:
+        _by_team([task, task], 2, False, settings)
+    except threading.BrokenBarrierError:
+        return False
+    return sorted(seen) == [(0, 1), (1, 1)]

@@ -1,7 +1,7 @@
 """PyTorch's fused attention for CPUs, for the maps that the ``torch`` backend has nothing to add to.
 
-A map of one batch row has nothing to share, and in a small one the calls of block-wise products take longer than the
-arithmetic that sharing saves.
+A map of one batch row has nothing to share, and in a tiny one the calls of block-wise products take longer than the
+arithmetic that sharing saves. Threads share a small map best in one call: they wait for one another once.
 The operator is the one behind ``F.scaled_dot_product_attention``, called by its own name because it gives the
 log-sum-exp too.
 """
@@ -9,44 +9,77 @@ log-sum-exp too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Floating-point operations that sharing has to save to be worth the further calls: some 60 µs of them.
-_SMALL_MAP = 9_000_000
+from .blocks import SHARED_OUT_BYTES, working_dtype
+
+# Floating-point operations that sharing has to save to be worth the further calls: some 10 µs of them.
+_SMALL_MAP = 1_000_000
 
 
-def apply(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    by_map: Sequence[tuple[int, ...]],
-    lengths: tuple[int, ...],
-    scale: float,
-    out: Tensor,
-    logsumexp: Tensor,
-) -> Sequence[tuple[int, ...]]:
-    """Write the products and the log-sum-exp of the maps served here; returns ``by_map`` without their rows."""
+class Run(NamedTuple):
+    """What one call serves: maps that are neighbours, the batch rows that name them, some heads."""
+
+    maps: slice
+    rows: slice | list[int]
+    row_count: int
+    length: int  # of every map's keys
+    heads: slice
+    value_heads: slice
+
+
+def runs(
+    query: Tensor, key: Tensor, value: Tensor, by_map: Sequence[tuple[int, ...]], lengths: tuple[int, ...]
+) -> tuple[list[Run], Sequence[tuple[int, ...]]]:
+    """The calls for the maps served here, which follow from layouts; and ``by_map`` without their rows."""
     if not _serves(query, key, value):
-        return by_map
+        return [], by_map
     a_key = 2 * query.shape[1] * query.shape[2] * query.shape[3]  # of the scores that a row shares
+    a_key_bytes = query.shape[1] * query.shape[2] * working_dtype(query.dtype).itemsize
+    of_threads = SHARED_OUT_BYTES if torch.get_num_threads() > 1 else 0
     served = {
         group: rows
         for group, rows in enumerate(by_map)
-        if rows and (len(rows) - 1) * a_key * lengths[group] <= _SMALL_MAP
+        if rows
+        and ((len(rows) - 1) * a_key * lengths[group] <= _SMALL_MAP or a_key_bytes * lengths[group] < of_threads)
     }
     repeats = query.shape[1] // key.shape[1]
+    found = []
     for length in sorted({lengths[group] for group in served}):
         alike = {group: rows for group, rows in served.items() if lengths[group] == length}
-        keys, values = key[:, :, :length], value[:, :, :length]
-        for maps, rows in _runs(alike):
+        for maps, rows in _neighbours(alike):
+            where: slice | list[int] = rows
+            if rows == list(range(rows[0], rows[0] + len(rows))):
+                where = slice(rows[0], rows[0] + len(rows))
             # Of query heads that share a key head, every one is a map of its own here: views, and nothing repeated.
             for heads in (slice(first, None, repeats) for first in range(repeats)):
-                own_values = values if value.shape[1] == key.shape[1] else values[:, heads]
-                operands = query[:, heads], keys, own_values
-                _product(*operands, maps, rows, scale, out[:, heads], logsumexp[:, heads])
-    return [() if group in served else rows for group, rows in enumerate(by_map)]
+                own_heads = slice(None) if value.shape[1] == key.shape[1] else heads
+                found.append(Run(maps, where, len(rows), length, heads, own_heads))
+    return found, [() if group in served else rows for group, rows in enumerate(by_map)]
+
+
+def product(run: Run, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The products of a run [rows, heads, N, D], in memory [rows, N, heads, D], and the log-sum-exp of its rows."""
+    keys = slice(run.length)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query[run.maps, run.heads].expand(run.row_count, -1, -1, -1),
+        key[run.maps, :, keys].expand(run.row_count, -1, -1, -1),
+        value[run.rows, run.value_heads, keys],
+        scale=scale,
+    )
+
+
+def write_product(
+    run: Run, query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, logsumexp: Tensor | None
+) -> None:
+    """Write the products of a run, and its log-sum-exp where that is wanted."""
+    part, statistics = product(run, query, key, value, scale)
+    out[run.rows, run.heads] = part
+    if logsumexp is not None:
+        logsumexp[run.maps, run.heads] = statistics[: run.maps.stop - run.maps.start]
 
 
 def _serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -59,36 +92,17 @@ def _serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def _runs(by_map: dict[int, tuple[int, ...]]) -> list[tuple[slice, list[int]]]:
+def _neighbours(by_map: dict[int, tuple[int, ...]]) -> list[tuple[slice, list[int]]]:
     """Maps that one call can serve, with their rows: a map with all of its rows, or neighbours with one row each.
 
     Threads share rows as well as heads and queries, so neighbours are faster together; and a run is a view.
     """
-    runs: list[tuple[slice, list[int]]] = []
+    found: list[tuple[slice, list[int]]] = []
     for group, rows in by_map.items():
-        if runs and len(rows) == 1:
-            maps, before = runs[-1]
+        if found and len(rows) == 1:
+            maps, before = found[-1]
             if maps.stop == group and len(before) == maps.stop - maps.start and before[-1] + 1 == rows[0]:
-                runs[-1] = slice(maps.start, group + 1), [*before, *rows]
+                found[-1] = slice(maps.start, group + 1), [*before, *rows]
                 continue
-        runs.append((slice(group, group + 1), list(rows)))
-    return runs
-
-
-def _product(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    maps: slice,
-    rows: list[int],
-    scale: float,
-    out: Tensor,
-    logsumexp: Tensor,
-) -> None:
-    """One call of PyTorch's fused attention for the rows of a run."""
-    neighbours = rows == list(range(rows[0], rows[0] + len(rows)))
-    where: slice | list[int] = slice(rows[0], rows[0] + len(rows)) if neighbours else rows
-    shared = (tensor[maps].expand(len(rows), -1, -1, -1) for tensor in (query, key))
-    product, statistics = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*shared, value[where], scale=scale)
-    out[where] = product
-    logsumexp[maps] = statistics[: maps.stop - maps.start]
+        found.append((slice(group, group + 1), list(rows)))
+    return found

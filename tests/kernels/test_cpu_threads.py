@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +64,69 @@ def test_what_a_task_raises_comes_back_and_the_next_call_works(two_threads) -> N
         cpu_threads.share_out([fail, *[lambda: done.append(1)] * 50])
     cpu_threads.share_out([lambda: done.append(2)] * 3)
     assert done.count(2) == 3
+
+
+def team_settings() -> Any:
+    settings = cpu_threads._settings()
+    if settings is None or settings.team is None:
+        pytest.skip("the OpenMP of this PyTorch does not lend its threads")
+    return settings
+
+
+def test_what_any_thread_of_the_team_raises_comes_back(two_threads) -> None:
+    settings = team_settings()
+    both = threading.Barrier(2)
+    for failing in (0, 1):
+
+        def task(failing: int = failing) -> None:
+            both.wait(timeout=60.0)
+            if cpu_threads.lane() == failing:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            cpu_threads._by_team([task, task], 2, False, settings)
+        assert cpu_threads.lane() == 0 and torch.get_num_threads() == 2
+
+
+def test_a_task_that_no_thread_of_the_team_has_ended_is_not_passed_over(two_threads) -> None:
+    settings = team_settings()
+    done: list[int] = []
+    tasks = [lambda: done.append(1)] * 3
+    nobody = replace(settings, team=lambda *arguments: None)
+    cpu_threads._by_team(tasks, 2, False, nobody)
+    assert len(done) == 3
+
+    def lost(queue, *arguments) -> None:
+        queue.popleft()  # as by a thread that an interrupt took out of its task, and a second one out of its report
+
+    original, cpu_threads._work = cpu_threads._work, lost
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cpu_threads._by_team(tasks, 2, False, settings)
+    finally:
+        cpu_threads._work = original
+
+
+@pytest.mark.parametrize("lent", [True, False], ids=["team", "workers"])
+def test_threads_of_openmp_and_our_own_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, two_threads, lent: bool
+) -> None:
+    settings = team_settings()
+    case = make_case(map_index=(0, 0), heads=4, queries=600, keys=1100, head_dim=40)
+    call = lambda: shared_attention(case.query, case.key, case.value, (0, 0), backend="torch")  # noqa: E731
+    expected = call()
+    if not lent:
+        monkeypatch.setattr(cpu_threads, "_settings", lambda: replace(settings, team=None))
+    names: set[str] = set()
+    take = cpu_threads._take
+
+    def seen(*arguments) -> None:
+        names.add(threading.current_thread().name)
+        take(*arguments)
+
+    monkeypatch.setattr(cpu_threads, "_take", seen)
+    assert torch.equal(call(), expected)
+    assert any(name.startswith("fpe_kernels") for name in names) != lent
 
 
 def test_a_failure_while_a_mode_watches_leaves_the_thread_in_its_own_lane(two_threads) -> None:
@@ -147,3 +212,18 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
         "print(os.waitpid(child, 0)[1])\n"
     )
     assert out == "0\n"
+
+
+def test_a_forked_process_does_not_wait_for_the_openmp_threads_of_its_parent() -> None:
+    out = in_two_threads(
+        "import os, signal\n"
+        "from fpe_kernels.backends import cpu_threads\n"
+        "done = []\n"
+        "call = lambda: cpu_threads.share_out([lambda: done.append(1)] * 8)\n"
+        "call()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    signal.alarm(60); call(); os._exit(len(done))\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    assert out == "16\n"

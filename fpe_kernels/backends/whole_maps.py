@@ -1,0 +1,152 @@
+"""Blocks that have all keys of a map, on a CPU: PyTorch's softmax makes the map, and nothing is packed or divided.
+
+Which parts of the tensors such a block reads and writes follows from their layouts, so it is worked out once for a call
+that is kept ready. A small map takes as long as the calls that compute it: every view is one call here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import fused_cpu
+from .blocks import Blocks, Buffers, cut_maps, lengths_of, working_dtype
+from .cpu_threads import share_out
+from .grouping import rows_by_map
+
+
+class View(NamedTuple):
+    """Where a part of a tensor lies: one call, where slices of several axes are as many."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, part: Tensor, tensor: Tensor) -> View:
+        """That of ``part``, a view of ``tensor``."""
+        return cls(tuple(part.shape), part.stride(), int(part.storage_offset()) - int(tensor.storage_offset()))
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor that has the layout of the one before."""
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
+
+
+class WholeBlock(NamedTuple):
+    """Some heads and queries of a map with all of its keys, and the batch rows that name it."""
+
+    query: View
+    key: View  # [heads, D, M]
+    rows: tuple[tuple[View, View], ...]  # of values and of the output
+    where: tuple[int, slice, slice]  # among the log-sum-exp
+    scores: tuple[int, int, int]
+
+    def write(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        out: Tensor,
+        logsumexp: Tensor | None,
+        buffers: Buffers,
+    ) -> None:
+        """Write the products, and the log-sum-exp where that is wanted."""
+        scores = buffers.view(self.scores, query)
+        # β = 0 leaves out what the buffer held, even where that is not finite.
+        torch.baddbmm(scores, self.query(query), self.key(key), beta=0, alpha=scale, out=scores)
+        maximum = None if logsumexp is None else scores.amax(-1)
+        torch.softmax(scores, -1, out=scores)
+        if logsumexp is not None and maximum is not None:
+            # The largest score's probability is one over the sum of the exponentials that are relative to it.
+            logsumexp[self.where] = maximum.sub_(scores.amax(-1).log_())
+        for own, target in self.rows:
+            torch.bmm(scores, own(value), out=target(out))
+
+
+def serves(blocks: Blocks, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> bool:
+    """Whether a block has all keys, and parts of the tensors are operands as they are: no heads or digits to add."""
+    return (
+        len(blocks.keys) == 1
+        and query.device.type == "cpu"
+        and query.dtype == value.dtype == out.dtype == working_dtype(query.dtype)
+        and query.shape[1] == key.shape[1] == value.shape[1]
+    )
+
+
+def whole_blocks(blocks: Blocks, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> list[WholeBlock]:
+    """One for each block of queries of ``blocks``, which have one block of keys."""
+    (keys,) = blocks.keys
+    group, heads = blocks.group, blocks.heads
+    transposed = View.of(key[group, heads, keys].transpose(1, 2), key)
+    found = []
+    for queries in blocks.queries:
+        part = query[group, heads, queries]
+        rows = tuple(
+            (View.of(value[row, heads, keys], value), View.of(out[row, heads, queries], out)) for row in blocks.rows
+        )
+        where = group, heads, queries
+        shape = part.shape[0], part.shape[1], keys.stop - keys.start
+        found.append(WholeBlock(View.of(part, query), transposed, rows, where, shape))
+    return found
+
+
+def ready_call(
+    query: Tensor, key: Tensor, value: Tensor, map_index: tuple[int, ...], scale: float, out: Tensor
+) -> ReadyProduct | None:
+    """The product ``A[map_index] @ value`` for tensors of the same layout; None where other blocks have a part in it.
+
+    Those take many times longer than what a ready call saves.
+
+    Args:
+        out: what the product gave.
+    """
+    if not query.is_cpu or key.shape[2] == 0:
+        return None
+    lengths = lengths_of(key, None)
+    runs, left = fused_cpu.runs(query, key, value, rows_by_map(map_index, query.shape[0]), lengths)
+    cut = list(cut_maps(query, key, left, lengths))
+    if not all(serves(blocks, query, key, value, out) for blocks in cut):
+        return None
+    whole = [block for blocks in cut for block in whole_blocks(blocks, query, key, value, out)]
+    return ReadyProduct(scale, out, runs, whole)
+
+
+class ReadyProduct:
+    """A product whose calls and blocks are known, for tensors of one layout.
+
+    Args:
+        scale: factor of the scores.
+        out: a result of the layout.
+        runs, blocks: what computes it.
+    """
+
+    def __init__(self, scale: float, out: Tensor, runs: Sequence[fused_cpu.Run], blocks: Sequence[WholeBlock]) -> None:
+        self._scale, self._size, self._stride = scale, tuple(out.shape), out.stride()
+        self._runs, self._blocks, self._threads = runs, blocks, torch.get_num_threads()
+        # A run of all rows and heads leaves its products as the output lies in memory, and they are the output.
+        self._whole = len(runs) == 1 and not blocks and runs[0].heads == slice(0, None, 1)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, addresses: tuple[int, int, int]) -> Tensor | None:
+        """The product; None for another number of threads, and under autocast, which has to be put aside."""
+        if self._threads != torch.get_num_threads() or torch.is_autocast_enabled("cpu"):
+            return None
+        if self._whole:
+            product, _ = fused_cpu.product(self._runs[0], query, key, value, self._scale)
+            if product.stride() == self._stride and product.shape == self._size:
+                return product
+        out = value.new_empty_strided(self._size, self._stride)
+        for run in self._runs:
+            fused_cpu.write_product(run, query, key, value, self._scale, out, None)
+        buffers = Buffers()
+        if len(self._blocks) == 1:
+            self._blocks[0].write(query, key, value, self._scale, out, None, buffers)
+        else:
+            operands = query, key, value, self._scale, out, None, buffers
+            share_out([partial(block.write, *operands) for block in self._blocks])
+        buffers.release()
+        return out
