@@ -18,9 +18,17 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-from . import inversion as inversions
-from . import recorded_runs
-from .arguments import (
+from .edits import Edit
+from .edits.base import check_prompts
+from .embedded import embedded_path
+from .errors import check_generator, check_guidance, check_positive, warn_of_unknown_words
+from .inversion import trajectory as inversions
+from .inversion.trajectory import Inversion
+from .models.loading import EMBEDDED
+from .prompts.encoding import encoding_tokenizer
+from .prompts.words import short_form
+from .recordings import runs as recorded_runs
+from .sampling.arguments import (
     check_inversion_options,
     check_option_names,
     check_size,
@@ -29,21 +37,13 @@ from .arguments import (
     negative_list,
     prompt_list,
 )
-from .checks import check_generator, check_guidance, check_positive, warn_of_unknown_words
-from .edits import Edit
-from .edits.base import check_prompts
-from .encoding import encoding_tokenizer
-from .finite import FiniteSteps, check_latents
-from .hooks import FollowInversion
-from .inversion import Inversion
-from .loading import EMBEDDED
-from .models import embedded_path
-from .noise import row_generators, shared_latents
-from .output import FreePromptPipelineOutput
-from .requirements import check_guided_inversion, check_model, check_options, check_pipeline
-from .session import EditingSession, editing
-from .step_end import Call, DropSource, FollowEmbeddings, StepEnd, Task, check_source_can_be_dropped
-from .words import short_form
+from .sampling.output import FreePromptPipelineOutput
+from .sampling.served_models import check_guided_inversion, check_model, check_options, check_pipeline
+from .sampling.step_end import Call, DropSource, FollowEmbeddings, StepEnd, Task, check_source_can_be_dropped
+from .session.finite import FiniteSteps, check_latents
+from .session.hooks import FollowInversion
+from .session.session import EditingSession, editing
+from .session.shared_noise import row_generators, shared_latents
 
 __all__ = ["FreePromptPipeline", "FreePromptPipelineOutput"]
 

@@ -33,8 +33,15 @@ class Recipe:
 
 
 def _embedded(work: Path, output: Path, minutes: float, dry: bool) -> list[str]:
-    command = [sys.executable, "-u", "-m", "fpe_pipeline.models.train", "--preset", "smoke" if dry else "gpu"]
-    command += ["--device", "cpu" if dry else "cuda", "--max-minutes", f"{minutes:.3f}"]
+    command = [sys.executable, "-u", "-m", "fpe_pipeline.embedded.training.train"]
+    command += [
+        "--preset",
+        "smoke" if dry else "gpu",
+        "--device",
+        "cpu" if dry else "cuda",
+        "--max-minutes",
+        f"{minutes:.3f}",
+    ]
     return [*command, "--work", str(work), "--output", str(output)]
 
 

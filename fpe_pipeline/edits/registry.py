@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..sites import attention_sites
+from ..models.sites import attention_sites
 from .base import Edit
 from .free_prompt import FreePromptEdit
 from .local_blend import LocalBlend

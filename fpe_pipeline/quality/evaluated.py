@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..loading import EMBEDDED, InputError, ModelSource, find_model, load_pipeline, pick_dtype
+from ..models.loading import EMBEDDED, InputError, ModelSource, find_model, load_pipeline, pick_dtype
 
 __all__ = ["EvaluatedModel"]
 
@@ -54,7 +54,7 @@ class EvaluatedModel:
         Raises:
             InputError: the weights cannot be read.
         """
-        from ..models.judge import load_judge
+        from ..embedded.judge import load_judge
 
         judge = None if self.judge is None else load_judge(self.judge).to(device)
         pipe = load_pipeline(self.source, dtype=pick_dtype("auto", device), device=device, pipeline=pipeline)

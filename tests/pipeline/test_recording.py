@@ -15,11 +15,12 @@ from diffusers import (
 from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
 from fpe_kernels import AttentionMap
-from fpe_pipeline import Recording, ddim_scheduler, make_edit, packing
-from fpe_pipeline.file_store import FileStore
-from fpe_pipeline.loading import InputError
-from fpe_pipeline.map_store import MemoryStore
-from fpe_pipeline.recorded_runs import estimate
+from fpe_pipeline import Recording, ddim_scheduler, make_edit
+from fpe_pipeline.models.loading import InputError
+from fpe_pipeline.recordings import precision as packing
+from fpe_pipeline.recordings.folder_store import FileStore
+from fpe_pipeline.recordings.runs import estimate
+from fpe_pipeline.recordings.store import MemoryStore
 
 STEPS = 4
 RUN = {"num_inference_steps": STEPS, "latents": noise()}

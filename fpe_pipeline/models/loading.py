@@ -1,0 +1,284 @@
+"""Finding, loading and identifying the model of a run.
+
+A model is the embedded one, one before it, a diffusers folder, a single-file checkpoint, or a name on the Hugging Face
+hub. What can be checked without reading weights is checked first, so that a typo costs no loading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..embedded import EARLIER, EMBEDDED, embedded_path
+from ..texts import check_readable_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..pipeline import FreePromptPipeline
+
+__all__ = [
+    "EARLIER",
+    "EMBEDDED",
+    "InputError",
+    "ModelSource",
+    "find_model",
+    "identity",
+    "is_embedded",
+    "load_pipeline",
+    "only_errors",
+    "pick_device",
+    "pick_dtype",
+    "pipeline_class",
+    "replaced_models",
+]
+
+SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
+PIPELINE_CLASSES = ("StableDiffusionPipeline", "FreePromptPipeline")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class InputError(ValueError):
+    """A request that cannot be served as it stands: says what was expected, what came and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: `kind` is "folder", "file" or "hub"; `vae_factor` is image pixels per latent pixel.
+
+    `vae_factor` is None where only loading the weights would tell.
+    """
+
+    kind: str
+    location: str
+    vae_factor: int | None = None
+
+    def check_size(self, size: tuple[int, int] | None) -> None:
+        """Raise `InputError` for a (width, height) in pixels that this model's autoencoder cannot make."""
+        if size is None or self.vae_factor is None:
+            return
+        if any(side <= 0 or side % self.vae_factor for side in size):
+            down, up = (
+                [max(1, rounding(side / self.vae_factor)) * self.vae_factor for side in size]
+                for rounding in (math.floor, math.ceil)
+            )
+            raise InputError(
+                f"width and height must be positive multiples of {self.vae_factor} px for this model's autoencoder, "
+                f"received {size[0]}x{size[1]}; use {down[0]}x{down[1]} or {up[0]}x{up[1]}"
+            )
+
+
+def find_model(model: str) -> ModelSource:
+    """Resolve a model name without loading weights.
+
+    Args:
+        model: "embedded" or an earlier one's name such as "embedded-80", a diffusers folder, a .safetensors or .ckpt
+            file, or a hub name such as "owner/model".
+
+    Raises:
+        InputError: nothing of that name is here and it cannot be a hub name, or it is another kind of model.
+    """
+    if is_embedded(model):
+        return _folder(_embedded_folder(model))
+    path = Path(model).expanduser()
+    try:
+        check_readable_name(path)
+    except ValueError as error:
+        raise InputError(f"model {error}") from None
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        if path.suffix not in SINGLE_FILE_SUFFIXES:
+            raise InputError(
+                f"a model file must end in {' or '.join(SINGLE_FILE_SUFFIXES)}, received '{model}'; "
+                "pass a checkpoint file or a diffusers folder"
+            )
+        return ModelSource("file", str(path.resolve()))
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
+        return ModelSource("hub", model)
+    raise InputError(
+        f"model '{model}' is neither a folder nor a file here, nor a hub name of the form owner/model; "
+        f"check the path, or leave --model out for the {EMBEDDED} model"
+    )
+
+
+def is_embedded(model: str) -> bool:
+    """Whether a name is that of the embedded model or of one before it, rather than a path or a hub's name."""
+    return model == EMBEDDED or model in EARLIER
+
+
+def replaced_models(model: str) -> list[str]:
+    """What lay before where a model lies, newest first: names for "embedded", folders for its folder, else nothing."""
+    if model == EMBEDDED:
+        return list(EARLIER)
+    try:
+        if find_model(model) != find_model(EMBEDDED):
+            return []
+    except InputError:
+        return []
+    return [find_model(name).location for name in EARLIER]
+
+
+def load_pipeline(source: ModelSource, *, dtype: torch.dtype, device: str, pipeline: Any = None) -> Any:
+    """Load a `FreePromptPipeline` in one dtype onto one device, with the scheduler that the model names.
+
+    Args:
+        pipeline: another class of diffusers' to load.
+
+    Raises:
+        InputError: the hub does not provide it, or the weights cannot be read.
+    """
+    pipeline = pipeline or pipeline_class()
+    loader = pipeline.from_single_file if source.kind == "file" else pipeline.from_pretrained
+    try:
+        with _quiet_libraries():
+            pipe = loader(source.location, torch_dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        hint = "; a checkpoint file needs its configuration from the hub once" if source.kind == "file" else ""
+        raise InputError(f"model '{source.location}' could not be loaded: {reason[0]}{hint}") from error
+    return pipe.to(device)
+
+
+def pipeline_class() -> type[FreePromptPipeline]:
+    """`FreePromptPipeline`, whose import takes seconds where diffusers is not loaded yet."""
+    with _quiet_libraries():
+        from ..pipeline import FreePromptPipeline
+    return FreePromptPipeline
+
+
+@contextlib.contextmanager
+def only_errors() -> Iterator[None]:
+    """Keep back what diffusers and transformers report of every run: advice on packages, cut prompts in full."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
+    for log, _ in before:
+        log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for log, verbosity in before:
+            log.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """`only_errors`, without the bars of a load that lasts a second."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    bars = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in bars:
+        log.disable_progress_bar()
+    try:
+        with only_errors(), warnings.catch_warnings():
+            # diffusers renamed torch_dtype to dtype; the versions that this package supports take the old name.
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch_dtype.*")
+            yield
+    finally:
+        for log in bars:
+            log.enable_progress_bar()
+
+
+def identity(pipe: FreePromptPipeline) -> str:
+    """SHA-256 (hex) of what decides the images: every weight as loaded, the scheduler's settings, the vocabulary.
+
+    Independent of the path and of files that are not loaded; different for another dtype.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, component in sorted(pipe.components.items()):
+        if isinstance(component, torch.nn.Module):
+            for key, tensor in sorted(component.state_dict().items()):
+                digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(json.dumps(scheduler_settings(pipe), sort_keys=True, default=str).encode())
+    if pipe.tokenizer is not None:
+        digest.update(json.dumps(pipe.tokenizer.get_vocab(), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def scheduler_settings(pipe: FreePromptPipeline) -> dict[str, Any]:
+    """Class name and public configuration of the pipeline's scheduler."""
+    config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    return {"class": type(pipe.scheduler).__name__, **config}
+
+
+def pick_device(device: str) -> str:
+    """The device to run on: "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: not a device, or not one of this machine.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"device '{device}' is not available here ({str(error).strip().splitlines()[0]}); use --device cpu or auto"
+        ) from error
+    return str(wanted)
+
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    """The dtype of all weights: "auto" is float16 on CUDA, float32 elsewhere.
+
+    Raises:
+        InputError: not one of float32, float16, bfloat16, auto.
+    """
+    import torch
+
+    if dtype == "auto":
+        return torch.float16 if device.startswith("cuda") else torch.float32
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)} or auto, received '{dtype}'")
+    return getattr(torch, dtype)
+
+
+def _embedded_folder(name: str) -> Path:
+    try:
+        return Path(embedded_path(name))
+    except FileNotFoundError as error:
+        raise InputError(
+            "this installation has no embedded model; pass --model with a diffusers folder or a checkpoint file"
+        ) from error
+
+
+def _folder(path: Path) -> ModelSource:
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise InputError(
+            f"'{path}' is not a diffusers pipeline folder: it has no model_index.json; "
+            "pass the folder that save_pretrained wrote, or a .safetensors file"
+        )
+    name = _json(index).get("_class_name")
+    if name not in PIPELINE_CLASSES:
+        raise InputError(
+            f"expected a Stable Diffusion 1.x or 2.x pipeline, '{path}' holds a {name}; "
+            "load it with diffusers and edit with `fpe_pipeline.editing(pipe, ...)`"
+        )
+    config = path / "vae" / "config.json"
+    channels = _json(config).get("block_out_channels") if config.is_file() else None
+    return ModelSource("folder", str(path.resolve()), 2 ** (len(channels) - 1) if channels else None)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"'{path}' is not valid JSON: {error}; the model folder is damaged") from error
