@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .models.loading import InputError
+from .errors import InputError
 
 __all__ = ["check_writable", "staged"]
 

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
 from numbers import Real
-from typing import TYPE_CHECKING, Any
-
-from .prompts.words import unknown_words
-
-if TYPE_CHECKING:
-    from .edits import Edit
+from typing import Any
 
 __all__ = [
     "EditWarning",
+    "InputError",
     "RequestWarning",
     "check_generator",
     "check_guidance",
     "check_positive",
-    "require_edit",
     "warn_of_size",
-    "warn_of_unknown_words",
 ]
 
 #: Times more, or fewer, pixels than a model was trained for, from which on it is warned of.
 FAR = 3.5
+
+
+class InputError(ValueError):
+    """A request that cannot be served as it stands: says what was expected, what came and what to do."""
 
 
 class EditWarning(RuntimeWarning):
@@ -61,20 +58,6 @@ def warn_of_size(size: tuple[int, int], native: tuple[int, int]) -> None:
         )
 
 
-def warn_of_unknown_words(prompts: Iterable[str], tokenizer: Any) -> None:
-    """Warn of words that a tokenizer has no tokens for, so that a model can hardly have learnt what they mean."""
-    for prompt in dict.fromkeys(prompts):
-        unknown = unknown_words(prompt, tokenizer)
-        if unknown:
-            warnings.warn(
-                f"the model's tokenizer does not know {', '.join(map(repr, unknown))} of {prompt!r}: such words are "
-                "spelt letter by letter, and the model has hardly learnt what they mean (`fpe info` lists what the "
-                "embedded model draws)",
-                RequestWarning,
-                stacklevel=3,
-            )
-
-
 def check_generator(generator: Any) -> None:
     """Raise TypeError for anything but a generator, a list of them or None; a seed is what most people mean."""
     import torch
@@ -87,24 +70,3 @@ def check_generator(generator: Any) -> None:
                 f"expected generator to be a torch.Generator, received {each!r}: write "
                 f"generator=torch.Generator().manual_seed({seed})"
             )
-
-
-def require_edit(edit: Any) -> Edit:
-    """The edit; raises TypeError for its class, the name of a method, and anything else."""
-    from .edits import Edit
-    from .edits.registry import METHODS
-
-    if isinstance(edit, Edit):
-        return edit
-    if isinstance(edit, str):
-        known = edit in METHODS
-        name, there = (edit, "") if known else (next(iter(METHODS)), f"; there are {', '.join(METHODS)}")
-        raise TypeError(
-            f"expected an Edit, received the text {edit!r}: write make_edit({name!r}, [source, target], "
-            f"pipe.tokenizer){there}"
-        )
-    if isinstance(edit, type) and issubclass(edit, Edit):
-        raise TypeError(
-            f"expected an Edit, received the class {edit.__name__}: write {edit.__name__}(…), with its arguments"
-        )
-    raise TypeError(f"expected an Edit, such as FreePromptEdit(), received {type(edit).__name__}")

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import extras
-from ..models.loading import DTYPES, InputError
+from ..errors import InputError
+from ..models.loading import DTYPES
 from ..runs.settings import INVERSIONS, Settings
 from ..texts import print_text
 from .console import Version, quiet_imports, warnings_on_stderr
@@ -25,9 +26,12 @@ from .console import Version, quiet_imports, warnings_on_stderr
 __all__ = ["main"]
 
 DEFAULTS = Settings(source="", targets=())
-# Commands whose module, in this package, has add_arguments(parser) and run(options).
+# Commands whose module has add_arguments(parser) and run(options).
 OTHER_COMMANDS = {
-    "evaluate": ("quality", "score edits where the right answer is known, and every method on generated or real images")
+    "evaluate": (
+        "fpe_pipeline.quality",
+        "score edits where the right answer is known, and every method on generated or real images",
+    )
 }
 # Commands that need more than torch.
 NEED_PICTURES = ("demo", "edit", *OTHER_COMMANDS)
@@ -131,13 +135,13 @@ def _parser(arguments: Sequence[str]) -> Parser:
     info.set_defaults(run=_info)
 
     for name, (module, summary) in OTHER_COMMANDS.items():
-        if importlib.util.find_spec(f"fpe_pipeline.{module}") is None:
+        if importlib.util.find_spec(module) is None:
             continue
         command = commands.add_parser(name, help=summary, description=summary)
         if (
             name in arguments[:1] and not extras.missing()
         ):  # its imports are heavy, and only its own run and help need them
-            implementation = importlib.import_module(f"fpe_pipeline.{module}")
+            implementation = importlib.import_module(module)
             implementation.add_arguments(command)
             command.set_defaults(run=implementation.run)
     return parser

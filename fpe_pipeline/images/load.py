@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..models.loading import InputError
+from ..errors import InputError
 
 __all__ = ["fitted_size", "load_image", "to_tensor"]
 

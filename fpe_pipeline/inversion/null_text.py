@@ -18,15 +18,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from ..sampling.served_models import stored_in_float8
-
-if TYPE_CHECKING:
-    from ..pipeline import FreePromptPipeline
+from ..models.precision import stored_in_float8
+from ..sampling.pipeline import SamplingPipeline
 
 __all__ = ["NullText", "optimise_unconditional"]
 
@@ -69,7 +67,7 @@ class NullText:
                 f"{self.early_stop}"
             )
 
-    def check(self, pipe: FreePromptPipeline) -> None:
+    def check(self, pipe: SamplingPipeline) -> None:
         """Raise ValueError where gradients through this pipeline's UNet would be of no use."""
         if pipe.unet.dtype == torch.float16:
             raise ValueError(
@@ -90,7 +88,7 @@ class NullText:
 
 
 def optimise_unconditional(
-    pipe: FreePromptPipeline, latents: torch.Tensor, prompt: str, settings: NullText
+    pipe: SamplingPipeline, latents: torch.Tensor, prompt: str, settings: NullText
 ) -> torch.Tensor:
     """The unconditional embedding of each step: [steps, 1, tokens, channels], float32, noisiest first.
 
@@ -125,7 +123,7 @@ def optimise_unconditional(
 
 
 def _optimise_step(
-    pipe: FreePromptPipeline,
+    pipe: SamplingPipeline,
     sample: torch.Tensor,
     wanted: torch.Tensor,
     timestep: torch.Tensor,
@@ -159,13 +157,13 @@ def _optimise_step(
 
 
 def _predict(
-    pipe: FreePromptPipeline, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor
+    pipe: SamplingPipeline, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor
 ) -> torch.Tensor:
     return pipe.unet(sample, timestep, encoder_hidden_states=context.to(sample.dtype), return_dict=False)[0]
 
 
 def _step(
-    pipe: FreePromptPipeline,
+    pipe: SamplingPipeline,
     sample: torch.Tensor,
     timestep: torch.Tensor,
     away: torch.Tensor,

@@ -24,7 +24,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -32,20 +32,18 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import check_guidance, check_positive, warn_of_size, warn_of_unknown_words
+from ..errors import InputError, check_guidance, check_positive, warn_of_size
 from ..images.load import load_image, to_tensor
-from ..models.loading import InputError
 from ..models.steps import Step
 from ..models.unet import identity
+from ..prompts.words import warn_of_unknown_words
 from ..sampling.noise_schedule import NoiseSchedule, ddim_inverse_step, require_ddim
+from ..sampling.pipeline import SamplingPipeline
 from ..sampling.served_models import check_guided_inversion, check_pipeline, check_without_image_prompts
 from ..session.finite import is_finite, refuse_step
 from ..session.session import unedited
 from ..texts import check_text
 from .null_text import NullText, optimise_unconditional
-
-if TYPE_CHECKING:
-    from ..pipeline import FreePromptPipeline
 
 __all__ = ["METHODS", "Inversion", "Method", "encode_image", "invert"]
 
@@ -195,7 +193,7 @@ class Inversion:
 
 @torch.inference_mode(False)  # the optimisation takes gradients, for which latents made in that mode are no good
 def invert(
-    pipe: FreePromptPipeline,
+    pipe: SamplingPipeline,
     image: Any,
     prompt: str = "",
     *,
@@ -282,14 +280,14 @@ def invert(
     return Inversion(name, stored, prompt, guidance_scale, schedule, picture, null_text, embeddings)
 
 
-def encode_image(pipe: FreePromptPipeline, image: Image.Image) -> torch.Tensor:
+def encode_image(pipe: SamplingPipeline, image: Image.Image) -> torch.Tensor:
     """The mean of the autoencoder's distribution for an RGB image, scaled as the UNet takes it: [1, C, h, w]."""
     pixels = to_tensor(image).to(pipe._execution_device, pipe.vae.dtype)
     return pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
 
 
 def _predict(
-    pipe: FreePromptPipeline, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, guidance_scale: float
+    pipe: SamplingPipeline, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, guidance_scale: float
 ) -> torch.Tensor:
     """The UNet's prediction [1, C, h, w], guided where ``context`` holds an unconditional half."""
     rows = sample.expand(context.shape[0], -1, -1, -1)

@@ -6,48 +6,38 @@ hub. What can be checked without reading weights is checked first, so that a typ
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import re
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..embedded import EARLIER, EMBEDDED, embedded_path
+from ..errors import InputError
 from ..texts import check_readable_name
+from .quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
 
-    from ..pipeline import FreePromptPipeline
-
 __all__ = [
     "EARLIER",
     "EMBEDDED",
-    "InputError",
     "ModelSource",
     "find_model",
     "identity",
     "is_embedded",
-    "load_pipeline",
-    "only_errors",
+    "load",
     "pick_device",
     "pick_dtype",
-    "pipeline_class",
     "replaced_models",
 ]
 
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 PIPELINE_CLASSES = ("StableDiffusionPipeline", "FreePromptPipeline")
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-class InputError(ValueError):
-    """A request that cannot be served as it stands: says what was expected, what came and what to do."""
 
 
 @dataclass(frozen=True)
@@ -127,19 +117,20 @@ def replaced_models(model: str) -> list[str]:
     return [find_model(name).location for name in EARLIER]
 
 
-def load_pipeline(source: ModelSource, *, dtype: torch.dtype, device: str, pipeline: Any = None) -> Any:
-    """Load a `FreePromptPipeline` in one dtype onto one device, with the scheduler that the model names.
+def load(source: ModelSource, pipeline: Any, *, dtype: torch.dtype, device: str) -> Any:
+    """Load a pipeline in one dtype onto one device, with the scheduler that the model names.
 
     Args:
-        pipeline: another class of diffusers' to load.
+        source: where the weights are.
+        pipeline: the class to load, one of diffusers' or ours.
+        dtype, device: of all weights.
 
     Raises:
         InputError: the hub does not provide it, or the weights cannot be read.
     """
-    pipeline = pipeline or pipeline_class()
     loader = pipeline.from_single_file if source.kind == "file" else pipeline.from_pretrained
     try:
-        with _quiet_libraries():
+        with quiet_libraries():
             pipe = loader(source.location, torch_dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -148,49 +139,7 @@ def load_pipeline(source: ModelSource, *, dtype: torch.dtype, device: str, pipel
     return pipe.to(device)
 
 
-def pipeline_class() -> type[FreePromptPipeline]:
-    """`FreePromptPipeline`, whose import takes seconds where diffusers is not loaded yet."""
-    with _quiet_libraries():
-        from ..pipeline import FreePromptPipeline
-    return FreePromptPipeline
-
-
-@contextlib.contextmanager
-def only_errors() -> Iterator[None]:
-    """Keep back what diffusers and transformers report of every run: advice on packages, cut prompts in full."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    before = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
-    for log, _ in before:
-        log.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for log, verbosity in before:
-            log.set_verbosity(verbosity)
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """`only_errors`, without the bars of a load that lasts a second."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    bars = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    for log in bars:
-        log.disable_progress_bar()
-    try:
-        with only_errors(), warnings.catch_warnings():
-            # diffusers renamed torch_dtype to dtype; the versions that this package supports take the old name.
-            warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch_dtype.*")
-            yield
-    finally:
-        for log in bars:
-            log.enable_progress_bar()
-
-
-def identity(pipe: FreePromptPipeline) -> str:
+def identity(pipe: Any) -> str:
     """SHA-256 (hex) of what decides the images: every weight as loaded, the scheduler's settings, the vocabulary.
 
     Independent of the path and of files that are not loaded; different for another dtype.
@@ -209,7 +158,7 @@ def identity(pipe: FreePromptPipeline) -> str:
     return digest.hexdigest()
 
 
-def scheduler_settings(pipe: FreePromptPipeline) -> dict[str, Any]:
+def scheduler_settings(pipe: Any) -> dict[str, Any]:
     """Class name and public configuration of the pipeline's scheduler."""
     config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
     return {"class": type(pipe.scheduler).__name__, **config}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["TokenizedPrompt", "Word", "short_form", "tokenize", "unknown_words"]
+from ..errors import RequestWarning
+
+__all__ = ["TokenizedPrompt", "Word", "short_form", "tokenize", "unknown_words", "warn_of_unknown_words"]
 
 _SPACED = re.compile(r"\S+")
 # Scripts that put no blanks between words (Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese), or write particles
@@ -335,3 +338,17 @@ def _spans_by_decoding(prompt: str, tokenizer: Any, ids: Sequence[int]) -> list[
             cursor = start + len(piece)
             spans.append((start, cursor))
     return spans
+
+
+def warn_of_unknown_words(prompts: Iterable[str], tokenizer: Any) -> None:
+    """Warn of words that a tokenizer has no tokens for, so that a model can hardly have learnt what they mean."""
+    for prompt in dict.fromkeys(prompts):
+        unknown = unknown_words(prompt, tokenizer)
+        if unknown:
+            warnings.warn(
+                f"the model's tokenizer does not know {', '.join(map(repr, unknown))} of {prompt!r}: such words are "
+                "spelt letter by letter, and the model has hardly learnt what they mean (`fpe info` lists what the "
+                "embedded model draws)",
+                RequestWarning,
+                stacklevel=3,
+            )

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_folder import check_writable, staged
-from ..models.loading import InputError, pick_device
+from ..errors import InputError
+from ..models.loading import pick_device
 from ..runs.settings import INVERSIONS, Settings
 from ..texts import print_text
 from .evaluated import EvaluatedModel

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..models.loading import EMBEDDED, InputError, ModelSource, find_model, load_pipeline, pick_dtype
+from ..errors import InputError
+from ..models.loading import EMBEDDED, ModelSource, find_model, pick_dtype
+from ..runs.loading import load_pipeline
 
 __all__ = ["EvaluatedModel"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_folder import check_writable, staged
-from ..models.loading import InputError
+from ..errors import InputError
 from ..texts import print_text
 from .evaluated import EvaluatedModel
 from .methods.comparison import MethodScore, score_subject

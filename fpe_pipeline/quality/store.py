@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_folder import staged
-from ..models.loading import InputError
+from ..errors import InputError
 
 __all__ = ["ScoreFile", "dump", "environment", "fingerprint", "packed", "plain", "unpacked"]
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..models.unet import identity
-
-if TYPE_CHECKING:
-    from ..pipeline import FreePromptPipeline
+from ..sampling.pipeline import SamplingPipeline
 
 __all__ = ["fingerprint"]
 
@@ -24,7 +22,7 @@ _FUSED = ("to_qkv", "to_kv")  # of `fuse_qkv_projections`: copies of projections
 _FREEU = ("s1", "s2", "b1", "b2")
 
 
-def fingerprint(pipe: FreePromptPipeline) -> str:
+def fingerprint(pipe: SamplingPipeline) -> str:
     """SHA-256 (hex) of the text encoder's and the UNet's configuration, switches, and samples of every weight.
 
     64 numbers a weight: another checkpoint, an adapter and another dtype are told apart in a fraction of the time

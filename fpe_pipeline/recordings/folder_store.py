@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..models.loading import InputError
+from ..errors import InputError
+from ..session.known_rows import Packed
 from ..texts import check_readable_name
-from .precision import Packed
 from .store import Layout, MapStore
 
 __all__ = ["FileStore"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .precision import Packed
+from ..session.known_rows import Packed
 
 __all__ = ["Layout", "MapStore", "MemoryStore"]
 

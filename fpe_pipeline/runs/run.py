@@ -20,21 +20,20 @@ from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hint
 from PIL import Image
 
 from ..atomic_folder import staged
+from ..errors import InputError
+from ..images.distance import distance, pixel_hash
 from ..images.side_by_side import Comparison, side_by_side
 from ..models.loading import (
-    InputError,
     find_model,
     identity,
     is_embedded,
-    load_pipeline,
-    only_errors,
     pick_device,
     pick_dtype,
-    pipeline_class,
     replaced_models,
     scheduler_settings,
 )
-from .agreement import distance, pixel_hash
+from ..models.quiet import only_errors
+from .loading import load_pipeline, pipeline_class
 from .repeatable import Clock, machine, repeatable, threads_for, versions
 from .settings import Settings
 

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..models.loading import EMBEDDED, InputError, ModelSource, find_model, pick_device, pick_dtype
+from ..errors import InputError
+from ..models.loading import EMBEDDED, ModelSource, find_model, pick_device, pick_dtype
 from ..texts import check_text
 
 if TYPE_CHECKING:

@@ -11,13 +11,11 @@ import torch
 from PIL import Image
 
 from ..edits import Edit
-from ..edits.registry import make_edit
-from ..errors import require_edit, warn_of_size
-from ..inversion.trajectory import Inversion
+from ..edits.registry import make_edit, require_edit
+from ..errors import warn_of_size
 from ..texts import check_text
 
 __all__ = [
-    "check_inversion_options",
     "check_option_names",
     "check_size",
     "chosen_edit",
@@ -145,27 +143,3 @@ def image_size(
     check_size(*size, factor)
     warn_of_size(size, native)
     return size
-
-
-def check_inversion_options(
-    inversion: Inversion, given: dict[str, Any], negative_prompt: Any, num_inference_steps: int | None
-) -> None:
-    """Raise where an option would contradict what an inversion decides."""
-    if not isinstance(inversion, Inversion):
-        raise TypeError(f"expected what pipe.invert returns as inversion, received {type(inversion).__name__}")
-    taken = ["latents", "timesteps", "sigmas"]
-    if inversion.unconditional is not None or inversion.method == "negative-prompt":
-        taken.append("negative_prompt_embeds")
-        if negative_prompt is not None:
-            raise ValueError(
-                f"{inversion.method!r} inversion puts its own embeddings in place of the negative prompt; leave "
-                "negative_prompt out, or invert by 'ddim' or 'direct'"
-            )
-    clashing = [name for name in taken if given.get(name) is not None]
-    if clashing:
-        raise ValueError(f"the inversion decides {', '.join(clashing)}; leave out one or the other")
-    if num_inference_steps not in (None, inversion.steps):
-        raise ValueError(
-            f"the image was inverted in {inversion.steps} steps, received num_inference_steps={num_inference_steps}; "
-            "leave it out, or invert with that number"
-        )

@@ -6,19 +6,16 @@ import inspect
 import warnings
 from typing import Any
 
-import torch
-
 from ..errors import EditWarning
+from ..models.precision import check_precision
 
 __all__ = [
     "check_guided_inversion",
     "check_model",
     "check_options",
     "check_pipeline",
-    "check_precision",
     "check_without_image_prompts",
     "final_norm",
-    "stored_in_float8",
 ]
 
 
@@ -57,22 +54,6 @@ def check_pipeline(pipe: Any) -> None:
     check_model(pipe.unet, pipe.vae)
     for name in ("unet", "vae", "text_encoder"):
         check_precision(name, getattr(pipe, name, None))
-
-
-def check_precision(name: str, module: Any) -> None:
-    """Raise ValueError for a module that would compute in float8, which no layer does."""
-    dtype = getattr(module, "dtype", None)
-    if isinstance(dtype, torch.dtype) and _is_float8(dtype):
-        raise ValueError(
-            f"the {name} was cast to {dtype}, in which its layers cannot compute: load it in float32, float16 or "
-            "bfloat16, and keep the UNet's weights small with "
-            f"pipe.unet.enable_layerwise_casting(storage_dtype={dtype}, compute_dtype=torch.bfloat16)"
-        )
-
-
-def stored_in_float8(module: torch.nn.Module) -> bool:
-    """Whether weights are kept in float8, and cast to another dtype for each computation (layerwise casting)."""
-    return any(_is_float8(parameter.dtype) for parameter in module.parameters())
 
 
 def check_guided_inversion(unet: Any, method: str) -> None:
@@ -139,7 +120,3 @@ def _check_clip_skip(encoder: Any, skipped: Any) -> None:
 def final_norm(encoder: Any) -> Any:
     """A CLIP text encoder's final layer norm, wherever its version of transformers keeps it; None without one."""
     return getattr(getattr(encoder, "text_model", encoder), "final_layer_norm", None)
-
-
-def _is_float8(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize == 1

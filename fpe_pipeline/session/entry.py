@@ -7,10 +7,10 @@ from typing import Any
 import fpe_kernels
 
 from ..edits import Edit
+from ..models.precision import check_precision
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.unet import check_images
-from ..sampling.served_models import check_precision
 
 __all__ = ["check_entry", "check_selects"]
 

@@ -5,17 +5,11 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..models.steps import locate_step
-
-if TYPE_CHECKING:
-    from ..inversion.trajectory import Inversion
-    from ..sampling.step_end import Call
-
-__all__ = ["FeatureHooks", "FollowInversion", "SchedulerHook"]
+__all__ = ["FeatureHooks", "SchedulerHook"]
 
 
 class FeatureHooks:
@@ -110,34 +104,6 @@ def _shadow_step(scheduler: Any) -> Any:
     shadow.hooks, shadow.shadowed = hooks, vars(scheduler).get("step")
     scheduler.step = shadow
     return shadow
-
-
-class FollowInversion:
-    """Puts the source rows of a run back onto the stored latents of an inverted image, in a ``with`` block.
-
-    It acts before anything else sees the step's latents: blends take from the source what the next step starts from.
-
-    Args:
-        scheduler: of the run.
-        call: which rows are the source's.
-        inversion: says after which steps the source is put where.
-    """
-
-    def __init__(self, scheduler: Any, call: Call, inversion: Inversion) -> None:
-        self._scheduler, self._call, self._inversion = scheduler, call, inversion
-
-    def __enter__(self) -> None:
-        self._hook = SchedulerHook(self._scheduler, self._follow)
-
-    def __exit__(self, *_: Any) -> None:
-        self._hook.remove(expected=False)
-
-    def _follow(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
-        reference = self._inversion.reference(locate_step(self._scheduler, timestep).call)
-        if reference is None or self._call.source_dropped:
-            return latents
-        rows = self._call.images_per_prompt
-        return torch.cat([reference.to(latents).expand(rows, -1, -1, -1), latents[rows:]])
 
 
 def _submodule(unet: torch.nn.Module, path: str) -> torch.nn.Module:

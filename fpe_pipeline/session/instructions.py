@@ -16,9 +16,9 @@ from ..edits.watchers import Watcher
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step
-from ..recordings.precision import RecordedLayer
 from .computing import Rows
 from .device_copies import Place
+from .known_rows import RecordedLayer
 from .straight_line import StraightLine, straight_line
 
 __all__ = ["Order", "StandingOrders", "make_orders"]

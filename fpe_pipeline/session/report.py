@@ -11,7 +11,7 @@ from ..models.steps import Step
 
 if TYPE_CHECKING:
     from ..edits import Edit
-    from ..recordings.precision import RecordedLayer
+    from .known_rows import RecordedLayer
     from .processor import EditAttnProcessor
 
 __all__ = ["EditReport", "LayerMemory", "Replayed"]

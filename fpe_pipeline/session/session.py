@@ -14,20 +14,22 @@ import torch
 
 from ..edits import Edit
 from ..edits.base import check_prompts
+from ..edits.registry import require_edit
 from ..edits.watchers import Watcher
-from ..errors import EditWarning, require_edit, warn_of_unknown_words
+from ..errors import EditWarning
 from ..models.roles import BatchRoles
 from ..models.sites import Site, attention_sites
 from ..models.steps import Step, locate_step
 from ..models.unet import identity, is_guided, pipe_and_unet
 from ..prompts.encoding import Encoding, encoding_tokenizer
-from ..recordings.precision import RecordedLayer
+from ..prompts.words import warn_of_unknown_words
 from .device_copies import Place, Placement
 from .entry import check_entry, check_selects
 from .finite import is_finite, refuse_step
 from .hooks import FeatureHooks
 from .installation import LayerProcessors
 from .instructions import Order, StandingOrders, make_orders
+from .known_rows import RecordedLayer
 from .layout import layout_as_given, layout_of_call
 from .pipeline_hooks import PipelineHooks
 from .report import EditReport

@@ -10,10 +10,12 @@ from PIL import Image
 
 from fpe_pipeline.app import cli
 from fpe_pipeline.edits.registry import METHODS
-from fpe_pipeline.models.loading import find_model, load_pipeline
+from fpe_pipeline.errors import InputError
+from fpe_pipeline.images.distance import distance
+from fpe_pipeline.models.loading import find_model
 from fpe_pipeline.runs import run as runs
-from fpe_pipeline.runs.agreement import distance
-from fpe_pipeline.runs.settings import InputError, Settings
+from fpe_pipeline.runs.loading import load_pipeline
+from fpe_pipeline.runs.settings import Settings
 
 SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on the beach"
 ROUNDING = 1  # levels of 255

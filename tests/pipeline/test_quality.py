@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from fpe_pipeline.embedded import embedded_path, judge_path
 from fpe_pipeline.embedded.judge import load_judge
 from fpe_pipeline.embedded.scenes import scenes
-from fpe_pipeline.models.loading import InputError
+from fpe_pipeline.errors import InputError
 from fpe_pipeline.quality import (
     Condition,
     bootstrap_interval,

@@ -11,7 +11,7 @@ from PIL import Image
 from fpe_pipeline.app.cli import main
 from fpe_pipeline.embedded import embedded_path
 from fpe_pipeline.embedded.scenes.scenes import Scene, render
-from fpe_pipeline.models.loading import InputError
+from fpe_pipeline.errors import InputError
 from fpe_pipeline.quality import folder_subjects
 from fpe_pipeline.quality.methods.image_folder import folder_digest
 

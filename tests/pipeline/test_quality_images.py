@@ -18,7 +18,7 @@ from fpe_pipeline.edits import CombinedEdit, Edit
 from fpe_pipeline.edits.registry import METHODS
 from fpe_pipeline.embedded import embedded_path, judge_path
 from fpe_pipeline.embedded.judge import Verdict, load_judge
-from fpe_pipeline.models.loading import InputError
+from fpe_pipeline.errors import InputError
 from fpe_pipeline.quality import command, compare, generated_subjects, held_out_pairs, render_subjects
 from fpe_pipeline.quality import images_command as module
 from fpe_pipeline.quality.methods import contenders

@@ -19,7 +19,7 @@ from fpe_pipeline import (
 from fpe_pipeline.edits.products import plan_products
 from fpe_pipeline.models.sites import Site
 from fpe_pipeline.models.steps import Step
-from fpe_pipeline.recordings.runs import estimate
+from fpe_pipeline.recordings.record_run import estimate
 
 STEPS = 4
 SECOND = "a photo of green cats walking on street"

@@ -10,7 +10,7 @@ import torch
 from free_prompt_pipelines import SOURCE, TARGET, free_prompt_pipeline, noise
 
 from fpe_pipeline import Recording, ddim_scheduler
-from fpe_pipeline.models.loading import InputError
+from fpe_pipeline.errors import InputError
 from fpe_pipeline.recordings.folder_store import FileStore
 
 STEPS = 3

@@ -13,8 +13,8 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
-from .. import judge
-from . import autoencoder
+from ..judge import Judge
+from . import autoencoder, judge
 from .captions import Captions
 from .data import Rendering
 from .diffusion import Denoiser, build_text_encoder, build_unet, train_diffusion, warm_text_encoder
@@ -113,7 +113,7 @@ class Stages:
         self.box.mark("export")
         return self._review(figures, held)
 
-    def _networks(self) -> tuple[CLIPTokenizer, AutoencoderKL, Denoiser, judge.Judge]:
+    def _networks(self) -> tuple[CLIPTokenizer, AutoencoderKL, Denoiser, Judge]:
         preset = self.preset
         tokenizer = build_tokenizer(self.work / "tokenizer")
         torch.manual_seed(self.seed)
@@ -121,7 +121,7 @@ class Stages:
         text_encoder = build_text_encoder(tokenizer)
         factor = 2 ** (len(preset.vae_channels) - 1)
         unet = build_unet(preset.size // factor, preset.channels, context=text_encoder.config.hidden_size)
-        denoiser, referee = Denoiser(unet, text_encoder), judge.Judge(preset.size)
+        denoiser, referee = Denoiser(unet, text_encoder), Judge(preset.size)
         check_size(vae, denoiser, referee)
         return tokenizer, vae.to(self.device), denoiser.to(self.device), referee.to(self.device)
 

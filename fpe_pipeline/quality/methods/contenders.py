@@ -8,7 +8,7 @@ from typing import Any
 
 from ...edits import Edit, FreePromptEdit
 from ...edits.registry import METHODS, make_edit
-from ...models.loading import InputError
+from ...errors import InputError
 from .subjects import Subject
 
 __all__ = ["CONTENDERS", "DIFFERENT_NOISE", "NO_EDIT", "Contender", "Unfit", "chosen", "contenders"]

@@ -28,8 +28,8 @@ from typing import Any
 from PIL import Image
 
 from ...embedded.scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS
+from ...errors import InputError
 from ...images.load import load_image
-from ...models.loading import InputError
 from ...texts import check_text
 from .subjects import Subject
 from .tally import ALL
