@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch
-
 #: Of query, key, value and their addresses; it gives None where what it was made by has changed.
 ReadyCall = Callable[[Tensor, Tensor, Tensor, tuple[int, int, int]], Tensor | None]
 
@@ -51,18 +49,27 @@ def call(query: Any, key: Any, value: Any, map_index: Any, scale: Any, backend: 
 
 
 def keep(
-    query: Any, key: Any, value: Any, map_index: Any, scale: Any, backend: Any, checked_scale: float, out: Tensor
+    query: Any,
+    key: Any,
+    value: Any,
+    map_index: Any,
+    scale: Any,
+    backend: Any,
+    checked_scale: float,
+    out: Tensor,
+    make: Callable[..., ReadyCall | None],
 ) -> None:
     """Have the call of these arguments ready from now on, if it can be.
 
     Args:
         checked_scale: the number that ``scale`` stands for.
-        out: what the call gave, by the triton backend.
+        out: what the call gave.
+        make: the ready call that a backend has for it, or None.
     """
     found = _layout(query, key, value, map_index, scale, backend)
     if found is None:
         return
-    made = dispatch.load("triton").ready_call(query, key, value, tuple(map_index), checked_scale, out)
+    made = make(query, key, value, tuple(map_index), checked_scale, out)
     if made is not None:
         if len(_READY) >= _AT_MOST:
             _READY.clear()

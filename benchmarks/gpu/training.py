@@ -19,7 +19,7 @@ from ..rows import ROOT
 from .records import say
 
 if TYPE_CHECKING:
-    from .stages import Context
+    from .context import Context
 
 PACKING = 15.0  # seconds that are kept for it
 CACHES = ("scenes", "held_out", "latents.pt")  # are made again in less time than they take to travel

@@ -42,7 +42,7 @@ def warnings_on_stderr(say: Callable[[str], None]) -> Iterator[None]:
 
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("fpe: %(message)s"))
-    logger = logging.getLogger(__package__)
+    logger = logging.getLogger("fpe_pipeline")
     logger.addHandler(handler)
     propagates, logger.propagate = logger.propagate, False
     show = warnings.showwarning

@@ -19,9 +19,8 @@ from fpe_pipeline.edits.registry import METHODS
 from fpe_pipeline.embedded import embedded_path, judge_path
 from fpe_pipeline.embedded.judge import Verdict, load_judge
 from fpe_pipeline.errors import InputError
-from fpe_pipeline.quality import command, compare, generated_subjects, held_out_pairs, render_subjects
+from fpe_pipeline.quality import command, compare, contenders, generated_subjects, held_out_pairs, render_subjects
 from fpe_pipeline.quality import images_command as module
-from fpe_pipeline.quality.methods import contenders
 from fpe_pipeline.quality.methods.comparison import MethodScore, score_subject
 from fpe_pipeline.quality.methods.comparison_table import inversion_table, method_table
 from fpe_pipeline.quality.methods.contenders import CONTENDERS, DIFFERENT_NOISE, NO_EDIT, Unfit, chosen

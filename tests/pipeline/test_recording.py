@@ -21,6 +21,7 @@ from fpe_pipeline.recordings.folder_store import FileStore
 from fpe_pipeline.recordings.precision import PRECISIONS, pack
 from fpe_pipeline.recordings.record_run import estimate
 from fpe_pipeline.recordings.store import MemoryStore
+from fpe_pipeline.session.known_rows import unpack
 
 STEPS = 4
 RUN = {"num_inference_steps": STEPS, "latents": noise()}
@@ -169,7 +170,7 @@ class TestPrecision:
         with pytest.raises(ValueError, match=r"up_blocks.1.attentions.1.* \(up to nan\)"):
             tiny.record(SOURCE, precision=precision, **RUN)
 
-    @pytest.mark.parametrize("precision", precision.PRECISIONS)
+    @pytest.mark.parametrize("precision", PRECISIONS)
     def test_the_estimate_is_what_is_kept(self, tiny, precision):
         recorded = tiny.record(SOURCE, precision=precision, **RUN)
         assert estimate(tiny, make_edit("fpe", (), None, tiny), (12, 16), STEPS, precision) == recorded.nbytes

@@ -148,7 +148,9 @@ def floors(arrows: Arrows) -> dict[str, int]:
 
 def inside(arrows: Arrows, package: str) -> dict[str, frozenset[str]]:
     """The arrows that begin and end in one package."""
-    own = {name: targets for name, targets in arrows.items() if name.partition(".")[0] == package}
+    own = {
+        name: targets for name, targets in arrows.items() if name.partition(".")[0] == package and name not in TABLES
+    }
     return {name: frozenset(target for target in targets if target in own) for name, targets in own.items()}
 
 

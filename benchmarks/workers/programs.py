@@ -19,8 +19,8 @@ from .problems import Problem, launches_of
 if TYPE_CHECKING:
     from fpe_kernels.backends.triton.launch import Launch
 
+    from ..candidates import Choice
     from ..cases import Case
-    from ..tune import Choice
 
 Subject: TypeAlias = "Problem | tuple[Case, Choice | None]"
 """What is computed: a problem, or a case with a choice (None for the committed configuration)."""
@@ -122,7 +122,7 @@ def compile_choice(case: Case, choice: Choice | None, arch: str) -> None:
         ValueError: for a candidate on Hopper that is not worth its time: what it launches spills or waits for every
             product, which no count of registers shows before.
     """
-    from ..tune import Candidate
+    from ..candidates import Candidate
 
     for launch in of_case(case, choice, arch):
         program = compiled(launch, arch)
@@ -143,7 +143,7 @@ def tasks_for(subjects: Iterable[Subject], arch: str) -> list[Task]:
         for place, launch in enumerate(launches):
             task = Task(
                 f"{launch.kernel.__name__} of {name}",
-                "benchmarks.gpu.programs:compile_subject",
+                "benchmarks.workers.programs:compile_subject",
                 (subject, arch, place),
             )
             tasks.setdefault(identity(launch), task)
@@ -166,8 +166,8 @@ def worker_count(most: int = 15) -> int:
 
 def timed_subjects(arch: str) -> list[Subject]:
     """What the timed stages launch: the plan's cases, and every choice of the tuner."""
+    from ..candidates import choices, tuning_plan
     from ..plan import kernel_plan
-    from ..tune import choices, tuning_plan
 
     cases = [step.case for step in kernel_plan("cuda") if step.case.op in ("apply", "replay")]
     subjects: list[Subject] = [(case, None) for case in cases]

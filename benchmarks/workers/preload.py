@@ -14,8 +14,8 @@ MODULES = (
     "fpe_kernels.ops",
     "fpe_kernels.testing",
     "benchmarks.run",
-    "benchmarks.tune",
-    "benchmarks.gpu.checks",
+    "benchmarks.candidates",
+    "benchmarks.workers.problems",
 )
 OPTIONAL = ("fpe_kernels.backends.triton.backend", "diffusers", "fpe_pipeline")
 

@@ -62,10 +62,10 @@ def starting() -> ForkContext | ForkServerContext | SpawnContext:
     """
     if os.environ.get(START) == "spawn":
         return get_context("spawn")
-    if "benchmarks.gpu.preload" in sys.modules and not sys.modules["torch"].cuda.is_initialized():
+    if "benchmarks.workers.preload" in sys.modules and not sys.modules["torch"].cuda.is_initialized():
         return get_context("fork")  # this process is itself such a fork, and has opened nothing yet
     context = get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.gpu.preload"])
+    context.set_forkserver_preload(["benchmarks.workers.preload"])
     return context
 
 

@@ -55,7 +55,7 @@ class Problem:
 
     def chosen(self) -> Any:
         """Forward launches inside the block are made as `choice` says."""
-        from ..tune import Candidate
+        from ..candidates import Candidate
 
         return Candidate.parse(self.choice).installed() if self.choice else nullcontext()
 
