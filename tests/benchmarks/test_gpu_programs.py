@@ -33,7 +33,7 @@ def test_the_smoke_list_compiles_in_time_under_the_triton_of_the_gpu_machine():
     figure = FIGURE.read()["smoke/sm_90/triton 3.6.0"]
     assert figure["seconds"] / CORES < SECONDS
     listed = compiler(
-        "from benchmarks.gpu import checks, programs\n"
+        "from benchmarks.gpu import checks\nfrom benchmarks.workers import programs\n"
         "subjects = [*checks.smoke_problems(), *((case, None) for case in checks.headline_cases())]\n"
         "print(len(programs.tasks_for(subjects, 'sm_90')))"
     )
