@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Step", "StepWindow", "locate_step", "run_steps"]
+__all__ = ["Step", "StepWindow", "locate_step", "run_steps", "step_of_call"]
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,13 @@ def locate_step(scheduler: Any, timestep: Any) -> Step:
     if call is None:
         call = _index_by_value(scheduler, timesteps, timestep)
     return _step_of_call(scheduler, call, len(timesteps))
+
+
+def step_of_call(pipe: Any, timestep: Any) -> Step:
+    """The step of a call of a pipeline's model at ``timestep``; ValueError for a model alone, which has no schedule."""
+    if pipe is None:
+        raise ValueError("a UNet alone has no schedule: call session.step(index, total) before each UNet call")
+    return locate_step(pipe.scheduler, timestep)
 
 
 def run_steps(scheduler: Any) -> tuple[Step, ...]:

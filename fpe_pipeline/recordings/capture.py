@@ -102,7 +102,7 @@ class Capture(EditingSession):
 
     def _orders(self, sample: torch.Tensor, step: Step, roles: BatchRoles, active: bool) -> dict[str, Order]:
         orders = {}
-        for site in self._sites_for(self._kept, (sample.shape[-2], sample.shape[-1])):
+        for site in self._selected.of(self._kept, (sample.shape[-2], sample.shape[-1])):
             wanted = self._kept.wanted(site.path, step, roles)
             if wanted:
                 compute = partial(self._keep_layer, site.path, wanted, roles)

@@ -68,6 +68,17 @@ class LayerProcessors:
         """By layer path, the processors that have an order."""
         return {path: processor for path, processor in self._installed.items() if processor.order is not None}
 
+    def warn_of_bypassed(self, stacklevel: int) -> None:
+        """Warn of layers that had an order in the call that has ended and did not carry it out."""
+        bypassed = [path for path, processor in self.ordered.items() if not processor.executed]
+        if bypassed:
+            warnings.warn(
+                "layers that this step was to edit were computed without their editing processor, which was replaced "
+                "or skipped: " + ", ".join(bypassed),
+                RuntimeWarning,
+                stacklevel=stacklevel,
+            )
+
     def restore(self, stacklevel: int) -> None:
         """Give the layers back the processors that they had; warn of those that somebody else has replaced since."""
         self.give({})  # whoever still holds one of ours now holds one that calls the original

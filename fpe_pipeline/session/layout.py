@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from ..models.roles import BatchRoles
+from ..models.unet import is_guided
 from ..prompts.encoding import Encoding
 
-__all__ = ["layout_as_given", "layout_of_call"]
+__all__ = ["CallLayout", "layout_as_given", "layout_of_call"]
 
 
 def layout_of_call(
@@ -66,3 +67,34 @@ def _check(rows: int, encoding: Encoding, guided: bool, images: int | None) -> N
             f"{'on' if guided else 'off'} is a batch of {expected} rows; the UNet received {rows}: describe this batch "
             "with roles=, or encode what does not belong to the run in `with session.paused():`"
         )
+
+
+@dataclass(frozen=True)
+class CallLayout:
+    """How a session reads the layout of a call: what was said of it, and of the pipeline what was not.
+
+    Args:
+        pipe: the pipeline, or None for a UNet alone.
+        images, source_of, guided, roles, noise: as `EditingSession` takes them.
+    """
+
+    pipe: Any | None
+    images: int | None = None
+    source_of: Sequence[int] | None = None
+    guided: bool | None = None
+    roles: BatchRoles | None = None
+    noise: Literal["shared", "separate"] | None = None
+
+    def of(self, rows: int, encoding: Encoding) -> BatchRoles:
+        """The roles of a batch of ``rows``, in a call that encoded this."""
+        if self.roles is not None:
+            return layout_as_given(self.roles, rows, self.pipe)
+        guided = is_guided(self.pipe, encoding.guided) if self.guided is None else self.guided
+        return layout_of_call(rows, encoding, guided=guided, images=self.images, source_of=self.source_of)
+
+    def paired(self, encoding: Encoding, pairs_pixels: bool) -> tuple[Sequence[int], int] | None:
+        """The sources of the prompts and images a prompt, where rows of one image are to draw the same noise."""
+        shared = pairs_pixels if self.noise is None else self.noise == "shared"
+        if not shared or encoding.count is None or self.roles is not None:
+            return None
+        return self.source_of or (0,) * encoding.count, self.images or encoding.images or 1

@@ -18,9 +18,9 @@ from ..edits.registry import require_edit
 from ..edits.watchers import Watcher
 from ..errors import EditWarning
 from ..models.roles import BatchRoles
-from ..models.sites import Site, attention_sites
-from ..models.steps import Step, locate_step
-from ..models.unet import identity, is_guided, pipe_and_unet
+from ..models.sites import attention_sites
+from ..models.steps import Step, step_of_call
+from ..models.unet import identity, pipe_and_unet
 from ..prompts.encoding import Encoding, encoding_tokenizer
 from ..prompts.words import warn_of_unknown_words
 from .device_copies import Place, Placement
@@ -30,9 +30,10 @@ from .hooks import FeatureHooks
 from .installation import LayerProcessors
 from .instructions import Order, StandingOrders, make_orders
 from .known_rows import RecordedLayer
-from .layout import layout_as_given, layout_of_call
+from .layout import CallLayout
 from .pipeline_hooks import PipelineHooks
 from .report import EditReport
+from .selected_sites import SelectedSites
 
 __all__ = ["EditingSession", "editing", "session_of", "unedited"]
 
@@ -95,18 +96,13 @@ class EditingSession:
         require_edit(edit)
         layout = (images_per_prompt, source_of, classifier_free_guidance)
         check_entry(self.pipe, self.unet, edit, backend, noise, roles, layout)
-        self._roles = roles
-        self._noise = noise
-        self._images_per_prompt = images_per_prompt
-        self._source_of = source_of
-        self._guidance = classifier_free_guidance
-        self._override = override_processors
+        self._layout = CallLayout(self.pipe, images_per_prompt, source_of, classifier_free_guidance, roles, noise)
         self.sites = attention_sites(self.unet)
         check_selects(edit, self.sites)
         self._running = edit  # what is asked: the edit, or what it gave for this session
         self._watchers: tuple[Watcher, ...] = ()
         self._layers = LayerProcessors(self.unet)
-        self._selected: dict[tuple[int, int, int], tuple[Site, ...]] = {}
+        self._selected = SelectedSites(self.sites, lambda sites: self._layers.check(sites, override_processors))
         self._hooks: list[Any] = []
         self._encoding = Encoding()
         self._pipeline_hooks: PipelineHooks | None = None
@@ -126,8 +122,6 @@ class EditingSession:
         self._is_new_run = True
         self._seen: list[Step] = []  # of the run under way
 
-    # Entering and leaving
-
     def __enter__(self) -> EditingSession:
         key = identity(self.unet)
         around = _SESSIONS.get(key)
@@ -142,7 +136,7 @@ class EditingSession:
         self._fixed_step = None
         self._step = self._step_before_pause = None
         self._report = EditReport(sites=self.sites)
-        self._selected = {}
+        self._selected.clear()
         self._standing = StandingOrders()
         self._seen = []
         self._encoding = Encoding()
@@ -197,7 +191,7 @@ class EditingSession:
     def unwatch(self, watcher: Watcher) -> None:
         """Stop asking a watcher; the layers that it alone read go back to being computed as they were."""
         self._watchers = tuple(other for other in self._watchers if other is not watcher)
-        self._selected = {key: sites for key, sites in self._selected.items() if key[0] != id(watcher)}
+        self._selected.forget(watcher)
 
     def _restore(self) -> None:
         key = identity(self.unet)
@@ -228,8 +222,6 @@ class EditingSession:
             self._pipeline_hooks.remove(expected=self._calls > 0 and any(w.blends for w in self._watchers))
             self._pipeline_hooks = None
         self._layers.restore(stacklevel=4)
-
-    # Steps
 
     def step(self, index: int, total: int) -> None:
         """Set the step of the UNet calls that follow, in a sampling loop that has no diffusers scheduler::
@@ -288,8 +280,6 @@ class EditingSession:
         """What was done to which layer at which step, what was left out and why, and the memory of it."""
         return self._report.explain()
 
-    # Pipeline calls
-
     def _encoded(self, encoding: Encoding) -> None:
         """The pipeline has encoded its prompts: a run begins, with these prompts and with this layout."""
         if self._paused:
@@ -301,23 +291,20 @@ class EditingSession:
             warn_of_unknown_words(encoding.prompts, tokenizer)
         running = self._running.encoded(encoding)
         if running is not self._running:
-            self._selected = {key: sites for key, sites in self._selected.items() if key[0] != id(self._running)}
+            self._selected.forget(self._running)
             self._running = running
         for watcher in self._watchers:
             watcher.encoded(encoding)
 
     def _paired_rows(self) -> tuple[Sequence[int], int] | None:
         """The sources of the prompts and images a prompt, where rows of one image are to draw the same noise."""
-        encoding, shared = self._encoding, self._noise == "shared"
-        if self._noise is None:
-            shared = self._running.pairs_pixels
-        if not shared or self._paused or encoding.count is None or self._roles is not None:
-            return None
-        self._report.noise = (
-            "rows of one image draw the same noise where the call passes none (generator and no latents); "
-            'editing(…, noise="separate") keeps them apart'
-        )
-        return self._source_of or (0,) * encoding.count, self._images_per_prompt or encoding.images or 1
+        paired = None if self._paused else self._layout.paired(self._encoding, self._running.pairs_pixels)
+        if paired is not None:
+            self._report.noise = (
+                "rows of one image draw the same noise where the call passes none (generator and no latents); "
+                'editing(…, noise="separate") keeps them apart'
+            )
+        return paired
 
     def source_dropped(self) -> None:
         """The rows of the source have left the batch, for the rest of this run."""
@@ -333,8 +320,6 @@ class EditingSession:
         self._report.note_idle(type(self.edit).__name__, self._running, seen, blends=blends)
         for reason in self._report.idle:
             warnings.warn(reason, EditWarning, stacklevel=3)
-
-    # UNet calls
 
     def _before_unet(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls += 1
@@ -366,26 +351,19 @@ class EditingSession:
 
     def _after_unet(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         ordered = self._layers.ordered
-        bypassed = [path for path, processor in ordered.items() if not processor.executed]
         own_loop = self.pipe is None or self._fixed_step is not None  # in which no scheduler's step need be seen
         if own_loop and not (self._paused or is_finite(output[0])):
             refuse_step(self._step, identity(self.unet), *self._arguments)
         if self._step is not None:
             assert self._features is not None
             self._report.add(self._step, ordered, self._features.rows, self._at_hand)
-        if bypassed:
-            warnings.warn(
-                "layers that this step was to edit were computed without their editing processor, which was replaced "
-                "or skipped: " + ", ".join(bypassed),
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        self._layers.warn_of_bypassed(stacklevel=3)
 
     def _orders(self, sample: torch.Tensor, step: Step, roles: BatchRoles, active: bool) -> dict[str, Order]:
         size = (sample.shape[-2], sample.shape[-1])
         place = Place(self._placement, sample.device, sample.dtype)
-        edited = self._sites_for(self._running, size) if active else ()
-        watched = [(watcher, self._sites_for(watcher, size)) for watcher in self._watchers]
+        edited = self._selected.of(self._running, size) if active else ()
+        watched = [(watcher, self._selected.of(watcher, size)) for watcher in self._watchers]
         self._at_hand = self._recorded(step, roles)
         context = (step, roles, self.backend, place, self._at_hand)
         if watched or self._at_hand is not None or not active:
@@ -400,29 +378,11 @@ class EditingSession:
         """What is known of the roles' recorded rows, by layer path."""
         return None
 
-    def _sites_for(self, who: Edit | Watcher, size: tuple[int, int]) -> tuple[Site, ...]:
-        """The sites that an edit or a watcher selects for a size of latent, each of which can be computed."""
-        key = (id(who), *size)  # the session holds them, so that their ids stay theirs
-        if key not in self._selected:
-            sites = who.select(tuple(site.at(*size) for site in self.sites))
-            self._layers.check(sites, self._override)
-            self._selected[key] = sites
-        return self._selected[key]
-
     def _read_step(self, timestep: Any) -> Step:
-        if self._fixed_step is not None:
-            return self._fixed_step
-        if self.pipe is None:
-            raise ValueError("a UNet alone has no schedule: call session.step(index, total) before each UNet call")
-        return locate_step(self.pipe.scheduler, timestep)
+        return step_of_call(self.pipe, timestep) if self._fixed_step is None else self._fixed_step
 
     def _read_roles(self, rows: int) -> BatchRoles:
-        if self._roles is not None:
-            return layout_as_given(self._roles, rows, self.pipe)
-        guided = is_guided(self.pipe, self._encoding.guided) if self._guidance is None else self._guidance
-        return layout_of_call(
-            rows, self._encoding, guided=guided, images=self._images_per_prompt, source_of=self._source_of
-        )
+        return self._layout.of(rows, self._encoding)
 
 
 #: How a session is begun, in words: ``with editing(pipe, edit):``.

@@ -59,6 +59,9 @@ def _imported(name: str, path: Path, every: Mapping[str, Path]) -> Iterator[str]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             whole = ".".join([*base, *filter(None, [node.module])])
+            if whole in PACKAGES and whole != package[0]:
+                yield whole  # a public name of it, whatever modules it has
+                continue
             for alias in node.names:
                 found = _longest(f"{whole}.{alias.name}", every)
                 if found and not (name in TABLES and found.startswith(f"{name}.")):
