@@ -66,7 +66,7 @@ setup(
         "test": PIPELINE + TRAIN + TEST,
         "dev": PIPELINE + TRAIN + TEST + BENCH + LINT,
     },
-    entry_points={"console_scripts": ["fpe = fpe_pipeline.app.cli:main"]},
+    entry_points={"console_scripts": ["fpe = fpe_pipeline.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",
