@@ -37,6 +37,11 @@ __all__ = [
 
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 PIPELINE_CLASSES = ("StableDiffusionPipeline", "FreePromptPipeline")
+# Folders of earlier versions, which records made with `--model FOLDER` name.
+_LAY_BEFORE = {
+    "fpe_pipeline/models/embedded": EMBEDDED,
+    **{f"fpe_pipeline/models/earlier/{name.replace('-', '_')}": name for name in EARLIER},
+}
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -92,6 +97,9 @@ def find_model(model: str) -> ModelSource:
                 "pass a checkpoint file or a diffusers folder"
             )
         return ModelSource("file", str(path.resolve()))
+    for end, name in _LAY_BEFORE.items():
+        if path.as_posix().endswith(f"/{end}"):
+            return find_model(name)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
         return ModelSource("hub", model)
     raise InputError(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from fpe_pipeline import FreePromptPipeline, Recording
 from fpe_pipeline.cli import main
+from fpe_pipeline.models.loading import find_model
 from fpe_pipeline.runs.run import read_record
 
 DATA = Path(__file__).parents[1] / "data" / "embedded_128"
@@ -48,3 +49,10 @@ def test_a_recording_is_edited():
     made = pipe.edit(Recording.load(DATA / "recording"), TARGET, output_type="latent").images
     expected = load_file(DATA / "edited.safetensors")["latents"]
     assert (made - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("models/embedded", "embedded"), ("models/earlier/embedded_80", "embedded-80")]
+)
+def test_the_folders_of_that_time_are_found(folder, name):
+    assert find_model(f"/somewhere/site-packages/fpe_pipeline/{folder}") == find_model(name)
