@@ -35,7 +35,7 @@ BENCH = ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=4"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 TEST += ["scipy>=1.11", "peft>=0.13", "accelerate>=0.31"]
 LINT = ["ruff>=0.9", "mypy>=1.13"]
-MODELS = ["models/embedded/**/*", "models/earlier/**/*"]
+WEIGHTS = ["embedded/weights/**/*", "embedded/earlier/**/*"]
 
 setup(
     name="fpe-kernels",
@@ -57,7 +57,7 @@ setup(
     project_urls={"Source": URL, "Changelog": f"{URL}/blob/v{VERSION}/CHANGELOG.md"} if URL else {},
     python_requires=">=3.10",
     packages=find_packages(include=["fpe_kernels*", "fpe_pipeline*"]),
-    package_data={"fpe_kernels": ["py.typed"], "fpe_pipeline": ["py.typed", *MODELS]},
+    package_data={"fpe_kernels": ["py.typed"], "fpe_pipeline": ["py.typed", *WEIGHTS]},
     install_requires=["torch>=2.6", TRITON],
     extras_require={
         "pipeline": PIPELINE,

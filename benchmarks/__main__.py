@@ -16,9 +16,9 @@ from .editors import EDITORS
 from .edits import edit_plan, run_edits
 from .growth import memory_plan, run_memory
 from .plan import kernel_plan
-from .providers import all_providers
 from .recordings import recordings_plan, run_recordings
 from .report import BAD, case_table, summary
+from .rivals import all_providers
 from .rows import Row, read, replaced, write
 from .run import Bench, run_kernels
 

@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", action="append", choices=CHIPS, help="chips (default: all)")
     parser.add_argument("cases", nargs="*", help="case names (default: the headline cases and the grid)")
     arguments = parser.parse_args(argv)
-    from .report import columns
+    from .columns import columns
 
     cases = [Case.parse(name) for name in arguments.cases] or [*headline_cases(), *grid_cases()]
     print(columns(list(table(cases, arguments.arch or CHIPS))))

@@ -16,7 +16,8 @@ from .cost import Ceilings
 from .providers import case_label
 from .report import our_row
 from .rows import Ratio, Row
-from .tables import DENSE, MEMORY_LIMIT, TITLES, UNEDITED, grouped, holdings, law
+from .table_parts import DENSE, MEMORY_LIMIT, TITLES, UNEDITED, grouped
+from .tables import holdings, law
 from .unets import COMPILED, GRAPH, UNetCase
 
 OURS, OTHER, BAD = "#1b6ca8", "#9aa5b1", "#c2452d"

@@ -92,7 +92,7 @@ class NoLaunches:
         from triton.runtime import driver
 
         from fpe_kernels.backends.triton import backend
-        from fpe_pipeline import session
+        from fpe_pipeline.session import session
 
         if backend.INTERPRETED:
             raise RuntimeError("kernels are interpreted here: start a process without TRITON_INTERPRET")

@@ -25,7 +25,7 @@ from fpe_kernels.backends.triton.offline import compile_for, resources
 from fpe_kernels.backends.triton.packing import Chunk
 
 from . import hopper_tiles, sass
-from .tune import Candidate
+from .candidates import Candidate
 
 TABLE = Path(__file__).parent / "results" / "offline.json"
 FIELDS = ("config", "registers", "spills", "shared", "matrix_instructions")  # of a row, in the table

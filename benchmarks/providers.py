@@ -202,14 +202,6 @@ class DenseOriginal:
         return answer
 
 
-def all_providers() -> dict[str, Provider]:
-    """Every provider by name: ours first, then the original, then PyTorch's, then other packages'."""
-    from .rivals import rivals
-
-    ours: list[Provider] = [Ours(backend) for backend in ("triton", "torch", "reference")]
-    return {provider.name: provider for provider in [*ours, DenseOriginal(), *rivals()]}
-
-
 def first_answer(provider: Provider, inputs: Inputs) -> tuple[Call, Answer]:
     """The provider's call and its first answer, which also warms it up; `Missing` where it cannot serve."""
     call = provider.prepare(inputs)

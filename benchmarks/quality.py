@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fpe_pipeline.models import embedded_path
-from fpe_pipeline.quality.report import plot, table
-from fpe_pipeline.quality.statistics import INTERVALS
+from fpe_pipeline.embedded import embedded_path
+from fpe_pipeline.quality.intervals import INTERVALS
 from fpe_pipeline.quality.store import dump
+from fpe_pipeline.quality.study.report import plot, table
 
 from .quality_methods import METHODS, RESULTS, combined
 from .rows import Row

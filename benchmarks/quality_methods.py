@@ -10,12 +10,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from fpe_pipeline.quality.comparison_table import cell, inversion_table, method_table
-from fpe_pipeline.quality.statistics import INTERVALS
+from fpe_pipeline.quality.intervals import INTERVALS
+from fpe_pipeline.quality.methods.comparison_table import cell, inversion_table, method_table
+from fpe_pipeline.quality.methods.subjects import GENERATED
+from fpe_pipeline.quality.methods.tally import ALL, compare
 from fpe_pipeline.quality.store import unpacked
-from fpe_pipeline.quality.subjects import GENERATED
-from fpe_pipeline.quality.tally import ALL, compare
-from fpe_pipeline.settings import INVERSIONS
+from fpe_pipeline.runs.settings import INVERSIONS
 
 from .rows import ROOT, Row
 

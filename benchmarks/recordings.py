@@ -66,8 +66,9 @@ def run_recordings(
     dtype: str = "auto",
 ) -> list[Row]:
     """All rows of some cases, by one model; stops where no time is left."""
-    from fpe_pipeline.loading import find_model, load_pipeline, pick_dtype
-    from fpe_pipeline.noise_schedule import ddim_scheduler
+    from fpe_pipeline.models.loading import find_model, pick_dtype
+    from fpe_pipeline.runs.loading import load_pipeline
+    from fpe_pipeline.sampling.noise_schedule import ddim_scheduler
 
     pipe = load_pipeline(find_model(model), dtype=pick_dtype(dtype, device), device=device)
     pipe.scheduler = ddim_scheduler(pipe.scheduler)
@@ -161,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="file for the rows")
     options = parser.parse_args(argv)
 
-    from fpe_pipeline.loading import pick_device
+    from fpe_pipeline.models.loading import pick_device
 
     def show(measured: list[Row]) -> None:
         (full,) = [row for row in measured if row.provider == FULL]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from .columns import columns
 from .cost import percent_of_chip
 from .rows import Ratio, Row
 
@@ -56,17 +57,6 @@ def case_table(rows: Sequence[Row]) -> str:
     heading = ["provider", "ms (p20–p80)", "times ours", "peak MB", "of limit", "of data sheet", "error"]
     case = next((row.case for row in rows if row.case != "any"), "any")
     return f"{rows[0].suite}: {case} [{rows[0].dtype}]\n" + columns([heading, *lines])
-
-
-def columns(lines: Sequence[Sequence[str]]) -> str:
-    """Left-aligned columns; a line with fewer cells than the first runs on in its last."""
-    full = [line for line in lines if len(line) == len(lines[0])]
-    widths = [max(len(cell) for cell in column) for column in zip(*full, strict=True)]
-    widths[0] = max(len(line[0]) for line in lines)
-    return "\n".join(
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip()
-        for line in lines
-    )
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .inputs import Inputs
-from .providers import Answer, Call, Missing, Provider, groups, per_row, with_backward
+from .providers import Answer, Call, DenseOriginal, Missing, Ours, Provider, groups, per_row, with_backward
 
 # query, key [B, H, N, D], value [B, H, N, E] -> [B, H, N, E]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -226,3 +226,9 @@ def rivals() -> Iterator[Provider]:
     yield Fused("flash-attn-3", _flash3)
     yield Fused("xformers", _xformers)
     yield Fused("sageattention", _sage)
+
+
+def all_providers() -> dict[str, Provider]:
+    """Every provider by name: ours first, then the original, then PyTorch's, then other packages'."""
+    ours: list[Provider] = [Ours(backend) for backend in ("triton", "torch", "reference")]
+    return {provider.name: provider for provider in [*ours, DenseOriginal(), *rivals()]}

@@ -11,7 +11,8 @@ import torch
 
 from .cases import Case
 from .inputs import Inputs, judge
-from .providers import Missing, all_providers, first_answer
+from .providers import Missing, first_answer
+from .rivals import all_providers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32

@@ -31,7 +31,9 @@ CLOCK = 1.755e9  # cycles a second: H100 SXM's and H200's boost clock at which t
 # Fitted to the committed rows of the tuner:
 EXPOSED = 0.55  # of the shorter of two pipes, what the other does not hide
 LATENCY = 350  # cycles a tile: barriers, the way from one pipe to another
-START = 12000  # cycles a tile of queries, and what a launch takes: queries come, the first scores, the output is written
+START = (
+    12000  # cycles a tile of queries, and what a launch takes: queries come, the first scores, the output is written
+)
 L2_RATE = 22  # bytes a cycle of one multiprocessor: the most that any row shows
 SECTOR = 32
 RESULTS = ROOT / "benchmarks" / "results"

@@ -17,10 +17,10 @@ from pathlib import Path
 from fpe_kernels.backends.triton import configs, tuned
 from fpe_kernels.backends.triton.packing import chunks, split_width
 
+from .candidates import Candidate, Launches
 from .cases import Case
 from .cost import chip_of
 from .rows import ROOT, Ratio, Row
-from .tune import Candidate, Launches
 
 TABLE = ROOT / "fpe_kernels" / "backends" / "triton" / "tuned.py"
 MARGIN = 1.02

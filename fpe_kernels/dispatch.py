@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from functools import cache
 from types import ModuleType
 
@@ -11,17 +9,18 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("triton", "torch", "reference")
-_MODULES = {
-    "triton": "fpe_kernels.backends.triton.backend",
-    "torch": "fpe_kernels.backends.chunked",
-    "reference": "fpe_kernels.backends.reference",
-}
 
 
 @cache
 def load(name: str) -> ModuleType:
     """Import the backend ``name`` on first use, so that ``import fpe_kernels`` needs torch only."""
-    return importlib.import_module(_MODULES[name])
+    if name == "triton":
+        from .backends.triton import backend
+
+        return backend
+    from .backends import chunked, reference
+
+    return {"torch": chunked, "reference": reference}[name]
 
 
 @cache

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch
-
 #: Of query, key, value and their addresses; it gives None where what it was made by has changed.
 ReadyCall = Callable[[Tensor, Tensor, Tensor, tuple[int, int, int]], Tensor | None]
 
@@ -59,21 +57,20 @@ def keep(
     scale: Any,
     backend: Any,
     checked_scale: float,
-    serving: str,
     out: Tensor,
+    make: Callable[..., ReadyCall | None],
 ) -> None:
     """Have the call of these arguments ready from now on, if it can be.
 
     Args:
         checked_scale: the number that ``scale`` stands for.
-        serving: the backend that gave ``out``.
         out: what the call gave.
+        make: the ready call that a backend has for it, or None.
     """
-    ready_call = getattr(dispatch.load(serving), "ready_call", None)
-    found = None if ready_call is None else _layout(query, key, value, map_index, scale, backend)
-    if ready_call is None or found is None:
+    found = _layout(query, key, value, map_index, scale, backend)
+    if found is None:
         return
-    made = ready_call(query, key, value, tuple(map_index), checked_scale, out)
+    made = make(query, key, value, tuple(map_index), checked_scale, out)
     if made is not None:
         if len(_READY) >= _AT_MOST:
             _READY.clear()

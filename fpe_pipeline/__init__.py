@@ -17,43 +17,43 @@ if TYPE_CHECKING:
         StyleAlignedEdit,
         WordMask,
     )
+    from .edits.products import Product
     from .edits.registry import make_edit
-    from .heat import HeatMaps, heat_maps
-    from .inversion import Inversion
-    from .noise_schedule import ddim_scheduler
-    from .null_text import NullText
-    from .output import FreePromptPipelineOutput
+    from .heatmaps.heat_maps import HeatMaps, heat_maps
+    from .inversion.null_text import NullText
+    from .inversion.trajectory import Inversion
+    from .models.roles import BatchRoles
+    from .models.sites import Site
     from .pipeline import FreePromptPipeline
-    from .products import Product
-    from .recording import Recording
-    from .roles import BatchRoles
-    from .session import EditingSession, editing
-    from .sites import Site
+    from .recordings.recording import Recording
+    from .sampling.noise_schedule import ddim_scheduler
+    from .sampling.output import FreePromptPipelineOutput
+    from .session.session import EditingSession, editing
 
 # Imported on first use: the session pulls in diffusers, which takes seconds that `fpe --help` need not spend.
 _HOME = {
-    "BatchRoles": "roles",
+    "BatchRoles": "models.roles",
     "CombinedEdit": "edits",
     "Edit": "edits",
-    "EditingSession": "session",
+    "EditingSession": "session.session",
     "FreePromptEdit": "edits",
     "FreePromptPipeline": "pipeline",
-    "FreePromptPipelineOutput": "output",
-    "HeatMaps": "heat",
-    "Inversion": "inversion",
+    "FreePromptPipelineOutput": "sampling.output",
+    "HeatMaps": "heatmaps.heat_maps",
+    "Inversion": "inversion.trajectory",
     "LocalBlend": "edits",
     "MasaCtrlEdit": "edits",
-    "NullText": "null_text",
+    "NullText": "inversion.null_text",
     "PlugAndPlayEdit": "edits",
-    "Product": "products",
+    "Product": "edits.products",
     "PromptToPromptEdit": "edits",
-    "Recording": "recording",
-    "Site": "sites",
+    "Recording": "recordings.recording",
+    "Site": "models.sites",
     "StyleAlignedEdit": "edits",
     "WordMask": "edits",
-    "ddim_scheduler": "noise_schedule",
-    "editing": "session",
-    "heat_maps": "heat",
+    "ddim_scheduler": "sampling.noise_schedule",
+    "editing": "session.session",
+    "heat_maps": "heatmaps.heat_maps",
     "make_edit": "edits.registry",
 }
 

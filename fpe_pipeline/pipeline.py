@@ -8,9 +8,8 @@ inverted image, and the step callback drops the source rows once no later step n
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,32 +17,24 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-from . import inversion as inversions
-from . import recorded_runs
-from .arguments import (
-    check_inversion_options,
-    check_option_names,
-    check_size,
-    chosen_edit,
-    image_size,
-    negative_list,
-    prompt_list,
-)
-from .checks import check_generator, check_guidance, check_positive, warn_of_unknown_words
 from .edits import Edit
 from .edits.base import check_prompts
-from .encoding import encoding_tokenizer
-from .finite import FiniteSteps, check_latents
-from .hooks import FollowInversion
-from .inversion import Inversion
-from .loading import EMBEDDED
-from .models import embedded_path
-from .noise import row_generators, shared_latents
-from .output import FreePromptPipelineOutput
-from .requirements import check_guided_inversion, check_model, check_options, check_pipeline
-from .session import EditingSession, editing
-from .step_end import Call, DropSource, FollowEmbeddings, StepEnd, Task, check_source_can_be_dropped
-from .words import short_form
+from .embedded import embedded_path
+from .errors import check_generator, check_guidance, check_positive
+from .inversion.follow import Followed, check_inversion_options
+from .inversion.trajectory import Inversion, invert
+from .models.loading import EMBEDDED
+from .prompts.encoding import encoding_tokenizer
+from .prompts.words import warn_of_unknown_words
+from .recordings import record_run, replay_run
+from .sampling.arguments import check_option_names, chosen_edit, image_size, negative_list, prompt_list
+from .sampling.output import FreePromptPipelineOutput
+from .sampling.pipeline import SamplingPipeline
+from .sampling.served_models import check_guided_inversion, check_model, check_options, check_pipeline
+from .sampling.step_end import Call, DropSource, check_source_can_be_dropped
+from .session.finite import check_latents
+from .session.session import EditingSession, editing
+from .session.shared_noise import shared_latents
 
 __all__ = ["FreePromptPipeline", "FreePromptPipelineOutput"]
 
@@ -55,7 +46,7 @@ LEGACY_OPTIONS = frozenset({"callback", "callback_steps"})
 _ADOPTING = ContextVar("adopting", default=False)
 
 
-class FreePromptPipeline(StableDiffusionPipeline):
+class FreePromptPipeline(SamplingPipeline):
     """Edit an image, generated or real, into target prompts, by Free-Prompt-Editing or another edit.
 
     Loads, saves and offloads as any diffusers pipeline does: `from_pretrained`, `from_single_file`, `from_pipe`,
@@ -73,8 +64,6 @@ class FreePromptPipeline(StableDiffusionPipeline):
         >>> inversion = pipe.invert("beach.jpg", "a photo of a red car on the beach", method="direct")
         >>> out = pipe(inversion=inversion, target_prompt="a photo of a blue car on the beach")
     """
-
-    _call: Call | None = None
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **components: Any) -> FreePromptPipeline:
@@ -203,23 +192,18 @@ class FreePromptPipeline(StableDiffusionPipeline):
         if count == 1:  # a session warns of those that it watches
             warn_of_unknown_words(prompts, self.tokenizer)
         call = Call(count, num_images_per_prompt)
-        tasks: list[Task] = []
-        follow: AbstractContextManager = nullcontext()
         if inversion is not None:
             check_guided_inversion(self.unet, inversion.method)
             inversion.check(self.scheduler, guidance_scale)
-            follow = FollowInversion(self.scheduler, call, inversion)
-            if inversion.unconditional is not None:
-                tasks.append(FollowEmbeddings(inversion.unconditional))
-                negative_prompt_embeds = inversion.unconditional[0].to(self.unet.dtype).expand(count, -1, -1)
-        if not keep_source:
-            tasks.append(DropSource(call, edit))
+        followed = Followed.of(self, call, inversion)
+        negative_prompt_embeds = followed.options.get("negative_prompt_embeds", negative_prompt_embeds)
+        tasks = followed.tasks if keep_source else (*followed.tasks, DropSource(call, edit))
         session = (
             nullcontext()
             if count == 1
             else editing(self, edit, images_per_prompt=num_images_per_prompt, noise="separate", backend=backend)
         )
-        with follow:
+        with followed.source:
             images, nsfw = self._sample(
                 call,
                 session,
@@ -253,109 +237,9 @@ class FreePromptPipeline(StableDiffusionPipeline):
             report=session.report() if isinstance(session, EditingSession) else None,
         )
 
-    invert = inversions.invert
-    record = recorded_runs.record
-    edit = recorded_runs.edit
-
-    @property
-    def progress_is_hidden(self) -> bool:
-        """Whether ``set_progress_bar_config(disable=True)`` asked for silence."""
-        return bool(getattr(self, "_progress_bar_config", {}).get("disable"))
-
-    @property
-    def native_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of the images that the UNet was trained for."""
-        sample = self.unet.config.sample_size
-        grid = (sample, sample) if isinstance(sample, int) else tuple(sample)
-        return grid[0] * self.vae_scale_factor, grid[1] * self.vae_scale_factor
-
-    def _sample(
-        self,
-        call: Call,
-        session: AbstractContextManager,
-        tasks: Sequence[Task],
-        *,
-        callback_on_step_end: Any,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-        **arguments: Any,
-    ) -> tuple[Any, Any]:
-        """The parent's sampling loop inside ``session``, with ``tasks`` at the end of each step."""
-        if tasks:
-            callback_on_step_end = StepEnd(
-                callback_on_step_end, callback_on_step_end_tensor_inputs, tasks, self._callback_tensor_inputs
-            )
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._call = call
-        try:
-            watched = nullcontext() if isinstance(session, EditingSession) else FiniteSteps(self)
-            with session, watched, _text_model_found(self.text_encoder):
-                return super().__call__(
-                    return_dict=False,
-                    callback_on_step_end=callback_on_step_end,
-                    callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
-                    **arguments,
-                )
-        finally:
-            self._call = None
-
-    def check_inputs(self, prompt: Any, height: int, width: int, *args: Any, **kwargs: Any) -> None:
-        """The parent's checks, with the size measured against this autoencoder rather than against 8 pixels."""
-        check_size(height, width, self.vae_scale_factor)
-        super().check_inputs(prompt, 8, 8, *args, **kwargs)
-
-    def maybe_convert_prompt(self, prompt: Any, tokenizer: Any) -> Any:
-        """Tokens of several vectors written out, as diffusers does, and once where the caller did it already."""
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        converted = super().maybe_convert_prompt([short_form(text, tokenizer) for text in texts], tokenizer)
-        return converted[0] if isinstance(prompt, str) else converted
-
-    def prepare_latents(
-        self,
-        batch_size: int,
-        channels: int,
-        height: int,
-        width: int,
-        dtype: Any,
-        device: Any,
-        generator: Any,
-        latents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Starting noise [batch, C, h, w]; during an edit, one draw for each image, the same for every prompt."""
-        if self._call is None:
-            return super().prepare_latents(batch_size, channels, height, width, dtype, device, generator, latents)
-        rows = self._call.images_per_prompt
-        noise = super().prepare_latents(rows, channels, height, width, dtype, device, generator, latents)
-        return noise.repeat(self._call.prompts, 1, 1, 1)
-
-    def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
-        """Options of `scheduler.step`; during an edit, stochastic samplers draw the same noise for every prompt."""
-        options = super().prepare_extra_step_kwargs(generator, eta)
-        if self._call is not None and self._call.prompts > 1 and "generator" in options:
-            self._call.generators = row_generators(generator, self._call.prompts, self._call.images_per_prompt)
-            options["generator"] = self._call.generators
-        return options
-
-    def to_json_string(self) -> str:
-        """The configuration that `save_pretrained` writes; it names diffusers' class, so that diffusers loads it."""
-        config = json.loads(super().to_json_string())
-        config["_class_name"] = StableDiffusionPipeline.__name__
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+    invert = invert
+    record = record_run.record
+    edit = replay_run.edit
 
 
 OWN_OPTIONS = frozenset(inspect.signature(FreePromptPipeline.__call__).parameters) - {"self", "options"}
-
-
-@contextmanager
-def _text_model_found(encoder: Any) -> Iterator[None]:
-    """Let diffusers find the text encoder's final norm, for ``clip_skip``, where it looks for it: in ``text_model``.
-
-    From version 5 of transformers on, a `CLIPTextModel` is that model itself.
-    """
-    if encoder is None or hasattr(encoder, "text_model") or not hasattr(encoder, "final_layer_norm"):
-        yield
-        return
-    vars(encoder)["text_model"] = encoder  # not as a submodule: it would contain itself
-    try:
-        yield
-    finally:
-        del vars(encoder)["text_model"]

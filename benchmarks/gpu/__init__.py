@@ -8,5 +8,5 @@
 A session (:mod:`.session`) runs stages (:mod:`.stages`), each in a process and a time of its own. What a stage finds
 out it says line by line (:mod:`.records`), and the session writes each line at once: whatever happens to the stage,
 what it had found stays, what it was at is named, and the exit status says that something is wrong. Inside a stage, work
-that may hang or die is shared out over worker processes (:mod:`.pool`) which are replaced.
+that may hang or die is shared out over worker processes (:mod:`benchmarks.workers.pool`) which are replaced.
 """

@@ -12,9 +12,9 @@ from itertools import product
 from typing import Any
 
 from ..cases import Case
+from ..workers.pool import Task, resolve
+from ..workers.problems import DTYPES, Problem, check
 from . import launch_path
-from .pool import Task, resolve
-from .problems import DTYPES, Problem, check
 
 HEAD_DIMS = (40, 64, 80, 128, 160)  # of SD 1.5, SD 2 and SDXL, and of diffusion transformers
 OTHER_HEAD_DIMS = (8, 16, 32, 72, 96, 256)

@@ -35,8 +35,8 @@ def measure_programs(arch: str, session: str, workers: int) -> tuple[Figure, lis
     import triton
 
     from ..rows import device_name
+    from ..workers.programs import compile_ahead, tasks_for, timed_subjects
     from . import checks
-    from .programs import compile_ahead, tasks_for, timed_subjects
 
     subjects: list[Any] = [*checks.smoke_problems(arch), *((case, None) for case in checks.headline_cases())]
     if session == "full":

@@ -15,7 +15,7 @@ from fpe_kernels.testing import Case, make_case
 from fpe_kernels.testing.budget import error_budget, worst_error
 from fpe_kernels.testing.cases import score_magnitude
 
-from .problems import Problem
+from ..workers.problems import Problem
 
 PAIR = Problem((0, 0), 256, 256, 64, heads=4)
 UNEVEN = Problem((0, 1, 1, 0), 96, 80, 40, heads=2)

@@ -11,14 +11,14 @@ from .records import say, say_row
 if TYPE_CHECKING:
     from ..cases import Case
     from ..providers import Provider
-    from .stages import Context
+    from .context import Context
 
 LEAST_CASE = 4.0  # seconds: with less left, no further case is begun
 
 
 def ratios(context: Context) -> None:
     """Ours beside the fastest that PyTorch has, queries and keys of every row in memory of their own."""
-    from ..providers import all_providers
+    from ..rivals import all_providers
     from .checks import headline_cases
 
     named = all_providers()
@@ -75,7 +75,7 @@ def roofline(context: Context) -> None:
 
 def kernels(context: Context) -> None:
     from ..plan import kernel_plan
-    from ..providers import all_providers
+    from ..rivals import all_providers
 
     named = all_providers()
     steps = [(step.case, step.choose(named)) for step in kernel_plan(context.device)]
@@ -95,7 +95,7 @@ def launches(context: Context) -> None:
 
 
 def _tune(context: Context, mixed: bool) -> None:
-    from .. import tune
+    from .. import candidates, tune
 
     bench = bench_of(context)
 
@@ -103,9 +103,9 @@ def _tune(context: Context, mixed: bool) -> None:
         for row in rows:
             say_row(row)
 
-    shapes = [case for case in tune.tuning_plan() if (case.layout == "guided") == mixed]
+    shapes = [case for case in candidates.tuning_plan() if (case.layout == "guided") == mixed]
     shapes = [_dry_case()] if context.dry else shapes
-    choose = (lambda case: tune.ALL[:2]) if context.dry else None
+    choose = (lambda case: candidates.ALL[:2]) if context.dry else None
     tune.run_tuning(bench, shapes, report, lambda: context.left() - LEAST_CASE, choose)
 
 
@@ -148,7 +148,7 @@ def recordings(context: Context) -> None:
 
 def memory(context: Context) -> None:
     from .. import growth
-    from ..providers import all_providers
+    from ..rivals import all_providers
 
     lengths = growth.memory_plan(context.device, quick=context.dry)
     for case in lengths[:2] if context.dry else lengths:

@@ -17,9 +17,10 @@ from typing import Any
 
 from ..report import case_table, summary
 from ..rows import Row, merge, read, replaced, write
-from .pool import cuda_after_fork, starting, warm_up
+from ..workers.pool import cuda_after_fork, starting, warm_up
+from .context import Context
 from .records import Journal, Record, heard, read_journal, rows_of
-from .stages import SESSIONS, TUNING, Context, Stage, run_stage
+from .stages import SESSIONS, TUNING, Stage, run_stage
 
 GRACE = 6.0  # seconds to start a process, and for the case under way when a stage's time is over
 BUDGETS = {"smoke": 150.0, "full": 540.0, "train": 210.0}

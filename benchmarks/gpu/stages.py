@@ -8,42 +8,20 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from ..rows import ROOT
+from ..workers.pool import STARTUP, Outcome, Task, resolve, share_out
 from . import measuring
-from .pool import STARTUP, Outcome, Task, resolve, share_out
+from .context import Context
 from .records import say
 
 CHECK_LIMIT = 25.0  # seconds for one check with a compilation or two in it
 NOTHING_COLLECTED = 5  # pytest's exit status for it
 OLDEST = (8, 0)  # compute capability that the Triton kernels need
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a stage is told: where results go, the device, when its time is over, whether it is a dry run on a CPU."""
-
-    out: Path
-    device: str
-    until: float  # seconds since the epoch
-    dry: bool = False
-    options: tuple[tuple[str, str], ...] = ()
-
-    def left(self) -> float:
-        return self.until - time.time()
-
-    @property
-    def backend(self) -> str:
-        return "triton" if self.device == "cuda" else "torch"
-
-    def option(self, name: str, default: str) -> str:
-        return dict(self.options).get(name, default)
 
 
 @dataclass(frozen=True)
@@ -92,8 +70,8 @@ def _too_old(capability: tuple[int, int], reason: str) -> str:
 
 def programs(context: Context) -> None:
     """Compile ahead what the other stages launch."""
+    from ..workers.programs import COMPILE_LIMIT, compile_ahead, tasks_for, timed_subjects, worker_count
     from .checks import full_problems, headline_cases, smoke_problems
-    from .programs import COMPILE_LIMIT, compile_ahead, tasks_for, timed_subjects, worker_count
 
     arch = _architecture(context)
     kind = context.option("session", "smoke")
@@ -134,7 +112,7 @@ def _for(context: Context, problems: list) -> tuple[list, str, str]:
 
 def _check(context: Context, tasks: Sequence[Task]) -> None:
     """Share checks out over workers; each is named when it begins, and its verdict said when it ends."""
-    from .programs import worker_count
+    from ..workers.programs import worker_count
 
     workers = 2 if context.dry else worker_count(14)
     limit = float(context.option("check-limit", str(CHECK_LIMIT)))

@@ -19,7 +19,7 @@ from ..rows import ROOT
 from .records import say
 
 if TYPE_CHECKING:
-    from .stages import Context
+    from .context import Context
 
 PACKING = 15.0  # seconds that are kept for it
 CACHES = ("scenes", "held_out", "latents.pt")  # are made again in less time than they take to travel
@@ -33,8 +33,15 @@ class Recipe:
 
 
 def _embedded(work: Path, output: Path, minutes: float, dry: bool) -> list[str]:
-    command = [sys.executable, "-u", "-m", "fpe_pipeline.models.train", "--preset", "smoke" if dry else "gpu"]
-    command += ["--device", "cpu" if dry else "cuda", "--max-minutes", f"{minutes:.3f}"]
+    command = [sys.executable, "-u", "-m", "fpe_pipeline.embedded.training.train"]
+    command += [
+        "--preset",
+        "smoke" if dry else "gpu",
+        "--device",
+        "cpu" if dry else "cuda",
+        "--max-minutes",
+        f"{minutes:.3f}",
+    ]
     return [*command, "--work", str(work), "--output", str(output)]
 
 

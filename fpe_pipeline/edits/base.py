@@ -8,14 +8,14 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..encoding import Encoding
-from ..products import Product
-from ..roles import BatchRoles
-from ..schedule import Step
-from ..selection import LayerSelection
-from ..sites import Site
-from ..watching import Watcher
-from ..words import short_form
+from ..models.roles import BatchRoles
+from ..models.sites import Site
+from ..models.steps import Step
+from ..prompts.encoding import Encoding
+from ..prompts.words import short_form
+from .products import Product
+from .selection import LayerSelection
+from .watchers import Watcher
 
 __all__ = ["CombinedEdit", "Edit", "SelfAttentionEdit", "Windows", "check_compat", "check_prompts"]
 

@@ -6,14 +6,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ..products import Product
-from ..roles import BatchRoles
-from ..schedule import Step, StepWindow
-from ..selection import LayerSelection
-from ..sites import Site
-from ..watching import Watcher
+from ..models.roles import BatchRoles
+from ..models.sites import Site
+from ..models.steps import Step, StepWindow
 from .base import SelfAttentionEdit, Windows, check_compat
 from .masks import MaskImage, RunningWordMask, Shares, Strength, WordMask
+from .products import Product
+from .selection import LayerSelection
+from .watchers import Watcher
 
 __all__ = ["FreePromptEdit"]
 

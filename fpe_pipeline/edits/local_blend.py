@@ -8,17 +8,17 @@ from typing import Any, Literal
 
 import torch
 
-from ..encoding import Encoding
-from ..products import Product
-from ..roles import BatchRoles
-from ..schedule import Step
-from ..selection import whole_numbers
-from ..sites import Site
-from ..watching import HeatCollector, Watcher
-from ..words import TokenizedPrompt
+from ..models.roles import BatchRoles
+from ..models.sites import Site
+from ..models.steps import Step
+from ..prompts.encoding import Encoding
+from ..prompts.words import TokenizedPrompt
 from .base import Edit, Windows, check_compat
 from .masks import _unit, blended_sites
+from .products import Product
 from .prompt_to_prompt import tokenize_prompts
+from .selection import whole_numbers
+from .watchers import HeatCollector, Watcher
 
 __all__ = ["LocalBlend"]
 

@@ -6,12 +6,12 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..products import Product
-from ..roles import BatchRoles
-from ..schedule import Step
-from ..selection import LayerSelection, whole_numbers
-from ..sites import Site
+from ..models.roles import BatchRoles
+from ..models.sites import Site
+from ..models.steps import Step
 from .base import SelfAttentionEdit, Windows
+from .products import Product
+from .selection import LayerSelection, whole_numbers
 
 __all__ = ["MasaCtrlEdit"]
 

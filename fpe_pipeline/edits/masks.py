@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..encoding import Encoding
-from ..images import load_image
-from ..roles import BatchRoles
-from ..schedule import Step, StepWindow
-from ..selection import LayerSelection, whole_numbers
-from ..sites import Site
-from ..watching import HeatCollector, resize_maps
-from ..words import tokenize
+from ..images.load import load_image
+from ..models.roles import BatchRoles
+from ..models.sites import Site
+from ..models.steps import Step, StepWindow
+from ..prompts.encoding import Encoding
+from ..prompts.words import tokenize
+from .selection import LayerSelection, whole_numbers
+from .watchers import HeatCollector, resize_maps
 
 __all__ = ["MaskImage", "Strength", "WordMask", "blended_sites"]
 

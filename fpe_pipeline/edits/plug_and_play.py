@@ -6,11 +6,11 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..products import Product
-from ..roles import BatchRoles
-from ..schedule import Step, StepWindow
-from ..sites import Site
+from ..models.roles import BatchRoles
+from ..models.sites import Site
+from ..models.steps import Step, StepWindow
 from .base import SelfAttentionEdit, Windows
+from .products import Product
 
 __all__ = ["PlugAndPlayEdit"]
 

@@ -10,15 +10,15 @@ from typing import Any, Literal
 
 import torch
 
-from ..alignment import Alignment, align_refine, align_replace
-from ..encoding import Encoding
-from ..products import Product
-from ..roles import BatchRoles
-from ..schedule import Step, StepWindow
-from ..selection import LayerSelection
-from ..sites import Site
-from ..words import TokenizedPrompt, tokenize
+from ..models.roles import BatchRoles
+from ..models.sites import Site
+from ..models.steps import Step, StepWindow
+from ..prompts.alignment import Alignment, align_refine, align_replace
+from ..prompts.encoding import Encoding
+from ..prompts.words import TokenizedPrompt, tokenize
 from .base import SelfAttentionEdit, Windows, check_compat
+from .products import Product
+from .selection import LayerSelection
 
 __all__ = ["PromptToPromptEdit", "tokenize_prompts"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..sites import attention_sites
+from ..models.sites import attention_sites
 from .base import Edit
 from .free_prompt import FreePromptEdit
 from .local_blend import LocalBlend
@@ -20,7 +20,7 @@ from .plug_and_play import PlugAndPlayEdit
 from .prompt_to_prompt import PromptToPromptEdit
 from .style_aligned import StyleAlignedEdit
 
-__all__ = ["METHODS", "Method", "make_edit", "method_table"]
+__all__ = ["METHODS", "Method", "make_edit", "method_table", "require_edit"]
 
 # What chooses layers, of which a method takes one; a choice of the caller's replaces the method's own.
 _SELECTORS = ("levels", "max_tokens", "layers", "start_layer")
@@ -255,3 +255,21 @@ _TABLE = (
 
 #: The methods by name.
 METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
+
+
+def require_edit(edit: Any) -> Edit:
+    """The edit; raises TypeError for its class, the name of a method, and anything else."""
+    if isinstance(edit, Edit):
+        return edit
+    if isinstance(edit, str):
+        known = edit in METHODS
+        name, there = (edit, "") if known else (next(iter(METHODS)), f"; there are {', '.join(METHODS)}")
+        raise TypeError(
+            f"expected an Edit, received the text {edit!r}: write make_edit({name!r}, [source, target], "
+            f"pipe.tokenizer){there}"
+        )
+    if isinstance(edit, type) and issubclass(edit, Edit):
+        raise TypeError(
+            f"expected an Edit, received the class {edit.__name__}: write {edit.__name__}(…), with its arguments"
+        )
+    raise TypeError(f"expected an Edit, such as FreePromptEdit(), received {type(edit).__name__}")

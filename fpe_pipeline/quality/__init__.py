@@ -9,15 +9,15 @@ line's.
 from __future__ import annotations
 
 from .command import add_arguments, run
-from .comparison import MethodScore, score_subject
-from .conditions import Condition, standard_conditions, sweep_conditions
-from .contenders import CONTENDERS, Contender, contenders
-from .image_folder import folder_subjects
-from .pairs import EditPair, held_out_pairs
-from .scores import Score, evaluate
-from .statistics import bootstrap_interval, share_interval, summarise
-from .subjects import Subject, generated_subjects, render_subjects
-from .tally import compare
+from .intervals import bootstrap_interval, share_interval, summarise
+from .methods.comparison import MethodScore, score_subject
+from .methods.contenders import CONTENDERS, Contender, contenders
+from .methods.image_folder import folder_subjects
+from .methods.subjects import Subject, generated_subjects, render_subjects
+from .methods.tally import compare
+from .study.conditions import Condition, standard_conditions, sweep_conditions
+from .study.pairs import EditPair, held_out_pairs
+from .study.scores import Score, evaluate
 
 __all__ = [
     "CONTENDERS",

@@ -9,20 +9,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..loading import InputError, pick_device
-from ..settings import INVERSIONS, Settings
-from ..staging import check_writable, staged
+from ..atomic_folder import check_writable, staged
+from ..errors import InputError
+from ..models.loading import pick_device
+from ..runs.settings import INVERSIONS, Settings
 from ..texts import print_text
-from .conditions import Condition, method_conditions, standard_conditions, sweep_conditions
-from .contenders import CONTENDERS
 from .evaluated import EvaluatedModel
-from .image_folder import PROMPT_FILES
 from .images_command import run_on_images
-from .pairs import KINDS, EditPair, held_out_pairs
-from .report import plot, table
-from .scores import Score, evaluate
-from .statistics import summarise
+from .intervals import summarise
+from .methods.contenders import CONTENDERS
+from .methods.image_folder import PROMPT_FILES
 from .store import ScoreFile, dump, environment, fingerprint, packed
+from .study.conditions import Condition, method_conditions, standard_conditions, sweep_conditions
+from .study.pairs import KINDS, EditPair, held_out_pairs
+from .study.report import plot, table
+from .study.scores import Score, evaluate
 
 __all__ = ["add_arguments", "run"]
 

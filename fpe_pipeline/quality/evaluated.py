@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..loading import EMBEDDED, InputError, ModelSource, find_model, load_pipeline, pick_dtype
+from ..errors import InputError
+from ..models.loading import EMBEDDED, ModelSource, find_model, pick_dtype
+from ..runs.loading import load_pipeline
 
 __all__ = ["EvaluatedModel"]
 
@@ -54,7 +56,7 @@ class EvaluatedModel:
         Raises:
             InputError: the weights cannot be read.
         """
-        from ..models.judge import load_judge
+        from ..embedded.judge import load_judge
 
         judge = None if self.judge is None else load_judge(self.judge).to(device)
         pipe = load_pipeline(self.source, dtype=pick_dtype("auto", device), device=device, pipeline=pipeline)

@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..loading import InputError
-from ..staging import check_writable, staged
+from ..atomic_folder import check_writable, staged
+from ..errors import InputError
 from ..texts import print_text
-from .comparison import MethodScore, score_subject
-from .comparison_table import inversion_table, method_table
-from .contenders import Contender, chosen, contenders
 from .evaluated import EvaluatedModel
-from .image_folder import folder_digest, folder_subjects
-from .pairs import held_out_pairs
+from .methods.comparison import MethodScore, score_subject
+from .methods.comparison_table import inversion_table, method_table
+from .methods.contenders import Contender, chosen, contenders
+from .methods.image_folder import folder_digest, folder_subjects
+from .methods.subjects import GENERATED, HELD_OUT, Subject, generated_subjects, render_subjects
+from .methods.tally import compare
 from .store import ScoreFile, dump, environment, fingerprint, packed
-from .subjects import GENERATED, HELD_OUT, Subject, generated_subjects, render_subjects
-from .tally import compare
+from .study.pairs import held_out_pairs
 
 __all__ = ["run_on_images"]
 
@@ -104,7 +104,7 @@ def _score_rest(
 
 
 def _load(model: EvaluatedModel, device: str) -> tuple[Any, Any]:
-    from ..noise_schedule import ddim_scheduler
+    from ..sampling.noise_schedule import ddim_scheduler
 
     pipe, judge = model.load(device)
     pipe.scheduler = ddim_scheduler(pipe.scheduler)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..loading import InputError
-from ..staging import staged
+from ..atomic_folder import staged
+from ..errors import InputError
 
 __all__ = ["ScoreFile", "dump", "environment", "fingerprint", "packed", "plain", "unpacked"]
 

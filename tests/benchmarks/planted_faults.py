@@ -28,7 +28,7 @@ def refuse():
 
 
 def wrong_result():
-    from benchmarks.gpu.problems import Problem, check
+    from benchmarks.workers.problems import Problem, check
     from fpe_kernels.backends import chunked
 
     real = chunked.apply

@@ -62,9 +62,9 @@ def test_more_columns_than_a_launch_are_several() -> None:
 
 
 def test_rows_with_maps_of_their_own_are_another_launch() -> None:
-    case = Case("hand", 512, 1024, 8, 64, 1, "guided")  # two rows alone, two on one map
-    scores = 8 * 1024**2
-    assert sorted(work.flops for work in launches(case, 2, "sm_80")) == [384 * scores, 2 * 256 * scores]
+    case = Case("hand", 512, 4096, 8, 64, 1, "guided")  # two rows alone, two on one map
+    scores = 8 * 4096**2
+    assert sorted(work.flops for work in launches(case, 2, "sm_90")) == [384 * scores, 2 * 256 * scores]
 
 
 def test_a_short_mixed_batch_is_one_launch_as_wide_as_its_widest_map() -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from benchmarks.gpu import checks
 from benchmarks.gpu.figures import FIGURE
-from benchmarks.gpu.problems import GRADIENTS, Problem, check
+from benchmarks.workers.problems import GRADIENTS, Problem, check
 
 CORES, SECONDS = 16, 100  # of a machine with a GPU, and what compiling may take of the smoke run
 
@@ -33,7 +33,7 @@ def test_the_smoke_list_compiles_in_time_under_the_triton_of_the_gpu_machine():
     figure = FIGURE.read()["smoke/sm_90/triton 3.6.0"]
     assert figure["seconds"] / CORES < SECONDS
     listed = compiler(
-        "from benchmarks.gpu import checks, programs\n"
+        "from benchmarks.gpu import checks\nfrom benchmarks.workers import programs\n"
         "subjects = [*checks.smoke_problems(), *((case, None) for case in checks.headline_cases())]\n"
         "print(len(programs.tasks_for(subjects, 'sm_90')))"
     )
@@ -59,7 +59,7 @@ def test_the_full_list_repeats_nothing():
 @pytest.mark.slow
 def test_what_is_compiled_ahead_is_what_a_second_process_finds(tmp_path):
     code = (
-        "import json; from benchmarks.gpu import programs; from benchmarks.gpu.problems import Problem\n"
+        "import json; from benchmarks.workers import programs; from benchmarks.workers.problems import Problem\n"
         "problem = Problem((0, 0), 333, 517, 40)\n"
         "seconds = [programs.compile_launch(launch, 'sm_90') for launch in problem.launches('sm_90')]\n"
         "print(json.dumps(seconds))"
@@ -92,7 +92,7 @@ def test_a_wrong_gradient_is_found(monkeypatch):
 def test_the_measured_kernel_serves_what_was_measured_and_no_output_in_float32():
     kernels = compiler(
         "import torch\n"
-        "from benchmarks.gpu.problems import launches_of\n"
+        "from benchmarks.workers.problems import launches_of\n"
         "from fpe_kernels.backends.triton import forward\n"
         "from fpe_kernels.ops import empty_heads, empty_logsumexp\n"
         "like = torch.empty(0, dtype=torch.float16, device='meta')\n"

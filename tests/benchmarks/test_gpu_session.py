@@ -9,13 +9,13 @@ from pathlib import Path
 import planted_faults
 import pytest
 
+from benchmarks.candidates import ALL, BOUNDED, DESCRIBED, SPECIALISED, choices, tuning_plan
 from benchmarks.gpu import records, stages
-from benchmarks.gpu.pool import Task, share_out
 from benchmarks.gpu.records import Journal, heard, read_journal, rows_of
 from benchmarks.gpu.session import BUDGETS, GRACE, Session, collect, reason_to_skip, schedule, summarise
 from benchmarks.gpu.stages import FULL, SESSIONS, SMOKE, Stage
 from benchmarks.rows import ROOT, Row
-from benchmarks.tune import ALL, BOUNDED, DESCRIBED, SPECIALISED, choices, tuning_plan
+from benchmarks.workers.pool import Task, share_out
 
 HERE = planted_faults.HERE
 

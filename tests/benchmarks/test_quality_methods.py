@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks import plot, quality_methods
 from benchmarks.quality_methods import RESULTS, combined
-from fpe_pipeline.quality.comparison import MethodScore
-from fpe_pipeline.quality.contenders import CONTENDERS
+from fpe_pipeline.quality.methods.comparison import MethodScore
+from fpe_pipeline.quality.methods.contenders import CONTENDERS
+from fpe_pipeline.quality.methods.tally import ALL, compare
 from fpe_pipeline.quality.store import packed, unpacked
-from fpe_pipeline.quality.tally import ALL, compare
 
 STUDY = RESULTS / "methods.json"
 

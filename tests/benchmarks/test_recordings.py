@@ -9,8 +9,8 @@ pytest.importorskip("diffusers")
 from benchmarks import recordings
 from benchmarks.measure import Effort
 from fpe_pipeline import FreePromptPipeline
-from fpe_pipeline.models import embedded_path
-from fpe_pipeline.sites import attention_sites
+from fpe_pipeline.embedded import embedded_path
+from fpe_pipeline.models.sites import attention_sites
 
 
 def test_every_planned_edit_has_layers_in_the_embedded_model() -> None:

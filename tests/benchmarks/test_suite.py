@@ -13,9 +13,9 @@ from benchmarks.cost import Ceilings
 from benchmarks.inputs import Inputs, judge
 from benchmarks.measure import Effort, busy_ms, interleaved
 from benchmarks.plan import Step, kernel_plan
-from benchmarks.providers import DenseOriginal, Missing, Ours, all_providers, first_answer, groups
+from benchmarks.providers import DenseOriginal, Missing, Ours, first_answer, groups
 from benchmarks.report import case_table, summary
-from benchmarks.rivals import Fused
+from benchmarks.rivals import Fused, all_providers
 from benchmarks.rows import Environment
 from benchmarks.run import Bench, run_kernels
 

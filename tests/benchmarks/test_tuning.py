@@ -12,24 +12,24 @@ import torch
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from benchmarks import sass, tune, tuned_table
-from benchmarks.cases import Case
-from benchmarks.gpu import programs
-from benchmarks.gpu.programs import of_case
-from benchmarks.inputs import Inputs
-from benchmarks.providers import Ours
-from benchmarks.rows import Row, write
-from benchmarks.tune import (
+from benchmarks.candidates import (
     ALL,
     BOUNDED,
     DESCRIBED,
     PLAUSIBLE,
     SPECIALISED,
     Candidate,
-    Configured,
     Launches,
     choices,
     tuning_plan,
 )
+from benchmarks.cases import Case
+from benchmarks.inputs import Inputs
+from benchmarks.providers import Ours
+from benchmarks.rows import Row, write
+from benchmarks.tune import Configured
+from benchmarks.workers import programs
+from benchmarks.workers.programs import of_case
 from fpe_kernels.backends.triton import boxes, configs, hopper, tuned
 from fpe_kernels.backends.triton.packing import chunks
 

@@ -139,7 +139,8 @@ def test_kernels_know_nothing_of_diffusers_or_the_pipeline() -> None:
 
 def test_only_its_backend_imports_triton() -> None:
     triton = "fpe_kernels/backends/triton"
-    assert offenders("fpe_kernels", ("triton", "fpe_kernels.backends.triton"), spared=triton) == []
+    found = offenders("fpe_kernels", ("triton", "fpe_kernels.backends.triton"), spared=triton)
+    assert [line for line in found if not line.startswith("fpe_kernels/dispatch.py ")] == []  # which chooses it
     assert any("triton" in imports_of(path) for path in (ROOT / triton).glob("*.py"))
 
 

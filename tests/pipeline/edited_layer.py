@@ -4,10 +4,10 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from fpe_pipeline.orders import Order
-from fpe_pipeline.processors import EditAttnProcessor
-from fpe_pipeline.products import plan_products
-from fpe_pipeline.sites import Site
+from fpe_pipeline.edits.products import plan_products
+from fpe_pipeline.models.sites import Site
+from fpe_pipeline.session.instructions import Order
+from fpe_pipeline.session.processor import EditAttnProcessor
 
 GRID = (3, 4)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fpe_pipeline.alignment import TokenizedPrompt, align_refine, align_replace, tokenize
+from fpe_pipeline.prompts.alignment import TokenizedPrompt, align_refine, align_replace, tokenize
 
 
 class SlowTokenizer:

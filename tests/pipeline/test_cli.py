@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from tiny_cli import OTHER, SOURCE, TARGET, edit_arguments, one_error, refuse_loading, tiny_model_folder
 
-from fpe_pipeline import cli, runs
-from fpe_pipeline.agreement import distance, pixel_hash
-from fpe_pipeline.repeatable import threads_for
+from fpe_pipeline.app import cli
+from fpe_pipeline.images.distance import distance, pixel_hash
+from fpe_pipeline.runs import run as runs
+from fpe_pipeline.runs.repeatable import threads_for
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ class TestEdit:
 class TestFromRecord:
     def test_same_bits_in_another_process(self, made, tmp_path):
         command = [sys.executable, "-m", "fpe_pipeline", "edit", "--from", str(made / "run.json"), "-o", str(tmp_path)]
-        root = str(Path(cli.__file__).parent.parent)
+        root = str(Path(cli.__file__).parents[2])
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "PYTHONPATH": root}
         )
@@ -151,7 +152,7 @@ class TestFromRecord:
         """Other instructions sum in another order: every picture comes back to rounding, and the run succeeds."""
         command = [sys.executable, "-m", "fpe_pipeline", "edit", "--from", str(made / "run.json"), "-o", str(tmp_path)]
         other = "avx2" if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else "default"
-        environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+        environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
         environment |= {"ATEN_CPU_CAPABILITY": other, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}
         result = subprocess.run(
             [*command, "--quiet"], capture_output=True, text=True, timeout=300, check=False, env=environment

@@ -8,8 +8,12 @@ from golden_cases import GOLDEN
 from PIL import Image
 from tiny_cli import OTHER, SOURCE, TARGET, tiny_model_folder
 
-from fpe_pipeline import FreePromptPipeline, cli, inversion, runs, settings
-from fpe_pipeline.agreement import pixel_hash
+from fpe_pipeline import FreePromptPipeline
+from fpe_pipeline.app import cli
+from fpe_pipeline.images.distance import pixel_hash
+from fpe_pipeline.inversion import trajectory as inversion
+from fpe_pipeline.runs import run as runs
+from fpe_pipeline.runs import settings
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fpe_pipeline import cli, runs
-from fpe_pipeline.agreement import distance
+from fpe_pipeline.app import cli
 from fpe_pipeline.edits.registry import METHODS
-from fpe_pipeline.loading import find_model, load_pipeline
-from fpe_pipeline.settings import InputError, Settings
+from fpe_pipeline.errors import InputError
+from fpe_pipeline.images.distance import distance
+from fpe_pipeline.models.loading import find_model
+from fpe_pipeline.runs import run as runs
+from fpe_pipeline.runs.loading import load_pipeline
+from fpe_pipeline.runs.settings import Settings
 
 SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on the beach"
 ROUNDING = 1  # levels of 255
@@ -100,6 +103,6 @@ def test_words_that_do_not_align_are_refused():
 def _tokenizer():
     from transformers import CLIPTokenizer
 
-    from fpe_pipeline.models import embedded_path
+    from fpe_pipeline.embedded import embedded_path
 
     return CLIPTokenizer.from_pretrained(embedded_path() / "tokenizer")

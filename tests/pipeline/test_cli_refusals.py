@@ -15,7 +15,10 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from tiny_cli import SOURCE, edit_arguments, one_error, refuse_loading, tiny_model_folder
 
-from fpe_pipeline import cli, loading, runs
+from fpe_pipeline.app import cli
+from fpe_pipeline.models import loading
+from fpe_pipeline.runs import run as runs
+from fpe_pipeline.runs.loading import load_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +130,7 @@ class TestFailures:
     def test_ctrl_c(self, edit, tmp_path):
         arguments = [argument for argument in edit if argument != "--quiet"]
         command = [sys.executable, "-m", "fpe_pipeline", *arguments, "--steps", "900", "-o", str(tmp_path / "out")]
-        environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+        environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
         # A shell that starts tests in the background has them, and all that they start, ignore the signal.
         heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **heed) as process:
@@ -169,11 +172,11 @@ class TestIdentity:
 
     @pytest.fixture
     def loaded(self, model):
-        return loading.load_pipeline(loading.find_model(str(model)), dtype=torch.float32, device="cpu")
+        return load_pipeline(loading.find_model(str(model)), dtype=torch.float32, device="cpu")
 
     def test_of_the_same_model_elsewhere(self, loaded, tmp_path):
         loaded.save_pretrained(tmp_path)
-        again = loading.load_pipeline(loading.find_model(str(tmp_path)), dtype=torch.float32, device="cpu")
+        again = load_pipeline(loading.find_model(str(tmp_path)), dtype=torch.float32, device="cpu")
         assert loading.identity(again) == loading.identity(loaded)
 
     def test_of_other_weights_schedulers_and_dtypes(self, loaded):
@@ -198,10 +201,10 @@ class TestOtherCommands:
 
     def test_help_needs_no_torch(self):
         code = (
-            "import sys; from fpe_pipeline.cli import main; main(['edit', '--help']); "
+            "import sys; from fpe_pipeline.app.cli import main; main(['edit', '--help']); "
             "sys.exit(bool({'torch', 'diffusers'} & sys.modules.keys()))"
         )
-        root = str(Path(cli.__file__).parent.parent)
+        root = str(Path(cli.__file__).parents[2])
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=root, timeout=60, check=False)
         assert result.returncode == 0
 
@@ -222,9 +225,10 @@ class TestOtherCommands:
         assert settings.model == "embedded"
 
     def test_no_embedded_model(self, tmp_path, capsys, monkeypatch):
-        from fpe_pipeline import models
+        def absent(name):
+            raise FileNotFoundError(name)
 
-        monkeypatch.delattr(models, "embedded_path", raising=False)
+        monkeypatch.setattr(loading, "embedded_path", absent)
         assert cli.main(["demo", "-o", str(tmp_path / "out")]) == 2
         assert "no embedded model; pass --model" in one_error(capsys)
 

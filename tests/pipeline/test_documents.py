@@ -21,7 +21,7 @@ from tiny_pipelines import tiny_pipeline
 import benchmarks
 import fpe_kernels
 import fpe_pipeline
-from fpe_pipeline import cli
+from fpe_pipeline.app import cli
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(

@@ -15,10 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fpe_pipeline import FreePromptPipeline, Recording, cli, loading, runs
-from fpe_pipeline.models import EARLIER, embedded_path
+from fpe_pipeline import FreePromptPipeline, Recording
+from fpe_pipeline.app import cli
+from fpe_pipeline.embedded import EARLIER, embedded_path
+from fpe_pipeline.models import loading
 from fpe_pipeline.quality.evaluated import EvaluatedModel
-from fpe_pipeline.repeatable import threads_for
+from fpe_pipeline.runs import run as runs
+from fpe_pipeline.runs.repeatable import threads_for
 
 DATA = Path(__file__).parents[1] / "data" / "embedded_80"
 RUN = DATA / "run" / "run.json"

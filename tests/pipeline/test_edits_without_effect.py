@@ -19,7 +19,7 @@ from fpe_pipeline import (
     StyleAlignedEdit,
     editing,
 )
-from fpe_pipeline.cli import main
+from fpe_pipeline.app.cli import main
 from fpe_pipeline.edits import Edit
 
 PROMPTS = [SOURCE, TARGET]

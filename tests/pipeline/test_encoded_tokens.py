@@ -14,7 +14,7 @@ from fpe_pipeline import (
     editing,
     heat_maps,
 )
-from fpe_pipeline.alignment import tokenize
+from fpe_pipeline.prompts.alignment import tokenize
 
 TOY = "a photo of a <toy> on the beach"
 

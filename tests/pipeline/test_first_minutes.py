@@ -13,7 +13,8 @@ from tiny_cli import one_error
 
 import fpe_kernels
 import fpe_pipeline
-from fpe_pipeline import cli, extras
+from fpe_pipeline import extras
+from fpe_pipeline.app import cli
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["edit", "--source", "a photo of a red car", "--target", "a photo of a blue car", "--steps", "2", "--quiet"]

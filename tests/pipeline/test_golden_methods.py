@@ -5,7 +5,7 @@ import torch
 from golden_cases import GoldenCase, load_case
 
 from fpe_pipeline import BatchRoles, LocalBlend, MasaCtrlEdit, PlugAndPlayEdit, PromptToPromptEdit, editing
-from fpe_pipeline.alignment import align_refine, align_replace, tokenize
+from fpe_pipeline.prompts.alignment import align_refine, align_replace, tokenize
 
 
 def distance(actual, expected):

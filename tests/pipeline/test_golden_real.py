@@ -6,7 +6,7 @@ from free_prompt_pipelines import distance
 from golden_cases import load_case, source_image
 
 from fpe_pipeline import FreePromptPipeline, MasaCtrlEdit, NullText
-from fpe_pipeline.hooks import SchedulerHook
+from fpe_pipeline.session.hooks import SchedulerHook
 
 REAL = ["fpe_real_sr08", "fpe_real_srcprompt_g1"]
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from fpe_kernels import AttentionMap, blend
 from fpe_pipeline import FreePromptEdit, PromptToPromptEdit, editing, heat_maps
-from fpe_pipeline.alignment import tokenize
-from fpe_pipeline.heat_views import overlay, principal_components
+from fpe_pipeline.heatmaps.views import overlay, principal_components
+from fpe_pipeline.prompts.alignment import tokenize
 
 SIZE = (8, 12)
 

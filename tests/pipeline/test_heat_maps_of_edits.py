@@ -7,7 +7,7 @@ from free_prompt_pipelines import OTHER, SOURCE, TARGET, free_prompt_pipeline, n
 from tiny_pipelines import PROMPTS, sample, tiny_pipeline, unedited
 
 from fpe_pipeline import FreePromptEdit, PromptToPromptEdit, ddim_scheduler, editing, heat_maps
-from fpe_pipeline.session import session_of
+from fpe_pipeline.session.session import session_of
 
 STEPS = 3
 RUN = {"num_inference_steps": STEPS, "output_type": "latent"}

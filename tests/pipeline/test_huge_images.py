@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fpe_pipeline import images
-from fpe_pipeline.images import load_image
+from fpe_pipeline.images import load as images
+from fpe_pipeline.images.load import load_image
 
 ROOT = Path(__file__).parents[2]
 HUGE = (8960, 6720)  # 60 Mpx
@@ -18,7 +18,7 @@ MB = 1_000_000
 # A forked process counts its peak from the memory that it starts with.
 PEAK = """
 import os, re, sys
-from fpe_pipeline.images import load_image
+from fpe_pipeline.images.load import load_image
 
 def kilobytes(name):
     return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1))

@@ -15,12 +15,12 @@ from tiny_pipelines import PROMPTS, tiny_pipeline
 
 from fpe_pipeline import FreePromptEdit, Product, PromptToPromptEdit, editing
 from fpe_pipeline.edits import Edit
-from fpe_pipeline.image_prompts import split_image_prompts
-from fpe_pipeline.orders import Order
-from fpe_pipeline.processors import editing_processor
-from fpe_pipeline.products import plan_products
-from fpe_pipeline.selection import LayerSelection
-from fpe_pipeline.sites import Site
+from fpe_pipeline.edits.products import plan_products
+from fpe_pipeline.edits.selection import LayerSelection
+from fpe_pipeline.models.sites import Site
+from fpe_pipeline.session.image_prompts import split_image_prompts
+from fpe_pipeline.session.instructions import Order
+from fpe_pipeline.session.processor import editing_processor
 
 GRID, HEADS = (3, 4), 2
 SITE = Site("mid_block.attentions.0.transformer_blocks.0.attn2", "mid", "cross", 0, HEADS, 0, (), GRID)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin, features
 
-from fpe_pipeline.images import PIXEL_LIMIT, fitted_size, load_image, to_tensor
-from fpe_pipeline.loading import InputError
+from fpe_pipeline.errors import InputError
+from fpe_pipeline.images.load import PIXEL_LIMIT, fitted_size, load_image, to_tensor
 
 QUARTERS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))
 

@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, IPNDMScheduler, PND
 from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline
 
 from fpe_pipeline import FreePromptPipeline, LocalBlend, NullText, PromptToPromptEdit, ddim_scheduler
-from fpe_pipeline.inversion import METHODS
-from fpe_pipeline.noise_schedule import NoiseSchedule, ddim_inverse_step
+from fpe_pipeline.inversion.trajectory import METHODS
+from fpe_pipeline.sampling.noise_schedule import NoiseSchedule, ddim_inverse_step
 
 STEPS = 3
 

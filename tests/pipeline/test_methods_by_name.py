@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from silent import SOURCE, TARGET, embedded
 
-from fpe_pipeline import FreePromptPipeline, MasaCtrlEdit, cli, make_edit
+from fpe_pipeline import FreePromptPipeline, MasaCtrlEdit, make_edit
+from fpe_pipeline.app import cli
 from fpe_pipeline.edits.registry import METHODS, Method, method_table
 from fpe_pipeline.quality.command import add_arguments
-from fpe_pipeline.quality.comparison import _Drawing
-from fpe_pipeline.quality.contenders import CONTENDERS, chosen
-from fpe_pipeline.quality.subjects import GENERATED, Subject
-from fpe_pipeline.settings import Settings
+from fpe_pipeline.quality.methods.comparison import _Drawing
+from fpe_pipeline.quality.methods.contenders import CONTENDERS, chosen
+from fpe_pipeline.quality.methods.subjects import GENERATED, Subject
+from fpe_pipeline.runs.settings import Settings
 
 PROMPTS = [SOURCE, TARGET]
 # Words that a method cannot find by itself, as each of the three is given them.

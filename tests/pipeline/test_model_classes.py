@@ -14,7 +14,7 @@ from tiny_models import (
 from tiny_pipelines import sample, tiny_controlnet_pipeline, tiny_pipeline, tiny_sdxl_pipeline
 
 from fpe_pipeline import BatchRoles, editing
-from fpe_pipeline.processors import EditAttnProcessor
+from fpe_pipeline.session.processor import EditAttnProcessor
 
 PICTURE = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

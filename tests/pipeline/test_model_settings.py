@@ -10,7 +10,7 @@ from tiny_models import EVERYWHERE, add_image_prompts, check_edit, check_restore
 from tiny_pipelines import PROMPTS, shared_noise, tiny_pipeline, unedited
 
 from fpe_pipeline import FreePromptEdit, PromptToPromptEdit, editing, heat_maps
-from fpe_pipeline.processors import EditAttnProcessor, is_sliced
+from fpe_pipeline.session.processor import EditAttnProcessor, is_sliced
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -93,7 +93,7 @@ def test_attention_slicing_is_refused(pipe):
     torch.testing.assert_close(check_restored(tiny), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("error", "ignore::fpe_pipeline.checks.RequestWarning")  # the tiny tokenizer spells words
+@pytest.mark.filterwarnings("error", "ignore::fpe_pipeline.errors.RequestWarning")  # the tiny tokenizer spells words
 def test_attention_slicing_inside_a_session(pipe):
     """Between steps or before the first: the next call that would edit says what to do, and slicing stays on."""
     tiny = tiny_pipeline(pipe)

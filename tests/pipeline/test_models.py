@@ -18,17 +18,18 @@ import torch
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from fpe_pipeline.models import embedded_path, judge_path, scenes
-from fpe_pipeline.models.captions import Captions
-from fpe_pipeline.models.card import render_card
-from fpe_pipeline.models.data import render_cache, start_rendering
-from fpe_pipeline.models.export import SIZE_LIMIT, folder_bytes
-from fpe_pipeline.models.loop import fit
-from fpe_pipeline.models.presets import PRESETS, Fit, Shares
-from fpe_pipeline.models.step import OptimiserStep, Weights
-from fpe_pipeline.models.timebox import TimeBox
-from fpe_pipeline.models.tokenizer import MAX_LENGTH, build_tokenizer, caption_words
-from fpe_pipeline.models.train import GRACE, main, train
+from fpe_pipeline.embedded import embedded_path, judge_path
+from fpe_pipeline.embedded.card import render_card
+from fpe_pipeline.embedded.scenes import scenes
+from fpe_pipeline.embedded.training.captions import Captions
+from fpe_pipeline.embedded.training.data import render_cache, start_rendering
+from fpe_pipeline.embedded.training.export import SIZE_LIMIT, folder_bytes
+from fpe_pipeline.embedded.training.loop import fit
+from fpe_pipeline.embedded.training.presets import PRESETS, Fit, Shares
+from fpe_pipeline.embedded.training.step import OptimiserStep, Weights
+from fpe_pipeline.embedded.training.timebox import TimeBox
+from fpe_pipeline.embedded.training.tokenizer import MAX_LENGTH, build_tokenizer, caption_words
+from fpe_pipeline.embedded.training.train import GRACE, main, train
 
 SCENE = scenes.Scene("car", "red", "beach", seed=3)
 
@@ -363,7 +364,8 @@ class TestGraph:
 class TestTimeBox:
     def test_guard_ends_what_does_not_end(self, tmp_path):
         code = (
-            "import logging, pathlib, time; from fpe_pipeline.models.timebox import TimeBox; logging.basicConfig();"
+            "import logging, pathlib, time; from fpe_pipeline.embedded.training.timebox import TimeBox;"
+            "logging.basicConfig();"
             f"TimeBox(0.005).guard(0.2, pathlib.Path({str(tmp_path)!r})); time.sleep(60)"
         )
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
@@ -420,7 +422,7 @@ class TestTraining:
 
 
 def test_a_judge_looks_at_the_size_that_it_learned(tmp_path):
-    from fpe_pipeline.models.judge import Judge, load_judge, save_judge
+    from fpe_pipeline.embedded.judge import Judge, load_judge, save_judge
 
     judge = Judge(40).eval()
     save_judge(judge, tmp_path / "judge.safetensors")
@@ -464,7 +466,7 @@ class TestShipped:
 
     @pytest.mark.slow
     def test_judge_knows_renders(self):
-        from fpe_pipeline.models.judge import load_judge
+        from fpe_pipeline.embedded.judge import load_judge
 
         rng = np.random.default_rng(11)
         drawn = [scenes.render(scenes.sample_scene(rng, held=True)) for _ in range(64)]
@@ -474,7 +476,7 @@ class TestShipped:
 
     @pytest.mark.slow
     def test_draws_what_the_prompt_says(self):
-        from fpe_pipeline.models.measure import measure_generation
+        from fpe_pipeline.embedded.measure import measure_generation
 
         figures = measure_generation(embedded_path(), 24, steps=20)
         assert min(figures[name] for name in ("colour", "background", "object")) >= 0.95

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from fpe_pipeline import pictures
-from fpe_pipeline.pictures import Comparison, side_by_side, upscale
+from fpe_pipeline.images import side_by_side as pictures
+from fpe_pipeline.images.side_by_side import Comparison, side_by_side, upscale
 
 SOURCE, TARGET = "a photo of a red car", "a photo of a blue car"
 

@@ -9,7 +9,7 @@ from tiny_pipelines import PROMPTS, sample
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpe_pipeline import FreePromptEdit, LocalBlend, Product, PromptToPromptEdit, editing
-from fpe_pipeline.placement import Place, Placement
+from fpe_pipeline.session.device_copies import Place, Placement
 
 CPU = torch.device("cpu")
 

@@ -13,9 +13,9 @@ from diffusers.models.attention_processor import (
 from edited_layer import GRID, attention, install, random, run
 
 from fpe_pipeline import BatchRoles, Product
-from fpe_pipeline.evaluation import Projections, Rows, evaluate, take
-from fpe_pipeline.processors import EditAttnProcessor, unsupported_reasons
-from fpe_pipeline.products import plan_products
+from fpe_pipeline.edits.products import plan_products
+from fpe_pipeline.session.computing import Projections, Rows, evaluate, take
+from fpe_pipeline.session.processor import EditAttnProcessor, unsupported_reasons
 
 ROLES = BatchRoles.from_batch(6, classifier_free_guidance=True)  # one source, two targets
 FPE = {target: Product(source, (source,), (target,)) for source, target in ROLES.pairs()}

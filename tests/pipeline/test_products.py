@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tiny_unets import tiny_unet, unet_inputs
 
 from fpe_pipeline import BatchRoles, Edit, Product, editing
-from fpe_pipeline.evaluation import Projections, Rows, evaluate, row_maps
-from fpe_pipeline.products import MapSpec, plan_products
-from fpe_pipeline.selection import LayerSelection
+from fpe_pipeline.edits.products import MapSpec, plan_products
+from fpe_pipeline.edits.selection import LayerSelection
+from fpe_pipeline.session.computing import Projections, Rows, evaluate, row_maps
 
 
 def test_rows_that_share_a_map_are_computed_together():

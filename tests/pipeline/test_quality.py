@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from fpe_pipeline.loading import InputError
-from fpe_pipeline.models import embedded_path, judge_path, scenes
-from fpe_pipeline.models.judge import load_judge
+from fpe_pipeline.embedded import embedded_path, judge_path
+from fpe_pipeline.embedded.judge import load_judge
+from fpe_pipeline.embedded.scenes import scenes
+from fpe_pipeline.errors import InputError
 from fpe_pipeline.quality import (
     Condition,
     bootstrap_interval,
@@ -24,8 +25,8 @@ from fpe_pipeline.quality import (
     sweep_conditions,
 )
 from fpe_pipeline.quality import command as command_module
-from fpe_pipeline.quality.report import plot, table
-from fpe_pipeline.quality.scores import Score
+from fpe_pipeline.quality.study.report import plot, table
+from fpe_pipeline.quality.study.scores import Score
 
 
 class TestPairs:

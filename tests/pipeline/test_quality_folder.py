@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fpe_pipeline.cli import main
-from fpe_pipeline.loading import InputError
-from fpe_pipeline.models import embedded_path
-from fpe_pipeline.models.scenes import Scene, render
+from fpe_pipeline.app.cli import main
+from fpe_pipeline.embedded import embedded_path
+from fpe_pipeline.embedded.scenes.scenes import Scene, render
+from fpe_pipeline.errors import InputError
 from fpe_pipeline.quality import folder_subjects
-from fpe_pipeline.quality.image_folder import folder_digest
+from fpe_pipeline.quality.methods.image_folder import folder_digest
 
 SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on the beach"
 

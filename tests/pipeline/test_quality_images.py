@@ -16,14 +16,14 @@ from transformers import CLIPTokenizer
 from fpe_pipeline import FreePromptPipeline, ddim_scheduler
 from fpe_pipeline.edits import CombinedEdit, Edit
 from fpe_pipeline.edits.registry import METHODS
-from fpe_pipeline.loading import InputError
-from fpe_pipeline.models import embedded_path, judge_path
-from fpe_pipeline.models.judge import Verdict, load_judge
+from fpe_pipeline.embedded import embedded_path, judge_path
+from fpe_pipeline.embedded.judge import Verdict, load_judge
+from fpe_pipeline.errors import InputError
 from fpe_pipeline.quality import command, compare, contenders, generated_subjects, held_out_pairs, render_subjects
 from fpe_pipeline.quality import images_command as module
-from fpe_pipeline.quality.comparison import MethodScore, score_subject
-from fpe_pipeline.quality.comparison_table import inversion_table, method_table
-from fpe_pipeline.quality.contenders import CONTENDERS, DIFFERENT_NOISE, NO_EDIT, Unfit, chosen
+from fpe_pipeline.quality.methods.comparison import MethodScore, score_subject
+from fpe_pipeline.quality.methods.comparison_table import inversion_table, method_table
+from fpe_pipeline.quality.methods.contenders import CONTENDERS, DIFFERENT_NOISE, NO_EDIT, Unfit, chosen
 from fpe_pipeline.quality.similarity import iou, psnr
 
 KINDS = ("colour", "object", "background")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fpe_pipeline import FreePromptPipeline
-from fpe_pipeline.models import embedded_path
+from fpe_pipeline.embedded import embedded_path
 from fpe_pipeline.quality import held_out_pairs, render_subjects
 from fpe_pipeline.quality.similarity import psnr
 

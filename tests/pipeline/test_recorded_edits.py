@@ -16,10 +16,10 @@ from fpe_pipeline import (
     WordMask,
     ddim_scheduler,
 )
-from fpe_pipeline.products import plan_products
-from fpe_pipeline.recorded_runs import estimate
-from fpe_pipeline.schedule import Step
-from fpe_pipeline.sites import Site
+from fpe_pipeline.edits.products import plan_products
+from fpe_pipeline.models.sites import Site
+from fpe_pipeline.models.steps import Step
+from fpe_pipeline.recordings.record_run import estimate
 
 STEPS = 4
 SECOND = "a photo of green cats walking on street"

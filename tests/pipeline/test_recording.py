@@ -15,11 +15,13 @@ from diffusers import (
 from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
 from fpe_kernels import AttentionMap
-from fpe_pipeline import Recording, ddim_scheduler, make_edit, packing
-from fpe_pipeline.file_store import FileStore
-from fpe_pipeline.loading import InputError
-from fpe_pipeline.map_store import MemoryStore
-from fpe_pipeline.recorded_runs import estimate
+from fpe_pipeline import Recording, ddim_scheduler, make_edit
+from fpe_pipeline.errors import InputError
+from fpe_pipeline.recordings.folder_store import FileStore
+from fpe_pipeline.recordings.precision import PRECISIONS, pack
+from fpe_pipeline.recordings.record_run import estimate
+from fpe_pipeline.recordings.store import MemoryStore
+from fpe_pipeline.session.known_rows import unpack
 
 STEPS = 4
 RUN = {"num_inference_steps": STEPS, "latents": noise()}
@@ -168,7 +170,7 @@ class TestPrecision:
         with pytest.raises(ValueError, match=r"up_blocks.1.attentions.1.* \(up to nan\)"):
             tiny.record(SOURCE, precision=precision, **RUN)
 
-    @pytest.mark.parametrize("precision", packing.PRECISIONS)
+    @pytest.mark.parametrize("precision", PRECISIONS)
     def test_the_estimate_is_what_is_kept(self, tiny, precision):
         recorded = tiny.record(SOURCE, precision=precision, **RUN)
         assert estimate(tiny, make_edit("fpe", (), None, tiny), (12, 16), STEPS, precision) == recorded.nbytes
@@ -177,8 +179,8 @@ class TestPrecision:
     def test_rows_of_rounded_maps_sum_to_one(self):
         query, key = torch.randn(2, 1, 2, 9, 8)
         attention = AttentionMap(query, key)
-        for precision in packing.PRECISIONS:
-            kept = packing.unpack(packing.pack({"query": query, "key": key}, precision), torch.float32)
+        for precision in PRECISIONS:
+            kept = unpack(pack({"query": query, "key": key}, precision), torch.float32)
             rounded = AttentionMap(kept["query"], kept["key"], scale=attention.scale)
             ones = rounded @ torch.ones(1, 2, 9, 1)
             assert distance(ones, torch.ones_like(ones)) <= 1e-5

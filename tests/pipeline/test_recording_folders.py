@@ -10,8 +10,8 @@ import torch
 from free_prompt_pipelines import SOURCE, TARGET, free_prompt_pipeline, noise
 
 from fpe_pipeline import Recording, ddim_scheduler
-from fpe_pipeline.file_store import FileStore
-from fpe_pipeline.loading import InputError
+from fpe_pipeline.errors import InputError
+from fpe_pipeline.recordings.folder_store import FileStore
 
 STEPS = 3
 RUN = {"num_inference_steps": STEPS, "latents": noise()}
@@ -72,7 +72,7 @@ class TestFailures:
                 raise OSError(28, "No space left on device")
             rename(source, target)
 
-        monkeypatch.setattr("fpe_pipeline.file_store.os.replace", replace)
+        monkeypatch.setattr("fpe_pipeline.recordings.folder_store.os.replace", replace)
         (tmp_path / "r").mkdir()
         with pytest.raises(OSError, match="No space left"):
             tiny.record(SOURCE, placement=tmp_path / "r", **RUN)
@@ -202,7 +202,7 @@ class TestDamage:
             verified.append(block.numel())
             return blake2b(block)
 
-        monkeypatch.setattr("fpe_pipeline.file_store._digest", digest)
+        monkeypatch.setattr("fpe_pipeline.recordings.folder_store._digest", digest)
         recorded = Recording.load(folder)
         first = edited(tiny, recorded)
         assert torch.equal(edited(tiny, recorded), first)

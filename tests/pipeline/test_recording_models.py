@@ -10,7 +10,7 @@ from tiny_models import add_image_prompts, image_embeds, tiny_inpaint_pipeline
 from tiny_pipelines import tiny_pipeline, tiny_sdxl_pipeline
 
 from fpe_pipeline import FreePromptPipeline, ddim_scheduler
-from fpe_pipeline.fingerprint import fingerprint
+from fpe_pipeline.recordings.fingerprint import fingerprint
 
 STEPS = 3
 RUN = {"num_inference_steps": STEPS, "latents": noise()}

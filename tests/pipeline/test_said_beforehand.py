@@ -6,12 +6,13 @@ import pytest
 import torch
 from silent import SOURCE, TARGET, embedded, noise
 
-from fpe_pipeline import FreePromptEdit, FreePromptPipeline, PromptToPromptEdit, cli, ddim_scheduler, editing
-from fpe_pipeline.arguments import image_size
-from fpe_pipeline.checks import RequestWarning
-from fpe_pipeline.models.scenes import BACKGROUNDS, COLOURS, OBJECTS
-from fpe_pipeline.models.tokenizer import caption_words
-from fpe_pipeline.words import unknown_words
+from fpe_pipeline import FreePromptEdit, FreePromptPipeline, PromptToPromptEdit, ddim_scheduler, editing
+from fpe_pipeline.app import cli
+from fpe_pipeline.embedded.scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS
+from fpe_pipeline.embedded.training.tokenizer import caption_words
+from fpe_pipeline.errors import RequestWarning
+from fpe_pipeline.prompts.words import unknown_words
+from fpe_pipeline.sampling.arguments import image_size
 
 FAST = {"num_inference_steps": 1, "output_type": "latent"}
 
@@ -133,7 +134,7 @@ def test_default_layers_that_are_not_there_blame_no_option():
     """A UNet without levels below the first: what the edit would choose is not what the user chose."""
     from tiny_unets import tiny_unet
 
-    from fpe_pipeline.sites import attention_sites
+    from fpe_pipeline.models.sites import attention_sites
 
     sites = tuple(site for site in attention_sites(tiny_unet("sd1", torch.float32)) if site.level == 0)
     with pytest.raises(ValueError, match="the layers that are edited where none are named") as caught:

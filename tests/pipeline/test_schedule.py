@@ -14,7 +14,7 @@ from diffusers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpe_pipeline.schedule import Step, StepWindow, locate_step, run_steps
+from fpe_pipeline.models.steps import Step, StepWindow, locate_step, run_steps
 
 FRACTIONS = st.floats(0, 1)
 

@@ -11,7 +11,7 @@ from tiny_pipelines import sample, tiny_pipeline, unedited
 from tiny_unets import SHAPES, tiny_unet, unet_inputs
 
 from fpe_pipeline import FreePromptEdit, editing
-from fpe_pipeline.schedule import Step
+from fpe_pipeline.models.steps import Step
 
 FPE = FreePromptEdit(0.8)
 

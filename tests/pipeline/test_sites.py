@@ -3,8 +3,8 @@ import torch
 from tiny_unets import SHAPES, tiny_unet, unet_inputs
 
 from fpe_pipeline import FreePromptEdit, Site
-from fpe_pipeline.selection import LayerSelection
-from fpe_pipeline.sites import attention_sites
+from fpe_pipeline.edits.selection import LayerSelection
+from fpe_pipeline.models.sites import attention_sites
 
 
 def test_sites_of_a_unet_laid_out_as_sd15(pipe):

@@ -12,8 +12,8 @@ from tiny_unets import tiny_unet, unet_inputs
 
 from fpe_pipeline import BatchRoles, FreePromptEdit, Product, WordMask, editing
 from fpe_pipeline.edits.masks import MaskImage, Strength
-from fpe_pipeline.schedule import Step, StepWindow
-from fpe_pipeline.sites import Site
+from fpe_pipeline.models.sites import Site
+from fpe_pipeline.models.steps import Step, StepWindow
 
 EVERYWHERE = {"levels": (0, 1)}
 

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from fpe_pipeline.loading import InputError
-from fpe_pipeline.staging import staged
+from fpe_pipeline.atomic_folder import staged
+from fpe_pipeline.errors import InputError
 
 NAMES = ("a.png", "b.png", "c.png", "run.json")
 

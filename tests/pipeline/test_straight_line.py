@@ -9,18 +9,10 @@ from edited_layer import order as order_of
 from tiny_models import draw
 from tiny_pipelines import tiny_pipeline
 
-from fpe_pipeline import (
-    BatchRoles,
-    FreePromptEdit,
-    MasaCtrlEdit,
-    PlugAndPlayEdit,
-    Product,
-    StyleAlignedEdit,
-    editing,
-)
-from fpe_pipeline.orders import Order
-from fpe_pipeline.schedule import Step
-from fpe_pipeline.sites import attention_sites
+from fpe_pipeline import BatchRoles, FreePromptEdit, MasaCtrlEdit, PlugAndPlayEdit, Product, StyleAlignedEdit, editing
+from fpe_pipeline.models.sites import attention_sites
+from fpe_pipeline.models.steps import Step
+from fpe_pipeline.session.instructions import Order
 
 TOKENS = GRID[0] * GRID[1]
 PAIRS = BatchRoles.from_batch(6, classifier_free_guidance=True).pairs()

@@ -12,8 +12,8 @@ from PIL import Image
 from silent import SOURCE, TARGET, embedded
 
 from fpe_pipeline import FreePromptPipeline
-from fpe_pipeline.cli import main
-from fpe_pipeline.loading import InputError
+from fpe_pipeline.app.cli import main
+from fpe_pipeline.errors import InputError
 
 NOT_UTF8 = "r\udce9d"  # how Python spells the byte 0xe9 of a Latin-1 command line
 FAST = ["--steps", "1", "--size", "16x16", "--self-replace", "1", "--no-control", "--quiet"]
@@ -26,7 +26,7 @@ def no_model(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("fpe_pipeline.runs.load_pipeline", load)
+    monkeypatch.setattr("fpe_pipeline.runs.run.load_pipeline", load)
 
 
 def latin(folder, name):
@@ -92,7 +92,7 @@ def test_a_recording_goes_where_it_can_be_read(tmp_path):
 
 
 def run_fpe(*arguments, encoding):
-    code = "import sys; from fpe_pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from fpe_pipeline.app.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, check=False)
 
@@ -133,7 +133,7 @@ def test_the_table_of_an_evaluation(monkeypatch):
 
 
 def test_words_of_a_prompts_file_are_checked_before_anything_is_computed(tmp_path):
-    from fpe_pipeline.quality.image_folder import folder_subjects
+    from fpe_pipeline.quality.methods.image_folder import folder_subjects
 
     Image.new("RGB", (80, 80)).save(tmp_path / "one.png")
     entry = {"image": "one.png", "source": SOURCE, "target": f"a {NOT_UTF8} car"}

@@ -11,8 +11,8 @@ from PIL import Image
 from silent import SOURCE, TARGET, embedded, noise
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, PromptToPromptEdit, ddim_scheduler, editing, heat_maps
-from fpe_pipeline.cli import main
-from fpe_pipeline.schedule import locate_step
+from fpe_pipeline.app.cli import main
+from fpe_pipeline.models.steps import locate_step
 
 PROMPTS = [SOURCE, TARGET]
 STEPS = 4

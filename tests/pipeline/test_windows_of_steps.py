@@ -8,7 +8,7 @@ import torch
 from silent import SOURCE, TARGET, embedded, noise
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, LocalBlend, PromptToPromptEdit, editing
-from fpe_pipeline.schedule import run_steps
+from fpe_pipeline.models.steps import run_steps
 
 PROMPTS = [SOURCE, TARGET]
 # Per scheduler, how many calls of the model its first `steps` steps take, of ten.

@@ -12,7 +12,7 @@ from diffusers import (
 from tiny_unets import tiny_unet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from fpe_pipeline.processors import EditAttnProcessor
+from fpe_pipeline.session.processor import EditAttnProcessor
 
 PROMPTS = ["a photo of a red car", "a photo of a blue car", "a drawing of a car", "a green car", "a car at night"]
 

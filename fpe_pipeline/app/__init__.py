@@ -1,0 +1,1 @@
+"""What a person calls: the `fpe` command and what it says."""

@@ -1,0 +1,37 @@
+"""`fpe info`: versions, devices, attention backends, the embedded model's words, and the methods."""
+
+from __future__ import annotations
+
+from ..errors import InputError
+from ..texts import print_text
+
+__all__ = ["run"]
+
+
+def run() -> None:
+    """Print what this installation can do."""
+    import torch
+
+    from fpe_kernels import backends
+
+    from ..edits.registry import METHODS
+    from ..embedded.scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS
+    from ..models.loading import EMBEDDED, find_model
+    from ..runs.repeatable import versions
+
+    for name, version in versions().items():
+        print(f"{name:<14}{version or 'not installed'}")
+    cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    print(f"{'devices':<14}{', '.join([f'cpu ({torch.get_num_threads()} threads)', *cuda])}")
+    print("backends")
+    for name, state in backends().items():
+        print(f"  {name:<12}{state}")
+    try:
+        print_text(f"{'model':<14}{find_model(EMBEDDED).location}")
+    except InputError as error:
+        print(f"{'model':<14}{error}")
+    for title, names in (("objects", OBJECTS), ("colours", COLOURS), ("backgrounds", BACKGROUNDS)):
+        print(f"  {title:<12}{', '.join(names)}")
+    print("methods")
+    for name, method in METHODS.items():
+        print(f"  {name:<15}{method.title}: {', '.join(method.options)}")

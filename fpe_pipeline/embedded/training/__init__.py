@@ -1,0 +1,1 @@
+"""Training the embedded model, and measuring and exporting what came of it."""

@@ -1,0 +1,117 @@
+"""Writing the trained networks as a diffusers folder that any installation of diffusers loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from ..card import MEASUREMENTS, write_card
+from ..judge import Judge, save_judge
+from .diffusion import Denoiser, build_scheduler
+from .tokenizer import build_tokenizer
+
+__all__ = ["SIZE_LIMIT", "check_size", "export", "folder_bytes", "write_measurements"]
+
+SIZE_LIMIT = 12_000_000
+_SETTINGS = 100_000  # bytes of everything but the weights, rounded up
+_JUDGE = "judge.safetensors"
+
+
+def export(
+    folder: Path,
+    *,
+    vae: AutoencoderKL,
+    denoiser: Denoiser,
+    tokenizer: CLIPTokenizer,
+    judge: Judge,
+    measurements: dict[str, object],
+) -> int:
+    """Write a float16 ``StableDiffusionPipeline`` folder, the judge, the measurements and the model card.
+
+    The networks are left as they are; the pipeline is written from float16 copies.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        ValueError: the folder is larger than :data:`SIZE_LIMIT`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe = StableDiffusionPipeline(
+        vae=_half(vae),
+        text_encoder=_half(denoiser.text_encoder),
+        tokenizer=tokenizer,
+        unet=_half(denoiser.unet),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder, safe_serialization=True)
+    _edit_json(folder / "text_encoder" / "config.json", _declare_float32)
+    for path in folder.glob("*/config.json"):
+        _edit_json(path, _forget_origin)
+    # Newer transformers write tokenizer.json alone; older ones read vocab.json and merges.txt.
+    build_tokenizer(folder / "tokenizer")
+    save_judge(judge, folder / _JUDGE)
+    write_measurements(folder, measurements)
+    size = folder_bytes(folder)
+    if size > SIZE_LIMIT:
+        raise ValueError(f"{folder} takes {size:,} bytes, more than the {SIZE_LIMIT:,} that may be shipped")
+    return size
+
+
+def write_measurements(folder: Path, measurements: dict[str, object]) -> None:
+    """Write the measurements, and the card that shows them, into a model's folder."""
+    (folder / MEASUREMENTS).write_text(json.dumps(measurements, indent=2) + "\n")
+    write_card(folder)
+
+
+def check_size(*modules: torch.nn.Module) -> None:
+    """See before a training that its result may be shipped.
+
+    Raises:
+        ValueError: the weights alone take more than :data:`SIZE_LIMIT`.
+    """
+    size = sum(2 * parameter.numel() for module in modules for parameter in module.parameters())
+    if size > SIZE_LIMIT - _SETTINGS:
+        raise ValueError(f"weights of {size:,} bytes leave no room for settings within {SIZE_LIMIT:,}; use less width")
+
+
+def _half(module: Any) -> torch.nn.Module:
+    """A float16 copy, made through the configuration so that the original keeps its precision."""
+    state = {name: value.detach().cpu().half() for name, value in module.state_dict().items()}
+    config = module.config
+    copy = type(module).from_config(config) if hasattr(type(module), "from_config") else type(module)(config)
+    copy.half().load_state_dict(state)
+    return copy.eval()
+
+
+def _edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _declare_float32(config: dict[str, Any]) -> None:
+    """Have transformers load the text encoder in float32 unless told otherwise, as diffusers loads its models.
+
+    Left to itself, transformers takes the stored precision, and the pipeline's parts would not fit together.
+    """
+    config["dtype"] = "float32"
+
+
+def _forget_origin(config: dict[str, Any]) -> None:
+    """Drop the folder that a network was loaded from, which means nothing on another machine."""
+    config.pop("_name_or_path", None)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,112 @@
+"""Rebuild the embedded model end to end: ``python -m fpe_pipeline.embedded.training.train --preset cpu``.
+
+Scenes are rendered, the autoencoder learns them, their latents are cached, the judge learns the renders, UNet and text
+encoder learn the latents, everything is exported, measured and shown in pictures. Each network leaves its state in
+``--work``; a run that was stopped continues where it was. With ``--max-minutes`` everything, from this module's first
+line on, is done by then: schedules follow the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from .data import start_rendering
+from .presets import PRESETS, Preset
+from .timebox import TimeBox
+
+__all__ = ["GRACE", "PRESETS", "Preset", "main", "train"]
+
+log = logging.getLogger(__name__)
+
+_WORKERS = 15
+GRACE = 8.0  # seconds beyond the time box before the process is ended
+
+
+def train(
+    preset: Preset,
+    work: Path,
+    output: Path,
+    *,
+    report: Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    box: TimeBox | None = None,
+    stop_after: int | None = None,
+) -> dict[str, object] | None:
+    """Run every stage that is not finished yet and export the result.
+
+    Args:
+        preset: sizes and schedules.
+        work: folder for caches and checkpoints.
+        output: folder the model is written to.
+        report: folder for ``metrics.json`` and the pictures; none are made without it.
+        seed: of everything that is drawn or initialised.
+        device: a torch device name.
+        box: the wall time that all of this may take.
+        stop_after: leave after this many steps of the first unfinished network.
+
+    Returns:
+        The measurements that were exported, or ``None`` if it left early.
+    """
+    box = box or TimeBox(None)
+    # One core is left to this process. The scenes are drawn while torch and diffusers are still being imported.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(_WORKERS, max(1, cores - 1))
+    held = start_rendering(
+        work / "held_out", preset.held_out, preset.size, seed=seed + 1, held=True, workers=min(4, workers)
+    )
+    drawn = start_rendering(work / "scenes", preset.scenes, preset.size, seed=seed, workers=workers)
+    try:
+        from .stages import Stages
+
+        box.mark("imports")
+        return Stages(preset, work, output, report, seed, device, box, stop_after).run(drawn, held)
+    finally:
+        held.stop()
+        drawn.stop()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fpe_pipeline.embedded.training.train", description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--work", type=Path, help="caches and checkpoints (default: runs/PRESET)")
+    parser.add_argument("--output", type=Path, help="where the model is written (default: WORK/model)")
+    parser.add_argument("--report", type=Path, help="where metrics and pictures are written (default: WORK/report)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="torch device (default: cuda for the gpu preset, else cpu)")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--max-minutes", type=float, help="wall time for everything; schedules follow")
+    args = parser.parse_args(argv)
+    if args.max_minutes is not None and args.max_minutes <= 0:
+        parser.error(f"expected --max-minutes to be above 0, got {args.max_minutes:g}")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    box = TimeBox(args.max_minutes)
+    device = args.device or ("cuda" if args.preset == "gpu" else "cpu")
+    if device.startswith("cuda"):
+        _check_cuda(parser, device)
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    work = args.work or Path("runs") / args.preset
+    output, report = args.output or work / "model", args.report or work / "report"
+    box.guard(GRACE, output)
+    train(PRESETS[args.preset], work, output, report=report, seed=args.seed, device=device, box=box)
+    box.release()
+    return 0
+
+
+def _check_cuda(parser: argparse.ArgumentParser, device: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error(f"device {device} asked for, but torch finds no CUDA device; --device cpu trains slowly")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

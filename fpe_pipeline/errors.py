@@ -1,0 +1,72 @@
+"""What callers pass, refused in one line that says what to do where it is something else."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from numbers import Real
+from typing import Any
+
+__all__ = [
+    "EditWarning",
+    "InputError",
+    "RequestWarning",
+    "check_generator",
+    "check_guidance",
+    "check_positive",
+    "warn_of_size",
+]
+
+#: Times more, or fewer, pixels than a model was trained for, from which on it is warned of.
+FAR = 3.5
+
+
+class InputError(ValueError):
+    """A request that cannot be served as it stands: says what was expected, what came and what to do."""
+
+
+class EditWarning(RuntimeWarning):
+    """Something was asked for that had no effect."""
+
+
+class RequestWarning(UserWarning):
+    """What was asked for will hardly give what was meant."""
+
+
+def check_positive(**numbers: Any) -> None:
+    """Raise ValueError for anything but whole numbers from 1 on, of NumPy too."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not hasattr(number, "__index__") or number < 1:
+            raise ValueError(f"{name} must be a whole number from 1 on, received {number!r}")
+
+
+def check_guidance(guidance_scale: Any) -> None:
+    """Raise ValueError for a scale that is no finite number."""
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, received {guidance_scale!r}")
+
+
+def warn_of_size(size: tuple[int, int], native: tuple[int, int]) -> None:
+    """Warn of a (height, width) in pixels far from the one that a model was trained for."""
+    share = size[0] * size[1] / (native[0] * native[1])
+    if not 1 / FAR < share < FAR:
+        warnings.warn(
+            f"{size[1]} x {size[0]} pixels (width x height) are {share:.2g} times those that the model was trained for "
+            f"({native[1]} x {native[0]}): expect {'objects twice' if share > 1 else 'no recognisable picture'}",
+            RequestWarning,
+            stacklevel=3,
+        )
+
+
+def check_generator(generator: Any) -> None:
+    """Raise TypeError for anything but a generator, a list of them or None; a seed is what most people mean."""
+    import torch
+
+    given = generator if isinstance(generator, list | tuple) else [] if generator is None else [generator]
+    for each in given:
+        if not isinstance(each, torch.Generator):
+            seed = int(each) if hasattr(each, "__index__") else 0
+            raise TypeError(
+                f"expected generator to be a torch.Generator, received {each!r}: write "
+                f"generator=torch.Generator().manual_seed({seed})"
+            )

@@ -1,0 +1,1 @@
+"""Where words of a prompt act in a picture, read in a run."""

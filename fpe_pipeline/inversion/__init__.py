@@ -1,0 +1,1 @@
+"""From a real image to the noise that it comes out of again."""

@@ -1,0 +1,94 @@
+"""A run that follows an inverted image: what the inversion decides of it, and how its source is held."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..models.steps import locate_step
+from ..sampling.step_end import Call, FollowEmbeddings, Task
+from ..session.hooks import SchedulerHook
+from .trajectory import Inversion
+
+__all__ = ["FollowInversion", "Followed", "check_inversion_options"]
+
+
+def check_inversion_options(
+    inversion: Inversion, given: dict[str, Any], negative_prompt: Any, num_inference_steps: int | None
+) -> None:
+    """Raise where an option would contradict what an inversion decides."""
+    if not isinstance(inversion, Inversion):
+        raise TypeError(f"expected what pipe.invert returns as inversion, received {type(inversion).__name__}")
+    taken = ["latents", "timesteps", "sigmas"]
+    if inversion.unconditional is not None or inversion.method == "negative-prompt":
+        taken.append("negative_prompt_embeds")
+        if negative_prompt is not None:
+            raise ValueError(
+                f"{inversion.method!r} inversion puts its own embeddings in place of the negative prompt; leave "
+                "negative_prompt out, or invert by 'ddim' or 'direct'"
+            )
+    clashing = [name for name in taken if given.get(name) is not None]
+    if clashing:
+        raise ValueError(f"the inversion decides {', '.join(clashing)}; leave out one or the other")
+    if num_inference_steps not in (None, inversion.steps):
+        raise ValueError(
+            f"the image was inverted in {inversion.steps} steps, received num_inference_steps={num_inference_steps}; "
+            "leave it out, or invert with that number"
+        )
+
+
+class FollowInversion:
+    """Puts the source rows of a run back onto the stored latents of an inverted image, in a ``with`` block.
+
+    It acts before anything else sees the step's latents: blends take from the source what the next step starts from.
+
+    Args:
+        scheduler: of the run.
+        call: which rows are the source's.
+        inversion: says after which steps the source is put where.
+    """
+
+    def __init__(self, scheduler: Any, call: Call, inversion: Inversion) -> None:
+        self._scheduler, self._call, self._inversion = scheduler, call, inversion
+
+    def __enter__(self) -> None:
+        self._hook = SchedulerHook(self._scheduler, self._follow)
+
+    def __exit__(self, *_: Any) -> None:
+        self._hook.remove(expected=False)
+
+    def _follow(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
+        reference = self._inversion.reference(locate_step(self._scheduler, timestep).call)
+        if reference is None or self._call.source_dropped:
+            return latents
+        rows = self._call.images_per_prompt
+        return torch.cat([reference.to(latents).expand(rows, -1, -1, -1), latents[rows:]])
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What a run needs to follow an inverted image; nothing where its source is generated.
+
+    Args:
+        source: holds the source rows to the trajectory, in a ``with`` block around the run.
+        tasks: at the end of each step.
+        options: of the pipeline's call.
+    """
+
+    source: AbstractContextManager = field(default_factory=nullcontext)
+    tasks: tuple[Task, ...] = ()
+    options: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pipe: Any, call: Call, inversion: Inversion | None) -> Followed:
+        """How ``call`` of ``pipe`` follows ``inversion``, whose run the scheduler has been set to."""
+        if inversion is None:
+            return cls()
+        source = FollowInversion(pipe.scheduler, call, inversion)
+        if inversion.unconditional is None:
+            return cls(source)
+        embeddings = inversion.unconditional[0].to(pipe.unet.dtype).expand(call.prompts, -1, -1)
+        return cls(source, (FollowEmbeddings(inversion.unconditional),), {"negative_prompt_embeds": embeddings})

@@ -1,0 +1,241 @@
+"""Finding, loading and identifying the model of a run.
+
+A model is the embedded one, one before it, a diffusers folder, a single-file checkpoint, or a name on the Hugging Face
+hub. What can be checked without reading weights is checked first, so that a typo costs no loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..embedded import EARLIER, EMBEDDED, embedded_path
+from ..errors import InputError
+from ..texts import check_readable_name
+from .quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "EARLIER",
+    "EMBEDDED",
+    "ModelSource",
+    "find_model",
+    "identity",
+    "is_embedded",
+    "load",
+    "pick_device",
+    "pick_dtype",
+    "replaced_models",
+]
+
+SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
+PIPELINE_CLASSES = ("StableDiffusionPipeline", "FreePromptPipeline")
+# Folders of earlier versions, which records made with `--model FOLDER` name.
+_LAY_BEFORE = {
+    "fpe_pipeline/models/embedded": EMBEDDED,
+    **{f"fpe_pipeline/models/earlier/{name.replace('-', '_')}": name for name in EARLIER},
+}
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from: `kind` is "folder", "file" or "hub"; `vae_factor` is image pixels per latent pixel.
+
+    `vae_factor` is None where only loading the weights would tell.
+    """
+
+    kind: str
+    location: str
+    vae_factor: int | None = None
+
+    def check_size(self, size: tuple[int, int] | None) -> None:
+        """Raise `InputError` for a (width, height) in pixels that this model's autoencoder cannot make."""
+        if size is None or self.vae_factor is None:
+            return
+        if any(side <= 0 or side % self.vae_factor for side in size):
+            down, up = (
+                [max(1, rounding(side / self.vae_factor)) * self.vae_factor for side in size]
+                for rounding in (math.floor, math.ceil)
+            )
+            raise InputError(
+                f"width and height must be positive multiples of {self.vae_factor} px for this model's autoencoder, "
+                f"received {size[0]}x{size[1]}; use {down[0]}x{down[1]} or {up[0]}x{up[1]}"
+            )
+
+
+def find_model(model: str) -> ModelSource:
+    """Resolve a model name without loading weights.
+
+    Args:
+        model: "embedded" or an earlier one's name such as "embedded-80", a diffusers folder, a .safetensors or .ckpt
+            file, or a hub name such as "owner/model".
+
+    Raises:
+        InputError: nothing of that name is here and it cannot be a hub name, or it is another kind of model.
+    """
+    if is_embedded(model):
+        return _folder(_embedded_folder(model))
+    path = Path(model).expanduser()
+    try:
+        check_readable_name(path)
+    except ValueError as error:
+        raise InputError(f"model {error}") from None
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        if path.suffix not in SINGLE_FILE_SUFFIXES:
+            raise InputError(
+                f"a model file must end in {' or '.join(SINGLE_FILE_SUFFIXES)}, received '{model}'; "
+                "pass a checkpoint file or a diffusers folder"
+            )
+        return ModelSource("file", str(path.resolve()))
+    for end, name in _LAY_BEFORE.items():
+        if path.as_posix().endswith(f"/{end}"):
+            return find_model(name)
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
+        return ModelSource("hub", model)
+    raise InputError(
+        f"model '{model}' is neither a folder nor a file here, nor a hub name of the form owner/model; "
+        f"check the path, or leave --model out for the {EMBEDDED} model"
+    )
+
+
+def is_embedded(model: str) -> bool:
+    """Whether a name is that of the embedded model or of one before it, rather than a path or a hub's name."""
+    return model == EMBEDDED or model in EARLIER
+
+
+def replaced_models(model: str) -> list[str]:
+    """What lay before where a model lies, newest first: names for "embedded", folders for its folder, else nothing."""
+    if model == EMBEDDED:
+        return list(EARLIER)
+    try:
+        if find_model(model) != find_model(EMBEDDED):
+            return []
+    except InputError:
+        return []
+    return [find_model(name).location for name in EARLIER]
+
+
+def load(source: ModelSource, pipeline: Any, *, dtype: torch.dtype, device: str) -> Any:
+    """Load a pipeline in one dtype onto one device, with the scheduler that the model names.
+
+    Args:
+        source: where the weights are.
+        pipeline: the class to load, one of diffusers' or ours.
+        dtype, device: of all weights.
+
+    Raises:
+        InputError: the hub does not provide it, or the weights cannot be read.
+    """
+    loader = pipeline.from_single_file if source.kind == "file" else pipeline.from_pretrained
+    try:
+        with quiet_libraries():
+            pipe = loader(source.location, torch_dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        hint = "; a checkpoint file needs its configuration from the hub once" if source.kind == "file" else ""
+        raise InputError(f"model '{source.location}' could not be loaded: {reason[0]}{hint}") from error
+    return pipe.to(device)
+
+
+def identity(pipe: Any) -> str:
+    """SHA-256 (hex) of what decides the images: every weight as loaded, the scheduler's settings, the vocabulary.
+
+    Independent of the path and of files that are not loaded; different for another dtype.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, component in sorted(pipe.components.items()):
+        if isinstance(component, torch.nn.Module):
+            for key, tensor in sorted(component.state_dict().items()):
+                digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(json.dumps(scheduler_settings(pipe), sort_keys=True, default=str).encode())
+    if pipe.tokenizer is not None:
+        digest.update(json.dumps(pipe.tokenizer.get_vocab(), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def scheduler_settings(pipe: Any) -> dict[str, Any]:
+    """Class name and public configuration of the pipeline's scheduler."""
+    config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    return {"class": type(pipe.scheduler).__name__, **config}
+
+
+def pick_device(device: str) -> str:
+    """The device to run on: "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: not a device, or not one of this machine.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"device '{device}' is not available here ({str(error).strip().splitlines()[0]}); use --device cpu or auto"
+        ) from error
+    return str(wanted)
+
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    """The dtype of all weights: "auto" is float16 on CUDA, float32 elsewhere.
+
+    Raises:
+        InputError: not one of float32, float16, bfloat16, auto.
+    """
+    import torch
+
+    if dtype == "auto":
+        return torch.float16 if device.startswith("cuda") else torch.float32
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)} or auto, received '{dtype}'")
+    return getattr(torch, dtype)
+
+
+def _embedded_folder(name: str) -> Path:
+    try:
+        return Path(embedded_path(name))
+    except FileNotFoundError as error:
+        raise InputError(
+            "this installation has no embedded model; pass --model with a diffusers folder or a checkpoint file"
+        ) from error
+
+
+def _folder(path: Path) -> ModelSource:
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise InputError(
+            f"'{path}' is not a diffusers pipeline folder: it has no model_index.json; "
+            "pass the folder that save_pretrained wrote, or a .safetensors file"
+        )
+    name = _json(index).get("_class_name")
+    if name not in PIPELINE_CLASSES:
+        raise InputError(
+            f"expected a Stable Diffusion 1.x or 2.x pipeline, '{path}' holds a {name}; "
+            "load it with diffusers and edit with `fpe_pipeline.editing(pipe, ...)`"
+        )
+    config = path / "vae" / "config.json"
+    channels = _json(config).get("block_out_channels") if config.is_file() else None
+    return ModelSource("folder", str(path.resolve()), 2 ** (len(channels) - 1) if channels else None)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"'{path}' is not valid JSON: {error}; the model folder is damaged") from error

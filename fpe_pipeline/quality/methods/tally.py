@@ -1,0 +1,75 @@
+"""The comparison's figures: means and intervals by origin, kind of edit and method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..intervals import mean_and_interval
+from .contenders import CONTENDERS
+from .subjects import GENERATED
+
+__all__ = ["ALL", "compare"]
+
+#: All kinds of edit together.
+ALL = "all"
+_OF_PICTURES = ("reconstruction", "autoencoder", "inversion_seconds")
+_FIGURES = ("success", "iou", "outside_psnr", "seconds")
+
+
+def compare(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, Any]:
+    """Means and 95 % intervals: Wilson's for shares, bootstrapped for the rest.
+
+    Args:
+        scores: as :meth:`~.comparison.MethodScore.to_json` gives them.
+        seed: of the bootstrap.
+
+    Returns:
+        ``{origin: {"pictures": n, "reconstruction": figure, "autoencoder": figure, "inversion_seconds": figure,
+        "kinds": {kind: {method: {"edits": n, "asked": n, "reasons": […], "success": figure, "iou": …, "outside_psnr":
+        …, "seconds": …}}}}}`` with a figure ``{"mean", "low", "high"}``, or ``None`` where nothing was measured; those
+        of a picture have its ``"minimum"`` too. ``"edits"`` counts those that the method could make of ``"asked"``,
+        ``"reasons"`` says why it could not make the others. The first kind is ``"all"``.
+    """
+    result: dict[str, Any] = {}
+    for origin in dict.fromkeys(str(score["origin"]) for score in scores):
+        mine = [score for score in scores if score["origin"] == origin]
+        # Every edit of a picture comes with its inversion, and with the same reconstruction.
+        pictures = {str(score["subject"]): score for score in mine if score["reconstruction"] is not None}
+        kinds = [ALL, *dict.fromkeys(str(score["kind"]) for score in mine)]
+        result[origin] = {
+            "pictures": len({score["subject"] for score in mine}),
+            **{name: _figure(list(pictures.values()), name, seed, minimum=True) for name in _OF_PICTURES},
+            "kinds": {kind: _methods([s for s in mine if kind in (ALL, s["kind"])], seed) for kind in kinds},
+        }
+        if origin == GENERATED:
+            for name in _OF_PICTURES:
+                del result[origin][name]
+    return result
+
+
+def _methods(scores: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    found = {}
+    # Scores that were added later stand behind the others; the table keeps the contenders' order.
+    for method in sorted({str(score["method"]) for score in scores}, key=CONTENDERS.index):
+        rows = [score for score in scores if score["method"] == method]
+        made = [row for row in rows if not row["reason"]]
+        found[method] = {
+            "edits": len(made),
+            "asked": len(rows),
+            **{figure: _figure(made, figure, seed) for figure in _FIGURES},
+            "reasons": sorted({row["reason"] for row in rows if row["reason"]}),
+        }
+    return found
+
+
+def _figure(
+    rows: Sequence[Mapping[str, Any]], name: str, seed: int, *, minimum: bool = False
+) -> dict[str, float] | None:
+    values = [float(row[name]) for row in rows if row[name] is not None]
+    if not values:
+        return None
+    figure = mean_and_interval(np.array(values), seed, share=name == "success")
+    return {**figure, "minimum": round(min(values), 4)} if minimum else figure

@@ -1,0 +1,1 @@
+"""Edits of held-out scenes, where the right answer is known."""

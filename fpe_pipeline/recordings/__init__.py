@@ -1,0 +1,1 @@
+"""A source generated once, kept, and edited any number of times."""

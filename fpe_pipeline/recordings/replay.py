@@ -1,0 +1,107 @@
+"""The session of targets whose source is recorded: it is replayed to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..edits import Edit
+from ..models.roles import BatchRoles
+from ..models.steps import Step, run_steps
+from ..prompts.encoding import Encoding
+from ..session.known_rows import Packed, RecordedLayer, unpack
+from ..session.session import EditingSession
+from .contents import part_name, source_needs
+from .requirements import UNWATCHED
+from .store import MapStore
+
+__all__ = ["Replay"]
+
+
+class Replay(EditingSession):
+    """Edits targets alone, from a source that is recorded: its rows are numbered after those of the batch.
+
+    Args:
+        pipe: denoises the targets.
+        edit: asked as if the source were in the batch.
+        store: what is recorded of the source.
+        latents: the source's [calls of the UNet + 1, 1, C, h, w].
+        targets: how many.
+        guided: whether there are unconditional rows.
+        backend: of the attention.
+
+    Attributes:
+        needed: what the edit takes of the source.
+    """
+
+    unwatched = UNWATCHED
+
+    def __init__(
+        self,
+        pipe: Any,
+        edit: Edit,
+        store: MapStore,
+        latents: torch.Tensor,
+        targets: int,
+        guided: bool,
+        backend: str,
+    ) -> None:
+        super().__init__(pipe, edit, backend=backend)
+        self._store = store
+        self._latents = latents
+        self._recorded_roles = BatchRoles.from_recording(targets, classifier_free_guidance=guided)
+        self._device = latents.device
+        sites = tuple(site.at(*latents.shape[-2:]) for site in self.sites)
+        self.needed = source_needs([edit], sites, run_steps(pipe.scheduler), targets=targets, guided=guided)
+
+    def after_step(self, latents: torch.Tensor) -> torch.Tensor:
+        """As the session's; blends see the source's latents of the recorded run behind the targets'."""
+        if self._step is None:
+            return latents
+        source = self._latents[self._step.call + 1].to(latents)
+        return super().after_step(torch.cat([latents, source]))[: latents.shape[0]]
+
+    def _encoded(self, encoding: Encoding) -> None:
+        """The call encodes the targets alone; the edit was written for the source as well, and checked before."""
+
+    def _before_unet(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._device = (args[0] if args else kwargs["sample"]).device
+        super()._before_unet(module, args, kwargs)
+
+    def _restore(self) -> None:
+        super()._restore()
+        self._store.release()
+
+    def _read_roles(self, rows: int) -> BatchRoles:
+        if self._recorded_roles.batch != rows:
+            raise ValueError(
+                f"expected a batch of {self._recorded_roles.batch} rows, the targets of a recording, received {rows}"
+            )
+        return self._recorded_roles
+
+    def _recorded(self, step: Step, roles: BatchRoles) -> Mapping[str, RecordedLayer]:
+        tensors = self._store.read(step.call, self._device)
+        rows = {part_name(roles.conditional[row], ""): row for row in range(roles.batch, roles.rows)}
+        found: dict[str, dict[int, Packed]] = {}
+        for path, parts in self.needed.items():
+            for name in parts:
+                half, part = name.split()
+                tensor = tensors.get(f"{path}|{name}")
+                if tensor is not None:
+                    packed = found.setdefault(path, {}).setdefault(rows[f"{half} "], {})
+                    packed[part] = tensor
+                    if (scale := tensors.get(f"{path}|{name}_scale")) is not None:
+                        packed[f"{part}_scale"] = scale
+        assert self._features is not None
+        self._features.recorded = {
+            path: {row: unpack(packed, self.unet.dtype)["feature"] for row, packed in known.items()}
+            for path, known in found.items()
+            if path in self._running.feature_modules
+        }
+        return {path: RecordedLayer(known, _in_words(known, roles)) for path, known in found.items()}
+
+
+def _in_words(known: Mapping[int, Packed], roles: BatchRoles) -> str:
+    return "; ".join(part_name(roles.conditional[row], ", ".join(packed)) for row, packed in known.items())

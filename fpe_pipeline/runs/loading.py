@@ -1,0 +1,35 @@
+"""Loading `FreePromptPipeline`, and only when a run comes to it: its import takes seconds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..models.loading import ModelSource, load
+from ..models.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..pipeline import FreePromptPipeline
+
+__all__ = ["load_pipeline", "pipeline_class"]
+
+
+def load_pipeline(source: ModelSource, *, dtype: torch.dtype, device: str, pipeline: Any = None) -> Any:
+    """Load a `FreePromptPipeline` in one dtype onto one device, with the scheduler that the model names.
+
+    Args:
+        source, dtype, device: as for :func:`~fpe_pipeline.models.loading.load`.
+        pipeline: another class of diffusers' to load.
+
+    Raises:
+        InputError: the hub does not provide it, or the weights cannot be read.
+    """
+    return load(source, pipeline or pipeline_class(), dtype=dtype, device=device)
+
+
+def pipeline_class() -> type[FreePromptPipeline]:
+    """`FreePromptPipeline`, whose import takes seconds where diffusers is not loaded yet."""
+    with quiet_libraries():
+        from ..pipeline import FreePromptPipeline
+    return FreePromptPipeline

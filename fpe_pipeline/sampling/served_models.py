@@ -1,0 +1,122 @@
+"""Which models `FreePromptPipeline` serves, and which of them have real images and recordings."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+from ..errors import EditWarning
+from ..models.precision import check_precision
+
+__all__ = [
+    "check_guided_inversion",
+    "check_model",
+    "check_options",
+    "check_pipeline",
+    "check_without_image_prompts",
+    "final_norm",
+]
+
+
+def check_model(unet: Any, vae: Any) -> None:
+    """Raise ValueError for a UNet that takes more than latents of this autoencoder, a timestep and text."""
+    hint = (
+        "FreePromptPipeline, with real images and recordings, is for text-to-image models of the kind of Stable "
+        "Diffusion 1.x and 2.x; put `with editing(pipe, edit):` around this model's own diffusers pipeline"
+    )
+    conditions = ("addition_embed_type", "class_embed_type", "num_class_embeds")
+    further = [f"{name}={unet.config[name]!r}" for name in conditions if unet.config.get(name) is not None]
+    if further:
+        raise ValueError(
+            f"expected a UNet whose conditions are a timestep and text, received one with {', '.join(further)}, as "
+            f"SDXL has: {hint}"
+        )
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise ValueError(
+            f"expected a UNet that takes the {vae.config.latent_channels} channels of the autoencoder's latents, "
+            f"received one that takes {unet.config.in_channels}, as inpainting (9) and InstructPix2Pix (8) do: {hint}"
+        )
+
+
+def check_without_image_prompts(pipe: Any, what: str) -> None:
+    """Raise ValueError where an IP-Adapter is loaded; ``what`` cannot take its image prompts."""
+    # `load_ip_adapter` sets the attribute and leaves the entry of the same name as it was.
+    if getattr(pipe.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj":
+        raise ValueError(
+            f"{what} takes no image prompts, and the UNet has an IP-Adapter: take it off with "
+            "pipe.unload_ip_adapter(), or edit generated images with pipe(source, targets, ip_adapter_image=…)"
+        )
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Raise ValueError for a pipeline whose parts `FreePromptPipeline` cannot serve."""
+    check_model(pipe.unet, pipe.vae)
+    for name in ("unet", "vae", "text_encoder"):
+        check_precision(name, getattr(pipe, name, None))
+
+
+def check_guided_inversion(unet: Any, method: str) -> None:
+    """Raise ValueError where a method of inversion lives in an unconditional half that the UNet does not have."""
+    if method in ("negative-prompt", "null-text") and unet.config.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            f"{method} inversion lives in the unconditional half of classifier-free guidance, and this UNet has none: "
+            f"it was distilled to take the guidance scale itself (time_cond_proj_dim={unet.config.time_cond_proj_dim}, "
+            "as latent consistency models); invert by 'ddim' or 'direct'"
+        )
+
+
+def check_options(pipe: Any, guidance_scale: float, negative: bool, options: dict[str, Any]) -> None:
+    """Refuse options of a call that would do nothing or fail inside, with the reason.
+
+    Args:
+        pipe: the pipeline.
+        guidance_scale: of the call.
+        negative: whether a negative prompt was passed.
+        options: what is handed on to `StableDiffusionPipeline`.
+
+    Raises:
+        ValueError: an option that this pipeline cannot serve.
+    """
+    if negative and pipe.unet.config.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            "a negative prompt acts in the unconditional half of classifier-free guidance, and this UNet has none: it "
+            "was distilled to take the guidance scale itself; leave negative_prompt out"
+        )
+    if negative and guidance_scale <= 1:
+        warnings.warn(
+            f"the negative prompt does nothing at guidance_scale={guidance_scale:g}, which switches guidance off",
+            EditWarning,
+            stacklevel=3,
+        )
+    takes_eta = "eta" in inspect.signature(pipe.scheduler.step).parameters
+    if options.get("eta") and not takes_eta:
+        raise ValueError(
+            f"eta={options['eta']} is DDIM's, and {type(pipe.scheduler).__name__} takes none: leave it out, or set a "
+            "scheduler that takes it"
+        )
+    adapter = getattr(pipe.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
+    images = [name for name in ("ip_adapter_image", "ip_adapter_image_embeds") if options.get(name) is not None]
+    if images and not adapter:
+        raise ValueError(f"{images[0]} was passed, and no IP-Adapter is loaded: call pipe.load_ip_adapter(…) first")
+    if options.get("clip_skip") is not None:
+        _check_clip_skip(pipe.text_encoder, options["clip_skip"])
+
+
+def _check_clip_skip(encoder: Any, skipped: Any) -> None:
+    layers = getattr(getattr(encoder, "config", None), "num_hidden_layers", None)
+    if isinstance(skipped, bool) or not isinstance(skipped, int) or layers is None or not 0 <= skipped <= layers:
+        raise ValueError(
+            f"clip_skip must be a whole number of the text encoder's last layers to skip, from 0 to {layers}, received "
+            f"{skipped!r}"
+        )
+    if final_norm(encoder) is None:
+        raise ValueError(
+            f"clip_skip needs the final layer norm of a CLIP text encoder, which {type(encoder).__name__} does not "
+            "have; leave it out, or pass prompt_embeds"
+        )
+
+
+def final_norm(encoder: Any) -> Any:
+    """A CLIP text encoder's final layer norm, wherever its version of transformers keeps it; None without one."""
+    return getattr(getattr(encoder, "text_model", encoder), "final_layer_norm", None)

@@ -1,0 +1,57 @@
+"""What a session refuses on entry, before a layer is touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fpe_kernels
+
+from ..edits import Edit
+from ..models.precision import check_precision
+from ..models.roles import BatchRoles
+from ..models.sites import Site
+from ..models.unet import check_images
+
+__all__ = ["check_entry", "check_selects"]
+
+
+def check_entry(
+    pipe: Any | None, unet: Any, edit: Any, backend: str, noise: Any, roles: BatchRoles | None, layout: tuple[Any, ...]
+) -> None:
+    """Refuse the arguments of a session that cannot be served.
+
+    Args:
+        pipe, unet: of the session; the pipeline is None for a UNet alone.
+        edit, backend, noise, roles: as `EditingSession` takes them.
+        layout: its other arguments that describe the batch, None where they were left out.
+
+    Raises:
+        TypeError: no edit.
+        ValueError: videos and panoramas, a UNet in float8, an unknown backend or noise, two layouts.
+        RuntimeError: a backend that cannot run here.
+    """
+    if not isinstance(edit, Edit):
+        raise TypeError(f"expected an Edit, such as FreePromptEdit(), got {type(edit).__name__}")
+    check_images(pipe, unet)
+    check_precision("unet", unet)
+    if roles is not None and any(given is not None for given in layout):
+        raise ValueError("roles= is the whole layout: leave out images_per_prompt, source_of and guidance")
+    if noise not in (None, "shared", "separate"):
+        raise ValueError(f'expected noise to be "shared" or "separate", got {noise!r}')
+    if backend == "auto":
+        return
+    known = fpe_kernels.backends()
+    if backend not in known:
+        raise ValueError(f'unknown backend {backend!r}: expected "auto" or one of {sorted(known)}')
+    if known[backend] != "available":
+        raise RuntimeError(f"backend {backend!r} cannot run here: {known[backend]}")
+
+
+def check_selects(edit: Edit, sites: tuple[Site, ...]) -> None:
+    """Raise ValueError for an edit that selects nothing, watches nothing and injects nothing, unless it means to."""
+    running = edit.begin()
+    if not (running.select(sites) or running.windows() == () or running.watchers() or running.feature_modules):
+        raise ValueError(
+            f"{type(edit).__name__} selects none of the UNet's {len(sites)} attention layers, so that it would edit "
+            "nothing: return some of the sites from select, or use no session"
+        )

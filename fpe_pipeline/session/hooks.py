@@ -1,0 +1,116 @@
+"""What hangs on a model during a run besides attention processors: injected features, and hands on the latents."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["FeatureHooks", "SchedulerHook"]
+
+
+class FeatureHooks:
+    """Forward hooks by which rows of a module's output take another row's, for the length of a session.
+
+    Rows numbered past the module's output are looked up in ``recorded``. ``receive`` is shown every output.
+    """
+
+    def __init__(self, unet: torch.nn.Module, paths: Iterable[str]) -> None:
+        self.rows: Mapping[str, Mapping[int, int]] = {}
+        self.recorded: Mapping[str, Mapping[int, torch.Tensor]] = {}
+        self.receive: Callable[[str, torch.Tensor], None] | None = None
+        self._handles: list[Any] = []
+        try:
+            for path in paths:
+                module = _submodule(unet, path)
+                hook = torch.compiler.disable(functools.partial(self._replace, path))
+                self._handles.append(module.register_forward_hook(hook))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _replace(self, path: str, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if self.receive is not None:
+            self.receive(path, output)
+        sources = self.rows.get(path)
+        if not sources:
+            return None
+        rows, known = output.shape[0], self.recorded.get(path, {})
+        taken = [sources.get(row, row) for row in range(rows)]
+        return torch.stack([output[row] if row < rows else known[row][0] for row in taken])
+
+
+class SchedulerHook:
+    """Passes a scheduler's new latents through a function ``change(latents, timestep)``, until it is removed.
+
+    Schedulers offer no callback. The method is shadowed on the instance, with its signature, which pipelines inspect.
+    Of several hooks the first one acts first; they are removed in any order.
+    """
+
+    def __init__(self, scheduler: Any, change: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
+        self.calls = 0
+        self.change = change
+        self._scheduler = scheduler
+        shadow = vars(scheduler).get("step")
+        self._shadow = shadow if hasattr(shadow, "hooks") else _shadow_step(scheduler)
+        self._shadow.hooks.append(self)
+
+    def remove(self, *, expected: bool) -> None:
+        """Uncover the method that was there before; warn where steps were ``expected`` and none was made."""
+        if expected and not self.calls:
+            warnings.warn(
+                "latents were to be blended after each step, and the scheduler that the session found on entering made "
+                "none: set the pipeline's scheduler before, or call session.after_step(latents) in a loop of your own",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        hooks = self._shadow.hooks
+        if self in hooks:
+            hooks.remove(self)
+        if not hooks and vars(self._scheduler).get("step") is self._shadow:
+            del self._scheduler.step
+            if self._shadow.shadowed is not None:
+                self._scheduler.step = self._shadow.shadowed
+
+
+def _shadow_step(scheduler: Any) -> Any:
+    """Cover a scheduler's ``step`` by one that shows its latents to every one of its ``hooks``."""
+    original = scheduler.step
+    hooks: list[SchedulerHook] = []
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        output = original(*args, **kwargs)
+        latents = output[0] if isinstance(output, tuple) else output.prev_sample
+        for hook in tuple(hooks):
+            hook.calls += 1
+            latents = hook.change(latents, timestep)
+        if isinstance(output, tuple):
+            return (latents, *output[1:])
+        output.prev_sample = latents
+        return output
+
+    shadow: Any = step
+    shadow.hooks, shadow.shadowed = hooks, vars(scheduler).get("step")
+    scheduler.step = shadow
+    return shadow
+
+
+def _submodule(unet: torch.nn.Module, path: str) -> torch.nn.Module:
+    try:
+        return unet.get_submodule(path)
+    except AttributeError:
+        raise ValueError(
+            f"{type(unet).__name__} has no module {path!r} to inject features into: name one of its modules, such as "
+            "'up_blocks.1.resnets.1'"
+        ) from None

@@ -1,0 +1,117 @@
+"""The processors that a session puts onto a UNet's attention layers, and takes off again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..models.sites import Site
+from ..models.unet import identity
+from .instructions import Order
+from .processor import SLICED, EditAttnProcessor, editing_processor, is_sliced, unsupported_reasons
+
+__all__ = ["LayerProcessors"]
+
+
+class LayerProcessors:
+    """Editing processors around the processors of some layers, until :meth:`restore`.
+
+    Args:
+        unet: whose layers they are; compiled or not.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        self._unet = unet
+        self._installed: dict[str, EditAttnProcessor] = {}
+        self._found: dict[str, Any] = {}  # the layers themselves, of those installed
+
+    def wrap(self, sites: Sequence[Site]) -> None:
+        """Put editing processors around those of the sites' layers; layers that have one keep it."""
+        before = self._unet.attn_processors
+        new = {
+            site.path: editing_processor(before[f"{site.path}.processor"])
+            for site in sites
+            if site.path not in self._installed
+        }
+        if new:
+            self._installed |= new
+            self._set({**before, **{f"{path}.processor": processor for path, processor in new.items()}})
+
+    def check(self, sites: Iterable[Site], override: tuple[type, ...]) -> None:
+        """Raise ValueError, with the reasons, where layers cannot be edited."""
+        reasons = {
+            site.path: unsupported_reasons(self._layer(site.path), self._installed[site.path].inner, override)
+            for site in sites
+        }
+        _refuse({path: "; ".join(given) for path, given in reasons.items() if given})
+
+    def give(self, orders: Mapping[str, Order]) -> None:
+        """Tell each processor what to do in the next call of the UNet: its order, or nothing.
+
+        Raises:
+            ValueError: attention slicing was switched on since, and has taken the place of one that has an order.
+        """
+        for path, processor in self._installed.items():
+            processor.order = orders.get(path)
+            processor.executed, processor.skipped = False, ""
+        sliced = [path for path in orders if is_sliced(self._layer(path).processor)]
+        if sliced:
+            # The layers stay as the user has set them, which needs no word at the end beside this error.
+            self._installed = {
+                path: own for path, own in self._installed.items() if not is_sliced(self._layer(path).processor)
+            }
+            _refuse(dict.fromkeys(sliced, SLICED))
+
+    @property
+    def ordered(self) -> dict[str, EditAttnProcessor]:
+        """By layer path, the processors that have an order."""
+        return {path: processor for path, processor in self._installed.items() if processor.order is not None}
+
+    def warn_of_bypassed(self, stacklevel: int) -> None:
+        """Warn of layers that had an order in the call that has ended and did not carry it out."""
+        bypassed = [path for path, processor in self.ordered.items() if not processor.executed]
+        if bypassed:
+            warnings.warn(
+                "layers that this step was to edit were computed without their editing processor, which was replaced "
+                "or skipped: " + ", ".join(bypassed),
+                RuntimeWarning,
+                stacklevel=stacklevel,
+            )
+
+    def restore(self, stacklevel: int) -> None:
+        """Give the layers back the processors that they had; warn of those that somebody else has replaced since."""
+        self.give({})  # whoever still holds one of ours now holds one that calls the original
+        processors = self._unet.attn_processors
+        foreign = []
+        for path, processor in self._installed.items():
+            name = f"{path}.processor"
+            if processors.get(name) is processor:
+                processors[name] = processor.inner
+            elif name in processors and processors[name] is not processor.inner:
+                foreign.append(f"{path} ({type(processors[name]).__name__})")
+        self._set(processors)
+        self._installed, self._found = {}, {}
+        if foreign:
+            warnings.warn(
+                "these layers' processors were replaced during the editing session and are left as they are: "
+                + ", ".join(foreign),
+                RuntimeWarning,
+                stacklevel=stacklevel + 1,
+            )
+
+    def _layer(self, path: str) -> Any:
+        if path not in self._found:  # by name takes a microsecond for each of its parts
+            self._found[path] = identity(self._unet).get_submodule(path)
+        return self._found[path]
+
+    def _set(self, processors: dict[str, Any]) -> None:
+        # `set_attn_processor` wants every layer named, and empties the dictionary that it is given.
+        self._unet.set_attn_processor(dict(processors))
+
+
+def _refuse(reasons: Mapping[str, str]) -> None:
+    if reasons:
+        raise ValueError(
+            "these layers cannot be edited:\n" + "\n".join(f"  {path}: {why}" for path, why in reasons.items())
+        )

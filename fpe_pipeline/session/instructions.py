@@ -1,0 +1,161 @@
+"""From an edit and its watchers to what each layer's processor is to do in one UNet call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from fpe_kernels import LinearMap
+
+from ..edits import Edit
+from ..edits.products import ProductPlan, plan_products
+from ..edits.watchers import Watcher
+from ..models.roles import BatchRoles
+from ..models.sites import Site
+from ..models.steps import Step
+from .computing import Rows
+from .device_copies import Place
+from .known_rows import RecordedLayer
+from .straight_line import StraightLine, straight_line
+
+__all__ = ["Order", "StandingOrders", "make_orders"]
+
+Compute = Callable[[Rows, Rows, Rows, float, torch.Tensor | None], torch.Tensor]
+Deliver = Callable[[Mapping[int, torch.Tensor], Mapping[int, LinearMap]], None]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a processor is to do in the UNet call at hand.
+
+    Args:
+        site: the layer.
+        plan: its products.
+        backend: of ``shared_attention``.
+        edited: whether an edit asked for the products; otherwise the layer is only watched.
+        columns: for some rows, what their map is to be multiplied with beside the values [M', C].
+        maps: rows whose map is to be delivered as an operator.
+        deliver: takes both.
+        recorded: what a recording holds of the layer at this step, for the plan's rows that are not in the batch.
+        compute: computes the layer's attention [B, H, N, E] from query, key, value, scale and bias, in the place of
+            the plan's products.
+    """
+
+    site: Site
+    plan: ProductPlan
+    backend: str = "auto"
+    edited: bool = True
+    columns: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    maps: tuple[int, ...] = ()
+    deliver: Deliver | None = None
+    recorded: RecordedLayer | None = None
+    compute: Compute | None = None
+
+    @cached_property
+    def straight_line(self) -> StraightLine | None:
+        """The layer in one call, where it is self-attention and nobody asks for more than its output."""
+        alone = self.compute is None and self.recorded is None and self.deliver is None and not self.columns
+        if not alone or self.site.kind != "self" or self.maps:
+            return None
+        return straight_line(self.plan, self.site.tokens, self.backend)
+
+
+def make_orders(
+    edit: Edit,
+    sites: Sequence[Site],
+    watchers: Sequence[tuple[Watcher, Sequence[Site]]],
+    step: Step,
+    roles: BatchRoles,
+    backend: str,
+    place: Place,
+    recorded: Mapping[str, RecordedLayer] | None = None,
+) -> dict[str, Order]:
+    """Orders by layer path; layers without one are left to the processor that they had.
+
+    Args:
+        sites: those that the edit selected; none where it is not active.
+        watchers: each with the sites that it selected.
+        place: where the layers compute.
+        recorded: by layer path, where the roles have recorded rows.
+    """
+    asked = {site.path: (site, place.products(edit.products(site, step, roles))) for site in sites}
+    asking: dict[str, list[Watcher]] = {}
+    for watcher, watched in watchers:
+        for site in watched:
+            asked.setdefault(site.path, (site, {}))
+            asking.setdefault(site.path, []).append(watcher)
+    orders = {}
+    for path, (site, products) in asked.items():
+        wanted = _Wanted(site, step, roles, asking.get(path, ()), place)
+        if products or wanted:
+            orders[path] = Order(
+                site,
+                plan_products(products, roles.batch, roles.recorded),
+                backend,
+                bool(products),
+                wanted.columns,
+                wanted.maps,
+                wanted.deliver if wanted else None,
+                None if recorded is None else recorded.get(path),
+            )
+    return orders
+
+
+class StandingOrders:
+    """Orders that hold for more than one step: those of steps with equal :meth:`.Edit.phase` in equal circumstances.
+
+    The same objects stay with the processors from step to step, so that what an order is computed by is made once.
+    """
+
+    _AT_MOST = 64
+
+    def __init__(self) -> None:
+        self._orders: dict[Hashable, dict[str, Order]] = {}
+
+    def orders(
+        self, phase: Hashable, circumstances: Hashable, make: Callable[[], dict[str, Order]]
+    ) -> dict[str, Order]:
+        """Those of a phase, made where there are none yet; made each time where the phase is None."""
+        if phase is None:
+            return make()
+        # Tensors that were placed in inference mode cannot take part in a graph outside it.
+        key = (phase, circumstances, torch.is_inference_mode_enabled())
+        if key not in self._orders:
+            if len(self._orders) >= self._AT_MOST:
+                self._orders.clear()
+            self._orders[key] = make()
+        return self._orders[key]
+
+
+class _Wanted:
+    """What the watchers of a layer want together, and handing each its part."""
+
+    def __init__(self, site: Site, step: Step, roles: BatchRoles, watchers: Sequence[Watcher], place: Place) -> None:
+        self._context = (site, step, roles)
+        self._parts: list[tuple[Watcher, dict[int, slice], tuple[int, ...]]] = []
+        pieces: dict[int, list[torch.Tensor]] = {}
+        for watcher in watchers:
+            columns, maps = watcher.columns(site, step, roles), tuple(watcher.maps(site, step, roles))
+            where = {}
+            for row, given in columns.items():
+                start = sum(piece.shape[-1] for piece in pieces.get(row, ()))
+                where[row] = slice(start, start + given.shape[-1])
+                pieces.setdefault(row, []).append(place.tensor(given))
+            if columns or maps:
+                self._parts.append((watcher, where, maps))
+        self.columns = {row: given[0] if len(given) == 1 else torch.cat(given, -1) for row, given in pieces.items()}
+        self.maps = tuple(sorted({row for _, _, maps in self._parts for row in maps}))
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def deliver(self, columns: Mapping[int, torch.Tensor], maps: Mapping[int, LinearMap]) -> None:
+        for watcher, where, rows in self._parts:
+            watcher.receive(
+                *self._context,
+                {row: columns[row][..., part] for row, part in where.items()},
+                {row: maps[row] for row in rows},
+            )

@@ -1,0 +1,100 @@
+"""The layout of a UNet's batch, from what a pipeline call encoded or from what was said, checked against its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ..models.roles import BatchRoles
+from ..models.unet import is_guided
+from ..prompts.encoding import Encoding
+
+__all__ = ["CallLayout", "layout_as_given", "layout_of_call"]
+
+
+def layout_of_call(
+    rows: int, encoding: Encoding, *, guided: bool, images: int | None, source_of: Sequence[int] | None
+) -> BatchRoles:
+    """The roles of a batch.
+
+    Args:
+        rows: the UNet's batch size.
+        encoding: what the pipeline call encoded.
+        guided: whether the batch holds an unconditional half.
+        images: images a prompt, where that was said.
+        source_of: for each prompt, the index of its source prompt; default: prompt 0.
+
+    Raises:
+        ValueError: a batch that is not made of these prompts and images.
+    """
+    if encoding.count is not None and encoding.images is not None:
+        _check(rows, encoding, guided, images)
+    roles = BatchRoles.from_batch(
+        rows,
+        classifier_free_guidance=guided,
+        images_per_prompt=images or encoding.images or 1,
+        source_of=source_of,
+    )
+    if not encoding.dropped:
+        return roles
+    return replace(roles, prompts=tuple(prompt + encoding.dropped for prompt in roles.prompts))
+
+
+def layout_as_given(roles: BatchRoles, rows: int, pipe: Any) -> BatchRoles:
+    """``roles=`` for a batch of so many rows; their conditional half where the pipeline's guidance has ended.
+
+    Raises:
+        ValueError: they describe another batch.
+    """
+    if roles.rows == rows:
+        return roles
+    if not getattr(pipe, "do_classifier_free_guidance", True) and roles.without_guidance().rows == rows:
+        return roles.without_guidance()
+    raise ValueError(f"roles= describes a batch of {roles.rows} rows; the UNet received {rows}")
+
+
+def _check(rows: int, encoding: Encoding, guided: bool, images: int | None) -> None:
+    if images not in (None, encoding.images):
+        raise ValueError(
+            f"images_per_prompt={images} was said of a pipeline call with num_images_per_prompt={encoding.images}: "
+            "leave it out, it is read from the call"
+        )
+    expected = (1 + guided) * (encoding.images or 1) * (encoding.count or 0)
+    if rows != expected:
+        raise ValueError(
+            f"the pipeline encodes {encoding.count} prompts with {encoding.images} images each, which with guidance "
+            f"{'on' if guided else 'off'} is a batch of {expected} rows; the UNet received {rows}: describe this batch "
+            "with roles=, or encode what does not belong to the run in `with session.paused():`"
+        )
+
+
+@dataclass(frozen=True)
+class CallLayout:
+    """How a session reads the layout of a call: what was said of it, and of the pipeline what was not.
+
+    Args:
+        pipe: the pipeline, or None for a UNet alone.
+        images, source_of, guided, roles, noise: as `EditingSession` takes them.
+    """
+
+    pipe: Any | None
+    images: int | None = None
+    source_of: Sequence[int] | None = None
+    guided: bool | None = None
+    roles: BatchRoles | None = None
+    noise: Literal["shared", "separate"] | None = None
+
+    def of(self, rows: int, encoding: Encoding) -> BatchRoles:
+        """The roles of a batch of ``rows``, in a call that encoded this."""
+        if self.roles is not None:
+            return layout_as_given(self.roles, rows, self.pipe)
+        guided = is_guided(self.pipe, encoding.guided) if self.guided is None else self.guided
+        return layout_of_call(rows, encoding, guided=guided, images=self.images, source_of=self.source_of)
+
+    def paired(self, encoding: Encoding, pairs_pixels: bool) -> tuple[Sequence[int], int] | None:
+        """The sources of the prompts and images a prompt, where rows of one image are to draw the same noise."""
+        shared = pairs_pixels if self.noise is None else self.noise == "shared"
+        if not shared or encoding.count is None or self.roles is not None:
+            return None
+        return self.source_of or (0,) * encoding.count, self.images or encoding.images or 1

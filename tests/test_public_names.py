@@ -1,0 +1,46 @@
+"""The names that people write, held as they are: what moves behind them is nobody's business."""
+
+import subprocess
+import sys
+
+import pytest
+
+import fpe_kernels
+import fpe_pipeline
+from tests.support import arrows
+
+KERNELS = "AttentionMap LinearMap backends beside blend concatenate join shared_attention stack"
+PIPELINE = (
+    "BatchRoles CombinedEdit Edit EditingSession FreePromptEdit FreePromptPipeline FreePromptPipelineOutput HeatMaps "
+    "Inversion LocalBlend MasaCtrlEdit NullText PlugAndPlayEdit Product PromptToPromptEdit Recording Site "
+    "StyleAlignedEdit WordMask ddim_scheduler editing heat_maps make_edit"
+)
+COMMANDS = ("demo", "edit", "evaluate", "info")
+METHODS = ("edit", "from_pipe", "from_pretrained", "invert", "record")
+
+
+@pytest.mark.parametrize(("package", "names"), [(fpe_kernels, KERNELS), (fpe_pipeline, PIPELINE)])
+def test_names(package, names):
+    assert sorted(package.__all__) == sorted(names.split())
+    assert all(getattr(package, name) is not None for name in names.split())
+
+
+def test_methods_of_the_pipeline():
+    assert all(callable(getattr(fpe_pipeline.FreePromptPipeline, name)) for name in METHODS)
+
+
+def test_paths_that_are_public_too():
+    from fpe_pipeline.app.cli import main
+    from fpe_pipeline.cli import main as public
+    from fpe_pipeline.models import EARLIER, embedded_path, judge_path
+
+    assert public is main
+    assert (embedded_path() / "model_index.json").is_file() and judge_path().is_file()
+    assert all((embedded_path(name) / "model_index.json").is_file() for name in EARLIER)
+
+
+@pytest.mark.parametrize("module", ["fpe_pipeline", "fpe_pipeline.cli"])
+def test_commands(module):
+    shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=arrows.ROOT)
+    assert shown.returncode == 0, shown.stderr
+    assert all(f"\n    {name} " in shown.stdout for name in COMMANDS)

@@ -1,0 +1,76 @@
+"""Files and functions that can be read in one go, and those that cannot yet."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("benchmarks", "fpe_kernels", "fpe_pipeline", "tests")
+LINES, FUNCTION, PARAMETERS = 400, 80, 12
+
+#: Today's exceptions, each with its size; a smaller one is written down here, a larger one is refused.
+LONG_FILES = {
+    "fpe_kernels/backends/triton/apply.py": 436,
+    "fpe_kernels/backends/triton/configs.py": 409,
+    "fpe_kernels/backends/triton/hopper_kernel.py": 402,
+    "fpe_kernels/composition.py": 422,
+    "fpe_kernels/validation.py": 410,
+    "tests/kernels/gluon_emulator.py": 472,
+    "tests/pipeline/test_models.py": 482,
+}
+#: (lines, parameters).
+LARGE_FUNCTIONS = {
+    "fpe_kernels/backends/triton/apply.py::prepare": (94, 15),
+    "fpe_kernels/backends/triton/backward.py::prepare": (88, 13),
+    "fpe_kernels/backends/triton/forward.py::plan": (62, 13),
+    "fpe_kernels/backends/triton/gradients.py::plan": (24, 13),
+    "fpe_kernels/backends/triton/merging.py::apply_merged": (21, 13),
+    "fpe_kernels/backends/triton/merging.py::plan": (42, 14),
+    "fpe_kernels/testing/cases.py::make_case": (64, 20),
+    "fpe_pipeline/embedded/training/loop.py::fit": (86, 9),
+    "fpe_pipeline/inversion/trajectory.py::invert": (86, 9),
+    # What `pipe(…)` and `pipe.record(…)` take is public, and documented there.
+    "fpe_pipeline/pipeline.py::__call__": (143, 25),
+    "fpe_pipeline/recordings/record_run.py::record": (85, 19),
+    "fpe_pipeline/recordings/replay_run.py::edit": (95, 7),
+    "fpe_pipeline/runs/run.py::execute": (103, 4),
+}
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+
+
+def functions(text: str) -> Iterator[tuple[str, int, int]]:
+    """Name, lines and parameters of every function that is no kernel; ``self`` is none of the parameters."""
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+            continue
+        given = node.args
+        named = [
+            one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg) if one
+        ]
+        count = len([name for name in named if name not in ("self", "cls")])
+        assert node.end_lineno is not None
+        yield node.name, node.end_lineno - node.lineno + 1, count
+
+
+def test_files():
+    found = {name: len(text.splitlines()) for name, text in sources()}
+    assert {name: lines for name, lines in found.items() if lines > LINES} == LONG_FILES
+
+
+def test_functions():
+    found = {
+        f"{path}::{name}": (lines, count)
+        for path, text in sources()
+        for name, lines, count in functions(text)
+        if lines > FUNCTION or count > PARAMETERS
+    }
+    assert found == LARGE_FUNCTIONS
