@@ -387,7 +387,6 @@ def shared_attention(
         weight = validation.check_row_weight(weight, query, shape)
     serving = dispatch.select(backend, query)
     out, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, list(index), scale, serving, weight, lengths)
-    make = getattr(dispatch.load(serving), "ready_call", None)
-    if repeatable and make is not None:
+    if repeatable and (make := getattr(dispatch.load(serving), "ready_call", None)) is not None:
         ready.keep(*given, scale, out, make)
     return out

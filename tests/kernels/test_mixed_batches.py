@@ -84,8 +84,8 @@ def test_a_measured_table_overrules_the_rules(monkeypatch) -> None:
 
     configs.joins.cache_clear()
     configs.forward_config.cache_clear()
-    monkeypatch.setitem(tuned.TOGETHER, ("sm_90", 64, 128, 4096), True)
-    monkeypatch.setitem(tuned.FORWARD, ("sm_90", 64, 128, 4096), (64, 128, 4, 2, False, False, 168))
+    monkeypatch.setattr(tuned, "TOGETHER", {("sm_90", 64, 128, 4096): True})
+    monkeypatch.setattr(tuned, "FORWARD", {("sm_90", 64, 128, 4096): (64, 128, 4, 2, False, False, 168)})
     try:
         assert configs.joins("sm_90", GUIDED, 8, 5000, 64, 64, 2, False)
         assert configs.forward_config("sm_90", 64, 128, 2, False, 8, 3000) == configs.Config(64, 128, 4, 2, maxnreg=168)

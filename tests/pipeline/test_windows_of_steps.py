@@ -111,12 +111,13 @@ def test_recordings_and_dropped_sources_of_such_runs():
     pipe = with_scheduler(embedded(FreePromptPipeline), "HeunDiscreteScheduler")
     options = {"latents": noise(0), "num_inference_steps": 5, "output_type": "latent", "self_replace_steps": 0.6}
     expected = pipe(SOURCE, TARGET, **options).images
+    # Rounding differs with the rows that are computed together, and nine calls of the model multiply it.
+    to_rounding = {"rtol": 0, "atol": 5e-4}
     dropped = pipe(SOURCE, TARGET, keep_source=False, **options)
-    torch.testing.assert_close(dropped.images, expected[1:], rtol=0, atol=1e-4)
+    torch.testing.assert_close(dropped.images, expected[1:], **to_rounding)
     recording = pipe.record(SOURCE, latents=noise(0), num_inference_steps=5, self_replace_steps=0.6)
-    torch.testing.assert_close(
-        pipe.edit(recording, TARGET, output_type="latent").images, expected[1:], rtol=0, atol=1e-4
-    )
+    replayed = pipe.edit(recording, TARGET, output_type="latent").images
+    torch.testing.assert_close(replayed, expected[1:], **to_rounding)
 
 
 def test_the_authors_local_blend(pipe):
