@@ -2,8 +2,10 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from silent import SOURCE, TARGET, embedded, noise
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, PromptToPromptEdit, ddim_scheduler, editing
@@ -160,5 +162,9 @@ def test_a_limit_of_no_tokens_is_no_layer(pipe):
 def test_no_layer_on_the_command_line(tmp_path):
     given = ["--source", SOURCE, "--target", TARGET, "--steps", "2", "--quiet", "--max-tokens", "0"]
     assert cli.main(["edit", *given, "-o", str(tmp_path)]) == 0
-    edited, plain = ((tmp_path / f"target-1{end}.png").read_bytes() for end in ("", "-no-control"))
-    assert edited == plain
+    edited, plain, source = (
+        np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=int)
+        for name in ("target-1", "target-1-no-control", "source")
+    )
+    # To rounding, which is another one in a batch of other rows on some CPUs.
+    assert abs(edited - plain).max() <= 2 < abs(edited - source).max()
