@@ -142,7 +142,7 @@ def choices(case: Case, arch: str = "sm_90") -> Sequence[Choice]:
     written in, descriptors in its place.
     """
     from fpe_kernels.backends.triton import hopper
-    from fpe_kernels.backends.triton.configs import SHARED_MEMORY
+    from fpe_kernels.backends.triton.chips import SHARED_MEMORY
 
     if case.layout == "guided":
         return [Launches(True), Launches(False)]

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from math import exp, log, sqrt
 
 from fpe_kernels.backends.triton import hopper
-from fpe_kernels.backends.triton.configs import MULTIPROCESSORS, Config
+from fpe_kernels.backends.triton.chips import MULTIPROCESSORS
+from fpe_kernels.backends.triton.configs import Config
 from fpe_kernels.backends.triton.packing import split_width
 
 from . import hopper_tiles

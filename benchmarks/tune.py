@@ -146,7 +146,7 @@ class _CompiledAhead:
         return self._problems.get((case, choice), "it was not compiled")
 
     def _compile(self) -> None:
-        from fpe_kernels.backends.triton.configs import architecture
+        from fpe_kernels.backends.triton.chips import architecture
 
         from .workers.pool import Task, share_out
         from .workers.programs import COMPILE_LIMIT, worker_count
@@ -164,7 +164,7 @@ class _CompiledAhead:
 
 
 def _choices_on(device: str) -> Callable[[Case], Sequence[Choice]]:
-    from fpe_kernels.backends.triton.configs import architecture
+    from fpe_kernels.backends.triton.chips import architecture
 
     arch = architecture(torch.device(device))
     return lambda case: choices(case, arch)

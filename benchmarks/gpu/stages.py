@@ -200,7 +200,7 @@ def train(context: Context) -> None:
 def _architecture(context: Context) -> str:
     import torch
 
-    from fpe_kernels.backends.triton.configs import architecture
+    from fpe_kernels.backends.triton.chips import architecture
 
     return architecture(torch.device(context.device))
 

@@ -112,7 +112,7 @@ def test_recordings_and_dropped_sources_of_such_runs():
     options = {"latents": noise(0), "num_inference_steps": 5, "output_type": "latent", "self_replace_steps": 0.6}
     expected = pipe(SOURCE, TARGET, **options).images
     # Rounding differs with the rows that are computed together, and nine calls of the model multiply it.
-    to_rounding = {"rtol": 0, "atol": 5e-4}
+    to_rounding = {"rtol": 0, "atol": 3e-4}
     dropped = pipe(SOURCE, TARGET, keep_source=False, **options)
     torch.testing.assert_close(dropped.images, expected[1:], **to_rounding)
     recording = pipe.record(SOURCE, latents=noise(0), num_inference_steps=5, self_replace_steps=0.6)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from . import tuned
+from .chips import MULTIPROCESSORS, SHARED_MEMORY, architecture
 from .packing import Chunk, chunks, split_width
 
 MAX_COLUMNS = {2: 320, 4: 160}
@@ -21,30 +21,6 @@ MAX_COLUMNS = {2: 320, 4: 160}
 
 MAX_GRADIENT_COLUMNS = 160
 """Packed columns of one gradient launch, which holds a resident and a streamed tile of them."""
-
-SHARED_MEMORY = {
-    "sm_80": 163 << 10,
-    "sm_86": 99 << 10,
-    "sm_89": 99 << 10,
-    "sm_90": 227 << 10,
-    "sm_100": 227 << 10,
-    "sm_120": 99 << 10,
-    "gfx942": 64 << 10,
-}
-"""Bytes of shared memory that one program may use: CUDA C++ programming guide, table of technical specifications by
-compute capability ("maximum amount of shared memory per thread block"); for gfx942, the LDS of a compute unit."""
-
-
-MULTIPROCESSORS = {
-    "sm_80": 108,
-    "sm_86": 84,
-    "sm_89": 128,
-    "sm_90": 132,
-    "sm_100": 148,
-    "sm_120": 170,
-    "gfx942": 304,
-}
-"""Multiprocessors of A100, RTX A6000, RTX 4090, H100 SXM, B200, RTX 5090 and MI300X: the vendors' white papers."""
 
 LENGTHS = (256, 1024, 4096, 16384)
 """Length classes of the tuner's table, in tokens: from the inner levels of a UNet at 512 px to SDXL's outer at 2048."""
@@ -79,18 +55,6 @@ class Config:
         """
         warps = max(self.warps, self.block_m // 16) if self.specialised else self.warps
         return Config(self.block_m, self.block_n, warps, self.stages)
-
-
-@lru_cache(maxsize=16)
-def architecture(device: torch.device) -> str:
-    """The key of :data:`SHARED_MEMORY` whose rules serve ``device``; the interpreter takes those of sm_90."""
-    if device.type != "cuda":
-        return "sm_90"
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    known = [name for name in SHARED_MEMORY if name.startswith("sm_") and int(name[3:]) <= 10 * major + minor]
-    return max(known, key=lambda name: int(name[3:]))
 
 
 def _staged(

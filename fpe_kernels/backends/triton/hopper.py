@@ -16,7 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .configs import MULTIPROCESSORS, SHARED_MEMORY, Config
+from .chips import MULTIPROCESSORS, SHARED_MEMORY
+from .configs import Config
 from .launch import Launch, strides
 from .packing import Chunk, device_table, split_width
 from .primitives import LOG2E
