@@ -20,6 +20,9 @@ from .normal_form import gathered_rows
 from .precision import at_given_dtype
 from .softmax_map import SoftmaxMap
 
+# Whether a graph is made of the code itself; what only records operators has tensors or modes of its own.
+_compiling = torch.compiler.is_dynamo_compiling
+
 
 class AttentionMap(SoftmaxMap, LinearMap):
     """The attention map of ``query`` and ``key`` as an operator: known by its products, never stored.
@@ -373,7 +376,7 @@ def shared_attention(
     Editing, CVPR 2024: the target's self-attention map is replaced by the source's.
     """
     given = query, key, value, map_index, scale, backend
-    repeatable = bias is None and weight is None and key_lengths is None and not torch.compiler.is_compiling()
+    repeatable = bias is None and weight is None and key_lengths is None and not _compiling()
     if repeatable and (done := ready.call(*given)) is not None:
         return done
     query, key = validation.check_query_key(query, key, batch="G")

@@ -22,11 +22,14 @@ from .cpu_threads import Task, lane, share_out, threads_compute_alone, watched
 LOG2E = 1.0 / math.log(2.0)
 LN2 = math.log(2.0)
 
-# Bytes of scores in one block. On a CPU two megabytes a thread stay in the caches, and products of a thousand keys run
-# at full speed; a GPU wants a block that fills it, and 64 MiB is still nothing beside the map.
+# Bytes of scores in one block. On a CPU two megabytes a thread stay in the caches, and less where several blocks of keys
+# add up to something that has to stay there too; a GPU wants a block that fills it, and 64 MiB is still nothing beside
+# the map.
 THREAD_BLOCK_BYTES = 2 << 20
+ADDED_BLOCK_BYTES = 3 << 19
 DEVICE_BLOCK_BYTES = 64 << 20
-KEY_BLOCK = 1024
+# Up to a thousand keys are one block, which needs no sums of its own; of more, five hundred run at full speed.
+WHOLE_KEYS, KEY_BLOCK = 1024, 512
 MIN_QUERY_BLOCK = 32
 # Bytes of scores from which on a call has a block for every thread. Waking a thread takes as long as computing half of
 # them; smaller maps are one block, whose operations PyTorch shares out.
@@ -69,6 +72,11 @@ def cut(length: int, most: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
+def cut_keys(length: int) -> list[slice]:
+    """The blocks of so many keys."""
+    return cut(length, WHOLE_KEYS if length <= WHOLE_KEYS else KEY_BLOCK)
+
+
 def shared_heads(heads: slice, repeats: int) -> slice | list[int]:
     """The heads of keys or values for query ``heads`` of which ``repeats`` share one."""
     return heads if repeats == 1 else [head // repeats for head in range(heads.start, heads.stop)]
@@ -91,10 +99,11 @@ def cut_maps(
         # its own; fewer heads than threads share one product.
         threads = 1 if threads_compute_alone() else torch.get_num_threads()
         together = min(heads, threads)
-        budget = min(threads * THREAD_BLOCK_BYTES, DEVICE_BLOCK_BYTES)
+        of_thread = THREAD_BLOCK_BYTES if max(lengths) <= WHOLE_KEYS else ADDED_BLOCK_BYTES
+        budget = min(threads * of_thread, DEVICE_BLOCK_BYTES)
     else:
         together, budget = 1, DEVICE_BLOCK_BYTES
-    a_query = cut(max(lengths), KEY_BLOCK)[0].stop * itemsize if max(lengths) else itemsize
+    a_query = itemsize * max(1, *(block.stop for length in set(lengths) for block in cut_keys(length)[:1]))
     together = max(together, min(heads, budget // max(1, queries * a_query)))
     if query.device.type == "cpu" and threads_compute_alone():
         maps = sum(1 for rows in by_map if rows)
@@ -103,7 +112,7 @@ def cut_maps(
     query_blocks = cut(queries, max(MIN_QUERY_BLOCK, budget // (together * a_query)))
     for group, rows in enumerate(by_map):
         if rows:
-            keys = cut(lengths[group], KEY_BLOCK)
+            keys = cut_keys(lengths[group])
             for part in cut(heads, together):
                 yield Blocks(group, rows, part, query_blocks, keys, shared_heads(part, repeats))
 

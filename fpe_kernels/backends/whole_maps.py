@@ -6,7 +6,7 @@ that is kept ready. A small map takes as long as the calls that compute it: ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,6 +17,12 @@ from . import fused_cpu
 from .blocks import Blocks, Buffers, cut_maps, lengths_of, working_dtype
 from .cpu_threads import share_out
 from .grouping import rows_by_map
+
+# In a small map every name that is looked up counts, and so does a name of a device that is parsed.
+_thread_count = torch.get_num_threads
+_autocast_enabled: Callable[[], bool] = getattr(
+    torch._C, "_is_any_autocast_enabled", partial(torch.is_autocast_enabled, "cpu")
+)
 
 
 class View(NamedTuple):
@@ -128,18 +134,17 @@ class ReadyProduct:
     def __init__(self, scale: float, out: Tensor, runs: Sequence[fused_cpu.Run], blocks: Sequence[WholeBlock]) -> None:
         self._scale, self._size, self._stride = scale, tuple(out.shape), out.stride()
         self._runs, self._blocks, self._threads = runs, blocks, torch.get_num_threads()
-        # A run of all rows and heads leaves its products as the output lies in memory, and they are the output.
-        self._whole = len(runs) == 1 and not blocks and runs[0].heads == slice(0, None, 1)
+        self._everything = len(runs) == 1 and runs[0].everything
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, addresses: tuple[int, int, int]) -> Tensor | None:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
         """The product; None for another number of threads, and under autocast, which has to be put aside."""
-        if self._threads != torch.get_num_threads() or torch.is_autocast_enabled("cpu"):
+        if _autocast_enabled() or self._threads != _thread_count():
             return None
-        if self._whole:
-            product, _ = fused_cpu.product(self._runs[0], query, key, value, self._scale)
-            if product.stride() == self._stride and product.shape == self._size:
-                return product
-        out = value.new_empty_strided(self._size, self._stride)
+        if self._everything:
+            product = fused_cpu.whole_product(query, key, value, self._scale)
+            # In memory it is [rows, N, heads, D] where the operands are.
+            return product if product.stride() == self._stride else self._empty(value).copy_(product)
+        out = self._empty(value)
         for run in self._runs:
             fused_cpu.write_product(run, query, key, value, self._scale, out, None)
         buffers = Buffers()
@@ -150,3 +155,6 @@ class ReadyProduct:
             share_out([partial(block.write, *operands) for block in self._blocks])
         buffers.release()
         return out
+
+    def _empty(self, value: Tensor) -> Tensor:
+        return value.new_empty_strided(self._size, self._stride)

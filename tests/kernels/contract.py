@@ -29,7 +29,13 @@ INF = float("inf")
 
 def cut_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the torch backend take many blocks for small shapes, and no fused call."""
-    for name, number in {"THREAD_BLOCK_BYTES": 256, "KEY_BLOCK": 13, "MIN_QUERY_BLOCK": 4}.items():
+    for name, number in {
+        "THREAD_BLOCK_BYTES": 256,
+        "ADDED_BLOCK_BYTES": 256,
+        "WHOLE_KEYS": 13,
+        "KEY_BLOCK": 13,
+        "MIN_QUERY_BLOCK": 4,
+    }.items():
         monkeypatch.setattr(blocks, name, number)
     monkeypatch.setattr(fused_cpu, "_serves", lambda *operands: False)
 

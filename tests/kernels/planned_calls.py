@@ -260,7 +260,9 @@ def refuse_what_needs_the_dispatcher(arguments: tuple) -> None:
     for what, given in others.items():
         assert ready.call(*given) is None, what
     with torch.no_grad():
+        shared_attention(graph, key, value, index, scale=scale, backend=name)
         assert ready.call(*others["a graph"]) is not None
+    assert ready.call(*others["a graph"]) is None
     modes = (
         torch.device("cpu"),
         FlopCounterMode(display=False),

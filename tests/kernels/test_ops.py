@@ -61,9 +61,11 @@ def test_gradcheck(name: str, bias, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "torch in small blocks":
         name = "torch"
         monkeypatch.setattr(fused_cpu, "_serves", lambda *tensors: False)
+        monkeypatch.setattr(blocks, "WHOLE_KEYS", 2)
         monkeypatch.setattr(blocks, "KEY_BLOCK", 2)
         monkeypatch.setattr(blocks, "MIN_QUERY_BLOCK", 2)
         monkeypatch.setattr(blocks, "THREAD_BLOCK_BYTES", 1)
+        monkeypatch.setattr(blocks, "ADDED_BLOCK_BYTES", 1)
     case = make_case(
         maps=2, map_index=(1, 0, 1), queries=3, keys=4, head_dim=2, value_dim=3, dtype=torch.float64, bias=bias
     )

@@ -90,7 +90,9 @@ def test_what_needs_the_dispatcher_is_not_ready() -> None:
     for what, given in others.items():
         assert ready.call(*given) is None, what
     with torch.no_grad():
+        shared_attention(graph, key, value, index, scale=0.3, backend="torch")
         assert ready.call(*others["a graph"]) is not None
+    assert ready.call(*others["a graph"]) is None
     modes: tuple[Callable, ...] = (
         lambda: torch.device("cpu"),
         lambda: FlopCounterMode(display=False),
@@ -108,13 +110,33 @@ def test_another_number_of_threads_has_its_own_call() -> None:
     given = operands((0, 0), 64, 64, 40)
     before = torch.get_num_threads()
     try:
-        for count in (1, 2, 1):
+        for count in (1, 2):
             torch.set_num_threads(count)
             assert ready.call(*given, (0, 0), None, "auto") is None
             shared_attention(*given, (0, 0))
             assert ready.call(*given, (0, 0), None, "auto") is not None
+        torch.set_num_threads(1)
+        assert ready.call(*given, (0, 0), None, "auto") is not None
     finally:
         torch.set_num_threads(before)
+
+
+def test_calls_that_differ_by_their_layouts_are_ready_side_by_side() -> None:
+    given = operands((0, 0), 64, 64, 40)
+    layouts = [given, tuple(tensor.contiguous() for tensor in given), tuple(tensor.double() for tensor in given)]
+    for tensors in layouts:
+        shared_attention(*tensors, (0, 0))
+    for tensors in layouts:
+        out = ready.call(*tensors, (0, 0), None, "auto")
+        assert out is not None
+        assert torch.equal(out, shared_attention(*tensors, (0, 0), backend="torch"))
+        # In memory [B, N, H, E], whatever the operands are.
+        assert out.transpose(1, 2).is_contiguous()
+    for more in range(65, 65 + 2 * ready._ALTERNATIVES):
+        tensors = tuple(torch.randn(tensor.shape[0], more, HEADS, 40).transpose(1, 2)[:, :, :64] for tensor in given)
+        shared_attention(*tensors, (0, 0))
+    (alternatives,) = (kept for name, kept in ready._READY.items() if name[1] == given[0].shape and name[3] == "auto")
+    assert len(alternatives) == ready._ALTERNATIVES
 
 
 def test_blocks_that_are_longer_than_a_call_are_not_kept() -> None:

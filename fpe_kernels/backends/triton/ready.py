@@ -26,18 +26,18 @@ def ready_call(
     tensors = query, key, value, None, out, logsumexp, None
     steps = plans.known(plan, tensors, map_index, scale, False, configs.one_launch, configs.apply_config, None)
     described = {place for step in steps for _, place in step.boxes}
-    return None if not steps or _LOGSUMEXP in described else ReadyProduct(query, out, steps)
+    return None if not steps or _LOGSUMEXP in described else ReadyProduct(query, key, value, out, steps)
 
 
 class ReadyProduct:
     """A product whose launches are kept, for tensors of one layout.
 
     Args:
-        query, out: tensors of the layout.
+        query, key, value, out: tensors of the layout.
         steps: the launches.
     """
 
-    def __init__(self, query: Tensor, out: Tensor, steps: tuple[plans.Step, ...]) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, steps: tuple[plans.Step, ...]) -> None:
         self._size, self._stride = tuple(out.shape), out.stride()
         # The statistics are written, and not read by anyone: as much memory, of whatever dtype.
         self._statistics = query.shape[:3].numel() * torch.float32.itemsize // query.element_size()
@@ -45,6 +45,8 @@ class ReadyProduct:
         self._hooks = [step.kernel.pre_run_hooks for step in steps]
         self._single_precision = query.dtype == torch.float32
         self._device = query.get_device()
+        # A launch is compiled for addresses that are divisible by 16, or for others.
+        self._misaligned = query.data_ptr() % 16, key.data_ptr() % 16, value.data_ptr() % 16
         self._state = self._read_state()
 
     def _read_state(self) -> tuple:
@@ -52,8 +54,11 @@ class ReadyProduct:
         tf32 = self._single_precision and allows_tf32()
         return configs.one_launch, configs.apply_config, tf32, *plans.compiler_settings()
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, addresses: tuple[int, int, int]) -> Tensor | None:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
         """The product; None where it has to be worked out anew, or launched on another device than the current."""
+        addresses = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        if self._misaligned != (addresses[0] % 16, addresses[1] % 16, addresses[2] % 16):
+            return None
         if self._state != self._read_state() or any(self._hooks):
             return None
         if self._device >= 0 and self._device != torch.cuda.current_device():
