@@ -33,26 +33,22 @@ _ALTERNATIVES = 8
 _READY: dict[tuple, list[Kept]] = {}
 
 # What PyTorch is asked at each call, as directly as it can be: a short attention finds its call in a cold cache, where
-# every name that is looked up counts. PyTorch's own guards compare three tensors at once: types, sizes, strides, dtypes,
-# devices, and the keys by which the dispatcher chooses here and now, which modes, transforms, tracing, autocast, other
-# layouts, conjugates and gradients change. A release that has not all of it gets no ready calls.
+# every name that is looked up counts. PyTorch's own guards compare three tensors at once: types, sizes, strides,
+# dtypes, devices, and the keys by which the dispatcher chooses here and now, which modes, transforms, tracing,
+# autocast, other layouts, conjugates and gradients change. A release that has not all of it gets no ready calls.
 _C: Any = torch._C
 _grad_enabled = torch.is_grad_enabled
 _Guards: Any = None
 try:
     _function_modes: Callable[[], int] = _C._len_torch_function_stack
     _profiled: Callable[[], bool] = _C._autograd._profiler_enabled
+    _dispatch_modes: Callable[[], int] = _C._len_torch_dispatch_stack
+    _transform: Callable[[], object] = _C._functorch.maybe_current_level
+    _tracing: Callable[[], object] = _C._get_tracing_state
     if hasattr(forward_ad, "_current_level"):
         _Guards = _C._dynamo.guards.TensorGuards
 except AttributeError:
     pass
-# Nothing is kept where the dispatcher has more to do than to find the implementation.
-try:
-    _dispatch_modes: Callable[[], int] = _C._len_torch_dispatch_stack
-    _transform: Callable[[], object] = _C._functorch.maybe_current_level
-    _tracing: Callable[[], object] = _C._get_tracing_state
-except AttributeError:
-    _Guards = None
 
 
 def forget() -> None:

@@ -22,9 +22,9 @@ from .cpu_threads import Task, lane, share_out, threads_compute_alone, watched
 LOG2E = 1.0 / math.log(2.0)
 LN2 = math.log(2.0)
 
-# Bytes of scores in one block. On a CPU two megabytes a thread stay in the caches, and less where several blocks of keys
-# add up to something that has to stay there too; a GPU wants a block that fills it, and 64 MiB is still nothing beside
-# the map.
+# Bytes of scores in one block. On a CPU two megabytes a thread stay in the caches, and less where several blocks of
+# keys add up to something that has to stay there too; a GPU wants a block that fills it, and 64 MiB is still nothing
+# beside the map.
 THREAD_BLOCK_BYTES = 2 << 20
 ADDED_BLOCK_BYTES = 3 << 19
 DEVICE_BLOCK_BYTES = 64 << 20
