@@ -16,12 +16,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tiny_pipelines import tiny_pipeline
 
 import benchmarks
 import fpe_kernels
 import fpe_pipeline
 from fpe_pipeline.app import cli
+from tests.support.golden_cases import load_pipeline
+from tests.support.tiny_pipelines import tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -73,7 +74,7 @@ def run_command(words):
 
 
 @pytest.fixture(scope="module")
-def stand_in(pipe, tmp_path_factory):
+def stand_in(tmp_path_factory):
     """A folder of a model with as many layers as SD 1.5, but none at the latent's resolution: fast at any size."""
     shape = {
         "layers_per_block": 2,
@@ -82,7 +83,7 @@ def stand_in(pipe, tmp_path_factory):
         "up_block_types": (*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"),
     }
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_pipeline(pipe, **shape).save_pretrained(folder)
+    tiny_pipeline(load_pipeline(), **shape).save_pretrained(folder)
     return folder
 
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from contract import ProductContract
 from torch import Tensor
 
 from fpe_kernels import AttentionMap, shared_attention
 from fpe_kernels.backends.reference import attention_map
 from fpe_kernels.testing import LAYOUTS, Case, assert_matches, assert_within_budget, score_magnitude
+from tests.support.contract import ProductContract
 
 LEAVES = ("query", "key", "bias", "value", "weight", "row_weight")
 Function = Callable[..., Tensor]

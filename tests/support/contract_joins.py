@@ -8,14 +8,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from contract import ProductContract, costly, operands
-from contract_gradients import gradients
 from torch import Tensor
 
 from fpe_kernels import AttentionMap, LinearMap, beside, join, stack
 from fpe_kernels.backends.reference import attention_map, repeated
 from fpe_kernels.testing import Case, assert_matches, assert_within_budget, make, padding_bias, score_magnitude
 from fpe_kernels.validation import accumulator_dtype
+from tests.support.contract import ProductContract, costly, operands
+from tests.support.contract_gradients import gradients
 
 INF = float("inf")
 CUTS = [(0, 5, 17), (0, 0, 17), (0, 1, 2, 16, 17), pytest.param((0, 4, 9, 9, 13, 17, 17), marks=costly)]

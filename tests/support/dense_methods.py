@@ -7,8 +7,9 @@ run is a loop of its own over a tiny UNet in float64.
 from collections import defaultdict
 
 import torch
-from tiny_unets import tiny_unet
 from torch.nn import functional as F
+
+from tests.support.tiny_unets import tiny_unet
 
 STEPS = 5
 TOKENS = 77

@@ -2,9 +2,9 @@
 
 import torch
 from diffusers import AutoencoderKL
-from tiny_pipelines import tiny_pipeline
 
 from fpe_pipeline import FreePromptPipeline
+from tests.support.tiny_pipelines import tiny_pipeline
 
 SOURCE = "a photo of green ducks walking on street"
 TARGET = "a photo of rubber ducks walking on street"

@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
-from contract import cut_small_blocks
-from contract_gradients import leaves_of
 
 from fpe_kernels.backends.reference import repeated
 from fpe_kernels.testing import LAYOUTS, Case, assert_matches, make_case
+from tests.support.contract import cut_small_blocks
+from tests.support.contract_gradients import leaves_of
 
 OPS = torch.ops.fpe_kernels
 

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 # Free-Prompt-Editing of generated images: noise in, latents out.
 CASES = sorted(
     path.stem

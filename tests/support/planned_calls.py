@@ -8,7 +8,6 @@ from functools import cache
 
 import torch
 import triton
-from recorded_launches import Recorded, RecordingDriver
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,6 +16,7 @@ from fpe_kernels import ready, shared_attention, validation
 from fpe_kernels.backends.triton import backend, configs, plans
 from fpe_kernels.backends.triton import gradients as gradient_launches
 from fpe_kernels.backends.triton.apply import apply_kernel
+from tests.support.recorded_launches import Recorded, RecordingDriver
 
 HEADS, TOKENS = 2, 64
 Call = Callable[[], None]

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from golden_cases import GOLDEN
 
 from fpe_pipeline.runs import run as runs
+from tests.support.golden_cases import GOLDEN
 
 SOURCE, TARGET, OTHER = "a photo of a red car", "a photo of a blue car", "a photo of a red boat"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"

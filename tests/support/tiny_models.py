@@ -1,7 +1,6 @@
 """Tiny pipelines of further model classes, and what every one of them has to show."""
 
 import torch
-from dense import DenseEditProcessor, replaced
 from diffusers import (
     DDIMScheduler,
     StableDiffusionInpaintPipeline,
@@ -9,10 +8,11 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
-from tiny_pipelines import sample, tiny_pipeline
-from tiny_unets import tiny_unet
 
 from fpe_pipeline import FreePromptEdit, editing
+from tests.support.dense import DenseEditProcessor, replaced
+from tests.support.tiny_pipelines import sample, tiny_pipeline
+from tests.support.tiny_unets import tiny_unet
 
 EVERYWHERE = FreePromptEdit(1.0)  # at every step, so that a processor without a step can stand for it
 IMAGE_WIDTH = 6

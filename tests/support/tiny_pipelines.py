@@ -9,10 +9,10 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from tiny_unets import tiny_unet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from fpe_pipeline.session.processor import EditAttnProcessor
+from tests.support.tiny_unets import tiny_unet
 
 PROMPTS = ["a photo of a red car", "a photo of a blue car", "a drawing of a car", "a green car", "a car at night"]
 

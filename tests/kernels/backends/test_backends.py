@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import FLOATS, cut_small_blocks
-from contract_gradients import GradientContract
+
+from tests.support.contract import FLOATS, cut_small_blocks
+from tests.support.contract_gradients import GradientContract
 
 
 class TestReference(GradientContract):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_cli import OTHER, SOURCE, TARGET, edit_arguments, one_error, refuse_loading, tiny_model_folder
 
 from fpe_pipeline.app import cli
 from fpe_pipeline.images.distance import distance, pixel_hash
 from fpe_pipeline.runs import run as runs
 from fpe_pipeline.runs.repeatable import threads_for
+from tests.support.tiny_cli import OTHER, SOURCE, TARGET, edit_arguments, one_error, refuse_loading, tiny_model_folder
 
 
 @pytest.fixture(scope="module")

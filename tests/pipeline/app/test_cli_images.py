@@ -4,9 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from golden_cases import GOLDEN
 from PIL import Image
-from tiny_cli import OTHER, SOURCE, TARGET, tiny_model_folder
 
 from fpe_pipeline import FreePromptPipeline
 from fpe_pipeline.app import cli
@@ -14,6 +12,8 @@ from fpe_pipeline.images.distance import pixel_hash
 from fpe_pipeline.inversion import trajectory as inversion
 from fpe_pipeline.runs import run as runs
 from fpe_pipeline.runs import settings
+from tests.support.golden_cases import GOLDEN
+from tests.support.tiny_cli import OTHER, SOURCE, TARGET, tiny_model_folder
 
 
 @pytest.fixture(scope="module")

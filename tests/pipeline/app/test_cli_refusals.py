@@ -13,12 +13,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
-from tiny_cli import SOURCE, edit_arguments, one_error, refuse_loading, tiny_model_folder
 
 from fpe_pipeline.app import cli
 from fpe_pipeline.models import loading
 from fpe_pipeline.runs import run as runs
 from fpe_pipeline.runs.loading import load_pipeline
+from tests.support.tiny_cli import SOURCE, edit_arguments, one_error, refuse_loading, tiny_model_folder
 
 
 @pytest.fixture(scope="module")

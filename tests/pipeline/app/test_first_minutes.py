@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import setuptools
-from tiny_cli import one_error
 
 import fpe_kernels
 import fpe_pipeline
 from fpe_pipeline import extras
 from fpe_pipeline.app import cli
+from tests.support.tiny_cli import one_error
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHORT = ["edit", "--source", "a photo of a red car", "--target", "a photo of a blue car", "--steps", "2", "--quiet"]
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from silent import SOURCE, TARGET, embedded, noise
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, PromptToPromptEdit, ddim_scheduler, editing
 from fpe_pipeline.app import cli
@@ -15,6 +14,7 @@ from fpe_pipeline.embedded.training.tokenizer import caption_words
 from fpe_pipeline.errors import RequestWarning
 from fpe_pipeline.prompts.words import unknown_words
 from fpe_pipeline.sampling.arguments import image_size
+from tests.support.silent import SOURCE, TARGET, embedded, noise
 
 FAST = {"num_inference_steps": 1, "output_type": "latent"}
 
@@ -134,9 +134,8 @@ def test_a_size_at_which_layers_are_large_needs_no_choice_of_layers(tmp_path, ca
 
 def test_default_layers_that_are_not_there_blame_no_option():
     """A UNet without levels below the first: what the edit would choose is not what the user chose."""
-    from tiny_unets import tiny_unet
-
     from fpe_pipeline.models.sites import attention_sites
+    from tests.support.tiny_unets import tiny_unet
 
     sites = tuple(site for site in attention_sites(tiny_unet("sd1", torch.float32)) if site.level == 0)
     with pytest.raises(ValueError, match="the layers that are edited where none are named") as caught:

@@ -1,9 +1,9 @@
 """Edits that are written for some prompts, called with others: refused before anything is denoised."""
 
 import pytest
-from free_prompt_pipelines import OTHER, SOURCE, TARGET, free_prompt_pipeline, noise
 
 from fpe_pipeline import FreePromptEdit, LocalBlend, PromptToPromptEdit, WordMask, editing
+from tests.support.free_prompt_pipelines import OTHER, SOURCE, TARGET, free_prompt_pipeline, noise
 
 RUN = {"num_inference_steps": 2, "latents": noise(), "output_type": "latent"}
 

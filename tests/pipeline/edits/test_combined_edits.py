@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from tiny_pipelines import PROMPTS, sample, tiny_pipeline
-from tiny_unets import tiny_unet, unet_inputs
 
 from fpe_pipeline import (
     CombinedEdit,
@@ -16,6 +14,8 @@ from fpe_pipeline import (
     make_edit,
 )
 from fpe_pipeline.edits.registry import METHODS
+from tests.support.tiny_pipelines import PROMPTS, sample, tiny_pipeline
+from tests.support.tiny_unets import tiny_unet, unet_inputs
 
 PAIR = PROMPTS[:2]
 

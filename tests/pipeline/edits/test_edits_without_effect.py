@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
-from silent import SOURCE, TARGET, embedded, noise
 
 from fpe_pipeline import (
     FreePromptEdit,
@@ -21,6 +20,7 @@ from fpe_pipeline import (
 )
 from fpe_pipeline.app.cli import main
 from fpe_pipeline.edits import Edit
+from tests.support.silent import SOURCE, TARGET, embedded, noise
 
 PROMPTS = [SOURCE, TARGET]
 

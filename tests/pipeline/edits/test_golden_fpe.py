@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import CASES, OriginalNoiseLevels, load_case, load_pipeline
 
 from fpe_pipeline import FreePromptEdit, editing
+from tests.support.golden_cases import CASES, OriginalNoiseLevels, load_case, load_pipeline
 
 BACKENDS = ["torch", "reference"]
 LAYERS = "fpe_fake_2p_lat16_layers"
@@ -127,7 +127,7 @@ def test_float64_agrees_with_the_original_in_float64():
 
 
 ONE_STEP = f"""
-from golden_cases import load_case, load_pipeline
+from tests.support.golden_cases import load_case, load_pipeline
 from fpe_pipeline import FreePromptEdit, editing
 
 case, pipe, first = load_case({LAYERS!r}), load_pipeline(), []
@@ -149,8 +149,7 @@ assert error <= case.atol("latents_step1"), error
 def test_first_step_through_the_triton_interpreter():
     """In a process of its own: whether kernels are interpreted is decided when triton is imported."""
     pytest.importorskip("triton")
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run([sys.executable, "-c", ONE_STEP], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

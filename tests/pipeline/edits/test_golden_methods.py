@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from golden_cases import GoldenCase, load_case
 
 from fpe_pipeline import BatchRoles, LocalBlend, MasaCtrlEdit, PlugAndPlayEdit, PromptToPromptEdit, editing
 from fpe_pipeline.prompts.alignment import align_refine, align_replace, tokenize
+from tests.support.golden_cases import GoldenCase, load_case
 
 
 def distance(actual, expected):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from silent import SOURCE, TARGET, embedded
 
 from fpe_pipeline import FreePromptPipeline, MasaCtrlEdit, make_edit
 from fpe_pipeline.app import cli
@@ -19,6 +18,7 @@ from fpe_pipeline.quality.methods.comparison import _Drawing
 from fpe_pipeline.quality.methods.contenders import CONTENDERS, chosen
 from fpe_pipeline.quality.methods.subjects import GENERATED, Subject
 from fpe_pipeline.runs.settings import Settings
+from tests.support.silent import SOURCE, TARGET, embedded
 
 PROMPTS = [SOURCE, TARGET]
 # Words that a method cannot find by itself, as each of the three is given them.
@@ -104,7 +104,7 @@ def test_every_option_is_one(pipe, method: Method):
 
 
 def test_the_readme_has_the_table():
-    assert method_table() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert method_table() in (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_command_lists_them(capsys):

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from dense_methods import (
+from torch.nn import functional as F
+
+from fpe_pipeline import FreePromptEdit, LocalBlend, PlugAndPlayEdit, PromptToPromptEdit, WordMask, editing
+from tests.support.dense_methods import (
     STEPS,
     TOKENS,
     DenseRun,
@@ -12,9 +15,6 @@ from dense_methods import (
     refine_mapper,
     replace_mapper,
 )
-from torch.nn import functional as F
-
-from fpe_pipeline import FreePromptEdit, LocalBlend, PlugAndPlayEdit, PromptToPromptEdit, WordMask, editing
 
 SIZE = (6, 10)
 PROMPTS = ["a red car on the street", "a hippopotamus car on the street"]

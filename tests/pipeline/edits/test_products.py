@@ -4,16 +4,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from dense import DenseEditProcessor, dense_attention, own, replaced
-from edited_layer import attention, install, random, run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny_unets import tiny_unet, unet_inputs
 
 from fpe_pipeline import BatchRoles, Edit, Product, editing
 from fpe_pipeline.edits.products import MapSpec, plan_products
 from fpe_pipeline.edits.selection import LayerSelection
 from fpe_pipeline.session.computing import Projections, Rows, evaluate, row_maps
+from tests.support.dense import DenseEditProcessor, dense_attention, own, replaced
+from tests.support.edited_layer import attention, install, random, run
+from tests.support.tiny_unets import tiny_unet, unet_inputs
 
 
 def test_rows_that_share_a_map_are_computed_together():

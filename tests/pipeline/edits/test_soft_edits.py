@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dense import DenseEditProcessor, own, replaced
 from PIL import Image
-from tiny_pipelines import PROMPTS, sample, tiny_pipeline
-from tiny_unets import tiny_unet, unet_inputs
 
 from fpe_pipeline import BatchRoles, FreePromptEdit, Product, WordMask, editing
 from fpe_pipeline.edits.masks import MaskImage, Strength
 from fpe_pipeline.models.sites import Site
 from fpe_pipeline.models.steps import Step, StepWindow
+from tests.support.dense import DenseEditProcessor, own, replaced
+from tests.support.tiny_pipelines import PROMPTS, sample, tiny_pipeline
+from tests.support.tiny_unets import tiny_unet, unet_inputs
 
 EVERYWHERE = {"levels": (0, 1)}
 

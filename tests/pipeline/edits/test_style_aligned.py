@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_unets import tiny_unet, unet_inputs
 from torch.nn import functional as F
 
 from fpe_pipeline import StyleAlignedEdit, editing
+from tests.support.tiny_unets import tiny_unet, unet_inputs
 
 
 class DenseStyleAligned:

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import PROMPTS, sample, tiny_sdxl_pipeline
 from torch.nn import functional as F
 
 from fpe_kernels import AttentionMap, blend
 from fpe_pipeline import FreePromptEdit, PromptToPromptEdit, editing, heat_maps
 from fpe_pipeline.heatmaps.views import overlay, principal_components
 from fpe_pipeline.prompts.alignment import tokenize
+from tests.support.tiny_pipelines import PROMPTS, sample, tiny_sdxl_pipeline
 
 SIZE = (8, 12)
 

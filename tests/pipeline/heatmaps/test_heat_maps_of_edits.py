@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from free_prompt_pipelines import OTHER, SOURCE, TARGET, free_prompt_pipeline, noise
-from tiny_pipelines import PROMPTS, sample, tiny_pipeline, unedited
 
 from fpe_pipeline import FreePromptEdit, PromptToPromptEdit, ddim_scheduler, editing, heat_maps
 from fpe_pipeline.session.session import session_of
+from tests.support.free_prompt_pipelines import OTHER, SOURCE, TARGET, free_prompt_pipeline, noise
+from tests.support.tiny_pipelines import PROMPTS, sample, tiny_pipeline, unedited
 
 STEPS = 3
 RUN = {"num_inference_steps": STEPS, "output_type": "latent"}

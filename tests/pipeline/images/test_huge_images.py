@@ -11,7 +11,7 @@ from PIL import Image
 from fpe_pipeline.images import load as images
 from fpe_pipeline.images.load import load_image
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HUGE = (8960, 6720)  # 60 Mpx
 MB = 1_000_000
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from free_prompt_pipelines import distance
-from golden_cases import load_case, source_image
 
 from fpe_pipeline import FreePromptPipeline, MasaCtrlEdit, NullText
 from fpe_pipeline.session.hooks import SchedulerHook
+from tests.support.free_prompt_pipelines import distance
+from tests.support.golden_cases import load_case, source_image
 
 REAL = ["fpe_real_sr08", "fpe_real_srcprompt_g1"]
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, IPNDMScheduler, PNDMScheduler
-from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline
 
 from fpe_pipeline import FreePromptPipeline, LocalBlend, NullText, PromptToPromptEdit, ddim_scheduler
 from fpe_pipeline.inversion.trajectory import METHODS
 from fpe_pipeline.sampling.noise_schedule import NoiseSchedule, ddim_inverse_step
+from tests.support.free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline
 
 STEPS = 3
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from free_prompt_pipelines import SOURCE, free_prompt_pipeline
 
 from benchmarks.memory import peak_bytes
 from fpe_pipeline import NullText
+from tests.support.free_prompt_pipelines import SOURCE, free_prompt_pipeline
 
 
 @pytest.fixture(scope="module")

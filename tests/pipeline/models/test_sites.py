@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tiny_unets import SHAPES, tiny_unet, unet_inputs
 
 from fpe_pipeline import FreePromptEdit, Site
 from fpe_pipeline.edits.selection import LayerSelection
 from fpe_pipeline.models.sites import attention_sites
+from tests.support.tiny_unets import SHAPES, tiny_unet, unet_inputs
 
 
 def test_sites_of_a_unet_laid_out_as_sd15(pipe):

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 import diffusers
 import pytest
 import torch
-from silent import SOURCE, TARGET, embedded, noise
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, LocalBlend, PromptToPromptEdit, editing
 from fpe_pipeline.models.steps import run_steps
+from tests.support.silent import SOURCE, TARGET, embedded, noise
 
 PROMPTS = [SOURCE, TARGET]
 # Per scheduler, how many calls of the model its first `steps` steps take, of ten.

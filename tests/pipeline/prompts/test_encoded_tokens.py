@@ -3,7 +3,6 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from silent import SOURCE, TARGET, add_token, dense_heat, embedded, noise, positions
 
 from fpe_pipeline import (
     FreePromptEdit,
@@ -15,6 +14,7 @@ from fpe_pipeline import (
     heat_maps,
 )
 from fpe_pipeline.prompts.alignment import tokenize
+from tests.support.silent import SOURCE, TARGET, add_token, dense_heat, embedded, noise, positions
 
 TOY = "a photo of a <toy> on the beach"
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from free_prompt_pipelines import SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
 from fpe_pipeline import (
     BatchRoles,
@@ -20,6 +19,7 @@ from fpe_pipeline.edits.products import plan_products
 from fpe_pipeline.models.sites import Site
 from fpe_pipeline.models.steps import Step
 from fpe_pipeline.recordings.record_run import estimate
+from tests.support.free_prompt_pipelines import SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
 STEPS = 4
 SECOND = "a photo of green cats walking on street"

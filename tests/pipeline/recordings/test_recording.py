@@ -12,7 +12,6 @@ from diffusers import (
     EulerDiscreteScheduler,
     PNDMScheduler,
 )
-from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
 from fpe_kernels import AttentionMap
 from fpe_pipeline import Recording, ddim_scheduler, make_edit
@@ -22,6 +21,7 @@ from fpe_pipeline.recordings.precision import PRECISIONS, pack
 from fpe_pipeline.recordings.record_run import estimate
 from fpe_pipeline.recordings.store import MemoryStore
 from fpe_pipeline.session.known_rows import unpack
+from tests.support.free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
 STEPS = 4
 RUN = {"num_inference_steps": STEPS, "latents": noise()}

@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 import torch
-from free_prompt_pipelines import SOURCE, TARGET, free_prompt_pipeline, noise
 
 from fpe_pipeline import Recording, ddim_scheduler
 from fpe_pipeline.errors import InputError
 from fpe_pipeline.recordings.folder_store import FileStore
+from tests.support.free_prompt_pipelines import SOURCE, TARGET, free_prompt_pipeline, noise
 
 STEPS = 3
 RUN = {"num_inference_steps": STEPS, "latents": noise()}

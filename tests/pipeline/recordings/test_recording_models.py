@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from free_prompt_pipelines import SOURCE, TARGET, distance, free_prompt_pipeline, noise
-from tiny_models import add_image_prompts, image_embeds, tiny_inpaint_pipeline
-from tiny_pipelines import tiny_pipeline, tiny_sdxl_pipeline
 
 from fpe_pipeline import FreePromptPipeline, ddim_scheduler
 from fpe_pipeline.recordings.fingerprint import fingerprint
+from tests.support.free_prompt_pipelines import SOURCE, TARGET, distance, free_prompt_pipeline, noise
+from tests.support.tiny_models import add_image_prompts, image_embeds, tiny_inpaint_pipeline
+from tests.support.tiny_pipelines import tiny_pipeline, tiny_sdxl_pipeline
 
 STEPS = 3
 RUN = {"num_inference_steps": STEPS, "latents": noise()}

@@ -23,7 +23,7 @@ from fpe_pipeline.quality.evaluated import EvaluatedModel
 from fpe_pipeline.runs import run as runs
 from fpe_pipeline.runs.repeatable import threads_for
 
-DATA = Path(__file__).parents[1] / "data" / "embedded_80"
+DATA = Path(__file__).parents[2] / "data" / "embedded_80"
 RUN = DATA / "run" / "run.json"
 SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on the beach"
 

@@ -20,7 +20,7 @@ from fpe_pipeline.cli import main
 from fpe_pipeline.models.loading import find_model
 from fpe_pipeline.runs.run import read_record
 
-DATA = Path(__file__).parents[1] / "data" / "embedded_128"
+DATA = Path(__file__).parents[2] / "data" / "embedded_128"
 RUN = DATA / "run" / "run.json"
 TARGET = "a photo of a blue car on the beach"
 

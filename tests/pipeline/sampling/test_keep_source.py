@@ -4,10 +4,10 @@ import diffusers
 import pytest
 import torch
 from diffusers import DPMSolverSDEScheduler
-from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
 from fpe_pipeline import FreePromptEdit
 from fpe_pipeline.edits import Edit
+from tests.support.free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
 FAST = {"num_inference_steps": 6, "output_type": "latent", "height": 24, "width": 32}
 

@@ -5,9 +5,9 @@ import inspect
 import diffusers
 import pytest
 import torch
-from silent import SOURCE, TARGET, embedded, noise
 
 from fpe_pipeline import FreePromptEdit, LocalBlend, PromptToPromptEdit, editing, heat_maps
+from tests.support.silent import SOURCE, TARGET, embedded, noise
 
 PROMPTS = [SOURCE, TARGET]
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import draw
-from tiny_pipelines import tiny_pipeline
 from torch._dynamo.testing import CompileCounter
 
 from fpe_pipeline import FreePromptEdit, editing
+from tests.support.tiny_models import draw
+from tests.support.tiny_pipelines import tiny_pipeline
 
 pytestmark = pytest.mark.slow  # tracing takes seconds a layer
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
-from silent import SOURCE, TARGET, dense_heat, embedded, noise, positions
 
 from fpe_pipeline import (
     BatchRoles,
@@ -15,6 +14,7 @@ from fpe_pipeline import (
     editing,
     heat_maps,
 )
+from tests.support.silent import SOURCE, TARGET, dense_heat, embedded, noise, positions
 
 STEPS, CUT = 5, 0.4
 PROMPTS = [SOURCE, TARGET]

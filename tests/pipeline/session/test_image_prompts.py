@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from dense import dense_attention, own
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import (
     Attention,
@@ -10,8 +9,6 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor,
     IPAdapterAttnProcessor2_0,
 )
-from tiny_models import EVERYWHERE, add_image_prompts, check_edit, draw, image_embeds
-from tiny_pipelines import PROMPTS, tiny_pipeline
 
 from fpe_pipeline import FreePromptEdit, Product, PromptToPromptEdit, editing
 from fpe_pipeline.edits import Edit
@@ -21,6 +18,9 @@ from fpe_pipeline.models.sites import Site
 from fpe_pipeline.session.image_prompts import split_image_prompts
 from fpe_pipeline.session.instructions import Order
 from fpe_pipeline.session.processor import editing_processor
+from tests.support.dense import dense_attention, own
+from tests.support.tiny_models import EVERYWHERE, add_image_prompts, check_edit, draw, image_embeds
+from tests.support.tiny_pipelines import PROMPTS, tiny_pipeline
 
 GRID, HEADS = (3, 4), 2
 SITE = Site("mid_block.attentions.0.transformer_blocks.0.attn2", "mid", "cross", 0, HEADS, 0, (), GRID)

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import (
+
+from fpe_pipeline import BatchRoles, editing
+from fpe_pipeline.session.processor import EditAttnProcessor
+from tests.support.tiny_models import (
     EVERYWHERE,
     check_edit,
     check_restored,
@@ -11,10 +14,7 @@ from tiny_models import (
     tiny_instruct_pipeline,
     tiny_sd2_pipeline,
 )
-from tiny_pipelines import sample, tiny_controlnet_pipeline, tiny_pipeline, tiny_sdxl_pipeline
-
-from fpe_pipeline import BatchRoles, editing
-from fpe_pipeline.session.processor import EditAttnProcessor
+from tests.support.tiny_pipelines import sample, tiny_controlnet_pipeline, tiny_pipeline, tiny_sdxl_pipeline
 
 PICTURE = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
-from silent import SOURCE, TARGET, embedded
 
 from fpe_pipeline import FreePromptEdit, StyleAlignedEdit, editing, heat_maps
+from tests.support.silent import SOURCE, TARGET, embedded
 
 PROMPTS = [SOURCE, TARGET]
 OTHERS = ["a photo of a green house in the snow", "a photo of a green house in the desert"]

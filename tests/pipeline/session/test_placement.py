@@ -5,11 +5,11 @@ import gc
 import numpy as np
 import pytest
 import torch
-from tiny_pipelines import PROMPTS, sample
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpe_pipeline import FreePromptEdit, LocalBlend, Product, PromptToPromptEdit, editing
 from fpe_pipeline.session.device_copies import Place, Placement
+from tests.support.tiny_pipelines import PROMPTS, sample
 
 CPU = torch.device("cpu")
 

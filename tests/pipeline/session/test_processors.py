@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from dense import dense_attention, own, replaced
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
@@ -10,12 +9,13 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from edited_layer import GRID, attention, install, random, run
 
 from fpe_pipeline import BatchRoles, Product
 from fpe_pipeline.edits.products import plan_products
 from fpe_pipeline.session.computing import Projections, Rows, evaluate, take
 from fpe_pipeline.session.processor import EditAttnProcessor, unsupported_reasons
+from tests.support.dense import dense_attention, own, replaced
+from tests.support.edited_layer import GRID, attention, install, random, run
 
 ROLES = BatchRoles.from_batch(6, classifier_free_guidance=True)  # one source, two targets
 FPE = {target: Product(source, (source,), (target,)) for source, target in ROLES.pairs()}

@@ -10,10 +10,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from silent import SOURCE, TARGET, dense_heat, embedded, noise
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, PromptToPromptEdit, ddim_scheduler, editing, heat_maps
+from tests.support.silent import SOURCE, TARGET, dense_heat, embedded, noise
 
 PHOTO = Image.new("RGB", (80, 80), (200, 30, 30))
 FAST = {"num_inference_steps": 2, "output_type": "latent"}

@@ -4,14 +4,14 @@ import warnings
 
 import pytest
 import torch
-from dense import DenseEditProcessor, replaced
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 from diffusers.models.attention_processor import AttnProcessor
-from tiny_pipelines import sample, tiny_pipeline, unedited
-from tiny_unets import SHAPES, tiny_unet, unet_inputs
 
 from fpe_pipeline import FreePromptEdit, editing
 from fpe_pipeline.models.steps import Step
+from tests.support.dense import DenseEditProcessor, replaced
+from tests.support.tiny_pipelines import sample, tiny_pipeline, unedited
+from tests.support.tiny_unets import SHAPES, tiny_unet, unet_inputs
 
 FPE = FreePromptEdit(0.8)
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from tiny_pipelines import (
+
+from fpe_pipeline import FreePromptEdit, editing
+from tests.support.tiny_pipelines import (
     PROMPTS,
     sample,
     shared_noise,
@@ -12,9 +14,7 @@ from tiny_pipelines import (
     tiny_sdxl_pipeline,
     unedited,
 )
-from tiny_unets import tiny_unet, unet_inputs
-
-from fpe_pipeline import FreePromptEdit, editing
+from tests.support.tiny_unets import tiny_unet, unet_inputs
 
 FPE = FreePromptEdit(0.8)
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from tiny_pipelines import sample, tiny_pipeline, unedited
-from tiny_unets import tiny_unet, unet_inputs
 
 from fpe_pipeline import BatchRoles, FreePromptEdit, editing
+from tests.support.tiny_pipelines import sample, tiny_pipeline, unedited
+from tests.support.tiny_unets import tiny_unet, unet_inputs
 
 FPE = FreePromptEdit(0.8)
 

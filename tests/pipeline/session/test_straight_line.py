@@ -4,15 +4,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from edited_layer import GRID, attention, install, random, run
-from edited_layer import order as order_of
-from tiny_models import draw
-from tiny_pipelines import tiny_pipeline
 
 from fpe_pipeline import BatchRoles, FreePromptEdit, MasaCtrlEdit, PlugAndPlayEdit, Product, StyleAlignedEdit, editing
 from fpe_pipeline.models.sites import attention_sites
 from fpe_pipeline.models.steps import Step
 from fpe_pipeline.session.instructions import Order
+from tests.support.edited_layer import GRID, attention, install, random, run
+from tests.support.edited_layer import order as order_of
+from tests.support.tiny_models import draw
+from tests.support.tiny_pipelines import tiny_pipeline
 
 TOKENS = GRID[0] * GRID[1]
 PAIRS = BatchRoles.from_batch(6, classifier_free_guidance=True).pairs()

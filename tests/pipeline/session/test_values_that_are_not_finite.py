@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from silent import SOURCE, TARGET, embedded, noise
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, PromptToPromptEdit, ddim_scheduler, editing, heat_maps
 from fpe_pipeline.app.cli import main
 from fpe_pipeline.models.steps import locate_step
+from tests.support.silent import SOURCE, TARGET, embedded, noise
 
 PROMPTS = [SOURCE, TARGET]
 STEPS = 4

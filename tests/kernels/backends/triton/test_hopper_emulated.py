@@ -9,12 +9,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
-import gluon_emulator as emulator
-
 from fpe_kernels.backends.triton import hopper
 from fpe_kernels.backends.triton.configs import Config
 from fpe_kernels.backends.triton.packing import chunks
 from fpe_kernels.testing import Case, assert_matches, make_case
+from tests.support import gluon_emulator as emulator
 
 KERNEL = emulator.load_kernel()
 

@@ -20,9 +20,9 @@ from fpe_kernels.backends.triton.launch import product_precision
 def test_a_planned_call_makes_the_launches_that_it_would_make_anew() -> None:
     # A process of its own: kernels that were imported for the interpreter cannot be compiled.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    here = Path(__file__).parent
-    environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parents[1]), environment.get("PYTHONPATH", "")])
-    program = [sys.executable, str(here / "planned_calls.py")]
+    root = str(Path(__file__).parents[4])
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    program = [sys.executable, "-m", "tests.support.planned_calls"]
     done = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert done.stdout.count("check_") == 6

@@ -1,4 +1,4 @@
-"""The embedded model: scenes, tokenizer, training from nothing, and what is shipped."""
+"""Training the embedded model from nothing: loops that resume, steps, graphs, and time that is kept to."""
 
 from __future__ import annotations
 
@@ -7,167 +7,19 @@ import logging
 import subprocess
 import sys
 import time
-from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPTokenizer
 
-from fpe_pipeline.embedded import embedded_path, judge_path
-from fpe_pipeline.embedded.card import render_card
-from fpe_pipeline.embedded.scenes import scenes
-from fpe_pipeline.embedded.training.captions import Captions
-from fpe_pipeline.embedded.training.data import render_cache, start_rendering
-from fpe_pipeline.embedded.training.export import SIZE_LIMIT, folder_bytes
 from fpe_pipeline.embedded.training.loop import fit
 from fpe_pipeline.embedded.training.presets import PRESETS, Fit, Shares
 from fpe_pipeline.embedded.training.step import OptimiserStep, Weights
 from fpe_pipeline.embedded.training.timebox import TimeBox
-from fpe_pipeline.embedded.training.tokenizer import MAX_LENGTH, build_tokenizer, caption_words
 from fpe_pipeline.embedded.training.train import GRACE, main, train
-
-SCENE = scenes.Scene("car", "red", "beach", seed=3)
-
-
-class TestScenes:
-    def test_equal_scenes_give_equal_bytes(self):
-        first, second = scenes.render(SCENE), scenes.render(SCENE)
-        assert np.array_equal(first.image, second.image)
-        assert np.array_equal(first.mask, second.mask)
-
-    def test_every_field_shows(self):
-        drawn = scenes.render(SCENE).image
-        other = {"object": "cat", "colour": "blue", "background": "snow", "x": 0.4, "y": 0.5, "scale": 0.9}
-        for field, value in {**other, "angle": 10.0, "flip": True, "seed": 4}.items():
-            assert not np.array_equal(scenes.render(replace(SCENE, **{field: value})).image, drawn), field
-
-    @pytest.mark.parametrize("name", scenes.OBJECTS)
-    def test_silhouette_is_antialiased_and_inside_the_picture(self, name):
-        mask = scenes.render(replace(SCENE, object=name)).mask
-        assert mask.min() == 0 and mask.max() == 255
-        edge = (mask > 0) & (mask < 255)
-        assert 0 < edge.sum() < (mask > 0).sum() / 2
-        assert not mask[0].any() and not mask[-1].any() and not mask[:, 0].any() and not mask[:, -1].any()
-        assert 0.05 < (mask > 127).mean() < 0.4
-
-    @pytest.mark.parametrize("name", scenes.OBJECTS)
-    def test_mask_is_where_the_colour_changes_the_picture(self, name):
-        red, blue = (scenes.render(replace(SCENE, object=name, colour=c)) for c in ("red", "blue"))
-        assert np.array_equal(red.mask, blue.mask)
-        changed = (red.image != blue.image).any(axis=-1)
-        assert not changed[red.mask == 0].any()
-        assert changed[red.mask == 255].mean() > 0.4
-
-    def test_size_is_free_and_too_small_is_refused(self):
-        assert scenes.render(SCENE, 40).image.shape == (40, 40, 3)
-        with pytest.raises(ValueError, match="at least 16"):
-            scenes.render(SCENE, 8)
-
-    def test_held_out_triples_leave_every_pair_in_training(self):
-        seen = scenes.triples(held=False)
-        assert len(scenes.triples(held=True)) == 32 and len(seen) == 288
-        for first, second in ((0, 1), (0, 2), (1, 2)):
-            pairs = {(t[first], t[second]) for t in scenes.triples()}
-            assert {(t[first], t[second]) for t in seen} == pairs
-        rng = np.random.default_rng(0)
-        for _ in range(20):
-            scene = scenes.sample_scene(rng, held=True)
-            assert scenes.held_out(scene.object, scene.colour, scene.background)
-
-    def test_captions_name_what_is_drawn(self):
-        assert scenes.prompt("car", "red", "beach") == "a photo of a red car on the beach"
-        assert scenes.prompt("fish", "orange", "snow") == "a photo of an orange fish in the snow"
-        assert scenes.prompt("car", "red", "beach") in scenes.phrasings("car", "red", "beach")
-        rng = np.random.default_rng(0)
-        assert all("car" in scenes.caption(SCENE, rng) for _ in range(50))
-
-    def test_cache_does_not_depend_on_its_length_and_refuses_other_settings(self, tmp_path):
-        short = render_cache(tmp_path / "a", 3, 32, seed=5)
-        long = render_cache(tmp_path / "b", 5, 32, seed=5)
-        assert np.array_equal(short.images, long.images[:3])
-        assert np.array_equal(render_cache(tmp_path / "a", 3, 32, seed=5).images, short.images)
-        with pytest.raises(ValueError, match="choose another folder"):
-            render_cache(tmp_path / "a", 3, 32, seed=6)
-
-    def test_workers_draw_the_same_scenes_and_say_how_far_they_are(self, tmp_path):
-        count = 300  # more than one process is started for
-        alone = render_cache(tmp_path / "a", count, 16, seed=5)
-        rendering = start_rendering(tmp_path / "b", count, 16, seed=5, workers=2)
-        assert rendering.wait(10) >= 10
-        assert rendering.wait() == count
-        together = rendering.cache
-        assert np.array_equal(alone.images, together.images) and np.array_equal(alone.masks, together.masks)
-        assert alone.scenes == together.scenes
-        assert json.loads((tmp_path / "b" / "settings.json").read_text())["count"] == count
-        drawn = scenes.render(alone.scenes[7], 16)
-        assert np.array_equal(alone.images[7], drawn.image)
-
-    def test_a_worker_that_fails_is_told(self, tmp_path):
-        rendering = start_rendering(tmp_path, 300, 8, workers=2)  # too small to draw
-        with pytest.raises(RuntimeError, match="ended with status 1"):
-            rendering.wait()
-
-    @pytest.mark.parametrize("background", scenes.BACKGROUNDS)
-    def test_what_stands_stands_on_the_ground(self, background):
-        rng = np.random.default_rng(2)
-        for name in ("car", "house", "boat", "mushroom", "cat"):
-            scene = scenes.sample_scene(rng, triple=(name, "red", background))
-            assert (scene.object, scene.colour, scene.background) == (name, "red", background)
-            rows = np.flatnonzero(scenes.render(scene, 64).mask.max(axis=1) > 127)
-            assert 0.7 < (rows[-1] + 1) / 64 < 0.95
-
-    def test_captions_are_those_of_the_table_with_their_shares(self, folder):
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-        table, triple = Captions(tokenizer, "cpu"), ("fish", "orange", "snow")
-        wordings = dict(scenes.captions(*triple))
-        assert sum(wordings.values()) == pytest.approx(1.0)
-        place = scenes.triples().index(triple)
-        assert place == (7 * table.counts[1] + 1) * table.counts[2] + 3
-        count = 4000
-        labels = torch.tensor([[7, 1, 3]]).repeat(count, 1)
-        tokens = table.draw(labels, torch.Generator().manual_seed(0))
-        whole = tokenizer(list(wordings), padding="max_length", max_length=MAX_LENGTH).input_ids
-        assert {tuple(ids) for ids in tokens.tolist()} == {tuple(ids) for ids in whole}
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        drawn = Counter(text.replace(" ,", ",") for text in texts)
-        assert set(drawn) == set(wordings)
-        for text, share in wordings.items():  # within five standard deviations
-            assert abs(drawn[text] - count * share) < 5 * (count * share) ** 0.5, text
-        dropped = table.draw(labels, torch.Generator().manual_seed(0), drop=0.25)
-        assert (dropped == torch.tensor(tokenizer("", padding="max_length").input_ids)).all(dim=1).float().mean() == (
-            pytest.approx(0.25, abs=5 * (0.25 * 0.75 / count) ** 0.5)
-        )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer")
-    build_tokenizer(path)
-    return path
-
-
-class TestTokenizer:
-    def test_loads_as_clip_and_makes_one_token_of_each_caption_word(self, folder):
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-        assert tokenizer.model_max_length == MAX_LENGTH
-        for word in caption_words():
-            assert len(tokenizer(word).input_ids) == 3, word
-
-    def test_round_trip(self, folder):
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-        text = "a photo of a purple mushroom in the meadow"
-        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True).strip() == text
-
-    @pytest.mark.parametrize("text", ["", "Über 漢字 🙂", "a crimson zeppelin, 42!", "x" * 500])
-    def test_any_text_becomes_tokens(self, folder, text):
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-        ids = tokenizer(text, padding="max_length", truncation=True).input_ids
-        assert len(ids) == MAX_LENGTH and max(ids) < len(tokenizer)
 
 
 class TestLoop:
@@ -419,64 +271,3 @@ class TestTraining:
         with pytest.raises(SystemExit):
             main(["--preset", "gpu"])
         assert "no CUDA device" in capsys.readouterr().err
-
-
-def test_a_judge_looks_at_the_size_that_it_learned(tmp_path):
-    from fpe_pipeline.embedded.judge import Judge, load_judge, save_judge
-
-    judge = Judge(40).eval()
-    save_judge(judge, tmp_path / "judge.safetensors")
-    loaded = load_judge(tmp_path / "judge.safetensors")
-    assert loaded.size == 40
-    assert torch.equal(loaded.mask.weight, judge.mask.weight.half().float())
-
-
-class TestShipped:
-    def test_size_and_card(self):
-        folder = embedded_path()
-        assert folder_bytes(folder) <= SIZE_LIMIT
-        assert (folder / "MODEL_CARD.md").read_text() == render_card(folder)
-
-    def test_record_is_of_its_preset(self):
-        """The schedule that rebuilds the weights is the one that they were trained with."""
-        record = json.loads((embedded_path() / "measurements.json").read_text())["training"]
-        preset = PRESETS[record["preset"]]
-        assert sum(stage["steps"] for stage in record["autoencoder_renders"]) == record["autoencoder_steps"]
-        assert record["autoencoder_renders"][-1]["pixels"] == preset.size
-        assert record["diffusion_batch"] == preset.diffusion.batch
-        if "max_minutes" in record:  # by the clock
-            assert 0 < record["scenes"] <= preset.scenes
-            assert 0 < record["diffusion_steps"] <= preset.diffusion.steps
-        else:
-            assert (record["scenes"], record["diffusion_steps"]) == (preset.scenes, preset.diffusion.steps)
-            assert record["autoencoder_steps"] == preset.autoencoder.steps
-
-    def test_settings_name_no_folder_of_the_machine_that_trained_it(self):
-        for path in embedded_path().rglob("*.json"):
-            assert "_name_or_path" not in path.read_text(), path
-
-    def test_loads_in_one_precision_without_warnings(self, caplog):
-        from diffusers import StableDiffusionPipeline
-
-        with caplog.at_level(logging.WARNING):
-            pipe = StableDiffusionPipeline.from_pretrained(embedded_path())
-        assert pipe.unet.dtype == pipe.text_encoder.dtype == pipe.vae.dtype
-        assert pipe.scheduler.config.beta_schedule == "scaled_linear"
-        assert not [r for r in caplog.records if "not initialized" in r.message]
-
-    @pytest.mark.slow
-    def test_judge_knows_renders(self):
-        from fpe_pipeline.embedded.judge import load_judge
-
-        rng = np.random.default_rng(11)
-        drawn = [scenes.render(scenes.sample_scene(rng, held=True)) for _ in range(64)]
-        verdict = load_judge(judge_path()).look(np.stack([d.image for d in drawn]))
-        assert np.mean([a == d.scene.object for a, d in zip(verdict.objects, drawn, strict=True)]) >= 0.98
-        assert np.mean([a == d.scene.colour for a, d in zip(verdict.colours, drawn, strict=True)]) >= 0.98
-
-    @pytest.mark.slow
-    def test_draws_what_the_prompt_says(self):
-        from fpe_pipeline.embedded.measure import measure_generation
-
-        figures = measure_generation(embedded_path(), 24, steps=20)
-        assert min(figures[name] for name in ("colour", "background", "object")) >= 0.95
