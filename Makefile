@@ -30,10 +30,10 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 # Tests whose outcome could hang on how sums are rounded: CI repeats them as other CPUs and threads round.
-ROUNDING := $(addprefix tests/pipeline/test_,cli.py::TestFromRecord cli_methods.py keep_source.py \
-  golden_fpe.py::test_float64_agrees_with_the_original_in_float64 inversion.py::TestRefusals \
-  said_beforehand.py::test_no_layer_on_the_command_line) \
-  tests/kernels/test_mixed_batches.py tests/kernels/test_row_weights.py
+ROUNDING := $(addprefix tests/pipeline/,app/test_cli.py::TestFromRecord app/test_cli_methods.py \
+  app/test_said_beforehand.py::test_no_layer_on_the_command_line sampling/test_keep_source.py \
+  edits/test_golden_fpe.py::test_float64_agrees_with_the_original_in_float64 inversion/test_inversion.py::TestRefusals) \
+  tests/kernels/backends/triton/test_mixed_batches.py tests/kernels/test_row_weights.py
 
 .PHONY: help demo test test-rounding test-all lint format bench figures gpu gpu-smoke gpu-train clean
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import planted_faults
 import pytest
 
 from benchmarks.candidates import ALL, BOUNDED, DESCRIBED, SPECIALISED, choices, tuning_plan
@@ -16,6 +15,7 @@ from benchmarks.gpu.session import BUDGETS, GRACE, Session, collect, reason_to_s
 from benchmarks.gpu.stages import FULL, SESSIONS, SMOKE, Stage
 from benchmarks.rows import ROOT, Row
 from benchmarks.workers.pool import Task, share_out
+from tests.support import planted_faults
 
 HERE = planted_faults.HERE
 
@@ -70,7 +70,7 @@ def test_candidates_fit_a_multiprocessor():
 
 
 def tasks(*entries):
-    return [Task(name, f"planted_faults:{name.split()[0]}", arguments) for name, *arguments in entries]
+    return [Task(name, f"tests.support.planted_faults:{name.split()[0]}", arguments) for name, *arguments in entries]
 
 
 def test_a_task_that_hangs_dies_or_raises_is_named_and_the_others_are_done():
@@ -90,7 +90,7 @@ def warm():
 @pytest.fixture(autouse=True)
 def _planted(monkeypatch):
     """Stages and workers find the planted faults."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(planted_faults.__file__).parent)]))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -201,9 +201,9 @@ def only_checks(monkeypatch):
 
 def test_planted_faults_are_named_and_every_finished_check_is_kept(tmp_path, only_checks, capfd):
     faults = {"a wrong result": "wrong_result", "an abort": "abort", "a hang": "hang_on_the_device"}
-    plant = ",".join(f"{name}=planted_faults:{function}" for name, function in faults.items())
+    plant = ",".join(f"{name}=tests.support.planted_faults:{function}" for name, function in faults.items())
     faults["compiling a compiler that hangs"] = "hang_on_the_device"
-    programs = "a compiler that hangs=planted_faults:hang_on_the_device"
+    programs = "a compiler that hangs=tests.support.planted_faults:hang_on_the_device"
     session = Session(
         "smoke",
         tmp_path,
@@ -236,7 +236,7 @@ def test_planted_faults_are_named_and_every_finished_check_is_kept(tmp_path, onl
 )
 def test_a_stage_that_ends_badly_leaves_its_rows_and_the_rest_goes_on(tmp_path, monkeypatch, stage, seconds, words):
     after = Stage("environment", 0.5, "benchmarks.gpu.stages:environment")
-    monkeypatch.setitem(SESSIONS, "smoke", (Stage(stage, 0.5, f"planted_faults:{stage}"), after))
+    monkeypatch.setitem(SESSIONS, "smoke", (Stage(stage, 0.5, f"tests.support.planted_faults:{stage}"), after))
     monkeypatch.setattr("benchmarks.gpu.session.GRACE", 0.5)
     assert Session("smoke", tmp_path, 2 * seconds, "cpu", dry=True).run() == 1
     said = list(read_journal(tmp_path / "smoke.jsonl"))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from composed_edits import EDITS, Tensors, check, maker
 from torch import Tensor
 
 from fpe_kernels import AttentionMap, blend, concatenate
 from fpe_kernels.testing import assert_within_budget
+from tests.support.composed_edits import EDITS, Tensors, check, maker
 
 
 @pytest.mark.parametrize("name", EDITS)

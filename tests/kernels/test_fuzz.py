@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from fuzzing import check_seed
+
+from tests.support.fuzzing import check_seed
 
 FAST = {"torch": 90, "triton": 10}
 FULL = {"torch": 10_000, "triton": 2_000}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import FLOATS, cut_small_blocks
-from contract_joins import JoinContract
 from torch import Tensor
 
 from fpe_kernels import AttentionMap, beside, blend, concatenate, join, stack
 from fpe_kernels.backends import chunked
 from fpe_kernels.testing import make, make_case
+from tests.support.contract import FLOATS, cut_small_blocks
+from tests.support.contract_joins import JoinContract
 
 
 # Only the tests that the joins add: those of products run in test_backends.py.

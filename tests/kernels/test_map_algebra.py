@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from composed_edits import DIM, HEADS, PIXELS, Edits, Tensors, pair
 
 from fpe_kernels import AttentionMap, LinearMap, blend, concatenate
+from tests.support.composed_edits import DIM, HEADS, PIXELS, Edits, Tensors, pair
 
 # -- what is computed, and how often ----------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
 """Fixtures that the pipeline tests share. The pipeline is loaded once: a session has to leave it as it was."""
 
 import pytest
-from golden_cases import load_pipeline
-from tiny_pipelines import tiny_pipeline
+
+from tests.support.golden_cases import load_pipeline
+from tests.support.tiny_pipelines import tiny_pipeline
 
 
 @pytest.fixture(scope="session")

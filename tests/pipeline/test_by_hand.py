@@ -9,7 +9,6 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from free_prompt_pipelines import SOURCE, TARGET, distance, free_prompt_pipeline, noise
 from PIL import Image
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, Inversion, MasaCtrlEdit, NullText, ddim_scheduler, editing
@@ -17,6 +16,7 @@ from fpe_pipeline.edits.registry import METHODS
 from fpe_pipeline.embedded import embedded_path
 from fpe_pipeline.errors import InputError
 from fpe_pipeline.images.side_by_side import Comparison, side_by_side
+from tests.support.free_prompt_pipelines import SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
 FAST = {"num_inference_steps": 2, "height": 24, "width": 32}
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.callbacks import PipelineCallback
-from free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
-from golden_cases import CASES, GOLDEN, load_case
-from original_checkpoint import original_checkpoint
 from safetensors.torch import save_file
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, editing, make_edit
+from tests.support.free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
+from tests.support.golden_cases import CASES, GOLDEN, load_case
+from tests.support.original_checkpoint import original_checkpoint
 
 FAST = {"num_inference_steps": 3, "output_type": "latent"}
 

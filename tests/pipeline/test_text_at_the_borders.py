@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from silent import SOURCE, TARGET, embedded
 
 from fpe_pipeline import FreePromptPipeline
 from fpe_pipeline.app.cli import main
 from fpe_pipeline.errors import InputError
+from tests.support.silent import SOURCE, TARGET, embedded
 
 NOT_UTF8 = "r\udce9d"  # how Python spells the byte 0xe9 of a Latin-1 command line
 FAST = ["--steps", "1", "--size", "16x16", "--self-replace", "1", "--no-control", "--quiet"]

@@ -1,0 +1,161 @@
+"""Every block of code in every document and every example in a docstring runs as printed.
+
+Names of models on the hub are answered by a tiny model, and "cuda" by the CPU. Commands that no test can run are
+listed in `NOT_RUN` with the reason.
+"""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import benchmarks
+import fpe_kernels
+import fpe_pipeline
+from fpe_pipeline.app import cli
+from tests.support.golden_cases import load_pipeline
+from tests.support.tiny_pipelines import tiny_pipeline
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in ROOT.rglob("*.md")
+    if not any(part.startswith(".") or part in ("build", "out") for part in path.relative_to(ROOT).parts)
+)
+# Beginnings of commands that are not run, and why.
+NOT_RUN = {
+    "make demo": "makes an environment; test_cli_refusals.py runs fpe demo",
+    "make test": "is what runs these tests",
+    "make lint": "checks the code, not the documents",
+    "make bench": "measures for an hour; tests/benchmarks runs each of its parts",
+    "make figures": "rewrites documents; tests/benchmarks/test_tables.py compares them",
+    "make gpu": "needs a GPU",
+    "python -m benchmarks": "measures from minutes to hours; tests/benchmarks runs each of its parts",
+    "pytest benchmarks": "measures for minutes; tests/benchmarks runs each of its parts",
+    "fpe evaluate": "takes hours; its arguments are parsed, and test_quality.py runs it on few pairs",
+}
+FEW_STEPS = ["--steps", "5"]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SHELLS = ("console", "bash")
+PACKAGES = (fpe_kernels, fpe_pipeline, benchmarks)
+
+
+def blocks(document):
+    """(line, language, text) of each fenced block; the line is that of its first line of code."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return [(text[: m.start()].count("\n") + 2, m[1], m[2]) for m in FENCE.finditer(text)]
+
+
+def commands(language, text):
+    """The commands of a block, without prompts and comments; a line that ends in a backslash goes on."""
+    lines = text.replace("\\\n", " ").splitlines()
+    if language == "console":
+        lines = [line[2:] for line in lines if line.startswith("$ ")]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def run_command(words):
+    line = " ".join(words)
+    if words[:2] == ["fpe", "evaluate"]:
+        cli._parser(words[1:]).parse_args(words[1:])
+    if not any(line.startswith(beginning) for beginning in NOT_RUN):
+        assert words[0] == "fpe", f"neither run nor listed in NOT_RUN: {line}"
+        # As printed, but for the number of steps: fifty of them show no more than a few.
+        few = FEW_STEPS if words[1] == "edit" and not {"--steps", "--from"} & set(words) else []
+        assert cli.main([*words[1:], *few, "--quiet"]) == 0, line
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """A folder of a model with as many layers as SD 1.5, but none at the latent's resolution: fast at any size."""
+    shape = {
+        "layers_per_block": 2,
+        "block_out_channels": (8, 16, 16, 16),
+        "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 3),
+        "up_block_types": (*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"),
+    }
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_pipeline(load_pipeline(), **shape).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def workplace(stand_in, tmp_path, monkeypatch):
+    """An empty working directory with a photo in it, on a machine with a hub and a GPU, as documents assume."""
+    load, move = DiffusionPipeline.from_pretrained.__func__, DiffusionPipeline.to
+
+    def from_pretrained(kind, name, **options):
+        is_hub_name = isinstance(name, str) and name.count("/") == 1 and not Path(name).exists()
+        options = {option: value for option, value in options.items() if value is not torch.float16}  # a GPU's
+        pipe = load(kind, stand_in if is_hub_name else name, **options)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def to(pipe, *arguments, **options):
+        return move(pipe, *("cpu" if argument == "cuda" else argument for argument in arguments), **options)
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.setattr(DiffusionPipeline, "to", to)
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    for name in ("photo.jpg", "beach.jpg"):
+        Image.fromarray(pixels).save(name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_blocks_run_as_printed(document, workplace):
+    """In the order of the page: a block may use what those before it have defined."""
+    known = {"__name__": "__main__"}
+    for line, language, text in blocks(document):
+        if language == "python":
+            exec(compile("\n" * (line - 1) + text, str(ROOT / document), "exec"), known)
+        elif language in SHELLS:
+            for words in commands(language, text):
+                run_command(words)
+        else:
+            assert language in ("bibtex", "text"), f"{document}:{line} is a block of {language}, which nothing checks"
+
+
+def test_the_list_of_what_is_not_run_has_no_spare_entries():
+    printed = [
+        " ".join(words)
+        for document in DOCUMENTS
+        for _, language, text in blocks(document)
+        if language in SHELLS
+        for words in commands(language, text)
+    ]
+    assert printed
+    for beginning in NOT_RUN:
+        assert any(line.startswith(beginning) for line in printed), beginning
+
+
+def modules():
+    for package in PACKAGES:
+        yield package.__name__
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not found.name.endswith(("__main__", "test_regression")):
+                yield found.name
+
+
+def with_examples():
+    """Dotted names of modules in whose source an example stands."""
+    for name in modules():
+        found = importlib.util.find_spec(name)
+        if found.origin and ">>> " in Path(found.origin).read_text(encoding="utf-8"):
+            yield name
+
+
+@pytest.mark.parametrize("name", list(with_examples()))
+def test_docstrings(name, workplace):
+    torch.manual_seed(0)
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.attempted and not result.failed

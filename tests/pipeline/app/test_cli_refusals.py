@@ -1,0 +1,245 @@
+"""What the fpe command refuses before it loads anything, how it fails, and its smaller commands."""
+
+import importlib.machinery
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+
+from fpe_pipeline.app import cli
+from fpe_pipeline.models import loading
+from fpe_pipeline.runs import run as runs
+from fpe_pipeline.runs.loading import load_pipeline
+from tests.support.tiny_cli import SOURCE, edit_arguments, one_error, refuse_loading, tiny_model_folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def edit(model):
+    return edit_arguments(model)
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    refuse_loading(monkeypatch)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--model", "./nowhere"], "neither a folder nor a file"),
+            (["--model", "nowhere"], "neither a folder nor a file"),
+            (["--model", "."], "no model_index.json"),
+            (["--model", __file__], "must end in .safetensors or .ckpt"),
+            (["--size", "64"], "expected WIDTHxHEIGHT"),
+            (["--size", "60x64"], "use 56x64 or 64x64"),
+            (["--size", "0x64"], "positive multiples of 8"),
+            (["--self-replace", "nan"], "expected one fraction"),
+            (["--self-replace", "0.5,0.6,0.7"], "expected one fraction"),
+            (["--self-replace", "0.8,0.1"], "start <= stop"),
+            (["--self-replace", "1.5"], "[0, 1]"),
+            (["--levels", "1", "--max-tokens", "64"], "name one of"),
+            (["--levels", "one"], "whole numbers"),
+            (["--steps", "0"], "steps must be at least 1"),
+            (["--seed", "-1"], "seed must be from 0"),
+            (["--guidance", "inf"], "finite"),
+            (["--target", " "], "target prompts with words"),
+            (["--dtype", "int8"], "invalid choice"),
+            (["--device", "abacus"], "device 'abacus' is not available here"),
+            (["--backend", "cudnn"], "attention backend 'cudnn' cannot be used here: there are auto, triton"),
+            (["--self-replay", "0.8"], "unrecognized arguments"),
+        ],
+    )
+    def test_before_loading(self, edit, tmp_path, capsys, no_loading, options, message):
+        assert cli.main([*edit, "-o", str(tmp_path / "out"), *options]) == 2
+        assert message in one_error(capsys)
+        assert not (tmp_path / "out").exists()
+
+    def test_missing_prompts(self, capsys):
+        assert cli.main(["edit", "--source", SOURCE]) == 2
+        assert "expected --target, or --from" in one_error(capsys)
+
+    def test_output_that_is_a_file(self, edit, tmp_path, capsys, no_loading):
+        (tmp_path / "taken").write_text("")
+        for output in (tmp_path / "taken", tmp_path / "taken" / "below"):
+            assert cli.main([*edit, "-o", str(output)]) == 2
+            assert "cannot write into" in one_error(capsys)
+
+    def test_output_that_is_read_only(self, edit, capsys, no_loading):
+        if not Path("/proc/self").exists():
+            pytest.skip("needs a folder that even root cannot write")
+        assert cli.main([*edit, "-o", "/proc/self/out"]) == 2
+        assert "cannot write into '/proc/self/out'" in one_error(capsys)
+
+    def test_layers_that_match_nothing(self, edit, tmp_path, capsys):
+        assert cli.main([*edit, "--layers", "up_blocks.9,3", "-o", str(tmp_path / "out")]) == 2
+        assert "layers ['up_blocks.9'] match none" in one_error(capsys)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "FluxPipeline"])
+    def test_other_kinds_of_model(self, edit, tmp_path, capsys, no_loading, name):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        assert cli.main([*edit, "--model", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
+        assert f"holds a {name}" in one_error(capsys)
+
+    def test_damaged_weights(self, edit, model, tmp_path, capsys):
+        folder = tmp_path / "model"
+        folder.mkdir()
+        for entry in model.iterdir():
+            (folder / entry.name).symlink_to(entry)
+        (folder / "vae").unlink()
+        (folder / "vae").mkdir()
+        (folder / "vae" / "config.json").symlink_to(model / "vae" / "config.json")
+        (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage")
+        assert cli.main([*edit, "--model", str(folder), "-o", str(tmp_path / "out")]) == 2
+        assert "could not be loaded" in one_error(capsys)
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        ("error", "code", "message"),
+        [
+            (RuntimeError("out of\nmemory"), 1, "fpe: error: out of memory\n"),
+            (KeyboardInterrupt(), 130, "fpe: interrupted\n"),
+        ],
+    )
+    def test_exit_codes(self, edit, tmp_path, capsys, monkeypatch, error, code, message):
+        def fail(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(runs, "load_pipeline", fail)
+        assert cli.main([*edit, "-o", str(tmp_path / "out")]) == code
+        assert capsys.readouterr() == ("", message)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+    def test_ctrl_c(self, edit, tmp_path):
+        arguments = [argument for argument in edit if argument != "--quiet"]
+        command = [sys.executable, "-m", "fpe_pipeline", *arguments, "--steps", "900", "-o", str(tmp_path / "out")]
+        environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+        # A shell that starts tests in the background has them, and all that they start, ignore the signal.
+        heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **heed) as process:
+            read = ""
+            while "/900" not in read and (character := process.stderr.read(1)):
+                read += character
+            process.send_signal(signal.SIGINT)
+            rest = process.stderr.read()
+        assert process.returncode == 130
+        assert rest.endswith("fpe: interrupted\n")
+        assert "Traceback" not in rest
+        assert not (tmp_path / "out").exists()
+
+    def test_traceback_on_request(self, edit, tmp_path, capsys, monkeypatch):
+        def fail(*args, **kwargs):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(runs, "load_pipeline", fail)
+        assert cli.main([*edit, "--traceback", "-o", str(tmp_path / "out")]) == 1
+        assert "Traceback" in capsys.readouterr().err
+
+    def test_a_full_disk_leaves_nothing_behind(self, edit, tmp_path, monkeypatch):
+        (tmp_path / "source.png").write_bytes(b"earlier")
+        save = Image.Image.save
+
+        def fail(self, path, **kwargs):
+            if Path(path).name == "target-2.png":
+                raise OSError(28, "No space left on device")
+            save(self, path, **kwargs)
+
+        monkeypatch.setattr(Image.Image, "save", fail)
+        assert cli.main([*edit, "-o", str(tmp_path)]) == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["source.png"]
+        assert (tmp_path / "source.png").read_bytes() == b"earlier"
+
+
+class TestIdentity:
+    """A model is known by what decides its images, wherever it lies."""
+
+    @pytest.fixture
+    def loaded(self, model):
+        return load_pipeline(loading.find_model(str(model)), dtype=torch.float32, device="cpu")
+
+    def test_of_the_same_model_elsewhere(self, loaded, tmp_path):
+        loaded.save_pretrained(tmp_path)
+        again = load_pipeline(loading.find_model(str(tmp_path)), dtype=torch.float32, device="cpu")
+        assert loading.identity(again) == loading.identity(loaded)
+
+    def test_of_other_weights_schedulers_and_dtypes(self, loaded):
+        seen = {loading.identity(loaded)}
+        with torch.no_grad():
+            loaded.vae.decoder.conv_out.bias[0] += 1e-3
+        seen.add(loading.identity(loaded))
+        loaded.scheduler = DDIMScheduler.from_config(loaded.scheduler.config, beta_end=0.013)
+        seen.add(loading.identity(loaded))
+        loaded.to(torch.float16)
+        seen.add(loading.identity(loaded))
+        assert len(seen) == 4
+
+
+class TestOtherCommands:
+    @pytest.mark.parametrize("command", [[], ["edit"], ["demo"], ["info"]])
+    def test_help(self, command, capsys):
+        assert cli.main([*command, "--help"]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith(" ".join(["usage: fpe", *command]))
+        assert err == ""
+
+    def test_help_needs_no_torch(self):
+        code = (
+            "import sys; from fpe_pipeline.app.cli import main; main(['edit', '--help']); "
+            "sys.exit(bool({'torch', 'diffusers'} & sys.modules.keys()))"
+        )
+        root = str(Path(cli.__file__).parents[2])
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=root, timeout=60, check=False)
+        assert result.returncode == 0
+
+    def test_info(self, capsys):
+        assert cli.main(["info"]) == 0
+        out = capsys.readouterr().out
+        for name in ("torch", "diffusers", "triton", "reference", "devices"):
+            assert name in out
+
+    def test_demo(self, model, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(loading, "_embedded_folder", lambda name: model)
+        assert cli.main(["demo", "--steps", "1", "--quiet", "-o", str(tmp_path)]) == 0
+        paths = capsys.readouterr().out.splitlines()
+        assert paths[0] == str(tmp_path / "demo.png")
+        assert all(Path(path).is_file() for path in paths)
+        assert sum(path.endswith("run.json") for path in paths) == 3
+        settings, _ = runs.read_record(tmp_path / "colour" / "run.json")
+        assert settings.model == "embedded"
+
+    def test_no_embedded_model(self, tmp_path, capsys, monkeypatch):
+        def absent(name):
+            raise FileNotFoundError(name)
+
+        monkeypatch.setattr(loading, "embedded_path", absent)
+        assert cli.main(["demo", "-o", str(tmp_path / "out")]) == 2
+        assert "no embedded model; pass --model" in one_error(capsys)
+
+    def test_evaluate_appears_with_its_module(self, capsys, monkeypatch):
+        name = "fpe_pipeline.quality"
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        module.add_arguments = lambda parser: parser.add_argument("--pairs", type=int)
+        module.run = lambda options: print(f"{options.pairs} pairs")
+        monkeypatch.setitem(sys.modules, name, module)
+        assert cli.main(["evaluate", "--pairs", "3"]) == 0
+        assert capsys.readouterr().out == "3 pairs\n"
+        assert cli.main(["--help"]) == 0
+        assert "evaluate" in capsys.readouterr().out

@@ -1,0 +1,114 @@
+"""Methods by name: the command line, the evaluation and Python run the same edit, from one table."""
+
+import argparse
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fpe_pipeline import FreePromptPipeline, MasaCtrlEdit, make_edit
+from fpe_pipeline.app import cli
+from fpe_pipeline.edits.registry import METHODS, Method, method_table
+from fpe_pipeline.quality.command import add_arguments
+from fpe_pipeline.quality.methods.comparison import _Drawing
+from fpe_pipeline.quality.methods.contenders import CONTENDERS, chosen
+from fpe_pipeline.quality.methods.subjects import GENERATED, Subject
+from fpe_pipeline.runs.settings import Settings
+from tests.support.silent import SOURCE, TARGET, embedded
+
+PROMPTS = [SOURCE, TARGET]
+# Words that a method cannot find by itself, as each of the three is given them.
+WORDS = {"fpe-regional": {"word": "car"}, "p2p-blend": {"words": ["red", "blue"]}}
+SUBJECT = Subject("one", "colour", SOURCE, TARGET, ("blue",), ("red", "blue"), "car", seed=3)
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return embedded(FreePromptPipeline)
+
+
+def by_command(name, folder, *more):
+    options = [f"--option={key}={json.dumps(value)}" for key, value in WORDS.get(name, {}).items()]
+    given = ["--source", SOURCE, "--target", TARGET, "--method", name, "--seed", "3", "--no-control", "--quiet"]
+    assert cli.main(["edit", *given, *options, *more, "-o", str(folder)]) == 0
+    return np.asarray(Image.open(folder / "target-1.png"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_three_ways_to_one_picture(pipe, tmp_path, name):
+    """With the defaults of the method for the model; to rounding, which may move a pixel by one level of 255."""
+    command = by_command(name, tmp_path, "--steps", str(STEPS))
+    edit = make_edit(name, PROMPTS, pipe.tokenizer, pipe, **WORDS.get(name, {}))
+    options = {"num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(3)}
+    in_python = np.asarray(pipe(SOURCE, TARGET, edit=edit, **options).targets[0])
+    contender = chosen([name])[0].edit_for(SUBJECT, pipe.tokenizer, pipe)
+    assert contender == edit or name == "fpe-regional"  # a mask of a word is compared by its picture
+    evaluated = _Drawing(pipe, SUBJECT, GENERATED, STEPS, Settings.guidance).edited(contender)[1]
+    for picture in (in_python, evaluated):
+        assert np.abs(picture.astype(int) - command).max() <= 1
+
+
+def test_the_pipelines_own_default_is_the_method_of_that_name(pipe, tmp_path):
+    command = by_command("fpe", tmp_path, "--steps", str(STEPS))
+    options = {"num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(3)}
+    plain = np.asarray(pipe(SOURCE, TARGET, **options).targets[0])
+    assert np.abs(plain.astype(int) - command).max() <= 1
+
+
+def test_the_same_settings():
+    """Steps, guidance and window, wherever they are left out."""
+    call = inspect.signature(FreePromptPipeline.__call__).parameters
+    steps = inspect.signature(FreePromptPipeline.invert).parameters["num_inference_steps"].default
+    settings = Settings("", ())
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    evaluated = parser.parse_args([])
+    assert settings.steps == evaluated.steps == steps
+    assert settings.guidance == evaluated.guidance == call["guidance_scale"].default
+    assert settings.self_replace == (0.0, evaluated.self_replace) == (0.0, call["self_replace_steps"].default)
+    assert CONTENDERS[2:] == tuple(METHODS)
+
+
+def test_masactrl_runs_with_its_defaults(tmp_path):
+    by_command("masactrl", tmp_path, "--steps", "5")
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert record["settings"]["layers"] is None
+    assert record["settings"]["options"] == {}
+
+
+def test_layers_that_suit_the_model(pipe):
+    """Counting as MasaCtrl's authors do ends before the embedded model's decoder; a choice of the caller's stands."""
+    (count,) = {sum(name.endswith("attn1.processor") for name in pipe.unet.attn_processors)}
+    assert count <= MasaCtrlEdit().start_layer
+    assert make_edit("masactrl", PROMPTS, None, pipe).layers == ("up_blocks",)
+    assert make_edit("masactrl", PROMPTS, None, pipe.unet, start_layer=2).layers is None
+    assert make_edit("masactrl", PROMPTS, None).layers is None
+    assert make_edit("fpe", PROMPTS, None, pipe, max_tokens=100).levels is None
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_option_is_one(pipe, method: Method):
+    """What the table calls options is what the maker takes, and nothing else."""
+    with pytest.raises(TypeError, match=f"{method.name} has no option speed; it has {method.options[0]}"):
+        make_edit(method.name, PROMPTS, pipe.tokenizer, speed=1)
+    made = inspect.signature(method.edit).parameters
+    for name in method.options:
+        if name in made and made[name].default is not inspect.Parameter.empty:
+            value = {"strength": 0.5, "threshold": 0.3}.get(name, made[name].default)
+            make_edit(method.name, PROMPTS, pipe.tokenizer, **{**WORDS.get(method.name, {}), name: value})
+
+
+def test_the_readme_has_the_table():
+    assert method_table() in (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_command_lists_them(capsys):
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, method in METHODS.items():
+        assert any(line.split()[:1] == [name] and method.title in line for line in lines)

@@ -1,0 +1,128 @@
+"""Rows of one image draw the same noise, for edits that pair images pixel by pixel."""
+
+import pytest
+import torch
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionImg2ImgPipeline
+from PIL import Image
+
+from fpe_pipeline import FreePromptEdit, StyleAlignedEdit, editing, heat_maps
+from tests.support.silent import SOURCE, TARGET, embedded
+
+PROMPTS = [SOURCE, TARGET]
+OTHERS = ["a photo of a green house in the snow", "a photo of a green house in the desert"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return embedded()
+
+
+@pytest.fixture
+def starts(pipe):
+    """The latents of the UNet's calls, conditional rows alone."""
+    seen = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].chunk(2)[1].clone()))
+    yield seen
+    hook.remove()
+
+
+SIDE = 32  # of the embedded model's latents
+
+
+def run(pipe, prompts=PROMPTS, seed=0, images=1, steps=2, **options):
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    options = {"num_inference_steps": steps, "guidance_scale": 5.0, "output_type": "latent", **options}
+    return pipe(prompts, generator=generator, num_images_per_prompt=images, **options).images
+
+
+def test_the_noise_is_shared(pipe, starts):
+    with editing(pipe, FreePromptEdit(1.0)) as session:
+        run(pipe)
+    assert torch.equal(starts[0][0], starts[0][1])
+    noise = torch.randn(1, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(starts[0][0], noise[0])
+    assert 'editing(…, noise="separate") keeps them apart' in session.explain()
+
+
+def test_the_edit_is_that_of_shared_latents(pipe):
+    with editing(pipe, FreePromptEdit(1.0)):
+        drawn = run(pipe)
+    latents = torch.randn(1, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+    with editing(pipe, FreePromptEdit(1.0)):
+        given = run(pipe, latents=latents)
+    torch.testing.assert_close(drawn, given, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, None])
+def test_several_images_have_noise_of_their_own(pipe, starts, seed):
+    with editing(pipe, FreePromptEdit(1.0)):
+        run(pipe, seed=seed, images=2)
+    first, second, one, two = starts[0]
+    assert torch.equal(first, one)
+    assert torch.equal(second, two)
+    assert not torch.equal(first, second)
+
+
+def test_sources_of_their_own(pipe, starts):
+    with editing(pipe, FreePromptEdit(1.0), source_of=(0, 0, 2, 2)):
+        run(pipe, [*PROMPTS, *OTHERS])
+    one, two, three, four = starts[0]
+    assert torch.equal(one, two)
+    assert torch.equal(three, four)
+    assert not torch.equal(one, three)
+
+
+def test_stochastic_steps(pipe, starts):
+    """Under noise that is the same in every step, a target that is its source's prompt again is its source."""
+    scheduler = pipe.scheduler
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(scheduler.config)
+    try:
+        with editing(pipe, FreePromptEdit(1.0)):
+            images = run(pipe, [SOURCE, SOURCE], steps=3)
+    finally:
+        pipe.scheduler = scheduler
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-5)
+
+
+def test_image_to_image(pipe, starts):
+    img2img = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    img2img.set_progress_bar_config(disable=True)
+    with editing(img2img, FreePromptEdit(1.0)):
+        run(img2img, image=Image.new("RGB", (80, 80), (200, 30, 30)), strength=1.0)
+    assert torch.equal(starts[0][0], starts[0][1])
+
+
+def test_rows_that_are_kept_apart(pipe, starts):
+    run(pipe)
+    with editing(pipe, FreePromptEdit(1.0), noise="separate") as session:
+        run(pipe)
+    with editing(pipe, StyleAlignedEdit()):
+        run(pipe)
+    with heat_maps(pipe, ["car"]):
+        run(pipe)
+    for call in starts[2::2]:
+        assert torch.equal(call, starts[0])
+    assert not torch.equal(starts[0][0], starts[0][1])
+    assert "noise:" not in session.explain()
+    with editing(pipe, StyleAlignedEdit(), noise="shared"):
+        run(pipe)
+    assert torch.equal(starts[8][0], starts[8][1])
+
+
+def test_a_list_of_generators_is_every_rows_own(pipe, starts):
+    with editing(pipe, FreePromptEdit(1.0)):
+        pipe(
+            PROMPTS,
+            generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
+            num_inference_steps=1,
+            output_type="latent",
+        )
+    assert not torch.equal(starts[0][0], starts[0][1])
+
+
+def test_the_pipeline_is_left_as_it_was(pipe):
+    with editing(pipe, FreePromptEdit(1.0)):
+        assert {"prepare_latents", "encode_prompt", "prepare_extra_step_kwargs"} <= vars(pipe).keys()
+    assert not {"prepare_latents", "encode_prompt", "prepare_extra_step_kwargs"} & vars(pipe).keys()
+    with pytest.raises(ValueError, match='noise to be "shared" or "separate"'):
+        editing(pipe, FreePromptEdit(1.0), noise="same")
