@@ -153,6 +153,14 @@ class SelfAttentionEdit(Edit):
             return self.default_sites(sites)
         return self._selection().match(sites)
 
+    def joint_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        """The transformer's layers that are selected, for an edit that has a rule for them."""
+        if self.levels is not None:
+            raise ValueError(
+                f"levels={self.levels} tell resolutions apart, and a transformer has one: choose layers with layers="
+            )
+        return self._selection("joint").match(sites)
+
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """The layers that are edited where none of the three arguments is given: all of self-attention."""
         return self._selection().match(sites, by_default=True)

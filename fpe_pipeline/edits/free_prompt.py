@@ -27,9 +27,10 @@ class FreePromptEdit(SelfAttentionEdit):
     unconditional half stay as they are. With a strength or a mask it is the blend
     ``α ⊙ (A_source @ v_target) + (1 - α) ⊙ (A_target @ v_target)``, whose rows still sum to 1.
 
-    A transformer's layers (Stable Diffusion 3) attend to image and text tokens under one softmax. There the queries and
-    keys of a target's *image* tokens are its source's, and everything of its text stays its own: the layout is the
-    source's, and what the words say is not. Layers of image tokens alone (``attn2``) are edited where they are named.
+    A transformer's layers (Stable Diffusion 3, FLUX) attend to image and text tokens under one softmax. There the
+    queries and keys of a target's *image* tokens are its source's, and everything of its text stays its own: the layout
+    is the source's, and what the words say is not. Layers of image tokens alone (``attn2``) are edited where they are
+    named.
 
     Args:
         self_replace_steps: a number s for the steps ``[0, int(T·s))``, or a pair for ``[int(T·a), int(T·b))``.
@@ -98,11 +99,7 @@ class FreePromptEdit(SelfAttentionEdit):
                     "image tokens alone: leave it out"
                 )
             return super().select(sites)
-        if self.levels is not None:
-            raise ValueError(
-                f"levels={self.levels} tell resolutions apart, and a transformer has one: choose layers with layers="
-            )
-        return self._selection("joint").match(sites)
+        return self.joint_sites(sites)
 
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         deepest = max((site.level for site in sites), default=1)

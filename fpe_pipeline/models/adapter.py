@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -53,8 +53,8 @@ class ModelAdapter(ABC):
     """A model of some family, and the pipeline around it.
 
     A subclass a family says which of the model's modules attend and to what (:meth:`find_sites`), and how a call of the
-    model is read (:meth:`read`): its latents and their size, its timestep, which rows it holds. Processors that compute
-    an edited layer belong to the kind of the site, and are the session's.
+    model is read (:meth:`read`): its latents and their size, its timestep, which rows it holds. The processors that
+    compute its edited layers are the session's, by :attr:`family`.
 
     Args:
         pipe: the pipeline; None for a model alone.
@@ -63,6 +63,10 @@ class ModelAdapter(ABC):
 
     #: What the model is called in messages.
     word: ClassVar[str]
+    #: Whose processors compute its edited layers.
+    family: ClassVar[Literal["unet", "sd3", "flux"]]
+    #: Whether its pipelines guide by a call of the model of their own, whose prompts they encode by one of their own.
+    guides_apart: ClassVar[bool] = False
 
     def __init__(self, pipe: Any | None, model: Any) -> None:
         self.pipe, self.model = pipe, model
@@ -97,9 +101,17 @@ class ModelAdapter(ABC):
             )
         return locate_step(self.pipe.scheduler, call.timestep)
 
+    def follow(self) -> Callable[[], None]:
+        """Begin to listen to what the pipeline says of its calls; what is returned ends it."""
+        return _nothing
+
     @abstractmethod
     def check(self) -> None:
         """Raise ValueError for a model, or a pipeline, whose calls an edit cannot describe."""
+
+
+def _nothing() -> None:
+    """What there is to end where nothing was begun."""
 
 
 def identity(model: Any) -> torch.nn.Module:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .adapter import ModelAdapter, identity
+from .flux import FluxAdapter
 from .sd3 import SD3Adapter
 from .unet import UNetAdapter
 
@@ -14,6 +15,7 @@ __all__ = ["adapter_of", "edited_model"]
 
 #: By the name of the class, the adapters of transformers; UNets are told by their blocks.
 _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
+    "FluxTransformer2DModel": FluxAdapter,
     "SD3Transformer2DModel": SD3Adapter,
 }
 

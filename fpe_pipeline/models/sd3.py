@@ -21,6 +21,8 @@ __all__ = ["SD3Adapter"]
 class SD3Adapter(TransformerAdapter):
     """diffusers' ``SD3Transformer2DModel``."""
 
+    family = "sd3"
+
     def find_sites(self) -> tuple[Site, ...]:
         sites: list[Site] = []
         module: Any = self.module

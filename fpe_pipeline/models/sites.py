@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-__all__ = ["Site", "attention_sites", "describe_sites", "feature_shape"]
+__all__ = ["Place", "Site", "attention_sites", "describe_sites", "feature_shape"]
 
 Place = Literal["down", "mid", "up", "dual", "single"]
 Kind = Literal["self", "cross", "joint", "image"]

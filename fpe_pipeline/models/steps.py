@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Step", "StepWindow", "locate_step", "run_steps"]
+__all__ = ["Step", "StepWindow", "locate_step", "run_steps", "step_of_scheduler"]
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,25 @@ def locate_step(scheduler: Any, timestep: Any) -> Step:
     if call is None:
         call = _index_by_value(scheduler, timesteps, timestep)
     return _step_of_call(scheduler, call, len(timesteps))
+
+
+def step_of_scheduler(scheduler: Any) -> Step:
+    """The step that ``scheduler`` is at, for models whose timestep is not the scheduler's own.
+
+    Raises:
+        ValueError: no schedule yet, or one whose steps are over.
+    """
+    timesteps = getattr(scheduler, "timesteps", None)
+    calls = 0 if timesteps is None else len(timesteps)
+    call = getattr(scheduler, "step_index", None)
+    if call is None:  # before its first step
+        call = getattr(scheduler, "begin_index", None) or 0
+    if call >= calls:
+        raise ValueError(
+            f"{type(scheduler).__name__} is at step {call} of {calls}: call set_timesteps first, and in a sampling "
+            "loop of your own session.step(index, total) before each call of the model"
+        )
+    return _step_of_call(scheduler, call, calls)
 
 
 def run_steps(scheduler: Any) -> tuple[Step, ...]:

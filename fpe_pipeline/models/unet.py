@@ -19,6 +19,7 @@ class UNetAdapter(ModelAdapter):
     """A diffusers UNet, which receives latents [B, C, h, w] and the timestep as the scheduler has it."""
 
     word = "UNet"
+    family = "unet"
 
     def find_sites(self) -> tuple[Site, ...]:
         return attention_sites(self.model)

@@ -27,7 +27,8 @@ def check_entry(
 
     Raises:
         TypeError: no edit.
-        ValueError: videos and panoramas, a model in float8, an unknown backend or noise, two layouts.
+        ValueError: videos and panoramas, a model in float8, an unknown backend or noise, two layouts, or one
+            that the pipeline's calls do not have.
         RuntimeError: a backend that cannot run here.
     """
     if not isinstance(edit, Edit):
@@ -36,6 +37,11 @@ def check_entry(
     check_precision(adapter.word.lower(), adapter.model)
     if roles is not None and any(given is not None for given in layout):
         raise ValueError("roles= is the whole layout: leave out images_per_prompt, source_of and guidance")
+    if adapter.guides_apart and adapter.pipe is not None and layout[2]:
+        raise ValueError(
+            f"{type(adapter.pipe).__name__} guides by calls of their own, each of one half of the rows, which are told "
+            "apart by themselves: leave out classifier_free_guidance, or describe another layout with roles="
+        )
     if noise not in (None, "shared", "separate"):
         raise ValueError(f'expected noise to be "shared" or "separate", got {noise!r}')
     if backend == "auto":

@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..models.adapter import identity
+from ..models.adapter import ModelAdapter, identity
 from ..models.sites import Site
 from .around import ProcessorAround
+from .flux_processor import EditFluxProcessor, unsupported_flux_reasons
 from .instructions import Order
 from .joint_processor import EditJointProcessor, unsupported_joint_reasons
 from .processor import SLICED, editing_processor, is_sliced, unsupported_reasons
@@ -17,25 +18,34 @@ from .record import LayerRecord
 __all__ = ["LayerProcessors"]
 
 
+_Reasons = Callable[[Any, Any, tuple[type, ...]], list[str]]
+
+#: By family of models, what is put around a layer's processor, and why it cannot be.
+_PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
+    "unet": (editing_processor, unsupported_reasons),
+    "sd3": (EditJointProcessor, unsupported_joint_reasons),
+    "flux": (EditFluxProcessor, unsupported_flux_reasons),
+}
+
+
 class LayerProcessors:
     """Editing processors around the processors of some layers, until :meth:`restore`.
 
     Args:
-        model: whose layers they are; compiled or not.
+        adapter: of the model whose layers they are.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self._model = adapter.model
+        self._family = adapter.family
         self._installed: dict[str, ProcessorAround] = {}
         self._found: dict[str, Any] = {}  # the layers themselves, of those installed
 
     def wrap(self, sites: Sequence[Site]) -> None:
         """Put editing processors around those of the sites' layers; layers that have one keep it."""
-        before = self._model.attn_processors
+        before, (around, _) = self._model.attn_processors, _PROCESSORS[self._family]
         new = {
-            site.path: _around(site, before[f"{site.path}.processor"])
-            for site in sites
-            if site.path not in self._installed
+            site.path: around(before[f"{site.path}.processor"]) for site in sites if site.path not in self._installed
         }
         if new:
             self._installed |= new
@@ -43,9 +53,9 @@ class LayerProcessors:
 
     def check(self, sites: Iterable[Site], override: tuple[type, ...]) -> None:
         """Raise ValueError, with the reasons, where layers cannot be edited."""
+        _, reasons_of = _PROCESSORS[self._family]
         reasons = {
-            site.path: _reasons(site)(self._layer(site.path), self._installed[site.path].inner, override)
-            for site in sites
+            site.path: reasons_of(self._layer(site.path), self._installed[site.path].inner, override) for site in sites
         }
         _refuse({path: "; ".join(given) for path, given in reasons.items() if given})
 
@@ -119,14 +129,6 @@ class LayerProcessors:
     def _set(self, processors: dict[str, Any]) -> None:
         # `set_attn_processor` wants every layer named, and empties the dictionary that it is given.
         self._model.set_attn_processor(dict(processors))
-
-
-def _around(site: Site, inner: Any) -> ProcessorAround:
-    return EditJointProcessor(inner) if site.is_joint else editing_processor(inner)
-
-
-def _reasons(site: Site) -> Callable[[Any, Any, tuple[type, ...]], list[str]]:
-    return unsupported_joint_reasons if site.is_joint else unsupported_reasons
 
 
 def _refuse(reasons: Mapping[str, str]) -> None:

@@ -14,7 +14,13 @@ from .instructions import Order
 from .joint_computing import JointLayer, SegmentProjections, evaluate_joint
 from .record import LayerRecord
 
-__all__ = ["EditJointProcessor", "unsupported_joint_reasons"]
+__all__ = [
+    "EditJointProcessor",
+    "check_joint_input",
+    "joint_record",
+    "merged_heads",
+    "unsupported_joint_reasons",
+]
 
 # Processors that compute plain joint attention and nothing else: an edit may compute a layer in their stead.
 _PLAIN = tuple(
@@ -69,17 +75,17 @@ class EditJointProcessor(ProcessorAround):
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
         plan = order.plan
         assert isinstance(plan, JointPlan)
-        _check_input(order, hidden_states, encoder_hidden_states, attention_mask)
+        check_joint_input(order, hidden_states, encoder_hidden_states, attention_mask)
         fused = _is_fused(self.inner)
         image = _project(attn, plan, "image", hidden_states, fused)
         text = None if encoder_hidden_states is None else _project(attn, plan, "text", encoder_hidden_states, fused)
         layer = JointLayer(image, text, image.query.tensor.shape[-1] ** -0.5, order.backend)
-        self.record = _record(plan, layer, attn.heads)
+        self.record = joint_record(plan, layer, attn.heads)
         rows, text_rows = evaluate_joint(plan, layer)
-        out = attn.to_out[1](attn.to_out[0](_merged_heads(rows)))  # the second is dropout
+        out = attn.to_out[1](attn.to_out[0](merged_heads(rows)))  # the second is dropout
         if text_rows is None:
             return out
-        context = _merged_heads(text_rows)
+        context = merged_heads(text_rows)
         # The last block has no use for its text, and no projection of it.
         return out, context if attn.context_pre_only else attn.to_add_out(context)
 
@@ -107,20 +113,22 @@ def _project(attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, fus
     return SegmentProjections(Rows(query, used[0]), Rows(key, used[1]), Rows(value, used[2]))
 
 
-def _merged_heads(rows: torch.Tensor) -> torch.Tensor:
+def merged_heads(rows: torch.Tensor) -> torch.Tensor:
     """[B, H, N, E] as [B, N, H·E]."""
     return rows.transpose(1, 2).flatten(2)
 
 
-def _record(plan: JointPlan, layer: JointLayer, heads: int) -> LayerRecord:
+def joint_record(plan: JointPlan, layer: JointLayer, heads: int) -> LayerRecord:
+    """What is told of a layer whose products are about to be computed."""
     held, itemsize = layer.nbytes
     tokens = layer.image.query.tensor.shape[2] + (0 if layer.text is None else layer.text.query.tensor.shape[2])
     return LayerRecord("", itemsize, held, plan.rows * heads * tokens * tokens * itemsize)
 
 
-def _check_input(
+def check_joint_input(
     order: Order, hidden_states: torch.Tensor, text: torch.Tensor | None, attention_mask: torch.Tensor | None
 ) -> None:
+    """Raise ValueError where a layer receives something else than its order was made for."""
     site, rows = order.site, order.plan.rows
     batches = [given.shape[0] for given in (hidden_states, text) if given is not None]
     if any(batch != rows for batch in batches):

@@ -36,12 +36,14 @@ class ModelHooks:
         self.features = FeatureHooks(adapter.module, features)
         self._handles: list[Any] = []
         self._pipeline: PipelineHooks | None = None
+        self._unfollow: Callable[[], None] | None = None
         try:
             # `model.compile()` would trace them with the model.
             first = torch.compiler.disable(lambda module, args, kwargs: before(args, kwargs))
             last = torch.compiler.disable(lambda module, args, output: after(output))
             self._handles.append(adapter.model.register_forward_pre_hook(first, with_kwargs=True))
             self._handles.append(adapter.model.register_forward_hook(last))
+            self._unfollow = adapter.follow()
             if adapter.pipe is not None:
                 self._pipeline = pipeline()
         except BaseException:
@@ -53,6 +55,9 @@ class ModelHooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._unfollow is not None:
+            self._unfollow()
+            self._unfollow = None
         self.features.remove()
         if self._pipeline is not None:
             self._pipeline.remove(expected=expected)

@@ -35,6 +35,11 @@ class RunClock:
         """The next call is the first of a run, whatever its step."""
         self._begins = True
 
+    @property
+    def is_before_a_run(self) -> bool:
+        """Whether no call has been read since a run was begun."""
+        return self._begins
+
     def pass_by(self) -> None:
         """Note a call that is left alone."""
         self.calls += 1

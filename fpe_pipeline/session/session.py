@@ -46,10 +46,10 @@ class EditingSession:
         with editing(pipe, FreePromptEdit(self_replace_steps=0.8)) as session:
             images = pipe([source_prompt, target_prompt], latents=noise.expand(2, -1, -1, -1)).images
 
-    The pipeline is an ordinary one with a UNet, or with a transformer that has an adapter (Stable Diffusion 3 and 3.5):
-    its prompts are one source and any number of targets, started from the same noise. Layers and steps that the edit
-    leaves alone are computed by the processors that were there before, to the bit; on leaving the block, by an
-    exception too, those are back in place.
+    The pipeline is an ordinary one with a UNet, or with a transformer that has an adapter (Stable Diffusion 3 and 3.5,
+    FLUX.1): its prompts are one source and any number of targets, started from the same noise. Layers and steps that
+    the edit leaves alone are computed by the processors that were there before, to the bit; on leaving the block, by
+    an exception too, those are back in place.
 
     Args:
         pipe: a diffusers pipeline with a ``unet`` or ``transformer``; or one of those alone, whose steps are then set
@@ -102,7 +102,7 @@ class EditingSession:
         check_selects(edit, self.sites)
         self._layout = CallLayout(self.pipe, images_per_prompt, source_of, classifier_free_guidance, roles, noise)
         self._clock = RunClock(self.adapter)
-        self._layers = LayerProcessors(self.adapter.model)
+        self._layers = LayerProcessors(self.adapter)
         check = self._layers.check
         self._instructor = Instructor(self.sites, lambda sites: check(sites, override_processors), backend)
         self._hooks: ModelHooks | None = None
@@ -264,6 +264,8 @@ class EditingSession:
         """The pipeline has encoded its prompts: a run begins, with these prompts and with this layout."""
         if self.is_paused:
             return
+        if self.adapter.guides_apart and self._clock.is_before_a_run and self._encoding.count is not None:
+            return  # the negative prompts of the pipeline call whose prompts came before
         self._encoding = encoding
         self._clock.begin()
         if encoding.prompts is not None:

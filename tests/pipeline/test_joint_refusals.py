@@ -48,7 +48,6 @@ def untouched(sd3):
 
 
 UNET_EDITS = {
-    "masactrl": lambda tokenizer: MasaCtrlEdit(),
     "plug and play": lambda tokenizer: PlugAndPlayEdit(),
     "style aligned": lambda tokenizer: StyleAlignedEdit(),
     "prompt to prompt": lambda tokenizer: make_edit("p2p-replace", [SOURCE, TARGET], tokenizer),
@@ -62,6 +61,11 @@ def test_edits_of_unets(untouched, make):
     message = "the transformer has none: its 5 layers attend to image and text tokens"
     with pytest.raises(ValueError, match=message), editing(untouched, make(untouched.tokenizer)):
         draw(untouched)
+
+
+def test_keys_and_values_in_layers_that_are_not_named(untouched):
+    with pytest.raises(ValueError, match=r"have to be named, of which this one has 5: pass layers="):
+        editing(untouched, MasaCtrlEdit())
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 PROMPTS = [
     "a photo of a red car",
@@ -48,36 +50,62 @@ class ExactEuler(FlowMatchEulerDiscreteScheduler):
         return (sample + (then - now) * model_output,)
 
 
+FLUX = {
+    "in_channels": 64,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 8,
+    "guidance_embeds": True,
+    "axes_dims_rope": (2, 2, 4),
+}
+
+
 def tiny_sd3(shape="sd3", dtype=torch.float64, **config):
-    """An SD3 transformer whose attention is far from uniform."""
+    """An SD3 transformer."""
     torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(**{**TRANSFORMER, **SHAPES[shape], **config})
+    return sharpened(SD3Transformer2DModel(**{**TRANSFORMER, **SHAPES[shape], **config})).to(dtype).eval()
+
+
+def tiny_flux(dtype=torch.float64, **config):
+    """A FLUX transformer."""
+    torch.manual_seed(0)
+    return sharpened(FluxTransformer2DModel(**{**FLUX, **config})).to(dtype).eval()
+
+
+def sharpened(transformer):
+    """With attention that is far from uniform."""
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
             if any(f".{part}." in name for part in SHARPENED):
                 parameter.mul_(2.5)
-    return transformer.to(dtype).eval()
+    return transformer
 
 
-def tiny_sd3_pipeline(pipe, shape="sd3", dtype=torch.float64, kind=StableDiffusion3Pipeline, **config):
-    """A Stable Diffusion 3 pipeline with all three text encoders; its tokenizers are that of ``pipe``."""
-    torch.manual_seed(1)
+def tiny_clip(tokenizer, kind):
     size = {
         "hidden_size": 8,
         "intermediate_size": 8,
         "projection_dim": 8,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "vocab_size": len(pipe.tokenizer),
+        "vocab_size": len(tokenizer),
         "max_position_embeddings": 77,
-        "bos_token_id": pipe.tokenizer.bos_token_id,
-        "eos_token_id": pipe.tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
     }
-    first, second = (CLIPTextModelWithProjection(CLIPTextConfig(**size)) for _ in range(2))
-    third = T5EncoderModel(
-        T5Config(vocab_size=len(pipe.tokenizer), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    )
-    vae = AutoencoderKL(
+    return kind(CLIPTextConfig(**size)).eval()
+
+
+def tiny_t5(tokenizer):
+    config = {"d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **config)).eval()
+
+
+def tiny_vae():
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4, 4, 4, 4),
@@ -86,17 +114,39 @@ def tiny_sd3_pipeline(pipe, shape="sd3", dtype=torch.float64, kind=StableDiffusi
         use_quant_conv=False,
         use_post_quant_conv=False,
         shift_factor=0.06,
-    )
+    ).eval()
+
+
+def tiny_sd3_pipeline(pipe, shape="sd3", dtype=torch.float64, kind=StableDiffusion3Pipeline, **config):
+    """A Stable Diffusion 3 pipeline with all three text encoders; its tokenizers are that of ``pipe``."""
+    torch.manual_seed(1)
+    first, second = (tiny_clip(pipe.tokenizer, CLIPTextModelWithProjection) for _ in range(2))
     tiny = kind(
+        vae=tiny_vae().to(dtype),
+        text_encoder=first.to(dtype),
+        text_encoder_2=second.to(dtype),
+        text_encoder_3=tiny_t5(pipe.tokenizer).to(dtype),
         transformer=tiny_sd3(shape, dtype, **config),
         scheduler=ExactEuler(shift=3.0),
-        vae=vae.to(dtype).eval(),
-        text_encoder=first.to(dtype).eval(),
-        text_encoder_2=second.to(dtype).eval(),
-        text_encoder_3=third.to(dtype).eval(),
         tokenizer=pipe.tokenizer,
         tokenizer_2=pipe.tokenizer,
         tokenizer_3=pipe.tokenizer,
+    )
+    tiny.set_progress_bar_config(disable=True)
+    return tiny
+
+
+def tiny_flux_pipeline(pipe, dtype=torch.float64, kind=FluxPipeline, **config):
+    """A FLUX.1 pipeline; its tokenizers are that of ``pipe``."""
+    torch.manual_seed(1)
+    tiny = kind(
+        vae=tiny_vae().to(dtype),
+        text_encoder=tiny_clip(pipe.tokenizer, CLIPTextModel).to(dtype),
+        text_encoder_2=tiny_t5(pipe.tokenizer).to(dtype),
+        transformer=tiny_flux(dtype, **config),
+        scheduler=ExactEuler(),
+        tokenizer=pipe.tokenizer,
+        tokenizer_2=pipe.tokenizer,
     )
     tiny.set_progress_bar_config(disable=True)
     return tiny
@@ -112,6 +162,23 @@ def draw(pipe, prompts=2, *, steps=4, guidance_scale=4.0, size=(8, 8), images=1,
         width=size[1] * 8,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
+        num_images_per_prompt=images,
+        max_sequence_length=12,
+        output_type="latent",
+        **kwargs,
+    ).images
+
+
+def draw_flux(pipe, prompts=2, *, steps=4, size=(8, 8), images=1, seed=0, **kwargs):
+    """Packed latents of ``pipe`` for so many prompts: image i of every prompt starts from the same noise."""
+    tokens = size[0] // 2 * (size[1] // 2)
+    noise = torch.randn(images, tokens, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return pipe(
+        PROMPTS[:prompts],
+        latents=noise.repeat(prompts, 1, 1).to(pipe.transformer.dtype),
+        height=size[0] * 8,
+        width=size[1] * 8,
+        num_inference_steps=steps,
         num_images_per_prompt=images,
         max_sequence_length=12,
         output_type="latent",
