@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         StyleAlignedEdit,
         WordMask,
     )
+    from .edits.joint_products import JointProduct
     from .edits.products import Product
     from .edits.registry import make_edit
     from .heatmaps.heat_maps import HeatMaps, heat_maps
@@ -41,6 +42,7 @@ _HOME = {
     "FreePromptPipelineOutput": "sampling.output",
     "HeatMaps": "heatmaps.heat_maps",
     "Inversion": "inversion.trajectory",
+    "JointProduct": "edits.joint_products",
     "LocalBlend": "edits",
     "MasaCtrlEdit": "edits",
     "NullText": "inversion.null_text",
@@ -67,6 +69,7 @@ __all__ = [
     "FreePromptPipelineOutput",
     "HeatMaps",
     "Inversion",
+    "JointProduct",
     "LocalBlend",
     "MasaCtrlEdit",
     "NullText",

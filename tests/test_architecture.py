@@ -23,7 +23,7 @@ def test_every_path_is_there(path):
 
 
 def test_every_question_names_a_room_and_a_test():
-    assert len(QUESTIONS) == 10
+    assert len(QUESTIONS) == 12
     for line in QUESTIONS:
         question, room, test = (cell.strip() for cell in line.strip("|").split("|"))
         assert question.endswith("?") and re.search(r"`fpe_\w+/", room)

@@ -12,7 +12,7 @@ from tests.support import arrows
 KERNELS = "AttentionMap LinearMap backends beside blend concatenate join shared_attention stack"
 PIPELINE = (
     "BatchRoles CombinedEdit Edit EditingSession FreePromptEdit FreePromptPipeline FreePromptPipelineOutput HeatMaps "
-    "Inversion LocalBlend MasaCtrlEdit NullText PlugAndPlayEdit Product PromptToPromptEdit Recording Site "
+    "Inversion JointProduct LocalBlend MasaCtrlEdit NullText PlugAndPlayEdit Product PromptToPromptEdit Recording Site "
     "StyleAlignedEdit WordMask ddim_scheduler editing heat_maps make_edit"
 )
 COMMANDS = ("demo", "edit", "evaluate", "info")

@@ -9,23 +9,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..models.roles import BatchRoles
-from ..models.sites import Site
+from ..models.sites import Kind, Site
 from ..models.steps import Step
 from ..prompts.encoding import Encoding
 from ..prompts.words import short_form
-from .products import Product
-from .selection import LayerSelection
+from .joint_products import AnyProduct
+from .selection import LayerSelection, refuse_transformer
 from .watchers import Watcher
 
 __all__ = ["CombinedEdit", "Edit", "SelfAttentionEdit", "Windows", "check_compat", "check_prompts"]
 
-Products = Mapping[int, Product | Sequence[Product]]
+Products = Mapping[int, AnyProduct | Sequence[AnyProduct]]
 Windows = Sequence[tuple[str, Callable[[Step], bool]]]
 
 
 @dataclass(frozen=True)
 class Edit(ABC):
-    """An edit of a UNet's attention, as a pure function of site, step and roles.
+    """An edit of a model's attention, as a pure function of site, step and roles.
 
     A subclass writes :meth:`products`; :meth:`select` and :meth:`active` narrow where and when it is asked. Two edits
     added to one another (``a + b``) are a :class:`CombinedEdit`.
@@ -38,8 +38,10 @@ class Edit(ABC):
 
     @abstractmethod
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Products:
-        """What the rows of a layer become; rows left out stay as they are, and an empty mapping leaves the
-        layer to the processor it had before."""
+        """What the rows of a layer become: of a UNet's layer `Product`s, of a transformer's joint one `JointProduct`s.
+
+        Rows left out stay as they are, and an empty mapping leaves the layer to the processor it had before.
+        """
 
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """The sites that the edit is asked about. It raises where none is left.
@@ -146,16 +148,25 @@ class SelfAttentionEdit(Edit):
         self._normalise(levels=selection.levels, max_tokens=selection.max_tokens, layers=selection.layers)
 
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        refuse_transformer("self", sites)
         if all(value is None for value in (self.levels, self.max_tokens, self.layers)):
             return self.default_sites(sites)
         return self._selection().match(sites)
+
+    def joint_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        """The transformer's layers that are selected, for an edit that has a rule for them."""
+        if self.levels is not None:
+            raise ValueError(
+                f"levels={self.levels} tell resolutions apart, and a transformer has one: choose layers with layers="
+            )
+        return self._selection("joint").match(sites)
 
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """The layers that are edited where none of the three arguments is given: all of self-attention."""
         return self._selection().match(sites, by_default=True)
 
-    def _selection(self) -> LayerSelection:
-        return LayerSelection.parse("self", levels=self.levels, max_tokens=self.max_tokens, layers=self.layers)
+    def _selection(self, kind: Kind = "self") -> LayerSelection:
+        return LayerSelection.parse(kind, levels=self.levels, max_tokens=self.max_tokens, layers=self.layers)
 
     def _normalise(self, **values: Any) -> None:
         """Store fields as the edit understands them, so that equal edits compare equal."""
@@ -263,7 +274,7 @@ class _RunningCombination(CombinedEdit):
 
 
 def _merged(edits: Iterable[Edit], site: Site, step: Step, roles: BatchRoles) -> Products:
-    out: dict[int, Product | Sequence[Product]] = {}
+    out: dict[int, Any] = {}
     said: dict[int, Edit] = {}
     for edit in edits:
         for row, given in edit.products(site, step, roles).items() if edit.active(step) else ():

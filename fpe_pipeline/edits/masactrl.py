@@ -10,6 +10,7 @@ from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step
 from .base import SelfAttentionEdit, Windows
+from .joint_products import AnyProduct, JointProduct, SegmentRows
 from .products import Product
 from .selection import LayerSelection, whole_numbers
 
@@ -23,6 +24,13 @@ class MasaCtrlEdit(SelfAttentionEdit):
     As algebra, ``AttentionMap(q_target, k_source) @ v_source``, in both halves of the batch: the layout is the
     target prompt's, what things look like is the source's.
 
+    A transformer's layers (Stable Diffusion 3, FLUX) attend to image and text tokens under one softmax. There a
+    target's queries ask for the keys and values of its source's *image* tokens beside those of its own text, in layers
+    that have to be named: few of them matter, and which is a property of the model. For FLUX.1 [dev] Stable Flow's are
+    the dual blocks 0, 1, 17, 18 and the single blocks 6, 9, 34, 35, 37, at every step::
+
+        MasaCtrlEdit(0, layers=[0, 1, 17, 18, *(19 + single for single in (6, 9, 34, 35, 37))])
+
     Args:
         start_step: the first step, counted from 0, as in the original.
         start_layer: the first self-attention layer in execution order, counted from 0. 10 is the first decoder layer
@@ -30,8 +38,9 @@ class MasaCtrlEdit(SelfAttentionEdit):
         steps: the steps themselves, in place of ``start_step``.
         levels, max_tokens, layers: at most one, in place of ``start_layer``; see :class:`FreePromptEdit`.
 
-    Reference: Cao et al., "MasaCtrl: Tuning-Free Mutual Self-Attention Control for Consistent Image Synthesis and
-    Editing", ICCV 2023.
+    References: Cao et al., "MasaCtrl: Tuning-Free Mutual Self-Attention Control for Consistent Image Synthesis and
+    Editing", ICCV 2023; for transformers Avrahami et al., "Stable Flow: Vital Layers for Training-Free Image Editing",
+    CVPR 2025.
     """
 
     start_step: int = 4
@@ -62,9 +71,21 @@ class MasaCtrlEdit(SelfAttentionEdit):
             )
         return chosen
 
+    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        if not any(site.is_joint for site in sites):
+            return super().select(sites)
+        if self.layers is None:
+            raise ValueError(
+                f"a transformer's layers have to be named, of which this one has {len(sites)}: pass layers=, indices "
+                "or paths, of those that carry what things look like"
+            )
+        return self.joint_sites(sites)
+
     def phase(self, step: Step) -> Hashable:
         return ()
 
-    def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
+    def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, AnyProduct]:
         pairs = roles.pairs(conditional=None)
+        if site.is_joint:
+            return {t: JointProduct(SegmentRows(t, t), SegmentRows(s, t), SegmentRows(s, t)) for s, t in pairs}
         return {target: Product(query=target, keys=(source,), values=(source,)) for source, target in pairs}

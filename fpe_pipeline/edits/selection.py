@@ -8,7 +8,7 @@ from typing import Any
 
 from ..models.sites import Kind, Site, describe_sites
 
-__all__ = ["LayerSelection", "whole_numbers"]
+__all__ = ["LayerSelection", "refuse_transformer", "whole_numbers"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class LayerSelection:
     """The layers of one kind that satisfy at most one of three conditions; with none, all of the kind.
 
     Args:
-        kind: self- or cross-attention.
+        kind: self- or cross-attention, or a transformer's joint attention.
         levels: how often a layer's input is downsampled from the latent: an int or several. On SD 1.5 at
             512 px, levels 0, 1, 2, 3 are 64², 32², 16² and 8² tokens.
         max_tokens: at most so many query tokens; 0 for no layer. This depends on the image's size, levels do not.
@@ -57,11 +57,14 @@ class LayerSelection:
         Raises:
             ValueError: nothing matches, or an entry of ``layers`` does not. The message lists what there is.
         """
-        candidates = tuple(site for site in sites if site.kind == self.kind)
+        candidates = tuple(site for site in sites if self._may_name(site))
+        if not candidates:
+            refuse_transformer(self.kind, sites)
         chosen = tuple(site for site in candidates if self._matches(site))
         unmatched = [name for name in self.layers or () if not any(_is_named(site, name) for site in candidates)]
         if unmatched or not (chosen or self.max_tokens == 0):
             wanted = f"layers {unmatched}" if unmatched else str(self)
+            model = "transformer" if self.kind == "joint" else "UNet"
             if by_default:
                 raise ValueError(
                     f"the layers that are edited where none are named are not among this UNet's {len(candidates)} "
@@ -69,10 +72,16 @@ class LayerSelection:
                     f"{describe_sites(candidates)}"
                 )
             raise ValueError(
-                f"{wanted} match none of the UNet's {len(candidates)} {self.kind}-attention layers:\n"
+                f"{wanted} match none of the {model}'s {len(candidates)} {self.kind}-attention layers:\n"
                 f"{describe_sites(candidates)}"
             )
         return chosen
+
+    def _may_name(self, site: Site) -> bool:
+        # Beside joint attention some transformers have layers of image tokens alone, which are edited where their path
+        # is named: an index would stand for two layers.
+        beside = self.kind == "joint" and site.kind == "image" and self.layers is not None
+        return site.kind == self.kind or (beside and any(_is_path_of(site, name) for name in self.layers or ()))
 
     def _matches(self, site: Site) -> bool:
         if self.levels is not None:
@@ -90,10 +99,24 @@ class LayerSelection:
         return f"{self.kind}-attention layers"
 
 
+def refuse_transformer(kind: Kind, sites: tuple[Site, ...]) -> None:
+    """Raise ValueError where the sites are a transformer's, and an edit speaks of a kind of layers that it has not."""
+    if any(site.is_joint for site in sites):
+        raise ValueError(
+            f"this edit speaks of {kind}-attention layers, and the transformer has none: its {len(sites)} layers "
+            "attend to image and text tokens together; FreePromptEdit, without a WordMask, and MasaCtrlEdit edit such "
+            "layers"
+        )
+
+
 def _is_named(site: Site, name: str | int) -> bool:
     if isinstance(name, int):
-        return site.index == name
-    return site.path == name or site.path.startswith(f"{name}.")
+        return site.index == name and site.kind != "image"
+    return _is_path_of(site, name)
+
+
+def _is_path_of(site: Site, name: str | int) -> bool:
+    return isinstance(name, str) and (site.path == name or site.path.startswith(f"{name}."))
 
 
 def whole_numbers(name: str, values: Any, minimum: int = 0) -> tuple[int, ...]:

@@ -34,8 +34,8 @@ from safetensors.torch import save_file
 
 from ..errors import InputError, check_guidance, check_positive, warn_of_size
 from ..images.load import load_image, to_tensor
+from ..models.adapter import identity
 from ..models.steps import Step
-from ..models.unet import identity
 from ..prompts.words import warn_of_unknown_words
 from ..sampling.noise_schedule import NoiseSchedule, ddim_inverse_step, require_ddim
 from ..sampling.pipeline import SamplingPipeline

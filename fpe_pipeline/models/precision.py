@@ -15,8 +15,8 @@ def check_precision(name: str, module: Any) -> None:
     if isinstance(dtype, torch.dtype) and _is_float8(dtype):
         raise ValueError(
             f"the {name} was cast to {dtype}, in which its layers cannot compute: load it in float32, float16 or "
-            "bfloat16, and keep the UNet's weights small with "
-            f"pipe.unet.enable_layerwise_casting(storage_dtype={dtype}, compute_dtype=torch.bfloat16)"
+            "bfloat16, and keep the model's weights small with "
+            f"pipe.{name}.enable_layerwise_casting(storage_dtype={dtype}, compute_dtype=torch.bfloat16)"
         )
 
 

@@ -1,16 +1,16 @@
-"""Which row of a UNet batch is what: unconditional or conditional, source or target."""
+"""Which row of a model's batch is what: unconditional or conditional, source or target."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["BatchRoles"]
 
 
 @dataclass(frozen=True)
 class BatchRoles:
-    """The role of every row of a UNet batch.
+    """The role of every row of a batch that a model denoises in one call.
 
     Most pipelines' layout comes from :meth:`from_batch`. Unusual layouts (Plug-and-Play's
     ``[source, unconditional, conditional]``, say) are written down as they are::
@@ -61,7 +61,7 @@ class BatchRoles:
         """The layout of diffusers' pipelines: ``[unconditional rows …, conditional rows …]``, prompt by prompt.
 
         Args:
-            rows: the UNet's batch size.
+            rows: the batch size of the call.
             classifier_free_guidance: whether the batch holds an unconditional half.
             images_per_prompt: ``num_images_per_prompt`` of the pipeline call; image i of a target
                 takes the map of image i of its source.
@@ -75,7 +75,7 @@ class BatchRoles:
         halves = 2 if classifier_free_guidance else 1
         if rows < 1 or rows % (halves * images_per_prompt):
             raise ValueError(
-                f"a UNet batch of {rows} rows is not prompts × {images_per_prompt} images per prompt × {halves} "
+                f"a batch of {rows} rows is not prompts × {images_per_prompt} images per prompt × {halves} "
                 f"(classifier-free guidance {'on' if classifier_free_guidance else 'off'}): pass the pipeline call's "
                 "num_images_per_prompt as editing(..., images_per_prompt=), whether guidance is on as "
                 "classifier_free_guidance=, or the whole layout as roles="
@@ -155,6 +155,10 @@ class BatchRoles:
             recorded=sum(row >= self.batch for row in kept),
         )
 
+    def all_unconditional(self) -> BatchRoles:
+        """The same images, each row of which sees the negative prompt: a pipeline that guides in two calls."""
+        return replace(self, conditional=(False,) * self.rows)
+
     def select(self, *, conditional: bool | None = None, source: bool | None = None) -> tuple[int, ...]:
         """The rows of a role, in batch order; a role left out is not asked for."""
         return tuple(
@@ -177,11 +181,13 @@ class BatchRoles:
     def pairs(self, *, conditional: bool | None = True) -> tuple[tuple[int, int], ...]:
         """``(source, target)`` for every target row of the conditional half, or of both (``conditional=None``).
 
+        () where the call has no rows of that half: a pipeline that guides in two calls makes one of each.
+
         Raises:
             ValueError: a batch without targets, in which an edit would silently do nothing.
         """
         targets = self.select(conditional=conditional, source=False)
-        if not targets:
+        if not self.select(source=False):
             raise ValueError(
                 f"the batch of {self.rows} rows holds no target: pass the source prompt and at least one target prompt "
                 "to the pipeline, as a list; run calls that are not to be edited in `with session.paused():`"

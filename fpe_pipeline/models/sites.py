@@ -1,4 +1,4 @@
-"""Where attention happens in a UNet, read from its modules."""
+"""Where attention happens in a model, and how a UNet's layers are read from its modules."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ from typing import Any, Literal
 
 from torch import nn
 
-__all__ = ["Site", "attention_sites", "describe_sites", "feature_shape"]
+__all__ = ["Place", "Site", "attention_sites", "describe_sites", "feature_shape"]
 
-Place = Literal["down", "mid", "up"]
-Kind = Literal["self", "cross"]
+Place = Literal["down", "mid", "up", "dual", "single"]
+Kind = Literal["self", "cross", "joint", "image"]
 
 
 @dataclass(frozen=True)
 class Site:
-    """One attention layer of a UNet.
+    """One attention layer of a model.
 
     Args:
         path: the layer's module path, such as ``down_blocks.0.attentions.0.transformer_blocks.0.attn1``.
-        place: down, mid or up.
-        kind: self- or cross-attention.
+        place: of a UNet down, mid or up; of a transformer "dual" where image and text have weights of their own, and
+            "single" where they share them.
+        kind: self- or cross-attention of a UNet; of a transformer "joint", one softmax over image and text tokens, or
+            "image", self-attention of the image's tokens beside that.
         index: position among the layers of its kind, in execution order (down, mid, up).
         heads: attention heads.
-        level: how many times the layer's input is downsampled relative to the latent.
+        level: how many times the layer's input is downsampled relative to the latent; 0 throughout a transformer.
         downsampling: for each of these times, whether an odd size rounds "up" or "down".
-        grid: (height, width) of the layer's tokens; None until the latent's size is known (:meth:`at`).
+        grid: (height, width) of the layer's image tokens; None until the latent's size is known (:meth:`at`).
         latent: (height, width) of that latent.
+        patch: pixels of the latent across a token, before any downsampling.
     """
 
     path: str
@@ -39,15 +42,22 @@ class Site:
     downsampling: tuple[Literal["up", "down"], ...]
     grid: tuple[int, int] | None = None
     latent: tuple[int, int] | None = None
+    patch: int = 1
 
     @property
     def tokens(self) -> int | None:
-        """Query tokens: height × width of the grid; None until the latent's size is known."""
+        """Query tokens of the image: height × width of the grid; None until the latent's size is known."""
         return None if self.grid is None else self.grid[0] * self.grid[1]
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether it is a transformer's, in which image and text tokens stand in one sequence or beside one that is."""
+        return self.kind in ("joint", "image")
 
     def at(self, height: int, width: int) -> Site:
         """This site for a latent of ``height`` × ``width``."""
         latent = (height, width)
+        height, width = height // self.patch, width // self.patch
         for rounding in self.downsampling:
             height, width = ((size + (rounding == "up")) // 2 for size in (height, width))
         return replace(self, grid=(height, width), latent=latent)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Step", "StepWindow", "locate_step", "run_steps", "step_of_call"]
+__all__ = ["Step", "StepWindow", "locate_step", "run_steps", "step_of_scheduler"]
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,14 @@ def _fraction(value: Any) -> float:
 
 
 def locate_step(scheduler: Any, timestep: Any) -> Step:
-    """Which step of ``scheduler``'s schedule a UNet call belongs to, read from the timestep it is given.
+    """Which step of ``scheduler``'s schedule a call of the model belongs to, read from the timestep it is given.
 
-    Counting calls would break on samplers that call the UNet several times a step, and on the second run. A run that
+    Counting calls would break on samplers that call the model several times a step, and on the second run. A run that
     starts part-way (image-to-image with a strength) keeps its place in the whole schedule: windows are about noise.
 
     Args:
         scheduler: a diffusers scheduler whose ``set_timesteps`` has run.
-        timestep: what the UNet receives: a number or a tensor with one value.
+        timestep: what the model receives: a number or a tensor with one value.
 
     Raises:
         ValueError: no schedule yet, or a timestep that is not in it.
@@ -120,7 +120,7 @@ def locate_step(scheduler: Any, timestep: Any) -> Step:
     if timesteps is None or len(timesteps) == 0:
         raise ValueError(
             f"{type(scheduler).__name__} has no timesteps yet: call set_timesteps first, or set the step yourself "
-            "with session.step(index, total) before each UNet call"
+            "with session.step(index, total) before each call of the model"
         )
     call = _index_by_storage(timesteps, timestep)
     if call is None:
@@ -128,11 +128,23 @@ def locate_step(scheduler: Any, timestep: Any) -> Step:
     return _step_of_call(scheduler, call, len(timesteps))
 
 
-def step_of_call(pipe: Any, timestep: Any) -> Step:
-    """The step of a call of a pipeline's model at ``timestep``; ValueError for a model alone, which has no schedule."""
-    if pipe is None:
-        raise ValueError("a UNet alone has no schedule: call session.step(index, total) before each UNet call")
-    return locate_step(pipe.scheduler, timestep)
+def step_of_scheduler(scheduler: Any) -> Step:
+    """The step that ``scheduler`` is at, for models whose timestep is not the scheduler's own.
+
+    Raises:
+        ValueError: no schedule yet, or one whose steps are over.
+    """
+    timesteps = getattr(scheduler, "timesteps", None)
+    calls = 0 if timesteps is None else len(timesteps)
+    call = getattr(scheduler, "step_index", None)
+    if call is None:  # before its first step
+        call = getattr(scheduler, "begin_index", None) or 0
+    if call >= calls:
+        raise ValueError(
+            f"{type(scheduler).__name__} is at step {call} of {calls}: call set_timesteps first, and in a sampling "
+            "loop of your own session.step(index, total) before each call of the model"
+        )
+    return _step_of_call(scheduler, call, calls)
 
 
 def run_steps(scheduler: Any) -> tuple[Step, ...]:
@@ -190,15 +202,15 @@ def _index_by_value(scheduler: Any, timesteps: Any, timestep: Any) -> int:
             f"expected one timestep for the whole batch, got {given}: rows at different steps have no common step; "
             "set it with session.step(index, total)"
         )
-    # A pipeline may cast a float timestep to the latents' dtype on the way to the UNet, so compare in that dtype.
+    # A pipeline may cast a float timestep to the latents' dtype on the way to the model, so compare in that dtype.
     dtype = timestep.dtype if isinstance(timestep, torch.Tensor) else torch.float64
     cast = torch.as_tensor(values, dtype=torch.float64).to(dtype).tolist()
     matches = [index for index, value in enumerate(cast) if value == given[0]]
     if not matches:
         raise ValueError(
             f"timestep {given[0]} is not among the scheduler's {len(values)} timesteps ({values[0]} … {values[-1]}): "
-            "in a sampling loop of your own, call session.step(index, total) before each UNet call; around calls "
-            "that are not to be edited, such as an inversion, use `with session.paused():`"
+            "in a sampling loop of your own, call session.step(index, total) before each call of the model; around "
+            "calls that are not to be edited, such as an inversion, use `with session.paused():`"
         )
     # Schedulers that repeat a timestep know where they are.
     for known in (getattr(scheduler, "step_index", None), getattr(scheduler, "counter", None)):

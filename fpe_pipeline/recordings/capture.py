@@ -15,6 +15,7 @@ from ..edits import Edit
 from ..edits.base import Windows
 from ..edits.products import Product, plan_products
 from ..edits.watchers import Watcher
+from ..models.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step
@@ -97,12 +98,12 @@ class Capture(EditingSession):
 
     def _install(self, watchers: Sequence[Watcher]) -> None:
         super()._install(watchers)
-        assert self._features is not None
-        self._features.receive = self._keep_feature
+        assert self._hooks is not None
+        self._hooks.features.receive = self._keep_feature
 
-    def _orders(self, sample: torch.Tensor, step: Step, roles: BatchRoles, active: bool) -> dict[str, Order]:
+    def _orders(self, call: ModelCall, step: Step, roles: BatchRoles) -> dict[str, Order]:
         orders = {}
-        for site in self._selected.of(self._kept, (sample.shape[-2], sample.shape[-1])):
+        for site in self._instructor.selected.of(self._kept, call.size):
             wanted = self._kept.wanted(site.path, step, roles)
             if wanted:
                 compute = partial(self._keep_layer, site.path, wanted, roles)
@@ -110,11 +111,11 @@ class Capture(EditingSession):
                 orders[site.path] = Order(site, plan, self.backend, edited=False, compute=compute)
         return orders
 
-    def _after_unet(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        super()._after_unet(module, args, output)
-        if self._step is not None and self._tensors:
+    def _after_call(self, output: Any) -> None:
+        super()._after_call(output)
+        if self.current_step is not None and self._tensors:
             self._check_reaches()
-            self._store.write(self._step.call, self._tensors)
+            self._store.write(self.current_step.call, self._tensors)
         self._tensors = {}
 
     def _check_reaches(self) -> None:
@@ -159,14 +160,15 @@ class Capture(EditingSession):
         return out
 
     def _keep_feature(self, path: str, output: torch.Tensor) -> None:
-        if self._step is None or self._current_roles is None:
+        step, roles = self.current_step, self._now.roles
+        if step is None or roles is None:
             return
-        for row in self._kept.wanted(path, self._step, self._current_roles):
+        for row in self._kept.wanted(path, step, roles):
             exact = output[row : row + 1].detach()
             packed = self._pack(path, {"feature": exact})
             if self._precision != "exact":
                 self._note_error(unpack(packed, exact.dtype)["feature"], exact)
-            self._keep(path, self._current_roles.conditional[row], packed)
+            self._keep(path, roles.conditional[row], packed)
 
     def _pack(self, path: str, parts: Packed) -> Packed:
         reach = half_reach(parts, self._precision)

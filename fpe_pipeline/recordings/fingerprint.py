@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..models.unet import identity
+from ..models.adapter import identity
 from ..sampling.pipeline import SamplingPipeline
 
 __all__ = ["fingerprint"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..edits import Edit
+from ..models.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..models.steps import Step, run_steps
 from ..prompts.encoding import Encoding
@@ -58,26 +59,25 @@ class Replay(EditingSession):
 
     def after_step(self, latents: torch.Tensor) -> torch.Tensor:
         """As the session's; blends see the source's latents of the recorded run behind the targets'."""
-        if self._step is None:
+        step = self.current_step
+        if step is None:
             return latents
-        source = self._latents[self._step.call + 1].to(latents)
+        source = self._latents[step.call + 1].to(latents)
         return super().after_step(torch.cat([latents, source]))[: latents.shape[0]]
 
     def _encoded(self, encoding: Encoding) -> None:
         """The call encodes the targets alone; the edit was written for the source as well, and checked before."""
 
-    def _before_unet(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._device = (args[0] if args else kwargs["sample"]).device
-        super()._before_unet(module, args, kwargs)
-
     def _restore(self) -> None:
         super()._restore()
         self._store.release()
 
-    def _read_roles(self, rows: int) -> BatchRoles:
-        if self._recorded_roles.batch != rows:
+    def _read_roles(self, call: ModelCall) -> BatchRoles:
+        self._device = call.sample.device
+        if self._recorded_roles.batch != call.rows:
             raise ValueError(
-                f"expected a batch of {self._recorded_roles.batch} rows, the targets of a recording, received {rows}"
+                f"expected a batch of {self._recorded_roles.batch} rows, the targets of a recording, received "
+                f"{call.rows}"
             )
         return self._recorded_roles
 
@@ -94,9 +94,9 @@ class Replay(EditingSession):
                     packed[part] = tensor
                     if (scale := tensors.get(f"{path}|{name}_scale")) is not None:
                         packed[f"{part}_scale"] = scale
-        assert self._features is not None
-        self._features.recorded = {
-            path: {row: unpack(packed, self.unet.dtype)["feature"] for row, packed in known.items()}
+        assert self._hooks is not None
+        self._hooks.features.recorded = {
+            path: {row: unpack(packed, self.adapter.model.dtype)["feature"] for row, packed in known.items()}
             for path, known in found.items()
             if path in self._running.feature_modules
         }

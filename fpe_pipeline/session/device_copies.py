@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..edits.products import Product
+from ..edits.joint_products import AnyProduct, JointProduct
 
 __all__ = ["Place", "Placement"]
 
@@ -54,19 +55,19 @@ class Place:
         """A tensor on the device, of the layers' dtype."""
         return self.placement.copy(tensor, self.device, self.dtype)
 
-    def products(self, products: Mapping[int, Product | Sequence[Product]]) -> dict[int, Product | Sequence[Product]]:
+    def products(self, products: Mapping[int, AnyProduct | Sequence[AnyProduct]]) -> dict[int, Any]:
         """An edit's products with their tensors on the device: mixings of the layers' dtype, weights of float32 at
         least."""
         return {
-            row: self._product(given) if isinstance(given, Product) else tuple(map(self._product, given))
+            row: tuple(map(self._product, given)) if isinstance(given, Sequence) else self._product(given)
             for row, given in products.items()
         }
 
-    def _product(self, product: Product) -> Product:
-        mixing, weight = product.mixing, product.weight
-        if mixing is not None:
-            mixing = self.tensor(mixing)
+    def _product(self, product: AnyProduct) -> AnyProduct:
+        weight = product.weight
         if isinstance(weight, torch.Tensor):
             wide = torch.promote_types(self.dtype, torch.float32)
             weight = self.placement.copy(weight, self.device, wide)
-        return replace(product, mixing=mixing, weight=weight)
+        if isinstance(product, JointProduct) or product.mixing is None:
+            return replace(product, weight=weight)
+        return replace(product, mixing=self.tensor(product.mixing), weight=weight)

@@ -7,35 +7,41 @@ from typing import Any
 import fpe_kernels
 
 from ..edits import Edit
+from ..models.adapter import ModelAdapter
 from ..models.precision import check_precision
 from ..models.roles import BatchRoles
 from ..models.sites import Site
-from ..models.unet import check_images
 
 __all__ = ["check_entry", "check_selects"]
 
 
 def check_entry(
-    pipe: Any | None, unet: Any, edit: Any, backend: str, noise: Any, roles: BatchRoles | None, layout: tuple[Any, ...]
+    adapter: ModelAdapter, edit: Any, backend: str, noise: Any, roles: BatchRoles | None, layout: tuple[Any, ...]
 ) -> None:
     """Refuse the arguments of a session that cannot be served.
 
     Args:
-        pipe, unet: of the session; the pipeline is None for a UNet alone.
+        adapter: of the session's model.
         edit, backend, noise, roles: as `EditingSession` takes them.
         layout: its other arguments that describe the batch, None where they were left out.
 
     Raises:
         TypeError: no edit.
-        ValueError: videos and panoramas, a UNet in float8, an unknown backend or noise, two layouts.
+        ValueError: videos and panoramas, a model in float8, an unknown backend or noise, two layouts, or one
+            that the pipeline's calls do not have.
         RuntimeError: a backend that cannot run here.
     """
     if not isinstance(edit, Edit):
         raise TypeError(f"expected an Edit, such as FreePromptEdit(), got {type(edit).__name__}")
-    check_images(pipe, unet)
-    check_precision("unet", unet)
+    adapter.check()
+    check_precision(adapter.word.lower(), adapter.model)
     if roles is not None and any(given is not None for given in layout):
         raise ValueError("roles= is the whole layout: leave out images_per_prompt, source_of and guidance")
+    if adapter.guides_apart and adapter.pipe is not None and layout[2]:
+        raise ValueError(
+            f"{type(adapter.pipe).__name__} guides by calls of their own, each of one half of the rows, which are told "
+            "apart by themselves: leave out classifier_free_guidance, or describe another layout with roles="
+        )
     if noise not in (None, "shared", "separate"):
         raise ValueError(f'expected noise to be "shared" or "separate", got {noise!r}')
     if backend == "auto":
@@ -52,6 +58,6 @@ def check_selects(edit: Edit, sites: tuple[Site, ...]) -> None:
     running = edit.begin()
     if not (running.select(sites) or running.windows() == () or running.watchers() or running.feature_modules):
         raise ValueError(
-            f"{type(edit).__name__} selects none of the UNet's {len(sites)} attention layers, so that it would edit "
+            f"{type(edit).__name__} selects none of the model's {len(sites)} attention layers, so that it would edit "
             "nothing: return some of the sites from select, or use no session"
         )

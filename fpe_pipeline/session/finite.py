@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..models.adapter import model_inputs
 from ..models.steps import Step, locate_step
 
 __all__ = ["FiniteDecoder", "FiniteSteps", "check_latents", "first_bad_layer", "is_finite", "refuse_step"]
@@ -35,7 +36,7 @@ def check_latents(latents: torch.Tensor | None) -> None:
 
 def refuse_step(
     step: Step | None,
-    unet: torch.nn.Module | None,
+    model: torch.nn.Module | None,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     guidance_scale: Any = None,
@@ -44,27 +45,26 @@ def refuse_step(
 
     Args:
         step: which.
-        unet: as it is set up for the step, to be called once more; None where it was not seen.
+        model: as it is set up for the step, to be called once more; None where it was not seen.
         args, kwargs: of its call.
         guidance_scale: of the run, where it is known.
     """
     when = "" if step is None else f" from step {step.index} of {step.total} on"
-    kwargs = kwargs or {}
-    sample = args[0] if args else kwargs.get("sample")
-    conditions = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
+    sample, conditions = model_inputs(args, kwargs or {})
     guided = "" if guidance_scale is None else f" (guidance_scale={guidance_scale:g})"
+    word = "transformer" if "Transformer" in type(model).__name__ else "UNet"
     if not is_finite(sample):
-        reason = "the UNet received latents that are not finite"
+        reason = f"the {word} received latents that are not finite"
     elif not is_finite(conditions):
-        reason = "the UNet received text embeddings that are not finite"
+        reason = f"the {word} received text embeddings that are not finite"
     else:
-        layer = None if unet is None else first_bad_layer(unet, args, kwargs)
+        layer = None if model is None else first_bad_layer(model, args, kwargs or {})
         if layer is not None:
             reason = f"the first such layer is {layer}"
-        elif unet is not None:
-            reason = f"the UNet's prediction is finite, and what guidance{guided} and the scheduler make of it is not"
+        elif model is not None:
+            reason = f"the {word}'s prediction is finite, and what guidance{guided} and the scheduler make of it is not"
         else:
-            reason = f"what the UNet, guidance{guided} and the scheduler make of the latents is not"
+            reason = f"what the {word}, guidance{guided} and the scheduler make of the latents is not"
     raise FloatingPointError(f"the latents are not finite{when}: {reason}; {_ADVICE}")
 
 

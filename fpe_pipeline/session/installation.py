@@ -1,38 +1,51 @@
-"""The processors that a session puts onto a UNet's attention layers, and takes off again."""
+"""The processors that a session puts onto a model's attention layers, and takes off again."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..models.adapter import ModelAdapter, identity
 from ..models.sites import Site
-from ..models.unet import identity
+from .around import ProcessorAround
+from .flux_processor import EditFluxProcessor, unsupported_flux_reasons
 from .instructions import Order
-from .processor import SLICED, EditAttnProcessor, editing_processor, is_sliced, unsupported_reasons
+from .joint_processor import EditJointProcessor, unsupported_joint_reasons
+from .processor import SLICED, editing_processor, is_sliced, unsupported_reasons
+from .record import LayerRecord
 
 __all__ = ["LayerProcessors"]
+
+
+_Reasons = Callable[[Any, Any, tuple[type, ...]], list[str]]
+
+#: By family of models, what is put around a layer's processor, and why it cannot be.
+_PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
+    "unet": (editing_processor, unsupported_reasons),
+    "sd3": (EditJointProcessor, unsupported_joint_reasons),
+    "flux": (EditFluxProcessor, unsupported_flux_reasons),
+}
 
 
 class LayerProcessors:
     """Editing processors around the processors of some layers, until :meth:`restore`.
 
     Args:
-        unet: whose layers they are; compiled or not.
+        adapter: of the model whose layers they are.
     """
 
-    def __init__(self, unet: Any) -> None:
-        self._unet = unet
-        self._installed: dict[str, EditAttnProcessor] = {}
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self._model = adapter.model
+        self._family = adapter.family
+        self._installed: dict[str, ProcessorAround] = {}
         self._found: dict[str, Any] = {}  # the layers themselves, of those installed
 
     def wrap(self, sites: Sequence[Site]) -> None:
         """Put editing processors around those of the sites' layers; layers that have one keep it."""
-        before = self._unet.attn_processors
+        before, (around, _) = self._model.attn_processors, _PROCESSORS[self._family]
         new = {
-            site.path: editing_processor(before[f"{site.path}.processor"])
-            for site in sites
-            if site.path not in self._installed
+            site.path: around(before[f"{site.path}.processor"]) for site in sites if site.path not in self._installed
         }
         if new:
             self._installed |= new
@@ -40,21 +53,20 @@ class LayerProcessors:
 
     def check(self, sites: Iterable[Site], override: tuple[type, ...]) -> None:
         """Raise ValueError, with the reasons, where layers cannot be edited."""
+        _, reasons_of = _PROCESSORS[self._family]
         reasons = {
-            site.path: unsupported_reasons(self._layer(site.path), self._installed[site.path].inner, override)
-            for site in sites
+            site.path: reasons_of(self._layer(site.path), self._installed[site.path].inner, override) for site in sites
         }
         _refuse({path: "; ".join(given) for path, given in reasons.items() if given})
 
     def give(self, orders: Mapping[str, Order]) -> None:
-        """Tell each processor what to do in the next call of the UNet: its order, or nothing.
+        """Tell each processor what to do in the next call of the model: its order, or nothing.
 
         Raises:
             ValueError: attention slicing was switched on since, and has taken the place of one that has an order.
         """
         for path, processor in self._installed.items():
-            processor.order = orders.get(path)
-            processor.executed, processor.skipped = False, ""
+            processor.order, processor.record = orders.get(path), None
         sliced = [path for path in orders if is_sliced(self._layer(path).processor)]
         if sliced:
             # The layers stay as the user has set them, which needs no word at the end beside this error.
@@ -64,13 +76,22 @@ class LayerProcessors:
             _refuse(dict.fromkeys(sliced, SLICED))
 
     @property
-    def ordered(self) -> dict[str, EditAttnProcessor]:
+    def ordered(self) -> dict[str, ProcessorAround]:
         """By layer path, the processors that have an order."""
         return {path: processor for path, processor in self._installed.items() if processor.order is not None}
 
+    @property
+    def records(self) -> dict[str, tuple[Order, LayerRecord | None]]:
+        """By layer path, each order of the call and what its processor told of it; None where it was not asked."""
+        return {
+            path: (processor.order, processor.record)
+            for path, processor in self._installed.items()
+            if processor.order is not None
+        }
+
     def warn_of_bypassed(self, stacklevel: int) -> None:
         """Warn of layers that had an order in the call that has ended and did not carry it out."""
-        bypassed = [path for path, processor in self.ordered.items() if not processor.executed]
+        bypassed = [path for path, (_, record) in self.records.items() if record is None or record.skipped]
         if bypassed:
             warnings.warn(
                 "layers that this step was to edit were computed without their editing processor, which was replaced "
@@ -82,7 +103,7 @@ class LayerProcessors:
     def restore(self, stacklevel: int) -> None:
         """Give the layers back the processors that they had; warn of those that somebody else has replaced since."""
         self.give({})  # whoever still holds one of ours now holds one that calls the original
-        processors = self._unet.attn_processors
+        processors = self._model.attn_processors
         foreign = []
         for path, processor in self._installed.items():
             name = f"{path}.processor"
@@ -102,12 +123,12 @@ class LayerProcessors:
 
     def _layer(self, path: str) -> Any:
         if path not in self._found:  # by name takes a microsecond for each of its parts
-            self._found[path] = identity(self._unet).get_submodule(path)
+            self._found[path] = identity(self._model).get_submodule(path)
         return self._found[path]
 
     def _set(self, processors: dict[str, Any]) -> None:
         # `set_attn_processor` wants every layer named, and empties the dictionary that it is given.
-        self._unet.set_attn_processor(dict(processors))
+        self._model.set_attn_processor(dict(processors))
 
 
 def _refuse(reasons: Mapping[str, str]) -> None:

@@ -1,16 +1,18 @@
-"""From an edit and its watchers to what each layer's processor is to do in one UNet call."""
+"""From an edit and its watchers to what each layer's processor is to do in one call of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from fpe_kernels import LinearMap
 
 from ..edits import Edit
+from ..edits.joint_products import JointPlan, JointProduct, plan_joint_products
 from ..edits.products import ProductPlan, plan_products
 from ..edits.watchers import Watcher
 from ..models.roles import BatchRoles
@@ -29,7 +31,7 @@ Deliver = Callable[[Mapping[int, torch.Tensor], Mapping[int, LinearMap]], None]
 
 @dataclass(frozen=True)
 class Order:
-    """What a processor is to do in the UNet call at hand.
+    """What a processor is to do in the call at hand.
 
     Args:
         site: the layer.
@@ -45,7 +47,7 @@ class Order:
     """
 
     site: Site
-    plan: ProductPlan
+    plan: ProductPlan | JointPlan
     backend: str = "auto"
     edited: bool = True
     columns: Mapping[int, torch.Tensor] = field(default_factory=dict)
@@ -54,13 +56,19 @@ class Order:
     recorded: RecordedLayer | None = None
     compute: Compute | None = None
 
+    @property
+    def row_plan(self) -> ProductPlan:
+        """The plan of a layer whose rows have one kind of tokens."""
+        assert isinstance(self.plan, ProductPlan), f"{self.site.path} is a layer of joint attention"
+        return self.plan
+
     @cached_property
     def straight_line(self) -> StraightLine | None:
         """The layer in one call, where it is self-attention and nobody asks for more than its output."""
         alone = self.compute is None and self.recorded is None and self.deliver is None and not self.columns
         if not alone or self.site.kind != "self" or self.maps:
             return None
-        return straight_line(self.plan, self.site.tokens, self.backend)
+        return straight_line(self.row_plan, self.site.tokens, self.backend)
 
 
 def make_orders(
@@ -93,7 +101,7 @@ def make_orders(
         if products or wanted:
             orders[path] = Order(
                 site,
-                plan_products(products, roles.batch, roles.recorded),
+                _plan(site, products, roles, wanted),
                 backend,
                 bool(products),
                 wanted.columns,
@@ -102,6 +110,20 @@ def make_orders(
                 None if recorded is None else recorded.get(path),
             )
     return orders
+
+
+def _plan(site: Site, products: Mapping[int, Any], roles: BatchRoles, wanted: _Wanted) -> ProductPlan | JointPlan:
+    if not site.is_joint:
+        for row, given in products.items():
+            if any(isinstance(term, JointProduct) for term in (given if isinstance(given, Sequence) else (given,))):
+                raise TypeError(
+                    f"the edit gave a JointProduct for row {row} of {site.path}, which is {site.kind}-attention: there "
+                    "an edit gives Products"
+                )
+        return plan_products(products, roles.batch, roles.recorded)
+    if wanted:
+        raise ValueError(f"{site.path} is joint attention of image and text, whose maps are not shown to watchers yet")
+    return plan_joint_products(products, roles.batch)
 
 
 class StandingOrders:

@@ -1,4 +1,4 @@
-"""The layout of a UNet's batch, from what a pipeline call encoded or from what was said, checked against its rows."""
+"""The layout of a batch, from what a pipeline call encoded or from what was said, checked against its rows."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ..models.adapter import Half, is_guided
 from ..models.roles import BatchRoles
-from ..models.unet import is_guided
 from ..prompts.encoding import Encoding
 
 __all__ = ["CallLayout", "layout_as_given", "layout_of_call"]
@@ -19,7 +19,7 @@ def layout_of_call(
     """The roles of a batch.
 
     Args:
-        rows: the UNet's batch size.
+        rows: the batch size of a call.
         encoding: what the pipeline call encoded.
         guided: whether the batch holds an unconditional half.
         images: images a prompt, where that was said.
@@ -41,17 +41,19 @@ def layout_of_call(
     return replace(roles, prompts=tuple(prompt + encoding.dropped for prompt in roles.prompts))
 
 
-def layout_as_given(roles: BatchRoles, rows: int, pipe: Any) -> BatchRoles:
-    """``roles=`` for a batch of so many rows; their conditional half where the pipeline's guidance has ended.
+def layout_as_given(roles: BatchRoles, rows: int, pipe: Any, half: Half = "as guided") -> BatchRoles:
+    """``roles=`` for a batch of so many rows; their conditional half where the call, or the pipeline from here on, has
+    no other.
 
     Raises:
         ValueError: they describe another batch.
     """
     if roles.rows == rows:
         return roles
-    if not getattr(pipe, "do_classifier_free_guidance", True) and roles.without_guidance().rows == rows:
+    alone = half == "conditional" or not getattr(pipe, "do_classifier_free_guidance", True)
+    if alone and roles.without_guidance().rows == rows:
         return roles.without_guidance()
-    raise ValueError(f"roles= describes a batch of {roles.rows} rows; the UNet received {rows}")
+    raise ValueError(f"roles= describes a batch of {roles.rows} rows; the model received {rows}")
 
 
 def _check(rows: int, encoding: Encoding, guided: bool, images: int | None) -> None:
@@ -64,8 +66,8 @@ def _check(rows: int, encoding: Encoding, guided: bool, images: int | None) -> N
     if rows != expected:
         raise ValueError(
             f"the pipeline encodes {encoding.count} prompts with {encoding.images} images each, which with guidance "
-            f"{'on' if guided else 'off'} is a batch of {expected} rows; the UNet received {rows}: describe this batch "
-            "with roles=, or encode what does not belong to the run in `with session.paused():`"
+            f"{'on' if guided else 'off'} is a batch of {expected} rows; the model received {rows}: describe this "
+            "batch with roles=, or encode what does not belong to the run in `with session.paused():`"
         )
 
 
@@ -74,7 +76,7 @@ class CallLayout:
     """How a session reads the layout of a call: what was said of it, and of the pipeline what was not.
 
     Args:
-        pipe: the pipeline, or None for a UNet alone.
+        pipe: the pipeline, or None for a model alone.
         images, source_of, guided, roles, noise: as `EditingSession` takes them.
     """
 
@@ -85,12 +87,16 @@ class CallLayout:
     roles: BatchRoles | None = None
     noise: Literal["shared", "separate"] | None = None
 
-    def of(self, rows: int, encoding: Encoding) -> BatchRoles:
-        """The roles of a batch of ``rows``, in a call that encoded this."""
+    def of(self, rows: int, encoding: Encoding, half: Half = "as guided") -> BatchRoles:
+        """The roles of a batch of ``rows``, in a call that encoded this and that holds these rows of it."""
         if self.roles is not None:
-            return layout_as_given(self.roles, rows, self.pipe)
-        guided = is_guided(self.pipe, encoding.guided) if self.guided is None else self.guided
-        return layout_of_call(rows, encoding, guided=guided, images=self.images, source_of=self.source_of)
+            return layout_as_given(self.roles, rows, self.pipe, half)
+        if half != "as guided":
+            guided = False
+        else:
+            guided = is_guided(self.pipe, encoding.guided) if self.guided is None else self.guided
+        roles = layout_of_call(rows, encoding, guided=guided, images=self.images, source_of=self.source_of)
+        return roles.all_unconditional() if half == "unconditional" else roles
 
     def paired(self, encoding: Encoding, pairs_pixels: bool) -> tuple[Sequence[int], int] | None:
         """The sources of the prompts and images a prompt, where rows of one image are to draw the same noise."""

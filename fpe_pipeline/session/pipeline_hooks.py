@@ -79,6 +79,10 @@ class _PairedNoise:
         draws = "generator" in signature.parameters and given.arguments.get("latents") is None
         if draws and layout is not None and not isinstance(generator, list):  # a list says every row's own
             self._generators = given.arguments["generator"] = paired_generators(generator, *layout)
+            image = given.arguments.get("image")
+            if isinstance(image, torch.Tensor) and len(self._generators) % max(image.shape[0], 1) == 0:
+                # Some pipelines look for a generator's own image, and find none where a picture stands for all rows.
+                given.arguments["image"] = image.repeat(len(self._generators) // image.shape[0], 1, 1, 1)
         return original(*given.args, **given.kwargs)
 
     def _options(self, original: Any, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:

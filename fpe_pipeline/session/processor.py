@@ -10,9 +10,11 @@ import torch
 from diffusers.models import attention_processor as diffusers_processors
 
 from ..edits.products import ProductPlan
+from .around import ProcessorAround
 from .computing import Projections, Rows, evaluate, mask_bias, row_maps, take
 from .image_prompts import IMAGE_PROMPT_PROCESSORS, image_prompt_attention, split_image_prompts
 from .instructions import Order
+from .record import LayerRecord
 
 __all__ = ["SLICED", "EditAttnProcessor", "Order", "editing_processor", "is_sliced", "unsupported_reasons"]
 
@@ -67,7 +69,7 @@ def unsupported_reasons(attn: Any, processor: Any, override: tuple[type, ...] = 
     return reasons
 
 
-class EditAttnProcessor:
+class EditAttnProcessor(ProcessorAround):
     """Drop-in processor for diffusers' ``Attention``, wrapped around the one that a layer already has.
 
     With an :class:`Order` it computes, in the place of ``softmax(q kᵀ) v`` for every row, the order's products:
@@ -80,21 +82,9 @@ class EditAttnProcessor:
     """
 
     def __init__(self, inner: Any) -> None:
-        self._keep(inner)
-        self.order: Order | None = None
-        self.executed = False
-        self.skipped = ""  # why the latest order was not carried out
-        self.itemsize = 0  # bytes a number of its values, in the latest call
-        self.bytes = (0, 0)  # of the queries, keys and values that it held, and of the maps that it did not store
-        # `Attention.forward` passes on only those keywords that it finds in `inspect.signature(processor.__call__)`.
-        named = inspect.signature(inner.__call__).parameters
-        self._inner_takes_temb = "temb" in named
+        super().__init__(inner)
+        self._inner_takes_temb = "temb" in inspect.signature(inner.__call__).parameters
         self._is_plain = type(inner) in _PLAIN and not isinstance(inner, diffusers_processors.FusedAttnProcessor2_0)
-        if not set(named) <= set(inspect.signature(self.__call__).parameters):
-            self.__dict__["__call__"] = _SignatureOf(inner, self)
-
-    def _keep(self, inner: Any) -> None:
-        self.inner = inner
 
     def __call__(
         self,
@@ -108,7 +98,8 @@ class EditAttnProcessor:
     ) -> torch.Tensor:
         order = self.order
         if order is not None and _scores_are_skipped():
-            self.skipped, order = "a guider replaces the layer's attention by its values", None
+            self.record = LayerRecord(skipped="a guider replaces the layer's attention by its values")
+            order = None
         if order is None:
             if self._inner_takes_temb:
                 kwargs["temb"] = temb
@@ -119,10 +110,9 @@ class EditAttnProcessor:
                 attention_mask=attention_mask,
                 **kwargs,
             )
-        self.executed = True
         line = None if torch.compiler.is_compiling() or not self._is_plain else order.straight_line
         if line is not None and line.serves(attn, hidden_states, encoder_hidden_states, attention_mask):
-            out, self.itemsize, self.bytes = line(attn, hidden_states)
+            out, self.record = line(attn, hidden_states)
             return out
 
         residual = hidden_states
@@ -142,8 +132,8 @@ class EditAttnProcessor:
                 context = attn.norm_encoder_hidden_states(context)
 
         # Every row asks for its own image, also where it takes another's map of the text.
-        queries = tuple(range(order.plan.rows)) if images else order.plan.queries
-        query, key, value = _project(attn, self.inner, order.plan, queries, hidden_states, context)
+        queries = tuple(range(order.plan.rows)) if images else order.row_plan.queries
+        query, key, value = _project(attn, self.inner, order.row_plan, queries, hidden_states, context)
         bias = mask_bias(attention_mask, order.plan.rows, attn.heads, key)
         hidden_states = self.attend(order, query, key, value, attn.scale, bias)  # [B, H, N, E]
         if images:
@@ -165,6 +155,7 @@ class EditAttnProcessor:
     ) -> torch.Tensor:
         """The layer's attention [B, H, N, E] from the projected rows that the order's plan names."""
         if order.compute is not None:
+            self.record = LayerRecord()
             return order.compute(query, key, value, scale, bias)
         logsumexp: dict[int, torch.Tensor] = {}
         if order.recorded is not None:
@@ -176,11 +167,10 @@ class EditAttnProcessor:
                 replace(own, recorded=known[part]) for part, own in (("query", query), ("key", key), ("value", value))
             )
         layer = Projections(query, key, value, scale, bias, order.backend, logsumexp)
-        self.itemsize = value.tensor.element_size()
-        self.bytes = _bytes(order.plan, query, key, value)
-        out, heat = evaluate(order.plan, layer, order.columns)
+        self.record = LayerRecord("", value.tensor.element_size(), *_bytes(order.row_plan, query, key, value))
+        out, heat = evaluate(order.row_plan, layer, order.columns)
         if order.deliver is not None:
-            order.deliver(heat, row_maps(order.plan, order.maps, layer))
+            order.deliver(heat, row_maps(order.row_plan, order.maps, layer))
         return out
 
 
@@ -226,20 +216,6 @@ def editing_processor(inner: Any) -> EditAttnProcessor:
     """An :class:`EditAttnProcessor` around a layer's processor, of the kind that can stand where that one stood."""
     default = _EditAttnModule if isinstance(inner, torch.nn.Module) else EditAttnProcessor
     return _AROUND.get(type(inner), default)(inner)
-
-
-class _SignatureOf:
-    """What ``inspect.signature`` sees as the ``__call__`` of a processor whose inner one names keywords of its own.
-
-    Python calls the method of the class, not this attribute of the instance; here is only what is *looked at*.
-    """
-
-    def __init__(self, inner: Any, processor: EditAttnProcessor) -> None:
-        self.__signature__ = inspect.signature(inner.__call__)
-        self.processor = processor
-
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.processor(*args, **kwargs)
 
 
 def _project(

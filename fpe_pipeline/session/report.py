@@ -11,8 +11,9 @@ from ..models.steps import Step
 
 if TYPE_CHECKING:
     from ..edits import Edit
+    from .instructions import Order
     from .known_rows import RecordedLayer
-    from .processor import EditAttnProcessor
+    from .record import LayerRecord
 
 __all__ = ["EditReport", "LayerMemory", "Replayed"]
 
@@ -50,7 +51,7 @@ class EditReport:
     """Replaced layers by step, for the latest run.
 
     Args:
-        total: steps of the run; 0 before the first UNet call.
+        total: steps of the run; 0 before the first call of the model.
         layers: for each replaced layer's path, the steps at which it was replaced, in order.
         features: the same for modules whose output was replaced.
         products: for each replaced layer, what its rows became, with the steps of it.
@@ -61,7 +62,7 @@ class EditReport:
         idle: what was asked for and did nothing in the run, in sentences.
         noise: how rows drew their noise, in words; empty where they drew as the pipeline does.
         batch: rows of the batch; products name a recorded source's rows by the numbers after them.
-        sites: the UNet's attention layers, of which those that were left alone are told.
+        sites: the model's attention layers, of which those that were left alone are told.
     """
 
     total: int = 0
@@ -77,7 +78,7 @@ class EditReport:
     batch: int = 0
     sites: tuple[Site, ...] = field(default=(), repr=False)
     _latest: int = field(default=-1, init=False, repr=False)
-    # By layer: the order and bytes of its latest call, and the lists of steps that took note of it.
+    # By layer: the order and record of its latest call, and the lists of steps that took note of it.
     _carried_out: dict[str, tuple[Any, Any, tuple[list[int], ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -89,51 +90,52 @@ class EditReport:
     def add(
         self,
         step: Step,
-        processors: Mapping[str, EditAttnProcessor],
+        records: Mapping[str, tuple[Order, LayerRecord | None]],
         features: Iterable[str] = (),
         recorded: Mapping[str, RecordedLayer] | None = None,
     ) -> None:
-        """Note one UNet call.
+        """Note one call of the model.
 
         Args:
             step: its step; an earlier one than the last starts a new report.
-            processors: by layer path, those that had an order.
+            records: by layer path, each order and what its processor told of it, None where it was not asked.
             features: paths of the modules whose output was replaced.
             recorded: by path, what was at hand of a recording.
         """
         if step.call < self._latest or step.total != self.total:  # a new run
             self.__init__(step.total, sites=self.sites, noise=self.noise)  # type: ignore[misc]
         self._latest = step.call
-        for path, processor in processors.items():
-            order = processor.order
-            assert order is not None
-            before, held_before, noted = self._carried_out.get(path, _NEVER)
-            if before is order and processor.executed and held_before == processor.bytes:
+        for path, (order, record) in records.items():
+            before, told, noted = self._carried_out.get(path, _NEVER)
+            if before is order and told == record:
                 for steps in noted:
                     if steps[-1] != step.index:
                         steps.append(step.index)
                 continue
-            if not processor.executed:
-                reason = processor.skipped or "its processor was replaced or not called"
+            self.batch = order.plan.rows
+            if record is None or record.skipped:
+                reason = "its processor was replaced or not called" if record is None else record.skipped
                 _note(self.skipped.setdefault(path, {}), reason, step.index)
-            elif order.edited:
-                _note(self.layers, path, step.index)
-                _note(self.products.setdefault(path, {}), order.plan.description, step.index)
-                held, maps = processor.bytes
-                known = self.memory.get(path, LayerMemory(0, 0))
-                self.memory[path] = LayerMemory(max(held, known.held), max(maps, known.maps))
-                if order.recorded is None:
-                    lists = self.layers[path], self.products[path][order.plan.description]
-                    self._carried_out[path] = order, processor.bytes, lists
+                continue
+            if order.edited:
+                self._add_edited(path, order, record, step)
             else:
                 _note(self.watched, path, step.index)
-            if processor.executed and order.recorded is not None:
-                self._add_replayed(path, order.recorded, step, processor.itemsize)
-            self.batch = order.plan.rows
+            if order.recorded is not None:
+                self._add_replayed(path, order.recorded, step, record.itemsize)
         for path in features:
             _note(self.features, path, step.index)
             if recorded and path in recorded:
                 self._add_replayed(path, recorded[path], step, 0)
+
+    def _add_edited(self, path: str, order: Order, record: LayerRecord, step: Step) -> None:
+        _note(self.layers, path, step.index)
+        _note(self.products.setdefault(path, {}), order.plan.description, step.index)
+        known = self.memory.get(path, LayerMemory(0, 0))
+        self.memory[path] = LayerMemory(max(record.held, known.held), max(record.maps, known.maps))
+        if order.recorded is None:
+            lists = self.layers[path], self.products[path][order.plan.description]
+            self._carried_out[path] = order, record, lists
 
     def _add_replayed(self, path: str, layer: RecordedLayer, step: Step, itemsize: int) -> None:
         entry = self.replayed.setdefault(path, Replayed())
@@ -180,7 +182,7 @@ class EditReport:
             lines.append(f"{len(self.watched)} layers read without being replaced: heat, same output to rounding")
         for path, reasons in self.skipped.items():
             lines += [f"not replaced: {path}, steps {_ranges(steps)}: {why}" for why, steps in reasons.items()]
-        for kind in ("self", "cross"):
+        for kind in dict.fromkeys(site.kind for site in self.sites):
             whole = [site for site in self.sites if site.kind == kind]
             alone = [site for site in whole if site.path not in {*self.layers, *self.skipped}]
             if alone:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -17,23 +17,23 @@ from ..edits.base import check_prompts
 from ..edits.registry import require_edit
 from ..edits.watchers import Watcher
 from ..errors import EditWarning
+from ..models.adapter import ModelCall, identity
+from ..models.families import adapter_of, edited_model
 from ..models.roles import BatchRoles
-from ..models.sites import attention_sites
-from ..models.steps import Step, step_of_call
-from ..models.unet import identity, pipe_and_unet
+from ..models.steps import Step
 from ..prompts.encoding import Encoding, encoding_tokenizer
 from ..prompts.words import warn_of_unknown_words
-from .device_copies import Place, Placement
 from .entry import check_entry, check_selects
 from .finite import is_finite, refuse_step
-from .hooks import FeatureHooks
 from .installation import LayerProcessors
-from .instructions import Order, StandingOrders, make_orders
+from .instructions import Order
+from .instructor import Instructor
 from .known_rows import RecordedLayer
 from .layout import CallLayout
+from .model_hooks import ModelHooks
 from .pipeline_hooks import PipelineHooks
 from .report import EditReport
-from .selected_sites import SelectedSites
+from .run_clock import RunClock
 
 __all__ = ["EditingSession", "editing", "session_of", "unedited"]
 
@@ -46,17 +46,18 @@ class EditingSession:
         with editing(pipe, FreePromptEdit(self_replace_steps=0.8)) as session:
             images = pipe([source_prompt, target_prompt], latents=noise.expand(2, -1, -1, -1)).images
 
-    The pipeline is an ordinary one with a UNet: its prompts are one source and any number of targets, started
-    from the same noise. Layers and steps that the edit leaves alone are computed by the processors that were
-    there before, to the bit; on leaving the block, by an exception too, those are back in place.
+    The pipeline is an ordinary one with a UNet, or with a transformer that has an adapter (Stable Diffusion 3 and 3.5,
+    FLUX.1): its prompts are one source and any number of targets, started from the same noise. Layers and steps that
+    the edit leaves alone are computed by the processors that were there before, to the bit; on leaving the block, by
+    an exception too, those are back in place.
 
     Args:
-        pipe: a diffusers pipeline with a ``unet``; or a UNet alone, whose steps are then set with
-            ``session.step(index, total)`` and whose guidance is given by ``classifier_free_guidance``.
+        pipe: a diffusers pipeline with a ``unet`` or ``transformer``; or one of those alone, whose steps are then set
+            with ``session.step(index, total)`` and whose guidance is given by ``classifier_free_guidance``.
         edit: what to do, such as :class:`FreePromptEdit`.
         images_per_prompt: the pipeline call's ``num_images_per_prompt``. Default: read from the call.
         source_of: for each prompt, the index of its source prompt. Default: prompt 0 is the source of all.
-        classifier_free_guidance: whether UNet batches hold an unconditional half. Default: asked of the pipeline
+        classifier_free_guidance: whether batches hold an unconditional half. Default: asked of the pipeline
             at each call.
         roles: the whole layout of the batch, where it is none of these; excludes the three arguments above.
         noise: whether the rows of one image draw the same noise, in calls that pass a generator and no latents:
@@ -66,10 +67,10 @@ class EditingSession:
         override_processors: classes of custom processors that the edit may compute replaced layers in the stead of.
 
     Raises:
-        TypeError: there is no UNet.
+        TypeError: there is no UNet or transformer, or a transformer that no adapter describes.
         ValueError: the edit matches no layer, the backend is unknown, arguments exclude each other, or a pipeline
             that makes videos or panoramas; in a call, one that encodes other prompts or images than its batch holds.
-        RuntimeError: the UNet is in another session, or the backend cannot run here.
+        RuntimeError: the model is in another session, or the backend cannot run here.
     """
 
     #: Whether a session that is entered inside this one takes its place, and its watchers along, until it ends.
@@ -90,55 +91,41 @@ class EditingSession:
         backend: str = "auto",
         override_processors: tuple[type, ...] = (),
     ) -> None:
-        self.pipe, self.unet = pipe_and_unet(pipe)
+        self.adapter = adapter_of(pipe)
+        self.pipe = self.adapter.pipe
         self.edit = edit
         self.backend = backend
         require_edit(edit)
         layout = (images_per_prompt, source_of, classifier_free_guidance)
-        check_entry(self.pipe, self.unet, edit, backend, noise, roles, layout)
-        self._layout = CallLayout(self.pipe, images_per_prompt, source_of, classifier_free_guidance, roles, noise)
-        self.sites = attention_sites(self.unet)
+        check_entry(self.adapter, edit, backend, noise, roles, layout)
+        self.sites = self.adapter.sites
         check_selects(edit, self.sites)
+        self._layout = CallLayout(self.pipe, images_per_prompt, source_of, classifier_free_guidance, roles, noise)
+        self._clock = RunClock(self.adapter)
+        self._layers = LayerProcessors(self.adapter)
+        check = self._layers.check
+        self._instructor = Instructor(self.sites, lambda sites: check(sites, override_processors), backend)
+        self._hooks: ModelHooks | None = None
+        self._encoding = Encoding()
         self._running = edit  # what is asked: the edit, or what it gave for this session
         self._watchers: tuple[Watcher, ...] = ()
-        self._layers = LayerProcessors(self.unet)
-        self._selected = SelectedSites(self.sites, lambda sites: self._layers.check(sites, override_processors))
-        self._hooks: list[Any] = []
-        self._encoding = Encoding()
-        self._pipeline_hooks: PipelineHooks | None = None
-        self._features: FeatureHooks | None = None
-        self._current_roles: BatchRoles | None = None
-        self._fixed_step: Step | None = None
-        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # of the latest UNet call
-        self._paused = False
-        self._calls = 0
-        self._step: Step | None = None
-        self._step_before_pause: Step | None = None
         self._report = EditReport(sites=self.sites)
-        self._placement = Placement()
-        self._standing = StandingOrders()
-        self._at_hand: Mapping[str, RecordedLayer] | None = None  # of a recording, in the call under way
+        self._now = _Call()
         self._around: EditingSession | None = None  # the session that stands aside for this one
-        self._is_new_run = True
-        self._seen: list[Step] = []  # of the run under way
 
     def __enter__(self) -> EditingSession:
-        key = identity(self.unet)
+        key = self.adapter.module
         around = _SESSIONS.get(key)
-        if self._hooks or (around is not None and not around.gives_way):
+        if self._hooks is not None or (around is not None and not around.gives_way):
             raise RuntimeError(
                 f"this {type(key).__name__} is already being edited: leave that session first; to apply several edits "
                 "at once, combine them into one Edit"
             )
         if around is not None and self.unwatched:
             raise ValueError(self.unwatched)
-        self._calls = 0
-        self._fixed_step = None
-        self._step = self._step_before_pause = None
+        self._clock = RunClock(self.adapter)
         self._report = EditReport(sites=self.sites)
-        self._selected.clear()
-        self._standing = StandingOrders()
-        self._seen = []
+        self._instructor.begin()
         self._encoding = Encoding()
         self._running = self.edit.begin()
         self._around = around
@@ -158,28 +145,26 @@ class EditingSession:
         if error is None:
             self._finish_run()
         self._restore()
-        if error is None and self._calls == 0:
+        if error is None and self._clock.calls == 0:
+            word = self.adapter.word
             warnings.warn(
-                "the editing session ended without a call of the UNet it watched: nothing was edited. Was the "
-                "pipeline's unet replaced, or another pipeline called?",
+                f"the editing session ended without a call of the {word} it watched: nothing was edited. Was the "
+                f"pipeline's {word.lower()} replaced, or another pipeline called?",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
     def _install(self, watchers: Sequence[Watcher]) -> None:
         self._watchers = ()
-        self._is_new_run = True
+        self._clock.begin()
         self._layers.wrap(self._running.select(self.sites))
-        self._features = FeatureHooks(identity(self.unet), self._running.feature_modules)
-        # One by one, so that a failure leaves none behind. `unet.compile()` would trace them with the UNet.
-        self._hooks.append(
-            self.unet.register_forward_pre_hook(torch.compiler.disable(self._before_unet), with_kwargs=True)
+        self._hooks = ModelHooks(
+            self.adapter,
+            self._running.feature_modules,
+            self._before_call,
+            self._after_call,
+            lambda: PipelineHooks(self.pipe, self._encoded, self._after_scheduler_step, self._paired_rows),
         )
-        self._hooks.append(self.unet.register_forward_hook(torch.compiler.disable(self._after_unet)))
-        if self.pipe is not None:
-            self._pipeline_hooks = PipelineHooks(
-                self.pipe, self._encoded, self._after_scheduler_step, self._paired_rows
-            )
         for watcher in watchers:
             self.watch(watcher)
 
@@ -191,15 +176,15 @@ class EditingSession:
     def unwatch(self, watcher: Watcher) -> None:
         """Stop asking a watcher; the layers that it alone read go back to being computed as they were."""
         self._watchers = tuple(other for other in self._watchers if other is not watcher)
-        self._selected.forget(watcher)
+        self._instructor.selected.forget(watcher)
 
     def _restore(self) -> None:
-        key = identity(self.unet)
+        key = self.adapter.module
         inside, around = _SESSIONS.get(key), self._around
         self._around = None
         if inside is not self and inside is not None:  # this one stands aside already, and now for good
             inside._around = None
-            self._calls += inside._calls
+            self._clock.calls += inside._clock.calls
             for watcher in self._watchers:
                 inside.unwatch(watcher)
             return
@@ -207,24 +192,19 @@ class EditingSession:
         self._take_off()
         if around is not None:
             _SESSIONS[key] = around
-            around._calls += self._calls
+            around._clock.calls += self._clock.calls
             around._install(around._watchers)
 
     def _take_off(self) -> None:
-        """Leave the UNet and the scheduler as they were found."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self._arguments = (), {}
-        if self._features is not None:
-            self._features.remove()
-        if self._pipeline_hooks is not None:
-            self._pipeline_hooks.remove(expected=self._calls > 0 and any(w.blends for w in self._watchers))
-            self._pipeline_hooks = None
+        """Leave the model and the scheduler as they were found."""
+        if self._hooks is not None:
+            self._hooks.remove(expected=self._clock.calls > 0 and any(w.blends for w in self._watchers))
+            self._hooks = None
+        self._now = _Call()
         self._layers.restore(stacklevel=4)
 
     def step(self, index: int, total: int) -> None:
-        """Set the step of the UNet calls that follow, in a sampling loop that has no diffusers scheduler::
+        """Set the step of the model's calls that follow, in a sampling loop that has no diffusers scheduler::
 
             with editing(unet, edit, classifier_free_guidance=True) as session:
                 for i, t in enumerate(timesteps):
@@ -233,44 +213,44 @@ class EditingSession:
 
         From the first call on, the session no longer reads the pipeline's scheduler.
         """
-        self._fixed_step = Step(index, total)
+        self._clock.fixed = Step(index, total)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave UNet calls unedited for a while, inside the session."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
+    def paused(self) -> AbstractContextManager[None]:
+        """Leave calls of the model unedited for a while, inside the session."""
+        return self._clock.paused()
 
     @property
     def is_paused(self) -> bool:
-        """Whether UNet calls are left unedited just now."""
-        return self._paused
+        """Whether calls of the model are left unedited just now."""
+        return self._clock.is_paused
 
     @property
     def current_step(self) -> Step | None:
-        """The step of the latest UNet call; None before the first and while paused."""
-        return self._step
+        """The step of the latest call of the model; None before the first and while paused."""
+        return self._clock.step
 
     def after_step(self, latents: torch.Tensor) -> torch.Tensor:
         """The latents to go on from after a scheduler step; a pipeline's scheduler is followed without being asked.
 
         Only edits that blend latents, such as :class:`LocalBlend`, change them.
         """
-        if self._step is not None and self._current_roles is not None:
+        step, roles = self._clock.step, self._now.roles
+        if step is not None and roles is not None:
             for watcher in self._watchers:
                 if watcher.blends:
-                    latents = watcher.blend(latents, self._step, self._current_roles)
+                    latents = watcher.blend(latents, step, roles)
         return latents
 
     def _after_scheduler_step(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
         latents = self.after_step(latents)
-        if not (self._paused or is_finite(latents)):
-            refuse_step(self._step, identity(self.unet), *self._arguments, getattr(self.pipe, "guidance_scale", None))
-        self._arguments = (), {}
+        if not (self.is_paused or is_finite(latents)):
+            self._refuse_step(getattr(self.pipe, "guidance_scale", None))
+        self._now = replace(self._now, call=None)
         return latents
+
+    def _refuse_step(self, guidance_scale: Any = None) -> None:
+        arguments = ((), {}) if self._now.call is None else self._now.call.arguments
+        refuse_step(self._clock.step, self.adapter.module, *arguments, guidance_scale)
 
     def report(self) -> EditReport:
         """What was replaced in the latest run: ``print(session.report())``."""
@@ -282,23 +262,26 @@ class EditingSession:
 
     def _encoded(self, encoding: Encoding) -> None:
         """The pipeline has encoded its prompts: a run begins, with these prompts and with this layout."""
-        if self._paused:
+        if self.is_paused:
             return
-        self._encoding, self._is_new_run = encoding, True
+        if self.adapter.guides_apart and self._clock.is_before_a_run and self._encoding.count is not None:
+            return  # the negative prompts of the pipeline call whose prompts came before
+        self._encoding = encoding
+        self._clock.begin()
         if encoding.prompts is not None:
             tokenizer = encoding_tokenizer(self.pipe)
             check_prompts(self._running, encoding.prompts, tokenizer)
             warn_of_unknown_words(encoding.prompts, tokenizer)
         running = self._running.encoded(encoding)
         if running is not self._running:
-            self._selected.forget(self._running)
+            self._instructor.selected.forget(self._running)
             self._running = running
         for watcher in self._watchers:
             watcher.encoded(encoding)
 
     def _paired_rows(self) -> tuple[Sequence[int], int] | None:
         """The sources of the prompts and images a prompt, where rows of one image are to draw the same noise."""
-        paired = None if self._paused else self._layout.paired(self._encoding, self._running.pairs_pixels)
+        paired = None if self.is_paused else self._layout.paired(self._encoding, self._running.pairs_pixels)
         if paired is not None:
             self._report.noise = (
                 "rows of one image draw the same noise where the call passes none (generator and no latents); "
@@ -313,7 +296,7 @@ class EditingSession:
 
     def _finish_run(self) -> None:
         """Say what of the edit did nothing in the run that has ended."""
-        seen, self._seen = self._seen, []
+        seen = self._clock.finish()
         if not seen:
             return
         blends = any(watcher.blends for watcher in self._watchers)
@@ -321,68 +304,58 @@ class EditingSession:
         for reason in self._report.idle:
             warnings.warn(reason, EditWarning, stacklevel=3)
 
-    def _before_unet(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._calls += 1
+    def _before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._layers.give({})
-        self._at_hand = None
-        before, self._step, self._current_roles = self._step, None, None
-        assert self._features is not None
-        self._features.rows = {}
-        if self._paused:
-            self._step_before_pause = before or self._step_before_pause
+        self._now = _Call()
+        assert self._hooks is not None
+        self._hooks.features.rows = {}
+        if self.is_paused:
+            self._clock.pass_by()
             return
-        self._arguments = args, kwargs
-        sample = args[0] if args else kwargs["sample"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        step = self._step = self._read_step(timestep)
-        before = before or self._step_before_pause
-        if self._is_new_run or (before is not None and (step.call < before.call or step.calls != before.calls)):
-            self._is_new_run = False
+        call = self.adapter.read(args, kwargs)
+        self._now = _Call(call)
+        if self._clock.read(call):
             self._finish_run()
             for watcher in self._watchers:
                 watcher.begin()
-        self._seen.append(step)
+        self._clock.note()
+        step = self._clock.step
+        assert step is not None
         active = self._running.active(step)
         if active or self._watchers:
-            roles = self._current_roles = self._read_roles(sample.shape[0])
-            self._layers.give(self._orders(sample, step, roles, active))
+            roles = self._read_roles(call)
+            self._now = _Call(call, roles, self._recorded(step, roles))
+            self._layers.give(self._orders(call, step, roles))
             if active:
-                self._features.rows = self._running.features(step, roles)
+                self._hooks.features.rows = self._running.features(step, roles)
 
-    def _after_unet(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        ordered = self._layers.ordered
-        own_loop = self.pipe is None or self._fixed_step is not None  # in which no scheduler's step need be seen
-        if own_loop and not (self._paused or is_finite(output[0])):
-            refuse_step(self._step, identity(self.unet), *self._arguments)
-        if self._step is not None:
-            assert self._features is not None
-            self._report.add(self._step, ordered, self._features.rows, self._at_hand)
-        self._layers.warn_of_bypassed(stacklevel=3)
+    def _after_call(self, output: Any) -> None:
+        own_loop = self.pipe is None or self._clock.fixed is not None  # in which no scheduler's step need be seen
+        if own_loop and not (self.is_paused or is_finite(output[0])):
+            self._refuse_step()
+        if self._clock.step is not None:
+            assert self._hooks is not None
+            self._report.add(self._clock.step, self._layers.records, self._hooks.features.rows, self._now.recorded)
+        self._layers.warn_of_bypassed(stacklevel=4)
 
-    def _orders(self, sample: torch.Tensor, step: Step, roles: BatchRoles, active: bool) -> dict[str, Order]:
-        size = (sample.shape[-2], sample.shape[-1])
-        place = Place(self._placement, sample.device, sample.dtype)
-        edited = self._selected.of(self._running, size) if active else ()
-        watched = [(watcher, self._selected.of(watcher, size)) for watcher in self._watchers]
-        self._at_hand = self._recorded(step, roles)
-        context = (step, roles, self.backend, place, self._at_hand)
-        if watched or self._at_hand is not None or not active:
-            return make_orders(self._running, edited, watched, *context)
-        return self._standing.orders(
-            self._running.phase(step),
-            (roles, size, sample.device, sample.dtype),
-            lambda: make_orders(self._running, edited, (), *context),
-        )
+    def _orders(self, call: ModelCall, step: Step, roles: BatchRoles) -> dict[str, Order]:
+        return self._instructor.orders(self._running, self._watchers, call, step, roles, self._now.recorded)
 
     def _recorded(self, step: Step, roles: BatchRoles) -> Mapping[str, RecordedLayer] | None:
         """What is known of the roles' recorded rows, by layer path."""
         return None
 
-    def _read_step(self, timestep: Any) -> Step:
-        return step_of_call(self.pipe, timestep) if self._fixed_step is None else self._fixed_step
+    def _read_roles(self, call: ModelCall) -> BatchRoles:
+        return self._layout.of(call.rows, self._encoding, call.half)
 
-    def _read_roles(self, rows: int) -> BatchRoles:
-        return self._layout.of(rows, self._encoding)
+
+@dataclass(frozen=True)
+class _Call:
+    """The latest call of the model: what its rows are, and what a recording knows of them."""
+
+    call: ModelCall | None = None  # None once its step is over
+    roles: BatchRoles | None = None
+    recorded: Mapping[str, RecordedLayer] | None = None
 
 
 #: How a session is begun, in words: ``with editing(pipe, edit):``.
@@ -390,11 +363,11 @@ editing = EditingSession
 
 
 def session_of(pipe: Any) -> EditingSession | None:
-    """The session that a pipeline's UNet is in, or None."""
-    return _SESSIONS.get(identity(pipe_and_unet(pipe)[1]))
+    """The session that a pipeline's model is in, or None."""
+    return _SESSIONS.get(identity(edited_model(pipe)[1]))
 
 
 def unedited(pipe: Any) -> AbstractContextManager[None]:
-    """Leave calls of a pipeline's UNet alone in a ``with`` block, whether or not it is in a session."""
+    """Leave calls of a pipeline's model alone in a ``with`` block, whether or not it is in a session."""
     session = session_of(pipe)
     return nullcontext() if session is None else session.paused()

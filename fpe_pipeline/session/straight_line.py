@@ -16,6 +16,7 @@ import torch
 from fpe_kernels import shared_attention
 
 from ..edits.products import ProductPlan
+from .record import LayerRecord
 
 __all__ = ["StraightLine", "straight_line"]
 
@@ -72,8 +73,8 @@ class StraightLine:
             and attn.norm_k is None
         )
 
-    def __call__(self, attn: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int, tuple[int, int]]:
-        """The layer's output [B, N, C], bytes of a number of its values, bytes held and bytes of dense maps."""
+    def __call__(self, attn: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, LayerRecord]:
+        """The layer's output [B, N, C], and what was done."""
         tokens, heads, (queries, keys, values) = self._tokens, attn.heads, self._projected
         asking = _taken(hidden_states, self._queries)
         query = attn.to_q(asking)
@@ -98,7 +99,7 @@ class StraightLine:
             out = out + hidden_states
         if attn.rescale_output_factor != 1.0:
             out = out / attn.rescale_output_factor
-        return out, itemsize, (held, self._rows * heads * tokens * tokens * itemsize)
+        return out, LayerRecord("", itemsize, held, self._rows * heads * tokens * tokens * itemsize)
 
 
 def runs(rows: Sequence[int], batch: int) -> tuple[slice, ...]:

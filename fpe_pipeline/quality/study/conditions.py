@@ -108,10 +108,10 @@ class EditByCondition(Edit):
                 self._chosen[place] = frozenset(site.path for site in edit.select(sites))
         return tuple(site for site in sites if any(site.path in paths for paths in self._chosen.values()))
 
-    def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product | Sequence[Product]]:
+    def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Any]:
         conditional = roles.select(conditional=True)
         block = len(conditional) // len(self.edits)
-        result: dict[int, Product | Sequence[Product]] = {}
+        result: dict[int, Any] = {}
         for place, edit in enumerate(self.edits):
             if edit is None or not edit.active(step) or site.path not in self._chosen[place]:
                 continue

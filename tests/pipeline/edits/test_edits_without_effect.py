@@ -117,7 +117,7 @@ class Nothing(Edit):
 
 
 def test_an_edit_that_selects_nothing_is_refused(pipe):
-    with pytest.raises(ValueError, match="Nowhere selects none of the UNet's"):
+    with pytest.raises(ValueError, match="Nowhere selects none of the model's"):
         editing(pipe, Nowhere())
 
 

@@ -40,8 +40,8 @@ def test_one_call_is_the_general_evaluation(products, config, monkeypatch):
     generally(monkeypatch)
     general = install(attention(**config), products)
     assert torch.equal(actual, run(general, hidden))
-    assert straight.processor.bytes == general.processor.bytes
-    assert straight.processor.itemsize == general.processor.itemsize
+    assert straight.processor.record == general.processor.record
+    assert straight.processor.record.held and straight.processor.record.maps
 
 
 @pytest.mark.parametrize(

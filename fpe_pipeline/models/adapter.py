@@ -1,0 +1,155 @@
+"""What an edit has to know of a model, whatever its family: its layers, what a call of it is, and its steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from .sites import Site
+from .steps import Step, locate_step
+
+__all__ = ["Half", "ModelAdapter", "ModelCall", "identity", "is_guided", "model_inputs"]
+
+#: Which rows a call holds: as the pipeline's guidance says, those that see their prompts, or those that do not.
+Half = Literal["as guided", "conditional", "unconditional"]
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """What one call of a model says of itself.
+
+    Args:
+        sample: the latents, as the model receives them: a row an image.
+        timestep: as the model receives it.
+        size: (height, width) of the latents, as :meth:`.Site.at` takes them.
+        half: which rows are in the batch.
+        left_out: paths of the blocks that this call does not compute.
+        arguments: positional and keyword arguments of the call.
+    """
+
+    sample: torch.Tensor
+    timestep: Any
+    size: tuple[int, int]
+    half: Half = "as guided"
+    left_out: tuple[str, ...] = ()
+    arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = field(default=((), {}), repr=False)
+
+    @property
+    def rows(self) -> int:
+        """The batch size."""
+        return self.sample.shape[0]
+
+    def computes(self, path: str) -> bool:
+        """Whether a layer is computed in this call."""
+        return not any(path.startswith(f"{block}.") for block in self.left_out)
+
+
+class ModelAdapter(ABC):
+    """A model of some family, and the pipeline around it.
+
+    A subclass a family says which of the model's modules attend and to what (:meth:`find_sites`), and how a call of the
+    model is read (:meth:`read`): its latents and their size, its timestep, which rows it holds. The processors that
+    compute its edited layers are the session's, by :attr:`family`.
+
+    Args:
+        pipe: the pipeline; None for a model alone.
+        model: the model; compiled or not.
+    """
+
+    #: What the model is called in messages.
+    word: ClassVar[str]
+    #: Whose processors compute its edited layers.
+    family: ClassVar[Literal["unet", "sd3", "flux"]]
+    #: Whether its pipelines guide by a call of the model of their own, whose prompts they encode by one of their own.
+    guides_apart: ClassVar[bool] = False
+
+    def __init__(self, pipe: Any | None, model: Any) -> None:
+        self.pipe, self.model = pipe, model
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model itself, without a wrapper."""
+        return identity(self.model)
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The attention layers, of no size, in execution order."""
+        return self.find_sites()
+
+    @abstractmethod
+    def find_sites(self) -> tuple[Site, ...]:
+        """The attention layers in execution order; raises TypeError for a model of another family."""
+
+    @abstractmethod
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        """What a call with these arguments is."""
+
+    def step(self, call: ModelCall) -> Step:
+        """The step of the scheduler's run that a call belongs to.
+
+        Raises:
+            ValueError: a model alone, which has no schedule, or a timestep that is not in it.
+        """
+        if self.pipe is None:
+            raise ValueError(
+                f"a {self.word} alone has no schedule: call session.step(index, total) before each {self.word} call"
+            )
+        return locate_step(self.pipe.scheduler, call.timestep)
+
+    def follow(self) -> Callable[[], None]:
+        """Begin to listen to what the pipeline says of its calls; what is returned ends it."""
+        return _nothing
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise ValueError for a model, or a pipeline, whose calls an edit cannot describe."""
+
+
+def _nothing() -> None:
+    """What there is to end where nothing was begun."""
+
+
+def identity(model: Any) -> torch.nn.Module:
+    """The module itself, without the wrapper of ``torch.compile``."""
+    return getattr(model, "_orig_mod", model)
+
+
+def model_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Latents and text embeddings of a call: a UNet's first and third argument, a transformer's named ones."""
+    sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+    return sample, args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
+
+
+def is_guided(pipe: Any | None, encoded: bool | None = None) -> bool:
+    """Whether the batches of a pipeline's call hold an unconditional half; asked while the call is under way.
+
+    Args:
+        pipe: the pipeline.
+        encoded: what it encoded, which counts where the pipeline itself does not say.
+
+    Raises:
+        ValueError: it cannot be told, or the batch has further parts.
+    """
+    if getattr(pipe, "do_perturbed_attention_guidance", False):
+        raise ValueError("perturbed-attention guidance adds rows to the batch: describe its layout with roles=")
+    try:
+        guided = bool(pipe.do_classifier_free_guidance)  # type: ignore[union-attr]
+    except AttributeError:
+        if encoded is not None:
+            return encoded
+        what = "a model alone" if pipe is None else type(pipe).__name__
+        raise ValueError(
+            f"{what} does not say whether the batch holds an unconditional half: pass "
+            "editing(..., classifier_free_guidance=True or False)"
+        ) from None
+    if guided and hasattr(type(pipe), "image_guidance_scale"):
+        raise ValueError(
+            f"{type(pipe).__name__} guides by image too, so its batch has three parts and not two: describe "
+            "its layout with roles="
+        )
+    return guided

@@ -1,0 +1,41 @@
+"""What transformers of every family have in common: what may not stand between an edit and their layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .adapter import ModelAdapter
+
+__all__ = ["TransformerAdapter"]
+
+#: By what the names of diffusers' hooks begin with, what they do to a layer.
+_HOOKS = {
+    "faster_cache": "FasterCache",
+    "fbc_": "FirstBlockCache",
+    "mag_cache": "MagCache",
+    "pyramid_attention_broadcast": "pyramid attention broadcast",
+    "sea_cache": "SeaCache",
+    "taylorseer_cache": "TaylorSeer",
+    "text_kv_cache": "the cache of text keys and values",
+    "layer_skip": "layer skipping",
+    "smoothed_energy_guidance": "smoothed energy guidance",
+    "cp_": "context parallelism",
+}
+
+
+class TransformerAdapter(ModelAdapter):
+    """A transformer that attends to image and text tokens together."""
+
+    word = "transformer"
+
+    def check(self) -> None:
+        """Refuse a model in which layers of some steps are not computed, or not by this process alone."""
+        for name, module in self.module.named_modules():
+            hooks: Any = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+            found = [what for begin, what in _HOOKS.items() if any(hook.startswith(begin) for hook in hooks)]
+            if found:
+                raise ValueError(
+                    f"{found[0]} is on in {name or 'the transformer'}: it computes a layer at some steps only, or from "
+                    "parts of its tokens, so that an edit of the layer would not be what was asked; take it off before "
+                    "the session (such as pipe.transformer.disable_cache())"
+                )

@@ -1,0 +1,48 @@
+"""What every editing processor is: a wrapper around a layer's processor that shows the wrapped one's keywords."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from .instructions import Order
+from .record import LayerRecord
+
+__all__ = ["ProcessorAround"]
+
+
+class ProcessorAround:
+    """A processor around another, which carries out an order where it has one.
+
+    Args:
+        inner: the layer's processor without the edit.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._keep(inner)
+        self.order: Order | None = None
+        # What became of the order in the call at hand. An attribute, not a call to whoever wants to know: a function of
+        # each layer's own would make `torch.compile` trace each layer anew.
+        self.record: LayerRecord | None = None
+        # diffusers passes on only those keywords that it finds in `inspect.signature(processor.__call__)`.
+        named = inspect.signature(inner.__call__).parameters
+        own = inspect.signature(self.__call__).parameters  # type: ignore[operator]
+        if not set(named) <= set(own):
+            self.__dict__["__call__"] = _SignatureOf(inner, self)
+
+    def _keep(self, inner: Any) -> None:
+        self.inner = inner
+
+
+class _SignatureOf:
+    """What ``inspect.signature`` sees as the ``__call__`` of a processor whose inner one names keywords of its own.
+
+    Python calls the method of the class, not this attribute of the instance; here is only what is *looked at*.
+    """
+
+    def __init__(self, inner: Any, processor: Any) -> None:
+        self.__signature__ = inspect.signature(inner.__call__)
+        self.processor = processor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.processor(*args, **kwargs)

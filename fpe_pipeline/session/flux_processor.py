@@ -1,0 +1,127 @@
+"""The attention processor that computes an edit's joint products in the blocks of FLUX.1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+
+from ..edits.joint_products import JointPlan
+from .around import ProcessorAround
+from .computing import Rows, take
+from .joint_computing import JointLayer, SegmentProjections, evaluate_joint
+from .joint_processor import check_joint_input, joint_record, merged_heads
+
+__all__ = ["EditFluxProcessor", "unsupported_flux_reasons"]
+
+_PLAIN = ("FluxAttnProcessor",)
+
+
+def unsupported_flux_reasons(attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
+    """Why a layer of FLUX cannot be edited; empty where it can.
+
+    Args:
+        attn: the diffusers ``FluxAttention`` module.
+        processor: the processor it has without the edit.
+        override: further processor classes that an edit may compute in the stead of.
+    """
+    reasons = []
+    if type(processor).__name__ not in _PLAIN and type(processor) not in override:
+        reasons.append(
+            f"its processor {type(processor).__name__} may do more than attention, which an edit would drop: leave "
+            "the layer out with layers=, or allow the class with editing(..., override_processors=(…,))"
+        )
+    if getattr(processor, "_parallel_config", None) is not None:
+        reasons.append("context parallelism is on, and an edit needs all tokens of a layer in one process")
+    return reasons
+
+
+class EditFluxProcessor(ProcessorAround):
+    """Drop-in processor for diffusers' ``FluxAttention``, wrapped around the one that a layer already has.
+
+    With an order it computes the order's products as :class:`.EditJointProcessor` does, from queries and keys after
+    their norms and rotary embedding. A single block's tokens are one tensor, text first.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        order = self.order
+        if order is None:
+            return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
+        plan = order.plan
+        assert isinstance(plan, JointPlan) and order.site.tokens is not None
+        is_single = encoder_hidden_states is None
+        if encoder_hidden_states is None:
+            texts = hidden_states.shape[1] - order.site.tokens
+            text, image = hidden_states[:, :texts], hidden_states[:, texts:]
+        else:
+            text, image = encoder_hidden_states, hidden_states
+        check_joint_input(order, image, text, attention_mask)
+        places = _places(image_rotary_emb, text.shape[1])
+        layer = JointLayer(
+            _project(attn, plan, "image", image, places["image"], is_single),
+            _project(attn, plan, "text", text, places["text"], is_single),
+            attn.head_dim**-0.5,
+            order.backend,
+        )
+        self.record = joint_record(plan, layer, attn.heads)
+        rows, text_rows = evaluate_joint(plan, layer)
+        assert text_rows is not None
+        out, context = merged_heads(rows), merged_heads(text_rows)
+        if is_single:
+            return torch.cat([context, out], dim=1)
+        return attn.to_out[1](attn.to_out[0](out)), attn.to_add_out(context)  # to_out[1] is dropout
+
+    # Settings that diffusers finds on a layer's processor belong to the one that computes unedited calls.
+
+    @property
+    def _attention_backend(self) -> Any:
+        return self.inner._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.inner._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> Any:
+        return self.inner._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.inner._parallel_config = config
+
+
+def _places(rotary: tuple[torch.Tensor, torch.Tensor] | None, texts: int) -> dict[str, Any]:
+    """The rotary embedding of each segment; it comes for both, text first."""
+    if rotary is None:
+        return {"text": None, "image": None}
+    return {"text": tuple(part[:texts] for part in rotary), "image": tuple(part[texts:] for part in rotary)}
+
+
+def _project(
+    attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, places: Any, is_single: bool
+) -> SegmentProjections:
+    """The rows of a segment that the plan uses, projected, normed and turned: [rows, H, tokens, D]."""
+    used = [plan.used(part, segment) for part in ("query", "key", "value")]
+    added = segment == "text" and not is_single
+    if attn.fused_projections:
+        together = attn.to_added_qkv if added else attn.to_qkv
+        split = [take(part, rows) for part, rows in zip(together(tokens).chunk(3, dim=-1), used, strict=True)]
+    else:
+        names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
+        split = [getattr(attn, name)(take(tokens, rows)) for name, rows in zip(names, used, strict=True)]
+    query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in split)
+    query, key = (attn.norm_added_q(query), attn.norm_added_k(key)) if added else (attn.norm_q(query), attn.norm_k(key))
+    if places is not None:
+        query, key = (apply_rotary_emb(part, places, sequence_dim=1) for part in (query, key))
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm returns a wider type
+    parts = zip((query, key, value), used, strict=True)
+    return SegmentProjections(*(Rows(part.transpose(1, 2), rows) for part, rows in parts))

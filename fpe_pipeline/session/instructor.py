@@ -1,0 +1,73 @@
+"""Who gives the instructions of a call: the layers that an edit and its watchers select, and what each is to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from ..edits import Edit
+from ..edits.watchers import Watcher
+from ..models.adapter import ModelCall
+from ..models.roles import BatchRoles
+from ..models.sites import Site
+from ..models.steps import Step
+from .device_copies import Place, Placement
+from .instructions import Order, StandingOrders, make_orders
+from .known_rows import RecordedLayer
+from .selected_sites import SelectedSites
+
+__all__ = ["Instructor"]
+
+
+class Instructor:
+    """Orders of a session's calls, and what is kept from one to the next for them.
+
+    Args:
+        sites: of the model, of no size.
+        check: raises for sites that cannot be computed.
+        backend: of the attention.
+    """
+
+    def __init__(self, sites: tuple[Site, ...], check: Callable[[tuple[Site, ...]], None], backend: str) -> None:
+        self.selected = SelectedSites(sites, check)
+        self.backend = backend
+        self._placement = Placement()
+        self._standing = StandingOrders()
+
+    def begin(self) -> None:
+        """Ask everyone anew."""
+        self.selected.clear()
+        self._standing = StandingOrders()
+
+    def orders(
+        self,
+        edit: Edit,
+        watchers: Sequence[Watcher],
+        call: ModelCall,
+        step: Step,
+        roles: BatchRoles,
+        recorded: Mapping[str, RecordedLayer] | None,
+    ) -> dict[str, Order]:
+        """What the layers are to do in a call, by path; layers without an order are left as they are.
+
+        Args:
+            edit: asked where it is active.
+            watchers: all of them.
+            call, step, roles: the call, its step, and what its rows are.
+            recorded: by layer path, where the roles have recorded rows.
+        """
+        sample, active = call.sample, edit.active(step)
+        place = Place(self._placement, sample.device, sample.dtype)
+        edited = self._computed(edit, call) if active else ()
+        watched = [(watcher, self._computed(watcher, call)) for watcher in watchers]
+        context = (step, roles, self.backend, place, recorded)
+        if watched or recorded is not None or not active:
+            return make_orders(edit, edited, watched, *context)
+        return self._standing.orders(
+            edit.phase(step),
+            (roles, call.size, call.left_out, sample.device, sample.dtype),
+            lambda: make_orders(edit, edited, (), *context),
+        )
+
+    def _computed(self, who: Edit | Watcher, call: ModelCall) -> tuple[Site, ...]:
+        sites = self.selected.of(who, call.size)
+        return tuple(site for site in sites if call.computes(site.path)) if call.left_out else sites

@@ -1,0 +1,64 @@
+"""Everything that a session hangs on a model and its pipeline besides processors, put on and taken off together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ..models.adapter import ModelAdapter
+from .hooks import FeatureHooks
+from .pipeline_hooks import PipelineHooks
+
+__all__ = ["ModelHooks"]
+
+
+class ModelHooks:
+    """Hooks before and after each call of a model, on modules of it, and on the pipeline around it.
+
+    Args:
+        adapter: of the model.
+        features: paths of the modules whose rows may be replaced.
+        before: is shown positional and keyword arguments of each call.
+        after: is shown the output of each call.
+        pipeline: makes the pipeline's hooks; not called for a model alone.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        features: Iterable[str],
+        before: Callable[[tuple[Any, ...], dict[str, Any]], None],
+        after: Callable[[Any], None],
+        pipeline: Callable[[], PipelineHooks],
+    ) -> None:
+        self.features = FeatureHooks(adapter.module, features)
+        self._handles: list[Any] = []
+        self._pipeline: PipelineHooks | None = None
+        self._unfollow: Callable[[], None] | None = None
+        try:
+            # `model.compile()` would trace them with the model.
+            first = torch.compiler.disable(lambda module, args, kwargs: before(args, kwargs))
+            last = torch.compiler.disable(lambda module, args, output: after(output))
+            self._handles.append(adapter.model.register_forward_pre_hook(first, with_kwargs=True))
+            self._handles.append(adapter.model.register_forward_hook(last))
+            self._unfollow = adapter.follow()
+            if adapter.pipe is not None:
+                self._pipeline = pipeline()
+        except BaseException:
+            self.remove(expected=False)
+            raise
+
+    def remove(self, *, expected: bool) -> None:
+        """Leave everything as it was found; warn where steps of the scheduler were ``expected`` and none was made."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._unfollow is not None:
+            self._unfollow()
+            self._unfollow = None
+        self.features.remove()
+        if self._pipeline is not None:
+            self._pipeline.remove(expected=expected)
+            self._pipeline = None

@@ -1,0 +1,142 @@
+"""Joint attention written out densely, from the papers' rules: tokens are exchanged, then there is one softmax."""
+
+from contextlib import contextmanager
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from torch.nn import functional as F
+
+
+class DenseJoint:
+    """A processor that exchanges tokens between rows and computes every map: ``rule(row)`` says which tokens.
+
+    Args:
+        rule: for a row (``rows`` in all), None for its own tokens; or a list of (weight, sources), terms that are added
+            up. A term's sources are a mapping from "q_image", "q_text", "k_image" … "v_text" to the row whose tokens
+            stand there; what it leaves out is the row's own.
+    """
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        image, text = hidden_states, encoder_hidden_states
+        parts = {
+            "q_image": heads(attn, attn.to_q, image, attn.norm_q),
+            "k_image": heads(attn, attn.to_k, image, attn.norm_k),
+            "v_image": heads(attn, attn.to_v, image),
+        }
+        if text is not None:
+            parts |= {
+                "q_text": heads(attn, attn.add_q_proj, text, attn.norm_added_q),
+                "k_text": heads(attn, attn.add_k_proj, text, attn.norm_added_k),
+                "v_text": heads(attn, attn.add_v_proj, text),
+            }
+        rows = hidden_states.shape[0]
+        out = torch.stack([self.row(row, rows, parts) for row in range(rows)])
+        tokens = image.shape[1]
+        out_image = linear(attn.to_out[0], out[:, :tokens])
+        if text is None:
+            return out_image
+        out_text = out[:, tokens:]
+        return out_image, out_text if attn.context_pre_only else linear(attn.to_add_out, out_text)
+
+    def row(self, row, rows, parts):
+        return dense_row(self.rule(row, rows), row, parts, ("image", "text"))
+
+
+class DenseFlux(DenseJoint):
+    """The same in blocks of FLUX: text first, and queries and keys turned by their places after their norms."""
+
+    def __init__(self, rule, texts):
+        super().__init__(rule)
+        self.texts = texts
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        single = encoder_hidden_states is None
+        texts = self.texts() if single else encoder_hidden_states.shape[1]
+        text, image = (
+            (hidden_states[:, :texts], hidden_states[:, texts:]) if single else (encoder_hidden_states, hidden_states)
+        )
+        named = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
+        added = named if single else ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
+        parts = {}
+        for segment, tokens, names in (("text", text, added), ("image", image, named)):
+            for letter, name, norm in zip("qkv", names[:3], (*names[3:], None), strict=True):
+                parts[f"{letter}_{segment}"] = heads(attn, getattr(attn, name), tokens, norm and getattr(attn, norm))
+        for letter in "qk":
+            both = torch.cat([parts[f"{letter}_text"], parts[f"{letter}_image"]], dim=2)
+            both = apply_rotary_emb(both, image_rotary_emb)
+            parts[f"{letter}_text"], parts[f"{letter}_image"] = both[:, :, :texts], both[:, :, texts:]
+        rows = hidden_states.shape[0]
+        out = torch.stack([dense_row(self.rule(row, rows), row, parts, ("text", "image")) for row in range(rows)])
+        if single:
+            return out
+        return linear(attn.to_out[0], out[:, texts:]), linear(attn.to_add_out, out[:, :texts])
+
+
+def dense_row(terms, row, parts, order):
+    """One row's output [tokens, H·D]: segments in this order, and one softmax over all of their tokens."""
+    total = 0
+    for weight, sources in terms or [(1.0, {})]:
+        tokens = {name: part[sources.get(name, row)] for name, part in parts.items()}
+        query, key, value = (
+            torch.cat([tokens[f"{letter}_{part}"] for part in order if f"{letter}_{part}" in tokens], dim=1)
+            for letter in "qkv"
+        )
+        scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+        exponentials = torch.exp(scores - scores.max(dim=2, keepdim=True).values)
+        term = exponentials / exponentials.sum(dim=2, keepdim=True) @ value  # [H, tokens, D]
+        if isinstance(weight, torch.Tensor):  # of image tokens, which come first where there are weights
+            weight = torch.cat([weight, weight.mean().expand(term.shape[1] - weight.numel())])[:, None]
+        total = total + weight * term
+    return total.transpose(0, 1).flatten(1)
+
+
+def linear(projection, tokens):
+    return F.linear(tokens, projection.weight, projection.bias)
+
+
+def heads(attn, projection, tokens, norm=None):
+    split = linear(projection, tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    return split if norm is None else norm(split)
+
+
+@contextmanager
+def dense(pipe, rule, *, steps, kinds=("attn",), layers=""):
+    """A pipeline whose layers of these names follow ``rule(row, rows)`` at some steps, and are dense at all.
+
+    Args:
+        rule: may look at the number of calls, which the block receives.
+        layers: the beginning of the paths of those that follow the rule.
+    """
+    transformer = pipe.transformer
+    state = {"step": 0, "texts": 0, "calls": 0}
+
+    def at_step(row, rows):
+        return rule(row, rows) if state["step"] in steps else None
+
+    def read(module, args, kwargs):
+        index = pipe.scheduler.step_index
+        state["step"] = (pipe.scheduler.begin_index or 0) if index is None else index
+        state["texts"] = kwargs["encoder_hidden_states"].shape[1]
+        state["calls"] += 1
+
+    def processor(name):
+        follows = name.split(".")[-2] in kinds and name.startswith(layers)
+        chosen = at_step if follows else own
+        is_flux = type(transformer).__name__.startswith("Flux")
+        return DenseFlux(chosen, lambda: state["texts"]) if is_flux else DenseJoint(chosen)
+
+    before = dict(transformer.attn_processors)
+    handle = transformer.register_forward_pre_hook(read, with_kwargs=True)
+    transformer.set_attn_processor({name: processor(name) for name in before})
+    try:
+        yield state
+    finally:
+        handle.remove()
+        transformer.set_attn_processor(before)
+
+
+def own(row, rows):
+    return None
