@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models.sites import attention_sites
-from .base import Edit
+from .base import Edit, check_whole
 from .free_prompt import FreePromptEdit
 from .local_blend import LocalBlend
 from .masactrl import MasaCtrlEdit
@@ -258,8 +258,9 @@ METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
 
 
 def require_edit(edit: Any) -> Edit:
-    """The edit; raises TypeError for its class, the name of a method, and anything else."""
+    """The edit; raises TypeError for its class, the name of a method, half of a protocol, and anything else."""
     if isinstance(edit, Edit):
+        check_whole(edit)
         return edit
     if isinstance(edit, str):
         known = edit in METHODS

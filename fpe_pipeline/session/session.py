@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..edits import Edit
-from ..edits.base import check_prompts
+from ..edits import Edit, base
 from ..edits.registry import require_edit
 from ..edits.watchers import Watcher
 from ..errors import EditWarning
@@ -140,13 +139,13 @@ class EditingSession:
         self._standing = StandingOrders()
         self._seen = []
         self._encoding = Encoding()
-        self._running = self.edit.begin()
+        self._running = base.begun(self.edit)
         self._around = around
         if around is not None:
             around._take_off()
         _SESSIONS[key] = self
         try:
-            self._install((*self._running.watchers(), *(around._watchers if around is not None else ())))
+            self._install((*base.watchers_of(self._running), *(around._watchers if around is not None else ())))
         except BaseException:
             self._restore()
             raise
@@ -170,7 +169,7 @@ class EditingSession:
         self._watchers = ()
         self._is_new_run = True
         self._layers.wrap(self._running.select(self.sites))
-        self._features = FeatureHooks(identity(self.unet), self._running.feature_modules)
+        self._features = FeatureHooks(identity(self.unet), base.feature_modules_of(self._running))
         # One by one, so that a failure leaves none behind. `unet.compile()` would trace them with the UNet.
         self._hooks.append(
             self.unet.register_forward_pre_hook(torch.compiler.disable(self._before_unet), with_kwargs=True)
@@ -287,11 +286,11 @@ class EditingSession:
         self._encoding, self._is_new_run = encoding, True
         if encoding.prompts is not None:
             tokenizer = encoding_tokenizer(self.pipe)
-            check_prompts(self._running, encoding.prompts, tokenizer)
+            base.check_prompts(self._running, encoding.prompts, tokenizer)
             warn_of_unknown_words(encoding.prompts, tokenizer)
-        running = self._running.encoded(encoding)
+        running = base.encoded_edit(self._running, encoding)
         if running is not self._running:
-            self._selected.forget(self._running)
+            self._selected.forget(*base.parts_of(self._running))
             self._running = running
         for watcher in self._watchers:
             watcher.encoded(encoding)
@@ -347,7 +346,7 @@ class EditingSession:
             roles = self._current_roles = self._read_roles(sample.shape[0])
             self._layers.give(self._orders(sample, step, roles, active))
             if active:
-                self._features.rows = self._running.features(step, roles)
+                self._features.rows = base.features_of(self._running, step, roles)
 
     def _after_unet(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         ordered = self._layers.ordered
@@ -356,22 +355,23 @@ class EditingSession:
             refuse_step(self._step, identity(self.unet), *self._arguments)
         if self._step is not None:
             assert self._features is not None
+            self._report = self._report.at(self._step)
             self._report.add(self._step, ordered, self._features.rows, self._at_hand)
         self._layers.warn_of_bypassed(stacklevel=3)
 
     def _orders(self, sample: torch.Tensor, step: Step, roles: BatchRoles, active: bool) -> dict[str, Order]:
         size = (sample.shape[-2], sample.shape[-1])
         place = Place(self._placement, sample.device, sample.dtype)
-        edited = self._selected.of(self._running, size) if active else ()
+        edited = [(part, self._selected.of(part, size)) for part in base.parts_of(self._running)] if active else []
         watched = [(watcher, self._selected.of(watcher, size)) for watcher in self._watchers]
         self._at_hand = self._recorded(step, roles)
         context = (step, roles, self.backend, place, self._at_hand)
         if watched or self._at_hand is not None or not active:
-            return make_orders(self._running, edited, watched, *context)
+            return make_orders(edited, watched, *context)
         return self._standing.orders(
             self._running.phase(step),
             (roles, size, sample.device, sample.dtype),
-            lambda: make_orders(self._running, edited, (), *context),
+            lambda: make_orders(edited, (), *context),
         )
 
     def _recorded(self, step: Step, roles: BatchRoles) -> Mapping[str, RecordedLayer] | None:
