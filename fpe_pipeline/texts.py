@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["check_readable_name", "check_text", "print_text"]
+__all__ = ["check_readable_name", "check_text", "did_you_mean", "print_text"]
+
+
+def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
+    """ "did you mean strength? ", with the blank, for names that nearly are known ones; empty where none is."""
+    known = list(known)
+    meant = dict.fromkeys(near[0] for name in names if (near := difflib.get_close_matches(name, known, 1)))
+    return f"did you mean {', '.join(meant)}? " if meant else ""
 
 
 def check_text(name: str, text: str) -> None:

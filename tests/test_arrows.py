@@ -14,7 +14,7 @@ ALLOWED = {
     "fpe_pipeline.images": "ground",
     "fpe_pipeline.models": "embedded ground",
     "fpe_pipeline.prompts": "ground",
-    "fpe_pipeline.edits": "images models prompts fpe_kernels",
+    "fpe_pipeline.edits": "ground images models prompts fpe_kernels",
     "fpe_pipeline.session": "ground models prompts edits fpe_kernels",
     "fpe_pipeline.heatmaps": "models prompts edits session fpe_kernels",
     "fpe_pipeline.sampling": "ground images models prompts edits session",

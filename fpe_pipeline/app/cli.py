@@ -109,7 +109,8 @@ def _parser(arguments: Sequence[str]) -> Parser:
     add_edit(edit)
     edit.set_defaults(run=_edit)
 
-    info = commands.add_parser("info", help="show versions, devices and attention backends")
+    info = commands.add_parser("info", help="show versions, devices, attention backends and methods")
+    info.add_argument("--method", metavar="NAME", help="show the options of a method, with their defaults, alone")
     info.set_defaults(run=_info)
 
     for name, (module, summary) in OTHER_COMMANDS.items():
@@ -129,6 +130,7 @@ def _edit(options: argparse.Namespace) -> int:
     from ..atomic_folder import check_writable
     from ..runs import agreement
     from ..runs import run as runs
+    from ..runs.edit_class import check_edit_class
 
     given = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
     if {"inversion", "inversion_guidance"} & given.keys() and not ("image" in given or hasattr(options, "record")):
@@ -141,6 +143,8 @@ def _edit(options: argparse.Namespace) -> int:
     if hasattr(options, "record"):
         settings, record = runs.read_record(options.record)
         settings = settings.changed(**given)
+        if "method" not in given:
+            check_edit_class(settings, record)
     else:
         if "image" in given:
             given.setdefault("source", "")
@@ -192,7 +196,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _info(options: argparse.Namespace) -> int:
     from . import info
 
-    info.run()
+    info.run(options.method)
     return 0
 
 

@@ -8,8 +8,15 @@ from ..texts import print_text
 __all__ = ["run"]
 
 
-def run() -> None:
-    """Print what this installation can do."""
+def run(method: str | None = None) -> None:
+    """Print what this installation can do; of a method, its options.
+
+    Raises:
+        InputError: there is no such method.
+    """
+    if method is not None:
+        print_text(described(method))
+        return
     import torch
 
     from fpe_kernels import backends
@@ -32,6 +39,16 @@ def run() -> None:
         print(f"{'model':<14}{error}")
     for title, names in (("objects", OBJECTS), ("colours", COLOURS), ("backgrounds", BACKGROUNDS)):
         print(f"  {title:<12}{', '.join(names)}")
-    print("methods")
-    for name, method in METHODS.items():
-        print(f"  {name:<15}{method.title}: {', '.join(method.options)}")
+    print("methods (fpe info --method NAME says what their options do)")
+    for name, entry in METHODS.items():
+        print(f"  {name:<15}{entry.title}: {', '.join(entry.options)}")
+
+
+def described(method: str) -> str:
+    """A method and its options, a line each."""
+    from ..edits.registry import find_method
+
+    try:
+        return find_method(method).describe()
+    except ValueError as error:
+        raise InputError(str(error)) from error

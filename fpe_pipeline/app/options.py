@@ -104,7 +104,8 @@ def _add_method(edit: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--method",
         metavar="NAME",
-        help="fpe (default) or another; `fpe info` lists them and their options",
+        help="fpe (default) or another that `fpe info` lists; or an edit's class as package.module:Class, which is "
+        "imported from this directory or PYTHONPATH",
     )
     how.add_argument(
         "--option",
@@ -112,7 +113,7 @@ def _add_method(edit: argparse.ArgumentParser) -> None:
         action="append",
         type=_option,
         metavar="NAME=VALUE",
-        help="an argument of the method's edit, such as cross_replace_steps=0.6 or start_step=4; repeat for more",
+        help="an option of the method, as `fpe info --method NAME` shows them, such as start_step=4; repeat for more",
     )
     how.add_argument(
         "--self-replace",

@@ -7,6 +7,7 @@ from .masactrl import MasaCtrlEdit
 from .masks import WordMask
 from .plug_and_play import PlugAndPlayEdit
 from .prompt_to_prompt import PromptToPromptEdit
+from .self_attention import SelfAttentionEdit
 from .style_aligned import StyleAlignedEdit
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "MasaCtrlEdit",
     "PlugAndPlayEdit",
     "PromptToPromptEdit",
+    "SelfAttentionEdit",
     "StyleAlignedEdit",
     "WordMask",
 ]

@@ -5,21 +5,42 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 from ..models.roles import BatchRoles
-from ..models.sites import Kind, Site
+from ..models.sites import Site
 from ..models.steps import Step
 from ..prompts.encoding import Encoding
 from ..prompts.words import short_form
 from .joint_products import AnyProduct
-from .selection import LayerSelection, refuse_transformer
 from .watchers import Watcher
 
-__all__ = ["CombinedEdit", "Edit", "SelfAttentionEdit", "Windows", "check_compat", "check_prompts"]
+__all__ = [
+    "CombinedEdit",
+    "Edit",
+    "Features",
+    "Injecting",
+    "Products",
+    "Prompted",
+    "Remembering",
+    "Watching",
+    "Windows",
+    "begun",
+    "check_compat",
+    "check_prompts",
+    "check_whole",
+    "encoded_edit",
+    "feature_modules_of",
+    "features_of",
+    "merged_products",
+    "parts_of",
+    "prompts_of",
+    "watchers_of",
+]
 
 Products = Mapping[int, AnyProduct | Sequence[AnyProduct]]
+Features = Mapping[str, Mapping[int, int]]
 Windows = Sequence[tuple[str, Callable[[Step], bool]]]
 
 
@@ -28,7 +49,8 @@ class Edit(ABC):
     """An edit of a model's attention, as a pure function of site, step and roles.
 
     A subclass writes :meth:`products`; :meth:`select` and :meth:`active` narrow where and when it is asked. Two edits
-    added to one another (``a + b``) are a :class:`CombinedEdit`.
+    added to one another (``a + b``) are a :class:`CombinedEdit`. What else an edit may do are protocols, which it
+    serves by having their methods: :class:`Watching`, :class:`Injecting`, :class:`Prompted` and :class:`Remembering`.
     """
 
     @property
@@ -96,82 +118,103 @@ class Edit(ABC):
         """
         return (("its active steps", self.active),)
 
-    def begin(self) -> Edit:
-        """What a session asks for the length of its ``with`` block: an edit that remembers anything of a run
-        gives an object of its own, so that the edit itself stays a description."""
-        return self
-
-    def encoded(self, encoding: Encoding) -> Edit:
-        """The edit for what the pipeline encodes, asked once a pipeline call; one that knows words places them here."""
-        return self
-
-    def watchers(self) -> tuple[Watcher, ...]:
-        """What follows the run for the edit; asked once a session, of what :meth:`begin` gave."""
-        return ()
-
-    @property
-    def feature_modules(self) -> tuple[str, ...]:
-        """Paths of the modules of which :meth:`features` speaks."""
-        return ()
-
-    def features(self, step: Step, roles: BatchRoles) -> Mapping[str, Mapping[int, int]]:
-        """For some of :attr:`feature_modules`, the rows whose output is another row's: ``{path: {row: source}}``."""
-        return {}
-
-    def written_for(self) -> tuple[str, ...]:
-        """The prompts that it aligned, the source's first; the source's alone where targets may be any, () where all
-        may."""
-        return ()
-
     def __add__(self, other: Edit) -> CombinedEdit:
         if not isinstance(other, Edit):
             return NotImplemented
         return CombinedEdit((self, other))
 
 
-@dataclass(frozen=True)
-class SelfAttentionEdit(Edit):
-    """An edit of self-attention layers, which at most one of three arguments selects.
+@runtime_checkable
+class Watching(Protocol):
+    """An edit that follows the run: it reads maps, or changes latents between steps."""
 
-    Args:
-        levels: how often the edited layers' input is downsampled from the latent: an int or several.
-        max_tokens: edit layers of at most so many tokens, at any image size; 0 for no layer.
-        layers: module paths, beginnings of paths, or indices among the self-attention layers.
-    """
+    def watchers(self) -> tuple[Watcher, ...]:
+        """What follows the run for it; asked once a session, of what :class:`Remembering` edits gave for it."""
 
-    levels: int | Iterable[int] | None = field(default=None, kw_only=True)
-    max_tokens: int | None = field(default=None, kw_only=True)
-    layers: str | int | Iterable[str | int] | None = field(default=None, kw_only=True)
 
-    def __post_init__(self) -> None:
-        selection = self._selection()
-        self._normalise(levels=selection.levels, max_tokens=selection.max_tokens, layers=selection.layers)
+@runtime_checkable
+class Injecting(Protocol):
+    """An edit that replaces the output of modules other than attention."""
 
-    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        refuse_transformer("self", sites)
-        if all(value is None for value in (self.levels, self.max_tokens, self.layers)):
-            return self.default_sites(sites)
-        return self._selection().match(sites)
+    @property
+    def feature_modules(self) -> tuple[str, ...]:
+        """Paths of the modules of which :meth:`features` speaks."""
 
-    def joint_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        """The transformer's layers that are selected, for an edit that has a rule for them."""
-        if self.levels is not None:
-            raise ValueError(
-                f"levels={self.levels} tell resolutions apart, and a transformer has one: choose layers with layers="
-            )
-        return self._selection("joint").match(sites)
+    def features(self, step: Step, roles: BatchRoles) -> Features:
+        """For some of :attr:`feature_modules`, the rows whose output is another row's: ``{path: {row: source}}``."""
 
-    def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        """The layers that are edited where none of the three arguments is given: all of self-attention."""
-        return self._selection().match(sites, by_default=True)
 
-    def _selection(self, kind: Kind = "self") -> LayerSelection:
-        return LayerSelection.parse(kind, levels=self.levels, max_tokens=self.max_tokens, layers=self.layers)
+@runtime_checkable
+class Prompted(Protocol):
+    """An edit that knows the words of its prompts."""
 
-    def _normalise(self, **values: Any) -> None:
-        """Store fields as the edit understands them, so that equal edits compare equal."""
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # the way to do it in a frozen dataclass
+    def written_for(self) -> tuple[str, ...]:
+        """The prompts that it aligned, the source's first; the source's alone where targets may be any, () where all
+        may."""
+
+    def encoded(self, encoding: Encoding) -> Edit:
+        """The edit for what the pipeline encodes, asked once a pipeline call: its words are placed here."""
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """An edit that remembers something of a run."""
+
+    def begin(self) -> Edit:
+        """An object of its own for the length of a session's ``with`` block, so that the edit stays a description."""
+
+
+_PROTOCOLS: Mapping[type, tuple[str, ...]] = {
+    Injecting: ("feature_modules", "features"),
+    Prompted: ("written_for", "encoded"),
+}
+
+
+def watchers_of(edit: Edit) -> tuple[Watcher, ...]:
+    """What follows a run for an edit."""
+    return edit.watchers() if isinstance(edit, Watching) else ()
+
+
+def feature_modules_of(edit: Edit) -> tuple[str, ...]:
+    """Paths of the modules whose output an edit replaces at some step."""
+    return edit.feature_modules if isinstance(edit, Injecting) else ()
+
+
+def features_of(edit: Edit, step: Step, roles: BatchRoles) -> Features:
+    """The features that an edit replaces at a step."""
+    return edit.features(step, roles) if isinstance(edit, Injecting) else {}
+
+
+def prompts_of(edit: Edit) -> tuple[str, ...]:
+    """The prompts that an edit is written for, the source's first; () where it serves any."""
+    return edit.written_for() if isinstance(edit, Prompted) else ()
+
+
+def encoded_edit(edit: Edit, encoding: Encoding) -> Edit:
+    """An edit for what the pipeline encodes."""
+    return edit.encoded(encoding) if isinstance(edit, Prompted) else edit
+
+
+def begun(edit: Edit) -> Edit:
+    """What a session asks for the length of its ``with`` block."""
+    return edit.begin() if isinstance(edit, Remembering) else edit
+
+
+def parts_of(edit: Edit) -> tuple[Edit, ...]:
+    """The edits of a combination, or the edit alone: each selects its own layers."""
+    return tuple(edit.edits) if isinstance(edit, CombinedEdit) else (edit,)
+
+
+def check_whole(edit: Edit) -> None:
+    """Raise TypeError for an edit that serves half of a protocol, which would be passed over in silence."""
+    for part in parts_of(edit):
+        for protocol, names in _PROTOCOLS.items():
+            missing = [name for name in names if not hasattr(part, name)]
+            if 0 < len(missing) < len(names):
+                raise TypeError(
+                    f"{type(part).__name__} has {', '.join(n for n in names if n not in missing)} and no "
+                    f"{', '.join(missing)}: an edit that is {protocol.__name__} has both (see fpe_pipeline.edits.base)"
+                )
 
 
 @dataclass(frozen=True)
@@ -198,14 +241,22 @@ class CombinedEdit(Edit):
         object.__setattr__(self, "edits", tuple(edits))
 
     def begin(self) -> Edit:
-        return _RunningCombination(tuple(edit.begin() for edit in self.edits))
+        return self._of(begun(edit) for edit in self.edits)
 
     def encoded(self, encoding: Encoding) -> Edit:
-        edits = tuple(edit.encoded(encoding) for edit in self.edits)
+        return self._of(encoded_edit(edit, encoding) for edit in self.edits)
+
+    def _of(self, edits: Iterable[Edit]) -> Edit:
+        edits = tuple(edits)
         return self if all(map(operator.is_, edits, self.edits)) else replace(self, edits=edits)
 
+    def watchers(self) -> tuple[Watcher, ...]:
+        return tuple(watcher for edit in self.edits for watcher in watchers_of(edit))
+
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        return self.begin().select(sites)
+        """The sites of any of the edits; a session asks each for its own."""
+        chosen = {site for edit in self.edits for site in edit.select(sites)}
+        return tuple(site for site in sites if site in chosen)
 
     def active(self, step: Step) -> bool:
         return any(edit.active(step) for edit in self.edits)
@@ -223,7 +274,7 @@ class CombinedEdit(Edit):
 
     def written_for(self) -> tuple[str, ...]:
         """Raises ValueError where two of the edits aligned other prompts."""
-        given = {edit.written_for() for edit in self.edits}
+        given = {prompts_of(edit) for edit in self.edits}
         most = max(given, key=len)
         if any(prompts != most[: len(prompts)] or len(prompts) not in (0, 1, len(most)) for prompts in given):
             raise ValueError(f"the combined edits are written for different prompts: {sorted(given - {()})}")
@@ -231,16 +282,16 @@ class CombinedEdit(Edit):
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Products:
         """The products of all edits at a site, were it selected by all of them."""
-        return _merged(self.edits, site, step, roles)
+        return merged_products(self.edits, site, step, roles)
 
     @property
     def feature_modules(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(path for edit in self.edits for path in edit.feature_modules))
+        return tuple(dict.fromkeys(path for edit in self.edits for path in feature_modules_of(edit)))
 
-    def features(self, step: Step, roles: BatchRoles) -> Mapping[str, Mapping[int, int]]:
+    def features(self, step: Step, roles: BatchRoles) -> Features:
         out: dict[str, dict[int, int]] = {}
         for edit in self.edits:
-            for path, rows in edit.features(step, roles).items() if edit.active(step) else ():
+            for path, rows in features_of(edit, step, roles).items() if edit.active(step) else ():
                 given = out.setdefault(path, {})
                 if given.keys() & rows.keys():
                     raise ValueError(f"two of the combined edits replace features of the same rows in {path}")
@@ -248,32 +299,12 @@ class CombinedEdit(Edit):
         return out
 
 
-@dataclass(frozen=True)
-class _RunningCombination(CombinedEdit):
-    """A combination in a session: it remembers which of its edits selected which layers."""
+def merged_products(edits: Iterable[Edit], site: Site, step: Step, roles: BatchRoles) -> Products:
+    """What edits make of a site together, of those that are active.
 
-    _owners: dict[Site, set[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def begin(self) -> Edit:
-        return self
-
-    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        for number, edit in enumerate(self.edits):
-            for site in edit.select(sites):
-                self._owners.setdefault(site, set()).add(number)
-        return tuple(site for site in sites if site in self._owners)
-
-    phase = CombinedEdit.phase
-
-    def products(self, site: Site, step: Step, roles: BatchRoles) -> Products:
-        owners = self._owners.get(site, ())
-        return _merged([edit for number, edit in enumerate(self.edits) if number in owners], site, step, roles)
-
-    def watchers(self) -> tuple[Watcher, ...]:
-        return tuple(watcher for edit in self.edits for watcher in edit.watchers())
-
-
-def _merged(edits: Iterable[Edit], site: Site, step: Step, roles: BatchRoles) -> Products:
+    Raises:
+        ValueError: two of them replace the same row.
+    """
     out: dict[int, Any] = {}
     said: dict[int, Edit] = {}
     for edit in edits:
@@ -301,7 +332,7 @@ def check_prompts(edit: Edit, prompts: Sequence[str], tokenizer: Any = None) -> 
         prompts: those of the call, the source's first; the source's alone where its targets are not known yet.
         tokenizer: the pipeline's, which knows the tokens of several vectors.
     """
-    written = edit.written_for()
+    written = prompts_of(edit)
     given = [short_form(prompt, tokenizer) for prompt in prompts] if written else []
     begins_so = all(own == other for own, other in zip(written, given, strict=False))
     if not begins_so or (len(written) > 1 and len(prompts) not in (1, len(written))):

@@ -9,11 +9,13 @@ from typing import Any, Literal
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step, StepWindow
-from .base import SelfAttentionEdit, Windows, check_compat
+from ..prompts.encoding import Encoding
+from .base import Windows, check_compat
 from .joint_products import JointProduct, SegmentRows
 from .masks import MaskImage, RunningWordMask, Shares, Strength, WordMask
 from .products import Product
 from .selection import LayerSelection
+from .self_attention import SelfAttentionEdit
 from .watchers import Watcher
 
 __all__ = ["FreePromptEdit"]
@@ -107,6 +109,9 @@ class FreePromptEdit(SelfAttentionEdit):
 
     def written_for(self) -> tuple[str, ...]:
         return (self.mask.prompt,) if isinstance(self.mask, WordMask) else ()
+
+    def encoded(self, encoding: Encoding) -> FreePromptEdit:
+        return self  # a mask's watcher places its word
 
     def begin(self) -> FreePromptEdit:
         return replace(self, mask=self.mask.begin()) if isinstance(self.mask, WordMask) else self

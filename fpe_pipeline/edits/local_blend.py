@@ -84,6 +84,9 @@ class LocalBlend(Edit):
     def written_for(self) -> tuple[str, ...]:
         return tuple(self.prompts)
 
+    def encoded(self, encoding: Encoding) -> LocalBlend:
+        return self  # its watcher places the words
+
     def windows(self) -> Windows:
         return ((f"start={self.start:g}", self.blends_at),)
 

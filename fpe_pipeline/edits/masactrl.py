@@ -9,10 +9,11 @@ from typing import Any
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step
-from .base import SelfAttentionEdit, Windows
+from .base import Windows
 from .joint_products import AnyProduct, JointProduct, SegmentRows
 from .products import Product
 from .selection import LayerSelection, whole_numbers
+from .self_attention import SelfAttentionEdit
 
 __all__ = ["MasaCtrlEdit"]
 

@@ -9,8 +9,9 @@ from typing import Any
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step, StepWindow
-from .base import SelfAttentionEdit, Windows
+from .base import Features, Windows
 from .products import Product
+from .self_attention import SelfAttentionEdit
 
 __all__ = ["PlugAndPlayEdit"]
 
@@ -79,7 +80,7 @@ class PlugAndPlayEdit(SelfAttentionEdit):
             return {}
         return {t: Product(query=s, keys=(s,), values=(t,)) for s, t in roles.pairs(conditional=None)}
 
-    def features(self, step: Step, roles: BatchRoles) -> Mapping[str, Mapping[int, int]]:
+    def features(self, step: Step, roles: BatchRoles) -> Features:
         if step not in StepWindow(*self.feature_steps):
             return {}
         rows = {target: source for source, target in roles.pairs(conditional=None)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import isfinite
 from numbers import Real
 from typing import Any, Literal
@@ -16,9 +17,10 @@ from ..models.steps import Step, StepWindow
 from ..prompts.alignment import Alignment, align_refine, align_replace
 from ..prompts.encoding import Encoding
 from ..prompts.words import TokenizedPrompt, tokenize
-from .base import SelfAttentionEdit, Windows, check_compat
+from .base import Windows, check_compat
 from .products import Product
 from .selection import LayerSelection
+from .self_attention import SelfAttentionEdit
 
 __all__ = ["PromptToPromptEdit", "tokenize_prompts"]
 
@@ -65,7 +67,7 @@ class PromptToPromptEdit(SelfAttentionEdit):
     weights: Any = ()
     source_of: Sequence[int] | None = field(default=None, kw_only=True)
     compat: Literal["original"] | None = field(default=None, kw_only=True)
-    _targets: dict[int, _Target] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _targets: Mapping[int, _Target] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,15 +94,21 @@ class PromptToPromptEdit(SelfAttentionEdit):
                 raise ValueError(
                     f"the word {word!r} is in none of the target prompts {[target.text for target in targets.values()]}"
                 )
-        self._align(prompts)
+        self._normalise(_targets=self._aligned(prompts))
 
-    def _align(self, prompts: Sequence[TokenizedPrompt]) -> None:
-        for number, source in enumerate(self._sources):
-            if source != number:
-                alignment = _ALIGN[self.align](prompts[source], prompts[number], self.compat)
-                self._targets[number] = _Target(
-                    prompts[number], alignment, self.cross_replace_steps, dict(self.weights), self.compat
-                )
+    def _aligned(self, prompts: Sequence[TokenizedPrompt]) -> Mapping[int, _Target]:
+        """By number of the prompt, the columns of each target whose words stand where these prompts have them."""
+        return {
+            number: _Target(
+                prompts[number],
+                _ALIGN[self.align](prompts[source], prompts[number], self.compat),
+                self.cross_replace_steps,
+                dict(self.weights),
+                self.compat,
+            )
+            for number, source in enumerate(self._sources)
+            if source != number
+        }
 
     def encoded(self, encoding: Encoding) -> PromptToPromptEdit:
         if encoding.prompts is None:
@@ -109,8 +117,8 @@ class PromptToPromptEdit(SelfAttentionEdit):
         placed = encoding.placed(known)
         if placed == tuple(known):
             return self
-        moved = replace(self)
-        moved._align(placed)
+        moved = copy.copy(self)
+        moved._normalise(_targets=self._aligned(placed))
         return moved
 
     def active(self, step: Step) -> bool:

@@ -5,22 +5,23 @@ A new method is one entry here.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..models.sites import attention_sites
-from .base import Edit
+from ..texts import did_you_mean
+from .base import Edit, check_whole
 from .free_prompt import FreePromptEdit
 from .local_blend import LocalBlend
 from .masactrl import MasaCtrlEdit
 from .masks import WordMask
+from .method import REQUIRED, Make, Method, Option, Unfit, Wanted, argument_help
+from .method_class import class_method, names_a_class
 from .plug_and_play import PlugAndPlayEdit
 from .prompt_to_prompt import PromptToPromptEdit
 from .style_aligned import StyleAlignedEdit
 
-__all__ = ["METHODS", "Method", "make_edit", "method_table", "require_edit"]
+__all__ = ["METHODS", "find_method", "make_edit", "method_table", "require_edit"]
 
 # What chooses layers, of which a method takes one; a choice of the caller's replaces the method's own.
 _SELECTORS = ("levels", "max_tokens", "layers", "start_layer")
@@ -28,52 +29,32 @@ _SELECTORS = ("levels", "max_tokens", "layers", "start_layer")
 _MAX_TOKENS = 32**2
 _HALF, _HEAT, _FACTOR = 0.5, 0.5, 2.0
 
-Make = Callable[..., Edit]
 
-
-@dataclass(frozen=True)
-class Method:
-    """One method.
+def find_method(name: str) -> Method:
+    """A method by its name, or by the class of its edit.
 
     Args:
-        name: what command lines call it.
-        title: its name in pictures.
-        about: its settings in words.
-        edit: the class of its edit, whose arguments are its options.
-        make: a function of the prompts (the source's first), the tokenizer and options.
-        aligns: whether it looks for words, and so cannot do without the tokenizer.
-        further: options beside the edit's arguments.
-        taken: arguments of the edit that the method gives itself.
-        layers: options that choose layers for a model, as a function of its UNet; {} where the edit's own choice
-            stands.
+        name: a key of :data:`METHODS`; or ``package.module:Class``, which is imported from the current directory or
+            ``sys.path``. Its fields are its options, but for ``prompts`` and ``tokenizer``, which are the call's.
+
+    Raises:
+        ValueError: there is none of that name.
     """
-
-    name: str
-    title: str
-    about: str
-    edit: type[Edit]
-    make: Make
-    aligns: bool = False
-    further: tuple[str, ...] = ()
-    taken: tuple[str, ...] = ("prompts", "tokenizer", "align")
-    layers: Callable[[Any], Mapping[str, Any]] = lambda unet: {}
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """The names of its options."""
-        made = inspect.signature(self.edit).parameters
-        return (*self.further, *(name for name in made if name not in self.taken))
-
-    def defaults(self, model: Any) -> dict[str, Any]:
-        """Its options for a model, a pipeline or a UNet, beyond those that the edit has anyway."""
-        return dict(self.layers(getattr(model, "unet", model)))
+    if names_a_class(name):
+        return class_method(name)
+    if name not in METHODS:
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)}, or an edit's class as package.module:Class, received "
+            f"{name!r}; {did_you_mean([name], METHODS)}".removesuffix("; ").rstrip()
+        )
+    return METHODS[name]
 
 
 def make_edit(method: str, prompts: Sequence[str], tokenizer: Any, model: Any = None, **options: Any) -> Edit:
     """The edit of a method, with the layers that suit a model.
 
     Args:
-        method: a key of :data:`METHODS`.
+        method: a key of :data:`METHODS`, or ``package.module:Class``; see :func:`find_method`.
         prompts: the source prompt and its targets.
         tokenizer: the pipeline's; only methods that look for words use it.
         model: the pipeline, or its UNet. Without it, layers are those that suit Stable Diffusion.
@@ -83,14 +64,10 @@ def make_edit(method: str, prompts: Sequence[str], tokenizer: Any, model: Any = 
         ValueError: an unknown method, or prompts or options that it cannot serve.
         TypeError: an option that the method does not have.
     """
-    if method not in METHODS:
-        raise ValueError(f"expected method to be one of {', '.join(METHODS)}, got {method!r}")
-    entry = METHODS[method]
-    unknown = [name for name in options if name not in entry.options]
-    if unknown:
-        raise TypeError(f"{method} has no option {', '.join(unknown)}; it has {', '.join(entry.options)}")
+    entry = find_method(method)
+    entry.check_options(list(options))
     chosen = {} if model is None or options.keys() & set(_SELECTORS) else entry.defaults(model)
-    return entry.make(prompts, tokenizer, **chosen, **options)
+    return entry.edit_of(prompts, tokenizer, **chosen, **options)
 
 
 def method_table() -> str:
@@ -113,10 +90,6 @@ def _decoder(unet: Any) -> Mapping[str, Any]:
     """The decoder, where counting layers as the authors do ends before it."""
     count = sum(site.kind == "self" for site in attention_sites(unet))
     return {"layers": ("up_blocks",)} if MasaCtrlEdit().start_layer >= count else {}
-
-
-def _free_prompt(prompts: Sequence[str], tokenizer: Any, **options: Any) -> Edit:
-    return FreePromptEdit(**options)
 
 
 def _soft(prompts: Sequence[str], tokenizer: Any, strength: Any = _HALF, **options: Any) -> Edit:
@@ -163,6 +136,24 @@ def _blend(
     return PromptToPromptEdit(prompts, tokenizer, compat=compat, **options) + blend
 
 
+def _object(wanted: Wanted) -> Mapping[str, Any]:
+    if wanted.object_word is None:
+        raise Unfit("no word says where maps are to be replaced: name it as `object` in the prompts file")
+    return {"word": wanted.object_word}
+
+
+def _region(wanted: Wanted) -> Mapping[str, Any]:
+    if wanted.region_words is None:
+        raise Unfit("no words say what may change: name `object` and `target_object` in the prompts file")
+    return {"words": wanted.region_words}
+
+
+def _new(wanted: Wanted) -> Mapping[str, Any]:
+    if not wanted.new_words:
+        raise Unfit("the target prompt has no word that the source prompt has not")
+    return {}
+
+
 _P2P = "Prompt-to-Prompt"
 _TABLE = (
     Method(
@@ -170,8 +161,8 @@ _TABLE = (
         "Free-Prompt-Editing",
         "self-attention maps replaced {window}",
         FreePromptEdit,
-        _free_prompt,
         layers=_few_tokens,
+        window="self_replace_steps",
     ),
     Method(
         "fpe-soft",
@@ -179,7 +170,9 @@ _TABLE = (
         f"fpe at strength {_HALF:g}",
         FreePromptEdit,
         _soft,
+        further=(Option("strength", _HALF, argument_help(FreePromptEdit)["strength"]),),
         layers=_few_tokens,
+        window="self_replace_steps",
     ),
     Method(
         "fpe-regional",
@@ -187,10 +180,14 @@ _TABLE = (
         f"fpe where the heat of the source's object is above {_HEAT:g} of its largest",
         FreePromptEdit,
         _regional,
-        aligns=True,
-        further=("word", "threshold"),
+        further=(
+            Option("word", REQUIRED, "a word or phrase of the source prompt: maps are replaced where its heat is"),
+            Option("threshold", _HEAT, "share of the largest heat from which on they are; null for the heat itself"),
+        ),
         taken=("mask",),
         layers=_few_tokens,
+        settings=_object,
+        window="self_replace_steps",
     ),
     Method(
         "p2p-replace",
@@ -198,7 +195,7 @@ _TABLE = (
         "cross-attention to 0.8, self-attention to 0.4 of the steps, words aligned by their place",
         PromptToPromptEdit,
         _prompt_to_prompt("replace"),
-        aligns=True,
+        taken=("align",),
         layers=_few_tokens,
     ),
     Method(
@@ -207,7 +204,7 @@ _TABLE = (
         "p2p-replace with the words that both prompts have aligned",
         PromptToPromptEdit,
         _prompt_to_prompt("refine"),
-        aligns=True,
+        taken=("align",),
         layers=_few_tokens,
     ),
     Method(
@@ -216,8 +213,12 @@ _TABLE = (
         f"p2p-replace, the new word times {_FACTOR:g}",
         PromptToPromptEdit,
         _reweight,
-        aligns=True,
+        further=(
+            Option("weights", None, f"factors of words of the targets; none is {_FACTOR:g} for each that is new"),
+        ),
+        taken=("align",),
         layers=_few_tokens,
+        settings=_new,
     ),
     Method(
         "p2p-blend",
@@ -225,32 +226,18 @@ _TABLE = (
         "p2p-replace, latents kept outside the heat of the object, or of the place that changes",
         PromptToPromptEdit,
         _blend,
-        aligns=True,
-        further=("words", "threshold", "start"),
+        further=(
+            Option("words", REQUIRED, "a word of each prompt, or several, around which latents may change"),
+            Option("threshold", 0.3, argument_help(LocalBlend)["threshold"]),
+            Option("start", 0.0, argument_help(LocalBlend)["start"]),
+        ),
+        taken=("align",),
         layers=_few_tokens,
+        settings=_region,
     ),
-    Method(
-        "masactrl",
-        "MasaCtrl",
-        "from step 4 on, in the decoder",
-        MasaCtrlEdit,
-        lambda prompts, tokenizer, **options: MasaCtrlEdit(**options),
-        layers=_decoder,
-    ),
-    Method(
-        "pnp",
-        "Plug-and-Play",
-        "maps to 0.5, features to 0.8 of the steps",
-        PlugAndPlayEdit,
-        lambda prompts, tokenizer, **options: PlugAndPlayEdit(**options),
-    ),
-    Method(
-        "style-aligned",
-        "StyleAligned",
-        "the source's tokens among the keys",
-        StyleAlignedEdit,
-        lambda prompts, tokenizer, **options: StyleAlignedEdit(**options),
-    ),
+    Method("masactrl", "MasaCtrl", "from step 4 on, in the decoder", MasaCtrlEdit, layers=_decoder),
+    Method("pnp", "Plug-and-Play", "maps to 0.5, features to 0.8 of the steps", PlugAndPlayEdit),
+    Method("style-aligned", "StyleAligned", "the source's tokens among the keys", StyleAlignedEdit),
 )
 
 #: The methods by name.
@@ -258,12 +245,14 @@ METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
 
 
 def require_edit(edit: Any) -> Edit:
-    """The edit; raises TypeError for its class, the name of a method, and anything else."""
+    """The edit; raises TypeError for its class, the name of a method, half of a protocol, and anything else."""
     if isinstance(edit, Edit):
+        check_whole(edit)
         return edit
     if isinstance(edit, str):
-        known = edit in METHODS
-        name, there = (edit, "") if known else (next(iter(METHODS)), f"; there are {', '.join(METHODS)}")
+        name, there = edit, ""
+        if edit not in METHODS:
+            name, there = next(iter(METHODS)), f"; {did_you_mean([edit], METHODS)}there are {', '.join(METHODS)}"
         raise TypeError(
             f"expected an Edit, received the text {edit!r}: write make_edit({name!r}, [source, target], "
             f"pipe.tokenizer){there}"

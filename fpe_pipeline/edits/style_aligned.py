@@ -10,8 +10,9 @@ from typing import Any
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step, StepWindow
-from .base import SelfAttentionEdit, Windows
+from .base import Windows
 from .products import Product
+from .self_attention import SelfAttentionEdit
 
 __all__ = ["StyleAlignedEdit"]
 

@@ -37,10 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweep", action="store_true", help="also vary the step window and the layers' level")
     parser.add_argument(
         "--methods",
+        "--method",
         nargs="*",
         metavar="NAME",
         help="also Prompt-to-Prompt, Plug-and-Play and others; with --images, compare these alone (default: all of "
-        f"{', '.join(CONTENDERS)})",
+        f"{', '.join(CONTENDERS)}); of your own, name an edit's class as package.module:Class",
     )
     parser.add_argument(
         "--images",

@@ -12,7 +12,7 @@ import torch
 from fpe_kernels import AttentionMap
 
 from ..edits import Edit
-from ..edits.base import Windows
+from ..edits.base import Features, Windows
 from ..edits.products import Product, plan_products
 from ..edits.watchers import Watcher
 from ..models.adapter import ModelCall
@@ -56,6 +56,9 @@ class _Kept(Edit):
     @property
     def feature_modules(self) -> tuple[str, ...]:
         return tuple(path for path, parts in self.contents.items() if any(name.endswith(" feature") for name in parts))
+
+    def features(self, step: Step, roles: BatchRoles) -> Features:
+        return {}
 
     def wanted(self, path: str, step: Step, roles: BatchRoles) -> dict[int, list[str]]:
         """For each row of a batch of sources, the parts of a module that are kept at a step."""

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 
 from ..edits import Edit
+from ..edits.base import begun, features_of, parts_of, prompts_of, watchers_of
 from ..models.roles import BatchRoles
 from ..models.sites import Site, attention_sites, feature_shape
 from ..models.steps import Step
@@ -48,7 +49,7 @@ def source_needs(
     """
     found: dict[str, dict[str, set[int]]] = {}
     for edit in edits:
-        count = targets or max(1, len(edit.written_for()) - 1)
+        count = targets or max(1, len(prompts_of(edit)) - 1)
         roles = BatchRoles.from_recording(count, classifier_free_guidance=guided)
         for path, row, part, index in _reads(edit, sites, steps, roles):
             name = part_name(roles.conditional[row], part)
@@ -60,20 +61,20 @@ def _reads(
     edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: BatchRoles
 ) -> Iterator[tuple[str, int, str, int]]:
     """(path, recorded row, part, step) of everything that is read."""
-    running, place = edit.begin(), Place(Placement(), torch.device("cpu"), torch.float64)
-    chosen = running.select(sites)
-    watching = [(watcher, watcher.select(sites)) for watcher in running.watchers()]
+    running, place = begun(edit), Place(Placement(), torch.device("cpu"), torch.float64)
+    chosen = [(part, part.select(sites)) for part in parts_of(running)]
+    watching = [(watcher, watcher.select(sites)) for watcher in watchers_of(running)]
     for step in steps:
         index = step.call
         active = running.active(step)
-        orders = make_orders(running, chosen if active else (), watching, step, roles, "auto", place)
+        orders = make_orders(chosen if active else (), watching, step, roles, "auto", place)
         for path, order in orders.items():
             for row, parts in order.row_plan.reads.items():
                 yield from ((path, row, part, index) for part in parts)
             for row in {*order.columns, *order.maps}:
                 if row >= roles.batch:
                     yield from ((path, row, part, index) for part in _MAP)
-        for path, sources in (running.features(step, roles) if active else {}).items():
+        for path, sources in (features_of(running, step, roles) if active else {}).items():
             yield from ((path, row, "feature", index) for row in sources.values() if row >= roles.batch)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..edits import Edit
+from ..edits.base import feature_modules_of
 from ..models.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..models.steps import Step, run_steps
@@ -98,7 +99,7 @@ class Replay(EditingSession):
         self._hooks.features.recorded = {
             path: {row: unpack(packed, self.adapter.model.dtype)["feature"] for row, packed in known.items()}
             for path, known in found.items()
-            if path in self._running.feature_modules
+            if path in feature_modules_of(self._running)
         }
         return {path: RecordedLayer(known, _in_words(known, roles)) for path, known in found.items()}
 

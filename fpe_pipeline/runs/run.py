@@ -33,6 +33,7 @@ from ..models.loading import (
     scheduler_settings,
 )
 from ..models.quiet import only_errors
+from .edit_class import edit_class
 from .loading import load_pipeline, pipeline_class
 from .repeatable import Clock, machine, repeatable, threads_for, versions
 from .settings import Settings
@@ -67,9 +68,9 @@ class Run:
     @property
     def edit_label(self) -> str:
         """Title of the edited pictures in a comparison."""
-        from ..edits.registry import METHODS
+        from ..edits.registry import find_method
 
-        return f"target, {METHODS[self.settings.method].title}"
+        return f"target, {find_method(self.settings.method).title}"
 
     def comparisons(self) -> list[Comparison]:
         """One row a target, for `pictures.side_by_side`."""
@@ -209,7 +210,7 @@ def execute(
             device=device,
             threads=torch.get_num_threads(),
         )
-        details = {
+        details = edit_class(settings.method) | {
             "model": {"identity_sha256": model, "class": type(pipe).__name__, "scheduler": scheduler_settings(pipe)},
             "versions": versions(),
             "machine": machine(device),

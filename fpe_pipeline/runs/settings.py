@@ -34,8 +34,8 @@ class Settings:
             every CPU.
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 or less switches it off.
-        method: a key of `fpe_pipeline.edits.registry.METHODS`, which has its defaults for a model; "fpe" is
-            Free-Prompt-Editing.
+        method: a key of `fpe_pipeline.edits.registry.METHODS`, which has its defaults for a model, "fpe" being
+            Free-Prompt-Editing; or an edit's class as "package.module:Class", which is imported.
         self_replace: (first, last) of the replaced steps, as fractions of all steps; of Free-Prompt-Editing only.
         levels, max_tokens, layers: at most one, to choose the edited self-attention layers as the method's edit does.
         options: further arguments of the method's edit, by name.
@@ -90,29 +90,24 @@ class Settings:
         Raises:
             InputError: an unknown method, or a window, a choice of layers or options that make no sense.
         """
-        from ..edits import FreePromptEdit
-        from ..edits.registry import METHODS, make_edit
+        from ..edits.registry import find_method, make_edit
 
-        if self.method not in METHODS:
-            raise InputError(f"method must be one of {', '.join(METHODS)}, received '{self.method}'")
-        method = METHODS[self.method]
-        if method.edit is not FreePromptEdit and self.self_replace != SELF_REPLACE:
-            raise InputError(
-                f"--self-replace is Free-Prompt-Editing's window; give {self.method} its own by --option, such as "
-                "--option self_replace_steps=0.4 or --option start_step=4"
-            )
-        chosen = {name: getattr(self, name) for name in SELECTORS if getattr(self, name) is not None}
-        if method.edit is FreePromptEdit:
-            chosen["self_replace_steps"] = self.self_replace
-        unknown = [name for name in self.options if name not in method.options]
-        if unknown:
-            raise InputError(f"{self.method} has no option {', '.join(unknown)}; it has {', '.join(method.options)}")
-        twice = chosen.keys() & self.options.keys()
-        if twice:
-            raise InputError(f"{', '.join(sorted(twice))} is given twice, by --option and by an option of its own")
-        if method.aligns and tokenizer is None:
-            return None
         try:
+            method = find_method(self.method)
+            if method.window is None and self.self_replace != SELF_REPLACE:
+                raise InputError(
+                    f"--self-replace is Free-Prompt-Editing's window; give {self.method} its own by --option, such as "
+                    "--option self_replace_steps=0.4 or --option start_step=4"
+                )
+            chosen = {name: getattr(self, name) for name in SELECTORS if getattr(self, name) is not None}
+            if method.window is not None:
+                chosen[method.window] = self.self_replace
+            method.check_options([*self.options, *chosen])
+            twice = chosen.keys() & self.options.keys()
+            if twice:
+                raise InputError(f"{', '.join(sorted(twice))} is given twice, by --option and by an option of its own")
+            if method.aligns and tokenizer is None:
+                return None
             return make_edit(self.method, [self.source, *self.targets], tokenizer, unet, **chosen, **self.options)
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from PIL import Image
 from ..edits import Edit
 from ..edits.registry import make_edit, require_edit
 from ..errors import warn_of_size
-from ..texts import check_text
+from ..texts import check_text, did_you_mean
 
 __all__ = [
     "check_option_names",
@@ -60,8 +59,7 @@ def check_option_names(options: Mapping[str, Any], own: Iterable[str], parents: 
     unknown = sorted(options.keys() - known)
     if not unknown:
         return
-    meant = [near[0] for name in unknown if (near := difflib.get_close_matches(name, known, 1))]
-    hint = f"did you mean {', '.join(meant)}? " if meant else ""
+    hint = did_you_mean(unknown, known)
     raise TypeError(f"unknown option {', '.join(unknown)}; {hint}There are {', '.join(sorted(known))}")
 
 

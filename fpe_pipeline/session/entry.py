@@ -7,6 +7,7 @@ from typing import Any
 import fpe_kernels
 
 from ..edits import Edit
+from ..edits.base import begun, feature_modules_of, parts_of, watchers_of
 from ..models.adapter import ModelAdapter
 from ..models.precision import check_precision
 from ..models.roles import BatchRoles
@@ -54,10 +55,12 @@ def check_entry(
 
 
 def check_selects(edit: Edit, sites: tuple[Site, ...]) -> None:
-    """Raise ValueError for an edit that selects nothing, watches nothing and injects nothing, unless it means to."""
-    running = edit.begin()
-    if not (running.select(sites) or running.windows() == () or running.watchers() or running.feature_modules):
+    """Raise ValueError for an edit, alone or in a combination, that selects nothing, watches nothing and injects
+    nothing, unless it means to."""
+    for part in parts_of(begun(edit)):
+        if part.select(sites) or part.windows() == () or watchers_of(part) or feature_modules_of(part):
+            continue
         raise ValueError(
-            f"{type(edit).__name__} selects none of the model's {len(sites)} attention layers, so that it would edit "
+            f"{type(part).__name__} selects none of the model's {len(sites)} attention layers, so that it would edit "
             "nothing: return some of the sites from select, or use no session"
         )

@@ -12,6 +12,7 @@ import torch
 from fpe_kernels import LinearMap
 
 from ..edits import Edit
+from ..edits.base import merged_products
 from ..edits.joint_products import JointPlan, JointProduct, plan_joint_products
 from ..edits.products import ProductPlan, plan_products
 from ..edits.watchers import Watcher
@@ -72,8 +73,7 @@ class Order:
 
 
 def make_orders(
-    edit: Edit,
-    sites: Sequence[Site],
+    edits: Sequence[tuple[Edit, Sequence[Site]]],
     watchers: Sequence[tuple[Watcher, Sequence[Site]]],
     step: Step,
     roles: BatchRoles,
@@ -84,19 +84,23 @@ def make_orders(
     """Orders by layer path; layers without one are left to the processor that they had.
 
     Args:
-        sites: those that the edit selected; none where it is not active.
+        edits: each with the sites that it selected; none where no edit is active.
         watchers: each with the sites that it selected.
         place: where the layers compute.
         recorded: by layer path, where the roles have recorded rows.
     """
-    asked = {site.path: (site, place.products(edit.products(site, step, roles))) for site in sites}
+    asked: dict[str, tuple[Site, list[Edit]]] = {}
+    for edit, selected in edits:
+        for site in selected:
+            asked.setdefault(site.path, (site, []))[1].append(edit)
     asking: dict[str, list[Watcher]] = {}
     for watcher, watched in watchers:
         for site in watched:
-            asked.setdefault(site.path, (site, {}))
+            asked.setdefault(site.path, (site, []))
             asking.setdefault(site.path, []).append(watcher)
     orders = {}
-    for path, (site, products) in asked.items():
+    for path, (site, asking_for) in asked.items():
+        products = place.products(merged_products(asking_for, site, step, roles))
         wanted = _Wanted(site, step, roles, asking.get(path, ()), place)
         if products or wanted:
             orders[path] = Order(

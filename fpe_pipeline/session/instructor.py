@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from ..edits import Edit
+from ..edits.base import parts_of
 from ..edits.watchers import Watcher
 from ..models.adapter import ModelCall
 from ..models.roles import BatchRoles
@@ -57,15 +58,15 @@ class Instructor:
         """
         sample, active = call.sample, edit.active(step)
         place = Place(self._placement, sample.device, sample.dtype)
-        edited = self._computed(edit, call) if active else ()
+        edited = [(part, self._computed(part, call)) for part in parts_of(edit)] if active else []
         watched = [(watcher, self._computed(watcher, call)) for watcher in watchers]
         context = (step, roles, self.backend, place, recorded)
         if watched or recorded is not None or not active:
-            return make_orders(edit, edited, watched, *context)
+            return make_orders(edited, watched, *context)
         return self._standing.orders(
             edit.phase(step),
             (roles, call.size, call.left_out, sample.device, sample.dtype),
-            lambda: make_orders(edit, edited, (), *context),
+            lambda: make_orders(edited, (), *context),
         )
 
     def _computed(self, who: Edit | Watcher, call: ModelCall) -> tuple[Site, ...]:

@@ -87,6 +87,12 @@ class EditReport:
         counts = f"{len(self.layers)} layers replaced, {len(self.skipped)} left out"
         return f"{type(self).__name__}({counts} in a run of {self.total} steps; explain() says where and why)"
 
+    def at(self, step: Step) -> EditReport:
+        """The report that a call of the model at ``step`` belongs to: this one, or an empty one where a new run begins."""
+        if step.call < self._latest or step.total != self.total:
+            return EditReport(step.total, sites=self.sites, noise=self.noise)
+        return self
+
     def add(
         self,
         step: Step,
@@ -97,13 +103,11 @@ class EditReport:
         """Note one call of the model.
 
         Args:
-            step: its step; an earlier one than the last starts a new report.
+            step: its step, for which :meth:`at` gave the report.
             records: by layer path, each order and what its processor told of it, None where it was not asked.
             features: paths of the modules whose output was replaced.
             recorded: by path, what was at hand of a recording.
         """
-        if step.call < self._latest or step.total != self.total:  # a new run
-            self.__init__(step.total, sites=self.sites, noise=self.noise)  # type: ignore[misc]
         self._latest = step.call
         for path, (order, record) in records.items():
             before, told, noted = self._carried_out.get(path, _NEVER)

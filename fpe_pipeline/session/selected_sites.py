@@ -32,9 +32,10 @@ class SelectedSites:
             self._found[key] = who, sites  # held, so that the id stays its own
         return self._found[key][1]
 
-    def forget(self, who: Edit | Watcher) -> None:
-        """Leave out what ``who`` selected; it will not be asked again."""
-        self._found = {key: found for key, found in self._found.items() if key[0] != id(who)}
+    def forget(self, *who: Edit | Watcher) -> None:
+        """Leave out what they selected; they will not be asked again."""
+        gone = set(map(id, who))
+        self._found = {key: found for key, found in self._found.items() if key[0] not in gone}
 
     def clear(self) -> None:
         """Ask everyone anew."""

@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..edits import Edit
-from ..edits.base import check_prompts
+from ..edits import Edit, base
 from ..edits.registry import require_edit
 from ..edits.watchers import Watcher
 from ..errors import EditWarning
@@ -127,13 +126,13 @@ class EditingSession:
         self._report = EditReport(sites=self.sites)
         self._instructor.begin()
         self._encoding = Encoding()
-        self._running = self.edit.begin()
+        self._running = base.begun(self.edit)
         self._around = around
         if around is not None:
             around._take_off()
         _SESSIONS[key] = self
         try:
-            self._install((*self._running.watchers(), *(around._watchers if around is not None else ())))
+            self._install((*base.watchers_of(self._running), *(around._watchers if around is not None else ())))
         except BaseException:
             self._restore()
             raise
@@ -160,7 +159,7 @@ class EditingSession:
         self._layers.wrap(self._running.select(self.sites))
         self._hooks = ModelHooks(
             self.adapter,
-            self._running.feature_modules,
+            base.feature_modules_of(self._running),
             self._before_call,
             self._after_call,
             lambda: PipelineHooks(self.pipe, self._encoded, self._after_scheduler_step, self._paired_rows),
@@ -270,11 +269,11 @@ class EditingSession:
         self._clock.begin()
         if encoding.prompts is not None:
             tokenizer = encoding_tokenizer(self.pipe)
-            check_prompts(self._running, encoding.prompts, tokenizer)
+            base.check_prompts(self._running, encoding.prompts, tokenizer)
             warn_of_unknown_words(encoding.prompts, tokenizer)
-        running = self._running.encoded(encoding)
+        running = base.encoded_edit(self._running, encoding)
         if running is not self._running:
-            self._instructor.selected.forget(self._running)
+            self._instructor.selected.forget(*base.parts_of(self._running))
             self._running = running
         for watcher in self._watchers:
             watcher.encoded(encoding)
@@ -327,7 +326,7 @@ class EditingSession:
             self._now = _Call(call, roles, self._recorded(step, roles))
             self._layers.give(self._orders(call, step, roles))
             if active:
-                self._hooks.features.rows = self._running.features(step, roles)
+                self._hooks.features.rows = base.features_of(self._running, step, roles)
 
     def _after_call(self, output: Any) -> None:
         own_loop = self.pipe is None or self._clock.fixed is not None  # in which no scheduler's step need be seen
@@ -335,6 +334,7 @@ class EditingSession:
             self._refuse_step()
         if self._clock.step is not None:
             assert self._hooks is not None
+            self._report = self._report.at(self._clock.step)
             self._report.add(self._clock.step, self._layers.records, self._hooks.features.rows, self._now.recorded)
         self._layers.warn_of_bypassed(stacklevel=4)
 

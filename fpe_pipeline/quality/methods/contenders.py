@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...edits import Edit, FreePromptEdit
-from ...edits.registry import METHODS, make_edit
+from ...edits.method import REQUIRED, Method, Unfit
+from ...edits.method_class import names_a_class, origin_of
+from ...edits.registry import METHODS, find_method, make_edit
 from ...errors import InputError
+from ...texts import did_you_mean
 from .subjects import Subject
 
 __all__ = ["CONTENDERS", "DIFFERENT_NOISE", "NO_EDIT", "Contender", "Unfit", "chosen", "contenders"]
 
 NO_EDIT, DIFFERENT_NOISE = "no edit", "different noise"
-
-
-class Unfit(ValueError):
-    """An edit that a method has no way of making; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,14 @@ class Contender:
         about: its settings in words.
         options: of a subject, those that the method needs beside its defaults for the model; None for the baselines.
         alone: whether the target is drawn without its source, from other noise.
+        method: what :func:`make_edit` calls it, where that is not the name.
     """
 
     name: str
     about: str
     options: Callable[[Subject], dict[str, Any]] | None = None
     alone: bool = False
+    method: str | None = None
 
     def edit_for(self, subject: Subject, tokenizer: Any, model: Any) -> Edit:
         """The edit of a subject; one that replaces nothing where nothing is edited.
@@ -51,7 +52,7 @@ class Contender:
             return FreePromptEdit(0)
         prompts = (subject.source_prompt, subject.target_prompt)
         try:
-            return make_edit(self.name, prompts, tokenizer, model, **self.options(subject))
+            return make_edit(self.method or self.name, prompts, tokenizer, model, **self.options(subject))
         except Unfit:
             raise
         except ValueError as error:
@@ -66,42 +67,33 @@ def contenders(self_replace: float = 0.8) -> tuple[Contender, ...]:
     """
     window = f"in the first {100 * self_replace:g} % of the steps"
 
-    def options(name: str) -> Callable[[Subject], dict[str, Any]]:
-        given = {"self_replace_steps": self_replace} if METHODS[name].edit is FreePromptEdit else {}
-        words = _WORDS.get(name, lambda subject: {})
-        return lambda subject: {**given, **words(subject)}
-
     return (
         Contender(NO_EDIT, "the target from the source's noise, or from the real image's inverted latents"),
         Contender(DIFFERENT_NOISE, "the target alone, from other noise", alone=True),
-        *(Contender(name, method.about.format(window=window), options(name)) for name, method in METHODS.items()),
+        *(
+            Contender(name, method.about.format(window=window), _options(method, self_replace))
+            for name, method in METHODS.items()
+        ),
     )
 
 
-def _object(subject: Subject) -> dict[str, Any]:
-    if subject.object_word is None:
-        raise Unfit("no word says where maps are to be replaced: name it as `object` in the prompts file")
-    return {"word": subject.object_word}
+def _options(method: Method, self_replace: float) -> Callable[[Subject], dict[str, Any]]:
+    given = {} if method.window is None else {method.window: self_replace}
+    return lambda subject: {**given, **method.settings(subject)}
 
 
-def _region(subject: Subject) -> dict[str, Any]:
-    if subject.region_words is None:
-        raise Unfit("no words say what may change: name `object` and `target_object` in the prompts file")
-    return {"words": subject.region_words}
+def _class_contender(name: str) -> Contender:
+    """An edit's class as a contender, whose name says which version of its file it is."""
+    try:
+        method, origin = find_method(name), origin_of(name)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    needed = [option.name for option in method.choices if option.default is REQUIRED]
+    if needed:
+        raise InputError(f"{name} needs {', '.join(needed)}, and a comparison takes its defaults: give them some")
+    about = method.about.format(window="")
+    return Contender(f"{name}@{str(origin['sha256'])[:8]}", about, lambda subject: {}, method=name)
 
-
-def _new(subject: Subject) -> dict[str, Any]:
-    if not subject.new_words:
-        raise Unfit("the target prompt has no word that the source prompt has not")
-    return {}
-
-
-# The words of a subject, for the methods that look for them.
-_WORDS: dict[str, Callable[[Subject], dict[str, Any]]] = {
-    "fpe-regional": _object,
-    "p2p-blend": _region,
-    "p2p-reweight": _new,
-}
 
 #: Names of all contenders.
 CONTENDERS = tuple(contender.name for contender in contenders())
@@ -110,10 +102,19 @@ CONTENDERS = tuple(contender.name for contender in contenders())
 def chosen(names: Sequence[str], self_replace: float = 0.8) -> tuple[Contender, ...]:
     """The contenders of these names, in their own order; all of them where no name is given.
 
+    Args:
+        names: of :data:`CONTENDERS`, or edits' classes as ``package.module:Class``, which come last.
+        self_replace: share of the steps in which Free-Prompt-Editing replaces maps.
+
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name, or a class that cannot be imported or made.
     """
-    unknown = [name for name in names if name not in CONTENDERS]
+    classes = tuple(dict.fromkeys(name for name in names if names_a_class(name)))
+    unknown = [name for name in names if name not in CONTENDERS and name not in classes]
     if unknown:
-        raise InputError(f"unknown methods {', '.join(map(repr, unknown))}: expected some of {', '.join(CONTENDERS)}")
-    return tuple(c for c in contenders(self_replace) if not names or c.name in names)
+        raise InputError(
+            f"unknown methods {', '.join(map(repr, unknown))}; {did_you_mean(unknown, CONTENDERS)}expected some of "
+            f"{', '.join(CONTENDERS)}, or an edit's class as package.module:Class"
+        )
+    shipped = tuple(c for c in contenders(self_replace) if not names or c.name in names)
+    return shipped + tuple(map(_class_contender, classes))

@@ -52,8 +52,8 @@ def compare(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, 
 
 def _methods(scores: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     found = {}
-    # Scores that were added later stand behind the others; the table keeps the contenders' order.
-    for method in sorted({str(score["method"]) for score in scores}, key=CONTENDERS.index):
+    # Scores that were added later stand behind the others; the table keeps the contenders' order, then that of classes.
+    for method in sorted(dict.fromkeys(str(score["method"]) for score in scores), key=_place):
         rows = [score for score in scores if score["method"] == method]
         made = [row for row in rows if not row["reason"]]
         found[method] = {
@@ -63,6 +63,10 @@ def _methods(scores: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
             "reasons": sorted({row["reason"] for row in rows if row["reason"]}),
         }
     return found
+
+
+def _place(method: str) -> int:
+    return CONTENDERS.index(method) if method in CONTENDERS else len(CONTENDERS)
 
 
 def _figure(

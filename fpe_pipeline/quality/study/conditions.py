@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from ...edits import Edit, FreePromptEdit
+from ...edits import CombinedEdit, Edit, FreePromptEdit
+from ...edits.base import Products, Windows
 from ...edits.products import Product
 from ...edits.registry import METHODS, make_edit
 from ...edits.selection import LayerSelection
@@ -21,7 +22,7 @@ __all__ = [
     "SHARED_NOISE",
     "Condition",
     "CrossMapEdit",
-    "EditByCondition",
+    "edit_by_condition",
     "method_conditions",
     "standard_conditions",
     "sweep_conditions",
@@ -89,36 +90,47 @@ class CrossMapEdit(Edit):
 
 
 @dataclass(frozen=True)
-class EditByCondition(Edit):
+class _EditOfOne(Edit):
+    """An edit of one of a batch's prompts, whose source is edited in other ways beside it.
+
+    Args:
+        edit: what is done to it.
+        place: its number in the batch, the source's being 0.
+        count: prompts of the batch.
+    """
+
+    edit: Edit
+    place: int
+    count: int
+
+    def active(self, step: Step) -> bool:
+        return self.edit.active(step)
+
+    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        return self.edit.select(sites)
+
+    def windows(self) -> Windows:
+        return self.edit.windows()
+
+    def products(self, site: Site, step: Step, roles: BatchRoles) -> Products:
+        conditional = roles.select(conditional=True)
+        block = len(conditional) // self.count
+        mine = conditional[self.place * block : (self.place + 1) * block]
+        own = tuple(source if row in mine else row for row, source in enumerate(roles.source_of))
+        return self.edit.products(site, step, BatchRoles(roles.conditional, own))
+
+
+def edit_by_condition(edits: Sequence[Edit | None]) -> Edit | None:
     """Several edits of one source in one batch: its maps are computed once for all conditions.
 
     Args:
         edits: what is done to each prompt of the batch, the source's first; ``None`` leaves one alone.
+
+    Returns:
+        The edit; None where all are left alone.
     """
-
-    edits: tuple[Edit | None, ...]
-    _chosen: dict[int, frozenset[str]] = field(default_factory=dict, compare=False, repr=False)
-
-    def active(self, step: Step) -> bool:
-        return any(edit is not None and edit.active(step) for edit in self.edits)
-
-    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        for place, edit in enumerate(self.edits):
-            if edit is not None:
-                self._chosen[place] = frozenset(site.path for site in edit.select(sites))
-        return tuple(site for site in sites if any(site.path in paths for paths in self._chosen.values()))
-
-    def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Any]:
-        conditional = roles.select(conditional=True)
-        block = len(conditional) // len(self.edits)
-        result: dict[int, Any] = {}
-        for place, edit in enumerate(self.edits):
-            if edit is None or not edit.active(step) or site.path not in self._chosen[place]:
-                continue
-            mine = conditional[place * block : (place + 1) * block]
-            own = tuple(source if row in mine else row for row, source in enumerate(roles.source_of))
-            result |= edit.products(site, step, BatchRoles(roles.conditional, own))
-        return result
+    chosen = [(place, edit) for place, edit in enumerate(edits) if edit is not None]
+    return CombinedEdit([_EditOfOne(edit, place, len(edits)) for place, edit in chosen]) if chosen else None
 
 
 def standard_conditions(self_replace_steps: float = 0.8) -> list[Condition]:

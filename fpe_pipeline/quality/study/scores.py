@@ -17,7 +17,7 @@ from ...runs.settings import Settings
 from ...session.session import editing
 from ..similarity import iou, psnr
 from ..store import plain
-from .conditions import Condition, EditByCondition
+from .conditions import Condition, edit_by_condition
 from .pairs import EditPair
 
 __all__ = ["Score", "draw_pairs", "evaluate"]
@@ -120,7 +120,7 @@ def draw_pairs(
     """
     together = [condition for condition in conditions if condition.method is None]
     blocks = _call(
-        pipe, pairs, together, EditByCondition((None, *(c.edit for c in together))), steps, guidance, backend
+        pipe, pairs, together, edit_by_condition((None, *(c.edit for c in together))), steps, guidance, backend
     )
     drawn = dict(zip(("", *(condition.name for condition in together)), blocks, strict=True))
     for condition in conditions:
@@ -133,7 +133,7 @@ def _call(
     pipe: Any,
     pairs: Sequence[EditPair],
     conditions: Sequence[Condition],
-    edit: Edit | Condition,
+    edit: Edit | Condition | None,
     steps: int,
     guidance: float,
     backend: str,

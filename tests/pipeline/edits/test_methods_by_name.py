@@ -12,7 +12,8 @@ from PIL import Image
 
 from fpe_pipeline import FreePromptPipeline, MasaCtrlEdit, make_edit
 from fpe_pipeline.app import cli
-from fpe_pipeline.edits.registry import METHODS, Method, method_table
+from fpe_pipeline.edits.method import Method
+from fpe_pipeline.edits.registry import METHODS, method_table
 from fpe_pipeline.quality.command import add_arguments
 from fpe_pipeline.quality.methods.comparison import _Drawing
 from fpe_pipeline.quality.methods.contenders import CONTENDERS, chosen

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fpe_pipeline import BatchRoles, FreePromptEdit, MasaCtrlEdit, PlugAndPlayEdit, Product, StyleAlignedEdit, editing
+from fpe_pipeline.edits.base import begun, features_of, parts_of
 from fpe_pipeline.models.sites import attention_sites
 from fpe_pipeline.models.steps import Step
 from fpe_pipeline.session.instructions import Order
@@ -94,15 +95,19 @@ def test_steps_of_a_phase_have_the_same_products(pipe, edit, expected):
     assert [step for run in runs for step in run] == list(range(10))
     assert expected is None or runs == expected
     roles = BatchRoles.from_batch(4, classifier_free_guidance=True)
-    running = edit.begin()
-    sites = running.select(tuple(site.at(8, 8) for site in attention_sites(pipe.unet)))
+    running = begun(edit)
+    sites = tuple(site.at(8, 8) for site in attention_sites(pipe.unet))
+    selected = [(part, site) for part in parts_of(running) for site in part.select(sites)]
     for steps in runs:
         first, *others = (Step(index, 10) for index in steps)
         for step in others:
             assert running.active(step) == running.active(first)
+            for part, site in selected:
+                assert part.active(step) == part.active(first)
+                if part.active(step):
+                    assert part.products(site, step, roles) == part.products(site, first, roles)
             if running.active(step):
-                assert all(running.products(s, step, roles) == running.products(s, first, roles) for s in sites)
-                assert running.features(step, roles) == running.features(first, roles)
+                assert features_of(running, step, roles) == features_of(running, first, roles)
 
 
 def test_an_order_stands_for_a_window(pipe):
