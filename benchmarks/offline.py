@@ -23,6 +23,7 @@ from fpe_kernels.backends.triton import adjoint, apply, backward, boxes, configs
 from fpe_kernels.backends.triton.launch import Launch
 from fpe_kernels.backends.triton.offline import compile_for, resources
 from fpe_kernels.backends.triton.packing import Chunk
+from fpe_pipeline.atomic_folder import write_text
 
 from . import hopper_tiles, sass
 from .candidates import Candidate
@@ -297,7 +298,7 @@ def write_table(table: dict[str, dict[str, dict]], path: Path = TABLE) -> None:
         lines = [f"  {json.dumps(key)}: {json.dumps([rows[key][name] for name in FIELDS])}" for key in sorted(rows)]
         parts.append(f" {json.dumps(version)}: {{\n" + ",\n".join(lines) + "\n }")
     path.parent.mkdir(exist_ok=True)
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def main(argv: list[str] | None = None) -> int:

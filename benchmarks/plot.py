@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from fpe_pipeline.atomic_folder import write_text
+
 from . import quality, quality_methods
 from .rows import ROOT, Row, read_all
 from .tables import TABLES as ROW_TABLES
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if old else 0
     for path in options.update:
         if path.exists():
-            path.write_text(rewritten(path.read_text(encoding="utf-8"), rows), encoding="utf-8")
+            write_text(path, rewritten(path.read_text(encoding="utf-8"), rows))
     from .figures import draw_all
 
     for path in (*draw_all(rows, options.figures), *quality.draw(options.figures)):

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fpe_pipeline.atomic_folder import write_text
 from fpe_pipeline.embedded import embedded_path
 from fpe_pipeline.quality.intervals import INTERVALS
 from fpe_pipeline.quality.store import dump
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     results = [json.loads((folder / "evaluation.json").read_text()) for folder in options.folders]
     result = combined(results) if options.name == METHODS else joined(results)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{options.name}.json").write_text(dump(result))
+    write_text(RESULTS / f"{options.name}.json", dump(result))
     return 0
 
 

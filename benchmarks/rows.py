@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fpe_pipeline.atomic_folder import write_text
+
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "diffusers", "fpe-kernels", "flash-attn", "xformers", "sageattention")
@@ -236,11 +238,7 @@ def write(path: str | Path, rows: Iterable[Row]) -> None:
     """Write rows as JSON, one a line, so that a change to one of them is a change to one line."""
     lines = [json.dumps(_plain(row), ensure_ascii=False) for row in merge(rows)]
     text = f'{{"schema": {SCHEMA}, "rows": [\n' + ",\n".join(lines) + "\n]}\n"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, text)
 
 
 def read(path: str | Path) -> list[Row]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fpe_kernels.backends.triton import configs, tuned
 from fpe_kernels.backends.triton.packing import chunks, split_width
+from fpe_pipeline.atomic_folder import write_text
 
 from .candidates import Candidate, Launches
 from .cases import Case
@@ -141,5 +142,5 @@ def take_over(rows: Iterable[Row], arch: str | None = None, path: Path = TABLE) 
     table, lines = learn(rows, arch)
     if not lines:
         return f"nothing gains {MARGIN - 1:.0%}: {path.name} stays as it is"
-    path.write_text(table.text(), encoding="utf-8")
+    write_text(path, table.text())
     return "\n".join([*lines, f"written to {path}; now `python -m benchmarks.offline --update`, and commit both"])

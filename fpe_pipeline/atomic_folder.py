@@ -1,17 +1,25 @@
-"""Writing results all or nothing: an error half-way leaves the folder as it was."""
+"""Writing files all or nothing, and onto the disk: an error half-way leaves what was there.
+
+Whatever is written here is written beside its destination, brought to the disk and renamed, and then its folder is
+brought to the disk: after a crash, too, there is the whole old file or the whole new one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .errors import InputError
 
-__all__ = ["check_writable", "staged"]
+__all__ = ["check_writable", "replaced", "staged", "write_text"]
+
+#: What file systems answer that cannot bring a folder to the disk.
+_NOT_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP)
 
 
 def check_writable(directory: Path) -> None:
@@ -31,6 +39,29 @@ def check_writable(directory: Path) -> None:
 
 
 @contextlib.contextmanager
+def replaced(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write one file to; it becomes `path` when the block ends without an error.
+
+    A file of that name is replaced, its folder made if missing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Of the process: two that write the same file each write their own.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield partial
+        _bring_in({partial: path})
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, all or nothing."""
+    with replaced(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
 def staged(directory: Path) -> Iterator[Path]:
     """A temporary folder inside `directory`; what is written there moves up when the block ends without an error.
 
@@ -44,7 +75,10 @@ def staged(directory: Path) -> Iterator[Path]:
     stage = Path(tempfile.mkdtemp(prefix=".fpe-", dir=directory))
     try:
         yield stage
-        _move(sorted(stage.iterdir(), key=lambda path: path.name == "run.json"), directory)
+        # The record of a run comes last: where it is, its images are.
+        paths = sorted(stage.iterdir(), key=lambda path: path.name == "run.json")
+        _check_names(directory, [path.name for path in paths])
+        _bring_in({path: directory / path.name for path in paths})
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         with contextlib.suppress(OSError):  # someone else's files are there by now
@@ -54,27 +88,58 @@ def staged(directory: Path) -> Iterator[Path]:
     shutil.rmtree(stage, ignore_errors=True)
 
 
-def _move(paths: Sequence[Path], directory: Path) -> None:
-    """Move files into `directory`; an error puts back those that were there before."""
-    taken = [path.name for path in paths if (directory / path.name).is_dir()]
+def _check_names(directory: Path, names: list[str]) -> None:
+    taken = [name for name in names if (directory / name).is_dir()]
     if taken:
         raise InputError(
             f"cannot write {', '.join(taken)} into '{directory}': folders have these names; rename them, or pass "
             "another folder with -o"
         )
-    if not paths:
-        return
-    before = Path(tempfile.mkdtemp(dir=paths[0].parent))
+
+
+def _bring_in(destinations: Mapping[Path, Path]) -> None:
+    """Rename files to their destinations, on the disk; an error puts back those that were there before."""
+    before = {path: path.with_name(f"{path.name}.before") for path in destinations}
     try:
-        for path in paths:
-            destination = directory / path.name
+        for path in destinations:
+            _to_disk(path)
+        for path, destination in destinations.items():
             if os.path.lexists(destination):
-                os.replace(destination, before / path.name)
+                _keep(destination, before[path])
             os.replace(path, destination)
+        for folder in dict.fromkeys(destination.parent for destination in destinations.values()):
+            _to_disk(folder)
     except BaseException:
-        for path in paths:
-            if os.path.lexists(before / path.name):
-                os.replace(before / path.name, directory / path.name)
-            elif not path.exists():
-                (directory / path.name).unlink()
+        for path, destination in destinations.items():
+            if os.path.lexists(before[path]):
+                os.replace(before[path], destination)
+                before[path].unlink(missing_ok=True)  # two names of one file are both left
+            elif not os.path.lexists(path):
+                destination.unlink(missing_ok=True)
         raise
+    for kept in before.values():
+        with contextlib.suppress(OSError):  # the new files are there: a second name of an old one does no harm
+            kept.unlink(missing_ok=True)
+
+
+def _keep(path: Path, second: Path) -> None:
+    """Give a file a second name, and leave it the first where the file system can."""
+    try:
+        os.link(path, second, follow_symlinks=False)
+    except (NotImplementedError, OSError):
+        os.replace(path, second)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # which opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (folder and error.errno in _NOT_OF_FOLDERS):
+            raise
+    finally:
+        os.close(handle)

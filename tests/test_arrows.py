@@ -24,7 +24,7 @@ ALLOWED = {
     "fpe_pipeline.runs": "ground images models edits sampling inversion pipeline fpe_kernels",
     "fpe_pipeline.quality": "embedded ground images models edits session sampling inversion runs fpe_kernels",
     "fpe_pipeline.app": "embedded ground images models edits runs quality fpe_kernels",
-    "fpe_pipeline.embedded.training": "embedded images quality",
+    "fpe_pipeline.embedded.training": "embedded ground images quality",
     "fpe_kernels.backends": "",
     "fpe_kernels.kept": "",
     "fpe_kernels.partial_softmax": "",

@@ -26,7 +26,7 @@ LARGE_FUNCTIONS = {
     "fpe_kernels/backends/triton/merging.py::apply_merged": (21, 13),
     "fpe_kernels/backends/triton/merging.py::plan": (42, 14),
     "fpe_kernels/testing/cases.py::make_case": (64, 20),
-    "fpe_pipeline/embedded/training/loop.py::fit": (86, 9),
+    "fpe_pipeline/embedded/training/loop.py::fit": (85, 9),
     "fpe_pipeline/inversion/trajectory.py::invert": (86, 9),
     # What `pipe(…)` and `pipe.record(…)` take is public, and documented there.
     "fpe_pipeline/pipeline.py::__call__": (143, 25),

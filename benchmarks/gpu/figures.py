@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fpe_pipeline.atomic_folder import write_text
+
 from ..rows import ROOT
 
 Figure = dict[str, Any]
@@ -24,7 +26,7 @@ class FigureFile:
     def write(self, figure: Figure) -> None:
         key = f"{figure['session']}/{figure['arch']}/triton {figure['triton']}"
         figures = {**self.read(), key: figure}
-        self.path.write_text(json.dumps(dict(sorted(figures.items())), indent=1) + "\n", encoding="utf-8")
+        write_text(self.path, json.dumps(dict(sorted(figures.items())), indent=1) + "\n")
 
 
 FIGURE = FigureFile(ROOT / "benchmarks" / "results" / "gpu-programs.json")

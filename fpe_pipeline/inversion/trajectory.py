@@ -20,7 +20,6 @@ using Guided Diffusion Models", CVPR 2023; Miyake et al., "Negative-prompt Inver
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..atomic_folder import replaced
 from ..errors import InputError, check_guidance, check_positive, warn_of_size
 from ..images.load import load_image, to_tensor
 from ..models.adapter import identity
@@ -106,16 +106,10 @@ class Inversion:
             "schedule": asdict(self.schedule),
             "null_text": null_text,
         }
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.part")
-        try:
-            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, beside, metadata={"fpe_inversion": json.dumps(values)})
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-        return path
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with replaced(path) as partial:
+            save_file(contiguous, partial, metadata={"fpe_inversion": json.dumps(values)})
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Inversion:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..atomic_folder import replaced, write_text
 from ..errors import InputError
 from ..session.known_rows import Packed
 from ..texts import check_readable_name
@@ -128,16 +128,13 @@ class FileStore(MapStore):
         """Write the index: from here on the folder is a recording."""
         index = {"format": FORMAT, "recording": recording, "files": self._files}
         self._written.append(INDEX)
-        partial = self.folder / f"{INDEX}.part"
-        partial.write_text(json.dumps(index | {"digest": _digest_of_index(index)}, indent=1), encoding="utf-8")
-        _bring_to_disk(partial, self.folder / INDEX)
+        write_text(self.folder / INDEX, json.dumps(index | {"digest": _digest_of_index(index)}, indent=1))
 
     def discard(self) -> None:
         """Remove what was written since :meth:`create`, and the folders that it made."""
         for name in self._written:
-            for path in (self.folder / name, self.folder / f"{name}.part"):
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            with contextlib.suppress(OSError):
+                (self.folder / name).unlink()
         for path in reversed(self._made):
             with contextlib.suppress(OSError):  # somebody else's files keep their folder
                 path.rmdir()
@@ -149,15 +146,14 @@ class FileStore(MapStore):
     def _write_file(self, name: str, tensors: Packed) -> None:
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         self._written.append(name)
-        partial = self.folder / f"{name}.part"
-        save_file(ready, partial)
-        block = _mapped(partial)
-        self._files[name] = {
-            "bytes": block.numel(),
-            "digest": _digest(block),
-            "tensors": {key: list(tensor.shape) for key, tensor in ready.items()},
-        }
-        _bring_to_disk(partial, self.folder / name)
+        with replaced(self.folder / name) as partial:
+            save_file(ready, partial)
+            block = _mapped(partial)
+            self._files[name] = {
+                "bytes": block.numel(),
+                "digest": _digest(block),
+                "tensors": {key: list(tensor.shape) for key, tensor in ready.items()},
+            }
 
     def _block(self, name: str) -> tuple[torch.Tensor, Layout]:
         """A file's bytes and what lies in them.
@@ -211,13 +207,6 @@ def _digest(block: torch.Tensor) -> str:
 def _digest_of_index(index: dict[str, Any]) -> str:
     text = json.dumps(index, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
-
-
-def _bring_to_disk(partial: Path, path: Path) -> None:
-    """Rename a file once its contents are on the disk: a crash leaves a whole one or none."""
-    with partial.open("r+b") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _layout_of_file(block: torch.Tensor) -> Layout:

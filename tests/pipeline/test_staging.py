@@ -1,12 +1,22 @@
 """Results are written all or nothing: what fails leaves the folder as it was."""
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
-from fpe_pipeline.atomic_folder import staged
+from benchmarks import rows as rows_module
+from fpe_pipeline import Inversion
+from fpe_pipeline.atomic_folder import replaced, staged, write_text
 from fpe_pipeline.errors import InputError
+from fpe_pipeline.inversion import trajectory
+from fpe_pipeline.recordings.folder_store import FileStore
+from fpe_pipeline.sampling.noise_schedule import NoiseSchedule
 
+FULL = OSError(errno.ENOSPC, "no space")
 NAMES = ("a.png", "b.png", "c.png", "run.json")
 
 
@@ -41,22 +51,136 @@ def test_a_folder_in_the_place_of_a_file(folder):
     assert content(folder) == before
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
-@pytest.mark.parametrize("after", range(6))
-def test_an_error_between_two_files_puts_the_old_ones_back(folder, monkeypatch, error, after):
-    """Two of the four files exist: six renames in all, each of which may be the last."""
-    before, replace, calls = content(folder), os.replace, []
+def fail(monkeypatch, name, number, error):
+    """Let the call of a number (from 0 on) of a function of ``os`` fail, and say how many were made."""
+    real, calls = getattr(os, name), []
 
-    def fail(source, destination):
-        calls.append(source)
-        if len(calls) == after + 1:
+    def planted(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == number + 1:
             raise error
-        replace(source, destination)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, name, planted)
+    return calls
+
+
+@pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [*(("replace", number) for number in range(4)), *(("fsync", number) for number in range(5)), ("open", 2)],
+)
+def test_an_error_on_the_way_puts_the_old_ones_back(folder, monkeypatch, error, name, number):
+    """Four files, of which two exist: four renames, and what is brought to the disk are four files and the folder."""
+    before = content(folder)
+    fail(monkeypatch, name, number, error)
     with pytest.raises(type(error)):
         write(folder)
+    monkeypatch.undo()
     assert content(folder) == before
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_where_files_have_one_name_only(folder, monkeypatch, number):
+    """Without hard links the old files make room by being renamed: six renames in all, each of which may fail."""
+    before = content(folder)
+
+    def link(*arguments, **options):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", link)
+    calls = fail(monkeypatch, "replace", number, FULL)
+    with pytest.raises(OSError, match="no space"):
+        write(folder)
+    assert content(folder) == before
+    calls.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "link", link)
+    write(folder)
+    assert content(folder) == {**dict.fromkeys(NAMES, "new"), "notes.txt": "old"}
+
+
+def test_the_name_of_a_file_is_never_missing(folder, monkeypatch):
+    seen, replace = [], os.replace
+
+    def watched(source, destination):
+        seen.append(content(folder).get("run.json"))
+        replace(source, destination)
+        seen.append(content(folder).get("run.json"))
+
+    monkeypatch.setattr(os, "replace", watched)
+    write(folder)
+    assert seen == ["old"] * 7 + ["new"]
+
+
+def test_files_are_on_the_disk_before_they_have_their_names_and_the_folder_after(folder, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (order.append("disk"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *names: (order.append("name"), replace(*names)))
+    write(folder)
+    assert order == ["disk"] * 4 + ["name"] * 4 + ["disk"]
+
+
+def test_a_folder_that_cannot_be_brought_to_the_disk_is_written_all_the_same(folder, monkeypatch):
+    fail(monkeypatch, "fsync", 4, OSError(errno.EINVAL, "not of folders"))
+    write(folder)
+    assert content(folder)["a.png"] == "new"
+
+
+def rows(path, text):
+    rows_module.write(path, [rows_module.Row("kernels", "any", text, "float32", "cpu", "missing")])
+
+
+def inversion(path, text):
+    latents = torch.zeros(2, 1, 4, 2, 2)
+    schedule = NoiseSchedule("DDIMScheduler", (1.0,), (0.5,), {})
+    Inversion("ddim", latents, text, 1.0, schedule, Image.new("RGB", (8, 8))).save(path)
+
+
+@pytest.mark.parametrize("writer", [write_text, rows, inversion])
+@pytest.mark.parametrize(("name", "number"), [("fsync", 0), ("replace", 0), ("fsync", 1), (None, 0)])
+def test_one_file_on_a_full_disk(tmp_path, monkeypatch, writer, name, number):
+    """At the file's bytes, at its name, at the folder's; None is at the writing itself."""
+    path = tmp_path / "kept.json"
+    writer(path, "old")
+    before = path.read_bytes()
+    if name is None:
+        monkeypatch.setattr(Path, "write_text", half_of_it)
+        monkeypatch.setattr(trajectory, "save_file", lambda tensors, path, metadata: half_of_it(path, "new"))
+    else:
+        fail(monkeypatch, name, number, FULL)
+    with pytest.raises(OSError, match="no space"):
+        writer(path, "new")
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+    writer(path, "new")
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() != before
+
+
+def half_of_it(path, text, **options):
+    Path(path).write_bytes(text.encode()[:1])
+    raise FULL
+
+
+def test_a_recording_on_a_full_disk_leaves_no_folder(tmp_path, monkeypatch):
+    """Its first file's bytes, name and folder; and its index, which makes a recording of it."""
+    for name, number in (("fsync", 0), ("replace", 0), ("fsync", 1), ("fsync", 2), ("replace", 1), ("fsync", 3)):
+        store = FileStore.create(tmp_path / "recording")
+        fail(monkeypatch, name, number, FULL)
+        with pytest.raises(OSError, match="no space"):
+            store.write_latents({"latents": torch.zeros(4)})
+            store.finish({})
+        monkeypatch.undo()
+        store.discard()
+        assert content(tmp_path) == {}
+
+
+def test_two_processes_write_one_file_each_its_own(tmp_path):
+    with replaced(tmp_path / "file") as first:
+        assert str(os.getpid()) in first.name and first.parent == tmp_path
+        first.write_text("first")
+    assert content(tmp_path) == {"file": "first"}
 
 
 def test_a_folder_that_was_not_there_is_taken_away_again(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...atomic_folder import write_text
 from ..scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS, Scene, render, sample_scene
 
 __all__ = ["Rendering", "SceneCache", "render_cache", "start_rendering"]
@@ -128,7 +129,7 @@ class Rendering:
             seconds, count = time.monotonic() - self._begun, len(self.cache)
             log.info("rendered %d scenes in %.1f s, %d processes", count, seconds, len(self._workers))
             self._workers = []
-            (self._folder / "settings.json").write_text(json.dumps(self._settings))
+            write_text(self._folder / "settings.json", json.dumps(self._settings))
 
     def stop(self) -> None:
         """End the processes; what they have not drawn stays empty."""
@@ -176,7 +177,7 @@ def start_rendering(
     if workers <= 1 or count <= 4 * _BLOCK:
         for block in range(_blocks(count)):
             _fill(cache, block, seed, held)
-        done.write_text(json.dumps(settings))
+        write_text(done, json.dumps(settings))
         return Rendering(cache, folder, settings, [])
     # Processes of their own rather than a pool's: they import what draws and nothing else, and start at once.
     arguments = [str(folder), json.dumps(settings), str(workers)]

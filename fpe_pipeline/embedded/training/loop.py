@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ...atomic_folder import replaced
 from .presets import Fit
 from .step import OptimiserStep, Weights
 
@@ -103,9 +103,8 @@ def fit(
 
     def save() -> None:
         if checkpoint is not None:
-            partial = checkpoint.with_suffix(".partial")
-            torch.save({**weights.state(), "step": step, "minutes": minutes, "finished": finished}, partial)
-            os.replace(partial, checkpoint)
+            with replaced(checkpoint) as partial:
+                torch.save({**weights.state(), "step": step, "minutes": minutes, "finished": finished}, partial)
 
     optimiser = OptimiserStep(weights, loss, settings.weight_decay, settings.clip)
     generator = torch.Generator(device)

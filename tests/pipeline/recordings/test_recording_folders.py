@@ -72,7 +72,7 @@ class TestFailures:
                 raise OSError(28, "No space left on device")
             rename(source, target)
 
-        monkeypatch.setattr("fpe_pipeline.recordings.folder_store.os.replace", replace)
+        monkeypatch.setattr("fpe_pipeline.atomic_folder.os.replace", replace)
         (tmp_path / "r").mkdir()
         with pytest.raises(OSError, match="No space left"):
             tiny.record(SOURCE, placement=tmp_path / "r", **RUN)
