@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
-from fpe_kernels.backends.triton import adjoint, apply, backward, boxes, configs, hopper, merging
+from fpe_kernels.backends.triton import adjoint, apply, backward, boxes, configs, forward, hopper
 from fpe_kernels.backends.triton.launch import Launch
 from fpe_kernels.backends.triton.offline import compile_for, resources
 from fpe_kernels.backends.triton.packing import Chunk
@@ -176,7 +176,7 @@ def launch_of(program: Program) -> Launch:
     keys = 77 if "cross" in kinds else tokens
     gradient = program.kernel in GRADIENTS
     limit = configs.MAX_GRADIENT_COLUMNS if gradient else configs.MAX_COLUMNS[dtype.itemsize]
-    limit = merging.MAX_MERGED_COLUMNS if "prior" in kinds else limit
+    limit = forward.MAX_MERGED_COLUMNS if "prior" in kinds else limit
     value_dim = min(program.head_dim, limit)
     branches = min(program.branches, limit // value_dim)
     # As many rows as pass 2³¹ elements.
@@ -210,11 +210,12 @@ def launch_of(program: Program) -> Launch:
         out_dtype = torch.float32 if summed else dtype
         out = projection(1, own.shape[2], program.head_dim, dtype=out_dtype)
         config = configs.score_config(*shape, other.shape[2], tf32)
-        statistics = logsumexp, logsumexp
-        launch = backward.prepare(own, other, x, y, own_bias, out, *statistics, chunk, 0.1, of_query, config, lengths)
+        gradients = backward.GradientTensors(own, other, x, y, own_bias, out, logsumexp, logsumexp)
+        launch = backward.prepare(gradients, chunk, 0.1, of_query, config, lengths)
     elif program.kernel == "adjoint":
         config = configs.resident_config(*shape, heads, keys, tokens, tf32)
-        launch = adjoint.prepare(query, key, wide, bias, logsumexp, chunk, 0.1, by_head, config, lengths)
+        products = adjoint.AdjointTensors(query, key, wide, bias, by_head, logsumexp)
+        launch = adjoint.prepare(products, chunk, 0.1, config, lengths)
     else:
         extents = len(chunk.table) * heads, tokens, keys, tf32
         config = configs.forward_config(*shape, *extents)
@@ -228,9 +229,9 @@ def launch_of(program: Program) -> Launch:
         if program.kernel == "boxes":
             config = replace(config.general(), descriptors=True)
             return boxes.prepare(query, key, value, chunk, 0.1, product, logsumexp, config)
-        operands = query, key, value, bias, chunk, 0.1, product, logsumexp
-        rest = program.kernel == "replay", row_weight, prior is None, config, lengths
-        launch = apply.prepare(*operands, *rest, prior, None if prior is None else logsumexp)
+        priors = prior, None if prior is None else logsumexp
+        tensors = apply.ApplyTensors(query, key, value, bias, product, logsumexp, row_weight, *priors)
+        launch = apply.prepare(tensors, chunk, 0.1, program.kernel == "replay", prior is None, config, lengths)
     return replace(launch, constants={**launch.constants, "PRECISION": "tf32"}) if tf32 else launch
 
 

@@ -390,6 +390,6 @@ def shared_attention(
         weight = validation.check_row_weight(weight, query, shape)
     serving = dispatch.select(backend, query)
     out, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, list(index), scale, serving, weight, lengths)
-    if repeatable and (make := getattr(dispatch.load(serving), "ready_call", None)) is not None:
-        ready.keep(*given, scale, out, make)
+    if repeatable and (preparing := dispatch.load_ready(serving)) is not None:
+        ready.keep(*given, scale, out, preparing.ready_call)
     return out

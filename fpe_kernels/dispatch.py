@@ -3,31 +3,70 @@
 from __future__ import annotations
 
 from functools import cache
-from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .backends.protocol import Backend, BiasBackend, MergingBackend, ReadyBackend
+
 BACKENDS = ("triton", "torch", "reference")
 
 
+class TritonBackend(MergingBackend, ReadyBackend, Protocol):
+    """The one that may be missing, on a chip or altogether."""
+
+    def unsupported_reasons(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]: ...
+    def without(self, device: torch.device) -> str: ...
+
+
 @cache
-def load(name: str) -> ModuleType:
+def load(name: str) -> Backend:
     """Import the backend ``name`` on first use, so that ``import fpe_kernels`` needs torch only."""
     if name == "triton":
-        from .backends.triton import backend
+        return _triton()
+    if name == "torch":
+        return load_torch()
+    check_name(name, BACKENDS)
+    from .backends import reference
 
-        return backend
-    from .backends import chunked, reference
+    return reference
 
-    return {"torch": chunked, "reference": reference}[name]
+
+def load_torch() -> BiasBackend:
+    """The backend that has the gradient of the bias."""
+    from .backends import chunked
+
+    return chunked
+
+
+def load_merging(name: str) -> MergingBackend | None:
+    """The backend ``name`` where it merges products in its launches."""
+    return _triton() if name == "triton" else None
+
+
+def load_ready(name: str) -> ReadyBackend | None:
+    """The backend ``name`` where it can have calls ready."""
+    if name == "triton":
+        return _triton()
+    if name == "torch":
+        from .backends import chunked
+
+        return chunked
+    return None
+
+
+def _triton() -> TritonBackend:
+    from .backends.triton import backend
+
+    return backend
 
 
 @cache
 def _triton_missing() -> str | None:
     """Why triton cannot be imported, or None."""
     try:
-        load("triton")
+        _triton()
     except ImportError as error:
         return f"triton cannot be imported ({error}); pip install triton (Linux)"
     return None
@@ -38,7 +77,7 @@ def unsupported_reasons(name: str, device: torch.device, dtype: torch.dtype, hea
     if name != "triton":
         return []
     missing = _triton_missing()
-    return [missing] if missing else load("triton").unsupported_reasons(device, dtype, head_dim)
+    return [missing] if missing else _triton().unsupported_reasons(device, dtype, head_dim)
 
 
 # A backend is imported to be asked, which torch.compile cannot trace; for given arguments the answer never changes.
@@ -46,10 +85,10 @@ def unsupported_reasons(name: str, device: torch.device, dtype: torch.dtype, hea
 unsupported_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def check_name(name: object) -> str:
+def check_name(name: object, names: tuple[str, ...] = (*BACKENDS, "auto")) -> str:
     """Return ``name`` if it names a backend or is ``"auto"``."""
-    if name not in (*BACKENDS, "auto"):
-        raise ValueError(f"backend must be one of {', '.join(map(repr, (*BACKENDS, 'auto')))}; got {name!r}.")
+    if name not in names:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, names))}; got {name!r}.")
     return str(name)
 
 
@@ -85,6 +124,6 @@ def backends() -> dict[str, str]:
     answers = {}
     for name in BACKENDS:
         reasons = unsupported_reasons(name, device, torch.float32, 64)
-        lacking = load(name).without(device) if name == "triton" and not reasons else ""
+        lacking = _triton().without(device) if name == "triton" and not reasons else ""
         answers[name] = "; ".join(reasons) or ", ".join(filter(None, ("available", lacking)))
     return answers

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from . import dispatch
 from .backends.grouping import rows_by_map
+from .backends.protocol import Factors, Maps
 from .gradient_rules import (
     adjoint_backward,
     adjoint_context,
@@ -110,22 +111,23 @@ def _apply(
     wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
     out, logsumexp = _empty_product(query, value, query.shape[2], wide), empty_logsumexp(query)
-    operands = (query, key, value, bias, tuple(map_index), scale, out, logsumexp)
-    _write_product(backend, *operands, False, row_weight, _lengths(key_lengths))
-    for group, rows in enumerate(rows_by_map(tuple(map_index), query.shape[0])):
+    maps = Maps(query, key, bias, tuple(map_index), scale, _lengths(key_lengths))
+    _write_product(backend, maps, value, out, logsumexp, False, row_weight)
+    for group, rows in enumerate(rows_by_map(maps.map_index, query.shape[0])):
         if not rows:
             logsumexp[group] = float("nan")  # no product asked for this map, so nothing computed it
     return out, logsumexp
 
 
-def _write_product(backend: str, *operands: Any) -> None:
-    _, key, _, _, _, _, out, logsumexp, known, row_weight, key_lengths = operands
-    if key.shape[2] == 0:
+def _write_product(
+    backend: str, maps: Maps, value: Tensor, out: Tensor, logsumexp: Tensor, known: bool, row_weight: Tensor | None
+) -> None:
+    if maps.key.shape[2] == 0:
         out.zero_()
         if not known:
             logsumexp.fill_(float("-inf"))
         return
-    dispatch.load(backend).apply(*operands[:8], known=known, row_weight=row_weight, key_lengths=key_lengths)
+    dispatch.load(backend).apply(maps, value, out, logsumexp, known, row_weight)
 
 
 def _apply_fake(
@@ -157,8 +159,8 @@ def _replay(
     wide: bool = False,
 ) -> Tensor:
     out = _empty_product(query, value, query.shape[2], wide)
-    operands = (query, key, value, bias, tuple(map_index), scale, out, logsumexp)
-    _write_product(backend, *operands, True, row_weight, _lengths(key_lengths))
+    maps = Maps(query, key, bias, tuple(map_index), scale, _lengths(key_lengths))
+    _write_product(backend, maps, value, out, logsumexp, True, row_weight)
     return out
 
 
@@ -192,16 +194,15 @@ def _merge(
     row_weight: Tensor | None = None,
     key_lengths: Sequence[int] | None = None,
 ) -> Tensor:
-    index, known = tuple(map_index), logsumexp is not None
-    fused = getattr(dispatch.load(backend), "apply_merged", None)
-    out = _empty_product(query, value, query.shape[2], wide=fused is None)
+    maps = Maps(query, key, bias, tuple(map_index), scale, _lengths(key_lengths))
+    known, merging = logsumexp is not None, dispatch.load_merging(backend)
+    out = _empty_product(query, value, query.shape[2], wide=merging is None)
     statistics = empty_logsumexp(query) if logsumexp is None else logsumexp
-    operands = (query, key, value, bias, index, scale, out, statistics, known)
-    if fused is not None:
-        fused(*operands, row_weight, _lengths(key_lengths), prior, prior_logsumexp)
+    if merging is not None:
+        merging.apply_merged(maps, value, out, statistics, known, row_weight, prior, prior_logsumexp)
         return out
-    _write_product(backend, *operands, None, _lengths(key_lengths))
-    own = torch.cat([statistics[entry : entry + 1] for entry in index])
+    _write_product(backend, maps, value, out, statistics, known, None)
+    own = torch.cat([statistics[entry : entry + 1] for entry in maps.map_index])
     merged, _ = merged_products((out, own), (prior, prior_logsumexp))
     result = empty_heads(value, *out.shape)
     return result.copy_(merged if row_weight is None else row_weight.unsqueeze(-1) * merged)
@@ -238,8 +239,8 @@ def _adjoint(
 ) -> Tensor:
     out = _empty_product(query, weight, key.shape[2], wide)
     if key.shape[2] > 0:
-        operands = (query, key, weight, bias, logsumexp, tuple(map_index), scale, out)
-        dispatch.load(backend).adjoint(*operands, key_lengths=_lengths(key_lengths))
+        maps = Maps(query, key, bias, tuple(map_index), scale, _lengths(key_lengths))
+        dispatch.load(backend).adjoint(maps, weight, out, logsumexp)
     return out
 
 
@@ -278,8 +279,12 @@ def _score_gradient(
     if query.shape[1] != key.shape[1]:
         dtype = accumulator_dtype(key.dtype)
         by_head = empty_heads(key, key.shape[0], query.shape[1], key.shape[2], key.shape[3], dtype)
-    operands = (query, key, left, right, delta, bias, logsumexp, tuple(map_index), scale, grad_query, by_head)
-    dispatch.load(backend).score_gradient(*operands, key_lengths=_lengths(key_lengths))
+    maps = Maps(query, key, bias, tuple(map_index), scale, _lengths(key_lengths))
+    dispatch.load(backend).score_gradient(maps, Factors(left, right, delta, logsumexp), grad_query, by_head)
+    for group, rows in enumerate(rows_by_map(maps.map_index, query.shape[0])):
+        if not rows or (maps.key_lengths is not None and maps.key_lengths[group] == 0):
+            grad_query[group] = 0.0
+            by_head[group] = 0.0
     if by_head is not grad_key:
         grad_key.copy_(sum_shared_heads(by_head, key.shape[1]))
     return grad_query, grad_key
@@ -303,8 +308,8 @@ def _bias_gradient(
 ) -> Tensor:
     # A bias holds as many numbers as its gradient, so row blocks in plain PyTorch bound the extra memory on any device.
     grad = torch.zeros_like(bias, memory_format=torch.contiguous_format)
-    operands = (query, key, left, right, delta, bias, logsumexp, tuple(map_index), scale, grad)
-    dispatch.load("torch").bias_gradient(*operands, key_lengths=_lengths(key_lengths))
+    maps = Maps(query, key, bias, tuple(map_index), scale, _lengths(key_lengths))
+    dispatch.load_torch().bias_gradient(maps, Factors(left, right, delta, logsumexp), grad)
     return grad
 
 

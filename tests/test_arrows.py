@@ -25,7 +25,7 @@ ALLOWED = {
     "fpe_pipeline.quality": "embedded ground images models edits session sampling inversion runs fpe_kernels",
     "fpe_pipeline.app": "embedded ground images models edits runs quality fpe_kernels",
     "fpe_pipeline.embedded.training": "embedded ground images quality",
-    "fpe_kernels.backends": "",
+    "fpe_kernels.backends": "ready",
     "fpe_kernels.kept": "",
     "fpe_kernels.partial_softmax": "",
     "fpe_kernels.precision": "",

@@ -61,6 +61,7 @@ class Problem:
 
     def launches(self, arch: str) -> list[Launch]:
         """What the `triton` backend launches, on tensors without storage, by the rules for `arch`."""
+        from fpe_kernels.backends.protocol import Factors, Maps
         from fpe_kernels.backends.triton import adjoint, forward, gradients
         from fpe_kernels.ops import empty_heads, empty_logsumexp
 
@@ -87,26 +88,13 @@ class Problem:
         logsumexp = empty_logsumexp(query)
         with launches_of(arch) as made, self.chosen():
             known = self.results == "replay"
-            forward.apply(
-                query, key, value, bias, self.map_index, scale, torch.empty_like(weight), logsumexp, known, row_weight
-            )
+            maps = Maps(query, key, bias, self.map_index, scale)
+            forward.apply(maps, value, torch.empty_like(weight), logsumexp, known, row_weight)
             if self.results == "all":
-                adjoint.adjoint(
-                    query, key, weight, bias, logsumexp, self.map_index, scale, empty_heads(weight, *value.shape)
-                )
-                gradients.score_gradient(
-                    query,
-                    key,
-                    weight,
-                    value,
-                    logsumexp,
-                    bias,
-                    logsumexp,
-                    self.map_index,
-                    scale,
-                    empty_heads(query, *query.shape),
-                    empty_heads(key, *key.shape),
-                )
+                adjoint.adjoint(maps, weight, empty_heads(weight, *value.shape), logsumexp)
+                factors = Factors(weight, value, logsumexp, logsumexp)
+                outputs = empty_heads(query, *query.shape), empty_heads(key, *key.shape)
+                gradients.score_gradient(maps, factors, *outputs)
         return made
 
 
@@ -117,8 +105,8 @@ def launches_of(arch: str) -> Iterator[list[Launch]]:
 
     made: list[Launch] = []
 
-    def collect(plan: Any, tensors: tuple, *rest: Any) -> None:
-        made.extend(plan(*tensors, *rest))
+    def collect(plan: Any, tensors: tuple, settings: tuple) -> None:
+        made.extend(plan(tensors, settings))
 
     modules = (forward, adjoint, gradients)
     before = [module.launch_all for module in modules], configs.architecture

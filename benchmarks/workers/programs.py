@@ -86,6 +86,7 @@ def of_case(case: Case, choice: Choice | None, arch: str) -> list[Launch]:
 
     import torch
 
+    from fpe_kernels.backends.protocol import Maps
     from fpe_kernels.backends.triton import forward
     from fpe_kernels.ops import empty_heads, empty_logsumexp
 
@@ -95,17 +96,8 @@ def of_case(case: Case, choice: Choice | None, arch: str) -> list[Launch]:
     )
     with launches_of(arch) as made, choice.installed() if choice else nullcontext():
         known = case.op == "replay"
-        forward.apply(
-            query,
-            key,
-            value,
-            None,
-            case.map_index,
-            case.head_dim**-0.5,
-            empty_heads(like, *value.shape),
-            empty_logsumexp(query),
-            known,
-        )
+        maps = Maps(query, key, None, case.map_index, case.head_dim**-0.5)
+        forward.apply(maps, value, empty_heads(like, *value.shape), empty_logsumexp(query), known)
     return made
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .cpu_threads import Task, lane, share_out, threads_compute_alone, watched
+from .protocol import Maps
 
 LOG2E = 1.0 / math.log(2.0)
 LN2 = math.log(2.0)
@@ -183,19 +184,11 @@ _KEPT_SIZE = THREAD_BLOCK_BYTES // torch.float32.itemsize
 class Scores:
     """The scores of blocks of one map and head range, in units of log 2, in the buffer of the thread that asks."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        blocks: Blocks,
-        buffers: Buffers | None = None,
-    ) -> None:
-        group, heads = blocks.group, blocks.heads
+    def __init__(self, maps: Maps, blocks: Blocks, buffers: Buffers | None = None) -> None:
+        (query, key, bias), group, heads = maps[:3], blocks.group, blocks.heads
         self.dtype = working_dtype(query.dtype)
         self.query = query[group, heads]
-        self.scale = scale * LOG2E
+        self.scale = maps.scale * LOG2E
         # [heads, D, M]: a view, where nothing has to be widened.
         self.key = key[group, blocks.key_heads].to(self.dtype).transpose(1, 2)
         self.bias = None if bias is None else bias.expand(*query.shape[:3], key.shape[2])[group, heads]
@@ -219,17 +212,11 @@ Operands = tuple[Scores, Tensor]
 """The scores of a map and head range, and the packed columns [heads, L, E of all rows] that they multiply."""
 
 
-def operands(
-    query: Tensor,
-    key: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    blocks: Blocks,
-    buffers: Buffers,
-) -> Operands:
-    scores_of = Scores(query, key, bias, scale, blocks, buffers)
-    return scores_of, pack(packed, blocks.rows, blocks.heads, query.shape[1] // packed.shape[1], scores_of.dtype)
+def operands(maps: Maps, packed: Tensor, blocks: Blocks, buffers: Buffers | None = None) -> Operands:
+    """Those of ``blocks``, of a tensor [B, h, L, E] whose columns are to be packed."""
+    scores_of = Scores(maps, blocks, buffers)
+    repeats = maps.query.shape[1] // packed.shape[1]
+    return scores_of, pack(packed, blocks.rows, blocks.heads, repeats, scores_of.dtype)
 
 
 class Part:

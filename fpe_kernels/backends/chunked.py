@@ -21,43 +21,30 @@ from .blocks import LN2, Blocks, Buffers, Part, Scores, compute, cut_maps, lengt
 from .chunked_gradients import bias_gradient, score_gradient
 from .cpu_threads import Task
 from .grouping import rows_by_map
+from .protocol import Maps
 from .whole_maps import ready_call
 
 __all__ = ["adjoint", "apply", "bias_gradient", "ready_call", "score_gradient"]
 
 
 def apply(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    map_index: tuple[int, ...],
-    scale: float,
-    out: Tensor,
-    logsumexp: Tensor,
-    known: bool,
-    row_weight: Tensor | None = None,
-    key_lengths: tuple[int, ...] | None = None,
+    maps: Maps, value: Tensor, out: Tensor, logsumexp: Tensor, known: bool, row_weight: Tensor | None = None
 ) -> None:
     """Write ``row_weight ⊙ (A[map_index] @ value)`` to ``out`` and, unless it is known, the log-sum-exp."""
-    by_map, lengths = rows_by_map(map_index, query.shape[0]), lengths_of(key, key_lengths)
-    if row_weight is not None and query.device.type == "cpu":
-        _weighted_apply(query, key, value, bias, by_map, lengths, scale, out, logsumexp, known, row_weight)
+    by_map = rows_by_map(maps.map_index, maps.query.shape[0])
+    if row_weight is not None and maps.query.device.type == "cpu":
+        _weighted_apply(maps, by_map, value, out, logsumexp, known, row_weight)
         return
-    _apply_maps(query, key, value, bias, by_map, lengths, scale, out, logsumexp, known)
+    _apply_maps(maps, by_map, value, out, logsumexp, known)
     if row_weight is not None:
         # What a weight selects is not known here without waiting for the device.
         out.mul_(row_weight.unsqueeze(-1))
 
 
 def _weighted_apply(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
+    maps: Maps,
     by_map: Sequence[tuple[int, ...]],
-    lengths: tuple[int, ...],
-    scale: float,
+    value: Tensor,
     out: Tensor,
     logsumexp: Tensor,
     known: bool,
@@ -76,45 +63,43 @@ def _weighted_apply(
             continue
         index = list(rows)
         selected = has_weight[index].any(0).nonzero().squeeze(1)
-        if len(selected) == query.shape[2]:
+        if len(selected) == maps.query.shape[2]:
             continue
         whole[group] = ()
         out[index] = 0.0
-        own = slice(group, group + 1)
         if not known:
-            logsumexp[own] = float("inf")
+            logsumexp[group] = float("inf")
         if len(selected) == 0:
             continue
-        part_bias = bias
-        if part_bias is not None:
-            # Along the axes where it varies only: a row of key padding is not to become a map.
-            part_bias = part_bias if part_bias.shape[0] == 1 else part_bias[own]
-            part_bias = part_bias if part_bias.shape[2] == 1 else part_bias[:, :, selected]
         part_out = out.new_empty((len(index), out.shape[1], len(selected), out.shape[3]))
-        statistics = logsumexp[own, :, selected]
-        part = query[own, :, selected], key[own], value[index], part_bias
-        _apply_maps(*part, [tuple(range(len(index)))], lengths[own], scale, part_out, statistics, known)
+        statistics = logsumexp[group : group + 1, :, selected]
+        part = _some_queries(maps, group, len(index), selected)
+        _apply_maps(part, [tuple(range(len(index)))], value[index], part_out, statistics, known)
         for position, row in enumerate(index):
             out[row, :, selected] = part_out[position]
         if not known:
-            logsumexp[own, :, selected] = statistics
-    _apply_maps(query, key, value, bias, whole, lengths, scale, out, logsumexp, known)
+            logsumexp[group : group + 1, :, selected] = statistics
+    _apply_maps(maps, whole, value, out, logsumexp, known)
     out.mul_(row_weight.unsqueeze(-1))
 
 
+def _some_queries(maps: Maps, group: int, rows: int, selected: Tensor) -> Maps:
+    """The ``selected`` query tokens of one map, which ``rows`` batch rows name."""
+    own, bias = slice(group, group + 1), maps.bias
+    if bias is not None:
+        # Along the axes where it varies only: a row of key padding is not to become a map.
+        bias = bias if bias.shape[0] == 1 else bias[own]
+        bias = bias if bias.shape[2] == 1 else bias[:, :, selected]
+    lengths = None if maps.key_lengths is None else maps.key_lengths[own]
+    return Maps(maps.query[own, :, selected], maps.key[own], bias, (0,) * rows, maps.scale, lengths)
+
+
 def _apply_maps(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    by_map: Sequence[tuple[int, ...]],
-    lengths: tuple[int, ...],
-    scale: float,
-    out: Tensor,
-    logsumexp: Tensor,
-    known: bool,
+    maps: Maps, by_map: Sequence[tuple[int, ...]], value: Tensor, out: Tensor, logsumexp: Tensor, known: bool
 ) -> None:
     """The unweighted product for the batch rows of every map in ``by_map``; other rows stay as they are."""
+    query, key, bias, _, scale, key_lengths = maps
+    lengths = lengths_of(key, key_lengths)
     by_map = _without_keys(by_map, lengths, out, logsumexp, known)
     plain = bias is None and not known
     if plain:
@@ -128,7 +113,7 @@ def _apply_maps(
             some = whole_maps.whole_blocks(blocks, query, key, value, out)
             tasks += [partial(block.write, query, key, value, scale, out, logsumexp, buffers) for block in some]
             continue
-        part = Part(partial(operands, query, key, value, bias, scale, blocks, buffers), len(blocks.queries))
+        part = Part(partial(operands, maps, value, blocks, buffers), len(blocks.queries))
         tasks += [
             partial(_product_of_block, part, blocks, queries, out, logsumexp, known) for queries in blocks.queries
         ]
@@ -211,26 +196,17 @@ def _online_product(
     return product, normaliser.masked_fill_(normaliser == 0.0, 1.0) if masked else normaliser
 
 
-def adjoint(
-    query: Tensor,
-    key: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    logsumexp: Tensor,
-    map_index: tuple[int, ...],
-    scale: float,
-    out: Tensor,
-    key_lengths: tuple[int, ...] | None = None,
-) -> None:
+def adjoint(maps: Maps, weight: Tensor, out: Tensor, logsumexp: Tensor) -> None:
     """Write ``A[map_index].T @ weight`` to ``out``."""
-    by_map, lengths = rows_by_map(map_index, query.shape[0]), lengths_of(key, key_lengths)
+    query, key = maps.query, maps.key
+    by_map, lengths = rows_by_map(maps.map_index, query.shape[0]), lengths_of(key, maps.key_lengths)
     for rows, length in zip(by_map, lengths, strict=True):
         if rows and length < key.shape[2]:
             out[list(rows), :, length:] = 0.0
     tasks: list[Task] = []
     buffers = Buffers()
     for blocks in cut_maps(query, key, by_map, lengths):
-        part = Part(partial(operands, query, key, weight, bias, scale, blocks, buffers), len(blocks.keys))
+        part = Part(partial(operands, maps, weight, blocks, buffers), len(blocks.keys))
         tasks += [partial(_adjoint_of_block, part, blocks, keys, logsumexp, out) for keys in blocks.keys]
     compute(tasks, query)
     buffers.release()

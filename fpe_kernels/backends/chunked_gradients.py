@@ -8,79 +8,44 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .blocks import Block, Blocks, Scores, compute, cut_maps, lengths_of, pack, working_dtype
+from .blocks import Block, Blocks, compute, cut_maps, lengths_of, operands, pack, working_dtype
 from .grouping import rows_by_map
+from .protocol import Factors, Maps
 
 
-def _score_gradients(
-    query: Tensor,
-    key: Tensor,
-    left: Tensor,
-    right: Tensor,
-    delta: Tensor,
-    bias: Tensor | None,
-    logsumexp: Tensor,
-    blocks: Blocks,
-    scale: float,
-) -> Iterator[tuple[Block, Tensor]]:
+def _cut(maps: Maps) -> Iterator[Blocks]:
+    by_map = rows_by_map(maps.map_index, maps.query.shape[0])
+    return cut_maps(maps.query, maps.key, by_map, lengths_of(maps.key, maps.key_lengths))
+
+
+def _score_gradients(maps: Maps, factors: Factors, blocks: Blocks) -> Iterator[tuple[Block, Tensor]]:
     """Yield dS for every block, key blocks innermost; the tensor is valid until the next one is asked for."""
-    scores_of = Scores(query, key, bias, scale, blocks)
     # Side by side, the product over all columns is the sum over the batch rows.
-    lefts = pack(left, blocks.rows, blocks.heads, 1, scores_of.dtype)
-    repeats = query.shape[1] // right.shape[1]
-    rights = pack(right, blocks.rows, blocks.heads, repeats, scores_of.dtype).transpose(1, 2)
+    scores_of, rights = operands(maps, factors.right, blocks)
+    rights = rights.transpose(1, 2)
+    lefts = pack(factors.left, blocks.rows, blocks.heads, 1, scores_of.dtype)
     for queries in blocks.queries:
-        statistics = logsumexp[blocks.group, blocks.heads, queries]
-        offset = delta[blocks.group, blocks.heads, queries].unsqueeze(-1)
+        statistics = factors.logsumexp[blocks.group, blocks.heads, queries]
+        offset = factors.delta[blocks.group, blocks.heads, queries].unsqueeze(-1)
         for keys in blocks.keys:
-            maps = scores_of.probabilities(queries, keys, statistics)
+            probabilities = scores_of.probabilities(queries, keys, statistics)
             outer = torch.bmm(lefts[:, queries], rights[:, :, keys])
             block = Block(blocks.group, blocks.heads, queries, keys, blocks.key_heads)
-            yield block, maps.mul_(outer.sub_(offset))
+            yield block, probabilities.mul_(outer.sub_(offset))
 
 
-def score_gradient(
-    query: Tensor,
-    key: Tensor,
-    left: Tensor,
-    right: Tensor,
-    delta: Tensor,
-    bias: Tensor | None,
-    logsumexp: Tensor,
-    map_index: tuple[int, ...],
-    scale: float,
-    grad_query: Tensor,
-    grad_key: Tensor,
-    key_lengths: tuple[int, ...] | None = None,
-) -> None:
+def score_gradient(maps: Maps, factors: Factors, grad_query: Tensor, grad_key: Tensor) -> None:
     """Write the gradients of query and key, the latter [G, H, M, D] with a head for each query head."""
-    by_map, lengths = rows_by_map(map_index, query.shape[0]), lengths_of(key, key_lengths)
-    inputs = query, key, left, right, delta, bias, logsumexp
-    parts = cut_maps(query, key, by_map, lengths)
-    compute([partial(_gradients_of_part, *inputs, blocks, scale, grad_query, grad_key) for blocks in parts], query)
-    for group, rows in enumerate(by_map):
-        if not rows or lengths[group] == 0:
-            grad_query[group] = 0.0
-            grad_key[group] = 0.0
+    parts = _cut(maps)
+    compute([partial(_gradients_of_part, maps, factors, blocks, grad_query, grad_key) for blocks in parts], maps.query)
 
 
-def _gradients_of_part(
-    query: Tensor,
-    key: Tensor,
-    left: Tensor,
-    right: Tensor,
-    delta: Tensor,
-    bias: Tensor | None,
-    logsumexp: Tensor,
-    blocks: Blocks,
-    scale: float,
-    grad_query: Tensor,
-    grad_key: Tensor,
-) -> None:
+def _gradients_of_part(maps: Maps, factors: Factors, blocks: Blocks, grad_query: Tensor, grad_key: Tensor) -> None:
     """Write the gradients of query and key of one map and head range."""
+    query, key, scale = maps.query, maps.key, maps.scale
     dtype, last = working_dtype(query.dtype), blocks.keys[-1].stop if blocks.keys else 0
     by_query = by_key = key.new_empty(0, dtype=dtype)
-    for block, gradient in _score_gradients(query, key, left, right, delta, bias, logsumexp, blocks, scale):
+    for block, gradient in _score_gradients(maps, factors, blocks):
         if block.keys.start == 0:
             by_query = gradient.new_zeros((*gradient.shape[:2], query.shape[3]))
             if block.queries.start == 0:
@@ -95,28 +60,14 @@ def _gradients_of_part(
                 grad_key[block.group, block.heads] = by_key
 
 
-def bias_gradient(
-    query: Tensor,
-    key: Tensor,
-    left: Tensor,
-    right: Tensor,
-    delta: Tensor,
-    bias: Tensor,
-    logsumexp: Tensor,
-    map_index: tuple[int, ...],
-    scale: float,
-    grad: Tensor,
-    key_lengths: tuple[int, ...] | None = None,
-) -> None:
-    """Add dS to ``grad``, which has the shape of ``bias``, summed over the axes of size 1."""
+def bias_gradient(maps: Maps, factors: Factors, grad: Tensor) -> None:
+    """Write dS to ``grad``, which has the shape of the bias, summed over the axes of size 1."""
     accumulated = torch.zeros_like(grad, dtype=working_dtype(grad.dtype))
     # Heads may share the bias, so their blocks follow one another.
-    inputs = query, key, left, right, delta, bias, logsumexp
-    parts = cut_maps(query, key, rows_by_map(map_index, query.shape[0]), lengths_of(key, key_lengths))
-    for block, gradient in (found for blocks in parts for found in _score_gradients(*inputs, blocks, scale)):
+    for block, gradient in (found for blocks in _cut(maps) for found in _score_gradients(maps, factors, blocks)):
         wanted = (slice(block.group, block.group + 1), block.heads, block.queries, block.keys)
         part = accumulated[
-            tuple(index if size > 1 else slice(None) for size, index in zip(bias.shape, wanted, strict=True))
+            tuple(index if size > 1 else slice(None) for size, index in zip(grad.shape, wanted, strict=True))
         ]
         part += gradient.unsqueeze(0).sum_to_size(part.shape)
     grad.copy_(accumulated)

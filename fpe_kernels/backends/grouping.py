@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 
@@ -17,8 +16,3 @@ def rows_by_map(map_index: tuple[int, ...], maps: int) -> tuple[tuple[int, ...],
     for row, index in enumerate(map_index):
         rows[index].append(row)
     return tuple(tuple(entry) for entry in rows)
-
-
-def unreferenced(map_index: Sequence[int], maps: int) -> list[int]:
-    """The maps that no batch row names."""
-    return sorted(set(range(maps)) - set(map_index))

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .grouping import unreferenced
+from .protocol import Factors, Maps
 
 
 def attention_map(
@@ -58,79 +58,38 @@ def _existing(tensor: Tensor, key_lengths: Sequence[int] | None, index: Sequence
     return tensor.masked_fill(past[:, None, :, None], 0.0)
 
 
-def _maps(
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    key_lengths: Sequence[int] | None,
-    logsumexp: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def _maps(maps: Maps, known: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """:func:`attention_map` at ``dtype``."""
-    bias = None if bias is None else bias.to(dtype)
-    return attention_map(query.to(dtype), key.to(dtype), bias, scale, key_lengths, logsumexp)
+    bias = None if maps.bias is None else maps.bias.to(dtype)
+    return attention_map(maps.query.to(dtype), maps.key.to(dtype), bias, maps.scale, maps.key_lengths, known)
 
 
 def apply(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    map_index: tuple[int, ...],
-    scale: float,
-    out: Tensor,
-    logsumexp: Tensor,
-    known: bool,
-    row_weight: Tensor | None = None,
-    key_lengths: tuple[int, ...] | None = None,
+    maps: Maps, value: Tensor, out: Tensor, logsumexp: Tensor, known: bool, row_weight: Tensor | None = None
 ) -> None:
     """Write ``row_weight ⊙ (A[map_index] @ value)`` to ``out`` and, unless it is known, the log-sum-exp."""
-    maps, computed = _maps(query, key, bias, scale, key_lengths, logsumexp if known else None, out.dtype)
-    value = repeated(_existing(value.to(out.dtype), key_lengths, map_index), query.shape[1])
-    product = maps[list(map_index)] @ value
+    dense, computed = _maps(maps, logsumexp if known else None, out.dtype)
+    value = repeated(_existing(value.to(out.dtype), maps.key_lengths, maps.map_index), maps.query.shape[1])
+    product = dense[list(maps.map_index)] @ value
     out.copy_(product if row_weight is None else row_weight.unsqueeze(-1) * product)
     if not known:
         logsumexp.copy_(computed)
 
 
-def adjoint(
-    query: Tensor,
-    key: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    logsumexp: Tensor,
-    map_index: tuple[int, ...],
-    scale: float,
-    out: Tensor,
-    key_lengths: tuple[int, ...] | None = None,
-) -> None:
+def adjoint(maps: Maps, weight: Tensor, out: Tensor, logsumexp: Tensor) -> None:
     """Write ``A[map_index].T @ weight`` to ``out``."""
-    maps, _ = _maps(query, key, bias, scale, key_lengths, logsumexp, out.dtype)
-    out.copy_(maps[list(map_index)].transpose(-1, -2) @ weight.to(out.dtype))
+    dense, _ = _maps(maps, logsumexp, out.dtype)
+    out.copy_(dense[list(maps.map_index)].transpose(-1, -2) @ weight.to(out.dtype))
 
 
-def score_gradient(
-    query: Tensor,
-    key: Tensor,
-    left: Tensor,
-    right: Tensor,
-    delta: Tensor,
-    bias: Tensor | None,
-    logsumexp: Tensor,
-    map_index: tuple[int, ...],
-    scale: float,
-    grad_query: Tensor,
-    grad_key: Tensor,
-    key_lengths: tuple[int, ...] | None = None,
-) -> None:
+def score_gradient(maps: Maps, factors: Factors, grad_query: Tensor, grad_key: Tensor) -> None:
     """Write the gradients of query and key, the latter [G, H, M, D] with a head for each query head."""
-    maps, _ = _maps(query, key, bias, scale, key_lengths, logsumexp, query.dtype)
-    outer = torch.zeros_like(maps)
-    rights = repeated(_existing(right, key_lengths, map_index), query.shape[1]).transpose(-1, -2)
-    key = repeated(_existing(key, key_lengths, range(key.shape[0])), query.shape[1])
-    outer.index_add_(0, torch.tensor(map_index, dtype=torch.int64, device=query.device), left @ rights)
-    scores = maps * (outer - delta.unsqueeze(-1).to(maps.dtype))
-    scores[unreferenced(map_index, query.shape[0])] = 0.0  # whose statistics nothing computed
-    grad_query.copy_(scale * (scores @ key))
-    grad_key.copy_(scale * (scores.transpose(-1, -2) @ query))
+    query, index, lengths = maps.query, maps.map_index, maps.key_lengths
+    dense, _ = _maps(maps, factors.logsumexp, query.dtype)
+    rights = repeated(_existing(factors.right, lengths, index), query.shape[1]).transpose(-1, -2)
+    key = repeated(_existing(maps.key, lengths, range(query.shape[0])), query.shape[1])
+    outer = torch.zeros_like(dense)
+    outer.index_add_(0, torch.tensor(index, dtype=torch.int64, device=query.device), factors.left @ rights)
+    scores = dense * (outer - factors.delta.unsqueeze(-1).to(dense.dtype))
+    grad_query.copy_(maps.scale * (scores @ key))
+    grad_key.copy_(maps.scale * (scores.transpose(-1, -2) @ query))

@@ -93,6 +93,7 @@ def test_the_measured_kernel_serves_what_was_measured_and_no_output_in_float32()
     kernels = compiler(
         "import torch\n"
         "from benchmarks.workers.problems import launches_of\n"
+        "from fpe_kernels.backends.protocol import Maps\n"
         "from fpe_kernels.backends.triton import forward\n"
         "from fpe_kernels.ops import empty_heads, empty_logsumexp\n"
         "like = torch.empty(0, dtype=torch.float16, device='meta')\n"
@@ -100,7 +101,7 @@ def test_the_measured_kernel_serves_what_was_measured_and_no_output_in_float32()
         "for dtype in (torch.float16, torch.float32):\n"
         "    with launches_of('sm_90') as made:\n"
         "        out = empty_heads(like, 2, 8, 4096, 64, dtype)\n"
-        "        forward.apply(query, query, value, None, (0, 0), 0.1, out, empty_logsumexp(query), False)\n"
+        "        forward.apply(Maps(query, query, None, (0, 0), 0.1), value, out, empty_logsumexp(query), False)\n"
         "    print(*[launch.kernel.__name__ for launch in made])"
     )
     assert kernels.split() == ["hopper_kernel", "apply_kernel"]

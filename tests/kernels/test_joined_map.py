@@ -63,9 +63,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[int, ...]]]:
     seen: list[tuple[int, tuple[int, ...]]] = []
     original = chunked.apply
 
-    def counted(query, key, value, bias, map_index, *args, **kwargs):
-        seen.append((key.shape[2], map_index))
-        return original(query, key, value, bias, map_index, *args, **kwargs)
+    def counted(maps, *args):
+        seen.append((maps.key.shape[2], maps.map_index))
+        return original(maps, *args)
 
     monkeypatch.setattr(chunked, "apply", counted)
     return seen

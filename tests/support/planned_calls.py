@@ -13,9 +13,11 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from fpe_kernels import ready, shared_attention, validation
+from fpe_kernels.backends.protocol import Factors, Maps
 from fpe_kernels.backends.triton import backend, configs, plans
 from fpe_kernels.backends.triton import gradients as gradient_launches
 from fpe_kernels.backends.triton.apply import apply_kernel
+from fpe_kernels.backends.triton.backward import GradientTensors
 from tests.support.recorded_launches import Recorded, RecordingDriver
 
 HEADS, TOKENS = 2, 64
@@ -43,7 +45,7 @@ def product(
     value, out = heads_split(len(map_index), keys, dim), heads_split(len(map_index), queries, dim)
     rest = torch.empty(maps, HEADS, queries), known, None if weight is None else torch.empty(weight)
     full_bias = None if bias is None else torch.empty(bias, dtype=torch.half)
-    return lambda: backend.apply(query, key, value, full_bias, map_index, 0.1, out, *rest)
+    return lambda: backend.apply(Maps(query, key, full_bias, map_index, 0.1), value, out, *rest)
 
 
 def merged() -> Call:
@@ -51,36 +53,36 @@ def merged() -> Call:
     query, key, value = heads_split(2, TOKENS, 16), heads_split(2, 33, 16), heads_split(2, 33, 16)
     out, prior = heads_split(2, TOKENS, 16), heads_split(2, TOKENS, 16, dtype=torch.float32)
     statistics, others = torch.empty(2, HEADS, TOKENS), torch.empty(2, HEADS, TOKENS)
-    operands = query, key, value, None, (0, 1), 0.1, out, statistics, False, None, (33, 20), prior, others
-    return lambda: backend.apply_merged(*operands)
+    maps = Maps(query, key, None, (0, 1), 0.1, (33, 20))
+    return lambda: backend.apply_merged(maps, value, out, statistics, False, None, prior, others)
 
 
 def lengths() -> Call:
     query, value = heads_split(2, TOKENS, 16), heads_split(2, TOKENS, 16)
     out, statistics = heads_split(2, TOKENS, 16), torch.empty(2, HEADS, TOKENS)
-    operands = query, query, value, None, (0, 1), 0.1, out, statistics, False
-    return lambda: backend.apply(*operands, key_lengths=(TOKENS, 20))
+    maps = Maps(query, query, None, (0, 1), 0.1, (TOKENS, 20))
+    return lambda: backend.apply(maps, value, out, statistics, False)
 
 
 def adjoint() -> Call:
     query, weight, logsumexp = heads_split(1, TOKENS, 40), heads_split(2, TOKENS, 40), torch.empty(1, HEADS, TOKENS)
     out = torch.empty_like(weight)
-    return lambda: backend.adjoint(query, query, weight, None, logsumexp, (0, 0), 0.1, out)
+    return lambda: backend.adjoint(Maps(query, query, None, (0, 0), 0.1), weight, out, logsumexp)
 
 
 def gradients() -> Call:
     query, factor = heads_split(1, TOKENS, 40), heads_split(2, TOKENS, 40)
     logsumexp, out = torch.empty(1, HEADS, TOKENS), heads_split(1, TOKENS, 40)
-    return lambda: backend.score_gradient(
-        query, query, factor, factor, logsumexp, None, logsumexp, (0, 0), 0.1, out, out
-    )
+    factors = Factors(factor, factor, logsumexp, logsumexp)
+    return lambda: backend.score_gradient(Maps(query, query, None, (0, 0), 0.1), factors, out, out)
 
 
 def gradient_of_six() -> Call:
     query, factor = heads_split(1, TOKENS, 40), heads_split(6, TOKENS, 40)
     logsumexp, total = torch.empty(1, HEADS, TOKENS), heads_split(1, TOKENS, 40, dtype=torch.float32)
-    tensors = query, query, factor, factor, None, total, logsumexp, logsumexp
-    return lambda: plans.launch_all(gradient_launches.plan, tensors, (0,) * 6, 0.1, True, configs.gradient_config)
+    tensors = GradientTensors(query, query, factor, factor, None, total, logsumexp, logsumexp)
+    settings = gradient_launches.GradientSettings((0,) * 6, 0.1, None, True, configs.gradient_config)
+    return lambda: plans.launch_all(gradient_launches.plan, tensors, settings)
 
 
 CALLS: dict[str, Callable[[], Call]] = {

@@ -33,9 +33,9 @@ def wrong_result():
 
     real = chunked.apply
 
-    def spoiled(*args, **keywords):
-        real(*args, **keywords)
-        args[6][0, 0, 0, 0] += 1e-3  # one element of the product
+    def spoiled(maps, value, out, *rest):
+        real(maps, value, out, *rest)
+        out[0, 0, 0, 0] += 1e-3  # one element of the product
 
     chunked.apply = spoiled  # in a worker that does nothing after it
     return check(Problem((0, 0), 64, 64, 16, "float32"), "cpu", "torch")

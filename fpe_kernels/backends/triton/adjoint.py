@@ -7,11 +7,13 @@ The weights of the batch rows that share a map stand side by side as packed colu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..protocol import Maps
 from . import configs
 from .configs import MAX_COLUMNS, Config
 from .launch import Launch, product_precision, strides
@@ -226,19 +228,34 @@ def adjoint_kernel(
         )
 
 
+class AdjointTensors(NamedTuple):
+    """What the launches of an adjoint product read and write.
+
+    Args:
+        query, key: [G, H, N, D] and [G, h, M, D].
+        weight: [B, H, N, E].
+        bias: [G, H, N, M], or None.
+        out: [B, H, M, E].
+        logsumexp: [G, H, N], contiguous.
+    """
+
+    query: Tensor
+    key: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    out: Tensor
+    logsumexp: Tensor
+
+    def of(self, chunk: Chunk) -> AdjointTensors:
+        """Narrowed to the columns of a chunk."""
+        return self._replace(weight=columns_of(self.weight, chunk), out=columns_of(self.out, chunk))
+
+
 def prepare(
-    query: Tensor,
-    key: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    logsumexp: Tensor,
-    chunk: Chunk,
-    scale: float,
-    out: Tensor,
-    config: Config,
-    key_lengths: tuple[int, ...] | None = None,
+    tensors: AdjointTensors, chunk: Chunk, scale: float, config: Config, key_lengths: tuple[int, ...] | None = None
 ) -> Launch:
-    """The launch of one chunk; ``weight`` and ``out`` are narrowed to its columns, ``bias`` is [G, H, N, M]."""
+    """The launch of one chunk, of tensors that are narrowed to its columns."""
+    query, key, weight, bias, out, logsumexp = tensors
     _, heads, queries, head_dim = query.shape
     keys, value_dim = key.shape[2], weight.shape[3]
     head_pieces, column_pieces = split_width(head_dim), split_width(chunk.branches * value_dim)
@@ -301,41 +318,29 @@ def prepare(
     )
 
 
-def adjoint(
-    query: Tensor,
-    key: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    logsumexp: Tensor,
-    map_index: tuple[int, ...],
-    scale: float,
-    out: Tensor,
-    key_lengths: tuple[int, ...] | None = None,
-) -> None:
+class AdjointSettings(NamedTuple):
+    """What the launches follow from besides the tensors."""
+
+    map_index: tuple[int, ...]
+    scale: float
+    key_lengths: tuple[int, ...] | None
+    adjoint_config: Callable[..., Config]
+
+
+def adjoint(maps: Maps, weight: Tensor, out: Tensor, logsumexp: Tensor) -> None:
     """Write ``A[map_index].T @ weight`` to ``out``."""
-    tensors = query, key, weight, bias, out, logsumexp.contiguous()
-    launch_all(plan, tensors, map_index, scale, configs.adjoint_config, key_lengths)
+    tensors = AdjointTensors(maps.query, maps.key, weight, maps.bias, out, logsumexp.contiguous())
+    launch_all(plan, tensors, AdjointSettings(maps.map_index, maps.scale, maps.key_lengths, configs.adjoint_config))
 
 
-def plan(
-    query: Tensor,
-    key: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    logsumexp: Tensor,
-    map_index: tuple[int, ...],
-    scale: float,
-    adjoint_config: Callable[..., Config],
-    key_lengths: tuple[int, ...] | None = None,
-) -> Iterator[Launch]:
-    """The launches of :func:`adjoint`, by the rule given."""
+def plan(tensors: AdjointTensors, settings: AdjointSettings) -> Iterator[Launch]:
+    """The launches of :func:`adjoint`."""
+    query, key, weight, bias, _, _ = tensors
     if bias is not None:
-        bias = bias.expand(*query.shape[:3], key.shape[2])
+        tensors = tensors._replace(bias=bias.expand(*query.shape[:3], key.shape[2]))
     tf32 = product_precision(query.dtype) == "tf32"
-    for chunk in chunks(map_index, query.shape[0], weight.shape[3], MAX_COLUMNS[query.element_size()]):
+    for chunk in chunks(settings.map_index, query.shape[0], weight.shape[3], MAX_COLUMNS[query.element_size()]):
         if chunk.stop > chunk.start:
-            weights = columns_of(weight, chunk)
-            config = adjoint_config(query, weights, chunk, bias is not None, key.shape[2], tf32)
-            out_columns = columns_of(out, chunk)
-            yield prepare(query, key, weights, bias, logsumexp, chunk, scale, out_columns, config, key_lengths)
+            part = tensors.of(chunk)
+            config = settings.adjoint_config(query, part.weight, chunk, bias is not None, key.shape[2], tf32)
+            yield prepare(part, chunk, settings.scale, config, settings.key_lengths)

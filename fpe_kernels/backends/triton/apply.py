@@ -26,13 +26,15 @@ L' is a row's own where the other keys are, so the shares differ by branch.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .configs import Config
 from .launch import Launch, product_precision, strides
-from .packing import Chunk, bias_varies, device_table, needs_wide_index, split_width, vector_width
+from .packing import Chunk, bias_varies, columns_of, device_table, needs_wide_index, split_width, vector_width
 from .primitives import (
     LN2,
     LOG2E,
@@ -340,28 +342,58 @@ def apply_kernel(
         )
 
 
+class ApplyTensors(NamedTuple):
+    """What the launches of a forward product read and write.
+
+    Args:
+        query, key: [G, H, N, D] and [G, h, M, D].
+        value: [B, h, M, E].
+        bias: [G, H, N, M], or None.
+        out: [B, H, N, E].
+        logsumexp: [G, H, N], contiguous.
+        row_weight: [B, H, N], or None.
+        prior: with the shape and strides of ``out``, or None.
+        prior_logsumexp: [B, H, N], contiguous, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    out: Tensor
+    logsumexp: Tensor
+    row_weight: Tensor | None = None
+    prior: Tensor | None = None
+    prior_logsumexp: Tensor | None = None
+
+    def expanded(self) -> ApplyTensors:
+        """With bias and row weights for every score and every row."""
+        (maps, heads, queries, _), keys = self.query.shape, self.key.shape[2]
+        bias = None if self.bias is None else self.bias.expand(maps, heads, queries, keys)
+        return self._replace(
+            bias=bias, row_weight=None if self.row_weight is None else self.row_weight.expand(self.out.shape[:3])
+        )
+
+    def of(self, chunk: Chunk) -> ApplyTensors:
+        """Narrowed to the columns of a chunk."""
+        prior = None if self.prior is None else columns_of(self.prior, chunk)
+        return self._replace(value=columns_of(self.value, chunk), out=columns_of(self.out, chunk), prior=prior)
+
+
 def prepare(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
+    tensors: ApplyTensors,
     chunk: Chunk,
     scale: float,
-    out: Tensor,
-    logsumexp: Tensor,
     known: bool,
-    row_weight: Tensor | None,
     skips: bool,
     config: Config,
     key_lengths: tuple[int, ...] | None = None,
-    prior: Tensor | None = None,
-    prior_logsumexp: Tensor | None = None,
 ) -> Launch:
-    """The launch of one chunk; ``value`` and ``out`` are narrowed to its columns, ``bias`` is [G, H, N, M].
+    """The launch of one chunk, of expanded tensors that are narrowed to its columns.
 
-    ``row_weight`` is [B, H, N]; ``skips`` says that nothing else needs the statistics of rows whose weights are zero.
-    ``prior`` is narrowed as ``out`` is, and has its strides; its log-sum-exp [B, H, N] is contiguous.
+    ``skips`` says that nothing else needs the statistics of rows whose weights are zero.
     """
+    query, key, value, bias, out, logsumexp, row_weight, prior, prior_logsumexp = tensors
     _, heads, queries, head_dim = query.shape
     keys, value_dim = key.shape[2], value.shape[3]
     head_pieces, column_pieces = split_width(head_dim), split_width(chunk.branches * value_dim)
@@ -380,8 +412,8 @@ def prepare(
             "out_ptr": out,
             "logsumexp_ptr": logsumexp,
             "table_ptr": table,
-            "prior_ptr": table if prior is None else prior,
-            "prior_logsumexp_ptr": table if prior_logsumexp is None else prior_logsumexp,
+            "prior_ptr": query if prior is None else prior,
+            "prior_logsumexp_ptr": query if prior_logsumexp is None else prior_logsumexp,
             "lengths_ptr": table if key_lengths is None else device_table((key_lengths,), query.device),
         },
         numbers={

@@ -6,10 +6,9 @@ import torch
 import triton
 
 from .adjoint import adjoint
-from .forward import apply
+from .forward import apply, apply_merged
 from .gradients import score_gradient
 from .hopper import missing as without
-from .merging import apply_merged
 from .ready import ready_call
 
 __all__ = [

@@ -9,13 +9,15 @@ that share a map stand side by side, so one product is the sum over them. Every 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .configs import Config
 from .launch import Launch, product_precision, strides
-from .packing import Chunk, bias_varies, device_table, needs_wide_index, split_width, vector_width
+from .packing import Chunk, bias_varies, columns_of, device_table, needs_wide_index, split_width, vector_width
 from .primitives import (
     LOG2E,
     add_bias,
@@ -295,25 +297,42 @@ def store_gradient(
     tl.store(ptrs, gradient.to(ptr.dtype.element_ty), mask=mask)
 
 
+class GradientTensors(NamedTuple):
+    """What the launches of one of the two gradients read and write.
+
+    Args:
+        own, other: [G, H, T, D] and [G, H, S, D]; query and key, or key and query. Heads of keys may be fewer.
+        own_factor, other_factor: [B, H, T, E] and [B, H, S, E].
+        bias: [G, H, T, S], or None.
+        gradient: [G, H, T, D], with a head for each query head.
+        logsumexp, delta: [G, H, N], contiguous.
+    """
+
+    own: Tensor
+    other: Tensor
+    own_factor: Tensor
+    other_factor: Tensor
+    bias: Tensor | None
+    gradient: Tensor
+    logsumexp: Tensor
+    delta: Tensor
+
+    def of(self, chunk: Chunk) -> GradientTensors:
+        """Narrowed to the columns of a chunk."""
+        own_factor, other_factor = columns_of(self.own_factor, chunk), columns_of(self.other_factor, chunk)
+        return self._replace(own_factor=own_factor, other_factor=other_factor)
+
+
 def prepare(
-    own: Tensor,
-    other: Tensor,
-    own_factor: Tensor,
-    other_factor: Tensor,
-    bias: Tensor | None,
-    gradient: Tensor,
-    logsumexp: Tensor,
-    delta: Tensor,
+    tensors: GradientTensors,
     chunk: Chunk,
     scale: float,
     own_statistics: bool,
     config: Config,
     key_lengths: tuple[int, ...] | None = None,
 ) -> Launch:
-    """The launch of one chunk; both factors are already narrowed to its columns, ``bias`` is [G, H, T, S].
-
-    ``gradient`` has a head for each query head, whichever of the others share some.
-    """
+    """The launch of one chunk, of tensors that are narrowed to its columns."""
+    own, other, own_factor, other_factor, bias, gradient, logsumexp, delta = tensors
     _, heads, owns, head_dim = gradient.shape
     others, value_dim = other.shape[2], own_factor.shape[3]
     head_pieces, column_pieces = split_width(head_dim), split_width(chunk.branches * value_dim)

@@ -7,7 +7,6 @@ next call of the same layout replaces the addresses of its tensors.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from triton.runtime import driver
 from ... import ready
 from .launch import Launch, allows_tf32, device_of
 
-Plan = Callable[..., Iterable[Launch]]
+Plan = Callable[[Any, Any], Iterable[Launch]]
+Tensors = tuple[Tensor | None, ...]
 
 _AT_MOST = 4096
 _ENDING = re.compile(r"_(ptr|\d+)$")
@@ -68,22 +68,22 @@ def forget() -> None:
     ready.forget()
 
 
-def launch_all(plan: Plan, tensors: tuple[Tensor | None, ...], *rest: Hashable) -> None:
-    """Launch what ``plan(*tensors, *rest)`` yields, or what it yielded for tensors of the same layout.
+def launch_all(plan: Plan, tensors: Tensors, settings: Hashable) -> None:
+    """Launch what ``plan(tensors, settings)`` yields, or what it yielded for tensors of the same layout.
 
     Args:
-        plan: yields the launches of a call in order; those depend on nothing but the layouts and ``rest``. A tensor
-            of a launch is that of the plan's parameter of the same name, which may end in ``_ptr`` or in a number, or
+        plan: yields the launches of a call in order; those depend on nothing but the layouts and ``settings``. A tensor
+            of a launch is the field of ``tensors`` by the same name, which may end in ``_ptr`` or in a number, or
             a part of it; tensors by other names are kept.
-        tensors: the first arguments of ``plan``; the first of them is never None.
-        rest: the other arguments; what is chosen by a function that can be replaced takes that function too.
+        tensors: a named tuple of tensors or None; the first of them is never None.
+        settings: all else; what is chosen by a function that can be replaced takes that function too.
 
     Raises:
         RuntimeError: while a CUDA graph is captured, for a layout that has not been launched before.
     """
     query = tensors[0]
     assert query is not None
-    key, addresses = _key(plan, tensors, rest)
+    key, addresses = _key(plan, tensors, settings)
     steps = _KNOWN.get(key)
     with device_of(query):
         if steps is not None and not any(step.kernel.pre_run_hooks for step in steps):
@@ -97,7 +97,7 @@ def launch_all(plan: Plan, tensors: tuple[Tensor | None, ...], *rest: Hashable) 
                 "compiling and loading kernels cannot be captured. Make the call once before capturing it, as "
                 "torch.cuda.make_graphed_callables and torch.compile(mode='reduce-overhead') do."
             )
-        made = [_step(plan, launch, launch.run(), tensors) for launch in plan(*tensors, *rest)]
+        made = [_step(launch, launch.run(), tensors) for launch in plan(tensors, settings)]
     kept = [step for step in made if step is not None]
     if len(kept) == len(made):
         if len(_KNOWN) >= _AT_MOST:
@@ -105,12 +105,12 @@ def launch_all(plan: Plan, tensors: tuple[Tensor | None, ...], *rest: Hashable) 
         _KNOWN[key] = tuple(kept)
 
 
-def known(plan: Plan, tensors: tuple[Tensor | None, ...], *rest: Hashable) -> tuple[Step, ...]:
+def known(plan: Plan, tensors: Tensors, settings: Hashable) -> tuple[Step, ...]:
     """What :func:`launch_all` of the same arguments repeats; () where it would work them out anew."""
-    return _KNOWN.get(_key(plan, tensors, rest)[0], ())
+    return _KNOWN.get(_key(plan, tensors, settings)[0], ())
 
 
-def _key(plan: Plan, tensors: tuple[Tensor | None, ...], rest: tuple[Hashable, ...]) -> tuple[tuple, list[int]]:
+def _key(plan: Plan, tensors: Tensors, settings: Hashable) -> tuple[tuple, list[int]]:
     """What the launches of a call follow from, and the addresses of its tensors."""
     query = tensors[0]
     assert query is not None
@@ -120,11 +120,11 @@ def _key(plan: Plan, tensors: tuple[Tensor | None, ...], rest: tuple[Hashable, .
         None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), address % 16)
         for tensor, address in zip(tensors, addresses)  # noqa: B905  both as long as the tensors
     ]
-    settings = compiler_settings()
+    compiled_by = compiler_settings()
     if _AMD:
         # Offsets into memory of less than 2 GiB take other instructions there.
-        settings += tuple(tensor is None or tensor.untyped_storage().nbytes() < 2**31 for tensor in tensors)
-    return (plan, rest, tf32, query.device, settings, *layouts), addresses
+        compiled_by += tuple(tensor is None or tensor.untyped_storage().nbytes() < 2**31 for tensor in tensors)
+    return (plan, settings, tf32, query.device, compiled_by, *layouts), addresses
 
 
 def compiler_settings() -> tuple:
@@ -162,14 +162,14 @@ def _hooked() -> bool:
     return False
 
 
-def _step(plan: Plan, launch: Launch, compiled: Any, tensors: tuple[Tensor | None, ...]) -> Step | None:
+def _step(launch: Launch, compiled: Any, tensors: Tensors) -> Step | None:
     """``launch`` as it is repeated; None where it cannot be, as with the interpreter."""
     if not hasattr(compiled, "packed_metadata"):
         return None
     arguments: list[Any] = []
     addresses, boxes = [], []
     for place, name in enumerate(launch.kernel.arg_names):
-        tensor, source = launch.tensors.get(name), _parameters(plan).get(_ENDING.sub("", name))
+        tensor, source = launch.tensors.get(name), _places(type(tensors)).get(_ENDING.sub("", name))
         if tensor is None:
             arguments.append(launch.numbers[name] if name in launch.numbers else launch.constants[name])
         elif source is None:
@@ -194,6 +194,6 @@ def _step(plan: Plan, launch: Launch, compiled: Any, tensors: tuple[Tensor | Non
 
 
 @cache
-def _parameters(plan: Plan) -> dict[str, int]:
-    """The places of the parameters of ``plan``."""
-    return {name: place for place, name in enumerate(inspect.signature(plan).parameters)}
+def _places(record: Any) -> dict[str, int]:
+    """Where each field of a named tuple stands."""
+    return {name: place for place, name in enumerate(record._fields)}

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import configs, plans
-from .forward import plan
+from .apply import ApplyTensors
+from .forward import ApplySettings, plan
 from .launch import allows_tf32
 
 _OUT, _LOGSUMEXP = 4, 5  # places among the tensors of a forward plan
@@ -23,8 +24,9 @@ def ready_call(
     if torch.version.hip is not None:
         return None  # what is compiled there depends on more than layouts
     logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
-    tensors = query, key, value, None, out, logsumexp, None
-    steps = plans.known(plan, tensors, map_index, scale, False, configs.one_launch, configs.apply_config, None)
+    tensors = ApplyTensors(query, key, value, None, out, logsumexp)
+    settings = ApplySettings(map_index, scale, None, False, configs.one_launch, configs.apply_config)
+    steps = plans.known(plan, tensors, settings)
     described = {place for step in steps for _, place in step.boxes}
     return None if not steps or _LOGSUMEXP in described else ReadyProduct(query, key, value, out, steps)
 

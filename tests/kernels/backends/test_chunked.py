@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fpe_kernels import shared_attention
 from fpe_kernels.backends import chunked, fused_cpu
+from fpe_kernels.backends.protocol import Maps
 from fpe_kernels.testing import assert_within_budget
 
 SHAPES = [(1, 1, 8, 8), (7, 513, 40, 40), (65, 63, 16, 24), (300, 1025, 64, 64), (1023, 77, 72, 72)]
@@ -48,7 +49,7 @@ def test_query_rows_without_a_weight_are_not_computed(
 
     def flops(weight: torch.Tensor) -> int:
         with FlopCounterMode(display=False) as counter:
-            chunked.apply(query, key, value, None, map_index, 0.25, out, logsumexp, False, row_weight=weight)
+            chunked.apply(Maps(query, key, None, map_index, 0.25), value, out, logsumexp, False, weight)
         return counter.get_total_flops()
 
     region = torch.zeros(32, 32)
