@@ -155,7 +155,7 @@ def _planted(context: Context, option: str) -> list[Task]:
 
 def device_tests(context: Context) -> None:
     """The tests marked `gpu`; every outcome is said by name as it comes."""
-    from .programs import worker_count
+    from ..workers.programs import worker_count
 
     paths = _files_with_gpu_tests()
     if not _has("diffusers"):
