@@ -90,6 +90,12 @@ def ddim_scheduler(scheduler: Any) -> DDIMScheduler:
 
     Samples are not clipped, and the last step ends at the first training timestep, as Stable Diffusion's own
     samplers do. Example: ``pipe.scheduler = ddim_scheduler(pipe.scheduler)``.
+
+    Args:
+        scheduler: a diffusers scheduler, whose configuration is read.
+
+    Returns:
+        A new scheduler; the one that was passed stays as it is.
     """
     return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False, set_alpha_to_one=False)
 
