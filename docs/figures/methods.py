@@ -26,8 +26,7 @@ LEFT, MIDDLE, RIGHT = 20, 300, 560
 
 def site(kind: Kind) -> Site:
     """A layer of 16 × 16 tokens in a decoder."""
-    downsampling = ("down", "down")
-    return Site("up_blocks.1.attentions.0", "up", kind, 8, 8, 2, downsampling, (16, 16), (64, 64))
+    return Site("up_blocks.1.attentions.0", "up", kind, 8, 8, 2, ("down", "down"), (16, 16), (64, 64))
 
 
 def drawn(title: str, edit: Edit, kind: Kind, index: int = 10) -> str:
