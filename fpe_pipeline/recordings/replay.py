@@ -32,7 +32,7 @@ class Replay(EditingSession):
         guided: whether there are unconditional rows.
         backend: of the attention.
 
-    Attributes:
+    Args:
         needed: what the edit takes of the source.
     """
 
@@ -77,7 +77,7 @@ class Replay(EditingSession):
     def _read_roles(self, rows: int) -> BatchRoles:
         if self._recorded_roles.batch != rows:
             raise ValueError(
-                f"expected a batch of {self._recorded_roles.batch} rows, the targets of a recording, received {rows}"
+                f"expected a batch of {self._recorded_roles.batch} rows, the targets of a recording, got {rows}"
             )
         return self._recorded_roles
 
