@@ -18,6 +18,13 @@ def blend(weight: float | Sequence[float] | Tensor, first: LinearMap, second: Li
     Args:
         weight: as in :meth:`LinearMap.scale_rows`; 1 takes ``first``, 0 takes ``second``. A tensor [N] blends by query
             pixel. Where it is 0 or 1 for a block of query rows, a fused kernel leaves out the other map there.
+        first, second: maps of equal shape [B, H, N, M], dtype and device.
+
+    Returns:
+        The blended map, [B, H, N, M].
+
+    Raises:
+        ValueError, TypeError: maps that differ, or a weight of another shape or kind.
     """
     check_maps("blend", (first, second))
     validation.check_same_map(first, second)
@@ -34,6 +41,15 @@ def concatenate(maps: Sequence[LinearMap]) -> LinearMap:
 
         edited = A_src.mix(M).scale_columns(alpha) + A_tgt.scale_columns(1 - alpha)
         concatenate([A_src, edited]) @ torch.cat([v_src, v_tgt])
+
+    Args:
+        maps: [B_i, H, N, M] each, of one dtype and device.
+
+    Returns:
+        The map [B_0 + B_1 + …, H, N, M].
+
+    Raises:
+        ValueError, TypeError: no maps, or maps that differ in more than their batch.
     """
     check_maps("concatenate", maps)
     for other in maps[1:]:

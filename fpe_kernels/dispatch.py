@@ -119,6 +119,9 @@ def backends() -> dict[str, str]:
 
     >>> backends()["torch"]
     'available'
+
+    Returns:
+        By name, in the order of preference: ``"available"``, what it goes without here, or every reason against it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     answers = {}

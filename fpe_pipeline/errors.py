@@ -37,13 +37,13 @@ def check_positive(**numbers: Any) -> None:
     """Raise ValueError for anything but whole numbers from 1 on, of NumPy too."""
     for name, number in numbers.items():
         if isinstance(number, bool) or not hasattr(number, "__index__") or number < 1:
-            raise ValueError(f"{name} must be a whole number from 1 on, received {number!r}")
+            raise ValueError(f"{name} must be a whole number from 1 on, got {number!r}")
 
 
 def check_guidance(guidance_scale: Any) -> None:
     """Raise ValueError for a scale that is no finite number."""
     if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale must be a finite number, received {guidance_scale!r}")
+        raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
 
 
 def warn_of_size(size: tuple[int, int], native: tuple[int, int]) -> None:
@@ -67,6 +67,6 @@ def check_generator(generator: Any) -> None:
         if not isinstance(each, torch.Generator):
             seed = int(each) if hasattr(each, "__index__") else 0
             raise TypeError(
-                f"expected generator to be a torch.Generator, received {each!r}: write "
+                f"expected generator to be a torch.Generator, got {each!r}: write "
                 f"generator=torch.Generator().manual_seed({seed})"
             )

@@ -78,6 +78,18 @@ def test_no_circles(drawn):
     assert arrows.circles(arrows.rooms(drawn)) == []
 
 
+def test_every_import_names_a_module():
+    assert arrows.astray() == []
+
+
+def test_an_import_gone_astray_is_seen(tmp_path):
+    Path(tmp_path, "fpe_kernels").mkdir()
+    Path(tmp_path, "fpe_kernels", "__init__.py").write_text(
+        "def late():\n    from .moved import name\n", encoding="utf-8"
+    )
+    assert arrows.astray(tmp_path, ("fpe_kernels",)) == ["fpe_kernels → fpe_kernels.moved"]
+
+
 def test_no_arrow_but_the_listed_ones(drawn):
     assert crossed(arrows.rooms(drawn)) == []
 

@@ -38,9 +38,6 @@ class Stage:
     least: float = 0.0
 
 
-# Smoke
-
-
 def environment(context: Context) -> None:
     """The device, driver, versions and commit; which backends serve, and what it costs where kernels do not."""
     import torch
@@ -150,12 +147,9 @@ def _planted(context: Context, option: str) -> list[Task]:
     return [Task(name, call) for name, _, call in (entry.partition("=") for entry in planted.split(",")) if call]
 
 
-# The rest of a full session
-
-
 def device_tests(context: Context) -> None:
     """The tests marked `gpu`; every outcome is said by name as it comes."""
-    from .programs import worker_count
+    from ..workers.programs import worker_count
 
     paths = _files_with_gpu_tests()
     if not _has("diffusers"):
@@ -192,9 +186,6 @@ def train(context: Context) -> None:
     from .training import train_models
 
     train_models(context)
-
-
-# Common
 
 
 def _architecture(context: Context) -> str:

@@ -337,6 +337,6 @@ def check_prompts(edit: Edit, prompts: Sequence[str], tokenizer: Any = None) -> 
     begins_so = all(own == other for own, other in zip(written, given, strict=False))
     if not begins_so or (len(written) > 1 and len(prompts) not in (1, len(written))):
         raise ValueError(
-            f"{type(edit).__name__} is written for the prompts {list(written)}, received {list(prompts)}: write it "
+            f"{type(edit).__name__} is written for the prompts {list(written)}, got {list(prompts)}: write it "
             "for the source and the targets of the call, in their order"
         )

@@ -26,7 +26,7 @@ def embedded_path(name: str = EMBEDDED) -> Path:
         FileNotFoundError: this installation was built without the weights.
     """
     if name != EMBEDDED and name not in EARLIER:
-        raise ValueError(f"the models in this package are {', '.join((EMBEDDED, *EARLIER))}, received {name!r}")
+        raise ValueError(f"the models in this package are {', '.join((EMBEDDED, *EARLIER))}, got {name!r}")
     folder = _HERE / "weights" if name == EMBEDDED else _HERE / "earlier" / name.replace("-", "_")
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(

@@ -30,7 +30,7 @@ _COLOURS = tuple(COLOURS)
 class Verdict:
     """What the judge sees in ``n`` pictures.
 
-    Attributes:
+    Args:
         objects, colours, backgrounds: ``n`` names each.
         masks: bool ``[n, h, w]``, the pixels of the object.
     """

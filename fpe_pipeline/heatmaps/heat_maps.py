@@ -65,6 +65,9 @@ def heat_maps(
         max_bytes: limit of what ``components`` keeps.
         **session_options: of :func:`editing`, such as ``images_per_prompt``; not inside a session, which has its own.
 
+    Yields:
+        `HeatMaps`, which can be asked after a call.
+
     Raises:
         ValueError: nothing to read, words that no prompt holds (before any denoising), pixels outside the image,
             more to keep than ``max_bytes``.

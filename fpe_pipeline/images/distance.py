@@ -37,7 +37,7 @@ def distance(image: Image.Image, other: Image.Image) -> Distance:
         ValueError: images of two sizes.
     """
     if image.size != other.size:
-        raise ValueError(f"expected images of one size, received {image.size} and {other.size} (width, height)")
+        raise ValueError(f"expected images of one size, got {image.size} and {other.size} (width, height)")
     difference = np.asarray(image.convert("RGB"), np.int16) - np.asarray(other.convert("RGB"), np.int16)
     error = float(np.mean(np.square(difference, dtype=np.float64)))
     psnr = 10 * math.log10(LEVELS**2 / error) if error else math.inf

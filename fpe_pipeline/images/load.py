@@ -80,7 +80,7 @@ def load_image(
     elif isinstance(image, torch.Tensor | np.ndarray):
         opened = _from_array(image)
     elif not isinstance(image, Image.Image):
-        raise InputError(f"expected a path, a PIL image, an array or a tensor, received {type(image).__name__}")
+        raise InputError(f"expected a path, a PIL image, an array or a tensor, got {type(image).__name__}")
     try:
         return _fit(opened, size, multiple, pixels, name)
     finally:
@@ -99,7 +99,7 @@ def fitted_size(
     for name, side in zip(("width", "height"), size, strict=True):
         if side is not None and (side <= 0 or side % multiple):
             nearest = max(1, round(side / multiple)) * multiple
-            raise InputError(f"{name} must be a positive multiple of {multiple} px, received {side}; use {nearest}")
+            raise InputError(f"{name} must be a positive multiple of {multiple} px, got {side}; use {nearest}")
     width, height = size
     aspect = given[0] / given[1]
     if width is not None or height is not None:
@@ -206,7 +206,7 @@ def _from_array(values: Any) -> Image.Image:
         array = array[:, :, 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (2, 3, 4)):
         raise InputError(
-            f"expected an array [H, W] or [H, W, 1 to 4], or a tensor [C, H, W] or [1, C, H, W], received a {given}"
+            f"expected an array [H, W] or [H, W, 1 to 4], or a tensor [C, H, W] or [1, C, H, W], got a {given}"
         )
     if 0 in array.shape:
         raise InputError(f"the image has no pixels: it is a {given}")
@@ -223,6 +223,6 @@ def _eight_bit(array: np.ndarray, given: str) -> np.ndarray:
     if array.dtype.kind == "f" and low >= 0 and high <= 1:  # false for NaN
         return np.round(array * 255).astype(np.uint8)
     raise InputError(
-        f"expected uint8, uint16 or floats in [0, 1], received a {given} with values from {low} to {high}; "
+        f"expected uint8, uint16 or floats in [0, 1], got a {given} with values from {low} to {high}; "
         "rescale them, such as (x + 1) / 2 for values in [-1, 1]"
     )

@@ -75,7 +75,7 @@ def side_by_side(
         ValueError: no rows.
     """
     if not rows:
-        raise ValueError("side_by_side needs at least one row, received none")
+        raise ValueError("side_by_side needs at least one row, got none")
     columns = [("source", "source"), (reconstruction_label, "reconstruction")]
     columns += [("target, no control", "uncontrolled"), (edit_label, "edited")]
     columns = [column for column in columns if any(getattr(row, column[1]) is not None for row in rows)]

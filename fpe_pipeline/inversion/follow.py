@@ -21,7 +21,7 @@ def check_inversion_options(
 ) -> None:
     """Raise where an option would contradict what an inversion decides."""
     if not isinstance(inversion, Inversion):
-        raise TypeError(f"expected what pipe.invert returns as inversion, received {type(inversion).__name__}")
+        raise TypeError(f"expected what pipe.invert returns as inversion, got {type(inversion).__name__}")
     taken = ["latents", "timesteps", "sigmas"]
     if inversion.unconditional is not None or inversion.method == "negative-prompt":
         taken.append("negative_prompt_embeds")
@@ -35,7 +35,7 @@ def check_inversion_options(
         raise ValueError(f"the inversion decides {', '.join(clashing)}; leave out one or the other")
     if num_inference_steps not in (None, inversion.steps):
         raise ValueError(
-            f"the image was inverted in {inversion.steps} steps, received num_inference_steps={num_inference_steps}; "
+            f"the image was inverted in {inversion.steps} steps, got num_inference_steps={num_inference_steps}; "
             "leave it out, or invert with that number"
         )
 

@@ -59,12 +59,11 @@ class NullText:
         if not 1 < self.guidance_scale < float("inf"):
             raise ValueError(
                 f"without guidance there is no unconditional half to optimise: guidance_scale must be above 1, "
-                f"received {self.guidance_scale}"
+                f"got {self.guidance_scale}"
             )
         if self.inner_steps < 1 or not self.early_stop >= 0:
             raise ValueError(
-                f"expected inner_steps from 1 on and early_stop from 0 on, received {self.inner_steps} and "
-                f"{self.early_stop}"
+                f"expected inner_steps from 1 on and early_stop from 0 on, got {self.inner_steps} and {self.early_stop}"
             )
 
     def check(self, pipe: SamplingPipeline) -> None:

@@ -176,7 +176,7 @@ class Inversion:
         if self.null_text is not None and guidance_scale != self.null_text.guidance_scale:
             raise ValueError(
                 f"the unconditional embeddings were optimised for guidance_scale={self.null_text.guidance_scale:g}, "
-                f"received {guidance_scale:g}; pass that one, or invert with another NullText(guidance_scale=…)"
+                f"got {guidance_scale:g}; pass that one, or invert with another NullText(guidance_scale=…)"
             )
         if self.method == "negative-prompt" and guidance_scale <= 1:
             raise ValueError(
@@ -226,10 +226,10 @@ def invert(
     null_text = method if isinstance(method, NullText) else NullText() if method == "null-text" else None
     name: Method = "null-text" if null_text is not None else cast(Method, method)
     if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)} or a NullText, received {method!r}")
+        raise ValueError(f"method must be one of {', '.join(METHODS)} or a NullText, got {method!r}")
     check_guided_inversion(pipe.unet, name)
     if not isinstance(prompt, str):
-        raise TypeError(f"expected one prompt, the image's, received {type(prompt).__name__}")
+        raise TypeError(f"expected one prompt, the image's, got {type(prompt).__name__}")
     check_text("the prompt", prompt)
     check_positive(num_inference_steps=num_inference_steps)
     check_guidance(guidance_scale)
@@ -237,7 +237,7 @@ def invert(
         null_text.check(pipe)
         if guidance_scale > 1:
             raise ValueError(
-                f"null-text optimisation follows the unguided trajectory, received guidance_scale={guidance_scale:g}: "
+                f"null-text optimisation follows the unguided trajectory, got guidance_scale={guidance_scale:g}: "
                 "leave it out, and give the edit's own to NullText(guidance_scale=…)"
             )
     require_ddim(pipe.scheduler, "inversion")

@@ -157,11 +157,11 @@ def _load(model: EvaluatedModel, device: str) -> tuple[Any, Any]:
 def _check_numbers(args: argparse.Namespace) -> None:
     for name, least in (("pairs", 1), ("steps", 1), ("chunk", 1), ("seed", 0)):
         if getattr(args, name) < least:
-            raise InputError(f"--{name} must be at least {least}, received {getattr(args, name)}")
+            raise InputError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     if not math.isfinite(args.guidance):
-        raise InputError(f"--guidance must be a finite number, received {args.guidance}")
+        raise InputError(f"--guidance must be a finite number, got {args.guidance}")
     if not 0 <= args.self_replace <= 1:
-        raise InputError(f"--self-replace must be from 0 to 1, a part of the steps, received {args.self_replace}")
+        raise InputError(f"--self-replace must be from 0 to 1, a part of the steps, got {args.self_replace}")
 
 
 def _settings(args: argparse.Namespace, conditions: list[Condition]) -> dict[str, Any]:

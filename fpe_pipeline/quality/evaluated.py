@@ -34,9 +34,7 @@ class EvaluatedModel:
         """
         source = find_model(EMBEDDED if model is None else str(model))
         if source.kind != "folder":
-            raise InputError(
-                f"expected --model to be a diffusers folder, received '{model}'; save the model as one first"
-            )
+            raise InputError(f"expected --model to be a diffusers folder, got '{model}'; save the model as one first")
         judge = Path(source.location) / _JUDGE
         if judged and not judge.is_file():
             raise InputError(

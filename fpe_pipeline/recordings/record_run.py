@@ -111,7 +111,7 @@ def record(
     check_pipeline(pipe)
     check_without_image_prompts(pipe, "a recording")
     if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, received {precision!r}")
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     check_deterministic(pipe.scheduler)
     check_guidance(guidance_scale)
     check_generator(generator)
@@ -124,7 +124,7 @@ def record(
     prompt = _checked_prompts(prompt, negative_prompt)
     given = edit if isinstance(edit, Sequence) else (edit,)
     if not given:
-        raise ValueError("expected an edit to record for, or several, received none: leave edit out for its default")
+        raise ValueError("expected an edit to record for, or several, got none: leave edit out for its default")
     edits = [chosen_edit(one, self_replace_steps, levels, max_tokens, layers, pipe.unet) for one in given]
     for one in edits:
         check_prompts(one, [prompt], pipe.tokenizer)
@@ -269,7 +269,7 @@ def _checked_prompts(prompt: Any, negative_prompt: Any) -> str:
     """The source's prompt; TypeError or ValueError for one of the two that is no text."""
     for name, text in (("source", prompt), ("negative", negative_prompt)):
         if not isinstance(text, str) and (name, text) != ("negative", None):
-            raise TypeError(f"expected one {name} prompt, received {type(text).__name__}")
+            raise TypeError(f"expected one {name} prompt, got {type(text).__name__}")
         check_text(f"the {name} prompt", text or "")
     return prompt
 
@@ -288,7 +288,7 @@ def _noise(
         shape = (1, pipe.unet.config.in_channels, *(side // pipe.vae_scale_factor for side in across))
         latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     if latents.ndim != 4 or latents.shape[0] != 1:
-        raise ValueError(f"a recording holds one image: expected latents [1, C, h, w], received {list(latents.shape)}")
+        raise ValueError(f"a recording holds one image: expected latents [1, C, h, w], got {list(latents.shape)}")
     shared_latents(latents, 1, 1, pipe.unet.config.in_channels)  # refuses another number of channels
     return latents.to(device, dtype)
 
@@ -307,7 +307,7 @@ def _bytes(pipe: SamplingPipeline, contents: Contents, size: tuple[int, int], st
 def _check_placement(placement: str | Path) -> None:
     """Raise for the name of a device or of a medium, which would become a folder of that name."""
     if not isinstance(placement, str | Path):
-        raise TypeError(f'placement must be "device", "cpu" or a folder, received {type(placement).__name__}')
+        raise TypeError(f'placement must be "device", "cpu" or a folder, got {type(placement).__name__}')
     if placement in ("device", "cpu") or isinstance(placement, Path):
         return
     try:
@@ -318,7 +318,7 @@ def _check_placement(placement: str | Path) -> None:
         is_a_folder = False
     if not is_a_folder:
         raise ValueError(
-            f'placement must be "device" (that of the pipeline), "cpu" or a folder, received {placement!r}; if a '
+            f'placement must be "device" (that of the pipeline), "cpu" or a folder, got {placement!r}; if a '
             f"folder is meant, pass Path({placement!r})"
         )
 

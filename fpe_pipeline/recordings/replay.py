@@ -34,7 +34,7 @@ class Replay(EditingSession):
         guided: whether there are unconditional rows.
         backend: of the attention.
 
-    Attributes:
+    Args:
         needed: what the edit takes of the source.
     """
 
@@ -77,8 +77,7 @@ class Replay(EditingSession):
         self._device = call.sample.device
         if self._recorded_roles.batch != call.rows:
             raise ValueError(
-                f"expected a batch of {self._recorded_roles.batch} rows, the targets of a recording, received "
-                f"{call.rows}"
+                f"expected a batch of {self._recorded_roles.batch} rows, the targets of a recording, got {call.rows}"
             )
         return self._recorded_roles
 

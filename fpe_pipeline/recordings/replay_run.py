@@ -64,13 +64,13 @@ def edit(
     """
     targets = [target_prompt] if isinstance(target_prompt, str) else list(target_prompt)
     if not targets or not all(isinstance(target, str) for target in targets):
-        raise TypeError(f"expected one or more target prompts, received {target_prompt!r}")
+        raise TypeError(f"expected one or more target prompts, got {target_prompt!r}")
     for target in targets:
         check_text("a target prompt", target)
     if isinstance(recording, str | Path):
         recording = Recording.load(recording)
     if not isinstance(recording, Recording):
-        raise TypeError(f"expected what record returned, or its folder, received {type(recording).__name__}")
+        raise TypeError(f"expected what record returned, or its folder, got {type(recording).__name__}")
     check_pipeline(pipe)
     check_without_image_prompts(pipe, "a recording")
     here = fingerprint(pipe)

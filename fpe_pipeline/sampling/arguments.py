@@ -35,20 +35,20 @@ def prompt_list(prompt: Any, target_prompt: Any, prompt_embeds: torch.Tensor | N
     if isinstance(prompt, str):
         prompts = [prompt]
     elif prompt is None:
-        raise ValueError("expected a source prompt, or prompt_embeds; received neither")
+        raise ValueError("expected a source prompt, or prompt_embeds; got neither")
     else:
         prompts = list(prompt)
         if target_prompt is not None and len(prompts) != 1:
             raise ValueError(
-                f"expected one source prompt beside target_prompt, received a list of {len(prompts)}; pass "
+                f"expected one source prompt beside target_prompt, got a list of {len(prompts)}; pass "
                 "prompt=source, target_prompt=[target, …] or prompt=[source, target, …]"
             )
     prompts += [target_prompt] if isinstance(target_prompt, str) else list(target_prompt or ())
     if not prompts:
-        raise ValueError("expected a source prompt and any number of targets, received an empty list")
+        raise ValueError("expected a source prompt and any number of targets, got an empty list")
     for text in prompts:
         if not isinstance(text, str):
-            raise TypeError(f"prompts must be text, received {type(text).__name__}: {text!r}")
+            raise TypeError(f"prompts must be text, got {type(text).__name__}: {text!r}")
         check_text("a prompt", text)
     return prompts
 
@@ -68,7 +68,7 @@ def _refuse_pictures(text: Any) -> None:
     for each in text if isinstance(text, list | tuple) else (text,):
         if isinstance(each, Image.Image | torch.Tensor | np.ndarray):
             raise TypeError(
-                f"prompts must be text, received a picture ({type(each).__name__}): invert it first, inversion = "
+                f"prompts must be text, got a picture ({type(each).__name__}): invert it first, inversion = "
                 "pipe.invert(picture, prompt), then pipe(inversion=inversion, target_prompt=…)"
             )
 
@@ -85,7 +85,7 @@ def negative_list(negative_prompt: Any, count: int) -> list[str] | None:
     if len(negatives) != count:
         raise ValueError(
             f"expected one negative prompt, or one for each of the {count} prompts (the source's first), "
-            f"received {len(negatives)}"
+            f"got {len(negatives)}"
         )
     return negatives
 
@@ -111,7 +111,7 @@ def check_size(height: int, width: int, factor: int) -> None:
             nearest = max(1, round(side / factor)) * factor
             raise ValueError(
                 f"{name} must be a positive multiple of {factor} pixels, which one latent pixel stands for; "
-                f"received {side}, the nearest is {nearest}"
+                f"got {side}, the nearest is {nearest}"
             )
 
 
@@ -135,7 +135,7 @@ def image_size(
     if latents is not None and (size[0] // factor, size[1] // factor) != grid:
         raise ValueError(
             f"latents of {grid[0]} x {grid[1]} make images of {grid[0] * factor} x {grid[1] * factor} pixels "
-            f"(height x width), received {' and '.join(f'{name} {side}' for name, side in asked.items())}; leave "
+            f"(height x width), got {' and '.join(f'{name} {side}' for name, side in asked.items())}; leave "
             f"{' and '.join(asked)} out, or pass latents of that size"
         )
     check_size(*size, factor)

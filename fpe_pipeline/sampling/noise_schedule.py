@@ -90,6 +90,12 @@ def ddim_scheduler(scheduler: Any) -> DDIMScheduler:
 
     Samples are not clipped, and the last step ends at the first training timestep, as Stable Diffusion's own
     samplers do. Example: ``pipe.scheduler = ddim_scheduler(pipe.scheduler)``.
+
+    Args:
+        scheduler: a diffusers scheduler, whose configuration is read.
+
+    Returns:
+        A new scheduler; the one that was passed stays as it is.
     """
     return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False, set_alpha_to_one=False)
 
@@ -98,7 +104,7 @@ def require_ddim(scheduler: Any, what: str) -> None:
     """Raise ValueError unless each step of ``scheduler`` can be undone by :func:`ddim_inverse_step`."""
     hint = "set pipe.scheduler = fpe_pipeline.ddim_scheduler(pipe.scheduler) before inverting and editing"
     if not isinstance(scheduler, DDIMScheduler):
-        raise ValueError(f"{what} needs DDIM, whose steps can be undone, received {type(scheduler).__name__}; {hint}")
+        raise ValueError(f"{what} needs DDIM, whose steps can be undone, got {type(scheduler).__name__}; {hint}")
     if scheduler.config.clip_sample or scheduler.config.thresholding:
         raise ValueError(f"{what} needs DDIM without clip_sample and thresholding, which cannot be undone; {hint}")
 
@@ -129,7 +135,7 @@ def ddim_inverse_step(
         epsilon = signal * model_output + noise * sample
     else:
         raise ValueError(
-            f"expected a model that predicts epsilon or v_prediction, received {scheduler.config.prediction_type!r}"
+            f"expected a model that predicts epsilon or v_prediction, got {scheduler.config.prediction_type!r}"
         )
     return levels[timestep] ** 0.5 * clean + (1 - levels[timestep]) ** 0.5 * epsilon
 

@@ -29,13 +29,13 @@ def check_model(unet: Any, vae: Any) -> None:
     further = [f"{name}={unet.config[name]!r}" for name in conditions if unet.config.get(name) is not None]
     if further:
         raise ValueError(
-            f"expected a UNet whose conditions are a timestep and text, received one with {', '.join(further)}, as "
+            f"expected a UNet whose conditions are a timestep and text, got one with {', '.join(further)}, as "
             f"SDXL has: {hint}"
         )
     if unet.config.in_channels != vae.config.latent_channels:
         raise ValueError(
             f"expected a UNet that takes the {vae.config.latent_channels} channels of the autoencoder's latents, "
-            f"received one that takes {unet.config.in_channels}, as inpainting (9) and InstructPix2Pix (8) do: {hint}"
+            f"got one that takes {unet.config.in_channels}, as inpainting (9) and InstructPix2Pix (8) do: {hint}"
         )
 
 
@@ -107,7 +107,7 @@ def _check_clip_skip(encoder: Any, skipped: Any) -> None:
     layers = getattr(getattr(encoder, "config", None), "num_hidden_layers", None)
     if isinstance(skipped, bool) or not isinstance(skipped, int) or layers is None or not 0 <= skipped <= layers:
         raise ValueError(
-            f"clip_skip must be a whole number of the text encoder's last layers to skip, from 0 to {layers}, received "
+            f"clip_skip must be a whole number of the text encoder's last layers to skip, from 0 to {layers}, got "
             f"{skipped!r}"
         )
     if final_norm(encoder) is None:

@@ -117,7 +117,7 @@ def check_source_can_be_dropped(pipe: Any, prompts: int, options: dict[str, Any]
     """Raise where keep_source=False would leave source rows behind that the parent gives no access to."""
     hint = "use keep_source=True"
     if prompts == 1:
-        raise ValueError("keep_source=False needs at least one target prompt beside the source, received none")
+        raise ValueError("keep_source=False needs at least one target prompt beside the source, got none")
     if options.get("ip_adapter_image") is not None or options.get("ip_adapter_image_embeds") is not None:
         raise ValueError(f"keep_source=False cannot drop the source's image embeddings of an IP-Adapter; {hint}")
     if pipe.unet.config.time_cond_proj_dim is not None:

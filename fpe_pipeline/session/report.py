@@ -88,7 +88,7 @@ class EditReport:
         return f"{type(self).__name__}({counts} in a run of {self.total} steps; explain() says where and why)"
 
     def at(self, step: Step) -> EditReport:
-        """The report that a call of the model at ``step`` belongs to: this one, or an empty one where a new run begins."""
+        """The report that a call of the model at ``step`` belongs to: this one, or an empty one for a new run."""
         if step.call < self._latest or step.total != self.total:
             return EditReport(step.total, sites=self.sites, noise=self.noise)
         return self

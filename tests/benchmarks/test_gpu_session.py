@@ -66,9 +66,6 @@ def test_candidates_fit_a_multiprocessor():
         assert set(choices(case, "sm_120")) <= set(chosen)
 
 
-# Workers
-
-
 def tasks(*entries):
     return [Task(name, f"tests.support.planted_faults:{name.split()[0]}", arguments) for name, *arguments in entries]
 
@@ -97,9 +94,6 @@ def _planted(monkeypatch):
 def test_without_time_left_tasks_are_skipped_by_name():
     outcomes = list(share_out(tasks(("answer 1", 1), ("answer 2", 2)), 1, 3.0, time_left=lambda: 0.0))
     assert [(outcome.task.name, outcome.skipped) for outcome in outcomes] == [("answer 1", True), ("answer 2", True)]
-
-
-# Findings
 
 
 def test_what_a_stage_says_is_heard_and_other_output_is_not(capsys):
@@ -166,9 +160,6 @@ def test_a_summary_names_every_failure():
     assert "checks: FAILED (SIGTERM)" in text
 
 
-# A chip that is too old
-
-
 def test_a_chip_below_8_skips_the_kernels_stages_and_measures_the_others(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *args: (7, 5))
     skipped = {stage.name: reason_to_skip(stage, "cuda") for stage in FULL if not stage.needs}
@@ -187,9 +178,6 @@ def test_without_cuda_the_command_says_what_serves():
 def command(*arguments, **more):
     line = [sys.executable, "-m", "benchmarks.gpu", *arguments]
     return subprocess.run(line, capture_output=True, text=True, env=os.environ, check=False, **more)
-
-
-# Dry runs with planted faults
 
 
 @pytest.fixture

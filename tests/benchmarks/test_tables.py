@@ -11,7 +11,16 @@ from benchmarks.growth import Growth
 from benchmarks.rows import ROOT, Environment, Row, read_all
 from benchmarks.tables import TABLES
 
-PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "fpe_pipeline" / "quality" / "README.md"]
+PAGES = [
+    ROOT / name
+    for name in (
+        "README.md",
+        "benchmarks/README.md",
+        "docs/kernels.md",
+        "docs/recordings.md",
+        "fpe_pipeline/quality/README.md",
+    )
+]
 HERE = Environment("cpu: a processor (2 cores)", 1, {"torch": "2.13.0"}, "0123456789ab", "2026-01-01")
 GPU = Environment("cuda: a device", 1, {"torch": "2.13.0"}, "0123456789ab", "2026-01-01")
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-__all__ = ["PACKAGES", "circles", "drawing", "floors", "imports", "modules", "room", "rooms"]
+__all__ = ["PACKAGES", "astray", "circles", "drawing", "floors", "imports", "modules", "room", "rooms"]
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("fpe_kernels", "fpe_pipeline", "benchmarks")
@@ -48,6 +48,24 @@ def imports(root: Path = ROOT, packages: tuple[str, ...] = PACKAGES) -> dict[str
     """By module, the modules of these packages that it imports."""
     every = {name: path for package in packages for name, path in modules(root, package).items()}
     return {name: frozenset(_imported(name, path, every)) - {name} for name, path in every.items()}
+
+
+def astray(root: Path = ROOT, packages: tuple[str, ...] = PACKAGES) -> list[str]:
+    """Imports of modules that these packages do not have, wherever they stand: those in functions fail late."""
+    every = {name: path for package in packages for name, path in modules(root, package).items()}
+    found = []
+    for name, path in every.items():
+        package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            targets = []
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = package[: len(package) - node.level + 1] if node.level else []
+                targets = [".".join([*base, *filter(None, [node.module])])]
+            ours = (target for target in targets if target.partition(".")[0] in packages)
+            found += [f"{name} → {target}" for target in ours if target not in every]
+    return found
 
 
 def _imported(name: str, path: Path, every: Mapping[str, Path]) -> Iterator[str]:

@@ -65,7 +65,7 @@ _SUPERSAMPLE = 4
 class Scene:
     """What is drawn, and where.
 
-    Attributes:
+    Args:
         object, colour, background: names from :data:`OBJECTS`, :data:`COLOURS`, :data:`BACKGROUNDS`.
         x, y: the object's centre as fractions of width and height.
         scale: size relative to the object's usual one.
@@ -93,7 +93,7 @@ class Scene:
 class RenderedScene:
     """A drawn scene.
 
-    Attributes:
+    Args:
         image: uint8 ``[size, size, 3]``, RGB.
         mask: uint8 ``[size, size]``, how much of each pixel the object covers: 0 none, 255 all.
         scene: the description it was drawn from.

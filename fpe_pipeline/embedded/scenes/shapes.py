@@ -26,7 +26,7 @@ NEUTRALS: dict[str, tuple[int, int, int]] = {
 class Part:
     """One filled polygon of an object.
 
-    Attributes:
+    Args:
         role: ``body``, ``light`` or ``shade`` (tints of the object's colour) or a key of :data:`NEUTRALS`.
         points: float64 ``[n, 2]``, x and y in the unit frame.
     """

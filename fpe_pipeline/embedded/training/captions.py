@@ -18,7 +18,7 @@ class Captions:
         tokenizer: of the captions.
         device: where tokens are drawn.
 
-    Attributes:
+    Args:
         counts: how many objects, colours and backgrounds there are.
     """
 

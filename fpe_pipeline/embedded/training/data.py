@@ -36,7 +36,7 @@ _WORDS = {"object": OBJECTS, "colour": tuple(COLOURS), "background": BACKGROUNDS
 class SceneCache:
     """Rendered scenes.
 
-    Attributes:
+    Args:
         images: uint8 ``[n, size, size, 3]``, memory-mapped.
         masks: uint8 ``[n, size, size]``, memory-mapped; 255 inside the object.
         rows: what they were drawn from, a structured array ``[n]``.

@@ -22,7 +22,7 @@ class Images:
         device: where they go. On a CPU they stay where they are.
         growing: whether more are taken over as they are drawn; otherwise all of them are waited for at once.
 
-    Attributes:
+    Args:
         pixels: uint8 ``[n, 3, h, w]``.
         masks: uint8 ``[n, h, w]``.
         labels: int64 ``[n, 3]``, indices of object, colour and background.

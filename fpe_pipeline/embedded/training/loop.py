@@ -33,7 +33,7 @@ _AHEAD = 2  # steps that wait on the device: it never idles, and the clock is ne
 class Fitted:
     """What a call of :func:`fit` did.
 
-    Attributes:
+    Args:
         finished: whether the training is.
         steps: taken so far, those of earlier calls included.
         minutes: taken so far.

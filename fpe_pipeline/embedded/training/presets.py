@@ -12,7 +12,7 @@ __all__ = ["PRESETS", "Fit", "Preset", "Shares"]
 class Fit:
     """How long and how fast to train.
 
-    Attributes:
+    Args:
         steps: optimiser steps.
         batch: samples a step.
         learning_rate: AdamW's, after ``warmup`` steps and before the cosine tail.
@@ -50,7 +50,7 @@ class Fit:
 class Shares:
     """How a time box is shared out, each a fraction of what is left when the stage begins.
 
-    Attributes:
+    Args:
         autoencoder, judge, text: of these stages.
         review: kept free at the end, for the export, the evaluation and the pictures; of what is left at first.
     """
@@ -65,7 +65,7 @@ class Shares:
 class Preset:
     """Everything that a training depends on, apart from its seed and its time.
 
-    Attributes:
+    Args:
         name: what it is called on the command line.
         size: pixels a side.
         scenes: renders to train on; a time box may leave some undrawn.

@@ -46,7 +46,7 @@ class Weights:
         half: whether the network that computes is a bfloat16 copy of the module, with convolutions in channels-last
             layout, rather than the module itself; by default on CUDA devices.
 
-    Attributes:
+    Args:
         module: holds the float32 parameters, which are views of ``values``.
         network: what losses call.
         values, first, second, average, gradient: float32 ``[p]``.

@@ -29,7 +29,7 @@ __all__ = ["MethodScore", "score_subject"]
 class MethodScore:
     """One edit of one picture by one method. What cannot be measured is ``None``.
 
-    Attributes:
+    Args:
         subject, kind: of the picture and its edit.
         origin: ``"generated"``, or how the real image was inverted.
         method: the contender's name.

@@ -23,7 +23,7 @@ NO_EDIT, DIFFERENT_NOISE = "no edit", "different noise"
 class Contender:
     """One method with its settings.
 
-    Attributes:
+    Args:
         name: what tables and ``--methods`` call it.
         about: its settings in words.
         options: of a subject, those that the method needs beside its defaults for the model; None for the baselines.

@@ -21,7 +21,7 @@ GENERATED, HELD_OUT = "generated", "held-out"
 class Subject:
     """A picture and what it is to become.
 
-    Attributes:
+    Args:
         name: identifies it among the scores.
         kind: the attribute that changes, or how a folder's edits are called together.
         source_prompt, target_prompt: what it shows and what it is to show.

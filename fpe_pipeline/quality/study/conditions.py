@@ -38,7 +38,7 @@ _MAX_TOKENS = 32**2
 class Condition:
     """One way of drawing the target.
 
-    Attributes:
+    Args:
         name: what tables and plots call it.
         edit: the edit that is in force, or ``None``.
         shared_noise: whether the target starts from the source's noise; an edit implies it.

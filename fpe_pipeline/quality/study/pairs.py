@@ -20,7 +20,7 @@ _VALUES = {"object": OBJECTS, "colour": tuple(COLOURS), "background": BACKGROUND
 class EditPair:
     """One edit.
 
-    Attributes:
+    Args:
         kind: the attribute that changes, one of :data:`KINDS`.
         source, target: (object, colour, background) of the two prompts.
         seed: of the noise that both start from.

@@ -27,7 +27,7 @@ __all__ = ["Score", "draw_pairs", "evaluate"]
 class Score:
     """One edit under one condition.
 
-    Attributes:
+    Args:
         pair: index of the pair.
         kind: of the edit.
         condition: its name.

@@ -24,9 +24,6 @@ def pipe():
     return embedded(FreePromptPipeline)
 
 
-# Words that the model does not know
-
-
 def test_every_word_of_the_training_captions_is_known(pipe):
     assert not [word for word in caption_words() if unknown_words(word, pipe.tokenizer)]
 
@@ -85,9 +82,6 @@ def test_the_command_line_warns_in_a_line_and_lists_what_the_model_knows(tmp_pat
         assert ", ".join(names) in out
 
 
-# Sizes
-
-
 @pytest.mark.parametrize(
     ("tall", "wide", "far"), [(1.0, 1.0, False), (1.5, 1.0, False), (2.0, 2.0, True), (0.25, 0.25, True)]
 )
@@ -119,9 +113,9 @@ def test_sizes_of_photos_and_recordings_too():
     [({"height": 96}, "height 96", "width"), ({"width": 96}, "width 96", "height")],
 )
 def test_an_error_of_size_speaks_of_what_was_passed(asked, named, unnamed):
-    with pytest.raises(ValueError, match=rf"received {named}; leave \w+ out") as caught:
+    with pytest.raises(ValueError, match=rf"got {named}; leave \w+ out") as caught:
         image_size((80, 80), 4, asked.get("height"), asked.get("width"), torch.zeros(1, 4, 20, 20))
-    assert unnamed not in str(caught.value).split("received")[1]
+    assert unnamed not in str(caught.value).split("got")[1]
 
 
 def test_a_size_at_which_layers_are_large_needs_no_choice_of_layers(tmp_path, capfd):
@@ -143,9 +137,6 @@ def test_default_layers_that_are_not_there_blame_no_option():
     assert "levels=(1" not in str(caught.value)
     with pytest.raises(ValueError, match=r"levels=\(1,\) match none"):
         FreePromptEdit(levels=1).select(sites)
-
-
-# No layer
 
 
 def test_a_limit_of_no_tokens_is_no_layer(pipe):

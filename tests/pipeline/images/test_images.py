@@ -119,11 +119,11 @@ class TestArrays:
             (np.full((8, 8, 3), 70000), "from 70000"),
             (np.zeros((8, 8, 5)), r"shape \[8, 8, 5\]"),
             (np.zeros((2, 8, 8, 3)), r"shape \[2, 8, 8, 3\]"),
-            (torch.zeros(2, 3, 8, 8), r"received a Tensor of torch.float32 and shape \[2, 3, 8, 8\]"),
+            (torch.zeros(2, 3, 8, 8), r"got a Tensor of torch.float32 and shape \[2, 3, 8, 8\]"),
             (np.zeros((0, 8, 3)), "no pixels"),
             (Image.new("RGB", (0, 5)), "its size is 0x5"),
-            (7, "received int"),
-            (None, "received NoneType"),
+            (7, "got int"),
+            (None, "got NoneType"),
         ],
     )
     def test_what_is_no_picture(self, image, message):
@@ -154,7 +154,7 @@ class TestSizes:
     def test_rule(self, given, size, expected):
         assert fitted_size(given, size, 8, 512 * 512) == expected
 
-    @pytest.mark.parametrize(("size", "message"), [((60, None), "width .* received 60; use 64"), ((8, 0), "height")])
+    @pytest.mark.parametrize(("size", "message"), [((60, None), "width .* got 60; use 64"), ((8, 0), "height")])
     def test_sides_that_are_no_multiples(self, size, message):
         with pytest.raises(InputError, match=message):
             fitted_size((64, 64), size, 8, 4096)

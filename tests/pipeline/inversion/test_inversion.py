@@ -219,7 +219,7 @@ class TestRefusals:
         [
             ({"method": "ddpm"}, ValueError, "method must be one of ddim, direct, null-text, negative-prompt"),
             ({"num_inference_steps": 0}, ValueError, "whole number from 1 on"),
-            ({"width": 31}, ValueError, "width must be a positive multiple of 2 px, received 31; use 32"),
+            ({"width": 31}, ValueError, "width must be a positive multiple of 2 px, got 31; use 32"),
             ({"method": "null-text", "guidance_scale": 7.5}, ValueError, "follows the unguided trajectory"),
         ],
     )
@@ -242,11 +242,11 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("method", "options", "error", "message"),
         [
-            ("ddim", {"num_inference_steps": 9}, ValueError, "inverted in 3 steps, received num_inference_steps=9"),
+            ("ddim", {"num_inference_steps": 9}, ValueError, "inverted in 3 steps, got num_inference_steps=9"),
             ("ddim", {"latents": torch.zeros(1, 4, 12, 16)}, ValueError, "decides latents"),
             ("ddim", {"timesteps": [5, 3, 1]}, ValueError, "decides timesteps"),
             ("ddim", {"height": 32}, ValueError, "latents of 12 x 16 make images of 24 x 32"),
-            ("null-text", {"guidance_scale": 5.0}, ValueError, "optimised for guidance_scale=7.5, received 5"),
+            ("null-text", {"guidance_scale": 5.0}, ValueError, "optimised for guidance_scale=7.5, got 5"),
             ("null-text", {"negative_prompt": "cars"}, ValueError, "leave negative_prompt out"),
             ("negative-prompt", {"guidance_scale": 1.0}, ValueError, "switches off"),
         ],
@@ -272,7 +272,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("settings", [{"guidance_scale": 1}, {"inner_steps": 0}, {"early_stop": float("nan")}])
     def test_of_null_text_settings(self, settings):
-        with pytest.raises(ValueError, match="received"):
+        with pytest.raises(ValueError, match="got"):
             NullText(**settings)
 
     def test_half_precision_gradients(self, tiny, photo):

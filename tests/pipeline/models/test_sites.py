@@ -74,9 +74,6 @@ def test_what_is_not_a_unet_is_refused(pipe):
         attention_sites(object())
 
 
-# Selections of sites
-
-
 def indices(edit, unet, size=None):
     sites = attention_sites(unet)
     if size is not None:

@@ -347,7 +347,7 @@ class TestCommand:
             (["--images", "generated", "--model", "/no/such/model"], "neither a folder nor a file here"),
             (["--model", "/no/such/model"], "neither a folder nor a file here"),
             (["--model", __file__], "must end in .safetensors or .ckpt"),
-            (["--pairs", "0"], "--pairs must be at least 1, received 0"),
+            (["--pairs", "0"], "--pairs must be at least 1, got 0"),
             (["--images", "held-out", "--steps", "0"], "--steps must be at least 1"),
             (["--guidance", "nan"], "--guidance must be a finite number"),
             (["--self-replace", "2"], "--self-replace must be from 0 to 1"),

@@ -270,16 +270,16 @@ class TestRefusals:
         [
             ({"precision": "int4"}, ValueError, "precision must be one of exact, half, int8-keys"),
             ({"latents": noise(2)}, ValueError, "a recording holds one image"),
-            ({"prompt": [SOURCE]}, TypeError, "one source prompt, received list"),
+            ({"prompt": [SOURCE]}, TypeError, "one source prompt, got list"),
             ({"levels": 9}, ValueError, "match none"),
-            ({"num_inference_steps": 0}, ValueError, "a whole number from 1 on, received 0"),
+            ({"num_inference_steps": 0}, ValueError, "a whole number from 1 on, got 0"),
             ({"edit": []}, ValueError, "expected an edit to record for"),
             ({"height": 48, "width": 32}, ValueError, "latents of 12 x 16 make images of 24 x 32 pixels"),
-            ({"placement": "gpu"}, ValueError, r"placement must be .* received 'gpu'; .* pass Path\('gpu'\)"),
+            ({"placement": "gpu"}, ValueError, r"placement must be .* got 'gpu'; .* pass Path\('gpu'\)"),
             ({"placement": "cuda:0"}, ValueError, "placement must be"),
-            ({"placement": torch.device("cpu")}, TypeError, "placement must be .* received device"),
-            ({"negative_prompt": ["a", "b"]}, TypeError, "one negative prompt, received list"),
-            ({"inversion": 3}, TypeError, "what pipe.invert returns as inversion, received int"),
+            ({"placement": torch.device("cpu")}, TypeError, "placement must be .* got device"),
+            ({"negative_prompt": ["a", "b"]}, TypeError, "one negative prompt, got list"),
+            ({"inversion": 3}, TypeError, "what pipe.invert returns as inversion, got int"),
         ],
     )
     def test_of_recording(self, tiny, monkeypatch, tmp_path, options, error, message):
@@ -293,7 +293,7 @@ class TestRefusals:
             tiny.edit(Recording.load(folder), [])
 
     def test_of_something_else(self, tiny, folder, tmp_path):
-        with pytest.raises(TypeError, match="what record returned, or its folder, received int"):
+        with pytest.raises(TypeError, match="what record returned, or its folder, got int"):
             tiny.edit(3, TARGET)
         with pytest.raises(InputError, match="does not exist"):
             tiny.edit(tmp_path / "nothing", TARGET)

@@ -168,7 +168,7 @@ class TestClasses:
                 call()
 
     def test_sdxl(self, pipe, tiny):
-        with pytest.raises(ValueError, match=r"received one with addition_embed_type='text_time', as SDXL has: .*"):
+        with pytest.raises(ValueError, match=r"got one with addition_embed_type='text_time', as SDXL has: .*"):
             FreePromptPipeline.from_pipe(tiny_sdxl_pipeline(pipe))
         tiny.unet = tiny_sdxl_pipeline(pipe).unet
         for call in (lambda: tiny(SOURCE, TARGET, **RUN), lambda: tiny.record(SOURCE, **RUN)):

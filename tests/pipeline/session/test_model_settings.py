@@ -71,9 +71,6 @@ def test_schedules_in_which_a_timestep_stands_twice(tiny, monkeypatch):
     assert set(map(tuple, session.report().layers.values())) == {tuple(range(int(second), 50))}
 
 
-# Attention
-
-
 def test_attention_slicing_is_refused(pipe):
     """By any session that would compute sliced layers, before it computes one; other layers may be sliced."""
     tiny = tiny_pipeline(pipe)
@@ -145,9 +142,6 @@ def test_fused_projections(pipe):
     torch.testing.assert_close(check_restored(tiny, edit=EVERYWHERE), separate, rtol=0, atol=1e-4)
 
 
-# Where weights are
-
-
 def test_model_offloading(pipe):
     """diffusers' ``enable_model_cpu_offload`` with the CPU as the accelerator: the same hooks, no second memory."""
     accelerate = pytest.importorskip("accelerate")
@@ -200,9 +194,6 @@ def test_offloading_from_a_gpu(pipe, method):
     finally:
         tiny.remove_all_hooks()
         tiny.to("cpu")
-
-
-# The autoencoder
 
 
 def test_autoencoder_in_slices_and_tiles(pipe, tiny):

@@ -107,9 +107,6 @@ def test_under_autocast(norm):
     torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.1)
 
 
-# What is computed, and what is not
-
-
 class RowCounter:
     def __init__(self, attn, names=("to_q", "to_k", "to_v")):
         self.rows = {}
@@ -139,9 +136,6 @@ def test_rows_that_lie_together_are_not_copied():
     assert take(tensor, range(6)) is tensor
     assert take(tensor, (1, 2, 3)).data_ptr() == tensor[1].data_ptr()
     assert torch.equal(take(tensor, (0, 1, 4, 4, 2)), tensor[[0, 1, 4, 4, 2]])
-
-
-# Masks
 
 
 def full_mask(mask, heads=2):
@@ -219,9 +213,6 @@ def test_scores_are_accumulated_in_float32(dtype):
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
-# Passing on to the processor underneath
-
-
 class Recording(AttnProcessor2_0):
     """A custom processor with a keyword of its own."""
 
@@ -297,9 +288,6 @@ def test_diffusers_knows_the_processor():
     skip = AttentionProcessorRegistry.get(EditAttnProcessor).skip_processor_output_fn
     hidden_states = random(1, 2, 3)
     assert skip(None, hidden_states) is hidden_states
-
-
-# Refusals
 
 
 def test_layers_that_cannot_be_edited_say_why():

@@ -55,9 +55,6 @@ def test_edited_unet_is_dense_mathematics(shape, size, prompts, images, guidance
     assert (expected - before)[:targets].abs().max() < 1e-10
 
 
-# Windows and steps
-
-
 def edited_steps(pipe, edit, **kwargs):
     """The steps at which some target's noise prediction differs from the unedited layer outputs, as reported."""
     with editing(pipe, edit) as session:
@@ -149,9 +146,6 @@ def test_pausing(tiny):
                 assert session.current_step is None
                 tiny.unet(latents[:1], 12345, kwargs["encoder_hidden_states"][:1])  # neither a step nor a batch of ours
             assert not torch.equal(tiny.unet(latents, timestep, **kwargs).sample, plain)
-
-
-# Leaving
 
 
 def test_a_pipeline_is_as_it_was_before(tiny):

@@ -156,9 +156,6 @@ def test_queries_and_keys_of_targets_are_not_projected(tiny):
         assert seen == [5 if path in layers and projection != "to_v" else 8] * 4 + [8], (path, projection)
 
 
-# Compiled UNets
-
-
 def one_level_unet():
     """As small as a UNet with self-attention gets, because tracing takes seconds a layer."""
     unet = tiny_unet(

@@ -72,8 +72,6 @@ def test_a_layer_that_does_more_takes_the_general_way():
         run(install(attention(), products), hidden[:, :6])
 
 
-# Standing orders
-
 EDITS = {
     "a window": (FreePromptEdit(0.5), (range(5), range(5, 10))),
     "half strength": (FreePromptEdit((0.2, 0.5), strength=0.5), (range(2), range(2, 5), range(5, 10))),

@@ -1,0 +1,36 @@
+"""How long a source and a target take that share a map, beside PyTorch's attention.
+
+The arguments after the folder are tokens, heads and head dim; `python -m benchmarks` does it for every model and rival.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.inputs import Inputs, judge
+from benchmarks.measure import QUICK, interleaved
+from benchmarks.providers import first_answer
+from benchmarks.rivals import all_providers
+
+tokens, heads, head_dim = (int(word) for word in sys.argv[2:5] or (1024, 8, 40))
+device = "cuda" if torch.cuda.is_available() else "cpu"
+ours = "fpe-triton" if device == "cuda" else "fpe-torch"
+inputs = Inputs.make(
+    Case("example", 256, tokens, heads, head_dim), device, torch.float16 if device == "cuda" else torch.float32
+)
+calls = {}
+for name in (ours, "sdpa"):
+    calls[name], answer = first_answer(all_providers()[name], inputs)
+    verdict = judge(inputs, answer)
+    assert verdict.passed, f"{name}: {verdict.reason}"  # a wrong result gets no time
+
+samples = interleaved(calls, device, QUICK)
+ratios = [plain / mine for mine, plain in zip(samples[ours], samples["sdpa"], strict=True)]
+for name, times in samples.items():
+    print(f"{name}: {statistics.median(times):.3g} ms, the median of {len(times)} samples")
+print(f"sdpa ÷ {ours}: {statistics.median(ratios):.3g}, the median of quotients of the same round")

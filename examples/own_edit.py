@@ -1,0 +1,47 @@
+"""An edit of one's own: in the decoder, targets look up the source's tokens beside their own from a step on."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fpe_pipeline import BatchRoles, FreePromptPipeline, Product, Site
+from fpe_pipeline.edits.base import SelfAttentionEdit
+from fpe_pipeline.models.steps import Step
+
+folder, steps = Path(*sys.argv[1:2] or ["out/examples"]), int(*sys.argv[2:3] or [10])
+
+
+@dataclass(frozen=True)
+class SourceMemoryEdit(SelfAttentionEdit):
+    """``softmax(q_target [k_target ‖ k_source]ᵀ) @ [v_target ‖ v_source]`` in both halves of the batch.
+
+    Args:
+        start_step: the first step that is edited.
+    """
+
+    start_step: int = 2
+
+    def active(self, step: Step) -> bool:
+        return step.index >= self.start_step
+
+    def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        return tuple(site for site in super().default_sites(sites) if site.place == "up")
+
+    def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
+        pairs = roles.pairs(conditional=None)
+        return {target: Product(target, (target, source), (target, source)) for source, target in pairs}
+
+
+pipe = FreePromptPipeline.from_pretrained("embedded")
+result = pipe(
+    "a photo of a red car on the beach",
+    "a photo of a red house on the beach",
+    edit=SourceMemoryEdit(),
+    num_inference_steps=steps,
+    generator=torch.Generator().manual_seed(0),
+)
+result.save(folder / "own_edit")
+print(result.report.explain())

@@ -1,0 +1,35 @@
+"""Each example runs, in few steps, and leaves what it says."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "examples"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
+#: By script, the arguments after the folder; the others take the number of steps.
+ARGUMENTS = {"measure_a_shape": ("64", "2", "16")}
+WITHOUT_PICTURES = ("map_algebra", "measure_a_shape", "shared_attention")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_it_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "pictures", *ARGUMENTS.get(name, ("4",))])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    pictures = list(tmp_path.rglob("*.png"))
+    if name in WITHOUT_PICTURES:
+        assert not pictures and capsys.readouterr().out
+    else:
+        assert pictures
+        assert {path.relative_to(tmp_path).parts[:2] for path in pictures} == {("pictures", name)}
+
+
+def test_the_list_names_each_and_none_is_long():
+    page = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert all(f"[{name}.py]({name}.py)" in page for name in SCRIPTS)
+    assert page.count(".py](") == len(SCRIPTS)
+    for name in SCRIPTS:
+        assert len((FOLDER / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 60, name

@@ -1,0 +1,72 @@
+"""Files that other tools read parse, and say what the repository says."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fpe_kernels
+
+ROOT = Path(__file__).parents[2]
+GITHUB = ROOT / ".github"
+FORMS = sorted(path for path in (GITHUB / "ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config")
+#: What a form may ask by: https://docs.github.com, "Syntax for GitHub's form schema".
+ELEMENTS = {"markdown", "textarea", "input", "dropdown", "checkboxes"}
+
+
+def read(path):
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", sorted(GITHUB.rglob("*.yml")), ids=lambda path: path.name)
+def test_it_parses(path):
+    assert isinstance(read(path), dict)
+
+
+def test_the_workflow_runs_what_ci_runs_and_reads_only():
+    workflow = read(GITHUB / "workflows" / "ci.yml")
+    assert set(workflow[True]) == {"push", "pull_request"}  # YAML 1.1 takes `on` for a truth value
+    assert workflow["permissions"] == {"contents": "read"}
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert commands == [".ci/run", "make lint"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"] <= 120
+        assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in job["steps"] if "uses" in step)
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
+def test_a_form_has_what_github_asks_of_it(path):
+    form = read(path)
+    assert {"name", "description", "body"} <= form.keys()
+    asked = [element["id"] for element in form["body"]]
+    assert len(asked) == len(set(asked)) and any(e.get("validations", {}).get("required") for e in form["body"])
+    for element in form["body"]:
+        assert element["type"] in ELEMENTS and element["attributes"]["label"]
+
+
+def test_a_report_of_a_bug_comes_with_what_the_machine_is():
+    assert "fpe info" in (GITHUB / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8")
+    assert {path.stem for path in FORMS} == {"bug", "feature", "method"}
+
+
+def test_the_citation_is_of_this_version():
+    citation = read(ROOT / "CITATION.cff")
+    assert citation["cff-version"] == "1.2.0"
+    assert {"title", "message", "authors"} <= citation.keys()
+    assert str(citation["version"]) == fpe_kernels.__version__
+    assert citation["license"] in (ROOT / "setup.py").read_text(encoding="utf-8")
+    for reference in citation["references"]:
+        assert {"type", "title", "authors"} <= reference.keys()
+        assert reference["title"] in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_changelog_begins_with_the_version_that_is_being_made():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## \[(.+?)\]", text, re.MULTILINE)
+    assert versions[0] == fpe_kernels.__version__
+    assert len(set(versions)) == len(versions)
+    sections = re.findall(r"^### (.*)$", text, re.MULTILINE)
+    assert set(sections) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
