@@ -14,18 +14,24 @@ if TYPE_CHECKING:
         MasaCtrlEdit,
         PlugAndPlayEdit,
         PromptToPromptEdit,
+        SelfAttentionEdit,
         StyleAlignedEdit,
         WordMask,
     )
+    from .edits.base import Injecting, Prompted, Remembering, Watching
     from .edits.joint_products import JointProduct
     from .edits.products import Product
     from .edits.registry import make_edit
+    from .edits.selection import LayerSelection
+    from .edits.watchers import Watcher
     from .heatmaps.heat_maps import HeatMaps, heat_maps
     from .inversion.null_text import NullText
     from .inversion.trajectory import Inversion
     from .models.roles import BatchRoles
-    from .models.sites import Site
+    from .models.sites import Site, attention_sites
+    from .models.steps import Step, StepWindow
     from .pipeline import FreePromptPipeline
+    from .prompts.encoding import Encoding
     from .recordings.recording import Recording
     from .sampling.noise_schedule import ddim_scheduler
     from .sampling.output import FreePromptPipelineOutput
@@ -37,22 +43,33 @@ _HOME = {
     "CombinedEdit": "edits",
     "Edit": "edits",
     "EditingSession": "session.session",
+    "Encoding": "prompts.encoding",
     "FreePromptEdit": "edits",
     "FreePromptPipeline": "pipeline",
     "FreePromptPipelineOutput": "sampling.output",
     "HeatMaps": "heatmaps.heat_maps",
+    "Injecting": "edits.base",
     "Inversion": "inversion.trajectory",
     "JointProduct": "edits.joint_products",
+    "LayerSelection": "edits.selection",
     "LocalBlend": "edits",
     "MasaCtrlEdit": "edits",
     "NullText": "inversion.null_text",
     "PlugAndPlayEdit": "edits",
     "Product": "edits.products",
     "PromptToPromptEdit": "edits",
+    "Prompted": "edits.base",
     "Recording": "recordings.recording",
+    "Remembering": "edits.base",
+    "SelfAttentionEdit": "edits",
     "Site": "models.sites",
+    "Step": "models.steps",
+    "StepWindow": "models.steps",
     "StyleAlignedEdit": "edits",
+    "Watcher": "edits.watchers",
+    "Watching": "edits.base",
     "WordMask": "edits",
+    "attention_sites": "models.sites",
     "ddim_scheduler": "sampling.noise_schedule",
     "editing": "session.session",
     "heat_maps": "heatmaps.heat_maps",
@@ -64,22 +81,33 @@ __all__ = [
     "CombinedEdit",
     "Edit",
     "EditingSession",
+    "Encoding",
     "FreePromptEdit",
     "FreePromptPipeline",
     "FreePromptPipelineOutput",
     "HeatMaps",
+    "Injecting",
     "Inversion",
     "JointProduct",
+    "LayerSelection",
     "LocalBlend",
     "MasaCtrlEdit",
     "NullText",
     "PlugAndPlayEdit",
     "Product",
     "PromptToPromptEdit",
+    "Prompted",
     "Recording",
+    "Remembering",
+    "SelfAttentionEdit",
     "Site",
+    "Step",
+    "StepWindow",
     "StyleAlignedEdit",
+    "Watcher",
+    "Watching",
     "WordMask",
+    "attention_sites",
     "ddim_scheduler",
     "editing",
     "heat_maps",

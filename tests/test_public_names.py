@@ -7,19 +7,25 @@ import pytest
 
 import fpe_kernels
 import fpe_pipeline
+import fpe_pipeline.testing
 from tests.support import arrows
 
 KERNELS = "AttentionMap LinearMap backends beside blend concatenate join shared_attention stack"
 PIPELINE = (
-    "BatchRoles CombinedEdit Edit EditingSession FreePromptEdit FreePromptPipeline FreePromptPipelineOutput HeatMaps "
-    "Inversion JointProduct LocalBlend MasaCtrlEdit NullText PlugAndPlayEdit Product PromptToPromptEdit Recording Site "
-    "StyleAlignedEdit WordMask ddim_scheduler editing heat_maps make_edit"
+    "BatchRoles CombinedEdit Edit EditingSession Encoding FreePromptEdit FreePromptPipeline "
+    "FreePromptPipelineOutput HeatMaps Injecting Inversion JointProduct LayerSelection LocalBlend MasaCtrlEdit "
+    "NullText PlugAndPlayEdit Product PromptToPromptEdit Prompted Recording Remembering SelfAttentionEdit Site Step "
+    "StepWindow StyleAlignedEdit Watcher Watching WordMask attention_sites ddim_scheduler editing heat_maps "
+    "make_edit"
 )
+TESTING = "TOLERANCE DenseLayer Difference EditCheck check_edit tiny_unet words_tokenizer"
 COMMANDS = ("demo", "edit", "evaluate", "info")
 METHODS = ("edit", "from_pipe", "from_pretrained", "invert", "record")
 
 
-@pytest.mark.parametrize(("package", "names"), [(fpe_kernels, KERNELS), (fpe_pipeline, PIPELINE)])
+@pytest.mark.parametrize(
+    ("package", "names"), [(fpe_kernels, KERNELS), (fpe_pipeline, PIPELINE), (fpe_pipeline.testing, TESTING)]
+)
 def test_names(package, names):
     assert sorted(package.__all__) == sorted(names.split())
     assert all(getattr(package, name) is not None for name in names.split())
