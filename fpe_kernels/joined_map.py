@@ -112,12 +112,13 @@ class JoinedMap(SoftmaxMap, LinearMap):
 
     def _last(self) -> int | None:
         """The part that can take up the product of the others, and of such the one with the fewest keys."""
-        places = [
-            place
-            for place, blocks in enumerate(self._of_parts)
-            if len(blocks) == 1 and isinstance(blocks[0].terms[0].map, AttentionMap)
-        ]
-        return min(places, key=lambda place: self.parts[place].shape[3]) if places and len(self.parts) > 1 else None
+        last = None
+        for place, blocks in enumerate(self._of_parts if len(self.parts) > 1 else ()):
+            fits = len(blocks) == 1 and isinstance(blocks[0].terms[0].map, AttentionMap)
+            # Not `min` with a key, which torch.compile cannot trace.
+            if fits and (last is None or self.parts[place].shape[3] < self.parts[last].shape[3]):
+                last = place
+        return last
 
     def _keys(self, place: int) -> slice:
         return slice(self._stops[place] - self.parts[place].shape[3], self._stops[place])

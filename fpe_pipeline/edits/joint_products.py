@@ -95,7 +95,7 @@ class JointPlan:
         """The terms without the rows that they add up to."""
         return tuple(term for _, term in self.terms)
 
-    @cached_property
+    @property
     def is_plain(self) -> bool:
         """Whether every row is one term, and no term is weighed."""
         return len(self.terms) == self.rows and all(term.is_whole for _, term in self.terms)

@@ -87,8 +87,9 @@ def dense_row(terms, row, parts, order):
         scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
         exponentials = torch.exp(scores - scores.max(dim=2, keepdim=True).values)
         term = exponentials / exponentials.sum(dim=2, keepdim=True) @ value  # [H, tokens, D]
-        if isinstance(weight, torch.Tensor):  # of image tokens, which come first where there are weights
-            weight = torch.cat([weight, weight.mean().expand(term.shape[1] - weight.numel())])[:, None]
+        if isinstance(weight, torch.Tensor):  # of image tokens
+            text = weight.mean().expand(term.shape[1] - weight.numel())
+            weight = torch.cat([weight if part == "image" else text for part in order])[:, None]
         total = total + weight * term
     return total.transpose(0, 1).flatten(1)
 

@@ -96,6 +96,20 @@ def test_other_steps_are_told_apart(flux, steps):
     assert (actual - reference(flux, image_maps, steps)).abs().max() > 20 * EXACT
 
 
+def test_a_mask_is_a_blend_by_token(flux):
+    mask = torch.zeros(48, 96)
+    mask[:16] = 1
+    actual, _ = edited(flux, FreePromptEdit(1.0, mask=mask), size=(6, 12))
+    weight = torch.zeros(3, 6, dtype=torch.float64)
+    weight[0] = 1
+    weight = weight.flatten()
+
+    def rule(row, rows):
+        return [(weight, {"q_image": 0, "k_image": 0}), (1 - weight, {})] if row else None
+
+    assert (actual - reference(flux, rule, range(4), size=(6, 12))).abs().max() <= EXACT
+
+
 class OwnMaps(Edit):
     """Every row its own map, computed by the session's processors."""
 
@@ -142,6 +156,20 @@ class TestTwoCallsAStep:
             draw_flux(flux, **self.OPTIONS)
             actual = draw_flux(flux, prompts=2)
         assert torch.equal(actual, expected)
+
+    def test_negative_prompts_are_not_the_runs(self, flux):
+        """They are encoded after the prompts, by a call of their own."""
+        seen = []
+
+        class Listening(FreePromptEdit):
+            def encoded(self, encoding):
+                seen.append(encoding.prompts)
+                return self
+
+        with editing(flux, Listening(0.5)):
+            draw_flux(flux, **self.OPTIONS)
+            draw_flux(flux, prompts=2)
+        assert seen == [tuple(PROMPTS[:3]), tuple(PROMPTS[:2])]
 
     def test_a_pipeline_that_does_not_say_which_call_is_which(self, pipe):
         tiny = tiny_flux_pipeline(pipe, kind=FluxImg2ImgPipeline)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Img2ImgPipeline
+from diffusers import FlowMatchHeunDiscreteScheduler, StableDiffusion3Img2ImgPipeline
 
 from fpe_pipeline import CombinedEdit, Edit, FreePromptEdit, JointProduct, editing
 from tests.support.dense_joint import dense
@@ -148,17 +148,17 @@ def test_a_strength_is_a_blend(sd3):
 
 def test_a_mask_is_a_blend_by_token(sd3):
     """Image tokens by their place; text tokens, which have none, by the mask's mean."""
-    mask = torch.zeros(64, 64)
-    mask[:, :16] = 1
-    actual, _ = edited(sd3, FreePromptEdit(1.0, mask=mask))
-    weight = torch.zeros(4, 4, dtype=torch.float64)
-    weight[:, 0] = 1
+    mask = torch.zeros(48, 96)
+    mask[:, :32] = 1
+    actual, _ = edited(sd3, FreePromptEdit(1.0, mask=mask), size=(6, 12))
+    weight = torch.zeros(3, 6, dtype=torch.float64)
+    weight[:, :2] = 1
     weight = weight.flatten()
 
     def rule(row, rows):
         return [(weight, {"q_image": 2, "k_image": 2}), (1 - weight, {})] if row == 3 else None
 
-    assert (actual - reference(sd3, rule, steps=range(4))).abs().max() <= EXACT
+    assert (actual - reference(sd3, rule, steps=range(4), size=(6, 12))).abs().max() <= EXACT
 
 
 @pytest.mark.parametrize("layers", [1, "transformer_blocks.1", "transformer_blocks.1.attn"])
@@ -178,6 +178,36 @@ def test_layers_of_image_tokens_are_edited_where_they_are_named(pipe):
     assert (actual - expected).abs().max() <= EXACT
     _, by_index = edited(tiny, FreePromptEdit(0.5, layers=[0, 1]))
     assert list(by_index.layers) == ["transformer_blocks.0.attn", "transformer_blocks.1.attn"]
+
+
+def test_a_scheduler_that_calls_twice_a_step(pipe):
+    tiny = tiny_sd3_pipeline(pipe)
+    tiny.scheduler = FlowMatchHeunDiscreteScheduler()
+    calls = []
+    hook = tiny.transformer.register_forward_pre_hook(lambda *arguments: calls.append(arguments))
+    _, report = edited(tiny, FreePromptEdit(0.5))
+    hook.remove()
+    assert len(calls) == 7 and all(steps == [0, 1] for steps in report.layers.values())
+
+
+def test_rows_of_one_image_draw_the_same_noise(sd3):
+    seen = []
+    with editing(sd3, FreePromptEdit(0.5)) as session:
+        hook = sd3.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+        )
+        sd3(
+            PROMPTS[:3],
+            generator=torch.Generator().manual_seed(0),
+            height=64,
+            width=64,
+            num_inference_steps=1,
+            max_sequence_length=12,
+            output_type="latent",
+        )
+        hook.remove()
+    assert all(torch.equal(row, seen[0][0]) for row in seen[0])
+    assert "draw the same noise" in session.explain()
 
 
 def test_images_per_prompt(sd3):

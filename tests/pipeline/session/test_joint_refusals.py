@@ -170,6 +170,21 @@ def test_a_batch_of_another_layout(sd3):
         draw(sd3)
 
 
+def test_values_that_are_not_finite(pipe):
+    tiny = tiny_sd3_pipeline(pipe, dtype=torch.float32)
+    with torch.no_grad():
+        tiny.transformer.transformer_blocks[1].ff.net[2].bias[0] = float("inf")
+    message = r"from step 0 of 4 on: the first such layer is transformer_blocks\.1\.ff\.net\.2"
+    with pytest.raises(FloatingPointError, match=message), editing(tiny, FreePromptEdit()):
+        draw(tiny)
+    with torch.no_grad():
+        tiny.transformer.transformer_blocks[1].ff.net[2].bias[0] = 0.0
+    noise = torch.full((2, 16, 8, 8), float("nan"))
+    message = "the transformer received latents that are not finite"
+    with pytest.raises(FloatingPointError, match=message), editing(tiny, FreePromptEdit()):
+        tiny([SOURCE, TARGET], latents=noise, height=64, width=64, num_inference_steps=2, max_sequence_length=12)
+
+
 def test_rows_outside_the_batch():
     with pytest.raises(ValueError, match="names a row outside the batch of 2"):
         plan_joint_products({1: JointProduct((2, 1), (0, 1), (1, 1))}, 2)
