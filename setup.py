@@ -29,6 +29,8 @@ def description() -> str:
 TRITON = "triton>=3.4; platform_system == 'Linux'"
 
 PIPELINE = ["diffusers>=0.35", "transformers>=4.51", "safetensors>=0.4", "pillow>=10.1", "numpy>=1.26"]
+# What the `fpe` command is read and answered with; typer has its own option parser from 0.29 on.
+PIPELINE += ["typer>=0.29", "rich>=13.7", "pydantic>=2.7"]
 TRAIN = ["tokenizers>=0.20", "matplotlib>=3.8"]
 BENCH = ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=4"]
 # scipy: diffusers' LMS scheduler; peft: LoRA; accelerate: offloading and loading without a copy.

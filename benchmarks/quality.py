@@ -19,6 +19,7 @@ from fpe_pipeline.embedded import embedded_path
 from fpe_pipeline.quality.intervals import INTERVALS
 from fpe_pipeline.quality.store import dump
 from fpe_pipeline.quality.study.report import plot, table
+from fpe_pipeline.texts import markdown_table
 
 from .quality_methods import METHODS, RESULTS, combined
 from .rows import Row
@@ -42,15 +43,15 @@ def short_table(rows: Sequence[Row]) -> str:
     result = _read("quality")
     if result is None:
         return f"*Edit quality: not measured yet (`{STUDIES['quality']}`).*"
-    lines = ["| edit | target drawn with | edit succeeds | silhouettes' IoU | over shared noise |"]
-    lines.append("| --- | --- | ---: | ---: | ---: |")
+    head = ["edit", "target drawn with", "edit succeeds", "silhouettes' IoU", "over shared noise"]
+    lines = []
     for kind, conditions in result["summary"].items():
         for name, entry in conditions.items():
             gain = entry.get("gain_over_shared_noise")
             cells = [f"{100 * entry['success']['mean']:.1f} %", _with_interval(entry["iou"], ".3f")]
             cells.append(_with_interval(gain, "+.3f") if gain else "")
-            lines.append("| " + " | ".join([kind, name, *cells]) + " |")
-    return "\n".join(lines) + "\n\n" + about(result)
+            lines.append([kind, name, *cells])
+    return markdown_table(head, lines, words=2) + "\n\n" + about(result)
 
 
 def _with_interval(figure: dict[str, float], form: str) -> str:
@@ -76,16 +77,16 @@ def model_table(rows: Sequence[Row]) -> str:
     size = sum(path.stat().st_size for path in embedded_path().rglob("*") if path.is_file())
     drawn, judge, vae = figures["generated"], figures["judge"], figures["autoencoder"]
     lines = [
-        f"| pictures that show the prompt's {name} | {100 * drawn[name]:.1f} % of {drawn['images']} |"
+        [f"pictures that show the prompt's {name}", f"{100 * drawn[name]:.1f} % of {drawn['images']}"]
         for name in ("colour", "object", "background")
     ]
     lines += [
-        f"| the judge itself, on held-out renders: objects | {100 * judge['object']:.1f} % of {judge['images']} |",
-        f"| … and silhouettes (IoU) | {judge['silhouette_iou']:.3f} |",
-        f"| autoencoder on held-out renders | {vae['psnr']:.1f} dB |",
-        f"| everything that is shipped | {size / 1e6:.2f} MB |",
+        ["the judge itself, on held-out renders: objects", f"{100 * judge['object']:.1f} % of {judge['images']}"],
+        ["… and silhouettes (IoU)", f"{judge['silhouette_iou']:.3f}"],
+        ["autoencoder on held-out renders", f"{vae['psnr']:.1f} dB"],
+        ["everything that is shipped", f"{size / 1e6:.2f} MB"],
     ]
-    return "\n".join(["| embedded model | |", "| --- | ---: |", *lines])
+    return markdown_table(["embedded model", ""], lines)
 
 
 def draw(folder: Path) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from fpe_pipeline.quality.methods.subjects import GENERATED
 from fpe_pipeline.quality.methods.tally import ALL, compare
 from fpe_pipeline.quality.store import unpacked
 from fpe_pipeline.runs.settings import INVERSIONS
+from fpe_pipeline.texts import markdown_table
 
 from .rows import ROOT, Row
 
@@ -68,7 +69,7 @@ def short_table(rows: Sequence[Row]) -> str:
     for origin in origins:
         title = "generated" if origin == GENERATED else "real images"
         head += [f"{title}: edits", "succeed", "silhouettes' IoU"]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    lines = []
     tallies = [result["summary"][origin]["kinds"][ALL] for origin in origins]
     for method in dict.fromkeys(name for tally in tallies for name in tally):
         cells = []
@@ -76,8 +77,8 @@ def short_table(rows: Sequence[Row]) -> str:
             entry = tally.get(method)
             cells += [str(entry["edits"])] if entry else ["0"]
             cells += [cell(entry[name] if entry else None, name) for name in ("success", "iou")]
-        lines.append("| " + " | ".join([method, *cells]) + " |")
-    return "\n".join(lines) + "\n\n" + _about(result)
+        lines.append([method, *cells])
+    return markdown_table(head, lines) + "\n\n" + _about(result)
 
 
 def inversions_table(rows: Sequence[Row]) -> str:

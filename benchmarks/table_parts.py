@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from .rows import Ratio, Row
 
@@ -33,11 +33,6 @@ def grouped(rows: Iterable[Row], suite: str, gpu: bool) -> Cases:
         if row.suite == suite and row.on_gpu == gpu:
             cases.setdefault(row.case, {})[row.provider] = row
     return cases
-
-
-def markdown(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(heading) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [heading, rule, *lines])
 
 
 def beside(rows: Iterable[Row]) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+from fpe_pipeline.texts import markdown_table
+
 from .cases import LAYOUTS, MODELS, OPS, PIXELS, TARGETS, Case, headline_cases, kernel_cases
 from .growth import Growth, input_bytes
 from .providers import case_label
@@ -24,7 +26,6 @@ from .table_parts import (
     beside,
     best_sdpa,
     grouped,
-    markdown,
     not_yet,
     slower,
 )
@@ -46,7 +47,7 @@ def headline(rows: Sequence[Row], gpu: bool) -> str:
     if not lines:
         return not_yet(gpu, "Kernels")
     heading = ["shared map, values of every row", "ours", "dense original ÷ ours", "best SDPA ÷ ours"]
-    return markdown([*heading, "unedited ÷ ours", "of the machine's limit"], lines) + "\n\n" + beside(used)
+    return markdown_table([*heading, "unedited ÷ ours", "of the machine's limit"], lines) + "\n\n" + beside(used)
 
 
 def claim(rows: Sequence[Row], gpu: bool) -> str:
@@ -91,7 +92,7 @@ def rivals(rows: Sequence[Row], gpu: bool) -> str:
     heading = ["provider"]
     for case in headline_cases():
         heading += [f"D = {case.head_dim}: ms", "÷ ours", "peak MB"]
-    return markdown([*heading, "why not"], lines) + "\n\n" + beside(row for row in ours if row)
+    return markdown_table([*heading, "why not"], lines) + "\n\n" + beside(row for row in ours if row)
 
 
 def _peak(row: Row | None) -> str:
@@ -113,7 +114,7 @@ def shapes(rows: Sequence[Row], gpu: bool) -> str:
     if not lines:
         return not_yet(gpu, "Shapes")
     heading = ["guided batch of a source and a target", "ours, ms", "unedited ÷ ours", "dense ÷ ours", "of limit"]
-    return markdown(heading, lines) + "\n\n" + beside(used)
+    return markdown_table(heading, lines) + "\n\n" + beside(used)
 
 
 def grid(rows: Sequence[Row], gpu: bool) -> str:
@@ -132,7 +133,7 @@ def grid(rows: Sequence[Row], gpu: bool) -> str:
     if not lines:
         return not_yet(gpu, "Kernel grid")
     heading = ["tokens × heads × head dim, rows on maps", "ours, ms", "best SDPA ÷ ours", "dense ÷ ours", "of limit"]
-    return markdown(heading, lines) + "\n\n" + beside(used)
+    return markdown_table(heading, lines) + "\n\n" + beside(used)
 
 
 def edits(rows: Sequence[Row], gpu: bool) -> str:
@@ -159,7 +160,7 @@ def edits(rows: Sequence[Row], gpu: bool) -> str:
     heading = ["random weights, guided batch", "unedited", "peak", *(TITLES[e] for e in ("fpe", GATHERED, DENSE))]
     models = {UNetCase.parse(row.case).model for row in used}
     words = "; ".join(f"{model}: {WORDS[model]}" for model in WORDS if model in models)
-    return markdown(heading, lines) + f"\n\n*{words}.*\n" + beside(used)
+    return markdown_table(heading, lines) + f"\n\n*{words}.*\n" + beside(used)
 
 
 def graphs(rows: Sequence[Row], gpu: bool) -> str:
@@ -179,7 +180,7 @@ def graphs(rows: Sequence[Row], gpu: bool) -> str:
     if not lines:
         return not_yet(gpu, "Steps as graphs")
     heading = ["random weights, guided batch", "unedited", "edited", "edited ÷ unedited"]
-    return markdown(heading, lines) + "\n\n" + beside(used)
+    return markdown_table(heading, lines) + "\n\n" + beside(used)
 
 
 def busy(rows: Sequence[Row], gpu: bool) -> str:
@@ -206,7 +207,7 @@ def busy(rows: Sequence[Row], gpu: bool) -> str:
         name = f"{case.tokens} × {case.heads} × {case.head_dim}{limited}"
         lines.append([name, str(threads), *(cells.get(level, "–") for level in "012")])
     heading = ["unedited ÷ ours, a source and a target", "threads", "alone", "beside one process", "beside two"]
-    return markdown(heading, lines) + "\n\n" + beside(used)
+    return markdown_table(heading, lines) + "\n\n" + beside(used)
 
 
 def holdings(rows: Sequence[Row], gpu: bool) -> dict[str, list[tuple[Case, float]]]:
@@ -244,7 +245,7 @@ def memory(rows: Sequence[Row], gpu: bool) -> str:
     case = held[ours][0][0]
     heading = [f"tokens; {case.heads} heads of {case.head_dim}, a source and a target", TITLES[ours], TITLES[DENSE]]
     used = [row for row in rows if row.suite == "memory" and row.on_gpu == gpu and row.provider == ours]
-    return markdown(heading, lines) + "\n\n" + beside(used)
+    return markdown_table(heading, lines) + "\n\n" + beside(used)
 
 
 def operations(rows: Sequence[Row], gpu: bool) -> str:
@@ -265,7 +266,7 @@ def operations(rows: Sequence[Row], gpu: bool) -> str:
     if not lines:
         return not_yet(gpu, "Other products")
     heading = ["a source and a target", "ours, ms", "best SDPA ÷ ours", "dense ÷ ours", "of limit"]
-    return markdown(heading, lines) + "\n\n" + beside(used)
+    return markdown_table(heading, lines) + "\n\n" + beside(used)
 
 
 def targets(rows: Sequence[Row], gpu: bool) -> str:
@@ -284,7 +285,7 @@ def targets(rows: Sequence[Row], gpu: bool) -> str:
     if not lines:
         return not_yet(gpu, "Numbers of targets")
     heading = ["unedited ÷ ours", *(f"{count} target{'s' * (count > 1)}" for count in TARGETS)]
-    return markdown(heading, lines) + "\n\n" + beside(used)
+    return markdown_table(heading, lines) + "\n\n" + beside(used)
 
 
 def models(rows: Sequence[Row], gpu: bool) -> str:
@@ -310,7 +311,7 @@ def models(rows: Sequence[Row], gpu: bool) -> str:
     if not lines:
         return not_yet(gpu, "Models")
     heading = ["all self-attention layers of a guided step", "ours, ms", "unedited ÷ ours", "SDPA ÷ ours"]
-    return markdown([*heading, "dense ÷ ours"], lines) + "\n\n" + beside(used)
+    return markdown_table([*heading, "dense ÷ ours"], lines) + "\n\n" + beside(used)
 
 
 def _mean_ratio(weights: Sequence[float], others: Sequence[Row | None], ours: Sequence[Row | None]) -> str:
@@ -338,7 +339,7 @@ def recordings(rows: Sequence[Row], gpu: bool) -> str:
     if not lines:
         return not_yet(gpu, "Recordings")
     heading = ["edit", "source and target together", *PLACEMENTS.values()]
-    return markdown(heading, lines) + "\n\n" + beside(used)
+    return markdown_table(heading, lines) + "\n\n" + beside(used)
 
 
 _BY_DEVICE: tuple[Callable[..., str], ...] = (claim, headline, rivals, operations, shapes, targets, models, grid)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 
-__all__ = ["PIPELINE", "hint", "missing"]
+__all__ = ["COMMAND", "PIPELINE", "hint", "missing"]
 
+#: Modules that the `fpe` command is read and answered with.
+COMMAND = ("pydantic", "rich", "typer")
 #: Modules of the extra ``pipeline``; :mod:`fpe_kernels` does without them.
-PIPELINE = ("PIL", "diffusers", "numpy", "safetensors", "transformers")
+PIPELINE = ("PIL", "diffusers", "numpy", "safetensors", "transformers", *COMMAND)
 
 
 def missing(modules: Iterable[str] = PIPELINE) -> list[str]:

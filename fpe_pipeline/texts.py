@@ -1,15 +1,15 @@
-"""Text at the borders of the system: prompts that cannot be encoded, and names that an output cannot spell."""
+"""Text at the borders of the system: prompts that cannot be encoded, names that an output cannot spell, tables."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["check_readable_name", "check_text", "did_you_mean", "print_text"]
+__all__ = ["check_readable_name", "check_text", "did_you_mean", "markdown_table", "print_text"]
 
 
 def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
@@ -39,6 +39,12 @@ def check_readable_name(path: Path) -> None:
             f"{str(path)!a} has a name that is no UTF-8, which the libraries for tensor files cannot open; rename "
             "it, or link to it by another name"
         ) from None
+
+
+def markdown_table(heading: Sequence[str], lines: Iterable[Sequence[str]], *, words: int = 1) -> str:
+    """Markdown, with the first ``words`` columns to the left and the others, which hold numbers, to the right."""
+    rule = [*["---"] * words, *["---:"] * (len(heading) - words)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [heading, rule, *lines])
 
 
 def print_text(text: Any, file: TextIO | None = None) -> None:

@@ -1,13 +1,16 @@
 """The names that people write, held as they are: what moves behind them is nobody's business."""
 
+import re
 import subprocess
 import sys
 
 import pytest
+from typer.main import get_command
 
 import fpe_kernels
 import fpe_pipeline
 import fpe_pipeline.testing
+from fpe_pipeline.app.commands import app
 from tests.support import arrows
 
 KERNELS = "AttentionMap LinearMap backends beside blend concatenate join shared_attention stack"
@@ -20,6 +23,16 @@ PIPELINE = (
 )
 TESTING = "TOLERANCE DenseLayer Difference EditCheck check_edit tiny_unet words_tokenizer"
 COMMANDS = ("demo", "edit", "evaluate", "info")
+MACHINE = "--device --dtype --backend --quiet --traceback"
+OPTIONS = {
+    "demo": f"-o --output --steps {MACHINE}",
+    "edit": "--source --target --negative --from --image --inversion --inversion-guidance --inner-steps --early-stop "
+    "--method --option --self-replace --levels --max-tokens --layers --no-control --model --seed --steps --guidance "
+    f"--size -o --output {MACHINE}",
+    "evaluate": "--pairs --kinds --sweep --method --methods --images --inversion --steps --guidance --self-replace "
+    "--seed --chunk --model --device -o --output --quiet --traceback",
+    "info": "--method",
+}
 METHODS = ("edit", "from_pipe", "from_pretrained", "invert", "record")
 
 
@@ -49,4 +62,12 @@ def test_paths_that_are_public_too():
 def test_commands(module):
     shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=arrows.ROOT)
     assert shown.returncode == 0, shown.stderr
-    assert all(f"\n    {name} " in shown.stdout for name in COMMANDS)
+    assert all(re.search(rf"^\W+{name} ", shown.stdout, re.MULTILINE) for name in COMMANDS)
+
+
+def test_options():
+    """Every option of every command, by all its names."""
+    commands = get_command(app).commands
+    assert commands.keys() == OPTIONS.keys() == set(COMMANDS)
+    for name, command in commands.items():
+        assert sorted(flag for option in command.params for flag in option.opts) == sorted(OPTIONS[name].split())

@@ -1,29 +1,43 @@
-"""What stands on a terminal beside the results of a command: the version, warnings, and no library's advice."""
+"""What stands on a terminal: the paths of results, warnings, what a command has to say, and no library's advice."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-__all__ = ["Version", "quiet_imports", "warnings_on_stderr"]
+from ..texts import print_text
+
+__all__ = ["print_paths", "quiet_imports", "say", "warnings_on_stderr"]
 
 
-class Version(argparse.Action):
-    """Prints the version, for which torch is imported only where it is asked for."""
+def print_paths(paths: Iterable[Path]) -> None:
+    """Paths of results on standard output, one a line."""
+    for path in paths:
+        print_text(path)
+    sys.stdout.flush()
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(nargs=0, **{**options, "dest": argparse.SUPPRESS})
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from fpe_kernels import __version__
+def say(text: str) -> None:
+    """A line of the command's on standard error."""
+    print_text(f"fpe: {text}", sys.stderr)
 
-        print(f"fpe {__version__}")
-        parser.exit()
+
+class _ToStandardError(logging.StreamHandler):
+    """Writes to what standard error is now: progress bars stand in its place while they are shown."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: Any) -> None:
+        pass
 
 
 def quiet_imports() -> None:
@@ -40,7 +54,7 @@ def warnings_on_stderr(say: Callable[[str], None]) -> Iterator[None]:
     """This package's warnings as lines of the command, told by ``say`` or logged: one line each."""
     from ..errors import EditWarning, RequestWarning
 
-    handler = logging.StreamHandler()
+    handler = _ToStandardError()
     handler.setFormatter(logging.Formatter("fpe: %(message)s"))
     logger = logging.getLogger("fpe_pipeline")
     logger.addHandler(handler)

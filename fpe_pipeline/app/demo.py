@@ -8,6 +8,7 @@ from typing import Any
 from ..atomic_folder import check_writable, staged
 from ..images.side_by_side import Comparison, side_by_side
 from ..runs import run as runs
+from ..runs.progress import Progress
 
 __all__ = ["EDITS", "run"]
 
@@ -23,12 +24,12 @@ EDITS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 
 
-def run(directory: Path, *, progress: bool = True, seed: int = 0, **settings: Any) -> list[Path]:
+def run(directory: Path, *, progress: Progress | None = None, seed: int = 0, **settings: Any) -> list[Path]:
     """Make every edit of `EDITS` into a folder of its own, and one picture of them all.
 
     Args:
         directory: receives demo.png and the folders, each as `fpe edit` writes it.
-        progress: show progress bars on standard error.
+        progress: is told how far each edit has come.
         seed: of all edits.
         settings: further fields of `runs.Settings`.
 
@@ -45,7 +46,7 @@ def run(directory: Path, *, progress: bool = True, seed: int = 0, **settings: An
     rows: list[Comparison] = []
     written: list[Path] = []
     for name, request in requests.items():
-        made = runs.execute(request, progress=progress)
+        made = runs.execute(request, progress=progress, name=name)
         written += runs.write(made, directory / name)
         rows += made.comparisons()
     with staged(directory) as stage:

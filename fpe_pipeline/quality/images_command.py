@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..atomic_folder import check_writable, staged
 from ..errors import InputError
+from ..runs.progress import Progress
 from ..texts import print_text
 from .evaluated import EvaluatedModel
 from .methods.comparison import MethodScore, score_subject
@@ -19,13 +18,14 @@ from .methods.contenders import Contender, chosen, contenders
 from .methods.image_folder import folder_digest, folder_subjects
 from .methods.subjects import GENERATED, HELD_OUT, Subject, generated_subjects, render_subjects
 from .methods.tally import compare
+from .request import Evaluation
 from .store import ScoreFile, dump, environment, fingerprint, packed
 from .study.pairs import held_out_pairs
 
 __all__ = ["run_on_images"]
 
 
-def run_on_images(args: argparse.Namespace) -> int:
+def run_on_images(asked: Evaluation, progress: Progress) -> int:
     """Compare the methods, print the table and write ``scores.jsonl``, ``evaluation.json`` and ``table.md``.
 
     Every score is kept as soon as it exists. A run into the folder of an earlier one with the same settings adds what
@@ -38,43 +38,44 @@ def run_on_images(args: argparse.Namespace) -> int:
         InputError: options that do not belong together, no model or no judge, a folder with something missing or
             damaged, or an output folder with scores made with other settings; before anything is computed or written.
     """
-    methods = chosen(args.methods or (), args.self_replace)
-    if args.sweep:
+    methods = chosen(asked.methods or (), asked.self_replace)
+    if asked.sweep:
         raise InputError("--sweep varies one method on generated images: leave it out, or leave out --images")
-    if args.images == GENERATED and args.inversions:
+    if asked.images == GENERATED and asked.inversions:
         raise InputError("generated images are not inverted: leave --inversion out, or pass --images held-out")
-    own = args.images not in (GENERATED, HELD_OUT)
-    subjects = folder_subjects(Path(args.images)) if own else []
-    check_writable(args.output)
-    origins = (GENERATED,) if args.images == GENERATED else tuple(args.inversions or ("ddim",))
-    unguided = sorted({"null-text", "negative-prompt"}.intersection(origins)) if args.guidance <= 1 else []
+    own = asked.images not in (GENERATED, HELD_OUT)
+    folder = Path(asked.images or "")
+    subjects = folder_subjects(folder) if own else []
+    check_writable(asked.output)
+    origins = (GENERATED,) if asked.images == GENERATED else tuple(asked.inversions or ("ddim",))
+    unguided = sorted({"null-text", "negative-prompt"}.intersection(origins)) if asked.guidance <= 1 else []
     if unguided:
         raise InputError(
             f"{' and '.join(unguided)} inversion lives in the unconditional half of classifier-free guidance, which "
-            f"--guidance {args.guidance:g} switches off; pass a larger one, or --inversion direct"
+            f"--guidance {asked.guidance:g} switches off; pass a larger one, or --inversion direct"
         )
-    model = EvaluatedModel.find(args.model, judged=not own)
+    model = EvaluatedModel.find(asked.model, judged=not own)
     settings = {
-        "images": folder_digest(Path(args.images)) if own else args.images,
-        **{name: getattr(args, name) for name in ("steps", "guidance", "self_replace", "seed", "device")},
-        "methods": {contender.name: contender.about for contender in contenders(args.self_replace)},
+        "images": folder_digest(folder) if own else asked.images,
+        **{name: getattr(asked, name) for name in ("steps", "guidance", "self_replace", "seed", "device")},
+        "methods": {contender.name: contender.about for contender in contenders(asked.self_replace)},
         "weights": fingerprint(model.folder),
     }
     # Scores of a version that measured other figures are not to be mixed with these.
     figures = [field.name for field in dataclasses.fields(MethodScore)]
-    store = ScoreFile(args.output / "scores.jsonl", {**settings, "figures": figures})
-    pipe, judge = _load(model, args.device)
+    store = ScoreFile(asked.output / "scores.jsonl", {**settings, "figures": figures})
+    pipe, judge = _load(model, asked.device)
     if not own:
-        pairs = held_out_pairs(args.pairs, args.kinds, args.seed)
-        drawn = args.images == GENERATED
+        pairs = held_out_pairs(asked.pairs, asked.kinds, asked.seed)
+        drawn = asked.images == GENERATED
         subjects = generated_subjects(pairs) if drawn else render_subjects(pairs, pipe.native_size[0])
-    _score_rest(pipe, judge, subjects, origins, methods, store, args)
-    summary = compare(store.rows, seed=args.seed)
+    _score_rest(pipe, judge, subjects, origins, methods, store, asked, progress)
+    summary = compare(store.rows, seed=asked.seed)
     result = {"settings": settings, "environment": environment(), "summary": summary, "scores": packed(store.rows)}
     rendered = method_table(summary)
-    if args.images != GENERATED:
+    if asked.images != GENERATED:
         rendered += "\n" + inversion_table(summary)
-    with staged(args.output) as stage:
+    with staged(asked.output) as stage:
         (stage / "evaluation.json").write_text(dump(result), encoding="utf-8")
         (stage / "table.md").write_text(rendered, encoding="utf-8")
     print_text(rendered.removesuffix("\n"))
@@ -88,7 +89,8 @@ def _score_rest(
     origins: Sequence[str],
     methods: Sequence[Contender],
     store: ScoreFile,
-    args: argparse.Namespace,
+    asked: Evaluation,
+    progress: Progress,
 ) -> None:
     """Score what the store does not hold, picture by picture, so that any beginning has all methods."""
     known = {(row["subject"], row["origin"], row["method"]) for row in store.rows}
@@ -97,10 +99,11 @@ def _score_rest(
             missing = [m for m in methods if (subject.name, origin, m.name) not in known]
             if not missing:
                 continue
-            for score in score_subject(pipe, judge, subject, origin, missing, steps=args.steps, guidance=args.guidance):
+            for score in score_subject(
+                pipe, judge, subject, origin, missing, steps=asked.steps, guidance=asked.guidance
+            ):
                 store.add(score.to_json())
-            print_text(f"scored {number} of {len(subjects)}: {subject.name}, {origin}", sys.stderr)
-            sys.stderr.flush()
+        progress.tell("pictures scored", number, len(subjects))
 
 
 def _load(model: EvaluatedModel, device: str) -> tuple[Any, Any]:

@@ -8,14 +8,12 @@ same to rounding; :mod:`fpe_pipeline.runs.agreement` says how far they are.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
-import types
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -35,12 +33,13 @@ from ..models.loading import (
 from ..models.quiet import only_errors
 from .edit_class import edit_class
 from .loading import load_pipeline, pipeline_class
+from .progress import Progress, show_steps
 from .repeatable import Clock, machine, repeatable, threads_for, versions
 from .settings import Settings
 
 if TYPE_CHECKING:
     from ..edits import Edit
-    from ..inversion.trajectory import Inversion, Method
+    from ..inversion.trajectory import Inversion
     from ..pipeline import FreePromptPipeline
 
 __all__ = ["Run", "Settings", "execute", "photo_of", "pixel_hash", "read_record", "with_its_model", "write"]
@@ -106,7 +105,7 @@ class Run:
         return {
             "format": RECORD_FORMAT,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "settings": dataclasses.asdict(self.settings),
+            "settings": self.settings.model_dump(),
             **self.details,
             "images": {
                 name: {"role": role, "prompt": prompt, "pixels_sha256": pixel_hash(image)}
@@ -118,7 +117,8 @@ class Run:
 def execute(
     settings: Settings,
     *,
-    progress: bool = True,
+    progress: Progress | None = None,
+    name: str = "",
     expected_model: str | None = None,
     expected_photo: str | None = None,
 ) -> Run:
@@ -126,7 +126,8 @@ def execute(
 
     Args:
         settings: checked here before weights are read.
-        progress: show diffusers' progress bars on standard error.
+        progress: is told how far each stage has come.
+        name: of the run, which stands before those of its stages.
         expected_model: identity that the loaded model must have, as an earlier record gives it.
         expected_photo: pixel hash that the real image must have, cut for the model.
 
@@ -142,6 +143,7 @@ def execute(
 
     pipeline_class()  # so that its imports do not count as loading the model
 
+    progress = progress or Progress()
     location = settings.check()
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
@@ -154,17 +156,8 @@ def execute(
             pipe: FreePromptPipeline = load_pipeline(location, dtype=dtype, device=device)
         _warn_of_cut_prompts(pipe.tokenizer, settings)
         model = identity(pipe)
-        if expected_model is not None and model != expected_model:
-            raise InputError(
-                f"model '{settings.model}' is not the one of the record: its weights, scheduler or dtype differ "
-                f"({model[:12]}… instead of {expected_model[:12]}…); pass --model to use it all the same"
-            )
         photo = _photo(pipe, settings)
-        if expected_photo is not None and photo is not None and expected_photo != pixel_hash(photo):
-            raise InputError(
-                f"'{settings.image}' is not the picture of the record: its pixels differ; pass --image to edit "
-                "it all the same"
-            )
+        _check_expected(settings, model, expected_model, photo, expected_photo)
         width, height = photo.size if photo is not None else settings.size or pipe.native_size[::-1]
         edit = _edit(pipe, settings, width, height)
         common: dict[str, Any] = {
@@ -176,12 +169,13 @@ def execute(
         }
         inversion = None
         if photo is not None:
+            show_steps(pipe, "invert", progress)
             with clock.measure("invert"):
-                inversion = _invert(pipe, photo, settings, progress)
+                inversion = _invert(pipe, photo, settings)
             common |= {"inversion": inversion, "height": None, "width": None}
 
         def generate(title: str, prompts: list[str], **options: Any) -> list[Image.Image]:
-            pipe.set_progress_bar_config(desc=title, disable=not progress, leave=True)
+            show_steps(pipe, f"{name} {title}".strip(), progress)
             noise = torch.Generator().manual_seed(settings.seed)
             with clock.measure(title):
                 try:
@@ -201,8 +195,7 @@ def execute(
             # A real image's targets start from its noise, with its source row beside them: it holds the inversion.
             with_source = [] if inversion is None else [settings.source]
             plain = generate("no control", [*with_source, *settings.targets], self_replace_steps=0)[len(with_source) :]
-        settings = dataclasses.replace(
-            settings,
+        settings = settings.with_values(
             model=settings.model if location.kind == "hub" or is_embedded(settings.model) else location.location,
             image=None if settings.image is None else str(Path(settings.image).resolve()),
             size=source.size,
@@ -218,6 +211,22 @@ def execute(
             "seconds": clock.seconds,
         }
     return Run(settings, source, tuple(edited), tuple(plain) if plain else None, details, photo)
+
+
+def _check_expected(
+    settings: Settings, model: str, expected_model: str | None, photo: Image.Image | None, expected_photo: str | None
+) -> None:
+    """Raise InputError for another model or picture than the record's, where there is one."""
+    if expected_model is not None and model != expected_model:
+        raise InputError(
+            f"model '{settings.model}' is not the one of the record: its weights, scheduler or dtype differ "
+            f"({model[:12]}… instead of {expected_model[:12]}…); pass --model to use it all the same"
+        )
+    if expected_photo is not None and photo is not None and expected_photo != pixel_hash(photo):
+        raise InputError(
+            f"'{settings.image}' is not the picture of the record: its pixels differ; pass --image to edit "
+            "it all the same"
+        )
 
 
 def _warn_of_cut_prompts(tokenizer: Any, settings: Settings) -> None:
@@ -254,19 +263,18 @@ def _edit(pipe: FreePromptPipeline, settings: Settings, width: int, height: int)
     return edit
 
 
-def _invert(pipe: FreePromptPipeline, photo: Image.Image, settings: Settings, progress: bool) -> Inversion:
+def _invert(pipe: FreePromptPipeline, photo: Image.Image, settings: Settings) -> Inversion:
     """The settings' picture, inverted by DDIM on the noise levels of whatever scheduler the model names."""
     from ..sampling.noise_schedule import ddim_scheduler
 
     pipe.scheduler = ddim_scheduler(pipe.scheduler)
-    pipe.set_progress_bar_config(desc="invert", disable=not progress, leave=True)
     try:
         return pipe.invert(
             photo,
             settings.source,
             num_inference_steps=settings.steps,
             guidance_scale=settings.inversion_guidance,
-            method=settings.null_text() or cast("Method", settings.inversion),
+            method=settings.null_text() or settings.inversion,
             height=photo.height,
             width=photo.width,
         )
@@ -315,23 +323,10 @@ def read_record(path: Path) -> tuple[Settings, dict[str, Any]]:
         raise InputError(
             f"expected a run record of format {RECORD_FORMAT}, '{path}' has {found}; make it with fpe edit"
         )
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in dict(record.get("settings", {})).items()
-    }
-    hints = get_type_hints(Settings)
-    unknown = values.keys() - hints.keys()
-    mistyped = [name for name, value in values.items() if name in hints and not _has_type(value, hints[name])]
-    missing = {"source", "targets"} - values.keys()
-    if unknown or mistyped or missing:
-        problems = [
-            f"{what} {', '.join(sorted(names))}"
-            for what, names in (("unknown", unknown), ("mistyped", mistyped), ("missing", missing))
-            if names
-        ]
-        raise InputError(
-            f"'{path}' does not hold settings of this version: {'; '.join(problems)}; make it with fpe edit"
-        )
-    return Settings(**values), record
+    try:
+        return Settings(**record.get("settings", {})), record
+    except (InputError, TypeError) as error:
+        raise InputError(f"'{path}' does not hold settings of this version: {error}; make it with fpe edit") from error
 
 
 def with_its_model(settings: Settings, record: dict[str, Any]) -> Settings:
@@ -349,28 +344,10 @@ def with_its_model(settings: Settings, record: dict[str, Any]) -> Settings:
     dtype, wanted = pick_dtype(record["settings"].get("dtype", "auto"), "cpu"), record["model"]["identity_sha256"]
     for model in (settings.model, *earlier):
         if identity(load_pipeline(find_model(model), dtype=dtype, device="cpu")) == wanted:
-            return dataclasses.replace(settings, model=model)
+            return settings.with_values(model=model)
     return settings
 
 
 def photo_of(record: dict[str, Any]) -> str | None:
     """Pixel hash of the real image that a record's run was given; None where its source was generated."""
     return record.get("images", {}).get("photo.png", {}).get("pixels_sha256")
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    """Whether a JSON value, lists turned into tuples, is of a type such as `tuple[int, int] | None`."""
-    if isinstance(hint, types.UnionType):
-        return any(_has_type(value, each) for each in get_args(hint))
-    if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        if not isinstance(value, tuple):
-            return False
-        if kinds[-1] is ...:
-            return all(_has_type(each, kinds[0]) for each in value)
-        return len(value) == len(kinds) and all(map(_has_type, value, kinds))
-    if get_origin(hint) is dict:
-        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and isinstance(value, bool) == (hint is bool)

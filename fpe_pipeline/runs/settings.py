@@ -1,84 +1,151 @@
-"""Everything that decides the images of a run, checked before weights are read."""
+"""Everything that decides the images of a run: one schema for the command line, for records and for whoever calls.
+
+`Settings.model_json_schema()` is that schema, with a description and the bounds of every field. What needs no more than
+the value itself is checked where settings are made, the rest by `Settings.check`, before weights are read.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import json
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import Self
 
 from ..errors import InputError
 from ..models.loading import EMBEDDED, ModelSource, find_model, pick_device, pick_dtype
 from ..texts import check_text
+from .sentences import Text, sentences
 
 if TYPE_CHECKING:
     from ..inversion.null_text import NullText
 
-__all__ = ["INVERSIONS", "Settings"]
+__all__ = ["DEFAULTS", "DTYPE_NAMES", "INVERSIONS", "InversionName", "Schema", "Settings"]
 
 SELECTORS = ("levels", "max_tokens", "layers")
-# Those of `fpe_pipeline.inversion`, which is not imported here: it takes seconds that `fpe --help` need not spend.
 SELF_REPLACE = (0.0, 0.8)
-INVERSIONS = ("ddim", "direct", "null-text", "negative-prompt")
+# Those of `fpe_pipeline.inversion`, which is not imported here: it takes seconds that `fpe --help` need not spend.
+InversionName = Literal["ddim", "direct", "null-text", "negative-prompt"]
+INVERSIONS: tuple[InversionName, ...] = get_args(InversionName)
+Dtype = Literal["float32", "float16", "bfloat16", "auto"]
+DTYPE_NAMES: tuple[Dtype, ...] = get_args(Dtype)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the images of a run.
+class Schema(BaseModel):
+    """Named values that cannot be changed, of exactly their types; lists may stand for tuples, as in JSON.
 
-    Args:
-        source: prompt of the source image; of a real one it may be empty.
-        targets: one or more prompts to edit it into.
-        negative: negative prompt of every image; None is the empty prompt.
-        model: "embedded", an earlier one such as "embedded-80", a folder, a checkpoint file or a hub name.
-        seed: of the noise that all images start from; drawn on the CPU, so the same on every device, and to rounding on
-            every CPU.
-        steps: denoising steps.
-        guidance: classifier-free guidance scale; 1 or less switches it off.
-        method: a key of `fpe_pipeline.edits.registry.METHODS`, which has its defaults for a model, "fpe" being
-            Free-Prompt-Editing; or an edit's class as "package.module:Class", which is imported.
-        self_replace: (first, last) of the replaced steps, as fractions of all steps; of Free-Prompt-Editing only.
-        levels, max_tokens, layers: at most one, to choose the edited self-attention layers as the method's edit does.
-        options: further arguments of the method's edit, by name.
-        size: (width, height) in pixels; None is the model's own.
-        image: path of a real image to edit; None generates the source. It is sampled by DDIM, whatever scheduler the
-            model names, and `seed` decides nothing.
-        inversion: how the real image is held: "ddim", "direct", "null-text" or "negative-prompt"; see
-            `fpe_pipeline.inversion.trajectory`.
-        inversion_guidance: classifier-free guidance while it is inverted.
-        inner_steps, early_stop: of null-text inversion only: at most so many iterations a step, and the mean squared
-            error below which a step ends; see `fpe_pipeline.NullText`.
-        control: also make each target without the edit, to compare.
-        backend: attention backend, or "auto".
-        dtype: "float32", "float16", "bfloat16" or "auto".
-        device: "cpu", "cuda", "cuda:1", "mps" or "auto".
-        threads: CPU threads of torch; None is one for the embedded model, which is too small to share, and torch's
-            choice for others. Sums may round differently with another number.
+    Raises:
+        InputError: in one line, all that is wrong with the values.
     """
 
-    source: str
-    targets: tuple[str, ...]
-    negative: str | None = None
-    model: str = EMBEDDED
-    seed: int = 0
-    steps: int = 50
-    guidance: float = 7.5
-    method: str = "fpe"
-    self_replace: tuple[float, float] = SELF_REPLACE
-    levels: tuple[int, ...] | None = None
-    max_tokens: int | None = None
-    layers: tuple[str | int, ...] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    size: tuple[int, int] | None = None
-    image: str | None = None
-    inversion: str = "ddim"
-    inversion_guidance: float = 1.0
-    inner_steps: int = 10
-    early_stop: float = 1e-5
-    control: bool = True
-    backend: str = "auto"
-    dtype: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(sentences(error, type(self).model_fields)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    def with_values(self, **given: Any) -> Self:
+        """These values with some replaced, checked as new ones are."""
+        return type(self)(**{**dict(self), **given})
+
+    @classmethod
+    def about(cls, name: str) -> str:
+        """What a field is, in words."""
+        return cls.model_fields[name].description or ""
+
+
+class Settings(Schema):
+    """Everything that decides the images of a run; the fields say what each is."""
+
+    source: Text = Field(description="prompt of the source image; of a real picture it may be empty")
+    targets: tuple[Text, ...] = Field(description="prompts to edit it into, one or more")
+    negative: Text | None = Field(None, description="what all images should not show")
+    model: Text = Field(
+        EMBEDDED,
+        description="diffusers folder, .safetensors or .ckpt file, hub name, or embedded-80, the embedded model of "
+        "before",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="of the noise that all images start from; drawn on the CPU, so the same on every device",
+    )
+    steps: int = Field(50, ge=1, description="denoising steps")
+    guidance: float = Field(7.5, description="classifier-free guidance; 1 or less switches it off")
+    method: Text = Field(
+        "fpe",
+        description="how the images are edited: a method by name, or an edit's class as package.module:Class, which is "
+        "imported",
+    )
+    self_replace: tuple[float, float] = Field(
+        SELF_REPLACE,
+        description="steps whose self-attention maps come from the source, as fractions of all steps from 0 to 1; of "
+        "Free-Prompt-Editing only",
+    )
+    levels: tuple[int, ...] | None = Field(
+        None,
+        description="replace at these levels of the UNet; level n is downsampled n times from the latent",
+    )
+    max_tokens: int | None = Field(None, ge=0, description="replace where height x width of the layer is at most this")
+    layers: tuple[Text | int, ...] | None = Field(
+        None,
+        description="replace in these self-attention layers: module paths such as up_blocks.1, or numbers in execution "
+        "order",
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the method's edit, by name")
+    size: tuple[int, int] | None = Field(None, description="width and height in pixels")
+    image: Text | None = Field(
+        None,
+        description="path of a real picture to edit, which is sampled by DDIM, whatever scheduler the model names",
+    )
+    inversion: InversionName = Field(
+        "ddim",
+        description="how the source is held to the picture: put back onto it in every step (ddim, direct: to the end), "
+        "or followed by an optimised (null-text) or by its own prompt's (negative-prompt) unconditional half",
+    )
+    inversion_guidance: float = Field(1.0, description="guidance while the picture is inverted")
+    inner_steps: int = Field(
+        10, ge=1, description="of null-text inversion: at most so many iterations a denoising step"
+    )
+    early_stop: float = Field(
+        1e-5,
+        ge=0,
+        description="of null-text inversion: mean squared error below which the first step ends; later ones are "
+        "allowed a little more each",
+    )
+    control: bool = Field(True, description="also make each target without the edit, to compare")
+    backend: Text = Field("auto", description="attention backend")
+    dtype: Dtype = Field("auto", description="of weights and images while they are denoised")
+    device: Text = Field("auto", description="cpu, cuda, cuda:1 or mps")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads, by whose number sums may round differently; where none is said, one for the embedded "
+        "model and torch's choice for others",
+    )
+
+    def __init__(self, *prompts: Any, **values: Any) -> None:
+        """The source's prompt and the targets' may stand first, without their names."""
+        super().__init__(**dict(zip(("source", "targets"), prompts, strict=False)), **values)
+
+    @field_validator("options")
+    @classmethod
+    def _options_can_be_recorded(cls, options: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(options, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"must be values that JSON has: {error}") from None
+        return options
 
     def edit(self, tokenizer: Any = None, unet: Any = None):
         """The edit of these settings.
@@ -122,9 +189,6 @@ class Settings:
 
         if self.inversion != "null-text":
             return None
-        # A record is JSON, which has no infinity.
-        if self.early_stop == float("inf"):
-            raise InputError("early_stop must be a finite number, received inf; pass a large one for one iteration")
         try:
             return NullText(self.guidance, inner_steps=self.inner_steps, early_stop=self.early_stop)
         except ValueError as error:
@@ -134,7 +198,7 @@ class Settings:
         """These settings with some replaced; a new choice of layers replaces the old one, of whichever kind."""
         if given.keys() & set(SELECTORS):
             given = dict.fromkeys(SELECTORS) | given
-        return dataclasses.replace(self, **given)
+        return self.with_values(**given)
 
     def check(self) -> ModelSource:
         """Check all that can be checked before weights are read, and say where the model is.
@@ -151,14 +215,6 @@ class Settings:
         for name, text in (("source", self.source), *(("target", each) for each in self.targets)):
             _check_text(f"the {name} prompt", text)
         _check_text("the negative prompt", self.negative or "")
-        if self.steps < 1:
-            raise InputError(f"steps must be at least 1, received {self.steps}")
-        if not abs(self.guidance) < float("inf"):
-            raise InputError(f"guidance must be a finite number, received {self.guidance}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed must be from 0 to 2^63 - 1, received {self.seed}")
-        if self.inversion not in INVERSIONS:
-            raise InputError(f"inversion must be one of {', '.join(INVERSIONS)}, received '{self.inversion}'")
         if self.image is not None:
             self._check_image()
         self.edit()
@@ -174,8 +230,6 @@ class Settings:
     def _check_image(self) -> None:
         from ..images.load import load_image
 
-        if not abs(self.inversion_guidance) < float("inf"):
-            raise InputError(f"inversion guidance must be a finite number, received {self.inversion_guidance}")
         if self.inversion in ("null-text", "negative-prompt"):
             if self.guidance <= 1:
                 raise InputError(
@@ -198,3 +252,7 @@ def _check_text(name: str, text: str) -> None:
         check_text(name, text)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+#: What is done where nothing is said.
+DEFAULTS = Settings("", ())

@@ -21,6 +21,7 @@ import benchmarks
 import fpe_kernels
 import fpe_pipeline
 from fpe_pipeline.app import cli
+from fpe_pipeline.app.commands import parsed
 from tests.support.golden_cases import load_pipeline
 from tests.support.tiny_pipelines import tiny_pipeline
 
@@ -65,7 +66,7 @@ def commands(language, text):
 def run_command(words):
     line = " ".join(words)
     if words[:2] == ["fpe", "evaluate"]:
-        cli._parser(words[1:]).parse_args(words[1:])
+        parsed(words[1:])
     if not any(line.startswith(beginning) for beginning in NOT_RUN):
         assert words[0] == "fpe", f"neither run nor listed in NOT_RUN: {line}"
         # As printed, but for the number of steps: fifty of them show no more than a few.

@@ -1,9 +1,12 @@
 """What tests of the fpe command share: the tiny model as a folder, a small edit, and how an error is said."""
 
 import json
+from unittest import mock
 
 import pytest
 
+from fpe_pipeline.app.commands import parsed
+from fpe_pipeline.quality import command
 from fpe_pipeline.runs import run as runs
 from tests.support.golden_cases import GOLDEN
 
@@ -30,6 +33,13 @@ def edit_arguments(model):
         "edit", "--source", SOURCE, "--target", TARGET, "--target", OTHER, "--model", str(model), "--steps", "2",
         "--seed", "5", "--self-replace", "0,0.9", "--quiet",
     ]  # fmt: skip
+
+
+def evaluation(*arguments):
+    """What `fpe evaluate` with these arguments asks for; errors are raised."""
+    with mock.patch.object(command, "run", return_value=0) as run:
+        assert parsed(["evaluate", *map(str, arguments)])() == 0
+    return run.call_args.args[0]
 
 
 def refuse_loading(monkeypatch):

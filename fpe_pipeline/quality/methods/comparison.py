@@ -16,7 +16,7 @@ from ...embedded.measure import noise
 from ...images.load import load_image
 from ...inversion.null_text import NullText
 from ...inversion.trajectory import Inversion, Method
-from ...runs.settings import Settings
+from ...runs.settings import DEFAULTS
 from ..similarity import iou, psnr
 from ..store import plain
 from .contenders import Contender, Unfit
@@ -71,8 +71,8 @@ def score_subject(
     origin: str,
     contenders: Sequence[Contender],
     *,
-    steps: int = Settings.steps,
-    guidance: float = Settings.guidance,
+    steps: int = DEFAULTS.steps,
+    guidance: float = DEFAULTS.guidance,
 ) -> Iterator[MethodScore]:
     """Edit one picture by every method, and score each edit as soon as it is made.
 

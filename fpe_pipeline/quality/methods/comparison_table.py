@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...texts import markdown_table
 from .subjects import GENERATED
 from .tally import ALL
 
@@ -35,16 +36,15 @@ def method_table(
     for origin in shown:
         title = "generated" if origin == GENERATED else f"real, {origin}"
         head += [f"{title}: edits", *(name for name, _ in _COLUMNS)]
-    lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
-    notes = []
+    lines, notes = [], []
     for kind in chosen:
         tallies = [summary[origin]["kinds"].get(kind, {}) for origin in shown]
         for method in dict.fromkeys(name for tally in tallies for name in tally):
             cells = [text for tally in tallies for text in _cells(tally.get(method))]
-            lines.append("| " + " | ".join([kind, method, *cells]) + " |")
+            lines.append([kind, method, *cells])
             reasons = {reason for tally in tallies if method in tally for reason in _partly(tally[method])}
             notes += [f"- {kind}, {method}: not every edit was made: {reason}" for reason in sorted(reasons)]
-    return "\n".join(lines) + "\n" + ("\n" + "\n".join(notes) + "\n" if notes else "")
+    return markdown_table(head, lines, words=2) + "\n" + ("\n" + "\n".join(notes) + "\n" if notes else "")
 
 
 def _cells(entry: Mapping[str, Any] | None) -> list[str]:
@@ -71,11 +71,11 @@ def inversion_table(summary: Mapping[str, Any], origins: Sequence[str] | None = 
     """
     head = ["inversion", "real images", "reconstruction, dB", "lowest", "autoencoder alone, dB", "lowest"]
     head += ["s to invert", "FPE edits", "succeed", "IoU", "PSNR outside, dB"]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    lines = []
     for origin in origins or [name for name in summary if name != GENERATED]:
         whole = summary.get(origin)
         if whole is None:
-            lines.append("| " + " | ".join([origin, "0", "not measured yet", *("–" for _ in head[3:])]) + " |")
+            lines.append([origin, "0", "not measured yet", *("–" for _ in head[3:])])
             continue
         edit = whole["kinds"][ALL].get(_EDIT)
         cells = [str(whole["pictures"])]
@@ -83,8 +83,8 @@ def inversion_table(summary: Mapping[str, Any], origins: Sequence[str] | None = 
             cells += [cell(whole[name], name), f"{whole[name]['minimum']:.2f}" if whole[name] else "–"]
         cells += [cell(whole["inversion_seconds"], "inversion_seconds"), str(edit["edits"]) if edit else "0"]
         cells += [cell(edit[name] if edit else None, name) for name in ("success", "iou", "outside_psnr")]
-        lines.append("| " + " | ".join([origin, *cells]) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([origin, *cells])
+    return markdown_table(head, lines) + "\n"
 
 
 def cell(figure: Mapping[str, float] | None, name: str) -> str:

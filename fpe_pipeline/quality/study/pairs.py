@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...embedded.scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS, prompt, triples
+from ..request import KINDS
 
 __all__ = ["KINDS", "EditPair", "held_out_pairs"]
 
-KINDS = ("colour", "object", "background")
 _PLACE = {"object": 0, "colour": 1, "background": 2}
 _VALUES = {"object": OBJECTS, "colour": tuple(COLOURS), "background": BACKGROUNDS}
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...texts import markdown_table
+
 __all__ = ["plot", "table"]
 
 _COLUMNS = (
@@ -21,14 +23,14 @@ _COLUMNS = (
 def table(summary: Mapping[str, Any]) -> str:
     """Markdown: one row for each kind of edit and condition, 95 % intervals in brackets."""
     head = ["edit", "condition", "pairs", *(title for title, *_ in _COLUMNS), "IoU over shared noise"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for kind, conditions in summary.items():
         for condition, entry in conditions.items():
             cells = [_cell(entry[figure], scale, unit) for _, figure, scale, unit in _COLUMNS]
             gain = entry.get("gain_over_shared_noise")
             cells.append(_cell(gain, 1, "", sign=True) if gain else "")
-            lines.append("| " + " | ".join([kind, condition, str(entry["pairs"]), *cells]) + " |")
-    return "\n".join(lines) + "\n"
+            lines.append([kind, condition, str(entry["pairs"]), *cells])
+    return markdown_table(head, lines, words=len(head)) + "\n"
 
 
 def _cell(figure: Mapping[str, float], scale: float, unit: str, sign: bool = False) -> str:

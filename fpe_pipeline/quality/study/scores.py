@@ -13,7 +13,7 @@ import torch
 from ...edits import Edit
 from ...embedded.judge import Judge, Verdict
 from ...embedded.measure import noise
-from ...runs.settings import Settings
+from ...runs.settings import DEFAULTS
 from ...session.session import editing
 from ..similarity import iou, psnr
 from ..store import plain
@@ -60,8 +60,8 @@ def evaluate(
     pairs: Sequence[EditPair],
     conditions: Sequence[Condition],
     *,
-    steps: int = Settings.steps,
-    guidance: float = Settings.guidance,
+    steps: int = DEFAULTS.steps,
+    guidance: float = DEFAULTS.guidance,
     chunk: int = 8,
     first: int = 0,
     backend: str = "auto",

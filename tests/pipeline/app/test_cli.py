@@ -200,10 +200,22 @@ class TestFromRecord:
             ("{", "is not a run record"),
             ("[]", "expected a run record of format 1"),
             ('{"format": 2}', "has 2"),
-            ('{"format": 1}', "missing source, targets"),
-            ('{"format": 1, "settings": {"source": "a", "targets": ["b"], "steps": "8"}}', "mistyped steps"),
-            ('{"format": 1, "settings": {"source": "a", "targets": ["b"], "size": [8]}}', "mistyped size"),
-            ('{"format": 1, "settings": {"source": "a", "targets": ["b"], "colour": 3}}', "unknown colour"),
+            ('{"format": 1}', "source is missing; targets is missing"),
+            (
+                '{"format": 1, "settings": {"source": "a", "targets": ["b"], "steps": "8"}}',
+                "steps must be a whole number, got '8'",
+            ),
+            (
+                '{"format": 1, "settings": {"source": "a", "targets": ["b"], "size": [8]}}',
+                "size must be a longer list, got (8,)",
+            ),
+            ('{"format": 1, "settings": {"source": "a", "targets": ["b"], "colour": 3}}', "there is no setting colour"),
+            ('{"format": 1, "settings": {"source": "a", "targets": ["b"], "setps": 3}}', "did you mean steps?"),
+            ('{"format": 1, "settings": {"source": "a", "targets": ["b"], "seed": -1}}', "seed must be at least 0"),
+            ('{"format": 1, "settings": {"source": "a", "targets": "b"}}', "targets must be a list, got 'b'"),
+            ('{"format": 1, "settings": {"source": "a", "targets": ["b"], "guidance": NaN}}', "a finite number"),
+            ('{"format": 1, "settings": {"source": "a", "targets": ["b"], "layers": [1.5]}}', "layers[0] must be"),
+            ('{"format": 1, "settings": 3}', "does not hold settings of this version"),
         ],
     )
     def test_damaged_records(self, tmp_path, capsys, no_loading, content, message):

@@ -1,6 +1,5 @@
 """Methods by name: the command line, the evaluation and Python run the same edit, from one table."""
 
-import argparse
 import inspect
 import json
 from pathlib import Path
@@ -14,11 +13,11 @@ from fpe_pipeline import FreePromptPipeline, MasaCtrlEdit, make_edit
 from fpe_pipeline.app import cli
 from fpe_pipeline.edits.method import Method
 from fpe_pipeline.edits.registry import METHODS, method_table
-from fpe_pipeline.quality.command import add_arguments
 from fpe_pipeline.quality.methods.comparison import _Drawing
 from fpe_pipeline.quality.methods.contenders import CONTENDERS, chosen
 from fpe_pipeline.quality.methods.subjects import GENERATED, Subject
-from fpe_pipeline.runs.settings import Settings
+from fpe_pipeline.quality.request import Evaluation
+from fpe_pipeline.runs.settings import DEFAULTS, Settings
 from tests.support.silent import SOURCE, TARGET, embedded
 
 PROMPTS = [SOURCE, TARGET]
@@ -49,7 +48,7 @@ def test_three_ways_to_one_picture(pipe, tmp_path, name):
     in_python = np.asarray(pipe(SOURCE, TARGET, edit=edit, **options).targets[0])
     contender = chosen([name])[0].edit_for(SUBJECT, pipe.tokenizer, pipe)
     assert contender == edit or name == "fpe-regional"  # a mask of a word is compared by its picture
-    evaluated = _Drawing(pipe, SUBJECT, GENERATED, STEPS, Settings.guidance).edited(contender)[1]
+    evaluated = _Drawing(pipe, SUBJECT, GENERATED, STEPS, DEFAULTS.guidance).edited(contender)[1]
     for picture in (in_python, evaluated):
         assert np.abs(picture.astype(int) - command).max() <= 1
 
@@ -66,9 +65,7 @@ def test_the_same_settings():
     call = inspect.signature(FreePromptPipeline.__call__).parameters
     steps = inspect.signature(FreePromptPipeline.invert).parameters["num_inference_steps"].default
     settings = Settings("", ())
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    evaluated = parser.parse_args([])
+    evaluated = Evaluation()
     assert settings.steps == evaluated.steps == steps
     assert settings.guidance == evaluated.guidance == call["guidance_scale"].default
     assert settings.self_replace == (0.0, evaluated.self_replace) == (0.0, call["self_replace_steps"].default)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import numpy as np
@@ -27,6 +26,7 @@ from fpe_pipeline.quality import (
 from fpe_pipeline.quality import command as command_module
 from fpe_pipeline.quality.study.report import plot, table
 from fpe_pipeline.quality.study.scores import Score
+from tests.support.tiny_cli import evaluation
 
 
 class TestPairs:
@@ -128,18 +128,16 @@ def test_interrupted_run_continues_and_refuses_other_settings(tmp_path, monkeypa
     monkeypatch.setattr(command_module, "evaluate", evaluate)
     monkeypatch.setattr(command_module, "fingerprint", lambda folder: "weights")
     monkeypatch.setattr(command_module, "_load", lambda *_: (None, None))
-    parser = argparse.ArgumentParser()
-    command_module.add_arguments(parser)
     arguments = ["--pairs", "2", "-o", str(tmp_path / "out")]
     with pytest.raises(KeyboardInterrupt):
-        run(parser.parse_args(arguments))
-    assert run(parser.parse_args(arguments)) == 0
+        run(evaluation(*arguments))
+    assert run(evaluation(*arguments)) == 0
     assert calls == [(0, 6), (2, 4)]
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert len(result["scores"]["rows"]) == 6 * 3
     assert result["summary"]["object"]["free-prompt editing"]["pairs"] == 2
     with pytest.raises(InputError, match="other settings"):
-        run(parser.parse_args([*arguments, "--steps", "7"]))
+        run(evaluation(*arguments, "--steps", "7"))
 
 
 def _row(pair: int, condition: str, iou: float) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from fpe_pipeline.quality.methods.comparison import MethodScore, score_subject
 from fpe_pipeline.quality.methods.comparison_table import inversion_table, method_table
 from fpe_pipeline.quality.methods.contenders import CONTENDERS, DIFFERENT_NOISE, NO_EDIT, Unfit, chosen
 from fpe_pipeline.quality.similarity import iou, psnr
+from tests.support.tiny_cli import evaluation
 
 KINDS = ("colour", "object", "background")
 
@@ -244,12 +244,6 @@ def test_tally_and_table():
     assert inversion_table(summary).splitlines()[2:] == inversions.splitlines()[2:3]
 
 
-def arguments(*given):
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args([str(value) for value in given])
-
-
 class TestCommand:
     @pytest.fixture(autouse=True)
     def fakes(self, monkeypatch):
@@ -267,7 +261,7 @@ class TestCommand:
         monkeypatch.setattr(module, "_load", lambda *_: (SimpleNamespace(native_size=(16, 16)), None))
 
     def run(self, out, *given):
-        return command.run(arguments("--images", "held-out", "--kinds", "colour", "-o", out, *given))
+        return command.run(evaluation("--images", "held-out", "--kinds", "colour", "-o", out, *given))
 
     def test_a_run_is_continued_and_extended(self, tmp_path):
         self.stop_at = 3
@@ -333,7 +327,7 @@ class TestCommand:
                 (tmp_path / entry.name).symlink_to(entry)
         for images in ([], ["--images", "generated"]):
             with pytest.raises(InputError, match=r"has no judge\.safetensors, which says what"):
-                command.run(arguments(*images, "--model", tmp_path, "-o", tmp_path / "out"))
+                command.run(evaluation(*images, "--model", tmp_path, "-o", tmp_path / "out"))
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
@@ -347,15 +341,17 @@ class TestCommand:
             (["--images", "generated", "--model", "/no/such/model"], "neither a folder nor a file here"),
             (["--model", "/no/such/model"], "neither a folder nor a file here"),
             (["--model", __file__], "must end in .safetensors or .ckpt"),
-            (["--pairs", "0"], "--pairs must be at least 1, got 0"),
-            (["--images", "held-out", "--steps", "0"], "--steps must be at least 1"),
-            (["--guidance", "nan"], "--guidance must be a finite number"),
-            (["--self-replace", "2"], "--self-replace must be from 0 to 1"),
+            (["--pairs", "0"], "pairs must be at least 1, got 0"),
+            (["--images", "held-out", "--steps", "0"], "steps must be at least 1"),
+            (["--guidance", "nan"], "guidance must be a finite number"),
+            (["--self-replace", "2"], "self_replace must be at most 1, got 2.0"),
+            (["--kinds"], "kinds must be a list of at least 1"),
+            (["--kinds", "colr"], "did you mean colour?"),
             (["--device", "abacus"], "device 'abacus' is not available here"),
             (["--images", "held-out", "--inversion", "null-text", "--guidance", "1"], "unconditional half"),
         ],
     )
     def test_options_that_do_not_fit(self, tmp_path, given, message):
         with pytest.raises(InputError, match=message):
-            command.run(arguments(*given, "-o", tmp_path / "out"))
+            command.run(evaluation(*given, "-o", tmp_path / "out"))
         assert not (tmp_path / "out").exists()

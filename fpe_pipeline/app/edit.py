@@ -1,0 +1,218 @@
+"""`fpe edit`: from options to settings, and what is done with them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..errors import InputError
+from ..runs.progress import progress_for
+from ..runs.settings import DTYPE_NAMES, INVERSIONS, Settings
+from .console import print_paths, say
+from .options import as_integers, as_layers, as_name_and_value, as_size, as_window, chosen, field, flag
+
+__all__ = ["BACKEND", "DEVICE", "DTYPE", "EXAMPLES", "QUIET", "TRACEBACK", "edit"]
+
+EXAMPLES = r"""Examples:
+
+fpe edit --source "a photo of a red car on the beach" \
+    --target "a photo of a blue car on the beach"
+
+fpe edit --source "a photo of a cat" --target "a photo of a dog" \
+    --target "a photo of a fox" --model ./stable-diffusion-v1-5 \
+    --size 512x512 --guidance 7.5 --seed 3 -o out/pets
+
+fpe edit --image beach.jpg --source "a photo of a red car" \
+    --target "a photo of a blue car" --inversion direct
+
+fpe edit --from out/pets/run.json -o out/again
+    # the same images; how far they are, if not to the bit
+
+fpe edit --from out/pets/run.json --self-replace 0.4 -o out/looser"""
+
+_of = functools.partial(field, Settings)
+_PROMPTS, _PICTURES, _EDIT, _SAMPLING, _MACHINE = "Prompts", "Real images", "Edit", "Sampling", "Machine"
+
+DEVICE = _of("device", panel=_MACHINE, note="default: cuda where there is one, else cpu", metavar="NAME")
+DTYPE = _of(
+    "dtype",
+    panel=_MACHINE,
+    note=f"{', '.join(DTYPE_NAMES)}; default: float16 on cuda, else float32",
+    metavar="NAME",
+    autocompletion=lambda: DTYPE_NAMES,
+)
+BACKEND = _of("backend", panel=_MACHINE, note="`fpe info` lists them; default: auto", metavar="NAME")
+QUIET = flag("--quiet", panel=_MACHINE, text="no progress on standard error")
+TRACEBACK = flag("--traceback", panel=_MACHINE, text="show the Python traceback of an error")
+
+
+def edit(
+    source: Annotated[str | None, _of("source", panel=_PROMPTS, metavar="TEXT")] = None,
+    target: Annotated[
+        list[str] | None, _of("targets", "--target", panel=_PROMPTS, note="repeat for more", metavar="TEXT")
+    ] = None,
+    negative: Annotated[str | None, _of("negative", panel=_PROMPTS, note="default: nothing", metavar="TEXT")] = None,
+    record: Annotated[
+        Path | None,
+        flag(
+            "--from",
+            panel=_PROMPTS,
+            text="repeat an earlier run; options given beside it replace its settings",
+            metavar="RUN.JSON",
+        ),
+    ] = None,
+    image: Annotated[
+        str | None, _of("image", panel=_PICTURES, note="--source may then be left out", metavar="PATH")
+    ] = None,
+    inversion: Annotated[
+        str | None, _of("inversion", panel=_PICTURES, metavar="NAME", autocompletion=lambda: INVERSIONS)
+    ] = None,
+    inversion_guidance: Annotated[float | None, _of("inversion_guidance", panel=_PICTURES, metavar="SCALE")] = None,
+    inner_steps: Annotated[int | None, _of("inner_steps", panel=_PICTURES, metavar="N")] = None,
+    early_stop: Annotated[float | None, _of("early_stop", panel=_PICTURES, metavar="ERROR")] = None,
+    method: Annotated[
+        str | None,
+        _of(
+            "method",
+            panel=_EDIT,
+            note="`fpe info` lists the names, and classes are found in this directory or PYTHONPATH; default: fpe",
+            metavar="NAME",
+        ),
+    ] = None,
+    option: Annotated[
+        list[Any] | None,
+        _of(
+            "options",
+            "--option",
+            panel=_EDIT,
+            note="`fpe info --method NAME` shows them; such as start_step=4; repeat for more",
+            metavar="NAME=VALUE",
+            parser=as_name_and_value,
+        ),
+    ] = None,
+    self_replace: Annotated[
+        Any,
+        _of(
+            "self_replace",
+            panel=_EDIT,
+            note="END or START,END: 0.8 is the first 80 %; lower values follow the target prompt more; default: 0.8",
+            metavar="END",
+            parser=as_window,
+        ),
+    ] = None,
+    levels: Annotated[
+        Any,
+        _of(
+            "levels",
+            panel=_EDIT,
+            note="default: 1 and deeper; with models of at most 32 x 32 tokens, as the embedded one, all",
+            metavar="N,N",
+            parser=as_integers,
+        ),
+    ] = None,
+    max_tokens: Annotated[int | None, _of("max_tokens", panel=_EDIT, metavar="N")] = None,
+    layers: Annotated[Any, _of("layers", panel=_EDIT, metavar="PATH,PATH", parser=as_layers)] = None,
+    no_control: Annotated[
+        bool, flag("--no-control", panel=_EDIT, text="do not make the targets without the edit")
+    ] = False,
+    model: Annotated[
+        str | None, _of("model", panel=_SAMPLING, note="default: the embedded model", metavar="PATH")
+    ] = None,
+    seed: Annotated[int | None, _of("seed", panel=_SAMPLING, metavar="N")] = None,
+    steps: Annotated[int | None, _of("steps", panel=_SAMPLING, metavar="N")] = None,
+    guidance: Annotated[float | None, _of("guidance", panel=_SAMPLING, metavar="SCALE")] = None,
+    size: Annotated[
+        Any, _of("size", panel=_SAMPLING, note="default: the model's", metavar="WxH", parser=as_size)
+    ] = None,
+    output: Annotated[
+        Path, flag("-o", "--output", panel=_SAMPLING, text="folder for the results (default: out)", metavar="DIR")
+    ] = Path("out"),
+    device: Annotated[str | None, DEVICE] = None,
+    dtype: Annotated[str | None, DTYPE] = None,
+    backend: Annotated[str | None, BACKEND] = None,
+    quiet: Annotated[bool, QUIET] = False,
+    traceback: Annotated[bool, TRACEBACK] = False,
+) -> Callable[[], int]:
+    """Make an image of a prompt and edit it into others.
+
+    An image of the source prompt is edited into one or more targets by changing the text only. All images start from
+    the same noise; while they are denoised, the targets take the self-attention maps of the source, which keeps its
+    layout. With --image, the source is your picture instead: it is inverted to noise first.
+
+    The folder receives comparison.png (source, target without control, target with the edit), the images one by one,
+    and run.json, which holds every setting, version and timing of the run. A picture keeps its aspect ratio at the
+    model's own number of pixels, or is scaled to cover --size and cut in the middle; photo.png is what the model was
+    given, source.png what came back.
+    """
+    given = chosen(
+        source=source, targets=target, negative=negative, image=image, inversion=inversion,
+        inversion_guidance=inversion_guidance, inner_steps=inner_steps, early_stop=early_stop, method=method,
+        options=None if option is None else dict(option), self_replace=self_replace, levels=levels,
+        max_tokens=max_tokens, layers=layers, control=False if no_control else None, model=model, seed=seed,
+        steps=steps, guidance=guidance, size=size, device=device, dtype=dtype, backend=backend,
+    )  # fmt: skip
+    return functools.partial(_run, given, record, output, quiet)
+
+
+def _run(given: dict[str, Any], path: Path | None, output: Path, quiet: bool) -> int:
+    from ..atomic_folder import check_writable
+    from ..runs import agreement
+    from ..runs import run as runs
+
+    settings, record = _settings(given, path)
+    settings.check()
+    check_writable(output)
+    if record is not None and "model" not in given:
+        settings = _with_its_model(settings, record)
+    same_model = record is not None and not {"model", "dtype", "device"} & given.keys()
+    with progress_for(quiet=quiet) as progress:
+        run = runs.execute(
+            settings,
+            progress=progress,
+            expected_model=record["model"]["identity_sha256"] if record is not None and same_model else None,
+            expected_photo=runs.photo_of(record) if record and not {"image", "size"} & given.keys() else None,
+        )
+    # Measured before the images are written: they may replace those that they are compared with.
+    distance = None
+    if path is not None and record is not None and not given:
+        distance = agreement.differences(run, record, path.parent)
+    print_paths(runs.write(run, output))
+    if distance is not None:
+        say(distance or "the images are those of the record, bit for bit")
+    return 0
+
+
+def _settings(given: dict[str, Any], path: Path | None) -> tuple[Settings, dict[str, Any] | None]:
+    """The settings that the options and the record, where one is named, add up to; and the record."""
+    from ..runs import run as runs
+    from ..runs.edit_class import check_edit_class
+
+    if {"inversion", "inversion_guidance"} & given.keys() and "image" not in given and path is None:
+        raise InputError("--inversion and --inversion-guidance are about a picture; pass it with --image")
+    record = None
+    if path is not None:
+        settings, record = runs.read_record(path)
+        settings = settings.changed(**given)
+        if "method" not in given:
+            check_edit_class(settings, record)
+    else:
+        given = {"source": "", **given} if "image" in given else given
+        missing = [f"--{name}" for name, key in (("source", "source"), ("target", "targets")) if key not in given]
+        if missing:
+            raise InputError(f"expected {' and '.join(missing)}, or --from with the run.json of an earlier run")
+        settings = Settings(**given)
+    if {"inner_steps", "early_stop"} & given.keys() and (settings.image is None or settings.inversion != "null-text"):
+        raise InputError("--inner-steps and --early-stop are null-text inversion's; pass --inversion null-text as well")
+    return settings, record
+
+
+def _with_its_model(settings: Settings, record: dict[str, Any]) -> Settings:
+    """`runs.with_its_model`, which says so where the record's weights are earlier ones."""
+    from ..runs import run as runs
+
+    found = runs.with_its_model(settings, record)
+    if found.model != settings.model:
+        say(f"the record was made with an earlier embedded model, {found.model}, which is used again")
+    return found
