@@ -7,9 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fpe_pipeline import BatchRoles, FreePromptPipeline, Product, Site
-from fpe_pipeline.edits.base import SelfAttentionEdit
-from fpe_pipeline.models.steps import Step
+from fpe_pipeline import BatchRoles, FreePromptPipeline, Product, SelfAttentionEdit, Site, Step
 
 folder, steps = Path(*sys.argv[1:2] or ["out/examples"]), int(*sys.argv[2:3] or [10])
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from fpe_pipeline.edits.base import Edit
+from fpe_pipeline.edits.base import Edit, Products, begun
 from fpe_pipeline.edits.free_prompt import FreePromptEdit
 from fpe_pipeline.edits.masactrl import MasaCtrlEdit
 from fpe_pipeline.edits.products import MapSpec, Product
@@ -32,8 +32,8 @@ def site(kind: Kind) -> Site:
 def drawn(title: str, edit: Edit, kind: Kind, index: int = 10) -> str:
     """The picture of a step ``index`` of 50 of a layer: maps on the left, values on the right, outputs between."""
     roles = BatchRoles.from_batch(len(ROWS), classifier_free_guidance=True)
-    begun = edit.begin()
-    answer = begun.products(site(kind), Step(index, 50), roles)
+    running = begun(edit)
+    answer = running.products(site(kind), Step(index, 50), roles)
     terms = {row: _terms(answer, row) for row in range(len(ROWS))}
     maps = sorted({term.map for row in terms for term in terms[row]}, key=lambda spec: (spec.query, spec.keys))
     picture = Drawing(760, TOP + HEIGHT * len(ROWS) + 26, title)
@@ -59,9 +59,10 @@ def drawn(title: str, edit: Edit, kind: Kind, index: int = 10) -> str:
     return picture.text()
 
 
-def _terms(answer: Mapping[int, Product | Sequence[Product]], row: int) -> tuple[Product, ...]:
+def _terms(answer: Products, row: int) -> tuple[Product, ...]:
     named = answer.get(row, Product(row, (row,), (row,)))
-    return (named,) if isinstance(named, Product) else tuple(named)
+    terms = tuple(named) if isinstance(named, Sequence) else (named,)
+    return tuple(term for term in terms if isinstance(term, Product))
 
 
 def _height(place: int, places: int) -> float:

@@ -104,7 +104,7 @@ def cut_maps(
         budget = min(threads * of_thread, DEVICE_BLOCK_BYTES)
     else:
         together, budget = 1, DEVICE_BLOCK_BYTES
-    a_query = itemsize * max(1, *(block.stop for length in set(lengths) for block in cut_keys(length)[:1]))
+    a_query = itemsize * max([1, *(block.stop for length in set(lengths) for block in cut_keys(length)[:1])])
     together = max(together, min(heads, budget // max(1, queries * a_query)))
     if query.device.type == "cpu" and threads_compute_alone():
         maps = sum(1 for rows in by_map if rows)

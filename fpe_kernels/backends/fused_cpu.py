@@ -90,7 +90,8 @@ def whole_product(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
 
     The operator's other name, for which Python does less: in a small map that counts.
     """
-    return F.scaled_dot_product_attention(query.expand_as(value), key.expand_as(value), value, scale=scale)
+    rows = value.shape[0], -1, -1, -1
+    return F.scaled_dot_product_attention(query.expand(rows), key.expand(rows), value, scale=scale)
 
 
 def write_product(

@@ -241,9 +241,11 @@ class CombinedEdit(Edit):
         object.__setattr__(self, "edits", tuple(edits))
 
     def begin(self) -> Edit:
+        """What a session asks for the length of its ``with`` block."""
         return self._of(begun(edit) for edit in self.edits)
 
     def encoded(self, encoding: Encoding) -> Edit:
+        """The edit for what the pipeline encodes."""
         return self._of(encoded_edit(edit, encoding) for edit in self.edits)
 
     def _of(self, edits: Iterable[Edit]) -> Edit:
@@ -251,6 +253,7 @@ class CombinedEdit(Edit):
         return self if all(map(operator.is_, edits, self.edits)) else replace(self, edits=edits)
 
     def watchers(self) -> tuple[Watcher, ...]:
+        """What follows the run for it."""
         return tuple(watcher for edit in self.edits for watcher in watchers_of(edit))
 
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
@@ -286,9 +289,11 @@ class CombinedEdit(Edit):
 
     @property
     def feature_modules(self) -> tuple[str, ...]:
+        """Paths of the modules whose output is replaced."""
         return tuple(dict.fromkeys(path for edit in self.edits for path in feature_modules_of(edit)))
 
     def features(self, step: Step, roles: BatchRoles) -> Features:
+        """The rows whose output is another row's, by module."""
         out: dict[str, dict[int, int]] = {}
         for edit in self.edits:
             for path, rows in features_of(edit, step, roles).items() if edit.active(step) else ():

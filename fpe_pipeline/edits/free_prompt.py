@@ -108,15 +108,19 @@ class FreePromptEdit(SelfAttentionEdit):
         return LayerSelection.parse("self", levels=range(1, max(deepest, 1) + 1)).match(sites, by_default=True)
 
     def written_for(self) -> tuple[str, ...]:
+        """The prompts that it is written for, the source's first."""
         return (self.mask.prompt,) if isinstance(self.mask, WordMask) else ()
 
     def encoded(self, encoding: Encoding) -> FreePromptEdit:
+        """The edit for what the pipeline encodes."""
         return self  # a mask's watcher places its word
 
     def begin(self) -> FreePromptEdit:
+        """What a session asks for the length of its ``with`` block."""
         return replace(self, mask=self.mask.begin()) if isinstance(self.mask, WordMask) else self
 
     def watchers(self) -> tuple[Watcher, ...]:
+        """What follows the run for it."""
         return (self.mask.collector,) if isinstance(self.mask, RunningWordMask) else ()
 
     def phase(self, step: Step) -> Hashable:

@@ -82,9 +82,11 @@ class LocalBlend(Edit):
         return {}
 
     def written_for(self) -> tuple[str, ...]:
+        """The prompts that it is written for, the source's first."""
         return tuple(self.prompts)
 
     def encoded(self, encoding: Encoding) -> LocalBlend:
+        """The edit for what the pipeline encodes."""
         return self  # its watcher places the words
 
     def windows(self) -> Windows:
@@ -98,6 +100,7 @@ class LocalBlend(Edit):
         return ()
 
     def watchers(self) -> tuple[Watcher, ...]:
+        """What follows the run for it."""
         return (_Blend(self),)
 
 

@@ -81,6 +81,7 @@ class PlugAndPlayEdit(SelfAttentionEdit):
         return {t: Product(query=s, keys=(s,), values=(t,)) for s, t in roles.pairs(conditional=None)}
 
     def features(self, step: Step, roles: BatchRoles) -> Features:
+        """The rows whose output is another row's, by module."""
         if step not in StepWindow(*self.feature_steps):
             return {}
         rows = {target: source for source, target in roles.pairs(conditional=None)}

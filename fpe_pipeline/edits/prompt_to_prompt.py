@@ -111,6 +111,7 @@ class PromptToPromptEdit(SelfAttentionEdit):
         }
 
     def encoded(self, encoding: Encoding) -> PromptToPromptEdit:
+        """The edit for what the pipeline encodes."""
         if encoding.prompts is None:
             return self
         known = tokenize_prompts(self.prompts, self.tokenizer)
@@ -140,6 +141,7 @@ class PromptToPromptEdit(SelfAttentionEdit):
         return any(any(target.replaced(step)) for target in self._targets.values())
 
     def written_for(self) -> tuple[str, ...]:
+        """The prompts that it is written for, the source's first."""
         return tuple(self.prompts)
 
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:

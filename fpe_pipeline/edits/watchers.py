@@ -87,6 +87,7 @@ class HeatCollector(Watcher):
         return self._select(sites)
 
     def begin(self) -> None:
+        """What a session asks for the length of its ``with`` block."""
         self._sums, self._counts, self._images = {}, {}, None
 
     def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:

@@ -70,6 +70,12 @@ class Site:
 def attention_sites(unet: Any) -> tuple[Site, ...]:
     """The attention layers of a UNet in execution order.
 
+    Args:
+        unet: of diffusers.
+
+    Returns:
+        One site a layer, of no size: ``site.at(height, width)`` of the latents gives it one.
+
     Raises:
         TypeError: the model is not a UNet with ``attn_processors``, ``down_blocks`` and ``up_blocks``.
     """

@@ -50,6 +50,9 @@ class StepWindow:
 
     The truncation is Free-Prompt-Editing's and Prompt-to-Prompt's, floating point included:
     ``int(50 * 0.58)`` is 28.
+
+    Args:
+        start, stop: fractions of the run, from 0 to 1.
     """
 
     start: float

@@ -12,10 +12,11 @@ import torch
 from ..edits import Edit
 from ..edits.base import prompts_of
 from ..edits.registry import require_edit
+from ..models.adapter import identity
+from ..models.families import edited_model
 from ..models.roles import BatchRoles
 from ..models.sites import attention_sites
 from ..models.steps import Step
-from ..models.unet import identity, pipe_and_unet
 from ..session.session import editing, session_of
 from .models import guests_of, tiny_unet, words_tokenizer
 from .shadow import Compared, Equation, Shadow
@@ -150,7 +151,7 @@ def _copied(pipe: Any, seed: int) -> tuple[Any, Any]:
     """A UNet in float64 that is nobody else's, and the tokenizer of its pipeline."""
     if pipe is None:
         return tiny_unet(seed=seed), words_tokenizer()
-    given, unet = pipe_and_unet(pipe)
+    given, unet = edited_model(pipe)
     if session_of(pipe) is not None:
         raise ValueError("the UNet is in an editing session: leave it first, the check begins one of its own")
     unet = copy.deepcopy(identity(unet)).double().eval().requires_grad_(False)

@@ -11,6 +11,7 @@ import torch
 
 from ..edits import Edit
 from ..edits.base import begun, feature_modules_of, features_of, parts_of, watchers_of
+from ..edits.joint_products import AnyProduct
 from ..edits.products import Product
 from ..edits.watchers import Watcher
 from ..models.roles import BatchRoles
@@ -72,7 +73,7 @@ class Shadow:
         active = [(part, paths) for part, paths in self._parts if part.active(step)]
         self._products = {
             path: {
-                row: (given,) if isinstance(given, Product) else tuple(given)
+                row: _terms(given)
                 for part, paths in active
                 if path in paths
                 for row, given in part.products(site, step, self._roles).items()
@@ -193,3 +194,12 @@ class Shadow:
         errors = ((actual - expected).abs().flatten(1).amax(1) / largest).nan_to_num(nan=float("inf"))
         row = int(errors.argmax())
         self.compared.append(Compared(float(errors[row]), what, self._step, row, said.get(row, "as it was"), edited))
+
+
+def _terms(given: AnyProduct | Sequence[AnyProduct]) -> tuple[Product, ...]:
+    """What a row becomes, as the sum of its products."""
+    terms = tuple(given) if isinstance(given, Sequence) else (given,)
+    plain = tuple(term for term in terms if isinstance(term, Product))
+    if len(plain) != len(terms):
+        raise TypeError("the edit gave a JointProduct for a layer of a UNet: there an edit gives Products")
+    return plain

@@ -18,6 +18,7 @@ from fpe_kernels.backends.blocks import Buffers
 HEADS = 4
 SHAPES = [
     ((0, 0), 64, 64, 40),  # one block, or PyTorch's fused attention where threads share it
+    ((0, 0), 100, 24, 40),
     ((0, 0), 300, 300, 40),  # blocks of some heads, for threads
     ((0, 1, 2, 2), 300, 77, 64),  # maps of one row beside a shared one
     ((1, 0, 1), 65, 130, 24),

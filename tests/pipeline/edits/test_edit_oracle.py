@@ -210,6 +210,6 @@ def test_every_field_of_a_product_is_written_out():
 def test_nothing_of_the_session_computes_for_it():
     """The dense side imports no plan, no processor and no backend but the reference."""
     for name in ("dense", "shadow"):
-        text = (Path(__file__).parents[2] / "fpe_pipeline" / "testing" / f"{name}.py").read_text(encoding="utf-8")
+        text = (Path(__file__).parents[3] / "fpe_pipeline" / "testing" / f"{name}.py").read_text(encoding="utf-8")
         assert "session." not in text.replace("session.step", "") and "plan_products" not in text
         assert "shared_attention" not in text

@@ -92,8 +92,8 @@ def test_layers_that_suit_the_model(pipe):
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_every_option_is_one(pipe, method: Method):
     """What the table calls options is what the maker takes, and nothing else."""
-    with pytest.raises(TypeError, match=f"{method.name} has no option speed; it has {method.options[0]}"):
-        make_edit(method.name, PROMPTS, pipe.tokenizer, speed=1)
+    with pytest.raises(TypeError, match=f"{method.name} has no option zzz; it has {method.options[0]}"):
+        make_edit(method.name, PROMPTS, pipe.tokenizer, zzz=1)
     made = inspect.signature(method.edit).parameters
     for name in method.options:
         if name in made and made[name].default is not inspect.Parameter.empty:

@@ -86,7 +86,7 @@ def test_features_without_a_layer(tiny):
 
 
 def test_a_part_of_a_combination_that_selects_nothing_is_refused(tiny):
-    with pytest.raises(ValueError, match="Nowhere selects none of the UNet's"):
+    with pytest.raises(ValueError, match="Nowhere selects none of the model's"):
         editing(tiny, FreePromptEdit() + Nowhere())
 
 
