@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,10 @@ NOT_RUN = {
     "fpe evaluate": "takes hours; its arguments are parsed, and test_quality.py runs it on few pairs",
 }
 FEW_STEPS = ["--steps", "5"]
+# An evaluation of so few pairs is run all the same.
+FEW_PAIRS = "--pairs 1 "
+# The first line of a block that is a file, which the page has the reader save.
+SAVED = re.compile(r"# (\w+)\.py\n")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHELLS = ("console", "bash")
 PACKAGES = (fpe_kernels, fpe_pipeline, benchmarks)
@@ -66,11 +71,12 @@ def run_command(words):
     line = " ".join(words)
     if words[:2] == ["fpe", "evaluate"]:
         cli._parser(words[1:]).parse_args(words[1:])
-    if not any(line.startswith(beginning) for beginning in NOT_RUN):
+    if FEW_PAIRS in line or not any(line.startswith(beginning) for beginning in NOT_RUN):
         assert words[0] == "fpe", f"neither run nor listed in NOT_RUN: {line}"
         # As printed, but for the number of steps: fifty of them show no more than a few.
         few = FEW_STEPS if words[1] == "edit" and not {"--steps", "--from"} & set(words) else []
-        assert cli.main([*words[1:], *few, "--quiet"]) == 0, line
+        quiet = ["--quiet"] if words[1] in ("demo", "edit") else []
+        assert cli.main([*words[1:], *few, *quiet]) == 0, line
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +111,17 @@ def workplace(stand_in, tmp_path, monkeypatch):
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(DiffusionPipeline, "to", to)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     for name in ("photo.jpg", "beach.jpg"):
         Image.fromarray(pixels).save(name)
-    return tmp_path
+    yield tmp_path
+    for name in [name for name, module in sys.modules.items() if _lies_in(module, tmp_path)]:
+        del sys.modules[name]
+
+
+def _lies_in(module, folder):
+    return str(getattr(module, "__file__", None) or "").startswith(str(folder))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -116,7 +129,9 @@ def test_blocks_run_as_printed(document, workplace):
     """In the order of the page: a block may use what those before it have defined."""
     known = {"__name__": "__main__"}
     for line, language, text in blocks(document):
-        if language == "python":
+        if language == "python" and (saved := SAVED.match(text)):
+            (workplace / f"{saved[1]}.py").write_text(text, encoding="utf-8")
+        elif language == "python":
             exec(compile("\n" * (line - 1) + text, str(ROOT / document), "exec"), known)
         elif language in SHELLS:
             for words in commands(language, text):
