@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 
 import benchmarks
@@ -24,6 +24,7 @@ import fpe_pipeline
 from fpe_pipeline.app import cli
 from tests.support.golden_cases import load_pipeline
 from tests.support.tiny_pipelines import tiny_pipeline
+from tests.support.tiny_transformers import tiny_sd3_pipeline
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -93,15 +94,26 @@ def stand_in(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def transformer_stand_in(tmp_path_factory):
+    """A folder of a model as Stable Diffusion 3.5 is, whose own size is small: documents name none."""
+    folder = tmp_path_factory.mktemp("models") / "transformer"
+    pipe = tiny_sd3_pipeline(load_pipeline(), "sd3.5", torch.float32)
+    pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def workplace(stand_in, tmp_path, monkeypatch):
+def workplace(stand_in, transformer_stand_in, tmp_path, monkeypatch):
     """An empty working directory with a photo in it, on a machine with a hub and a GPU, as documents assume."""
     load, move = DiffusionPipeline.from_pretrained.__func__, DiffusionPipeline.to
 
     def from_pretrained(kind, name, **options):
         is_hub_name = isinstance(name, str) and name.count("/") == 1 and not Path(name).exists()
         options = {option: value for option, value in options.items() if value is not torch.float16}  # a GPU's
-        pipe = load(kind, stand_in if is_hub_name else name, **options)
+        here = transformer_stand_in if issubclass(kind, StableDiffusion3Pipeline) else stand_in
+        pipe = load(kind, here if is_hub_name else name, **options)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
