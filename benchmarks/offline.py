@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
-from fpe_kernels.backends.triton import adjoint, apply, backward, boxes, configs, forward, hopper
+from fpe_kernels.backends.triton import adjoint, apply_launch, boxes, configs, forward, gradient_launch, hopper
 from fpe_kernels.backends.triton.launch import Launch
 from fpe_kernels.backends.triton.offline import compile_for, resources
 from fpe_kernels.backends.triton.packing import Chunk
@@ -210,8 +210,8 @@ def launch_of(program: Program) -> Launch:
         out_dtype = torch.float32 if summed else dtype
         out = projection(1, own.shape[2], program.head_dim, dtype=out_dtype)
         config = configs.score_config(*shape, other.shape[2], tf32)
-        gradients = backward.GradientTensors(own, other, x, y, own_bias, out, logsumexp, logsumexp)
-        launch = backward.prepare(gradients, chunk, 0.1, of_query, config, lengths)
+        gradients = gradient_launch.GradientTensors(own, other, x, y, own_bias, out, logsumexp, logsumexp)
+        launch = gradient_launch.prepare(gradients, chunk, 0.1, of_query, config, lengths)
     elif program.kernel == "adjoint":
         config = configs.resident_config(*shape, heads, keys, tokens, tf32)
         products = adjoint.AdjointTensors(query, key, wide, bias, by_head, logsumexp)
@@ -230,8 +230,8 @@ def launch_of(program: Program) -> Launch:
             config = replace(config.general(), descriptors=True)
             return boxes.prepare(query, key, value, chunk, 0.1, product, logsumexp, config)
         priors = prior, None if prior is None else logsumexp
-        tensors = apply.ApplyTensors(query, key, value, bias, product, logsumexp, row_weight, *priors)
-        launch = apply.prepare(tensors, chunk, 0.1, program.kernel == "replay", prior is None, config, lengths)
+        tensors = apply_launch.ApplyTensors(query, key, value, bias, product, logsumexp, row_weight, *priors)
+        launch = apply_launch.prepare(tensors, chunk, 0.1, program.kernel == "replay", prior is None, config, lengths)
     return replace(launch, constants={**launch.constants, "PRECISION": "tf32"}) if tf32 else launch
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import (
     dispatch,
+    indices,
     ops,  # noqa: F401  registers torch.ops.fpe_kernels
     ready,
     validation,
@@ -77,7 +78,7 @@ class AttentionMap(SoftmaxMap, LinearMap):
     ) -> None:
         self.query, self.key = validation.check_query_key(query, key)
         self.bias = validation.check_bias(bias, query, key)
-        self.key_lengths = validation.check_key_lengths(key_lengths, key)
+        self.key_lengths = indices.check_key_lengths(key_lengths, key)
         self.scale = validation.check_scale(scale, query.shape[-1])
         self.backend = dispatch.check_name(backend)
         self._serving = dispatch.select(backend, query)
@@ -225,7 +226,7 @@ class AttentionMap(SoftmaxMap, LinearMap):
 
     def queries(self, start: int, stop: int | None = None) -> AttentionMap:
         """The map of the query tokens ``start`` to ``stop``, a view: its products cost as much as it has rows."""
-        start, stop = validation.check_range("query tokens", start, stop, self.shape[2])
+        start, stop = indices.check_range("query tokens", start, stop, self.shape[2])
         bias = self.bias if self.bias is None or self.bias.shape[2] == 1 else self.bias[:, :, start:stop]
         part = self._of(self.query[:, :, start:stop], self.key, bias, self.key_lengths)
         part._take_over(self, lambda known: known[:, :, start:stop])
@@ -236,7 +237,7 @@ class AttentionMap(SoftmaxMap, LinearMap):
 
         ``join([A.keys(0, n), A.keys(n)])`` is A.
         """
-        start, stop = validation.check_range("key tokens", start, stop, self.shape[3], empty=True)
+        start, stop = indices.check_range("key tokens", start, stop, self.shape[3], empty=True)
         bias = self.bias if self.bias is None or self.bias.shape[3] == 1 else self.bias[..., start:stop]
         lengths = None
         if self.key_lengths is not None:
@@ -380,10 +381,10 @@ def shared_attention(
     if repeatable and (done := ready.call(*given)) is not None:
         return done
     query, key = validation.check_query_key(query, key, batch="G")
-    index = validation.check_map_index(map_index, query.shape[0])
+    index = indices.check_map_index(map_index, query.shape[0])
     shape = (len(index), *query.shape[1:3], key.shape[2])
     value = validation.check_value(value, query, shape, key.shape[1])
-    lengths = validation.check_key_lengths(key_lengths, key)
+    lengths = indices.check_key_lengths(key_lengths, key)
     bias = validation.check_bias(bias, query, key)
     scale = validation.check_scale(scale, query.shape[-1])
     if weight is not None:

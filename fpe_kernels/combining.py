@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import validation
+from . import indices, validation
 from .composition import Combination, LinearMap
 from .normal_form import Block, Cut, Term, adjoint_of, product_of, sum_of_blocks, taken
 
@@ -151,7 +151,7 @@ class StackedMap(LinearMap):
 
     def queries(self, start: int, stop: int | None = None) -> StackedMap:
         """The rows of a range of the query tokens; only the parts that it meets."""
-        start, stop = validation.check_range("query tokens", start, stop, self.shape[2])
+        start, stop = indices.check_range("query tokens", start, stop, self.shape[2])
         parts = []
         for part, rows in self._ranges():
             first, last = max(start, rows.start), min(stop, rows.stop)

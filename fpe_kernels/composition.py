@@ -6,7 +6,7 @@ kept in the normal form of :mod:`.normal_form`, which every operation rewrites.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import validation
+from . import indices, validation
 from .normal_form import (
     Block,
     Diagonal,
@@ -32,15 +32,12 @@ from .normal_form import (
     terms_by_map,
     tokens_after,
 )
-from .pooling import pooling_matrix
-from .precision import at_given_dtype
 from .ranges import KeyBlock, once_for_each
 from .softmax_map import SoftmaxMap, softmax_blocks
+from .views import MapViews
 
-DENSE_LIMIT_BYTES = 1 << 30
 
-
-class LinearMap(ABC):
+class LinearMap(MapViews):
     """A linear operator [B, H, N, M] from key tokens to query tokens, known by its products.
 
     ``AttentionMap`` is one; sums, weighted, mixed and gathered maps are others. Equivalent PyTorch, every map dense::
@@ -60,21 +57,6 @@ class LinearMap(ABC):
     >>> rows.allclose(torch.ones(1, 2, 5, 1))
     True
     """
-
-    @property
-    @abstractmethod
-    def shape(self) -> torch.Size:
-        """(B, H, N, M)."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Dtype of every product and of its operand."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where products are computed."""
 
     @property
     def key_heads(self) -> int:
@@ -128,66 +110,6 @@ class LinearMap(ABC):
         """The adjoint: ``A.T @ weight``, [B, H, N, E] -> [B, H, M, E]."""
         return TransposedMap(self)
 
-    def column_sums(self) -> Tensor:
-        """[B, H, M]: how much attention each key receives, summed over the query rows; equals ``A.T @ 1``."""
-        return self.T.matmul(self._ones(self.shape[2], 1)).squeeze(-1)
-
-    def _ones(self, tokens: int, columns: int) -> Tensor:
-        return torch.ones((*self.shape[:2], tokens, columns), dtype=self.dtype, device=self.device)
-
-    # -- views of a few entries ---------------------------------------------------------------------------------------
-
-    def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
-        """The rows of the query tokens ``index``: [B, H, len(index), M]. Memory grows with len(index) · M only."""
-        index = validation.check_token_index(index, self.shape[2], self.device)
-        return self.T.matmul(self._unit_columns(index, self.shape[2])).transpose(-1, -2)
-
-    def columns(self, index: int | Sequence[int] | Tensor) -> Tensor:
-        """The columns of the key tokens ``index``: [B, H, N, len(index)]. Memory grows with N · len(index) only."""
-        index = validation.check_token_index(index, self.shape[3], self.device)
-        return self.matmul(self._unit_columns(index, self.shape[3]))
-
-    def _unit_columns(self, index: Tensor, tokens: int) -> Tensor:
-        position = torch.arange(tokens, device=self.device).unsqueeze(1)
-        return (position == index).to(self.dtype).expand(*self.shape[:2], -1, -1)
-
-    def pooled(self, query_grid: tuple[int, int], key_grid: tuple[int, int], size: int | tuple[int, int]) -> Tensor:
-        """A small dense view to look at: entries averaged over blocks of query pixels and of key pixels.
-
-        Args:
-            query_grid: (height, width) of the query tokens, row by row; their product is N.
-            key_grid: (height, width) of the key tokens; their product is M.
-            size: (height, width) of the block grid, or one int for both; at most either grid.
-
-        Returns:
-            [B, H, size_h · size_w, size_h · size_w]; blocks as ``F.adaptive_avg_pool2d`` cuts them.
-        """
-        size = (size, size) if isinstance(size, int) else size
-        pool_query = validation.check_pooling("query_grid", query_grid, self.shape[2], size)
-        pool_key = validation.check_pooling("key_grid", key_grid, self.shape[3], size)
-        dtype = validation.accumulator_dtype(self.dtype)
-        by_key = self.matmul(pooling_matrix(pool_key, size, self).expand(*self.shape[:2], -1, -1))
-        blocks = pooling_matrix(pool_query, size, self).to(dtype)
-        with at_given_dtype(self.device):
-            return (blocks.transpose(-1, -2) @ by_key.to(dtype)).to(self.dtype)
-
-    def dense(self, *, max_bytes: int = DENSE_LIMIT_BYTES) -> Tensor:
-        """The whole map [B, H, N, M], for small maps and for checks.
-
-        Raises:
-            ValueError: if the map would take more than ``max_bytes`` (default 1 GiB).
-        """
-        needed = self.shape.numel() * self.dtype.itemsize
-        if needed > max_bytes:
-            raise ValueError(
-                f"a dense map {tuple(self.shape)} takes {needed:,} bytes, more than max_bytes={max_bytes:,}. Use "
-                "products, A.rows, A.columns or A.pooled, or pass a larger max_bytes."
-            )
-        return self._entries()
-
-    def _entries(self) -> Tensor:
-        return self.columns(torch.arange(self.shape[3], device=self.device))
-
     # -- ranges of tokens ---------------------------------------------------------------------------------------------
 
     def queries(self, start: int, stop: int | None = None) -> LinearMap:
@@ -195,7 +117,7 @@ class LinearMap(ABC):
 
         Nothing is copied, and a product costs as much as it has rows.
         """
-        start, stop = validation.check_range("query tokens", start, stop, self.shape[2])
+        start, stop = indices.check_range("query tokens", start, stop, self.shape[2])
         part = once_for_each(lambda whole: whole.queries(start, stop))
         return self._with_terms(lambda term, rows: term.of_queries(part(term.map), start, stop))
 
@@ -207,7 +129,7 @@ class LinearMap(ABC):
         Raises:
             TypeError: for a map that is not one softmax in each row, such as a sum of maps.
         """
-        start, stop = validation.check_range("key tokens", start, stop, self.shape[3], empty=True)
+        start, stop = indices.check_range("key tokens", start, stop, self.shape[3], empty=True)
         softmax_blocks(self, "keys(start, stop) is a softmax of its own; for the entries as they are use block(keys=)")
         part = once_for_each(lambda whole: whole.keys(start, stop))
         return self._with_terms(lambda term, rows: replace(term, map=part(term.map)))
@@ -227,7 +149,7 @@ class LinearMap(ABC):
         if keys is None:
             return part
         tokens = self.shape[3]
-        start, stop = validation.check_range("key tokens", *keys, tokens, empty=True)
+        start, stop = indices.check_range("key tokens", *keys, tokens, empty=True)
         of_keys = once_for_each(lambda whole: KeyBlock(whole, start, stop))
 
         def change(term: Term, rows: slice) -> Term:
@@ -304,7 +226,7 @@ class LinearMap(ABC):
 
     def take(self, index: Sequence[int]) -> LinearMap:
         """Gather batch rows: row ``b`` of the result is row ``index[b]``. Rows that share a map are computed once."""
-        index = validation.check_map_index(index, self.shape[0], "index")
+        index = indices.check_map_index(index, self.shape[0], "index")
         if not index:
             raise ValueError("A.take([]) has no batch row; name at least one.")
         return Combination(taken(self._blocks(), index))

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import validation
+from . import indices, validation
 from .attention_map import AttentionMap
 from .combining import check_maps
 from .composition import LinearMap
@@ -151,7 +151,7 @@ class JoinedMap(SoftmaxMap, LinearMap):
 
     def keys(self, start: int, stop: int | None = None) -> JoinedMap:
         """The softmax over a range of the key tokens alone; only the parts that it meets."""
-        start, stop = validation.check_range("key tokens", start, stop, self.shape[3], empty=True)
+        start, stop = indices.check_range("key tokens", start, stop, self.shape[3], empty=True)
         parts = []
         for part, _, keys in self._ranges():
             first, last = max(start, keys.start), min(stop, keys.stop)

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import validation
+from . import indices
 from .normal_form import Block, Term
+from .views import Operator
 
 
-class SoftmaxMap(ABC):
+class SoftmaxMap(Operator):
     """What an attention map and a joined one have in common; ``wide`` results have the dtype of the statistics."""
-
-    @property
-    @abstractmethod
-    def shape(self) -> torch.Size:
-        """(B, H, N, M)."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Dtype of every product and of its operand."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where products are computed."""
 
     @property
     @abstractmethod
@@ -87,11 +73,11 @@ class SoftmaxMap(ABC):
 
     def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
         """The rows of the query tokens ``index``: [B, H, len(index), M]. Memory grows with len(index) · M only."""
-        return self.wide_rows(validation.check_token_index(index, self.shape[2], self.device)).to(self.dtype)
+        return self.wide_rows(indices.check_token_index(index, self.shape[2], self.device)).to(self.dtype)
 
     def columns(self, index: int | Sequence[int] | Tensor) -> Tensor:
         """The columns of the key tokens ``index``: [B, H, N, len(index)]. Memory grows with N · len(index) only."""
-        return self.wide_columns(validation.check_token_index(index, self.shape[3], self.device)).to(self.dtype)
+        return self.wide_columns(indices.check_token_index(index, self.shape[3], self.device)).to(self.dtype)
 
     def _entries(self) -> Tensor:
         return self.wide_rows(torch.arange(self.shape[2], device=self.device)).to(self.dtype)

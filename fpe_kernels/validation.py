@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_MOST_RUNS = 64
 _LARGEST = sys.float_info.max
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -37,7 +36,8 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _shape(tensor: Tensor) -> str:
+def shape_of(tensor: Tensor) -> str:
+    """As errors say it."""
     return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
 
 
@@ -48,7 +48,7 @@ def check_tensor(name: str, tensor: object, layout: str) -> Tensor:
     rank = layout.count(",") + 1
     if tensor.ndim != rank:
         raise ValueError(
-            f"{name} must have {rank} dimensions [{layout}], got {tensor.ndim}: {_shape(tensor)}. "
+            f"{name} must have {rank} dimensions [{layout}], got {tensor.ndim}: {shape_of(tensor)}. "
             "Split heads first, e.g. x.view(B, N, H, D).transpose(1, 2)."
         )
     if tensor.dtype not in FLOAT_DTYPES:
@@ -81,19 +81,19 @@ def check_query_key(query: object, key: object, batch: str = "B") -> tuple[Tenso
     check_same_place("key", key, query)
     if query.shape[0] != key.shape[0]:
         raise ValueError(
-            f"query and key must agree in {batch}: query has {_shape(query)}, key has {_shape(key)}. "
+            f"query and key must agree in {batch}: query has {shape_of(query)}, key has {shape_of(key)}. "
             "Expand the one that is the same for all, e.g. key.expand(len(query), -1, -1, -1)."
         )
     if key.shape[1] and query.shape[1] % key.shape[1]:
         raise ValueError(
             f"key must have the heads of query, or a divisor of them where query heads share keys: query has "
-            f"{_shape(query)}, key has {_shape(key)}."
+            f"{shape_of(query)}, key has {shape_of(key)}."
         )
     if query.shape[3] != key.shape[3]:
         raise ValueError(f"query and key must have the same head dim: got {query.shape[3]} and {key.shape[3]}.")
     if 0 in query.shape or 0 in (*key.shape[:2], key.shape[3]):
         raise ValueError(
-            f"no axis of query and key but that of the keys may be empty: query {_shape(query)}, key {_shape(key)}."
+            f"no axis of query and key but that of the keys may be empty: query {shape_of(query)}, key {shape_of(key)}."
         )
     return query, key
 
@@ -117,38 +117,6 @@ def check_same_device(name: str, tensor: Placed, query: Placed) -> None:
         )
 
 
-def check_key_lengths(key_lengths: object, key: Tensor) -> tuple[int, ...] | None:
-    """Return the number of keys of each map as ints, or None where that is all of them."""
-    if key_lengths is None:
-        return None
-    if isinstance(key_lengths, Tensor) and key_lengths.device.type != "cpu":
-        raise ValueError(
-            f"key_lengths decides what is computed, so it must be known on the host: got a tensor on "
-            f"{key_lengths.device}. Pass a list of ints, e.g. key_lengths.tolist()."
-        )
-    entries = _host_integers(key_lengths.tolist() if isinstance(key_lengths, Tensor) else key_lengths)
-    if entries is None or isinstance(key_lengths, Integral):
-        raise TypeError(f"key_lengths must be a sequence of ints, one for each map, got {key_lengths!r}.")
-    maps, keys = key.shape[0], key.shape[2]
-    if len(entries) != maps or not all(0 <= entry <= keys for entry in entries):
-        raise ValueError(f"key_lengths must have {maps} entries in [0, {keys}], one for each map, got {entries}.")
-    return None if all(entry == keys for entry in entries) else tuple(entries)
-
-
-def check_range(name: str, start: object, stop: object, tokens: int, empty: bool = False) -> tuple[int, int]:
-    """Return ``start`` and ``stop`` of a range of ``tokens`` tokens; a ``stop`` of None is their end."""
-    stop = tokens if stop is None else stop
-    for entry in (start, stop):
-        if isinstance(entry, bool) or not isinstance(entry, Integral):
-            raise TypeError(f"a range of {name} is two ints, start and stop, got {start!r} and {stop!r}.")
-    first, last = int(cast(int, start)), int(cast(int, stop))
-    if not 0 <= first <= last <= tokens or (first == last and not empty):
-        raise IndexError(
-            f"a range of {name} must have 0 <= start {'<=' if empty else '<'} stop <= {tokens}, got {first} and {last}."
-        )
-    return first, last
-
-
 def check_value(value: object, like: Placed, shape: Sequence[int], key_heads: int | None = None) -> Tensor:
     """Check ``value`` [B, H, M, E], the right-hand side of a map of ``shape`` (B, H, N, M).
 
@@ -158,15 +126,15 @@ def check_value(value: object, like: Placed, shape: Sequence[int], key_heads: in
     check_same_place("value", value, like)
     batch, heads, _, keys = shape
     if value.shape[0] != batch:
-        raise ValueError(f"value must have {batch} batch rows here, got {value.shape[0]}: {_shape(value)}.")
+        raise ValueError(f"value must have {batch} batch rows here, got {value.shape[0]}: {shape_of(value)}.")
     if value.shape[1] not in (heads, heads if key_heads is None else key_heads):
         shared = "" if key_heads in (None, heads) else f" or the {key_heads} of its keys"
         raise ValueError(
-            f"value must have the {heads} heads of the map{shared}, got {value.shape[1]}: {_shape(value)}."
+            f"value must have the {heads} heads of the map{shared}, got {value.shape[1]}: {shape_of(value)}."
         )
     if value.shape[2] != keys:
         raise ValueError(
-            f"value must have {keys} tokens, one for each column of the map, got {value.shape[2]}: {_shape(value)}."
+            f"value must have {keys} tokens, one for each column of the map, got {value.shape[2]}: {shape_of(value)}."
         )
     return value
 
@@ -177,7 +145,7 @@ def check_weight(weight: object, like: Placed, shape: Sequence[int]) -> Tensor:
     check_same_place("weight", weight, like)
     if weight.shape[:3] != torch.Size(shape[:3]):
         raise ValueError(
-            f"weight must agree with the map in [B, H, N] = {list(shape[:3])}, got {_shape(weight)}. "
+            f"weight must agree with the map in [B, H, N] = {list(shape[:3])}, got {shape_of(weight)}. "
             "A.T @ weight sums over the query rows."
         )
     return weight
@@ -194,7 +162,7 @@ def _check_broadcast(name: str, tensor: object, layout: str, full: Sequence[int]
     axes = (1,) * (len(full) - tensor.ndim) + tuple(tensor.shape)
     if tensor.ndim > len(full) or any(size not in (1, whole) for size, whole in zip(axes, full, strict=True)):
         raise ValueError(
-            f"{name} must broadcast to [{layout}] = {list(full)}, got {_shape(tensor)}. "
+            f"{name} must broadcast to [{layout}] = {list(full)}, got {shape_of(tensor)}. "
             "Insert axes of size 1 where it does not vary."
         )
     return tensor.reshape(axes)
@@ -235,12 +203,12 @@ def check_column_weight(weight: object, like: Placed, shape: Sequence[int]) -> T
 def check_mixing(matrix: object, like: Placed, shape: Sequence[int]) -> Tensor:
     """Check a matrix on the value tokens of a map of ``shape`` (B, H, N, M); returns it as [1 | B, 1 | H, M, M']."""
     if not isinstance(matrix, Tensor) or matrix.ndim < 2:
-        got = _shape(matrix) if isinstance(matrix, Tensor) else type(matrix).__name__
+        got = shape_of(matrix) if isinstance(matrix, Tensor) else type(matrix).__name__
         raise TypeError(f"matrix must be a torch.Tensor [M, M'] or one that broadcasts to [B, H, M, M'], got {got}.")
     if matrix.shape[-2] != shape[3] or matrix.shape[-1] == 0:
         raise ValueError(
             f"matrix must have {shape[3]} rows, one for each column of the map, and at least one column, "
-            f"got {_shape(matrix)}. A.mix(M) @ v is A @ (M @ v); a mapper that is stored the other way is M.T."
+            f"got {shape_of(matrix)}. A.mix(M) @ v is A @ (M @ v); a mapper that is stored the other way is M.T."
         )
     checked = _check_broadcast("matrix", matrix, "B, H, M, M'", (*shape[:2], *matrix.shape[-2:]), like)
     check_same_place("matrix", checked, like)
@@ -295,7 +263,7 @@ def check_bias(bias: object, query: Tensor, key: Tensor) -> Tensor | None:
     axes = (1,) * (4 - bias.ndim) + tuple(bias.shape)
     if bias.ndim > 4 or any(size not in (1, whole) for size, whole in zip(axes, full, strict=True)):
         raise ValueError(
-            f"bias must broadcast to [B, H, N, M] = {list(full)}, got {_shape(bias)}. "
+            f"bias must broadcast to [B, H, N, M] = {list(full)}, got {shape_of(bias)}. "
             "Insert axes of size 1 where it does not vary."
         )
     return bias.reshape(axes)
@@ -314,29 +282,6 @@ def check_scale(scale: object, head_dim: int) -> float:
     return float(scale)
 
 
-def check_map_index(map_index: object, maps: int, name: str = "map_index") -> tuple[int, ...]:
-    """Return ``map_index`` as a tuple of ints in [0, maps)."""
-    if isinstance(map_index, Tensor):
-        if map_index.is_floating_point() or map_index.is_complex() or map_index.dtype == torch.bool:
-            raise TypeError(f"{name} must hold integers, got a tensor of {map_index.dtype}.")
-        if map_index.device.type != "cpu":
-            raise ValueError(
-                f"{name} decides what is launched, so it must be known on the host: "
-                f"got a tensor on {map_index.device}. Pass a list of ints, e.g. [0, 0, 1]."
-            )
-        map_index = map_index.tolist()
-    if not isinstance(map_index, Sequence) or isinstance(map_index, (str, bytes)):
-        raise TypeError(f"{name} must be a sequence of ints, one for each batch row, got {type(map_index).__name__}.")
-    for position, entry in enumerate(map_index):
-        if isinstance(entry, bool) or not isinstance(entry, (int, Integral)):
-            raise TypeError(f"{name}[{position}] must be an int, got {entry!r}.")
-        if not 0 <= int(entry) < maps:
-            raise IndexError(
-                f"{name}[{position}] is {int(entry)}, but there are {maps} map(s): expected 0 <= index < {maps}."
-            )
-    return tuple(int(entry) for entry in map_index)
-
-
 def check_logsumexp(logsumexp: object, query: Tensor) -> Tensor:
     """Check a known log-sum-exp [B, H, N] against ``query`` [B, H, N, D]."""
     expected = accumulator_dtype(query.dtype)
@@ -344,7 +289,8 @@ def check_logsumexp(logsumexp: object, query: Tensor) -> Tensor:
         raise TypeError(f"logsumexp must be a torch.Tensor [B, H, N], got {type(logsumexp).__name__}.")
     if logsumexp.shape != query.shape[:3]:
         raise ValueError(
-            f"logsumexp must be [B, H, N] = {_shape(query[..., 0])}, got {_shape(logsumexp)}. Take it from A.logsumexp."
+            f"logsumexp must be [B, H, N] = {shape_of(query[..., 0])}, got {shape_of(logsumexp)}. "
+            "Take it from A.logsumexp."
         )
     if logsumexp.dtype != expected or logsumexp.device != query.device:
         raise ValueError(
@@ -352,59 +298,3 @@ def check_logsumexp(logsumexp: object, query: Tensor) -> Tensor:
             "Statistics are never kept in half precision."
         )
     return logsumexp
-
-
-def check_token_index(index: object, tokens: int, device: torch.device) -> Tensor:
-    """Return token positions as an int64 tensor on ``device``; negative ones count from the end."""
-    entries = _host_integers(index)
-    if entries is not None:
-        if any(not -tokens <= entry < tokens for entry in entries):
-            raise IndexError(f"token index must be in [{-tokens}, {tokens}), got {entries}.")
-        return _filled([entry % tokens for entry in entries], device)
-    index = torch.as_tensor(index)
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool or index.ndim > 1:
-        raise TypeError(f"index must be an int or a flat sequence of ints, got {index.dtype} of shape {_shape(index)}.")
-    index = index.reshape(-1).to(dtype=torch.int64)
-    # A compiled function cannot raise by what a tensor holds; the gather that follows checks it on the device.
-    checked = index.numel() > 0 and not torch.compiler.is_compiling()
-    if checked and (int(index.min()) < -tokens or int(index.max()) >= tokens):
-        raise IndexError(f"token index must be in [{-tokens}, {tokens}), got {index.tolist()}.")
-    index = index.to(device)
-    return torch.where(index < 0, index + tokens, index)
-
-
-def _host_integers(index: object) -> list[int] | None:
-    """The integers of an int or a sequence of ints; None for anything else."""
-    if isinstance(index, Integral) and not isinstance(index, bool):
-        return [int(index)]
-    if not isinstance(index, Sequence) or isinstance(index, (str, bytes)):
-        return None
-    if any(isinstance(entry, bool) or not isinstance(entry, Integral) for entry in index):
-        return None
-    return [int(entry) for entry in index]
-
-
-def _filled(entries: list[int], device: torch.device) -> Tensor:
-    """``entries`` on ``device``, without waiting for it: a few runs by fills, which go into a CUDA graph too."""
-    starts = [place for place, entry in enumerate(entries) if place == 0 or entry != entries[place - 1] + 1]
-    if len(starts) > _MOST_RUNS or not entries:
-        on_host = torch.tensor(entries, dtype=torch.int64)
-        if device.type == "cuda" and not torch.compiler.is_compiling():
-            on_host = on_host.pin_memory()
-        return on_host.to(device, non_blocking=True)
-    stops = [*starts[1:], len(entries)]
-    return torch.cat(
-        [
-            torch.arange(entries[start], entries[start] + stop - start, device=device)
-            for start, stop in zip(starts, stops, strict=True)
-        ]
-    )
-
-
-def check_pooling(name: str, grid: object, tokens: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Check a (height, width) grid of ``tokens`` tokens against the (height, width) of a block grid."""
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or grid[0] * grid[1] != tokens:
-        raise ValueError(f"{name} must be (height, width) with height · width = {tokens}, got {grid!r}.")
-    if not (1 <= size[0] <= grid[0] and 1 <= size[1] <= grid[1]):
-        raise ValueError(f"size must be between (1, 1) and {name} = {tuple(grid)}, got {size!r}.")
-    return int(grid[0]), int(grid[1])

@@ -38,13 +38,17 @@ ALLOWED = {
     "fpe_kernels.pooling": "validation",
     "fpe_kernels.testing": "backends validation",
     "fpe_kernels.dispatch": "backends backends.triton",
-    "fpe_kernels.softmax_map": "validation normal_form",
+    "fpe_kernels.indices": "validation",
+    "fpe_kernels.views": "precision validation indices pooling",
+    "fpe_kernels.softmax_map": "indices normal_form views",
     "fpe_kernels.ops": "backends partial_softmax precision validation gradient_rules dispatch",
     "fpe_kernels.ranges": "normal_form softmax_map",
-    "fpe_kernels.composition": "precision validation normal_form pooling softmax_map ranges",
-    "fpe_kernels.attention_map": "kept precision ready validation normal_form dispatch softmax_map ops composition",
-    "fpe_kernels.combining": "validation normal_form composition",
-    "fpe_kernels.joined_map": "partial_softmax validation normal_form softmax_map composition attention_map combining",
+    "fpe_kernels.composition": "validation indices normal_form softmax_map ranges views",
+    "fpe_kernels.attention_map": "kept precision ready validation indices normal_form dispatch softmax_map ops "
+    "composition",
+    "fpe_kernels.combining": "validation indices normal_form composition",
+    "fpe_kernels.joined_map": "partial_softmax validation indices normal_form softmax_map composition attention_map "
+    "combining",
     "fpe_kernels": "dispatch composition attention_map combining joined_map",
 }
 FLOORS = {"fpe_pipeline": 12}

@@ -8,7 +8,15 @@ from typing import Any
 from .instructions import Order
 from .record import LayerRecord
 
-__all__ = ["ProcessorAround"]
+__all__ = ["ProcessorAround", "may_do_more"]
+
+
+def may_do_more(processor: Any) -> str:
+    """The reason against computing a layer in the stead of a processor that is not known."""
+    return (
+        f"its processor {type(processor).__name__} may do more than attention, which an edit would drop: leave the "
+        "layer out with layers=, or allow the class with editing(..., override_processors=(…,))"
+    )
 
 
 class ProcessorAround:

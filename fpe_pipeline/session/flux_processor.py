@@ -8,7 +8,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
 from ..edits.joint_products import JointPlan
-from .around import ProcessorAround
+from .around import ProcessorAround, may_do_more
 from .computing import Rows, take
 from .joint_computing import JointLayer, SegmentProjections, evaluate_joint
 from .joint_processor import check_joint_input, joint_record, merged_heads
@@ -28,10 +28,7 @@ def unsupported_flux_reasons(attn: Any, processor: Any, override: tuple[type, ..
     """
     reasons = []
     if type(processor).__name__ not in _PLAIN and type(processor) not in override:
-        reasons.append(
-            f"its processor {type(processor).__name__} may do more than attention, which an edit would drop: leave "
-            "the layer out with layers=, or allow the class with editing(..., override_processors=(…,))"
-        )
+        reasons.append(may_do_more(processor))
     if getattr(processor, "_parallel_config", None) is not None:
         reasons.append("context parallelism is on, and an edit needs all tokens of a layer in one process")
     return reasons

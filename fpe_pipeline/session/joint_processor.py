@@ -8,7 +8,7 @@ import torch
 from diffusers.models import attention_processor as diffusers_processors
 
 from ..edits.joint_products import JointPlan
-from .around import ProcessorAround
+from .around import ProcessorAround, may_do_more
 from .computing import Rows, take
 from .instructions import Order
 from .joint_computing import JointLayer, SegmentProjections, evaluate_joint
@@ -40,10 +40,7 @@ def unsupported_joint_reasons(attn: Any, processor: Any, override: tuple[type, .
     """
     reasons = []
     if type(processor) not in (*_PLAIN, *override):
-        reasons.append(
-            f"its processor {type(processor).__name__} may do more than attention, which an edit would drop: leave "
-            "the layer out with layers=, or allow the class with editing(..., override_processors=(…,))"
-        )
+        reasons.append(may_do_more(processor))
     normed = any(getattr(attn, name, None) is not None for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
     if _is_fused(processor) and normed:
         reasons.append(

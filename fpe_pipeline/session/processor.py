@@ -10,7 +10,7 @@ import torch
 from diffusers.models import attention_processor as diffusers_processors
 
 from ..edits.products import ProductPlan
-from .around import ProcessorAround
+from .around import ProcessorAround, may_do_more
 from .computing import Projections, Rows, evaluate, mask_bias, row_maps, take
 from .image_prompts import IMAGE_PROMPT_PROCESSORS, image_prompt_attention, split_image_prompts
 from .instructions import Order
@@ -58,10 +58,7 @@ def unsupported_reasons(attn: Any, processor: Any, override: tuple[type, ...] = 
     if is_sliced(processor):
         reasons.append(SLICED)
     elif type(processor) not in (*_PLAIN, *IMAGE_PROMPT_PROCESSORS, *override):
-        reasons.append(
-            f"its processor {type(processor).__name__} may do more than attention, which an edit would drop: leave "
-            "the layer out with layers=, or allow the class with editing(..., override_processors=(…,))"
-        )
+        reasons.append(may_do_more(processor))
     if getattr(attn, "added_kv_proj_dim", None) is not None:
         reasons.append("it projects added keys and values (added_kv_proj_dim), which no edit describes yet")
     if getattr(attn, "inner_kv_dim", None) != getattr(attn, "inner_dim", None):

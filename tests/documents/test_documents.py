@@ -9,12 +9,13 @@ import importlib
 import pkgutil
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 
 import benchmarks
@@ -24,6 +25,7 @@ from fpe_pipeline.app import cli
 from fpe_pipeline.app.commands import parsed
 from tests.support.golden_cases import load_pipeline
 from tests.support.tiny_pipelines import tiny_pipeline
+from tests.support.tiny_transformers import tiny_sd3_pipeline
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -44,6 +46,10 @@ NOT_RUN = {
     "fpe evaluate": "takes hours; its arguments are parsed, and test_quality.py runs it on few pairs",
 }
 FEW_STEPS = ["--steps", "5"]
+# An evaluation of so few pairs is run all the same.
+FEW_PAIRS = "--pairs 1 "
+# The first line of a block that is a file, which the page has the reader save.
+SAVED = re.compile(r"# (\w+)\.py\n")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHELLS = ("console", "bash")
 PACKAGES = (fpe_kernels, fpe_pipeline, benchmarks)
@@ -67,11 +73,12 @@ def run_command(words):
     line = " ".join(words)
     if words[:2] == ["fpe", "evaluate"]:
         parsed(words[1:])
-    if not any(line.startswith(beginning) for beginning in NOT_RUN):
+    if FEW_PAIRS in line or not any(line.startswith(beginning) for beginning in NOT_RUN):
         assert words[0] == "fpe", f"neither run nor listed in NOT_RUN: {line}"
         # As printed, but for the number of steps: fifty of them show no more than a few.
         few = FEW_STEPS if words[1] == "edit" and not {"--steps", "--from"} & set(words) else []
-        assert cli.main([*words[1:], *few, "--quiet"]) == 0, line
+        quiet = ["--quiet"] if words[1] in ("demo", "edit") else []
+        assert cli.main([*words[1:], *few, *quiet]) == 0, line
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +95,26 @@ def stand_in(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def transformer_stand_in(tmp_path_factory):
+    """A folder of a model as Stable Diffusion 3.5 is, whose own size is small: documents name none."""
+    folder = tmp_path_factory.mktemp("models") / "transformer"
+    pipe = tiny_sd3_pipeline(load_pipeline(), "sd3.5", torch.float32)
+    pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def workplace(stand_in, tmp_path, monkeypatch):
+def workplace(stand_in, transformer_stand_in, tmp_path, monkeypatch):
     """An empty working directory with a photo in it, on a machine with a hub and a GPU, as documents assume."""
     load, move = DiffusionPipeline.from_pretrained.__func__, DiffusionPipeline.to
 
     def from_pretrained(kind, name, **options):
         is_hub_name = isinstance(name, str) and name.count("/") == 1 and not Path(name).exists()
         options = {option: value for option, value in options.items() if value is not torch.float16}  # a GPU's
-        pipe = load(kind, stand_in if is_hub_name else name, **options)
+        here = transformer_stand_in if issubclass(kind, StableDiffusion3Pipeline) else stand_in
+        pipe = load(kind, here if is_hub_name else name, **options)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -106,10 +124,17 @@ def workplace(stand_in, tmp_path, monkeypatch):
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(DiffusionPipeline, "to", to)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     for name in ("photo.jpg", "beach.jpg"):
         Image.fromarray(pixels).save(name)
-    return tmp_path
+    yield tmp_path
+    for name in [name for name, module in sys.modules.items() if _lies_in(module, tmp_path)]:
+        del sys.modules[name]
+
+
+def _lies_in(module, folder):
+    return str(getattr(module, "__file__", None) or "").startswith(str(folder))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -117,7 +142,9 @@ def test_blocks_run_as_printed(document, workplace):
     """In the order of the page: a block may use what those before it have defined."""
     known = {"__name__": "__main__"}
     for line, language, text in blocks(document):
-        if language == "python":
+        if language == "python" and (saved := SAVED.match(text)):
+            (workplace / f"{saved[1]}.py").write_text(text, encoding="utf-8")
+        elif language == "python":
             exec(compile("\n" * (line - 1) + text, str(ROOT / document), "exec"), known)
         elif language in SHELLS:
             for words in commands(language, text):

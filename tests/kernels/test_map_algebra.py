@@ -18,17 +18,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
 
     seen: list[tuple[str, tuple[int, ...]]] = []
 
-    def count(name: str, place: int) -> None:
+    def count(name: str) -> None:
         original = getattr(chunked, name)
 
-        def counted(*args, **kwargs):
-            seen.append((name, args[place]))
-            return original(*args, **kwargs)
+        def counted(maps, *args):
+            seen.append((name, maps.map_index))
+            return original(maps, *args)
 
         monkeypatch.setattr(chunked, name, counted)
 
-    count("apply", 4)
-    count("adjoint", 5)
+    count("apply")
+    count("adjoint")
     return seen
 
 

@@ -17,7 +17,7 @@ from fpe_kernels.backends.protocol import Factors, Maps
 from fpe_kernels.backends.triton import backend, configs, plans
 from fpe_kernels.backends.triton import gradients as gradient_launches
 from fpe_kernels.backends.triton.apply import apply_kernel
-from fpe_kernels.backends.triton.backward import GradientTensors
+from fpe_kernels.backends.triton.gradient_launch import GradientTensors
 from tests.support.recorded_launches import Recorded, RecordingDriver
 
 HEADS, TOKENS = 2, 64

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..grouping import rows_by_map
 from ..protocol import Maps
 from . import boxes, configs, hopper
-from .apply import ApplyTensors, prepare
+from .apply_launch import ApplyTensors, prepare
 from .configs import MAX_COLUMNS, Config
 from .launch import Launch, product_precision
 from .packing import Chunk, chunks

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..protocol import Factors, Maps
 from . import configs
-from .backward import GradientTensors, prepare
 from .configs import MAX_GRADIENT_COLUMNS, Config
+from .gradient_launch import GradientTensors, prepare
 from .launch import Launch, product_precision
 from .packing import chunks
 from .plans import launch_all

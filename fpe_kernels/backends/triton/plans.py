@@ -124,7 +124,7 @@ def _key(plan: Plan, tensors: Tensors, settings: Hashable) -> tuple[tuple, list[
     if _AMD:
         # Offsets into memory of less than 2 GiB take other instructions there.
         compiled_by += tuple(tensor is None or tensor.untyped_storage().nbytes() < 2**31 for tensor in tensors)
-    return (plan, settings, tf32, query.device, compiled_by, *layouts), addresses
+    return (plan, settings, tf32, query.get_device(), compiled_by, *layouts), addresses
 
 
 def compiler_settings() -> tuple:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import configs, plans
-from .apply import ApplyTensors
+from .apply_launch import ApplyTensors
 from .forward import ApplySettings, plan
 from .launch import allows_tf32
 
