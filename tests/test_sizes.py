@@ -18,7 +18,6 @@ LONG_FILES = {
 LARGE_FUNCTIONS = {
     "fpe_kernels/backends/triton/apply_launch.py::prepare": (86, 7),
     "fpe_kernels/testing/cases.py::make_case": (64, 20),
-    # The signature of a command is its options; a settings object is the first thing made of them.
     "fpe_pipeline/app/edit.py::edit": (106, 27),
     "fpe_pipeline/app/evaluate.py::evaluate": (65, 16),
     "fpe_pipeline/embedded/training/loop.py::fit": (85, 9),
