@@ -3,14 +3,15 @@
 Scores exist for one block of queries and keys at a time, small enough to stay in a core's cache between the product
 that makes them, the exponential and the product that uses them. The values of all batch rows that share a map stand
 side by side, so the scores and the softmax of a block are computed once for all. Scores are in units of log 2: PyTorch
-computes 2ˣ in a third of the time of eˣ. On a CPU there are shorter ways for a block that has all keys (`whole_maps`)
+computes 2ˣ in a third of the time of eˣ. Where they cannot leave the range of the dtype (`bounded`) no largest score is
+looked for. On a CPU there are shorter ways for a block that has all keys (`whole_maps`)
 and for a map of one row's own, or a tiny one (`fused_cpu`). Half-precision inputs are widened block by block: products
 and statistics are float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from . import fused_cpu, whole_maps
 from .blocks import LN2, Blocks, Buffers, Part, Scores, compute, cut_maps, lengths_of, operands
+from .bounded import bounded
 from .chunked_gradients import bias_gradient, score_gradient
 from .cpu_threads import Task
 from .grouping import rows_by_map
@@ -106,45 +108,44 @@ def _apply_maps(
         runs, by_map = fused_cpu.runs(query, key, value, by_map, lengths)
         for run in runs:
             fused_cpu.write_product(run, query, key, value, scale, out, logsumexp)
+    in_range = [
+        plain and query.device.type == "cpu" and bounded(query, key, value, scale, group, rows, lengths[group])
+        for group, rows in enumerate(by_map)
+    ]
     tasks: list[Task] = []
     buffers = Buffers()
     for blocks in cut_maps(query, key, by_map, lengths):
         if plain and whole_maps.serves(blocks, query, key, value, out):
             some = whole_maps.whole_blocks(blocks, query, key, value, out)
-            tasks += [partial(block.write, query, key, value, scale, out, logsumexp, buffers) for block in some]
+            of_map = scale, in_range[blocks.group], out, logsumexp, buffers
+            tasks += [partial(block.write, query, key, value, *of_map) for block in some]
             continue
         part = Part(partial(operands, maps, value, blocks, buffers), len(blocks.queries))
+        product_of = _known_product if known else _bounded_product if in_range[blocks.group] else _online_product
         tasks += [
-            partial(_product_of_block, part, blocks, queries, out, logsumexp, known) for queries in blocks.queries
+            partial(_product_of_block, part, blocks, queries, out, logsumexp, product_of) for queries in blocks.queries
         ]
     compute(tasks, query)
     buffers.release()
 
 
-def _product_of_block(part: Part, blocks: Blocks, queries: slice, out: Tensor, logsumexp: Tensor, known: bool) -> None:
+def _product_of_block(
+    part: Part, blocks: Blocks, queries: slice, out: Tensor, logsumexp: Tensor, product_of: ProductOf
+) -> None:
     """The product of one block of queries with all keys, written to the rows of its map."""
     with part.held() as (scores_of, packed):
-        _write_product(scores_of, packed, blocks, queries, out, logsumexp, known)
-
-
-def _write_product(
-    scores_of: Scores, packed: Tensor, blocks: Blocks, queries: slice, out: Tensor, logsumexp: Tensor, known: bool
-) -> None:
-    statistics = logsumexp[blocks.group, blocks.heads, queries]
-    columns = packed.shape[2] // len(blocks.rows)
-    if known:
-        product, normaliser = _known_product(scores_of, packed, queries, blocks.keys, statistics), None
-    else:
-        product, normaliser = _online_product(scores_of, packed, queries, blocks.keys, statistics)
-    for position, row in enumerate(blocks.rows):
-        part = product[..., position * columns : (position + 1) * columns]
-        target = out[row, blocks.heads, queries]
-        if normaliser is None:
-            target.copy_(part)
-        elif target.dtype == part.dtype:
-            torch.div(part, normaliser, out=target)
-        else:
-            target.copy_(part / normaliser)
+        columns = packed.shape[2] // len(blocks.rows)
+        statistics = logsumexp[blocks.group, blocks.heads, queries]
+        product, normaliser = product_of(scores_of, packed, queries, blocks.keys, statistics)
+        for position, row in enumerate(blocks.rows):
+            own = product[..., position * columns : (position + 1) * columns]
+            target = out[row, blocks.heads, queries]
+            if normaliser is None:
+                target.copy_(own)
+            elif target.dtype == own.dtype:
+                torch.div(own, normaliser, out=target)
+            else:
+                target.copy_(own / normaliser)
 
 
 def _without_keys(
@@ -161,11 +162,33 @@ def _without_keys(
     return [rows if length else () for rows, length in zip(by_map, lengths, strict=True)]
 
 
-def _known_product(scores_of: Scores, packed: Tensor, queries: slice, keys: list[slice], logsumexp: Tensor) -> Tensor:
+ProductOf = Callable[[Scores, Tensor, slice, list[slice], Tensor], tuple[Tensor, Tensor | None]]
+"""How a block of queries is multiplied with all keys: the product, and what to divide it by."""
+
+
+def _known_product(
+    scores_of: Scores, packed: Tensor, queries: slice, keys: list[slice], logsumexp: Tensor
+) -> tuple[Tensor, None]:
+    """The product over all key blocks of a map whose log-sum-exp is given."""
     product = torch.bmm(scores_of.probabilities(queries, keys[0], logsumexp), packed[:, keys[0]])
     for block in keys[1:]:
         product.baddbmm_(scores_of.probabilities(queries, block, logsumexp), packed[:, block])
-    return product
+    return product, None
+
+
+def _bounded_product(
+    scores_of: Scores, packed: Tensor, queries: slice, keys: list[slice], logsumexp: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The product over all key blocks where exponentials need no shift, and its sums; writes the log-sum-exp."""
+    exponentials = scores_of(queries, keys[0]).exp2_()
+    product = torch.bmm(exponentials, packed[:, keys[0]])
+    normaliser = exponentials.sum(-1, keepdim=True)
+    for block in keys[1:]:
+        exponentials = scores_of(queries, block).exp2_()
+        product.baddbmm_(exponentials, packed[:, block])
+        normaliser.add_(exponentials.sum(-1, keepdim=True))
+    logsumexp.copy_(normaliser.log2().mul_(LN2).squeeze(-1))
+    return product, normaliser
 
 
 def _online_product(

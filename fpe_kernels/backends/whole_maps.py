@@ -6,7 +6,7 @@ that is kept ready. A small map takes as long as the calls that compute it: ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import fused_cpu
-from .blocks import Blocks, Buffers, cut_maps, lengths_of, working_dtype
+from .blocks import LN2, LOG2E, Blocks, Buffers, cut_maps, lengths_of, working_dtype
+from .bounded import bounded
 from .cpu_threads import share_out
 from .grouping import rows_by_map
 
@@ -57,14 +58,29 @@ class WholeBlock(NamedTuple):
         key: Tensor,
         value: Tensor,
         scale: float,
+        in_range: bool,
         out: Tensor,
         logsumexp: Tensor | None,
         buffers: Buffers,
     ) -> None:
-        """Write the products, and the log-sum-exp where that is wanted."""
+        """Write the products, and the log-sum-exp where that is wanted.
+
+        Args:
+            in_range: whether exponentials of the scores need no shift (`bounded`).
+        """
         scores = buffers.view(self.scores, query)
+        factor = scale * LOG2E if in_range else scale
         # β = 0 leaves out what the buffer held, even where that is not finite.
-        torch.baddbmm(scores, self.query(query), self.key(key), beta=0, alpha=scale, out=scores)
+        torch.baddbmm(scores, self.query(query), self.key(key), beta=0, alpha=factor, out=scores)
+        if in_range:
+            sums = scores.exp2_().sum(-1, keepdim=True)
+            if logsumexp is not None:
+                logsumexp[self.where] = sums.log2().mul_(LN2).squeeze(-1)
+            for own, target in self.rows:
+                part = target(out)
+                torch.bmm(scores, own(value), out=part)
+                part.div_(sums)
+            return
         maximum = None if logsumexp is None else scores.amax(-1)
         torch.softmax(scores, -1, out=scores)
         if logsumexp is not None and maximum is not None:
@@ -119,7 +135,8 @@ def ready_call(
     if not all(serves(blocks, query, key, value, out) for blocks in cut):
         return None
     whole = [block for blocks in cut for block in whole_blocks(blocks, query, key, value, out)]
-    return ReadyProduct(scale, out, runs, whole)
+    maps = {blocks.group: blocks.rows for blocks in cut}
+    return ReadyProduct(scale, out, runs, whole, maps)
 
 
 class ReadyProduct:
@@ -129,11 +146,19 @@ class ReadyProduct:
         scale: factor of the scores.
         out: a result of the layout.
         runs, blocks: what computes it.
+        maps: the rows of those maps that the blocks are of.
     """
 
-    def __init__(self, scale: float, out: Tensor, runs: Sequence[fused_cpu.Run], blocks: Sequence[WholeBlock]) -> None:
+    def __init__(
+        self,
+        scale: float,
+        out: Tensor,
+        runs: Sequence[fused_cpu.Run],
+        blocks: Sequence[WholeBlock],
+        maps: Mapping[int, Sequence[int]],
+    ) -> None:
         self._scale, self._size, self._stride = scale, tuple(out.shape), out.stride()
-        self._runs, self._blocks, self._threads = runs, blocks, torch.get_num_threads()
+        self._runs, self._blocks, self._maps, self._threads = runs, blocks, maps, torch.get_num_threads()
         self._everything = len(runs) == 1 and runs[0].everything
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
@@ -145,14 +170,23 @@ class ReadyProduct:
             # In memory it is [rows, N, heads, D] where the operands are.
             return product if product.stride() == self._stride else self._empty(value).copy_(product)
         out = self._empty(value)
+        in_range = {
+            group: bounded(query, key, value, self._scale, group, rows, key.shape[2])
+            for group, rows in self._maps.items()
+        }
         for run in self._runs:
             fused_cpu.write_product(run, query, key, value, self._scale, out, None)
         buffers = Buffers()
         if len(self._blocks) == 1:
-            self._blocks[0].write(query, key, value, self._scale, out, None, buffers)
+            (block,) = self._blocks
+            block.write(query, key, value, self._scale, in_range[block.where[0]], out, None, buffers)
         else:
-            operands = query, key, value, self._scale, out, None, buffers
-            share_out([partial(block.write, *operands) for block in self._blocks])
+            share_out(
+                [
+                    partial(block.write, query, key, value, self._scale, in_range[block.where[0]], out, None, buffers)
+                    for block in self._blocks
+                ]
+            )
         buffers.release()
         return out
 
