@@ -44,8 +44,9 @@ def machine(device: str) -> dict[str, Any]:
 def threads_for(model: str, device: str) -> int | None:
     """How many CPU threads a run takes that does not say: one for the embedded model, else torch's choice, as None.
 
-    Its layers are so small that a second thread gains little, and on a machine that has other work threads wait for one
-    another many times longer than they compute. ``OMP_NUM_THREADS`` stands where it is set.
+    What is left to threads there is PyTorch's own: convolutions and linear layers so small that a second thread gains
+    little, and on a machine that has other work these wait for one another many times longer than they compute; the
+    attention of this package does not. ``OMP_NUM_THREADS`` stands where it is set.
     """
     small = is_embedded(model) and device == "cpu"
     return 1 if small and "OMP_NUM_THREADS" not in os.environ else None
