@@ -21,9 +21,10 @@ from ..sampling.pipeline import SamplingPipeline
 from ..sampling.step_end import Call
 from ..texts import print_text
 from .capture import Capture
-from .contents import Contents, contents_bytes, recorded_steps, source_needs
+from .contents import contents_bytes, recorded_steps, source_needs
 from .fingerprint import fingerprint
 from .folder_store import FileStore
+from .keys import Contents
 from .precision import Precision
 from .record_request import RecordRequest, Source
 from .recording import Recording
