@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,24 +16,16 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
+from .edit_request import EditRequest
 from .edits import Edit
-from .edits.base import check_prompts
 from .embedded import embedded_path
-from .errors import check_generator, check_guidance, check_positive
-from .inversion.follow import Followed, check_inversion_options
 from .inversion.trajectory import Inversion, invert
 from .models.loading import EMBEDDED
-from .prompts.encoding import encoding_tokenizer
-from .prompts.words import warn_of_unknown_words
 from .recordings import record_run, replay_run
-from .sampling.arguments import check_option_names, chosen_edit, image_size, negative_list, prompt_list
+from .sampling.arguments import check_option_names
 from .sampling.output import FreePromptPipelineOutput
 from .sampling.pipeline import SamplingPipeline
-from .sampling.served_models import check_guided_inversion, check_model, check_options, check_pipeline
-from .sampling.step_end import Call, DropSource, check_source_can_be_dropped
-from .session.finite import check_latents
-from .session.session import EditingSession, editing
-from .session.shared_noise import shared_latents
+from .sampling.served_models import check_model
 
 __all__ = ["FreePromptPipeline", "FreePromptPipelineOutput"]
 
@@ -165,77 +156,19 @@ class FreePromptPipeline(SamplingPipeline):
                 denoising.
         """
         check_option_names(options, OWN_OPTIONS, PARENT_OPTIONS | LEGACY_OPTIONS)
-        check_generator(generator)
-        check_pipeline(self)
-        if inversion is not None:
-            given = {"latents": latents, "negative_prompt_embeds": negative_prompt_embeds, **options}
-            check_inversion_options(inversion, given, negative_prompt, num_inference_steps)
-            prompt = inversion.prompt if prompt is None and prompt_embeds is None else prompt
-            latents, num_inference_steps = inversion.noise, inversion.steps
-            if inversion.method == "negative-prompt":
-                negative_prompt = inversion.prompt
-        num_inference_steps = 50 if num_inference_steps is None else num_inference_steps
-        prompts = prompt_list(prompt, target_prompt, prompt_embeds)
-        count = len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]
-        edit = chosen_edit(edit, self_replace_steps, levels, max_tokens, layers, self.unet)
-        if prompts:
-            check_prompts(edit, prompts, encoding_tokenizer(self))
-        check_positive(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
-        check_guidance(guidance_scale)
-        check_options(self, guidance_scale, negative_prompt is not None and inversion is None, options)
-        if not keep_source:
-            check_source_can_be_dropped(self, count, options)
-        check_latents(latents)
-        latents = shared_latents(latents, count, num_images_per_prompt, self.unet.config.in_channels)
-        height, width = image_size(self.native_size, self.vae_scale_factor, height, width, latents)
-
-        if count == 1:  # a session warns of those that it watches
-            warn_of_unknown_words(prompts, self.tokenizer)
-        call = Call(count, num_images_per_prompt)
-        if inversion is not None:
-            check_guided_inversion(self.unet, inversion.method)
-            inversion.check(self.scheduler, guidance_scale)
-        followed = Followed.of(self, call, inversion)
-        negative_prompt_embeds = followed.options.get("negative_prompt_embeds", negative_prompt_embeds)
-        tasks = followed.tasks if keep_source else (*followed.tasks, DropSource(call, edit))
-        session = (
-            nullcontext()
-            if count == 1
-            else editing(self, edit, images_per_prompt=num_images_per_prompt, noise="separate", backend=backend)
-        )
-        with followed.source:
-            images, nsfw = self._sample(
-                call,
-                session,
-                tasks,
-                prompt=prompts or None,
-                height=height,
-                width=width,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                negative_prompt=negative_list(negative_prompt, count),
-                num_images_per_prompt=num_images_per_prompt,
-                generator=generator,
-                latents=latents,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                output_type=output_type,
-                callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-                **options,
-            )
-        if not keep_source and not call.source_dropped:  # interrupted before the step at which it is dropped
-            images, nsfw = images[num_images_per_prompt:], nsfw and nsfw[num_images_per_prompt:]
-        if not return_dict:
-            return images, nsfw
-        return FreePromptPipelineOutput(
-            images=images,
-            nsfw_content_detected=nsfw,
-            images_per_prompt=num_images_per_prompt,
-            source_kept=keep_source,
-            prompts=tuple(prompts),
-            report=session.report() if isinstance(session, EditingSession) else None,
-        )
+        request = EditRequest(
+            prompt=prompt, target_prompt=target_prompt, self_replace_steps=self_replace_steps, levels=levels,
+            max_tokens=max_tokens, layers=layers, edit=edit, inversion=inversion, keep_source=keep_source,
+            backend=backend, height=height, width=width, num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale, negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt, generator=generator, latents=latents,
+            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs, options=options,
+        )  # fmt: skip
+        plan = request.plan(self)
+        images, nsfw = plan.run(self)
+        return plan.output(images, nsfw) if return_dict else (images, nsfw)
 
     invert = invert
     record = record_run.record

@@ -6,13 +6,14 @@ rounding band, both against float64. No test brings a tolerance of its own.
 """
 
 from .budget import assert_matches, assert_within_budget, error_budget, rounding_band, worst_error
-from .cases import RESULTS, Case, causal_bias, make_case, padding_bias, results_of, score_magnitude
+from .cases import RESULTS, Case, Recipe, causal_bias, make_case, padding_bias, results_of, score_magnitude
 from .layouts import LAYOUTS, generator, make
 
 __all__ = [
     "LAYOUTS",
     "RESULTS",
     "Case",
+    "Recipe",
     "assert_matches",
     "assert_within_budget",
     "causal_bias",

@@ -72,70 +72,93 @@ class Case:
         return _magnitudes(self.to(torch.float64))
 
 
-def make_case(
-    seed: int = 0,
-    *,
-    maps: int = 1,
-    map_index: Sequence[int] | None = None,
-    heads: int = 2,
-    queries: int = 16,
-    keys: int = 16,
-    head_dim: int = 16,
-    value_dim: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    layout: str | Sequence[str] = "contiguous",
-    bias: Sequence[bool] | None = None,
-    masked: float = 0.0,
-    scale: float | None = None,
-    amplitude: float = 1.0,
-    row_weight: Sequence[bool] | None = None,
-    unweighted: float = 0.3,
-    key_heads: int | None = None,
-    value_heads: int | None = None,
-    key_lengths: Sequence[int] | None = None,
-) -> Case:
-    """A seeded :class:`Case`.
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a seeded :class:`Case` is like.
 
     Args:
         maps: G; ``map_index`` is one batch row for each map unless given.
+        heads, queries, keys, head_dim: H, N, M and D.
         value_dim: E; None means ``head_dim``.
+        dtype, device: of every tensor.
         layout: of query, key, value and weight: one name for all four, or four names.
         bias: for each of the axes [G, H, N, M], whether it varies; None for no bias.
         masked: share of the bias that is -inf.
+        scale: of the scores; None means ``D ** -0.5``.
         amplitude: standard deviation of query and key.
         row_weight: for each of the axes [B, H, N], whether it varies; None for no weights.
         unweighted: share of the row weights that is zero.
         key_heads, value_heads: heads of key and of value; None means ``heads``.
+        key_lengths: the keys of each map that exist; None for all.
     """
-    index = tuple(range(maps) if map_index is None else map_index)
-    names = (layout,) * 4 if isinstance(layout, str) else tuple(layout)
-    value_dim = head_dim if value_dim is None else value_dim
-    additive = None
-    if bias is not None:
-        rng = generator(seed + 4)
-        shape = [size if varies else 1 for size, varies in zip((maps, heads, queries, keys), bias, strict=True)]
-        additive = torch.randn(shape, generator=rng)
-        additive = additive.masked_fill(torch.rand(shape, generator=rng) < masked, float("-inf"))
-        additive = additive.to(device=device, dtype=dtype)
-    weights = None
-    if row_weight is not None:
-        rng = generator(seed + 5)
-        full = (len(index), heads, queries)
-        axes = [size if varies else 1 for size, varies in zip(full, row_weight, strict=True)]
-        weights = torch.randn(axes, generator=rng)
-        weights = weights.masked_fill(torch.rand(axes, generator=rng) < unweighted, 0.0).to(device=device, dtype=dtype)
-    return Case(
-        make((maps, heads, queries, head_dim), seed, dtype, device, names[0], amplitude),
-        make((maps, key_heads or heads, keys, head_dim), seed + 1, dtype, device, names[1], amplitude),
-        make((len(index), value_heads or heads, keys, value_dim), seed + 2, dtype, device, names[2]),
-        make((len(index), heads, queries, value_dim), seed + 3, dtype, device, names[3]),
-        index,
-        additive,
-        scale,
-        weights,
-        None if key_lengths is None else tuple(key_lengths),
-    )
+
+    maps: int = 1
+    map_index: Sequence[int] | None = None
+    heads: int = 2
+    queries: int = 16
+    keys: int = 16
+    head_dim: int = 16
+    value_dim: int | None = None
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    layout: str | Sequence[str] = "contiguous"
+    bias: Sequence[bool] | None = None
+    masked: float = 0.0
+    scale: float | None = None
+    amplitude: float = 1.0
+    row_weight: Sequence[bool] | None = None
+    unweighted: float = 0.3
+    key_heads: int | None = None
+    value_heads: int | None = None
+    key_lengths: Sequence[int] | None = None
+
+    def case(self, seed: int) -> Case:
+        """The case of a seed."""
+        index = tuple(range(self.maps) if self.map_index is None else self.map_index)
+        rows, heads, keys = len(index), self.heads, self.keys
+        of_query, of_key, of_value, of_weight = (self.layout,) * 4 if isinstance(self.layout, str) else self.layout
+        value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        query = (self.maps, heads, self.queries, self.head_dim)
+        key = (self.maps, self.key_heads or heads, keys, self.head_dim)
+        return Case(
+            self._made(query, seed, of_query, self.amplitude),
+            self._made(key, seed + 1, of_key, self.amplitude),
+            self._made((rows, self.value_heads or heads, keys, value_dim), seed + 2, of_value),
+            self._made((rows, heads, self.queries, value_dim), seed + 3, of_weight),
+            index,
+            self._broadcast(self.bias, (self.maps, heads, self.queries, keys), seed + 4, self.masked, float("-inf")),
+            self.scale,
+            self._broadcast(self.row_weight, (rows, heads, self.queries), seed + 5, self.unweighted, 0.0),
+            None if self.key_lengths is None else tuple(self.key_lengths),
+        )
+
+    def _made(self, shape: tuple[int, ...], seed: int, layout: str, amplitude: float = 1.0) -> Tensor:
+        return make(shape, seed, self.dtype, self.device, layout, amplitude)
+
+    def _broadcast(
+        self, varies: Sequence[bool] | None, full: tuple[int, ...], seed: int, share: float, filling: float
+    ) -> Tensor | None:
+        """Random numbers in the axes that vary, a share of which is ``filling``."""
+        if varies is None:
+            return None
+        rng = generator(seed)
+        shape = [size if here else 1 for size, here in zip(full, varies, strict=True)]
+        numbers = torch.randn(shape, generator=rng)
+        numbers = numbers.masked_fill(torch.rand(shape, generator=rng) < share, filling)
+        return numbers.to(device=self.device, dtype=self.dtype)
+
+
+def make_case(seed: int = 0, **recipe: Any) -> Case:
+    """A seeded :class:`Case`.
+
+    Args:
+        seed: of its numbers.
+        **recipe: fields of :class:`Recipe`.
+
+    Raises:
+        TypeError: what is no field of it.
+    """
+    return Recipe(**recipe).case(seed)
 
 
 def causal_bias(queries: int, keys: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:

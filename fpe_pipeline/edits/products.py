@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from numbers import Real
+from typing import Any
 
 import torch
 
@@ -21,17 +24,19 @@ class MapSpec:
         keys: the rows whose keys it has, one row's tokens after the other's.
         style: the row whose mean and deviation over tokens the queries and keys of the others are given, or None.
         shifts: what is added to the scores of each of ``keys``' tokens; () for nothing.
+        scale: factor of the scores, beside the layer's own.
     """
 
     query: int
     keys: tuple[int, ...]
     style: int | None = None
     shifts: tuple[float, ...] = ()
+    scale: float = 1.0
 
     @property
     def is_own(self) -> bool:
         """Whether it is the map that its row has without any edit."""
-        return self.keys == (self.query,) and self.style is None and not any(self.shifts)
+        return self.keys == (self.query,) and self.style is None and not any(self.shifts) and self.scale == 1.0
 
     @property
     def query_rows(self) -> tuple[int, ...]:
@@ -48,10 +53,10 @@ class MapSpec:
 class Product:
     """One term of a row's output, in rows of the batch::
 
-        weight ⊙ softmax(scale · q[query] @ k[keys]ᵀ) @ (mixing @ v[values])
+        weight ⊙ softmax(scale · layer.scale · q[query] @ k[keys]ᵀ + shifts) @ (mixing @ v[values])
 
     where ``k[keys]`` and ``v[values]`` stand for the rows' tokens, one row's after the other's. Queries and keys may
-    be given the statistics of another row, and scores a shift, before the softmax.
+    be given the statistics of another row before.
 
     ====================================  =================================================================
     an unedited row ``b``                 ``Product(b, (b,), (b,))``
@@ -62,17 +67,24 @@ class Product:
                                           ``Product(target, (target,), (target,), weight=1 - a)``
     Prompt-to-Prompt                      ``Product(source, (source,), (target,), mixing=M @ diag(a))`` and
                                           ``Product(target, (target,), (target,), mixing=diag(1 - a))``
+    a sharper map (a > 1) in some heads   ``Product(b, (b,), (b,), weight=h, scale=a)`` and
+                                          ``Product(b, (b,), (b,), weight=1 - h)``, h of shape [H, 1]
     ====================================  =================================================================
 
     Args:
         query: the row that asks.
-        keys: the rows whose keys make the map.
-        values: the rows whose values the map is applied to.
-        weight: a number, or a tensor with a weight for each query token [N].
+        keys: the rows whose keys make the map, as a tuple, a list or one row.
+        values: the rows whose values the map is applied to; the same.
+        weight: a number, or a tensor with a weight for each query token [N], each head [H, 1] or each of both [H, N].
         mixing: a matrix applied to the values' tokens [M, M'], or one for each head [H, M, M'].
         style: a row whose mean and deviation over tokens (a head and channel) the other rows' queries and keys take
             (adaptive instance normalisation).
         shifts: for each of ``keys``, what is added to the scores of its tokens; empty for nothing.
+        scale: factor of the scores beside the layer's own: larger ones sharpen the map, smaller ones level it.
+
+    Raises:
+        TypeError: rows that are no whole numbers.
+        ValueError: numbers of keys, values and shifts that do not fit one another, or a scale that is not finite.
     """
 
     query: int
@@ -82,8 +94,15 @@ class Product:
     mixing: torch.Tensor | None = None
     style: int | None = None
     shifts: tuple[float, ...] = ()
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
+        # Plans are looked up by products, so that lists, which have no hash, become tuples.
+        object.__setattr__(self, "keys", _rows("keys", self.keys))
+        object.__setattr__(self, "values", _rows("values", self.values))
+        object.__setattr__(self, "shifts", tuple(self.shifts))
+        if isinstance(self.scale, bool) or not isinstance(self.scale, Real) or not math.isfinite(self.scale):
+            raise ValueError(f"expected a finite number as scale of the scores, got {self.scale!r}")
         if self.shifts and len(self.shifts) != len(self.keys):
             raise ValueError(f"expected a shift for each of the keys {self.keys}, got {self.shifts}")
         if self.mixing is None and len(self.keys) != len(self.values):
@@ -92,19 +111,28 @@ class Product:
     @property
     def map(self) -> MapSpec:
         """The map that is multiplied with."""
-        return MapSpec(self.query, self.keys, self.style, self.shifts)
+        return MapSpec(self.query, self.keys, self.style, self.shifts, self.scale)
 
     def describe(self) -> str:
         """The product in a few words, as ``A(q 2, k 2) @ v 3``."""
         weight = "α ⊙ " if isinstance(self.weight, torch.Tensor) else "" if self.weight == 1 else f"{self.weight:.3g} "
         keys, values = (" ‖ ".join(map(str, rows)) for rows in (self.keys, self.values))
         like = "" if self.style is None else f" like {self.style}"
-        return f"{weight}A(q {self.query}{like}, k {keys}) @ {'' if self.mixing is None else 'M '}v {values}"
+        sharper = "" if self.scale == 1 else f"{self.scale:.3g} · "
+        return f"{weight}A({sharper}q {self.query}{like}, k {keys}) @ {'' if self.mixing is None else 'M '}v {values}"
+
+
+def _rows(name: str, rows: Any) -> tuple[int, ...]:
+    """One row or several, as a tuple."""
+    several = (rows,) if isinstance(rows, int) else tuple(rows) if isinstance(rows, Sequence) else None
+    if several is None or not all(isinstance(row, int) and not isinstance(row, bool) for row in several):
+        raise TypeError(f"expected rows of the batch as {name}, such as (0, 1), got {rows!r}")
+    return several
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of ``shared_attention``: the distinct maps, and the products that use them.
+    """One call of ``shared_attention``: the distinct maps, of one scale, and the products that use them.
 
     ``recorded`` says that all of them are known from a recording and are computed with their log-sum-exp.
     """
@@ -146,6 +174,7 @@ class ProductPlan:
             and product.mixing is None
             and product.style is None
             and not any(product.shifts)
+            and product.scale == 1.0
             and len(product.keys) == 1
             and max(product.query, *product.keys, *product.values) < self.rows
             for product in call.products
@@ -223,16 +252,17 @@ def _in_batch(rows: int, named: Iterable[int]) -> tuple[int, ...]:
 
 
 def _calls(terms: Sequence[tuple[int, Product]], rows: int) -> tuple[AttentionCall, ...]:
-    """Maps over different numbers of keys do not fit one call, nor do those whose log-sum-exp is known and others.
+    """Maps over different numbers of keys or of different scales do not fit one call, nor do those whose log-sum-exp
+    is known and others.
 
     A known log-sum-exp saves less than a call costs where a map serves a single product: that one joins the others.
     """
     uses = Counter(term.map for _, term in terms)
-    groups: dict[tuple[int, bool], list[tuple[int, Product]]] = {}
+    groups: dict[tuple[int, bool, float], list[tuple[int, Product]]] = {}
     for row, term in terms:
         recorded = term.query >= rows and term.map.is_own and uses[term.map] > 1
-        groups.setdefault((len(term.keys), recorded), []).append((row, term))
-    return tuple(_call(group, recorded) for (_, recorded), group in sorted(groups.items(), key=lambda item: item[0]))
+        groups.setdefault((len(term.keys), recorded, term.scale), []).append((row, term))
+    return tuple(_call(group, recorded) for (_, recorded, _), group in sorted(groups.items(), key=lambda item: item[0]))
 
 
 def _call(terms: list[tuple[int, Product]], recorded: bool) -> AttentionCall:

@@ -223,16 +223,38 @@ def invert(
     """
     check_pipeline(pipe)
     check_without_image_prompts(pipe, "inversion")
-    null_text = method if isinstance(method, NullText) else NullText() if method == "null-text" else None
-    name: Method = "null-text" if null_text is not None else cast(Method, method)
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)} or a NullText, got {method!r}")
-    check_guided_inversion(pipe.unet, name)
+    name, null_text = _chosen_method(pipe, method, guidance_scale)
     if not isinstance(prompt, str):
         raise TypeError(f"expected one prompt, the image's, got {type(prompt).__name__}")
     check_text("the prompt", prompt)
     check_positive(num_inference_steps=num_inference_steps)
     check_guidance(guidance_scale)
+    require_ddim(pipe.scheduler, "inversion")
+
+    picture = load_image(
+        image, (width, height), multiple=pipe.vae_scale_factor, pixels=pipe.native_size[0] * pipe.native_size[1]
+    )
+    warn_of_size(picture.size[::-1], pipe.native_size)
+    warn_of_unknown_words([prompt], pipe.tokenizer)
+    pipe.scheduler.set_timesteps(int(num_inference_steps), device=pipe._execution_device)
+    schedule = NoiseSchedule.of(pipe.scheduler)
+    with unedited(pipe):
+        with torch.no_grad():
+            latents = _to_noise(pipe, encode_image(pipe, picture), prompt, guidance_scale, callback)
+        embeddings = None if null_text is None else optimise_unconditional(pipe, latents, prompt, null_text)
+    pipe.maybe_free_model_hooks()
+    return Inversion(name, latents, prompt, guidance_scale, schedule, picture, null_text, embeddings)
+
+
+def _chosen_method(
+    pipe: SamplingPipeline, method: Method | NullText, guidance_scale: float
+) -> tuple[Method, NullText | None]:
+    """The method by its name, and null-text's settings; ValueError where the model or guidance does not suit it."""
+    null_text = method if isinstance(method, NullText) else NullText() if method == "null-text" else None
+    name: Method = "null-text" if null_text is not None else cast(Method, method)
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)} or a NullText, got {method!r}")
+    check_guided_inversion(pipe.unet, name)
     if null_text is not None:
         null_text.check(pipe)
         if guidance_scale > 1:
@@ -240,38 +262,32 @@ def invert(
                 f"null-text optimisation follows the unguided trajectory, got guidance_scale={guidance_scale:g}: "
                 "leave it out, and give the edit's own to NullText(guidance_scale=…)"
             )
-    require_ddim(pipe.scheduler, "inversion")
+    return name, null_text
 
-    device = pipe._execution_device
-    picture = load_image(
-        image, (width, height), multiple=pipe.vae_scale_factor, pixels=pipe.native_size[0] * pipe.native_size[1]
-    )
-    warn_of_size(picture.size[::-1], pipe.native_size)
-    warn_of_unknown_words([prompt], pipe.tokenizer)
-    pipe.scheduler.set_timesteps(int(num_inference_steps), device=device)
-    schedule = NoiseSchedule.of(pipe.scheduler)
-    with unedited(pipe), torch.no_grad():
-        latents = [encode_image(pipe, picture)]
-        conditional, unconditional = pipe.encode_prompt(prompt, device, 1, guidance_scale > 1)
-        context = conditional if guidance_scale <= 1 else torch.cat([unconditional, conditional])
-        with pipe.progress_bar(total=schedule.steps) as bar:
-            for index, timestep in enumerate(reversed(pipe.scheduler.timesteps)):
-                sample = latents[-1]
-                prediction = _predict(pipe, sample, timestep, context, guidance_scale)
-                latents.append(ddim_inverse_step(pipe.scheduler, prediction, int(timestep), sample))
-                if not is_finite(latents[-1]):
-                    given = (sample.expand(context.shape[0], -1, -1, -1), timestep, context)
-                    refuse_step(Step(index, schedule.steps), identity(pipe.unet), given)
-                bar.update()
-                if callback is not None:
-                    callback(index, schedule.steps, latents[-1])
-    stored = torch.stack(latents)
-    embeddings = None
-    if null_text is not None:
-        with unedited(pipe):
-            embeddings = optimise_unconditional(pipe, stored, prompt, null_text)
-    pipe.maybe_free_model_hooks()
-    return Inversion(name, stored, prompt, guidance_scale, schedule, picture, null_text, embeddings)
+
+def _to_noise(
+    pipe: SamplingPipeline,
+    encoded: torch.Tensor,
+    prompt: str,
+    guidance_scale: float,
+    callback: Callable[[int, int, torch.Tensor], None] | None,
+) -> torch.Tensor:
+    """Latents [steps + 1, 1, C, h, w] of the scheduler's run, from the encoded image [1, C, h, w] to noise."""
+    latents, timesteps = [encoded], pipe.scheduler.timesteps
+    conditional, unconditional = pipe.encode_prompt(prompt, pipe._execution_device, 1, guidance_scale > 1)
+    context = conditional if guidance_scale <= 1 else torch.cat([unconditional, conditional])
+    with pipe.progress_bar(total=len(timesteps)) as bar:
+        for index, timestep in enumerate(reversed(timesteps)):
+            sample = latents[-1]
+            prediction = _predict(pipe, sample, timestep, context, guidance_scale)
+            latents.append(ddim_inverse_step(pipe.scheduler, prediction, int(timestep), sample))
+            if not is_finite(latents[-1]):
+                given = (sample.expand(context.shape[0], -1, -1, -1), timestep, context)
+                refuse_step(Step(index, len(timesteps)), identity(pipe.unet), given)
+            bar.update()
+            if callback is not None:
+                callback(index, len(timesteps), latents[-1])
+    return torch.stack(latents)
 
 
 def encode_image(pipe: SamplingPipeline, image: Image.Image) -> torch.Tensor:

@@ -23,7 +23,7 @@ from ..session.computing import Rows
 from ..session.instructions import Order
 from ..session.known_rows import Packed, unpack
 from ..session.session import EditingSession
-from .contents import Contents, part_name
+from .keys import Contents, Part, TensorKey, Tensors
 from .precision import HALF_LIMIT, Precision, half_reach, pack
 from .requirements import UNWATCHED
 from .store import MapStore
@@ -55,7 +55,7 @@ class _Kept(Edit):
 
     @property
     def feature_modules(self) -> tuple[str, ...]:
-        return tuple(path for path, parts in self.contents.items() if any(name.endswith(" feature") for name in parts))
+        return tuple(path for path, parts in self.contents.items() if any(part.name == "feature" for part in parts))
 
     def features(self, step: Step, roles: BatchRoles) -> Features:
         return {}
@@ -65,10 +65,9 @@ class _Kept(Edit):
         parts = self.contents.get(path, {})
         wanted: dict[int, list[str]] = {}
         for row, conditional in enumerate(roles.conditional):
-            prefix = part_name(conditional, "")
-            for name, steps in parts.items():
-                if name.startswith(prefix) and step.call in steps:
-                    wanted.setdefault(row, []).append(name.removeprefix(prefix))
+            for part, steps in parts.items():
+                if part.conditional == conditional and step.call in steps:
+                    wanted.setdefault(row, []).append(part.name)
         return wanted
 
 
@@ -90,7 +89,7 @@ class Capture(EditingSession):
         super().__init__(pipe, self._kept, backend=backend)
         self._store = store
         self._precision = precision
-        self._tensors: Packed = {}
+        self._tensors: Tensors = {}
         self._errors: list[torch.Tensor] = []
         self._reaches: dict[str, torch.Tensor] = {}  # by path, of the step under way; read together, for one wait
 
@@ -181,7 +180,7 @@ class Capture(EditingSession):
         return pack(parts, self._precision)
 
     def _keep(self, path: str, conditional: bool, packed: Packed) -> None:
-        self._tensors |= {f"{path}|{part_name(conditional, part)}": t.detach() for part, t in packed.items()}
+        self._tensors |= {TensorKey(path, Part(conditional, name)): t.detach() for name, t in packed.items()}
 
     def _note_error(self, rounded: torch.Tensor, exact: torch.Tensor) -> None:
         error = (rounded - exact).float().norm()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -14,20 +14,21 @@ from ..models.sites import Site, attention_sites, feature_shape
 from ..models.steps import Step
 from ..session.device_copies import Place, Placement
 from ..session.instructions import make_orders
+from .keys import Contents, Part
 from .precision import Precision, packed_bytes
 
-__all__ = ["Contents", "contents_bytes", "describe_lack", "part_name", "recorded_steps", "source_needs"]
-
-#: For each module's path, its parts ("conditional query", "unconditional feature", …) with the steps of each: calls of
-#: the UNet, of which some schedulers make several a step.
-Contents = dict[str, dict[str, tuple[int, ...]]]
+__all__ = ["contents_bytes", "describe_lack", "recorded_steps", "source_needs"]
 
 _MAP = frozenset({"query", "key", "logsumexp"})
 
 
-def part_name(conditional: bool, part: str) -> str:
-    """The name of a part of the source's conditional or unconditional row."""
-    return f"{'conditional' if conditional else 'unconditional'} {part}"
+class _Read(NamedTuple):
+    """Something that an edit takes of its source at a step: a part of a recorded row of a module."""
+
+    path: str
+    row: int
+    name: str
+    step: int
 
 
 def recorded_steps(contents: Contents) -> set[int]:
@@ -47,20 +48,18 @@ def source_needs(
         targets: how many; default: those that an edit is written for, else one.
         guided: whether there are unconditional rows.
     """
-    found: dict[str, dict[str, set[int]]] = {}
+    found: dict[str, dict[Part, set[int]]] = {}
     for edit in edits:
         count = targets or max(1, len(prompts_of(edit)) - 1)
         roles = BatchRoles.from_recording(count, classifier_free_guidance=guided)
-        for path, row, part, index in _reads(edit, sites, steps, roles):
-            name = part_name(roles.conditional[row], part)
-            found.setdefault(path, {}).setdefault(name, set()).add(index)
-    return {path: {name: tuple(sorted(at)) for name, at in parts.items()} for path, parts in found.items()}
+        for read in _reads(edit, sites, steps, roles):
+            part = Part(roles.conditional[read.row], read.name)
+            found.setdefault(read.path, {}).setdefault(part, set()).add(read.step)
+    return {path: {part: tuple(sorted(at)) for part, at in parts.items()} for path, parts in found.items()}
 
 
-def _reads(
-    edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: BatchRoles
-) -> Iterator[tuple[str, int, str, int]]:
-    """(path, recorded row, part, step) of everything that is read."""
+def _reads(edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: BatchRoles) -> Iterator[_Read]:
+    """Everything that is read of rows beside the batch."""
     running, place = begun(edit), Place(Placement(), torch.device("cpu"), torch.float64)
     chosen = [(part, part.select(sites)) for part in parts_of(running)]
     watching = [(watcher, watcher.select(sites)) for watcher in watchers_of(running)]
@@ -70,12 +69,12 @@ def _reads(
         orders = make_orders(chosen if active else (), watching, step, roles, "auto", place)
         for path, order in orders.items():
             for row, parts in order.row_plan.reads.items():
-                yield from ((path, row, part, index) for part in parts)
+                yield from (_Read(path, row, name, index) for name in parts)
             for row in {*order.columns, *order.maps}:
                 if row >= roles.batch:
-                    yield from ((path, row, part, index) for part in _MAP)
+                    yield from (_Read(path, row, name, index) for name in _MAP)
         for path, sources in (features_of(running, step, roles) if active else {}).items():
-            yield from ((path, row, "feature", index) for row in sources.values() if row >= roles.batch)
+            yield from (_Read(path, row, "feature", index) for row in sources.values() if row >= roles.batch)
 
 
 def contents_bytes(
@@ -85,29 +84,29 @@ def contents_bytes(
     sites = {site.path: site.at(*size) for site in attention_sites(unet)}
     total = 0
     for path, parts in contents.items():
-        for name, steps in parts.items():
-            part = name.split()[-1]
-            if part == "feature":
+        for part, steps in parts.items():
+            if part.name == "feature":
                 channels, height, width = feature_shape(unet, path, *size)
                 tokens, dim = height * width, channels
             else:
                 site = sites[path]
-                text = site.kind == "cross" and part in ("key", "value")
+                text = site.kind == "cross" and part.name in ("key", "value")
                 tokens = site.heads * (text_tokens if text else cast(int, site.tokens))
                 dim = unet.get_submodule(path).inner_dim // site.heads
-            total += len(steps) * packed_bytes(part, tokens, dim, itemsize, precision)
+            total += len(steps) * packed_bytes(part.name, tokens, dim, itemsize, precision)
     return total
 
 
-def describe_lack(needed: Contents, held: Mapping[str, Mapping[str, Iterable[int]]]) -> str:
+def describe_lack(needed: Contents, held: Contents) -> str:
     """What is needed and not held, in words; empty where everything is there."""
     lacking: dict[tuple[str, str], list[str]] = {}
     for path, parts in needed.items():
-        missing = {name: sorted(set(at) - set(held.get(path, {}).get(name, ()))) for name, at in parts.items()}
-        missing = {name: at for name, at in missing.items() if at}
+        held_parts = held.get(path, {})
+        missing = {part: sorted(set(at) - set(held_parts.get(part, ()))) for part, at in parts.items()}
+        missing = {part: at for part, at in missing.items() if at}
         if missing:
             steps = sorted({step for at in missing.values() for step in at})
-            what = (", ".join(sorted(missing)), f"steps {steps[0]} to {steps[-1]}")
+            what = (", ".join(sorted(map(str, missing))), f"steps {steps[0]} to {steps[-1]}")
             lacking.setdefault(what, []).append(path)
     return "; ".join(
         f"{names} of {paths[0]}{f' and {len(paths) - 1} more layers' if len(paths) > 1 else ''} at {steps}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 
 from ..atomic_folder import replaced, write_text
 from ..errors import InputError
-from ..session.known_rows import Packed
 from ..texts import check_readable_name
-from .store import Layout, MapStore
+from .keys import Contents, Part, TensorKey, Tensors
+from .store import Layout, MapStore, TensorPlace
 
 __all__ = ["FileStore"]
 
@@ -41,7 +41,7 @@ class FileStore(MapStore):
         super().__init__()
         self.folder = folder
         self._files = {} if files is None else files
-        self._layouts: dict[str, Layout] = {}  # of the files that were verified
+        self._layouts: dict[str, Layout[str]] = {}  # of the files that were verified
         self._made: list[Path] = []  # folders, outermost first
         self._written: list[str] = []
 
@@ -94,22 +94,24 @@ class FileStore(MapStore):
         store = cls(folder, index["files"])
         for name in index["files"]:
             store._check_header(name)
-        return store, index["recording"]
+        recording = index["recording"]
+        return store, recording | {"contents": _parsed(recording["contents"])}
 
-    def write(self, step: int, tensors: Packed) -> None:
-        self._write_file(_step_file(step), tensors)
+    def write(self, step: int, tensors: Tensors) -> None:
+        self._write_file(_step_file(step), {str(key): tensor for key, tensor in tensors.items()})
 
-    def fetch(self, step: int) -> tuple[torch.Tensor, Layout]:
+    def fetch(self, step: int) -> tuple[torch.Tensor, Layout[TensorKey]]:
         name = _step_file(step)
         if name not in self._files:
             return torch.empty(0, dtype=torch.uint8), Layout({}, 0)
-        return self._block(name)
+        block, layout = self._block(name)
+        return block, Layout({TensorKey.parse(text): at for text, at in layout.tensors.items()}, layout.nbytes)
 
-    def write_latents(self, tensors: Packed) -> None:
+    def write_latents(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep what belongs to no step."""
         self._write_file(LATENTS, tensors)
 
-    def read_latents(self) -> Packed:
+    def read_latents(self) -> dict[str, torch.Tensor]:
         """What :meth:`write_latents` kept."""
         block, layout = self._block(LATENTS)
         return {name: view.clone() for name, view in layout.views(block).items()}
@@ -124,9 +126,10 @@ class FileStore(MapStore):
                 f"{', '.join(map(repr, wrong))}; record it again"
             )
 
-    def finish(self, recording: dict[str, Any]) -> None:
-        """Write the index: from here on the folder is a recording."""
-        index = {"format": FORMAT, "recording": recording, "files": self._files}
+    def finish(self, contents: Contents, recording: dict[str, Any]) -> None:
+        """Write the index, of contents and what else there is to say: from here on the folder is a recording."""
+        written = recording | {"contents": _written_out(contents)}
+        index = {"format": FORMAT, "recording": written, "files": self._files}
         self._written.append(INDEX)
         write_text(self.folder / INDEX, json.dumps(index | {"digest": _digest_of_index(index)}, indent=1))
 
@@ -143,7 +146,7 @@ class FileStore(MapStore):
     def nbytes(self) -> int:
         return sum(entry["bytes"] for name, entry in self._files.items() if name.startswith(_STEP))
 
-    def _write_file(self, name: str, tensors: Packed) -> None:
+    def _write_file(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         self._written.append(name)
         with replaced(self.folder / name) as partial:
@@ -155,7 +158,7 @@ class FileStore(MapStore):
                 "tensors": {key: list(tensor.shape) for key, tensor in ready.items()},
             }
 
-    def _block(self, name: str) -> tuple[torch.Tensor, Layout]:
+    def _block(self, name: str) -> tuple[torch.Tensor, Layout[str]]:
         """A file's bytes and what lies in them.
 
         Raises:
@@ -191,6 +194,16 @@ class FileStore(MapStore):
             raise InputError(f"the recording's '{path}' holds other tensors than its index says; record it again")
 
 
+def _written_out(contents: Contents) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Contents as an index holds them."""
+    return {path: {str(part): steps for part, steps in parts.items()} for path, parts in contents.items()}
+
+
+def _parsed(contents: Mapping[str, Mapping[str, Iterable[int]]]) -> Contents:
+    """Contents out of an index."""
+    return {path: {Part.parse(text): tuple(at) for text, at in parts.items()} for path, parts in contents.items()}
+
+
 def _step_file(step: int) -> str:
     return f"{_STEP}{step:04d}.safetensors"
 
@@ -209,12 +222,12 @@ def _digest_of_index(index: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
 
 
-def _layout_of_file(block: torch.Tensor) -> Layout:
+def _layout_of_file(block: torch.Tensor) -> Layout[str]:
     """That of a safetensors file, whose header says it and whose data lie one after the other."""
     length = int.from_bytes(block[:8].numpy().tobytes(), "little")
     header = json.loads(block[8 : 8 + length].numpy().tobytes())
     places = {
-        name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        name: TensorPlace(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
         if name != "__metadata__"
     }

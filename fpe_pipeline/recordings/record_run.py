@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..edits import Edit, FreePromptEdit
-from ..edits.base import check_prompts
-from ..errors import check_generator, check_guidance, check_positive
-from ..inversion.follow import Followed, check_inversion_options
-from ..inversion.trajectory import Inversion
+from ..inversion.follow import Followed
 from ..models.sites import Site, attention_sites
 from ..models.steps import run_steps
-from ..sampling.arguments import chosen_edit, image_size
+from ..sampling.arguments import check_option_names
 from ..sampling.noise_schedule import NoiseSchedule
 from ..sampling.pipeline import SamplingPipeline
-from ..sampling.served_models import check_guided_inversion, check_options, check_pipeline, check_without_image_prompts
 from ..sampling.step_end import Call
-from ..session.finite import check_latents
-from ..session.shared_noise import shared_latents
-from ..texts import check_text, print_text
+from ..texts import print_text
 from .capture import Capture
-from .contents import Contents, contents_bytes, recorded_steps, source_needs
+from .contents import contents_bytes, recorded_steps, source_needs
 from .fingerprint import fingerprint
 from .folder_store import FileStore
-from .precision import PRECISIONS, Precision
+from .keys import Contents
+from .precision import Precision
+from .record_request import RecordRequest, Source
 from .recording import Recording
-from .requirements import check_deterministic, is_guided
+from .requirements import is_guided
 from .store import MapStore, MemoryStore
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .record_request import RecordOptions
 
 __all__ = ["estimate", "record"]
 
@@ -63,24 +63,7 @@ def estimate(
 def record(
     pipe: SamplingPipeline,
     prompt: str | None = None,
-    *,
-    self_replace_steps: Any = 0.8,
-    levels: int | Iterable[int] | None = None,
-    max_tokens: int | None = None,
-    layers: str | int | Iterable[str | int] | None = None,
-    edit: Edit | Sequence[Edit] | None = None,
-    placement: str | Path = "device",
-    precision: Precision = "exact",
-    budget_bytes: int | None = None,
-    inversion: Inversion | None = None,
-    latents: torch.Tensor | None = None,
-    generator: torch.Generator | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float = 7.5,
-    negative_prompt: str | None = None,
-    backend: str = "auto",
+    **options: Unpack[RecordOptions],
 ) -> Recording:
     """Generate the source once and keep what edits need of it, for any number of them.
 
@@ -108,54 +91,24 @@ def record(
             source; before any denoising. Values that do not fit a reduced precision.
         InputError: a folder that is not empty or cannot be written.
     """
-    check_pipeline(pipe)
-    check_without_image_prompts(pipe, "a recording")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    check_deterministic(pipe.scheduler)
-    check_guidance(guidance_scale)
-    check_generator(generator)
-    if inversion is not None:
-        check_inversion_options(inversion, {"latents": latents}, negative_prompt, num_inference_steps)
-        check_guided_inversion(pipe.unet, inversion.method)
-        inversion.check(pipe.scheduler, guidance_scale)
-        prompt = inversion.prompt if prompt is None else prompt
-        num_inference_steps, latents = inversion.steps, inversion.noise
-    prompt = _checked_prompts(prompt, negative_prompt)
-    given = edit if isinstance(edit, Sequence) else (edit,)
-    if not given:
-        raise ValueError("expected an edit to record for, or several, got none: leave edit out for its default")
-    edits = [chosen_edit(one, self_replace_steps, levels, max_tokens, layers, pipe.unet) for one in given]
-    for one in edits:
-        check_prompts(one, [prompt], pipe.tokenizer)
-    steps = 50 if num_inference_steps is None else num_inference_steps
-    check_positive(num_inference_steps=steps)
-    _check_placement(placement)
-    check_options(pipe, guidance_scale, negative_prompt is not None and inversion is None, {})
-    check_latents(latents)
-    source = Source(prompt, negative_prompt, guidance_scale, steps, inversion)
-    noise = _noise(pipe, latents, generator, height, width)
-    plan = _plan(pipe, source, edits, noise, precision, placement)
-    if budget_bytes is not None and plan.nbytes > budget_bytes:
+    check_option_names(options, RecordRequest.names(), ())
+    request = RecordRequest(prompt=prompt, **options)
+    source = request.source(pipe)
+    plan = _plan(pipe, source, request)
+    if request.budget_bytes is not None and plan.nbytes > request.budget_bytes:
         raise ValueError(
-            f"a recording takes {plan.told}, more than budget_bytes={budget_bytes} ({_megabytes(budget_bytes)}): raise "
-            "it, record fewer steps (self_replace_steps) or layers (levels), pass precision='half' or 'int8-keys', or "
-            "a folder as placement"
+            f"a recording takes {plan.told}, more than budget_bytes={request.budget_bytes} "
+            f"({_megabytes(request.budget_bytes)}): raise it, record fewer steps (self_replace_steps) or layers "
+            "(levels), pass precision='half' or 'int8-keys', or a folder as placement"
         )
     if not pipe.progress_is_hidden:
         print_text(f"recording: {plan.told}", sys.stderr)
-    return _run(pipe, source, plan, _new_store(placement, noise.device), precision, backend)
+    store = _new_store(request.placement, plan.noise.device)
+    return _run(pipe, source, plan, store, request.precision, request.backend)
 
 
-@dataclass(frozen=True)
-class Source:
-    """The run that is recorded."""
-
-    prompt: str
-    negative_prompt: str | None
-    guidance_scale: float
-    steps: int
-    inversion: Inversion | None
+# What `help`, an editor and the reference show: the options one by one, with their defaults.
+record.__signature__ = RecordRequest.signature_of(record)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,19 +133,13 @@ class Plan:
     told: str
 
 
-def _plan(
-    pipe: SamplingPipeline,
-    source: Source,
-    edits: Sequence[Edit],
-    noise: torch.Tensor,
-    precision: Precision,
-    placement: str | Path,
-) -> Plan:
+def _plan(pipe: SamplingPipeline, source: Source, request: RecordRequest) -> Plan:
+    edits, noise = request.edits(pipe, source), request.noise(pipe, source)
     size = (noise.shape[-2], noise.shape[-1])
     pipe.scheduler.set_timesteps(source.steps, device=noise.device)
     sites, calls = _sites(pipe, size), len(pipe.scheduler.timesteps)
     contents = source_needs(edits, sites, run_steps(pipe.scheduler), guided=is_guided(pipe, source.guidance_scale))
-    nbytes = _bytes(pipe, contents, size, calls, precision)
+    nbytes = _bytes(pipe, contents, size, calls, request.precision)
     if source.inversion is not None and source.inversion.unconditional is not None:
         nbytes += source.inversion.unconditional.nbytes
     plain = next((one for one in edits if isinstance(one, FreePromptEdit) and one.is_plain), None)
@@ -204,7 +151,7 @@ def _plan(
         paths=() if plain is None else tuple(site.path for site in plain.select(sites)),
         nbytes=nbytes,
         told=f"{_megabytes(nbytes)} for {len(contents)} layers at {len(recorded_steps(contents))} of {calls} steps, "
-        f"{precision}, placed on {placement}",
+        f"{request.precision}, placed on {request.placement}",
     )
 
 
@@ -265,34 +212,6 @@ def _run(
     return recording
 
 
-def _checked_prompts(prompt: Any, negative_prompt: Any) -> str:
-    """The source's prompt; TypeError or ValueError for one of the two that is no text."""
-    for name, text in (("source", prompt), ("negative", negative_prompt)):
-        if not isinstance(text, str) and (name, text) != ("negative", None):
-            raise TypeError(f"expected one {name} prompt, got {type(text).__name__}")
-        check_text(f"the {name} prompt", text or "")
-    return prompt
-
-
-def _noise(
-    pipe: SamplingPipeline,
-    latents: torch.Tensor | None,
-    generator: torch.Generator | None,
-    height: int | None,
-    width: int | None,
-) -> torch.Tensor:
-    """The latents [1, C, h, w] that were given, or noise of the size that was asked for."""
-    device, dtype = pipe._execution_device, pipe.unet.dtype
-    across = image_size(pipe.native_size, pipe.vae_scale_factor, height, width, latents)
-    if latents is None:
-        shape = (1, pipe.unet.config.in_channels, *(side // pipe.vae_scale_factor for side in across))
-        latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-    if latents.ndim != 4 or latents.shape[0] != 1:
-        raise ValueError(f"a recording holds one image: expected latents [1, C, h, w], got {list(latents.shape)}")
-    shared_latents(latents, 1, 1, pipe.unet.config.in_channels)  # refuses another number of channels
-    return latents.to(device, dtype)
-
-
 def _sites(pipe: SamplingPipeline, size: tuple[int, int]) -> tuple[Site, ...]:
     return tuple(site.at(*size) for site in attention_sites(pipe.unet))
 
@@ -302,25 +221,6 @@ def _bytes(pipe: SamplingPipeline, contents: Contents, size: tuple[int, int], st
     tokens, itemsize = pipe.tokenizer.model_max_length, pipe.unet.dtype.itemsize
     latents = (steps + 1) * pipe.unet.config.in_channels * size[0] * size[1] * itemsize
     return latents + contents_bytes(contents, pipe.unet, size, tokens, itemsize, precision)
-
-
-def _check_placement(placement: str | Path) -> None:
-    """Raise for the name of a device or of a medium, which would become a folder of that name."""
-    if not isinstance(placement, str | Path):
-        raise TypeError(f'placement must be "device", "cpu" or a folder, got {type(placement).__name__}')
-    if placement in ("device", "cpu") or isinstance(placement, Path):
-        return
-    try:
-        torch.device(placement)
-    except RuntimeError:
-        is_a_folder = placement not in ("gpu", "disk", "memory")
-    else:
-        is_a_folder = False
-    if not is_a_folder:
-        raise ValueError(
-            f'placement must be "device" (that of the pipeline), "cpu" or a folder, got {placement!r}; if a '
-            f"folder is meant, pass Path({placement!r})"
-        )
 
 
 def _new_store(placement: str | Path, device: torch.device) -> MapStore:

@@ -26,8 +26,9 @@ from pathlib import Path
 import torch
 
 from ..sampling.noise_schedule import NoiseSchedule
-from .contents import Contents, recorded_steps
+from .contents import recorded_steps
 from .folder_store import FileStore
+from .keys import Contents
 from .precision import Precision
 from .store import MapStore
 
@@ -111,6 +112,6 @@ class Recording:
         """Finish the folder that `load` reads: what belongs to no step, and the index."""
         names = ("latents",) if self.unconditional is None else ("latents", "unconditional")
         store.write_latents({name: getattr(self, name) for name in names})
-        tensors = ("store", "latents", "unconditional")
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in tensors}
-        store.finish(values | {"schedule": dataclasses.asdict(self.schedule)})
+        apart = ("store", "latents", "unconditional", "contents")
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in apart}
+        store.finish(self.contents, values | {"schedule": dataclasses.asdict(self.schedule)})

@@ -15,7 +15,8 @@ from ..models.steps import Step, run_steps
 from ..prompts.encoding import Encoding
 from ..session.known_rows import Packed, RecordedLayer, unpack
 from ..session.session import EditingSession
-from .contents import part_name, source_needs
+from .contents import source_needs
+from .keys import Part, TensorKey
 from .requirements import UNWATCHED
 from .store import MapStore
 
@@ -34,7 +35,7 @@ class Replay(EditingSession):
         guided: whether there are unconditional rows.
         backend: of the attention.
 
-    Args:
+    Attributes:
         needed: what the edit takes of the source.
     """
 
@@ -83,17 +84,15 @@ class Replay(EditingSession):
 
     def _recorded(self, step: Step, roles: BatchRoles) -> Mapping[str, RecordedLayer]:
         tensors = self._store.read(step.call, self._device)
-        rows = {part_name(roles.conditional[row], ""): row for row in range(roles.batch, roles.rows)}
+        rows = {roles.conditional[row]: row for row in range(roles.batch, roles.rows)}
         found: dict[str, dict[int, Packed]] = {}
         for path, parts in self.needed.items():
-            for name in parts:
-                half, part = name.split()
-                tensor = tensors.get(f"{path}|{name}")
-                if tensor is not None:
-                    packed = found.setdefault(path, {}).setdefault(rows[f"{half} "], {})
-                    packed[part] = tensor
-                    if (scale := tensors.get(f"{path}|{name}_scale")) is not None:
-                        packed[f"{part}_scale"] = scale
+            for part in parts:
+                # Integer keys come with their scale.
+                for name in (part.name, f"{part.name}_scale"):
+                    tensor = tensors.get(TensorKey(path, Part(part.conditional, name)))
+                    if tensor is not None:
+                        found.setdefault(path, {}).setdefault(rows[part.conditional], {})[name] = tensor
         assert self._hooks is not None
         self._hooks.features.recorded = {
             path: {row: unpack(packed, self.adapter.model.dtype)["feature"] for row, packed in known.items()}
@@ -104,4 +103,4 @@ class Replay(EditingSession):
 
 
 def _in_words(known: Mapping[int, Packed], roles: BatchRoles) -> str:
-    return "; ".join(part_name(roles.conditional[row], ", ".join(packed)) for row, packed in known.items())
+    return "; ".join(str(Part(roles.conditional[row], ", ".join(packed))) for row, packed in known.items())

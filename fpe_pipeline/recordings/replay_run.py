@@ -62,15 +62,53 @@ def edit(
             written for other prompts, or an IP-Adapter; before any denoising.
         InputError: a folder, or a file of it, that is not what was recorded.
     """
+    targets = _target_list(target_prompt)
+    recording = _loaded(recording)
+    _check_run(pipe, recording)
+    chosen = _recorded_edit(recording, self_replace_steps) if edit is None else require_edit(edit)
+    if edit is not None and self_replace_steps is not None:
+        raise ValueError("self_replace_steps belongs to the edit; pass it there")
+    check_prompts(chosen, [recording.prompt, *targets], pipe.tokenizer)
+    warn_of_unknown_words(targets, pipe.tokenizer)
+    guided = is_guided(pipe, recording.guidance_scale)
+    replay = Replay(pipe, chosen, recording.store, recording.latents, len(targets), guided, backend)
+    lack = describe_lack(replay.needed, recording.contents)
+    if lack:
+        raise ValueError(
+            f"the recording lacks what {type(chosen).__name__} needs of the source: {lack}. Record it for this edit "
+            "(pipe.record(…, edit=…) takes several), or give the edit fewer steps or layers"
+        )
+    images, nsfw = _denoise(pipe, recording, targets, replay, output_type)
+    return FreePromptPipelineOutput(
+        images=images,
+        nsfw_content_detected=nsfw,
+        source_kept=False,
+        report=replay.report(),
+        prompts=(recording.prompt, *targets),
+    )
+
+
+def _target_list(target_prompt: Any) -> list[str]:
+    """The targets; TypeError or ValueError for what is no text."""
     targets = [target_prompt] if isinstance(target_prompt, str) else list(target_prompt)
     if not targets or not all(isinstance(target, str) for target in targets):
         raise TypeError(f"expected one or more target prompts, got {target_prompt!r}")
     for target in targets:
         check_text("a target prompt", target)
+    return targets
+
+
+def _loaded(recording: Any) -> Recording:
+    """The recording, read where a folder was passed."""
     if isinstance(recording, str | Path):
-        recording = Recording.load(recording)
+        return Recording.load(recording)
     if not isinstance(recording, Recording):
         raise TypeError(f"expected what record returned, or its folder, got {type(recording).__name__}")
+    return recording
+
+
+def _check_run(pipe: SamplingPipeline, recording: Recording) -> None:
+    """Set the scheduler to the recorded run; ValueError where model or schedule are others."""
     check_pipeline(pipe)
     check_without_image_prompts(pipe, "a recording")
     here = fingerprint(pipe)
@@ -82,20 +120,13 @@ def edit(
     check_deterministic(pipe.scheduler)
     pipe.scheduler.set_timesteps(recording.steps)
     recording.schedule.check(pipe.scheduler, "recording")
-    chosen = _recorded_edit(recording, self_replace_steps) if edit is None else require_edit(edit)
-    if edit is not None and self_replace_steps is not None:
-        raise ValueError("self_replace_steps belongs to the edit; pass it there")
-    check_prompts(chosen, [recording.prompt, *targets], pipe.tokenizer)
-    warn_of_unknown_words(targets, pipe.tokenizer)
+
+
+def _denoise(
+    pipe: SamplingPipeline, recording: Recording, targets: list[str], replay: Replay, output_type: str
+) -> tuple[Any, Any]:
+    """The targets' images beside the replayed source, and whether each was censored."""
     noise = recording.latents[0]
-    guided = is_guided(pipe, recording.guidance_scale)
-    replay = Replay(pipe, chosen, recording.store, recording.latents, len(targets), guided, backend)
-    lack = describe_lack(replay.needed, recording.contents)
-    if lack:
-        raise ValueError(
-            f"the recording lacks what {type(chosen).__name__} needs of the source: {lack}. Record it for this edit "
-            "(pipe.record(…, edit=…) takes several), or give the edit fewer steps or layers"
-        )
     tasks: list[Task] = []
     options: dict[str, Any] = {}
     if recording.negative_prompt is not None:
@@ -104,7 +135,7 @@ def edit(
         tasks.append(FollowEmbeddings(recording.unconditional))
         options["negative_prompt_embeds"] = recording.unconditional[0].to(pipe.unet.dtype).expand(len(targets), -1, -1)
     factor = pipe.vae_scale_factor
-    images, nsfw = pipe._sample(
+    return pipe._sample(
         Call(len(targets), 1),
         replay,
         tasks,
@@ -118,13 +149,6 @@ def edit(
         latents=noise,
         output_type=output_type,
         **options,
-    )
-    return FreePromptPipelineOutput(
-        images=images,
-        nsfw_content_detected=nsfw,
-        source_kept=False,
-        report=replay.report(),
-        prompts=(recording.prompt, *targets),
     )
 
 

@@ -1,4 +1,4 @@
-"""Where recorded tensors are kept: on a device or in (pinned) memory here, in files by :mod:`file_store`.
+"""Where recorded tensors are kept: on a device or in (pinned) memory here, in files by :mod:`.folder_store`.
 
 All tensors of a step lie in one block of memory, or one after the other in one file: a step is moved, and fetched
 ahead, by one copy.
@@ -12,44 +12,57 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from ..session.known_rows import Packed
+from .keys import TensorKey, Tensors
 
-__all__ = ["Layout", "MapStore", "MemoryStore"]
+__all__ = ["Layout", "MapStore", "MemoryStore", "TensorPlace"]
 
 _ALIGNMENT = 64  # bytes, so that kernels load from a view as they do from a tensor of its own
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where tensors lie in a block of bytes: for each name its dtype, its shape and its first byte."""
+K = TypeVar("K")
 
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]
+
+class TensorPlace(NamedTuple):
+    """Where a tensor lies in a block of bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    def view(self, block: torch.Tensor) -> torch.Tensor:
+        """The tensor, without a copy."""
+        nbytes = math.prod(self.shape) * self.dtype.itemsize
+        return block[self.start : self.start + nbytes].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout(Generic[K]):
+    """Where tensors lie in a block of bytes, by what names them."""
+
+    tensors: Mapping[K, TensorPlace]
     nbytes: int
 
     @classmethod
-    def of(cls, tensors: Packed) -> Layout:
+    def of(cls, tensors: Mapping[K, torch.Tensor]) -> Layout[K]:
         places, end = {}, 0
         for name, tensor in tensors.items():
-            places[name] = (tensor.dtype, tuple(tensor.shape), end)
+            places[name] = TensorPlace(tensor.dtype, tuple(tensor.shape), end)
             end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
         return cls(places, end)
 
-    def views(self, block: torch.Tensor) -> Packed:
+    def views(self, block: torch.Tensor) -> dict[K, torch.Tensor]:
         """The tensors in a block of bytes, without a copy."""
-        return {
-            name: block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-            for name, (dtype, shape, start) in self.tensors.items()
-        }
+        return {name: place.view(block) for name, place in self.tensors.items()}
 
 
 class _Loaded:
     """A step on its way to a device."""
 
-    def __init__(self, block: torch.Tensor, layout: Layout, device: torch.device, stream: Any) -> None:
+    def __init__(self, block: torch.Tensor, layout: Layout[TensorKey], device: torch.device, stream: Any) -> None:
         self._event = None
         if stream is not None:
             with torch.cuda.stream(stream):
@@ -58,7 +71,7 @@ class _Loaded:
         self._block = block.to(device)
         self._views = layout.views(self._block)
 
-    def tensors(self) -> Packed:
+    def tensors(self) -> Tensors:
         """The tensors, to be used on the current stream."""
         if self._event is not None:
             current = torch.cuda.current_stream(self._block.device)
@@ -68,7 +81,7 @@ class _Loaded:
 
 
 class MapStore(ABC):
-    """Tensors by step and name; the step after the one that was read is fetched ahead."""
+    """Tensors by step and key; the step after the one that was read is fetched ahead."""
 
     def __init__(self) -> None:
         self._ahead: tuple[int, torch.device, Future[_Loaded]] | None = None
@@ -76,11 +89,11 @@ class MapStore(ABC):
         self._streams: dict[torch.device, Any] = {}
 
     @abstractmethod
-    def write(self, step: int, tensors: Packed) -> None:
+    def write(self, step: int, tensors: Tensors) -> None:
         """Keep a step's tensors."""
 
     @abstractmethod
-    def fetch(self, step: int) -> tuple[torch.Tensor, Layout]:
+    def fetch(self, step: int) -> tuple[torch.Tensor, Layout[TensorKey]]:
         """A step's block of bytes, where it is kept, and what lies in it."""
 
     @property
@@ -101,7 +114,7 @@ class MapStore(ABC):
             self.discard()
             raise
 
-    def read(self, step: int, device: torch.device) -> Packed:
+    def read(self, step: int, device: torch.device) -> Tensors:
         """A step's tensors on ``device``; the next step's are fetched in the background meanwhile."""
         if self._ahead is not None and self._ahead[:2] == (step, device):
             loaded = self._ahead[2].result()
@@ -133,23 +146,23 @@ class MemoryStore(MapStore):
         super().__init__()
         self._device = device
         self._pinned = device.type == "cpu" and torch.cuda.is_available()
-        self._steps: dict[int, tuple[torch.Tensor, Layout]] = {}
-        self._views: dict[int, Packed] = {}
+        self._steps: dict[int, tuple[torch.Tensor, Layout[TensorKey]]] = {}
+        self._views: dict[int, Tensors] = {}
 
-    def write(self, step: int, tensors: Packed) -> None:
+    def write(self, step: int, tensors: Tensors) -> None:
         layout = Layout.of(tensors)
         block = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
         self._steps[step], self._views[step] = (block, layout), layout.views(block)
-        for name, kept in self._views[step].items():
-            kept.copy_(tensors[name])
+        for key, kept in self._views[step].items():
+            kept.copy_(tensors[key])
 
-    def fetch(self, step: int) -> tuple[torch.Tensor, Layout]:
+    def fetch(self, step: int) -> tuple[torch.Tensor, Layout[TensorKey]]:
         return self._steps.get(step, (torch.empty(0, dtype=torch.uint8), Layout({}, 0)))
 
     def discard(self) -> None:
         self._steps, self._views = {}, {}
 
-    def read(self, step: int, device: torch.device) -> Packed:
+    def read(self, step: int, device: torch.device) -> Tensors:
         if device == self._device:
             return self._views.get(step, {})
         return super().read(step, device)

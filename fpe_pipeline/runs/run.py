@@ -31,15 +31,14 @@ from ..models.loading import (
     scheduler_settings,
 )
 from ..models.quiet import only_errors
+from .drawing import Drawing
 from .edit_class import edit_class
 from .loading import load_pipeline, pipeline_class
-from .progress import Progress, show_steps
+from .progress import Progress
 from .repeatable import Clock, machine, repeatable, threads_for, versions
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from ..edits import Edit
-    from ..inversion.trajectory import Inversion
     from ..pipeline import FreePromptPipeline
 
 __all__ = ["Run", "Settings", "execute", "photo_of", "pixel_hash", "read_record", "with_its_model", "write"]
@@ -139,8 +138,6 @@ def execute(
     """
     import torch
 
-    from fpe_kernels import backends
-
     pipeline_class()  # so that its imports do not count as loading the model
 
     progress = progress or Progress()
@@ -158,43 +155,7 @@ def execute(
         model = identity(pipe)
         photo = _photo(pipe, settings)
         _check_expected(settings, model, expected_model, photo, expected_photo)
-        width, height = photo.size if photo is not None else settings.size or pipe.native_size[::-1]
-        edit = _edit(pipe, settings, width, height)
-        common: dict[str, Any] = {
-            "height": height,
-            "width": width,
-            "num_inference_steps": settings.steps,
-            "guidance_scale": settings.guidance,
-            "negative_prompt": settings.negative,
-        }
-        inversion = None
-        if photo is not None:
-            show_steps(pipe, "invert", progress)
-            with clock.measure("invert"):
-                inversion = _invert(pipe, photo, settings)
-            common |= {"inversion": inversion, "height": None, "width": None}
-
-        def generate(title: str, prompts: list[str], **options: Any) -> list[Image.Image]:
-            show_steps(pipe, f"{name} {title}".strip(), progress)
-            noise = torch.Generator().manual_seed(settings.seed)
-            with clock.measure(title):
-                try:
-                    images, _ = pipe(prompts, generator=noise, return_dict=False, **common, **options)
-                    return images
-                except (TypeError, ValueError) as error:
-                    raise InputError(str(error)) from error
-
-        source, *edited = generate(
-            "edit",
-            [settings.source, *settings.targets],
-            edit=edit,
-            backend=settings.backend,
-        )
-        plain = None
-        if settings.control:
-            # A real image's targets start from its noise, with its source row beside them: it holds the inversion.
-            with_source = [] if inversion is None else [settings.source]
-            plain = generate("no control", [*with_source, *settings.targets], self_replace_steps=0)[len(with_source) :]
+        source, edited, plain = Drawing(pipe, settings, progress, name, clock).pictures(photo)
         settings = settings.with_values(
             model=settings.model if location.kind == "hub" or is_embedded(settings.model) else location.location,
             image=None if settings.image is None else str(Path(settings.image).resolve()),
@@ -203,14 +164,21 @@ def execute(
             device=device,
             threads=torch.get_num_threads(),
         )
-        details = edit_class(settings.method) | {
-            "model": {"identity_sha256": model, "class": type(pipe).__name__, "scheduler": scheduler_settings(pipe)},
-            "versions": versions(),
-            "machine": machine(device),
-            "backends": backends(),
-            "seconds": clock.seconds,
-        }
-    return Run(settings, source, tuple(edited), tuple(plain) if plain else None, details, photo)
+        details = _details(pipe, settings, model, clock)
+    return Run(settings, source, edited, plain, details, photo)
+
+
+def _details(pipe: FreePromptPipeline, settings: Settings, model: str, clock: Clock) -> dict[str, Any]:
+    """What a record says beside settings and images."""
+    from fpe_kernels import backends
+
+    return edit_class(settings.method) | {
+        "model": {"identity_sha256": model, "class": type(pipe).__name__, "scheduler": scheduler_settings(pipe)},
+        "versions": versions(),
+        "machine": machine(settings.device),
+        "backends": backends(),
+        "seconds": clock.seconds,
+    }
 
 
 def _check_expected(
@@ -248,38 +216,6 @@ def _photo(pipe: FreePromptPipeline, settings: Settings) -> Image.Image | None:
         return None
     pixels = pipe.native_size[0] * pipe.native_size[1]
     return load_image(settings.image, settings.size or (None, None), multiple=pipe.vae_scale_factor, pixels=pixels)
-
-
-def _edit(pipe: FreePromptPipeline, settings: Settings, width: int, height: int) -> Edit:
-    """The settings' edit; words and layers that it cannot serve are refused here, before a picture is inverted."""
-    from ..models.sites import attention_sites
-
-    edit = settings.edit(pipe.tokenizer, pipe.unet)
-    latent = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
-    try:
-        edit.select(tuple(site.at(*latent) for site in attention_sites(pipe.unet)))
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
-    return edit
-
-
-def _invert(pipe: FreePromptPipeline, photo: Image.Image, settings: Settings) -> Inversion:
-    """The settings' picture, inverted by DDIM on the noise levels of whatever scheduler the model names."""
-    from ..sampling.noise_schedule import ddim_scheduler
-
-    pipe.scheduler = ddim_scheduler(pipe.scheduler)
-    try:
-        return pipe.invert(
-            photo,
-            settings.source,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.inversion_guidance,
-            method=settings.null_text() or settings.inversion,
-            height=photo.height,
-            width=photo.width,
-        )
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
 
 
 def write(run: Run, directory: Path) -> list[Path]:

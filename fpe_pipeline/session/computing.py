@@ -93,8 +93,12 @@ class Projections:
         )
 
     def scores(self, maps: Sequence[MapSpec]) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """Queries [G, H, N, D], keys [G, H, M, D] and options of ``fpe_kernels`` for some maps."""
-        options = {"scale": self.scale, "bias": _map_bias(maps, self.bias, self.key), "backend": self.backend}
+        """Queries [G, H, N, D], keys [G, H, M, D] and options of ``fpe_kernels`` for some maps of one scale."""
+        options = {
+            "scale": self.scale * maps[0].scale,
+            "bias": _map_bias(maps, self.bias, self.key),
+            "backend": self.backend,
+        }
         return _queries(maps, self.query), _keys(maps, self.key), options
 
 
@@ -124,10 +128,12 @@ def evaluate(
             values = torch.cat([values, _column_values(call, columns, wide, values)], dim=-1)
         if call.recorded:
             known = layer.recorded([spec.query for spec in call.maps])
-            result = known.gathered_product(values, call.map_index, _recorded_weights(call, known.query))
+            result = known.gathered_product(values, call.map_index, _weights(call.products, known.query))
         else:
             query, key, options = layer.scores(call.maps)
-            result = shared_attention(query, key, values, call.map_index, weight=_row_weights(call, query), **options)
+            result = shared_attention(
+                query, key, values, call.map_index, weight=_weights(call.products, query), **options
+            )
         results.append(result)  # [len(products), H, N, E + wide]
     rows = [row for call in plan.calls for row in call.rows]
     if plan.is_plain:
@@ -170,9 +176,8 @@ def _heat(attention: AttentionMap, columns: torch.Tensor) -> torch.Tensor:
 
 def _edited(attention: AttentionMap, product: Product) -> LinearMap:
     mixed = attention if product.mixing is None else attention.mix(product.mixing.to(attention.key))
-    if isinstance(product.weight, torch.Tensor):
-        return mixed.scale_rows(_row_weight(product.weight, attention.query))
-    return mixed if product.weight == 1.0 else mixed.scale_rows(product.weight)
+    weights = _weights([product], attention.query)
+    return mixed if weights is None else mixed.scale_rows(weights)
 
 
 def mask_bias(mask: torch.Tensor | None, rows: int, heads: int, key: Rows) -> torch.Tensor | None:
@@ -195,29 +200,30 @@ def mask_bias(mask: torch.Tensor | None, rows: int, heads: int, key: Rows) -> to
     return mask.to(key.tensor.dtype).expand(rows, -1, -1, -1)
 
 
-def _row_weights(call: AttentionCall, query: torch.Tensor) -> list[float] | torch.Tensor | None:
-    """The weights of a call's products as ``shared_attention`` takes them; None where all are one."""
-    weights = [product.weight for product in call.products]
-    numbers = [weight for weight in weights if not isinstance(weight, torch.Tensor)]
-    if len(numbers) == len(weights):
-        return None if all(number == 1.0 for number in numbers) else numbers
-    return torch.stack([_row_weight(weight, query) for weight in weights])[:, None]  # [len(products), 1, N]
-
-
-def _recorded_weights(call: AttentionCall, query: torch.Tensor) -> torch.Tensor | None:
-    """The weights of a call's products [len(products), 1, N]; None where all are one."""
-    weights = [product.weight for product in call.products]
+def _weights(products: Sequence[Product], query: torch.Tensor) -> torch.Tensor | None:
+    """The weights of some products of maps of queries [G, H, N, D]: [products, 1 | H, 1 | N], in the dtype of
+    statistics; None where all are one.
+    """
+    weights = [product.weight for product in products]
     if all(not isinstance(weight, torch.Tensor) and weight == 1.0 for weight in weights):
         return None
-    return torch.stack([_row_weight(weight, query) for weight in weights])[:, None]
+    each = [_weight(weight, query) for weight in weights]
+    shape = torch.broadcast_shapes(*(weight.shape for weight in each))
+    return torch.stack([weight.expand(shape) for weight in each])
 
 
-def _row_weight(weight: float | torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """[N], at the precision of the products' statistics."""
-    dtype, tokens = torch.promote_types(query.dtype, torch.float32), query.shape[-2]
-    if isinstance(weight, torch.Tensor):
-        return weight.to(query.device, dtype).expand(tokens)
-    return torch.full((tokens,), weight, dtype=dtype, device=query.device)
+def _weight(weight: float | torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """[1 | H, 1 | N], at the precision of the products' statistics."""
+    dtype, (heads, tokens) = torch.promote_types(query.dtype, torch.float32), query.shape[1:3]
+    if not isinstance(weight, torch.Tensor):
+        return torch.full((1, 1), weight, dtype=dtype, device=query.device)  # a fill: a copy would wait for the device
+    shape = (1,) * (2 - weight.ndim) + tuple(weight.shape)
+    if weight.ndim > 2 or shape[0] not in (1, heads) or shape[1] not in (1, tokens):
+        raise ValueError(
+            f"expected weights of a layer of {heads} heads and {tokens} tokens as [{tokens}], [{heads}, 1] or "
+            f"[{heads}, {tokens}], got {list(weight.shape)}: make them for the site that the edit is asked about"
+        )
+    return weight.to(query.device, dtype).reshape(shape)
 
 
 def _queries(maps: Sequence[MapSpec], query: Rows) -> torch.Tensor:

@@ -20,7 +20,7 @@ __all__ = ["DenseLayer", "edited_map", "edited_operator", "finished", "projected
 # Added to variances by adaptive instance normalisation.
 _EPSILON = 1e-5
 #: The fields of a product that are written out here; another would be left out in silence.
-WRITTEN_OUT = ("query", "keys", "values", "weight", "mixing", "style", "shifts")
+WRITTEN_OUT = ("query", "keys", "values", "weight", "mixing", "style", "shifts", "scale")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _operands(product: Product, layer: DenseLayer) -> tuple[torch.Tensor, torch.
     others = [field.name for field in dataclasses.fields(product) if field.name not in WRITTEN_OUT]
     if others:
         raise NotImplementedError(f"the oracle does not write out {', '.join(others)} of a Product")
-    query = _like(layer.query, product.query, product.style)
+    query = product.scale * _like(layer.query, product.query, product.style)
     key = torch.cat([_like(layer.key, row, product.style) for row in product.keys], dim=-2)
     tokens = layer.key.shape[-2]
     shifts = product.shifts or (0.0,) * len(product.keys)

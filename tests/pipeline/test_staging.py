@@ -170,7 +170,7 @@ def test_a_recording_on_a_full_disk_leaves_no_folder(tmp_path, monkeypatch):
         fail(monkeypatch, name, number, FULL)
         with pytest.raises(OSError, match="no space"):
             store.write_latents({"latents": torch.zeros(4)})
-            store.finish({})
+            store.finish({}, {})
         monkeypatch.undo()
         store.discard()
         assert content(tmp_path) == {}

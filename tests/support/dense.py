@@ -8,7 +8,7 @@ def dense_attention(attn, hidden_states, products, *, context=None, mask=None, t
     """What a diffusers `Attention` gives when row b's output is the sum of ``products[b]``.
 
     Args:
-        products: for each row, a list of (query row, key rows, value rows, weight, mixing).
+        products: for each row, a list of (query row, key rows, value rows, weight, mixing), and maybe a scale.
         mask: an additive [B, H, N, M], or None.
     """
     residual = hidden_states
@@ -35,10 +35,10 @@ def dense_attention(attn, hidden_states, products, *, context=None, mask=None, t
     rows = []
     for terms in products:
         total = 0
-        for query_row, key_rows, value_rows, weight, mixing in terms:
+        for query_row, key_rows, value_rows, weight, mixing, *scale in terms:
             keys = torch.cat([key[row] for row in key_rows], dim=1)
             values = torch.cat([value[row] for row in value_rows], dim=1)
-            scores = attn.scale * query[query_row] @ keys.transpose(1, 2)
+            scores = (scale or [1.0])[0] * attn.scale * query[query_row] @ keys.transpose(1, 2)
             if mask is not None:
                 scores = scores + torch.cat([mask[row] for row in key_rows], dim=2)
             weights = torch.exp(scores - scores.max(dim=2, keepdim=True).values)
@@ -46,7 +46,7 @@ def dense_attention(attn, hidden_states, products, *, context=None, mask=None, t
             if mixing is not None:
                 values = mixing @ values
             term = attention_map @ values
-            total = total + (weight[:, None] * term if isinstance(weight, torch.Tensor) else weight * term)
+            total = total + (weight[..., None] * term if isinstance(weight, torch.Tensor) else weight * term)
         rows.append(total.permute(1, 0, 2).reshape(total.shape[1], -1))
     out = F.linear(torch.stack(rows), attn.to_out[0].weight, attn.to_out[0].bias)
     if residual.ndim == 4:

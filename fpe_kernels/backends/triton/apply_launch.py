@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -65,9 +65,7 @@ def prepare(
     ``skips`` says that nothing else needs the statistics of rows whose weights are zero.
     """
     query, key, value, bias, out, logsumexp, row_weight, prior, prior_logsumexp = tensors
-    _, heads, queries, head_dim = query.shape
-    keys, value_dim = key.shape[2], value.shape[3]
-    head_pieces, column_pieces = split_width(head_dim), split_width(chunk.branches * value_dim)
+    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
     full_bias = query if bias is None else bias
     table = device_table(chunk.table, query.device)
     return Launch(
@@ -99,41 +97,59 @@ def prepare(
             **strides("row_weight", query[..., 0] if row_weight is None else row_weight, "bhn"),
             **strides("out", out, "bhne"),
         },
-        constants={
-            "HEAD_DIM": head_dim,
-            "HEAD_0": head_pieces[0],
-            "HEAD_1": head_pieces[1],
-            "VALUE_DIM": value_dim,
-            "BRANCHES": chunk.branches,
-            "COLUMNS_0": column_pieces[0],
-            "COLUMNS_1": column_pieces[1],
-            "QUERY_VECTOR": vector_width(query),
-            "KEY_VECTOR": vector_width(key),
-            "VALUE_VECTOR": vector_width(value),
-            "OUT_VECTOR": vector_width(out),
-            "KNOWN": known,
-            "HAS_BIAS": bias is not None,
-            "BIAS_VARIES": bias_varies(full_bias),
-            "HAS_WEIGHT": row_weight is not None,
-            "SKIPS": row_weight is not None and skips,
-            "REPEATS": chunk.repeats,
-            "PRESCALE": bias is not None or scale <= 0.0,
-            "EVEN_QUERIES": queries % config.block_m == 0,
-            "EVEN_KEYS": keys % config.block_n == 0 and key_lengths is None,
-            "WIDE": needs_wide_index(
-                (query, config.block_m),
-                (key, config.block_n),
-                (value, config.block_n),
-                (out, config.block_m),
-                (full_bias, config.block_m),
-                (query if row_weight is None else row_weight.unsqueeze(-1), config.block_m),
-            ),
-            "PRECISION": product_precision(query.dtype),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "HAS_LENGTHS": key_lengths is not None,
-            "HEADS_PER_KEY": heads // key.shape[1],
-            "HEADS_PER_VALUE": heads // value.shape[1],
-            "HAS_PRIOR": prior is not None,
-        },
+        constants=_constants(tensors, chunk, scale, known, skips, config, key_lengths),
     )
+
+
+def _constants(
+    tensors: ApplyTensors,
+    chunk: Chunk,
+    scale: float,
+    known: bool,
+    skips: bool,
+    config: Config,
+    key_lengths: tuple[int, ...] | None,
+) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    query, key, value, bias, out, _, row_weight, prior, _ = tensors
+    _, heads, queries, head_dim = query.shape
+    keys, value_dim = key.shape[2], value.shape[3]
+    head_pieces, column_pieces = split_width(head_dim), split_width(chunk.branches * value_dim)
+    full_bias = query if bias is None else bias
+    return {
+        "HEAD_DIM": head_dim,
+        "HEAD_0": head_pieces[0],
+        "HEAD_1": head_pieces[1],
+        "VALUE_DIM": value_dim,
+        "BRANCHES": chunk.branches,
+        "COLUMNS_0": column_pieces[0],
+        "COLUMNS_1": column_pieces[1],
+        "QUERY_VECTOR": vector_width(query),
+        "KEY_VECTOR": vector_width(key),
+        "VALUE_VECTOR": vector_width(value),
+        "OUT_VECTOR": vector_width(out),
+        "KNOWN": known,
+        "HAS_BIAS": bias is not None,
+        "BIAS_VARIES": bias_varies(full_bias),
+        "HAS_WEIGHT": row_weight is not None,
+        "SKIPS": row_weight is not None and skips,
+        "REPEATS": chunk.repeats,
+        "PRESCALE": bias is not None or scale <= 0.0,
+        "EVEN_QUERIES": queries % config.block_m == 0,
+        "EVEN_KEYS": keys % config.block_n == 0 and key_lengths is None,
+        "WIDE": needs_wide_index(
+            (query, config.block_m),
+            (key, config.block_n),
+            (value, config.block_n),
+            (out, config.block_m),
+            (full_bias, config.block_m),
+            (query if row_weight is None else row_weight.unsqueeze(-1), config.block_m),
+        ),
+        "PRECISION": product_precision(query.dtype),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "HAS_LENGTHS": key_lengths is not None,
+        "HEADS_PER_KEY": heads // key.shape[1],
+        "HEADS_PER_VALUE": heads // value.shape[1],
+        "HAS_PRIOR": prior is not None,
+    }

@@ -91,57 +91,74 @@ def fit(
     """
     device = next(module.parameters()).device
     name = checkpoint.stem if checkpoint is not None else type(module).__name__
-    weights = Weights(module)
-    step, minutes, finished = 0, 0.0, False
-    if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        weights.load_state(saved)
-        step, minutes, finished = saved["step"], saved["minutes"], saved["finished"]
-        log.info("%s: continuing from step %d", name, step)
-    limit = min(settings.max_minutes, minutes + max(0.0, (deadline - time.monotonic()) / 60))
+    state = _State.of(module, checkpoint, name)
+    limit = min(settings.max_minutes, state.minutes + max(0.0, (deadline - time.monotonic()) / 60))
     settings = replace(settings, max_minutes=max(limit, 1e-9))
-
-    def save() -> None:
-        if checkpoint is not None:
-            with replaced(checkpoint) as partial:
-                torch.save({**weights.state(), "step": step, "minutes": minutes, "finished": finished}, partial)
-
-    optimiser = OptimiserStep(weights, loss, settings.weight_decay, settings.clip)
+    optimiser = OptimiserStep(state.weights, loss, settings.weight_decay, settings.clip)
     generator = torch.Generator(device)
-    clock = _Clock(minutes, device)
-    first, reported, seen, saved_at = step, time.monotonic(), step, time.monotonic()
+    clock = _Clock(state.minutes, device)
+    first, reported, seen, saved_at = state.step, time.monotonic(), state.step, time.monotonic()
     figures: dict[str, float] = {}
-    while not finished and (progress := settings.progress(step, minutes)) < 1.0:
+    while not state.finished and (progress := settings.progress(state.step, state.minutes)) < 1.0:
+        step = state.step
         if stop_after is not None and step - first >= stop_after:
-            save()
-            return Fitted(False, step, minutes, 0.0, figures, optimiser.graphed)
+            state.save()
+            return Fitted(False, step, state.minutes, 0.0, figures, optimiser.graphed)
         inputs = draw(step, generator.manual_seed(seed * 1_000_003 + step))
         optimiser(step, inputs, settings.rate(step, progress), min(settings.ema, (1 + step) / (10 + step)))
-        step += 1
-        minutes = clock.tick()
+        state.step, state.minutes = step + 1, clock.tick()
         now = time.monotonic()
         if now - reported > _REPORT_SECONDS:
             figures = optimiser.figures()
-            speed = (step - seen) * settings.batch / (now - reported)
-            told = ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
-            log.info("%s: step %d (%.0f %%), %s, %.1f samples/s", name, step, 100 * progress, told, speed)
-            reported, seen = now, step
+            speed = (state.step - seen) * settings.batch / (now - reported)
+            told = _told(figures)
+            log.info("%s: step %d (%.0f %%), %s, %.1f samples/s", name, state.step, 100 * progress, told, speed)
+            reported, seen = now, state.step
             if on_progress is not None:
-                on_progress(progress, weights)
+                on_progress(progress, state.weights)
         if now - saved_at > _SAVE_SECONDS:
-            save()
+            state.save()
             saved_at = time.monotonic()
-    taken = step - first
-    minutes = clock.end() if taken else minutes
-    if taken or not finished:
+    taken = state.step - first
+    state.minutes = clock.end() if taken else state.minutes
+    if taken or not state.finished:
         figures = optimiser.figures() if taken else {}
-        finished = True
-        save()
+        state.finished = True
+        state.save()
     speed = taken * settings.batch / max(1e-9, clock.seconds) if taken else 0.0
-    log.info("%s: %d steps in %.2f minutes, %.1f samples/s, %s", name, step, minutes, speed, _told(figures))
-    weights.finish()
+    log.info("%s: %d steps in %.2f minutes, %.1f samples/s, %s", name, state.step, state.minutes, speed, _told(figures))
+    state.weights.finish()
     module.eval()
-    return Fitted(True, step, minutes, speed, figures, optimiser.graphed)
+    return Fitted(True, state.step, state.minutes, speed, figures, optimiser.graphed)
+
+
+@dataclass
+class _State:
+    """How far a training has come, and the file that keeps it."""
+
+    weights: Weights
+    checkpoint: Path | None
+    step: int = 0
+    minutes: float = 0.0
+    finished: bool = False
+
+    @classmethod
+    def of(cls, module: nn.Module, checkpoint: Path | None, name: str) -> _State:
+        """Where the file has it, else at the beginning."""
+        weights = Weights(module)
+        if checkpoint is None or not checkpoint.exists():
+            return cls(weights, checkpoint)
+        saved = torch.load(checkpoint, map_location=next(module.parameters()).device, weights_only=True)
+        weights.load_state(saved)
+        log.info("%s: continuing from step %d", name, saved["step"])
+        return cls(weights, checkpoint, saved["step"], saved["minutes"], saved["finished"])
+
+    def save(self) -> None:
+        if self.checkpoint is None:
+            return
+        place = {"step": self.step, "minutes": self.minutes, "finished": self.finished}
+        with replaced(self.checkpoint) as partial:
+            torch.save({**self.weights.state(), **place}, partial)
 
 
 def _told(figures: dict[str, float]) -> str:

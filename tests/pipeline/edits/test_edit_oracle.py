@@ -19,6 +19,7 @@ from fpe_pipeline import (
     make_edit,
 )
 from fpe_pipeline.edits import SelfAttentionEdit, WordMask
+from fpe_pipeline.edits.products import MapSpec
 from fpe_pipeline.edits.registry import METHODS
 from fpe_pipeline.session import computing, hooks
 from fpe_pipeline.testing import TOLERANCE, DenseLayer, check_edit, tiny_unet, words_tokenizer
@@ -162,6 +163,47 @@ class Memory(SelfAttentionEdit):
         if self.values_swapped:
             return {t: Product(t, (t, s), (s, t), shifts=shifts) for s, t in pairs}
         return {t: Product(t, (t, s), (t, s), shifts=shifts) for s, t in pairs}
+
+
+@dataclass(frozen=True)
+class Sharpened(SelfAttentionEdit):
+    """In every other head, targets attend more sharply from step to step, and to the source beside themselves."""
+
+    def products(self, site, step, roles):
+        chosen = every_other(site.heads)
+        return {
+            t: (Product(t, [t, s], [t, s], weight=chosen, scale=1 + step.index), Product(t, t, t, weight=1 - chosen))
+            for s, t in roles.pairs(conditional=None)
+        }
+
+
+def every_other(heads):
+    return (torch.arange(heads) % 2).float()[:, None]
+
+
+def sharpened(site, step, roles, layer: DenseLayer):
+    """The same as an equation on stored maps."""
+    if site.kind != "self":
+        return {}
+    out = {}
+    for source, target in roles.pairs(conditional=None):
+        keys = torch.cat([layer.key[target], layer.key[source]], dim=-2)
+        values = torch.cat([layer.value[target], layer.value[source]], dim=-2)
+        sharp = layer.map((1 + step.index) * layer.query[target], keys) @ values
+        out[target] = torch.where(every_other(site.heads)[..., None] > 0, sharp, layer.own(target))
+    return out
+
+
+@pytest.mark.parametrize("expected", [None, sharpened], ids=["products", "an equation"])
+def test_a_scale_and_weights_of_heads(expected):
+    check = check_edit(Sharpened(), expected=expected, targets=2, steps=3)
+    assert check.worst.error <= TOLERANCE and check.edited > 20
+
+
+def test_a_scale_that_is_left_out_is_found(monkeypatch):
+    monkeypatch.setattr(Product, "map", property(lambda self: MapSpec(self.query, self.keys, self.style, self.shifts)))
+    with pytest.raises(AssertionError, match="Sharpened differs from written-out maps by"):
+        check_edit(Sharpened(), steps=2)
 
 
 def memory(site, step, roles, layer: DenseLayer):

@@ -44,6 +44,47 @@ def test_rows_outside_the_batch_are_refused(products):
         plan_products(products, 2)
 
 
+def test_lists_and_single_rows_are_rows():
+    product = Product(1, [1, 0], [1, 0], shifts=[0.0, 0.5])
+    assert product == Product(1, (1, 0), (1, 0), shifts=(0.0, 0.5)) and hash(product.map)
+    assert Product(1, 0, 0) == Product(1, (0,), (0,))
+    assert plan_products({1: product}, 2) is plan_products({1: Product(1, (1, 0), (1, 0), shifts=(0.0, 0.5))}, 2)
+
+
+@pytest.mark.parametrize("rows", ["01", 0.5, None, (0, 0.5), (True,), {0, 1}])
+def test_what_are_no_rows(rows):
+    with pytest.raises(TypeError, match="expected rows of the batch as keys"):
+        Product(0, rows, (0,))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2", None, True])
+def test_what_is_no_scale(scale):
+    with pytest.raises(ValueError, match="expected a finite number as scale"):
+        Product(0, (0,), (0,), scale=scale)
+
+
+def test_maps_of_different_scales_need_calls_of_their_own():
+    """And a map of another scale is not the one that a recording has the log-sum-exp of."""
+    terms = [Product(2, (2,), (0,)), Product(2, (2,), (0,), scale=2.0), Product(2, (2,), (0,))]
+    plan = plan_products({0: terms}, 2, recorded=1)
+    assert [(call.rows, call.recorded, call.maps) for call in plan.calls] == [
+        ((1,), False, (MapSpec(1, (1,)),)),
+        ((0,), False, (MapSpec(2, (2,), scale=2.0),)),
+        ((0, 0), True, (MapSpec(2, (2,)),)),
+    ]
+    assert plan.only_call is None
+    assert plan_products({0: Product(0, (0,), (0,), scale=2.0)}, 1).only_call is None
+    assert Product(2, (2,), (0,), scale=2.0).describe() == "A(2 · q 2, k 2) @ v 0"
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 1), (2, 5), (1, 2, 12)])
+def test_weights_that_do_not_fit_the_layer(shape):
+    query = Rows(random(1, 2, 12, 4), (0,))
+    plan = plan_products({0: Product(0, (0,), (0,), weight=torch.ones(shape))}, 1)
+    with pytest.raises(ValueError, match=r"2 heads and 12 tokens as \[12\], \[2, 1\] or \[2, 12\], got"):
+        evaluate(plan, Projections(query, query, query, scale=0.5))
+
+
 def test_keys_and_values_have_to_fit():
     with pytest.raises(ValueError, match="without mixing"):
         Product(0, (0, 1), (0,))
@@ -54,13 +95,18 @@ ROWS = st.integers(0, 3)
 
 @st.composite
 def terms(draw):
-    """A product of any kind: (query, keys, values, weight, mixing)."""
+    """A product of any kind: (query, keys, values, weight, mixing, scale)."""
     length = draw(st.integers(1, 2))
     keys = tuple(draw(st.lists(ROWS, min_size=length, max_size=length)))
     values = tuple(draw(st.lists(ROWS, min_size=length, max_size=length)))
-    weight = draw(st.sampled_from([1.0, 0.5, random(12, seed=3)]))
+    weight = draw(st.sampled_from([1.0, 0.5, *(random(*shape, seed=3) for shape in ((12,), (2, 1), (2, 12)))]))
     mixing = draw(st.sampled_from([None, random(12 * length, 12 * length, seed=4) / 4]))
-    return draw(ROWS), keys, values, weight, mixing
+    scale = draw(st.sampled_from([1.0, 1.0, 0.5, 3.0]))
+    return draw(ROWS), keys, values, weight, mixing, scale
+
+
+def product(query, keys, values, weight, mixing, scale=1.0):
+    return Product(query, list(keys), list(values), weight, mixing, scale=scale)
 
 
 @settings(max_examples=60, deadline=None)
@@ -70,7 +116,7 @@ def test_any_sum_of_products_is_dense_mathematics(products):
     attn, hidden_states = attention(), random(4, 12, 16)
     with torch.no_grad():
         expected = dense_attention(attn, hidden_states, [products.get(row, [own(row)]) for row in range(4)])
-    edit = {row: [Product(*term) for term in given] for row, given in products.items()}
+    edit = {row: [product(*term) for term in given] for row, given in products.items()}
     torch.testing.assert_close(run(install(attn, edit, rows=4), hidden_states), expected, rtol=0, atol=1e-10)
 
 
@@ -79,7 +125,11 @@ def test_maps_of_rows_are_what_their_outputs_are_made_with():
     alpha, mixing = random(12, seed=7).sigmoid(), random(2, 12, 12, seed=8)
     edit = {
         1: [Product(0, (0,), (1,), weight=alpha), Product(1, (1,), (1,), weight=1 - alpha)],
-        2: [Product(0, (0,), (2,), mixing=mixing), Product(2, (2,), (2,), weight=0.25)],
+        2: [
+            Product(0, (0,), (2,), mixing=mixing),
+            Product(2, (2,), (2,), weight=0.25),
+            Product(2, (2,), (2,), weight=random(2, 1, seed=9), scale=2.0),
+        ],
     }
     query, key, value = (Rows(random(3, 2, 12, 4, seed=seed), (0, 1, 2)) for seed in range(3))
     layer, plan = Projections(query, key, value, scale=0.5, backend="torch"), plan_products(edit, 3)
@@ -89,7 +139,7 @@ def test_maps_of_rows_are_what_their_outputs_are_made_with():
         torch.testing.assert_close(operator @ value.tensor[row : row + 1], out[row : row + 1], rtol=0, atol=1e-12)
         torch.testing.assert_close(operator.dense() @ value.tensor[row], out[row : row + 1], rtol=0, atol=1e-12)
     torch.testing.assert_close(columns[2], maps[2].matmul(value.tensor[2:, :1, :, :1].expand(1, 2, -1, -1))[0])
-    assert repr(maps[0] + maps[1] + maps[2]).endswith("terms=5, maps=3)")
+    assert repr(maps[0] + maps[1] + maps[2]).endswith("terms=6, maps=4)")
 
 
 # The methods of the literature, each as small as this

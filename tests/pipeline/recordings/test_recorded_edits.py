@@ -9,8 +9,10 @@ from fpe_pipeline import (
     LocalBlend,
     MasaCtrlEdit,
     PlugAndPlayEdit,
+    Product,
     PromptToPromptEdit,
     Recording,
+    SelfAttentionEdit,
     StyleAlignedEdit,
     WordMask,
     ddim_scheduler,
@@ -34,6 +36,16 @@ def p2p(tokenizer, align="replace", **options):
     return PromptToPromptEdit(PROMPTS, tokenizer, align, **options)
 
 
+class SharperHead(SelfAttentionEdit):
+    """The source's map, three times as sharp in the first head."""
+
+    def products(self, site, step, roles):
+        first = (torch.arange(site.heads) == 0).float()[:, None]
+        return {
+            t: (Product(s, s, t, weight=first, scale=3.0), Product(s, s, t, weight=1 - first)) for s, t in roles.pairs()
+        }
+
+
 EDITS = {
     "soft": lambda t: FreePromptEdit(strength=0.6),
     "fading": lambda t: FreePromptEdit(1.0, strength=(1, 0)),
@@ -47,6 +59,7 @@ EDITS = {
     "masactrl": lambda t: MasaCtrlEdit(start_step=1, start_layer=1),
     "plug and play": lambda t: PlugAndPlayEdit(feature_modules="up_blocks.1.resnets.1.conv2"),
     "style aligned": lambda t: StyleAlignedEdit(0.6, shared_score_shift=0.3),
+    "a sharper map in one head": lambda t: SharperHead(),
 }
 
 

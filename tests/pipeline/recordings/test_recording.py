@@ -12,11 +12,13 @@ from diffusers import (
     EulerDiscreteScheduler,
     PNDMScheduler,
 )
+from safetensors import safe_open
 
 from fpe_kernels import AttentionMap
 from fpe_pipeline import Recording, ddim_scheduler, make_edit
 from fpe_pipeline.errors import InputError
 from fpe_pipeline.recordings.folder_store import FileStore
+from fpe_pipeline.recordings.keys import Part, TensorKey
 from fpe_pipeline.recordings.precision import PRECISIONS, pack
 from fpe_pipeline.recordings.record_run import estimate
 from fpe_pipeline.recordings.store import MemoryStore
@@ -216,9 +218,9 @@ class TestBudget:
 
 class TestStores:
     TENSORS: ClassVar = {
-        "layer|conditional key": torch.arange(5, dtype=torch.int8),
-        "layer|conditional query": torch.arange(6, dtype=torch.float16).view(2, 3),
-        "layer|conditional logsumexp": torch.arange(3, dtype=torch.float64),
+        TensorKey("layer", Part(True, "key")): torch.arange(5, dtype=torch.int8),
+        TensorKey("layer", Part(True, "query")): torch.arange(6, dtype=torch.float16).view(2, 3),
+        TensorKey("layer", Part(True, "logsumexp")): torch.arange(3, dtype=torch.float64),
     }
 
     @pytest.mark.parametrize("kind", ["memory", "folder"])
@@ -234,6 +236,25 @@ class TestStores:
             assert len({tensor.untyped_storage().data_ptr() for tensor in read.values()}) == 1
         assert store.read(4, cpu) == {}
         store.release()
+
+    def test_keys_are_text_in_files_alone(self, tmp_path):
+        store = FileStore.create(tmp_path / "r")
+        store.write(0, self.TENSORS)
+        with safe_open(tmp_path / "r" / "step-0000.safetensors", "pt") as file:
+            assert set(file.keys()) == {
+                "layer|conditional key",
+                "layer|conditional query",
+                "layer|conditional logsumexp",
+            }
+
+    @pytest.mark.parametrize("key", [TensorKey("a.b", Part(False, "key_scale")), TensorKey("", Part(True, "feature"))])
+    def test_a_key_is_read_as_it_was_written(self, key):
+        assert TensorKey.parse(str(key)) == key
+
+    @pytest.mark.parametrize("text", ["", "layer", "layer|query", "layer|unconditional ", "layer|Conditional key"])
+    def test_what_is_no_key(self, text):
+        with pytest.raises(ValueError, match="expected a part"):
+            TensorKey.parse(text)
 
 
 class TestRefusals:
