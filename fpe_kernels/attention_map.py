@@ -151,7 +151,8 @@ class AttentionMap(SoftmaxMap, LinearMap):
         ``prior`` [len(index), H, N, E], wide, is the product over the other keys, and ``prior_logsumexp`` that of them.
         """
         operands = (self.query, self.key, value, self.bias, self._known(), list(index), self.scale, self._serving)
-        return torch.ops.fpe_kernels.merge(*operands, prior, prior_logsumexp, weight, self.key_lengths)
+        out: Tensor = torch.ops.fpe_kernels.merge(*operands, prior, prior_logsumexp, weight, self.key_lengths)
+        return out
 
     def _replay(
         self,
@@ -162,7 +163,8 @@ class AttentionMap(SoftmaxMap, LinearMap):
         wide: bool = False,
     ) -> Tensor:
         settings = (list(index), self.scale, self._serving, weight, self.key_lengths, wide)
-        return torch.ops.fpe_kernels.replay(self.query, self.key, value, self.bias, known, *settings)
+        out: Tensor = torch.ops.fpe_kernels.replay(self.query, self.key, value, self.bias, known, *settings)
+        return out
 
     def _apply(
         self,
@@ -182,7 +184,8 @@ class AttentionMap(SoftmaxMap, LinearMap):
     def gathered_adjoint(self, weight: Tensor, index: tuple[int, ...]) -> Tensor:
         """``A[index].T @ weight`` for weight [len(index), H, N, E]."""
         operands = (self.query, self.key, weight, self.bias, self._statistics())
-        return torch.ops.fpe_kernels.adjoint(*operands, list(index), self.scale, self._serving, self.key_lengths)
+        out: Tensor = torch.ops.fpe_kernels.adjoint(*operands, list(index), self.scale, self._serving, self.key_lengths)
+        return out
 
     @property
     def logsumexp(self) -> Tensor:
@@ -390,7 +393,7 @@ def shared_attention(
     if weight is not None:
         weight = validation.check_row_weight(weight, query, shape)
     serving = dispatch.select(backend, query)
-    out, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, list(index), scale, serving, weight, lengths)
+    out: Tensor = torch.ops.fpe_kernels.apply(query, key, value, bias, list(index), scale, serving, weight, lengths)[0]
     if repeatable and (preparing := dispatch.load_ready(serving)) is not None:
         ready.keep(*given, scale, out, preparing.ready_call)
     return out
