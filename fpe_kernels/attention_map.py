@@ -86,8 +86,6 @@ class AttentionMap(SoftmaxMap, LinearMap):
         self._kept: KeptLogsumexp | None = None
         self._traced = torch.compiler.is_compiling()
 
-    # -- what it is ---------------------------------------------------------------------------------------------------
-
     @property
     def shape(self) -> torch.Size:
         """(B, H, N, M)."""
@@ -124,8 +122,6 @@ class AttentionMap(SoftmaxMap, LinearMap):
             f"AttentionMap(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', "
             f"backend={self.backend!r}, scale={self.scale:.6g}, nbytes={self.nbytes})"
         )
-
-    # -- products -----------------------------------------------------------------------------------------------------
 
     def gathered_product(self, value: Tensor, index: tuple[int, ...], weight: Tensor | None) -> Tensor:
         """``weight ⊙ (A[index] @ value)`` for value [len(index), H, M, E]: what combinations are computed with."""
@@ -225,8 +221,6 @@ class AttentionMap(SoftmaxMap, LinearMap):
         # A compiled function cannot ask whether tensors from outside were changed between its calls.
         return torch.compiler.is_compiling() and not self._traced
 
-    # -- ranges of tokens ---------------------------------------------------------------------------------------------
-
     def queries(self, start: int, stop: int | None = None) -> AttentionMap:
         """The map of the query tokens ``start`` to ``stop``, a view: its products cost as much as it has rows."""
         start, stop = indices.check_range("query tokens", start, stop, self.shape[2])
@@ -250,8 +244,6 @@ class AttentionMap(SoftmaxMap, LinearMap):
     def _of(self, query: Tensor, key: Tensor, bias: Tensor | None, lengths: Sequence[int] | None) -> AttentionMap:
         """A map of other tensors, with the settings of this one."""
         return AttentionMap(query, key, scale=self.scale, bias=bias, backend=self.backend, key_lengths=lengths)
-
-    # -- views of a few entries ---------------------------------------------------------------------------------------
 
     def wide_rows(self, index: Tensor) -> Tensor:
         """:meth:`rows` in the dtype of the statistics; ``index`` holds positions on the device."""
@@ -285,8 +277,6 @@ class AttentionMap(SoftmaxMap, LinearMap):
         lengths = torch.cat([torch.full((1, 1, 1, 1), length, device=self.device) for length in self.key_lengths])
         positions = torch.arange(key.shape[2], device=self.device) if positions is None else positions
         return torch.where(positions < lengths, probabilities, 0.0)
-
-    # -- batch views and movement -------------------------------------------------------------------------------------
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> AttentionMap:
         """The map of some batch rows; an int keeps the batch axis, with one row."""
