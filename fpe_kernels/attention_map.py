@@ -86,8 +86,6 @@ class AttentionMap(SoftmaxMap, LinearMap):
         self._kept: KeptLogsumexp | None = None
         self._traced = torch.compiler.is_compiling()
 
-    # -- what it is ---------------------------------------------------------------------------------------------------
-
     @property
     def shape(self) -> torch.Size:
         """(B, H, N, M)."""
@@ -125,8 +123,6 @@ class AttentionMap(SoftmaxMap, LinearMap):
             f"backend={self.backend!r}, scale={self.scale:.6g}, nbytes={self.nbytes})"
         )
 
-    # -- products -----------------------------------------------------------------------------------------------------
-
     def gathered_product(self, value: Tensor, index: tuple[int, ...], weight: Tensor | None) -> Tensor:
         """``weight ⊙ (A[index] @ value)`` for value [len(index), H, M, E]: what combinations are computed with."""
         known = self._known()
@@ -151,7 +147,8 @@ class AttentionMap(SoftmaxMap, LinearMap):
         ``prior`` [len(index), H, N, E], wide, is the product over the other keys, and ``prior_logsumexp`` that of them.
         """
         operands = (self.query, self.key, value, self.bias, self._known(), list(index), self.scale, self._serving)
-        return torch.ops.fpe_kernels.merge(*operands, prior, prior_logsumexp, weight, self.key_lengths)
+        out: Tensor = torch.ops.fpe_kernels.merge(*operands, prior, prior_logsumexp, weight, self.key_lengths)
+        return out
 
     def _replay(
         self,
@@ -162,7 +159,8 @@ class AttentionMap(SoftmaxMap, LinearMap):
         wide: bool = False,
     ) -> Tensor:
         settings = (list(index), self.scale, self._serving, weight, self.key_lengths, wide)
-        return torch.ops.fpe_kernels.replay(self.query, self.key, value, self.bias, known, *settings)
+        out: Tensor = torch.ops.fpe_kernels.replay(self.query, self.key, value, self.bias, known, *settings)
+        return out
 
     def _apply(
         self,
@@ -182,7 +180,8 @@ class AttentionMap(SoftmaxMap, LinearMap):
     def gathered_adjoint(self, weight: Tensor, index: tuple[int, ...]) -> Tensor:
         """``A[index].T @ weight`` for weight [len(index), H, N, E]."""
         operands = (self.query, self.key, weight, self.bias, self._statistics())
-        return torch.ops.fpe_kernels.adjoint(*operands, list(index), self.scale, self._serving, self.key_lengths)
+        out: Tensor = torch.ops.fpe_kernels.adjoint(*operands, list(index), self.scale, self._serving, self.key_lengths)
+        return out
 
     @property
     def logsumexp(self) -> Tensor:
@@ -222,8 +221,6 @@ class AttentionMap(SoftmaxMap, LinearMap):
         # A compiled function cannot ask whether tensors from outside were changed between its calls.
         return torch.compiler.is_compiling() and not self._traced
 
-    # -- ranges of tokens ---------------------------------------------------------------------------------------------
-
     def queries(self, start: int, stop: int | None = None) -> AttentionMap:
         """The map of the query tokens ``start`` to ``stop``, a view: its products cost as much as it has rows."""
         start, stop = indices.check_range("query tokens", start, stop, self.shape[2])
@@ -247,8 +244,6 @@ class AttentionMap(SoftmaxMap, LinearMap):
     def _of(self, query: Tensor, key: Tensor, bias: Tensor | None, lengths: Sequence[int] | None) -> AttentionMap:
         """A map of other tensors, with the settings of this one."""
         return AttentionMap(query, key, scale=self.scale, bias=bias, backend=self.backend, key_lengths=lengths)
-
-    # -- views of a few entries ---------------------------------------------------------------------------------------
 
     def wide_rows(self, index: Tensor) -> Tensor:
         """:meth:`rows` in the dtype of the statistics; ``index`` holds positions on the device."""
@@ -282,8 +277,6 @@ class AttentionMap(SoftmaxMap, LinearMap):
         lengths = torch.cat([torch.full((1, 1, 1, 1), length, device=self.device) for length in self.key_lengths])
         positions = torch.arange(key.shape[2], device=self.device) if positions is None else positions
         return torch.where(positions < lengths, probabilities, 0.0)
-
-    # -- batch views and movement -------------------------------------------------------------------------------------
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> AttentionMap:
         """The map of some batch rows; an int keeps the batch axis, with one row."""
@@ -390,7 +383,7 @@ def shared_attention(
     if weight is not None:
         weight = validation.check_row_weight(weight, query, shape)
     serving = dispatch.select(backend, query)
-    out, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, list(index), scale, serving, weight, lengths)
+    out: Tensor = torch.ops.fpe_kernels.apply(query, key, value, bias, list(index), scale, serving, weight, lengths)[0]
     if repeatable and (preparing := dispatch.load_ready(serving)) is not None:
         ready.keep(*given, scale, out, preparing.ready_call)
     return out

@@ -74,8 +74,6 @@ class LinearMap(MapViews):
     def _blocks(self) -> tuple[Block, ...]:
         """The normal form."""
 
-    # -- products -----------------------------------------------------------------------------------------------------
-
     def matmul(self, value: Any) -> Any:
         """``A @ value`` as a call.
 
@@ -109,8 +107,6 @@ class LinearMap(MapViews):
     def T(self) -> TransposedMap:
         """The adjoint: ``A.T @ weight``, [B, H, N, E] -> [B, H, M, E]."""
         return TransposedMap(self)
-
-    # -- ranges of tokens ---------------------------------------------------------------------------------------------
 
     def queries(self, start: int, stop: int | None = None) -> LinearMap:
         """The rows of the query tokens ``start`` to ``stop`` (N if None) as a map [B, H, stop - start, M].
@@ -158,8 +154,6 @@ class LinearMap(MapViews):
             return replace(term, map=of_keys(term.map))
 
         return part._with_terms(change)
-
-    # -- algebra ------------------------------------------------------------------------------------------------------
 
     def __add__(self, other: Any) -> LinearMap:
         """``A + B``: maps of one shape, dtype and device."""

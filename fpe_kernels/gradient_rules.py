@@ -58,10 +58,13 @@ def _map_gradients(
     return grad_query, grad_key, grad_bias
 
 
+#: Of the operands of an operator, in their order; None for what has none.
+Gradients = tuple[Tensor | None, ...]
+
 _PRODUCT_SETTINGS = 6  # map_index, scale, backend, row_weight, key_lengths, wide
 
 
-def product_context(ctx: Any, inputs: tuple, output: Any) -> None:
+def product_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     query, key, value, bias, *known = inputs[:-_PRODUCT_SETTINGS]
     out, logsumexp = (output, known[0]) if known else output
     ctx.map_index, ctx.scale, ctx.backend, row_weight, ctx.key_lengths, _ = inputs[-_PRODUCT_SETTINGS:]
@@ -69,7 +72,7 @@ def product_context(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.save_for_backward(query, key, value, bias, row_weight, logsumexp, out)
 
 
-def product_backward(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None = None) -> tuple:
+def product_backward(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None = None) -> Gradients:
     query, key, value, bias, row_weight, logsumexp, out = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
@@ -108,13 +111,13 @@ def product_backward(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor |
     )
 
 
-def adjoint_context(ctx: Any, inputs: tuple, output: Any) -> None:
+def adjoint_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     query, key, weight, bias, logsumexp = inputs[:-5]
     ctx.map_index, ctx.scale, ctx.backend, ctx.key_lengths, _ = inputs[-5:]
     ctx.save_for_backward(query, key, weight, bias, logsumexp)
 
 
-def adjoint_backward(ctx: Any, grad_out: Tensor) -> tuple:
+def adjoint_backward(ctx: Any, grad_out: Tensor) -> Gradients:
     query, key, weight, bias, logsumexp = ctx.saved_tensors
     right = grad_out.to(weight.dtype)
     settings = (ctx.map_index, ctx.scale, ctx.backend, None, ctx.key_lengths)
@@ -124,13 +127,13 @@ def adjoint_backward(ctx: Any, grad_out: Tensor) -> tuple:
     return (*grads[:2], grad_weight, grads[2], None, None, None, None, None, None)
 
 
-def no_second_derivative(ctx: Any, *grads: Any) -> tuple:
+def no_second_derivative(ctx: Any, *grads: Any) -> Gradients:
     raise NotImplementedError(
         "attention maps have first derivatives only: create_graph=True cannot go through them. For second derivatives "
         "of a small map, differentiate torch.softmax(scale * query @ key.transpose(-1, -2), -1) @ value instead."
     )
 
 
-def no_gradient_of_merge(ctx: Any, *grads: Any) -> tuple:
+def no_gradient_of_merge(ctx: Any, *grads: Any) -> Gradients:
     """``merge`` serves products without gradients; with them, parts are merged by differentiable arithmetic."""
     raise NotImplementedError("fpe_kernels::merge has no gradient: multiply with fpe_kernels.join([...]), which has.")

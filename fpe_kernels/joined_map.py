@@ -36,8 +36,6 @@ class JoinedMap(SoftmaxMap, LinearMap):
         stops = [part.shape[3] for part in self.parts]
         self._stops = [sum(stops[: place + 1]) for place in range(len(stops))]
 
-    # -- what it is ---------------------------------------------------------------------------------------------------
-
     @property
     def shape(self) -> torch.Size:
         """(B, H, N, Σ M_i)."""
@@ -80,8 +78,6 @@ class JoinedMap(SoftmaxMap, LinearMap):
         """Every part with its blocks and its keys."""
         for part, blocks, stop in zip(self.parts, self._of_parts, self._stops, strict=True):
             yield part, blocks, slice(stop - part.shape[3], stop)
-
-    # -- products -----------------------------------------------------------------------------------------------------
 
     def gathered_product(self, value: Tensor, index: tuple[int, ...], weight: Tensor | None) -> Tensor:
         last = None if self._records_gradients(value, weight) else self._last()
@@ -142,8 +138,6 @@ class JoinedMap(SoftmaxMap, LinearMap):
         total = total_logsumexp(statistics)
         finite = torch.where(total.isneginf(), 0.0, total)
         return [torch.exp(own - finite) for own in statistics]
-
-    # -- ranges and views ---------------------------------------------------------------------------------------------
 
     def queries(self, start: int, stop: int | None = None) -> JoinedMap:
         """The map of a range of the query tokens, normalised over the same keys."""

@@ -33,7 +33,7 @@ def usable(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
-def _state(parts: Parts) -> tuple:
+def _state(parts: Parts) -> tuple[object, ...]:
     """Equal as long as ``parts`` are the same and unchanged; inference tensors do not count their changes."""
     if torch.compiler.is_compiling():
         return ("traced",)

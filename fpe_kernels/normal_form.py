@@ -273,9 +273,6 @@ def bytes_of(blocks: tuple[Block, ...]) -> int:
     return maps + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-# -- evaluation -------------------------------------------------------------------------------------------------------
-
-
 def terms_by_map(terms: list[Term]) -> list[list[int]]:
     """The positions of the terms of each distinct map, in order of appearance."""
     groups: list[list[int]] = []

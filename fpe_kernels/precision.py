@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
-def at_given_dtype(device: torch.device) -> AbstractContextManager:
+def at_given_dtype(device: torch.device) -> AbstractContextManager[object]:
     """Without autocast: products of float32 operands are float32, in plain PyTorch products too."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)

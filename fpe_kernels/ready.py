@@ -30,7 +30,7 @@ class Kept(NamedTuple):
 
 _AT_MOST = 4096
 _ALTERNATIVES = 8
-_READY: dict[tuple, list[Kept]] = {}
+_READY: dict[tuple[Any, ...], list[Kept]] = {}
 
 # What PyTorch is asked at each call, as directly as it can be: a short attention finds its call in a cold cache, where
 # every name that is looked up counts. PyTorch's own guards compare three tensors at once: types, sizes, strides,
@@ -110,7 +110,7 @@ def keep(
     _READY[name] = [Kept(alike, of_graph, made), *_READY.get(name, ())][:_ALTERNATIVES]
 
 
-def _name(query: Tensor, map_index: Any, scale: Any, backend: str) -> tuple | None:
+def _name(query: Tensor, map_index: Any, scale: Any, backend: str) -> tuple[Any, ...] | None:
     """What kept calls are found by; None for arguments that have to be checked."""
     index = map_index if type(map_index) is tuple else tuple(map_index) if type(map_index) is list else ()
     for entry in index:

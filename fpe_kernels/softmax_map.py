@@ -85,7 +85,7 @@ class SoftmaxMap(Operator):
 
 def softmax_blocks(candidate: Any, purpose: str) -> tuple[Block, ...]:
     """The blocks of a map each of whose rows is one softmax; refuses others, saying what they were wanted for."""
-    blocks = candidate._blocks()
+    blocks: tuple[Block, ...] = candidate._blocks()
     terms = [term for block in blocks for term in block.terms]
     if len(terms) != len(blocks) or not all(term.plain and isinstance(term.map, SoftmaxMap) for term in terms):
         raise TypeError(

@@ -272,7 +272,8 @@ def check_bias(bias: object, query: Tensor, key: Tensor) -> Tensor | None:
 def check_scale(scale: object, head_dim: int) -> float:
     """Return the softmax scale; None means ``head_dim ** -0.5``."""
     if scale is None:
-        return head_dim**-0.5
+        factor: float = head_dim**-0.5
+        return factor
     if not isinstance(scale, Real):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}.")
     # Comparisons are false for NaN, and can be traced where torch.compile makes a symbol of a scale that varies.

@@ -49,7 +49,8 @@ class MapViews(Operator):
 
     def column_sums(self) -> Tensor:
         """[B, H, M]: how much attention each key receives, summed over the query rows; equals ``A.T @ 1``."""
-        return self.T.matmul(self._ones(self.shape[2], 1)).squeeze(-1)
+        sums: Tensor = self.T.matmul(self._ones(self.shape[2], 1)).squeeze(-1)
+        return sums
 
     def _ones(self, tokens: int, columns: int) -> Tensor:
         return torch.ones((*self.shape[:2], tokens, columns), dtype=self.dtype, device=self.device)
@@ -57,12 +58,14 @@ class MapViews(Operator):
     def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
         """The rows of the query tokens ``index``: [B, H, len(index), M]. Memory grows with len(index) · M only."""
         index = indices.check_token_index(index, self.shape[2], self.device)
-        return self.T.matmul(self._unit_columns(index, self.shape[2])).transpose(-1, -2)
+        rows: Tensor = self.T.matmul(self._unit_columns(index, self.shape[2])).transpose(-1, -2)
+        return rows
 
     def columns(self, index: int | Sequence[int] | Tensor) -> Tensor:
         """The columns of the key tokens ``index``: [B, H, N, len(index)]. Memory grows with N · len(index) only."""
         index = indices.check_token_index(index, self.shape[3], self.device)
-        return self.matmul(self._unit_columns(index, self.shape[3]))
+        columns: Tensor = self.matmul(self._unit_columns(index, self.shape[3]))
+        return columns
 
     def _unit_columns(self, index: Tensor, tokens: int) -> Tensor:
         position = torch.arange(tokens, device=self.device).unsqueeze(1)
@@ -86,7 +89,8 @@ class MapViews(Operator):
         by_key = self.matmul(pooling_matrix(pool_key, size, self).expand(*self.shape[:2], -1, -1))
         blocks = pooling_matrix(pool_query, size, self).to(dtype)
         with at_given_dtype(self.device):
-            return (blocks.transpose(-1, -2) @ by_key.to(dtype)).to(self.dtype)
+            pooled: Tensor = (blocks.transpose(-1, -2) @ by_key.to(dtype)).to(self.dtype)
+        return pooled
 
     def dense(self, *, max_bytes: int = DENSE_LIMIT_BYTES) -> Tensor:
         """The whole map [B, H, N, M], for small maps and for checks.

@@ -54,7 +54,7 @@ class EditRequest:
     prompt_embeds: torch.Tensor | None
     negative_prompt_embeds: torch.Tensor | None
     output_type: str
-    callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None
+    callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None
     callback_on_step_end_tensor_inputs: Sequence[str]
     options: dict[str, Any]
 
@@ -156,8 +156,8 @@ class EditPlan:
     """
 
     call: Call
-    session: AbstractContextManager
-    source: AbstractContextManager
+    session: AbstractContextManager[object]
+    source: AbstractContextManager[object]
     tasks: tuple[Task, ...]
     arguments: dict[str, Any]
     prompts: tuple[str, ...]

@@ -64,13 +64,15 @@ class FreePromptPipeline(SamplingPipeline):
         if unet is not None and vae is not None:
             check_model(unet, vae)
         if {"dtype", "torch_dtype"} & components.keys():
-            return super().from_pipe(pipeline, **components)
+            adopted: FreePromptPipeline = super().from_pipe(pipeline, **components)
+            return adopted
         # diffusers' from_pipe casts to float32, and what it casts are the caller's own modules.
         token = _ADOPTING.set(True)
         try:
-            return super().from_pipe(pipeline, **components)
+            adopted = super().from_pipe(pipeline, **components)
         finally:
             _ADOPTING.reset(token)
+        return adopted
 
     def to(self, *arguments: Any, **options: Any) -> FreePromptPipeline:
         """As in diffusers; while a pipeline is made from another one, its modules stay as they are."""
@@ -81,7 +83,8 @@ class FreePromptPipeline(SamplingPipeline):
         """As in diffusers; "embedded" is the model that comes with this package."""
         if pretrained_model_name_or_path == EMBEDDED:
             pretrained_model_name_or_path = embedded_path()
-        return super().from_pretrained(pretrained_model_name_or_path, **options)
+        loaded: FreePromptPipeline = super().from_pretrained(pretrained_model_name_or_path, **options)
+        return loaded
 
     @torch.no_grad()
     def __call__(
@@ -109,10 +112,10 @@ class FreePromptPipeline(SamplingPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **options: Any,
-    ) -> FreePromptPipelineOutput | tuple:
+    ) -> FreePromptPipelineOutput | tuple[Any, Any]:
         """Make the source image and its edits, all from the same noise: a `FreePromptPipelineOutput`, or a tuple.
 
         Args:

@@ -8,7 +8,7 @@ log-sum-exp too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from .blocks import SHARED_OUT_BYTES, working_dtype
 # Floating-point operations that sharing has to save to be worth the further calls: some 10 µs of them.
 _SMALL_MAP = 1_000_000
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class Run(NamedTuple):

@@ -27,7 +27,8 @@ def _heads_split(shape: Shape, rng: torch.Generator) -> Tensor:
 def _fused_chunk(shape: Shape, rng: torch.Generator) -> Tensor:
     batch, heads, tokens, dim = shape
     chunk = torch.randn(batch, tokens, 3 * heads * dim, generator=rng).chunk(3, dim=-1)[1]
-    return chunk.unflatten(-1, (heads, dim)).transpose(1, 2)
+    tensor: Tensor = chunk.unflatten(-1, (heads, dim)).transpose(1, 2)
+    return tensor
 
 
 def _fused_heads(shape: Shape, rng: torch.Generator) -> Tensor:

@@ -28,7 +28,7 @@ def say(text: str) -> None:
     print_text(f"fpe: {text}", sys.stderr)
 
 
-class _ToStandardError(logging.StreamHandler):
+class _ToStandardError(logging.StreamHandler):  # type: ignore[type-arg] # generic for type checkers alone
     """Writes to what standard error is now: progress bars stand in its place while they are shown."""
 
     @property

@@ -37,7 +37,7 @@ def class_method(name: str) -> Method:
     """
     module_name, _, class_name = name.partition(":")
     if not class_name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
-        raise ValueError(f"expected a method as package.module:Class, such as my_edit:MyEdit, received {name!r}")
+        raise ValueError(f"expected a method as package.module:Class, such as my_edit:MyEdit, got {name!r}")
     module = _imported(module_name)
     found = getattr(module, class_name, None)
     if found is None:

@@ -44,7 +44,7 @@ def find_method(name: str) -> Method:
         return class_method(name)
     if name not in METHODS:
         raise ValueError(
-            f"method must be one of {', '.join(METHODS)}, or an edit's class as package.module:Class, received "
+            f"method must be one of {', '.join(METHODS)}, or an edit's class as package.module:Class, got "
             f"{name!r}; {did_you_mean([name], METHODS)}".removesuffix("; ").rstrip()
         )
     return METHODS[name]
@@ -254,11 +254,11 @@ def require_edit(edit: Any) -> Edit:
         if edit not in METHODS:
             name, there = next(iter(METHODS)), f"; {did_you_mean([edit], METHODS)}there are {', '.join(METHODS)}"
         raise TypeError(
-            f"expected an Edit, received the text {edit!r}: write make_edit({name!r}, [source, target], "
+            f"expected an Edit, got the text {edit!r}: write make_edit({name!r}, [source, target], "
             f"pipe.tokenizer){there}"
         )
     if isinstance(edit, type) and issubclass(edit, Edit):
         raise TypeError(
-            f"expected an Edit, received the class {edit.__name__}: write {edit.__name__}(…), with its arguments"
+            f"expected an Edit, got the class {edit.__name__}: write {edit.__name__}(…), with its arguments"
         )
-    raise TypeError(f"expected an Edit, such as FreePromptEdit(), received {type(edit).__name__}")
+    raise TypeError(f"expected an Edit, such as FreePromptEdit(), got {type(edit).__name__}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -71,7 +71,12 @@ class HeatCollector(Watcher):
         selection: chooses the cross-attention sites.
     """
 
-    def __init__(self, tokens: Sequence[Sequence[Sequence[int]]], length: int, selection) -> None:
+    def __init__(
+        self,
+        tokens: Sequence[Sequence[Sequence[int]]],
+        length: int,
+        selection: Callable[[tuple[Site, ...]], tuple[Site, ...]],
+    ) -> None:
         self.watch_tokens(tokens, length)
         self._select = selection
         # For each image and grid: the sum over layers and steps [C, h, w], and how many there were.
@@ -105,7 +110,14 @@ class HeatCollector(Watcher):
                 wanted[row] = columns
         return wanted
 
-    def receive(self, site, step, roles, columns, maps) -> None:
+    def receive(
+        self,
+        site: Site,
+        step: Step,
+        roles: BatchRoles,
+        columns: Mapping[int, torch.Tensor],
+        maps: Mapping[int, LinearMap],
+    ) -> None:
         assert site.grid is not None
         for row, heat in columns.items():
             heat = heat.detach().to(torch.promote_types(heat.dtype, torch.float32)).mean(0)  # [N, C]

@@ -239,7 +239,15 @@ class _Reader(Watcher):
     def maps(self, site: Site, step: Step, roles: BatchRoles) -> Sequence[int]:
         return roles.select(conditional=True) if site.kind == "self" and step in self._window else ()
 
-    def receive(self, site, step, roles, columns, maps) -> None:
+    def receive(
+        self,
+        site: Site,
+        step: Step,
+        roles: BatchRoles,
+        columns: Mapping[int, torch.Tensor],
+        maps: Mapping[int, LinearMap],
+    ) -> None:
+        assert site.grid is not None
         if columns and self.words is not None:
             self.words.receive(site, step, roles, columns, {})
         for row, operator in maps.items():
@@ -248,7 +256,7 @@ class _Reader(Watcher):
                 rows = self._rows_at(site, operator)
                 known = self._pixels.get(image)
                 if known is not None and known.shape != rows.shape:
-                    finest = max(tuple(known.shape[-2:]), site.grid, key=lambda grid: grid[0] * grid[1])
+                    finest = max((known.shape[-2], known.shape[-1]), site.grid, key=lambda grid: grid[0] * grid[1])
                     known, rows = resize_maps(known, finest), resize_maps(rows, finest)
                 self._pixels[image] = rows if known is None else known + rows
             if self._owner.components:

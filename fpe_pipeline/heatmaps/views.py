@@ -56,7 +56,8 @@ def principal_components(maps: Sequence[LinearMap], count: int) -> torch.Tensor:
     left, values, _ = torch.linalg.svd(forward(basis), full_matrices=False)
     scores = (left * values)[:, :count].T
     largest = scores.gather(1, scores.abs().argmax(1, keepdim=True))
-    return scores * torch.where(largest < 0, -1.0, 1.0)
+    signed: torch.Tensor = scores * torch.where(largest < 0, -1.0, 1.0)
+    return signed
 
 
 def overlay(heat: np.ndarray, image: Image.Image, strength: float = 0.6) -> Image.Image:

@@ -28,6 +28,11 @@ FONT_SIZE = 16  # px
 LEADING = 1.3  # line height over font size
 
 
+#: Words with their colours.
+Words = list[tuple[str, tuple[int, int, int]]]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One row: a source image, its edit and, where it was made, the target without any control.
@@ -137,7 +142,7 @@ def _tile_size(images: Sequence[Image.Image]) -> int:
     return min(longest * max(1, math.ceil(SMALLEST_TILE / longest)), LARGEST_TILE)
 
 
-def _captions(row: Comparison, has_source: bool) -> list[list[tuple[str, tuple[int, int, int]]]]:
+def _captions(row: Comparison, has_source: bool) -> list[Words]:
     """Words and colours under the source column (where there is one) and under the target columns."""
     source, target = row.source_prompt.split(), row.target_prompt.split()
     plain = [(word, INK) for word in source]
@@ -149,9 +154,9 @@ def _captions(row: Comparison, has_source: bool) -> list[list[tuple[str, tuple[i
     return [plain, coloured] if has_source else [coloured]
 
 
-def _wrap(words, font, width: int) -> list[list[tuple[str, tuple[int, int, int]]]]:
+def _wrap(words: Words, font: Font, width: int) -> list[Words]:
     """Break coloured words into lines of at most `width` pixels; a longer word stands alone, shortened."""
-    lines: list[list[tuple[str, tuple[int, int, int]]]] = [[]]
+    lines: list[Words] = [[]]
     for word, colour in words:
         word = _shortened(word, font, width)
         candidate = " ".join([w for w, _ in lines[-1]] + [word])
@@ -161,7 +166,7 @@ def _wrap(words, font, width: int) -> list[list[tuple[str, tuple[int, int, int]]
     return lines
 
 
-def _shortened(word: str, font, width: int) -> str:
+def _shortened(word: str, font: Font, width: int) -> str:
     if font.getlength(word) <= width:
         return word
     while word and font.getlength(word + "…") > width:
@@ -169,7 +174,7 @@ def _shortened(word: str, font, width: int) -> str:
     return word + "…"
 
 
-def _centred(draw: ImageDraw.ImageDraw, words, font, left: int, width: int, top: int) -> None:
+def _centred(draw: ImageDraw.ImageDraw, words: Words, font: Font, left: int, width: int, top: int) -> None:
     space = font.getlength(" ")
     length = sum(font.getlength(word) for word, _ in words) + space * max(0, len(words) - 1)
     x = left + (width - length) / 2
@@ -178,6 +183,6 @@ def _centred(draw: ImageDraw.ImageDraw, words, font, left: int, width: int, top:
         x += font.getlength(word) + space
 
 
-def _font(size: int):
+def _font(size: int) -> Font:
     """Pillow's own font: the same on every machine, with nothing to install."""
     return ImageFont.load_default(size)

@@ -78,7 +78,7 @@ class Followed:
         options: of the pipeline's call.
     """
 
-    source: AbstractContextManager = field(default_factory=nullcontext)
+    source: AbstractContextManager[object] = field(default_factory=nullcontext)
     tasks: tuple[Task, ...] = ()
     options: dict[str, torch.Tensor] = field(default_factory=dict)
 

@@ -158,7 +158,9 @@ def _optimise_step(
 def _predict(
     pipe: SamplingPipeline, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor
 ) -> torch.Tensor:
-    return pipe.unet(sample, timestep, encoder_hidden_states=context.to(sample.dtype), return_dict=False)[0]
+    states = context.to(sample.dtype)
+    prediction: torch.Tensor = pipe.unet(sample, timestep, encoder_hidden_states=states, return_dict=False)[0]
+    return prediction
 
 
 def _step(
@@ -170,7 +172,8 @@ def _step(
     settings: NullText,
 ) -> torch.Tensor:
     prediction = away + settings.guidance_scale * (towards - away)
-    return pipe.scheduler.step(prediction, timestep, sample, return_dict=False)[0]
+    previous: torch.Tensor = pipe.scheduler.step(prediction, timestep, sample, return_dict=False)[0]
+    return previous
 
 
 @contextmanager

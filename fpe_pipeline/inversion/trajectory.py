@@ -293,7 +293,8 @@ def _to_noise(
 def encode_image(pipe: SamplingPipeline, image: Image.Image) -> torch.Tensor:
     """The mean of the autoencoder's distribution for an RGB image, scaled as the UNet takes it: [1, C, h, w]."""
     pixels = to_tensor(image).to(pipe._execution_device, pipe.vae.dtype)
-    return pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    latents: torch.Tensor = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    return latents
 
 
 def _predict(
@@ -301,7 +302,7 @@ def _predict(
 ) -> torch.Tensor:
     """The UNet's prediction [1, C, h, w], guided where ``context`` holds an unconditional half."""
     rows = sample.expand(context.shape[0], -1, -1, -1)
-    prediction = pipe.unet(rows, timestep, encoder_hidden_states=context, return_dict=False)[0]
+    prediction: torch.Tensor = pipe.unet(rows, timestep, encoder_hidden_states=context, return_dict=False)[0]
     if context.shape[0] == 1:
         return prediction
     unconditional, conditional = prediction.chunk(2)

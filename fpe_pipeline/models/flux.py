@@ -97,7 +97,7 @@ def _size(places: Any, tokens: int) -> tuple[int, int]:
     height, width = (int(side) + 1 for side in extent[1:])
     if extent[0] or height * width != tokens:
         raise ValueError(
-            f"the model received {tokens} image tokens in {height} rows and {width} columns: tokens of a reference "
+            f"the model got {tokens} image tokens in {height} rows and {width} columns: tokens of a reference "
             "picture among them (Kontext) are not described yet; edit with a pipeline that denoises all of its tokens"
         )
     return height * _PACKED, width * _PACKED

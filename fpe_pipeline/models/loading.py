@@ -67,7 +67,7 @@ class ModelSource:
             )
             raise InputError(
                 f"width and height must be positive multiples of {self.vae_factor} px for this model's autoencoder, "
-                f"received {size[0]}x{size[1]}; use {down[0]}x{down[1]} or {up[0]}x{up[1]}"
+                f"got {size[0]}x{size[1]}; use {down[0]}x{down[1]} or {up[0]}x{up[1]}"
             )
 
 
@@ -93,7 +93,7 @@ def find_model(model: str) -> ModelSource:
     if path.is_file():
         if path.suffix not in SINGLE_FILE_SUFFIXES:
             raise InputError(
-                f"a model file must end in {' or '.join(SINGLE_FILE_SUFFIXES)}, received '{model}'; "
+                f"a model file must end in {' or '.join(SINGLE_FILE_SUFFIXES)}, got '{model}'; "
                 "pass a checkpoint file or a diffusers folder"
             )
         return ModelSource("file", str(path.resolve()))
@@ -203,7 +203,7 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     if dtype == "auto":
         return torch.float16 if device.startswith("cuda") else torch.float32
     if dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)} or auto, received '{dtype}'")
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)} or auto, got '{dtype}'")
     return getattr(torch, dtype)
 
 

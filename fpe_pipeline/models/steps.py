@@ -218,5 +218,5 @@ def _index_by_value(scheduler: Any, timesteps: Any, timestep: Any) -> int:
     # Schedulers that repeat a timestep know where they are.
     for known in (getattr(scheduler, "step_index", None), getattr(scheduler, "counter", None)):
         if len(matches) > 1 and known in matches:
-            return known
+            return int(known)
     return matches[0]

@@ -65,7 +65,7 @@ def sentences(error: ValidationError, names: Iterable[str], one: str = "the sett
 
 def _sentence(place: str, found: list[Mapping[str, Any]], names: tuple[str, ...]) -> str:
     first = found[0]
-    kind, received = first["type"], first["input"]
+    kind, got = first["type"], first["input"]
     if kind == "extra_forbidden":
         return f"there is no setting {place}{meant(place, names)}"
     if kind == "missing" and len(first["loc"]) == 1:
@@ -74,9 +74,9 @@ def _sentence(place: str, found: list[Mapping[str, Any]], names: tuple[str, ...]
         return f"{place} {first['ctx']['error']}"
     if kind == "literal_error":
         known = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "")
-        return f"{place} must be one of {known}, got {received!r}{meant(str(received), known.split(', '))}"
+        return f"{place} must be one of {known}, got {got!r}{meant(str(got), known.split(', '))}"
     ways = dict.fromkeys(_expected(each) for each in found)
-    return f"{place} must be {' or '.join(ways)}, got {received!r}"
+    return f"{place} must be {' or '.join(ways)}, got {got!r}"
 
 
 def _expected(error: Mapping[str, Any]) -> str:

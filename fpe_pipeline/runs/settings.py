@@ -147,7 +147,7 @@ class Settings(Schema):
             raise ValueError(f"must be values that JSON has: {error}") from None
         return options
 
-    def edit(self, tokenizer: Any = None, unet: Any = None):
+    def edit(self, tokenizer: Any = None, unet: Any = None) -> Any:
         """The edit of these settings.
 
         Args:

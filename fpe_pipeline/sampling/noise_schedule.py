@@ -137,7 +137,8 @@ def ddim_inverse_step(
         raise ValueError(
             f"expected a model that predicts epsilon or v_prediction, got {scheduler.config.prediction_type!r}"
         )
-    return levels[timestep] ** 0.5 * clean + (1 - levels[timestep]) ** 0.5 * epsilon
+    noisier: torch.Tensor = levels[timestep] ** 0.5 * clean + (1 - levels[timestep]) ** 0.5 * epsilon
+    return noisier
 
 
 def _settings(scheduler: Any) -> dict[str, Any]:
@@ -147,7 +148,8 @@ def _settings(scheduler: Any) -> dict[str, Any]:
     """
     options = inspect.signature(type(scheduler).__init__).parameters
     settings = {name: value for name, value in scheduler.config.items() if name in options}
-    return json.loads(json.dumps(settings, default=str))
+    readable: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return readable
 
 
 def _agree(known: Any, found: Any) -> bool:
@@ -157,7 +159,7 @@ def _agree(known: Any, found: Any) -> bool:
             math.isclose(one, other, rel_tol=RELATIVE_ROUNDING, abs_tol=ABSOLUTE_ROUNDING)
             for one, other in zip(known, found, strict=True)
         )
-    return known == found
+    return bool(known == found)
 
 
 def _short(value: Any) -> str:

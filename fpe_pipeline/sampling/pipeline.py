@@ -44,7 +44,7 @@ class SamplingPipeline(StableDiffusionPipeline):
     def _sample(
         self,
         call: Call,
-        session: AbstractContextManager,
+        session: AbstractContextManager[object],
         tasks: Sequence[Task],
         *,
         callback_on_step_end: Any,

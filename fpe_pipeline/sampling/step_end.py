@@ -55,7 +55,7 @@ class StepEnd:
 
     def __init__(
         self,
-        callback: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None,
+        callback: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None,
         tensor_inputs: Sequence[str],
         tasks: Sequence[Task],
         names: Sequence[str],

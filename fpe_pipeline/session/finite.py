@@ -54,9 +54,9 @@ def refuse_step(
     guided = "" if guidance_scale is None else f" (guidance_scale={guidance_scale:g})"
     word = "transformer" if "Transformer" in type(model).__name__ else "UNet"
     if not is_finite(sample):
-        reason = f"the {word} received latents that are not finite"
+        reason = f"the {word} got latents that are not finite"
     elif not is_finite(conditions):
-        reason = f"the {word} received text embeddings that are not finite"
+        reason = f"the {word} got text embeddings that are not finite"
     else:
         layer = None if model is None else first_bad_layer(model, args, kwargs or {})
         if layer is not None:

@@ -42,7 +42,7 @@ def split_image_prompts(path: str, processor: Any, context: Any) -> tuple[torch.
     if not isinstance(context, tuple):
         if adapted:
             raise ValueError(
-                f"{path} has an IP-Adapter and received no image prompts: pass ip_adapter_image or "
+                f"{path} has an IP-Adapter and got no image prompts: pass ip_adapter_image or "
                 "ip_adapter_image_embeds to the pipeline, or take the adapter off with pipe.unload_ip_adapter()"
             )
         return context, []
@@ -54,7 +54,7 @@ def split_image_prompts(path: str, processor: Any, context: Any) -> tuple[torch.
         )
     text, images = context
     if len(images) != len(processor.to_k_ip):
-        raise ValueError(f"{path} has {len(processor.to_k_ip)} IP-Adapters and received image prompts of {len(images)}")
+        raise ValueError(f"{path} has {len(processor.to_k_ip)} IP-Adapters and got image prompts of {len(images)}")
     return text, list(images)
 
 

@@ -129,14 +129,14 @@ def check_joint_input(
     site, rows = order.site, order.plan.rows
     batches = [given.shape[0] for given in (hidden_states, text) if given is not None]
     if any(batch != rows for batch in batches):
-        raise ValueError(f"{site.path} was planned for a batch of {rows} rows and received {batches}")
+        raise ValueError(f"{site.path} was planned for a batch of {rows} rows and got {batches}")
     if hidden_states.shape[1] != site.tokens:
         raise ValueError(
-            f"{site.path} was expected to have {site.grid} = {site.tokens} image tokens and received "
+            f"{site.path} was expected to have {site.grid} = {site.tokens} image tokens and got "
             f"{hidden_states.shape[1]}: something between the latent and this layer changes its size"
         )
     if (text is None) is not (site.kind == "image"):
-        raise ValueError(f"{site.path} is {site.kind} attention and received {'no' if text is None else 'a'} text")
+        raise ValueError(f"{site.path} is {site.kind} attention and got {'no' if text is None else 'a'} text")
     if attention_mask is not None:
         raise ValueError(
             f"{site.path} receives an attention mask, which products of joint attention do not describe yet: leave the "

@@ -53,7 +53,7 @@ def layout_as_given(roles: BatchRoles, rows: int, pipe: Any, half: Half = "as gu
     alone = half == "conditional" or not getattr(pipe, "do_classifier_free_guidance", True)
     if alone and roles.without_guidance().rows == rows:
         return roles.without_guidance()
-    raise ValueError(f"roles= describes a batch of {roles.rows} rows; the model received {rows}")
+    raise ValueError(f"roles= describes a batch of {roles.rows} rows; the model got {rows}")
 
 
 def _check(rows: int, encoding: Encoding, guided: bool, images: int | None) -> None:
@@ -66,7 +66,7 @@ def _check(rows: int, encoding: Encoding, guided: bool, images: int | None) -> N
     if rows != expected:
         raise ValueError(
             f"the pipeline encodes {encoding.count} prompts with {encoding.images} images each, which with guidance "
-            f"{'on' if guided else 'off'} is a batch of {expected} rows; the model received {rows}: describe this "
+            f"{'on' if guided else 'off'} is a batch of {expected} rows; the model got {rows}: describe this "
             "batch with roles=, or encode what does not belong to the run in `with session.paused():`"
         )
 

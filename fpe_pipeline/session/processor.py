@@ -262,10 +262,10 @@ def _check_input(
     site = order.site
     batches = [given.shape[0] for given in (hidden_states, text, *images) if given is not None]
     if any(batch != order.plan.rows for batch in batches):
-        raise ValueError(f"{site.path} was planned for a batch of {order.plan.rows} rows and received {batches}")
+        raise ValueError(f"{site.path} was planned for a batch of {order.plan.rows} rows and got {batches}")
     if hidden_states.shape[1] != site.tokens:
         raise ValueError(
-            f"{site.path} was expected to have {site.grid} = {site.tokens} tokens and received "
+            f"{site.path} was expected to have {site.grid} = {site.tokens} tokens and got "
             f"{hidden_states.shape[1]}: something between the latent and this layer changes its size"
         )
 

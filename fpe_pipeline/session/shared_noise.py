@@ -25,7 +25,7 @@ def shared_latents(latents: torch.Tensor | None, prompts: int, images: int, chan
         return None
     shapes = " or ".join(f"[{rows}, {channels}, h, w]" for rows in dict.fromkeys((1, images, prompts * images)))
     if latents.ndim != 4 or latents.shape[1] != channels or latents.shape[0] not in (1, images, prompts * images):
-        raise ValueError(f"expected latents {shapes}, received {list(latents.shape)}")
+        raise ValueError(f"expected latents {shapes}, got {list(latents.shape)}")
     if latents.shape[0] == 1:
         return latents.expand(images, -1, -1, -1)
     for row in range(images, latents.shape[0]):

@@ -64,8 +64,9 @@ def projected(attn: Any, hidden_states: torch.Tensor, context: torch.Tensor | No
         context = attn.norm_encoder_hidden_states(context)
 
     def heads(projection: Any, tokens: torch.Tensor, norm: Any = None) -> torch.Tensor:
-        split = projection(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        return split if norm is None else norm(split)
+        split: torch.Tensor = projection(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        normed: torch.Tensor = split if norm is None else norm(split)
+        return normed
 
     query, key = heads(attn.to_q, hidden_states, attn.norm_q), heads(attn.to_k, context, attn.norm_k)
     return DenseLayer(query, key, heads(attn.to_v, context), attn.scale)
@@ -73,12 +74,13 @@ def projected(attn: Any, hidden_states: torch.Tensor, context: torch.Tensor | No
 
 def finished(attn: Any, attention: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
     """What the layer returns, from its attention [rows, H, N, E] and what it received."""
-    out = attn.to_out[0](attention.transpose(1, 2).flatten(2))
+    out: torch.Tensor = attn.to_out[0](attention.transpose(1, 2).flatten(2))
     if hidden_states.ndim == 4:
         out = out.transpose(1, 2).reshape(hidden_states.shape)
     if attn.residual_connection:
         out = out + hidden_states
-    return out / attn.rescale_output_factor
+    scaled: torch.Tensor = out / attn.rescale_output_factor
+    return scaled
 
 
 def edited_map(product: Product, layer: DenseLayer) -> torch.Tensor:

@@ -61,9 +61,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> CountedOps:
     return CountedOps(monkeypatch)
 
 
-# -- views of a few entries -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("index", [3, -1, [0], [11, 2, 2, -3], (1, 4), torch.tensor([5, 0])], ids=str)
 def test_rows(case: Case, index) -> None:
     flat = torch.as_tensor(index).reshape(-1)
@@ -119,9 +116,6 @@ def test_dense_refuses_past_its_limit(case: Case) -> None:
     with pytest.raises(ValueError, match=rf"takes {needed:,} bytes, more than max_bytes={needed - 1:,}.*A\.rows"):
         operator.dense(max_bytes=needed - 1)
     assert operator.dense(max_bytes=needed).shape == operator.shape
-
-
-# -- the log-sum-exp --------------------------------------------------------------------------------------------------
 
 
 def test_logsumexp_is_computed_once(counted: CountedOps) -> None:
@@ -251,9 +245,6 @@ def test_a_compiled_function_does_not_rely_on_what_it_cannot_check() -> None:
     case.query.mul_(3.0)
     case = replace(make_case(queries=12, keys=20), query=case.query)
     assert_matches(case, out=compiled(case.value))
-
-
-# -- shape, batch views, movement -------------------------------------------------------------------------------------
 
 
 def test_what_it_says_of_itself(case: Case) -> None:

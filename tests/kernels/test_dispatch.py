@@ -106,9 +106,6 @@ except ValueError as error:
     assert listed in refused
 
 
-# -- who may import whom ----------------------------------------------------------------------------------------------
-
-
 def imports_of(path: Path) -> set[str]:
     """Absolute names of everything that ``path`` imports, at any depth of its code."""
     package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])

@@ -54,9 +54,6 @@ class TestTriton(Joins):
         pytest.importorskip("triton")
 
 
-# -- what is computed -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[int, ...]]]:
     """Keys and map_index of every product of the torch backend."""
@@ -143,9 +140,6 @@ def test_what_joined_and_stacked_maps_say_of_themselves() -> None:
     assert join([text, AttentionMap(text.query.detach().requires_grad_(), text.key)]).requires_grad
 
 
-# -- gradients, compilation -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["reference", "torch"])
 def test_gradcheck_of_joined_stacked_and_cut_maps(name: str) -> None:
     case = make_case(
@@ -205,8 +199,6 @@ def test_joined_maps_compile_into_one_graph_with_gradients(backend) -> None:
     grads = [torch.autograd.grad(sum(out.square().sum() for out in outs), leaves) for outs in (found, expected)]
     torch.testing.assert_close(*grads)
 
-
-# -- what is refused --------------------------------------------------------------------------------------------------
 
 TEXT, IMAGE, VALUE = parts()
 REFUSED = {

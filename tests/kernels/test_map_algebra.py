@@ -8,8 +8,6 @@ import torch
 from fpe_kernels import AttentionMap, LinearMap, blend, concatenate
 from tests.support.composed_edits import DIM, HEADS, PIXELS, Edits, Tensors, pair
 
-# -- what is computed, and how often ----------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
@@ -88,9 +86,6 @@ def test_the_logsumexp_is_kept_only_where_every_row_was_computed(calls) -> None:
     assert [index for _, index in calls] == [(1, 1), (0, 1)]
 
 
-# -- the algebra ------------------------------------------------------------------------------------------------------
-
-
 def same(first: LinearMap, second: LinearMap) -> None:
     torch.testing.assert_close(first.dense(), second.dense())
     assert first.shape == second.shape == torch.Size(first.dense().shape)
@@ -163,8 +158,6 @@ def test_what_a_combination_says_of_itself() -> None:
     assert mixed.mix(torch.ones(PIXELS, 3)).T.shape == (2, 2, 3, 12)
     assert (mixed.T.dtype, mixed.T.device) == (mixed.dtype, mixed.device)
 
-
-# -- what is refused --------------------------------------------------------------------------------------------------
 
 S, T = pair()
 REFUSED = {

@@ -94,8 +94,6 @@ class ProductContract:
             **{"backend": self.backend, **options},
         )
 
-    # -- parity -------------------------------------------------------------------------------------------------------
-
     @pytest.mark.parametrize(
         ("queries", "keys"),
         [(1, 1), (1, 7), (7, 1), (63, 65), (65, 64), (64, 128)]
@@ -144,8 +142,6 @@ class ProductContract:
         self.check(
             layout=("entries_sliced", "heads_expanded", "channels_first", "misaligned"), heads=2, maps=2, head_dim=40
         )
-
-    # -- bias and masks -----------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("axes", range(16))
     def test_bias_broadcasts_every_way(self, axes: int) -> None:
@@ -204,8 +200,6 @@ class ProductContract:
         assert_matches(case, out=results["out"])
         assert_matches(shifted, **results)
 
-    # -- row weights --------------------------------------------------------------------------------------------------
-
     @pytest.mark.parametrize(
         "varies",
         [(0, 0, 1), (1, 0, 0), (1, 1, 1)] + [pytest.param(v, marks=costly) for v in [(0, 0, 0), (0, 1, 1), (1, 0, 1)]],
@@ -240,8 +234,6 @@ class ProductContract:
         case = self.case(queries=9, keys=7, row_weight=(0, 0, 1), unweighted=1.0)
         case.row_weight[..., 4] = float("nan")
         assert forward_out(case, self.backend)[:, :, 4].isnan().all()
-
-    # -- lengths of the keys and grouped heads ------------------------------------------------------------------------
 
     @pytest.mark.parametrize("options", [{}, {"bias": (0, 0, 1, 1), "masked": 0.3}, {"row_weight": (1, 0, 1)}], ids=str)
     @pytest.mark.parametrize("lengths", [(70, 66, 1), (64, 0, 13)])
@@ -295,8 +287,6 @@ class ProductContract:
                 narrow, _ = torch.ops.fpe_kernels.apply(*operands(case), *rest)
                 assert known or torch.equal(out.to(dtype), narrow)
 
-    # -- extremes -----------------------------------------------------------------------------------------------------
-
     def test_large_logits_do_not_overflow(self) -> None:
         for dtype in self.dtypes:
             if dtype == torch.float16 and self.backend == "reference":
@@ -331,8 +321,6 @@ class ProductContract:
         first, second = forward(case, self.backend), forward(case, self.backend)
         for name, result in first.items():
             assert torch.equal(result, second[name]), name
-
-    # -- laws ---------------------------------------------------------------------------------------------------------
 
     def test_rows_sum_to_one(self) -> None:
         case = self.case(queries=70, keys=77, heads=2)

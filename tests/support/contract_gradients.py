@@ -74,8 +74,6 @@ class GradientContract(ProductContract):
     def operator(self, query: Tensor, key: Tensor, bias: Tensor | None) -> AttentionMap:
         return AttentionMap(query, key, bias=bias, backend=self.backend)
 
-    # -- of the product -----------------------------------------------------------------------------------------------
-
     @pytest.mark.parametrize(
         "options",
         [
@@ -184,8 +182,6 @@ class GradientContract(ProductContract):
         grads = gradients(product, case)
         assert (grads["query"][:, :, [0, 8]] == 0).all()
         assert (grads["bias"][:, :, [0, 8]] == 0).all()
-
-    # -- of the other results -----------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("bias", [None, (0, 1, 0, 1)])
     def test_gradients_of_the_adjoint(self, bias: tuple[int, ...] | None) -> None:

@@ -40,8 +40,6 @@ class JoinContract(ProductContract):
         assert out.transpose(1, 2).is_contiguous()  # so that merging the heads is a view
         assert_matches(case, out=out, adjoint=joined.T @ case.weight, logsumexp=joined.logsumexp)
 
-    # -- parity -------------------------------------------------------------------------------------------------------
-
     @pytest.mark.parametrize("cuts", CUTS)
     @pytest.mark.parametrize("bias", [None, (0, 1, 1, 1)])
     def test_parts_joined_are_the_map_over_all_keys(self, cuts: tuple[int, ...], bias) -> None:
@@ -148,8 +146,6 @@ class JoinContract(ProductContract):
         assert_within_budget(out, plain, exact, case.query.dtype, magnitude, score_magnitude(case))
         assert out.transpose(1, 2).is_contiguous()
 
-    # -- laws ---------------------------------------------------------------------------------------------------------
-
     def test_rows_of_a_joined_map_sum_to_one(self) -> None:
         case = self.case(queries=33, keys=40, heads=2)
         product = self.joined(case, (0, 7, 29, 40)) @ torch.ones_like(case.value)
@@ -229,8 +225,6 @@ class JoinContract(ProductContract):
         first, second = (self.joined(case, (0, 7, 40)) @ case.value for _ in range(2))
         assert torch.equal(first, second)
 
-    # -- ranges and views ---------------------------------------------------------------------------------------------
-
     def check_entries(self, found: Tensor, case: Case, part: tuple) -> None:
         """``found`` against a range of the dense map."""
         exact, _ = attention_map(*(case.to(torch.float64).__dict__[n] for n in ("query", "key", "bias")), case.factor)
@@ -286,8 +280,6 @@ class JoinContract(ProductContract):
         taken = whole.queries(5, 9).take([1, 0])
         part = replace(case, query=case.query[:, :, 5:9], bias=case.bias[:, :, 5:9], weight=case.weight[:, :, 5:9])
         assert_matches(part, out=(taken @ case.value[[1, 0]])[[1, 0]])
-
-    # -- gradients ----------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize(
         "options",

@@ -54,7 +54,7 @@ class Launch:
         return tensor if box is None else self.descriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box))
 
 
-def device_of(tensor: Tensor) -> AbstractContextManager:
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensors' own: inside, it is."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return nullcontext()
@@ -72,9 +72,9 @@ def allows_tf32() -> bool:
     The older flag may not be read once the newer one, of PyTorch 2.9, has been set.
     """
     try:
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
     except AttributeError:
-        return torch.backends.cuda.matmul.allow_tf32
+        return bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 def product_precision(dtype: torch.dtype) -> str:

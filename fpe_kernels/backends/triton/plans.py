@@ -59,7 +59,7 @@ def _describing(kept: Any, tensor: Tensor | None) -> Any:
     return made
 
 
-_KNOWN: dict[tuple, tuple[Step, ...]] = {}
+_KNOWN: dict[tuple[Hashable, ...], tuple[Step, ...]] = {}
 
 
 def forget() -> None:
@@ -110,7 +110,7 @@ def known(plan: Plan, tensors: Tensors, settings: Hashable) -> tuple[Step, ...]:
     return _KNOWN.get(_key(plan, tensors, settings)[0], ())
 
 
-def _key(plan: Plan, tensors: Tensors, settings: Hashable) -> tuple[tuple, list[int]]:
+def _key(plan: Plan, tensors: Tensors, settings: Hashable) -> tuple[tuple[Hashable, ...], list[int]]:
     """What the launches of a call follow from, and the addresses of its tensors."""
     query = tensors[0]
     assert query is not None
@@ -127,7 +127,7 @@ def _key(plan: Plan, tensors: Tensors, settings: Hashable) -> tuple[tuple, list[
     return (plan, settings, tf32, query.get_device(), compiled_by, *layouts), addresses
 
 
-def compiler_settings() -> tuple:
+def compiler_settings() -> tuple[Any, ...]:
     """Besides layouts, what Triton compiles by."""
     runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
     return runtime.debug, compilation.instrumentation_mode, getattr(runtime, "add_stages_inspection_hook", None)
@@ -136,7 +136,8 @@ def compiler_settings() -> tuple:
 def current_stream() -> int:
     """The stream of the current device that kernels are launched on."""
     active = driver.active
-    return active.get_current_stream(active.get_current_device())
+    stream: int = active.get_current_stream(active.get_current_device())
+    return stream
 
 
 def _launcher(compiled: Any, programs: int) -> Callable[..., None]:

@@ -51,7 +51,7 @@ class ReadyProduct:
         self._misaligned = query.data_ptr() % 16, key.data_ptr() % 16, value.data_ptr() % 16
         self._state = self._read_state()
 
-    def _read_state(self) -> tuple:
+    def _read_state(self) -> tuple[object, ...]:
         """What the launches follow from besides layouts."""
         tf32 = self._single_precision and allows_tf32()
         return configs.one_launch, configs.apply_config, tf32, *plans.compiler_settings()

@@ -126,7 +126,7 @@ def test_prompts_and_tokenizer_are_the_calls(place):
         ("others.edits:", "as package.module:Class"),
         (":Late", "as package.module:Class"),
         ("others/edits.py:Late", "as package.module:Class"),
-        ("others.edits", "or an edit's class as package.module:Class, received 'others.edits'$"),
+        ("others.edits", "or an edit's class as package.module:Class, got 'others.edits'$"),
         ("masactr", r"did you mean masactrl\?$"),
     ],
 )

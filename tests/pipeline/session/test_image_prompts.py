@@ -116,18 +116,18 @@ class TestLayer:
 
     def test_adapters_and_images_have_to_belong_together(self):
         adapter = self.layer().processor
-        with pytest.raises(ValueError, match=r"received no image prompts.*unload_ip_adapter"):
+        with pytest.raises(ValueError, match=r"got no image prompts.*unload_ip_adapter"):
             split_image_prompts("attn2", adapter, self.TEXT)
         with pytest.raises(ValueError, match=r"AttnProcessor2_0 is none of IPAdapterAttnProcessor"):
             split_image_prompts("attn2", AttnProcessor2_0(), (self.TEXT, self.IMAGES))
-        with pytest.raises(ValueError, match="2 IP-Adapters and received image prompts of 1"):
+        with pytest.raises(ValueError, match="2 IP-Adapters and got image prompts of 1"):
             split_image_prompts("attn2", adapter, (self.TEXT, self.IMAGES[:1]))
 
     def test_images_of_another_batch(self):
         attn = self.layer()
         attn.set_processor(editing_processor(attn.processor))
         attn.processor.order = Order(SITE, plan_products({}, 4), "torch")
-        with pytest.raises(ValueError, match=r"batch of 4 rows and received \[4, 4, 3, 3\]"):
+        with pytest.raises(ValueError, match=r"batch of 4 rows and got \[4, 4, 3, 3\]"):
             attn(self.HIDDEN, encoder_hidden_states=(self.TEXT, [given[:3] for given in self.IMAGES]))
 
     def test_weights_stay_in_reach(self):

@@ -165,7 +165,7 @@ def test_one_prompt_alone(sd3):
 
 def test_a_batch_of_another_layout(sd3):
     layout = BatchRoles.from_batch(6, classifier_free_guidance=True)
-    message = "batch of 6 rows; the model received 4"
+    message = "batch of 6 rows; the model got 4"
     with pytest.raises(ValueError, match=message), editing(sd3, FreePromptEdit(), roles=layout):
         draw(sd3)
 
@@ -180,7 +180,7 @@ def test_values_that_are_not_finite(pipe):
     with torch.no_grad():
         tiny.transformer.transformer_blocks[1].ff.net[2].bias[0] = 0.0
     noise = torch.full((2, 16, 8, 8), float("nan"))
-    message = "the transformer received latents that are not finite"
+    message = "the transformer got latents that are not finite"
     with pytest.raises(FloatingPointError, match=message), editing(tiny, FreePromptEdit()):
         tiny([SOURCE, TARGET], latents=noise, height=64, width=64, num_inference_steps=2, max_sequence_length=12)
 

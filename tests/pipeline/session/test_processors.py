@@ -306,12 +306,12 @@ def test_layers_that_cannot_be_edited_say_why():
 
 def test_inputs_that_are_not_what_was_planned_are_refused():
     attn = install(attention(), FPE)
-    with pytest.raises(ValueError, match=r"batch of 6 rows and received \[4\]"):
+    with pytest.raises(ValueError, match=r"batch of 6 rows and got \[4\]"):
         run(attn, random(4, 12, 16))
-    with pytest.raises(ValueError, match=r"\(3, 4\) = 12 tokens and received 13"):
+    with pytest.raises(ValueError, match=r"\(3, 4\) = 12 tokens and got 13"):
         run(attn, random(6, 13, 16))
     cross = install(attention(cross_attention_dim=8), FPE)
     with pytest.raises(ValueError, match="IP-Adapter"):
         run(cross, random(6, 12, 16), encoder_hidden_states=(random(6, 5, 8), [random(6, 1, 4, 8)]))
-    with pytest.raises(ValueError, match=r"received \[6, 3\]"):
+    with pytest.raises(ValueError, match=r"got \[6, 3\]"):
         run(cross, random(6, 12, 16), encoder_hidden_states=random(3, 5, 8))

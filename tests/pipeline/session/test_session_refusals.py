@@ -43,7 +43,7 @@ def test_batches_that_do_not_fit(tiny):
     with pytest.raises(ValueError, match="holds no target"), editing(tiny, FPE):
         sample(tiny, 1)
     layout = BatchRoles(conditional=(True, True), source_of=(0, 0))
-    with pytest.raises(ValueError, match="batch of 2 rows; the model received 4"), editing(tiny, FPE, roles=layout):
+    with pytest.raises(ValueError, match="batch of 2 rows; the model got 4"), editing(tiny, FPE, roles=layout):
         sample(tiny)
     assert unedited(tiny.unet)
 

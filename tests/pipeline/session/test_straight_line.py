@@ -68,7 +68,7 @@ def test_a_layer_that_does_more_takes_the_general_way():
     hidden = random(6, TOKENS, 16)
     masked, plain = (run(install(attention(), products), hidden, attention_mask=given) for given in (mask, None))
     assert (masked - plain).abs().max() > 1e-2
-    with pytest.raises(ValueError, match="12 tokens and received 6"):
+    with pytest.raises(ValueError, match="12 tokens and got 6"):
         run(install(attention(), products), hidden[:, :6])
 
 
