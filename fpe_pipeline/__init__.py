@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .heatmaps.heat_maps import HeatMaps, heat_maps
     from .inversion.null_text import NullText
     from .inversion.trajectory import Inversion
+    from .models.flow_solvers import FireFlowScheduler, RFSolverScheduler, flow_scheduler
     from .models.roles import BatchRoles
     from .models.sites import Site, attention_sites
     from .models.steps import Step, StepWindow
@@ -44,6 +45,7 @@ _HOME = {
     "Edit": "edits",
     "EditingSession": "session.session",
     "Encoding": "prompts.encoding",
+    "FireFlowScheduler": "models.flow_solvers",
     "FreePromptEdit": "edits",
     "FreePromptPipeline": "pipeline",
     "FreePromptPipelineOutput": "sampling.output",
@@ -59,6 +61,7 @@ _HOME = {
     "Product": "edits.products",
     "PromptToPromptEdit": "edits",
     "Prompted": "edits.base",
+    "RFSolverScheduler": "models.flow_solvers",
     "Recording": "recordings.recording",
     "Remembering": "edits.base",
     "SelfAttentionEdit": "edits",
@@ -72,6 +75,7 @@ _HOME = {
     "attention_sites": "models.sites",
     "ddim_scheduler": "sampling.noise_schedule",
     "editing": "session.session",
+    "flow_scheduler": "models.flow_solvers",
     "heat_maps": "heatmaps.heat_maps",
     "make_edit": "edits.registry",
 }
@@ -82,6 +86,7 @@ __all__ = [
     "Edit",
     "EditingSession",
     "Encoding",
+    "FireFlowScheduler",
     "FreePromptEdit",
     "FreePromptPipeline",
     "FreePromptPipelineOutput",
@@ -97,6 +102,7 @@ __all__ = [
     "Product",
     "PromptToPromptEdit",
     "Prompted",
+    "RFSolverScheduler",
     "Recording",
     "Remembering",
     "SelfAttentionEdit",
@@ -110,6 +116,7 @@ __all__ = [
     "attention_sites",
     "ddim_scheduler",
     "editing",
+    "flow_scheduler",
     "heat_maps",
     "make_edit",
 ]

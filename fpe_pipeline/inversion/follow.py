@@ -22,7 +22,7 @@ def check_inversion_options(
     """Raise where an option would contradict what an inversion decides."""
     if not isinstance(inversion, Inversion):
         raise TypeError(f"expected what pipe.invert returns as inversion, got {type(inversion).__name__}")
-    taken = ["latents", "timesteps", "sigmas"]
+    taken = ["latents", "timesteps", "sigmas", "mu"]
     if inversion.unconditional is not None or inversion.method == "negative-prompt":
         taken.append("negative_prompt_embeds")
         if negative_prompt is not None:
@@ -61,11 +61,11 @@ class FollowInversion:
         self._hook.remove(expected=False)
 
     def _follow(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
-        reference = self._inversion.reference(locate_step(self._scheduler, timestep).call)
+        reference = self._inversion.reference(locate_step(self._scheduler, timestep).index)
         if reference is None or self._call.source_dropped:
             return latents
         rows = self._call.images_per_prompt
-        return torch.cat([reference.to(latents).expand(rows, -1, -1, -1), latents[rows:]])
+        return torch.cat([reference.to(latents).expand(rows, *reference.shape[1:]), latents[rows:]])
 
 
 @dataclass(frozen=True)
