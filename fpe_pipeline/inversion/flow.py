@@ -2,9 +2,9 @@
 
 The equation ``dz/dσ = v(z, σ)`` is followed from the last node of the schedule to the first, by the same rule by which
 the edit will come back (:mod:`..models.flow_solvers`): the velocity of a step from σ_{i+1} to σ_i is that at σ_{i+1}
-(Euler), or that in the middle (RF-Solver, FireFlow). It is not the velocity of the way back, which starts from the other
-end: each solver's error on the way there and back is what is left between the image and its reconstruction. The methods
-differ in what holds the source against it while it is denoised again:
+(Euler), or that in the middle (RF-Solver, FireFlow). It is not quite the velocity of the way back, which starts from
+the other end: the difference is what is left between the image and its reconstruction. The methods differ in what holds
+the source against it while it is denoised again:
 
 - ``"direct"``: after every step the source row is put back onto the stored latent, so that the source comes out as the
   autoencoder's reconstruction, whatever prompt and guidance.
@@ -15,6 +15,7 @@ differ in what holds the source against it while it is denoised again:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -94,8 +95,9 @@ def invert_flow(
         start = model.latents(_encoded(pipe, picture))
         latents = [start.to(torch.promote_types(start.dtype, torch.float32))]
         velocity = model.velocity(prompt, guidance_scale, size, max_sequence_length or model.text_length)
+        reaching = _integrated(solver_of(pipe.scheduler), velocity, latents[0], nodes.flip(0))
         with pipe.progress_bar(total=steps) as bar:
-            for index, reached in enumerate(_integrated(solver_of(pipe.scheduler), velocity, latents[0], nodes.flip(0))):
+            for index, reached in enumerate(reaching):
                 if not is_finite(reached):
                     refuse_step(Step(index, steps), identity(pipe.transformer), (), velocity.arguments)
                 latents.append(reached)
@@ -127,10 +129,9 @@ def _check(pipe: Any, prompt: Any, method: Any) -> None:
     check_text("the prompt", prompt)
     if method not in FLOW_METHODS:
         known = f"method must be one of {', '.join(FLOW_METHODS)}, got {method!r}"
-        for_unets = isinstance(method, NullText) or method in METHODS
-        raise ValueError(
-            f"{known}, which is for UNets: it follows DDIM, and {type(pipe).__name__} solves a flow" if for_unets else known
-        )
+        if isinstance(method, NullText) or method in METHODS:
+            known += f", which is for UNets: it follows DDIM, and {type(pipe).__name__} solves a flow"
+        raise ValueError(known)
     require_flow(pipe.scheduler, "inversion")
     if any(getattr(pipe.transformer, name, None) is not None for name in ("image_proj", "encoder_hid_proj")):
         raise ValueError(
@@ -158,7 +159,7 @@ def _integrated(
         nodes: σ, in the order in which they are gone through.
     """
     carried: torch.Tensor | None = None  # the velocity from which the middle of the next step is reached
-    for now, then in zip(nodes[:-1], nodes[1:], strict=True):
+    for now, then in pairwise(nodes):
         width = then.item() - now.item()
         if carried is None:
             carried = velocity(latents, now)

@@ -3,8 +3,8 @@
 With nodes σ_0 > … > σ_N, Δ_i = σ_{i+1} - σ_i and m_i the middle between the two:
 
 - ``"euler"``: z_{i+1} = z_i + Δ_i · v(z_i, σ_i): diffusers' `FlowMatchEulerDiscreteScheduler`, one call a step.
-- ``"rf-solver"``: the Taylor expansion to second order, z_{i+1} = z_i + Δ_i · v_i + Δ_i²/2 · v'_i, whose derivative is the
-  difference between v_i and the velocity w_i at m_i, half an Euler step ahead: v'_i = (w_i - v_i) / (Δ_i/2). What
+- ``"rf-solver"``: the Taylor expansion to second order, z_{i+1} = z_i + Δ_i · v_i + Δ_i²/2 · v'_i, whose derivative is
+  the difference between v_i and the velocity w_i at m_i, half an Euler step ahead: v'_i = (w_i - v_i) / (Δ_i/2). What
   remains of it is z_{i+1} = z_i + Δ_i · w_i. Two calls a step.
 - ``"fireflow"``: the same, with the velocity of the middle before, w_{i-1}, in the place of v_i: only the first step
   asks for v_0. One call a step and one more, and still of second order.
@@ -22,7 +22,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+
+# diffusers loads a saved scheduler of another package if it finds SchedulerMixin, by that name, in the class's module.
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
 __all__ = [
@@ -48,7 +50,10 @@ class _MidpointScheduler(FlowMatchEulerDiscreteScheduler):
 
     solver: ClassVar[Solver]
 
-    @functools.wraps(FlowMatchEulerDiscreteScheduler.__init__)  # from the signature, diffusers reads what is configured
+    sigmas: torch.Tensor
+
+    # From the signature, diffusers reads what is configured.
+    @functools.wraps(FlowMatchEulerDiscreteScheduler.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         #: Functions (latents, timestep) -> latents, which are shown the latents at the end of each step.
@@ -185,7 +190,7 @@ _SCHEDULERS: dict[str, type[FlowMatchEulerDiscreteScheduler]] = {
 }
 
 
-def flow_scheduler(scheduler: Any, solver: Solver = "rf-solver") -> FlowMatchEulerDiscreteScheduler:
+def flow_scheduler(scheduler: SchedulerMixin, solver: Solver = "rf-solver") -> FlowMatchEulerDiscreteScheduler:
     """A scheduler of a flow model that solves by another rule, on the sigmas that another one is configured with.
 
     Example: ``pipe.scheduler = flow_scheduler(pipe.scheduler, "fireflow")``; whatever the pipeline does then, generate,

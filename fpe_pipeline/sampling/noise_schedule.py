@@ -48,8 +48,8 @@ class NoiseSchedule:
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(
                 f"{type(scheduler).__name__} has no noise level for each timestep of training (alphas_cumprod), by "
-                "which a run is recognised: use a scheduler made for Stable Diffusion, such as DDIM or DPM-Solver++, or "
-                "for a transformer FlowMatchEulerDiscreteScheduler"
+                "which a run is recognised: use a scheduler made for Stable Diffusion, such as DDIM or DPM-Solver++, "
+                "or for a transformer FlowMatchEulerDiscreteScheduler"
             )
         timesteps = tuple(float(t) for t in scheduler.timesteps)
         known = scheduler.alphas_cumprod
