@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .edits.registry import make_edit
     from .edits.selection import LayerSelection
     from .edits.watchers import Watcher
+    from .flow_pipeline import FreePromptFluxPipeline, FreePromptSD3Pipeline
     from .heatmaps.heat_maps import HeatMaps, heat_maps
     from .inversion.null_text import NullText
     from .inversion.trajectory import Inversion
@@ -47,8 +48,10 @@ _HOME = {
     "Encoding": "prompts.encoding",
     "FireFlowScheduler": "models.flow_solvers",
     "FreePromptEdit": "edits",
+    "FreePromptFluxPipeline": "flow_pipeline",
     "FreePromptPipeline": "pipeline",
     "FreePromptPipelineOutput": "sampling.output",
+    "FreePromptSD3Pipeline": "flow_pipeline",
     "HeatMaps": "heatmaps.heat_maps",
     "Injecting": "edits.base",
     "Inversion": "inversion.trajectory",
@@ -88,8 +91,10 @@ __all__ = [
     "Encoding",
     "FireFlowScheduler",
     "FreePromptEdit",
+    "FreePromptFluxPipeline",
     "FreePromptPipeline",
     "FreePromptPipelineOutput",
+    "FreePromptSD3Pipeline",
     "HeatMaps",
     "Injecting",
     "Inversion",

@@ -21,6 +21,7 @@ from .edits import Edit
 from .edits.base import check_prompts
 from .embedded import embedded_path
 from .errors import check_generator, check_guidance, check_positive
+from .flow_pipeline import flow_class, flow_class_of
 from .inversion.follow import Followed, check_inversion_options
 from .inversion.trajectory import Inversion, invert
 from .models.loading import EMBEDDED
@@ -66,9 +67,12 @@ class FreePromptPipeline(SamplingPipeline):
     """
 
     @classmethod
-    def from_pipe(cls, pipeline: Any, **components: Any) -> FreePromptPipeline:
+    def from_pipe(cls, pipeline: Any, **components: Any) -> Any:
         """As in diffusers, but modules keep their dtypes; a model that this class does not serve is refused with the
-        way to edit it."""
+        way to edit it. Around a transformer that is a `FreePromptSD3Pipeline` or `FreePromptFluxPipeline`."""
+        serving = flow_class_of(pipeline)
+        if serving is not None:
+            return serving.from_pipe(pipeline, **components)
         unet, vae = (components.get(name, getattr(pipeline, name, None)) for name in ("unet", "vae"))
         if unet is not None and vae is not None:
             check_model(unet, vae)
@@ -86,10 +90,14 @@ class FreePromptPipeline(SamplingPipeline):
         return self if _ADOPTING.get() else super().to(*arguments, **options)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> FreePromptPipeline:
-        """As in diffusers; "embedded" is the model that comes with this package."""
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """As in diffusers; "embedded" is the model that comes with this package. A saved pipeline of Stable Diffusion
+        3 or FLUX.1 is loaded as a `FreePromptSD3Pipeline` or `FreePromptFluxPipeline`."""
         if pretrained_model_name_or_path == EMBEDDED:
             pretrained_model_name_or_path = embedded_path()
+        serving: Any = flow_class(pretrained_model_name_or_path, options)
+        if serving is not None:
+            return serving.from_pretrained(pretrained_model_name_or_path, **options)
         return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @torch.no_grad()

@@ -35,7 +35,7 @@ from ..texts import check_text
 from .null_text import NullText
 from .trajectory import METHODS, Inversion
 
-__all__ = ["FLOW_METHODS", "FlowMethod", "check_flow_inversion", "invert_flow"]
+__all__ = ["FLOW_METHODS", "FlowMethod", "check_flow_inversion", "invert_flow", "with_size_of"]
 
 FlowMethod = Literal["direct", "reference", "free"]
 FLOW_METHODS: tuple[FlowMethod, ...] = get_args(FlowMethod)
@@ -112,14 +112,18 @@ def invert_flow(
 def check_flow_inversion(inversion: Inversion, model: FlowModel) -> None:
     """Set the pipeline's scheduler to the run of an inversion; raise ValueError where it cannot follow it."""
     scheduler = model.pipe.scheduler
-    if not inversion.schedule.is_flow:
-        raise ValueError(
-            f"the image was inverted by {inversion.method!r} with {inversion.schedule.scheduler}, on a UNet, and "
-            f"{type(model.pipe).__name__} has a transformer: invert it again with this pipeline"
-        )
     require_flow(scheduler, f"an image inverted by {inversion.method!r}")
     model.set_timesteps(inversion.steps, inversion.image.size[::-1])
     inversion.schedule.check(scheduler, "inversion")
+
+
+def with_size_of(inversion: Inversion, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a call with the size and the steps that an inversion decides; ValueError for another size."""
+    width, height = inversion.image.size
+    for name, side in (("height", height), ("width", width)):
+        if options.get(name) not in (None, side):
+            raise ValueError(f"the image was inverted at {name} {side}, got {options[name]}; leave {name} out")
+    return {**options, "height": height, "width": width, "num_inference_steps": inversion.steps}
 
 
 def _check(pipe: Any, prompt: Any, method: Any) -> None:

@@ -17,11 +17,22 @@ __all__ = ["FollowInversion", "Followed", "check_inversion_options"]
 
 
 def check_inversion_options(
-    inversion: Inversion, given: dict[str, Any], negative_prompt: Any, num_inference_steps: int | None
+    inversion: Inversion,
+    given: dict[str, Any],
+    negative_prompt: Any,
+    num_inference_steps: int | None,
+    *,
+    is_flow: bool = False,
 ) -> None:
-    """Raise where an option would contradict what an inversion decides."""
+    """Raise where an option would contradict what an inversion decides, or where it is of the other kind of model."""
     if not isinstance(inversion, Inversion):
         raise TypeError(f"expected what pipe.invert returns as inversion, got {type(inversion).__name__}")
+    if inversion.schedule.is_flow is not is_flow:
+        where = ("transformer that solves a flow", "UNet")
+        raise ValueError(
+            f"the image was inverted by {inversion.method!r} with {inversion.schedule.scheduler}, on a "
+            f"{where[is_flow]}, and this pipeline has a {where[not is_flow]}: invert the image again with it"
+        )
     taken = ["latents", "timesteps", "sigmas", "mu"]
     if inversion.unconditional is not None or inversion.method == "negative-prompt":
         taken.append("negative_prompt_embeds")

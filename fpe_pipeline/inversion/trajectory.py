@@ -172,11 +172,6 @@ class Inversion:
 
     def check(self, scheduler: Any, guidance_scale: float) -> None:
         """Set a UNet's ``scheduler`` to this run; raise ValueError where one at ``guidance_scale`` cannot follow it."""
-        if self.schedule.is_flow:
-            raise ValueError(
-                f"the image was inverted by {self.method!r} with {self.schedule.scheduler}, which is for transformers "
-                "that solve a flow; this pipeline has a UNet: invert the image again with it"
-            )
         require_ddim(scheduler, f"an image inverted by {self.method!r}")
         scheduler.set_timesteps(self.steps)
         self.schedule.check(scheduler, "inversion")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -94,9 +94,16 @@ class FlowModel(ABC):
     def set_timesteps(self, steps: int, size: tuple[int, int]) -> None:
         """Set the scheduler to the run that the pipeline makes of an image of (height, width) pixels."""
 
+    #: Whether latents are packed into tokens.
+    is_packed: ClassVar[bool] = False
+
     def latents(self, encoded: Latents) -> Latents:
         """Latents [1, C, h, w] of the autoencoder, scaled, as the model takes them."""
         return encoded
+
+    def channels(self, latent_channels: int) -> int:
+        """Channels of what the model takes, of latents of so many."""
+        return latent_channels
 
     @abstractmethod
     def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
@@ -141,6 +148,8 @@ class _FluxVelocity(Velocity):
 
 
 class _Flux(FlowModel):
+    is_packed = True
+
     @property
     def multiple(self) -> int:
         return self.pipe.vae_scale_factor * 2
@@ -154,6 +163,9 @@ class _Flux(FlowModel):
 
     def latents(self, encoded: Latents) -> Latents:
         return self.pipe._pack_latents(encoded, *encoded.shape)
+
+    def channels(self, latent_channels: int) -> int:
+        return 4 * latent_channels
 
     def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
         device = self.pipe._execution_device

@@ -173,4 +173,4 @@ def _agree(known: Any, found: Any) -> bool:
 def _short(value: Any) -> str:
     if isinstance(value, tuple):
         return f"of {len(value)} steps from {value[0]:g} to {value[-1]:g}"
-    return str(value)[:16]
+    return str(value)[:32]
