@@ -55,11 +55,21 @@ class SchedulerHook:
     Schedulers offer no callback. The method is shadowed on the instance, with its signature, which pipelines inspect;
     where steps end inside of it (:mod:`..models.flow_solvers`) the scheduler calls back itself. Of several hooks the
     first one acts first; they are removed in any order.
+
+    Args:
+        scheduler: whose steps.
+        change: takes new latents and the timestep, and returns the latents to go on from.
+        options: further keyword arguments of a step, where its caller leaves them out.
     """
 
-    def __init__(self, scheduler: Any, change: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        change: Callable[[torch.Tensor, Any], torch.Tensor],
+        options: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
         self.calls = 0
-        self.change = change
+        self.change, self.options = change, options
         self._scheduler = scheduler
         self._nodes: list[Any] | None = getattr(scheduler, "node_hooks", None)
         self._shadow: Any = None
@@ -105,6 +115,8 @@ def _shadow_step(scheduler: Any) -> Any:
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        for hook in tuple(hooks):
+            kwargs = {**hook.options(), **kwargs}
         output = original(*args, **kwargs)
         latents = output[0] if isinstance(output, tuple) else output.prev_sample
         for hook in tuple(hooks):
