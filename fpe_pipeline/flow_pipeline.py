@@ -19,6 +19,8 @@ from .inversion.trajectory import Inversion
 from .models.families import adapter_of
 from .prompts.encoding import encoding_tokenizer
 from .prompts.words import warn_of_unknown_words
+from .recordings.flow_record import record_flow
+from .recordings.flow_replay import edit_flow
 from .sampling.arguments import check_option_names, prompt_list
 from .sampling.flow_models import FlowModel
 from .sampling.flow_sampling import FlowSampling, chosen_flow_edit, flow_start, guidance_of_rows, texts_of_call
@@ -128,6 +130,8 @@ class FlowEditing(FlowSampling):
         return FreePromptPipelineOutput(images, None, num_images_per_prompt, keep_source, report, tuple(prompts))
 
     invert = invert_flow
+    record = record_flow
+    edit = edit_flow
 
     def _arguments(
         self,
@@ -180,9 +184,15 @@ class FreePromptSD3Pipeline(FlowEditing, StableDiffusion3Pipeline):
     Made by ``FreePromptPipeline.from_pipe(pipe)`` of a pipeline of diffusers; loads, saves and offloads as that does.
 
     Example:
-        >>> from fpe_pipeline import flow_scheduler
+        >>> from diffusers import StableDiffusion3Pipeline
+        >>> from fpe_pipeline import FreePromptPipeline, flow_scheduler
+        >>> sd3 = StableDiffusion3Pipeline.from_pretrained("stabilityai/stable-diffusion-3.5-medium")
         >>> pipe = FreePromptPipeline.from_pipe(sd3)
-        >>> out = pipe("a photo of a red car", "a photo of a blue car")
+        >>> out = pipe("a photo of a red car on the beach", "a photo of a blue car on the beach")
+        >>> out.source.size == out.targets[0].size
+        True
+
+    A real image is inverted first, by the solver of the scheduler:
         >>> pipe.scheduler = flow_scheduler(pipe.scheduler, "fireflow")
         >>> inversion = pipe.invert("beach.jpg", "a photo of a red car on the beach")
         >>> out = pipe(inversion=inversion, target_prompt="a photo of a blue car on the beach")

@@ -61,7 +61,6 @@ def invert_flow(
     `heat_maps`, its passes are neither edited nor watched.
 
     Args:
-        pipe: a pipeline of Stable Diffusion 3 or FLUX.1.
         image: a path, a PIL image, an array or a tensor; `fpe_pipeline.images.load` states how it is cut and scaled.
         prompt: what the image shows.
         num_inference_steps: steps here and of the edits.

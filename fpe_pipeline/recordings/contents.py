@@ -69,7 +69,7 @@ def _reads(
         active = running.active(step)
         orders = make_orders(chosen if active else (), watching, step, roles, "auto", place)
         for path, order in orders.items():
-            for row, parts in order.row_plan.reads.items():
+            for row, parts in order.plan.reads.items():
                 yield from ((path, row, part, index) for part in parts)
             for row in {*order.columns, *order.maps}:
                 if row >= roles.batch:

@@ -83,7 +83,12 @@ class FlowModel(ABC):
     @property
     def text_length(self) -> int:
         """Tokens of T5 that the pipeline takes by default."""
-        return inspect.signature(type(self.pipe).__call__).parameters["max_sequence_length"].default
+        pipeline = getattr(self.pipe, "parent", type(self.pipe))  # ours say of these options what diffusers' says
+        return inspect.signature(pipeline.__call__).parameters["max_sequence_length"].default
+
+    def text_tokens(self, text_length: int) -> int:
+        """Tokens of a prompt in joint attention, with so many of T5."""
+        return text_length
 
     @property
     @abstractmethod
@@ -116,6 +121,9 @@ class _SD3Velocity(Velocity):
 
 
 class _SD3(FlowModel):
+    def text_tokens(self, text_length: int) -> int:
+        return self.pipe.tokenizer_max_length + text_length
+
     @property
     def multiple(self) -> int:
         return self.pipe.vae_scale_factor * self.pipe.transformer.config.patch_size

@@ -25,7 +25,7 @@ from .arguments import check_size, image_size, negative_list
 from .flow_models import FlowModel, flow_model
 from .step_end import Call, StepEnd, Task
 
-__all__ = ["FlowSampling", "chosen_flow_edit", "flow_start", "guidance_of_rows", "texts_of_call"]
+__all__ = ["FlowSampling", "chosen_flow_edit", "flow_start", "guidance_of_rows", "pipeline_default", "texts_of_call"]
 
 #: Prompts of a call beside the first, one for all or a list with one for each.
 _TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
@@ -108,6 +108,11 @@ def chosen_flow_edit(edit: Edit | None, self_replace_steps: Any, layers: Any) ->
     return edit
 
 
+def pipeline_default(pipe: Any, name: str) -> Any:
+    """What an argument of a call is in diffusers where it is left out."""
+    return inspect.signature(pipe.parent.__call__).parameters[name].default
+
+
 def texts_of_call(pipe: Any, options: Mapping[str, Any], count: int) -> dict[str, list[str]]:
     """Prompts of a call beside the first, each a list with one for each of ``count`` prompts.
 
@@ -116,7 +121,7 @@ def texts_of_call(pipe: Any, options: Mapping[str, Any], count: int) -> dict[str
     """
     texts = {name: negative_list(options.get(name), count, name) for name in _TEXTS}
     name = "true_cfg_scale" if "true_cfg_scale" in pipe.parent_options() else "guidance_scale"
-    scale = options.get(name, inspect.signature(pipe.parent.__call__).parameters[name].default)
+    scale = options.get(name, pipeline_default(pipe, name))
     check_guidance(scale)
     if texts["negative_prompt"] is not None and scale <= 1:
         warnings.warn(

@@ -132,9 +132,9 @@ class TestInverted:
     def test_pictures(self, pipes, photo, tmp_path):
         tiny = solving(pipes["sd3"], "fireflow")
         Image.fromarray((photo * 255).astype(np.uint8)).save(tmp_path / "photo.png")
-        inversion = tiny.invert(tmp_path / "photo.png", SOURCE, num_inference_steps=2, max_sequence_length=12)
+        inversion = tiny.invert(tmp_path / "photo.png", SOURCE, num_inference_steps=2)
         assert inversion.image.size == (80, 48)  # of the model's 64 x 64 pixels, at the picture's proportions
-        out = tiny(inversion=inversion, target_prompt=TARGET, max_sequence_length=12)
+        out = tiny(inversion=inversion, target_prompt=TARGET)
         assert [image.size for image in out.images] == [(80, 48)] * 2
         assert out.grid().width > 160
 
