@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from .edits.registry import make_edit
     from .edits.selection import LayerSelection
     from .edits.watchers import Watcher
+    from .flow_pipeline import FreePromptFluxPipeline, FreePromptSD3Pipeline
     from .heatmaps.heat_maps import HeatMaps, heat_maps
     from .inversion.null_text import NullText
     from .inversion.trajectory import Inversion
+    from .models.flow_solvers import FireFlowScheduler, RFSolverScheduler, flow_scheduler
     from .models.roles import BatchRoles
     from .models.sites import Site, attention_sites
     from .models.steps import Step, StepWindow
@@ -44,9 +46,12 @@ _HOME = {
     "Edit": "edits",
     "EditingSession": "session.session",
     "Encoding": "prompts.encoding",
+    "FireFlowScheduler": "models.flow_solvers",
     "FreePromptEdit": "edits",
+    "FreePromptFluxPipeline": "flow_pipeline",
     "FreePromptPipeline": "pipeline",
     "FreePromptPipelineOutput": "sampling.output",
+    "FreePromptSD3Pipeline": "flow_pipeline",
     "HeatMaps": "heatmaps.heat_maps",
     "Injecting": "edits.base",
     "Inversion": "inversion.trajectory",
@@ -59,6 +64,7 @@ _HOME = {
     "Product": "edits.products",
     "PromptToPromptEdit": "edits",
     "Prompted": "edits.base",
+    "RFSolverScheduler": "models.flow_solvers",
     "Recording": "recordings.recording",
     "Remembering": "edits.base",
     "SelfAttentionEdit": "edits",
@@ -72,6 +78,7 @@ _HOME = {
     "attention_sites": "models.sites",
     "ddim_scheduler": "sampling.noise_schedule",
     "editing": "session.session",
+    "flow_scheduler": "models.flow_solvers",
     "heat_maps": "heatmaps.heat_maps",
     "make_edit": "edits.registry",
 }
@@ -82,9 +89,12 @@ __all__ = [
     "Edit",
     "EditingSession",
     "Encoding",
+    "FireFlowScheduler",
     "FreePromptEdit",
+    "FreePromptFluxPipeline",
     "FreePromptPipeline",
     "FreePromptPipelineOutput",
+    "FreePromptSD3Pipeline",
     "HeatMaps",
     "Injecting",
     "Inversion",
@@ -97,6 +107,7 @@ __all__ = [
     "Product",
     "PromptToPromptEdit",
     "Prompted",
+    "RFSolverScheduler",
     "Recording",
     "Remembering",
     "SelfAttentionEdit",
@@ -110,6 +121,7 @@ __all__ = [
     "attention_sites",
     "ddim_scheduler",
     "editing",
+    "flow_scheduler",
     "heat_maps",
     "make_edit",
 ]

@@ -19,6 +19,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from .edit_request import EditRequest
 from .edits import Edit
 from .embedded import embedded_path
+from .flow_pipeline import flow_class, flow_class_of
 from .inversion.trajectory import Inversion, invert
 from .models.loading import EMBEDDED
 from .recordings import record_run, replay_run
@@ -57,9 +58,12 @@ class FreePromptPipeline(SamplingPipeline):
     """
 
     @classmethod
-    def from_pipe(cls, pipeline: Any, **components: Any) -> FreePromptPipeline:
+    def from_pipe(cls, pipeline: Any, **components: Any) -> Any:
         """As in diffusers, but modules keep their dtypes; a model that this class does not serve is refused with the
-        way to edit it."""
+        way to edit it. Around a transformer that is a `FreePromptSD3Pipeline` or `FreePromptFluxPipeline`."""
+        serving = flow_class_of(pipeline)
+        if serving is not None:
+            return serving.from_pipe(pipeline, **components)
         unet, vae = (components.get(name, getattr(pipeline, name, None)) for name in ("unet", "vae"))
         if unet is not None and vae is not None:
             check_model(unet, vae)
@@ -79,12 +83,15 @@ class FreePromptPipeline(SamplingPipeline):
         return self if _ADOPTING.get() else super().to(*arguments, **options)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> FreePromptPipeline:
-        """As in diffusers; "embedded" is the model that comes with this package."""
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """As in diffusers; "embedded" is the model that comes with this package. A saved pipeline of Stable Diffusion
+        3 or FLUX.1 is loaded as a `FreePromptSD3Pipeline` or `FreePromptFluxPipeline`."""
         if pretrained_model_name_or_path == EMBEDDED:
             pretrained_model_name_or_path = embedded_path()
-        loaded: FreePromptPipeline = super().from_pretrained(pretrained_model_name_or_path, **options)
-        return loaded
+        serving: Any = flow_class(pretrained_model_name_or_path, options)
+        if serving is not None:
+            return serving.from_pretrained(pretrained_model_name_or_path, **options)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @torch.no_grad()
     def __call__(

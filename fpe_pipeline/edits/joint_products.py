@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -14,6 +14,9 @@ from .products import Product
 __all__ = ["AnyProduct", "JointPlan", "JointProduct", "SegmentRows", "plan_joint_products"]
 
 Part = Literal["query", "key", "value"]
+Segment = Literal["image", "text"]
+PARTS: tuple[Part, ...] = get_args(Part)
+SEGMENTS: tuple[Segment, ...] = get_args(Segment)
 
 
 class SegmentRows(NamedTuple):
@@ -100,9 +103,23 @@ class JointPlan:
         """Whether every row is one term, and no term is weighed."""
         return len(self.terms) == self.rows and all(term.is_whole for _, term in self.terms)
 
-    def used(self, part: Part, segment: Literal["image", "text"]) -> tuple[int, ...]:
-        """The rows whose queries, keys or values of a segment are needed, in order."""
-        return tuple(sorted({getattr(getattr(term, part), segment) for _, term in self.terms}))
+    def used(self, part: Part, segment: Segment) -> tuple[int, ...]:
+        """The rows of the batch whose queries, keys or values of a segment are needed, in order."""
+        return tuple(row for row in self._named(part, segment) if row < self.rows)
+
+    @cached_property
+    def reads(self) -> dict[int, frozenset[str]]:
+        """What it needs of rows that are not in the batch: "image-query", "text-key" and so on."""
+        parts: dict[int, set[str]] = {}
+        for part in PARTS:
+            for segment in SEGMENTS:
+                for row in self._named(part, segment):
+                    if row >= self.rows:
+                        parts.setdefault(row, set()).add(f"{segment}-{part}")
+        return {row: frozenset(names) for row, names in parts.items()}
+
+    def _named(self, part: Part, segment: Segment) -> list[int]:
+        return sorted({getattr(getattr(term, part), segment) for _, term in self.terms})
 
     @cached_property
     def description(self) -> str:
@@ -114,12 +131,15 @@ class JointPlan:
         return "; ".join(f"row {row} = {' + '.join(terms)}" for row, terms in said.items()) or "as it was"
 
 
-def plan_joint_products(products: Mapping[int, JointProduct | Sequence[JointProduct]], rows: int) -> JointPlan:
+def plan_joint_products(
+    products: Mapping[int, JointProduct | Sequence[JointProduct]], rows: int, recorded: int = 0
+) -> JointPlan:
     """Arrange an edit's products; rows that it does not name keep their own map and values.
 
     Args:
         products: by row.
         rows: of the batch.
+        recorded: rows after those of the batch, which are known from a recording.
 
     Raises:
         TypeError: something else than a `JointProduct`.
@@ -135,7 +155,9 @@ def plan_joint_products(products: Mapping[int, JointProduct | Sequence[JointProd
                     f"a {type(term).__name__} for row {row}: it is written for UNets, whose layers have one kind of "
                     "tokens"
                 )
-            if not all(0 <= used < rows for used in (row, *term.query, *term.key, *term.value)):
+            if rows <= row < rows + recorded:
+                raise ValueError(f"{term} would change row {row}, whose run is recorded and over: edit targets alone")
+            if not all(0 <= used < rows + recorded for used in (row, *term.query, *term.key, *term.value)):
                 raise ValueError(f"{term} for row {row} names a row outside the batch of {rows}")
             terms.append((row, term))
     return JointPlan(rows, tuple(terms))

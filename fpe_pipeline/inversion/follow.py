@@ -17,12 +17,23 @@ __all__ = ["FollowInversion", "Followed", "check_inversion_options"]
 
 
 def check_inversion_options(
-    inversion: Inversion, given: dict[str, Any], negative_prompt: Any, num_inference_steps: int | None
+    inversion: Inversion,
+    given: dict[str, Any],
+    negative_prompt: Any,
+    num_inference_steps: int | None,
+    *,
+    is_flow: bool = False,
 ) -> None:
-    """Raise where an option would contradict what an inversion decides."""
+    """Raise where an option would contradict what an inversion decides, or where it is of the other kind of model."""
     if not isinstance(inversion, Inversion):
         raise TypeError(f"expected what pipe.invert returns as inversion, got {type(inversion).__name__}")
-    taken = ["latents", "timesteps", "sigmas"]
+    if inversion.schedule.is_flow is not is_flow:
+        where = ("transformer that solves a flow", "UNet")
+        raise ValueError(
+            f"the image was inverted by {inversion.method!r} with {inversion.schedule.scheduler}, on a "
+            f"{where[is_flow]}, and this pipeline has a {where[not is_flow]}: invert the image again with it"
+        )
+    taken = ["latents", "timesteps", "sigmas", "mu"]
     if inversion.unconditional is not None or inversion.method == "negative-prompt":
         taken.append("negative_prompt_embeds")
         if negative_prompt is not None:
@@ -61,11 +72,11 @@ class FollowInversion:
         self._hook.remove(expected=False)
 
     def _follow(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
-        reference = self._inversion.reference(locate_step(self._scheduler, timestep).call)
+        reference = self._inversion.reference(locate_step(self._scheduler, timestep).index)
         if reference is None or self._call.source_dropped:
             return latents
         rows = self._call.images_per_prompt
-        return torch.cat([reference.to(latents).expand(rows, -1, -1, -1), latents[rows:]])
+        return torch.cat([reference.to(latents).expand(rows, *reference.shape[1:]), latents[rows:]])
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,10 @@ class Inversion:
     """A real image as a trajectory of latents, for ``pipe(..., inversion=inversion)``.
 
     Args:
-        method: how the source is held to the trajectory; see the module.
-        latents: [steps + 1, 1, C, h, w] from the encoded image (first) to noise (last).
+        method: how the source is held to the trajectory; see this module, and of flow models
+            :mod:`fpe_pipeline.inversion.flow`.
+        latents: [steps + 1, 1, C, h, w] from the encoded image (first) to noise (last); of FLUX.1 packed, as
+            [steps + 1, 1, tokens, 4 · C].
         prompt: of the image; empty where none was given.
         guidance_scale: of the passes from image to noise.
         schedule: the run that the latents belong to.
@@ -70,7 +72,7 @@ class Inversion:
         unconditional: [steps, 1, tokens, channels], the optimised embedding of each step, noisiest first.
     """
 
-    method: Method
+    method: Method | Literal["reference", "free"]
     latents: torch.Tensor
     prompt: str
     guidance_scale: float
@@ -159,17 +161,17 @@ class Inversion:
     @property
     def steps(self) -> int:
         """Denoising steps of the run."""
-        return self.schedule.steps
+        return len(self.latents) - 1
 
     def reference(self, step: int) -> torch.Tensor | None:
         """The latent [1, C, h, w] that the source row is put onto after step ``step``; None leaves it free."""
         last = step + 1 >= self.steps
-        if self.method == "direct" or (self.method == "ddim" and not last):
+        if self.method == "direct" or (self.method in ("ddim", "reference") and not last):
             return self.latents[self.steps - 1 - step]
         return None
 
     def check(self, scheduler: Any, guidance_scale: float) -> None:
-        """Set ``scheduler`` to this run; raise ValueError where one at ``guidance_scale`` cannot follow it."""
+        """Set a UNet's ``scheduler`` to this run; raise ValueError where one at ``guidance_scale`` cannot follow it."""
         require_ddim(scheduler, f"an image inverted by {self.method!r}")
         scheduler.set_timesteps(self.steps)
         self.schedule.check(scheduler, "inversion")

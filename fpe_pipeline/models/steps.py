@@ -163,6 +163,9 @@ def _step_of_call(scheduler: Any, call: int, calls: int) -> Step:
     or its first three by four each (Runge-Kutta, N + 9).
     """
     total = getattr(scheduler, "num_inference_steps", None)
+    said = getattr(scheduler, "steps_of_calls", ())  # by our own schedulers of flow models
+    if said and total is not None:
+        return Step(said[call], total, call, calls)
     if total is None or total == calls:
         return Step(call, calls)
     runge_kutta = getattr(scheduler, "prk_timesteps", None)

@@ -68,7 +68,7 @@ def _reads(edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: Ba
         active = running.active(step)
         orders = make_orders(chosen if active else (), watching, step, roles, "auto", place)
         for path, order in orders.items():
-            for row, parts in order.row_plan.reads.items():
+            for row, parts in order.plan.reads.items():
                 yield from (_Read(path, row, name, index) for name in parts)
             for row in {*order.columns, *order.maps}:
                 if row >= roles.batch:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ..models.adapter import identity
-from ..sampling.pipeline import SamplingPipeline
 
 __all__ = ["fingerprint"]
 
@@ -22,8 +21,8 @@ _FUSED = ("to_qkv", "to_kv")  # of `fuse_qkv_projections`: copies of projections
 _FREEU = ("s1", "s2", "b1", "b2")
 
 
-def fingerprint(pipe: SamplingPipeline) -> str:
-    """SHA-256 (hex) of the text encoder's and the UNet's configuration, switches, and samples of every weight.
+def fingerprint(pipe: Any) -> str:
+    """SHA-256 (hex) of the text encoders' and the model's configuration, switches, and samples of every weight.
 
     64 numbers a weight: another checkpoint, an adapter and another dtype are told apart in a fraction of the time
     that it takes to read everything.
@@ -32,7 +31,11 @@ def fingerprint(pipe: SamplingPipeline) -> str:
         ValueError: a weight that is nowhere.
     """
     digest = hashlib.sha256()
-    for name in ("text_encoder", "unet"):
+    names: tuple[str, ...] = ("text_encoder", "unet")
+    if getattr(pipe, "transformer", None) is not None:
+        every = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
+        names = tuple(name for name in every if getattr(pipe, name, None) is not None)
+    for name in names:
         module = identity(getattr(pipe, name))
         config: Any = module.config
         config = config.to_dict() if hasattr(config, "to_dict") else dict(config)

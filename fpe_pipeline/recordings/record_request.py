@@ -113,7 +113,7 @@ class RecordRequest:
         check_without_image_prompts(pipe, "a recording")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-        _check_placement(self.placement)
+        check_placement(self.placement)
         check_deterministic(pipe.scheduler)
         check_guidance(self.guidance_scale)
         check_generator(self.generator)
@@ -165,7 +165,7 @@ def _checked_prompts(prompt: Any, negative_prompt: Any) -> str:
     return prompt
 
 
-def _check_placement(placement: str | Path) -> None:
+def check_placement(placement: str | Path) -> None:
     """Raise for the name of a device or of a medium, which would become a folder of that name."""
     if not isinstance(placement, str | Path):
         raise TypeError(f'placement must be "device", "cpu" or a folder, got {type(placement).__name__}')

@@ -49,13 +49,16 @@ class Recording:
         window: (first, last) step, as fractions of the run, of the plain `FreePromptEdit` that it was made for; None
             where it was made for others alone.
         paths: the layers of that edit.
-        latents: [steps + 1, 1, C, h, w], from the noise that all start from to the source's last latent.
+        latents: [steps + 1, 1, C, h, w], from the noise that all start from to the source's last latent; of FLUX.1
+            packed, as [steps + 1, 1, tokens, 4 · C], and with solvers that call the model between steps one a call.
         model: fingerprint of the weights and configurations that made it.
         precision: "exact", "half" or "int8-keys".
         error: largest relative error, over all recorded layers and steps, that the precision makes in the source's own
             attention output, or in a feature (2-norm); 0 where exact.
         store: where the tensors are.
         unconditional: [steps, 1, tokens, channels], the embeddings of a null-text inversion, or None.
+        size: (height, width) in pixels, on a transformer; None on a UNet, whose latents say it.
+        text_length: tokens of T5, on a transformer.
     """
 
     prompt: str
@@ -72,6 +75,8 @@ class Recording:
     error: float
     store: MapStore = field(repr=False)
     unconditional: torch.Tensor | None = None
+    size: tuple[int, int] | None = None
+    text_length: int | None = None
 
     def __repr__(self) -> str:
         return (
@@ -100,6 +105,7 @@ class Recording:
         schedule |= {name: tuple(schedule.get(name, ())) for name in ("timesteps", "levels")}
         values["window"] = None if values["window"] is None else tuple(values["window"])
         values["paths"] = tuple(values["paths"])
+        values["size"] = None if values.get("size") is None else tuple(values["size"])
         return cls(
             schedule=NoiseSchedule(**schedule),
             store=store,

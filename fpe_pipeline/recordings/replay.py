@@ -34,6 +34,7 @@ class Replay(EditingSession):
         targets: how many.
         guided: whether there are unconditional rows.
         backend: of the attention.
+        size: (height, width) of the latents, where they are packed; default: what their shape says.
 
     Attributes:
         needed: what the edit takes of the source.
@@ -50,13 +51,14 @@ class Replay(EditingSession):
         targets: int,
         guided: bool,
         backend: str,
+        size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(pipe, edit, backend=backend)
         self._store = store
         self._latents = latents
         self._recorded_roles = BatchRoles.from_recording(targets, classifier_free_guidance=guided)
         self._device = latents.device
-        sites = tuple(site.at(*latents.shape[-2:]) for site in self.sites)
+        sites = tuple(site.at(*(size or latents.shape[-2:])) for site in self.sites)
         self.needed = source_needs([edit], sites, run_steps(pipe.scheduler), targets=targets, guided=guided)
 
     def after_step(self, latents: torch.Tensor) -> torch.Tensor:

@@ -73,19 +73,19 @@ def _refuse_pictures(text: Any) -> None:
             )
 
 
-def negative_list(negative_prompt: Any, count: int) -> list[str] | None:
-    """A negative prompt for each of ``count`` prompts, or None."""
+def negative_list(negative_prompt: Any, count: int, name: str = "negative_prompt") -> list[str] | None:
+    """A negative prompt, or another text of that ``name``, for each of ``count`` prompts, or None."""
+    word = name.replace("_", " ")
     if negative_prompt is None:
         return None
     for text in [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt:
-        check_text("a negative prompt", text)
+        check_text(f"a {word}", text)
     negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
     if len(negatives) == 1:
         return negatives * count
     if len(negatives) != count:
         raise ValueError(
-            f"expected one negative prompt, or one for each of the {count} prompts (the source's first), "
-            f"got {len(negatives)}"
+            f"expected one {word}, or one for each of the {count} prompts (the source's first), got {len(negatives)}"
         )
     return negatives
 

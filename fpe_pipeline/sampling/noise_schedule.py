@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 __all__ = ["NoiseSchedule", "ddim_inverse_step", "ddim_scheduler", "require_ddim"]
 
@@ -25,7 +25,8 @@ class NoiseSchedule:
         scheduler: class name of the diffusers scheduler.
         timesteps: of the run, noisiest first.
         levels: ᾱ, the share of the signal in the variance, at each of them, and at the end where that is set apart;
-            () where a record does not say them, which then follow from the settings.
+            () where a record does not say them, which then follow from the settings. Of flow matching σ, the share of
+            the noise, at each and at the end.
         settings: every option of that class, such as what the UNet predicts and the order of the solver.
     """
 
@@ -39,12 +40,16 @@ class NoiseSchedule:
         """The schedule that a diffusers scheduler is set to; ``set_timesteps`` has run.
 
         Raises:
-            ValueError: a scheduler of other models than Stable Diffusion's, which has no noise level a timestep.
+            ValueError: a scheduler of neither, which has no noise level a timestep.
         """
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            timesteps, sigmas = (tuple(map(float, numbers)) for numbers in (scheduler.timesteps, scheduler.sigmas))
+            return cls(type(scheduler).__name__, timesteps, sigmas, _settings(scheduler))
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(
                 f"{type(scheduler).__name__} has no noise level for each timestep of training (alphas_cumprod), by "
-                "which a run is recognised: use a scheduler made for Stable Diffusion, such as DDIM or DPM-Solver++"
+                "which a run is recognised: use a scheduler made for Stable Diffusion, such as DDIM or DPM-Solver++, "
+                "or for a transformer FlowMatchEulerDiscreteScheduler"
             )
         timesteps = tuple(float(t) for t in scheduler.timesteps)
         known = scheduler.alphas_cumprod
@@ -58,8 +63,13 @@ class NoiseSchedule:
         )
 
     @property
+    def is_flow(self) -> bool:
+        """Whether it is one of flow matching."""
+        return "use_dynamic_shifting" in self.settings
+
+    @property
     def steps(self) -> int:
-        """UNet calls of the run."""
+        """Calls of the model in the run."""
         return len(self.timesteps)
 
     def check(self, scheduler: Any, what: str) -> None:
@@ -165,4 +175,4 @@ def _agree(known: Any, found: Any) -> bool:
 def _short(value: Any) -> str:
     if isinstance(value, tuple):
         return f"of {len(value)} steps from {value[0]:g} to {value[-1]:g}"
-    return str(value)[:16]
+    return str(value)[:32]

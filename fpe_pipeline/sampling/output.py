@@ -115,6 +115,8 @@ class FreePromptPipelineOutput(StableDiffusionPipelineOutput):
         if isinstance(self.images, list):
             return self.images
         values = self.images
+        if values.ndim != 4:
+            raise ValueError('expected pictures, these images are latents of tokens: leave out output_type="latent"')
         if isinstance(values, torch.Tensor):
             values = values.detach().float().cpu().permute(0, 2, 3, 1).numpy()  # [B, H, W, C]
         if values.shape[-1] != 3:

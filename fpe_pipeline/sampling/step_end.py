@@ -120,7 +120,8 @@ def check_source_can_be_dropped(pipe: Any, prompts: int, options: dict[str, Any]
         raise ValueError("keep_source=False needs at least one target prompt beside the source, got none")
     if options.get("ip_adapter_image") is not None or options.get("ip_adapter_image_embeds") is not None:
         raise ValueError(f"keep_source=False cannot drop the source's image embeddings of an IP-Adapter; {hint}")
-    if pipe.unet.config.time_cond_proj_dim is not None:
+    unet = getattr(pipe, "unet", None)
+    if unet is not None and unet.config.time_cond_proj_dim is not None:
         raise ValueError(f"keep_source=False cannot drop the source's guidance embedding of this UNet; {hint}")
     if hasattr(pipe.scheduler, "noise_sampler"):
         raise ValueError(

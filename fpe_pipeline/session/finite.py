@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..models.adapter import model_inputs
+from ..models.adapter import identity, model_inputs
+from ..models.families import edited_model
 from ..models.steps import Step, locate_step
 
 __all__ = ["FiniteDecoder", "FiniteSteps", "check_latents", "first_bad_layer", "is_finite", "refuse_step"]
@@ -131,7 +132,8 @@ class FiniteSteps:
         self._decoder = FiniteDecoder(self._pipe)
         self._steps = SchedulerHook(self._pipe.scheduler, self._check)
         keep = torch.compiler.disable(self._keep)
-        self._handle = self._pipe.unet.register_forward_pre_hook(keep, with_kwargs=True)
+        self._model = edited_model(self._pipe)[1]
+        self._handle = self._model.register_forward_pre_hook(keep, with_kwargs=True)
 
     def __exit__(self, *_: Any) -> None:
         self._handle.remove()
@@ -143,8 +145,7 @@ class FiniteSteps:
 
     def _check(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
         if not is_finite(latents):
-            unet = getattr(self._pipe.unet, "_orig_mod", self._pipe.unet)
             step = locate_step(self._pipe.scheduler, timestep)
-            refuse_step(step, unet, *self._call, getattr(self._pipe, "guidance_scale", None))
+            refuse_step(step, identity(self._model), *self._call, getattr(self._pipe, "guidance_scale", None))
         self._call = (), {}
         return latents

@@ -64,12 +64,14 @@ class EditFluxProcessor(ProcessorAround):
         check_joint_input(order, image, text, attention_mask)
         places = _places(image_rotary_emb, text.shape[1])
         layer = JointLayer(
-            _project(attn, plan, "image", image, places["image"], is_single),
-            _project(attn, plan, "text", text, places["text"], is_single),
+            _project(attn, plan, "image", image, places["image"], is_single).beside("image", order.recorded),
+            _project(attn, plan, "text", text, places["text"], is_single).beside("text", order.recorded),
             attn.head_dim**-0.5,
             order.backend,
         )
         self.record = joint_record(plan, layer, attn.heads)
+        if order.receive is not None:
+            order.receive(plan, layer)
         rows, text_rows = evaluate_joint(plan, layer)
         assert text_rows is not None
         out, context = merged_heads(rows), merged_heads(text_rows)
@@ -118,7 +120,12 @@ def _project(
     query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in split)
     query, key = (attn.norm_added_q(query), attn.norm_added_k(key)) if added else (attn.norm_q(query), attn.norm_k(key))
     if places is not None:
-        query, key = (apply_rotary_emb(part, places, sequence_dim=1) for part in (query, key))
+        query, key = (_turned(part, places) for part in (query, key))
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm returns a wider type
     parts = zip((query, key, value), used, strict=True)
     return SegmentProjections(*(Rows(part.transpose(1, 2), rows) for part, rows in parts))
+
+
+def _turned(part: torch.Tensor, places: Any) -> torch.Tensor:
+    """Queries or keys [rows, N, H, D] turned by their places; of no rows where all are known from a recording."""
+    return apply_rotary_emb(part, places, sequence_dim=1) if part.shape[0] else part

@@ -52,17 +52,38 @@ class FeatureHooks:
 class SchedulerHook:
     """Passes a scheduler's new latents through a function ``change(latents, timestep)``, until it is removed.
 
-    Schedulers offer no callback. The method is shadowed on the instance, with its signature, which pipelines inspect.
-    Of several hooks the first one acts first; they are removed in any order.
+    Schedulers offer no callback. The method is shadowed on the instance, with its signature, which pipelines inspect;
+    where steps end inside of it (:mod:`..models.flow_solvers`) the scheduler calls back itself. Of several hooks the
+    first one acts first; they are removed in any order.
+
+    Args:
+        scheduler: whose steps.
+        change: takes new latents and the timestep, and returns the latents to go on from.
+        options: further keyword arguments of a step, where its caller leaves them out.
     """
 
-    def __init__(self, scheduler: Any, change: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        change: Callable[[torch.Tensor, Any], torch.Tensor],
+        options: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
         self.calls = 0
-        self.change = change
+        self.change, self.options = change, options
         self._scheduler = scheduler
+        self._nodes: list[Any] | None = getattr(scheduler, "node_hooks", None)
+        self._shadow: Any = None
+        if self._nodes is not None:
+            self._nodes.append(self.pass_through)
+            return
         shadow = vars(scheduler).get("step")
         self._shadow = shadow if hasattr(shadow, "hooks") else _shadow_step(scheduler)
         self._shadow.hooks.append(self)
+
+    def pass_through(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
+        """New latents, counted and changed."""
+        self.calls += 1
+        return self.change(latents, timestep)
 
     def remove(self, *, expected: bool) -> None:
         """Uncover the method that was there before; warn where steps were ``expected`` and none was made."""
@@ -73,6 +94,10 @@ class SchedulerHook:
                 RuntimeWarning,
                 stacklevel=5,
             )
+        if self._nodes is not None:
+            if self.pass_through in self._nodes:
+                self._nodes.remove(self.pass_through)
+            return
         hooks = self._shadow.hooks
         if self in hooks:
             hooks.remove(self)
@@ -90,11 +115,12 @@ def _shadow_step(scheduler: Any) -> Any:
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        for hook in tuple(hooks):
+            kwargs = {**hook.options(), **kwargs}
         output = original(*args, **kwargs)
         latents = output[0] if isinstance(output, tuple) else output.prev_sample
         for hook in tuple(hooks):
-            hook.calls += 1
-            latents = hook.change(latents, timestep)
+            latents = hook.pass_through(latents, timestep)
         if isinstance(output, tuple):
             return (latents, *output[1:])
         output.prev_sample = latents

@@ -21,6 +21,7 @@ from ..models.sites import Site
 from ..models.steps import Step
 from .computing import Rows
 from .device_copies import Place
+from .joint_computing import JointLayer
 from .known_rows import RecordedLayer
 from .straight_line import StraightLine, straight_line
 
@@ -45,6 +46,7 @@ class Order:
         recorded: what a recording holds of the layer at this step, for the plan's rows that are not in the batch.
         compute: computes the layer's attention [B, H, N, E] from query, key, value, scale and bias, in the place of
             the plan's products.
+        receive: is shown a layer of joint attention before its products are computed.
     """
 
     site: Site
@@ -56,6 +58,7 @@ class Order:
     deliver: Deliver | None = None
     recorded: RecordedLayer | None = None
     compute: Compute | None = None
+    receive: Callable[[JointPlan, JointLayer], None] | None = None
 
     @property
     def row_plan(self) -> ProductPlan:
@@ -127,7 +130,7 @@ def _plan(site: Site, products: Mapping[int, Any], roles: BatchRoles, wanted: _W
         return plan_products(products, roles.batch, roles.recorded)
     if wanted:
         raise ValueError(f"{site.path} is joint attention of image and text, whose maps are not shown to watchers yet")
-    return plan_joint_products(products, roles.batch)
+    return plan_joint_products(products, roles.batch, roles.recorded)
 
 
 class StandingOrders:

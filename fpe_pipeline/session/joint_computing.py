@@ -21,6 +21,7 @@ from fpe_kernels import AttentionMap, join
 
 from ..edits.joint_products import JointPlan, JointProduct
 from .computing import Rows
+from .known_rows import RecordedLayer
 
 __all__ = ["JointLayer", "SegmentProjections", "evaluate_joint"]
 
@@ -31,6 +32,16 @@ class SegmentProjections(NamedTuple):
     query: Rows
     key: Rows
     value: Rows
+
+    def beside(self, segment: str, recorded: RecordedLayer | None) -> SegmentProjections:
+        """The same, and the rows beside the batch that a recording knows."""
+        if recorded is None:
+            return self
+        known = recorded.unpacked(self.value.tensor.dtype)
+        parts = zip(("query", "key", "value"), self, strict=True)
+        return SegmentProjections(
+            *(Rows(rows.tensor, rows.rows, known.get(f"{segment}-{part}", {})) for part, rows in parts)
+        )
 
 
 @dataclass(frozen=True)

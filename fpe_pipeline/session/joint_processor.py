@@ -74,10 +74,14 @@ class EditJointProcessor(ProcessorAround):
         assert isinstance(plan, JointPlan)
         check_joint_input(order, hidden_states, encoder_hidden_states, attention_mask)
         fused = _is_fused(self.inner)
-        image = _project(attn, plan, "image", hidden_states, fused)
-        text = None if encoder_hidden_states is None else _project(attn, plan, "text", encoder_hidden_states, fused)
+        image = _project(attn, plan, "image", hidden_states, fused).beside("image", order.recorded)
+        text = None
+        if encoder_hidden_states is not None:
+            text = _project(attn, plan, "text", encoder_hidden_states, fused).beside("text", order.recorded)
         layer = JointLayer(image, text, image.query.tensor.shape[-1] ** -0.5, order.backend)
         self.record = joint_record(plan, layer, attn.heads)
+        if order.receive is not None:
+            order.receive(plan, layer)
         rows, text_rows = evaluate_joint(plan, layer)
         out = attn.to_out[1](attn.to_out[0](merged_heads(rows)))  # the second is dropout
         if text_rows is None:

@@ -39,7 +39,7 @@ class RecordedLayer:
         out: dict[str, dict[int, torch.Tensor]] = {"query": {}, "key": {}, "value": {}, "logsumexp": {}}
         for row, packed in self.rows.items():
             for part, tensor in unpack(packed, dtype).items():
-                out[part][row] = tensor
+                out.setdefault(part, {})[row] = tensor
         return out
 
     @property

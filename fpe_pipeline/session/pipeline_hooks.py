@@ -26,6 +26,7 @@ class PipelineHooks:
         stepped: takes the scheduler's new latents with the timestep and returns those to go on from.
         paired: the sources of the call's prompts and its images a prompt, where rows of one image are to draw the same
             noise; None where rows draw their own.
+        called: is told that a call of the pipeline begins.
     """
 
     def __init__(
@@ -34,15 +35,24 @@ class PipelineHooks:
         encoded: Callable[[Encoding], None],
         stepped: Callable[[torch.Tensor, Any], torch.Tensor],
         paired: Callable[[], tuple[Sequence[int], int] | None],
+        called: Callable[[], None],
     ) -> None:
+        def begun(original: Any, *args: Any, **kwargs: Any) -> Any:
+            called()
+            return original(*args, **kwargs)
+
+        self._calls = _Shadows(pipe)
+        # What every call of a diffusers pipeline begins with; its __call__ itself is looked up in the class.
+        self._calls.cover("check_inputs", begun)
         self._encoding = EncodingHook(pipe, encoded)
         self._decoder = FiniteDecoder(pipe)
         self._noise = _PairedNoise(pipe, paired)
         has_steps = hasattr(getattr(pipe, "scheduler", None), "step")
-        self._scheduler = SchedulerHook(pipe.scheduler, stepped) if has_steps else None
+        self._scheduler = SchedulerHook(pipe.scheduler, stepped, self._noise.of_steps) if has_steps else None
 
     def remove(self, *, expected: bool) -> None:
         """Leave the pipeline as it was found; warn where steps of its scheduler were ``expected`` and none was made."""
+        self._calls.remove()
         self._encoding.remove()
         self._decoder.remove()
         self._noise.remove()
@@ -50,21 +60,23 @@ class PipelineHooks:
             self._scheduler.remove(expected=expected)
 
 
-class _PairedNoise:
-    """Rows of one image draw the same noise: at the start, where no latents are given, and in every stochastic step."""
+class _Shadows:
+    """Methods of a pipeline that are covered on the instance, with their signatures, until they are uncovered."""
 
-    def __init__(self, pipe: Any, paired: Callable[[], tuple[Sequence[int], int] | None]) -> None:
-        self._pipe, self._paired = pipe, paired
-        self._generators: list[torch.Generator] | None = None
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
         self._shadows: list[tuple[str, Any, Any]] = []
-        for name, around in (("prepare_latents", self._latents), ("prepare_extra_step_kwargs", self._options)):
-            original = getattr(pipe, name, None)
-            if original is not None:
-                shadow = functools.wraps(original)(functools.partial(around, original, inspect.signature(original)))
-                self._shadows.append((name, vars(pipe).get(name), shadow))
-                setattr(pipe, name, shadow)
+
+    def cover(self, name: str, around: Callable[..., Any]) -> None:
+        """Call ``around(original, …)`` in a method's stead; nothing where the pipeline has no such method."""
+        original = getattr(self._pipe, name, None)
+        if original is not None:
+            shadow = functools.wraps(original)(functools.partial(around, original))
+            self._shadows.append((name, vars(self._pipe).get(name), shadow))
+            setattr(self._pipe, name, shadow)
 
     def remove(self) -> None:
+        """Uncover the methods that were there before."""
         for name, shadowed, shadow in self._shadows:
             if vars(self._pipe).get(name) is shadow:
                 delattr(self._pipe, name)
@@ -72,10 +84,33 @@ class _PairedNoise:
                     setattr(self._pipe, name, shadowed)
         self._shadows = []
 
-    def _latents(self, original: Any, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
+
+class _PairedNoise:
+    """Rows of one image draw the same noise: at the start, where no latents are given, and in every stochastic step."""
+
+    def __init__(self, pipe: Any, paired: Callable[[], tuple[Sequence[int], int] | None]) -> None:
+        self._paired = paired
+        self._generators: list[torch.Generator] | None = None
+        self._shadows = _Shadows(pipe)
+        self._shadows.cover("prepare_latents", self._latents)
+        self._shadows.cover("prepare_extra_step_kwargs", self._options)
+        step = getattr(getattr(pipe, "scheduler", None), "step", None)
+        # Pipelines of flow models hand their generator to no step.
+        self._hands_on = hasattr(pipe, "prepare_extra_step_kwargs")
+        self._to_steps = not self._hands_on and step is not None and "generator" in inspect.signature(step).parameters
+
+    def remove(self) -> None:
+        self._shadows.remove()
+
+    def of_steps(self) -> dict[str, Any]:
+        """What a step of the scheduler is to be given beside what the pipeline gives it."""
+        return {"generator": self._generators} if self._to_steps and self._generators is not None else {}
+
+    def _latents(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        signature = inspect.signature(original)
         given = signature.bind(*args, **kwargs)
         layout, generator = self._paired(), given.arguments.get("generator")
-        self._generators = None
+        self._generators = generator if isinstance(generator, list) and not self._hands_on else None
         draws = "generator" in signature.parameters and given.arguments.get("latents") is None
         if draws and layout is not None and not isinstance(generator, list):  # a list says every row's own
             self._generators = given.arguments["generator"] = paired_generators(generator, *layout)
@@ -85,7 +120,7 @@ class _PairedNoise:
                 given.arguments["image"] = image.repeat(len(self._generators) // image.shape[0], 1, 1, 1)
         return original(*given.args, **given.kwargs)
 
-    def _options(self, original: Any, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
+    def _options(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         options = original(*args, **kwargs)
         if self._generators is not None and "generator" in options:
             options["generator"] = self._generators

@@ -162,7 +162,9 @@ class EditingSession:
             base.feature_modules_of(self._running),
             self._before_call,
             self._after_call,
-            lambda: PipelineHooks(self.pipe, self._encoded, self._after_scheduler_step, self._paired_rows),
+            lambda: PipelineHooks(
+                self.pipe, self._encoded, self._after_scheduler_step, self._paired_rows, self._called
+            ),
         )
         for watcher in watchers:
             self.watch(watcher)
@@ -258,6 +260,11 @@ class EditingSession:
     def explain(self) -> str:
         """What was done to which layer at which step, what was left out and why, and the memory of it."""
         return self._report.explain()
+
+    def _called(self) -> None:
+        """The pipeline is called: what it encodes first are its prompts, whatever became of the call before."""
+        if self.adapter.guides_apart and not self.is_paused:
+            self._encoding = Encoding()
 
     def _encoded(self, encoding: Encoding) -> None:
         """The pipeline has encoded its prompts: a run begins, with these prompts and with this layout."""

@@ -9,25 +9,33 @@ import torch
 __all__ = ["paired_generators", "row_generators", "shared_latents"]
 
 
-def shared_latents(latents: torch.Tensor | None, prompts: int, images: int, channels: int) -> torch.Tensor | None:
+def shared_latents(
+    latents: torch.Tensor | None, prompts: int, images: int, channels: int, tokens: int | None = None
+) -> torch.Tensor | None:
     """Reduce starting latents to one row an image, [images, C, h, w].
 
     Args:
         latents: [1, C, h, w], [images, C, h, w] or [prompts · images, C, h, w], prompt by prompt; or None.
         prompts: source and targets.
         images: images per prompt.
-        channels: C of the UNet.
+        channels: C of the model.
+        tokens: N, of latents that are packed into tokens: [rows, N, C] in the place of [rows, C, h, w].
 
     Raises:
         ValueError: another shape, or rows of one image that differ between prompts.
     """
     if latents is None:
         return None
-    shapes = " or ".join(f"[{rows}, {channels}, h, w]" for rows in dict.fromkeys((1, images, prompts * images)))
-    if latents.ndim != 4 or latents.shape[1] != channels or latents.shape[0] not in (1, images, prompts * images):
+    rest = f"{channels}, h, w" if tokens is None else f"{tokens}, {channels}"
+    shapes = " or ".join(f"[{rows}, {rest}]" for rows in dict.fromkeys((1, images, prompts * images)))
+    if tokens is None:
+        fits = latents.ndim == 4 and latents.shape[1] == channels
+    else:
+        fits = latents.shape[1:] == (tokens, channels)
+    if not fits or latents.shape[0] not in (1, images, prompts * images):
         raise ValueError(f"expected latents {shapes}, got {list(latents.shape)}")
     if latents.shape[0] == 1:
-        return latents.expand(images, -1, -1, -1)
+        return latents.expand(images, *latents.shape[1:])
     for row in range(images, latents.shape[0]):
         if not torch.equal(latents[row], latents[row % images]):
             raise ValueError(

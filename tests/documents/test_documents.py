@@ -109,6 +109,7 @@ def transformer_stand_in(tmp_path_factory):
 def workplace(stand_in, transformer_stand_in, tmp_path, monkeypatch):
     """An empty working directory with a photo in it, on a machine with a hub and a GPU, as documents assume."""
     load, move = DiffusionPipeline.from_pretrained.__func__, DiffusionPipeline.to
+    look = DiffusionPipeline.load_config.__func__
 
     def from_pretrained(kind, name, **options):
         is_hub_name = isinstance(name, str) and name.count("/") == 1 and not Path(name).exists()
@@ -118,10 +119,15 @@ def workplace(stand_in, transformer_stand_in, tmp_path, monkeypatch):
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    def load_config(kind, name, **options):
+        is_hub_name = isinstance(name, str) and name.count("/") == 1 and not Path(name).exists()
+        return look(kind, stand_in if is_hub_name else name, **options)
+
     def to(pipe, *arguments, **options):
         return move(pipe, *("cpu" if argument == "cuda" else argument for argument in arguments), **options)
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.setattr(DiffusionPipeline, "load_config", classmethod(load_config))
     monkeypatch.setattr(DiffusionPipeline, "to", to)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

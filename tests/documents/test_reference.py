@@ -18,8 +18,12 @@ MEMBERS = [(f"{name}.{member.name}", member) for name, found in CLASSES for memb
 #: Their makers are `editing`, `heat_maps`, `AttentionMap` and the like, which are documented.
 NOT_YET = {"make_edit"}  # says what it returns in its first line
 MADE_BY_OTHERS = {"CombinedEdit", "Edit", "HeatMaps", "LinearMap", "FreePromptPipeline"} | {
+    "FireFlowScheduler",
+    "FreePromptFluxPipeline",
+    "FreePromptSD3Pipeline",
     "Injecting",
     "Prompted",
+    "RFSolverScheduler",
     "Remembering",
     "Watching",
 }

@@ -28,6 +28,7 @@ SHARED = {
     "fpe_pipeline.texts": "ground",
     "fpe_pipeline.extras": "ground",
     "fpe_pipeline.atomic_folder": "ground",
+    "fpe_pipeline.flow_pipeline": "pipeline",
     "fpe_pipeline.cli": "app",
     "fpe_pipeline.__main__": "app",
 }

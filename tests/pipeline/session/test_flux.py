@@ -1,5 +1,6 @@
 """Edits of FLUX.1: against a dense processor in float64, dual and single blocks, one call a step or two."""
 
+import functools
 from typing import ClassVar
 
 import pytest
@@ -170,6 +171,33 @@ class TestTwoCallsAStep:
             draw_flux(flux, **self.OPTIONS)
             draw_flux(flux, prompts=2)
         assert seen == [tuple(PROMPTS[:3]), tuple(PROMPTS[:2])]
+
+    @pytest.mark.parametrize("where", ["prepare_latents", "encode_prompt"])
+    def test_a_call_that_failed_before_it_denoised(self, flux, monkeypatch, where):
+        """The next one's prompts are its own: neither the failed call's, nor taken for its negative ones."""
+        expected = edited(flux, FreePromptEdit(0.5), prompts=2)[0]
+        original, calls, seen = getattr(flux, where), [], []
+
+        @functools.wraps(original)
+        def fail(*args, **kwargs):
+            calls.append(kwargs)
+            if len(calls) == (1 if where == "prepare_latents" else 2):
+                raise MemoryError(where)
+            return original(*args, **kwargs)
+
+        class Listening(FreePromptEdit):
+            def encoded(self, encoding):
+                seen.append(encoding.prompts)
+                return self
+
+        with monkeypatch.context() as patch:
+            patch.setattr(flux, where, fail)
+            with editing(flux, Listening(0.5)):
+                with pytest.raises(MemoryError):
+                    draw_flux(flux, **self.OPTIONS)
+                actual = draw_flux(flux, prompts=2)
+        assert seen == [tuple(PROMPTS[:3]), tuple(PROMPTS[:2])]
+        assert torch.equal(actual, expected)
 
     def test_a_pipeline_that_does_not_say_which_call_is_which(self, pipe):
         tiny = tiny_flux_pipeline(pipe, kind=FluxImg2ImgPipeline)

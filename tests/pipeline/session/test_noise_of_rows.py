@@ -1,12 +1,20 @@
 """Rows of one image draw the same noise, for edits that pair images pixel by pixel."""
 
+from typing import ClassVar
+
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
 from PIL import Image
 
-from fpe_pipeline import FreePromptEdit, StyleAlignedEdit, editing, heat_maps
+from fpe_pipeline import FreePromptEdit, FreePromptPipeline, StyleAlignedEdit, editing, heat_maps
+from tests.support.golden_cases import load_pipeline
 from tests.support.silent import SOURCE, TARGET, embedded
+from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
 
 PROMPTS = [SOURCE, TARGET]
 OTHERS = ["a photo of a green house in the snow", "a photo of a green house in the desert"]
@@ -82,6 +90,57 @@ def test_stochastic_steps(pipe, starts):
     finally:
         pipe.scheduler = scheduler
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-5)
+
+
+class TestStochasticFlow:
+    """Pipelines of flow models hand no generator to their scheduler's steps."""
+
+    OPTIONS: ClassVar = {"height": 64, "width": 64, "max_sequence_length": 12, "guidance_scale": 3.0}
+
+    @pytest.fixture(params=[tiny_sd3_pipeline, tiny_flux_pipeline], ids=["sd3", "flux"])
+    def flow(self, request):
+        tiny = request.param(load_pipeline(), dtype=torch.float32)
+        tiny.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+        return tiny
+
+    def test_equal_prompts_give_equal_images(self, flow):
+        with editing(flow, FreePromptEdit(1.0)):
+            images = run(flow, [SOURCE] * 4, images=2, steps=3, **self.OPTIONS)
+        for target in (2, 4, 6):
+            torch.testing.assert_close(images[target : target + 2], images[:2], rtol=0, atol=1e-4)
+        assert (images[0] - images[1]).abs().max() > 0.1
+
+    def test_a_seed_decides(self, flow):
+        with editing(flow, FreePromptEdit(1.0)):
+            first, again, other = (run(flow, steps=3, seed=seed, **self.OPTIONS) for seed in (0, 0, 1))
+        assert torch.equal(first, again)
+        assert (first - other).abs().max() > 0.1
+
+    def test_a_list_of_generators_is_every_rows_own(self, flow):
+        def generators():
+            return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+
+        with editing(flow, FreePromptEdit(1.0)):
+            first, again = (
+                flow([SOURCE] * 2, generator=generators(), num_inference_steps=3, output_type="latent", **self.OPTIONS)
+                for _ in range(2)
+            )
+        assert torch.equal(first.images, again.images)
+        assert (first.images[0] - first.images[1]).abs().max() > 0.1
+
+    def test_noise_that_is_kept_apart(self, flow):
+        with editing(flow, FreePromptEdit(1.0), noise="separate"):
+            images = run(flow, [SOURCE] * 2, steps=3, **self.OPTIONS)
+        assert (images[0] - images[1]).abs().max() > 0.1
+        assert "step" not in vars(flow.scheduler) and "check_inputs" not in vars(flow)
+
+    def test_ours_shares_it_whatever_it_starts_from(self, flow):
+        tiny = FreePromptPipeline.from_pipe(flow)
+        tiny.set_progress_bar_config(disable=True)
+        latents = torch.randn(1, 16, 8, 8) if flow.transformer.config.in_channels == 16 else torch.randn(1, 16, 64)
+        for given in ({}, {"latents": latents}):
+            out = tiny([SOURCE] * 2, num_inference_steps=3, output_type="latent", **given, **self.OPTIONS)
+            torch.testing.assert_close(out.targets[0], out.source, rtol=0, atol=1e-4)
 
 
 def test_image_to_image(pipe, starts):

@@ -1,0 +1,104 @@
+"""The session of a recording in layers of joint attention: it keeps tokens by segment, after norm and RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..edits.joint_products import JointPlan, plan_joint_products
+from ..models.adapter import ModelCall
+from ..models.roles import BatchRoles
+from ..models.sites import Site
+from ..models.steps import Step
+from ..session.computing import Rows
+from ..session.instructions import Order
+from ..session.joint_computing import JointLayer, SegmentProjections, evaluate_joint
+from ..session.known_rows import Packed, unpack
+from .capture import Capture
+from .contents import Contents
+from .precision import Precision, packed_bytes
+
+__all__ = ["JointCapture", "joint_bytes"]
+
+
+class JointCapture(Capture):
+    """Keeps image and text tokens of a source while a transformer's pipeline denoises it, unedited."""
+
+    def _orders(self, call: ModelCall, step: Step, roles: BatchRoles) -> dict[str, Order]:
+        orders = {}
+        for site in self._instructor.selected.of(self._kept, call.size):
+            wanted = self._kept.wanted(site.path, step, roles)
+            if wanted:
+                receive = partial(self._keep_tokens, site.path, wanted, roles)
+                plan = plan_joint_products({}, roles.rows)
+                orders[site.path] = Order(site, plan, self.backend, edited=False, receive=receive)
+        return orders
+
+    def _keep_tokens(
+        self, path: str, wanted: Mapping[int, list[str]], roles: BatchRoles, plan: JointPlan, layer: JointLayer
+    ) -> None:
+        kept: dict[int, Packed] = {}
+        for row, names in wanted.items():
+            own = {name: _rows_of(layer, name).take([row]) for name in names}
+            kept[row] = self._pack(path, own)
+            self._keep(path, roles.conditional[row], kept[row])
+        if self._precision != "exact":
+            exact, rounded = (evaluate_joint(plan, one) for one in (layer, _rounded(layer, kept)))
+            for row in wanted:
+                self._note_error(_whole(rounded, row), _whole(exact, row))
+
+
+def joint_bytes(
+    contents: Contents, sites: Mapping[str, Site], dim: int, text_tokens: int, itemsize: int, precision: Precision
+) -> int:
+    """Bytes of all parts of layers of joint attention.
+
+    Args:
+        contents: what is kept.
+        sites: by path, at the size of the run.
+        dim: of a head.
+        text_tokens: of a prompt, padding included.
+        itemsize: bytes of a number of the model's.
+        precision: of the recording.
+    """
+    total = 0
+    for path, parts in contents.items():
+        site = sites[path]
+        for kept, steps in parts.items():
+            segment, _, part = kept.name.partition("-")
+            tokens = site.tokens if segment == "image" else text_tokens
+            total += len(steps) * packed_bytes(part, site.heads * (tokens or 0), dim, itemsize, precision)
+    return total
+
+
+def _rows_of(layer: JointLayer, name: str) -> Rows:
+    """Rows of a layer by the name of a part, such as "image-query"."""
+    segment, _, part = name.partition("-")
+    rows: Rows = getattr(getattr(layer, segment), part)
+    return rows
+
+
+def _rounded(layer: JointLayer, kept: Mapping[int, Packed]) -> JointLayer:
+    """A layer with some of its rows as they come back from a recording."""
+
+    def segment(name: str, own: SegmentProjections) -> SegmentProjections:
+        parts: list[Rows] = []
+        for part, rows in zip(("query", "key", "value"), own, strict=True):
+            tensor = rows.tensor.clone()
+            for row, packed in kept.items():
+                back = unpack(packed, tensor.dtype).get(f"{name}-{part}")
+                if back is not None:
+                    tensor[rows.rows.index(row)] = back[0]
+            parts.append(Rows(tensor, rows.rows))
+        return SegmentProjections(*parts)
+
+    text = None if layer.text is None else segment("text", layer.text)
+    return JointLayer(segment("image", layer.image), text, layer.scale, layer.backend)
+
+
+def _whole(rows: tuple[torch.Tensor, Any], row: int) -> torch.Tensor:
+    """A row's image tokens and text tokens, one after the other [H, N, E]."""
+    return torch.cat([part[row] for part in rows if part is not None], dim=1)

@@ -1,0 +1,273 @@
+"""Recording a source on a transformer, whatever edits need of its image and text tokens."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..edits import Edit, FreePromptEdit
+from ..edits.base import check_prompts
+from ..errors import check_generator, check_guidance, check_positive
+from ..inversion.flow import check_flow_inversion, with_size_of
+from ..inversion.follow import Followed, check_inversion_options
+from ..inversion.trajectory import Inversion
+from ..models.families import adapter_of
+from ..models.flow_solvers import require_flow
+from ..models.sites import Site
+from ..models.steps import run_steps
+from ..prompts.encoding import encoding_tokenizer
+from ..sampling.arguments import check_option_names
+from ..sampling.flow_models import FlowModel
+from ..sampling.flow_sampling import FlowSampling, chosen_flow_edit, flow_start, pipeline_default
+from ..sampling.noise_schedule import NoiseSchedule
+from ..sampling.step_end import Call
+from ..session.finite import check_latents
+from ..texts import check_text, print_text
+from .contents import Contents, recorded_steps, source_needs
+from .fingerprint import fingerprint
+from .flow_capture import JointCapture, joint_bytes
+from .folder_store import FileStore
+from .precision import Precision
+from .record_request import check_placement
+from .record_run import _megabytes, _new_store
+from .recording import Recording
+from .store import MapStore
+
+__all__ = ["flow_sites", "record_flow"]
+
+_OPTIONS = frozenset(
+    {"generator", "height", "width", "num_inference_steps", "guidance_scale", "negative_prompt", "max_sequence_length"}
+)
+_OWN = frozenset({"prompt", "edit", "placement", "precision", "budget_bytes", "inversion", "latents", "backend"})
+
+
+@torch.no_grad()
+def record_flow(
+    pipe: FlowSampling,
+    prompt: str | None = None,
+    *,
+    self_replace_steps: Any = None,
+    layers: Any = None,
+    edit: Edit | Sequence[Edit] | None = None,
+    placement: str | Path = "device",
+    precision: Precision = "exact",
+    budget_bytes: int | None = None,
+    inversion: Inversion | None = None,
+    latents: torch.Tensor | None = None,
+    backend: str = "auto",
+    **options: Any,
+) -> Recording:
+    """Generate the source once and keep what edits need of it, for any number of them.
+
+    Tokens are kept by segment, after their norms and rotary embedding: of image queries and keys alone, for the default
+    edit, and of the steps that it replaces.
+
+    Args:
+        prompt: the source's; default with `inversion`: its prompt.
+        self_replace_steps, layers: of the `FreePromptEdit` to record for; edits may replace fewer steps.
+        edit: another edit to record for, or several, each of which the recording then serves, and with it every edit
+            that needs no more.
+        placement: "device", "cpu" (pinned beside a GPU), or a new folder; one that is called as a device is goes as a
+            `Path`.
+        precision: "exact" or "half"; `Recording.error` is what it costs.
+        budget_bytes: refuse to record more. The estimate goes to standard error unless progress bars are off.
+        inversion: a real image as the source; it decides latents, size and steps.
+        latents: the noise to start from, of one row.
+        backend: attention backend.
+        **options: `generator`, `height`, `width`, `num_inference_steps`, `guidance_scale`, `negative_prompt` (of Stable
+            Diffusion 3) and `max_sequence_length`, as in a call.
+
+    Returns:
+        `Recording`; one in a folder is read again by `Recording.load`.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: a scheduler that draws noise in each step, a budget that is too small, layers that match nothing, an
+            edit that is written for another source; before any denoising. Values that do not fit a reduced precision.
+        InputError: a folder that is not empty or cannot be written.
+    """
+    check_option_names(options, _OWN, _OPTIONS)
+    check_generator(options.get("generator"))
+    model = pipe.flow()
+    if precision not in ("exact", "half"):
+        raise ValueError(f"precision must be exact or half for layers of joint attention, got {precision!r}")
+    require_flow(model.pipe.scheduler, "a recording")
+    if inversion is not None:
+        negative, steps = None, options.get("num_inference_steps")
+        check_inversion_options(inversion, {"latents": latents}, negative, steps, is_flow=True)
+        check_flow_inversion(inversion, model)
+        prompt = inversion.prompt if prompt is None else prompt
+        options, latents = with_size_of(inversion, options), inversion.noise
+    source = _source(pipe, model, prompt, inversion, options)
+    given = edit if isinstance(edit, Sequence) else (edit,)
+    if not given:
+        raise ValueError("expected an edit to record for, or several, got none: leave edit out for its default")
+    edits = [chosen_flow_edit(one, self_replace_steps, layers) for one in given]
+    for one in edits:
+        check_prompts(one, [source.prompt], encoding_tokenizer(pipe))
+    check_placement(placement)
+    check_latents(latents)
+    plan = _plan(model, source, edits, _noise(model, latents, options), precision)
+    if budget_bytes is not None and plan.nbytes > budget_bytes:
+        raise ValueError(
+            f"a recording takes {plan.told}, more than budget_bytes={budget_bytes} ({_megabytes(budget_bytes)}): raise "
+            "it, record fewer steps (self_replace_steps) or layers (layers), pass precision='half', or a folder as "
+            "placement"
+        )
+    if not pipe.progress_is_hidden:
+        print_text(f"recording: {plan.told}, placed on {placement}", sys.stderr)
+    return _run(pipe, source, plan, _new_store(placement, plan.noise.device), precision, backend)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The run that is recorded."""
+
+    prompt: str
+    negative_prompt: str | None
+    guidance_scale: float
+    steps: int
+    text_length: int
+    is_guided: bool
+    inversion: Inversion | None
+
+
+@dataclass(frozen=True, eq=False)
+class _FlowPlan:
+    """What is recorded of a run, known before any denoising: as `record_run.Plan`, with the size in pixels."""
+
+    noise: torch.Tensor
+    size: tuple[int, int]
+    schedule: NoiseSchedule
+    contents: Contents
+    window: tuple[float, float] | None
+    paths: tuple[str, ...]
+    nbytes: int
+    told: str
+
+
+def flow_sites(model: FlowModel, size: tuple[int, int]) -> tuple[Site, ...]:
+    """The layers of a pipeline's transformer for an image of (height, width) pixels."""
+    height, width = (side // model.pipe.vae_scale_factor for side in size)
+    return tuple(site.at(height, width) for site in adapter_of(model.pipe).sites)
+
+
+def _source(pipe: Any, model: FlowModel, prompt: Any, inversion: Inversion | None, options: dict[str, Any]) -> _Source:
+    negative = options.get("negative_prompt")
+    for name, text in (("source", prompt), ("negative", negative)):
+        if not isinstance(text, str) and (name, text) != ("negative", None):
+            raise TypeError(f"expected one {name} prompt, got {type(text).__name__}")
+        check_text(f"the {name} prompt", text or "")
+    if negative is not None and model.is_packed:
+        raise ValueError(
+            "a recording on FLUX.1 holds one call a step, and a negative prompt makes two: leave negative_prompt out"
+        )
+    guidance = options.get("guidance_scale", pipeline_default(pipe, "guidance_scale"))
+    steps = options.get("num_inference_steps", pipeline_default(pipe, "num_inference_steps"))
+    check_guidance(guidance)
+    check_positive(num_inference_steps=steps)
+    text_length = options.get("max_sequence_length", model.text_length)
+    is_guided = guidance > 1 and not model.is_packed
+    return _Source(prompt, negative, guidance, int(steps), text_length, is_guided, inversion)
+
+
+def _noise(
+    model: FlowModel, latents: torch.Tensor | None, options: dict[str, Any]
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """The latents of one row that were given, or noise of the size that was asked for, and that size in pixels."""
+    start = flow_start(model, Call(1, 1), latents, options.get("height"), options.get("width"))
+    size, device, dtype = (start["height"], start["width"]), model.pipe._execution_device, model.pipe.transformer.dtype
+    if latents is None:
+        grid = (side // model.pipe.vae_scale_factor for side in size)
+        shape = (1, model.pipe.vae.config.latent_channels, *grid)
+        drawn = randn_tensor(shape, generator=options.get("generator"), device=device, dtype=dtype)
+        return model.latents(drawn), size
+    return start["latents"].to(device, dtype), size
+
+
+def _plan(
+    model: FlowModel,
+    source: _Source,
+    edits: Sequence[Edit],
+    start: tuple[torch.Tensor, tuple[int, int]],
+    precision: Precision,
+) -> _FlowPlan:
+    noise, size = start
+    model.set_timesteps(source.steps, size)
+    sites, run = flow_sites(model, size), run_steps(model.pipe.scheduler)
+    contents = source_needs(edits, sites, run, guided=source.is_guided)
+    config, itemsize = model.pipe.transformer.config, noise.element_size()
+    tokens = model.text_tokens(source.text_length)
+    by_path = {site.path: site for site in sites}
+    nbytes = joint_bytes(contents, by_path, config.attention_head_dim, tokens, itemsize, precision)
+    nbytes += (len(run) + 1) * noise.nbytes
+    plain = next((one for one in edits if isinstance(one, FreePromptEdit) and one.is_plain), None)
+    return _FlowPlan(
+        noise=noise,
+        size=size,
+        schedule=NoiseSchedule.of(model.pipe.scheduler),
+        contents=contents,
+        window=None if plain is None else (plain.window.start, plain.window.stop),
+        paths=() if plain is None else tuple(site.path for site in plain.select(sites)),
+        nbytes=nbytes,
+        told=f"{_megabytes(nbytes)} for {len(contents)} layers in {len(recorded_steps(contents))} of {len(run)} calls "
+        f"of the model, {precision}",
+    )
+
+
+def _run(
+    pipe: FlowSampling, source: _Source, plan: _FlowPlan, store: MapStore, precision: Precision, backend: str
+) -> Recording:
+    """Denoise the source and keep what is planned of it."""
+    kept = [plan.noise]
+
+    def keep(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        kept.append(tensors["latents"].clone())
+        return {}
+
+    arguments: dict[str, Any] = {
+        "prompt": [source.prompt],
+        "height": plan.size[0],
+        "width": plan.size[1],
+        "num_inference_steps": source.steps,
+        "guidance_scale": source.guidance_scale,
+        "max_sequence_length": source.text_length,
+        "latents": plan.noise,
+        "callback_on_step_end": keep,
+        "output_type": "latent",
+    }
+    if source.negative_prompt is not None:
+        arguments["negative_prompt"] = [source.negative_prompt]
+    call, model = Call(1, 1), fingerprint(pipe)
+    followed = Followed.of(pipe, call, source.inversion)
+    with store.all_or_nothing():
+        capture = JointCapture(pipe, plan.contents, store, precision, backend)
+        with capture, followed.source:
+            pipe._sample(call, nullcontext(), (), arguments)
+        recording = Recording(
+            prompt=source.prompt,
+            negative_prompt=source.negative_prompt,
+            guidance_scale=source.guidance_scale,
+            steps=source.steps,
+            schedule=plan.schedule,
+            contents=plan.contents,
+            window=plan.window,
+            paths=plan.paths,
+            latents=torch.stack(kept),
+            model=model,
+            precision=precision,
+            error=capture.error,
+            store=store,
+            size=plan.size,
+            text_length=source.text_length,
+        )
+        if isinstance(store, FileStore):
+            recording.save(store)
+    return recording

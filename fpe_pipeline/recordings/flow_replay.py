@@ -1,0 +1,134 @@
+"""Editing a source that was recorded on a transformer: its tokens are replayed, and only the targets are denoised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..edits import Edit, FreePromptEdit
+from ..edits.base import check_prompts
+from ..edits.registry import require_edit
+from ..models.flow_solvers import require_flow
+from ..models.steps import StepWindow
+from ..prompts.encoding import encoding_tokenizer
+from ..prompts.words import warn_of_unknown_words
+from ..sampling.flow_models import FlowModel
+from ..sampling.flow_sampling import FlowSampling
+from ..sampling.output import FreePromptPipelineOutput
+from ..sampling.step_end import Call
+from ..texts import check_text
+from .contents import describe_lack
+from .fingerprint import fingerprint
+from .recording import Recording
+from .replay import Replay
+
+__all__ = ["edit_flow"]
+
+
+@torch.no_grad()
+def edit_flow(
+    pipe: FlowSampling,
+    recording: Recording | str | Path,
+    target_prompt: str | Sequence[str],
+    *,
+    edit: Edit | None = None,
+    self_replace_steps: Any = None,
+    output_type: str = "pil",
+    backend: str = "auto",
+) -> FreePromptPipelineOutput:
+    """Edit a recorded source into target prompts; the source itself is not denoised again.
+
+    Args:
+        recording: from `record` or `Recording.load`, or the folder that it is in; made with this model, scheduler and
+            dtype.
+        target_prompt: one or more prompts.
+        edit: any that needs no more of the source than was recorded; default: Free-Prompt-Editing as recorded.
+        self_replace_steps: of the default edit; fewer steps than were recorded.
+        output_type: "pil", "np", "pt" or "latent".
+        backend: attention backend.
+
+    Returns:
+        The targets' images, to rounding those of ``pipe(source, targets, edit=edit)`` (where the recording is exact);
+        ``.report.explain()`` says what was replayed.
+
+    Raises:
+        ValueError: a recording of another model or schedule, one that lacks what the edit needs, an edit that is
+            written for other prompts; before any denoising.
+        InputError: a folder, or a file of it, that is not what was recorded.
+    """
+    targets = [target_prompt] if isinstance(target_prompt, str) else list(target_prompt)
+    if not targets or not all(isinstance(target, str) for target in targets):
+        raise TypeError(f"expected one or more target prompts, got {target_prompt!r}")
+    for target in targets:
+        check_text("a target prompt", target)
+    if isinstance(recording, str | Path):
+        recording = Recording.load(recording)
+    if not isinstance(recording, Recording):
+        raise TypeError(f"expected what record returned, or its folder, got {type(recording).__name__}")
+    model = pipe.flow()
+    size, text_length = _check_recording(model, recording)
+    chosen = _recorded_edit(recording, self_replace_steps) if edit is None else require_edit(edit)
+    if edit is not None and self_replace_steps is not None:
+        raise ValueError("self_replace_steps belongs to the edit; pass it there")
+    check_prompts(chosen, [recording.prompt, *targets], encoding_tokenizer(pipe))
+    warn_of_unknown_words(targets, encoding_tokenizer(pipe))
+    guided = recording.guidance_scale > 1 and not model.is_packed
+    grid = (size[0] // model.pipe.vae_scale_factor, size[1] // model.pipe.vae_scale_factor)
+    replay = Replay(pipe, chosen, recording.store, recording.latents, len(targets), guided, backend, grid)
+    lack = describe_lack(replay.needed, recording.contents)
+    if lack:
+        raise ValueError(
+            f"the recording lacks what {type(chosen).__name__} needs of the source: {lack}. Record it for this edit "
+            "(pipe.record(…, edit=…) takes several), or give the edit fewer steps or layers"
+        )
+    noise = recording.latents[0]
+    arguments = {
+        "prompt": targets,
+        "height": size[0],
+        "width": size[1],
+        "num_inference_steps": recording.steps,
+        "guidance_scale": recording.guidance_scale,
+        "max_sequence_length": text_length,
+        "latents": torch.cat([noise] * len(targets)),
+        "output_type": output_type,
+    }
+    if recording.negative_prompt is not None:
+        arguments["negative_prompt"] = [recording.negative_prompt] * len(targets)
+    images = pipe._sample(Call(len(targets), 1), replay, (), arguments)
+    return FreePromptPipelineOutput(
+        images=images,
+        nsfw_content_detected=None,
+        source_kept=False,
+        report=replay.report(),
+        prompts=(recording.prompt, *targets),
+    )
+
+
+def _check_recording(model: FlowModel, recording: Recording) -> tuple[tuple[int, int], int]:
+    """Set the scheduler to a recording's run: its size in pixels and its T5 tokens; ValueError where it is not ours."""
+    if recording.size is None or recording.text_length is None:
+        raise ValueError("the recording is of a UNet, and this pipeline has a transformer: record the source with it")
+    here = fingerprint(model.pipe)
+    if here != recording.model:
+        raise ValueError(
+            f"the recording is of another model: {recording.model[:12]}… there and {here[:12]}… here; weights, "
+            "adapters and their strengths, dtype and configurations must be those that it was made with"
+        )
+    require_flow(model.pipe.scheduler, "a recording")
+    model.set_timesteps(recording.steps, recording.size)
+    recording.schedule.check(model.pipe.scheduler, "recording")
+    return recording.size, recording.text_length
+
+
+def _recorded_edit(recording: Recording, self_replace_steps: Any) -> FreePromptEdit:
+    """The plain `FreePromptEdit` that a recording was made for, in fewer steps where that is asked."""
+    if recording.window is None:
+        raise ValueError(
+            "the recording was not made for plain Free-Prompt-Editing: say with edit= what to do, as it was said to "
+            "record"
+        )
+    steps = recording.window if self_replace_steps is None else self_replace_steps
+    return FreePromptEdit(StepWindow.parse(steps), layers=recording.paths)

@@ -1,0 +1,192 @@
+"""What a call of a flow pipeline gets beside its prompts: noise that rows share, a size, and guidance a row.
+
+diffusers' loop runs unchanged, inside a session and with our tasks at the end of each step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+
+from ..edits import Edit, FreePromptEdit
+from ..edits.registry import require_edit
+from ..errors import EditWarning, check_guidance
+from ..models.precision import check_precision
+from ..session.finite import FiniteSteps
+from ..session.session import EditingSession
+from ..session.shared_noise import shared_latents
+from .arguments import check_size, image_size, negative_list
+from .flow_models import FlowModel, flow_model
+from .step_end import Call, StepEnd, Task
+
+__all__ = ["FlowSampling", "chosen_flow_edit", "flow_start", "guidance_of_rows", "pipeline_default", "texts_of_call"]
+
+#: Prompts of a call beside the first, one for all or a list with one for each.
+_TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
+_FRACTION = 0.2  # of the steps, in which Shin et al. replace maps
+
+
+class FlowSampling:
+    """Mixed into a diffusers pipeline of a flow model: its calls run in a session, and end each step with tasks."""
+
+    #: The pipeline of diffusers.
+    parent: ClassVar[type]
+    #: Text encoders and the rest, whose precision is checked.
+    parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+    @property
+    def progress_is_hidden(self) -> bool:
+        """Whether ``set_progress_bar_config(disable=True)`` asked for silence."""
+        return bool(getattr(self, "_progress_bar_config", {}).get("disable"))
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that the pipeline makes by default."""
+        return flow_model(self).native_size
+
+    @classmethod
+    def parent_options(cls) -> frozenset[str]:
+        """The arguments of a call in diffusers."""
+        return frozenset(inspect.signature(cls.parent.__call__).parameters) - {"self"}
+
+    def flow(self) -> FlowModel:
+        """The pipeline's model.
+
+        Raises:
+            ValueError: one that takes more than latents, or parts that cannot compute.
+        """
+        pipe: Any = self
+        model, channels = flow_model(pipe), pipe.vae.config.latent_channels
+        expected = model.channels(channels)
+        if pipe.transformer.config.in_channels != expected:
+            raise ValueError(
+                f"expected a transformer that takes the {expected} channels of its autoencoder's latents, got one that "
+                f"takes {pipe.transformer.config.in_channels}, as inpainting and control models do: put "
+                "`with editing(pipe, edit):` around this model's own diffusers pipeline"
+            )
+        for name in self.parts:
+            check_precision(name, getattr(pipe, name, None))
+        return model
+
+    def _sample(
+        self, call: Call, session: AbstractContextManager[Any], tasks: Sequence[Task], arguments: dict[str, Any]
+    ) -> Any:
+        """The images of the parent's sampling loop inside ``session``, with ``tasks`` at the end of each step."""
+        if tasks:
+            end = StepEnd(
+                arguments.get("callback_on_step_end"),
+                arguments.get("callback_on_step_end_tensor_inputs", ("latents",)),
+                tasks,
+                self._callback_tensor_inputs,  # type: ignore[attr-defined]
+            )
+            names = {"callback_on_step_end": end, "callback_on_step_end_tensor_inputs": end.tensor_inputs}
+            arguments = {**arguments, **names}
+        watched = nullcontext() if isinstance(session, EditingSession) else FiniteSteps(self)
+        with session, watched:
+            return super().__call__(return_dict=False, **arguments)[0]  # type: ignore[misc]
+
+    def to_json_string(self) -> str:
+        """The configuration that `save_pretrained` writes; it names diffusers' class, so that diffusers loads it."""
+        config = json.loads(super().to_json_string())  # type: ignore[misc]
+        config["_class_name"] = self.parent.__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def chosen_flow_edit(edit: Edit | None, self_replace_steps: Any, layers: Any) -> Edit:
+    """The edit, or the `FreePromptEdit` that the two arguments describe."""
+    if edit is None:
+        return FreePromptEdit(_FRACTION if self_replace_steps is None else self_replace_steps, layers=layers)
+    require_edit(edit)
+    if self_replace_steps is not None or layers is not None:
+        raise ValueError("self_replace_steps and layers belong to the edit; pass them to it")
+    return edit
+
+
+def pipeline_default(pipe: Any, name: str) -> Any:
+    """What an argument of a call is in diffusers where it is left out."""
+    return inspect.signature(pipe.parent.__call__).parameters[name].default
+
+
+def texts_of_call(pipe: Any, options: Mapping[str, Any], count: int) -> dict[str, list[str]]:
+    """Prompts of a call beside the first, each a list with one for each of ``count`` prompts.
+
+    Raises:
+        ValueError: another number of them.
+    """
+    texts = {name: negative_list(options.get(name), count, name) for name in _TEXTS}
+    name = "true_cfg_scale" if "true_cfg_scale" in pipe.parent_options() else "guidance_scale"
+    scale = options.get(name, pipeline_default(pipe, name))
+    check_guidance(scale)
+    if texts["negative_prompt"] is not None and scale <= 1:
+        warnings.warn(
+            f"the negative prompt does nothing at {name}={scale:g}, which switches guidance off",
+            EditWarning,
+            stacklevel=4,
+        )
+    return {name: given for name, given in texts.items() if given is not None}
+
+
+def flow_start(
+    model: FlowModel, call: Call, latents: torch.Tensor | None, height: int | None, width: int | None
+) -> dict[str, Any]:
+    """Height, width and, where they are given, the latents of every row [prompts · images, …] of a call.
+
+    Args:
+        model: of the pipeline.
+        call: its prompts and images.
+        latents: as `shared_latents` takes them.
+        height, width: pixels; None where latents of two dimensions, or the pipeline's default, say them.
+
+    Raises:
+        ValueError: a size between tokens, or latents of another one.
+    """
+    packed = latents is not None and model.is_packed
+    factor = model.pipe.vae_scale_factor
+    if packed and (height is None or width is None):
+        raise ValueError("latents that are packed into tokens do not say their image's size: pass height and width")
+    size = image_size(model.native_size, factor, height, width, None if packed else latents)
+    check_size(*size, model.multiple)
+    start: dict[str, Any] = {"height": size[0], "width": size[1]}
+    tokens = (size[0] // model.multiple) * (size[1] // model.multiple) if packed else None
+    channels = model.pipe.transformer.config.in_channels
+    shared = shared_latents(latents, call.prompts, call.images_per_prompt, channels, tokens)
+    if shared is not None:
+        start["latents"] = torch.cat([shared] * call.prompts)
+    return start
+
+
+@contextmanager
+def guidance_of_rows(pipe: Any, scales: Sequence[float], images: int) -> Iterator[None]:
+    """Tell a guidance-distilled transformer in a block the guidance of each prompt's rows.
+
+    Args:
+        pipe: of FLUX.1.
+        scales: one a prompt.
+        images: images a prompt.
+
+    Raises:
+        ValueError: a model that is not told its guidance.
+    """
+    if not pipe.transformer.config.get("guidance_embeds"):
+        raise ValueError(
+            f"a guidance for each prompt is for transformers that are told it, as FLUX.1 dev; this "
+            f"{type(pipe.transformer).__name__} is not: pass one number"
+        )
+    for scale in scales:
+        check_guidance(scale)
+    rows = torch.tensor([scale for scale in scales for _ in range(images)], dtype=torch.float32)
+
+    def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "guidance": rows.to(kwargs["guidance"])}
+
+    handle = pipe.transformer.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
