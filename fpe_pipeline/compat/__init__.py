@@ -1,1 +1,1 @@
-"""Other tools' surfaces, under the names and with the arguments that their users write: one import changes."""
+"""Other tools' surfaces: their names and arguments, on current diffusers and without stored attention maps."""

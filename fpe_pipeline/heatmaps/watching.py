@@ -54,7 +54,7 @@ def check_options(pipe: Any, options: Mapping[str, Any]) -> None:
 
 @contextmanager
 def watching(pipe: Any, watcher: Watcher, **options: Any) -> Iterator[EditingSession]:
-    """Let a watcher follow a pipeline's calls in a ``with`` block, inside the session that is open or in one of its own.
+    """Let a watcher follow a pipeline's calls in a ``with`` block, in the session that is open or in one of its own.
 
     Args:
         pipe: a diffusers pipeline with a UNet.

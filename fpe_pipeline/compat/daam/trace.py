@@ -14,7 +14,6 @@ import torch
 from torch.nn import functional as F
 
 from ...edits.base import check_compat
-from ...edits.watchers import Image
 from ...heatmaps.watching import watching
 from ...models.sites import Site, attention_sites
 from ...prompts.encoding import encoding_tokenizer
@@ -159,7 +158,8 @@ class DiffusionHeatMapHooker:
         tokens = min(len(self.tokenizer.tokenize(prompt)) + 2, int(self.tokenizer.model_max_length))
         if tokens > total.shape[0]:
             raise ValueError(
-                f"{prompt!r} has {tokens} tokens, and {total.shape[0]} were read of {own!r}: ask for a prompt of the call"
+                f"{prompt!r} has {tokens} tokens, and {total.shape[0]} were read of {own!r}: ask for a prompt of the "
+                "call"
             )
         heat = (total / count)[:tokens]
         if normalize:
