@@ -20,7 +20,7 @@ __all__ = ["DenseLayer", "edited_map", "edited_operator", "finished", "projected
 # Added to variances by adaptive instance normalisation.
 _EPSILON = 1e-5
 #: The fields of a product that are written out here; another would be left out in silence.
-WRITTEN_OUT = ("query", "keys", "values", "weight", "mixing", "style", "shifts")
+WRITTEN_OUT = ("query", "keys", "values", "weight", "mixing", "style", "shifts", "styled", "scales")
 
 
 @dataclass(frozen=True)

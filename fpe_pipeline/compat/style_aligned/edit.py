@@ -103,7 +103,7 @@ class SharedAttention(Edit):
         compat: "original" counts the layers in the order in which a UNet lists them: down, up, mid.
     """
 
-    options: StyleAlignedArgs = StyleAlignedArgs()  # noqa: RUF009  it is frozen
+    options: StyleAlignedArgs = StyleAlignedArgs()
     compat: str | None = None
 
     @property

@@ -36,8 +36,8 @@ class Handler(AbstractContextManager["Handler"]):
         adapter = adapter_of(pipeline)
         if adapter.family != "unet":
             raise ValueError(
-                f"expected a pipeline with a UNet, got one with {type(adapter.module).__name__}: StyleAligned is defined "
-                "for layers in which image tokens attend to image tokens alone"
+                f"expected a pipeline with a UNet, got one with {type(adapter.module).__name__}: StyleAligned is "
+                "defined for layers in which image tokens attend to image tokens alone"
             )
         self.pipeline, self._compat, self._adapter = pipeline, compat, adapter
         self._session: EditingSession | None = None
