@@ -6,7 +6,8 @@ session's own processor (group norm, masks, IP-Adapters, residuals are as they w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -22,6 +23,7 @@ from ..edits.products import plan_products
 from ..models.adapter import ModelAdapter, is_guided
 from ..models.families import adapter_of
 from ..models.sites import Site
+from ..prompts.encoding import encoding_tokenizer
 from ..session.computing import Rows
 from ..session.installation import LayerProcessors
 from ..session.instructions import Order
@@ -39,7 +41,7 @@ class LayerCall:
     """One layer in one call of the model.
 
     Args:
-        site: the layer, at the size of the call: ``site.kind`` is "self" or "cross", ``site.place`` "down", "mid", "up".
+        site: the layer, at the size of the call; its kind is "self" or "cross", its place "down", "mid" or "up".
         number: its place among the layers, in execution order.
         layers: how many there are.
         query: [B, H, N, D], projected; key: [B, H, M, D]; value: [B, H, M, E].
@@ -70,7 +72,7 @@ class LayerCall:
         batch = self.query.shape[0]
         half = batch // 2 if self.guided else 0
         view = LazyMap(self.attention, halves=(half, batch - half))
-        view.guided = self.guided
+        view.guided, view.heads = self.guided, self.query.shape[1]
         return view
 
 
@@ -83,8 +85,8 @@ _CONTROLLED: WeakKeyDictionary[torch.nn.Module, ControlledLayers] = WeakKeyDicti
 class ControlledLayers:
     """The UNet's attention layers, computed by ``compute`` in every call until :meth:`restore` or the end of ``with``.
 
-    What stood there before comes back, the same objects, after an exception too. Installing on a UNet that is controlled
-    already takes the earlier one off first, as registering anew does in the originals.
+    What stood there before comes back, the same objects, after an exception too. Installing on a UNet that is
+    controlled already takes the earlier one off first, as registering anew does in the originals.
 
     Args:
         pipe: a diffusers pipeline with a UNet, or a UNet.
@@ -129,6 +131,7 @@ class ControlledLayers:
         self._layers = LayerProcessors(self._adapter)
         self._layers.wrap(self._sites)
         self._handles: list[Any] = []
+        self._is_paused = False
         try:
             self._layers.check(self._sites, ())
             hook = torch.compiler.disable(lambda module, args, kwargs: self._give(args, kwargs))
@@ -153,6 +156,24 @@ class ControlledLayers:
         if _CONTROLLED.get(self._adapter.module) is self:
             del _CONTROLLED[self._adapter.module]
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave calls of the model alone in a ``with`` block."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
+
+    @contextmanager
+    def guided_as(self, guided: bool) -> Iterator[None]:
+        """Say of the calls in a ``with`` block whether they hold an unconditional half."""
+        before, self.guided = self.guided, guided
+        try:
+            yield
+        finally:
+            self.guided = before
+
     def __enter__(self) -> ControlledLayers:
         return self
 
@@ -162,6 +183,9 @@ class ControlledLayers:
         self.restore()
 
     def _give(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_paused:
+            self._layers.give({})
+            return
         call = self._adapter.read(args, kwargs)
         if self._before is not None:
             self._before(call.timestep)
@@ -238,6 +262,9 @@ def register_controller(pipe: Any, controller: Any, compat: Compat = None, backe
         out = edited @ (value if isinstance(edited, LazyMap) else value.to(edited))
         return out.to(value).unflatten(0, call.value.shape[:2])
 
+    prepare = getattr(controller, "prepare", None)
+    if prepare is not None:
+        prepare(encoding_tokenizer(pipe))
     rows_of = getattr(controller, "batch_size", None)
 
     def guided(rows: int) -> bool | None:
