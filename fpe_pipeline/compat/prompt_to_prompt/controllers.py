@@ -45,10 +45,15 @@ class AttentionControl(abc.ABC):
         self.cur_step = 0
         self.num_att_layers = -1
         self.cur_att_layer = 0
-        self.rows = 0
+        self.rows = 0  # of the conditional half
+        self.tokenizer: Any = None
 
     #: Layers of the unconditional half that come in a call of their own: there the layers are not controlled at all.
     num_uncond_att_layers = 0
+
+    def prepare(self, tokenizer: Any) -> None:
+        """Take the tokenizer of the pipeline where none was passed; registering calls it."""
+        self.tokenizer = tokenizer if self.tokenizer is None else self.tokenizer
 
     def step_callback(self, x_t: Any) -> Any:
         """The latents after a step, changed or not."""
@@ -70,12 +75,16 @@ class AttentionControl(abc.ABC):
         if edited is None:
             raise TypeError(f"{type(self).__name__}.forward returned nothing: return the map, edited or as it was")
         attn[first:] = edited
+        self.layer_done()
+        return attn
+
+    def layer_done(self) -> None:
+        """Count a layer, and a step after its last one."""
         self.cur_att_layer += 1
         if self.cur_att_layer == self.num_att_layers:
             self.cur_att_layer = 0
             self.cur_step += 1
             self.between_steps()
-        return attn
 
     def reset(self) -> None:
         """Begin again with the first step."""

@@ -69,8 +69,7 @@ class AttentionControlEdit(AttentionStore, abc.ABC):
         self.num_self_replace = int(num_steps * whole[0]), int(num_steps * whole[1])
 
     def prepare(self, tokenizer: Any) -> None:
-        """Take the tokenizer of the pipeline where none was passed."""
-        self.tokenizer = tokenizer if self.tokenizer is None else self.tokenizer
+        super().prepare(tokenizer)
         if self.local_blend is not None and hasattr(self.local_blend, "prepare"):
             self.local_blend.prepare(tokenizer)
 

@@ -107,16 +107,14 @@ class LocalBlend:
             mask = mask & ~self.get_mask(maps, self.substruct_layers, False, x_t)
         return torch.where(mask, x_t, x_t[:1])
 
-    def get_mask(
-        self, maps: Sequence[LazyMap], alpha: torch.Tensor, use_pool: bool, x_t: torch.Tensor
-    ) -> torch.Tensor:
+    def get_mask(self, maps: Sequence[LazyMap], alpha: torch.Tensor, use_pool: bool, x_t: torch.Tensor) -> torch.Tensor:
         """[prompts, 1, h, w]: where the words are, in the first image or in one's own."""
         size = tuple(side // HALVED for side in x_t.shape[-2:])
         prompts, tokens = alpha.shape[0], alpha.shape[-1]
         # [prompts, heads of all layers, 1, *size]
-        heat = torch.cat(
-            [(attn.reshape(prompts, -1, 1, *size, tokens) * alpha).sum(-1) for attn in maps], dim=1
-        ).mean(1)
+        heat = torch.cat([(attn.reshape(prompts, -1, 1, *size, tokens) * alpha).sum(-1) for attn in maps], dim=1).mean(
+            1
+        )
         if use_pool:
             heat = F.max_pool2d(heat, 3, stride=1, padding=1)
         mask = F.interpolate(heat, size=x_t.shape[-2:])

@@ -62,9 +62,7 @@ def get_refinement_mapper(
     return torch.stack(mappers), torch.stack(alphas)
 
 
-def get_replacement_mapper_(
-    x: str, y: str, tokenizer: Any, max_len: int = 77, compat: Compat = None
-) -> torch.Tensor:
+def get_replacement_mapper_(x: str, y: str, tokenizer: Any, max_len: int = 77, compat: Compat = None) -> torch.Tensor:
     """The matrix [max_len, max_len], float32, that takes columns of ``x``'s map to those of ``y``'s, word for word.
 
     Args:
@@ -103,9 +101,7 @@ def get_word_inds(text: str, word_place: int | str | Sequence[int], tokenizer: A
     return np.array([token for word in chosen for token in word.tokens], dtype=np.int64)
 
 
-def refinement_matrices(
-    prompts: Sequence[str], tokenizer: Any, compat: Compat
-) -> tuple[torch.Tensor, torch.Tensor]:
+def refinement_matrices(prompts: Sequence[str], tokenizer: Any, compat: Compat) -> tuple[torch.Tensor, torch.Tensor]:
     """What the source's map is multiplied with [targets, M, M], and the share of each column that it gives [targets, M].
 
     As :func:`get_refinement_mapper`, with words of several tokens shared among those in their place.

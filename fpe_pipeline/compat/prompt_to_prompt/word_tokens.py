@@ -27,9 +27,7 @@ def required(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def tokens_of_words(
-    prompt: str, words: Sequence[str], tokenizer: Any, compat: Compat
-) -> tuple[int, list[list[int]]]:
+def tokens_of_words(prompt: str, words: Sequence[str], tokenizer: Any, compat: Compat) -> tuple[int, list[list[int]]]:
     """The tokens of a padded prompt, and for each word the positions of its tokens.
 
     Raises:
