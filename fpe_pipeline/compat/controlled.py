@@ -6,7 +6,8 @@ session's own processor (group norm, masks, IP-Adapters, residuals are as they w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -22,6 +23,7 @@ from ..edits.products import plan_products
 from ..models.adapter import ModelAdapter, is_guided
 from ..models.families import adapter_of
 from ..models.sites import Site
+from ..prompts.encoding import encoding_tokenizer
 from ..session.computing import Rows
 from ..session.installation import LayerProcessors
 from ..session.instructions import Order
@@ -39,7 +41,7 @@ class LayerCall:
     """One layer in one call of the model.
 
     Args:
-        site: the layer, at the size of the call: ``site.kind`` is "self" or "cross", ``site.place`` "down", "mid", "up".
+        site: the layer, at the size of the call; its kind is "self" or "cross", its place "down", "mid" or "up".
         number: its place among the layers, in execution order.
         layers: how many there are.
         query: [B, H, N, D], projected; key: [B, H, M, D]; value: [B, H, M, E].
@@ -70,7 +72,7 @@ class LayerCall:
         batch = self.query.shape[0]
         half = batch // 2 if self.guided else 0
         view = LazyMap(self.attention, halves=(half, batch - half))
-        view.guided = self.guided
+        view.guided, view.heads = self.guided, self.query.shape[1]
         return view
 
 
@@ -83,14 +85,14 @@ _CONTROLLED: WeakKeyDictionary[torch.nn.Module, ControlledLayers] = WeakKeyDicti
 class ControlledLayers:
     """The UNet's attention layers, computed by ``compute`` in every call until :meth:`restore` or the end of ``with``.
 
-    What stood there before comes back, the same objects, after an exception too. Installing on a UNet that is controlled
-    already takes the earlier one off first, as registering anew does in the originals.
+    What stood there before comes back, the same objects, after an exception too. Installing on a UNet that is
+    controlled already takes the earlier one off first, as registering anew does in the originals.
 
     Args:
         pipe: a diffusers pipeline with a UNet, or a UNet.
         compute: gives each layer's attention.
-        guided: whether batches hold an unconditional half; a function of their number of rows, or the answer. Default:
-            asked of the pipeline, and yes where it cannot say.
+        guided: whether batches hold an unconditional half, throughout; or a function of their number of rows that says
+            it, or None. Default: asked of the pipeline, and yes where it cannot say.
         backend: of ``fpe_kernels``.
         before: called before each call of the model, with its timestep.
         kinds: "self", "cross" or both: the layers that ``compute`` gets.
@@ -129,6 +131,7 @@ class ControlledLayers:
         self._layers = LayerProcessors(self._adapter)
         self._layers.wrap(self._sites)
         self._handles: list[Any] = []
+        self._is_paused = False
         try:
             self._layers.check(self._sites, ())
             hook = torch.compiler.disable(lambda module, args, kwargs: self._give(args, kwargs))
@@ -153,6 +156,25 @@ class ControlledLayers:
         if _CONTROLLED.get(self._adapter.module) is self:
             del _CONTROLLED[self._adapter.module]
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave calls of the model alone in a ``with`` block."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
+
+    @contextmanager
+    def guided_as(self, guided: bool) -> Iterator[None]:
+        """Say of the calls in a ``with`` block whether they hold an unconditional half, where that was not said."""
+        before = self.guided
+        self.guided = before if isinstance(before, bool) else guided
+        try:
+            yield
+        finally:
+            self.guided = before
+
     def __enter__(self) -> ControlledLayers:
         return self
 
@@ -162,6 +184,9 @@ class ControlledLayers:
         self.restore()
 
     def _give(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_paused:
+            self._layers.give({})
+            return
         call = self._adapter.read(args, kwargs)
         if self._before is not None:
             self._before(call.timestep)
@@ -206,7 +231,9 @@ def controlled_layers(pipe: Any) -> ControlledLayers | None:
     return _CONTROLLED.get(adapter_of(pipe).module)
 
 
-def register_controller(pipe: Any, controller: Any, compat: Compat = None, backend: str = "auto") -> ControlledLayers:
+def register_controller(
+    pipe: Any, controller: Any, compat: Compat = None, backend: str = "auto", compute: Compute | None = None
+) -> ControlledLayers:
     """Let a Prompt-to-Prompt controller see and edit every attention map: ``controller(attn, is_cross, place)``.
 
     ``attn`` is a :class:`.LazyMap` [rows · heads, N, M] of the whole batch; what the controller returns, a map or a
@@ -217,6 +244,7 @@ def register_controller(pipe: Any, controller: Any, compat: Compat = None, backe
         controller: an ``AttentionControl`` of Prompt-to-Prompt, or anything that is called so.
         compat: ``"original"`` takes the second half of every batch for the conditional one, as the authors' code does.
         backend: of ``fpe_kernels``.
+        compute: in place of calling the controller, where it is known what it does.
 
     Returns:
         What restores the layers: by ``restore()``, or as a ``with`` block.
@@ -224,25 +252,14 @@ def register_controller(pipe: Any, controller: Any, compat: Compat = None, backe
     check_compat(compat)
     if not callable(controller):
         raise TypeError(f"expected a controller(attn, is_cross, place_in_unet), got {type(controller).__name__}")
-
-    def compute(call: LayerCall) -> torch.Tensor:
-        view = call.lazy_map()
-        edited = controller(view, call.site.kind == "cross", call.site.place)
-        if not isinstance(edited, LazyMap | torch.Tensor) or tuple(edited.shape) != tuple(view.shape):
-            got = tuple(edited.shape) if hasattr(edited, "shape") else type(edited).__name__
-            raise TypeError(
-                f"{type(controller).__name__} returned {got} for the map {tuple(view.shape)} of {call.site.path}: a "
-                "controller returns the map that it was given, or one of its shape"
-            )
-        value = call.value.flatten(0, 1)
-        out = edited @ (value if isinstance(edited, LazyMap) else value.to(edited))
-        return out.to(value).unflatten(0, call.value.shape[:2])
-
+    prepare = getattr(controller, "prepare", None)
+    if prepare is not None:
+        prepare(encoding_tokenizer(pipe))
     rows_of = getattr(controller, "batch_size", None)
 
     def guided(rows: int) -> bool | None:
-        if compat == "original" or rows_of is None:
-            return True if compat == "original" else None
+        if rows_of is None:
+            return None
         if rows not in (rows_of, 2 * rows_of):
             raise ValueError(
                 f"the controller is made for {rows_of} prompts; the UNet received a batch of {rows} rows: make a "
@@ -250,6 +267,26 @@ def register_controller(pipe: Any, controller: Any, compat: Compat = None, backe
             )
         return rows == 2 * rows_of
 
-    layers = ControlledLayers(pipe, compute, guided=guided, backend=backend)
+    layers = ControlledLayers(
+        pipe,
+        partial(_controlled, controller) if compute is None else compute,
+        guided=True if compat == "original" else guided,
+        backend=backend,
+    )
     controller.num_att_layers = layers.layers
     return layers
+
+
+def _controlled(controller: Any, call: LayerCall) -> torch.Tensor:
+    """A layer's attention [B, H, N, E] with the map that a controller makes of its own."""
+    view = call.lazy_map()
+    edited = controller(view, call.site.kind == "cross", call.site.place)
+    if not isinstance(edited, LazyMap | torch.Tensor) or tuple(edited.shape) != tuple(view.shape):
+        got = tuple(edited.shape) if hasattr(edited, "shape") else type(edited).__name__
+        raise TypeError(
+            f"{type(controller).__name__} returned {got} for the map {tuple(view.shape)} of {call.site.path}: a "
+            "controller returns the map that it was given, or one of its shape"
+        )
+    value = call.value.flatten(0, 1)
+    out = edited @ (value if isinstance(edited, LazyMap) else value.to(edited))
+    return out.to(value).unflatten(0, call.value.shape[:2])

@@ -1,31 +1,34 @@
-"""What is said of a name that a tool does not have, or that is not served."""
+"""Names that a tool never had, and those that it had and this package has not, refused with what to do."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-__all__ = ["names_of"]
+from ..texts import did_you_mean
+
+__all__ = ["unknown_name"]
 
 
-def names_of(tool: str, served: Iterable[str], refused: Mapping[str, str] | None = None) -> Callable[[str], Any]:
-    """A module's ``__getattr__``, so that an import of a name that is not there says what there is.
+def unknown_name(
+    module: str, tool: str, known: Iterable[str], left_out: Mapping[str, str] | None = None
+) -> Callable[[str], Any]:
+    """A module's ``__getattr__``: ``from … import name`` says which names there are.
 
     Args:
-        tool: what the module stands for.
-        served: the names that it has.
-        refused: names that the tool has and the module has not, each with the reason.
+        module: its name.
+        tool: whose surface it is.
+        known: what it has.
+        left_out: by name, why something of the tool's is not here.
     """
-    names, reasons = tuple(served), dict(refused or {})
+    names = sorted(known)
 
     def missing(name: str) -> Any:
-        if name.startswith("__"):  # what the machinery of imports looks for
-            raise AttributeError(name)
-        if name in reasons:
-            raise ImportError(f"{tool}'s {name} is not served: {reasons[name]}")
-        near = difflib.get_close_matches(name, names, 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise ImportError(f"{tool} has no {name}{meant}: there is {', '.join(sorted(names))}")
+        if name.startswith("__"):
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        reason = (left_out or {}).get(name)
+        said = f"{module} leaves out {name!r} of {tool}: {reason}. " if reason else f"{tool} has no {name!r} here: "
+        # Of an AttributeError, `from … import` keeps nothing but the name.
+        raise ImportError(f"{said}{did_you_mean([name], names)}{module} has {', '.join(names)}", name=module)
 
     return missing

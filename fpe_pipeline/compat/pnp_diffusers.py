@@ -27,7 +27,7 @@ from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step
 from ..session.session import EditingSession
-from .names import names_of
+from .names import unknown_name
 from .sessions import leave
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
     "seed_everything",
 ]
 
-__getattr__ = names_of("pnp_utils", __all__)
+__getattr__ = unknown_name(__name__, "pnp_utils", __all__)
 
 #: The noisiest timestep that a schedule may name; steps count down from it.
 NOISIEST = 1000

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from ..names import names_of
+from ..names import unknown_name
 from .images import save_attention_maps
 from .pipelines import attn_maps, init_pipeline, restore_pipeline, watched_pipeline
 
@@ -13,7 +13,8 @@ __all__ = ["attn_maps", "init_pipeline", "restore_pipeline", "save_attention_map
 
 _HOOKS = "it patches classes of diffusers; init_pipeline(pipe) reads the maps of one pipeline"
 
-__getattr__ = names_of(
+__getattr__ = unknown_name(
+    __name__,
     "attention_map_diffusers",
     __all__,
     dict.fromkeys(("cross_attn_init", "hook_function", "register_cross_attention_hook"), _HOOKS),

@@ -8,7 +8,7 @@ Reference: Tang et al., "What the DAAM: Interpreting Stable Diffusion Using Cros
 
 from __future__ import annotations
 
-from ..names import names_of
+from ..names import unknown_name
 from .heatmap import GlobalHeatMap, RawHeatMapCollection, WordHeatMap
 from .trace import DiffusionHeatMapHooker, set_seed, trace
 
@@ -17,7 +17,8 @@ __all__ = ["DiffusionHeatMapHooker", "GlobalHeatMap", "RawHeatMapCollection", "W
 _PARSES = "it parses prompts with spaCy, which is no part of attention; ask compute_word_heat_map for each word"
 _STORES = "keep heat maps with torch.save(tc.compute_global_heat_map().heat_maps, path)"
 
-__getattr__ = names_of(
+__getattr__ = unknown_name(
+    __name__,
     "daam",
     __all__,
     {

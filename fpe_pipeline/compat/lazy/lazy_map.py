@@ -59,6 +59,8 @@ class LazyMap(Indexing, Shapes):
 
     #: Whether the rows hold an unconditional half, of which the second half is the conditional one.
     guided: bool = True
+    #: Heads of the layer, where the rows are a layer's own.
+    heads: int = 0
 
     def __init__(self, attention: LinearMap | Storage, *args: Any, halves: Sequence[int] = (), **kwargs: Any) -> None:
         if isinstance(attention, Storage):
@@ -76,6 +78,11 @@ class LazyMap(Indexing, Shapes):
     def is_untouched(self) -> bool:
         """Whether it still is the layer's own map."""
         return self._storage.untouched is not None
+
+    @property
+    def holds_numbers(self) -> bool:
+        """Whether it has been written out, as a sum over steps whose numbers are fewer bytes than its factors."""
+        return self._storage.settled
 
     # -- in place -----------------------------------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ class Storage:
         self._rows: LinearMap | None = None
         self._lent: list[_Lent] = []
         self._sums = 0
+        self.settled = False
         self.shape = (whole.shape[0] * whole.shape[1], *whole.shape[2:])
         self.dtype, self.device = whole.dtype, whole.device
 
@@ -94,6 +95,7 @@ class Storage:
         matrix = self.shape[0] * self.shape[1] * self.shape[2] * self.dtype.itemsize
         if self._sums < 2 or self.rows.nbytes <= matrix:
             return False
+        self.settled = True
         numbers = entries(self.rows)
         self._rows, self._whole = known_columns(numbers[:, None], range(self.shape[2]), self.shape[2]), None
         return True

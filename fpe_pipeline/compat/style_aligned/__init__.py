@@ -7,14 +7,15 @@ Reference: Hertz et al., "Style Aligned Image Generation via Shared Attention", 
 
 from __future__ import annotations
 
-from ..names import names_of
+from ..names import unknown_name
 from .handler import Handler, StyleAlignedArgs
 
 __all__ = ["Handler", "StyleAlignedArgs"]
 
 _INSIDE = "it is a part of Handler(pipe).register(StyleAlignedArgs(…)), which does all of it"
 
-__getattr__ = names_of(
+__getattr__ = unknown_name(
+    __name__,
     "sa_handler",
     __all__,
     dict.fromkeys(
