@@ -143,6 +143,11 @@ class ControlledLayers:
         _CONTROLLED[self._adapter.module] = self
 
     @property
+    def sites(self) -> tuple[Site, ...]:
+        """The layers, in execution order, of no size."""
+        return self._sites
+
+    @property
     def layers(self) -> int:
         """How many layers there are."""
         return len(self._sites)

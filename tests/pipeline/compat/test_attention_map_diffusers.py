@@ -232,7 +232,7 @@ def test_what_cannot_be_asked(tiny, tmp_path):
         init_pipeline(tiny, compat="new")
     with pytest.raises(TypeError, match="expected a diffusers pipeline"):
         init_pipeline("a pipeline")
-    with pytest.raises(ImportError, match="no \'attn_map\' here: did you mean attn_maps"):
+    with pytest.raises(ImportError, match="no 'attn_map' here: did you mean attn_maps"):
         from fpe_pipeline.compat.attention_map_diffusers import attn_map  # noqa: F401
     with pytest.raises(ImportError, match="leaves out 'cross_attn_init'"):
         from fpe_pipeline.compat.attention_map_diffusers import cross_attn_init  # noqa: F401

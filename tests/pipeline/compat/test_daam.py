@@ -279,7 +279,7 @@ def test_what_cannot_be_asked(tiny):
 
 
 def test_names_that_are_not_there():
-    with pytest.raises(ImportError, match="no \'tracer\' here: did you mean trace"):
+    with pytest.raises(ImportError, match="no 'tracer' here: did you mean trace"):
         from fpe_pipeline.compat.daam import tracer  # noqa: F401
     with pytest.raises(ImportError, match="leaves out 'ParsedHeatMap' of daam: it parses prompts"):
         from fpe_pipeline.compat.daam import ParsedHeatMap  # noqa: F401

@@ -185,7 +185,7 @@ def test_what_cannot_be_asked(loop, tmp_path):
         register_conv_control_efficient(Loop(unet=tiny_unet("sd1", **ONE_BLOCK)), [1])
     with pytest.raises(TypeError, match="a model with a unet"):
         register_attention_control_efficient(object(), [1])
-    with pytest.raises(ImportError, match="no \'register_times\' here: did you mean register_time"):
+    with pytest.raises(ImportError, match="no 'register_times' here: did you mean register_time"):
         from fpe_pipeline.compat.pnp_diffusers import register_times  # noqa: F401
     with pytest.raises(FileNotFoundError, match="missing latents at t 5"):
         load_source_latents_t(5, str(tmp_path))

@@ -222,7 +222,7 @@ def test_what_cannot_be_asked(eight):
         Handler(eight).register({})
     with pytest.raises(ValueError, match="expected a pipeline with a UNet"):
         Handler(tiny_flux())
-    with pytest.raises(ImportError, match="no \'StyleAlignedArg\' here: did you mean StyleAlignedArgs"):
+    with pytest.raises(ImportError, match="no 'StyleAlignedArg' here: did you mean StyleAlignedArgs"):
         from fpe_pipeline.compat.style_aligned import StyleAlignedArg  # noqa: F401
     with pytest.raises(ImportError, match="leaves out 'concat_first'"):
         from fpe_pipeline.compat.style_aligned import concat_first  # noqa: F401
