@@ -251,8 +251,9 @@ def _styled(tensor: Rows, row: int, style: int | None) -> torch.Tensor:
     like = tensor.take([style])[0]
     # In half precision, a variance of large queries overflows.
     wide = torch.promote_types(given.dtype, torch.float32)
+    unbiased = int(given.shape[-2] > 1)  # a single token has no deviation
     (variance, mean), (goal_variance, goal_mean) = (
-        torch.var_mean(x.to(wide), dim=-2, keepdim=True) for x in (given, like)
+        torch.var_mean(x.to(wide), dim=-2, correction=unbiased, keepdim=True) for x in (given, like)
     )
     scale = ((goal_variance + _EPSILON) / (variance + _EPSILON)).sqrt()
     return ((given.to(wide) - mean) * scale + goal_mean).to(given.dtype)

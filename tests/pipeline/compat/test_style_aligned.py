@@ -229,3 +229,8 @@ def test_what_cannot_be_asked(eight):
     with Handler(eight).register(StyleAlignedArgs()), pytest.raises(RuntimeError, match="already being edited"):
         Handler(eight).register(StyleAlignedArgs())
     assert len(PROMPTS) > 3
+
+
+def test_a_layer_of_one_token_has_no_deviation(eight):
+    with Handler(eight).register(StyleAlignedArgs(adain_values=True, share_attention=False)):
+        assert torch.isfinite(sample(eight, 2, size=(4, 4))).all()
