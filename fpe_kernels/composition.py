@@ -262,6 +262,21 @@ class Combination(LinearMap):
     def _blocks(self) -> tuple[Block, ...]:
         return self._normal_form
 
+    def to(self, device: torch.device | str) -> LinearMap:
+        """The same on another device: attention maps with their weights and mixings.
+
+        Raises:
+            TypeError: a part that is no attention map, such as a joined one.
+        """
+
+        def moved(whole: Any) -> Any:
+            if not hasattr(whole, "to"):
+                raise TypeError(f"a combination of {type(whole).__name__} stays on its device: move the maps it is of")
+            return whole.to(device)
+
+        once = once_for_each(moved)
+        return self._with_terms(lambda term, rows: _moved(term, once(term.map), device))
+
     def __repr__(self) -> str:
         terms = sum(len(block.terms) for block in self._normal_form)
         maps = len(terms_by_map([term for block in self._normal_form for term in block.terms]))
@@ -269,6 +284,16 @@ class Combination(LinearMap):
             f"Combination(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', terms={terms}, "
             f"maps={maps})"
         )
+
+
+def _moved(term: Term, whole: Any, device: torch.device | str) -> Term:
+    def factor(given: Factor) -> Factor:
+        if isinstance(given, Diagonal):
+            return Diagonal(given.weight.to(device))
+        return Mixing(given.matrix.to(device)) if isinstance(given, Mixing) else given
+
+    weight = None if term.row_weight is None else term.row_weight.to(device)
+    return replace(term, map=whole, row_weight=weight, factors=tuple(map(factor, term.factors)))
 
 
 class TransposedMap:

@@ -25,6 +25,8 @@ class MapSpec:
         style: the row whose mean and deviation over tokens the queries and keys of the others are given, or None.
         shifts: what is added to the scores of each of ``keys``' tokens; () for nothing.
         scale: factor of the scores, beside the layer's own.
+        styled: which of "query" and "key" are given those statistics.
+        scales: what each of ``keys``' keys are multiplied with; () for nothing.
     """
 
     query: int
@@ -32,11 +34,16 @@ class MapSpec:
     style: int | None = None
     shifts: tuple[float, ...] = ()
     scale: float = 1.0
+    styled: tuple[str, ...] = ("query", "key")
+    scales: tuple[float, ...] = ()
 
     @property
     def is_own(self) -> bool:
         """Whether it is the map that its row has without any edit."""
-        return self.keys == (self.query,) and self.style is None and not any(self.shifts) and self.scale == 1.0
+        changed = (
+            self.style is not None or any(self.shifts) or any(scale != 1.0 for scale in (self.scale, *self.scales))
+        )
+        return self.keys == (self.query,) and not changed
 
     @property
     def query_rows(self) -> tuple[int, ...]:
@@ -81,10 +88,12 @@ class Product:
             (adaptive instance normalisation).
         shifts: for each of ``keys``, what is added to the scores of its tokens; empty for nothing.
         scale: factor of the scores beside the layer's own: larger ones sharpen the map, smaller ones level it.
+        styled: which of "query", "key" and "value" take the statistics of ``style``.
+        scales: for each of ``keys``, what its keys are multiplied with; empty for nothing.
 
     Raises:
         TypeError: rows that are no whole numbers.
-        ValueError: numbers of keys, values and shifts that do not fit one another, or a scale that is not finite.
+        ValueError: numbers of keys, values, shifts and scales that do not fit one another, or a scale that is not finite.
     """
 
     query: int
@@ -95,29 +104,49 @@ class Product:
     style: int | None = None
     shifts: tuple[float, ...] = ()
     scale: float = 1.0
+    styled: tuple[str, ...] = ("query", "key")
+    scales: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         # Plans are looked up by products, so that lists, which have no hash, become tuples.
         object.__setattr__(self, "keys", _rows("keys", self.keys))
         object.__setattr__(self, "values", _rows("values", self.values))
-        object.__setattr__(self, "shifts", tuple(self.shifts))
+        for name in ("shifts", "scales", "styled"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.scale, bool) or not isinstance(self.scale, Real) or not math.isfinite(self.scale):
             raise ValueError(f"expected a finite number as scale of the scores, got {self.scale!r}")
-        if self.shifts and len(self.shifts) != len(self.keys):
-            raise ValueError(f"expected a shift for each of the keys {self.keys}, got {self.shifts}")
+        for name, given in (("shift", self.shifts), ("scale", self.scales)):
+            if given and len(given) != len(self.keys):
+                raise ValueError(f"expected a {name} for each of the keys {self.keys}, got {given}")
+        if not set(self.styled) <= {"query", "key", "value"}:
+            raise ValueError(f'expected styled to name "query", "key" and "value", got {self.styled}')
         if self.mixing is None and len(self.keys) != len(self.values):
             raise ValueError(f"a map over {self.keys} cannot be applied to the values of {self.values} without mixing")
 
     @property
     def map(self) -> MapSpec:
         """The map that is multiplied with."""
-        return MapSpec(self.query, self.keys, self.style, self.shifts, self.scale)
+        if self.style is None:
+            return MapSpec(self.query, self.keys, None, self.shifts, self.scale, scales=self.scales)
+        styled = tuple(part for part in ("query", "key") if part in self.styled)
+        style = self.style if styled else None
+        return MapSpec(self.query, self.keys, style, self.shifts, self.scale, styled, self.scales)
+
+    @property
+    def value_style(self) -> int | None:
+        """The row whose statistics its values take, or None."""
+        return self.style if "value" in self.styled else None
+
+    @property
+    def value_rows(self) -> tuple[int, ...]:
+        """Rows whose values it needs."""
+        return self.values if self.value_style is None else (*self.values, self.value_style)
 
     def describe(self) -> str:
         """The product in a few words, as ``A(q 2, k 2) @ v 3``."""
         weight = "α ⊙ " if isinstance(self.weight, torch.Tensor) else "" if self.weight == 1 else f"{self.weight:.3g} "
         keys, values = (" ‖ ".join(map(str, rows)) for rows in (self.keys, self.values))
-        like = "" if self.style is None else f" like {self.style}"
+        like = "" if self.map.style is None else f" like {self.style}"
         sharper = "" if self.scale == 1 else f"{self.scale:.3g} · "
         return f"{weight}A({sharper}q {self.query}{like}, k {keys}) @ {'' if self.mixing is None else 'M '}v {values}"
 
@@ -173,8 +202,8 @@ class ProductPlan:
             and product.weight == 1.0
             and product.mixing is None
             and product.style is None
-            and not any(product.shifts)
             and product.scale == 1.0
+            and not any((*product.shifts, *product.scales))
             and len(product.keys) == 1
             and max(product.query, *product.keys, *product.values) < self.rows
             for product in call.products
@@ -189,7 +218,7 @@ class ProductPlan:
             named = [(spec.is_own, "logsumexp", spec.query_rows) for spec in call.maps]
             named += [(True, "query", spec.query_rows) for spec in call.maps]
             named += [(True, "key", spec.key_rows) for spec in call.maps]
-            named += [(True, "value", product.values) for product in call.products]
+            named += [(True, "value", product.value_rows) for product in call.products]
             for needed, part, rows in named:
                 for row in rows:
                     if needed and row >= self.rows:
@@ -230,7 +259,7 @@ def plan_products(products: Mapping[int, Product | Sequence[Product]], rows: int
 
 def _plan(terms: Sequence[tuple[int, Product]], rows: int, recorded: int) -> ProductPlan:
     for row, term in terms:
-        used = (row, *term.map.query_rows, *term.map.key_rows, *term.values)
+        used = (row, *term.map.query_rows, *term.map.key_rows, *term.value_rows)
         if rows <= row < rows + recorded:
             raise ValueError(f"{term} would change row {row}, whose run is recorded and over: edit targets alone")
         if not all(0 <= index < rows + recorded for index in used):
@@ -239,7 +268,7 @@ def _plan(terms: Sequence[tuple[int, Product]], rows: int, recorded: int) -> Pro
         rows=rows,
         queries=_in_batch(rows, (query for _, term in terms for query in term.map.query_rows)),
         keys=_in_batch(rows, (key for _, term in terms for key in term.map.key_rows)),
-        values=_in_batch(rows, (value for _, term in terms for value in term.values)),
+        values=_in_batch(rows, (value for _, term in terms for value in term.value_rows)),
         calls=_calls(terms, rows),
     )
 

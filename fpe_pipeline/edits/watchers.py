@@ -43,7 +43,7 @@ class Watcher:
         return {}
 
     def maps(self, site: Site, step: Step, roles: BatchRoles) -> Sequence[int]:
-        """Rows whose map is wanted as an operator."""
+        """Rows whose map is wanted as an operator; of a transformer's joint attention, the columns of its text."""
         return ()
 
     def receive(
@@ -54,7 +54,11 @@ class Watcher:
         columns: Mapping[int, torch.Tensor],
         maps: Mapping[int, LinearMap],
     ) -> None:
-        """What :meth:`columns` [H, N, C] and :meth:`maps` asked for."""
+        """What :meth:`columns` [H, N, C] and :meth:`maps` asked for: maps [1, H, N, M].
+
+        Of a transformer's joint attention they are [H, 1, N, T], a head a row: how the image attends to the text, where
+        the softmax is over the image's keys too.
+        """
 
     def blend(self, latents: torch.Tensor, step: Step, roles: BatchRoles) -> torch.Tensor:
         """The latents [conditional rows, C, h, w] that the next step starts from."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,6 @@ from PIL import Image
 
 from fpe_kernels import LinearMap
 
-from ..edits import Edit
-from ..edits.base import Windows
-from ..edits.products import Product
 from ..edits.selection import LayerSelection, whole_numbers
 from ..edits.watchers import HeatCollector, Watcher, check_same_images, resize_maps
 from ..models.roles import BatchRoles
@@ -23,8 +19,8 @@ from ..models.sites import Site
 from ..models.steps import Step, StepWindow
 from ..prompts.encoding import Encoding, encoding_tokenizer
 from ..prompts.words import TokenizedPrompt, tokenize
-from ..session.session import EditingSession, session_of
 from .views import overlay, principal_components
+from .watching import check_options, watching
 
 __all__ = ["HeatMaps", "heat_maps"]
 
@@ -78,23 +74,13 @@ def heat_maps(
     if not words and not points and not components:
         raise ValueError("expected words, pixels or components to read, got none of them")
     maps = HeatMaps(pipe, words, points, components, StepWindow.parse(steps), levels, max_bytes)
-    session = session_of(pipe)
-    if session is not None and session_options:
-        raise ValueError(f"the session is open already: give it {', '.join(sorted(session_options))}")
+    check_options(pipe, session_options)
     if words and maps._tokenizer is None:
         raise ValueError(f"{type(pipe).__name__} has no tokenizer to find words with")
     if words and prompts is not None:
         maps._watcher.set_prompts([prompts] if isinstance(prompts, str) else list(prompts))
-    if session is None:
-        with _Watching(pipe, _Unedited(), **session_options) as session:
-            session.watch(maps._watcher)
-            yield maps
-        return
-    session.watch(maps._watcher)
-    try:
+    with watching(pipe, maps._watcher, **session_options):
         yield maps
-    finally:
-        session.unwatch(maps._watcher)
 
 
 class HeatMaps:
@@ -150,31 +136,6 @@ class HeatMaps:
     def overlay(self, heat: np.ndarray, image: Image.Image, strength: float = 0.6) -> Image.Image:
         """The image with a map laid over it, from transparent (its least) to red (its most)."""
         return overlay(heat, image, strength)
-
-
-@dataclass(frozen=True)
-class _Unedited(Edit):
-    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        return ()
-
-    def active(self, step: Step) -> bool:
-        return False
-
-    def windows(self) -> Windows:
-        return ()
-
-    @property
-    def pairs_pixels(self) -> bool:
-        return False
-
-    def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product]:
-        return {}
-
-
-class _Watching(EditingSession):
-    """Nothing is edited; a session that is entered inside it, a `FreePromptPipeline` call's own too, is watched."""
-
-    gives_way = True
 
 
 class _Reader(Watcher):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -228,16 +228,25 @@ def _weight(weight: float | torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 def _queries(maps: Sequence[MapSpec], query: Rows) -> torch.Tensor:
     """The query of each map: [len(maps), H, N, D]."""
-    if all(spec.style in (None, spec.query) for spec in maps):
+    styles = [spec.style if "query" in spec.styled else None for spec in maps]
+    if all(style in (None, spec.query) for spec, style in zip(maps, styles, strict=True)):
         return query.take([spec.query for spec in maps])
-    return torch.stack([_styled(query, spec.query, spec.style) for spec in maps])
+    return torch.stack([_styled(query, spec.query, style) for spec, style in zip(maps, styles, strict=True)])
 
 
 def _keys(maps: Sequence[MapSpec], key: Rows) -> torch.Tensor:
     """The keys of each map: [len(maps), H, M, D]."""
-    if all(spec.style is None for spec in maps):
+    if all((spec.style is None or "key" not in spec.styled) and not spec.scales for spec in maps):
         return key.concatenated([spec.keys for spec in maps])
-    return torch.stack([torch.cat([_styled(key, row, spec.style) for row in spec.keys], dim=-2) for spec in maps])
+    return torch.stack([torch.cat(list(_keys_of(spec, key)), dim=-2) for spec in maps])
+
+
+def _keys_of(spec: MapSpec, key: Rows) -> Iterator[torch.Tensor]:
+    """The keys of each of a map's rows [H, M, D]."""
+    style = spec.style if "key" in spec.styled else None
+    for row, scale in zip(spec.keys, spec.scales or (1.0,) * len(spec.keys), strict=True):
+        styled = _styled(key, row, style)
+        yield styled if scale == 1.0 else scale * styled
 
 
 def _styled(tensor: Rows, row: int, style: int | None) -> torch.Tensor:
@@ -248,15 +257,24 @@ def _styled(tensor: Rows, row: int, style: int | None) -> torch.Tensor:
     like = tensor.take([style])[0]
     # In half precision, a variance of large queries overflows.
     wide = torch.promote_types(given.dtype, torch.float32)
+    unbiased = int(given.shape[-2] > 1)  # a single token has no deviation
     (variance, mean), (goal_variance, goal_mean) = (
-        torch.var_mean(x.to(wide), dim=-2, keepdim=True) for x in (given, like)
+        torch.var_mean(x.to(wide), dim=-2, correction=unbiased, keepdim=True) for x in (given, like)
     )
     scale = ((goal_variance + _EPSILON) / (variance + _EPSILON)).sqrt()
     return ((given.to(wide) - mean) * scale + goal_mean).to(given.dtype)
 
 
 def _values(call: AttentionCall, value: Rows) -> torch.Tensor:
-    values = value.concatenated([product.values for product in call.products])
+    if all(product.value_style is None for product in call.products):
+        values = value.concatenated([product.values for product in call.products])
+    else:
+        values = torch.stack(
+            [
+                torch.cat([_styled(value, row, product.value_style) for row in product.values], dim=-2)
+                for product in call.products
+            ]
+        )
     if all(product.mixing is None for product in call.products):
         return values
     return torch.stack(

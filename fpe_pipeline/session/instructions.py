@@ -128,8 +128,11 @@ def _plan(site: Site, products: Mapping[int, Any], roles: BatchRoles, wanted: _W
                     "an edit gives Products"
                 )
         return plan_products(products, roles.batch, roles.recorded)
-    if wanted:
-        raise ValueError(f"{site.path} is joint attention of image and text, whose maps are not shown to watchers yet")
+    if wanted.columns or (wanted and site.kind != "joint"):
+        raise ValueError(
+            f"{site.path} is {site.kind} attention, of which watchers are shown how the image attends to the text "
+            "(maps), and no columns"
+        )
     return plan_joint_products(products, roles.batch, roles.recorded)
 
 

@@ -11,19 +11,21 @@ Edited rows and unedited ones go the same way, so that a source's row does not d
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from fpe_kernels import AttentionMap, join
+from fpe_kernels import AttentionMap, LinearMap, join
 
 from ..edits.joint_products import JointPlan, JointProduct
 from .computing import Rows
 from .known_rows import RecordedLayer
 
-__all__ = ["JointLayer", "SegmentProjections", "evaluate_joint"]
+__all__ = ["JointLayer", "SegmentProjections", "evaluate_joint", "text_maps"]
 
 
 class SegmentProjections(NamedTuple):
@@ -95,6 +97,35 @@ def evaluate_joint(plan: JointPlan, layer: JointLayer) -> tuple[torch.Tensor, to
     values = layer.values(terms)
     image = _summed(plan, _image_rows(terms, layer, values), is_text=False)
     return image, None if layer.text is None else _summed(plan, _text_rows(terms, layer, values), is_text=True)
+
+
+def text_maps(plan: JointPlan, rows: Sequence[int], layer: JointLayer) -> dict[int, LinearMap]:
+    """How the image of some rows attends to the text: the text's columns of the one softmax over both.
+
+    They are the softmax over the text's keys alone, times the share of each image token's attention that the text has,
+    which is a product of the whole map with the text's indicator. Detached.
+
+    Returns:
+        By row [H, 1, N, T], a head a row.
+    """
+    assert layer.text is not None
+    terms = plan.products
+    values = layer.values(terms)[..., :1]
+    texts = layer.text.key.tensor.shape[2]
+    indicator = torch.zeros_like(values)
+    indicator[:, :, -texts:] = 1.0
+    shares = _image_rows(terms, layer, indicator).detach()[..., 0]  # [terms, H, N]
+    summands: dict[int, list[LinearMap]] = {row: [] for row in rows}
+    for (row, term), share in zip(plan.terms, shares, strict=True):
+        if row in summands:
+            query = layer.image.query.take([term.query.image])[0].detach()
+            key = layer.text.key.take([term.key.text])[0].detach()
+            alone = layer.map(query.unsqueeze(1), key.unsqueeze(1)).scale_rows(share.unsqueeze(1))
+            if not term.is_whole:
+                weight = _weight(term.weight, share.unsqueeze(-1), share.dtype, is_text=False)
+                alone = alone.scale_rows(weight if isinstance(weight, float) else weight[None, None, :, 0])
+            summands[row].append(alone)
+    return {row: functools.reduce(operator.add, parts) for row, parts in summands.items()}
 
 
 def _image_rows(terms: Sequence[JointProduct], layer: JointLayer, values: torch.Tensor) -> torch.Tensor:

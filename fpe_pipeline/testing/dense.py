@@ -20,7 +20,7 @@ __all__ = ["DenseLayer", "edited_map", "edited_operator", "finished", "projected
 # Added to variances by adaptive instance normalisation.
 _EPSILON = 1e-5
 #: The fields of a product that are written out here; another would be left out in silence.
-WRITTEN_OUT = ("query", "keys", "values", "weight", "mixing", "style", "shifts", "scale")
+WRITTEN_OUT = ("query", "keys", "values", "weight", "mixing", "style", "shifts", "scale", "styled", "scales")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def edited_map(product: Product, layer: DenseLayer) -> torch.Tensor:
 
 def value_tokens(product: Product, layer: DenseLayer) -> torch.Tensor:
     """The values' tokens, one row's after the other's: [H, M', E]."""
-    return torch.cat([layer.value[row] for row in product.values], dim=-2)
+    style = product.style if "value" in product.styled else None
+    return torch.cat([_like(layer.value, row, style) for row in product.values], dim=-2)
 
 
 def edited_operator(products: Sequence[Product], layer: DenseLayer) -> LinearMap:
@@ -121,8 +122,9 @@ def _operands(product: Product, layer: DenseLayer) -> tuple[torch.Tensor, torch.
     others = [field.name for field in dataclasses.fields(product) if field.name not in WRITTEN_OUT]
     if others:
         raise NotImplementedError(f"the oracle does not write out {', '.join(others)} of a Product")
-    query = product.scale * _like(layer.query, product.query, product.style)
-    key = torch.cat([_like(layer.key, row, product.style) for row in product.keys], dim=-2)
+    query = product.scale * _like(layer.query, product.query, product.style if "query" in product.styled else None)
+    style, scales = product.style if "key" in product.styled else None, product.scales or (1.0,) * len(product.keys)
+    key = torch.cat([s * _like(layer.key, row, style) for row, s in zip(product.keys, scales, strict=True)], dim=-2)
     tokens = layer.key.shape[-2]
     shifts = product.shifts or (0.0,) * len(product.keys)
     return query, key, torch.cat([query.new_full((tokens,), shift) for shift in shifts])

@@ -77,3 +77,16 @@ def test_combinations_compile_into_one_graph_with_gradients(backend_name: str) -
     found = torch.autograd.grad(compiled.square().sum(), leaves)
     for grad, exact in zip(found, torch.autograd.grad(expected.square().sum(), leaves), strict=True):
         torch.testing.assert_close(grad, exact, rtol=0, atol=1e-12)
+
+
+def test_a_combination_moves_with_its_weights_and_mixings():
+    A, B = (AttentionMap(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)) for _ in range(2))
+    weighted = A.scale_rows(torch.rand(5)).mix(torch.rand(7, 3)) + B.scale_columns(torch.rand(7)).mix(torch.rand(7, 3))
+    value = torch.randn(1, 2, 3, 4)
+    torch.testing.assert_close(weighted.to("cpu") @ value, weighted @ value, rtol=0, atol=0)
+    moved = weighted.to("meta")
+    assert moved.device.type == "meta" and moved.shape == weighted.shape
+    assert {term.factors[-1].matrix.device.type for block in moved._blocks() for term in block.terms} == {"meta"}
+    assert moved._blocks()[0].terms[0].row_weight.device.type == "meta"
+    with pytest.raises(TypeError, match="a combination of KeyBlock stays on its device"):
+        A.block(keys=(0, 2)).to("meta")

@@ -1,0 +1,70 @@
+"""Maps from the image to the text, kept as what they are made from, by timestep and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+
+from fpe_kernels import LinearMap, concatenate
+
+from ...edits.watchers import Watcher
+from ...models.roles import BatchRoles
+from ...models.sites import Site
+from ...models.steps import Step
+from ..lazy import LazyMap
+from ..lazy.storage import Storage
+
+__all__ = ["Maps", "TextMaps"]
+
+#: By timestep and layer path, maps [rows, heads, h, w, tokens].
+Maps = MutableMapping[int | float, dict[str, LazyMap]]
+
+
+class TextMaps(Watcher):
+    """Keeps queries and keys of every layer that attends to text, at every step, in the memory of the host.
+
+    Args:
+        pipe: the pipeline, whose scheduler says the timesteps.
+        maps: where they are kept.
+        clears: whether a run begins with none.
+    """
+
+    def __init__(self, pipe: Any, maps: Maps, *, clears: bool) -> None:
+        self._pipe, self._maps, self._clears = pipe, maps, clears
+
+    def begin(self) -> None:
+        if self._clears:
+            self._maps.clear()
+
+    def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        return tuple(site for site in sites if site.kind == "cross" or (site.kind == "joint" and site.place == "dual"))
+
+    def maps(self, site: Site, step: Step, roles: BatchRoles) -> Sequence[int]:
+        # Where the two halves come in two calls, the one that sees the prompts is kept.
+        return tuple(range(roles.batch)) if roles.select(conditional=True) else ()
+
+    def receive(
+        self,
+        site: Site,
+        step: Step,
+        roles: BatchRoles,
+        columns: Mapping[int, torch.Tensor],
+        maps: Mapping[int, LinearMap],
+    ) -> None:
+        if not maps:
+            return
+        assert site.grid is not None
+        dtype = next(iter(maps.values())).dtype
+        by_head = concatenate([_by_head(site, maps[row]) for row in range(roles.batch)])
+        index = torch.arange(by_head.shape[0]).reshape(roles.batch, -1)
+        view = LazyMap(Storage(by_head), index, site.grid, (torch.device("cpu"), dtype))
+        timestep = self._pipe.scheduler.timesteps[step.call].item()
+        self._maps.setdefault(timestep, {})[site.path] = view
+
+
+def _by_head(site: Site, attention: Any) -> LinearMap:
+    """[H, 1, N, M], in the memory of the host."""
+    kept = attention.to("cpu")
+    return kept if site.kind == "joint" else Storage(kept).rows

@@ -1,0 +1,71 @@
+"""``init_pipeline`` and ``attn_maps``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from ...edits.base import check_compat
+from ...heatmaps.watching import watching
+from ...models.adapter import identity
+from ...models.families import adapter_of
+from ..lazy import LazyMap
+from .collector import TextMaps
+
+__all__ = ["attn_maps", "init_pipeline", "restore_pipeline", "watched_pipeline"]
+
+#: By timestep and then by layer path, the maps of the latest call of a pipeline that was initialised:
+#: [rows, heads, h, w, tokens], lazy (`LazyMap`), on the CPU. Rows are those of the batch, its unconditional half first.
+attn_maps: dict[int | float, dict[str, LazyMap]] = {}
+
+_WATCHED: WeakKeyDictionary[Any, AbstractContextManager[Any]] = WeakKeyDictionary()
+
+
+def init_pipeline(pipeline: Any, *, compat: str | None = None) -> Any:
+    """Keep the maps from image to text of every call of a pipeline from here on, in `attn_maps`.
+
+    Args:
+        pipeline: of diffusers, with a UNet, or of Stable Diffusion 3 or FLUX.1.
+        compat: "original" never forgets an earlier call's maps, as the original does: those of another number of steps
+            stay among the new ones.
+
+    Returns:
+        The pipeline. `restore_pipeline` leaves it as it was found.
+
+    Raises:
+        TypeError: a pipeline without a model that is known.
+        RuntimeError: it was initialised already.
+    """
+    check_compat(compat)
+    key = identity(adapter_of(pipeline).module)
+    if key in _WATCHED:
+        raise RuntimeError("this pipeline was initialised already: restore_pipeline(pipe) first")
+    watched = watching(pipeline, TextMaps(pipeline, attn_maps, clears=compat is None))
+    watched.__enter__()
+    _WATCHED[key] = watched
+    return pipeline
+
+
+def restore_pipeline(pipeline: Any) -> Any:
+    """Leave a pipeline as it was before `init_pipeline`; `attn_maps` keeps what it holds.
+
+    Raises:
+        RuntimeError: it was not initialised.
+    """
+    watched = _WATCHED.pop(identity(adapter_of(pipeline).module), None)
+    if watched is None:
+        raise RuntimeError("this pipeline was not initialised, or was restored already")
+    watched.__exit__(None, None, None)
+    return pipeline
+
+
+@contextmanager
+def watched_pipeline(pipeline: Any, *, compat: str | None = None) -> Iterator[Any]:
+    """`init_pipeline` for the length of a ``with`` block."""
+    init_pipeline(pipeline, compat=compat)
+    try:
+        yield pipeline
+    finally:
+        restore_pipeline(pipeline)
