@@ -8,18 +8,21 @@ from .extras import PIPELINE, hint
 if TYPE_CHECKING:
     from .edits import (
         CombinedEdit,
+        ConsistEdit,
         Edit,
+        FreeFluxEdit,
         FreePromptEdit,
         LocalBlend,
         MasaCtrlEdit,
         PlugAndPlayEdit,
         PromptToPromptEdit,
         SelfAttentionEdit,
+        StableFlowEdit,
         StyleAlignedEdit,
         WordMask,
     )
     from .edits.base import Injecting, Prompted, Remembering, Watching
-    from .edits.joint_products import JointProduct
+    from .edits.joint_products import JointProduct, MixedRows
     from .edits.products import Product
     from .edits.registry import make_edit
     from .edits.selection import LayerSelection
@@ -41,9 +44,11 @@ if TYPE_CHECKING:
 _HOME = {
     "BatchRoles": "models.roles",
     "CombinedEdit": "edits",
+    "ConsistEdit": "edits",
     "Edit": "edits",
     "EditingSession": "session.session",
     "Encoding": "prompts.encoding",
+    "FreeFluxEdit": "edits",
     "FreePromptEdit": "edits",
     "FreePromptPipeline": "pipeline",
     "FreePromptPipelineOutput": "sampling.output",
@@ -54,6 +59,7 @@ _HOME = {
     "LayerSelection": "edits.selection",
     "LocalBlend": "edits",
     "MasaCtrlEdit": "edits",
+    "MixedRows": "edits.joint_products",
     "NullText": "inversion.null_text",
     "PlugAndPlayEdit": "edits",
     "Product": "edits.products",
@@ -63,6 +69,7 @@ _HOME = {
     "Remembering": "edits.base",
     "SelfAttentionEdit": "edits",
     "Site": "models.sites",
+    "StableFlowEdit": "edits",
     "Step": "models.steps",
     "StepWindow": "models.steps",
     "StyleAlignedEdit": "edits",
@@ -79,9 +86,11 @@ _HOME = {
 __all__ = [
     "BatchRoles",
     "CombinedEdit",
+    "ConsistEdit",
     "Edit",
     "EditingSession",
     "Encoding",
+    "FreeFluxEdit",
     "FreePromptEdit",
     "FreePromptPipeline",
     "FreePromptPipelineOutput",
@@ -92,6 +101,7 @@ __all__ = [
     "LayerSelection",
     "LocalBlend",
     "MasaCtrlEdit",
+    "MixedRows",
     "NullText",
     "PlugAndPlayEdit",
     "Product",
@@ -101,6 +111,7 @@ __all__ = [
     "Remembering",
     "SelfAttentionEdit",
     "Site",
+    "StableFlowEdit",
     "Step",
     "StepWindow",
     "StyleAlignedEdit",

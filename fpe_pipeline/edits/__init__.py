@@ -1,7 +1,9 @@
 """Edits: which product each row of each attention layer gets, at each step."""
 
 from .base import CombinedEdit, Edit
+from .consist_edit import ConsistEdit
 from .free_prompt import FreePromptEdit
+from .image_memory import FreeFluxEdit, StableFlowEdit
 from .local_blend import LocalBlend
 from .masactrl import MasaCtrlEdit
 from .masks import WordMask
@@ -12,13 +14,16 @@ from .style_aligned import StyleAlignedEdit
 
 __all__ = [
     "CombinedEdit",
+    "ConsistEdit",
     "Edit",
+    "FreeFluxEdit",
     "FreePromptEdit",
     "LocalBlend",
     "MasaCtrlEdit",
     "PlugAndPlayEdit",
     "PromptToPromptEdit",
     "SelfAttentionEdit",
+    "StableFlowEdit",
     "StyleAlignedEdit",
     "WordMask",
 ]

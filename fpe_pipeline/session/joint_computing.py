@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fpe_kernels import AttentionMap, join
+from fpe_kernels import AttentionMap, LinearMap, join
 
 from ..edits.joint_products import JointPlan, JointProduct
 from .computing import Rows
+from .segment_rows import tokens_of, values_of
 
 __all__ = ["JointLayer", "SegmentProjections", "evaluate_joint"]
 
@@ -55,16 +56,17 @@ class JointLayer:
 
     def values(self, terms: Sequence[JointProduct]) -> torch.Tensor:
         """The values of each term, those of the image first: [terms, H, M, E]."""
-        image = self.image.value.take([term.value.image for term in terms])
+        image = values_of(self.image.value, [term.value.image for term in terms])
         if self.text is None:
             return image
-        return torch.cat([image, self.text.value.take([term.value.text for term in terms])], dim=2)
+        mixings = [term.mixing for term in terms]
+        return torch.cat([image, values_of(self.text.value, [term.value.text for term in terms], mixings)], dim=2)
 
-    def keys(self, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    def keys(self, pairs: Sequence[tuple[Any, Any]]) -> torch.Tensor:
         """For each (image row, text row), the keys of both segments: [pairs, H, M, D]."""
         assert self.text is not None
-        image, text = self.image.key.take([row for row, _ in pairs]), self.text.key.take([row for _, row in pairs])
-        return torch.cat([image, text], dim=2)
+        image = tokens_of(self.image.key, [row for row, _ in pairs])
+        return torch.cat([image, tokens_of(self.text.key, [row for _, row in pairs])], dim=2)
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -80,46 +82,50 @@ def evaluate_joint(plan: JointPlan, layer: JointLayer) -> tuple[torch.Tensor, to
     Returns:
         Image rows [plan.rows, H, N, E] and text rows [plan.rows, H, T, E]; None where there is no text.
     """
-    terms = plan.products
-    values = layer.values(terms)
-    image = _summed(plan, _image_rows(terms, layer, values), is_text=False)
-    return image, None if layer.text is None else _summed(plan, _text_rows(terms, layer, values), is_text=True)
+    image = _summed(plan, "image", _image_rows([term for _, term in plan.terms_of("image")], layer))
+    if layer.text is None:
+        return image, None
+    return image, _summed(plan, "text", _text_rows([term for _, term in plan.terms_of("text")], layer))
 
 
-def _image_rows(terms: Sequence[JointProduct], layer: JointLayer, values: torch.Tensor) -> torch.Tensor:
-    pairs, index = _distinct([(term.query.image, term.key.image) for term in terms])
-    queries, keys = layer.image.query, layer.image.key
-    whole = layer.map(queries.take([query for query, _ in pairs]), keys.take([key for _, key in pairs])).take(index)
+def _image_rows(terms: Sequence[JointProduct], layer: JointLayer) -> torch.Tensor:
+    whole = _shared(layer, [(term.query.image, term.key.image) for term in terms], layer.image.key)
     if layer.text is not None:
-        pairs, index = _distinct([(term.query.image, term.key.text) for term in terms])
-        keys = layer.text.key
-        text = layer.map(queries.take([query for query, _ in pairs]), keys.take([key for _, key in pairs])).take(index)
-        whole = join([whole, text])
-    return whole @ values
+        whole = join([whole, _shared(layer, [(term.query.image, term.key.text) for term in terms], layer.text.key)])
+    return whole @ layer.values(terms)
 
 
-def _text_rows(terms: Sequence[JointProduct], layer: JointLayer, values: torch.Tensor) -> torch.Tensor:
+def _shared(layer: JointLayer, named: Sequence[tuple[Any, Any]], key: Rows) -> LinearMap:
+    """For each (image query, key) its map, of which equal ones are one."""
+    pairs, index = _distinct(named)
+    queries = tokens_of(layer.image.query, [query for query, _ in pairs])
+    return layer.map(queries, tokens_of(key, [row for _, row in pairs])).take(index)
+
+
+def _text_rows(terms: Sequence[JointProduct], layer: JointLayer) -> torch.Tensor:
     assert layer.text is not None
     triples, index = _distinct([(term.query.text, *term.key) for term in terms])
-    queries = layer.text.query.take([query for query, _, _ in triples])
-    return layer.map(queries, layer.keys([(image, text) for _, image, text in triples])).take(index) @ values
+    queries = tokens_of(layer.text.query, [query for query, _, _ in triples])
+    keys = layer.keys([(image, text) for _, image, text in triples])
+    return layer.map(queries, keys).take(index) @ layer.values(terms)
 
 
-def _distinct(named: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
+def _distinct(named: Sequence[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], list[int]]:
     """What there is, each once, and for each entry which of those it is."""
     places: dict[Hashable, int] = {}
     index = [places.setdefault(entry, len(places)) for entry in named]
     return list(dict.fromkeys(named)), index
 
 
-def _summed(plan: JointPlan, products: torch.Tensor, *, is_text: bool) -> torch.Tensor:
-    """Terms [terms, H, N, E], weighed and added up by row."""
-    if plan.is_plain:
+def _summed(plan: JointPlan, segment: Literal["image", "text"], products: torch.Tensor) -> torch.Tensor:
+    """A segment's terms [terms, H, N, E], weighed and added up by row."""
+    terms = plan.terms_of(segment)
+    if len(terms) == plan.rows and all(term.is_whole for _, term in terms):
         return products
     wide = torch.promote_types(products.dtype, torch.float32)
     sums: list[torch.Tensor | None] = [None] * plan.rows
-    for (row, term), product in zip(plan.terms, products, strict=True):
-        weighed = product.to(wide) * _weight(term.weight, product, wide, is_text=is_text)
+    for (row, term), product in zip(terms, products, strict=True):
+        weighed = product.to(wide) * _weight(term.weight, product, wide, is_text=segment == "text")
         before = sums[row]
         sums[row] = weighed if before is None else before + weighed
     return torch.stack([total for total in sums if total is not None]).to(products.dtype)

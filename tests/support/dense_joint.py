@@ -13,7 +13,8 @@ class DenseJoint:
     Args:
         rule: for a row (``rows`` in all), None for its own tokens; or a list of (weight, sources), terms that are added
             up. A term's sources are a mapping from "q_image", "q_text", "k_image" … "v_text" to the row whose tokens
-            stand there; what it leaves out is the row's own.
+            stand there; what it leaves out is the row's own. In the place of a row (first, second, share [tokens]) are
+            the tokens of two, mixed.
     """
 
     def __init__(self, rule):
@@ -79,7 +80,7 @@ def dense_row(terms, row, parts, order):
     """One row's output [tokens, H·D]: segments in this order, and one softmax over all of their tokens."""
     total = 0
     for weight, sources in terms or [(1.0, {})]:
-        tokens = {name: part[sources.get(name, row)] for name, part in parts.items()}
+        tokens = {name: stood_there(part, sources.get(name, row)) for name, part in parts.items()}
         query, key, value = (
             torch.cat([tokens[f"{letter}_{part}"] for part in order if f"{letter}_{part}" in tokens], dim=1)
             for letter in "qkv"
@@ -92,6 +93,13 @@ def dense_row(terms, row, parts, order):
             weight = torch.cat([weight if part == "image" else text for part in order])[:, None]
         total = total + weight * term
     return total.transpose(0, 1).flatten(1)
+
+
+def stood_there(part, source):
+    if not isinstance(source, tuple):
+        return part[source]
+    first, second, share = source
+    return share[:, None] * part[first] + (1 - share[:, None]) * part[second]
 
 
 def linear(projection, tokens):
