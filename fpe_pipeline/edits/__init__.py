@@ -9,6 +9,7 @@ from .masactrl import MasaCtrlEdit
 from .masks import WordMask
 from .plug_and_play import PlugAndPlayEdit
 from .prompt_to_prompt import PromptToPromptEdit
+from .reflex import ReFlexEdit
 from .self_attention import SelfAttentionEdit
 from .style_aligned import StyleAlignedEdit
 
@@ -22,6 +23,7 @@ __all__ = [
     "MasaCtrlEdit",
     "PlugAndPlayEdit",
     "PromptToPromptEdit",
+    "ReFlexEdit",
     "SelfAttentionEdit",
     "StableFlowEdit",
     "StyleAlignedEdit",

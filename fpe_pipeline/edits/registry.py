@@ -21,6 +21,7 @@ from .method import REQUIRED, Make, Method, Option, Served, Unfit, Wanted, argum
 from .method_class import class_method, names_a_class
 from .plug_and_play import PlugAndPlayEdit
 from .prompt_to_prompt import PromptToPromptEdit
+from .reflex import ReFlexEdit
 from .style_aligned import StyleAlignedEdit
 
 __all__ = ["METHODS", "find_method", "make_edit", "method_table", "methods_of", "require_edit"]
@@ -208,6 +209,7 @@ _TABLE = (
         _prompt_to_prompt("replace"),
         taken=("align",),
         layers=_few_tokens,
+        serves=_BOTH,
     ),
     Method(
         "p2p-refine",
@@ -217,6 +219,7 @@ _TABLE = (
         _prompt_to_prompt("refine"),
         taken=("align",),
         layers=_few_tokens,
+        serves=_BOTH,
     ),
     Method(
         "p2p-reweight",
@@ -230,6 +233,7 @@ _TABLE = (
         taken=("align",),
         layers=_few_tokens,
         settings=_new,
+        serves=_BOTH,
     ),
     Method(
         "p2p-blend",
@@ -255,6 +259,14 @@ _TABLE = (
         "Stable Flow",
         "image keys and values of the source, in vital layers",
         StableFlowEdit,
+        serves=_TRANSFORMERS,
+    ),
+    Method(
+        "reflex",
+        "ReFlex",
+        "blocks of the map after the softmax, words aligned by what both prompts have",
+        ReFlexEdit,
+        taken=("source_of",),
         serves=_TRANSFORMERS,
     ),
     Method(

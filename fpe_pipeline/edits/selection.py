@@ -77,6 +77,10 @@ class LayerSelection:
             )
         return chosen
 
+    def selects(self, site: Site) -> bool:
+        """Whether a site is among the selected ones."""
+        return self._may_name(site) and self._matches(site)
+
     def _may_name(self, site: Site) -> bool:
         # Beside joint attention some transformers have layers of image tokens alone, which are edited where their path
         # is named: an index would stand for two layers.

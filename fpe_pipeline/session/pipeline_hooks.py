@@ -26,6 +26,7 @@ class PipelineHooks:
         stepped: takes the scheduler's new latents with the timestep and returns those to go on from.
         paired: the sources of the call's prompts and its images a prompt, where rows of one image are to draw the same
             noise; None where rows draw their own.
+        text_parts: of the text tokens of its transformer, as the adapter says them.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class PipelineHooks:
         encoded: Callable[[Encoding], None],
         stepped: Callable[[torch.Tensor, Any], torch.Tensor],
         paired: Callable[[], tuple[Sequence[int], int] | None],
+        text_parts: Sequence[tuple[str, tuple[str, ...]]] = (),
     ) -> None:
-        self._encoding = EncodingHook(pipe, encoded)
+        self._encoding = EncodingHook(pipe, encoded, text_parts)
         self._decoder = FiniteDecoder(pipe)
         self._noise = _PairedNoise(pipe, paired)
         has_steps = hasattr(getattr(pipe, "scheduler", None), "step")

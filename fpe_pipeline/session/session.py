@@ -162,7 +162,9 @@ class EditingSession:
             base.feature_modules_of(self._running),
             self._before_call,
             self._after_call,
-            lambda: PipelineHooks(self.pipe, self._encoded, self._after_scheduler_step, self._paired_rows),
+            lambda: PipelineHooks(
+                self.pipe, self._encoded, self._after_scheduler_step, self._paired_rows, self.adapter.text_parts
+            ),
         )
         for watcher in watchers:
             self.watch(watcher)

@@ -1,6 +1,8 @@
 """Joint attention written out densely, from the papers' rules: tokens are exchanged, then there is one softmax."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -78,6 +80,8 @@ class DenseFlux(DenseJoint):
 
 def dense_row(terms, row, parts, order):
     """One row's output [tokens, H·D]: segments in this order, and one softmax over all of their tokens."""
+    if isinstance(terms, Blocks):
+        return terms.row(row, parts, order)
     total = 0
     for weight, sources in terms or [(1.0, {})]:
         tokens = {name: stood_there(part, sources.get(name, row)) for name, part in parts.items()}
@@ -85,14 +89,50 @@ def dense_row(terms, row, parts, order):
             torch.cat([tokens[f"{letter}_{part}"] for part in order if f"{letter}_{part}" in tokens], dim=1)
             for letter in "qkv"
         )
-        scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
-        exponentials = torch.exp(scores - scores.max(dim=2, keepdim=True).values)
-        term = exponentials / exponentials.sum(dim=2, keepdim=True) @ value  # [H, tokens, D]
+        term = written_out(query, key) @ value  # [H, tokens, D]
         if isinstance(weight, torch.Tensor):  # of image tokens
             text = weight.mean().expand(term.shape[1] - weight.numel())
             weight = torch.cat([weight if part == "image" else text for part in order])[:, None]
         total = total + weight * term
     return total.transpose(0, 1).flatten(1)
+
+
+def written_out(query, key):
+    """The map itself, [H, queries, keys]."""
+    scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+    exponentials = torch.exp(scores - scores.max(dim=2, keepdim=True).values)
+    return exponentials / exponentials.sum(dim=2, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A row whose map is changed after the softmax: blocks of image queries, over image keys and over text keys.
+
+    Args:
+        source: the row whose map they are taken from.
+        image: whether the first is the source's.
+        text: gives the second, from the source's and the row's own [H, image queries, text keys].
+    """
+
+    source: int
+    image: bool = False
+    text: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+    def row(self, row, parts, order):
+        value = torch.cat([parts[f"v_{part}"][row] for part in order], dim=1)
+        own, source = (
+            written_out(*(torch.cat([parts[f"{letter}_{part}"][which] for part in order], dim=1) for letter in "qk"))
+            for which in (row, self.source)
+        )
+        counts = {part: parts[f"q_{part}"].shape[2] for part in order}
+        starts = {order[0]: 0, order[1]: counts[order[0]]}
+        image, text = (slice(starts[part], starts[part] + counts[part]) for part in ("image", "text"))
+        changed = own.clone()
+        if self.image:
+            changed[:, image, image] = source[:, image, image]
+        if self.text is not None:
+            changed[:, image, text] = self.text(source[:, image, text], own[:, image, text])
+        return (changed @ value).transpose(0, 1).flatten(1)
 
 
 def stood_there(part, source):

@@ -20,7 +20,6 @@ from fpe_pipeline import (
     WordMask,
     editing,
     heat_maps,
-    make_edit,
 )
 from fpe_pipeline.edits.joint_products import plan_joint_products
 from fpe_pipeline.models.families import adapter_of
@@ -50,7 +49,6 @@ def untouched(sd3):
 UNET_EDITS = {
     "plug and play": lambda tokenizer: PlugAndPlayEdit(),
     "style aligned": lambda tokenizer: StyleAlignedEdit(),
-    "prompt to prompt": lambda tokenizer: make_edit("p2p-replace", [SOURCE, TARGET], tokenizer),
     "local blend": lambda tokenizer: FreePromptEdit() + LocalBlend([SOURCE, TARGET], tokenizer, ["car", "car"]),
     "a word's mask": lambda tokenizer: FreePromptEdit(mask=WordMask(SOURCE, "car", tokenizer)),
 }
