@@ -102,7 +102,7 @@ class PromptToPromptEdit(SelfAttentionEdit):
                 )
         self._normalise(_targets=self._aligned(prompts))
 
-    def _aligned(self, prompts: Sequence[TokenizedPrompt] | Sequence[JointPrompt]) -> Mapping[int, TargetColumns]:
+    def _aligned(self, prompts: Sequence[TokenizedPrompt | JointPrompt]) -> Mapping[int, TargetColumns]:
         """By number of the prompt, the columns of each target whose words stand where these prompts have them."""
         return {
             number: TargetColumns(

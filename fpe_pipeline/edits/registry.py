@@ -249,6 +249,7 @@ _TABLE = (
         taken=("align",),
         layers=_few_tokens,
         settings=_region,
+        serves=_BOTH,
     ),
     Method("masactrl", "MasaCtrl", "from step 4 on, in the decoder", MasaCtrlEdit, layers=_decoder, serves=_BOTH),
     Method("pnp", "Plug-and-Play", "maps to 0.5, features to 0.8 of the steps", PlugAndPlayEdit),

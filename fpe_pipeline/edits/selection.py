@@ -108,8 +108,8 @@ def refuse_transformer(kind: Kind, sites: tuple[Site, ...]) -> None:
     if any(site.is_joint for site in sites):
         raise ValueError(
             f"this edit speaks of {kind}-attention layers, and the transformer has none: its {len(sites)} layers "
-            "attend to image and text tokens together; FreePromptEdit, without a WordMask, MasaCtrlEdit, ConsistEdit, "
-            "StableFlowEdit and FreeFluxEdit edit such layers"
+            "attend to image and text tokens together, which FreePromptEdit, MasaCtrlEdit, PromptToPromptEdit, "
+            "ConsistEdit, StableFlowEdit, FreeFluxEdit and ReFlexEdit edit"
         )
 
 

@@ -62,7 +62,7 @@ class JointPrompt:
 
 def encoded_prompts(
     encoding: Encoding, prompts: Sequence[TokenizedPrompt]
-) -> tuple[TokenizedPrompt, ...] | tuple[JointPrompt, ...]:
+) -> tuple[TokenizedPrompt | JointPrompt, ...]:
     """A pipeline call's prompts where attention finds their tokens: in cross-attention, or in joint attention.
 
     Args:

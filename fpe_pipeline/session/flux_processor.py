@@ -70,7 +70,9 @@ class EditFluxProcessor(ProcessorAround):
             order.backend,
         )
         self.record = joint_record(plan, layer, attn.heads)
-        rows, text_rows = evaluate_joint(plan, layer)
+        rows, text_rows, heat = evaluate_joint(plan, layer, order.columns)
+        if order.deliver is not None:
+            order.deliver(heat, {})
         assert text_rows is not None
         out, context = merged_heads(rows), merged_heads(text_rows)
         if is_single:

@@ -39,7 +39,8 @@ class Order:
         plan: its products.
         backend: of ``shared_attention``.
         edited: whether an edit asked for the products; otherwise the layer is only watched.
-        columns: for some rows, what their map is to be multiplied with beside the values [M', C].
+        columns: for some rows, what their map is to be multiplied with beside the values [M', C]; in joint attention
+            that of image queries over text keys [T, C].
         maps: rows whose map is to be delivered as an operator.
         deliver: takes both.
         recorded: what a recording holds of the layer at this step, for the plan's rows that are not in the batch.
@@ -125,8 +126,11 @@ def _plan(site: Site, products: Mapping[int, Any], roles: BatchRoles, wanted: _W
                     "an edit gives Products"
                 )
         return plan_products(products, roles.batch, roles.recorded)
-    if wanted:
-        raise ValueError(f"{site.path} is joint attention of image and text, whose maps are not shown to watchers yet")
+    if wanted.maps:
+        raise ValueError(
+            f"{site.path} is joint attention of image and text, whose maps are shown to watchers by their columns over "
+            "text tokens (Watcher.columns) and not as operators (Watcher.maps)"
+        )
     return plan_joint_products(products, roles.batch)
 
 

@@ -11,7 +11,7 @@ Edited rows and unedited ones go the same way, so that a source's row does not d
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -21,9 +21,9 @@ from fpe_kernels import AttentionMap, LinearMap, join
 
 from ..edits.joint_products import JointPlan, JointProduct
 from .computing import Rows
-from .segment_rows import tokens_of, values_of
+from .segment_rows import column_values, tokens_of, values_of
 
-__all__ = ["JointLayer", "SegmentProjections", "evaluate_joint"]
+__all__ = ["JointLayer", "JointOutput", "SegmentProjections", "evaluate_joint"]
 
 
 class SegmentProjections(NamedTuple):
@@ -76,23 +76,56 @@ class JointLayer:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors), tensors[0].element_size()
 
 
-def evaluate_joint(plan: JointPlan, layer: JointLayer) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The plan's products, summed by row.
+class JointOutput(NamedTuple):
+    """What a layer's rows become.
 
-    Returns:
-        Image rows [plan.rows, H, N, E] and text rows [plan.rows, H, T, E]; None where there is no text.
+    Args:
+        image: [rows, H, N, E].
+        text: [rows, H, T, E]; None where there is no text.
+        heat: for each row of the columns that were asked, the edited map of its image queries over text keys, times
+            them: [H, N, C].
     """
-    image = _summed(plan, "image", _image_rows([term for _, term in plan.terms_of("image")], layer))
+
+    image: torch.Tensor
+    text: torch.Tensor | None
+    heat: dict[int, torch.Tensor]
+
+
+def evaluate_joint(
+    plan: JointPlan, layer: JointLayer, columns: Mapping[int, torch.Tensor] | None = None
+) -> JointOutput:
+    """The plan's products, summed by row, and beside them products of the rows' edited maps with columns.
+
+    A row's output is linear in its values, so the columns are carried through the same products as more values of its
+    text tokens: scores and softmax are computed once for both.
+
+    Args:
+        columns: for some rows, what the edited map of their image queries is to be multiplied with [T, C].
+    """
+    columns, dim = columns or {}, layer.image.value.tensor.shape[-1]
+    wide = _summed(plan, "image", _image_rows(plan.terms_of("image"), layer, columns))
+    heat = {row: wide[row, ..., dim : dim + given.shape[-1]] for row, given in columns.items()}
+    image = wide[..., :dim] if heat else wide
     if layer.text is None:
-        return image, None
-    return image, _summed(plan, "text", _text_rows([term for _, term in plan.terms_of("text")], layer))
+        return JointOutput(image, None, heat)
+    return JointOutput(
+        image, _summed(plan, "text", _text_rows([term for _, term in plan.terms_of("text")], layer)), heat
+    )
 
 
-def _image_rows(terms: Sequence[JointProduct], layer: JointLayer) -> torch.Tensor:
+def _image_rows(
+    of_rows: Sequence[tuple[int, JointProduct]], layer: JointLayer, columns: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    terms = [term for _, term in of_rows]
     whole = _shared(layer, [(term.query.image, term.key.image) for term in terms], layer.image.key)
     if layer.text is not None:
         whole = join([whole, _shared(layer, [(term.query.image, term.key.text) for term in terms], layer.text.key)])
-    return whole @ layer.values(terms)
+    values = layer.values(terms)
+    if columns:
+        assert layer.text is not None
+        texts = layer.text.value.tensor.shape[2]
+        values = torch.cat([values, column_values(of_rows, columns, values, texts)], dim=-1)
+    return whole @ values
 
 
 def _shared(layer: JointLayer, named: Sequence[tuple[Any, Any]], key: Rows) -> LinearMap:

@@ -78,7 +78,9 @@ class EditJointProcessor(ProcessorAround):
         text = None if encoder_hidden_states is None else _project(attn, plan, "text", encoder_hidden_states, fused)
         layer = JointLayer(image, text, image.query.tensor.shape[-1] ** -0.5, order.backend)
         self.record = joint_record(plan, layer, attn.heads)
-        rows, text_rows = evaluate_joint(plan, layer)
+        rows, text_rows, heat = evaluate_joint(plan, layer, order.columns)
+        if order.deliver is not None:
+            order.deliver(heat, {})
         out = attn.to_out[1](attn.to_out[0](merged_heads(rows)))  # the second is dropout
         if text_rows is None:
             return out

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..edits.joint_products import MixedRows
+from ..edits.joint_products import JointProduct, MixedRows
 from .computing import Rows
 
-__all__ = ["tokens_of", "values_of"]
+__all__ = ["column_values", "tokens_of", "values_of"]
 
 
 def tokens_of(rows: Rows, named: Sequence[int | MixedRows]) -> torch.Tensor:
@@ -36,6 +36,37 @@ def values_of(
             tokens = tokens_of(rows, [row])
             pieces.append(tokens if mixing is None else _mixed_text(mixing, tokens))
     return torch.cat(pieces)
+
+
+def column_values(
+    terms: Sequence[tuple[int, JointProduct]], columns: Mapping[int, torch.Tensor], values: torch.Tensor, texts: int
+) -> torch.Tensor:
+    """For each term its row's columns in the place of text values, mixed as they are, and zeros elsewhere.
+
+    Args:
+        terms: with their rows.
+        columns: for some rows, [T, C].
+        values: of the terms, those of the image first: [terms, H, N + T, E].
+        texts: T, the text tokens of the layer.
+
+    Returns:
+        [terms, H, N + T, C] with the largest C.
+
+    Raises:
+        ValueError: columns over another number of text tokens.
+    """
+    out = values.new_zeros((*values.shape[:-1], max(given.shape[-1] for given in columns.values())))
+    for place, (row, term) in zip(out, terms, strict=True):
+        if row in columns and term.value.text is not None:
+            given = columns[row].to(values)
+            if given.shape[0] != texts:
+                raise ValueError(
+                    f"words were placed among {given.shape[0]} text tokens, and the layer receives {texts}: the text "
+                    "was encoded otherwise than was told; pass prompts and not embeddings"
+                )
+            given = given if term.mixing is None else _mixed_text(term.mixing, given)
+            place[:, values.shape[2] - texts :, : given.shape[-1]] = given
+    return out
 
 
 def _mixed_text(mixing: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
