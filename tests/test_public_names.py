@@ -15,11 +15,11 @@ from tests.support import arrows
 
 KERNELS = "AttentionMap LinearMap backends beside blend concatenate join shared_attention stack"
 PIPELINE = (
-    "BatchRoles CombinedEdit Edit EditingSession Encoding FreePromptEdit FreePromptPipeline "
-    "FreePromptPipelineOutput HeatMaps Injecting Inversion JointProduct LayerSelection LocalBlend MasaCtrlEdit "
-    "NullText PlugAndPlayEdit Product PromptToPromptEdit Prompted Recording Remembering SelfAttentionEdit Site Step "
-    "StepWindow StyleAlignedEdit Watcher Watching WordMask attention_sites ddim_scheduler editing heat_maps "
-    "make_edit"
+    "BatchRoles CombinedEdit ConsistEdit Edit EditingSession Encoding FreeFluxEdit FreePromptEdit "
+    "FreePromptPipeline FreePromptPipelineOutput HeatMaps Injecting Inversion JointProduct LayerSelection "
+    "LocalBlend MasaCtrlEdit MixedRows NullText PlugAndPlayEdit Product PromptToPromptEdit Prompted ReFlexEdit "
+    "Recording Remembering SelfAttentionEdit Site StableFlowEdit Step StepWindow StyleAlignedEdit Watcher "
+    "Watching WordMask attention_sites ddim_scheduler editing heat_maps make_edit"
 )
 TESTING = "TOLERANCE DenseLayer Difference EditCheck check_edit tiny_unet words_tokenizer"
 COMMANDS = ("demo", "edit", "evaluate", "info")

@@ -11,7 +11,7 @@ import torch
 
 from .products import Product
 
-__all__ = ["AnyProduct", "JointPlan", "JointProduct", "SegmentRows", "plan_joint_products"]
+__all__ = ["AnyProduct", "JointPlan", "JointProduct", "MixedRows", "SegmentRows", "plan_joint_products"]
 
 Part = Literal["query", "key", "value"]
 Segment = Literal["image", "text"]
@@ -19,11 +19,29 @@ PARTS: tuple[Part, ...] = get_args(Part)
 SEGMENTS: tuple[Segment, ...] = get_args(Segment)
 
 
-class SegmentRows(NamedTuple):
-    """For each segment of a joint sequence, the row of the batch whose tokens stand there."""
+@dataclass(frozen=True, eq=False)
+class MixedRows:
+    """Image tokens of two rows: ``share ⊙ kept + (1 - share) ⊙ other``.
 
-    image: int
-    text: int
+    Args:
+        kept, other: rows of the batch.
+        share: of ``kept``, for each image token [N], from 0 to 1.
+    """
+
+    kept: int
+    other: int
+    share: torch.Tensor
+
+    def __str__(self) -> str:
+        return f"({self.kept} or {self.other} by mask)"
+
+
+class SegmentRows(NamedTuple):
+    """For each segment of a joint sequence, the row of the batch whose tokens stand there; None for zeros, which
+    values alone may be."""
+
+    image: int | MixedRows | None
+    text: int | None
 
 
 @dataclass(frozen=True)
@@ -40,46 +58,81 @@ class JointProduct:
     image queries and keys of the source        ``JointProduct((s, t), (s, t), (t, t))``
     the whole map of the source                 ``JointProduct((s, s), (s, s), (t, t))``
     image keys and values of the source         ``JointProduct((t, t), (s, t), (s, t))``
+    what of the source's map falls on text      ``JointProduct((s, s), (s, s), (None, t))``
     ==========================================  ==============================================
 
     In a layer of image tokens alone the text's rows are not looked at.
 
     Args:
-        query, key, value: (image row, text row).
+        query, key, value: (image row, text row). Image tokens may be those of two rows, as :class:`MixedRows`; values
+            of a segment may be None, whose tokens then count in the softmax and give nothing.
         weight: a number, or a tensor with a weight for each image token [N]; text tokens, which have no place in the
             image, take its mean.
+        mixing: a matrix applied to the text's values [T, T].
+        outputs: the tokens whose output it is a term of: "all", or those of the "image" or of the "text" alone.
     """
 
     query: SegmentRows
     key: SegmentRows
     value: SegmentRows
     weight: float | torch.Tensor = 1.0
+    mixing: torch.Tensor | None = None
+    outputs: Literal["all", "image", "text"] = "all"
 
     def __post_init__(self) -> None:
         for name in ("query", "key", "value"):
             given = getattr(self, name)
             if not isinstance(given, SegmentRows):
                 object.__setattr__(self, name, SegmentRows(*given))  # the way to do it in a frozen dataclass
+        if None in (*map(_known, self.query), *map(_known, self.key)):
+            raise ValueError(f"{self} has no queries or keys for a segment: None stands for values that give nothing")
+        if self.outputs not in ("all", "image", "text"):
+            raise ValueError(f'expected outputs to be "all", "image" or "text", got {self.outputs!r}')
 
     @classmethod
-    def own(cls, row: int, weight: float | torch.Tensor = 1.0) -> JointProduct:
+    def own(
+        cls, row: int, weight: float | torch.Tensor = 1.0, outputs: Literal["all", "image", "text"] = "all"
+    ) -> JointProduct:
         """What an unedited row is."""
         rows = SegmentRows(row, row)
-        return cls(rows, rows, rows, weight)
+        return cls(rows, rows, rows, weight, outputs=outputs)
 
     @property
     def is_whole(self) -> bool:
         """Whether nothing is weighed."""
         return not isinstance(self.weight, torch.Tensor) and self.weight == 1.0
 
+    def rows_of(self, part: Part, segment: Segment) -> tuple[int, ...]:
+        """The rows whose tokens of a segment stand among its queries, keys or values."""
+        rows = getattr(getattr(self, part), segment)
+        if isinstance(rows, MixedRows):
+            return rows.kept, rows.other
+        return () if rows is None else (rows,)
+
+    def concerns(self, segment: Segment) -> bool:
+        """Whether it is a term of a segment's output."""
+        return self.outputs in ("all", segment)
+
     def describe(self) -> str:
         """The product in a few words, as ``A(q 2|3, k 2|3) @ v 3``: image row | text row."""
         weight = "α ⊙ " if isinstance(self.weight, torch.Tensor) else "" if self.is_whole else f"{self.weight:.3g} "
-        query, key, value = (
-            str(rows.image) if rows.image == rows.text else f"{rows.image}|{rows.text}"
-            for rows in (self.query, self.key, self.value)
-        )
-        return f"{weight}A(q {query}, k {key}) @ v {value}"
+        query, key = _spelled(self.query), _spelled(self.key)
+        value = _spelled(self.value) if self.mixing is None else f"{_row(self.value.image)}|M {_row(self.value.text)}"
+        where = "" if self.outputs == "all" else f" for {self.outputs}"
+        return f"{weight}A(q {query}, k {key}) @ v {value}{where}"
+
+
+def _spelled(rows: SegmentRows) -> str:
+    """A row, or image row | text row."""
+    return _row(rows.image) if rows.image == rows.text else f"{_row(rows.image)}|{_row(rows.text)}"
+
+
+def _row(row: int | MixedRows | None) -> str:
+    return "0s" if row is None else str(row)
+
+
+def _known(row: int | MixedRows | None) -> bool | None:
+    return None if row is None else True
 
 
 #: What a term of any layer's row is.
@@ -101,7 +154,12 @@ class JointPlan:
     @property
     def is_plain(self) -> bool:
         """Whether every row is one term, and no term is weighed."""
-        return len(self.terms) == self.rows and all(term.is_whole for _, term in self.terms)
+        whole = all(term.is_whole and term.outputs == "all" for _, term in self.terms)
+        return whole and len(self.terms) == self.rows
+
+    def terms_of(self, segment: Segment) -> tuple[tuple[int, JointProduct], ...]:
+        """The terms of a segment's output."""
+        return tuple((row, term) for row, term in self.terms if term.concerns(segment))
 
     def used(self, part: Part, segment: Segment) -> tuple[int, ...]:
         """The rows of the batch whose queries, keys or values of a segment are needed, in order."""
@@ -119,7 +177,8 @@ class JointPlan:
         return {row: frozenset(names) for row, names in parts.items()}
 
     def _named(self, part: Part, segment: Segment) -> list[int]:
-        return sorted({getattr(getattr(term, part), segment) for _, term in self.terms})
+        terms = self.terms if part != "query" else self.terms_of(segment)
+        return sorted({row for _, term in terms for row in term.rows_of(part, segment)})
 
     @cached_property
     def description(self) -> str:
@@ -157,7 +216,16 @@ def plan_joint_products(
                 )
             if rows <= row < rows + recorded:
                 raise ValueError(f"{term} would change row {row}, whose run is recorded and over: edit targets alone")
-            if not all(0 <= used < rows + recorded for used in (row, *term.query, *term.key, *term.value)):
+            named = [used for part in PARTS for segment in SEGMENTS for used in term.rows_of(part, segment)]
+            if not all(0 <= used < rows + recorded for used in (row, *named)):
                 raise ValueError(f"{term} for row {row} names a row outside the batch of {rows}")
             terms.append((row, term))
-    return JointPlan(rows, tuple(terms))
+    plan = JointPlan(rows, tuple(terms))
+    for segment in SEGMENTS:
+        left_out = set(range(rows)) - {row for row, _ in plan.terms_of(segment)}
+        if left_out:
+            raise ValueError(
+                f"the edit gave rows {sorted(left_out)} no term of their {segment} tokens: beside terms with outputs= "
+                f'of the one segment, give some of the other, such as JointProduct.own(row, outputs="{segment}")'
+            )
+    return plan

@@ -12,6 +12,7 @@ from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step
 from ..prompts.encoding import Encoding
+from ..prompts.joint_text import JointPrompt, encoded_prompts
 from ..prompts.words import TokenizedPrompt
 from .base import Edit, Windows, check_compat
 from .masks import _unit, blended_sites
@@ -29,7 +30,8 @@ class LocalBlend(Edit):
 
     After each step, a target's latents outside a mask become the source's. The mask is where the heat of the chosen
     words, in the source's or in the target's own edited cross-attention, summed over the steps so far, exceeds a
-    share of its largest value. Heat is a few more value columns of the layers' products; no map is stored.
+    share of its largest value. Heat is a few more value columns of the layers' products; no map is stored. In a
+    transformer (Stable Diffusion 3, FLUX) it is that of image queries over text keys in all layers of joint attention.
 
     Args:
         prompts: the source prompt and its targets, in the order of the pipeline call.
@@ -37,7 +39,8 @@ class LocalBlend(Edit):
         words: for each prompt a word, or several, of it.
         threshold: share of the largest heat.
         start: a share s of the run; the first ``int(T·s)`` steps are not blended.
-        levels: levels of cross-attention whose heat is read; default: level 2, which is 16² tokens at 512 px.
+        levels: levels of cross-attention whose heat is read; default: level 2, which is 16² tokens at 512 px. A
+            transformer has none.
         compat: ``"original"`` counts calls of the model rather than steps for ``start``, as the authors' code does.
 
     Raises:
@@ -116,21 +119,23 @@ class _Blend(HeatCollector):
     def encoded(self, encoding: Encoding) -> None:
         edit = self._edit
         if encoding.prompts is not None:
-            prompts = encoding.placed(tokenize_prompts(edit.prompts, edit.tokenizer))
+            prompts = encoded_prompts(encoding, tokenize_prompts(edit.prompts, edit.tokenizer))
             tokens = [[_tokens_of(prompt, words)] for prompt, words in zip(prompts, edit.words, strict=True)]
             self.watch_tokens(tokens, prompts[0].length)
 
     def blend(self, latents: torch.Tensor, step: Step, roles: BatchRoles) -> torch.Tensor:
         if not self._edit.blends_at(step):
             return latents
-        rows = roles.select(conditional=True)
+        # After a step that ended with a call of the unconditional rows alone, its rows are the same images.
+        half = any(roles.conditional)
+        rows = roles.select(conditional=half)
         if latents.shape[0] != len(rows):
             raise ValueError(
                 f"a local blend needs latents for each of the batch's {len(rows)} images, got {latents.shape[0]} rows"
             )
         masks = {row: self._mask(roles.image_of(row), latents) for row in rows}
         out = latents.clone()
-        for source, target in roles.pairs():
+        for source, target in roles.pairs(conditional=half):
             of_source, of_target = masks[source], masks[target]
             if of_source is not None and of_target is not None:
                 mask, here, there = of_source | of_target, rows.index(target), rows.index(source)
@@ -138,14 +143,17 @@ class _Blend(HeatCollector):
         return out
 
     def _mask(self, image: tuple[int, int], latents: torch.Tensor) -> torch.Tensor | None:
-        """[1, h, w]: where the words are, at the latents' resolution; None where nothing was read of an image."""
+        """Where the words are, at the latents' resolution, [1, h, w] or [tokens, 1] where the latents are packed; None
+        where nothing was read of an image."""
         heat = self.heat(image)
         if heat is None:
             return None
         heat = torch.nn.functional.max_pool2d(heat[None], 3, stride=1, padding=1)
-        heat = torch.nn.functional.interpolate(heat, size=latents.shape[-2:])[0]
-        return heat / heat.amax() > self._edit.threshold
+        if latents.ndim == 4:
+            heat = torch.nn.functional.interpolate(heat, size=latents.shape[-2:])
+        mask = heat[0] / heat.amax() > self._edit.threshold
+        return mask if latents.ndim == 4 else mask.reshape(-1, 1)  # a packed latent is a token of the layers
 
 
-def _tokens_of(prompt: TokenizedPrompt, words: Sequence[str]) -> tuple[int, ...]:
+def _tokens_of(prompt: TokenizedPrompt | JointPrompt, words: Sequence[str]) -> tuple[int, ...]:
     return tuple(sorted({token for word in words for token in prompt.find(word)}))

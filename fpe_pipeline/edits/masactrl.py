@@ -27,10 +27,8 @@ class MasaCtrlEdit(SelfAttentionEdit):
 
     A transformer's layers (Stable Diffusion 3, FLUX) attend to image and text tokens under one softmax. There a
     target's queries ask for the keys and values of its source's *image* tokens beside those of its own text, in layers
-    that have to be named: few of them matter, and which is a property of the model. For FLUX.1 [dev] Stable Flow's are
-    the dual blocks 0, 1, 17, 18 and the single blocks 6, 9, 34, 35, 37, at every step::
-
-        MasaCtrlEdit(0, layers=[0, 1, 17, 18, *(19 + single for single in (6, 9, 34, 35, 37))])
+    that have to be named: few of them matter, and which is a property of the model. :class:`StableFlowEdit` is the same
+    at every step, with the layers for FLUX.1 [dev].
 
     Args:
         start_step: the first step, counted from 0, as in the original.

@@ -17,11 +17,12 @@ from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step, StepWindow
 from ..prompts.encoding import Encoding
+from ..prompts.joint_text import encoded_prompts
 from ..prompts.words import tokenize
 from .selection import LayerSelection, whole_numbers
 from .watchers import HeatCollector, resize_maps
 
-__all__ = ["MaskImage", "Strength", "WordMask", "blended_sites"]
+__all__ = ["MaskImage", "Strength", "WordMask", "blended_sites", "text_sites"]
 
 Schedule = tuple[float, ...]
 Shares = tuple[float, float] | tuple[torch.Tensor, torch.Tensor]
@@ -139,7 +140,7 @@ class MaskImage:
 
 @dataclass(frozen=True)
 class WordMask:
-    """A mask from the heat of a word: its cross-attention so far in the run, of the source image.
+    """A mask from the heat of a word: the attention it has had so far in the run, of the source image.
 
     Until the first step has passed there is no heat, and the edit acts everywhere.
 
@@ -210,7 +211,7 @@ class _SourceHeat(HeatCollector):
     def encoded(self, encoding: Encoding) -> None:
         if encoding.prompts is not None:
             prompts = [tokenize(prompt, self._mask.tokenizer) for prompt in encoding.prompts]
-            source = encoding.placed(prompts)[0]
+            source = encoded_prompts(encoding, prompts)[0]
             if source.text == self._prompt.text:
                 self.watch_tokens([[source.find(self._mask.word)]], source.length)
 
@@ -229,8 +230,11 @@ def _shares(weights: torch.Tensor) -> Shares:
 def blended_sites(sites: tuple[Site, ...], levels: tuple[int, ...] | None) -> tuple[Site, ...]:
     """Cross-attention layers of encoder and decoder whose heat says where a word is.
 
-    By default those of level 2 (16² tokens at 512 px in SD 1.x and 2.x), or of the deepest level where there are none.
+    By default those of level 2 (16² tokens at 512 px in SD 1.x and 2.x), or of the deepest level where there are none;
+    all layers of joint attention of a transformer.
     """
+    if any(site.is_joint for site in sites):
+        return text_sites(sites, levels)
     cross = tuple(site for site in LayerSelection.parse("cross").match(sites) if site.place != "mid")
     by_default = levels is None
     if levels is None:
@@ -238,6 +242,19 @@ def blended_sites(sites: tuple[Site, ...], levels: tuple[int, ...] | None) -> tu
         if not any(site.level in levels for site in cross):
             levels = (max((site.level for site in cross), default=2),)
     return LayerSelection.parse("cross", levels=levels).match(cross, by_default=by_default)
+
+
+def text_sites(sites: tuple[Site, ...], levels: Any) -> tuple[Site, ...]:
+    """Layers in which image tokens look at words: of cross-attention, or a transformer's of joint attention.
+
+    Raises:
+        ValueError: levels of a transformer, which has none, or that match no layer.
+    """
+    if not any(site.is_joint for site in sites):
+        return LayerSelection.parse("cross", levels=levels).match(sites)
+    if levels is not None:
+        raise ValueError(f"levels={levels} tell resolutions apart, and a transformer has one: leave them out")
+    return LayerSelection.parse("joint").match(sites)
 
 
 def _schedule(value: Any) -> Schedule:

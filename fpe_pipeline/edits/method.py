@@ -7,18 +7,20 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ..texts import did_you_mean
 from .base import Edit
 
-__all__ = ["REQUIRED", "Make", "Method", "Option", "Unfit", "Wanted", "argument_help"]
+__all__ = ["REQUIRED", "Make", "Method", "Option", "Served", "Unfit", "Wanted", "argument_help"]
 
 Make = Callable[..., Edit]
+Served = Literal["unet", "transformer"]
 #: The default of an option that has none.
 REQUIRED = inspect.Parameter.empty
 # What a method gives its edit itself, of the call that it is made for.
 _OF_THE_CALL = ("prompts", "tokenizer")
+_SERVED: dict[Served, str] = {"unet": "UNets", "transformer": "transformers (Stable Diffusion 3, FLUX.1)"}
 # Characters of an option's help, after which it ends at the next comma before.
 _LINE = 110
 
@@ -88,6 +90,7 @@ class Method:
         settings: options for a picture that ``fpe evaluate`` compares methods on; raises :class:`Unfit` where the
             method cannot make that edit.
         window: the option that ``--self-replace`` sets; None where it is another method's.
+        serves: the models whose layers it edits.
     """
 
     name: str
@@ -100,6 +103,7 @@ class Method:
     layers: Callable[[Any], Mapping[str, Any]] = _own_layers
     settings: Callable[[Wanted], Mapping[str, Any]] = _no_settings
     window: str | None = None
+    serves: tuple[Served, ...] = ("unet",)
 
     @property
     def aligns(self) -> bool:
@@ -130,8 +134,9 @@ class Method:
             )
 
     def defaults(self, model: Any) -> dict[str, Any]:
-        """Its options for a model, a pipeline or a UNet, beyond those that the edit has anyway."""
-        return dict(self.layers(getattr(model, "unet", model)))
+        """Its options for a pipeline, its UNet or its transformer, beyond those that the edit has anyway."""
+        inside = getattr(model, "unet", None) or getattr(model, "transformer", None) or model
+        return dict(self.layers(inside)) if hasattr(inside, "down_blocks") else {}
 
     def edit_of(self, prompts: Sequence[str], tokenizer: Any, **options: Any) -> Edit:
         """Its edit of some prompts; a missing option is a TypeError."""
@@ -147,7 +152,8 @@ class Method:
     def describe(self) -> str:
         """The method and its options, a line each."""
         about = self.about.format(window="in the window's steps")
-        return "\n".join([f"{self.name}: {self.title}, {about}", *(f"  {option}" for option in self.choices)])
+        served = f"  of {' and '.join(_SERVED[model] for model in self.serves)}"
+        return "\n".join([f"{self.name}: {self.title}, {about}", served, *(f"  {option}" for option in self.choices)])
 
 
 def argument_help(kind: type) -> dict[str, str]:

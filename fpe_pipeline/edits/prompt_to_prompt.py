@@ -9,18 +9,19 @@ from math import isfinite
 from numbers import Real
 from typing import Any, Literal
 
-import torch
-
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step, StepWindow
-from ..prompts.alignment import Alignment, align_refine, align_replace
+from ..prompts.alignment import align_refine, align_replace
 from ..prompts.encoding import Encoding
+from ..prompts.joint_text import JointPrompt, aligned, encoded_prompts
 from ..prompts.words import TokenizedPrompt, tokenize
 from .base import Windows, check_compat
+from .joint_products import AnyProduct, JointProduct
 from .products import Product
 from .selection import LayerSelection
 from .self_attention import SelfAttentionEdit
+from .word_columns import TargetColumns, block_products
 
 __all__ = ["PromptToPromptEdit", "tokenize_prompts"]
 
@@ -36,6 +37,10 @@ class PromptToPromptEdit(SelfAttentionEdit):
     ``A_source @ (M (α c ⊙ v)) + A_target @ ((1 - α) ⊙ v)``. Self-attention maps are replaced as a whole. Only the
     conditional half is edited.
 
+    A transformer's layers (Stable Diffusion 3, FLUX) attend to image and text tokens under one softmax. There the
+    columns of cross-attention are those of image queries over text keys, of CLIP and of T5 where a word has tokens of
+    both, and self-attention is the block of image queries over image keys; text queries keep their own map.
+
     Args:
         prompts: the source prompt and its targets, in the order of the pipeline call.
         tokenizer: the pipeline's (of SDXL's two, either: they have one vocabulary).
@@ -50,7 +55,8 @@ class PromptToPromptEdit(SelfAttentionEdit):
         compat: ``"original"`` for the mappers of the authors' code, which does not move the tokens after a word whose
             number of tokens changes; and for its count of steps, which is of calls of the model (PNDM makes one more).
         levels, max_tokens, layers: at most one, to choose the *self-attention* layers; default: levels from 2 on,
-            which is what the original's limit of 16² tokens means at 512 px. Cross-attention is edited everywhere.
+            which is what the original's limit of 16² tokens means at 512 px, and all layers of a transformer, which
+            has no levels. Cross-attention is edited everywhere.
 
     Raises:
         ValueError: prompts that do not align, words that are in no target, factors that are no numbers.
@@ -67,7 +73,7 @@ class PromptToPromptEdit(SelfAttentionEdit):
     weights: Any = ()
     source_of: Sequence[int] | None = field(default=None, kw_only=True)
     compat: Literal["original"] | None = field(default=None, kw_only=True)
-    _targets: Mapping[int, _Target] = field(init=False, repr=False, compare=False)
+    _targets: Mapping[int, TargetColumns] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,12 +102,12 @@ class PromptToPromptEdit(SelfAttentionEdit):
                 )
         self._normalise(_targets=self._aligned(prompts))
 
-    def _aligned(self, prompts: Sequence[TokenizedPrompt]) -> Mapping[int, _Target]:
+    def _aligned(self, prompts: Sequence[TokenizedPrompt | JointPrompt]) -> Mapping[int, TargetColumns]:
         """By number of the prompt, the columns of each target whose words stand where these prompts have them."""
         return {
-            number: _Target(
+            number: TargetColumns(
                 prompts[number],
-                _ALIGN[self.align](prompts[source], prompts[number], self.compat),
+                aligned(_ALIGN[self.align], prompts[source], prompts[number], self.compat),
                 self.cross_replace_steps,
                 dict(self.weights),
                 self.compat,
@@ -115,7 +121,7 @@ class PromptToPromptEdit(SelfAttentionEdit):
         if encoding.prompts is None:
             return self
         known = tokenize_prompts(self.prompts, self.tokenizer)
-        placed = encoding.placed(known)
+        placed = encoded_prompts(encoding, known)
         if placed == tuple(known):
             return self
         moved = copy.copy(self)
@@ -145,9 +151,12 @@ class PromptToPromptEdit(SelfAttentionEdit):
         return tuple(self.prompts)
 
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        chosen = set(super().select(sites)) if self.self_replace_steps[1] > self.self_replace_steps[0] else set()
+        is_joint = any(site.is_joint for site in sites)
+        chosen: set[Site] = set()
+        if self.self_replace_steps[1] > self.self_replace_steps[0]:
+            chosen |= set(self.joint_sites(sites) if is_joint else super().select(sites))
         if any(window.stop > window.start for _, window in self.cross_replace_steps):
-            chosen |= set(LayerSelection.parse("cross").match(sites))
+            chosen |= set(LayerSelection.parse("joint" if is_joint else "cross").match(sites))
         return tuple(site for site in sites if site in chosen)
 
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
@@ -157,22 +166,44 @@ class PromptToPromptEdit(SelfAttentionEdit):
     def phase(self, step: Step) -> Hashable:
         return self._replaces_self(step), tuple(target.replaced(step) for target in self._targets.values())
 
-    def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, Product | Sequence[Product]]:
+    def products(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, AnyProduct | Sequence[AnyProduct]]:
         if site.kind == "self":
             return {t: Product(s, (s,), (t,)) for s, t in roles.pairs()} if self._replaces_self(step) else {}
-        products = {}
+        replaces_image = site.is_joint and self._replaces_self(step) and self._selection("joint").selects(site)
+        products: dict[int, Sequence[AnyProduct]] = {}
         for source, target in roles.pairs():
-            number = roles.prompt_of(target)
-            if number not in self._targets or self._sources[number] != roles.prompt_of(source):
-                raise ValueError(
-                    f"the batch edits prompt {number} from prompt {roles.prompt_of(source)}, which is not how the edit "
-                    f"aligned its {len(self.prompts)} prompts: give it the pipeline call's prompts, in their order, "
-                    "and the session's source_of"
-                )
-            terms = self._targets[number].products(source, target, step)
+            terms: Sequence[AnyProduct]
+            if site.is_joint:
+                terms = self.blocks(source, target, step, roles, replaces_image, site.kind == "joint")
+            else:
+                terms = self._columns(source, target, roles).products(source, target, step)
             if terms:
                 products[target] = terms
         return products
+
+    def blocks(
+        self, source: int, target: int, step: Step, roles: BatchRoles, image: bool, text: bool
+    ) -> tuple[JointProduct, ...]:
+        """A target row of joint attention; () where it keeps its own map.
+
+        Args:
+            source, target: rows of the batch.
+            step, roles: of the call.
+            image: whether the block of its map over image keys is the source's.
+            text: whether columns of words are replaced that are to be at the step.
+        """
+        columns = self._columns(source, target, roles)
+        return block_products(source, target, image, columns.mixings(step) if text else (None, None))
+
+    def _columns(self, source: int, target: int, roles: BatchRoles) -> TargetColumns:
+        number = roles.prompt_of(target)
+        if number not in self._targets or self._sources[number] != roles.prompt_of(source):
+            raise ValueError(
+                f"the batch edits prompt {number} from prompt {roles.prompt_of(source)}, which is not how the edit "
+                f"aligned its {len(self.prompts)} prompts: give it the pipeline call's prompts, in their order, "
+                "and the session's source_of"
+            )
+        return self._targets[number]
 
     @property
     def _sources(self) -> tuple[int, ...]:
@@ -192,58 +223,6 @@ def tokenize_prompts(prompts: Any, tokenizer: Any) -> list[TokenizedPrompt]:
         if not isinstance(prompt, str):
             raise TypeError(f"prompts must be text, got {type(prompt).__name__}: {prompt!r}")
     return [tokenize(prompt, tokenizer) for prompt in prompts]
-
-
-class _Target:
-    """One target's columns: which of them are the source's at a step, and with what factor."""
-
-    def __init__(
-        self,
-        prompt: TokenizedPrompt,
-        alignment: Alignment,
-        windows: Sequence[tuple[str | None, StepWindow]],
-        weights: Mapping[str, float],
-        compat: str | None,
-    ) -> None:
-        self._alignment, self._compat = alignment, compat
-        # The window of all tokens, then those of words, which go before it.
-        self._windows = [
-            (slice(None) if word is None else list(prompt.find(word)), window)
-            for word, window in windows
-            if word is None or prompt.contains(word)
-        ]
-        self._factors = torch.ones(prompt.length, dtype=torch.float64)
-        for word, factor in weights.items():
-            if prompt.contains(word):
-                self._factors[list(prompt.find(word))] = factor
-        self._mixings: dict[tuple[bool, ...], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
-
-    def replaced(self, step: Step) -> tuple[bool, ...]:
-        """For each window, whether the step is in it."""
-        return tuple(step.place(self._compat) in window.steps(step.total + 1) for _, window in self._windows)
-
-    def products(self, source: int, target: int, step: Step) -> tuple[Product, ...]:
-        """The target row's products; none where it keeps its own map."""
-        replaced = self.replaced(step)
-        if replaced not in self._mixings:
-            self._mixings[replaced] = self._mix(replaced)
-        of_source, of_target = self._mixings[replaced]
-        if of_source is None:
-            return ()
-        replaced_columns = Product(source, (source,), (target,), mixing=of_source)
-        if of_target is None:
-            return (replaced_columns,)
-        return replaced_columns, Product(target, (target,), (target,), mixing=of_target)
-
-    def _mix(self, replaced: tuple[bool, ...]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        alpha = torch.zeros_like(self._factors)
-        for (tokens, _), on in zip(self._windows, replaced, strict=True):
-            alpha[tokens] = float(on)
-        if not alpha.any():
-            return None, None
-        kept, factors = self._alignment.kept, self._factors
-        own = (1 - kept) * factors * alpha + (1 - alpha)
-        return self._alignment.mapper * (kept * factors * alpha), torch.diag(own) if own.any() else None
 
 
 def _word_windows(steps: Any) -> tuple[tuple[str | None, StepWindow], ...]:

@@ -11,17 +11,20 @@ from typing import Any
 from ..models.sites import attention_sites
 from ..texts import did_you_mean
 from .base import Edit, check_whole
+from .consist_edit import ConsistEdit
 from .free_prompt import FreePromptEdit
+from .image_memory import FreeFluxEdit, StableFlowEdit
 from .local_blend import LocalBlend
 from .masactrl import MasaCtrlEdit
 from .masks import WordMask
-from .method import REQUIRED, Make, Method, Option, Unfit, Wanted, argument_help
+from .method import REQUIRED, Make, Method, Option, Served, Unfit, Wanted, argument_help
 from .method_class import class_method, names_a_class
 from .plug_and_play import PlugAndPlayEdit
 from .prompt_to_prompt import PromptToPromptEdit
+from .reflex import ReFlexEdit
 from .style_aligned import StyleAlignedEdit
 
-__all__ = ["METHODS", "find_method", "make_edit", "method_table", "require_edit"]
+__all__ = ["METHODS", "find_method", "make_edit", "method_table", "methods_of", "require_edit"]
 
 # What chooses layers, of which a method takes one; a choice of the caller's replaces the method's own.
 _SELECTORS = ("levels", "max_tokens", "layers", "start_layer")
@@ -57,7 +60,7 @@ def make_edit(method: str, prompts: Sequence[str], tokenizer: Any, model: Any = 
         method: a key of :data:`METHODS`, or ``package.module:Class``; see :func:`find_method`.
         prompts: the source prompt and its targets.
         tokenizer: the pipeline's; only methods that look for words use it.
-        model: the pipeline, or its UNet. Without it, layers are those that suit Stable Diffusion.
+        model: the pipeline, its UNet or its transformer. Without it, layers are those that suit Stable Diffusion.
         **options: of the method's edit.
 
     Raises:
@@ -72,8 +75,12 @@ def make_edit(method: str, prompts: Sequence[str], tokenizer: Any, model: Any = 
 
 def method_table() -> str:
     """The methods as a table in Markdown."""
-    lines = ["| `--method` | | settings |", "|---|---|---|"]
-    lines += [f"| `{m.name}` | {m.title} | {m.about.format(window='in the first 80 % of the steps')} |" for m in _TABLE]
+    lines = ["| `--method` | | settings | UNets | transformers |", "|---|---|---|---|---|"]
+    for m in _TABLE:
+        served = " | ".join("✓" if model in m.serves else "" for model in _BOTH)
+        lines.append(
+            f"| `{m.name}` | {m.title} | {m.about.format(window='in the first 80 % of the steps')} | {served} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -154,6 +161,8 @@ def _new(wanted: Wanted) -> Mapping[str, Any]:
     return {}
 
 
+_BOTH: tuple[Served, ...] = ("unet", "transformer")
+_TRANSFORMERS: tuple[Served, ...] = ("transformer",)
 _P2P = "Prompt-to-Prompt"
 _TABLE = (
     Method(
@@ -163,6 +172,7 @@ _TABLE = (
         FreePromptEdit,
         layers=_few_tokens,
         window="self_replace_steps",
+        serves=_BOTH,
     ),
     Method(
         "fpe-soft",
@@ -173,6 +183,7 @@ _TABLE = (
         further=(Option("strength", _HALF, argument_help(FreePromptEdit)["strength"]),),
         layers=_few_tokens,
         window="self_replace_steps",
+        serves=_BOTH,
     ),
     Method(
         "fpe-regional",
@@ -188,6 +199,7 @@ _TABLE = (
         layers=_few_tokens,
         settings=_object,
         window="self_replace_steps",
+        serves=_BOTH,
     ),
     Method(
         "p2p-replace",
@@ -197,6 +209,7 @@ _TABLE = (
         _prompt_to_prompt("replace"),
         taken=("align",),
         layers=_few_tokens,
+        serves=_BOTH,
     ),
     Method(
         "p2p-refine",
@@ -206,6 +219,7 @@ _TABLE = (
         _prompt_to_prompt("refine"),
         taken=("align",),
         layers=_few_tokens,
+        serves=_BOTH,
     ),
     Method(
         "p2p-reweight",
@@ -219,6 +233,7 @@ _TABLE = (
         taken=("align",),
         layers=_few_tokens,
         settings=_new,
+        serves=_BOTH,
     ),
     Method(
         "p2p-blend",
@@ -234,14 +249,43 @@ _TABLE = (
         taken=("align",),
         layers=_few_tokens,
         settings=_region,
+        serves=_BOTH,
     ),
-    Method("masactrl", "MasaCtrl", "from step 4 on, in the decoder", MasaCtrlEdit, layers=_decoder),
+    Method("masactrl", "MasaCtrl", "from step 4 on, in the decoder", MasaCtrlEdit, layers=_decoder, serves=_BOTH),
     Method("pnp", "Plug-and-Play", "maps to 0.5, features to 0.8 of the steps", PlugAndPlayEdit),
     Method("style-aligned", "StyleAligned", "the source's tokens among the keys", StyleAlignedEdit),
+    Method("consistedit", "ConsistEdit", "image queries and keys of the source", ConsistEdit, serves=_TRANSFORMERS),
+    Method(
+        "stable-flow",
+        "Stable Flow",
+        "image keys and values of the source, in vital layers",
+        StableFlowEdit,
+        serves=_TRANSFORMERS,
+    ),
+    Method(
+        "reflex",
+        "ReFlex",
+        "blocks of the map after the softmax, words aligned by what both prompts have",
+        ReFlexEdit,
+        taken=("source_of",),
+        serves=_TRANSFORMERS,
+    ),
+    Method(
+        "freeflux",
+        "FreeFlux",
+        "image keys and values of the source, in layers by task",
+        FreeFluxEdit,
+        serves=_TRANSFORMERS,
+    ),
 )
 
 #: The methods by name.
 METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
+
+
+def methods_of(model: Served) -> dict[str, Method]:
+    """The methods of one kind of model, by name."""
+    return {name: method for name, method in METHODS.items() if model in method.serves}
 
 
 def require_edit(edit: Any) -> Edit:

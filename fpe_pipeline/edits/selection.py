@@ -77,6 +77,10 @@ class LayerSelection:
             )
         return chosen
 
+    def selects(self, site: Site) -> bool:
+        """Whether a site is among the selected ones."""
+        return self._may_name(site) and self._matches(site)
+
     def _may_name(self, site: Site) -> bool:
         # Beside joint attention some transformers have layers of image tokens alone, which are edited where their path
         # is named: an index would stand for two layers.
@@ -104,8 +108,8 @@ def refuse_transformer(kind: Kind, sites: tuple[Site, ...]) -> None:
     if any(site.is_joint for site in sites):
         raise ValueError(
             f"this edit speaks of {kind}-attention layers, and the transformer has none: its {len(sites)} layers "
-            "attend to image and text tokens together; FreePromptEdit, without a WordMask, and MasaCtrlEdit edit such "
-            "layers"
+            "attend to image and text tokens together, which FreePromptEdit, MasaCtrlEdit, PromptToPromptEdit, "
+            "ConsistEdit, StableFlowEdit, FreeFluxEdit and ReFlexEdit edit"
         )
 
 

@@ -39,7 +39,10 @@ class Watcher:
         """What the pipeline encodes for the run to come."""
 
     def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
-        """For some rows, what their map is to be multiplied with [M', C]; computed beside the layer's values."""
+        """For some rows, what their map is to be multiplied with [M', C]; computed beside the layer's values.
+
+        In joint attention that is the map of image queries over text keys: [T, C].
+        """
         return {}
 
     def maps(self, site: Site, step: Step, roles: BatchRoles) -> Sequence[int]:
@@ -66,7 +69,8 @@ class Watcher:
 
 
 class HeatCollector(Watcher):
-    """Sums the heat of some tokens over a run: columns of cross-attention maps, averaged over heads.
+    """Sums the heat of some tokens over a run: columns of cross-attention maps, or of image queries over text keys in
+    joint attention, averaged over heads.
 
     Args:
         tokens: for each prompt of the batch, groups of token positions, each group one map; () for a prompt that is
@@ -100,6 +104,8 @@ class HeatCollector(Watcher):
         self._sums, self._counts, self._images = {}, {}, None
 
     def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
+        if not roles.images:  # a call of the unconditional rows alone
+            return {}
         self._images = check_same_images(self._images, roles)
         wanted = {}
         for row in roles.select(conditional=True):

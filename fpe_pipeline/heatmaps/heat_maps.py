@@ -12,12 +12,14 @@ from PIL import Image
 
 from fpe_kernels import LinearMap
 
+from ..edits.masks import text_sites
 from ..edits.selection import LayerSelection, whole_numbers
 from ..edits.watchers import HeatCollector, Watcher, check_same_images, resize_maps
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step, StepWindow
 from ..prompts.encoding import Encoding, encoding_tokenizer
+from ..prompts.joint_text import JointPrompt, encoded_prompts
 from ..prompts.words import TokenizedPrompt, tokenize
 from .views import overlay, principal_components
 from .watching import check_options, watching
@@ -50,10 +52,11 @@ def heat_maps(
     one row of each map, and components come from products with the maps and their adjoints.
 
     Args:
-        pipe: a diffusers pipeline with a UNet.
+        pipe: a diffusers pipeline with a UNet, or with a transformer that has an adapter, of which words are read: the
+            columns of image queries over text keys, of every text encoder that has the word.
         words: a word or phrase, or several, each of which one of the prompts has to hold.
-        pixels: points (x, y) of the image, in pixels, whose self-attention is read.
-        components: number of principal components of self-attention. Queries and keys are kept for it.
+        pixels: points (x, y) of the image, in pixels, whose self-attention is read; of a UNet.
+        components: number of principal components of self-attention, of a UNet. Queries and keys are kept for it.
         steps: a number s for the steps ``[0, int(T·s))``, or a pair.
         levels: levels of the layers that are read. Default: all layers of cross-attention for words; level 2, or the
             deepest there is, of self-attention for pixels and components.
@@ -158,9 +161,9 @@ class _Reader(Watcher):
         if self._prompts_are_given or not self._owner.words or encoding.prompts is None:
             return
         known = [tokenize(prompt, self._owner._tokenizer) for prompt in encoding.prompts]
-        self._set(encoding.prompts, encoding.placed(known))
+        self._set(encoding.prompts, encoded_prompts(encoding, known))
 
-    def _set(self, prompts: Sequence[str], tokenized: Sequence[TokenizedPrompt]) -> None:
+    def _set(self, prompts: Sequence[str], tokenized: Sequence[TokenizedPrompt | JointPrompt]) -> None:
         missing = [word for word in self._owner.words if not any(prompt.contains(word) for prompt in tokenized)]
         if missing:
             raise ValueError(f"the words {missing} are in none of the prompts {list(prompts)}")
@@ -186,7 +189,7 @@ class _Reader(Watcher):
         return tuple(site for site in sites if site in chosen)
 
     def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
-        if step not in self._window:
+        if step not in self._window or not roles.images:
             return {}
         self._images = check_same_images(self._images, roles)
         if site.kind == "self":
@@ -251,9 +254,14 @@ class _Reader(Watcher):
         return operator.rows(tokens)[0].mean(0).reshape(-1, *site.grid).float()
 
     def _cross(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        return LayerSelection.parse("cross", levels=self._levels).match(sites)
+        return text_sites(sites, self._levels)
 
     def _self(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        if any(site.is_joint for site in sites):
+            raise ValueError(
+                "pixels and components are of self-attention, and a transformer's layers attend to image and text "
+                "tokens together: read words"
+            )
         levels = self._levels
         if levels is None:
             known = {site.level for site in sites if site.kind == "self"}

@@ -67,6 +67,9 @@ class ModelAdapter(ABC):
     family: ClassVar[Literal["unet", "sd3", "flux"]]
     #: Whether its pipelines guide by a call of the model of their own, whose prompts they encode by one of their own.
     guides_apart: ClassVar[bool] = False
+    #: The parts of the text that its layers of joint attention see, in order: the tokenizer of each, and the encoders
+    #: that share its tokens, by their names in a pipeline.
+    text_parts: ClassVar[tuple[tuple[str, tuple[str, ...]], ...]] = ()
 
     def __init__(self, pipe: Any | None, model: Any) -> None:
         self.pipe, self.model = pipe, model

@@ -28,6 +28,7 @@ class FluxAdapter(TransformerAdapter):
 
     family = "flux"
     guides_apart = True
+    text_parts = (("tokenizer_2", ("text_encoder_2",)),)
 
     def __init__(self, pipe: Any | None, model: Any) -> None:
         super().__init__(pipe, model)

@@ -22,6 +22,7 @@ class SD3Adapter(TransformerAdapter):
     """diffusers' ``SD3Transformer2DModel``."""
 
     family = "sd3"
+    text_parts = (("tokenizer", ("text_encoder", "text_encoder_2")), ("tokenizer_3", ("text_encoder_3",)))
 
     def find_sites(self) -> tuple[Site, ...]:
         sites: list[Site] = []

@@ -17,9 +17,26 @@ import torch
 
 from .words import TokenizedPrompt
 
-__all__ = ["Encoding", "EncodingHook", "encoding_tokenizer"]
+__all__ = ["EncodedText", "Encoding", "EncodingHook", "encoding_tokenizer"]
 
 Inputs = dict[str, list[torch.Tensor]]
+#: For each part of the text in joint attention, the name of its tokenizer and those of the encoders that share it.
+TextParts = Sequence[tuple[str, tuple[str, ...]]]
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """One part of the text tokens of joint attention.
+
+    Args:
+        tokenizer: of the part.
+        inputs: by text encoder that the pipeline has, the token numbers [rows, tokens] of each of its calls.
+        length: tokens of the part where it has no encoder, and zeros stand there.
+    """
+
+    tokenizer: Any = field(repr=False, compare=False)
+    inputs: tuple[Sequence[torch.Tensor], ...] = field(repr=False)
+    length: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,7 @@ class Encoding:
         guided: whether it asked for an unconditional half; None where it does not say.
         inputs: by text encoder, the token numbers [rows, tokens] of each of its calls.
         dropped: prompts, the first ones, whose rows have left the batch.
+        texts: of a transformer, the parts of its text tokens, in order.
     """
 
     prompts: tuple[str, ...] | None = None
@@ -41,9 +59,15 @@ class Encoding:
     guided: bool | None = None
     inputs: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict, repr=False)
     dropped: int = 0
+    texts: tuple[EncodedText, ...] = ()
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any], inputs: Mapping[str, Sequence[torch.Tensor]]) -> Encoding:
+    def of(
+        cls,
+        arguments: Mapping[str, Any],
+        inputs: Mapping[str, Sequence[torch.Tensor]],
+        texts: tuple[EncodedText, ...] = (),
+    ) -> Encoding:
         """From the named arguments of ``encode_prompt``."""
         prompt, embeddings = arguments.get("prompt"), arguments.get("prompt_embeds")
         prompts = None
@@ -55,7 +79,7 @@ class Encoding:
         if isinstance(embeddings, torch.Tensor):
             count = embeddings.shape[0]
         images, guided = arguments.get("num_images_per_prompt"), arguments.get("do_classifier_free_guidance")
-        return cls(prompts, count, images, None if guided is None else bool(guided), inputs)
+        return cls(prompts, count, images, None if guided is None else bool(guided), inputs, texts=texts)
 
     def placed(self, prompts: Sequence[TokenizedPrompt]) -> tuple[TokenizedPrompt, ...]:
         """The call's prompts where its text encoders received them.
@@ -63,7 +87,7 @@ class Encoding:
         Raises:
             ValueError: an encoder received other tokens, or two of them received the prompts at different places.
         """
-        found = [self._placed_in(batches, prompts) for batches in self.inputs.values() if batches]
+        found = [self.placed_in(batches, prompts) for batches in self.inputs.values() if batches]
         if any(other != found[0] for other in found[1:]):
             raise ValueError(
                 "the pipeline's text encoders receive the words of a prompt at different places, so that a key of "
@@ -72,7 +96,8 @@ class Encoding:
         return found[0] if found else tuple(prompts)
 
     @staticmethod
-    def _placed_in(batches: Sequence[torch.Tensor], prompts: Sequence[TokenizedPrompt]) -> tuple[TokenizedPrompt, ...]:
+    def placed_in(batches: Sequence[torch.Tensor], prompts: Sequence[TokenizedPrompt]) -> tuple[TokenizedPrompt, ...]:
+        """The prompts where one of a text encoder's calls received them; ValueError where none did."""
         first: ValueError | None = None
         for batch in batches:  # the prompts', then the negative prompts'
             if len(batch) == len(prompts):
@@ -89,9 +114,14 @@ class EncodingHook:
     """Shows every call of a pipeline's ``encode_prompt`` to a function, until it is removed.
 
     The method is shadowed on the instance, with its signature, which pipelines and their callers inspect.
+
+    Args:
+        pipe: the pipeline.
+        receive: is shown what it encodes.
+        parts: of the text tokens of its transformer; () for a UNet.
     """
 
-    def __init__(self, pipe: Any, receive: Callable[[Encoding], None]) -> None:
+    def __init__(self, pipe: Any, receive: Callable[[Encoding], None], parts: TextParts = ()) -> None:
         self._pipe, original = pipe, getattr(pipe, "encode_prompt", None)
         self._method: Any = None
         if original is None:
@@ -103,7 +133,10 @@ class EncodingHook:
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             with _inputs_of(pipe) as inputs:
                 encoded = original(*args, **kwargs)
-            receive(Encoding.of(signature.bind(*args, **kwargs).arguments, inputs))
+            given = signature.bind(*args, **kwargs).arguments
+            default = signature.parameters.get("max_sequence_length")
+            length = given.get("max_sequence_length", 0 if default is None else default.default)
+            receive(Encoding.of(given, inputs, _texts(pipe, parts, inputs, length)))
             return encoded
 
         self._method = encode_prompt
@@ -128,12 +161,20 @@ def encoding_tokenizer(pipe: Any) -> Any:
     return None
 
 
+def _texts(pipe: Any, parts: TextParts, inputs: Inputs, length: int) -> tuple[EncodedText, ...]:
+    """The parts of a transformer's text, as the encoders received them; those without one are of this length."""
+    return tuple(
+        EncodedText(getattr(pipe, name, None), tuple(inputs[e] for e in encoders if inputs.get(e)), length)
+        for name, encoders in parts
+    )
+
+
 @contextmanager
 def _inputs_of(pipe: Any) -> Iterator[Inputs]:
     """What the pipeline's text encoders receive in a block."""
     inputs: Inputs = {}
     handles = []
-    for name in ("text_encoder", "text_encoder_2"):
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         encoder = getattr(pipe, name, None)
         if isinstance(encoder, torch.nn.Module):
             batches = inputs.setdefault(name, [])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from ..models.sites import Site
 from ..models.steps import Step
 from ..session.computing import Rows
 from ..session.instructions import Order
-from ..session.joint_computing import JointLayer, SegmentProjections, evaluate_joint
+from ..session.joint_computing import JointLayer, JointOutput, SegmentProjections, evaluate_joint
 from ..session.known_rows import Packed, unpack
 from .capture import Capture
 from .contents import Contents
@@ -99,6 +98,6 @@ def _rounded(layer: JointLayer, kept: Mapping[int, Packed]) -> JointLayer:
     return JointLayer(segment("image", layer.image), text, layer.scale, layer.backend)
 
 
-def _whole(rows: tuple[torch.Tensor, Any], row: int) -> torch.Tensor:
+def _whole(rows: JointOutput, row: int) -> torch.Tensor:
     """A row's image tokens and text tokens, one after the other [H, N, E]."""
-    return torch.cat([part[row] for part in rows if part is not None], dim=1)
+    return torch.cat([part[row] for part in (rows.image, rows.text) if part is not None], dim=1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..edits.joint_products import AnyProduct, JointProduct
+from ..edits.joint_products import AnyProduct, JointProduct, MixedRows, SegmentRows
 
 __all__ = ["Place", "Placement"]
 
@@ -68,6 +68,15 @@ class Place:
         if isinstance(weight, torch.Tensor):
             wide = torch.promote_types(self.dtype, torch.float32)
             weight = self.placement.copy(weight, self.device, wide)
-        if isinstance(product, JointProduct) or product.mixing is None:
-            return replace(product, weight=weight)
-        return replace(product, mixing=self.tensor(product.mixing), weight=weight)
+        mixing = None if product.mixing is None else self.tensor(product.mixing)
+        if not isinstance(product, JointProduct):
+            return replace(product, mixing=mixing, weight=weight)
+        query, key, value = map(self._segments, (product.query, product.key, product.value))
+        return replace(product, query=query, key=key, value=value, mixing=mixing, weight=weight)
+
+    def _segments(self, rows: SegmentRows) -> SegmentRows:
+        if not isinstance(rows.image, MixedRows):
+            return rows
+        wide = torch.promote_types(self.dtype, torch.float32)
+        share = self.placement.copy(rows.image.share, self.device, wide)
+        return SegmentRows(replace(rows.image, share=share), rows.text)

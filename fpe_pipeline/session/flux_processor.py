@@ -10,8 +10,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from ..edits.joint_products import JointPlan
 from .around import ProcessorAround, may_do_more
 from .computing import Rows, take
-from .joint_computing import JointLayer, SegmentProjections, evaluate_joint
-from .joint_processor import check_joint_input, deliver_text_maps, joint_record, merged_heads
+from .joint_computing import JointLayer, SegmentProjections, evaluate_joint, text_maps
+from .joint_processor import check_joint_input, joint_record, merged_heads
 
 __all__ = ["EditFluxProcessor", "unsupported_flux_reasons"]
 
@@ -72,8 +72,9 @@ class EditFluxProcessor(ProcessorAround):
         self.record = joint_record(plan, layer, attn.heads)
         if order.receive is not None:
             order.receive(plan, layer)
-        deliver_text_maps(order, plan, layer)
-        rows, text_rows = evaluate_joint(plan, layer)
+        rows, text_rows, heat = evaluate_joint(plan, layer, order.columns)
+        if order.deliver is not None:
+            order.deliver(heat, text_maps(plan, order.maps, layer))
         assert text_rows is not None
         out, context = merged_heads(rows), merged_heads(text_rows)
         if is_single:

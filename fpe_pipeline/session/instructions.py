@@ -40,7 +40,8 @@ class Order:
         plan: its products.
         backend: of ``shared_attention``.
         edited: whether an edit asked for the products; otherwise the layer is only watched.
-        columns: for some rows, what their map is to be multiplied with beside the values [M', C].
+        columns: for some rows, what their map is to be multiplied with beside the values [M', C]; in joint attention
+            that of image queries over text keys [T, C].
         maps: rows whose map is to be delivered as an operator.
         deliver: takes both.
         recorded: what a recording holds of the layer at this step, for the plan's rows that are not in the batch.
@@ -128,10 +129,10 @@ def _plan(site: Site, products: Mapping[int, Any], roles: BatchRoles, wanted: _W
                     "an edit gives Products"
                 )
         return plan_products(products, roles.batch, roles.recorded)
-    if wanted.columns or (wanted and site.kind != "joint"):
+    if wanted.maps and site.kind != "joint":
         raise ValueError(
-            f"{site.path} is {site.kind} attention, of which watchers are shown how the image attends to the text "
-            "(maps), and no columns"
+            f"{site.path} is {site.kind} attention, of which watchers are shown columns over text tokens "
+            "(Watcher.columns) where it has text, and no operators (Watcher.maps)"
         )
     return plan_joint_products(products, roles.batch, roles.recorded)
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -24,8 +24,9 @@ from fpe_kernels import AttentionMap, LinearMap, join
 from ..edits.joint_products import JointPlan, JointProduct
 from .computing import Rows
 from .known_rows import RecordedLayer
+from .segment_rows import column_values, tokens_of, values_of
 
-__all__ = ["JointLayer", "SegmentProjections", "evaluate_joint", "text_maps"]
+__all__ = ["JointLayer", "JointOutput", "SegmentProjections", "evaluate_joint", "text_maps"]
 
 
 class SegmentProjections(NamedTuple):
@@ -68,16 +69,17 @@ class JointLayer:
 
     def values(self, terms: Sequence[JointProduct]) -> torch.Tensor:
         """The values of each term, those of the image first: [terms, H, M, E]."""
-        image = self.image.value.take([term.value.image for term in terms])
+        image = values_of(self.image.value, [term.value.image for term in terms])
         if self.text is None:
             return image
-        return torch.cat([image, self.text.value.take([term.value.text for term in terms])], dim=2)
+        mixings = [term.mixing for term in terms]
+        return torch.cat([image, values_of(self.text.value, [term.value.text for term in terms], mixings)], dim=2)
 
-    def keys(self, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    def keys(self, pairs: Sequence[tuple[Any, Any]]) -> torch.Tensor:
         """For each (image row, text row), the keys of both segments: [pairs, H, M, D]."""
         assert self.text is not None
-        image, text = self.image.key.take([row for row, _ in pairs]), self.text.key.take([row for _, row in pairs])
-        return torch.cat([image, text], dim=2)
+        image = tokens_of(self.image.key, [row for row, _ in pairs])
+        return torch.cat([image, tokens_of(self.text.key, [row for _, row in pairs])], dim=2)
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -87,16 +89,53 @@ class JointLayer:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors), tensors[0].element_size()
 
 
-def evaluate_joint(plan: JointPlan, layer: JointLayer) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The plan's products, summed by row.
+class JointOutput(NamedTuple):
+    """What a layer's rows become.
 
-    Returns:
-        Image rows [plan.rows, H, N, E] and text rows [plan.rows, H, T, E]; None where there is no text.
+    Args:
+        image: [rows, H, N, E].
+        text: [rows, H, T, E]; None where there is no text.
+        heat: for each row of the columns that were asked, the edited map of its image queries over text keys, times
+            them: [H, N, C].
     """
-    terms = plan.products
+
+    image: torch.Tensor
+    text: torch.Tensor | None
+    heat: dict[int, torch.Tensor]
+
+
+def evaluate_joint(
+    plan: JointPlan, layer: JointLayer, columns: Mapping[int, torch.Tensor] | None = None
+) -> JointOutput:
+    """The plan's products, summed by row, and beside them products of the rows' edited maps with columns.
+
+    A row's output is linear in its values, so the columns are carried through the same products as more values of its
+    text tokens: scores and softmax are computed once for both.
+
+    Args:
+        columns: for some rows, what the edited map of their image queries is to be multiplied with [T, C].
+    """
+    columns, dim = columns or {}, layer.image.value.tensor.shape[-1]
+    wide = _summed(plan, "image", _image_rows(plan.terms_of("image"), layer, columns))
+    heat = {row: wide[row, ..., dim : dim + given.shape[-1]] for row, given in columns.items()}
+    image = wide[..., :dim] if heat else wide
+    if layer.text is None:
+        return JointOutput(image, None, heat)
+    return JointOutput(
+        image, _summed(plan, "text", _text_rows([term for _, term in plan.terms_of("text")], layer)), heat
+    )
+
+
+def _image_rows(
+    of_rows: Sequence[tuple[int, JointProduct]], layer: JointLayer, columns: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    terms = [term for _, term in of_rows]
     values = layer.values(terms)
-    image = _summed(plan, _image_rows(terms, layer, values), is_text=False)
-    return image, None if layer.text is None else _summed(plan, _text_rows(terms, layer, values), is_text=True)
+    if columns:
+        assert layer.text is not None
+        texts = layer.text.value.tensor.shape[2]
+        values = torch.cat([values, column_values(of_rows, columns, values, texts)], dim=-1)
+    return _image_map(terms, layer) @ values
 
 
 def text_maps(plan: JointPlan, rows: Sequence[int], layer: JointLayer) -> dict[int, LinearMap]:
@@ -108,60 +147,66 @@ def text_maps(plan: JointPlan, rows: Sequence[int], layer: JointLayer) -> dict[i
     Returns:
         By row [H, 1, N, T], a head a row.
     """
+    if not rows:
+        return {}
     assert layer.text is not None
-    terms = plan.products
-    values = layer.values(terms)[..., :1]
+    # Of terms whose text values are zeros the columns count in the softmax and give nothing.
+    of_rows = [(row, term) for row, term in plan.terms_of("image") if row in rows and term.value.text is not None]
     texts = layer.text.key.tensor.shape[2]
-    indicator = torch.zeros_like(values)
+    indicator = torch.zeros_like(layer.values([term for _, term in of_rows])[..., :1])
     indicator[:, :, -texts:] = 1.0
-    shares = _image_rows(terms, layer, indicator).detach()[..., 0]  # [terms, H, N]
+    shares = (_image_map([term for _, term in of_rows], layer) @ indicator).detach()[..., 0]  # [terms, H, N]
     summands: dict[int, list[LinearMap]] = {row: [] for row in rows}
-    for (row, term), share in zip(plan.terms, shares, strict=True):
-        if row in summands:
-            query = layer.image.query.take([term.query.image])[0].detach()
-            key = layer.text.key.take([term.key.text])[0].detach()
-            alone = layer.map(query.unsqueeze(1), key.unsqueeze(1)).scale_rows(share.unsqueeze(1))
-            if not term.is_whole:
-                weight = _weight(term.weight, share.unsqueeze(-1), share.dtype, is_text=False)
-                alone = alone.scale_rows(weight if isinstance(weight, float) else weight[None, None, :, 0])
-            summands[row].append(alone)
-    return {row: functools.reduce(operator.add, parts) for row, parts in summands.items()}
+    for (row, term), share in zip(of_rows, shares, strict=True):
+        query = tokens_of(layer.image.query, [term.query.image])[0].detach()
+        key = tokens_of(layer.text.key, [term.key.text])[0].detach()
+        alone = layer.map(query.unsqueeze(1), key.unsqueeze(1)).scale_rows(share.unsqueeze(1))
+        if not term.is_whole:
+            weight = _weight(term.weight, share.unsqueeze(-1), share.dtype, is_text=False)
+            alone = alone.scale_rows(weight if isinstance(weight, float) else weight[None, None, :, 0])
+        summands[row].append(alone if term.mixing is None else alone.mix(term.mixing.to(share)))
+    return {row: functools.reduce(operator.add, parts) for row, parts in summands.items() if parts}
 
 
-def _image_rows(terms: Sequence[JointProduct], layer: JointLayer, values: torch.Tensor) -> torch.Tensor:
-    pairs, index = _distinct([(term.query.image, term.key.image) for term in terms])
-    queries, keys = layer.image.query, layer.image.key
-    whole = layer.map(queries.take([query for query, _ in pairs]), keys.take([key for _, key in pairs])).take(index)
-    if layer.text is not None:
-        pairs, index = _distinct([(term.query.image, term.key.text) for term in terms])
-        keys = layer.text.key
-        text = layer.map(queries.take([query for query, _ in pairs]), keys.take([key for _, key in pairs])).take(index)
-        whole = join([whole, text])
-    return whole @ values
+def _image_map(terms: Sequence[JointProduct], layer: JointLayer) -> LinearMap:
+    """For each term the map of its image queries over image keys and text keys: [terms, H, N, N + T]."""
+    whole = _shared(layer, [(term.query.image, term.key.image) for term in terms], layer.image.key)
+    if layer.text is None:
+        return whole
+    return join([whole, _shared(layer, [(term.query.image, term.key.text) for term in terms], layer.text.key)])
 
 
-def _text_rows(terms: Sequence[JointProduct], layer: JointLayer, values: torch.Tensor) -> torch.Tensor:
+def _shared(layer: JointLayer, named: Sequence[tuple[Any, Any]], key: Rows) -> LinearMap:
+    """For each (image query, key) its map, of which equal ones are one."""
+    pairs, index = _distinct(named)
+    queries = tokens_of(layer.image.query, [query for query, _ in pairs])
+    return layer.map(queries, tokens_of(key, [row for _, row in pairs])).take(index)
+
+
+def _text_rows(terms: Sequence[JointProduct], layer: JointLayer) -> torch.Tensor:
     assert layer.text is not None
     triples, index = _distinct([(term.query.text, *term.key) for term in terms])
-    queries = layer.text.query.take([query for query, _, _ in triples])
-    return layer.map(queries, layer.keys([(image, text) for _, image, text in triples])).take(index) @ values
+    queries = tokens_of(layer.text.query, [query for query, _, _ in triples])
+    keys = layer.keys([(image, text) for _, image, text in triples])
+    return layer.map(queries, keys).take(index) @ layer.values(terms)
 
 
-def _distinct(named: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
+def _distinct(named: Sequence[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], list[int]]:
     """What there is, each once, and for each entry which of those it is."""
     places: dict[Hashable, int] = {}
     index = [places.setdefault(entry, len(places)) for entry in named]
     return list(dict.fromkeys(named)), index
 
 
-def _summed(plan: JointPlan, products: torch.Tensor, *, is_text: bool) -> torch.Tensor:
-    """Terms [terms, H, N, E], weighed and added up by row."""
-    if plan.is_plain:
+def _summed(plan: JointPlan, segment: Literal["image", "text"], products: torch.Tensor) -> torch.Tensor:
+    """A segment's terms [terms, H, N, E], weighed and added up by row."""
+    terms = plan.terms_of(segment)
+    if len(terms) == plan.rows and all(term.is_whole for _, term in terms):
         return products
     wide = torch.promote_types(products.dtype, torch.float32)
     sums: list[torch.Tensor | None] = [None] * plan.rows
-    for (row, term), product in zip(plan.terms, products, strict=True):
-        weighed = product.to(wide) * _weight(term.weight, product, wide, is_text=is_text)
+    for (row, term), product in zip(terms, products, strict=True):
+        weighed = product.to(wide) * _weight(term.weight, product, wide, is_text=segment == "text")
         before = sums[row]
         sums[row] = weighed if before is None else before + weighed
     return torch.stack([total for total in sums if total is not None]).to(products.dtype)

@@ -17,7 +17,6 @@ from .record import LayerRecord
 __all__ = [
     "EditJointProcessor",
     "check_joint_input",
-    "deliver_text_maps",
     "joint_record",
     "merged_heads",
     "unsupported_joint_reasons",
@@ -83,8 +82,9 @@ class EditJointProcessor(ProcessorAround):
         self.record = joint_record(plan, layer, attn.heads)
         if order.receive is not None:
             order.receive(plan, layer)
-        deliver_text_maps(order, plan, layer)
-        rows, text_rows = evaluate_joint(plan, layer)
+        rows, text_rows, heat = evaluate_joint(plan, layer, order.columns)
+        if order.deliver is not None:
+            order.deliver(heat, text_maps(plan, order.maps, layer))
         out = attn.to_out[1](attn.to_out[0](merged_heads(rows)))  # the second is dropout
         if text_rows is None:
             return out
@@ -126,12 +126,6 @@ def joint_record(plan: JointPlan, layer: JointLayer, heads: int) -> LayerRecord:
     held, itemsize = layer.nbytes
     tokens = layer.image.query.tensor.shape[2] + (0 if layer.text is None else layer.text.query.tensor.shape[2])
     return LayerRecord("", itemsize, held, plan.rows * heads * tokens * tokens * itemsize)
-
-
-def deliver_text_maps(order: Order, plan: JointPlan, layer: JointLayer) -> None:
-    """Show the watchers of a layer how its image attends to its text."""
-    if order.deliver is not None:
-        order.deliver({}, text_maps(plan, order.maps, layer))
 
 
 def check_joint_input(

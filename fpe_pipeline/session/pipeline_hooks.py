@@ -27,6 +27,7 @@ class PipelineHooks:
         paired: the sources of the call's prompts and its images a prompt, where rows of one image are to draw the same
             noise; None where rows draw their own.
         called: is told that a call of the pipeline begins.
+        text_parts: of the text tokens of its transformer, as the adapter says them.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class PipelineHooks:
         stepped: Callable[[torch.Tensor, Any], torch.Tensor],
         paired: Callable[[], tuple[Sequence[int], int] | None],
         called: Callable[[], None],
+        text_parts: Sequence[tuple[str, tuple[str, ...]]] = (),
     ) -> None:
         def begun(original: Any, *args: Any, **kwargs: Any) -> Any:
             called()
@@ -44,7 +46,7 @@ class PipelineHooks:
         self._calls = _Shadows(pipe)
         # What every call of a diffusers pipeline begins with; its __call__ itself is looked up in the class.
         self._calls.cover("check_inputs", begun)
-        self._encoding = EncodingHook(pipe, encoded)
+        self._encoding = EncodingHook(pipe, encoded, text_parts)
         self._decoder = FiniteDecoder(pipe)
         self._noise = _PairedNoise(pipe, paired)
         has_steps = hasattr(getattr(pipe, "scheduler", None), "step")

@@ -1,6 +1,8 @@
 """Joint attention written out densely, from the papers' rules: tokens are exchanged, then there is one softmax."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -13,11 +15,14 @@ class DenseJoint:
     Args:
         rule: for a row (``rows`` in all), None for its own tokens; or a list of (weight, sources), terms that are added
             up. A term's sources are a mapping from "q_image", "q_text", "k_image" … "v_text" to the row whose tokens
-            stand there; what it leaves out is the row's own.
+            stand there; what it leaves out is the row's own. In the place of a row (first, second, share [tokens]) are
+            the tokens of two, mixed.
     """
 
-    def __init__(self, rule):
-        self.rule = rule
+    order = ("image", "text")
+
+    def __init__(self, rule, keep=None):
+        self.rule, self.keep = rule, keep
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
         image, text = hidden_states, encoder_hidden_states
@@ -42,14 +47,17 @@ class DenseJoint:
         return out_image, out_text if attn.context_pre_only else linear(attn.to_add_out, out_text)
 
     def row(self, row, rows, parts):
-        return dense_row(self.rule(row, rows), row, parts, ("image", "text"))
+        keep = None if self.keep is None else lambda block: self.keep(row, rows, block)
+        return dense_row(self.rule(row, rows), row, parts, self.order, keep)
 
 
 class DenseFlux(DenseJoint):
     """The same in blocks of FLUX: text first, and queries and keys turned by their places after their norms."""
 
-    def __init__(self, rule, texts):
-        super().__init__(rule)
+    order = ("text", "image")
+
+    def __init__(self, rule, texts, keep=None):
+        super().__init__(rule, keep)
         self.texts = texts
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
@@ -69,29 +77,91 @@ class DenseFlux(DenseJoint):
             both = apply_rotary_emb(both, image_rotary_emb)
             parts[f"{letter}_text"], parts[f"{letter}_image"] = both[:, :, :texts], both[:, :, texts:]
         rows = hidden_states.shape[0]
-        out = torch.stack([dense_row(self.rule(row, rows), row, parts, ("text", "image")) for row in range(rows)])
+        out = torch.stack([self.row(row, rows, parts) for row in range(rows)])
         if single:
             return out
         return linear(attn.to_out[0], out[:, texts:]), linear(attn.to_add_out, out[:, :texts])
 
 
-def dense_row(terms, row, parts, order):
-    """One row's output [tokens, H·D]: segments in this order, and one softmax over all of their tokens."""
-    total = 0
+def dense_row(terms, row, parts, order, keep=None):
+    """One row's output [tokens, H·D]: segments in this order, and one softmax over all of their tokens.
+
+    Args:
+        keep: is shown the block of its map of image queries over text keys, [H, image tokens, text tokens].
+    """
+    if isinstance(terms, Blocks):
+        return terms.row(row, parts, order, keep)
+    total = kept = 0
     for weight, sources in terms or [(1.0, {})]:
-        tokens = {name: part[sources.get(name, row)] for name, part in parts.items()}
+        tokens = {name: stood_there(part, sources.get(name, row)) for name, part in parts.items()}
         query, key, value = (
             torch.cat([tokens[f"{letter}_{part}"] for part in order if f"{letter}_{part}" in tokens], dim=1)
             for letter in "qkv"
         )
-        scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
-        exponentials = torch.exp(scores - scores.max(dim=2, keepdim=True).values)
-        term = exponentials / exponentials.sum(dim=2, keepdim=True) @ value  # [H, tokens, D]
+        whole = written_out(query, key)
+        term = whole @ value  # [H, tokens, D]
         if isinstance(weight, torch.Tensor):  # of image tokens
             text = weight.mean().expand(term.shape[1] - weight.numel())
             weight = torch.cat([weight if part == "image" else text for part in order])[:, None]
         total = total + weight * term
+        if keep is not None:
+            kept = kept + weight * whole
+    if keep is not None:
+        image, text = ranges(parts, order)
+        keep(kept[:, image, text])
     return total.transpose(0, 1).flatten(1)
+
+
+def written_out(query, key):
+    """The map itself, [H, queries, keys]."""
+    scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+    exponentials = torch.exp(scores - scores.max(dim=2, keepdim=True).values)
+    return exponentials / exponentials.sum(dim=2, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A row whose map is changed after the softmax: blocks of image queries, over image keys and over text keys.
+
+    Args:
+        source: the row whose map they are taken from.
+        image: whether the first is the source's.
+        text: gives the second, from the source's and the row's own [H, image queries, text keys].
+    """
+
+    source: int
+    image: bool = False
+    text: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+    def row(self, row, parts, order, keep):
+        value = torch.cat([parts[f"v_{part}"][row] for part in order], dim=1)
+        own, source = (
+            written_out(*(torch.cat([parts[f"{letter}_{part}"][which] for part in order], dim=1) for letter in "qk"))
+            for which in (row, self.source)
+        )
+        image, text = ranges(parts, order)
+        changed = own.clone()
+        if self.image:
+            changed[:, image, image] = source[:, image, image]
+        if self.text is not None:
+            changed[:, image, text] = self.text(source[:, image, text], own[:, image, text])
+        if keep is not None:
+            keep(changed[:, image, text])
+        return (changed @ value).transpose(0, 1).flatten(1)
+
+
+def ranges(parts, order):
+    """Where the image's tokens stand, and where the text's do."""
+    counts = {part: parts[f"q_{part}"].shape[2] for part in order}
+    starts = {order[0]: 0, order[1]: counts[order[0]]}
+    return [slice(starts[part], starts[part] + counts[part]) for part in ("image", "text")]
+
+
+def stood_there(part, source):
+    if not isinstance(source, tuple):
+        return part[source]
+    first, second, share = source
+    return share[:, None] * part[first] + (1 - share[:, None]) * part[second]
 
 
 def linear(projection, tokens):
@@ -104,12 +174,14 @@ def heads(attn, projection, tokens, norm=None):
 
 
 @contextmanager
-def dense(pipe, rule, *, steps, kinds=("attn",), layers=""):
+def dense(pipe, rule, *, steps, kinds=("attn",), layers="", keep=None):
     """A pipeline whose layers of these names follow ``rule(row, rows)`` at some steps, and are dense at all.
 
     Args:
         rule: may look at the number of calls, which the block receives.
         layers: the beginning of the paths of those that follow the rule.
+        keep: is shown, of every layer, the row, the number of rows and the block of its map of image queries over text
+            keys.
     """
     transformer = pipe.transformer
     state = {"step": 0, "texts": 0, "calls": 0}
@@ -127,7 +199,7 @@ def dense(pipe, rule, *, steps, kinds=("attn",), layers=""):
         follows = name.split(".")[-2] in kinds and name.startswith(layers)
         chosen = at_step if follows else own
         is_flux = type(transformer).__name__.startswith("Flux")
-        return DenseFlux(chosen, lambda: state["texts"]) if is_flux else DenseJoint(chosen)
+        return DenseFlux(chosen, lambda: state["texts"], keep) if is_flux else DenseJoint(chosen, keep)
 
     before = dict(transformer.attn_processors)
     handle = transformer.register_forward_pre_hook(read, with_kwargs=True)

@@ -153,11 +153,12 @@ def tiny_flux_pipeline(pipe, dtype=torch.float64, kind=FluxPipeline, **config):
 
 
 def draw(pipe, prompts=2, *, steps=4, guidance_scale=4.0, size=(8, 8), images=1, seed=0, **kwargs):
-    """Latents of ``pipe`` for so many prompts: image i of every prompt starts from the same noise."""
+    """Latents of ``pipe`` for so many prompts, or these: image i of every prompt starts from the same noise."""
+    texts = PROMPTS[:prompts] if isinstance(prompts, int) else prompts
     noise = torch.randn(images, 16, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return pipe(
-        PROMPTS[:prompts],
-        latents=noise.repeat(prompts, 1, 1, 1).to(pipe.transformer.dtype),
+        texts,
+        latents=noise.repeat(len(texts), 1, 1, 1).to(pipe.transformer.dtype),
         height=size[0] * 8,
         width=size[1] * 8,
         num_inference_steps=steps,
@@ -170,12 +171,13 @@ def draw(pipe, prompts=2, *, steps=4, guidance_scale=4.0, size=(8, 8), images=1,
 
 
 def draw_flux(pipe, prompts=2, *, steps=4, size=(8, 8), images=1, seed=0, **kwargs):
-    """Packed latents of ``pipe`` for so many prompts: image i of every prompt starts from the same noise."""
+    """Packed latents of ``pipe`` for so many prompts, or these: image i of every prompt starts from the same noise."""
+    texts = PROMPTS[:prompts] if isinstance(prompts, int) else prompts
     tokens = size[0] // 2 * (size[1] // 2)
     noise = torch.randn(images, tokens, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return pipe(
-        PROMPTS[:prompts],
-        latents=noise.repeat(prompts, 1, 1).to(pipe.transformer.dtype),
+        texts,
+        latents=noise.repeat(len(texts), 1, 1).to(pipe.transformer.dtype),
         height=size[0] * 8,
         width=size[1] * 8,
         num_inference_steps=steps,

@@ -9,7 +9,7 @@ from typing import Any
 from ...edits import Edit, FreePromptEdit
 from ...edits.method import REQUIRED, Method, Unfit
 from ...edits.method_class import names_a_class, origin_of
-from ...edits.registry import METHODS, find_method, make_edit
+from ...edits.registry import find_method, make_edit, methods_of
 from ...errors import InputError
 from ...texts import did_you_mean
 from .subjects import Subject
@@ -60,7 +60,7 @@ class Contender:
 
 
 def contenders(self_replace: float = 0.8) -> tuple[Contender, ...]:
-    """All of them, the baselines first: every method of the registry with its defaults for the model.
+    """All of them, the baselines first: every method of UNets with its defaults for the model.
 
     Args:
         self_replace: share of the steps in which Free-Prompt-Editing replaces maps.
@@ -72,7 +72,7 @@ def contenders(self_replace: float = 0.8) -> tuple[Contender, ...]:
         Contender(DIFFERENT_NOISE, "the target alone, from other noise", alone=True),
         *(
             Contender(name, method.about.format(window=window), _options(method, self_replace))
-            for name, method in METHODS.items()
+            for name, method in methods_of("unet").items()
         ),
     )
 

@@ -9,13 +9,15 @@ import torch
 from PIL import Image
 
 from fpe_pipeline.app import cli
-from fpe_pipeline.edits.registry import METHODS
+from fpe_pipeline.edits.registry import methods_of
 from fpe_pipeline.errors import InputError
 from fpe_pipeline.images.distance import distance
 from fpe_pipeline.models.loading import find_model
 from fpe_pipeline.runs import run as runs
 from fpe_pipeline.runs.loading import load_pipeline
 from fpe_pipeline.runs.settings import Settings
+
+METHODS = methods_of("unet")
 
 SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on the beach"
 ROUNDING = 1  # levels of 255

@@ -13,9 +13,11 @@ from fpe_pipeline import (
     editing,
     make_edit,
 )
-from fpe_pipeline.edits.registry import METHODS
+from fpe_pipeline.edits.registry import methods_of
 from tests.support.tiny_pipelines import PROMPTS, sample, tiny_pipeline
 from tests.support.tiny_unets import tiny_unet, unet_inputs
+
+METHODS = methods_of("unet")
 
 PAIR = PROMPTS[:2]
 

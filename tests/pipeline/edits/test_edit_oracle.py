@@ -20,12 +20,14 @@ from fpe_pipeline import (
 )
 from fpe_pipeline.edits import SelfAttentionEdit, WordMask
 from fpe_pipeline.edits.products import MapSpec
-from fpe_pipeline.edits.registry import METHODS
+from fpe_pipeline.edits.registry import methods_of
 from fpe_pipeline.session import computing, hooks
 from fpe_pipeline.testing import TOLERANCE, DenseLayer, check_edit, tiny_unet, words_tokenizer
 from fpe_pipeline.testing.dense import WRITTEN_OUT
 from tests.support.tiny_pipelines import tiny_pipeline, tiny_sdxl_pipeline
 from tests.support.tiny_unets import tiny_unet as any_tiny_unet
+
+METHODS = methods_of("unet")
 
 PROMPTS = ["a photo of a red car", "a photo of a blue car"]
 WORDS = {"fpe-regional": {"word": "car"}, "p2p-blend": {"words": ("red", "blue")}}

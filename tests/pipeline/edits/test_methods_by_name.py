@@ -12,7 +12,7 @@ from PIL import Image
 from fpe_pipeline import FreePromptPipeline, MasaCtrlEdit, make_edit
 from fpe_pipeline.app import cli
 from fpe_pipeline.edits.method import Method
-from fpe_pipeline.edits.registry import METHODS, method_table
+from fpe_pipeline.edits.registry import METHODS, method_table, methods_of
 from fpe_pipeline.quality.methods.comparison import _Drawing
 from fpe_pipeline.quality.methods.contenders import CONTENDERS, chosen
 from fpe_pipeline.quality.methods.subjects import GENERATED, Subject
@@ -39,7 +39,7 @@ def by_command(name, folder, *more):
     return np.asarray(Image.open(folder / "target-1.png"))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods_of("unet"))
 def test_three_ways_to_one_picture(pipe, tmp_path, name):
     """With the defaults of the method for the model; to rounding, which may move a pixel by one level of 255."""
     command = by_command(name, tmp_path, "--steps", str(STEPS))
@@ -69,7 +69,7 @@ def test_the_same_settings():
     assert settings.steps == evaluated.steps == steps
     assert settings.guidance == evaluated.guidance == call["guidance_scale"].default
     assert settings.self_replace == (0.0, evaluated.self_replace) == (0.0, call["self_replace_steps"].default)
-    assert CONTENDERS[2:] == tuple(METHODS)
+    assert CONTENDERS[2:] == tuple(methods_of("unet"))
 
 
 def test_masactrl_runs_with_its_defaults(tmp_path):

@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 
 from fpe_pipeline import FreePromptPipeline, ddim_scheduler
 from fpe_pipeline.edits import CombinedEdit, Edit
-from fpe_pipeline.edits.registry import METHODS
+from fpe_pipeline.edits.registry import methods_of
 from fpe_pipeline.embedded import embedded_path, judge_path
 from fpe_pipeline.embedded.judge import Verdict, load_judge
 from fpe_pipeline.errors import InputError
@@ -72,7 +72,7 @@ class TestSubjects:
 class TestContenders:
     def test_every_method_and_both_baselines_take_part(self):
         assert {NO_EDIT, DIFFERENT_NOISE} < set(CONTENDERS)
-        assert (NO_EDIT, DIFFERENT_NOISE, *METHODS) == CONTENDERS
+        assert (NO_EDIT, DIFFERENT_NOISE, *methods_of("unet")) == CONTENDERS
 
     def test_all_can_make_the_held_out_edits(self, tokenizer, embedded):
         for subject in generated_subjects(held_out_pairs(2)):

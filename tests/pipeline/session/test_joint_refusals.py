@@ -12,15 +12,11 @@ from fpe_pipeline import (
     Edit,
     FreePromptEdit,
     JointProduct,
-    LocalBlend,
     MasaCtrlEdit,
     PlugAndPlayEdit,
     Product,
     StyleAlignedEdit,
-    WordMask,
     editing,
-    heat_maps,
-    make_edit,
 )
 from fpe_pipeline.edits.joint_products import plan_joint_products
 from fpe_pipeline.models.families import adapter_of
@@ -50,9 +46,6 @@ def untouched(sd3):
 UNET_EDITS = {
     "plug and play": lambda tokenizer: PlugAndPlayEdit(),
     "style aligned": lambda tokenizer: StyleAlignedEdit(),
-    "prompt to prompt": lambda tokenizer: make_edit("p2p-replace", [SOURCE, TARGET], tokenizer),
-    "local blend": lambda tokenizer: FreePromptEdit() + LocalBlend([SOURCE, TARGET], tokenizer, ["car", "car"]),
-    "a word's mask": lambda tokenizer: FreePromptEdit(mask=WordMask(SOURCE, "car", tokenizer)),
 }
 
 
@@ -150,12 +143,6 @@ def test_caches(pipe):
     apply_first_block_cache(tiny.transformer, FirstBlockCacheConfig())
     with pytest.raises(ValueError, match=r"FirstBlockCache is on in transformer_blocks\.0"):
         editing(tiny, FreePromptEdit())
-
-
-def test_heat_maps(sd3):
-    message = "cross-attention layers, and the transformer has none"
-    with pytest.raises(ValueError, match=message), heat_maps(sd3, ["car"]):
-        draw(sd3)
 
 
 def test_one_prompt_alone(sd3):
