@@ -152,10 +152,7 @@ def text_maps(plan: JointPlan, rows: Sequence[int], layer: JointLayer) -> dict[i
     assert layer.text is not None
     # Of terms whose text values are zeros the columns count in the softmax and give nothing.
     of_rows = [(row, term) for row, term in plan.terms_of("image") if row in rows and term.value.text is not None]
-    texts = layer.text.key.tensor.shape[2]
-    indicator = torch.zeros_like(layer.values([term for _, term in of_rows])[..., :1])
-    indicator[:, :, -texts:] = 1.0
-    shares = (_image_map([term for _, term in of_rows], layer) @ indicator).detach()[..., 0]  # [terms, H, N]
+    shares = _text_shares([term for _, term in of_rows], layer) if of_rows else ()
     summands: dict[int, list[LinearMap]] = {row: [] for row in rows}
     for (row, term), share in zip(of_rows, shares, strict=True):
         query = tokens_of(layer.image.query, [term.query.image])[0].detach()
@@ -166,6 +163,14 @@ def text_maps(plan: JointPlan, rows: Sequence[int], layer: JointLayer) -> dict[i
             alone = alone.scale_rows(weight if isinstance(weight, float) else weight[None, None, :, 0])
         summands[row].append(alone if term.mixing is None else alone.mix(term.mixing.to(share)))
     return {row: functools.reduce(operator.add, parts) for row, parts in summands.items() if parts}
+
+
+def _text_shares(terms: Sequence[JointProduct], layer: JointLayer) -> torch.Tensor:
+    """For each term how much of each image token's attention its text has: [terms, H, N]."""
+    assert layer.text is not None
+    indicator = torch.zeros_like(layer.values(terms)[..., :1])
+    indicator[:, :, -layer.text.key.tensor.shape[2] :] = 1.0
+    return (_image_map(terms, layer) @ indicator).detach()[..., 0]
 
 
 def _image_map(terms: Sequence[JointProduct], layer: JointLayer) -> LinearMap:

@@ -101,16 +101,8 @@ def test_is_what_the_original_keeps(pipes, name):
 def test_other_maps_are_seen(pipes, name, planted, monkeypatch):
     case, receive = load_dropin(name), TextMaps.receive
     if planted == "renormalised":
-        image_rows = joint_computing._image_rows
-        monkeypatch.setattr(
-            joint_computing,
-            "_image_rows",
-            lambda terms, layer, values: (
-                torch.ones_like(image_rows(terms, layer, values))
-                if values.shape[-1] == 1
-                else image_rows(terms, layer, values)
-            ),
-        )
+        shares = joint_computing._text_shares
+        monkeypatch.setattr(joint_computing, "_text_shares", lambda terms, layer: torch.ones_like(shares(terms, layer)))
 
     def changed(self, site, step, roles, columns, maps):
         if planted == "other rows":

@@ -10,6 +10,7 @@ from fpe_pipeline import FreePromptEdit, JointProduct, MasaCtrlEdit, Recording
 from fpe_pipeline.edits.joint_products import plan_joint_products
 from fpe_pipeline.edits.self_attention import SelfAttentionEdit
 from fpe_pipeline.models.flow_solvers import SOLVERS
+from fpe_pipeline.recordings.keys import Part
 from tests.support.flow_pipelines import (
     EXACT,
     FAMILIES,
@@ -121,10 +122,10 @@ def test_guidance(pipes, family):
     for edit in ("image maps", "both halves"):
         for scale in (3.0, 1.0):
             recording = both(tiny, family, EDITS[edit], guidance_scale=scale)[1]
-            names[edit, scale] = {name.split()[0] for parts in recording.contents.values() for name in parts}
-    away = {"unconditional"} if family == "sd3" else set()
-    assert names["both halves", 3.0] == {"conditional"} | away
-    assert {tuple(kept) for kept in (names["image maps", 3.0], names["both halves", 1.0])} == {("conditional",)}
+            names[edit, scale] = {part.conditional for parts in recording.contents.values() for part in parts}
+    away = {False} if family == "sd3" else set()
+    assert names["both halves", 3.0] == {True} | away
+    assert {tuple(kept) for kept in (names["image maps", 3.0], names["both halves", 1.0])} == {(True,)}
 
 
 class TestBytes:
@@ -147,7 +148,7 @@ class TestBytes:
         """Image queries and keys, of two calls: 15 tokens of 16 numbers in 8 bytes, in each of the layers."""
         recording = both(solving(pipes["flux"], "euler"), "flux", FreePromptEdit(0.5))[1]
         assert len(recording.contents) == 5
-        parts = {"conditional image-query": (0, 1), "conditional image-key": (0, 1)}
+        parts = {Part(True, "image-query"): (0, 1), Part(True, "image-key"): (0, 1)}
         assert all(kept == parts for kept in recording.contents.values())
         assert recording.store.nbytes == 5 * 2 * 2 * 15 * 16 * 8
 
@@ -194,7 +195,7 @@ class TestRefusals:
             ({"layers": 9}, ValueError, "match none"),
             ({"edit": []}, ValueError, "expected an edit to record for"),
             ({"placement": "gpu"}, ValueError, "if a folder is meant"),
-            ({"latents": noise("sd3", 2)}, ValueError, r"expected latents \[1, 16, h, w\], received \[2"),
+            ({"latents": noise("sd3", 2)}, ValueError, r"expected latents \[1, 16, h, w\], got \[2"),
         ):
             with pytest.raises(error, match=message):
                 sd3.record(SOURCE, **{**RUN, **given})
