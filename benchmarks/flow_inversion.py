@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def run(pipe: Any, name: str, calls: int, effort: Effort, picture: Any = None) -
         return float((back.to(first) - first).norm() / first.norm())
 
     errors = {solver: there_and_back(solver) for solver in SOLVERS}
-    ways = {solver: partial(there_and_back, solver) for solver in SOLVERS}
+    ways: dict[str, Callable[[], object]] = {solver: partial(there_and_back, solver) for solver in SOLVERS}
     samples = interleaved(ways, device, effort, wall=True)
     environment = Environment.read(device)
     return [

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         PromptToPromptEdit,
         SelfAttentionEdit,
         StyleAlignedEdit,
+        ValueInjectionEdit,
         WordMask,
     )
     from .edits.base import Injecting, Prompted, Remembering, Watching
@@ -72,6 +73,7 @@ _HOME = {
     "Step": "models.steps",
     "StepWindow": "models.steps",
     "StyleAlignedEdit": "edits",
+    "ValueInjectionEdit": "edits",
     "Watcher": "edits.watchers",
     "Watching": "edits.base",
     "WordMask": "edits",
@@ -115,6 +117,7 @@ __all__ = [
     "Step",
     "StepWindow",
     "StyleAlignedEdit",
+    "ValueInjectionEdit",
     "Watcher",
     "Watching",
     "WordMask",

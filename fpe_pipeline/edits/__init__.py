@@ -9,6 +9,7 @@ from .plug_and_play import PlugAndPlayEdit
 from .prompt_to_prompt import PromptToPromptEdit
 from .self_attention import SelfAttentionEdit
 from .style_aligned import StyleAlignedEdit
+from .value_injection import ValueInjectionEdit
 
 __all__ = [
     "CombinedEdit",
@@ -20,5 +21,6 @@ __all__ = [
     "PromptToPromptEdit",
     "SelfAttentionEdit",
     "StyleAlignedEdit",
+    "ValueInjectionEdit",
     "WordMask",
 ]
