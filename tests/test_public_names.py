@@ -15,10 +15,11 @@ from tests.support import arrows
 
 KERNELS = "AttentionMap LinearMap backends beside blend concatenate join shared_attention stack"
 PIPELINE = (
-    "BatchRoles CombinedEdit Edit EditingSession Encoding FreePromptEdit FreePromptPipeline "
-    "FreePromptPipelineOutput HeatMaps Injecting Inversion JointProduct LayerSelection LocalBlend MasaCtrlEdit "
-    "NullText PlugAndPlayEdit Product PromptToPromptEdit Prompted Recording Remembering SelfAttentionEdit Site Step "
-    "StepWindow StyleAlignedEdit Watcher Watching WordMask attention_sites ddim_scheduler editing heat_maps "
+    "BatchRoles CombinedEdit Edit EditingSession Encoding FireFlowScheduler FreePromptEdit FreePromptFluxPipeline "
+    "FreePromptPipeline FreePromptPipelineOutput FreePromptSD3Pipeline HeatMaps Injecting Inversion JointProduct "
+    "LayerSelection LocalBlend MasaCtrlEdit NullText PlugAndPlayEdit Product PromptToPromptEdit Prompted "
+    "RFSolverScheduler Recording Remembering SelfAttentionEdit Site Step StepWindow StyleAlignedEdit "
+    "ValueInjectionEdit Watcher Watching WordMask attention_sites ddim_scheduler editing flow_scheduler heat_maps "
     "make_edit"
 )
 TESTING = "TOLERANCE DenseLayer Difference EditCheck check_edit tiny_unet words_tokenizer"
