@@ -70,7 +70,9 @@ def _reads(
         orders = make_orders(chosen if active else (), watching, step, roles, "auto", place)
         for path, order in orders.items():
             for row, parts in order.plan.reads.items():
-                yield from ((path, row, part, index) for part in parts)
+                # A product names rows of text too where the layer has none.
+                held = (part for part in parts if order.site.kind != "image" or not part.startswith("text-"))
+                yield from ((path, row, part, index) for part in held)
             for row in {*order.columns, *order.maps}:
                 if row >= roles.batch:
                     yield from ((path, row, part, index) for part in _MAP)

@@ -101,10 +101,18 @@ def test_inverted_sources(pipes, family):
     assert distance(replayed.images, full.images[1:]) <= EXACT[family]
 
 
-def test_layers_of_image_tokens_alone(pipe):
+@pytest.mark.parametrize(
+    "edit",
+    [
+        FreePromptEdit(0.5, layers=["transformer_blocks.0.attn2", "transformer_blocks.1.attn"]),
+        FreePromptEdit(0.5, scope="joint", layers=["transformer_blocks.0.attn2", "transformer_blocks.1.attn"]),
+        Values(layers=["transformer_blocks.0.attn2", "transformer_blocks.1.attn"]),
+    ],
+    ids=["image maps", "whole maps", "values"],
+)
+def test_layers_of_image_tokens_alone(pipe, edit):
     """Stable Diffusion 3.5's second layers hold no text."""
     tiny = edited_with(MADE["sd3"](pipe, "sd3.5"))
-    edit = FreePromptEdit(0.5, layers=["transformer_blocks.0.attn2", "transformer_blocks.1.attn"])
     full, recording, replayed = both(tiny, "sd3", edit)
     assert distance(replayed.images, full.images[1:]) <= EXACT["sd3"]
     assert set(recording.contents) == {"transformer_blocks.0.attn2", "transformer_blocks.1.attn"}
