@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         SelfAttentionEdit,
         StableFlowEdit,
         StyleAlignedEdit,
+        ValueInjectionEdit,
         WordMask,
     )
     from .edits.base import Injecting, Prompted, Remembering, Watching
@@ -81,6 +82,7 @@ _HOME = {
     "Step": "models.steps",
     "StepWindow": "models.steps",
     "StyleAlignedEdit": "edits",
+    "ValueInjectionEdit": "edits",
     "Watcher": "edits.watchers",
     "Watching": "edits.base",
     "WordMask": "edits",
@@ -129,6 +131,7 @@ __all__ = [
     "Step",
     "StepWindow",
     "StyleAlignedEdit",
+    "ValueInjectionEdit",
     "Watcher",
     "Watching",
     "WordMask",

@@ -15,11 +15,12 @@ from tests.support import arrows
 
 KERNELS = "AttentionMap LinearMap backends beside blend concatenate join shared_attention stack"
 PIPELINE = (
-    "BatchRoles CombinedEdit ConsistEdit Edit EditingSession Encoding FreeFluxEdit FreePromptEdit "
-    "FreePromptPipeline FreePromptPipelineOutput HeatMaps Injecting Inversion JointProduct LayerSelection "
-    "LocalBlend MasaCtrlEdit MixedRows NullText PlugAndPlayEdit Product PromptToPromptEdit Prompted ReFlexEdit "
-    "Recording Remembering SelfAttentionEdit Site StableFlowEdit Step StepWindow StyleAlignedEdit Watcher "
-    "Watching WordMask attention_sites ddim_scheduler editing heat_maps make_edit"
+    "BatchRoles CombinedEdit ConsistEdit Edit EditingSession Encoding FireFlowScheduler FreeFluxEdit "
+    "FreePromptEdit FreePromptFluxPipeline FreePromptPipeline FreePromptPipelineOutput FreePromptSD3Pipeline "
+    "HeatMaps Injecting Inversion JointProduct LayerSelection LocalBlend MasaCtrlEdit MixedRows NullText "
+    "PlugAndPlayEdit Product PromptToPromptEdit Prompted RFSolverScheduler ReFlexEdit Recording Remembering "
+    "SelfAttentionEdit Site StableFlowEdit Step StepWindow StyleAlignedEdit ValueInjectionEdit Watcher Watching "
+    "WordMask attention_sites ddim_scheduler editing flow_scheduler heat_maps make_edit"
 )
 TESTING = "TOLERANCE DenseLayer Difference EditCheck check_edit tiny_unet words_tokenizer"
 COMMANDS = ("demo", "edit", "evaluate", "info")

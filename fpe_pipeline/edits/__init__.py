@@ -12,6 +12,7 @@ from .prompt_to_prompt import PromptToPromptEdit
 from .reflex import ReFlexEdit
 from .self_attention import SelfAttentionEdit
 from .style_aligned import StyleAlignedEdit
+from .value_injection import ValueInjectionEdit
 
 __all__ = [
     "CombinedEdit",
@@ -27,5 +28,6 @@ __all__ = [
     "SelfAttentionEdit",
     "StableFlowEdit",
     "StyleAlignedEdit",
+    "ValueInjectionEdit",
     "WordMask",
 ]

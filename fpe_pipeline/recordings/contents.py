@@ -69,7 +69,9 @@ def _reads(edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: Ba
         orders = make_orders(chosen if active else (), watching, step, roles, "auto", place)
         for path, order in orders.items():
             for row, parts in order.plan.reads.items():
-                yield from (_Read(path, row, name, index) for name in parts)
+                # A product names rows of text too where the layer has none.
+                held = (name for name in parts if order.site.kind != "image" or not name.startswith("text-"))
+                yield from (_Read(path, row, name, index) for name in held)
             for row in {*order.columns, *order.maps}:
                 if row >= roles.batch:
                     yield from (_Read(path, row, name, index) for name in _MAP)

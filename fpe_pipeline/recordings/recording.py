@@ -13,6 +13,9 @@ local blend, beside any of them                          cross-attention maps of
 MasaCtrl                                                 keys and values, of the unconditional row too
 Plug-and-Play                                            self-attention maps and features, of the unconditional row too
 StyleAligned                                             queries, keys and values, of the unconditional row too
+Free-Prompt-Editing on a transformer                     image queries and keys; with ``scope="joint"`` text's too
+MasaCtrl, as Stable Flow, on a transformer               image keys and values, of the unconditional row too
+value injection                                          values of image and text, of the unconditional row too
 sums of these, edits of your own                         what they name of the source's rows
 =======================================================  ==========================================================
 """
