@@ -43,16 +43,22 @@ class JointLayer:
         text: of the text's tokens; None in a layer that has none.
         scale: what scores are multiplied with.
         backend: of the maps.
+        text_lengths: for each row of the batch, its text tokens before padding; None where none is padding.
     """
 
     image: SegmentProjections
     text: SegmentProjections | None
     scale: float
     backend: str = "auto"
+    text_lengths: tuple[int, ...] | None = None
 
-    def map(self, query: torch.Tensor, key: torch.Tensor) -> AttentionMap:
-        """The maps of some queries [G, H, N, D] and keys [G, H, M, D]."""
-        return AttentionMap(query, key, scale=self.scale, backend=self.backend)
+    def map(self, query: torch.Tensor, key: torch.Tensor, lengths: list[int] | None = None) -> AttentionMap:
+        """The maps of some queries [G, H, N, D] and keys [G, H, M, D], of which so many are no padding."""
+        return AttentionMap(query, key, scale=self.scale, backend=self.backend, key_lengths=lengths)
+
+    def lengths(self, text_rows: Sequence[int], before: int = 0) -> list[int] | None:
+        """Keys that are no padding, of the texts of some rows behind ``before`` others; None where none is padding."""
+        return None if self.text_lengths is None else [before + self.text_lengths[row] for row in text_rows]
 
     def values(self, terms: Sequence[JointProduct]) -> torch.Tensor:
         """The values of each term, those of the image first: [terms, H, M, E]."""
@@ -117,9 +123,9 @@ def _image_rows(
     of_rows: Sequence[tuple[int, JointProduct]], layer: JointLayer, columns: Mapping[int, torch.Tensor]
 ) -> torch.Tensor:
     terms = [term for _, term in of_rows]
-    whole = _shared(layer, [(term.query.image, term.key.image) for term in terms], layer.image.key)
+    whole = _shared(layer, [(term.query.image, term.key.image) for term in terms], "image")
     if layer.text is not None:
-        whole = join([whole, _shared(layer, [(term.query.image, term.key.text) for term in terms], layer.text.key)])
+        whole = join([whole, _shared(layer, [(term.query.image, term.key.text) for term in terms], "text")])
     values = layer.values(terms)
     if columns:
         assert layer.text is not None
@@ -128,11 +134,14 @@ def _image_rows(
     return whole @ values
 
 
-def _shared(layer: JointLayer, named: Sequence[tuple[Any, Any]], key: Rows) -> LinearMap:
-    """For each (image query, key) its map, of which equal ones are one."""
+def _shared(layer: JointLayer, named: Sequence[tuple[Any, Any]], segment: Literal["image", "text"]) -> LinearMap:
+    """For each (image query, key of a segment) its map, of which equal ones are one."""
     pairs, index = _distinct(named)
-    queries = tokens_of(layer.image.query, [query for query, _ in pairs])
-    return layer.map(queries, tokens_of(key, [row for _, row in pairs])).take(index)
+    queries, rows = tokens_of(layer.image.query, [query for query, _ in pairs]), [row for _, row in pairs]
+    if segment == "image":
+        return layer.map(queries, tokens_of(layer.image.key, rows)).take(index)
+    assert layer.text is not None
+    return layer.map(queries, tokens_of(layer.text.key, rows), layer.lengths(rows)).take(index)
 
 
 def _text_rows(terms: Sequence[JointProduct], layer: JointLayer) -> torch.Tensor:
@@ -140,7 +149,8 @@ def _text_rows(terms: Sequence[JointProduct], layer: JointLayer) -> torch.Tensor
     triples, index = _distinct([(term.query.text, *term.key) for term in terms])
     queries = tokens_of(layer.text.query, [query for query, _, _ in triples])
     keys = layer.keys([(image, text) for _, image, text in triples])
-    return layer.map(queries, keys).take(index) @ layer.values(terms)
+    lengths = layer.lengths([text for _, _, text in triples], layer.image.key.tensor.shape[2])
+    return layer.map(queries, keys, lengths).take(index) @ layer.values(terms)
 
 
 def _distinct(named: Sequence[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], list[int]]:
