@@ -43,7 +43,7 @@ class JointAttentionEdit(Edit):
             raise ValueError(
                 f"{type(self).__name__} edits layers in which image and text tokens attend together, of which a "
                 "UNet has none: use FreePromptEdit, MasaCtrlEdit or PromptToPromptEdit, or a pipeline with a "
-                "transformer (Stable Diffusion 3, FLUX.1)"
+                "transformer (Stable Diffusion 3, FLUX.1, Qwen-Image)"
             )
         if self.layers is None:
             return self.default_sites(joint)

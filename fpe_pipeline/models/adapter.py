@@ -29,6 +29,7 @@ class ModelCall:
         size: (height, width) of the latents, as :meth:`.Site.at` takes them.
         half: which rows are in the batch.
         left_out: paths of the blocks that this call does not compute.
+        text_lengths: for each row, its text tokens before padding; None where none is padding.
         arguments: positional and keyword arguments of the call.
     """
 
@@ -37,6 +38,7 @@ class ModelCall:
     size: tuple[int, int]
     half: Half = "as guided"
     left_out: tuple[str, ...] = ()
+    text_lengths: tuple[int, ...] | None = None
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = field(default=((), {}), repr=False)
 
     @property
@@ -64,7 +66,7 @@ class ModelAdapter(ABC):
     #: What the model is called in messages.
     word: ClassVar[str]
     #: Whose processors compute its edited layers.
-    family: ClassVar[Literal["unet", "sd3", "flux"]]
+    family: ClassVar[Literal["unet", "sd3", "flux", "qwen"]]
     #: Whether its pipelines guide by a call of the model of their own, whose prompts they encode by one of their own.
     guides_apart: ClassVar[bool] = False
     #: The parts of the text that its layers of joint attention see, in order: the tokenizer of each, and the encoders

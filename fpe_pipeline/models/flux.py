@@ -8,32 +8,23 @@ where a pipeline guides with a negative prompt as well it calls the model twice,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-from .adapter import Half, ModelCall
+from .adapter import ModelCall
+from .named_calls import NamedCallsAdapter
 from .sites import Place, Site
-from .steps import Step, step_of_scheduler
-from .transformer import TransformerAdapter
 
 __all__ = ["FluxAdapter"]
 
-_HALVES: dict[str, Half] = {"cond": "conditional", "uncond": "unconditional"}
 _PACKED = 2
 
 
-class FluxAdapter(TransformerAdapter):
+class FluxAdapter(NamedCallsAdapter):
     """diffusers' ``FluxTransformer2DModel``."""
 
     family = "flux"
-    guides_apart = True
     text_parts = (("tokenizer_2", ("text_encoder_2",)),)
-
-    def __init__(self, pipe: Any | None, model: Any) -> None:
-        super().__init__(pipe, model)
-        self._context: str | None = None
-        self._before: int | None = None  # the scheduler's step at the latest call that said nothing of its rows
 
     def find_sites(self) -> tuple[Site, ...]:
         module: Any = self.module
@@ -50,46 +41,6 @@ class FluxAdapter(TransformerAdapter):
         sample, places = given["hidden_states"], given["img_ids"]
         size = _size(places if places.ndim == 2 else places[0], sample.shape[1])
         return ModelCall(sample, given["timestep"], size, half=self._half(), arguments=(args, kwargs))
-
-    def step(self, call: ModelCall) -> Step:
-        return super().step(call) if self.pipe is None else step_of_scheduler(self.pipe.scheduler)
-
-    def follow(self) -> Callable[[], None]:
-        """Listen to the contexts in which the pipeline calls the model; what is returned ends it."""
-        module: Any = self.module
-        original, self._context, self._before = module.cache_context, None, None
-
-        @contextmanager
-        def cache_context(name: str, **fields: Any) -> Iterator[None]:
-            before, self._context = self._context, name
-            try:
-                with original(name, **fields):
-                    yield
-            finally:
-                self._context = before
-
-        module.cache_context = cache_context
-
-        def leave() -> None:
-            if vars(module).get("cache_context") is cache_context:
-                del module.cache_context
-
-        return leave
-
-    def _half(self) -> Half:
-        if self._context in _HALVES:
-            return _HALVES[self._context]
-        if self.pipe is None:
-            return "as guided"
-        step = getattr(self.pipe.scheduler, "step_index", None)
-        if step is not None and step == self._before:
-            raise ValueError(
-                f"{type(self.pipe).__name__} calls the model twice in step {step} and does not say which call sees the "
-                "prompts: guide without a negative prompt (true_cfg_scale=1), or call the model in "
-                '`with pipe.transformer.cache_context("cond"):` and "uncond"'
-            )
-        self._before = step
-        return "conditional"
 
 
 def _size(places: Any, tokens: int) -> tuple[int, int]:

@@ -70,10 +70,15 @@ def encoded_prompts(
         prompts: its prompts, by any tokenizer of the pipeline.
 
     Raises:
-        ValueError: an encoder received other tokens.
+        ValueError: an encoder received other tokens, or it is not known which of a model's text tokens are words.
     """
     if not encoding.texts:
         return encoding.placed(prompts)
+    if not any(text.inputs for text in encoding.texts):
+        raise ValueError(
+            "which text tokens of this transformer are which words is not known (Qwen-Image encodes prompts inside a "
+            "template): use an edit that looks for no words, such as FreePromptEdit, ConsistEdit or MasaCtrlEdit"
+        )
     texts = [prompt.text for prompt in prompts]
     parts = [_part(text, texts) for text in encoding.texts]
     return tuple(JointPrompt(text, tuple(part[number] for part in parts)) for number, text in enumerate(texts))

@@ -8,10 +8,11 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
 from ..edits.joint_products import JointPlan
-from .around import ProcessorAround, may_do_more
+from .around import may_do_more
 from .computing import Rows, take
-from .joint_computing import JointLayer, SegmentProjections, evaluate_joint, text_maps
-from .joint_processor import check_joint_input, joint_record, merged_heads
+from .dispatched import DispatchedAround, parallel_reasons
+from .joint_computing import JointLayer, SegmentProjections
+from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
 
 __all__ = ["EditFluxProcessor", "unsupported_flux_reasons"]
 
@@ -29,12 +30,10 @@ def unsupported_flux_reasons(attn: Any, processor: Any, override: tuple[type, ..
     reasons = []
     if type(processor).__name__ not in _PLAIN and type(processor) not in override:
         reasons.append(may_do_more(processor))
-    if getattr(processor, "_parallel_config", None) is not None:
-        reasons.append("context parallelism is on, and an edit needs all tokens of a layer in one process")
-    return reasons
+    return reasons + parallel_reasons(processor)
 
 
-class EditFluxProcessor(ProcessorAround):
+class EditFluxProcessor(DispatchedAround):
     """Drop-in processor for diffusers' ``FluxAttention``, wrapped around the one that a layer already has.
 
     With an order it computes the order's products as :class:`.EditJointProcessor` does, from queries and keys after
@@ -70,34 +69,12 @@ class EditFluxProcessor(ProcessorAround):
             order.backend,
         )
         self.record = joint_record(plan, layer, attn.heads)
-        if order.receive is not None:
-            order.receive(plan, layer)
-        rows, text_rows, heat = evaluate_joint(plan, layer, order.columns)
-        if order.deliver is not None:
-            order.deliver(heat, text_maps(plan, order.maps, layer))
+        rows, text_rows = joint_rows(order, plan, layer)
         assert text_rows is not None
         out, context = merged_heads(rows), merged_heads(text_rows)
         if is_single:
             return torch.cat([context, out], dim=1)
         return attn.to_out[1](attn.to_out[0](out)), attn.to_add_out(context)  # to_out[1] is dropout
-
-    # Settings that diffusers finds on a layer's processor belong to the one that computes unedited calls.
-
-    @property
-    def _attention_backend(self) -> Any:
-        return self.inner._attention_backend
-
-    @_attention_backend.setter
-    def _attention_backend(self, backend: Any) -> None:
-        self.inner._attention_backend = backend
-
-    @property
-    def _parallel_config(self) -> Any:
-        return self.inner._parallel_config
-
-    @_parallel_config.setter
-    def _parallel_config(self, config: Any) -> None:
-        self.inner._parallel_config = config
 
 
 def _places(rotary: tuple[torch.Tensor, torch.Tensor] | None, texts: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from .flux_processor import EditFluxProcessor, unsupported_flux_reasons
 from .instructions import Order
 from .joint_processor import EditJointProcessor, unsupported_joint_reasons
 from .processor import SLICED, editing_processor, is_sliced, unsupported_reasons
+from .qwen_processor import EditQwenProcessor, unsupported_qwen_reasons
 from .record import LayerRecord
 
 __all__ = ["LayerProcessors"]
@@ -25,6 +26,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "unet": (editing_processor, unsupported_reasons),
     "sd3": (EditJointProcessor, unsupported_joint_reasons),
     "flux": (EditFluxProcessor, unsupported_flux_reasons),
+    "qwen": (EditQwenProcessor, unsupported_qwen_reasons),
 }
 
 

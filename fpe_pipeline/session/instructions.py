@@ -48,6 +48,7 @@ class Order:
         compute: computes the layer's attention [B, H, N, E] from query, key, value, scale and bias, in the place of
             the plan's products.
         receive: is shown a layer of joint attention before its products are computed.
+        text_lengths: for each row, its text tokens before padding in joint attention; None where none is padding.
     """
 
     site: Site
@@ -60,6 +61,7 @@ class Order:
     recorded: RecordedLayer | None = None
     compute: Compute | None = None
     receive: Callable[[JointPlan, JointLayer], None] | None = None
+    text_lengths: tuple[int, ...] | None = None
 
     @property
     def row_plan(self) -> ProductPlan:
@@ -84,6 +86,7 @@ def make_orders(
     backend: str,
     place: Place,
     recorded: Mapping[str, RecordedLayer] | None = None,
+    text_lengths: tuple[int, ...] | None = None,
 ) -> dict[str, Order]:
     """Orders by layer path; layers without one are left to the processor that they had.
 
@@ -92,6 +95,7 @@ def make_orders(
         watchers: each with the sites that it selected.
         place: where the layers compute.
         recorded: by layer path, where the roles have recorded rows.
+        text_lengths: of each row's text in joint attention, where some of it is padding.
     """
     asked: dict[str, tuple[Site, list[Edit]]] = {}
     for edit, selected in edits:
@@ -116,6 +120,7 @@ def make_orders(
                 wanted.maps,
                 wanted.deliver if wanted else None,
                 None if recorded is None else recorded.get(path),
+                text_lengths=text_lengths,
             )
     return orders
 

@@ -56,16 +56,22 @@ class JointLayer:
         text: of the text's tokens; None in a layer that has none.
         scale: what scores are multiplied with.
         backend: of the maps.
+        text_lengths: for each row of the batch, its text tokens before padding; None where none is padding.
     """
 
     image: SegmentProjections
     text: SegmentProjections | None
     scale: float
     backend: str = "auto"
+    text_lengths: tuple[int, ...] | None = None
 
-    def map(self, query: torch.Tensor, key: torch.Tensor) -> AttentionMap:
-        """The maps of some queries [G, H, N, D] and keys [G, H, M, D]."""
-        return AttentionMap(query, key, scale=self.scale, backend=self.backend)
+    def map(self, query: torch.Tensor, key: torch.Tensor, lengths: list[int] | None = None) -> AttentionMap:
+        """The maps of some queries [G, H, N, D] and keys [G, H, M, D], of which so many are no padding."""
+        return AttentionMap(query, key, scale=self.scale, backend=self.backend, key_lengths=lengths)
+
+    def lengths(self, text_rows: Sequence[int], before: int = 0) -> list[int] | None:
+        """Keys that are no padding, of the texts of some rows behind ``before`` others; None where none is padding."""
+        return None if self.text_lengths is None else [before + self.text_lengths[row] for row in text_rows]
 
     def values(self, terms: Sequence[JointProduct]) -> torch.Tensor:
         """The values of each term, those of the image first: [terms, H, M, E]."""
@@ -157,7 +163,8 @@ def text_maps(plan: JointPlan, rows: Sequence[int], layer: JointLayer) -> dict[i
     for (row, term), share in zip(of_rows, shares, strict=True):
         query = tokens_of(layer.image.query, [term.query.image])[0].detach()
         key = tokens_of(layer.text.key, [term.key.text])[0].detach()
-        alone = layer.map(query.unsqueeze(1), key.unsqueeze(1)).scale_rows(share.unsqueeze(1))
+        lengths = layer.lengths([term.key.text] * len(query)) if isinstance(term.key.text, int) else None
+        alone = layer.map(query.unsqueeze(1), key.unsqueeze(1), lengths).scale_rows(share.unsqueeze(1))
         if not term.is_whole:
             weight = _weight(term.weight, share.unsqueeze(-1), share.dtype, is_text=False)
             alone = alone.scale_rows(weight if isinstance(weight, float) else weight[None, None, :, 0])
@@ -175,17 +182,20 @@ def _text_shares(terms: Sequence[JointProduct], layer: JointLayer) -> torch.Tens
 
 def _image_map(terms: Sequence[JointProduct], layer: JointLayer) -> LinearMap:
     """For each term the map of its image queries over image keys and text keys: [terms, H, N, N + T]."""
-    whole = _shared(layer, [(term.query.image, term.key.image) for term in terms], layer.image.key)
+    whole = _shared(layer, [(term.query.image, term.key.image) for term in terms], "image")
     if layer.text is None:
         return whole
-    return join([whole, _shared(layer, [(term.query.image, term.key.text) for term in terms], layer.text.key)])
+    return join([whole, _shared(layer, [(term.query.image, term.key.text) for term in terms], "text")])
 
 
-def _shared(layer: JointLayer, named: Sequence[tuple[Any, Any]], key: Rows) -> LinearMap:
-    """For each (image query, key) its map, of which equal ones are one."""
+def _shared(layer: JointLayer, named: Sequence[tuple[Any, Any]], segment: Literal["image", "text"]) -> LinearMap:
+    """For each (image query, key of a segment) its map, of which equal ones are one."""
     pairs, index = _distinct(named)
-    queries = tokens_of(layer.image.query, [query for query, _ in pairs])
-    return layer.map(queries, tokens_of(key, [row for _, row in pairs])).take(index)
+    queries, rows = tokens_of(layer.image.query, [query for query, _ in pairs]), [row for _, row in pairs]
+    if segment == "image":
+        return layer.map(queries, tokens_of(layer.image.key, rows)).take(index)
+    assert layer.text is not None
+    return layer.map(queries, tokens_of(layer.text.key, rows), layer.lengths(rows)).take(index)
 
 
 def _text_rows(terms: Sequence[JointProduct], layer: JointLayer) -> torch.Tensor:
@@ -193,7 +203,8 @@ def _text_rows(terms: Sequence[JointProduct], layer: JointLayer) -> torch.Tensor
     triples, index = _distinct([(term.query.text, *term.key) for term in terms])
     queries = tokens_of(layer.text.query, [query for query, _, _ in triples])
     keys = layer.keys([(image, text) for _, image, text in triples])
-    return layer.map(queries, keys).take(index) @ layer.values(terms)
+    lengths = layer.lengths([text for _, _, text in triples], layer.image.key.tensor.shape[2])
+    return layer.map(queries, keys, lengths).take(index) @ layer.values(terms)
 
 
 def _distinct(named: Sequence[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], list[int]]:

@@ -18,6 +18,7 @@ __all__ = [
     "EditJointProcessor",
     "check_joint_input",
     "joint_record",
+    "joint_rows",
     "merged_heads",
     "unsupported_joint_reasons",
 ]
@@ -80,11 +81,7 @@ class EditJointProcessor(ProcessorAround):
             text = _project(attn, plan, "text", encoder_hidden_states, fused).beside("text", order.recorded)
         layer = JointLayer(image, text, image.query.tensor.shape[-1] ** -0.5, order.backend)
         self.record = joint_record(plan, layer, attn.heads)
-        if order.receive is not None:
-            order.receive(plan, layer)
-        rows, text_rows, heat = evaluate_joint(plan, layer, order.columns)
-        if order.deliver is not None:
-            order.deliver(heat, text_maps(plan, order.maps, layer))
+        rows, text_rows = joint_rows(order, plan, layer)
         out = attn.to_out[1](attn.to_out[0](merged_heads(rows)))  # the second is dropout
         if text_rows is None:
             return out
@@ -126,6 +123,16 @@ def joint_record(plan: JointPlan, layer: JointLayer, heads: int) -> LayerRecord:
     held, itemsize = layer.nbytes
     tokens = layer.image.query.tensor.shape[2] + (0 if layer.text is None else layer.text.query.tensor.shape[2])
     return LayerRecord("", itemsize, held, plan.rows * heads * tokens * tokens * itemsize)
+
+
+def joint_rows(order: Order, plan: JointPlan, layer: JointLayer) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What image rows and text rows become, after the layer and before its maps are shown to whom they are for."""
+    if order.receive is not None:
+        order.receive(plan, layer)
+    image, text, heat = evaluate_joint(plan, layer, order.columns)
+    if order.deliver is not None:
+        order.deliver(heat, text_maps(plan, order.maps, layer))
+    return image, text
 
 
 def check_joint_input(

@@ -45,10 +45,10 @@ class EditingSession:
         with editing(pipe, FreePromptEdit(self_replace_steps=0.8)) as session:
             images = pipe([source_prompt, target_prompt], latents=noise.expand(2, -1, -1, -1)).images
 
-    The pipeline is an ordinary one with a UNet, or with a transformer that has an adapter (Stable Diffusion 3 and 3.5,
-    FLUX.1): its prompts are one source and any number of targets, started from the same noise. Layers and steps that
-    the edit leaves alone are computed by the processors that were there before, to the bit; on leaving the block, by
-    an exception too, those are back in place.
+    The pipeline is an ordinary one with a UNet, or with a transformer that has an adapter (Stable Diffusion 3 and
+    3.5, FLUX.1, Qwen-Image): its prompts are one source and any number of targets, started from the same noise.
+    Layers and steps that the edit leaves alone are computed by the processors that were there before, to the bit;
+    on leaving the block, by an exception too, those are back in place.
 
     Args:
         pipe: a diffusers pipeline with a ``unet`` or ``transformer``; or one of those alone, whose steps are then set

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from fpe_pipeline import FreePromptEdit, JointProduct, editing
+from fpe_pipeline import FreePromptEdit, JointProduct, MixedRows, editing
 from fpe_pipeline.edits.joint_products import plan_joint_products
-from fpe_pipeline.session.joint_computing import JointLayer
+from fpe_pipeline.session.computing import Rows
+from fpe_pipeline.session.joint_computing import JointLayer, SegmentProjections, evaluate_joint
 from tests.support.tiny_transformers import draw, draw_flux, tiny_flux_pipeline, tiny_sd3_pipeline
 
 MODELS = {
@@ -26,9 +27,9 @@ def test_what_rows_share_is_computed_once(pipe, monkeypatch):
     maps, projected = [], []
     make = JointLayer.map
 
-    def counted(self, query, key):
+    def counted(self, query, key, lengths=None):
         maps.append((query.shape[0], query.shape[2], key.shape[2]))
-        return make(self, query, key)
+        return make(self, query, key, lengths)
 
     monkeypatch.setattr(JointLayer, "map", counted)
     attn = tiny.transformer.transformer_blocks[0].attn
@@ -78,6 +79,85 @@ def test_a_plan_in_words():
     plan = plan_joint_products({1: halves}, 2)
     assert plan.description == "row 1 = 0.5 A(q 0, k 0) @ v 1 + 0.5 A(q 1, k 1) @ v 1" and not plan.is_plain
     assert plan_joint_products({}, 3).description == "as it was"
+
+
+def test_terms_of_one_segment_in_words():
+    share = torch.ones(4)
+    mixed = MixedRows(0, 1, share)
+    terms = (
+        JointProduct((0, 0), (0, 0), (None, 1), mixing=torch.eye(3), outputs="image"),
+        JointProduct((mixed, 1), (mixed, 1), (1, None), outputs="image"),
+        JointProduct.own(1, outputs="text"),
+    )
+    plan = plan_joint_products({1: terms}, 2)
+    assert plan.description == (
+        "row 1 = A(q 0, k 0) @ v 0s|M 1 for image + A(q (0 or 1 by mask)|1, k (0 or 1 by mask)|1) @ v 1|0s for image + "
+        "A(q 1, k 1) @ v 1 for text"
+    )
+    assert not plan.is_plain and plan.used("query", "text") == (0, 1) and plan.used("value", "image") == (0, 1)
+    with pytest.raises(ValueError, match=r"rows \[1\] no term of their text tokens"):
+        plan_joint_products({1: terms[:2]}, 2)
+    with pytest.raises(ValueError, match="no queries or keys for a segment"):
+        JointProduct((0, 0), (None, 0), (0, 0))
+    with pytest.raises(ValueError, match='outputs to be "all", "image" or "text"'):
+        JointProduct((0, 0), (0, 0), (0, 0), outputs="words")
+    with pytest.raises(ValueError, match="names a row outside the batch of 2"):
+        plan_joint_products({1: JointProduct((MixedRows(0, 2, share), 1), (0, 1), (1, 1))}, 2)
+
+
+def random_layer(backend, rows=2, images=12, texts=5, width=8, lengths=None):
+    generator = torch.Generator(backend.device).manual_seed(0)
+
+    def segment(tokens):
+        parts = (torch.randn(rows, 2, tokens, width, generator=generator, device=backend.device) for _ in range(3))
+        return SegmentProjections(*(Rows(part, tuple(range(rows))) for part in parts))
+
+    return JointLayer(segment(images), segment(texts), width**-0.5, backend.name, lengths)
+
+
+@pytest.mark.parametrize("lengths", [None, (5, 2)], ids=["whole", "padded"])
+def test_mixed_rows_blocks_and_columns_on_every_backend(backend, lengths):
+    """Image tokens of two rows, a block with a mixing, zeros in a block's place, and columns: as maps written out."""
+    layer = random_layer(backend, lengths=lengths)
+    share, mixing = torch.linspace(0, 1, 12, device=backend.device), torch.randn(5, 5, device=backend.device)
+    mixed = MixedRows(0, 1, share)
+    terms = (
+        JointProduct((0, 0), (0, 0), (None, 1), mixing=mixing, outputs="image"),
+        JointProduct((mixed, 1), (mixed, 1), (mixed, None), outputs="image"),
+        JointProduct.own(1, outputs="text"),
+    )
+    columns = torch.eye(5, device=backend.device)[:, :2]
+    image, text, heat = evaluate_joint(plan_joint_products({1: terms}, 2), layer, {1: columns})
+
+    def lerp(rows):
+        return share[:, None] * rows.tensor[0] + (1 - share[:, None]) * rows.tensor[1]
+
+    def written_out(query, image_key, row):
+        """Of image queries, over image keys and the text keys of a row."""
+        scores = query @ torch.cat([image_key, layer.text.key.tensor[row]], 1).mT * layer.scale
+        if lengths is not None:
+            scores[..., 12 + lengths[row] :] = float("-inf")
+        return scores.softmax(-1)
+
+    source = written_out(layer.image.query.tensor[0], layer.image.key.tensor[0], 0)
+    own = written_out(lerp(layer.image.query), lerp(layer.image.key), 1)
+    v_text = layer.text.value.tensor[1]
+    expected = source[..., 12:] @ (mixing @ v_text) + own[..., :12] @ lerp(layer.image.value)
+    torch.testing.assert_close(image[1], expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(heat[1], source[..., 12:] @ (mixing @ columns), rtol=0, atol=2e-5)
+    of_text = written_out(layer.text.query.tensor[1], layer.image.key.tensor[1], 1)
+    values = torch.cat([layer.image.value.tensor[1], v_text], 1)
+    torch.testing.assert_close(text[1], of_text @ values, rtol=0, atol=2e-5)
+
+
+def test_masks_and_mixings_of_another_length(backend):
+    layer = random_layer(backend)
+    short = MixedRows(0, 1, torch.ones(9, device=backend.device))
+    plan = plan_joint_products({1: JointProduct((short, 1), (0, 1), (1, 1))}, 2)
+    with pytest.raises(ValueError, match="a mask of 9 tokens was given for a layer of 12 image tokens"):
+        evaluate_joint(plan, layer)
+    with pytest.raises(ValueError, match="words were placed among 7 text tokens, and the layer receives 5"):
+        evaluate_joint(plan_joint_products({}, 2), layer, {1: torch.ones(7, 1, device=backend.device)})
 
 
 def test_what_a_layer_holds(pipe):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from torch.nn import functional as F
 
 
@@ -83,11 +84,48 @@ class DenseFlux(DenseJoint):
         return linear(attn.to_out[0], out[:, texts:]), linear(attn.to_add_out, out[:, :texts])
 
 
-def dense_row(terms, row, parts, order, keep=None):
+class DenseQwen(DenseJoint):
+    """The same in blocks of Qwen-Image: text first, each stream turned by itself, and texts padded at their ends."""
+
+    order = ("text", "image")
+
+    def __call__(
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states=None,
+        encoder_hidden_states_mask=None,
+        attention_mask=None,
+        image_rotary_emb=None,
+    ):
+        image, text = hidden_states, encoder_hidden_states
+        turned = dict(zip(("image", "text"), image_rotary_emb, strict=True))
+        parts = {}
+        for segment, tokens, names in (
+            ("text", text, ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")),
+            ("image", image, ("to_q", "to_k", "to_v", "norm_q", "norm_k")),
+        ):
+            for letter, name, norm in zip("qkv", names[:3], (*names[3:], None), strict=True):
+                part = heads(attn, getattr(attn, name), tokens, norm and getattr(attn, norm))
+                if letter != "v":
+                    part = apply_rotary_emb_qwen(part.transpose(1, 2), turned[segment], use_real=False).transpose(1, 2)
+                parts[f"{letter}_{segment}"] = part
+        self.mask = encoder_hidden_states_mask
+        rows = image.shape[0]
+        out = torch.stack([self.row(row, rows, parts) for row in range(rows)])
+        texts = text.shape[1]
+        return linear(attn.to_out[0], out[:, texts:]), linear(attn.to_add_out, out[:, :texts])
+
+    def row(self, row, rows, parts):
+        return dense_row(self.rule(row, rows), row, parts, self.order, None, self.mask)
+
+
+def dense_row(terms, row, parts, order, keep=None, mask=None):
     """One row's output [tokens, H·D]: segments in this order, and one softmax over all of their tokens.
 
     Args:
         keep: is shown the block of its map of image queries over text keys, [H, image tokens, text tokens].
+        mask: of text tokens that are no padding, [rows, text tokens], which go where the keys of a row go.
     """
     if isinstance(terms, Blocks):
         return terms.row(row, parts, order, keep)
@@ -98,7 +136,11 @@ def dense_row(terms, row, parts, order, keep=None):
             torch.cat([tokens[f"{letter}_{part}"] for part in order if f"{letter}_{part}" in tokens], dim=1)
             for letter in "qkv"
         )
-        whole = written_out(query, key)
+        exists = None
+        if mask is not None:
+            image = torch.ones(parts["k_image"].shape[2], dtype=torch.bool)
+            exists = torch.cat([image if part == "image" else mask[sources.get("k_text", row)] for part in order])
+        whole = written_out(query, key, exists)
         term = whole @ value  # [H, tokens, D]
         if isinstance(weight, torch.Tensor):  # of image tokens
             text = weight.mean().expand(term.shape[1] - weight.numel())
@@ -112,9 +154,11 @@ def dense_row(terms, row, parts, order, keep=None):
     return total.transpose(0, 1).flatten(1)
 
 
-def written_out(query, key):
-    """The map itself, [H, queries, keys]."""
+def written_out(query, key, exists=None):
+    """The map itself, [H, queries, keys], over the keys that exist."""
     scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+    if exists is not None:
+        scores = scores.masked_fill(~exists, float("-inf"))
     exponentials = torch.exp(scores - scores.max(dim=2, keepdim=True).values)
     return exponentials / exponentials.sum(dim=2, keepdim=True)
 
@@ -198,6 +242,8 @@ def dense(pipe, rule, *, steps, kinds=("attn",), layers="", keep=None):
     def processor(name):
         follows = name.split(".")[-2] in kinds and name.startswith(layers)
         chosen = at_step if follows else own
+        if type(transformer).__name__.startswith("Qwen"):
+            return DenseQwen(chosen)
         is_flux = type(transformer).__name__.startswith("Flux")
         return DenseFlux(chosen, lambda: state["texts"], keep) if is_flux else DenseJoint(chosen, keep)
 

@@ -6,6 +6,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -63,6 +65,17 @@ FLUX = {
 }
 
 
+QWEN = {
+    "num_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "axes_dims_rope": (2, 2, 4),
+}
+# Of texts of different length, the tokens that are no padding.
+TEXT_LENGTHS = (5, 9, 3, 7)
+
+
 def tiny_sd3(shape="sd3", dtype=torch.float64, **config):
     """An SD3 transformer."""
     torch.manual_seed(0)
@@ -73,6 +86,12 @@ def tiny_flux(dtype=torch.float64, **config):
     """A FLUX transformer."""
     torch.manual_seed(0)
     return sharpened(FluxTransformer2DModel(**{**FLUX, **config})).to(dtype).eval()
+
+
+def tiny_qwen(dtype=torch.float64, **config):
+    """A Qwen-Image transformer."""
+    torch.manual_seed(0)
+    return sharpened(QwenImageTransformer2DModel(**{**QWEN, **config})).to(dtype).eval()
 
 
 def sharpened(transformer):
@@ -184,5 +203,36 @@ def draw_flux(pipe, prompts=2, *, steps=4, size=(8, 8), images=1, seed=0, **kwar
         num_images_per_prompt=images,
         max_sequence_length=12,
         output_type="latent",
+        **kwargs,
+    ).images
+
+
+def tiny_qwen_pipeline(dtype=torch.float64, **config):
+    """A Qwen-Image pipeline without encoder and decoder: it takes embeddings and gives latents."""
+    tiny = QwenImagePipeline(
+        scheduler=ExactEuler(), vae=None, text_encoder=None, tokenizer=None, transformer=tiny_qwen(dtype, **config)
+    )
+    tiny.set_progress_bar_config(disable=True)
+    return tiny
+
+
+def draw_qwen(pipe, prompts=2, *, steps=4, size=(8, 8), seed=0, negative=False, lengths=TEXT_LENGTHS, **kwargs):
+    """Packed latents of ``pipe`` for so many texts, each of another length, which start from the same noise."""
+    generator, dtype = torch.Generator().manual_seed(seed), pipe.transformer.dtype
+    tokens = size[0] // 2 * (size[1] // 2)
+    noise = torch.randn(1, tokens, 64, generator=generator, dtype=torch.float64)
+    texts = torch.randn(2, len(lengths), max(lengths), 16, generator=generator, dtype=torch.float64)[:, :prompts]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:prompts, None]
+    given = {"prompt_embeds": texts[0].to(dtype), "prompt_embeds_mask": mask}
+    if negative:
+        given |= {"negative_prompt_embeds": texts[1].to(dtype), "negative_prompt_embeds_mask": mask.flip(0)}
+    return pipe(
+        latents=noise.repeat(prompts, 1, 1).to(dtype),
+        height=size[0] * 8,
+        width=size[1] * 8,
+        num_inference_steps=steps,
+        true_cfg_scale=3.0 if negative else 1.0,
+        output_type="latent",
+        **given,
         **kwargs,
     ).images

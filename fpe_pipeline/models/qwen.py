@@ -1,0 +1,72 @@
+"""Qwen-Image: blocks with a stream of image tokens and one of text tokens, and one softmax over both.
+
+The order in a layer is text, image. Texts are padded to the longest of the call, and the model receives a mask of what
+is no padding. Its pipeline guides by a second call, in contexts named "cond" and "uncond"; the step is the scheduler's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .adapter import ModelCall
+from .named_calls import NamedCallsAdapter
+from .sites import Site
+
+__all__ = ["QwenImageAdapter"]
+
+_PACKED = 2
+
+
+class QwenImageAdapter(NamedCallsAdapter):
+    """diffusers' ``QwenImageTransformer2DModel``."""
+
+    family = "qwen"
+    # The encoder receives a prompt inside a template of which a part is dropped: its words are not placed.
+    text_parts = (("tokenizer", ()),)
+
+    def find_sites(self) -> tuple[Site, ...]:
+        module: Any = self.module
+        return tuple(
+            Site(f"transformer_blocks.{index}.attn", "dual", "joint", index, block.attn.heads, 0, (), patch=_PACKED)
+            for index, block in enumerate(module.transformer_blocks)
+        )
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        return ModelCall(
+            given["hidden_states"],
+            given["timestep"],
+            _size(given["img_shapes"]),
+            half=self._half(),
+            text_lengths=_lengths(given.get("encoder_hidden_states_mask")),
+            arguments=(args, kwargs),
+        )
+
+
+def _size(shapes: Any) -> tuple[int, int]:
+    """(height, width) of the latents, from the (frames, rows, columns) of each row's pictures."""
+    pictures = {tuple(picture) for row in shapes for picture in (row if isinstance(row, list) else [row])}
+    if len(pictures) != 1 or any(len(row) != 1 for row in shapes if isinstance(row, list)):
+        raise ValueError(
+            f"the model received pictures of the sizes {sorted(pictures)}: tokens of a reference picture among them "
+            "(Qwen-Image-Edit) are not described yet; edit with a pipeline that denoises all of its tokens"
+        )
+    ((frames, height, width),) = pictures
+    if frames != 1:
+        raise ValueError(f"the model received {frames} layers of a picture, and an edit speaks of one")
+    return height * _PACKED, width * _PACKED
+
+
+def _lengths(mask: torch.Tensor | None) -> tuple[int, ...] | None:
+    """Text tokens of each row before its padding; None where there is none."""
+    if mask is None or bool(mask.bool().all()):
+        return None
+    lengths = mask.bool().sum(1)
+    places = torch.arange(mask.shape[1], device=mask.device)
+    if not bool((mask.bool() == (places < lengths[:, None])).all()):
+        raise ValueError("the mask of text tokens leaves out some that are followed by others: pad texts at their end")
+    return tuple(int(length) for length in lengths.tolist())
