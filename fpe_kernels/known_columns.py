@@ -24,7 +24,7 @@ def known_columns(columns: Tensor, index: int | Sequence[int] | Tensor, tokens: 
 
     Args:
         columns: [B, H, N, C], float16, bfloat16, float32 or float64.
-        index: C positions of keys in [-tokens, tokens), no two the same.
+        index: C positions of keys, [C] as a tensor, in [-tokens, tokens); no two the same.
         tokens: M, the keys of the map.
 
     Returns:

@@ -1,7 +1,7 @@
 """Free-Prompt-Editing (Liu et al., CVPR 2024), as its repository has it, on current diffusers.
 
-``from Freeprompt.freeprompt import …`` and its like become ``from fpe_pipeline.compat.free_prompt_editing import …``. See
-``docs/compat/free-prompt-editing.md``.
+``from Freeprompt.freeprompt import …`` and its like become ``from fpe_pipeline.compat.free_prompt_editing import …``.
+See ``docs/compat/free-prompt-editing.md``.
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ class FreePromptPipeline(StableDiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         if ref_intermediate_latents is not None and len(ref_intermediate_latents) <= num_inference_steps:
             raise ValueError(
-                f"ref_intermediate_latents has {len(ref_intermediate_latents)} latents for {num_inference_steps} steps: "
-                "pass the list that invert(..., return_intermediates=True) gave, of as many steps"
+                f"ref_intermediate_latents has {len(ref_intermediate_latents)} latents for {num_inference_steps} "
+                "steps: pass the list that invert(..., return_intermediates=True) gave, of as many steps"
             )
         trajectory, predictions = [latents], [latents]
         registered = controlled_layers(self)

@@ -135,8 +135,8 @@ def text2image_ldm_stable(
     """
     if getattr(model, "text_encoder_2", None) is not None or getattr(model, "text_encoder", None) is None:
         raise ValueError(
-            f"{type(model).__name__} is conditioned on more than one text encoder's embeddings: register the controller "
-            "with register_attention_control(model, controller) and call the pipeline itself"
+            f"{type(model).__name__} is not conditioned on one text encoder's embeddings alone: register the "
+            "controller with register_attention_control(model, controller) and call the pipeline itself"
         )
     device = model.unet.device
     towards, away = model.encode_prompt(list(prompt), device, 1, True)

@@ -118,9 +118,9 @@ def test_a_session_and_a_controller_do_not_meet(tiny):
         sample(tiny)
         with pytest.raises(ValueError, match="editing session"):
             register_controller(tiny, EmptyControl())
-    with register_controller(tiny, EmptyControl()), pytest.raises(ValueError, match="may do more than attention"):
-        with editing(tiny, edit):
-            sample(tiny)
+    refused = pytest.raises(ValueError, match="may do more than attention")
+    with register_controller(tiny, EmptyControl()), refused, editing(tiny, edit):
+        sample(tiny)
     assert unedited(tiny.unet)
 
 

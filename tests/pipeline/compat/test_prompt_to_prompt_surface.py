@@ -242,5 +242,5 @@ def test_names_that_a_tool_never_had(tool):
 
 
 def test_names_that_are_left_out_say_why():
-    with pytest.raises(ImportError, match="leaves out 'text2image_ldm' of .*no pipeline of that model"):
+    with pytest.raises(ImportError, match=r"leaves out 'text2image_ldm' of .*no pipeline of that model"):
         from fpe_pipeline.compat.prompt_to_prompt.ptp_utils import text2image_ldm  # noqa: F401
