@@ -101,5 +101,10 @@ class KnownColumns(LinearMap):
         start, stop = indices.check_range("query tokens", start, stop, self.shape[2])
         return KnownColumns(self._columns[:, :, start:stop], self._positions, self._tokens)
 
+    def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
+        """The rows of the query tokens ``index``: [B, H, len(index), M]."""
+        part = self._columns[:, :, indices.check_token_index(index, self.shape[2], self.device)]
+        return part.new_zeros((*part.shape[:3], self._tokens)).index_copy(3, self._positions, part)
+
     def __repr__(self) -> str:
         return f"KnownColumns(shape={tuple(self.shape)}, columns={self._positions.numel()}, dtype={self.dtype})"

@@ -160,6 +160,36 @@ def test_forward_that_returns_nothing(tiny):
         sample(tiny)
 
 
+class OwnBase:
+    """A controller that shares no code with this package, as a notebook has it."""
+
+    cur_step = cur_att_layer = 0
+
+    def __call__(self, attn, is_cross, place_in_unet):
+        half = attn.shape[0] // 2
+        attn[half:] = self.forward(attn[half:], is_cross, place_in_unet)
+        self.cur_att_layer += 1
+        if self.cur_att_layer == self.num_att_layers:
+            self.cur_att_layer, self.cur_step = 0, self.cur_step + 1
+        return attn
+
+    def forward(self, attn, is_cross, place_in_unet):
+        maps = attn.reshape(2, -1, *attn.shape[1:])
+        if not is_cross:
+            maps[1:] = maps[:1]
+        return maps.reshape(attn.shape)
+
+
+@pytest.mark.filterwarnings("error::fpe_pipeline.compat.lazy.MapNumbersWarning")
+def test_a_controller_of_no_class_of_ours(tiny):
+    own = OwnBase()
+    with register_controller(tiny, own):
+        mine = sample(tiny)
+    with editing(tiny, FreePromptEdit(1.0, levels=range(4))):
+        torch.testing.assert_close(mine, sample(tiny), rtol=1e-3, atol=1e-3)
+    assert own.cur_step == 3 and not torch.allclose(mine, sample(tiny), atol=1e-2)
+
+
 def test_a_tensor_is_taken_too(tiny):
     numbers.forget_lines()
     expected = sample(tiny)
