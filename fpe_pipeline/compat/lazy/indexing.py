@@ -124,7 +124,7 @@ class Indexing(MapView):
     def _columns(self, keys: Any) -> torch.Tensor:
         """The numbers of some columns: (*lead, *grid, …)."""
         place = torch.as_tensor(keys)
-        flat = (place % self.shape[-1]).flatten().tolist()
+        flat = _positions(keys, self.shape[-1])
         shape = (*self._index.shape, *self._grid, *place.shape)
         if len(flat) >= self.shape[-1]:
             warn_of_numbers("indexing by as many columns as it has, or more", shape, self.dtype)

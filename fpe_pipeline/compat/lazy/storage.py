@@ -19,8 +19,15 @@ class _Lent:
     """Numbers of single columns that were handed out as a view; ``write`` puts them back where they were changed."""
 
     numbers: torch.Tensor
-    version: int
+    before: int | torch.Tensor  # its version; of an inference tensor, which has none, a copy
     write: Callable[[torch.Tensor], None]
+
+    @property
+    def changed(self) -> bool:
+        """Whether the borrower has changed them."""
+        if isinstance(self.before, int):
+            return self.numbers._version != self.before
+        return not torch.equal(self.numbers, self.before)
 
 
 class Storage:
@@ -102,14 +109,14 @@ class Storage:
 
     def lend(self, numbers: torch.Tensor, write: Callable[[torch.Tensor], None]) -> torch.Tensor:
         """``numbers`` of some entries, which are put back by ``write`` where the borrower changes them in place."""
-        if not numbers.is_inference():  # those do not record that they were changed
-            self._lent.append(_Lent(numbers, numbers._version, write))
+        before = numbers.clone() if numbers.is_inference() else numbers._version
+        self._lent.append(_Lent(numbers, before, write))
         return numbers
 
     def _collect(self) -> None:
         lent, self._lent = self._lent, []
         for view in lent:
-            if view.numbers._version != view.version:
+            if view.changed:
                 view.write(view.numbers)
 
 
