@@ -1,6 +1,8 @@
 """A lazy map gives what the matrix gives, in float64, without the matrix wherever it says so."""
 
+import gc
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +81,24 @@ def changed_through_a_column(A):
     return A
 
 
+def seen_through_cuts(A):
+    columns, queries, column = A[:, :, 1:5], A[2:, 3:7], A[1, :, 6]
+    A[:, :, 2] = 0
+    queries *= 2
+    columns += 1
+    total = A.sum() + columns.sum() + queries.sum()
+    column.mul_(7)
+    column.add_(1)
+    return A * total + columns.mean() + queries[..., 1:3].sum()
+
+
+def changed_after_many_others(A):
+    first = A[..., 0]
+    others = [A[..., place % KEYS].sum() for place in range(20)]
+    first.mul_(3)
+    return A * sum(others)
+
+
 def normalised_rows(A):
     A[:, :, 0] = 0
     return A / A.sum(-1, keepdim=True)
@@ -148,6 +168,8 @@ LAZY = {
     "in float32": lambda A: A.float().double() * 0 + A,
     "normalised": normalised_rows,
     "changed through a column": changed_through_a_column,
+    "seen through cuts": seen_through_cuts,
+    "changed after many others": changed_after_many_others,
     "averaged over steps": averaged,
     "Prompt-to-Prompt": edited_as_prompt_to_prompt_does,
     "aggregated": aggregated,
@@ -270,6 +292,22 @@ def test_gradients_go_through_it(name):
     mine, theirs = (torch.autograd.grad(plain(result).square().sum(), (query, key)) for result in results)
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
     assert theirs[0].abs().max() > 0
+
+
+def test_what_is_dropped_is_let_go_of_at_once():
+    """Queries and keys of a layer must not wait for the collector of circles."""
+    gc.disable()
+    try:
+        attention = lazy()
+        attention[:, :, 2].mul_(2)
+        attention[:, 1:3] *= 2
+        attention[:, :, 1:3] += 1
+        attention.sum()
+        dropped = weakref.ref(attention.operator), weakref.ref(attention._storage)
+        del attention
+        assert [one() for one in dropped] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_detached_maps():
