@@ -1,7 +1,7 @@
 """Other tools' surfaces: their names and arguments, on current diffusers and without stored attention maps.
 
-A module a tool: ``from fpe_pipeline.compat import prompt_to_prompt``. Beside them stand :mod:`.lazy`, the map that behaves
-as the tensor that a tool's users expect, and :mod:`.controlled`, which puts it into a pipeline's layers.
+A module a tool: ``from fpe_pipeline.compat import prompt_to_prompt``. Beside them stand :mod:`.lazy`, the map that
+behaves as the tensor that a tool's users expect, and :mod:`.controlled`, which puts it into a pipeline's layers.
 """
 
 import pkgutil
