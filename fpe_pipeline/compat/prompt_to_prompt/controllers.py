@@ -59,7 +59,7 @@ class AttentionControl(abc.ABC):
         """The latents after a step, changed or not."""
         return x_t
 
-    def between_steps(self) -> None:
+    def between_steps(self) -> None:  # noqa: B027 - most controllers have nothing to do there
         """Called after a step's last layer."""
 
     @abc.abstractmethod
@@ -77,6 +77,10 @@ class AttentionControl(abc.ABC):
         attn[first:] = edited
         self.layer_done()
         return attn
+
+    def call_begins(self) -> None:
+        """A call of the UNet begins: of one that an error broke off, no layer is counted."""
+        self.cur_att_layer = 0
 
     def layer_done(self) -> None:
         """Count a layer, and a step after its last one."""
@@ -146,6 +150,10 @@ class AttentionStore(AttentionControl):
         if attn.shape[1] <= self.max_tokens:
             self.step_store[f"{place_in_unet}_{'cross' if is_cross else 'self'}"].append(attn)
         return attn
+
+    def call_begins(self) -> None:
+        super().call_begins()
+        self.step_store = self.get_empty_store()
 
     def between_steps(self) -> None:
         """Add the step's maps to the sums."""
