@@ -26,6 +26,7 @@ from .normal_form import (
     bytes_of,
     columns_at_once,
     product_of,
+    rows_of,
     some_rows,
     sum_of_blocks,
     taken,
@@ -282,6 +283,10 @@ class Combination(LinearMap):
 
         once = once_for_each(moved)
         return self._with_terms(lambda term, rows: _moved(term, once(term.map), device))
+
+    def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
+        """The rows of the query tokens ``index``: [B, H, len(index), M], from those of its maps."""
+        return rows_of(self._normal_form, indices.check_token_index(index, self.shape[2], self.device))
 
     def __repr__(self) -> str:
         terms = sum(len(block.terms) for block in self._normal_form)

@@ -24,7 +24,7 @@ def known_columns(columns: Tensor, index: int | Sequence[int] | Tensor, tokens: 
 
     Args:
         columns: [B, H, N, C], float16, bfloat16, float32 or float64.
-        index: C positions of keys in [-tokens, tokens), no two the same.
+        index: C positions of keys, [C] as a tensor, in [-tokens, tokens); no two the same.
         tokens: M, the keys of the map.
 
     Returns:
@@ -100,6 +100,11 @@ class KnownColumns(LinearMap):
         """The rows of the query tokens ``start`` to ``stop``."""
         start, stop = indices.check_range("query tokens", start, stop, self.shape[2])
         return KnownColumns(self._columns[:, :, start:stop], self._positions, self._tokens)
+
+    def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
+        """The rows of the query tokens ``index``: [B, H, len(index), M]."""
+        part = self._columns[:, :, indices.check_token_index(index, self.shape[2], self.device)]
+        return part.new_zeros((*part.shape[:3], self._tokens)).index_copy(3, self._positions, part)
 
     def __repr__(self) -> str:
         return f"KnownColumns(shape={tuple(self.shape)}, columns={self._positions.numel()}, dtype={self.dtype})"

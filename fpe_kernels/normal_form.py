@@ -42,6 +42,7 @@ class GatheredMap(Protocol):
     def gathered_product(self, value: Tensor, index: tuple[int, ...], weight: Tensor | None) -> Tensor: ...
     def gathered_adjoint(self, weight: Tensor, index: tuple[int, ...]) -> Tensor: ...
     def queries(self, start: int, stop: int | None = None) -> GatheredMap: ...
+    def rows(self, index: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,6 +316,27 @@ def adjoint_of(blocks: tuple[Block, ...], weight: Tensor) -> Tensor:
         return result
 
     return _evaluated(blocks, weight, of_map, through_factors)
+
+
+def rows_of(blocks: tuple[Block, ...], index: Tensor) -> Tensor:
+    """The rows of the query tokens ``index``, [B, H, len(index), M'], of maps that give theirs."""
+    known: dict[int, Tensor] = {}
+    parts = []
+    for block in blocks:
+        terms = []
+        for term in block.terms:
+            if id(term.map) not in known:
+                known[id(term.map)] = term.map.rows(index)
+            rows = gathered_rows(known[id(term.map)], term.index)
+            weight = term.whole_weight()
+            if weight is not None:
+                weight = weight if weight.shape[2] == 1 else weight[:, :, index]
+                rows = (weight.unsqueeze(-1) * rows).to(rows.dtype)
+            for factor in term.factors:
+                rows = factor.transposed(rows.transpose(-1, -2)).transpose(-1, -2)
+            terms.append(rows)
+        parts.append(sum(terms[1:], terms[0]).expand(block.rows, -1, -1, -1))
+    return _stacked(parts)
 
 
 def _evaluated(

@@ -59,6 +59,9 @@ class KeyBlock:
     def queries(self, start: int, stop: int | None = None) -> KeyBlock:
         return KeyBlock(self._whole.queries(start, stop), *self._range)
 
+    def rows(self, index: Tensor) -> Tensor:
+        return self._whole.rows(index)[..., slice(*self._range)]
+
     @staticmethod
     def _share(logsumexp: Tensor, whole: Tensor) -> Tensor:
         # A row that is masked throughout has no entry in the range either.

@@ -1,7 +1,7 @@
 """Free-Prompt-Editing (Liu et al., CVPR 2024), as its repository has it, on current diffusers.
 
-``from Freeprompt.freeprompt import …`` and its like become ``from fpe_pipeline.compat.free_prompt_editing import …``. See
-``docs/compat/free-prompt-editing.md``.
+``from Freeprompt.freeprompt import …`` and its like become ``from fpe_pipeline.compat.free_prompt_editing import …``.
+See ``docs/compat/free-prompt-editing.md``.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _is_own(controller: Any) -> bool:
 class FreePromptPipeline(StableDiffusionPipeline):
     """The repository's pipeline: DDIM sampling of several prompts, and DDIM inversion.
 
-    It loads and saves as any diffusers pipeline does; its calls take and give what the original's do.
+    It loads as any diffusers pipeline does; its calls take and give what the original's do.
     """
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         """Latents [B, C, h, w] of a picture [B, 3, H, W] in [-1, 1], or of a PIL image."""
         if isinstance(image, Image.Image):
             image = torch.from_numpy(np.array(image.convert("RGB"))).float().permute(2, 0, 1)[None] / 127.5 - 1
-        encoded = self.vae.encode(image.to(self.vae.device, self.vae.dtype)).latent_dist.mean
+        encoded = self.vae.encode(image.to(self._execution_device, self.vae.dtype)).latent_dist.mean
         return (encoded * self.vae.config.scaling_factor).to(self.unet.dtype)
 
     @torch.no_grad()
@@ -190,8 +190,8 @@ class FreePromptPipeline(StableDiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         if ref_intermediate_latents is not None and len(ref_intermediate_latents) <= num_inference_steps:
             raise ValueError(
-                f"ref_intermediate_latents has {len(ref_intermediate_latents)} latents for {num_inference_steps} steps: "
-                "pass the list that invert(..., return_intermediates=True) gave, of as many steps"
+                f"ref_intermediate_latents has {len(ref_intermediate_latents)} latents for {num_inference_steps} "
+                "steps: pass the list that invert(..., return_intermediates=True) gave, of as many steps"
             )
         trajectory, predictions = [latents], [latents]
         registered = controlled_layers(self)
@@ -267,4 +267,4 @@ class FreePromptPipeline(StableDiffusionPipeline):
                 f"latents of shape {tuple(latents.shape)} were passed for {rows} prompts of {sides[0]} × {sides[1]} "
                 "latent pixels: pass one row, or one for each prompt, of that size"
             )
-        return latents.to(self.unet.device, self.unet.dtype).expand(rows, -1, -1, -1)
+        return latents.to(self._execution_device, self.unet.dtype).expand(rows, -1, -1, -1)

@@ -77,7 +77,7 @@ class DirectInversion:
             raise TypeError(f"expected a list of prompts, the image's first, got the text {prompt!r}")
         require_ddim(self.scheduler, "direct inversion")
         register_attention_control(self.model, None)
-        device = self.model.unet.device
+        device = self.model._execution_device  # of offloaded models, where they compute
         self.prompt = list(prompt)
         conditional, unconditional = self.model.encode_prompt(self.prompt, device, 1, True)
         self.context = torch.cat([unconditional, conditional])
@@ -103,13 +103,15 @@ class DirectInversion:
     def _encoded(self, image: Any) -> torch.Tensor:
         vae, unet = self.model.vae, self.model.unet
         if isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == unet.config.in_channels:
-            return image.to(unet.device, unet.dtype)
+            return image.to(self.model._execution_device, unet.dtype)
         if not isinstance(image, torch.Tensor):
             pixels = torch.from_numpy(np.array(image.convert("RGB") if isinstance(image, Image.Image) else image))
             image = (pixels[..., :3].float() / 127.5 - 1).permute(2, 0, 1)[None]
         if image.ndim != 4 or image.shape[:2] != (1, 3):
             raise ValueError(f"expected an image [1, 3, H, W] in [-1, 1], got a tensor {tuple(image.shape)}")
-        encoded = vae.encode(image.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
+        encoded = (
+            vae.encode(image.to(self.model._execution_device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
+        )
         return encoded.to(unet.dtype)
 
 
@@ -209,7 +211,7 @@ def direct_inversion_p2p_guidance_forward(
             f"offsets were asked for {num_inference_steps} steps, and noise_loss_list has {count}: pass what "
             "DirectInversion(model, num_inference_steps).invert gave, or add_offset=False"
         )
-    towards, away = model.encode_prompt(list(prompt), model.unet.device, 1, True)
+    towards, away = model.encode_prompt(list(prompt), model._execution_device, 1, True)
     context = torch.cat([away, towards])
     latent, latents = init_latent(latent, model, None, None, generator, len(prompt))
     model.scheduler.set_timesteps(num_inference_steps)

@@ -75,3 +75,16 @@ def test_half_precision_keeps_its_dtype():
 def test_refusals(arguments, error, said):
     with pytest.raises(error, match=said):
         known_columns(*arguments)
+
+
+def test_rows_of_a_combination_are_those_of_its_maps(columns):
+    query, key = numbers(BATCH, HEADS, QUERIES, 8), numbers(BATCH, HEADS, KEYS, 8).cos()
+    attention, matrix = AttentionMap(query, key), torch.softmax(query @ key.transpose(-1, -2) * 8**-0.5, dim=-1)
+    weight, mixer = numbers(BATCH, HEADS, QUERIES), numbers(KEYS, KEYS)
+    edited = attention.take([1, 0]).mix(mixer).scale_rows(weight) + 0.5 * known_columns(columns, INDEX, KEYS)
+    expected = weight[..., None] * (matrix[[1, 0]] @ mixer) + 0.5 * written_out(columns)
+    torch.testing.assert_close(edited.rows([4, 0]), expected[:, :, [4, 0]])
+    block = attention.block(keys=(2, 6)) - attention.take([0, 0]).block(keys=(2, 6))
+    torch.testing.assert_close(block.rows(1), (matrix - matrix[:1])[:, :, 1:2, 2:6])
+    one = AttentionMap(query[:1], key[:1]).take([0, 0])
+    torch.testing.assert_close(one.rows([2]), matrix[[0, 0], :, 2:3])

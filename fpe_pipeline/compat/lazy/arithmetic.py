@@ -43,8 +43,9 @@ class Arithmetic(MapView):
 
     def mul(self, other: Any) -> Any:
         """Times a number; or a tensor that says a factor for each row, head, query or key."""
-        if isinstance(other, bool) or isinstance(other, MapView):
-            return self.numbers("the product of two maps, entry by entry") * other
+        if isinstance(other, MapView):
+            what = "the product of two maps, entry by entry"
+            return self.numbers(what) * other.numbers(what)
         if isinstance(other, Real):
             return self._made(self.operator.scale_rows(float(other)), tuple(self._index.shape))
         if not isinstance(other, torch.Tensor):
@@ -94,7 +95,7 @@ class Arithmetic(MapView):
         return self.neg().add(other)
 
     def add_(self, other: Any, *, alpha: float = 1) -> Self:
-        """:meth:`add` in place, as in a sum over steps: it holds what it is made from, or its numbers where they are less."""
+        """:meth:`add` in place, as in a sum over steps: it holds its factors, or its numbers where they are less."""
         self._put(self.add(other, alpha=alpha))
         self._storage.accumulated()
         return self

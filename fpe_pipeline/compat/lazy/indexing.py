@@ -56,7 +56,8 @@ class Indexing(MapView):
             if keys == _ALL:
                 part._assign_queries(span, value)
             else:
-                part[(..., *grid, _ALL)][..., keys] = value
+                rows = (..., *grid, _ALL)
+                part[rows][..., keys] = value
             return
         shape = tuple(part._index.shape)
         if keys == _ALL:

@@ -41,9 +41,9 @@ class LazyMap(Indexing, Shapes):
     """The attention map of a layer as code sees it that was written for the matrix ``[rows · heads, N, M]``.
 
     Shapes, slices, sums, means, factors, mixing, assigned rows and columns, and products with values are done to the
-    map's factors; PyTorch's functions follow. Rows are views, as of a tensor: what is assigned to ``A[4:]`` is in ``A``.
-    An operation that needs the numbers (a power, the k largest, lists of indices over several axes) gets them, a tensor,
-    with one :class:`MapNumbersWarning` that names the line that asked.
+    map's factors; PyTorch's functions follow. Rows are views, as of a tensor: what is assigned to ``A[4:]`` is in
+    ``A``. An operation that needs the numbers (a power, the k largest, lists of indices over several axes) gets them,
+    a tensor, with one :class:`MapNumbersWarning` that names the line that asked.
 
     Args:
         attention: an ``AttentionMap`` [B, H, N, M], or any map [R, 1, N, M] with a head a row.

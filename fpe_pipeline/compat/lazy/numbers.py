@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fpe_kernels import AttentionMap, LinearMap
+from fpe_kernels import LinearMap
 
 __all__ = ["MapNumbersWarning", "blocks_of_rows", "entries", "warn_of_numbers"]
 
@@ -18,9 +18,6 @@ _LIBRARIES = (_HERE, str(Path(torch.__file__).resolve().parent))
 
 #: Bytes of a block of rows where an operation goes block by block.
 BLOCK_BYTES = 1 << 26
-#: Columns whose numbers one product gives, where a map is no plain softmax.
-COLUMNS = 128
-
 _told: set[tuple[str, int]] = set()
 
 
@@ -78,13 +75,4 @@ def blocks_of_rows(rows: LinearMap) -> Iterator[tuple[int, torch.Tensor]]:
     count, _, queries, keys = rows.shape
     step = max(1, BLOCK_BYTES // (count * keys * rows.dtype.itemsize))
     for start in range(0, queries, step):
-        part = rows if step >= queries else rows.queries(start, min(start + step, queries))
-        yield start, _numbers(part)
-
-
-def _numbers(rows: LinearMap) -> torch.Tensor:
-    if isinstance(rows, AttentionMap):
-        return rows.rows(range(rows.shape[2]))[:, 0]
-    keys = rows.shape[3]
-    parts = [rows.columns(range(start, min(start + COLUMNS, keys))) for start in range(0, keys, COLUMNS)]
-    return torch.cat(parts, dim=-1)[:, 0]
+        yield start, rows.rows(range(start, min(start + step, queries)))[:, 0]

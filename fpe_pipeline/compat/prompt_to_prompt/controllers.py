@@ -59,7 +59,7 @@ class AttentionControl(abc.ABC):
         """The latents after a step, changed or not."""
         return x_t
 
-    def between_steps(self) -> None:
+    def between_steps(self) -> None:  # noqa: B027 - most controllers have nothing to do there
         """Called after a step's last layer."""
 
     @abc.abstractmethod

@@ -99,8 +99,8 @@ class LocalBlend:
         maps = [attn for attn in read if attn.shape[1] == size[0] * size[1]]
         if not maps:
             raise ValueError(
-                f"no cross-attention layer of the UNet's down and up blocks has {size[0]} × {size[1]} tokens, a quarter "
-                f"of the latents' sides {tuple(x_t.shape[-2:])}: a local blend of this UNet has no maps to read"
+                f"no cross-attention layer of the UNet's down and up blocks has {size[0]} × {size[1]} tokens, a "
+                f"quarter of the latents' sides {tuple(x_t.shape[-2:])}: a local blend of this UNet has no maps to read"
             )
         mask = self.get_mask(maps, self.alpha_layers, True, x_t)
         if self.substruct_layers is not None:

@@ -135,11 +135,10 @@ def text2image_ldm_stable(
     """
     if getattr(model, "text_encoder_2", None) is not None or getattr(model, "text_encoder", None) is None:
         raise ValueError(
-            f"{type(model).__name__} is conditioned on more than one text encoder's embeddings: register the controller "
-            "with register_attention_control(model, controller) and call the pipeline itself"
+            f"{type(model).__name__} is not conditioned on one text encoder's embeddings alone: register the "
+            "controller with register_attention_control(model, controller) and call the pipeline itself"
         )
-    device = model.unet.device
-    towards, away = model.encode_prompt(list(prompt), device, 1, True)
+    towards, away = model.encode_prompt(list(prompt), model._execution_device, 1, True)
     latent, latents = init_latent(latent, model, None, None, generator, len(prompt))
     model.scheduler.set_timesteps(num_inference_steps)
     registered = register_attention_control(model, controller, compat)
@@ -174,7 +173,7 @@ def init_latent(
         sides = [size if side is None else side // model.vae_scale_factor for side in (height, width)]
         latent = torch.randn((1, channels, *sides), generator=generator, dtype=torch.float32)
         latent = latent * model.scheduler.init_noise_sigma
-    latents = latent.expand(batch_size, -1, -1, -1).to(model.unet.device, model.unet.dtype)
+    latents = latent.expand(batch_size, -1, -1, -1).to(model._execution_device, model.unet.dtype)
     return latent, latents
 
 

@@ -47,7 +47,7 @@ def get_mapper(
     Returns:
         mapper [max_len], int64, -1 where the token keeps its own column; alphas [max_len], float32, 0 there and else 1.
     """
-    alignment = align_refine(*_tokenized((x, y), tokenizer, max_len), compat)
+    alignment = align_refine(*_tokenized(x, y, tokenizer, max_len), compat)
     mapper = torch.where(alignment.kept > 0, alignment.mapper.argmax(0), -1)
     return mapper, alignment.kept.float()
 
@@ -72,7 +72,7 @@ def get_replacement_mapper_(x: str, y: str, tokenizer: Any, max_len: int = 77, c
     Raises:
         ValueError: prompts of different numbers of words.
     """
-    return align_replace(*_tokenized((x, y), tokenizer, max_len), compat).mapper.float()
+    return align_replace(*_tokenized(x, y, tokenizer, max_len), compat).mapper.float()
 
 
 def get_replacement_mapper(
@@ -102,7 +102,7 @@ def get_word_inds(text: str, word_place: int | str | Sequence[int], tokenizer: A
 
 
 def refinement_matrices(prompts: Sequence[str], tokenizer: Any, compat: Compat) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the source's map is multiplied with [targets, M, M], and the share of each column that it gives [targets, M].
+    """What the source's map is multiplied with [targets, M, M], and each column's share of it [targets, M].
 
     As :func:`get_refinement_mapper`, with words of several tokens shared among those in their place.
     """
@@ -115,8 +115,8 @@ def _alignments(align: Any, prompts: Sequence[str], tokenizer: Any, compat: Comp
     return [align(source, target, compat) for target in targets]
 
 
-def _tokenized(prompts: Sequence[str], tokenizer: Any, max_len: int) -> list[TokenizedPrompt]:
-    tokenized = [tokenize(prompt, tokenizer) for prompt in prompts]
+def _tokenized(x: str, y: str, tokenizer: Any, max_len: int) -> tuple[TokenizedPrompt, TokenizedPrompt]:
+    tokenized = tokenize(x, tokenizer), tokenize(y, tokenizer)
     if any(prompt.length != max_len for prompt in tokenized):
         raise ValueError(
             f"max_len={max_len}, and the tokenizer pads prompts to {tokenized[0].length} tokens: pass that"

@@ -30,7 +30,7 @@ CROSS, SELF = {"default_": 0.6, "blue": (0.2, 1.0)}, 0.75
 
 @pytest.fixture(scope="module")
 def eight_heads(pipe):
-    made = tiny_pipeline(
+    return tiny_pipeline(
         pipe,
         dtype=torch.float64,
         block_out_channels=(16, 32, 32),
@@ -38,7 +38,6 @@ def eight_heads(pipe):
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )
-    return made
 
 
 @pytest.fixture(scope="module")
