@@ -1,6 +1,6 @@
-"""What other tools' own code computed through the surfaces that their users call (tests/golden/README.md).
+"""What other tools' own code computed through the surfaces that their users call, and the pipelines that it ran on.
 
-The repository holds a part of each tensor; the environment variable ``FPE_GOLDEN`` names a folder of the whole.
+`dropin_cases` loads them. Some tensors lie in the repository in part: every n-th entry along their axes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from tests.support.golden_cases import GOLDEN, TOLERANCE
+from tests.support import dropin_cases
+from tests.support.golden_cases import GOLDEN, GoldenCase
 
-FOLDER = Path(os.environ.get("FPE_GOLDEN", GOLDEN))
+MODELS = Path(os.environ.get("FPE_GOLDEN", GOLDEN)) / "models"
 PIPELINES: dict[str, type[DiffusionPipeline]] = {
     "tiny-sd15": StableDiffusionPipeline,
     "tiny-sdxl": StableDiffusionXLPipeline,
@@ -44,16 +44,13 @@ DDIM = {
 
 
 @dataclass(frozen=True)
-class DropinCase:
-    """A case of another tool: its settings (JSON) and tensors (safetensors)."""
-
-    settings: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
+class DropinCase(GoldenCase):
+    """A case of another tool."""
 
     @property
     def outputs(self) -> list[str]:
         """Names of what the tool's surface returned."""
-        return [name.removeprefix("out.") for name in self.tensors if name.startswith("out.")]
+        return dropin_cases.outputs(self)
 
     def start(self, rows: int) -> torch.Tensor:
         """The start noise, for so many rows."""
@@ -66,26 +63,26 @@ class DropinCase:
         for axis, step in enumerate(self.settings.get("kept_every", {}).get(name, ())):
             found = found[(slice(None),) * axis + (slice(None, None, step),)]
         assert found.shape == expected.shape, (name, found.shape, expected.shape)
-        tolerance = TOLERANCE * self.settings["suggested_atol"][name]
+        tolerance = dropin_cases.SHARE * self.settings["suggested_atol"][name]
         return float((found.double() - expected.double()).abs().max()) / tolerance
 
 
 @cache
 def load_dropin(name: str) -> DropinCase:
     """The case ``dropin_<name>``."""
-    path = FOLDER / "cases" / f"dropin_{name}"
-    return DropinCase(json.loads(path.with_suffix(".json").read_text()), load_file(path.with_suffix(".safetensors")))
+    case = dropin_cases.load_dropin(name)
+    return DropinCase(name, case.settings, case.tensors)
 
 
 def load_dropin_pipeline(model: str, *, ddim: bool = True) -> Any:
     """A tiny pipeline in float32; all tokenizers are the tiny CLIP tokenizer."""
-    tokenizers = {}
-    for number in range(1, 4):
-        name = "tokenizer" if number == 1 else f"tokenizer_{number}"
-        index = json.loads((FOLDER / "models" / model / "model_index.json").read_text())
-        if name in index:
-            tokenizers[name] = CLIPTokenizer.from_pretrained(FOLDER / "models" / "tiny-sd15" / "tokenizer")
-    pipe = PIPELINES[model].from_pretrained(FOLDER / "models" / model, **tokenizers)
+    index = json.loads((MODELS / model / "model_index.json").read_text(encoding="utf-8"))
+    tokenizers = {
+        name: CLIPTokenizer.from_pretrained(MODELS / "tiny-sd15" / "tokenizer")
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3")
+        if name in index
+    }
+    pipe = PIPELINES[model].from_pretrained(MODELS / model, **tokenizers)
     pipe.to(dtype=torch.float32).set_progress_bar_config(disable=True)
     if ddim:
         pipe.scheduler = DDIMScheduler(**DDIM)

@@ -74,7 +74,8 @@ class HeadHeat(Watcher):
             heat = heat.detach().to(torch.promote_types(heat.dtype, torch.float32))
             heat = heat.transpose(1, 2).unflatten(-1, site.grid)
             key = roles.image_of(row), site.path
-            self.sums[key] = self.sums[key] + heat if key in self.sums else heat
+            # A copy: the columns are a view of the layer's whole output, which they would keep.
+            self.sums[key] = self.sums[key] + heat if key in self.sums else heat.clone()
 
 
 def _token_columns(prompt: TokenizedPrompt) -> torch.Tensor:
