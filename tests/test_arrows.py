@@ -22,7 +22,7 @@ ALLOWED = {
     "fpe_pipeline.inversion": "ground images models prompts session sampling",
     "fpe_pipeline.recordings": "embedded ground models prompts edits session sampling inversion fpe_kernels",
     "fpe_pipeline.pipeline": "embedded ground models prompts edits session sampling inversion recordings",
-    "fpe_pipeline.runs": "ground images models edits sampling inversion pipeline fpe_kernels",
+    "fpe_pipeline.runs": "ground images models edits session sampling inversion pipeline fpe_kernels",
     "fpe_pipeline.quality": "embedded ground images models edits session sampling inversion runs fpe_kernels",
     "fpe_pipeline.app": "embedded ground images models edits runs quality fpe_kernels",
     "fpe_pipeline.embedded.training": "embedded ground images quality",

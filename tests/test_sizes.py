@@ -23,7 +23,6 @@ LARGE_FUNCTIONS = {
     "fpe_pipeline/embedded/training/loop.py::fit": (85, 9),
     "fpe_pipeline/inversion/trajectory.py::invert": (86, 9),
     "fpe_pipeline/recordings/replay_run.py::edit": (95, 7),
-    "fpe_pipeline/runs/run.py::execute": (97, 5),
     # What `pipe(…)` and `pipe.record(…)` take is public, and documented there.
     "fpe_pipeline/pipeline.py::__call__": (143, 25),
     "fpe_pipeline/recordings/record_run.py::record": (85, 19),
