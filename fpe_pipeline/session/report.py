@@ -199,8 +199,8 @@ class EditReport:
             held = max(self.memory.values(), key=lambda memory: memory.held).held
             maps = [memory.maps for memory in self.memory.values()]
             lines.append(
-                f"memory: at most {size_in_words(held)} of queries, keys and values at a time; one dense map would have "
-                f"taken up to {size_in_words(max(maps))}, all of a step's kept {size_in_words(sum(maps))}"
+                f"memory: at most {size_in_words(held)} of queries, keys and values at a time; one dense map would "
+                f"have taken up to {size_in_words(max(maps))}, all of a step's kept {size_in_words(sum(maps))}"
             )
         return "\n".join(lines + self._explain_replayed())
 

@@ -21,8 +21,7 @@ from ..runs.settings import Settings
 from . import shown, work
 from .copied import as_command, as_python
 from .models import Models
-from .recipe import Recipe
-from .requests import Limits, fields_of, new_seed, settings_of, within
+from .requests import Limits, fields_of, fields_read, new_seed, settings_of, within
 from .sweeps import sweep
 from .uploads import admitted_photo, admitted_record
 from .visitors import Inverted, Look, Result, Visitor
@@ -59,7 +58,7 @@ class Desk:
         Raises:
             InputError: what is wrong with it, in one line.
         """
-        model, fields = Recipe.read(values)
+        model, fields = fields_read(values)
         photo = None if image is None else str(image)
         asked = settings_of(fields, self.models.check(model), image=photo, **self.models.machine)
         return within(asked, self.limits)
@@ -76,7 +75,7 @@ class Desk:
 
     def targets(self, values: Sequence[Any]) -> list[str]:
         """The target prompts among the fields."""
-        return [line.strip() for line in str(Recipe.read(values)[1]["targets"]).splitlines() if line.strip()]
+        return [line.strip() for line in str(fields_read(values)[1]["targets"]).splitlines() if line.strip()]
 
     # Long work: each yields (status, preview, what came of it or None).
 

@@ -175,9 +175,9 @@ def _compare_tab(desk: Desk, visitor: Any, recipe: Recipe, tab: Any) -> None:
         left = gr.Dropdown([], label="Left", interactive=True)
         right = gr.Dropdown([], label="Right", interactive=True)
     slider = gr.HTML(shown.note("make a picture first"), elem_id="compare-slider")
-    gr.HTML('<p class="fpe-label">A grid of the fields on the left, from the same noise</p>')
+    gr.HTML('<p class="fpe-label">A grid of these fields, all from the same noise</p>')
+    axis = gr.Radio(list(AXES), value="windows", label="over", elem_id="axis")
     with gr.Row():
-        axis = gr.Radio(list(AXES), value="windows", label="over", elem_id="axis")
         make = gr.Button("Make grid", variant="primary", elem_id="grid", min_width=110)
         cancel = gr.Button("Cancel", min_width=90)
     status = gr.HTML(elem_id="grid-status")
@@ -232,7 +232,7 @@ def _inside_tab(desk: Desk, visitor: Any, tab: Any) -> None:
             gr.HTML('<p class="fpe-label">Click a place to see what it attends to</p>')
             heat = gr.Image(interactive=False, buttons=[], show_label=False, container=False, elem_id="heat")
         with gr.Column(min_width=240, visible=False) as right:
-            gr.HTML('<p class="fpe-label">Principal components of self-attention, as red, green and blue</p>')
+            gr.HTML('<p class="fpe-label">Principal components of self-attention</p>')
             parts = gr.Image(interactive=False, buttons=[], show_label=False, container=False, elem_id="components")
     with gr.Row(visible=False) as by_hand:
         x = gr.Number(0, label="Place x, px", precision=0, minimum=0, min_width=90)

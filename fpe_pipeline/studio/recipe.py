@@ -60,17 +60,6 @@ class Recipe:
     def __post_init__(self) -> None:
         self.inputs = [self.model, *(self.fields[name] for name in FIELDS), *self.options]
 
-    @staticmethod
-    def read(values: Sequence[Any]) -> tuple[str, dict[str, Any]]:
-        """The model and the fields, from the values of ``inputs``."""
-        model, *rest = values
-        fields = dict(zip(FIELDS, rest, strict=False))
-        method = str(fields["method"])
-        known = options_of(method) if method in METHODS else ()
-        typed = rest[len(FIELDS) :]
-        fields["options"] = {option.name: text for option, text in zip(known, typed, strict=False)}
-        return str(model), fields
-
     def updates(self, settings: Settings) -> list[Any]:
         """What puts settings into the fields; in the order of ``inputs`` without the model."""
         fields = fields_of(settings)

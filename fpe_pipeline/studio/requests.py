@@ -19,7 +19,18 @@ from ..edits.registry import METHODS
 from ..errors import InputError
 from ..runs.settings import DEFAULTS, SELF_REPLACE, Settings
 
-__all__ = ["FIELDS", "MOST_OPTIONS", "Limits", "fields_of", "new_seed", "options_of", "settings_of", "within"]
+__all__ = [
+    "FIELDS",
+    "MOST_OPTIONS",
+    "Limits",
+    "defaults",
+    "fields_of",
+    "fields_read",
+    "new_seed",
+    "options_of",
+    "settings_of",
+    "within",
+]
 
 #: What the page has fields for, by the names of the settings.
 FIELDS = (
@@ -48,6 +59,16 @@ class Limits:
     targets: int = 8
     letters: int = 2000
     pixels: int = 2048 * 2048
+
+
+def fields_read(values: Sequence[Any]) -> tuple[str, dict[str, Any]]:
+    """The model and the fields by name, from values in the page's order: the model, :data:`FIELDS`, the options."""
+    model, *rest = values
+    fields = dict(zip(FIELDS, rest, strict=False))
+    method = str(fields["method"])
+    known = options_of(method) if method in METHODS else ()
+    fields["options"] = {o.name: text for o, text in zip(known, rest[len(FIELDS) :], strict=False)}
+    return str(model), fields
 
 
 def settings_of(fields: Mapping[str, Any], model: str, *, image: str | None = None, **machine: Any) -> Settings:

@@ -36,13 +36,8 @@ def admitted_photo(path: Path, destination: Path) -> Path:
     """
     width, height = _measured(path)
     scale = min(1.0, _LONGEST / max(width, height))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
     with Image.open(path, formats=FORMATS) as opened:
-        turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        try:
-            picture = load_image(opened, size[::-1] if turned else size, multiple=1)
-        except InputError as error:  # it is called "the image" there, which is what a visitor calls it
-            raise InputError(str(error)) from None
+        picture = load_image(opened, multiple=1, pixels=round(width * height * scale**2))
     destination.parent.mkdir(parents=True, exist_ok=True)
     picture.save(destination, format="PNG")
     return destination
