@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,7 +58,8 @@ class Models:
         with self._lock:
             try:
                 yield self._load(name)
-            except BaseException:
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # whose variables are the run's tensors
                 _free(self.device)
                 raise
 
