@@ -5,6 +5,7 @@ from .combining import beside, blend, concatenate, stack
 from .composition import LinearMap
 from .dispatch import backends
 from .joined_map import join
+from .known_columns import known_columns
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "blend",
     "concatenate",
     "join",
+    "known_columns",
     "shared_attention",
     "stack",
 ]

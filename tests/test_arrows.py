@@ -22,6 +22,7 @@ ALLOWED = {
     "fpe_pipeline.inversion": "ground images models prompts session sampling",
     "fpe_pipeline.recordings": "embedded ground models prompts edits session sampling inversion fpe_kernels",
     "fpe_pipeline.pipeline": "embedded ground models prompts edits session sampling inversion recordings",
+    "fpe_pipeline.compat": "ground images models prompts edits session sampling inversion pipeline fpe_kernels",
     "fpe_pipeline.runs": "ground images models edits session sampling inversion pipeline fpe_kernels",
     "fpe_pipeline.quality": "embedded ground images models edits session sampling inversion runs fpe_kernels",
     "fpe_pipeline.studio": "embedded ground images models edits session heatmaps inversion recordings runs",
@@ -50,7 +51,8 @@ ALLOWED = {
     "fpe_kernels.combining": "validation indices normal_form composition",
     "fpe_kernels.joined_map": "partial_softmax validation indices normal_form softmax_map composition attention_map "
     "combining",
-    "fpe_kernels": "dispatch composition attention_map combining joined_map",
+    "fpe_kernels.known_columns": "precision validation indices normal_form composition",
+    "fpe_kernels": "dispatch composition attention_map combining joined_map known_columns",
 }
 FLOORS = {"fpe_pipeline": 12}
 

@@ -13,7 +13,7 @@ import fpe_pipeline.testing
 from fpe_pipeline.app.commands import app
 from tests.support import arrows
 
-KERNELS = "AttentionMap LinearMap backends beside blend concatenate join shared_attention stack"
+KERNELS = "AttentionMap LinearMap backends beside blend concatenate join known_columns shared_attention stack"
 PIPELINE = (
     "BatchRoles CombinedEdit Edit EditingSession Encoding FreePromptEdit FreePromptPipeline "
     "FreePromptPipelineOutput HeatMaps Injecting Inversion JointProduct LayerSelection LocalBlend MasaCtrlEdit "

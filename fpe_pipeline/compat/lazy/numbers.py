@@ -1,0 +1,90 @@
+"""Where a user's code needs the numbers of a map: whose line it is, what it costs, and the numbers in blocks."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fpe_kernels import AttentionMap, LinearMap
+
+__all__ = ["MapNumbersWarning", "blocks_of_rows", "entries", "warn_of_numbers"]
+
+_HERE = str(Path(__file__).resolve().parents[1])
+_LIBRARIES = (_HERE, str(Path(torch.__file__).resolve().parent))
+
+#: Bytes of a block of rows where an operation goes block by block.
+BLOCK_BYTES = 1 << 26
+#: Columns whose numbers one product gives, where a map is no plain softmax.
+COLUMNS = 128
+
+_told: set[tuple[str, int]] = set()
+
+
+class MapNumbersWarning(RuntimeWarning):
+    """A line of a user's code needs the numbers of an attention map, which are then written out for that layer."""
+
+
+def warn_of_numbers(operation: str, shape: tuple[int, ...], dtype: torch.dtype, nbytes: int | None = None) -> None:
+    """Warn, once for each line, of a line of a user's code that needs the numbers of a map.
+
+    Args:
+        operation: what the line does with the map.
+        shape: of the numbers.
+        dtype: of the numbers.
+        nbytes: that are held at once; default: all of them.
+    """
+    file, line = asking_line()
+    if (file, line) in _told:
+        return
+    _told.add((file, line))
+    whole = dtype.itemsize
+    for size in shape:
+        whole *= size
+    how = "written out for this layer alone" if nbytes is None else f"written out {nbytes:,} bytes at a time"
+    warnings.warn_explicit(
+        f"{file}:{line} needs the numbers of an attention map ({operation}): {list(shape)}, {str(dtype)[6:]}, "
+        f"{whole:,} bytes, {how}. Products, slices, sums, means, scaling, mixing and assigned columns do without; this "
+        "line is not told of again.",
+        MapNumbersWarning,
+        file,
+        line,
+    )
+
+
+def forget_lines() -> None:
+    """Tell of every line anew: controllers have been installed."""
+    _told.clear()
+
+
+def asking_line() -> tuple[str, int]:
+    """File and line of the innermost caller outside this package and PyTorch."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def entries(rows: LinearMap) -> torch.Tensor:
+    """The numbers of a map [R, 1, N, M] as [R, N, M]."""
+    return torch.cat([block for _, block in blocks_of_rows(rows)], dim=-2)
+
+
+def blocks_of_rows(rows: LinearMap) -> Iterator[tuple[int, torch.Tensor]]:
+    """(start, numbers [R, n, M]) of the query rows from ``start`` on, of :data:`BLOCK_BYTES` or a row at least."""
+    count, _, queries, keys = rows.shape
+    step = max(1, BLOCK_BYTES // (count * keys * rows.dtype.itemsize))
+    for start in range(0, queries, step):
+        part = rows if step >= queries else rows.queries(start, min(start + step, queries))
+        yield start, _numbers(part)
+
+
+def _numbers(rows: LinearMap) -> torch.Tensor:
+    if isinstance(rows, AttentionMap):
+        return rows.rows(range(rows.shape[2]))[:, 0]
+    keys = rows.shape[3]
+    parts = [rows.columns(range(start, min(start + COLUMNS, keys))) for start in range(0, keys, COLUMNS)]
+    return torch.cat(parts, dim=-1)[:, 0]

@@ -1,0 +1,223 @@
+"""Prompt-to-Prompt's ``ptp_utils``: registering a controller, the sampling loop, pictures side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from ..controlled import Compat, ControlledLayers, controlled_layers, register_controller
+from ..names import unknown_name
+from .seq_aligner import get_word_inds
+from .word_tokens import get_time_words_attention_alpha, update_alpha_time_word
+
+__all__ = [
+    "diffusion_step",
+    "get_time_words_attention_alpha",
+    "get_word_inds",
+    "init_latent",
+    "latent2image",
+    "register_attention_control",
+    "text2image_ldm_stable",
+    "text_under_image",
+    "update_alpha_time_word",
+    "view_images",
+]
+
+__getattr__ = unknown_name(
+    __name__,
+    "Prompt-to-Prompt's ptp_utils",
+    __all__,
+    {"text2image_ldm": "current diffusers has no pipeline of that model with attention processors"},
+)
+
+
+def register_attention_control(
+    model: Any, controller: Any, compat: Compat = None, backend: str = "auto"
+) -> ControlledLayers | None:
+    """Let a controller see and edit every attention map of a pipeline's UNet from here on.
+
+    Args:
+        model: a diffusers pipeline with a UNet.
+        controller: an ``AttentionControl``, ``EmptyControl`` or anything called ``controller(attn, is_cross, place)``;
+            None takes off what is registered.
+        compat: ``"original"`` takes the second half of every batch for the conditional one, guidance or not.
+        backend: of ``fpe_kernels``.
+
+    Returns:
+        What puts the layers back as they were, by ``restore()`` or as a ``with`` block; None for no controller.
+
+    Raises:
+        ValueError: a UNet in an editing session, or layers that do more than attention.
+    """
+    if controller is not None:
+        return register_controller(model, controller, compat, backend)
+    registered = controlled_layers(model)
+    if registered is not None:
+        registered.restore()
+    return None
+
+
+def diffusion_step(
+    model: Any,
+    controller: Any,
+    latents: torch.Tensor,
+    context: Any,
+    t: Any,
+    guidance_scale: float,
+    low_resource: bool = False,
+) -> torch.Tensor:
+    """One guided step: the latents [B, C, h, w] after it, as the controller's ``step_callback`` leaves them.
+
+    Args:
+        model: the pipeline.
+        controller: the one that is registered, or None.
+        latents: [B, C, h, w].
+        context: embeddings [2 B, M, C], unconditional rows first; or the pair of halves.
+        t: the scheduler's timestep.
+        guidance_scale: of classifier-free guidance.
+        low_resource: call the UNet for each half alone; the controller sees the conditional one.
+    """
+    if not isinstance(context, torch.Tensor):
+        context = torch.cat(tuple(context))
+    given = model.scheduler.scale_model_input(latents, t)
+    registered = controlled_layers(model)
+    if low_resource:
+        unconditional, conditional = context.chunk(2)
+        with nullcontext() if registered is None else registered.paused():
+            away = model.unet(given, t, encoder_hidden_states=unconditional).sample
+        with nullcontext() if registered is None else registered.guided_as(False):
+            towards = model.unet(given, t, encoder_hidden_states=conditional).sample
+    else:
+        with nullcontext() if registered is None else registered.guided_as(True):
+            away, towards = model.unet(torch.cat([given] * 2), t, encoder_hidden_states=context).sample.chunk(2)
+    latents = model.scheduler.step(away + guidance_scale * (towards - away), t, latents).prev_sample
+    return latents if controller is None else controller.step_callback(latents)
+
+
+@torch.no_grad()
+def text2image_ldm_stable(
+    model: Any,
+    prompt: Sequence[str],
+    controller: Any,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    generator: torch.Generator | None = None,
+    latent: torch.Tensor | None = None,
+    low_resource: bool = False,
+    *,
+    uncond_embeddings: Sequence[torch.Tensor] | None = None,
+    start_time: int | None = None,
+    return_type: str = "image",
+    compat: Compat = None,
+) -> tuple[Any, torch.Tensor]:
+    """Images of several prompts from one noise, with a controller; afterwards the layers are as they were.
+
+    Args:
+        model: a Stable Diffusion pipeline.
+        prompt: the source prompt and its targets.
+        controller: registered for the run; None for none.
+        num_inference_steps, guidance_scale: of the run.
+        generator: of the noise, where no latent is passed.
+        latent: the noise [1, C, h, w] or [B, C, h, w]; default: of the model's own size.
+        low_resource: as of :func:`diffusion_step`.
+        uncond_embeddings: for each step, the unconditional embedding [1, M, C] (null-text inversion).
+        start_time: of the steps, how many of the last ones are run; default: all.
+        return_type: "image" for arrays [B, H, W, 3], uint8, else for latents.
+        compat: ``"original"`` runs a controller on from where another run left it, and leaves it registered.
+
+    Returns:
+        Images or latents, and the noise that they came from [1, C, h, w].
+    """
+    if getattr(model, "text_encoder_2", None) is not None or getattr(model, "text_encoder", None) is None:
+        raise ValueError(
+            f"{type(model).__name__} is not conditioned on one text encoder's embeddings alone: register the "
+            "controller with register_attention_control(model, controller) and call the pipeline itself"
+        )
+    device = model.unet.device
+    towards, away = model.encode_prompt(list(prompt), device, 1, True)
+    latent, latents = init_latent(latent, model, None, None, generator, len(prompt))
+    model.scheduler.set_timesteps(num_inference_steps)
+    registered = register_attention_control(model, controller, compat)
+    if compat is None and hasattr(controller, "reset"):
+        controller.reset()
+    if controller is not None and not hasattr(controller, "prompts"):
+        controller.prompts = list(prompt)
+    try:
+        first = 0 if start_time is None else num_inference_steps - start_time
+        for index, t in enumerate(model.scheduler.timesteps[first:]):
+            if uncond_embeddings is not None:
+                away = uncond_embeddings[index].expand_as(towards)
+            context = torch.cat([away, towards])
+            latents = diffusion_step(model, controller, latents, context, t, guidance_scale, low_resource)
+    finally:
+        if registered is not None and compat is None:
+            registered.restore()
+    return (latent2image(model.vae, latents) if return_type == "image" else latents), latent
+
+
+def init_latent(
+    latent: torch.Tensor | None,
+    model: Any,
+    height: int | None,
+    width: int | None,
+    generator: torch.Generator | None,
+    batch_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One noise [1, C, h, w], drawn where none is passed, and the same for each of the batch [B, C, h, w]."""
+    channels, size = model.unet.config.in_channels, model.unet.config.sample_size
+    if latent is None:
+        sides = [size if side is None else side // model.vae_scale_factor for side in (height, width)]
+        latent = torch.randn((1, channels, *sides), generator=generator, dtype=torch.float32)
+        latent = latent * model.scheduler.init_noise_sigma
+    latents = latent.expand(batch_size, -1, -1, -1).to(model.unet.device, model.unet.dtype)
+    return latent, latents
+
+
+@torch.no_grad()
+def latent2image(vae: Any, latents: torch.Tensor) -> np.ndarray:
+    """Decoded images [B, H, W, 3], uint8."""
+    decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+    pixels = (decoded.float() / 2 + 0.5).clamp(0, 1) * 255
+    return pixels.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
+
+
+def text_under_image(image: np.ndarray, text: str, text_color: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
+    """The image [H, W, 3], uint8, above a white band of a fifth of its height with the text in the middle."""
+    height, width = image.shape[:2]
+    band = Image.new("RGB", (width, int(height * 0.2)), "white")
+    draw, font = ImageDraw.Draw(band), ImageFont.load_default(max(8, band.height // 3))
+    draw.text((width / 2, band.height / 2), text, fill=text_color, font=font, anchor="mm")
+    return np.concatenate([image[..., :3], np.asarray(band)])
+
+
+def view_images(images: Any, num_rows: int = 1, offset_ratio: float = 0.02) -> Image.Image:
+    """Pictures of one size in rows, shown where a notebook runs.
+
+    Args:
+        images: a list of arrays [H, W, 3], uint8, or one [B, H, W, 3] or [H, W, 3].
+        num_rows: rows of the picture.
+        offset_ratio: the gap between them, as a share of their height.
+    """
+    if isinstance(images, np.ndarray):
+        images = [images] if images.ndim == 3 else list(images)
+    columns = -(-len(images) // num_rows)
+    height, width = images[0].shape[:2]
+    gap = int(height * offset_ratio)
+    size = (columns * (width + gap) - gap, num_rows * (height + gap) - gap)
+    sheet = Image.new("RGB", size, "white")
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        sheet.paste(Image.fromarray(image.astype(np.uint8)), (column * (width + gap), row * (height + gap)))
+    try:
+        from IPython.core.getipython import get_ipython
+        from IPython.display import display
+    except ImportError:
+        return sheet
+    if get_ipython() is not None:
+        display(sheet)
+    return sheet

@@ -1,0 +1,233 @@
+"""A lazy map gives what the matrix gives, in float64, without the matrix wherever it says so."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fpe_kernels import AttentionMap
+from fpe_kernels.views import MapViews
+from fpe_pipeline.compat.lazy import LazyMap, MapNumbersWarning, numbers
+
+BATCH, HEADS, QUERIES, KEYS = 2, 4, 12, 7
+WIDTH = 2  # a head's channels: few, so that what a map is made from is less than the map
+ROWS = BATCH * HEADS
+
+
+def factors():
+    generator = torch.Generator().manual_seed(0)
+    shapes = (BATCH, HEADS, QUERIES, WIDTH), (BATCH, HEADS, KEYS, WIDTH)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def lazy():
+    return LazyMap(AttentionMap(*factors(), backend="reference"), halves=(1, 1))
+
+
+def dense():
+    query, key = factors()
+    return torch.softmax(query @ key.transpose(-1, -2) * WIDTH**-0.5, dim=-1).flatten(0, 1)
+
+
+given = SimpleNamespace(
+    columns=torch.linspace(0.1, 2, KEYS).double(),
+    queries=torch.linspace(-1, 1, QUERIES).double()[:, None],
+    rows=torch.arange(1.0, ROWS + 1).double()[:, None, None],
+    values=torch.linspace(-1, 1, ROWS * KEYS * 5).double().reshape(ROWS, KEYS, 5),
+    weights=torch.linspace(0, 1, ROWS * 3 * QUERIES).double().reshape(ROWS, 3, QUERIES),
+    mappers=torch.linspace(0, 1, 3 * KEYS * KEYS).double().reshape(3, KEYS, KEYS),
+    column=torch.linspace(0, 1, ROWS * QUERIES).double().reshape(ROWS, QUERIES),
+)
+
+
+def assigned(A, key, value):
+    A[key] = value(A) if callable(value) else value
+    return A
+
+
+def edited_as_prompt_to_prompt_does(A):
+    conditional = A[ROWS // 2 :]
+    by_prompt = conditional.reshape(2, HEADS // 2, *conditional.shape[1:])
+    base, others = by_prompt[0], by_prompt[1:]
+    alpha = given.columns.clamp(max=1)
+    mixed = torch.einsum("hpw,bwn->bhpn", base, given.mappers[:1]) * alpha + (1 - alpha) * others
+    by_prompt[1:] = mixed
+    return A
+
+
+def averaged(A):
+    total = A * 0.5
+    total += A
+    total += A[ROWS // 2 :].repeat(2, 1, 1)
+    return total / 3
+
+
+def aggregated(A):
+    layers = [part.reshape(2, -1, 3, 4, KEYS)[1] for part in (A, A * 2)]
+    whole = torch.cat(layers, dim=0)
+    return (whole.sum(0) / whole.shape[0])[:, :, 5]
+
+
+def blended(A):
+    maps = torch.cat([part.reshape(2, -1, 1, 3, 4, KEYS) for part in (A, A * 2)], dim=1)
+    return (maps * given.columns[None, None, None, None, None]).sum(-1).mean(1)
+
+
+def changed_through_a_column(A):
+    A[:, :, 2].mul_(3.0)
+    return A
+
+
+def normalised_rows(A):
+    A[:, :, 0] = 0
+    return A / A.sum(-1, keepdim=True)
+
+
+#: What needs no numbers: the issue's list, and the lines of Prompt-to-Prompt's notebook.
+LAZY = {
+    "itself": lambda A: A,
+    "rows": lambda A: A[ROWS // 2 :],
+    "one row": lambda A: A[-1],
+    "listed rows": lambda A: A[torch.tensor([5, 0, 5])],
+    "every other row": lambda A: A[::2],
+    "rows and heads": lambda A: A.reshape(BATCH, HEADS, QUERIES, KEYS)[1:, 2],
+    "a range of queries": lambda A: A[2:, 3:9],
+    "a range of columns": lambda A: A[..., 1:4],
+    "columns": lambda A: A[:, :, 2],
+    "listed columns": lambda A: A[..., [1, 5]],
+    "queries": lambda A: A[:, 3],
+    "a new axis": lambda A: A[None] * given.mappers[:, :1, None],
+    "product": lambda A: A @ given.values,
+    "product of rows": lambda A: A[2:] @ given.values[2:],
+    "bmm": lambda A: torch.bmm(A, given.values),
+    "matmul": lambda A: torch.matmul(A, given.values[0]),
+    "einsum of values": lambda A: torch.einsum("b i j, b j d -> b i d", A, given.values),
+    "einsum of heads": lambda A: torch.einsum("bhij,jd->bhid", A.reshape(BATCH, HEADS, QUERIES, KEYS), given.values[0]),
+    "einsum of mappers": lambda A: torch.einsum("hpw,bwn->bhpn", A, given.mappers),
+    "transposed product": lambda A: A.transpose(-1, -2) @ given.weights.transpose(-1, -2),
+    "product from the left": lambda A: given.weights @ A,
+    "sum over columns": lambda A: A.sum(-1),
+    "mean over columns, kept": lambda A: A.mean(dim=-1, keepdim=True),
+    "sum over queries": lambda A: A.sum(1),
+    "mean over rows": lambda A: A.mean(0),
+    "mean over heads": lambda A: torch.mean(A.reshape(BATCH, HEADS, QUERIES, KEYS), dim=1),
+    "mean over heads, kept": lambda A: A.reshape(BATCH, HEADS, QUERIES, KEYS).mean(1, keepdim=True),
+    "sum over heads and queries": lambda A: A.reshape(BATCH, HEADS, QUERIES, KEYS).sum((1, 2)),
+    "sum of all": lambda A: torch.sum(A),
+    "sum over a grid's rows": lambda A: A.reshape(ROWS, 3, 4, KEYS).sum(1),
+    "times a number": lambda A: 3 * A,
+    "divided": lambda A: torch.div(A, 4),
+    "times columns": lambda A: given.columns * A,
+    "times queries": lambda A: A * given.queries,
+    "times rows": lambda A: A * given.rows,
+    "added": lambda A: A + A[:1],
+    "subtracted from a number": lambda A: 1 - A,
+    "a tensor added": lambda A: given.columns + A,
+    "mixed with itself": lambda A: given.columns * A + (1 - given.columns) * A.mean(0),
+    "negative": lambda A: -A,
+    "rows assigned": lambda A: assigned(A, slice(4, None), lambda A: A[:4]),
+    "a column set to zero": lambda A: assigned(A, (..., 3), 0),
+    "columns set to a number": lambda A: assigned(A, (slice(2, None), slice(None), slice(1, 3)), 0.25),
+    "a column from another": lambda A: assigned(A, (..., 3), lambda A: A[..., 5]),
+    "a column from a tensor": lambda A: assigned(A, (..., 3), given.column),
+    "columns from a map": lambda A: assigned(A, (..., slice(0, 2)), lambda A: A[..., 4:6]),
+    "queries set to zero": lambda A: assigned(A, (slice(None), slice(2, 5)), 0),
+    "a block of entries": lambda A: assigned(A, (slice(None), slice(2, 5), 1), 0.5),
+    "all of it": lambda A: A.copy_(A * 2),
+    "zeroed": lambda A: A.zero_(),
+    "in place": lambda A: A.mul_(2).add_(A),
+    "a clone edited": lambda A: assigned(A.clone(), (..., 0), 0) + A,
+    "zeros like it": lambda A: torch.zeros_like(A) + A,
+    "concatenated": lambda A: torch.cat([A[:2], A[6:]]),
+    "stacked": lambda A: torch.stack([A, A * 2], dim=1),
+    "chunks": lambda A: A.chunk(2)[1],
+    "flattened": lambda A: A.unflatten(0, (BATCH, HEADS)).flatten(0, 1),
+    "permuted": lambda A: A.reshape(BATCH, HEADS, QUERIES, KEYS).permute(1, 0, 2, 3),
+    "expanded": lambda A: A[:1].expand(3, -1, -1),
+    "in float32": lambda A: A.float().double() * 0 + A,
+    "normalised": normalised_rows,
+    "changed through a column": changed_through_a_column,
+    "averaged over steps": averaged,
+    "Prompt-to-Prompt": edited_as_prompt_to_prompt_does,
+    "aggregated": aggregated,
+    "the local blend's heat": blended,
+}
+#: What needs them.
+NUMBERS = {
+    "a power": lambda A: A**1.1,
+    "an exponential": torch.exp,
+    "a comparison": lambda A: (A > 0.1).double(),
+    "two maps, entry by entry": lambda A: A * A,
+    "clamped in place": lambda A: A.clamp_(0.1, 0.2),
+    "lists of two axes": lambda A: A[[0, 1], [2, 3]],
+    "a table of columns": lambda A: A[:, :, torch.tensor([[1, 2, 3, 4], [3, 4, 5, 6]])],
+    "listed queries assigned": lambda A: assigned(A, (slice(None), [1, 3]), 0.0),
+    "a shape across axes": lambda A: A.reshape(-1, KEYS),
+    "where": lambda A: torch.where(A > 0.2, A, 0.0),
+}
+#: What a block of rows at a time is enough for.
+BLOCKS = {
+    "the largest": lambda A: A.topk(2, dim=-1).values,
+    "their places": lambda A: torch.topk(A, 2).indices,
+    "maxima": lambda A: A.max(-1).values,
+    "maxima by amax": lambda A: A.reshape(ROWS, 3, 4, KEYS).amax(-1, keepdim=True),
+    "deviations": lambda A: A.std(-1),
+}
+
+
+def plain(result):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MapNumbersWarning)
+        return result.numbers() if isinstance(result, LazyMap) else result
+
+
+def check(function, monkeypatch):
+    """What ``function`` gives and what it leaves in its argument are the matrix's."""
+    mine, theirs = lazy(), dense()
+    result, expected = function(mine), function(theirs)
+    monkeypatch.undo()
+    assert result.shape == expected.shape and result.dtype == expected.dtype
+    torch.testing.assert_close(plain(result), expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(plain(mine), theirs, rtol=1e-12, atol=1e-13)
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("the matrix was written out")
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_without_the_matrix(name, monkeypatch):
+    for where, method in (
+        (MapViews, "dense"),
+        (MapViews, "_entries"),
+        (AttentionMap, "_entries"),
+        (LazyMap, "numbers"),
+    ):
+        monkeypatch.setattr(where, method, refuse)
+    for module in ("arithmetic", "storage", "view"):
+        for made in ("entries", "blocks_of_rows"):
+            monkeypatch.setattr(f"fpe_pipeline.compat.lazy.{module}.{made}", refuse, raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(LAZY[name], monkeypatch)
+
+
+@pytest.mark.parametrize("name", NUMBERS | BLOCKS)
+def test_numbers_where_they_are_needed(name, monkeypatch):
+    numbers.forget_lines()
+    with pytest.warns(MapNumbersWarning, match=rf"{__file__}:\d+ needs the numbers of an attention map \(.*bytes"):
+        check((NUMBERS | BLOCKS)[name], monkeypatch)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_of_rows_at_a_time(name, monkeypatch):
+    numbers.forget_lines()
+    monkeypatch.setattr(numbers, "BLOCK_BYTES", 3 * ROWS * KEYS * 8)
+    sizes, real = [], numbers._numbers
+    monkeypatch.setattr(numbers, "_numbers", lambda rows: sizes.append(rows.shape[2]) or real(rows))
+    mine = lazy()
+    with pytest.warns(MapNumbersWarning, match="bytes at a time"):
+        result = BLOCKS[name](mine)
+    assert sizes == [3, 3, 3, 3]
+    torch.testing.assert_close(result, BLOCKS[name](dense()), rtol=1e-12, atol=1e-13)

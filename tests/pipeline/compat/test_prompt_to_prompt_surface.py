@@ -1,0 +1,246 @@
+"""What Prompt-to-Prompt's repository and notebooks offer beside their controllers: loops, words, looks at maps."""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+
+from fpe_pipeline.compat.lazy import LazyMap
+from fpe_pipeline.compat.prompt_to_prompt import (
+    AttentionReplace,
+    AttentionReweight,
+    AttentionStore,
+    EmptyControl,
+    LocalBlend,
+    NullInversion,
+    SpatialReplace,
+    aggregate_attention,
+    get_equalizer,
+    make_controller,
+    ptp_utils,
+    seq_aligner,
+    show_cross_attention,
+    show_self_attention_comp,
+)
+from tests.support.dropin_cases import compare
+from tests.support.golden_cases import load_case, source_image
+from tests.support.tiny_pipelines import unedited
+
+PROMPTS = ["A painting of a squirrel eating a burger", "A painting of a lion eating a burger"]
+
+
+def noise(*size):
+    return torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(0))
+
+
+def run(pipe, controller, prompts=PROMPTS, steps=2, latent=None, **options):
+    latent = noise(16, 16) if latent is None else latent
+    return ptp_utils.text2image_ldm_stable(
+        pipe, prompts, controller, steps, latent=latent, return_type="latent", **options
+    )[0]
+
+
+@pytest.mark.parametrize("name", ["p2p_replace", "p2p_refine", "p2p_reweight"])
+def test_the_notebooks_runs(pipe, name):
+    case = load_case(name)
+    prompts, steps = case.settings["prompts"], case.settings["steps"]
+    if name == "p2p_reweight":
+        factors = get_equalizer(prompts[1], ("smiling",), (5,))
+        controller = AttentionReweight(prompts, steps, 0.8, 0.4, factors, compat="original")
+    else:
+        windows = (0.8, 0.4) if name == "p2p_replace" else (0.5, 0.2)
+        controller = make_controller(prompts, name == "p2p_replace", *windows, num_steps=steps, compat="original")
+    latents = run(pipe, controller, prompts, steps, case.tensors["in.start_latents"])
+    compare(case, "latents", latents)
+    assert unedited(pipe.unet)
+
+
+@pytest.mark.slow
+def test_the_notebooks_local_blend(pipe):
+    case = load_case("p2p_replace_localblend_lat64")
+    prompts, steps = case.settings["prompts"], case.settings["steps"]
+    blend = LocalBlend(prompts, ("squirrel", "lion"), 0.75)
+    windows = {"default_": 1.0, "lion": 0.4}
+    controller = AttentionReplace(prompts, steps, windows, 0.4, blend, compat="original")
+    compare(case, "latents", run(pipe, controller, prompts, steps, case.tensors["in.start_latents"]))
+
+
+def test_the_originals_mappers(pipe):
+    case = load_case("p2p_refine")
+    mapper, alphas = seq_aligner.get_refinement_mapper(case.settings["prompts"], pipe.tokenizer, compat="original")
+    assert torch.equal(mapper, case.tensors["in.ctrl/mapper"])
+    assert torch.equal(alphas.flatten(), case.tensors["in.ctrl/alphas"].flatten())
+    case = load_case("p2p_replace")
+    mapper = seq_aligner.get_replacement_mapper(case.settings["prompts"], pipe.tokenizer, compat="original")
+    assert torch.equal(mapper, case.tensors["in.ctrl/mapper"])
+    with pytest.raises(ValueError, match="pads prompts to 77"):
+        seq_aligner.get_mapper(*PROMPTS, pipe.tokenizer, max_len=32)
+
+
+def test_the_original_runs_on_from_where_it_was_and_stays(pipe):
+    controller = AttentionReplace(PROMPTS, 2, 1.0, 1.0)
+    first = run(pipe, controller)
+    assert torch.equal(run(pipe, controller), first)
+    with pytest.raises(RuntimeError, match=r"made for 2 steps, and this is step 3: call reset\(\)"):
+        run(pipe, controller, compat="original")
+    assert not unedited(pipe.unet)
+    ptp_utils.register_attention_control(pipe, None)
+    assert unedited(pipe.unet)
+
+
+def test_halves_one_after_the_other_are_halves_together(pipe):
+    together = run(pipe, AttentionReplace(PROMPTS, 2, 1.0, 0.5))
+    apart = run(pipe, AttentionReplace(PROMPTS, 2, 1.0, 0.5), low_resource=True)
+    torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-3)
+
+
+def test_the_last_steps_alone(pipe):
+    controller = AttentionStore()
+    run(pipe, controller, steps=4, start_time=1)
+    assert controller.cur_step == 1
+
+
+def test_images(pipe):
+    images, latent = ptp_utils.text2image_ldm_stable(
+        pipe, PROMPTS, EmptyControl(), 1, generator=torch.Generator().manual_seed(1)
+    )
+    side = pipe.unet.config.sample_size
+    assert latent.shape == (1, 4, side, side)
+    assert images.shape == (2, 8 * side, 8 * side, 3) and images.dtype == np.uint8
+
+
+def test_spatial_replacement(pipe):
+    held = run(pipe, SpatialReplace(0.5, 2))
+    free = run(pipe, EmptyControl())
+    assert (held[1] - held[0]).abs().max() < (free[1] - free[0]).abs().max()
+    assert torch.equal(run(pipe, SpatialReplace(0.0, 2))[0], run(pipe, SpatialReplace(0.0, 2))[1])
+
+
+def test_words_and_windows(pipe):
+    tokenizer = pipe.tokenizer
+    lion = seq_aligner.get_word_inds(PROMPTS[1], "lion", tokenizer)
+    assert np.array_equal(lion, seq_aligner.get_word_inds(PROMPTS[1], 4, tokenizer)) and len(lion)
+    assert not len(ptp_utils.get_word_inds(PROMPTS[1], "dog", tokenizer))
+    alpha = ptp_utils.get_time_words_attention_alpha(PROMPTS, 10, {"default_": 0.5, "lion": (0.2, 1.0)}, tokenizer)
+    assert alpha.shape == (11, 1, 1, 1, 77)
+    assert alpha[:, 0, 0, 0, 0].tolist() == [1.0] * 5 + [0.0] * 6
+    assert alpha[:, 0, 0, 0, lion[0]].tolist() == [0.0] * 2 + [1.0] * 9
+    with pytest.raises(ValueError, match="'dog' of cross_replace_steps is in none"):
+        ptp_utils.get_time_words_attention_alpha(PROMPTS, 10, {"dog": 0.5}, tokenizer)
+    ptp_utils.get_time_words_attention_alpha(PROMPTS, 10, {"dog": 0.5}, tokenizer, compat="original")
+
+
+def test_factors(pipe):
+    tokenizer, text = pipe.tokenizer, PROMPTS[1]
+    lion, burger = (seq_aligner.get_word_inds(text, word, tokenizer).tolist() for word in ("lion", "burger"))
+    one = get_equalizer(text, "lion", (5.0,), tokenizer)
+    assert one.shape == (1, 77) and one[0, lion].unique().tolist() == [5.0] and one.sum() == 77 + 4 * len(lion)
+    both = get_equalizer(text, ["lion", "burger"], (5.0, 0.5), tokenizer)
+    assert both[0, lion].unique().tolist() == [5.0] and both[0, burger].unique().tolist() == [0.5]
+    several = get_equalizer(text, ["lion"], (1.0, 2.0, 3.0), tokenizer)
+    assert several.shape == (3, 77) and several[:, lion[0]].tolist() == [1.0, 2.0, 3.0]
+    assert torch.equal(get_equalizer(text, ("lion",), (5.0,)).tensor(tokenizer), one)
+    with pytest.raises(ValueError, match="3 factors for the 2 words"):
+        get_equalizer(text, ["lion", "burger"], (1.0, 2.0, 3.0), tokenizer)
+    with pytest.raises(ValueError, match="'dog' is not in the prompt"):
+        get_equalizer(text, ["dog"], (1.0,), tokenizer)
+
+
+@pytest.mark.filterwarnings("ignore::fpe_pipeline.compat.lazy.MapNumbersWarning")
+def test_looks_at_maps(pipe):
+    store = AttentionStore()
+    run(pipe, store, latent=noise(16, 24))
+    cross = aggregate_attention(store, (4, 6), ("up", "down"), True, 1)
+    assert isinstance(cross, LazyMap) and cross.shape == (4, 6, 77)
+    torch.testing.assert_close(cross.sum(-1), torch.ones(4, 6))
+    tokens = len(pipe.tokenizer.encode(PROMPTS[1]))
+    shown = show_cross_attention(store, (4, 6), ("up", "down"), select=1)
+    assert shown.width > tokens * 256 and shown.height > 256
+    components = show_self_attention_comp(store, (4, 6), ("up", "down"), max_com=3)
+    assert components.size == (3 * 256, 256) and np.asarray(components).std() > 0
+    with pytest.raises(ValueError, match=r"no cross-attention layer of 5 × 5 .* kept are layers of \[24, 96, 384\]"):
+        aggregate_attention(store, 5, ("up", "down"), True, 0)
+    with pytest.raises(ValueError, match="one of 2 prompts"):
+        aggregate_attention(store, (4, 6), ("up",), True, 2)
+
+
+def test_maps_asked_for_before_or_after_their_steps(pipe):
+    store = AttentionStore()
+    with pytest.raises(RuntimeError, match="no step has ended"):
+        store.get_average_attention()
+    run(pipe, store, steps=1)
+    assert store.step_store == store.get_empty_store()
+    store.reset()
+    with pytest.raises(RuntimeError, match="no step has ended"):
+        aggregate_attention(store, 16, ("up",), True, 0)
+
+
+def test_what_is_held_is_never_more_than_the_matrix(pipe):
+    store = AttentionStore()
+    kinds = set()
+    for steps in (2, 4):
+        run(pipe, store, steps=steps)
+        for maps in store.attention_store.values():
+            for total in maps:
+                assert total.nbytes <= total.numel() * 4 or steps == 2
+                kinds.add(total.holds_numbers)
+    assert kinds == {True, False}
+    assert "as numbers" in store.held() and "as queries and keys" in store.held()
+
+
+def test_words_before_a_tokenizer_is_known():
+    controller = AttentionReplace(PROMPTS, 2, 0.8, 0.4)
+    with pytest.raises(RuntimeError, match="register_attention_control"):
+        _ = controller.mapper
+    with pytest.raises(ValueError, match="at least one target"):
+        AttentionReplace(PROMPTS[:1], 2, 0.8, 0.4)
+
+
+def test_a_blend_of_words_that_are_not_there(pipe):
+    with pytest.raises(ValueError, match="'dog' is not in the prompt"):
+        _ = LocalBlend(PROMPTS, ["squirrel", "dog"], tokenizer=pipe.tokenizer).alpha_layers
+    blend = LocalBlend(PROMPTS, ["squirrel", "dog"], tokenizer=pipe.tokenizer, compat="original")
+    assert blend.alpha_layers.shape == (2, 1, 1, 1, 1, 77) and blend.alpha_layers[1].sum() == 0
+
+
+def test_pictures():
+    image = np.full((50, 40, 3), 7, np.uint8)
+    assert ptp_utils.text_under_image(image, "word").shape == (60, 40, 3)
+    sheet = ptp_utils.view_images([image, image, image], num_rows=2, offset_ratio=0.1)
+    assert sheet.size == (85, 105)
+
+
+def test_null_text_inversion(pipe):
+    case = load_case("nulltext_fpe_4x2")
+    size = pipe.unet.config.sample_size
+    pipe.unet.register_to_config(sample_size=32)
+    try:
+        inversion = NullInversion(pipe, case.settings["steps"], case.settings["guidance_scale"])
+        (image, back), latent, embeddings = inversion.invert(
+            source_image().numpy(), case.settings["prompts"][0], num_inner_steps=case.settings["inner_steps"]
+        )
+    finally:
+        pipe.unet.register_to_config(sample_size=size)
+    compare(case, "uncond_embeddings", torch.stack(embeddings))
+    assert torch.equal(latent, inversion.inversion.latents[-1])
+    assert np.array_equal(image, source_image().numpy()) and back.shape == image.shape
+
+
+TOOLS = ("prompt_to_prompt", "prompt_to_prompt.ptp_utils", "prompt_to_prompt.seq_aligner", "free_prompt_editing")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_names_that_a_tool_never_had(tool):
+    module = importlib.import_module(f"fpe_pipeline.compat.{tool}")
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    first = module.__all__[-1]
+    with pytest.raises(ImportError, match=f"did you mean {first}"):
+        exec(f"from {module.__name__} import {first[:-1]}x")
+    assert not hasattr(module, "__wrapped__")
+
+
+def test_names_that_are_left_out_say_why():
+    with pytest.raises(ImportError, match=r"leaves out 'text2image_ldm' of .*no pipeline of that model"):
+        from fpe_pipeline.compat.prompt_to_prompt.ptp_utils import text2image_ldm  # noqa: F401
