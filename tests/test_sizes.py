@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("benchmarks", "docs", "examples", "fpe_kernels", "fpe_pipeline", "tests")
+FOLDERS = ("benchmarks", "docs", "examples", "fpe_kernels", "fpe_pipeline", "notebooks", "tests")
 LINES, FUNCTION, PARAMETERS = 400, 80, 12
 
 #: Today's exceptions, each with its size; a smaller one is written down here, a larger one is refused.

@@ -90,7 +90,8 @@ def made_by(
         noise = torch.Generator().manual_seed(settings.seed)
         with clock.measure(title):
             try:
-                return pipe(prompts, generator=noise, **common, **options)
+                made: Any = pipe(prompts, generator=noise, **common, **options)
+                return made
             except (TypeError, ValueError) as error:
                 raise InputError(str(error)) from error
 

@@ -78,7 +78,7 @@ def execute(
             return made_by(settings, loaded, progress, name, (expected_model, expected_photo), clock, on_step)
         finally:
             pipe.scheduler = scheduler
-            vars(pipe).pop("progress_bar", None)
+            pipe.__dict__.pop("progress_bar", None)
 
 
 def write(run: Run, directory: Path) -> list[Path]:

@@ -81,7 +81,7 @@ CSS = """
 .fpe-tiles a:hover b { text-decoration: underline; }
 .fpe-tiles figcaption { font-size: .82rem; line-height: 1.35; overflow-wrap: anywhere; }
 .fpe-tiles figcaption b { display: block; font-weight: 600; }
-.gradio-container button.label-wrap { min-height: 32px; }
+.gradio-container button.label-wrap { min-height: 32px; align-items: center; }
 .gradio-container button.fpe-dice { align-self: flex-end; }
 .fpe-wide { grid-template-columns: 1fr !important; }
 .fpe-progress span { font-size: .88rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }

@@ -33,8 +33,8 @@ class Models:
     device: str = "auto"
     dtype: str = "auto"
     backend: str = "auto"
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    _loaded: tuple[str, Loaded] | None = field(default=None, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _loaded: tuple[str, Loaded] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in self.names:

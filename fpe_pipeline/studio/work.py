@@ -136,7 +136,7 @@ def _at_work(models: Models, settings: Settings, watched: Watched) -> Iterator[L
             yield loaded
         finally:
             pipe.scheduler = scheduler
-            vars(pipe).pop("progress_bar", None)
+            pipe.__dict__.pop("progress_bar", None)
 
 
 @contextmanager

@@ -76,12 +76,14 @@ class Visit:
     def tab(self, name):
         self.page.get_by_role("tab", name=name, exact=True).click()
 
-    def few_steps(self, steps=6):
-        """Fewer steps than anybody would take."""
+    def few_steps(self, steps, *, pictured=False):
+        """Fewer steps than anybody would take, unless there will be pictures of it."""
+        steps = 40 if pictured and os.environ.get("FPE_SCREENSHOTS") else steps
         self.page.get_by_role("button", name="Sampling").click()
         field = self.page.get_by_label("number input for Steps")
         field.fill(str(steps))
         field.blur()
+        self.page.get_by_role("button", name="Sampling").click()
 
     def generate(self):
         self.page.locator("#run").click()
