@@ -91,6 +91,8 @@ CSS = """
 .fpe-table th, .fpe-table td { border: 0 !important; padding: 7px 16px 7px 0 !important; text-align: left;
   vertical-align: top; white-space: nowrap; }
 .fpe-table th { font-weight: 600; color: var(--body-text-color-subdued); }
+.fpe-table thead, .fpe-table tbody, .fpe-table tr { border: 0 !important; }
+.fpe-table td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 180px; }
 .fpe-table tbody tr { border-top: 1px solid var(--border-color-primary) !important; }
 .fpe-table td:nth-child(3) { font-family: var(--font-mono); font-size: .78rem; white-space: normal; min-width: 200px; }
 .fpe-table td:nth-child(4), .fpe-table td:nth-child(5) { font-variant-numeric: tabular-nums; }

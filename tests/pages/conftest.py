@@ -78,7 +78,7 @@ class Visit:
 
     def few_steps(self, steps, *, pictured=False):
         """Fewer steps than anybody would take, unless there will be pictures of it."""
-        steps = 40 if pictured and os.environ.get("FPE_SCREENSHOTS") else steps
+        steps = 25 if pictured and os.environ.get("FPE_SCREENSHOTS") else steps
         self.page.get_by_role("button", name="Sampling").click()
         field = self.page.get_by_label("number input for Steps")
         field.fill(str(steps))

@@ -30,7 +30,7 @@ def shoot(page, name):
         path = Path(folder, f"{name}.png")
         page.screenshot(path=path, full_page=True)
         with Image.open(path) as picture:
-            picture.convert("RGB").quantize(128).save(path, optimize=True)
+            picture.convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def pixels(page, selector):
