@@ -22,6 +22,27 @@ from tests.pipeline.studio.test_uploads import header
 TABS = ("Generate", "Photo", "Compare", "Look inside", "History")
 
 
+#: Text whose contrast with what it stands on is below 4.5, which WCAG 2 asks of level AA; as [text, contrast].
+FAINT = """() => {
+  const parse = text => (text.match(/[\\d.]+/g) || []).map(Number);
+  const light = colour => colour.slice(0, 3).map(v => v / 255)
+    .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const under = e => {
+    for (; e; e = e.parentElement) {
+      const [r, g, b, a = 1] = parse(getComputedStyle(e).backgroundColor);
+      if (a > .99) return [r, g, b];
+    }
+    return [255, 255, 255];
+  };
+  return [...document.querySelectorAll('body *')].filter(e => e.offsetParent && !e.disabled
+      && [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())).map(e => {
+    const [ink, paper] = [light(parse(getComputedStyle(e).color)), light(under(e))];
+    return [e.textContent.trim().slice(0, 40), (Math.max(ink, paper) + .05) / (Math.min(ink, paper) + .05)];
+  }).filter(([, contrast]) => contrast < 4.5);
+}"""
+
+
 def shoot(page, name):
     """A picture of what is seen, where the documentation is to have new ones."""
     folder = os.environ.get("FPE_SCREENSHOTS")
@@ -193,6 +214,7 @@ def test_a_phone(visit):
         page.wait_for_timeout(300)
         content, window = visitor.widths()
         assert content <= window, f"{name} scrolls sideways: {content} px on {window}"
+        assert page.evaluate(FAINT) == [], name
     visitor.tab("Generate")
     sizes = page.evaluate(
         "[...document.querySelectorAll('button')].filter(e => e.offsetParent && e.innerText.trim())"
