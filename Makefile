@@ -21,6 +21,8 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check
 INDEX   := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONTENT := $(shell cat setup.py constraints.txt | cksum | cut -d ' ' -f 1)
 STAMP   := $(VENV)/.installed-$(CONTENT)
+# An environment of the pipeline alone, in the same folder; the one above has everything of it.
+PICTURES := $(VENV)/.pictures-$(CONTENT)
 
 # Tests are many small tensors: one thread a process beats threads that wait for one another, unless the caller
 # says otherwise; more of them wait asleep, not in a loop that takes the core from the thread they wait for. No test
@@ -35,12 +37,12 @@ ROUNDING := $(addprefix tests/pipeline/,app/test_cli.py::TestFromRecord app/test
   edits/test_golden_fpe.py::test_float64_agrees_with_the_original_in_float64 inversion/test_inversion.py::TestRefusals) \
   tests/kernels/backends/triton/test_mixed_batches.py tests/kernels/test_row_weights.py
 
-.PHONY: help demo test test-rounding test-all lint format bench figures docs gpu gpu-smoke gpu-train clean
+.PHONY: help demo test test-rounding test-all lint format bench figures notebooks docs gpu gpu-smoke gpu-train clean
 
 help:  ## show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMP)  ## edit a picture with the model in the repository; pictures land in out/demo
+demo: $(if $(wildcard $(STAMP)),$(STAMP),$(PICTURES))  ## edit a picture with the model in the repository; pictures land in out/demo
 	@$(BIN)/fpe demo -o $(OUT_DIR)
 	@echo "The pictures are in $(OUT_DIR)/"
 
@@ -79,6 +81,9 @@ gpu:  ## on a CUDA machine: the rest of correctness, tuning, timings in 9 minute
 gpu-train:  ## on a CUDA machine: train the embedded model in 210 s; into gpu-results/
 	@$(PYTHON) -m benchmarks.gpu train $(GPU_ARGS)
 
+notebooks: $(STAMP)  ## run the notebooks from top to bottom and save what they show
+	@$(BIN)/python -m notebooks
+
 docs: $(STAMP)  ## redraw the documents' pictures and write the reference from the docstrings
 	@$(BIN)/python -m docs.figures
 	@$(BIN)/python -m docs.reference
@@ -87,12 +92,12 @@ clean:  ## remove the environment, caches and outputs
 	rm -rf $(VENV) build dist out gpu-results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# No prerequisites: the stamp's name holds the checksum of the files that it depends on.
-$(STAMP):
+# No prerequisites: the stamps' names hold the checksum of the files that they depend on.
+$(STAMP) $(PICTURES):
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fpe-kernels needs Python 3.10 or newer, but $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 	@echo "Making the environment $(VENV) (once; a few minutes where torch has to be downloaded)"
 	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || \
 	  { echo "Could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@$(PIP) install -qq --upgrade pip setuptools wheel $(PIP_ARGS) || echo "pip stays at the version that came with Python"
-	@$(PIP) install -qq -c constraints.txt $(INDEX) $(PIP_ARGS) -e '.[dev]'
-	@rm -f $(VENV)/.installed-* && touch $@
+	@$(PIP) install -qq -c constraints.txt $(INDEX) $(PIP_ARGS) -e '.[$(if $(filter $(STAMP),$@),dev,pipeline)]'
+	@rm -f $(VENV)/.installed-* $(VENV)/.pictures-* && touch $@

@@ -31,11 +31,15 @@ TRITON = "triton>=3.4; platform_system == 'Linux'"
 PIPELINE = ["diffusers>=0.35", "transformers>=4.51", "safetensors>=0.4", "pillow>=10.1", "numpy>=1.26"]
 # What the `fpe` command is read and answered with; typer has its own option parser from 0.29 on.
 PIPELINE += ["typer>=0.29", "rich>=13.7", "pydantic>=2.7"]
+# The page.
+APP = ["gradio>=6.20"]
 TRAIN = ["tokenizers>=0.20", "matplotlib>=3.8"]
 BENCH = ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=4"]
 # scipy: diffusers' LMS scheduler; peft: LoRA; accelerate: offloading and loading without a copy.
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 TEST += ["scipy>=1.11", "peft>=0.13", "accelerate>=0.31"]
+# playwright: drives the page in a browser; nbclient: runs the notebooks.
+TEST += ["playwright>=1.49", "nbformat>=5.10", "nbclient>=0.10", "ipykernel>=6.29"]
 LINT = ["ruff>=0.9", "mypy>=1.13"]
 WEIGHTS = ["embedded/weights/**/*", "embedded/earlier/**/*"]
 
@@ -63,10 +67,11 @@ setup(
     install_requires=["torch>=2.6", TRITON],
     extras_require={
         "pipeline": PIPELINE,
+        "app": PIPELINE + APP,
         "train": PIPELINE + TRAIN,
         "bench": BENCH,
-        "test": PIPELINE + TRAIN + TEST,
-        "dev": PIPELINE + TRAIN + TEST + BENCH + LINT,
+        "test": PIPELINE + APP + TRAIN + TEST,
+        "dev": PIPELINE + APP + TRAIN + TEST + BENCH + LINT,
     },
     entry_points={"console_scripts": ["fpe = fpe_pipeline.cli:main"]},
     classifiers=[

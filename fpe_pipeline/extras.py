@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 
-__all__ = ["COMMAND", "PIPELINE", "hint", "missing"]
+__all__ = ["APP", "COMMAND", "PIPELINE", "app_hint", "hint", "missing"]
 
 #: Modules that the `fpe` command is read and answered with.
 COMMAND = ("pydantic", "rich", "typer")
 #: Modules of the extra ``pipeline``; :mod:`fpe_kernels` does without them.
 PIPELINE = ("PIL", "diffusers", "numpy", "safetensors", "transformers", *COMMAND)
+#: Modules of the extra ``app`` beyond those of ``pipeline``.
+APP = ("gradio",)
 
 
 def missing(modules: Iterable[str] = PIPELINE) -> list[str]:
@@ -23,4 +25,12 @@ def hint(modules: Iterable[str]) -> str:
     return (
         f"{', '.join(modules)} cannot be imported: editing pictures needs the extra 'pipeline', "
         "pip install 'fpe-kernels[pipeline]' or, in a checkout, pip install '.[pipeline]'"
+    )
+
+
+def app_hint(modules: Iterable[str]) -> str:
+    """The same for the page."""
+    return (
+        f"{', '.join(modules)} cannot be imported: the page needs the extra 'app', pip install 'fpe-kernels[app]' or, "
+        "in a checkout, pip install '.[app]'"
     )

@@ -59,8 +59,8 @@ def edit(
         flag(
             "--from",
             panel=_PROMPTS,
-            text="repeat an earlier run; options given beside it replace its settings",
-            metavar="RUN.JSON",
+            text="repeat an earlier run, by run.json or a picture of it; options given beside it replace its settings",
+            metavar="FILE",
         ),
     ] = None,
     image: Annotated[
@@ -201,7 +201,9 @@ def _settings(given: dict[str, Any], path: Path | None) -> tuple[Settings, dict[
         given = {"source": "", **given} if "image" in given else given
         missing = [f"--{name}" for name, key in (("source", "source"), ("target", "targets")) if key not in given]
         if missing:
-            raise InputError(f"expected {' and '.join(missing)}, or --from with the run.json of an earlier run")
+            raise InputError(
+                f"expected {' and '.join(missing)}, or --from with the run.json of an earlier run or a picture of it"
+            )
         settings = Settings(**given)
     if {"inner_steps", "early_stop"} & given.keys() and (settings.image is None or settings.inversion != "null-text"):
         raise InputError("--inner-steps and --early-stop are null-text inversion's; pass --inversion null-text as well")

@@ -120,11 +120,18 @@ class HeatMaps:
         return _array(heat[present.index(word)])
 
     def pixel(self, point: Sequence[float], image: int = 0) -> np.ndarray:
-        """What a point (x, y) of the image attends to in self-attention; sums to 1 over the grid."""
+        """What a point (x, y) of the image attends to in self-attention; sums to 1 over the grid.
+
+        Where queries and keys were kept for ``components``, any point of the image may be asked for, after the call
+        too; else those that were given to :func:`heat_maps`.
+        """
         point = _point(point)
-        if point not in self.pixels:
+        if point in self.pixels:
+            total = self._watcher.pixel_sum(image)[self.pixels.index(point)]
+        elif self.components:
+            total = self._watcher.kept_row(point, image)
+        else:
             raise ValueError(f"the pixel {point} was not read; {list(self.pixels)} were")
-        total = self._watcher.pixel_sum(image)[self.pixels.index(point)]
         return _array(total / total.sum())
 
     def principal_components(self, image: int = 0) -> np.ndarray:
@@ -176,6 +183,7 @@ class _Reader(Watcher):
         self._images: tuple[tuple[int, int], ...] | None = None
         self._pixels: dict[tuple[int, int], torch.Tensor] = {}
         self._kept: dict[tuple[int, int], tuple[tuple[int, int], list[LinearMap]]] = {}
+        self._latent = (0, 0)
         self._bytes = 0
         if self.words is not None:
             self.words.begin()
@@ -228,6 +236,7 @@ class _Reader(Watcher):
 
     def _keep(self, site: Site, image: tuple[int, int], operator: LinearMap) -> None:
         grid, kept = self._kept.setdefault(image, (site.grid or (0, 0), []))
+        self._latent = site.latent or (0, 0)
         if grid != site.grid:
             raise ValueError(f"components are of layers of one grid; levels {self._levels} have {grid} and {site.grid}")
         self._bytes += operator.nbytes
@@ -241,17 +250,19 @@ class _Reader(Watcher):
     def _rows_at(self, site: Site, operator: LinearMap) -> torch.Tensor:
         """[pixels, height, width]: the rows of the tokens that the pixels are in, averaged over heads."""
         assert site.grid is not None and site.latent is not None
-        (height, width), (rows, columns) = site.grid, site.latent
-        tokens = []
-        for x, y in self._owner.pixels:
-            across, down = x / (columns * self._factor), y / (rows * self._factor)
-            if not (0 <= across < 1 and 0 <= down < 1):
-                raise ValueError(
-                    f"the pixel {(x, y)} is outside the image of {columns * self._factor} x {rows * self._factor} "
-                    "pixels (width x height)"
-                )
-            tokens.append(int(down * height) * width + int(across * width))
+        tokens = [self._token(pixel, site.grid, site.latent) for pixel in self._owner.pixels]
         return operator.rows(tokens)[0].mean(0).reshape(-1, *site.grid).float()
+
+    def _token(self, pixel: tuple[float, float], grid: tuple[int, int], latent: tuple[int, int]) -> int:
+        """The number of the token of a layer that a pixel of the image is in."""
+        (x, y), (height, width), (rows, columns) = pixel, grid, latent
+        across, down = x / (columns * self._factor), y / (rows * self._factor)
+        if not (0 <= across < 1 and 0 <= down < 1):
+            raise ValueError(
+                f"the pixel {(x, y)} is outside the image of {columns * self._factor} x {rows * self._factor} "
+                "pixels (width x height)"
+            )
+        return int(down * height) * width + int(across * width)
 
     def _cross(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         return text_sites(sites, self._levels)
@@ -290,6 +301,12 @@ class _Reader(Watcher):
         if which not in self._pixels:
             raise ValueError("no step of the window has run: there is no self-attention of a pixel")
         return self._pixels[which]
+
+    def kept_row(self, pixel: tuple[float, float], image: int) -> torch.Tensor:
+        """[height, width]: the mean row of the token that a pixel is in, of all that is kept."""
+        operators, grid = self.kept(image)
+        token = self._token(pixel, grid, self._latent)
+        return torch.stack([operator.rows([token])[0].mean(0).float() for operator in operators]).mean(0).reshape(grid)
 
     def kept(self, image: int) -> tuple[list[LinearMap], tuple[int, int]]:
         which = self.image(image)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["Comparison", "side_by_side", "upscale"]
+__all__ = ["Comparison", "changed_words", "side_by_side", "upscale"]
 
 SMALLEST_TILE, LARGEST_TILE = 256, 512  # px, longest side of a picture in the layout
 
@@ -137,6 +137,16 @@ def upscale(image: Image.Image, longest: int) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
+def changed_words(source: str, target: str) -> list[tuple[str, bool]]:
+    """The words of a target prompt, each with whether the source prompt lacks it at that place."""
+    words, targets = source.split(), target.split()
+    matcher = difflib.SequenceMatcher(a=[w.lower() for w in words], b=[w.lower() for w in targets], autojunk=False)
+    new = [True] * len(targets)
+    for block in matcher.get_matching_blocks():
+        new[block.b : block.b + block.size] = [False] * block.size
+    return list(zip(targets, new, strict=True))
+
+
 def _tile_size(images: Sequence[Image.Image]) -> int:
     longest = max(max(image.size) for image in images)
     return min(longest * max(1, math.ceil(SMALLEST_TILE / longest)), LARGEST_TILE)
@@ -144,13 +154,8 @@ def _tile_size(images: Sequence[Image.Image]) -> int:
 
 def _captions(row: Comparison, has_source: bool) -> list[Words]:
     """Words and colours under the source column (where there is one) and under the target columns."""
-    source, target = row.source_prompt.split(), row.target_prompt.split()
-    plain = [(word, INK) for word in source]
-    matcher = difflib.SequenceMatcher(a=[w.lower() for w in source], b=[w.lower() for w in target], autojunk=False)
-    coloured = [(word, ACCENT) for word in target]
-    for block in matcher.get_matching_blocks():
-        for index in range(block.b, block.b + block.size):
-            coloured[index] = (target[index], INK)
+    plain = [(word, INK) for word in row.source_prompt.split()]
+    coloured = [(word, ACCENT if new else INK) for word, new in changed_words(row.source_prompt, row.target_prompt)]
     return [plain, coloured] if has_source else [coloured]
 
 

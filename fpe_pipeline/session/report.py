@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .known_rows import RecordedLayer
     from .record import LayerRecord
 
-__all__ = ["EditReport", "LayerMemory", "Replayed"]
+__all__ = ["EditReport", "LayerMemory", "Replayed", "ranges", "size_in_words"]
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ class EditReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.layers)} layers replaced in a run of {self.total} steps"]
-        lines += [f"  {path}: steps {_ranges(steps)}" for path, steps in self.layers.items()]
-        lines += [f"  {path}: features, steps {_ranges(steps)}" for path, steps in self.features.items()]
+        lines += [f"  {path}: steps {ranges(steps)}" for path, steps in self.layers.items()]
+        lines += [f"  {path}: features, steps {ranges(steps)}" for path, steps in self.features.items()]
         return "\n".join(lines)
 
     def explain(self) -> str:
@@ -179,13 +179,13 @@ class EditReport:
         lines += [f"without effect: {reason}" for reason in self.idle]
         for path, products in self.products.items():
             memory = self.memory[path]
-            lines.append(f"  {path}: q, k, v {_size(memory.held)}; dense maps {_size(memory.maps)}")
-            lines += [f"    steps {_ranges(steps)}: {what}" for what, steps in products.items()]
-        lines += [f"  {path}: features, steps {_ranges(steps)}" for path, steps in self.features.items()]
+            lines.append(f"  {path}: q, k, v {size_in_words(memory.held)}; dense maps {size_in_words(memory.maps)}")
+            lines += [f"    steps {ranges(steps)}: {what}" for what, steps in products.items()]
+        lines += [f"  {path}: features, steps {ranges(steps)}" for path, steps in self.features.items()]
         if self.watched:
             lines.append(f"{len(self.watched)} layers read without being replaced: heat, same output to rounding")
         for path, reasons in self.skipped.items():
-            lines += [f"not replaced: {path}, steps {_ranges(steps)}: {why}" for why, steps in reasons.items()]
+            lines += [f"not replaced: {path}, steps {ranges(steps)}: {why}" for why, steps in reasons.items()]
         for kind in dict.fromkeys(site.kind for site in self.sites):
             whole = [site for site in self.sites if site.kind == kind]
             alone = [site for site in whole if site.path not in {*self.layers, *self.skipped}]
@@ -199,8 +199,8 @@ class EditReport:
             held = max(self.memory.values(), key=lambda memory: memory.held).held
             maps = [memory.maps for memory in self.memory.values()]
             lines.append(
-                f"memory: at most {_size(held)} of queries, keys and values at a time; one dense map would have taken "
-                f"up to {_size(max(maps))}, all of a step's kept {_size(sum(maps))}"
+                f"memory: at most {size_in_words(held)} of queries, keys and values at a time; one dense map would "
+                f"have taken up to {size_in_words(max(maps))}, all of a step's kept {size_in_words(sum(maps))}"
             )
         return "\n".join(lines + self._explain_replayed())
 
@@ -211,13 +211,13 @@ class EditReport:
         maps = sum(entry.maps for entry in self.replayed.values())
         lines = [
             f"{len(self.replayed)} layers and modules took the source from a recording, whose rows are numbered from "
-            f"{self.batch} on: {_size(read)} read"
-            + (f"; the maps among it would have taken {_size(maps)}" if maps else "")
+            f"{self.batch} on: {size_in_words(read)} read"
+            + (f"; the maps among it would have taken {size_in_words(maps)}" if maps else "")
         ]
         for path, entry in self.replayed.items():
-            would = f"; as maps {_size(entry.maps)}" if entry.maps else ""
-            lines.append(f"  {path}: {_size(entry.nbytes)}{would}")
-            lines += [f"    steps {_ranges(steps)}: {what}" for what, steps in entry.parts.items()]
+            would = f"; as maps {size_in_words(entry.maps)}" if entry.maps else ""
+            lines.append(f"  {path}: {size_in_words(entry.nbytes)}{would}")
+            lines += [f"    steps {ranges(steps)}: {what}" for what, steps in entry.parts.items()]
         return lines
 
 
@@ -230,7 +230,7 @@ def _note(where: dict[str, list[int]], name: Any, step: int) -> None:
         steps.append(step)
 
 
-def _ranges(steps: list[int]) -> str:
+def ranges(steps: list[int]) -> str:
     """``[0, 1, 2, 5]`` as ``0-2, 5``."""
     runs: list[list[int]] = []
     for step in steps:
@@ -241,7 +241,8 @@ def _ranges(steps: list[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _size(count: float) -> str:
+def size_in_words(count: float) -> str:
+    """``2048`` bytes as ``2 KiB``."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"

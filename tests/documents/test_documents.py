@@ -43,6 +43,9 @@ NOT_RUN = {
     "make gpu": "needs a GPU",
     "python -m benchmarks": "measures from minutes to hours; tests/benchmarks runs each of its parts",
     "pytest benchmarks": "measures for minutes; tests/benchmarks runs each of its parts",
+    "make notebooks": "writes the notebooks; test_notebooks.py runs them",
+    "fpe app": "serves until it is ended; tests/pages visits it",
+    "playwright install": "downloads a browser",
     "fpe evaluate": "takes hours; its arguments are parsed, and test_quality.py runs it on few pairs",
 }
 FEW_STEPS = ["--steps", "5"]

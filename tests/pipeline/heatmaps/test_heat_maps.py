@@ -78,6 +78,8 @@ def test_a_pixel_and_components_are_those_of_dense_maps(tiny, recorded):
     mean = torch.stack(dense).mean((0, 1)).double()  # [N, N]
     expected = mean[(20 // 16) * 6 + 70 // 16].reshape(4, 6)
     np.testing.assert_allclose(heat.pixel((70.0, 20.0)), expected.detach().numpy(), rtol=0, atol=1e-5)
+    later = mean[(40 // 16) * 6 + 5 // 16].reshape(4, 6)  # a point that was not read: from what components keep
+    np.testing.assert_allclose(heat.pixel((5.0, 40.0)), later.detach().numpy(), rtol=0, atol=1e-5)
     left, values, _ = torch.linalg.svd(mean - mean.mean(0))
     scores = heat.principal_components().reshape(2, -1)
     for index in range(2):

@@ -1,0 +1,81 @@
+"""`fpe app`: the page, served to this machine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+from .. import extras
+from ..errors import InputError
+from ..models.loading import EMBEDDED
+from .console import print_paths, say
+from .edit import BACKEND, DEVICE, DTYPE, TRACEBACK
+from .options import chosen, flag
+
+__all__ = ["EXAMPLES", "page"]
+
+EXAMPLES = """Examples:
+
+fpe app
+
+fpe app --model ./stable-diffusion-v1-5 --model embedded --port 8080"""
+
+_LOOPBACK = "127.0.0.1"
+
+
+def page(
+    model: Annotated[
+        list[str] | None,
+        flag(
+            "--model",
+            panel="Page",
+            text="a model that the page offers: as for fpe edit; repeat for more (default: the embedded model)",
+            metavar="PATH",
+        ),
+    ] = None,
+    output: Annotated[
+        Path, flag("-o", "--output", panel="Page", text="folder of every result (default: out/studio)", metavar="DIR")
+    ] = Path("out/studio"),
+    host: Annotated[
+        str,
+        flag(
+            "--host",
+            panel="Page",
+            text=f"address to listen at (default: {_LOOPBACK}, this machine alone); whoever reaches it may run models",
+            metavar="ADDRESS",
+        ),
+    ] = _LOOPBACK,
+    port: Annotated[
+        int | None, flag("--port", panel="Page", text="port (default: the first free one from 7860)", metavar="N")
+    ] = None,
+    device: Annotated[str | None, DEVICE] = None,
+    dtype: Annotated[str | None, DTYPE] = None,
+    backend: Annotated[str | None, BACKEND] = None,
+    traceback: Annotated[bool, TRACEBACK] = False,
+) -> Callable[[], int]:
+    """Serve a page to edit pictures on.
+
+    Generated images, photos, comparisons, what each word and place attends to, and every result with its settings.
+    Nothing is sent anywhere, and nothing is fetched but what the models need. Ctrl-C ends it.
+    """
+    machine = chosen(device=device, dtype=dtype, backend=backend)
+    return functools.partial(_serve, tuple(model or (EMBEDDED,)), output, host, port, machine)
+
+
+def _serve(models: tuple[str, ...], output: Path, host: str, port: int | None, machine: dict[str, str]) -> int:
+    from ..atomic_folder import check_writable
+
+    if absent := extras.missing(extras.APP):
+        raise InputError(extras.app_hint(absent))
+    check_writable(output)
+    from ..studio.desk import Desk
+    from ..studio.models import Models
+    from ..studio.serve import serve
+
+    served = serve(Desk(Models(models, **machine), output.resolve()), host=host, port=port, block=False)
+    print_paths([served.local_url])
+    say("Ctrl-C ends it")
+    served.block_thread()
+    return 0

@@ -1,0 +1,221 @@
+"""The images of a run, by a pipeline that is loaded: what `execute` does between loading and the record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ..errors import InputError
+from ..images.distance import pixel_hash
+from ..models.loading import find_model, is_embedded, pick_device, scheduler_settings
+from .edit_class import edit_class
+from .progress import Progress, show_steps
+from .repeatable import Clock, machine, repeatable, threads_for, versions
+from .result import Run
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from ..edits import Edit
+    from ..inversion.trajectory import Inversion
+    from ..pipeline import FreePromptPipeline
+    from ..sampling.output import FreePromptPipelineOutput
+
+__all__ = ["Loaded", "ddim_of", "details_of", "edit_of", "filled_in", "invert", "made_by", "photo_for", "pinned"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a caller that makes several runs keeps between them.
+
+    Args:
+        pipe: of the settings' model, device and dtype; its scheduler is put back after a run.
+        identity: of its model, from :func:`~fpe_pipeline.models.loading.identity`.
+        inversion: of the settings' picture, made with the settings' steps and method; None to invert it in the run.
+    """
+
+    pipe: FreePromptPipeline
+    identity: str
+    inversion: Inversion | None = None
+
+
+def pinned(settings: Settings, device: str) -> AbstractContextManager[None]:
+    """The arithmetic of a run, pinned; see :mod:`fpe_pipeline.runs.repeatable`."""
+    return repeatable(threads_for(settings.model, device) if settings.threads is None else settings.threads)
+
+
+def made_by(
+    settings: Settings,
+    loaded: Loaded,
+    progress: Progress,
+    name: str,
+    expected: tuple[str | None, str | None],
+    clock: Clock,
+    on_step: Callable[..., dict[str, Any]] | None,
+) -> Run:
+    """The images of checked settings; ``expected`` are the identities of model and picture, where a record has them."""
+    import torch
+
+    pipe = loaded.pipe
+    _warn_of_cut_prompts(pipe.tokenizer, settings)
+    photo = photo_for(pipe, settings)
+    _check_expected(settings, loaded.identity, expected[0], photo, expected[1])
+    width, height = photo.size if photo is not None else settings.size or pipe.native_size[::-1]
+    edit = edit_of(pipe, settings, width, height)
+    common: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "negative_prompt": settings.negative,
+    }
+    inversion = loaded.inversion
+    if photo is not None:
+        if inversion is None:
+            show_steps(pipe, "invert", progress)
+            with clock.measure("invert"):
+                inversion = invert(pipe, photo, settings)
+        pipe.scheduler = ddim_of(pipe)
+        common |= {"inversion": inversion, "height": None, "width": None}
+
+    def generate(title: str, prompts: list[str], **options: Any) -> FreePromptPipelineOutput:
+        show_steps(pipe, f"{name} {title}".strip(), progress)
+        noise = torch.Generator().manual_seed(settings.seed)
+        with clock.measure(title):
+            try:
+                made: Any = pipe(prompts, generator=noise, **common, **options)
+                return made
+            except (TypeError, ValueError) as error:
+                raise InputError(str(error)) from error
+
+    made = generate(
+        "edit",
+        [settings.source, *settings.targets],
+        edit=edit,
+        backend=settings.backend,
+        callback_on_step_end=on_step,
+    )
+    source, *edited = made.images
+    plain = None
+    if settings.control:
+        # A real image's targets start from its noise, with its source row beside them: it holds the inversion.
+        with_source = [] if inversion is None else [settings.source]
+        free = generate("no control", [*with_source, *settings.targets], self_replace_steps=0)
+        plain = tuple(free.images[len(with_source) :])
+    settings = filled_in(settings, pipe, source.size)
+    details = details_of(settings, loaded, clock.seconds)
+    return Run(settings, source, tuple(edited), plain, details, photo, made.report)
+
+
+def filled_in(settings: Settings, pipe: FreePromptPipeline, size: tuple[int, int]) -> Settings:
+    """Settings with what a run of them chose, so that they repeat it elsewhere: where things lie, and on what."""
+    import torch
+
+    location = find_model(settings.model)
+    return settings.with_values(
+        model=settings.model if location.kind == "hub" or is_embedded(settings.model) else location.location,
+        image=None if settings.image is None else str(Path(settings.image).resolve()),
+        size=size,
+        dtype=str(pipe.unet.dtype).removeprefix("torch."),
+        device=pick_device(settings.device),
+        threads=torch.get_num_threads(),
+    )
+
+
+def details_of(settings: Settings, loaded: Loaded, seconds: dict[str, float]) -> dict[str, Any]:
+    """What a record says beside the settings and the images: model, versions, machine, times."""
+    from fpe_kernels import backends
+
+    pipe = loaded.pipe
+    return edit_class(settings.method) | {
+        "model": {
+            "identity_sha256": loaded.identity,
+            "class": type(pipe).__name__,
+            "scheduler": scheduler_settings(pipe),
+        },
+        "versions": versions(),
+        "machine": machine(settings.device),
+        "backends": backends(),
+        "seconds": seconds,
+    }
+
+
+def _check_expected(
+    settings: Settings, model: str, expected_model: str | None, photo: Image.Image | None, expected_photo: str | None
+) -> None:
+    """Raise InputError for another model or picture than the record's, where there is one."""
+    if expected_model is not None and model != expected_model:
+        raise InputError(
+            f"model '{settings.model}' is not the one of the record: its weights, scheduler or dtype differ "
+            f"({model[:12]}… instead of {expected_model[:12]}…); pass --model to use it all the same"
+        )
+    if expected_photo is not None and photo is not None and expected_photo != pixel_hash(photo):
+        raise InputError(
+            f"'{settings.image}' is not the picture of the record: its pixels differ; pass --image to edit "
+            "it all the same"
+        )
+
+
+def _warn_of_cut_prompts(tokenizer: Any, settings: Settings) -> None:
+    """Say in one line which prompts are longer than the model reads."""
+    room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+    prompts = {"source": settings.source, "negative": settings.negative or ""}
+    prompts |= {f"target {number}": target for number, target in enumerate(settings.targets, start=1)}
+    lengths = {name: len(tokenizer(prompt, add_special_tokens=False).input_ids) for name, prompt in prompts.items()}
+    cut = [f"{name} {length}" for name, length in lengths.items() if length > room]
+    if cut:
+        logger.warning("the model reads the first %d tokens of a prompt and no more: %s", room, ", ".join(cut))
+
+
+def photo_for(pipe: FreePromptPipeline, settings: Settings) -> Image.Image | None:
+    """The settings' picture as the model takes it; None where the source is generated."""
+    from ..images.load import load_image
+
+    if settings.image is None:
+        return None
+    pixels = pipe.native_size[0] * pipe.native_size[1]
+    return load_image(settings.image, settings.size or (None, None), multiple=pipe.vae_scale_factor, pixels=pixels)
+
+
+def edit_of(pipe: FreePromptPipeline, settings: Settings, width: int, height: int) -> Edit:
+    """The settings' edit; words and layers that it cannot serve are refused here, before a picture is inverted."""
+    from ..models.sites import attention_sites
+
+    edit = settings.edit(pipe.tokenizer, pipe.unet)
+    latent = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
+    try:
+        edit.select(tuple(site.at(*latent) for site in attention_sites(pipe.unet)))
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
+    return edit
+
+
+def ddim_of(pipe: FreePromptPipeline) -> Any:
+    """DDIM on the noise levels of whatever scheduler a model names, by which pictures are inverted."""
+    from ..sampling.noise_schedule import ddim_scheduler
+
+    return ddim_scheduler(pipe.scheduler)
+
+
+def invert(pipe: FreePromptPipeline, photo: Image.Image, settings: Settings) -> Inversion:
+    """The settings' picture, cut for the model, inverted by DDIM."""
+    pipe.scheduler = ddim_of(pipe)
+    try:
+        return pipe.invert(
+            photo,
+            settings.source,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.inversion_guidance,
+            method=settings.null_text() or settings.inversion,
+            height=photo.height,
+            width=photo.width,
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error

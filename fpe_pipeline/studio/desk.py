@@ -1,0 +1,247 @@
+"""What happens when something on the page is pressed: from a visitor and values of fields to what is shown.
+
+Handlers of long work are generators: they yield what is shown meanwhile. What a visitor asks wrongly is said in place
+of the result; what goes wrong here is in the server's log, and the visitor is told no more than its kind.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..errors import InputError
+from ..runs import run as runs
+from ..runs.settings import Settings
+from . import shown, work
+from .copied import as_command, as_python
+from .models import Models
+from .requests import Limits, fields_of, fields_read, new_seed, settings_of, within
+from .sweeps import sweep
+from .uploads import admitted_photo, admitted_record
+from .visitors import Inverted, Look, Result, Visitor
+from .watched import Cancelled, Told, Watched, watch
+
+__all__ = ["Desk"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Desk:
+    """The server behind a page.
+
+    Args:
+        models: that it may load.
+        root: the folder that receives every visitor's files.
+        limits: of one request.
+    """
+
+    models: Models
+    root: Path
+    limits: Limits = field(default_factory=Limits)
+    #: Seconds that a step of the latest run took for each of its prompts, by model and size.
+    _paces: dict[tuple[str, Any], float] = field(default_factory=dict, repr=False)
+
+    def arrive(self) -> Visitor:
+        """A page is opened."""
+        return Visitor(self.root)
+
+    def settings(self, values: Sequence[Any], image: Path | None = None) -> Settings:
+        """What the fields ask for, within the limits.
+
+        Raises:
+            InputError: what is wrong with it, in one line.
+        """
+        model, fields = fields_read(values)
+        photo = None if image is None else str(image)
+        asked = settings_of(fields, self.models.check(model), image=photo, **self.models.machine)
+        return within(asked, self.limits)
+
+    def estimate(self, *values: Any) -> str:
+        """How long the settings will take, as the latest run of their model went."""
+        try:
+            settings = self.settings(values)
+        except (InputError, TypeError, ValueError):
+            return ""
+        pace = self._paces.get((settings.model, settings.size))
+        rows = (1 + len(settings.targets)) + settings.control * len(settings.targets)
+        return "" if pace is None else f"about {max(1, round(pace * rows * settings.steps))} s"
+
+    def targets(self, values: Sequence[Any]) -> list[str]:
+        """The target prompts among the fields."""
+        return [line.strip() for line in str(fields_read(values)[1]["targets"]).splitlines() if line.strip()]
+
+    # Long work: each yields (status, preview, what came of it or None).
+
+    def generate(self, visitor: Visitor, locked: bool, *values: Any) -> Iterator[Shown]:
+        """The images of the fields; with a seed of its own unless the seed is locked."""
+
+        def begun() -> Callable[[Watched], Result]:
+            settings = self.settings(values)
+            if not locked:
+                settings = settings.with_values(seed=new_seed())
+            return lambda watched: work.generate(self.models, visitor, settings, watched)
+
+        for each in self._watched(visitor, begun):
+            if isinstance(each.made, Result):
+                made = each.made.run.settings
+                rows = (1 + len(made.targets)) + made.control * len(made.targets)
+                pace = each.made.seconds / (rows * made.steps)
+                asked = self.settings(values)
+                self._paces[asked.model, asked.size] = pace
+            yield each
+
+    def invert(self, visitor: Visitor, inversion: str, *values: Any) -> Iterator[Shown]:
+        """The visitor's photo, inverted and recorded."""
+
+        def begun() -> Callable[[Watched], Inverted]:
+            settings = self._photo_settings(visitor, inversion, values)
+            return lambda watched: work.invert_photo(self.models, visitor, settings, watched)
+
+        yield from self._watched(visitor, begun)
+
+    def edit(self, visitor: Visitor, inversion: str, *values: Any) -> Iterator[Shown]:
+        """Edits of the visitor's photo from its recording."""
+
+        def begun() -> Callable[[Watched], Result]:
+            settings = self._photo_settings(visitor, inversion, values)
+            return lambda watched: work.edit_photo(self.models, visitor, settings, watched)
+
+        yield from self._watched(visitor, begun)
+
+    def look(self, visitor: Visitor) -> Iterator[Shown]:
+        """The latest result made once more, with its maps read."""
+
+        def begun() -> Callable[[Watched], Look]:
+            if not visitor.results:
+                raise InputError("there is no picture yet to look into: make one first")
+            return lambda watched: work.look_inside(self.models, visitor, visitor.results[-1], watched)
+
+        yield from self._watched(visitor, begun)
+
+    def grid(self, visitor: Visitor, axis: str, *values: Any) -> Iterator[Shown]:
+        """One result for each method, strength or window; a method that cannot serve the prompts is left out, named."""
+
+        def begun() -> Callable[[Watched], Grid]:
+            runs_of_it = sweep(self.settings(values), axis)
+            return lambda watched: self._grid(visitor, runs_of_it, watched)
+
+        yield from self._watched(visitor, begun)
+
+    def _grid(self, visitor: Visitor, asked: Sequence[tuple[str, Settings]], watched: Watched) -> Grid:
+        tiles: list[tuple[Path, str, str]] = []
+        refused: list[str] = []
+        for label, settings in asked:
+            try:
+                result = work.generate(self.models, visitor, settings, watched)
+            except InputError as error:
+                refused.append(f"{label}: {error}")
+                continue
+            if not tiles:
+                tiles.append((result.folder / "source.png", "source", settings.source))
+            files = result.run.files().items()
+            tiles += [(result.folder / name, label, prompt) for name, (_, role, prompt) in files if role == "edited"]
+        return Grid(tiles, refused)
+
+    def cancel(self, visitor: Visitor | None) -> str:
+        """End the visitor's run at its next step."""
+        running = visitor is not None and visitor.cancel()
+        return shown.note("ending at the next step" if running else "nothing is running")
+
+    # Short work
+
+    def receive_photo(self, visitor: Visitor, upload: str | None) -> tuple[str, Image.Image | None]:
+        """An upload as the visitor's photo: (status, what it will be edited from)."""
+        visitor.inverted = visitor.look = None
+        visitor.photo = None
+        if upload is None:
+            return "", None
+        try:
+            visitor.photo = admitted_photo(Path(upload), visitor.folder / "upload.png")
+        except InputError as error:
+            return shown.alert(str(error)), None
+        finally:
+            Path(upload).unlink(missing_ok=True)
+        with Image.open(visitor.photo) as photo:
+            photo.load()
+        return shown.note(f"{photo.width} × {photo.height} px; say what it shows, then press Invert"), photo
+
+    def restore(self, upload: str | None) -> tuple[str, Settings | None]:
+        """The settings of an uploaded PNG, as far as this page serves them: (status, settings)."""
+        if upload is None:
+            return "", None
+        path = Path(upload)
+        try:
+            settings, record = runs.read_record(admitted_record(path))
+            photo = settings.image is not None
+            restored = within(settings.with_values(image=None, **self.models.machine), self.limits)
+            self.models.check(restored.model)
+            fields_of(restored)
+        except InputError as error:
+            return shown.alert(str(error).replace(str(path), "this picture")), None
+        finally:
+            path.unlink(missing_ok=True)
+        loaded = self.models.identity(restored.model)
+        notes = ["the settings of the picture are in the fields"]
+        if loaded is not None and record.get("model", {}).get("identity_sha256") != loaded:
+            notes.append("it was made with other weights or another precision of this model")
+        if photo:
+            notes.append("it is an edit of a photo: drop the photo into the tab Photo")
+        return shown.note("; ".join(notes)), restored
+
+    @staticmethod
+    def copies(result: Result) -> tuple[str, str]:
+        """The result's settings as a command and as Python."""
+        return as_command(result.run.settings), as_python(result.run.settings)
+
+    def _photo_settings(self, visitor: Visitor, inversion: str, values: Sequence[Any]) -> Settings:
+        if visitor.photo is None:
+            raise InputError("there is no photo yet: drop one first")
+        return self.settings(values, visitor.photo).with_values(inversion=inversion)
+
+    def _watched(self, visitor: Visitor, begun: Callable[[], Callable[[Watched], Any]]) -> Iterator[Shown]:
+        start = time.monotonic()
+        try:
+            doing = begun()
+            yield Shown(shown.note("waiting for the model"))
+            for told in watch(doing, visitor.begin()):
+                if isinstance(told, Told):
+                    yield Shown(shown.progress(told), told.preview)
+                else:
+                    yield Shown(shown.note(f"done in {time.monotonic() - start:.1f} s"), made=told)
+        except Cancelled:
+            yield Shown(shown.note("cancelled; nothing was kept"))
+        except (InputError, TypeError) as error:
+            yield Shown(shown.alert(str(error)))
+        except Exception as error:
+            logger.exception("a request of the page failed")
+            yield Shown(shown.alert(f"this failed on the server ({type(error).__name__}); its log says where"))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Pictures with labels, and what could not be made, with why."""
+
+    tiles: list[tuple[Path, str, str]]
+    refused: list[str]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What long work shows.
+
+    Args:
+        status: HTML.
+        preview: the targets so far.
+        made: what came of it, once.
+    """
+
+    status: str
+    preview: Sequence[Image.Image] = ()
+    made: Any = None

@@ -1,0 +1,114 @@
+"""The models of a server: one in memory at a time, one run at a time."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..embedded.scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS
+from ..errors import InputError
+from ..models.loading import EMBEDDED, find_model, identity, is_embedded, pick_device, pick_dtype
+from ..models.sites import attention_sites
+from ..runs.loading import load_pipeline
+from ..runs.making import Loaded
+
+__all__ = ["Models", "choices_of", "vocabulary"]
+
+
+@dataclass
+class Models:
+    """What a server may load, by name; the one that is loaded, and the lock of its runs.
+
+    Args:
+        names: as ``fpe edit --model`` takes them; the first is the page's choice.
+        device, dtype, backend: of every run.
+    """
+
+    names: Sequence[str] = (EMBEDDED,)
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: str = "auto"
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _loaded: tuple[str, Loaded] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            find_model(name)
+        self.device = pick_device(self.device)
+        pick_dtype(self.dtype, self.device)
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What the server decides of every visitor's settings."""
+        return {"device": self.device, "dtype": self.dtype, "backend": self.backend}
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[Loaded]:
+        """A loaded model for the time of a block; others wait. After an error no memory of the run is kept.
+
+        Raises:
+            InputError: none of the server's models.
+        """
+        self.check(name)
+        with self._lock:
+            try:
+                yield self._load(name)
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # whose variables are the run's tensors
+                _free(self.device)
+                raise
+
+    def check(self, name: str) -> str:
+        """The name; raises InputError unless it is one of the server's."""
+        if name not in self.names:
+            raise InputError(f"this page has the models {', '.join(self.names)}, not {name!r}")
+        return name
+
+    def identity(self, name: str) -> str | None:
+        """The identity of a model where it is the one in memory; None where it is not."""
+        kept = self._loaded
+        return kept[1].identity if kept is not None and kept[0] == name else None
+
+    def _load(self, name: str) -> Loaded:
+        if self._loaded is not None and self._loaded[0] == name:
+            return self._loaded[1]
+        self._loaded = None  # before the next: two do not fit everywhere
+        _free(self.device)
+        pipe = load_pipeline(find_model(name), dtype=pick_dtype(self.dtype, self.device), device=self.device)
+        self._loaded = (name, Loaded(pipe, identity(pipe)))
+        return self._loaded[1]
+
+
+def choices_of(pipe: Any) -> list[tuple[str, str]]:
+    """The layers that a model's self-attention can be chosen by, as (label, name): levels, then blocks."""
+    height, width = (side // pipe.vae_scale_factor for side in pipe.native_size)
+    sites = [site.at(height, width) for site in attention_sites(pipe.unet) if site.kind == "self"]
+    levels = {site.level: site.grid for site in sites}
+    blocks: dict[str, int] = {}
+    for site in sites:
+        block = site.path.partition(".attentions")[0]
+        blocks[block] = blocks.get(block, 0) + 1
+    return [
+        *((f"level {level} · {grid[0]}×{grid[1]}", f"level {level}") for level, grid in sorted(levels.items()) if grid),
+        *((f"{block} · {count}", block) for block, count in blocks.items()),
+    ]
+
+
+def vocabulary(model: str) -> dict[str, tuple[str, ...]]:
+    """The words that the embedded model draws, by kind; {} for others, which draw nearly anything."""
+    if not is_embedded(model):
+        return {}
+    return {"colour": tuple(COLOURS), "object": tuple(OBJECTS), "place": tuple(BACKGROUNDS)}
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()

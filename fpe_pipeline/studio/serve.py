@@ -1,0 +1,104 @@
+"""Serving the page: to this machine unless told otherwise, with nothing from, and nothing to, anybody else."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .uploads import MOST_BYTES
+
+__all__ = ["HEADERS", "serve"]
+
+#: What a browser may load: the page's own files, and pictures that stand in the page itself. Gradio's page has scripts
+#: and styles in its text.
+HEADERS = {
+    "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; "
+    "connect-src 'self'; object-src 'none'; base-uri 'self'; frame-ancestors 'self'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+
+class _Headers:
+    """Adds :data:`HEADERS` to every answer."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(
+        self,
+        scope: MutableMapping[str, Any],
+        receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
+        send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
+    ) -> None:
+        async def sent(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message.get("headers", []), *added]}
+            await send(message)
+
+        await self.app(scope, receive, sent if scope["type"] == "http" else send)
+
+
+def serve(desk: Any, *, host: str = "127.0.0.1", port: int | None = None, block: bool = True) -> Any:
+    """Serve a desk's page.
+
+    Args:
+        desk: a :class:`~fpe_pipeline.studio.desk.Desk`.
+        host, port: to listen at; default: this machine alone, at the first free port from 7860 on.
+        block: whether to stay until interrupted.
+
+    Returns:
+        Gradio's blocks, with ``local_url``; ``close()`` ends it.
+    """
+    keep_to_itself(desk.root)
+    from starlette.middleware import Middleware
+
+    from . import looks
+    from .page import build
+
+    _check_address(host, port)
+    page = build(desk)
+    page.queue(max_size=32, default_concurrency_limit=4, api_open=False)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=not block,
+        share=False,
+        quiet=True,
+        inbrowser=False,
+        show_error=False,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        allowed_paths=[str(desk.root)],
+        max_file_size=MOST_BYTES,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        theme=looks.theme(),
+        css=looks.CSS,
+        app_kwargs={"middleware": [Middleware(_Headers)], "docs_url": None, "redoc_url": None, "openapi_url": None},
+    )
+    return page
+
+
+def keep_to_itself(root: Path) -> None:
+    """Keep Gradio from the network, and its files in the output folder; before it is imported."""
+    root.mkdir(parents=True, exist_ok=True)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str((root / "served").resolve())
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Raise InputError where nothing can listen there; Gradio would look for a port of its own."""
+    try:
+        with socket.create_server((host, port or 0)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise InputError(f"cannot listen at {host}:{port}: {error}; pass another --port or --host") from error

@@ -1,0 +1,43 @@
+"""Grids: one run for each method, strength or window, all from the same noise."""
+
+from __future__ import annotations
+
+from ..edits.method import REQUIRED
+from ..edits.registry import METHODS
+from ..errors import InputError
+from ..runs.settings import SELF_REPLACE, Settings
+
+__all__ = ["AXES", "sweep"]
+
+AXES = ("methods", "strengths", "windows")
+_ENDS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+
+
+def sweep(settings: Settings, axis: str) -> list[tuple[str, Settings]]:
+    """(label, settings) of each run of a grid.
+
+    Args:
+        settings: what the runs have in common.
+        axis: one of :data:`AXES`. Methods that need words to be named are left out of theirs.
+
+    Raises:
+        InputError: another axis, or a method that has no window.
+    """
+    plain = settings.changed(control=False)
+    if axis == "methods":
+        names = [name for name, method in METHODS.items() if all(o.default is not REQUIRED for o in method.choices)]
+        layers = {"levels": None, "max_tokens": None, "layers": None}
+        return [
+            (METHODS[name].title, plain.changed(method=name, options={}, self_replace=SELF_REPLACE, **layers))
+            for name in names
+        ]
+    if axis == "strengths":
+        return [(f"strength {s:g}", plain.changed(method="fpe-soft", options={"strength": s})) for s in _STRENGTHS]
+    if axis == "windows":
+        if METHODS[settings.method].window is None:
+            raise InputError(f"{settings.method} has no window of steps that is the source's; choose fpe")
+        start = settings.self_replace[0]
+        ends = [end for end in _ENDS if end >= start]
+        return [(f"steps {start:g} to {end:g}", plain.changed(self_replace=(start, end))) for end in ends]
+    raise InputError(f"a grid goes over {', '.join(AXES)}, got {axis!r}")

@@ -1,0 +1,126 @@
+"""What the server knows of one visitor; nobody else's requests reach it.
+
+A visitor is the server's side of one open page: its results, its photo and the run that it waits for. Files are in a
+folder of the visitor's own, whose name nobody can guess.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from ..runs import run as runs
+from .watched import Watched
+
+if TYPE_CHECKING:
+    from ..heatmaps.heat_maps import HeatMaps
+    from ..inversion.trajectory import Inversion
+    from ..recordings.recording import Recording
+
+__all__ = ["Inverted", "Look", "Result", "Visitor"]
+
+#: Results that a page remembers; the files of earlier ones stay.
+MOST_RESULTS = 60
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run that was made, and where its files are."""
+
+    number: int
+    run: runs.Run
+    folder: Path
+    seconds: float
+
+    @property
+    def title(self) -> str:
+        settings = self.run.settings
+        return f"{self.number}: {settings.method}, seed {settings.seed}, {settings.steps} steps"
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """A photo's way to noise, and what edits need of its way back.
+
+    Args:
+        of: what it holds for: it serves settings that agree in these.
+        recording: of the way back.
+        cut: the photo as it was cut for the model.
+        back: the photo as it came back.
+        psnr: of these two, dB.
+        seconds: that it took.
+    """
+
+    of: tuple[object, ...]
+    inversion: Inversion
+    recording: Recording
+    cut: Image.Image
+    back: Image.Image
+    psnr: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Look:
+    """The maps that were read in a run, and its pictures, the source's first."""
+
+    maps: HeatMaps
+    words: tuple[str, ...]
+    images: tuple[Image.Image, ...]
+
+
+@dataclass
+class Visitor:
+    """One open page.
+
+    Args:
+        root: the server's output folder.
+    """
+
+    root: Path
+    folder: Path = field(init=False)
+    results: list[Result] = field(default_factory=list)
+    photo: Path | None = None
+    inverted: Inverted | None = None
+    look: Look | None = None
+    _made: int = 0
+    _watched: Watched | None = None
+
+    def __post_init__(self) -> None:
+        self.folder = self.root / secrets.token_urlsafe(12)
+
+    def begin(self) -> Watched:
+        """A run begins; one that still goes on for this visitor is ended."""
+        self.cancel()
+        self._watched = Watched()
+        return self._watched
+
+    def cancel(self) -> bool:
+        """End the run that goes on; whether there was one."""
+        watched, self._watched = self._watched, None
+        if watched is not None:
+            watched.cancel()
+        return watched is not None
+
+    def keep(self, run: runs.Run, seconds: float) -> Result:
+        """Write a run into a folder of its own and remember it."""
+        self._made += 1
+        folder = self.folder / f"{self._made:03d}"
+        runs.write(run, folder)
+        result = Result(self._made, run, folder, seconds)
+        self.results = [*self.results, result][-MOST_RESULTS:]
+        return result
+
+    def close(self) -> None:
+        """Forget everything; files of results stay in the server's folder."""
+        self.cancel()
+        self.results, self.inverted, self.look = [], None, None
+        if self.photo is not None:
+            self.photo.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is not empty where results are in it
+                self.folder.rmdir()

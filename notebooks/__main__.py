@@ -1,0 +1,52 @@
+"""Run the notebooks from top to bottom and save what they show: ``python -m notebooks [NAME ...]``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+
+__all__ = ["FOLDER", "executed"]
+
+FOLDER = Path(__file__).parent
+#: Seconds that a cell may take.
+LONGEST = 900
+
+
+def executed(path: Path) -> Any:
+    """A notebook with the outputs of a kernel of its own; nothing is written.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook, timeout=LONGEST, kernel_name="python3", record_timing=False, resources={"metadata": {"path": FOLDER}}
+    ).execute()
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        # Bars and warnings of libraries say nothing of what the notebook is about.
+        cell["outputs"] = (
+            [each for each in cell.get("outputs", []) if each.get("name") != "stderr"]
+            if cell.cell_type == "code"
+            else []
+        )
+        if cell.cell_type != "code":
+            del cell["outputs"]
+    return notebook
+
+
+def main() -> int:
+    names = sys.argv[1:]
+    for path in sorted(FOLDER.glob("*.ipynb")):
+        if not names or path.stem in names:
+            nbformat.write(executed(path), path)
+            print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The notebooks run from top to bottom without a hub, and hold what they showed.
+
+In the short form their cells run in this process with few steps; in the long one each runs in a kernel of its own.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from notebooks.__main__ import FOLDER, executed
+
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+NAMES = {"edit_fake", "edit_real", "null_text_w_FPE", "FPE_in_p2p", "attention_maps", "kernels"}
+MOST_BYTES = 900_000
+#: What the notebooks' only line about steps is replaced by.
+FEW = "STEPS = 2"
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_of(path) -> Iterator[str]:
+    return (cell.source for cell in read(path).cells if cell.cell_type == "code")
+
+
+def test_there_are_these():
+    assert {path.stem for path in NOTEBOOKS} == NAMES
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestAsSaved:
+    def test_it_is_whole_and_was_run_in_order(self, path):
+        notebook = read(path)
+        nbformat.validate(notebook)
+        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+        assert not [out for cell in cells for out in cell.outputs if out.output_type == "error"]
+        assert sum(bool(cell.outputs) for cell in cells) >= len(cells) - 2
+        assert path.stat().st_size < MOST_BYTES
+
+    def test_its_code_is_formatted_as_the_packages(self, path):
+        for code in code_of(path):
+            ast.parse(code)
+            assert all(len(line) <= 120 for line in code.splitlines()), code
+        steps = re.findall(r"^STEPS = \d+", "\n".join(code_of(path)), re.MULTILINE)
+        assert len(steps) == (path.stem != "kernels")
+
+    def test_it_says_how_other_models_are_loaded(self, path):
+        text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+        models = ("T4",) if path.stem == "kernels" else ("Realistic-Vision", "Deliberate", "Anything", "SDXL", "T4")
+        assert all(name in text for name in models)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_its_cells_run_with_few_steps(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    scope = {"__name__": "__main__"}
+    for number, code in enumerate(code_of(path)):
+        exec(compile(re.sub(r"^STEPS = \d+", FEW, code, flags=re.MULTILINE), f"{path.name}[{number}]", "exec"), scope)
+    assert shown or path.stem == "kernels"
+    assert not list(Path(tmp_path).iterdir()), "a notebook leaves files behind"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs_from_top_to_bottom(path):
+    before, after = read(path), executed(path)
+    for then, now in zip(before.cells, after.cells, strict=True):
+        if then.cell_type == "code":
+            kinds = [[sorted(out.get("data", {"text": ""})) for out in cell.outputs] for cell in (then, now)]
+            assert kinds[0] == kinds[1], then.source

@@ -1,0 +1,225 @@
+"""The page, driven in a browser: what it makes is what the pipeline makes, and what it refuses costs nothing.
+
+``FPE_SCREENSHOTS=docs/studio`` writes the pictures of the documentation anew.
+"""
+
+import io
+import json
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fpe_pipeline.images.distance import distance, pixel_hash
+from fpe_pipeline.runs import run as runs
+from tests.pages.conftest import PHONE
+from tests.pipeline.studio.test_uploads import header
+
+TABS = ("Generate", "Photo", "Compare", "Look inside", "History")
+
+
+#: Text whose contrast with what it stands on is below 4.5, which WCAG 2 asks of level AA; as [text, contrast].
+FAINT = """() => {
+  const parse = text => (text.match(/[\\d.]+/g) || []).map(Number);
+  const light = colour => colour.slice(0, 3).map(v => v / 255)
+    .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const under = e => {
+    for (; e; e = e.parentElement) {
+      const [r, g, b, a = 1] = parse(getComputedStyle(e).backgroundColor);
+      if (a > .99) return [r, g, b];
+    }
+    return [255, 255, 255];
+  };
+  return [...document.querySelectorAll('body *')].filter(e => e.offsetParent && !e.disabled
+      && [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())).map(e => {
+    const [ink, paper] = [light(parse(getComputedStyle(e).color)), light(under(e))];
+    return [e.textContent.trim().slice(0, 40), (Math.max(ink, paper) + .05) / (Math.min(ink, paper) + .05)];
+  }).filter(([, contrast]) => contrast < 4.5);
+}"""
+
+
+def shoot(page, name):
+    """A picture of what is seen, where the documentation is to have new ones."""
+    folder = os.environ.get("FPE_SCREENSHOTS")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        path = Path(folder, f"{name}.png")
+        page.screenshot(path=path, full_page=True)
+        with Image.open(path) as picture:
+            picture.convert("RGB").quantize(256).save(path, optimize=True)
+
+
+def pixels(page, selector):
+    """A part of the page as an array."""
+    return np.asarray(Image.open(io.BytesIO(page.locator(selector).first.screenshot())).convert("RGB"), np.int16)
+
+
+def test_generate_compare_look_inside_and_restore(visit, out, tmp_path):
+    visitor = visit()
+    page = visitor.page
+    visitor.few_steps(8, pictured=True)
+    visitor.generate()
+    page.locator(".fpe-tiles a").nth(1).wait_for()
+    with page.expect_download() as download:
+        page.locator(".fpe-tiles a").nth(1).click()
+    picture = tmp_path / download.value.suggested_filename
+    download.value.save_as(picture)
+    settings, _ = runs.read_record(picture)
+    assert settings.targets == ("a photo of a blue car on the beach",)
+    again = runs.execute(settings)
+    with Image.open(picture) as made:  # this process may round otherwise
+        assert pixel_hash(made) == pixel_hash(again.edited[0]) or distance(made, again.edited[0]).levels <= 2
+
+    slider = page.locator(".fpe-slider input").first
+    middle = pixels(page, ".fpe-pair")
+    slider.focus()
+    slider.press("End")  # all of the source
+    source = pixels(page, ".fpe-pair")
+    slider.press("Home")
+    target = pixels(page, ".fpe-pair")
+    assert np.abs(source - target).max() > 60 and np.abs(middle - target).max() > 60
+    for _ in range(50):
+        slider.press("ArrowRight")
+    assert page.evaluate("document.querySelector('.fpe-slider').style.getPropertyValue('--cut')") == "50%"
+    shoot(page, "generate")
+
+    visitor.tab("Compare")
+    page.locator("#compare-slider .fpe-slider").wait_for()
+    shoot(page, "compare")
+
+    visitor.tab("Look inside")
+    page.locator("#look").click()
+    page.locator("#words label").first.wait_for()
+    plain = pixels(page, "#heat img")
+    page.locator("#words label", has_text="car").click()
+    visitor.said("#look-status", "where 'car' acts")
+    page.wait_for_timeout(700)
+    heated = pixels(page, "#heat img")
+    assert (heated - plain)[..., 0].mean() > (heated - plain)[..., 2].mean() + 1, "red lies where the word acts"
+    shoot(page, "look-inside")
+    box = page.locator("#heat img").bounding_box()
+    page.locator("#heat img").click(position={"x": box["width"] * 0.5, "y": box["height"] * 0.6})
+    assert "attends to" in visitor.said("#look-status", "what the place")
+    assert page.locator("#report tbody tr").count() == 7
+
+    page.locator("#source textarea").fill("something else")
+    visitor.tab("History")
+    page.locator("#record-upload input[type=file]").set_input_files(picture)
+    visitor.said("#history-status", "are in the fields")
+    assert page.locator("#source textarea").input_value() == settings.source
+    page.locator("#source textarea").fill("something else")
+    page.locator("#history button").first.click()
+    visitor.said("#history-status", "the settings of 1: fpe")
+    assert page.locator("#source textarea").input_value() == settings.source
+
+
+def test_photos_bad_uploads_and_the_servers_files(visit, out, photo, tmp_path, address):
+    visitor = visit()
+    page = visitor.page
+    visitor.few_steps(6, pictured=True)
+    visitor.tab("Photo")
+    drop = page.locator("#photo-upload input[type=file]")
+    text = tmp_path / "notes.png"
+    text.write_text("no picture")
+    bad = [
+        (text, "not a picture"),
+        (header(tmp_path / "large.png", 10_000, 5_000), "50 million"),
+        (header(tmp_path / "bomb.png", 18_500, 18_500), "at most 40 million"),
+    ]
+    for path, said in bad:
+        drop.set_input_files(path)
+        visitor.said("#photo-status", said)
+    drop.set_input_files({"name": "../../../etc/passwd.png", "mimeType": "image/png", "buffer": photo.read_bytes()})
+    visitor.said("#photo-status", "160 × 160 px")
+    assert {path.name for path in (out / "results").rglob("upload.png")} == {"upload.png"}
+    assert not list((out / "results").rglob("passwd*")), "an upload keeps its name"
+    page.locator("#invert").click()
+    assert "recorded for any number of edits" in visitor.said("#photo-status", " dB;")
+    page.locator("#edit").click()
+    visitor.said("#photo-status", "done in")
+    assert page.locator(".fpe-tiles >> visible=true").locator("img").count() == 4
+    shoot(page, "photo")
+
+    def status(path):
+        try:
+            with urllib.request.urlopen(f"{address.rstrip('/')}/{path}") as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    for path in ("etc/passwd", str(Path(__file__).resolve())[1:], f"{str(out)[1:]}/server.log"):
+        assert status(f"gradio_api/file=/{path}") in (403, 404), path
+        assert status(f"gradio_api/file={out}/results/../../../../../../../{path}") in (403, 404), path
+    made = max((out / "results").rglob("target-1-no-control.png"), key=os.path.getmtime)
+    assert status(f"gradio_api/file={made}") == 200
+    config = json.load(urllib.request.urlopen(f"{address}config"))
+    assert config["analytics_enabled"] is False
+
+
+def test_two_visitors_cancel_and_keys(visit):
+    one, other = visit(), visit()
+    one.few_steps(60)
+    one.page.locator("#run").click()
+    one.page.locator("#status progress").wait_for()
+    one.page.locator("#cancel").click()
+    one.said("#status", "cancelled")
+    for visitor, model in ((one, "embedded"), (other, "embedded-80")):
+        visitor.page.get_by_label("Model").click()
+        visitor.page.get_by_role("option", name=model, exact=True).click()
+    one.few_steps(5)
+    other.few_steps(4)
+    other.page.locator("#targets textarea").fill("a photo of a green car on the beach")
+    one.page.locator("#run").click()
+    other.page.locator("#run").click()
+    for visitor, said in ((one, "a photo of a blue car"), (other, "a photo of a green car")):
+        visitor.said("#status", "done in")
+        visitor.tab("History")
+        visitor.page.locator("#history figcaption").first.wait_for()
+        titles = visitor.page.locator("#history figcaption").all_inner_texts()
+        assert len(titles) == 1 and said in titles[0]
+    assert "5 steps" in one.page.locator("#history").inner_text()
+    assert "4 steps" in other.page.locator("#history").inner_text()
+
+    page = other.page
+    page.locator("#source textarea").focus()
+    order = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        order.append(
+            page.evaluate("document.activeElement.innerText || document.activeElement.ariaLabel || ''").strip()
+        )
+        if order[-1] == "History":
+            break
+    wanted = ["Another colour", "Method and layers", "Sampling", "History"]
+    places = [next(n for n, text in enumerate(order) if text.startswith(name)) for name in wanted]
+    assert places == sorted(places), order
+
+
+def test_a_phone(visit):
+    visitor = visit(PHONE)
+    page = visitor.page
+    visitor.few_steps(4, pictured=True)
+    page.locator("#targets textarea").fill("unbreakable" * 12)
+    page.locator(".fpe-diff ins", has_text="unbreakable").wait_for()
+    assert visitor.widths()[0] <= PHONE["width"], "a long word widens the page"
+    page.locator("#targets textarea").fill("a photo of a blue car on the beach")
+    visitor.generate()
+    for name in TABS:
+        visitor.tab(name)
+        page.wait_for_timeout(300)
+        content, window = visitor.widths()
+        assert content <= window, f"{name} scrolls sideways: {content} px on {window}"
+        assert page.evaluate(FAINT) == [], name
+    visitor.tab("Generate")
+    sizes = page.evaluate(
+        "[...document.querySelectorAll('button')].filter(e => e.offsetParent && e.innerText.trim())"
+        ".map(e => [e.innerText.trim(), e.getBoundingClientRect().height])"
+    )
+    assert [name for name, height in sizes if height < 24] == [], "too small for a finger"
+    shoot(page, "phone")
+    assert pytest.approx(page.locator(".fpe-pair >> visible=true").bounding_box()["width"], abs=40) == 366

@@ -1,0 +1,88 @@
+"""The page is built and served: its headers, what it asks the network for, and what the command refuses."""
+
+import re
+import socket
+import urllib.error
+import urllib.request
+
+import pytest
+
+from fpe_pipeline import extras
+from fpe_pipeline.app import cli
+from fpe_pipeline.studio.desk import Desk
+from fpe_pipeline.studio.serve import HEADERS, serve
+from tests.support.tiny_cli import one_error
+
+pytest.importorskip("gradio")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def address(models, root):
+    page = serve(Desk(models, root), block=False)
+    yield page.local_url
+    page.close()
+
+
+def answer(url):
+    try:
+        with urllib.request.urlopen(url) as given:
+            return given.status, given.headers, given.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, ""
+
+
+def test_headers_and_nothing_from_elsewhere(address):
+    status, headers, text = answer(address)
+    assert status == 200 and address.startswith("http://127.0.0.1:")
+    assert all(headers[name] == value for name, value in HEADERS.items())
+    fetched = re.findall(r"""<(?:script|link|img|iframe)[^>]*?(?:src|href)=["'](https?://[^"']+)""", text)
+    assert [url for url in fetched if not url.startswith(address)] == []
+    assert "googleapis" not in text and "gstatic" not in text
+
+
+def test_only_its_own_output_is_served(address, root, tmp_path):
+    own, other = root / "token" / "001" / "target-1.png", tmp_path / "secret.png"
+    own.parent.mkdir(parents=True)
+    for path in (own, other):
+        path.write_bytes(b"\x89PNG")
+    assert answer(f"{address}gradio_api/file={own}")[0] == 200
+    for path in (other, f"{root}/../{other.parent.name}/{other.name}", "/etc/passwd", "pyproject.toml", root):
+        assert answer(f"{address}gradio_api/file={path}")[0] in (403, 404), path
+
+
+def test_no_page_of_the_interface_is_offered(address):
+    for path in ("docs", "redoc", "openapi.json", "monitoring"):
+        assert "swagger" not in answer(f"{address}{path}")[2].lower()
+    status, _, text = answer(f"{address}gradio_api/info")
+    assert status == 404 or '"named_endpoints":{}' in text.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "./nothing-here"], "neither a folder nor a file"),
+        (["--host", "203.0.113.7"], "cannot listen at 203.0.113.7"),
+        (["--port", "70000"], "cannot listen at"),
+        (["--dtype", "int8"], "dtype must be one of"),
+    ],
+)
+def test_refusals(arguments, said, tmp_path, capsys):
+    assert cli.main(["app", *arguments, "-o", str(tmp_path)]) == 2
+    assert said in one_error(capsys)
+
+
+def test_a_port_that_is_taken(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert cli.main(["app", "--port", str(taken.getsockname()[1]), "-o", str(tmp_path)]) == 2
+    assert "pass another --port" in one_error(capsys)
+
+
+def test_without_gradio_it_says_how_to_get_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(extras, "missing", lambda modules=extras.PIPELINE: [m for m in modules if m == "gradio"])
+    assert cli.main(["app", "-o", str(tmp_path)]) == 2
+    assert "pip install 'fpe-kernels[app]'" in one_error(capsys)
