@@ -1,1 +1,20 @@
-"""Other tools' surfaces: their names and arguments, on current diffusers and without stored attention maps."""
+"""Other tools' surfaces: their names and arguments, on current diffusers and without stored attention maps.
+
+A module a tool: ``from fpe_pipeline.compat import prompt_to_prompt``. Beside them stand :mod:`.lazy`, the map that
+behaves as the tensor that a tool's users expect, and :mod:`.controlled`, which puts it into a pipeline's layers.
+"""
+
+import pkgutil
+from typing import Any
+
+from .names import unknown_name
+
+_COMMON = ("controlled", "lazy", "names")
+
+
+def __getattr__(name: str) -> Any:
+    modules = [module.name for module in pkgutil.iter_modules(__path__)]
+    if name in modules:
+        raise AttributeError(name)  # by which `from … import` goes on to import the module
+    tools = [module for module in modules if module not in _COMMON]
+    return unknown_name(__name__, "fpe_pipeline.compat", tools)(name)

@@ -260,7 +260,7 @@ def register_controller(
     prepare = getattr(controller, "prepare", None)
     if prepare is not None:
         prepare(encoding_tokenizer(pipe))
-    rows_of = getattr(controller, "batch_size", None)
+    rows_of, begins = getattr(controller, "batch_size", None), getattr(controller, "call_begins", None)
 
     def guided(rows: int) -> bool | None:
         if rows_of is None:
@@ -277,6 +277,7 @@ def register_controller(
         partial(_controlled, controller) if compute is None else compute,
         guided=True if compat == "original" else guided,
         backend=backend,
+        before=lambda timestep: None if begins is None else begins(),
     )
     controller.num_att_layers = layers.layers
     return layers

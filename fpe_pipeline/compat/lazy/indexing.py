@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import prod
 from numbers import Real
 from typing import Any
@@ -39,9 +41,7 @@ class Indexing(MapView):
         if isinstance(keys, slice):
             start, stop, step = keys.indices(self.shape[-1])
             if step == 1 and stop > start:
-                cut = part._made(part.operator.block(keys=(start, stop)), tuple(index.shape))
-                cut._storage.changed = lambda: part.__setitem__((..., keys), cut)
-                return cut
+                return part._cut(lambda: part.operator.block(keys=(start, stop)), (keys,), part._grid)
             keys = list(range(start, stop, step))
         return part._columns(keys)
 
@@ -104,14 +104,20 @@ class Indexing(MapView):
         span = _range(grid, self._grid)
         if span is not None:
             start, stop, shape = span
-            cut = self._made(self.operator.queries(start, stop), tuple(self._index.shape), shape)
-            cut._storage.changed = lambda: self.__setitem__((..., *grid, _ALL), cut)
+            cut = self._cut(lambda: self.operator.queries(start, stop), (*grid, _ALL), shape)
             return cut if keys == _ALL else cut[(..., keys)]
         place = torch.arange(prod(self._grid)).reshape(self._grid)[grid]
         flat = place.flatten().tolist()
         rows = self.operator.rows(flat)[:, 0]  # [R, n, M]
         numbers = self._given(rows.reshape(*self._index.shape, *place.shape, self.shape[-1]))
         return numbers if keys == _ALL else numbers[(..., keys)]
+
+    def _cut(self, make: Callable[[], LinearMap], where: tuple[Any, ...], grid: tuple[int, ...]) -> Self:
+        """A range of its queries or keys, which follows it, and whose assignments go back into it."""
+        cut = self._made(make(), tuple(self._index.shape), grid)
+        view = partial(type(self), index=cut._index, grid=grid, place=self._place)
+        cut._storage.follow(self._storage, make, lambda storage: self.__setitem__((..., *where), view(storage)))
+        return cut
 
     def _assign_queries(self, span: tuple[int, int, tuple[int, ...]], value: Any) -> None:
         start, stop, shape = span
@@ -124,13 +130,14 @@ class Indexing(MapView):
     def _columns(self, keys: Any) -> torch.Tensor:
         """The numbers of some columns: (*lead, *grid, …)."""
         place = torch.as_tensor(keys)
-        flat = (place % self.shape[-1]).flatten().tolist()
+        flat = _positions(keys, self.shape[-1])
         shape = (*self._index.shape, *self._grid, *place.shape)
         if len(flat) >= self.shape[-1]:
             warn_of_numbers("indexing by as many columns as it has, or more", shape, self.dtype)
         numbers = self._given(self.operator.columns(flat)[:, 0]).reshape(shape)
         if isinstance(keys, int):
-            return self._storage.lend(numbers, lambda changed: self.__setitem__((..., keys), changed))
+            view = partial(type(self), index=self._index, grid=self._grid, place=self._place)
+            return self._storage.lend(numbers, lambda storage, new: view(storage).__setitem__((..., keys), new))
         return numbers
 
     def _scattered(self, value: Any, positions: list[int]) -> LinearMap:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,45 @@ from .numbers import entries
 __all__ = ["Storage"]
 
 
-@dataclass
-class _Lent:
-    """Numbers of single columns that were handed out as a view; ``write`` puts them back where they were changed."""
+#: So many of the columns that were handed out last are kept, others only as long as the borrower has them.
+KEPT = 8
 
-    numbers: torch.Tensor
-    version: int
-    write: Callable[[torch.Tensor], None]
+
+class _Lent:
+    """Numbers of a column that were handed out as a view; ``write`` puts them back into a storage.
+
+    It is told the storage and does not hold it: in a circle, queries and keys would outlive their layer.
+    """
+
+    def __init__(self, numbers: torch.Tensor, write: Callable[[Storage, torch.Tensor], None]) -> None:
+        self.kept: torch.Tensor | None = numbers  # also of a borrower who changes them and lets go of them
+        self._numbers, self._write = weakref.ref(numbers), write
+        self._note(numbers)
+
+    def _note(self, numbers: torch.Tensor) -> None:
+        # An inference tensor does not count its changes.
+        self._before = numbers.clone() if numbers.is_inference() else numbers._version
+
+    def collect(self, storage: Storage) -> bool:
+        """Put them back where the borrower has changed them; whether there still is a borrower."""
+        numbers = self._numbers()
+        if numbers is None:
+            return False
+        before = self._before
+        if numbers._version != before if isinstance(before, int) else not torch.equal(numbers, before):
+            self._note(numbers)
+            self._write(storage, numbers)
+        return True
+
+
+@dataclass
+class _Cut:
+    """Where a storage's rows come from that are a cut of another's, and to where an assignment goes back."""
+
+    parent: Storage
+    make: Callable[[], LinearMap]
+    write: Callable[[Storage], None]
+    seen: int
 
 
 class Storage:
@@ -33,9 +66,6 @@ class Storage:
             does not keep the others' in memory. Default: one part.
     """
 
-    #: Called after an assignment, where it holds a cut of another storage's rows.
-    changed: Callable[[], None] | None = None
-
     def __init__(self, whole: LinearMap, halves: Sequence[int] = ()) -> None:
         if whole.shape[1] != 1 and not isinstance(whole, AttentionMap):
             raise TypeError(
@@ -46,7 +76,9 @@ class Storage:
         self._halves = tuple(size for size in halves if size) or (whole.shape[0],)
         self._rows: LinearMap | None = None
         self._lent: list[_Lent] = []
+        self._cut: _Cut | None = None
         self._sums = 0
+        self._version = 0
         self.settled = False
         self.shape = (whole.shape[0] * whole.shape[1], *whole.shape[2:])
         self.dtype, self.device = whole.dtype, whole.device
@@ -54,7 +86,7 @@ class Storage:
     @property
     def rows(self) -> LinearMap:
         """The map [R, 1, N, M]."""
-        self._collect()
+        self._refresh()
         if self._rows is None:
             assert self._whole is not None
             self._rows = self._whole if self._whole.shape[1] == 1 else _head_by_head(self._whole, self._halves)
@@ -63,7 +95,7 @@ class Storage:
     @property
     def untouched(self) -> LinearMap | None:
         """The layer's map [B, H, N, M] as it was given; None once rows were assigned."""
-        self._collect()
+        self._refresh()
         return self._whole
 
     def take(self, index: torch.Tensor) -> LinearMap:
@@ -77,6 +109,7 @@ class Storage:
         chosen = index.flatten().tolist()
         count, old = self.shape[0], self.rows
         self._whole = None
+        self._version += 1
         if chosen == list(range(count)):
             self._rows = rows
         else:
@@ -84,8 +117,9 @@ class Storage:
             for position, row in enumerate(chosen):
                 place[row] = count + position
             self._rows = concatenate([old, rows]).take(place)
-        if self.changed is not None:
-            self.changed()
+        if self._cut is not None:
+            self._cut.write(self)
+            self._cut.seen = self._cut.parent._version
 
     def accumulated(self) -> bool:
         """Note a sum in place. From the second on it is a sum over steps, which is held as numbers as soon as they are
@@ -100,17 +134,33 @@ class Storage:
         self._rows, self._whole = known_columns(numbers[:, None], range(self.shape[2]), self.shape[2]), None
         return True
 
-    def lend(self, numbers: torch.Tensor, write: Callable[[torch.Tensor], None]) -> torch.Tensor:
+    def lend(self, numbers: torch.Tensor, write: Callable[[Storage, torch.Tensor], None]) -> torch.Tensor:
         """``numbers`` of some entries, which are put back by ``write`` where the borrower changes them in place."""
-        if not numbers.is_inference():  # those do not record that they were changed
-            self._lent.append(_Lent(numbers, numbers._version, write))
+        self._lent.append(_Lent(numbers, write))
         return numbers
 
-    def _collect(self) -> None:
+    def follow(self, parent: Storage, make: Callable[[], LinearMap], write: Callable[[Storage], None]) -> None:
+        """Be a cut of another storage's rows from here on, as a view of a tensor is.
+
+        Args:
+            parent: whose rows they are cut from.
+            make: cuts them anew, after an assignment to the parent's.
+            write: assigns those of the storage that it is given to the parent's, after an assignment here.
+        """
+        self._cut = _Cut(parent, make, write, parent._version)
+
+    def _refresh(self) -> None:
+        """Be what it is by now: by what was assigned to the rows that it is cut from, and through its own columns."""
+        cut = self._cut
+        if cut is not None:
+            cut.parent._refresh()
+            if cut.seen != cut.parent._version:
+                self._rows, self._whole, cut.seen = cut.make(), None, cut.parent._version
         lent, self._lent = self._lent, []
-        for view in lent:
-            if view.numbers._version != view.version:
-                view.write(view.numbers)
+        lent = [view for view in lent if view.collect(self)]
+        for view in lent[:-KEPT]:
+            view.kept = None
+        self._lent = lent + self._lent
 
 
 def _head_by_head(whole: LinearMap, halves: Sequence[int]) -> LinearMap:

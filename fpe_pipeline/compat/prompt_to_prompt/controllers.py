@@ -78,6 +78,10 @@ class AttentionControl(abc.ABC):
         self.layer_done()
         return attn
 
+    def call_begins(self) -> None:
+        """A call of the UNet begins: of one that an error broke off, no layer is counted."""
+        self.cur_att_layer = 0
+
     def layer_done(self) -> None:
         """Count a layer, and a step after its last one."""
         self.cur_att_layer += 1
@@ -146,6 +150,10 @@ class AttentionStore(AttentionControl):
         if attn.shape[1] <= self.max_tokens:
             self.step_store[f"{place_in_unet}_{'cross' if is_cross else 'self'}"].append(attn)
         return attn
+
+    def call_begins(self) -> None:
+        super().call_begins()
+        self.step_store = self.get_empty_store()
 
     def between_steps(self) -> None:
         """Add the step's maps to the sums."""

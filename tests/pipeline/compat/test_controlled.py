@@ -78,6 +78,25 @@ def test_restored_after_an_error_in_forward(tiny, error):
     assert torch.equal(sample(tiny), expected)
 
 
+def test_a_call_that_was_broken_off_is_not_counted(tiny):
+    class Once(AttentionStore):
+        fails = True
+
+        def forward(self, attn, is_cross, place_in_unet):
+            if self.cur_att_layer == 3 and self.fails:
+                raise ValueError("once")
+            return super().forward(attn, is_cross, place_in_unet)
+
+    once = Once()
+    with register_controller(tiny, once):
+        with pytest.raises(ValueError, match="once"):
+            sample(tiny)
+        once.fails = False
+        sample(tiny)
+    assert once.cur_step == 3 and once.cur_att_layer == 0
+    assert sum(map(len, once.get_average_attention().values())) == once.num_att_layers
+
+
 def test_restored_by_hand_and_by_none(tiny):
     before = dict(tiny.unet.attn_processors)
     registered = ptp_utils.register_attention_control(tiny, EmptyControl())

@@ -1,6 +1,8 @@
 """A lazy map gives what the matrix gives, in float64, without the matrix wherever it says so."""
 
+import gc
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +81,24 @@ def changed_through_a_column(A):
     return A
 
 
+def seen_through_cuts(A):
+    columns, queries, column = A[:, :, 1:5], A[2:, 3:7], A[1, :, 6]
+    A[:, :, 2] = 0
+    queries *= 2
+    columns += 1
+    total = A.sum() + columns.sum() + queries.sum()
+    column.mul_(7)
+    column.add_(1)
+    return A * total + columns.mean() + queries[..., 1:3].sum()
+
+
+def changed_after_many_others(A):
+    first = A[..., 0]
+    others = [A[..., place % KEYS].sum() for place in range(20)]
+    first.mul_(3)
+    return A * sum(others)
+
+
 def normalised_rows(A):
     A[:, :, 0] = 0
     return A / A.sum(-1, keepdim=True)
@@ -148,6 +168,8 @@ LAZY = {
     "in float32": lambda A: A.float().double() * 0 + A,
     "normalised": normalised_rows,
     "changed through a column": changed_through_a_column,
+    "seen through cuts": seen_through_cuts,
+    "changed after many others": changed_after_many_others,
     "averaged over steps": averaged,
     "Prompt-to-Prompt": edited_as_prompt_to_prompt_does,
     "aggregated": aggregated,
@@ -236,3 +258,105 @@ def test_a_block_of_rows_at_a_time(name, monkeypatch):
         result = BLOCKS[name](mine)
     assert sizes == [3, 3, 3, 3]
     torch.testing.assert_close(result, BLOCKS[name](dense()), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["changed through a column", "Prompt-to-Prompt", "columns from a map", "normalised"])
+def test_in_inference_mode(name, monkeypatch):
+    with torch.inference_mode():
+        check(LAZY[name], monkeypatch)
+
+
+def lazy_of(query, key, backend="auto"):
+    return LazyMap(AttentionMap(query, key, backend=backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["Prompt-to-Prompt", "normalised", "mixed with itself", "the local blend's heat"])
+def test_other_dtypes(name, dtype):
+    """The numbers of the rounded factors, to the rounding of a few operations in the dtype."""
+    narrow = [part.to(dtype) for part in factors()]
+    query, key = (part.double() for part in narrow)
+    matrix = torch.softmax(query @ key.transpose(-1, -2) * WIDTH**-0.5, dim=-1).flatten(0, 1)
+    result, expected = LAZY[name](lazy_of(*narrow)), LAZY[name](matrix)
+    assert result.dtype in (dtype, torch.promote_types(dtype, torch.float32))
+    bound = 8 * torch.finfo(dtype).eps * max(1.0, expected.abs().max().item())
+    assert (plain(result).double() - expected).abs().max() <= bound
+
+
+@pytest.mark.parametrize("name", ["product", "columns", "aggregated", "mixed with itself", "a range of columns"])
+def test_gradients_go_through_it(name):
+    """As Attend-and-Excite asks for them."""
+    query, key = (part.requires_grad_() for part in factors())
+    matrix = torch.softmax(query @ key.transpose(-1, -2) * WIDTH**-0.5, dim=-1).flatten(0, 1)
+    results = LAZY[name](lazy_of(query, key, "reference")), LAZY[name](matrix)
+    mine, theirs = (torch.autograd.grad(plain(result).square().sum(), (query, key)) for result in results)
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    assert theirs[0].abs().max() > 0
+
+
+def test_what_is_dropped_is_let_go_of_at_once():
+    """Queries and keys of a layer must not wait for the collector of circles."""
+    gc.disable()
+    try:
+        attention = lazy()
+        attention[:, :, 2].mul_(2)
+        attention[:, 1:3] *= 2
+        attention[:, :, 1:3] += 1
+        attention.sum()
+        dropped = weakref.ref(attention.operator), weakref.ref(attention._storage)
+        del attention
+        assert [one() for one in dropped] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_detached_maps():
+    query, key = (part.requires_grad_() for part in factors())
+    attention = lazy_of(query, key, "reference")
+    assert attention.requires_grad
+    with pytest.warns(MapNumbersWarning):
+        assert not attention.detach().requires_grad
+    with torch.no_grad():
+        assert isinstance(attention.detach(), LazyMap)
+
+
+def test_a_sum_over_steps_is_numbers_as_soon_as_they_are_less():
+    generator = torch.Generator().manual_seed(1)
+    steps = [torch.randn(2, BATCH, HEADS, 9, 4, generator=generator).double() for _ in range(4)]
+    total, expected = lazy_of(*steps[0], "reference").clone(), None
+    held = []
+    for step in steps:
+        matrix = torch.softmax(step[0] @ step[1].transpose(-1, -2) / 2, dim=-1).flatten(0, 1)
+        expected = matrix if expected is None else expected + matrix
+        if step is not steps[0]:
+            total += lazy_of(*step, "reference")
+        held.append(total.holds_numbers)
+    assert held == [False, False, True, True] and total.nbytes == total.numel() * 8
+    torch.testing.assert_close(plain(total / 4), expected / 4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "said"),
+    [
+        (lambda A: A.reshape(5, 5), RuntimeError, "does not hold the"),
+        (lambda A: A[0, 0, 0, 0], IndexError, "too many indices"),
+        (lambda A: A[:, :, 7], IndexError, "column 7 is out of range: the map has 7"),
+        (lambda A: A + torch.ones(3, 5), ValueError, "broadcast"),
+        (lambda A: A * torch.ones(3), ValueError, r"\(3,\) does not broadcast"),
+        (lambda A: A @ torch.ones(6, 2), ValueError, "takes 7 tokens, got 6"),
+        (lambda A: A.sum(3), IndexError, "dim 3 is out of range"),
+        (lambda A: A.expand(2, -1, -1, -1).zero_(), RuntimeError, r"clone\(\) the map first"),
+        (lambda A: assigned(A, (..., 9), 0), IndexError, "column 9 is out of range"),
+        (lambda A: assigned(A, (..., 1), "x"), TypeError, "a map, a tensor or a number to assign"),
+        (lambda A: A.attention, AttributeError, "no attribute 'attention', as a tensor has none"),
+    ],
+)
+def test_refusals(wrong, error, said):
+    with pytest.raises(error, match=said):
+        wrong(lazy())
+
+
+def test_heads_that_cannot_be_told_apart_are_refused():
+    query, key = factors()
+    with pytest.raises(TypeError, match="a head a row"):
+        LazyMap(AttentionMap(query, key) * 2)

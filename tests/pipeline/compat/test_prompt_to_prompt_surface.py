@@ -241,6 +241,14 @@ def test_names_that_a_tool_never_had(tool):
     assert not hasattr(module, "__wrapped__")
 
 
+def test_tools_by_name():
+    compat = importlib.import_module("fpe_pipeline.compat")
+    exec("from fpe_pipeline.compat import pnp_inversion, prompt_to_prompt")
+    with pytest.raises(ImportError, match=r"did you mean prompt_to_prompt\? .*free_prompt_editing, .*pnp_inversion"):
+        exec("from fpe_pipeline.compat import prompt2prompt")
+    assert not hasattr(compat, "__wrapped__")
+
+
 def test_names_that_are_left_out_say_why():
     with pytest.raises(ImportError, match=r"leaves out 'text2image_ldm' of .*no pipeline of that model"):
         from fpe_pipeline.compat.prompt_to_prompt.ptp_utils import text2image_ldm  # noqa: F401
