@@ -267,7 +267,7 @@ def register_controller(
             return None
         if rows not in (rows_of, 2 * rows_of):
             raise ValueError(
-                f"the controller is made for {rows_of} prompts; the UNet received a batch of {rows} rows: make a "
+                f"the controller is made for {rows_of} prompts; the UNet got a batch of {rows} rows: make a "
                 "controller with the prompts of the call"
             )
         return rows == 2 * rows_of
@@ -291,7 +291,7 @@ def _controlled(controller: Any, call: LayerCall) -> torch.Tensor:
         got = tuple(edited.shape) if hasattr(edited, "shape") else type(edited).__name__
         raise TypeError(
             f"{type(controller).__name__} returned {got} for the map {tuple(view.shape)} of {call.site.path}: a "
-            "controller returns the map that it was given, or one of its shape"
+            "controller returns the map that it got, or one of its shape"
         )
     value = call.value.flatten(0, 1)
     out = edited @ (value if isinstance(edited, LazyMap) else value.to(edited))

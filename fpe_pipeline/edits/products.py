@@ -93,7 +93,7 @@ class Product:
 
     Raises:
         TypeError: rows that are no whole numbers.
-        ValueError: numbers of keys, values, shifts and scales that do not fit one another, or a scale that is not finite.
+        ValueError: numbers of keys, values, shifts and scales that do not fit one another; a scale that is not finite.
     """
 
     query: int

@@ -52,12 +52,12 @@ def _size(shapes: Any) -> tuple[int, int]:
     pictures = {tuple(picture) for row in shapes for picture in (row if isinstance(row, list) else [row])}
     if len(pictures) != 1 or any(len(row) != 1 for row in shapes if isinstance(row, list)):
         raise ValueError(
-            f"the model received pictures of the sizes {sorted(pictures)}: tokens of a reference picture among them "
+            f"the model got pictures of the sizes {sorted(pictures)}: tokens of a reference picture among them "
             "(Qwen-Image-Edit) are not described yet; edit with a pipeline that denoises all of its tokens"
         )
     ((frames, height, width),) = pictures
     if frames != 1:
-        raise ValueError(f"the model received {frames} layers of a picture, and an edit speaks of one")
+        raise ValueError(f"the model got {frames} layers of a picture, and an edit speaks of one")
     return height * _PACKED, width * _PACKED
 
 

@@ -161,9 +161,12 @@ def text_maps(plan: JointPlan, rows: Sequence[int], layer: JointLayer) -> dict[i
     shares = _text_shares([term for _, term in of_rows], layer) if of_rows else ()
     summands: dict[int, list[LinearMap]] = {row: [] for row in rows}
     for (row, term), share in zip(of_rows, shares, strict=True):
+        # Queries and keys are always of a row; None stands for values alone.
+        assert term.query.image is not None
+        assert term.key.text is not None
         query = tokens_of(layer.image.query, [term.query.image])[0].detach()
         key = tokens_of(layer.text.key, [term.key.text])[0].detach()
-        lengths = layer.lengths([term.key.text] * len(query)) if isinstance(term.key.text, int) else None
+        lengths = layer.lengths([term.key.text] * len(query))
         alone = layer.map(query.unsqueeze(1), key.unsqueeze(1), lengths).scale_rows(share.unsqueeze(1))
         if not term.is_whole:
             weight = _weight(term.weight, share.unsqueeze(-1), share.dtype, is_text=False)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fpe_kernels import LinearMap
+
 from ...edits.watchers import Image, Watcher, check_same_images
 from ...models.roles import BatchRoles
 from ...models.sites import Site
@@ -67,7 +69,14 @@ class HeadHeat(Watcher):
         self.guided = self.guided or bool(roles.select(conditional=False))
         return {row: self._columns[roles.prompt_of(row)] for row in roles.select(conditional=True)}
 
-    def receive(self, site, step, roles, columns, maps) -> None:
+    def receive(
+        self,
+        site: Site,
+        step: Step,
+        roles: BatchRoles,
+        columns: Mapping[int, torch.Tensor],
+        maps: Mapping[int, LinearMap],
+    ) -> None:
         assert site.grid is not None
         self.sites[site.path] = site
         for row, heat in columns.items():  # [H, N, tokens]

@@ -19,8 +19,6 @@ __all__ = ["Arithmetic"]
 class Arithmetic(MapView):
     """What is linear in a map is done to what it is made from; what is not, to its numbers."""
 
-    # -- sums ---------------------------------------------------------------------------------------------------------
-
     def add(self, other: Any, *, alpha: float = 1) -> Any:
         """``A + alpha · other`` for a map, a number, or a tensor of one row that all queries share."""
         if alpha != 1:
@@ -134,8 +132,6 @@ class Arithmetic(MapView):
                 f"{tuple(other.shape)} does not broadcast with a map of shape {tuple(self.shape)}"
             ) from None
 
-    # -- products -----------------------------------------------------------------------------------------------------
-
     def matmul(self, value: Any) -> torch.Tensor:
         """``A @ value`` for value (*lead, M, E), [M, E] or [M]; without the map."""
         if isinstance(value, MapView):
@@ -185,8 +181,6 @@ class Arithmetic(MapView):
             given = given.expand(*lead, *matrix.shape[-2:]).reshape(-1, 1, *matrix.shape[-2:])
         return self._made(self._storage.take(self._index.expand(lead)).mix(given), lead)
 
-    # -- sums and means over axes -------------------------------------------------------------------------------------
-
     def sum(self, dim: Any = None, keepdim: bool = False) -> Any:
         """Over rows and heads, a map; over queries or keys, numbers."""
         axes = self._named_axes(dim)
@@ -233,8 +227,6 @@ class Arithmetic(MapView):
             if not -self.ndim <= axis < self.ndim:
                 raise IndexError(f"dim {axis} is out of range for a map of shape {tuple(self.shape)}")
         return tuple(sorted({axis % self.ndim for axis in given}))
-
-    # -- numbers, a block of queries at a time ------------------------------------------------------------------------
 
     def by_blocks(self, name: str, function: Callable[[torch.Tensor], Any]) -> Any:
         """What ``function`` makes of each query's row, such as its largest entries, from a block of rows at a time.

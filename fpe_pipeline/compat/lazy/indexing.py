@@ -74,8 +74,6 @@ class Indexing(MapView):
             kept = kept + part._scattered(value, positions)
         part._write(kept)
 
-    # -- parts --------------------------------------------------------------------------------------------------------
-
     def _split(self, key: Any) -> tuple[Any, tuple[Any, ...], Any]:
         """What a key says of the leading axes, of the queries and of the keys; None first where it mixes lists."""
         items = list(key) if isinstance(key, tuple) else [key]

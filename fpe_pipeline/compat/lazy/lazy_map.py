@@ -84,8 +84,6 @@ class LazyMap(Indexing, Shapes):
         """Whether it has been written out, as a sum over steps whose numbers are fewer bytes than its factors."""
         return self._storage.settled
 
-    # -- in place -----------------------------------------------------------------------------------------------------
-
     def copy_(self, value: Any, non_blocking: bool = False) -> LazyMap:
         """All of it assigned."""
         self[...] = value
@@ -99,8 +97,6 @@ class LazyMap(Indexing, Shapes):
     def zero_(self) -> LazyMap:
         """Zero throughout."""
         return self.fill_(0.0)
-
-    # -- what needs the numbers ---------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(torch.Tensor, name):
@@ -186,9 +182,6 @@ def _plain(given: Any, name: str) -> Any:
     if isinstance(given, list | tuple) and not isinstance(given, torch.Size):
         return type(given)(_plain(value, name) for value in given)
     return given
-
-
-# -- PyTorch's functions whose first argument is not the map, or that are no tensor's method ------------------------
 
 
 def _add(first: Any, second: Any, *, alpha: float = 1) -> Any:

@@ -38,8 +38,6 @@ class MapView:
         self._grid = (storage.shape[1],) if grid is None else grid
         self._place = (storage.device, storage.dtype) if place is None else place
 
-    # -- what it is ---------------------------------------------------------------------------------------------------
-
     @property
     def shape(self) -> torch.Size:
         """As a tensor's."""
@@ -73,8 +71,6 @@ class MapView:
         """Bytes of what it is made from."""
         return self.operator.nbytes
 
-    # -- making others ------------------------------------------------------------------------------------------------
-
     def _view(self, index: torch.Tensor, grid: tuple[int, ...] | None = None) -> Self:
         """The same storage, other rows."""
         return type(self)(self._storage, index, self._grid if grid is None else grid, self._place)
@@ -90,8 +86,6 @@ class MapView:
             raise RuntimeError("expanded rows stand for one another and cannot be assigned: clone() the map first")
         self._storage.assign(self._index, rows)
 
-    # -- numbers ------------------------------------------------------------------------------------------------------
-
     def numbers(self, operation: str = "numbers()") -> torch.Tensor:
         """All of its numbers, a tensor of its shape, with a warning that names the line that asks."""
         warn_of_numbers(operation, tuple(self.shape), self.dtype)
@@ -103,8 +97,6 @@ class MapView:
     def _of_map(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor where the map computes, in its dtype."""
         return tensor.to(self._storage.device, self._storage.dtype)
-
-    # -- what is added or assigned, as a map --------------------------------------------------------------------------
 
     def _as_rows(self, other: Any, lead: tuple[int, ...], what: str) -> LinearMap:
         """``other``, broadcast to (*lead, *grid, M), as a map [R, 1, N, M]."""

@@ -56,7 +56,7 @@ def aggregate_attention(
             f"no {kind}-attention layer of {size[0]} × {size[1]} query tokens is kept of {list(from_where)}: kept are "
             f"layers of {there} tokens"
         )
-    heads: Any = torch.cat(maps, dim=0)  # type: ignore[arg-type]  # by LazyMap.__torch_function__
+    heads: Any = torch.cat(maps, dim=0)  # by LazyMap.__torch_function__
     return (heads.sum(0) / heads.shape[0]).cpu()
 
 

@@ -141,4 +141,5 @@ class SharedAttention(Edit):
         shift, scale = options.shared_score_shift, options.shared_score_scale
         shifts = (0.0, float(shift)) if shift else ()
         scales = (1.0, float(scale)) if scale != 1 else ()
-        return Product(row, (row, reference), (row, reference), 1.0, None, style, shifts, styled, scales)
+        rows = (row, reference)
+        return Product(row, rows, rows, style=style, shifts=shifts, styled=styled, scales=scales)

@@ -36,9 +36,6 @@ def eight(pipe):
     return tiny_pipeline(pipe, block_out_channels=(16, 32, 32), attention_head_dim=8)
 
 
-# -- scores -
-
-
 def test_scores_are_a_tensor_to_who_looks(recwarn):
     forget_lines()
     query, key = torch.randn(4, 6, 8), torch.randn(4, 5, 8)
@@ -66,9 +63,6 @@ def test_scores_are_a_tensor_to_who_looks(recwarn):
             torch.testing.assert_close(of(scores), of(dense))
     with pytest.raises(AttributeError, match="no attribute 'soft_max'"):
         scores.soft_max(-1)
-
-
-# -- the way back, and what cannot be asked -
 
 
 def test_the_pipeline_is_left_as_it_was(eight):
