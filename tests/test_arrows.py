@@ -23,7 +23,8 @@ ALLOWED = {
     "fpe_pipeline.recordings": "embedded ground models prompts edits session sampling inversion fpe_kernels",
     "fpe_pipeline.edit_request": "ground edits inversion prompts sampling session",
     "fpe_pipeline.pipeline": "embedded ground models prompts edits session sampling inversion recordings edit_request",
-    "fpe_pipeline.compat": "ground images models prompts edits session heatmaps sampling inversion pipeline fpe_kernels",
+    "fpe_pipeline.compat": "ground images models prompts edits session heatmaps sampling inversion pipeline "
+    "fpe_kernels",
     "fpe_pipeline.runs": "ground images models edits session sampling inversion pipeline fpe_kernels",
     "fpe_pipeline.quality": "embedded ground images models edits session sampling inversion runs fpe_kernels",
     "fpe_pipeline.studio": "embedded ground images models edits session heatmaps inversion recordings runs",

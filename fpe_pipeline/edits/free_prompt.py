@@ -47,7 +47,8 @@ class FreePromptEdit(SelfAttentionEdit):
         compat: ``"original"`` counts calls of the model rather than steps, as the authors' code does: with PNDM, whose
             first step calls it twice, the window ends a step earlier.
         levels: how often the replaced layers' input is downsampled from the latent: an int or several. Default:
-            all levels from 1 on, which is what the method's limit of 32² tokens means at 512 px.
+            all levels from 1 on, which is what the method's limit of 32² tokens means at 512 px; all layers of a
+            transformer, which has one level.
         max_tokens: replace layers of at most so many tokens, as the original does (32², at any image size).
         layers: module paths, beginnings of paths, or indices among the self-attention layers.
 
@@ -104,6 +105,8 @@ class FreePromptEdit(SelfAttentionEdit):
         return self.joint_sites(sites)
 
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        if sites and all(site.place in ("dual", "single") for site in sites):  # a transformer's, all of one level
+            return LayerSelection.parse("self").match(sites)
         deepest = max((site.level for site in sites), default=1)
         return LayerSelection.parse("self", levels=range(1, max(deepest, 1) + 1)).match(sites, by_default=True)
 

@@ -41,8 +41,8 @@ class JointAttentionEdit(Edit):
         joint = tuple(site for site in sites if site.is_joint)
         if not joint:
             raise ValueError(
-                f"{type(self).__name__} edits layers in which image and text tokens attend together, of which a "
-                "UNet has none: use FreePromptEdit, MasaCtrlEdit or PromptToPromptEdit, or a pipeline with a "
+                f"{type(self).__name__} edits layers in which image and text tokens attend together, of which "
+                "this model has none: use FreePromptEdit, MasaCtrlEdit or PromptToPromptEdit, or a pipeline with a "
                 "transformer (Stable Diffusion 3, FLUX.1, Qwen-Image)"
             )
         if self.layers is None:

@@ -8,6 +8,7 @@ import torch
 
 from .adapter import ModelAdapter, identity
 from .flux import FluxAdapter
+from .pixart import PixArtAdapter
 from .qwen import QwenImageAdapter
 from .sd3 import SD3Adapter
 from .unet import UNetAdapter
@@ -17,6 +18,7 @@ __all__ = ["adapter_of", "edited_model"]
 #: By the name of the class, the adapters of transformers; UNets are told by their blocks.
 _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "FluxTransformer2DModel": FluxAdapter,
+    "PixArtTransformer2DModel": PixArtAdapter,
     "QwenImageTransformer2DModel": QwenImageAdapter,
     "SD3Transformer2DModel": SD3Adapter,
 }

@@ -88,9 +88,7 @@ def _mixed(rows: Rows, mixed: MixedRows) -> torch.Tensor:
     kept, other = rows.take([mixed.kept]), rows.take([mixed.other])
     share = mixed.share[:, None]
     if share.shape[0] != kept.shape[2]:
-        raise ValueError(
-            f"expected a mask of the {kept.shape[2]} image tokens of the layer, got one of {share.shape[0]}"
-        )
+        raise ValueError(f"expected a mask of the layer's {kept.shape[2]} image tokens, got one of {share.shape[0]}")
     wide = torch.promote_types(kept.dtype, torch.float32)
     share = share.to(wide)
     return (share * kept.to(wide) + (1 - share) * other.to(wide)).to(kept.dtype)

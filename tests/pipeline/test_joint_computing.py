@@ -154,7 +154,7 @@ def test_masks_and_mixings_of_another_length(backend):
     layer = random_layer(backend)
     short = MixedRows(0, 1, torch.ones(9, device=backend.device))
     plan = plan_joint_products({1: JointProduct((short, 1), (0, 1), (1, 1))}, 2)
-    with pytest.raises(ValueError, match="a mask of 9 tokens was given for a layer of 12 image tokens"):
+    with pytest.raises(ValueError, match="a mask of the layer's 12 image tokens, got one of 9"):
         evaluate_joint(plan, layer)
     with pytest.raises(ValueError, match="words were placed among 7 text tokens, and the layer receives 5"):
         evaluate_joint(plan_joint_products({}, 2), layer, {1: torch.ones(7, 1, device=backend.device)})

@@ -249,7 +249,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: type(edit).__name__)
     def test_a_unet(self, pipe, edit):
-        with pytest.raises(ValueError, match=f"{type(edit).__name__} edits layers in which .* a UNet has none"):
+        with pytest.raises(ValueError, match=f"{type(edit).__name__} edits layers in which .* this model has none"):
             editing(pipe, edit)
 
     @pytest.mark.parametrize("edit", [StableFlowEdit(), FreeFluxEdit()], ids=["Stable Flow", "FreeFlux"])

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import AuraFlowTransformer2DModel
 from diffusers.models.attention_processor import JointAttnProcessor2_0, PAGJointAttnProcessor2_0
 
 from fpe_pipeline import (
@@ -107,11 +107,11 @@ def test_layers_that_match_nothing(untouched, selector, message):
 
 
 def test_a_transformer_without_an_adapter():
-    unknown = PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=4, in_channels=4, num_layers=1, cross_attention_dim=8, sample_size=8,
-        caption_channels=8,
+    unknown = AuraFlowTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=4,
+        num_attention_heads=2, joint_attention_dim=8, caption_projection_dim=8, out_channels=4, pos_embed_max_size=16,
     )  # fmt: skip
-    with pytest.raises(TypeError, match=r"PixArtTransformer2DModel is a transformer that no adapter .*find_sites"):
+    with pytest.raises(TypeError, match=r"AuraFlowTransformer2DModel is a transformer that no adapter .*find_sites"):
         editing(unknown, FreePromptEdit())
 
 
