@@ -215,6 +215,9 @@ def test_a_phone(visit):
         content, window = visitor.widths()
         assert content <= window, f"{name} scrolls sideways: {content} px on {window}"
         assert page.evaluate(FAINT) == [], name
+    page.evaluate("document.querySelector('.fpe-head p').style.color = '#9ca3af'")
+    assert len(page.evaluate(FAINT)) == 1, "faint text is not seen"
+    page.evaluate("document.querySelector('.fpe-head p').style.color = ''")
     visitor.tab("Generate")
     sizes = page.evaluate(
         "[...document.querySelectorAll('button')].filter(e => e.offsetParent && e.innerText.trim())"
