@@ -16,7 +16,6 @@ LONG_FILES = {
 }
 #: (lines, parameters).
 LARGE_FUNCTIONS = {
-    "fpe_kernels/backends/triton/apply_launch.py::prepare": (86, 7),
     "fpe_kernels/testing/cases.py::make_case": (64, 20),
     "fpe_pipeline/app/edit.py::edit": (106, 27),
     "fpe_pipeline/app/evaluate.py::evaluate": (65, 16),
