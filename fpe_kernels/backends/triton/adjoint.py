@@ -43,13 +43,14 @@ def adjoint_kernel(
     logsumexp_ptr,  # [G, H, N], contiguous
     table_ptr,  # [programs' groups, 1 + BRANCHES]: the map, then its batch rows
     lengths_ptr,  # [G]: the keys of each map; or None
-    scale,  # of the scores, times log2(e)
-    sizes,  # heads, queries, keys
+    tokens,  # queries, keys; the order of the numbers is worth registers: decision 0007
     query_strides,
     key_strides,
     weight_strides,
-    bias_strides,
+    heads,
     out_strides,
+    bias_strides,
+    scale,  # of the scores, times log2(e)
     HEAD: tl.constexpr,  # widths of a head
     COLUMNS: tl.constexpr,  # widths of the packed columns
     BRANCHES: tl.constexpr,
@@ -63,7 +64,7 @@ def adjoint_kernel(
 ):
     BLOCK_M: tl.constexpr = BLOCK[0]
     BLOCK_N: tl.constexpr = BLOCK[1]
-    heads, queries, keys = sizes
+    queries, keys = tokens
     tile, head, group, rows_ptr = own_tile(table_ptr, keys, heads, BRANCHES, BLOCK_M)
     query_stride, key_stride = aligned(query_strides[2], VECTORS[0]), aligned(key_strides[2], VECTORS[1])
     weight_stride, out_stride = aligned(weight_strides[2], VECTORS[2]), aligned(out_strides[2], VECTORS[3])
@@ -92,6 +93,7 @@ def adjoint_kernel(
 
     for start_n in range(0, queries_stop, BLOCK_N):
         queries_end = queries - start_n
+        column_valid = columns < queries_end
         start = tl.cast(start_n, tl.int64)
         q_ptr = query_ptr + start * query_stride
         q = load_pieces(q_ptr, columns, query_stride, query_columns, queries_end, HEAD, EVEN[1])
@@ -99,7 +101,7 @@ def adjoint_kernel(
             shift = tl.load(logsumexp_ptr + start_n + columns)
         else:
             # exp(S − inf) = 0: query rows past the end give nothing.
-            shift = tl.load(logsumexp_ptr + start_n + columns, mask=columns < queries_end, other=float("inf"))
+            shift = tl.load(logsumexp_ptr + start_n + columns, mask=column_valid, other=float("inf"))
         scores = split_scores(k, q, PRECISION) * scale
         if bias_ptr is not None:
             scores = add_bias(
@@ -178,7 +180,8 @@ def prepare(
         },
         numbers={
             "scale": scale * LOG2E.value,
-            "sizes": (heads, queries, keys),
+            "heads": heads,
+            "tokens": (queries, keys),
             "query_strides": query.stride(),
             "key_strides": key.stride(),
             "weight_strides": weight.stride(),

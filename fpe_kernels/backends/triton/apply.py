@@ -69,14 +69,15 @@ def apply_kernel(
     prior_logsumexp_ptr,  # [B, H, N], contiguous: the log-sum-exp over those
     table_ptr,  # [programs' groups, 1 + BRANCHES]: the map, then its batch rows
     lengths_ptr,  # [G]: the keys of each map; or None
-    scale,  # of the scores, times log2(e)
-    sizes,  # heads, queries, keys
+    tokens,  # queries, keys; the order of the numbers is worth registers: decision 0007
     query_strides,
     key_strides,
     value_strides,
-    bias_strides,
+    heads,
     out_strides,
+    bias_strides,
     row_weight_strides,
+    scale,  # of the scores, times log2(e)
     HEAD: tl.constexpr,  # widths of a head
     COLUMNS: tl.constexpr,  # widths of the packed columns
     BRANCHES: tl.constexpr,
@@ -94,16 +95,16 @@ def apply_kernel(
 ):
     BLOCK_M: tl.constexpr = BLOCK[0]
     BLOCK_N: tl.constexpr = BLOCK[1]
-    heads, queries, keys = sizes
+    queries, keys = tokens
     tile, head, group, rows_ptr = own_tile(table_ptr, queries, heads, BRANCHES, BLOCK_M)
     if lengths_ptr is not None:
         keys = tl.load(lengths_ptr + group)
-    query_stride, key_stride = aligned(query_strides[2], VECTORS[0]), aligned(key_strides[2], VECTORS[1])
-    value_stride, out_stride = aligned(value_strides[2], VECTORS[2]), aligned(out_strides[2], VECTORS[3])
     query_ptr = map_of(query_ptr, group, head, query_strides, VECTORS[0])
     key_ptr = map_of(key_ptr, group, head, key_strides, VECTORS[1], SHARING[0])
     value_ptr = head_of(value_ptr, head, value_strides, VECTORS[2], SHARING[1])
     out_ptr = head_of(out_ptr, head, out_strides, VECTORS[3])
+    query_stride, key_stride = aligned(query_strides[2], VECTORS[0]), aligned(key_strides[2], VECTORS[1])
+    value_stride, out_stride = aligned(value_strides[2], VECTORS[2]), aligned(out_strides[2], VECTORS[3])
     logsumexp_ptr += (group * heads + head) * queries
 
     start_m = tile.to(tl.int64) * BLOCK_M

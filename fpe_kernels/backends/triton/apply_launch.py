@@ -87,7 +87,8 @@ def prepare(
         },
         numbers={
             "scale": scale * LOG2E.value,
-            "sizes": (heads, queries, keys),
+            "heads": heads,
+            "tokens": (queries, keys),
             "query_strides": query.stride(),
             "key_strides": key.stride(),
             "value_strides": value.stride(),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pieces import add_to_pieces, head_columns, load_pieces, packed_columns, split_scores, zero_pieces
+from .pieces import add_to_pieces, head_columns, head_piece, load_pieces, packed_columns, split_scores, zero_pieces
 from .primitives import LOG2E, add_bias, aligned, finite_or_zero, head_of, map_of, own_tile, tile_index
 
 
@@ -28,14 +28,15 @@ def gradient_kernel(
     delta_ptr,  # [G, H, N], contiguous
     table_ptr,  # [programs' groups, 1 + BRANCHES]: the map, then its batch rows
     lengths_ptr,  # [G]: the keys of each map; or None
-    scale,
-    sizes,  # heads, own tokens, other tokens
+    tokens,  # own, other; the order of the numbers is worth registers: decision 0007
     own_strides,
     other_strides,
     own_factor_strides,
     other_factor_strides,
-    bias_strides,
+    scale,
     gradient_strides,
+    bias_strides,
+    heads,
     HEAD: tl.constexpr,  # widths of a head
     COLUMNS: tl.constexpr,  # widths of the packed columns
     BRANCHES: tl.constexpr,
@@ -51,7 +52,7 @@ def gradient_kernel(
 ):
     BLOCK_M: tl.constexpr = BLOCK[0]
     BLOCK_N: tl.constexpr = BLOCK[1]
-    heads, owns, others = sizes
+    owns, others = tokens
     tile, head, group, rows_ptr = own_tile(table_ptr, owns, heads, BRANCHES, BLOCK_M)
     own_stride, other_stride = aligned(own_strides[2], VECTORS[0]), aligned(other_strides[2], VECTORS[1])
     x_stride, y_stride = aligned(own_factor_strides[2], VECTORS[2]), aligned(other_factor_strides[2], VECTORS[3])
@@ -96,8 +97,9 @@ def gradient_kernel(
         columns_end = others - start_n
         column_valid = columns < columns_end
         start = tl.cast(start_n, tl.int64)
-        b_ptr, y_ptr = other_ptr + start * other_stride, other_factor_ptr + start * y_stride
+        b_ptr = other_ptr + start * other_stride
         b = load_pieces(b_ptr, columns, other_stride, other_columns, columns_end, HEAD, EVEN[1])
+        y_ptr = other_factor_ptr + start * y_stride
         y = load_pieces(y_ptr, columns, y_stride, y_columns, columns_end, COLUMNS, EVEN[1])
         scores = split_scores(a, b, PRECISION) * (scale * LOG2E)
         if bias_ptr is not None:
@@ -138,11 +140,11 @@ def store_gradients(
     ptr, gradients, scale, rows, row_valid, row_stride, entry_stride, HEAD: tl.constexpr, FIRST: tl.constexpr
 ):
     """Write ``scale`` times the gradient; chunks after the first add to what their forerunner wrote."""
-    columns = head_columns(entry_stride, HEAD, False)
     for piece in tl.static_range(len(HEAD) - 1):
-        ptrs = ptr + rows[:, None] * row_stride + columns[piece][0][None, :]
-        mask = row_valid[:, None] & columns[piece][1][None, :]
         gradient = gradients[piece] * scale
+        columns, valid = head_piece(entry_stride, HEAD, piece, False)
+        ptrs = ptr + rows[:, None] * row_stride + columns[None, :]
+        mask = row_valid[:, None] & valid[None, :]
         if not FIRST:
             gradient += tl.load(ptrs, mask=mask, other=0.0)
         tl.store(ptrs, gradient.to(ptr.dtype.element_ty), mask=mask)

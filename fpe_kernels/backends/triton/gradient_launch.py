@@ -71,7 +71,8 @@ def prepare(
         },
         numbers={
             "scale": scale,
-            "sizes": (heads, owns, others),
+            "heads": heads,
+            "tokens": (owns, others),
             "own_strides": own.stride(),
             "other_strides": other.stride(),
             "own_factor_strides": own_factor.stride(),

@@ -182,10 +182,11 @@ def store_columns(
     ONCE: tl.constexpr = False,
 ):
     """Write packed columns to the batch rows that they are of, at a tile to which ``ptr`` points."""
+    row_ptrs = ptr + rows[:, None] * row_stride
     for piece in tl.static_range(len(WIDTHS) - 1):
         columns, valid = packed_piece(rows_ptr, strides, WIDTHS, BRANCHES, piece, VECTOR, WIDE, ONCE)
         tl.store(
-            ptr + rows[:, None] * row_stride + columns[None, :],
+            row_ptrs + columns[None, :],
             accumulators[piece].to(ptr.dtype.element_ty),
             mask=row_valid[:, None] & valid[None, :],
         )
