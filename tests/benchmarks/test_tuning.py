@@ -30,7 +30,8 @@ from benchmarks.rows import Row, write
 from benchmarks.tune import Configured
 from benchmarks.workers import programs
 from benchmarks.workers.programs import of_case
-from fpe_kernels.backends.triton import boxes, configs, hopper, tuned
+from fpe_kernels.backends.triton import configs, hopper, tuned
+from fpe_kernels.backends.triton.experimental import boxes
 from fpe_kernels.backends.triton.packing import chunks
 
 H100 = "cuda: NVIDIA H100 80GB HBM3"

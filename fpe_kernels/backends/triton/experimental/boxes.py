@@ -2,16 +2,16 @@
 
     O_b = softmax(scale · Q_g K_gᵀ) V_b     for every batch row b with map_index[b] = g
 
-What :mod:`.apply` computes without bias, weights or a known log-sum-exp. Queries, keys and the values of each branch
+What :mod:`..apply` computes without bias, weights or a known log-sum-exp. Queries, keys and the values of each branch
 arrive as boxes that the bulk copy engine fetches, one instruction a box, with zeros where a box reaches past a tensor:
 no thread computes an address or a mask. A box has powers of two for edges, so head dim and value dim must be such. The
 scores of the next tile are issued before the softmax of this one, and every branch has a product and an accumulator
 of its own, so that values are read where they lie. SPECIALISED asks the compiler for further warps, which fetch while
 the others compute; some releases of Triton refuse that for some tiles.
 
-No rule of :mod:`.configs` chooses this kernel; the tuner times it, and its table may. On an H200 it was no faster than
-the pointer kernel (0.33 to 0.35 ms beside 0.34 at head dim 64, 0.91 beside 0.88 at 128); :mod:`.hopper` was. Triton 3.6
-keeps its products in flight; 3.9 waits for each one at most widths, which the tuner refuses.
+No rule of :mod:`..configs` chooses this kernel; the tuner times it, and its table may. On an H200 it was no faster
+than the pointer kernel (0.33 to 0.35 ms beside 0.34 at head dim 64, 0.91 beside 0.88 at 128); :mod:`..hopper` was.
+Triton 3.6 keeps its products in flight; 3.9 waits for each one at most widths, which the tuner refuses.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config
-from .launch import Launch, product_precision
-from .packing import MIN_PIECE, Chunk, device_table, needs_wide_index, vector_width
-from .primitives import LN2, LOG2E, aligned, dot, online_softmax_update, tile_index
+from ..configs import Config
+from ..launch import Launch, product_precision
+from ..packing import MIN_PIECE, Chunk, device_table, needs_wide_index, vector_width
+from ..primitives import LN2, LOG2E, aligned, dot, online_softmax_update, tile_index
 
 MOST_BRANCHES = 4
 
