@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import triton
 
-from fpe_kernels.backends.triton import adjoint, apply_launch, boxes, configs, forward, gradient_launch, hopper
+from fpe_kernels.backends.triton import adjoint, apply_launch, configs, forward, gradient_launch, hopper
+from fpe_kernels.backends.triton.experimental import boxes
 from fpe_kernels.backends.triton.launch import Launch
 from fpe_kernels.backends.triton.offline import compile_for, resources
 from fpe_kernels.backends.triton.packing import Chunk

@@ -201,7 +201,7 @@ def check_hooks() -> None:
     planned(call)
     triton.knobs.runtime.launch_enter_hook.remove(hook)
     assert seen == ["apply_kernel"]
-    apply_kernel.add_pre_run_hook(lambda *arguments, **named: seen.append(named["HEAD_DIM"]))
+    apply_kernel.add_pre_run_hook(lambda *arguments, **named: seen.append(named["HEAD"][0]))
     launched(call)
     apply_kernel.pre_run_hooks.clear()
     assert seen == ["apply_kernel", 16]

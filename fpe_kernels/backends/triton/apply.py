@@ -29,22 +29,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .pieces import (
+    add_products,
+    head_columns,
+    load_pieces,
+    packed_columns,
+    scaled_rows,
+    split_scores,
+    store_columns,
+    take_up,
+    weigh_rows,
+    zero_pieces,
+)
 from .primitives import (
     LN2,
     LOG2E,
     add_bias,
     aligned,
-    branch_weight,
-    dot,
     finite_or_zero,
-    head_columns,
-    load_tile,
+    head_of,
+    map_of,
     online_softmax_update,
-    packed_columns,
-    split_scores,
-    take_up,
+    own_tile,
     tile_index,
-    weigh,
+    weighted_rows,
 )
 
 
@@ -53,129 +61,64 @@ def apply_kernel(
     query_ptr,  # [G, H, N, D]
     key_ptr,  # [G, H, M, D]
     value_ptr,  # [B, H, M, E]
-    bias_ptr,  # [G, H, N, M], strides 0 where it is broadcast
+    bias_ptr,  # [G, H, N, M], strides 0 where it is broadcast; or None
     out_ptr,  # [B, H, N, E]
     logsumexp_ptr,  # [G, H, N], contiguous
-    table_ptr,  # [programs' groups, 1 + BRANCHES]: the map, then its batch rows
-    scale,  # of the scores, times log2(e)
-    heads,
-    queries,
-    keys,
-    query_stride_g,
-    query_stride_h,
-    query_stride_n,
-    query_stride_d,
-    key_stride_g,
-    key_stride_h,
-    key_stride_m,
-    key_stride_d,
-    value_stride_b,
-    value_stride_h,
-    value_stride_m,
-    value_stride_e,
-    bias_stride_g,
-    bias_stride_h,
-    bias_stride_n,
-    bias_stride_m,
-    out_stride_b,
-    out_stride_h,
-    out_stride_n,
-    out_stride_e,
-    row_weight_ptr,  # [B, H, N], strides 0 where it is broadcast
-    row_weight_stride_b,
-    row_weight_stride_h,
-    row_weight_stride_n,
-    lengths_ptr,  # [G]: the keys of each map
-    prior_ptr,  # [B, H, N, E], float32, with the strides of out: the product over other keys
+    row_weight_ptr,  # [B, H, N], strides 0 where it is broadcast; or None
+    prior_ptr,  # [B, H, N, E], float32, with the strides of out: the product over other keys; or None
     prior_logsumexp_ptr,  # [B, H, N], contiguous: the log-sum-exp over those
-    HEAD_DIM: tl.constexpr,
-    HEAD_0: tl.constexpr,
-    HEAD_1: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
+    table_ptr,  # [programs' groups, 1 + BRANCHES]: the map, then its batch rows
+    lengths_ptr,  # [G]: the keys of each map; or None
+    tokens,  # queries, keys; the order of the numbers is worth registers: decision 0007
+    query_strides,
+    key_strides,
+    value_strides,
+    heads,
+    out_strides,
+    bias_strides,
+    row_weight_strides,
+    scale,  # of the scores, times log2(e)
+    HEAD: tl.constexpr,  # widths of a head
+    COLUMNS: tl.constexpr,  # widths of the packed columns
     BRANCHES: tl.constexpr,
-    COLUMNS_0: tl.constexpr,
-    COLUMNS_1: tl.constexpr,
-    QUERY_VECTOR: tl.constexpr,
-    KEY_VECTOR: tl.constexpr,
-    VALUE_VECTOR: tl.constexpr,
-    OUT_VECTOR: tl.constexpr,
+    VECTORS: tl.constexpr,  # of query, key, value, out
+    SHARING: tl.constexpr,  # query heads that share a head of key, of value
+    BLOCK: tl.constexpr,  # queries, keys
+    EVEN: tl.constexpr,  # whether tiles of queries, of keys, are whole
     KNOWN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BIAS_VARIES: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     SKIPS: tl.constexpr,
     REPEATS: tl.constexpr,
     PRESCALE: tl.constexpr,
-    EVEN_QUERIES: tl.constexpr,
-    EVEN_KEYS: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    HEADS_PER_KEY: tl.constexpr,
-    HEADS_PER_VALUE: tl.constexpr,
-    HAS_PRIOR: tl.constexpr,
 ):
-    COLUMNS: tl.constexpr = BRANCHES * VALUE_DIM
-    EVEN_HEAD_0: tl.constexpr = HEAD_0 <= HEAD_DIM
-    EVEN_HEAD_1: tl.constexpr = HEAD_0 + HEAD_1 <= HEAD_DIM
-    EVEN_COLUMNS_0: tl.constexpr = COLUMNS_0 <= COLUMNS
-    EVEN_COLUMNS_1: tl.constexpr = COLUMNS_0 + COLUMNS_1 <= COLUMNS
-    tiles = tl.cdiv(queries, BLOCK_M)
-    tile = tl.program_id(0) % tiles
-    head = (tl.program_id(0) // tiles) % heads
-    group_ptr = table_ptr + (tl.program_id(0) // tiles // heads) * (1 + BRANCHES)
-    group = tl.load(group_ptr).to(tl.int64)
-    head64 = head.to(tl.int64)
-    if HAS_LENGTHS:
+    BLOCK_M: tl.constexpr = BLOCK[0]
+    BLOCK_N: tl.constexpr = BLOCK[1]
+    queries, keys = tokens
+    tile, head, group, rows_ptr = own_tile(table_ptr, queries, heads, BRANCHES, BLOCK_M)
+    if lengths_ptr is not None:
         keys = tl.load(lengths_ptr + group)
-
-    query_stride_g = aligned(query_stride_g, QUERY_VECTOR)
-    query_stride_h = aligned(query_stride_h, QUERY_VECTOR)
-    query_stride_n = aligned(query_stride_n, QUERY_VECTOR)
-    key_stride_g = aligned(key_stride_g, KEY_VECTOR)
-    key_stride_h = aligned(key_stride_h, KEY_VECTOR)
-    key_stride_m = aligned(key_stride_m, KEY_VECTOR)
-    value_stride_h = aligned(value_stride_h, VALUE_VECTOR)
-    value_stride_m = aligned(value_stride_m, VALUE_VECTOR)
-    out_stride_h = aligned(out_stride_h, OUT_VECTOR)
-    out_stride_n = aligned(out_stride_n, OUT_VECTOR)
-
-    query_ptr += group * query_stride_g + head64 * query_stride_h
-    key_ptr += group * key_stride_g + head64 // HEADS_PER_KEY * key_stride_h
-    value_ptr += head64 // HEADS_PER_VALUE * value_stride_h
-    out_ptr += head64 * out_stride_h
-    logsumexp_ptr += (group * heads + head64) * queries
+    query_ptr = map_of(query_ptr, group, head, query_strides, VECTORS[0])
+    key_ptr = map_of(key_ptr, group, head, key_strides, VECTORS[1], SHARING[0])
+    value_ptr = head_of(value_ptr, head, value_strides, VECTORS[2], SHARING[1])
+    out_ptr = head_of(out_ptr, head, out_strides, VECTORS[3])
+    query_stride, key_stride = aligned(query_strides[2], VECTORS[0]), aligned(key_strides[2], VECTORS[1])
+    value_stride, out_stride = aligned(value_strides[2], VECTORS[2]), aligned(out_strides[2], VECTORS[3])
+    logsumexp_ptr += (group * heads + head) * queries
 
     start_m = tile.to(tl.int64) * BLOCK_M
-    rows = tile_index(BLOCK_M, WIDE)
+    rows, columns = tile_index(BLOCK_M, WIDE), tile_index(BLOCK_N, WIDE)
     rows_end = queries - start_m
     row_valid = rows < rows_end
-    columns = tile_index(BLOCK_N, WIDE)
-
-    query_ptr += start_m * query_stride_n
-    d0, d0_valid = head_columns(query_stride_d, 0, HEAD_0, HEAD_DIM, WIDE)
-    q0 = load_tile(query_ptr, rows, query_stride_n, d0, rows_end, d0_valid, EVEN_QUERIES, EVEN_HEAD_0)
-    k0_columns, k0_valid = head_columns(key_stride_d, 0, HEAD_0, HEAD_DIM, WIDE)
-    q1 = q0
-    if HEAD_1 > 0:
-        d1, d1_valid = head_columns(query_stride_d, HEAD_0, HEAD_1, HEAD_DIM, WIDE)
-        q1 = load_tile(query_ptr, rows, query_stride_n, d1, rows_end, d1_valid, EVEN_QUERIES, EVEN_HEAD_1)
-        k1_columns, k1_valid = head_columns(key_stride_d, HEAD_0, HEAD_1, HEAD_DIM, WIDE)
-    if COLUMNS_0 > 0:
-        v0_columns, v0_valid = packed_columns(
-            group_ptr + 1, value_stride_b, value_stride_e, 0, COLUMNS_0, VALUE_DIM, COLUMNS, VALUE_VECTOR, WIDE
-        )
-        accumulator_0 = tl.zeros([BLOCK_M, COLUMNS_0], dtype=tl.float32)
-    if COLUMNS_1 > 0:
-        v1_columns, v1_valid = packed_columns(
-            group_ptr + 1, value_stride_b, value_stride_e, COLUMNS_0, COLUMNS_1, VALUE_DIM, COLUMNS, VALUE_VECTOR, WIDE
-        )
-        accumulator_1 = tl.zeros([BLOCK_M, COLUMNS_1], dtype=tl.float32)
-    if HAS_BIAS:
-        bias_ptr += group * bias_stride_g + head64 * bias_stride_h + start_m * bias_stride_n
-
+    query_ptr += start_m * query_stride
+    query_columns = head_columns(query_strides[3], HEAD, WIDE)
+    q = load_pieces(query_ptr, rows, query_stride, query_columns, rows_end, HEAD, EVEN[0])
+    key_columns = head_columns(key_strides[3], HEAD, WIDE)
+    value_columns = packed_columns(rows_ptr, value_strides, COLUMNS, BRANCHES, VECTORS[2], WIDE)
+    accumulators = zero_pieces(BLOCK_M, COLUMNS)
+    if bias_ptr is not None:
+        bias_ptr += group * bias_strides[0] + head * bias_strides[1] + start_m * bias_strides[2]
     if KNOWN:
         shift = finite_or_zero(tl.load(logsumexp_ptr + start_m + rows, mask=row_valid, other=0.0)) * LOG2E
     else:
@@ -183,15 +126,10 @@ def apply_kernel(
         normaliser = tl.zeros([BLOCK_M], dtype=tl.float32)
 
     keys_stop = keys
-    if HAS_WEIGHT:
-        row_weight_ptr += head64 * row_weight_stride_h + start_m * row_weight_stride_n
+    if row_weight_ptr is not None:
+        row_weight_ptr += head * row_weight_strides[1] + start_m * row_weight_strides[2]
     if SKIPS:
-        weighted = tl.zeros([BLOCK_M], dtype=tl.int32)
-        for branch in range(BRANCHES):
-            weight = branch_weight(
-                row_weight_ptr, group_ptr + 1, branch, row_weight_stride_b, rows, row_weight_stride_n, row_valid
-            )
-            weighted |= (weight != 0.0).to(tl.int32)
+        weighted = weighted_rows(row_weight_ptr, rows_ptr, row_weight_strides, rows, row_valid, BRANCHES)
         keys_stop = keys * tl.max(weighted, 0)
 
     # A positive scale commutes with the maximum, so it folds into the exponent's multiply-add.
@@ -200,137 +138,89 @@ def apply_kernel(
         factor = 1.0
     for start_n in range(0, keys_stop, BLOCK_N):
         keys_end = keys - start_n
-        k_ptr = key_ptr + tl.cast(start_n, tl.int64) * key_stride_m
-        k0 = load_tile(k_ptr, columns, key_stride_m, k0_columns, keys_end, k0_valid, EVEN_KEYS, EVEN_HEAD_0)
-        k1 = k0
-        if HEAD_1 > 0:
-            k1 = load_tile(k_ptr, columns, key_stride_m, k1_columns, keys_end, k1_valid, EVEN_KEYS, EVEN_HEAD_1)
-        scores = split_scores(q0, q1, k0, k1, HEAD_1 > 0, PRECISION)
+        start = tl.cast(start_n, tl.int64)
+        k = load_pieces(key_ptr + start * key_stride, columns, key_stride, key_columns, keys_end, HEAD, EVEN[1])
+        scores = split_scores(q, k, PRECISION)
         if PRESCALE:
             scores *= scale
-        if HAS_BIAS:
+        if bias_ptr is not None:
             scores = add_bias(
                 scores,
-                bias_ptr + tl.cast(start_n, tl.int64) * bias_stride_m,
+                bias_ptr + start * bias_strides[3],
                 rows,
                 columns,
-                bias_stride_n,
-                bias_stride_m,
+                bias_strides[2],
+                bias_strides[3],
                 rows_end,
                 keys_end,
                 BIAS_VARIES,
-                EVEN_QUERIES and EVEN_KEYS,
+                EVEN[0] and EVEN[1],
             )
-        if not EVEN_KEYS:
+        if not EVEN[1]:
             scores = tl.where((columns < keys_end)[None, :], scores, float("-inf"))
         if KNOWN:
             probabilities = tl.exp2(scores * factor - shift[:, None])
         else:
             probabilities, rescale, maximum, normaliser = online_softmax_update(
-                scores, factor, maximum, normaliser, HAS_BIAS
+                scores, factor, maximum, normaliser, bias_ptr is not None
             )
-            if COLUMNS_0 > 0:
-                accumulator_0 *= rescale[:, None]
-            if COLUMNS_1 > 0:
-                accumulator_1 *= rescale[:, None]
-        v_ptr = value_ptr + tl.cast(start_n, tl.int64) * value_stride_m
-        if COLUMNS_0 > 0:
-            v0 = load_tile(v_ptr, columns, value_stride_m, v0_columns, keys_end, v0_valid, EVEN_KEYS, EVEN_COLUMNS_0)
-            probabilities = probabilities.to(v0.dtype)
-            accumulator_0 = dot(probabilities, v0, accumulator_0, PRECISION)
-        if COLUMNS_1 > 0:
-            v1 = load_tile(v_ptr, columns, value_stride_m, v1_columns, keys_end, v1_valid, EVEN_KEYS, EVEN_COLUMNS_1)
-            accumulator_1 = dot(probabilities, v1, accumulator_1, PRECISION)
+            accumulators = scaled_rows(accumulators, rescale)
+        v_ptr = value_ptr + start * value_stride
+        accumulators = add_products(
+            accumulators,
+            probabilities,
+            v_ptr,
+            columns,
+            value_stride,
+            value_columns,
+            keys_end,
+            COLUMNS,
+            EVEN[1],
+            PRECISION,
+        )
 
     if not KNOWN:
         logsumexp = (maximum + tl.log2(normaliser)) * LN2
         if SKIPS:
             logsumexp = tl.where(keys_stop > 0, logsumexp, float("inf"))
         tl.store(logsumexp_ptr + start_m + rows, logsumexp, mask=row_valid)
-        inverse = 1.0 / tl.where(normaliser == 0.0, 1.0, normaliser)
-        if COLUMNS_0 > 0:
-            accumulator_0 *= inverse[:, None]
-        if COLUMNS_1 > 0:
-            accumulator_1 *= inverse[:, None]
-
-    if HAS_PRIOR:
+        accumulators = scaled_rows(accumulators, 1.0 / tl.where(normaliser == 0.0, 1.0, normaliser))
+    if prior_ptr is not None:
         if KNOWN:
             logsumexp = tl.load(logsumexp_ptr + start_m + rows, mask=row_valid, other=0.0)
-        prior_rows = prior_ptr + head64 * out_stride_h + (start_m + rows)[:, None] * out_stride_n
-        prior_logsumexp_ptr += head64 * queries + start_m
-        if COLUMNS_0 > 0:
-            accumulator_0 = take_up(
-                accumulator_0,
-                logsumexp,
-                prior_rows,
-                prior_logsumexp_ptr,
-                group_ptr + 1,
-                heads * queries,
-                rows,
-                row_valid,
-                out_stride_b,
-                out_stride_e,
-                0,
-                VALUE_DIM,
-                BRANCHES,
-                OUT_VECTOR,
-                WIDE,
-            )
-        if COLUMNS_1 > 0:
-            accumulator_1 = take_up(
-                accumulator_1,
-                logsumexp,
-                prior_rows,
-                prior_logsumexp_ptr,
-                group_ptr + 1,
-                heads * queries,
-                rows,
-                row_valid,
-                out_stride_b,
-                out_stride_e,
-                COLUMNS_0,
-                VALUE_DIM,
-                BRANCHES,
-                OUT_VECTOR,
-                WIDE,
-            )
-
-    if HAS_WEIGHT:
-        for branch in range(BRANCHES):
-            weight = branch_weight(
-                row_weight_ptr, group_ptr + 1, branch, row_weight_stride_b, rows, row_weight_stride_n, row_valid
-            )
-            if COLUMNS_0 > 0:
-                accumulator_0 = weigh(accumulator_0, weight, branch, 0, VALUE_DIM, BRANCHES)
-            if COLUMNS_1 > 0:
-                accumulator_1 = weigh(accumulator_1, weight, branch, COLUMNS_0, VALUE_DIM, BRANCHES)
-
-    out_ptr += start_m * out_stride_n
-    out_rows = out_ptr + rows[:, None] * out_stride_n
-    if COLUMNS_0 > 0:
-        o0_columns, o0_valid = packed_columns(
-            group_ptr + 1, out_stride_b, out_stride_e, 0, COLUMNS_0, VALUE_DIM, COLUMNS, OUT_VECTOR, WIDE, REPEATS
-        )
-        tl.store(
-            out_rows + o0_columns[None, :],
-            accumulator_0.to(out_ptr.dtype.element_ty),
-            mask=row_valid[:, None] & o0_valid[None, :],
-        )
-    if COLUMNS_1 > 0:
-        o1_columns, o1_valid = packed_columns(
-            group_ptr + 1,
-            out_stride_b,
-            out_stride_e,
-            COLUMNS_0,
-            COLUMNS_1,
-            VALUE_DIM,
+        prior_rows = head_of(prior_ptr, head, out_strides, VECTORS[3]) + (start_m + rows)[:, None] * out_stride
+        prior_logsumexp_ptr += head * queries + start_m
+        accumulators = take_up(
+            accumulators,
+            logsumexp,
+            prior_rows,
+            prior_logsumexp_ptr,
+            rows_ptr,
+            rows,
+            row_valid,
+            heads * queries,
+            out_strides,
             COLUMNS,
-            OUT_VECTOR,
+            BRANCHES,
+            VECTORS[3],
             WIDE,
-            REPEATS,
         )
-        tl.store(
-            out_rows + o1_columns[None, :],
-            accumulator_1.to(out_ptr.dtype.element_ty),
-            mask=row_valid[:, None] & o1_valid[None, :],
+    if row_weight_ptr is not None:
+        accumulators = weigh_rows(
+            accumulators, row_weight_ptr, rows_ptr, row_weight_strides, rows, row_valid, COLUMNS, BRANCHES
         )
+    out_ptr += start_m * out_stride
+    store_columns(
+        out_ptr,
+        accumulators,
+        rows_ptr,
+        rows,
+        row_valid,
+        out_stride,
+        out_strides,
+        COLUMNS,
+        BRANCHES,
+        VECTORS[3],
+        WIDE,
+        REPEATS,
+    )

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .apply import apply_kernel
 from .configs import Config
-from .launch import Launch, product_precision, strides
-from .packing import Chunk, bias_varies, columns_of, device_table, needs_wide_index, split_width, vector_width
+from .launch import Launch, product_precision
+from .packing import (
+    Chunk,
+    bias_varies,
+    columns_of,
+    device_lengths,
+    device_table,
+    needs_wide_index,
+    vector_width,
+    widths,
+)
 from .primitives import LOG2E
 
 
@@ -64,92 +73,43 @@ def prepare(
 
     ``skips`` says that nothing else needs the statistics of rows whose weights are zero.
     """
-    query, key, value, bias, out, logsumexp, row_weight, prior, prior_logsumexp = tensors
+    query, key, value, bias, out, _, row_weight, _, _ = tensors
     heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
-    full_bias = query if bias is None else bias
-    table = device_table(chunk.table, query.device)
+    of_queries, of_keys = (query, out, bias, row_weight), (key, value)
     return Launch(
         apply_kernel,
         programs=-(-queries // config.block_m) * heads * len(chunk.table),
         config=config,
         tensors={
-            "query_ptr": query,
-            "key_ptr": key,
-            "value_ptr": value,
-            "bias_ptr": full_bias,
-            "row_weight_ptr": query if row_weight is None else row_weight,
-            "out_ptr": out,
-            "logsumexp_ptr": logsumexp,
-            "table_ptr": table,
-            "prior_ptr": query if prior is None else prior,
-            "prior_logsumexp_ptr": query if prior_logsumexp is None else prior_logsumexp,
-            "lengths_ptr": table if key_lengths is None else device_table((key_lengths,), query.device),
+            **{f"{name}_ptr": tensor for name, tensor in tensors._asdict().items()},
+            "table_ptr": device_table(chunk.table, query.device),
+            "lengths_ptr": device_lengths(key_lengths, query.device),
         },
         numbers={
             "scale": scale * LOG2E.value,
             "heads": heads,
-            "queries": queries,
-            "keys": keys,
-            **strides("query", query, "ghnd"),
-            **strides("key", key, "ghmd"),
-            **strides("value", value, "bhme"),
-            **strides("bias", full_bias, "ghnm"),
-            **strides("row_weight", query[..., 0] if row_weight is None else row_weight, "bhn"),
-            **strides("out", out, "bhne"),
+            "tokens": (queries, keys),
+            "query_strides": query.stride(),
+            "key_strides": key.stride(),
+            "value_strides": value.stride(),
+            "bias_strides": None if bias is None else bias.stride(),
+            "out_strides": out.stride(),
+            "row_weight_strides": None if row_weight is None else row_weight.stride(),
         },
-        constants=_constants(tensors, chunk, scale, known, skips, config, key_lengths),
+        constants={
+            "HEAD": widths(query.shape[3]),
+            "COLUMNS": widths(chunk.branches * value.shape[3]),
+            "BRANCHES": chunk.branches,
+            "VECTORS": tuple(map(vector_width, (query, key, value, out))),
+            "SHARING": (heads // key.shape[1], heads // value.shape[1]),
+            "BLOCK": (config.block_m, config.block_n),
+            "EVEN": (queries % config.block_m == 0, keys % config.block_n == 0 and key_lengths is None),
+            "KNOWN": known,
+            "BIAS_VARIES": bias_varies(bias),
+            "SKIPS": row_weight is not None and skips,
+            "REPEATS": chunk.repeats,
+            "PRESCALE": bias is not None or scale <= 0.0,
+            "WIDE": needs_wide_index(config.block_m, *of_queries) or needs_wide_index(config.block_n, *of_keys),
+            "PRECISION": product_precision(query.dtype),
+        },
     )
-
-
-def _constants(
-    tensors: ApplyTensors,
-    chunk: Chunk,
-    scale: float,
-    known: bool,
-    skips: bool,
-    config: Config,
-    key_lengths: tuple[int, ...] | None,
-) -> dict[str, Any]:
-    """What the kernel is compiled for."""
-    query, key, value, bias, out, _, row_weight, prior, _ = tensors
-    _, heads, queries, head_dim = query.shape
-    keys, value_dim = key.shape[2], value.shape[3]
-    head_pieces, column_pieces = split_width(head_dim), split_width(chunk.branches * value_dim)
-    full_bias = query if bias is None else bias
-    return {
-        "HEAD_DIM": head_dim,
-        "HEAD_0": head_pieces[0],
-        "HEAD_1": head_pieces[1],
-        "VALUE_DIM": value_dim,
-        "BRANCHES": chunk.branches,
-        "COLUMNS_0": column_pieces[0],
-        "COLUMNS_1": column_pieces[1],
-        "QUERY_VECTOR": vector_width(query),
-        "KEY_VECTOR": vector_width(key),
-        "VALUE_VECTOR": vector_width(value),
-        "OUT_VECTOR": vector_width(out),
-        "KNOWN": known,
-        "HAS_BIAS": bias is not None,
-        "BIAS_VARIES": bias_varies(full_bias),
-        "HAS_WEIGHT": row_weight is not None,
-        "SKIPS": row_weight is not None and skips,
-        "REPEATS": chunk.repeats,
-        "PRESCALE": bias is not None or scale <= 0.0,
-        "EVEN_QUERIES": queries % config.block_m == 0,
-        "EVEN_KEYS": keys % config.block_n == 0 and key_lengths is None,
-        "WIDE": needs_wide_index(
-            (query, config.block_m),
-            (key, config.block_n),
-            (value, config.block_n),
-            (out, config.block_m),
-            (full_bias, config.block_m),
-            (query if row_weight is None else row_weight.unsqueeze(-1), config.block_m),
-        ),
-        "PRECISION": product_precision(query.dtype),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "HAS_LENGTHS": key_lengths is not None,
-        "HEADS_PER_KEY": heads // key.shape[1],
-        "HEADS_PER_VALUE": heads // value.shape[1],
-        "HAS_PRIOR": prior is not None,
-    }

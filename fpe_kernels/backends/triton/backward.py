@@ -12,18 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import (
-    LOG2E,
-    add_bias,
-    aligned,
-    dot,
-    finite_or_zero,
-    head_columns,
-    load_tile,
-    packed_columns,
-    split_scores,
-    tile_index,
-)
+from .pieces import add_to_pieces, head_columns, head_piece, load_pieces, packed_columns, split_scores, zero_pieces
+from .primitives import LOG2E, add_bias, aligned, finite_or_zero, head_of, map_of, own_tile, tile_index
 
 
 @triton.jit
@@ -32,101 +22,55 @@ def gradient_kernel(
     other_ptr,  # [G, H, S, D]: the other axis
     own_factor_ptr,  # [B, H, T, E]: X for dQ, Y for dK
     other_factor_ptr,  # [B, H, S, E]
-    bias_ptr,  # [G, H, T, S], strides 0 where it is broadcast
+    bias_ptr,  # [G, H, T, S], strides 0 where it is broadcast; or None
     gradient_ptr,  # [G, H, T, D]
     logsumexp_ptr,  # [G, H, N], contiguous
     delta_ptr,  # [G, H, N], contiguous
     table_ptr,  # [programs' groups, 1 + BRANCHES]: the map, then its batch rows
+    lengths_ptr,  # [G]: the keys of each map; or None
+    tokens,  # own, other; the order of the numbers is worth registers: decision 0007
+    own_strides,
+    other_strides,
+    own_factor_strides,
+    other_factor_strides,
     scale,
+    gradient_strides,
+    bias_strides,
     heads,
-    owns,
-    others,
-    own_stride_g,
-    own_stride_h,
-    own_stride_t,
-    own_stride_d,
-    other_stride_g,
-    other_stride_h,
-    other_stride_s,
-    other_stride_d,
-    own_factor_stride_b,
-    own_factor_stride_h,
-    own_factor_stride_t,
-    own_factor_stride_e,
-    other_factor_stride_b,
-    other_factor_stride_h,
-    other_factor_stride_s,
-    other_factor_stride_e,
-    bias_stride_g,
-    bias_stride_h,
-    bias_stride_t,
-    bias_stride_s,
-    gradient_stride_g,
-    gradient_stride_h,
-    gradient_stride_t,
-    gradient_stride_d,
-    lengths_ptr,  # [G]: the keys of each map
-    HEAD_DIM: tl.constexpr,
-    HEAD_0: tl.constexpr,
-    HEAD_1: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
+    HEAD: tl.constexpr,  # widths of a head
+    COLUMNS: tl.constexpr,  # widths of the packed columns
     BRANCHES: tl.constexpr,
-    COLUMNS_0: tl.constexpr,
-    COLUMNS_1: tl.constexpr,
-    OWN_VECTOR: tl.constexpr,
-    OTHER_VECTOR: tl.constexpr,
-    OWN_FACTOR_VECTOR: tl.constexpr,
-    OTHER_FACTOR_VECTOR: tl.constexpr,
+    VECTORS: tl.constexpr,  # of own, other, own_factor, other_factor
+    SHARING: tl.constexpr,  # query heads that share a head of those
+    BLOCK: tl.constexpr,  # own tokens, other tokens
+    EVEN: tl.constexpr,  # whether tiles of those are whole
     OWN_STATISTICS: tl.constexpr,
     FIRST: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BIAS_VARIES: tl.constexpr,
-    EVEN_OWNS: tl.constexpr,
-    EVEN_OTHERS: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    HEADS_PER_OWN: tl.constexpr,
-    HEADS_PER_OTHER: tl.constexpr,
-    HEADS_PER_OWN_FACTOR: tl.constexpr,
-    HEADS_PER_OTHER_FACTOR: tl.constexpr,
 ):
-    COLUMNS: tl.constexpr = BRANCHES * VALUE_DIM
-    EVEN_HEAD_0: tl.constexpr = HEAD_0 <= HEAD_DIM
-    EVEN_HEAD_1: tl.constexpr = HEAD_0 + HEAD_1 <= HEAD_DIM
-    EVEN_COLUMNS_0: tl.constexpr = COLUMNS_0 <= COLUMNS
-    EVEN_COLUMNS_1: tl.constexpr = COLUMNS_0 + COLUMNS_1 <= COLUMNS
-    tiles = tl.cdiv(owns, BLOCK_M)
-    tile = tl.program_id(0) % tiles
-    head = ((tl.program_id(0) // tiles) % heads).to(tl.int64)
-    group_ptr = table_ptr + (tl.program_id(0) // tiles // heads) * (1 + BRANCHES)
-    group = tl.load(group_ptr).to(tl.int64)
-
-    own_stride_t = aligned(own_stride_t, OWN_VECTOR)
-    other_stride_s = aligned(other_stride_s, OTHER_VECTOR)
-    own_factor_stride_t = aligned(own_factor_stride_t, OWN_FACTOR_VECTOR)
-    other_factor_stride_s = aligned(other_factor_stride_s, OTHER_FACTOR_VECTOR)
+    BLOCK_M: tl.constexpr = BLOCK[0]
+    BLOCK_N: tl.constexpr = BLOCK[1]
+    owns, others = tokens
+    tile, head, group, rows_ptr = own_tile(table_ptr, owns, heads, BRANCHES, BLOCK_M)
+    own_stride, other_stride = aligned(own_strides[2], VECTORS[0]), aligned(other_strides[2], VECTORS[1])
+    x_stride, y_stride = aligned(own_factor_strides[2], VECTORS[2]), aligned(other_factor_strides[2], VECTORS[3])
     start_m = tile.to(tl.int64) * BLOCK_M
-    own_ptr += group * aligned(own_stride_g, OWN_VECTOR) + head // HEADS_PER_OWN * aligned(own_stride_h, OWN_VECTOR)
-    own_ptr += start_m * own_stride_t
-    other_ptr += group * aligned(other_stride_g, OTHER_VECTOR)
-    other_ptr += head // HEADS_PER_OTHER * aligned(other_stride_h, OTHER_VECTOR)
-    own_factor_ptr += head // HEADS_PER_OWN_FACTOR * aligned(own_factor_stride_h, OWN_FACTOR_VECTOR)
-    own_factor_ptr += start_m * own_factor_stride_t
-    other_factor_ptr += head // HEADS_PER_OTHER_FACTOR * aligned(other_factor_stride_h, OTHER_FACTOR_VECTOR)
-    gradient_ptr += group * gradient_stride_g + head * gradient_stride_h + start_m * gradient_stride_t
+    own_ptr = map_of(own_ptr, group, head, own_strides, VECTORS[0], SHARING[0]) + start_m * own_stride
+    other_ptr = map_of(other_ptr, group, head, other_strides, VECTORS[1], SHARING[1])
+    x_ptr = head_of(own_factor_ptr, head, own_factor_strides, VECTORS[2], SHARING[2]) + start_m * x_stride
+    other_factor_ptr = head_of(other_factor_ptr, head, other_factor_strides, VECTORS[3], SHARING[3])
+    gradient_ptr += group * gradient_strides[0] + head * gradient_strides[1] + start_m * gradient_strides[2]
     statistics = owns if OWN_STATISTICS else others
     logsumexp_ptr += (group * heads + head) * statistics
     delta_ptr += (group * heads + head) * statistics
 
-    rows = tile_index(BLOCK_M, WIDE)
-    columns = tile_index(BLOCK_N, WIDE)
+    rows, columns = tile_index(BLOCK_M, WIDE), tile_index(BLOCK_N, WIDE)
     rows_end = owns - start_m
     row_valid = rows < rows_end
     others_stop = others
-    if HAS_LENGTHS:
+    if lengths_ptr is not None:
         length = tl.load(lengths_ptr + group)
         if OWN_STATISTICS:
             others = length
@@ -135,69 +79,15 @@ def gradient_kernel(
             # Gradients of keys past the length are written, and are zero.
             rows_end = length - start_m
             others_stop = others * (rows_end > 0).to(tl.int32)
-
-    a0_columns, a0_valid = head_columns(own_stride_d, 0, HEAD_0, HEAD_DIM, WIDE)
-    a0 = load_tile(own_ptr, rows, own_stride_t, a0_columns, rows_end, a0_valid, EVEN_OWNS, EVEN_HEAD_0)
-    b0_columns, b0_valid = head_columns(other_stride_d, 0, HEAD_0, HEAD_DIM, WIDE)
-    gradient_0 = tl.zeros([BLOCK_M, HEAD_0], dtype=tl.float32)
-    a1 = a0
-    if HEAD_1 > 0:
-        a1_columns, a1_valid = head_columns(own_stride_d, HEAD_0, HEAD_1, HEAD_DIM, WIDE)
-        a1 = load_tile(own_ptr, rows, own_stride_t, a1_columns, rows_end, a1_valid, EVEN_OWNS, EVEN_HEAD_1)
-        b1_columns, b1_valid = head_columns(other_stride_d, HEAD_0, HEAD_1, HEAD_DIM, WIDE)
-        gradient_1 = tl.zeros([BLOCK_M, HEAD_1], dtype=tl.float32)
-    x0_columns, x0_valid = packed_columns(
-        group_ptr + 1,
-        own_factor_stride_b,
-        own_factor_stride_e,
-        0,
-        COLUMNS_0,
-        VALUE_DIM,
-        COLUMNS,
-        OWN_FACTOR_VECTOR,
-        WIDE,
-    )
-    x0 = load_tile(own_factor_ptr, rows, own_factor_stride_t, x0_columns, rows_end, x0_valid, EVEN_OWNS, EVEN_COLUMNS_0)
-    y0_columns, y0_valid = packed_columns(
-        group_ptr + 1,
-        other_factor_stride_b,
-        other_factor_stride_e,
-        0,
-        COLUMNS_0,
-        VALUE_DIM,
-        COLUMNS,
-        OTHER_FACTOR_VECTOR,
-        WIDE,
-    )
-    x1 = x0
-    if COLUMNS_1 > 0:
-        x1_columns, x1_valid = packed_columns(
-            group_ptr + 1,
-            own_factor_stride_b,
-            own_factor_stride_e,
-            COLUMNS_0,
-            COLUMNS_1,
-            VALUE_DIM,
-            COLUMNS,
-            OWN_FACTOR_VECTOR,
-            WIDE,
-        )
-        x1 = load_tile(
-            own_factor_ptr, rows, own_factor_stride_t, x1_columns, rows_end, x1_valid, EVEN_OWNS, EVEN_COLUMNS_1
-        )
-        y1_columns, y1_valid = packed_columns(
-            group_ptr + 1,
-            other_factor_stride_b,
-            other_factor_stride_e,
-            COLUMNS_0,
-            COLUMNS_1,
-            VALUE_DIM,
-            COLUMNS,
-            OTHER_FACTOR_VECTOR,
-            WIDE,
-        )
-    if HAS_BIAS:
-        bias_ptr += group * bias_stride_g + head * bias_stride_h + start_m * bias_stride_t
+    own_columns = head_columns(own_strides[3], HEAD, WIDE)
+    a = load_pieces(own_ptr, rows, own_stride, own_columns, rows_end, HEAD, EVEN[0])
+    other_columns = head_columns(other_strides[3], HEAD, WIDE)
+    gradients = zero_pieces(BLOCK_M, HEAD)
+    x_columns = packed_columns(rows_ptr, own_factor_strides, COLUMNS, BRANCHES, VECTORS[2], WIDE)
+    x = load_pieces(x_ptr, rows, x_stride, x_columns, rows_end, COLUMNS, EVEN[0])
+    y_columns = packed_columns(rows_ptr, other_factor_strides, COLUMNS, BRANCHES, VECTORS[3], WIDE)
+    if bias_ptr is not None:
+        bias_ptr += group * bias_strides[0] + head * bias_strides[1] + start_m * bias_strides[2]
     if OWN_STATISTICS:
         shift = finite_or_zero(tl.load(logsumexp_ptr + start_m + rows, mask=row_valid, other=0.0))[:, None] * LOG2E
         if FIRST:
@@ -206,33 +96,24 @@ def gradient_kernel(
     for start_n in range(0, others_stop, BLOCK_N):
         columns_end = others - start_n
         column_valid = columns < columns_end
-        b_ptr = other_ptr + tl.cast(start_n, tl.int64) * other_stride_s
-        b0 = load_tile(b_ptr, columns, other_stride_s, b0_columns, columns_end, b0_valid, EVEN_OTHERS, EVEN_HEAD_0)
-        b1 = b0
-        if HEAD_1 > 0:
-            b1 = load_tile(b_ptr, columns, other_stride_s, b1_columns, columns_end, b1_valid, EVEN_OTHERS, EVEN_HEAD_1)
-        y_ptr = other_factor_ptr + tl.cast(start_n, tl.int64) * other_factor_stride_s
-        y0 = load_tile(
-            y_ptr, columns, other_factor_stride_s, y0_columns, columns_end, y0_valid, EVEN_OTHERS, EVEN_COLUMNS_0
-        )
-        y1 = y0
-        if COLUMNS_1 > 0:
-            y1 = load_tile(
-                y_ptr, columns, other_factor_stride_s, y1_columns, columns_end, y1_valid, EVEN_OTHERS, EVEN_COLUMNS_1
-            )
-        scores = split_scores(a0, a1, b0, b1, HEAD_1 > 0, PRECISION) * (scale * LOG2E)
-        if HAS_BIAS:
+        start = tl.cast(start_n, tl.int64)
+        b_ptr = other_ptr + start * other_stride
+        b = load_pieces(b_ptr, columns, other_stride, other_columns, columns_end, HEAD, EVEN[1])
+        y_ptr = other_factor_ptr + start * y_stride
+        y = load_pieces(y_ptr, columns, y_stride, y_columns, columns_end, COLUMNS, EVEN[1])
+        scores = split_scores(a, b, PRECISION) * (scale * LOG2E)
+        if bias_ptr is not None:
             scores = add_bias(
                 scores,
-                bias_ptr + tl.cast(start_n, tl.int64) * bias_stride_s,
+                bias_ptr + start * bias_strides[3],
                 rows,
                 columns,
-                bias_stride_t,
-                bias_stride_s,
+                bias_strides[2],
+                bias_strides[3],
                 rows_end,
                 columns_end,
                 BIAS_VARIES,
-                EVEN_OWNS and EVEN_OTHERS,
+                EVEN[0] and EVEN[1],
             )
         if not OWN_STATISTICS:
             # exp(S − inf) = 0: streamed tokens past the end give nothing.
@@ -240,52 +121,30 @@ def gradient_kernel(
             shift = finite_or_zero(known)[None, :] * LOG2E
             if FIRST:
                 delta = tl.load(delta_ptr + start_n + columns, mask=column_valid, other=0.0)[None, :]
-            if HAS_LENGTHS:
+            if lengths_ptr is not None:
                 scores = tl.where((rows < rows_end)[:, None], scores, float("-inf"))
-        elif not EVEN_OTHERS:
+        elif not EVEN[1]:
             scores = tl.where(column_valid[None, :], scores, float("-inf"))
         probabilities = tl.exp2(scores - shift)
-        outer = split_scores(x0, x1, y0, y1, COLUMNS_1 > 0, PRECISION)
+        outer = split_scores(x, y, PRECISION)
         if FIRST:
             outer -= delta
-        score_gradient = (probabilities * outer).to(b0.dtype)
-        gradient_0 = dot(score_gradient, b0, gradient_0, PRECISION)
-        if HEAD_1 > 0:
-            gradient_1 = dot(score_gradient, b1, gradient_1, PRECISION)
-
-    store_gradient(
-        gradient_ptr, gradient_0 * scale, rows, row_valid, gradient_stride_t, gradient_stride_d, 0, HEAD_DIM, FIRST
+        gradients = add_to_pieces(gradients, (probabilities * outer).to(b[0].dtype), b, PRECISION)
+    store_gradients(
+        gradient_ptr, gradients, scale, rows, row_valid, gradient_strides[2], gradient_strides[3], HEAD, FIRST
     )
-    if HEAD_1 > 0:
-        store_gradient(
-            gradient_ptr,
-            gradient_1 * scale,
-            rows,
-            row_valid,
-            gradient_stride_t,
-            gradient_stride_d,
-            HEAD_0,
-            HEAD_DIM,
-            FIRST,
-        )
 
 
 @triton.jit
-def store_gradient(
-    ptr,
-    gradient,
-    rows,
-    row_valid,
-    row_stride,
-    entry_stride,
-    START: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    FIRST: tl.constexpr,
+def store_gradients(
+    ptr, gradients, scale, rows, row_valid, row_stride, entry_stride, HEAD: tl.constexpr, FIRST: tl.constexpr
 ):
-    """Write a piece of the gradient; chunks after the first add to what their forerunner wrote."""
-    entries, valid = head_columns(entry_stride, START, gradient.shape[1], HEAD_DIM)
-    ptrs = ptr + rows[:, None] * row_stride + entries[None, :]
-    mask = row_valid[:, None] & valid[None, :]
-    if not FIRST:
-        gradient += tl.load(ptrs, mask=mask, other=0.0)
-    tl.store(ptrs, gradient.to(ptr.dtype.element_ty), mask=mask)
+    """Write ``scale`` times the gradient; chunks after the first add to what their forerunner wrote."""
+    for piece in tl.static_range(len(HEAD) - 1):
+        gradient = gradients[piece] * scale
+        columns, valid = head_piece(entry_stride, HEAD, piece, False)
+        ptrs = ptr + rows[:, None] * row_stride + columns[None, :]
+        mask = row_valid[:, None] & valid[None, :]
+        if not FIRST:
+            gradient += tl.load(ptrs, mask=mask, other=0.0)
+        tl.store(ptrs, gradient.to(ptr.dtype.element_ty), mask=mask)

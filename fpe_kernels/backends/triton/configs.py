@@ -1,8 +1,8 @@
 """Fixed launch configurations: tile sizes, warps and pipeline stages, by kernel, width, architecture and length class.
 
-Runs are reproducible because nothing is tuned at run time. The rules speak of widths as the tiles hold them
-(``sum(split_width(...))``), so one rule serves every head dim between two entries, and of two budgets: registers bound
-the accumulators (a tile's float32 columns and its scores), shared memory bounds the stages of the load pipeline.
+Runs are reproducible because nothing is tuned at run time. :mod:`.rules` is a table of tiles by the widths that they
+hold (``sum(split_width(...))``), so one row serves every head dim between two entries; here they are fitted to shared
+memory and to the length of a call, and the table of what was measured (:mod:`.tuned`) goes before them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from . import tuned
+from . import rules, tuned
 from .chips import MULTIPROCESSORS, SHARED_MEMORY, architecture
 from .packing import Chunk, chunks, split_width
 
@@ -57,44 +57,18 @@ class Config:
         return Config(self.block_m, self.block_n, warps, self.stages)
 
 
-def _staged(
-    tile: tuple[int, int, int], resident: int, streamed: int, itemsize: int, bias: bool, limit: int, most: int = 3
-) -> Config:
-    """``tile`` with as many stages, up to ``most``, as fit into ``limit`` bytes beside the resident tile.
+def _staged(tiles: rules.Tiles, arch: str, resident: int, streamed: int, itemsize: int, bias: bool) -> Config:
+    """``tiles`` with as many of their stages as fit into the shared memory of ``arch`` beside the resident tile.
 
     ``resident`` and ``streamed`` are the columns that a row of each holds.
     """
-    block_m, block_n, warps = tile
+    block_m, block_n, warps, most = tiles
     fixed = block_m * resident * itemsize + (2 * block_m * block_n * itemsize if bias else 0)
     stage = block_n * streamed * itemsize
+    # The loads of one stage wait in registers there.
+    limit = SHARED_MEMORY[arch] + (stage if arch == "gfx942" else 0)
     stages = max((count for count in range(1, most + 1) if fixed + count * stage <= limit), default=1)
     return Config(block_m, block_n, warps, stages)
-
-
-def _wavefronts(block_n: int, resident: int, streamed: int, itemsize: int, bias: bool) -> Config:
-    """For gfx942: four wavefronts, one a SIMD, so that each has 512 registers; eight would share them and spill.
-
-    The loads of one stage wait in registers instead of shared memory. Single precision has matrix instructions there.
-    """
-    limit = SHARED_MEMORY["gfx942"] + block_n * streamed * itemsize
-    return _staged((64, block_n, 4), resident, streamed, itemsize, bias, limit, most=2 if itemsize == 2 else 1)
-
-
-def _warpgroups(head: int, packed: int, bias: bool, adjoint: bool) -> tuple[tuple[int, int, int], int]:
-    """Tile and most stages of ``apply`` or ``adjoint`` on Hopper, whose matrix instructions take 64 rows of four warps.
-
-    Sixteen rows a warp: warps that share rows split the columns, and exchange probabilities through shared memory. Only
-    what leaves no registers for that, a bias or addresses beside wide accumulators, is held by more warps.
-    """
-    if bias:
-        if head > 160:
-            return (64, 16, 8), 2
-        return ((128, 32, 8), 3) if packed <= 160 else ((64, 32, 8), 2)
-    if head <= 128 and packed <= 160:
-        return (128, 64, 8), 3
-    if adjoint and (packed > 256 or head > 160):
-        return ((64, 64, 8), 3) if head <= 160 else ((64, 32, 8), 2)
-    return ((128, 64, 8), 2) if packed <= (160 if adjoint else 256) and head <= 160 else ((128, 32, 8), 3)
 
 
 def _relieved(config: Config, arch: str, head: int, packed: int, bias: bool) -> Config:
@@ -120,44 +94,8 @@ def product_config(
 ) -> Config:
     """The configuration of ``apply`` and ``adjoint``: a resident tile of one axis, scores, packed accumulators."""
     head, packed = sum(split_width(head_dim)), sum(split_width(columns))
-    if arch == "gfx942":
-        block_n = 64 if itemsize == 2 and not (bias and head > 160) else 32
-        return _wavefronts(block_n, head, head + packed, itemsize, bias)
-    if tf32:
-        block_n = 32 if max(head, packed) <= 128 or arch in ("sm_90", "sm_100") else 16
-        tile = (64, block_n, 8) if head <= 160 else (32, 16, 8)
-        if arch == "sm_120" and packed > 128:
-            return Config(16, 32, 8, 1)
-        most = 1 if arch == "sm_120" else 2
-        return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most)
-    if itemsize == 4:
-        # Exact float32 products run on the scalar units, whose operands live in registers.
-        if head > 160:
-            tile = (32, 16, 16)
-        else:
-            tile = (32, 32, 8) if max(head, packed) <= 128 else (16, 16, 8)
-        return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=1)
-    if arch == "sm_90":
-        tile, most = _warpgroups(head, packed, bias, adjoint)
-        return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most)
-    if arch == "sm_100":
-        if head > 160:
-            return _staged((64, 32, 8), head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=2)
-        if head <= 128 and packed <= (128 if bias else 160):
-            tile = (128, 64, 8)
-        else:
-            tile = (64, 64, 8) if not bias else (64, 32, 8)
-    elif head > 160:
-        if arch == "sm_120" and bias and not adjoint:
-            return Config(32, 32, 8, 1) if head > 192 else Config(32, 16, 8, 2)
-        tile = (32, 16, 8) if adjoint else (64, 16, 8)
-    elif packed > 160 or (adjoint and bias and head > 128) or (bias and packed > 128 and arch == "sm_120"):
-        tile = (32, 32, 8)
-    elif bias:
-        tile = (64, 32, 8)
-    else:
-        tile = (128, 64, 8) if packed <= (96 if adjoint else 128) and head <= 96 else (128, 32, 8)
-    return _staged(tile, head, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=3 if head <= 160 else 2)
+    found = rules.row_for("adjoint" if adjoint else "apply", _element(itemsize, tf32), arch, bias, head, packed)
+    return _staged(found.tiles, arch, head, head + packed, itemsize, bias)
 
 
 @lru_cache(maxsize=1024)
@@ -171,40 +109,16 @@ def score_config(
     tf32: bool = False,
 ) -> Config:
     """The configuration of the gradient kernel: two resident tiles, scores and their gradient, one accumulator."""
-    return for_streamed(_score_config(arch, head_dim, columns, itemsize, bias, tf32), streamed)
-
-
-def _score_config(arch: str, head_dim: int, columns: int, itemsize: int, bias: bool, tf32: bool) -> Config:
     head, packed = sum(split_width(head_dim)), sum(split_width(columns))
-    if arch == "gfx942":
-        narrow = max(head, packed) <= (96 if itemsize == 2 else 128)
-        block_n = (64 if narrow and not bias else 32) if itemsize == 2 else (32 if narrow else 16)
-        return _wavefronts(block_n, head + packed, head + packed, itemsize, bias)
-    if tf32:
-        tile = (32, 32, 8) if max(head, packed) <= 128 else (16, 16, 8)
-        return _staged(tile, head + packed, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=1)
-    if itemsize == 4:
-        if head > 160:
-            tile = (16, 16, 8)
-        else:
-            tile = (32, 16, 8) if max(head, packed) <= 128 or bias else (32, 32, 8)
-        return _staged(tile, head + packed, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=1)
-    if arch == "sm_120" and max(head, packed) > 128:
-        # Its compiler keeps more addresses in registers than that of the chips before.
-        return Config(32, 32, 8, 1) if head > 192 and bias else Config(64, 16, 8, 1)
-    if arch == "sm_90":
-        # Sixteen rows a warp where registers allow it, as in `_warpgroups`.
-        if head + packed <= (256 if bias else 320):
-            tile = (64, 64, 4) if head + packed <= 192 and not bias else (64, 32, 4)
-        else:
-            tile = (64, 32, 8) if head + packed <= 320 or not bias else (64, 16, 8)
-    elif max(head, packed) <= 96 and not bias:
-        tile = (64, 64, 8)
-    elif arch == "sm_100" or (head <= 160 and not (bias and max(head, packed) > 128)):
-        tile = (64, 32, 8)
-    else:
-        tile = (32, 32, 8) if 160 < head <= 192 else (64, 16, 8)
-    return _staged(tile, head + packed, head + packed, itemsize, bias, SHARED_MEMORY[arch], most=2)
+    found = rules.row_for("gradient", _element(itemsize, tf32), arch, bias, head, packed)
+    return for_streamed(_staged(found.tiles, arch, head + packed, head + packed, itemsize, bias), streamed)
+
+
+def _element(itemsize: int, tf32: bool) -> str:
+    """As the rules name it."""
+    if itemsize == 2:
+        return "half"
+    return "tf32" if tf32 else "float32"
 
 
 def for_streamed(config: Config, tokens: int) -> Config:

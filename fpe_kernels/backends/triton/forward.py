@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..grouping import rows_by_map
 from ..protocol import Maps
-from . import boxes, configs, hopper
+from . import configs, hopper
 from .apply_launch import ApplyTensors, prepare
 from .configs import MAX_COLUMNS, Config
+from .experimental import boxes
 from .launch import Launch, product_precision
 from .packing import Chunk, chunks
 from .plans import launch_all

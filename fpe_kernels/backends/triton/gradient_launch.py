@@ -8,8 +8,17 @@ from torch import Tensor
 
 from .backward import gradient_kernel
 from .configs import Config
-from .launch import Launch, product_precision, strides
-from .packing import Chunk, bias_varies, columns_of, device_table, needs_wide_index, split_width, vector_width
+from .launch import Launch, product_precision
+from .packing import (
+    Chunk,
+    bias_varies,
+    columns_of,
+    device_lengths,
+    device_table,
+    needs_wide_index,
+    vector_width,
+    widths,
+)
 
 
 class GradientTensors(NamedTuple):
@@ -47,73 +56,47 @@ def prepare(
     key_lengths: tuple[int, ...] | None = None,
 ) -> Launch:
     """The launch of one chunk, of tensors that are narrowed to its columns."""
-    own, other, own_factor, other_factor, bias, gradient, logsumexp, delta = tensors
-    _, heads, owns, head_dim = gradient.shape
-    others, value_dim = other.shape[2], own_factor.shape[3]
-    head_pieces, column_pieces = split_width(head_dim), split_width(chunk.branches * value_dim)
-    full_bias = own if bias is None else bias
-    table, whole = device_table(chunk.table, own.device), key_lengths is None
+    own, other, own_factor, other_factor, bias, gradient, _, _ = tensors
+    (_, heads, owns, head_dim), others = gradient.shape, other.shape[2]
+    whole, longer = key_lengths is None, max(config.block_m, config.block_n)
+    of_own, of_other = (own, own_factor, gradient), (other, other_factor)
     return Launch(
         gradient_kernel,
         programs=-(-owns // config.block_m) * heads * len(chunk.table),
         config=config,
         tensors={
-            "own_ptr": own,
-            "other_ptr": other,
-            "own_factor_ptr": own_factor,
-            "other_factor_ptr": other_factor,
-            "bias_ptr": full_bias,
-            "gradient_ptr": gradient,
-            "logsumexp_ptr": logsumexp,
-            "delta_ptr": delta,
-            "table_ptr": table,
-            "lengths_ptr": table if key_lengths is None else device_table((key_lengths,), own.device),
+            **{f"{name}_ptr": tensor for name, tensor in tensors._asdict().items()},
+            "table_ptr": device_table(chunk.table, own.device),
+            "lengths_ptr": device_lengths(key_lengths, own.device),
         },
         numbers={
             "scale": scale,
             "heads": heads,
-            "owns": owns,
-            "others": others,
-            **strides("own", own, "ghtd"),
-            **strides("other", other, "ghsd"),
-            **strides("own_factor", own_factor, "bhte"),
-            **strides("other_factor", other_factor, "bhse"),
-            **strides("bias", full_bias, "ghts"),
-            **strides("gradient", gradient, "ghtd"),
+            "tokens": (owns, others),
+            "own_strides": own.stride(),
+            "other_strides": other.stride(),
+            "own_factor_strides": own_factor.stride(),
+            "other_factor_strides": other_factor.stride(),
+            "bias_strides": None if bias is None else bias.stride(),
+            "gradient_strides": gradient.stride(),
         },
         constants={
-            "HEAD_DIM": head_dim,
-            "HEAD_0": head_pieces[0],
-            "HEAD_1": head_pieces[1],
-            "VALUE_DIM": value_dim,
+            "HEAD": widths(head_dim),
+            "COLUMNS": widths(chunk.branches * own_factor.shape[3]),
             "BRANCHES": chunk.branches,
-            "COLUMNS_0": column_pieces[0],
-            "COLUMNS_1": column_pieces[1],
-            "OWN_VECTOR": vector_width(own),
-            "OTHER_VECTOR": vector_width(other),
-            "OWN_FACTOR_VECTOR": vector_width(own_factor),
-            "OTHER_FACTOR_VECTOR": vector_width(other_factor),
+            "VECTORS": tuple(map(vector_width, (own, other, own_factor, other_factor))),
+            "SHARING": tuple(heads // tensor.shape[1] for tensor in (own, other, own_factor, other_factor)),
+            "BLOCK": (config.block_m, config.block_n),
+            "EVEN": (
+                owns % config.block_m == 0 and (whole or own_statistics),
+                others % config.block_n == 0 and (whole or not own_statistics),
+            ),
             "OWN_STATISTICS": own_statistics,
             "FIRST": chunk.first,
-            "HAS_BIAS": bias is not None,
-            "BIAS_VARIES": bias_varies(full_bias),
-            "EVEN_OWNS": owns % config.block_m == 0 and (whole or own_statistics),
-            "EVEN_OTHERS": others % config.block_n == 0 and (whole or not own_statistics),
-            "WIDE": needs_wide_index(
-                (own, config.block_m),
-                (other, config.block_n),
-                (own_factor, config.block_m),
-                (other_factor, config.block_n),
-                (full_bias, max(config.block_m, config.block_n)),
-                (gradient, config.block_m),
-            ),
+            "BIAS_VARIES": bias_varies(bias),
+            "WIDE": needs_wide_index(config.block_m, *of_own)
+            or needs_wide_index(config.block_n, *of_other)
+            or needs_wide_index(longer, bias),
             "PRECISION": product_precision(own.dtype),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "HAS_LENGTHS": key_lengths is not None,
-            "HEADS_PER_OWN": heads // own.shape[1],
-            "HEADS_PER_OTHER": heads // other.shape[1],
-            "HEADS_PER_OWN_FACTOR": heads // own_factor.shape[1],
-            "HEADS_PER_OTHER_FACTOR": heads // other_factor.shape[1],
         },
     )

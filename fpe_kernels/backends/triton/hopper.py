@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .chips import MULTIPROCESSORS, SHARED_MEMORY
 from .configs import Config
-from .launch import Launch, strides
+from .launch import Launch
 from .packing import Chunk, device_table, split_width
 from .primitives import LOG2E
 
@@ -208,7 +208,7 @@ def prepare(
             "heads": heads,
             "queries": queries,
             "keys": keys,
-            **strides("out", out, "bhne"),
+            "out_strides": out.stride(),
         },
         constants={
             **absent,

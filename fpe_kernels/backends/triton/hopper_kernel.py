@@ -213,10 +213,7 @@ def hopper_kernel(
     heads,
     queries,
     keys,
-    out_stride_b,
-    out_stride_h,
-    out_stride_n,
-    out_stride_e,
+    out_strides,
     HEAD_0: gl.constexpr,
     HEAD_1: gl.constexpr,
     VALUE_DIM: gl.constexpr,
@@ -271,7 +268,7 @@ def hopper_kernel(
     VALUES_1: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * VALUE_1) if VALUE_1 > 0 else 32, 16, 2)
     rings = (q_0, q_1, k_0, k_1, v_0, v_1)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
-    outputs = (out_ptr, logsumexp_ptr, out_stride_b, out_stride_h, out_stride_n, out_stride_e)
+    outputs = (out_ptr, logsumexp_ptr, out_strides[0], out_strides[1], out_strides[2], out_strides[3])
     extents = (programs, heads, queries, keys)
     # Constants stay constants in the call itself only.
     # fmt: off

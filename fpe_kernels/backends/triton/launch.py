@@ -22,8 +22,8 @@ class Launch:
     kernel: Any
     programs: int
     config: Config
-    tensors: Mapping[str, Tensor]
-    numbers: Mapping[str, int | float]
+    tensors: Mapping[str, Tensor | None]
+    numbers: Mapping[str, int | float | tuple[int, ...] | None]
     constants: Mapping[str, Any]
     boxes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Of the tensors that the kernel reads in boxes, by descriptors: the shape of a box."""
@@ -32,13 +32,18 @@ class Launch:
 
     def run(self) -> Any:
         """Launch on the device of the tensors; returns the compiled kernel, or None from the interpreter."""
-        with device_of(next(iter(self.tensors.values()))):
+        with device_of(self.first):
             return self.kernel[(self.programs,)](**self._arguments())
 
     def compile(self) -> Any:
         """Compile for the device of the tensors, into Triton's cache on disk too, and launch nothing."""
-        with device_of(next(iter(self.tensors.values()))):
+        with device_of(self.first):
             return self.kernel.warmup(grid=(self.programs,), **self._arguments())
+
+    @property
+    def first(self) -> Tensor:
+        """A tensor that is there; the device of all."""
+        return next(tensor for tensor in self.tensors.values() if tensor is not None)
 
     def _arguments(self) -> dict[str, Any]:
         return {
@@ -48,10 +53,12 @@ class Launch:
             **self.config.options,
         }
 
-    def argument(self, name: str, tensor: Tensor) -> Any:
+    def argument(self, name: str, tensor: Tensor | None) -> Any:
         """What the kernel is given for one of ``tensors``: itself, or a descriptor of it."""
         box = self.boxes.get(name)
-        return tensor if box is None else self.descriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box))
+        if box is None or tensor is None:
+            return tensor
+        return self.descriptor(tensor, list(tensor.shape), list(tensor.stride()), list(box))
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -59,11 +66,6 @@ def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
-
-
-def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
-    """``{name}_stride_{axis}`` for every axis, in elements."""
-    return {f"{name}_stride_{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
 
 
 def allows_tf32() -> bool:

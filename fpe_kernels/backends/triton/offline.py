@@ -41,23 +41,34 @@ class Resources:
 def _specialise(launch: Launch) -> ASTSource:
     """The signature that the launcher would compile: ones become constants, multiples of 16 are promised."""
     kernel = launch.kernel
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     promise = [["tt.divisibility", 16]]
+
+    def typed(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(typed(part, (*path, place)) for place, part in enumerate(value))
+        if isinstance(value, float):
+            return "fp32"
+        if value is None or value == 1:
+            constants[path] = value
+            return "constexpr"
+        if value % 16 == 0:
+            attributes[path] = promise
+        return "i32" if value < 2**31 else "i64"
+
     for position, name in enumerate(kernel.arg_names):
         if name in launch.boxes:
             signature[name] = _descriptor_type(launch, name)
-        elif name in launch.tensors:
-            signature[name] = _TYPES[launch.tensors[name].dtype]
+        elif (tensor := launch.tensors.get(name)) is not None:
+            signature[name] = _TYPES[tensor.dtype]
             attributes[(position,)] = promise
-        elif name in launch.constants or launch.numbers[name] == 1:
+        elif name in launch.constants:
             signature[name] = "constexpr"
-            constants[name] = launch.constants.get(name, 1)
-        elif isinstance(launch.numbers[name], float):
-            signature[name] = "fp32"
+            constants[(position,)] = launch.constants[name]
         else:
-            signature[name] = "i32" if launch.numbers[name] < 2**31 else "i64"
-            if launch.numbers[name] % 16 == 0:
-                attributes[(position,)] = promise
+            signature[name] = typed(launch.numbers.get(name), (position,))
     source: Any = ASTSource
     if kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource
@@ -68,7 +79,9 @@ def _specialise(launch: Launch) -> ASTSource:
 
 def _descriptor_type(launch: Launch, name: str) -> str:
     """A box by its elements and edges, and in Gluon by how it lies in shared memory."""
-    dtype, box = launch.tensors[name].dtype, list(launch.boxes[name])
+    tensor, box = launch.tensors[name], list(launch.boxes[name])
+    assert tensor is not None
+    dtype = tensor.dtype
     lies = f",{hopper.layout(box[-1], dtype.itemsize)!r}" if launch.kernel.is_gluon() else ""
     return f"tensordesc<{_TYPES[dtype].removeprefix('*')}{box}{lies}>"
 

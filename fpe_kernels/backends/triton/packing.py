@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -35,6 +36,16 @@ def split_width(width: int) -> tuple[int, int]:
         if half + rest < whole:
             return half, rest
     return whole, 0
+
+
+@cache
+def widths(columns: int) -> tuple[int, ...]:
+    """What a kernel is told of a width: its columns, then the width of each piece that holds them.
+
+    >>> [widths(columns) for columns in (0, 40, 64)]
+    [(0,), (40, 32, 16), (64, 64)]
+    """
+    return columns, *filter(None, split_width(columns))
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,11 @@ def device_table(table: tuple[tuple[int, ...], ...], device: torch.device) -> Te
         return elsewhere.submit(_copied, table, device).result()
 
 
+def device_lengths(key_lengths: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
+    """:func:`device_table` of the keys of each map, or None."""
+    return None if key_lengths is None else device_table((key_lengths,), device)
+
+
 def _copied(table: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     with torch.cuda.device(device):
         copy = torch.tensor(table, dtype=torch.int32, device=device)
@@ -132,19 +148,25 @@ def vector_width(tensor: Tensor) -> int:
     return width
 
 
-def bias_varies(bias: Tensor) -> str:
-    """Over which of its last two axes an expanded bias differs: "rows", "columns" or "both"."""
+def bias_varies(bias: Tensor | None) -> str:
+    """Over which of its last two axes an expanded bias differs: "rows", "columns" or "both"; "" where there is none."""
+    if bias is None:
+        return ""
     if bias.stride(2) == 0:
         return "columns"
     return "rows" if bias.stride(3) == 0 else "both"
 
 
-def needs_wide_index(*tiles: tuple[Tensor, int]) -> bool:
-    """Whether an offset inside a tile passes 2³¹: ``rows`` rows of [B, H, L, E], in whatever batch row."""
-    return any(
-        (tensor.shape[0] - 1) * tensor.stride(0) + rows * tensor.stride(2) + tensor.shape[3] * tensor.stride(3) >= 2**31
-        for tensor, rows in tiles
-    )
+def needs_wide_index(rows: int, *tensors: Tensor | None) -> bool:
+    """Whether an offset inside a tile passes 2³¹: ``rows`` rows of [B, H, L(, E)], in whatever batch row."""
+    return any(tensor is not None and _reach(tensor, rows) >= 2**31 for tensor in tensors)
+
+
+def _reach(tensor: Tensor, rows: int) -> int:
+    """Elements from the start of a head to the end of a tile of it, in the last batch row."""
+    (batch, _, _, *entries), (of_batch, _, of_row, *of_entry) = tensor.shape, tensor.stride()
+    within: int = sum(map(operator.mul, entries, of_entry))
+    return (batch - 1) * of_batch + rows * of_row + within
 
 
 def columns_of(tensor: Tensor, chunk: Chunk) -> Tensor:

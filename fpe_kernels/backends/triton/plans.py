@@ -171,15 +171,12 @@ def _step(launch: Launch, compiled: Any, tensors: Tensors) -> Step | None:
     addresses, boxes = [], []
     for place, name in enumerate(launch.kernel.arg_names):
         tensor, source = launch.tensors.get(name), _places(type(tensors)).get(_ENDING.sub("", name))
-        if tensor is None:
+        if name not in launch.tensors:
             arguments.append(launch.numbers[name] if name in launch.numbers else launch.constants[name])
-        elif source is None:
+        elif tensor is None or source is None:
             arguments.append(tensor)
         else:
             given = tensors[source]
-            if given is None:
-                # An absent bias is never read; the kernel still wants an address, and gets that of the first tensor.
-                source, given = 0, tensors[0]
             assert given is not None
             offset = tensor.data_ptr() - given.data_ptr()
             if name not in launch.boxes:

@@ -1,8 +1,4 @@
-"""Jitted pieces that the kernels share: tiles of split width, packed columns, scores, online softmax.
-
-Tiles must be powers of two, sums of tiles need not: a width is held in two pieces, 160 = 128 + 32, and the second may
-be absent (width 0), which costs nothing.
-"""
+"""Jitted functions that the kernels share: what a program is for, tiles, products, biases, weights, online softmax."""
 
 from __future__ import annotations
 
@@ -17,6 +13,28 @@ LN2 = tl.constexpr(0.6931471805599453)
 def aligned(stride, VECTOR: tl.constexpr):
     """``stride``, visibly a multiple of VECTOR: the compiler is told of multiples of 16 only, and 40 is none."""
     return stride // VECTOR * VECTOR
+
+
+@triton.jit
+def own_tile(table_ptr, tokens, heads, BRANCHES: tl.constexpr, BLOCK: tl.constexpr):
+    """What a program is for: its tile of BLOCK tokens, its head and its map, and where the map's batch rows stand."""
+    tiles = tl.cdiv(tokens, BLOCK)
+    tile = tl.program_id(0) % tiles
+    head = ((tl.program_id(0) // tiles) % heads).to(tl.int64)
+    map_ptr = table_ptr + (tl.program_id(0) // tiles // heads) * (1 + BRANCHES)
+    return tile, head, tl.load(map_ptr).to(tl.int64), map_ptr + 1
+
+
+@triton.jit
+def head_of(ptr, head, strides, VECTOR: tl.constexpr, HEADS_PER: tl.constexpr = 1):
+    """``ptr`` at a head, of which HEADS_PER query heads share one, in the first map or batch row."""
+    return ptr + head // HEADS_PER * aligned(strides[1], VECTOR)
+
+
+@triton.jit
+def map_of(ptr, group, head, strides, VECTOR: tl.constexpr, HEADS_PER: tl.constexpr = 1):
+    """``ptr`` at a map and a head."""
+    return ptr + (group * aligned(strides[0], VECTOR) + head // HEADS_PER * aligned(strides[1], VECTOR))
 
 
 @triton.jit
@@ -44,62 +62,11 @@ def load_tile(
 
 
 @triton.jit
-def head_columns(stride, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, WIDE: tl.constexpr = False):
-    """Offsets and validity of the head-dim entries START .. START + WIDTH."""
-    entry = START + tile_index(WIDTH, WIDE)
-    return entry * stride, entry < HEAD_DIM
-
-
-@triton.jit
-def packed_columns(
-    rows_ptr,
-    batch_stride,
-    entry_stride,
-    START: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
-    ONCE: tl.constexpr = False,
-):
-    """Offsets and validity of packed columns: column c is entry ``c % VALUE_DIM`` of branch ``c // VALUE_DIM``.
-
-    ``rows_ptr`` holds the batch row of each branch; ONCE leaves out branches that name the row before them again.
-    VECTOR neighbours lie side by side in memory and start aligned; the compiler cannot see that through the table, and
-    without it a copy would move two bytes at a time.
-    """
-    column = START + tl.arange(0, WIDTH)
-    valid = column < COLUMNS
-    row = tl.load(rows_ptr + column // VALUE_DIM, mask=valid, other=0)
-    entry = column % VALUE_DIM
-    if ONCE:
-        later = valid & (column >= VALUE_DIM)
-        valid = valid & (tl.load(rows_ptr + column // VALUE_DIM - 1, mask=later, other=-1) != row)
-        valid = tl.max_constancy(valid, VECTOR)
-    if WIDE:
-        row, entry = row.to(tl.int64), entry.to(tl.int64)
-    offset = row * batch_stride + entry * entry_stride
-    if VECTOR > 1:
-        offset = tl.max_contiguous(tl.multiple_of(offset, VECTOR), VECTOR)
-    return offset, valid
-
-
-@triton.jit
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
     """a @ b + accumulator in float32. PRECISION "widen" converts first: the interpreter multiplies no bfloat16."""
     if PRECISION == "widen":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
-
-
-@triton.jit
-def split_scores(a0, a1, b0, b1, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """a @ b.T for tiles whose shared axis is held in two pieces; the second counts where SPLIT."""
-    product = dot(a0, tl.trans(b0), tl.zeros([a0.shape[0], b0.shape[0]], dtype=tl.float32), PRECISION)
-    if SPLIT:
-        product = dot(a1, tl.trans(b1), product, PRECISION)
-    return product
 
 
 @triton.jit
@@ -164,6 +131,16 @@ def branch_weight(weight_ptr, rows_ptr, branch, batch_stride, rows, row_stride, 
 
 
 @triton.jit
+def weighted_rows(weight_ptr, rows_ptr, strides, rows, row_valid, BRANCHES: tl.constexpr):
+    """Which query rows of a tile have a weight in any branch."""
+    weighted = tl.zeros([rows.shape[0]], dtype=tl.int32)
+    for branch in range(BRANCHES):
+        weight = branch_weight(weight_ptr, rows_ptr, branch, strides[0], rows, strides[2], row_valid)
+        weighted |= (weight != 0.0).to(tl.int32)
+    return weighted
+
+
+@triton.jit
 def shares(first, second):
     """Of log-sum-exps of two parts of a row's keys, each part's share of the row; zero for a part without keys."""
     largest = finite_or_zero(tl.maximum(first, second))
@@ -171,44 +148,3 @@ def shares(first, second):
     total = first + second
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
     return first * inverse, second * inverse
-
-
-@triton.jit
-def weigh(accumulator, weight, branch, START: tl.constexpr, VALUE_DIM: tl.constexpr, BRANCHES: tl.constexpr):
-    """``accumulator`` with the packed columns of ``branch`` times ``weight``, which has one number for each row."""
-    if BRANCHES == 1:
-        return accumulator * weight[:, None]
-    owner = (START + tl.arange(0, accumulator.shape[1])) // VALUE_DIM
-    return accumulator * tl.where((owner == branch)[None, :], weight[:, None], 1.0)
-
-
-@triton.jit
-def take_up(
-    accumulator,  # [BLOCK_M, WIDTH], normalised over the keys of this launch
-    logsumexp,  # over those
-    prior_rows,  # pointers to the rows of the other product, in batch row 0
-    prior_logsumexp_ptr,
-    rows_ptr,
-    statistics_stride_b,
-    rows,
-    row_valid,
-    stride_b,
-    stride_e,
-    START: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BRANCHES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """A piece of the accumulators merged with the product over other keys, both normalised together."""
-    WIDTH: tl.constexpr = accumulator.shape[1]
-    columns, valid = packed_columns(
-        rows_ptr, stride_b, stride_e, START, WIDTH, VALUE_DIM, BRANCHES * VALUE_DIM, VECTOR, WIDE
-    )
-    prior = tl.load(prior_rows + columns[None, :], mask=row_valid[:, None] & valid[None, :], other=0.0)
-    for branch in range(BRANCHES):
-        known = branch_weight(prior_logsumexp_ptr, rows_ptr, branch, statistics_stride_b, rows, 1, row_valid)
-        own, other = shares(logsumexp, known)
-        accumulator = weigh(accumulator, own, branch, START, VALUE_DIM, BRANCHES)
-        prior = weigh(prior, other, branch, START, VALUE_DIM, BRANCHES)
-    return accumulator + prior

@@ -112,7 +112,7 @@ def test_vectors_are_as_wide_as_the_layout_allows() -> None:
 )
 def test_wide_indices_where_an_offset_passes_31_bits(size, stride, rows: int, wide: bool) -> None:
     tensor = torch.empty(0, device="meta").new_empty_strided(size, stride)
-    assert needs_wide_index((tensor, rows)) is wide
+    assert needs_wide_index(rows, tensor) is wide
 
 
 def test_a_table_is_copied_to_the_device_once() -> None:

@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from fpe_kernels import AttentionMap, shared_attention
-from fpe_kernels.backends.triton import boxes, configs, tuned
+from fpe_kernels.backends.triton import configs, tuned
+from fpe_kernels.backends.triton.experimental import boxes
 from fpe_kernels.backends.triton.packing import Chunk
 from fpe_kernels.testing import assert_within_budget, make
 

@@ -2,16 +2,16 @@
 
     O_b = softmax(scale · Q_g K_gᵀ) V_b     for every batch row b with map_index[b] = g
 
-What :mod:`.apply` computes without bias, weights or a known log-sum-exp. Queries, keys and the values of each branch
+What :mod:`..apply` computes without bias, weights or a known log-sum-exp. Queries, keys and the values of each branch
 arrive as boxes that the bulk copy engine fetches, one instruction a box, with zeros where a box reaches past a tensor:
 no thread computes an address or a mask. A box has powers of two for edges, so head dim and value dim must be such. The
 scores of the next tile are issued before the softmax of this one, and every branch has a product and an accumulator
 of its own, so that values are read where they lie. SPECIALISED asks the compiler for further warps, which fetch while
 the others compute; some releases of Triton refuse that for some tiles.
 
-No rule of :mod:`.configs` chooses this kernel; the tuner times it, and its table may. On an H200 it was no faster than
-the pointer kernel (0.33 to 0.35 ms beside 0.34 at head dim 64, 0.91 beside 0.88 at 128); :mod:`.hopper` was. Triton 3.6
-keeps its products in flight; 3.9 waits for each one at most widths, which the tuner refuses.
+No rule of :mod:`..configs` chooses this kernel; the tuner times it, and its table may. On an H200 it was no faster
+than the pointer kernel (0.33 to 0.35 ms beside 0.34 at head dim 64, 0.91 beside 0.88 at 128); :mod:`..hopper` was.
+Triton 3.6 keeps its products in flight; 3.9 waits for each one at most widths, which the tuner refuses.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config
-from .launch import Launch, product_precision, strides
-from .packing import MIN_PIECE, Chunk, device_table, needs_wide_index, vector_width
-from .primitives import LN2, LOG2E, aligned, dot, online_softmax_update, tile_index
+from ..configs import Config
+from ..launch import Launch, product_precision
+from ..packing import MIN_PIECE, Chunk, device_table, needs_wide_index, vector_width
+from ..primitives import LN2, LOG2E, aligned, dot, online_softmax_update, tile_index
 
 MOST_BRANCHES = 4
 
@@ -40,10 +40,7 @@ def boxes_kernel(
     heads,
     queries,
     keys,
-    out_stride_b,
-    out_stride_h,
-    out_stride_n,
-    out_stride_e,
+    out_strides,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BRANCHES: tl.constexpr,
@@ -100,11 +97,10 @@ def boxes_kernel(
     head64 = head.to(tl.int64)
     logsumexp_ptr += (group.to(tl.int64) * heads + head64) * queries + start_m
     tl.store(logsumexp_ptr + rows, (maximum + tl.log2(normaliser)) * LN2, mask=row_valid)
-    out_stride_n = aligned(out_stride_n, OUT_VECTOR)
-    entries = tile_index(VALUE_DIM, WIDE) * out_stride_e
-    out_ptr += head64 * aligned(out_stride_h, OUT_VECTOR) + start_m * out_stride_n
+    out_stride_b, out_stride_n = aligned(out_strides[0], OUT_VECTOR), aligned(out_strides[2], OUT_VECTOR)
+    entries = tile_index(VALUE_DIM, WIDE) * out_strides[3]
+    out_ptr += head64 * aligned(out_strides[1], OUT_VECTOR) + start_m * out_stride_n
     out_ptrs = out_ptr + rows[:, None] * out_stride_n + entries[None, :]
-    out_stride_b = aligned(out_stride_b, OUT_VECTOR)
     _write(out_ptrs, row_0, out_stride_b, sum_0, normaliser, row_valid)
     if BRANCHES > 1:
         _write(out_ptrs, row_1, out_stride_b, sum_1, normaliser, row_valid)
@@ -175,7 +171,7 @@ def prepare(
             "heads": heads,
             "queries": queries,
             "keys": keys,
-            **strides("out", out, "bhne"),
+            "out_strides": out.stride(),
         },
         constants={
             "HEAD_DIM": head_dim,
@@ -184,7 +180,7 @@ def prepare(
             "OUT_VECTOR": vector_width(out),
             "EVEN_KEYS": keys % config.block_n == 0,
             "SPECIALISED": config.specialised,
-            "WIDE": needs_wide_index((out, config.block_m)),
+            "WIDE": needs_wide_index(config.block_m, out),
             "PRECISION": product_precision(query.dtype),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
