@@ -61,9 +61,26 @@ def build(desk: Desk) -> gr.Blocks:
                     _inside_tab(desk, visitor, inside)
                 with gr.Tab("History", id="history") as history:
                     _history_tab(desk, visitor, recipe, history)
-        page.load(desk.arrive, None, visitor, **QUICK)
+        _comings_and_goings(desk, page, visitor)
         recipe.model.input(lambda model: _layers_of(desk, model), recipe.model, recipe.fields["layers"], **LONG)
     return page
+
+
+def _comings_and_goings(desk: Desk, page: gr.Blocks, visitor: Any) -> None:
+    """Every opened page has a visitor; a closed one ends the run that it waited for."""
+    present: dict[str, Visitor] = {}
+
+    def arrive(request: gr.Request) -> Visitor:
+        present[str(request.session_hash)] = arrived = desk.arrive()
+        return arrived
+
+    def leave(request: gr.Request) -> None:
+        left = present.pop(str(request.session_hash), None)
+        if left is not None:
+            left.close()
+
+    page.load(arrive, None, visitor, **QUICK)
+    page.unload(leave)
 
 
 def _leave(visitor: Visitor | None) -> None:
