@@ -45,7 +45,6 @@ NOT_RUN = {
     "pytest benchmarks": "measures for minutes; tests/benchmarks runs each of its parts",
     "make notebooks": "writes the notebooks; test_notebooks.py runs them",
     "fpe app": "serves until it is ended; tests/pages visits it",
-    "playwright install": "downloads a browser",
     "fpe evaluate": "takes hours; its arguments are parsed, and test_quality.py runs it on few pairs",
 }
 FEW_STEPS = ["--steps", "5"]

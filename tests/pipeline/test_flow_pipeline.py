@@ -230,9 +230,7 @@ class TestRefusals:
             pipes["sd3"](SOURCE, TARGET, latents=noise("sd3"), height=64, **FAST)
         with pytest.raises(ValueError, match="pass height and width"):
             pipes["flux"](SOURCE, TARGET, latents=noise("flux"), **FAST)
-        with pytest.raises(
-            ValueError, match=r"expected latents \[1, 16, 64\] or \[2, 16, 64\], received \[1, 15, 64\]"
-        ):
+        with pytest.raises(ValueError, match=r"expected latents \[1, 16, 64\] or \[2, 16, 64\], got \[1, 15, 64\]"):
             pipes["flux"](SOURCE, TARGET, latents=noise("flux"), height=64, width=64, **FAST)
 
     def test_guidance_of_each_prompt(self, pipe, pipes):

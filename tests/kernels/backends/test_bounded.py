@@ -116,6 +116,13 @@ def test_zeros_as_values(ways):
     assert set(ways) == {"_bounded_product"} and (product[1] == 0.0).all()
 
 
+def test_without_columns():
+    """The log-sum-exp alone is a product with no values."""
+    query, key, value = operands("blocks")
+    _, logsumexp = computed(query, key, value[..., :0])
+    torch.testing.assert_close(logsumexp.double(), exact(query, key, value)[1], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("place", ["query", "key", "value"])
 def test_what_is_not_finite_is_no_bound(ways, place):
     query, key, value = operands("blocks")

@@ -166,7 +166,7 @@ class Shaped(EmptyControl):
 
 @pytest.mark.parametrize("result", [lambda attn: None, lambda attn: attn[1:], lambda attn: "attn"])
 def test_what_is_no_map_of_the_layer_is_refused(tiny, result):
-    with register_controller(tiny, Shaped(result)), pytest.raises(TypeError, match="returns the map that it was given"):
+    with register_controller(tiny, Shaped(result)), pytest.raises(TypeError, match="returns the map that it got"):
         sample(tiny)
 
 

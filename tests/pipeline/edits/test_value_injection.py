@@ -96,7 +96,7 @@ def test_of_inverted_images_and_their_recordings(pipe, family, solver):
     recording = tiny.record(inversion=inversion, edit=edit, max_sequence_length=12)
     replayed = tiny.edit(recording, TARGET, edit=edit, output_type="latent")
     assert (replayed.images - full.images[1:]).abs().max() <= EXACT[family]
-    parts = {name.split()[1] for kept in recording.contents.values() for name in kept}
+    parts = {part.name for kept in recording.contents.values() for part in kept}
     assert parts == {"image-value", "text-value"}
 
 
