@@ -33,6 +33,7 @@ def cases_in(path):
     return list(dict.fromkeys(row.case for row in read(path) if row.case != "any"))
 
 
+@pytest.mark.slow
 def test_rows_are_written_after_every_case_and_a_run_goes_on(small, monkeypatch):
     run, path = small
     measured = []
@@ -59,6 +60,7 @@ def test_rows_are_written_after_every_case_and_a_run_goes_on(small, monkeypatch)
     assert measured == [CASES[0].name, CASES[1].name, CASES[1].name, CASES[2].name]
 
 
+@pytest.mark.slow
 def test_rows_of_another_commit_are_measured_again_and_other_cases_stay(small):
     run, path = small
     assert run() == 0

@@ -27,6 +27,7 @@ def test_calls_are_equal(pipe, solver, calls, monkeypatch):
     assert len(pipe.scheduler.timesteps) == calls
 
 
+@pytest.mark.slow
 def test_rows(pipe, tmp_path):
     rows = {row.provider: row for row in run(pipe, "sd3-random", 16, QUICK)}
     assert list(rows) == ["euler", "rf-solver", "fireflow"]

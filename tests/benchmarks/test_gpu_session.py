@@ -70,6 +70,7 @@ def tasks(*entries):
     return [Task(name, f"tests.support.planted_faults:{name.split()[0]}", arguments) for name, *arguments in entries]
 
 
+@pytest.mark.slow
 def test_a_task_that_hangs_dies_or_raises_is_named_and_the_others_are_done():
     given = tasks(("answer 1", 1), ("abort",), ("nap for ever", 1000), ("refuse",), ("answer 2", 2), ("answer 3", 3))
     outcomes = {outcome.task.name: outcome for outcome in share_out(warm() + given, 1, limit=3.0, startup=8.0)}
@@ -187,6 +188,7 @@ def only_checks(monkeypatch):
     monkeypatch.setitem(SESSIONS, "smoke", chosen)
 
 
+@pytest.mark.slow
 def test_planted_faults_are_named_and_every_finished_check_is_kept(tmp_path, only_checks, capfd):
     faults = {"a wrong result": "wrong_result", "an abort": "abort", "a hang": "hang_on_the_device"}
     plant = ",".join(f"{name}=tests.support.planted_faults:{function}" for name, function in faults.items())
@@ -218,7 +220,7 @@ def test_planted_faults_are_named_and_every_finished_check_is_kept(tmp_path, onl
     ("stage", "seconds", "words"),
     [
         ("terminated", 60.0, "ended by SIGTERM while at: the next case"),
-        ("hung", 8.0, "past its time while at: the next case"),
+        pytest.param("hung", 8.0, "past its time while at: the next case", marks=pytest.mark.slow),
         ("out_of_memory", 60.0, "CUDA out of memory"),
     ],
 )

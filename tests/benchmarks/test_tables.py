@@ -96,6 +96,7 @@ def test_missing_rivals_stand_in_the_table_with_the_reason():
     assert "not here" in line
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_rows(tmp_path):
     drawn = [path.name for path in draw_all([*sample_rows(), *sample_rows(GPU)], tmp_path)]
     assert drawn == [f"{name}-{d}.{kind}" for name in FIGURES for d in ("cpu", "gpu") for kind in ("svg", "png")]

@@ -45,7 +45,7 @@ def test_what_rows_share_is_computed_once(pipe, monkeypatch):
     assert projected == [("to_q", 5), ("to_k", 5), ("to_v", 8), ("add_q_proj", 8)]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["flux", pytest.param("sd3.5", marks=pytest.mark.slow)])
 def test_every_backend(pipe, backend, model):
     make, run = MODELS[model]
     tiny = make(pipe).to(backend.device)
@@ -54,7 +54,7 @@ def test_every_backend(pipe, backend, model):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["sd3.5", pytest.param("flux", marks=pytest.mark.slow)])
 def test_compiled_blocks(pipe, model):
     """Block by block without a graph break: nothing of a layer but its shape is in an edit's graph."""
     make, run = MODELS[model]

@@ -97,7 +97,12 @@ def run_fpe(*arguments, encoding):
     return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, check=False)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252:strict"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "encoding", ["ascii", pytest.param("latin-1", marks=SLOW), pytest.param("cp1252:strict", marks=SLOW)]
+)
 def test_paths_that_standard_output_cannot_spell(tmp_path, encoding):
     out = tmp_path / "вывод"
     done = run_fpe("edit", "--source", SOURCE, "--target", TARGET, *FAST, "-o", str(out), encoding=encoding)

@@ -39,7 +39,13 @@ def by_command(name, folder, *more):
     return np.asarray(Image.open(folder / "target-1.png"))
 
 
-@pytest.mark.parametrize("name", methods_of("unet"))
+#: One of each kind of attention; the others are run with the slow tests.
+QUICK = ("fpe", "masactrl", "p2p-replace")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in methods_of("unet")]
+)
 def test_three_ways_to_one_picture(pipe, tmp_path, name):
     """With the defaults of the method for the model; to rounding, which may move a pixel by one level of 255."""
     command = by_command(name, tmp_path, "--steps", str(STEPS))
