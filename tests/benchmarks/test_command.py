@@ -98,6 +98,7 @@ def test_a_whole_edit_is_judged_by_its_first_step(monkeypatch):
     assert edits.run_edit(bench, case, ["fpe"])[0].status == "wrong"
 
 
+@pytest.mark.slow
 def test_a_recorded_edit_is_measured_beside_the_whole_one(monkeypatch, tmp_path):
     pytest.importorskip("diffusers")
     monkeypatch.setitem(measure.CACHE_BYTES, "cpu", 2**16)

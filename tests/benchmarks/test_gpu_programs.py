@@ -29,6 +29,7 @@ def compiler(code: str, cache: str = "") -> str:
     return finished.stdout
 
 
+@pytest.mark.slow
 def test_the_smoke_list_compiles_in_time_under_the_triton_of_the_gpu_machine():
     figure = FIGURE.read()["smoke/sm_90/triton 3.6.0"]
     assert figure["seconds"] / CORES < SECONDS
@@ -89,6 +90,7 @@ def test_a_wrong_gradient_is_found(monkeypatch):
         check(Problem((0, 0), 33, 65, 16, "float32", results="all"), "cpu", "torch")
 
 
+@pytest.mark.slow
 def test_the_measured_kernel_serves_what_was_measured_and_no_output_in_float32():
     kernels = compiler(
         "import torch\n"

@@ -82,6 +82,7 @@ def providers(*ours):
     return [*ours, *(p for name, p in all_providers().items() if name in ("sdpa", "unedited"))]
 
 
+@pytest.mark.slow
 def test_a_planted_slowdown_is_caught(bench):
     before = bench.case(SMALL, providers(Ours("torch")))
     after = bench.case(SMALL, providers(Slow("torch")))
@@ -101,6 +102,7 @@ def test_a_planted_wrong_result_gets_no_time_and_is_caught(bench, spoiled):
     assert row.reason in summary(after)
 
 
+@pytest.mark.slow
 def test_more_memory_is_caught(bench):
     import dataclasses
 

@@ -181,6 +181,9 @@ def test_opcheck_with_key_lengths_grouped_heads_and_wide_results(options: dict, 
         torch.library.opcheck(op.default, arguments, test_utils=checks)
 
 
+@pytest.mark.parametrize(
+    "backend", ["reference", "torch", pytest.param("triton", marks=pytest.mark.slow)], indirect=True
+)
 def test_joined_maps_compile_into_one_graph_with_gradients(backend) -> None:
     case = make_case(maps=2, heads=2, queries=5, keys=9, head_dim=8, device=backend.device)
     leaves = [tensor.requires_grad_() for tensor in (case.query, case.key, case.value)]

@@ -111,6 +111,7 @@ def test_paths_that_standard_output_cannot_spell(tmp_path, encoding):
     assert sorted(printed) == sorted(out.iterdir())
 
 
+@pytest.mark.slow
 def test_paths_with_bytes_of_another_encoding(tmp_path):
     out = latin(tmp_path, b"o\xfct")
     done = run_fpe("edit", "--source", SOURCE, "--target", TARGET, *FAST, "-o", out, encoding="utf-8")

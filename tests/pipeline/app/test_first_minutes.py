@@ -71,6 +71,7 @@ def test_libraries_keep_quiet(tmp_path):
     assert made.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_warned_of_in_one_line(tmp_path):
     long = "a photo of a red car on the beach in the snow " * 12
     made = fpe([*SHORT, "--source", long, "--target", f"{long} a balloon", "--steps", "2", "-o", tmp_path])

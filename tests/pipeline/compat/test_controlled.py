@@ -303,6 +303,7 @@ def largest(pipe, prompts, size):
     return made.nbytes
 
 
+@pytest.mark.slow
 def test_layers_of_4096_tokens_make_no_tensor_of_a_maps_size(tiny):
     prompts, size = ["a red car", "a blue car"], (64, 64)
     plain = largest(tiny, prompts, size)

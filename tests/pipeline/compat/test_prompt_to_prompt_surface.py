@@ -211,6 +211,7 @@ def test_pictures():
     assert sheet.size == (85, 105)
 
 
+@pytest.mark.slow
 def test_null_text_inversion(pipe):
     case = load_case("nulltext_fpe_4x2")
     size = pipe.unet.config.sample_size

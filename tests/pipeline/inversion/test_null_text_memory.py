@@ -24,6 +24,7 @@ def test_checkpointing_halves_it(tiny):
     assert peaks[0] <= 0.55 * peaks[1]
 
 
+@pytest.mark.slow
 def test_it_does_not_grow_with_the_iterations(tiny):
     """Of each step a latent and an embedding are kept, and nothing of the way to them."""
     one = peak(tiny)

@@ -58,7 +58,7 @@ def run(pipe, edit, steps=10):
 
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # diffusers' KDPM2 with NumPy 2
-@pytest.mark.parametrize("share", [0.3, 0.8])
+@pytest.mark.parametrize("share", [0.3, pytest.param(0.8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CALLS)
 def test_the_share_of_the_steps(pipe, name, share):
     with_scheduler(pipe, name)

@@ -98,6 +98,7 @@ def test_an_edit_needs_shared_noise():
         Condition("wrong", standard_conditions()[-1].edit, shared_noise=False)
 
 
+@pytest.mark.slow
 def test_conditions_drawn_in_one_batch_are_those_drawn_alone():
     pipe = StableDiffusionPipeline.from_pretrained(embedded_path())
     pipe.set_progress_bar_config(disable=True)

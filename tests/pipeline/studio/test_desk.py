@@ -154,6 +154,7 @@ def test_grids(desk, visitor, values):
     assert "has no window" in last(desk.grid(visitor, "windows", *values(method="pnp"))).status
 
 
+@pytest.mark.slow
 def test_a_grid_names_what_it_leaves_out(desk, visitor, values):
     grid = last(desk.grid(visitor, "methods", *values(targets="a photo of a very blue car", steps=1))).made
     assert any(each.startswith("Prompt-to-Prompt (replace)") for each in grid.refused)
