@@ -162,6 +162,7 @@ def test_photos_bad_uploads_and_the_servers_files(visit, out, photo, tmp_path, a
     assert config["analytics_enabled"] is False
 
 
+@pytest.mark.slow
 def test_two_visitors_cancel_and_keys(visit):
     one, other = visit(), visit()
     one.few_steps(60)

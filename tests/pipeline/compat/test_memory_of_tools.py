@@ -19,6 +19,8 @@ SHARE = 1.1
 WINDOW = {"start_step": 0, "start_layer": 0}
 HALF = torch.cat([torch.ones(32, 64), torch.zeros(32, 64)])
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pipe_of_4096_tokens(pipe):

@@ -39,8 +39,8 @@ def by_command(name, folder, *more):
     return np.asarray(Image.open(folder / "target-1.png"))
 
 
-#: One of each kind of attention; the others are run with the slow tests.
-QUICK = ("fpe", "masactrl", "p2p-replace")
+#: Run with the fast tests; the others are run with the slow ones.
+QUICK = ("masactrl",)
 
 
 @pytest.mark.parametrize(
