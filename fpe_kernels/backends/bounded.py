@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .blocks import LOG2E, working_dtype
+from .cpu_threads import alone
 
 # In units of log 2. Exponentials lie within 2^±64, their sums over a million keys under 2^84, and products with values
 # within 2^±40 keep all their digits in float32.
@@ -39,12 +40,21 @@ def bounded(
     """
     if query.shape[2] * length < LEAST_SCORES:
         return False
+    with alone():
+        return _scores_in_range(query[group], key[group, :, :length], scale) and _values_in_range(value, rows, length)
+
+
+def _scores_in_range(query: Tensor, key: Tensor, scale: float) -> bool:
+    """For the queries [H, N, D] and keys [H or fewer, M, D] of a map."""
     dtype = working_dtype(query.dtype)
-    longest_query = torch.linalg.vector_norm(query[group], dim=-1, dtype=dtype).amax(-1)
-    longest_key = torch.linalg.vector_norm(key[group, :, :length], dim=-1, dtype=dtype).amax(-1)
+    longest_query = torch.linalg.vector_norm(query, dim=-1, dtype=dtype).amax(-1)
+    longest_key = torch.linalg.vector_norm(key, dim=-1, dtype=dtype).amax(-1)
     heads = longest_query.unflatten(0, (longest_key.shape[0], -1)).amax(-1)  # query heads that share a key head
-    if not float((heads * longest_key).max()) * abs(scale) * LOG2E <= MOST_SCORE:
-        return False
+    return float((heads * longest_key).max()) * abs(scale) * LOG2E <= MOST_SCORE
+
+
+def _values_in_range(value: Tensor, rows: Sequence[int], length: int) -> bool:
+    """For the first values of some batch rows."""
     for row in rows if value.shape[3] else ():  # without columns the log-sum-exp alone is asked for
         smallest, largest = torch.aminmax(value[row, :, :length])
         most = max(-float(smallest), float(largest))

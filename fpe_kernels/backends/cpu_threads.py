@@ -120,6 +120,17 @@ def threads_compute_alone() -> bool:
     return torch.get_num_threads() > 1 and _settings() is not None
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside the block the calling thread computes alone, where it can be told to: small work waits for no other."""
+    settings = _settings() if torch.get_num_threads() > 1 else None
+    if settings is None:
+        yield
+        return
+    with settings.one_thread():
+        yield
+
+
 def _join(others: list[Future[None]]) -> None:
     """Wait for all of them; raise the first error."""
     problems = [problem for other in others if (problem := other.exception()) is not None]

@@ -35,6 +35,7 @@ def measured(tmp_path_factory) -> dict[str, float]:
     return ratios(tmp_path_factory.mktemp("host"))
 
 
+@pytest.mark.slow
 def test_a_call_costs_little_more_than_an_operator_that_only_allocates(measured):
     """It takes 5.5 times as long by the dispatcher."""
     assert measured["call"] < 1.9

@@ -56,7 +56,11 @@ class TestAsSaved:
         assert all(name in text for name in models)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem == "null_text_w_FPE")) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_its_cells_run_with_few_steps(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shown = []

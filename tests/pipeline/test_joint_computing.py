@@ -54,7 +54,8 @@ def test_every_backend(pipe, backend, model):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("model", ["sd3.5", pytest.param("flux", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
 def test_compiled_blocks(pipe, model):
     """Block by block without a graph break: nothing of a layer but its shape is in an edit's graph."""
     make, run = MODELS[model]

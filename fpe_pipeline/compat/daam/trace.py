@@ -100,6 +100,13 @@ class DiffusionHeatMapHooker:
 
     restore = unhook
 
+    def to_experiment(self, *arguments: Any, **options: Any) -> Any:
+        """Not served."""
+        raise NotImplementedError(
+            "experiment folders are not written here: keep compute_global_heat_map() and save its pictures with "
+            "compute_word_heat_map(word).plot_overlay(image, path)"
+        )
+
     @property
     def last_prompt(self) -> str:
         """The first prompt of the latest call; empty before it."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from ...errors import EditWarning
 from . import seq_aligner
 from .controllers import AttentionStore
 from .local_blend import LocalBlend
@@ -66,6 +68,7 @@ class AttentionControlEdit(AttentionStore, abc.ABC):
         self.cross_replace_steps, self.local_blend = cross_replace_steps, local_blend
         self.tokenizer, self.self_tokens, self.compat = tokenizer, self_tokens, compat
         whole = self_replace_steps if isinstance(self_replace_steps, Sequence) else (0, self_replace_steps)
+        self._latents_seen = False
         self.num_self_replace = int(num_steps * whole[0]), int(num_steps * whole[1])
 
     def prepare(self, tokenizer: Any) -> None:
@@ -73,8 +76,20 @@ class AttentionControlEdit(AttentionStore, abc.ABC):
         if self.local_blend is not None and hasattr(self.local_blend, "prepare"):
             self.local_blend.prepare(tokenizer)
 
+    def between_steps(self) -> None:
+        super().between_steps()
+        # The first step's latents are handed over after its last layer, so the second one tells.
+        if self.local_blend is not None and self.cur_step == 2 and not self._latents_seen:
+            warnings.warn(
+                "the local blend does nothing: nobody handed the controller the latents of a step, as a pipeline's own "
+                "call does not; call ptp_utils.text2image_ldm_stable, or controller.step_callback(latents) after steps",
+                EditWarning,
+                stacklevel=2,
+            )
+
     def reset(self) -> None:
         super().reset()
+        self._latents_seen = False
         if self.local_blend is not None and hasattr(self.local_blend, "reset"):
             self.local_blend.reset()
 
@@ -93,6 +108,7 @@ class AttentionControlEdit(AttentionStore, abc.ABC):
 
     def step_callback(self, x_t: torch.Tensor) -> torch.Tensor:
         """The latents after a step, blended where that was asked."""
+        self._latents_seen = True
         return x_t if self.local_blend is None else self.local_blend(x_t, self.attention_store)
 
     def replace_self_attention(self, attn_base: Any, att_replace: Any) -> Any:

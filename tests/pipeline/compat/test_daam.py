@@ -226,6 +226,8 @@ def test_words_are_found_wherever_they_occur(pipe):
         heat.compute_word_heat_map("", word_idx=40)
     with pytest.raises(NotImplementedError, match="for each word"):
         heat.parsed_heat_maps()
+    with pytest.raises(NotImplementedError, match="plot_overlay"):
+        trace(tiny_pipeline(pipe)).to_experiment("folder")
 
 
 def test_a_word_is_laid_over_a_picture(tmp_path):

@@ -1,6 +1,7 @@
 """What Prompt-to-Prompt's repository and notebooks offer beside their controllers: loops, words, looks at maps."""
 
 import importlib
+import warnings
 
 import numpy as np
 import pytest
@@ -202,6 +203,33 @@ def test_a_blend_of_words_that_are_not_there(pipe):
         _ = LocalBlend(PROMPTS, ["squirrel", "dog"], tokenizer=pipe.tokenizer).alpha_layers
     blend = LocalBlend(PROMPTS, ["squirrel", "dog"], tokenizer=pipe.tokenizer, compat="original")
     assert blend.alpha_layers.shape == (2, 1, 1, 1, 1, 77) and blend.alpha_layers[1].sum() == 0
+
+
+def test_a_blend_that_sees_no_latents_says_so(pipe):
+    """A pipeline's own call does not hand them over, as the notebook's loop does."""
+
+    def controller():
+        blend = LocalBlend(PROMPTS, ["squirrel", "lion"], tokenizer=pipe.tokenizer)
+        return AttentionReplace(PROMPTS, 3, 0.8, 0.4, blend, tokenizer=pipe.tokenizer)
+
+    embeds = torch.zeros(4, 77, pipe.unet.config.cross_attention_dim)
+    for handed in (False, True):
+        edit = controller()
+        with (
+            ptp_utils.register_attention_control(pipe, edit),
+            warnings.catch_warnings(record=True) as said,
+            torch.no_grad(),
+        ):
+            warnings.simplefilter("always")
+            for _ in range(3):
+                pipe.unet(torch.zeros(4, 4, 16, 16), 1, encoder_hidden_states=embeds)
+                edit._latents_seen = edit._latents_seen or handed
+        told = [str(one.message) for one in said if "local blend does nothing" in str(one.message)]
+        assert len(told) == (0 if handed else 1)
+    edit.local_blend = lambda latents, store: latents
+    edit.reset()
+    edit.step_callback(noise(16, 16))
+    assert edit._latents_seen
 
 
 def test_pictures():
