@@ -25,6 +25,10 @@ __all__ = [
 __getattr__ = unknown_name(__name__, "masactrl", __all__)
 
 
+#: What an editor's ``forward`` gets behind queries, keys and values: scores, map, is_cross, place_in_unet, num_heads.
+_Rest = tuple[Any, Any, bool, str, int]
+
+
 class MutualSelfAttentionControl(AttentionBase):
     """Late in the run, in late layers, all rows ask for the first row's keys and values, in either half of the batch.
 
@@ -114,43 +118,21 @@ class MutualSelfAttentionControl(AttentionBase):
         if not self.is_edited(is_cross):
             return super().forward(q, k, v, sim, attn, is_cross, place_in_unet, num_heads, **kwargs)
         halves = 2 if self.guided else 1
-        parts: Any = zip(*(part.chunk(halves) for part in (q, k, v)), strict=True)
-        rest: Any = (sim, attn, is_cross, place_in_unet, num_heads)
-        return torch.cat([self.half(*part, *rest, **kwargs) for part in parts])
-
-    def half(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        sim: Any,
-        attn: Any,
-        is_cross: bool,
-        place_in_unet: str,
-        num_heads: int,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """The output of one half of the batch [rows, N, heads · D]."""
+        parts = zip(*(part.chunk(halves) for part in (q, k, v)), strict=True)
         rest = (sim, attn, is_cross, place_in_unet, num_heads)
+        return torch.cat([self.half(query, key, value, rest, **kwargs) for query, key, value in parts])
+
+    def half(self, q: Any, k: Any, v: Any, rest: _Rest, **kwargs: Any) -> torch.Tensor:
+        """The output of one half of the batch [rows, N, heads · D], whose first row is the source."""
+        num_heads = rest[-1]
         return self.attn_batch(q, k[:num_heads], v[:num_heads], *rest, **kwargs)
 
 
 class MutualSelfAttentionControlUnion(MutualSelfAttentionControl):
     """Targets ask for the source's keys and values beside their own. The original raises at its first step."""
 
-    def half(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        sim: Any,
-        attn: Any,
-        is_cross: bool,
-        place_in_unet: str,
-        num_heads: int,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        rest, rows = (sim, attn, is_cross, place_in_unet, num_heads), []
+    def half(self, q: Any, k: Any, v: Any, rest: _Rest, **kwargs: Any) -> torch.Tensor:
+        num_heads, rows = rest[-1], []
         for start in range(0, q.shape[0], num_heads):
             own = slice(start, start + num_heads)
             keys, values = (
@@ -163,19 +145,8 @@ class MutualSelfAttentionControlUnion(MutualSelfAttentionControl):
 class _Masked(MutualSelfAttentionControl):
     """Targets' objects ask for the source's object, and what is around them for what is around it."""
 
-    def half(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        sim: Any,
-        attn: Any,
-        is_cross: bool,
-        place_in_unet: str,
-        num_heads: int,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        rest = (sim, attn, is_cross, place_in_unet, num_heads)
+    def half(self, q: Any, k: Any, v: Any, rest: _Rest, **kwargs: Any) -> torch.Tensor:
+        num_heads = rest[-1]
         key, value = k[:num_heads], v[:num_heads]
         grid = self._square(q.shape[1])
         source = self.source_mask(grid)
@@ -189,7 +160,9 @@ class _Masked(MutualSelfAttentionControl):
             out.append((object_ * share + around * (1 - share))[None])
         return torch.cat(out)
 
-    def _branch(self, q: Any, key: Any, value: Any, rest: Any, bias: torch.Tensor | None, kwargs: Any) -> torch.Tensor:
+    def _branch(
+        self, q: Any, key: Any, value: Any, rest: _Rest, bias: torch.Tensor | None, kwargs: Any
+    ) -> torch.Tensor:
         """[targets, N, heads · D]."""
         if bias is None and self.compat == "original":  # scores of the dtype's least number throughout
             mean = merged(value.mean(1, keepdim=True), rest[-1])
