@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from .around import ProcessorAround
+from .around import ProcessorAround, may_do_more
 
-__all__ = ["DispatchedAround", "parallel_reasons"]
+__all__ = ["DispatchedAround", "dispatched_reasons"]
 
 
-def parallel_reasons(processor: Any) -> list[str]:
-    """Why a layer whose tokens lie in several processes cannot be edited; empty where they do not."""
-    if getattr(processor, "_parallel_config", None) is None:
-        return []
-    return ["context parallelism is on, and an edit needs all tokens of a layer in one process"]
+def dispatched_reasons(processor: Any, plain: tuple[str, ...], override: tuple[type, ...]) -> list[str]:
+    """Why a layer with this processor cannot be edited; empty where it can.
+
+    Args:
+        processor: the one it has without the edit.
+        plain: names of the classes that do no more than the family's attention.
+        override: further processor classes that an edit may compute in the stead of.
+    """
+    reasons = []
+    if type(processor).__name__ not in plain and type(processor) not in override:
+        reasons.append(may_do_more(processor))
+    if getattr(processor, "_parallel_config", None) is not None:
+        reasons.append("context parallelism is on, and an edit needs all tokens of a layer in one process")
+    return reasons
 
 
 class DispatchedAround(ProcessorAround):

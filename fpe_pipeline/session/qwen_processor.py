@@ -8,9 +8,8 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 
 from ..edits.joint_products import JointPlan
-from .around import may_do_more
 from .computing import Rows, take
-from .dispatched import DispatchedAround, parallel_reasons
+from .dispatched import DispatchedAround, dispatched_reasons
 from .joint_computing import JointLayer, SegmentProjections
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
 
@@ -27,10 +26,7 @@ def unsupported_qwen_reasons(attn: Any, processor: Any, override: tuple[type, ..
         processor: the processor it has without the edit.
         override: further processor classes that an edit may compute in the stead of.
     """
-    reasons = []
-    if type(processor).__name__ not in _PLAIN and type(processor) not in override:
-        reasons.append(may_do_more(processor))
-    return reasons + parallel_reasons(processor)
+    return dispatched_reasons(processor, _PLAIN, override)
 
 
 class EditQwenProcessor(DispatchedAround):
