@@ -1,7 +1,7 @@
 """PyTorch's fused attention for CPUs, for the maps that the ``torch`` backend has nothing to add to.
 
 A map of one batch row has nothing to share, and in a tiny one the calls of block-wise products take longer than the
-arithmetic that sharing saves. Threads share a small map best in one call: they wait for one another once.
+arithmetic that sharing saves.
 The operator is the one behind ``F.scaled_dot_product_attention``, called by its own name because it gives the
 log-sum-exp too.
 """
@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import SHARED_OUT_BYTES, working_dtype
-
-# Floating-point operations that sharing has to save to be worth the further calls: some 10 µs of them.
-_SMALL_MAP = 1_000_000
+# Floating-point operations that sharing has to save to be worth the further calls: some 10 µs of one thread. Where
+# several threads share the operations of a call they compute faster, and wait for one another in each further one.
+_SMALL_MAP, _SMALL_MAP_OF_THREADS = 1_000_000, 8_000_000
 
 _flash: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -42,13 +41,9 @@ def runs(
     if not _serves(query, key, value):
         return [], by_map
     a_key = 2 * query.shape[1] * query.shape[2] * query.shape[3]  # of the scores that a row shares
-    a_key_bytes = query.shape[1] * query.shape[2] * working_dtype(query.dtype).itemsize
-    of_threads = SHARED_OUT_BYTES if torch.get_num_threads() > 1 else 0
+    small = _SMALL_MAP if torch.get_num_threads() == 1 else _SMALL_MAP_OF_THREADS
     served = {
-        group: rows
-        for group, rows in enumerate(by_map)
-        if rows
-        and ((len(rows) - 1) * a_key * lengths[group] <= _SMALL_MAP or a_key_bytes * lengths[group] < of_threads)
+        group: rows for group, rows in enumerate(by_map) if rows and (len(rows) - 1) * a_key * lengths[group] <= small
     }
     repeats = query.shape[1] // key.shape[1]
     found = []

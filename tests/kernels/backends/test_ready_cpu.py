@@ -141,7 +141,7 @@ def test_calls_that_differ_by_their_layouts_are_ready_side_by_side() -> None:
 
 
 def test_blocks_that_are_longer_than_a_call_are_not_kept() -> None:
-    given = operands((0, 0), 40, 2100, 8)
+    given = operands((0, 0), 400, 2100, 8)
     shared_attention(*given, (0, 0))
     assert ready.call(*given, (0, 0), None, "auto") is None
     halves = [tensor.half() for tensor in operands((0, 0), 40, 40, 8)]
