@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import cache
 from typing import Any, Protocol
 
@@ -41,6 +41,11 @@ class Candidate:
         fetched = "d" * self.descriptors + "s" * self.specialised + "g" * self.gluon
         bound = f"r{self.maxnreg}" if self.maxnreg else ""
         return f"{self.block_m}x{self.block_n}w{self.warps}s{self.stages}{fetched}{bound}"
+
+    @classmethod
+    def of(cls, config: Any) -> Candidate:
+        """What of a launch's configuration the tuner chooses."""
+        return cls(*(getattr(config, field.name) for field in fields(cls)))
 
     @classmethod
     def parse(cls, text: str) -> Candidate:
@@ -149,7 +154,7 @@ def choices(case: Case, arch: str = "sm_90") -> Sequence[Choice]:
     branches = case.batch // case.maps
     if arch == "sm_90":
         made = hopper_tiles.offered(case.head_dim, branches, case.tokens)
-        other = DESCRIBED if isinstance(hopper.kernels(), str) else [Candidate(*astuple(config)) for config in made]
+        other = DESCRIBED if isinstance(hopper.kernels(), str) else [Candidate.of(config) for config in made]
         every = [*PLAUSIBLE, *other]
     else:
         nvidia = arch.startswith("sm_")

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -243,7 +243,7 @@ def compile_program(program: Program) -> dict:
     taken = resources(compiled, program.arch)
     row = {
         **asdict(program),
-        "config": str(Candidate(*astuple(launch.config))),
+        "config": str(Candidate.of(launch.config)),
         "registers": taken.registers,
         "spills": taken.spills,
         "shared": taken.shared,

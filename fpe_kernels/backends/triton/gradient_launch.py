@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .backward import gradient_kernel
+from .backward import ALWAYS_HOISTS, gradient_kernel
 from .configs import Config
 from .launch import Launch, product_precision
 from .packing import (
@@ -98,5 +98,6 @@ def prepare(
             or needs_wide_index(config.block_n, *of_other)
             or needs_wide_index(longer, bias),
             "PRECISION": product_precision(own.dtype),
+            "HOISTS": config.hoists or ALWAYS_HOISTS,
         },
     )

@@ -38,6 +38,24 @@ def test_tables_and_layouts_are_part_of_what_is_remembered() -> None:
             assert_within_budget(out, plain, exact, torch.float32)
 
 
+@pytest.mark.parametrize("hoists", [True, False])
+def test_gradients_are_the_same_whatever_waits_in_registers(monkeypatch, hoists: bool) -> None:
+    assert not configs.score_config("sm_120", 64, 128, 4, True, tf32=True).hoists
+    assert (
+        configs.score_config("sm_120", 64, 128, 2, True).hoists
+        and configs.score_config("sm_90", 64, 64, 4, True, tf32=True).hoists
+    )
+    monkeypatch.setattr(configs, "gradient_config", lambda *_: Config(16, 16, 4, 1, hoists=hoists))
+    given = [torch.randn(1, 2, 40, 20, dtype=torch.float64) for _ in range(3)]
+    gradients = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        query, key, value = (tensor.to(dtype).requires_grad_() for tensor in given)
+        (AttentionMap(query, key, backend=backend) @ value).square().sum().backward()
+        gradients.append((query.grad, key.grad))
+    for ours, plain, exact in zip(*gradients, strict=True):
+        assert_within_budget(ours, plain, exact, torch.float32)
+
+
 def test_rounded_products_of_float32_have_configurations_of_their_own(monkeypatch) -> None:
     asked = []
 
