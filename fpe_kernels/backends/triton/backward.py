@@ -9,16 +9,11 @@ that share a map stand side by side, so one product is the sum over them. Every 
 
 from __future__ import annotations
 
-from inspect import signature
-
 import triton
 import triton.language as tl
 
 from .pieces import add_to_pieces, head_columns, head_piece, load_pieces, packed_columns, split_scores, zero_pieces
 from .primitives import LOG2E, add_bias, aligned, finite_or_zero, head_of, map_of, own_tile, tile_index
-
-ALWAYS_HOISTS = "disable_licm" not in signature(tl.range).parameters
-"""Whether every loop computes beforehand what its steps have in common, as those of Triton 3.4 do."""
 
 
 @triton.jit
@@ -54,7 +49,6 @@ def gradient_kernel(
     BIAS_VARIES: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    HOISTS: tl.constexpr,  # whether what all steps have in common is computed before them
 ):
     BLOCK_M: tl.constexpr = BLOCK[0]
     BLOCK_N: tl.constexpr = BLOCK[1]
@@ -68,9 +62,9 @@ def gradient_kernel(
     x_ptr = head_of(own_factor_ptr, head, own_factor_strides, VECTORS[2], SHARING[2]) + start_m * x_stride
     other_factor_ptr = head_of(other_factor_ptr, head, other_factor_strides, VECTORS[3], SHARING[3])
     gradient_ptr += group * gradient_strides[0] + head * gradient_strides[1] + start_m * gradient_strides[2]
-    entries = owns if OWN_STATISTICS else others
-    logsumexp_ptr += (group * heads + head) * entries
-    delta_ptr += (group * heads + head) * entries
+    statistics = owns if OWN_STATISTICS else others
+    logsumexp_ptr += (group * heads + head) * statistics
+    delta_ptr += (group * heads + head) * statistics
 
     rows, columns = tile_index(BLOCK_M, WIDE), tile_index(BLOCK_N, WIDE)
     rows_end = owns - start_m
@@ -94,92 +88,51 @@ def gradient_kernel(
     y_columns = packed_columns(rows_ptr, other_factor_strides, COLUMNS, BRANCHES, VECTORS[3], WIDE)
     if bias_ptr is not None:
         bias_ptr += group * bias_strides[0] + head * bias_strides[1] + start_m * bias_strides[2]
-    shift, delta = None, None
     if OWN_STATISTICS:
         shift = finite_or_zero(tl.load(logsumexp_ptr + start_m + rows, mask=row_valid, other=0.0))[:, None] * LOG2E
         if FIRST:
             delta = tl.load(delta_ptr + start_m + rows, mask=row_valid, other=0.0)[:, None]
 
-    own = a, x, rows, rows_end
-    other = other_ptr, other_stride, other_columns, other_factor_ptr, y_stride, y_columns, columns, others
-    bias = bias_ptr, bias_strides
-    statistics = logsumexp_ptr, delta_ptr, shift, delta
-    if HOISTS:
-        for start_n in range(0, others_stop, BLOCK_N):
-            gradients = add_step(
-                gradients, start_n, own, other, bias, scale, statistics, lengths_ptr,
-                HEAD, COLUMNS, EVEN, OWN_STATISTICS, FIRST, BIAS_VARIES, PRECISION,
-            )  # fmt: skip
-    else:
-        for start_n in tl.range(0, others_stop, BLOCK_N, disable_licm=True):
-            gradients = add_step(
-                gradients, start_n, own, other, bias, scale, statistics, lengths_ptr,
-                HEAD, COLUMNS, EVEN, OWN_STATISTICS, FIRST, BIAS_VARIES, PRECISION,
-            )  # fmt: skip
+    for start_n in range(0, others_stop, BLOCK_N):
+        columns_end = others - start_n
+        column_valid = columns < columns_end
+        start = tl.cast(start_n, tl.int64)
+        b_ptr = other_ptr + start * other_stride
+        b = load_pieces(b_ptr, columns, other_stride, other_columns, columns_end, HEAD, EVEN[1])
+        y_ptr = other_factor_ptr + start * y_stride
+        y = load_pieces(y_ptr, columns, y_stride, y_columns, columns_end, COLUMNS, EVEN[1])
+        scores = split_scores(a, b, PRECISION) * (scale * LOG2E)
+        if bias_ptr is not None:
+            scores = add_bias(
+                scores,
+                bias_ptr + start * bias_strides[3],
+                rows,
+                columns,
+                bias_strides[2],
+                bias_strides[3],
+                rows_end,
+                columns_end,
+                BIAS_VARIES,
+                EVEN[0] and EVEN[1],
+            )
+        if not OWN_STATISTICS:
+            # exp(S − inf) = 0: streamed tokens past the end give nothing.
+            known = tl.load(logsumexp_ptr + start_n + columns, mask=column_valid, other=float("inf"))
+            shift = finite_or_zero(known)[None, :] * LOG2E
+            if FIRST:
+                delta = tl.load(delta_ptr + start_n + columns, mask=column_valid, other=0.0)[None, :]
+            if lengths_ptr is not None:
+                scores = tl.where((rows < rows_end)[:, None], scores, float("-inf"))
+        elif not EVEN[1]:
+            scores = tl.where(column_valid[None, :], scores, float("-inf"))
+        probabilities = tl.exp2(scores - shift)
+        outer = split_scores(x, y, PRECISION)
+        if FIRST:
+            outer -= delta
+        gradients = add_to_pieces(gradients, (probabilities * outer).to(b[0].dtype), b, PRECISION)
     store_gradients(
         gradient_ptr, gradients, scale, rows, row_valid, gradient_strides[2], gradient_strides[3], HEAD, FIRST
     )
-
-
-@triton.jit
-def add_step(
-    gradients,
-    start_n,
-    own,  # the tiles of own and own_factor, their tokens, and how many there are
-    other,  # of other and of other_factor: address, stride and columns; the tokens of a tile, and how many there are
-    bias,
-    scale,
-    statistics,
-    lengths_ptr,
-    HEAD: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr,
-    OWN_STATISTICS: tl.constexpr,
-    FIRST: tl.constexpr,
-    BIAS_VARIES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``gradients`` and what a tile of the other axis, from token ``start_n`` on, adds to them."""
-    a, x, rows, rows_end = own
-    other_ptr, other_stride, other_columns, other_factor_ptr, y_stride, y_columns, columns, others = other
-    bias_ptr, bias_strides = bias
-    logsumexp_ptr, delta_ptr, shift, delta = statistics
-    columns_end = others - start_n
-    column_valid = columns < columns_end
-    start = tl.cast(start_n, tl.int64)
-    b_ptr = other_ptr + start * other_stride
-    b = load_pieces(b_ptr, columns, other_stride, other_columns, columns_end, HEAD, EVEN[1])
-    y_ptr = other_factor_ptr + start * y_stride
-    y = load_pieces(y_ptr, columns, y_stride, y_columns, columns_end, COLUMNS, EVEN[1])
-    scores = split_scores(a, b, PRECISION) * (scale * LOG2E)
-    if bias_ptr is not None:
-        scores = add_bias(
-            scores,
-            bias_ptr + start * bias_strides[3],
-            rows,
-            columns,
-            bias_strides[2],
-            bias_strides[3],
-            rows_end,
-            columns_end,
-            BIAS_VARIES,
-            EVEN[0] and EVEN[1],
-        )
-    if not OWN_STATISTICS:
-        # exp(S − inf) = 0: streamed tokens past the end give nothing.
-        known = tl.load(logsumexp_ptr + start_n + columns, mask=column_valid, other=float("inf"))
-        shift = finite_or_zero(known)[None, :] * LOG2E
-        if FIRST:
-            delta = tl.load(delta_ptr + start_n + columns, mask=column_valid, other=0.0)[None, :]
-        if lengths_ptr is not None:
-            scores = tl.where((rows < rows_end)[:, None], scores, float("-inf"))
-    elif not EVEN[1]:
-        scores = tl.where(column_valid[None, :], scores, float("-inf"))
-    probabilities = tl.exp2(scores - shift)
-    outer = split_scores(x, y, PRECISION)
-    if FIRST:
-        outer -= delta
-    return add_to_pieces(gradients, (probabilities * outer).to(b[0].dtype), b, PRECISION)
 
 
 @triton.jit

@@ -41,7 +41,7 @@ class Config:
     specialised: bool = False  # with descriptors: further warps that only fetch; with gluon: warpgroups take turns
     maxnreg: int = 0  # registers of a thread at most, so that more programs share a multiprocessor; 0: no bound
     gluon: bool = False  # the kernel for Hopper, where it serves: warpgroups of `warps`, and a warp that fetches
-    hoists: bool = True  # whether what a gradient's steps have in common may wait in registers
+    exact: bool = False  # products of float32 are not rounded where they may be
 
     @property
     def options(self) -> dict[str, int]:
@@ -55,7 +55,7 @@ class Config:
         Not for the kernel for Hopper, whose tiles are no other's: :func:`pointer_config`.
         """
         warps = max(self.warps, self.block_m // 16) if self.specialised else self.warps
-        return Config(self.block_m, self.block_n, warps, self.stages, hoists=self.hoists)
+        return Config(self.block_m, self.block_n, warps, self.stages, exact=self.exact)
 
 
 def _staged(tiles: rules.Tiles, arch: str, resident: int, streamed: int, itemsize: int, bias: bool) -> Config:
@@ -111,12 +111,10 @@ def score_config(
 ) -> Config:
     """The configuration of the gradient kernel: two resident tiles, scores and their gradient, one accumulator."""
     head, packed = sum(split_width(head_dim)), sum(split_width(columns))
-    found = rules.row_for("gradient", _element(itemsize, tf32), arch, bias, head, packed)
+    exact = arch in rules.EXACT_GRADIENTS and itemsize == 4
+    found = rules.row_for("gradient", _element(itemsize, tf32 and not exact), arch, bias, head, packed)
     config = _staged(found.tiles, arch, head + packed, head + packed, itemsize, bias)
-    if arch == "sm_120" and _element(itemsize, tf32) == "tf32":
-        # The assembler for this chip takes up to half as many registers again for addresses of rounded operands.
-        config = replace(config, hoists=False)
-    return for_streamed(config, streamed)
+    return for_streamed(replace(config, exact=exact), streamed)
 
 
 def _element(itemsize: int, tf32: bool) -> str:

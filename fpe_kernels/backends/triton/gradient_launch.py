@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .backward import ALWAYS_HOISTS, gradient_kernel
+from .backward import gradient_kernel
 from .configs import Config
 from .launch import Launch, product_precision
 from .packing import (
@@ -97,7 +97,6 @@ def prepare(
             "WIDE": needs_wide_index(config.block_m, *of_own)
             or needs_wide_index(config.block_n, *of_other)
             or needs_wide_index(longer, bias),
-            "PRECISION": product_precision(own.dtype),
-            "HOISTS": config.hoists or ALWAYS_HOISTS,
+            "PRECISION": "ieee" if config.exact else product_precision(own.dtype),
         },
     )

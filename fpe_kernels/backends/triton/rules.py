@@ -18,6 +18,9 @@ ELEMENTS = ("half", "tf32", "float32")
 _AMPERE = ("sm_80", "sm_86", "sm_89")
 _NVIDIA = (*_AMPERE, "sm_90", "sm_100", "sm_120")
 _AMD = ("gfx942",)
+# Rounded operands of gradients take this chip's registers, up to spilling, and its matrix units multiply them no faster
+# than its scalar units do exact ones.
+EXACT_GRADIENTS = ("sm_120",)
 _NO, _YES, _EITHER = (False,), (True,), (False, True)
 _APPLY, _ADJOINT, _PRODUCTS, _GRADIENT = ("apply",), ("adjoint",), ("apply", "adjoint"), ("gradient",)
 _HALF, _ROUNDED, _EXACT, _SINGLE = ("half",), ("tf32",), ("float32",), ("tf32", "float32")
@@ -74,8 +77,8 @@ ROWS = (
     Row(_PRODUCTS, _ROUNDED, ("sm_120",), _EITHER, 160, 128, ANY, Tiles(64, 16, 8, 1)),
     Row(_PRODUCTS, _ROUNDED, ("sm_120",), _EITHER, ANY, 128, ANY, Tiles(32, 16, 8, 1)),
     Row(_PRODUCTS, _ROUNDED, ("sm_120",), _EITHER, ANY, ANY, ANY, Tiles(16, 32, 8, 1)),
-    Row(_GRADIENT, _ROUNDED, _NVIDIA, _EITHER, 128, 128, ANY, Tiles(32, 32, 8, 1)),
-    Row(_GRADIENT, _ROUNDED, _NVIDIA, _EITHER, ANY, ANY, ANY, Tiles(16, 16, 8, 1)),
+    Row(_GRADIENT, _ROUNDED, (*_AMPERE, "sm_90", "sm_100"), _EITHER, 128, 128, ANY, Tiles(32, 32, 8, 1)),
+    Row(_GRADIENT, _ROUNDED, (*_AMPERE, "sm_90", "sm_100"), _EITHER, ANY, ANY, ANY, Tiles(16, 16, 8, 1)),
     # Exact products of single precision run on the scalar units, whose operands live in registers.
     Row(_PRODUCTS, _EXACT, _NVIDIA, _EITHER, 128, 128, ANY, Tiles(32, 32, 8, 1)),
     Row(_PRODUCTS, _EXACT, _NVIDIA, _EITHER, 160, ANY, ANY, Tiles(16, 16, 8, 1)),

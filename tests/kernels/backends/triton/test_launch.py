@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from fpe_kernels import AttentionMap, shared_attention
-from fpe_kernels.backends.triton import configs
+from fpe_kernels.backends.triton import configs, gradient_launch
 from fpe_kernels.backends.triton.configs import Config
 from fpe_kernels.testing import assert_within_budget
 
@@ -38,22 +38,27 @@ def test_tables_and_layouts_are_part_of_what_is_remembered() -> None:
             assert_within_budget(out, plain, exact, torch.float32)
 
 
-@pytest.mark.parametrize("hoists", [True, False])
-def test_gradients_are_the_same_whatever_waits_in_registers(monkeypatch, hoists: bool) -> None:
-    assert not configs.score_config("sm_120", 64, 128, 4, True, tf32=True).hoists
+def test_gradients_of_float32_are_not_rounded_where_that_is_no_faster(monkeypatch) -> None:
+    ruled = [configs.score_config(arch, 64, 128, 4, True, tf32=True) for arch in ("sm_120", "sm_90")]
     assert (
-        configs.score_config("sm_120", 64, 128, 2, True).hoists
-        and configs.score_config("sm_90", 64, 64, 4, True, tf32=True).hoists
+        [config.exact for config in ruled] == [True, False] != [configs.score_config("sm_120", 64, 64, 2, True).exact]
     )
-    monkeypatch.setattr(configs, "gradient_config", lambda *_: Config(16, 16, 4, 1, hoists=hoists))
-    given = [torch.randn(1, 2, 40, 20, dtype=torch.float64) for _ in range(3)]
-    gradients = []
-    for backend, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
-        query, key, value = (tensor.to(dtype).requires_grad_() for tensor in given)
-        (AttentionMap(query, key, backend=backend) @ value).square().sum().backward()
-        gradients.append((query.grad, key.grad))
-    for ours, plain, exact in zip(*gradients, strict=True):
-        assert_within_budget(ours, plain, exact, torch.float32)
+    assert ruled[0] == configs.score_config("sm_120", 64, 128, 4, True)
+    asked = []
+    plain = gradient_launch.Launch
+    monkeypatch.setattr(
+        gradient_launch, "Launch", lambda *given, **named: asked.append(named) or plain(*given, **named)
+    )
+    query, key, value = (torch.randn(1, 2, 16, 16, requires_grad=True) for _ in range(3))
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = True
+        for exact in (True, False):
+            monkeypatch.setattr(configs, "gradient_config", lambda *_, exact=exact: Config(16, 16, 4, 1, exact=exact))
+            (AttentionMap(query, key, backend="triton") @ value).sum().backward()
+    finally:
+        matmul.allow_tf32 = before
+    assert [named["constants"]["PRECISION"] for named in asked] == ["ieee", "ieee", "tf32", "tf32"]
 
 
 def test_rounded_products_of_float32_have_configurations_of_their_own(monkeypatch) -> None:

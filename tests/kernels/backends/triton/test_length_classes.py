@@ -95,6 +95,9 @@ def test_every_architecture_has_its_limits():
 @pytest.mark.parametrize("kernel", rules.KERNELS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_last_row_of_the_rules_holds_every_width(kernel, element, chip, bias):
+    if (kernel, element) == ("gradient", "tf32") and chip in rules.EXACT_GRADIENTS:
+        assert not rules.rows_of(kernel, element, chip, bias)
+        return
     *_, last = rules.rows_of(kernel, element, chip, bias)
     assert (last.head, last.packed, last.both) == (rules.ANY,) * 3
     assert rules.row_for(kernel, element, chip, bias, rules.ANY // 4, rules.ANY // 4) == last
@@ -104,6 +107,8 @@ def test_every_row_of_the_rules_serves_some_width_on_each_of_its_chips():
     """What an earlier row has taken already would be dead, and its tiles never compiled."""
     widths = (64, 96, 128, 160, 192, 256, 320)  # between two neighbours, no row begins
     for kernel, element, chip in itertools.product(rules.KERNELS, rules.ELEMENTS, SHARED_MEMORY):
+        if (kernel, element) == ("gradient", "tf32") and chip in rules.EXACT_GRADIENTS:
+            continue
         listed = {row for bias in (False, True) for row in rules.rows_of(kernel, element, chip, bias)}
         shapes = itertools.product((False, True), widths, widths)
         served = {rules.row_for(kernel, element, chip, *shape) for shape in shapes}
