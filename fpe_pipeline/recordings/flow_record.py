@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..edits import Edit, FreePromptEdit
+from ..edits import Edit
 from ..edits.base import check_prompts
 from ..errors import check_generator, check_guidance, check_positive
 from ..inversion.flow import check_flow_inversion, with_size_of
@@ -30,13 +30,12 @@ from ..sampling.noise_schedule import NoiseSchedule
 from ..sampling.step_end import Call
 from ..session.finite import check_latents
 from ..texts import check_text, print_text
-from .contents import Contents, recorded_steps, source_needs
+from .contents import recorded_steps, source_needs
 from .fingerprint import fingerprint
 from .flow_capture import JointCapture, joint_bytes
-from .folder_store import FileStore
+from .plan import KeptLatents, Plan, new_store
 from .precision import Precision
 from .record_request import check_placement
-from .record_run import _megabytes, _new_store
 from .recording import Recording
 from .store import MapStore
 
@@ -115,15 +114,10 @@ def record_flow(
     check_placement(placement)
     check_latents(latents)
     plan = _plan(model, source, edits, _noise(model, latents, options), precision)
-    if budget_bytes is not None and plan.nbytes > budget_bytes:
-        raise ValueError(
-            f"a recording takes {plan.told}, more than budget_bytes={budget_bytes} ({_megabytes(budget_bytes)}): raise "
-            "it, record fewer steps (self_replace_steps) or layers (layers), pass precision='half', or a folder as "
-            "placement"
-        )
+    plan.check_budget(budget_bytes, "record fewer steps (self_replace_steps) or layers (layers), pass precision='half'")
     if not pipe.progress_is_hidden:
         print_text(f"recording: {plan.told}, placed on {placement}", sys.stderr)
-    return _run(pipe, source, plan, _new_store(placement, plan.noise.device), precision, backend)
+    return _run(pipe, source, plan, new_store(placement, plan.noise.device), precision, backend)
 
 
 @dataclass(frozen=True)
@@ -137,20 +131,6 @@ class _Source:
     text_length: int
     is_guided: bool
     inversion: Inversion | None
-
-
-@dataclass(frozen=True, eq=False)
-class _FlowPlan:
-    """What is recorded of a run, known before any denoising: as `record_run.Plan`, with the size in pixels."""
-
-    noise: torch.Tensor
-    size: tuple[int, int]
-    schedule: NoiseSchedule
-    contents: Contents
-    window: tuple[float, float] | None
-    paths: tuple[str, ...]
-    nbytes: int
-    told: str
 
 
 def flow_sites(model: FlowModel, size: tuple[int, int]) -> tuple[Site, ...]:
@@ -198,7 +178,7 @@ def _plan(
     edits: Sequence[Edit],
     start: tuple[torch.Tensor, tuple[int, int]],
     precision: Precision,
-) -> _FlowPlan:
+) -> Plan:
     noise, size = start
     model.set_timesteps(source.steps, size)
     sites, run = flow_sites(model, size), run_steps(model.pipe.scheduler)
@@ -208,39 +188,24 @@ def _plan(
     by_path = {site.path: site for site in sites}
     nbytes = joint_bytes(contents, by_path, config.attention_head_dim, tokens, itemsize, precision)
     nbytes += (len(run) + 1) * noise.nbytes
-    plain = next((one for one in edits if isinstance(one, FreePromptEdit) and one.is_plain), None)
-    return _FlowPlan(
-        noise=noise,
-        size=size,
-        schedule=NoiseSchedule.of(model.pipe.scheduler),
-        contents=contents,
-        window=None if plain is None else (plain.window.start, plain.window.stop),
-        paths=() if plain is None else tuple(site.path for site in plain.select(sites)),
-        nbytes=nbytes,
-        told=f"{_megabytes(nbytes)} for {len(contents)} layers in {len(recorded_steps(contents))} of {len(run)} calls "
-        f"of the model, {precision}",
-    )
+    words = f"in {len(recorded_steps(contents))} of {len(run)} calls of the model, {precision}"
+    schedule = NoiseSchedule.of(model.pipe.scheduler)
+    return Plan.of(edits, sites, contents, noise, schedule, nbytes, words, size)
 
 
 def _run(
-    pipe: FlowSampling, source: _Source, plan: _FlowPlan, store: MapStore, precision: Precision, backend: str
+    pipe: FlowSampling, source: _Source, plan: Plan, store: MapStore, precision: Precision, backend: str
 ) -> Recording:
     """Denoise the source and keep what is planned of it."""
-    kept = [plan.noise]
-
-    def keep(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        kept.append(tensors["latents"].clone())
-        return {}
-
+    kept = KeptLatents([plan.noise])
     arguments: dict[str, Any] = {
         "prompt": [source.prompt],
-        "height": plan.size[0],
-        "width": plan.size[1],
+        **dict(zip(("height", "width"), plan.size or (), strict=True)),
         "num_inference_steps": source.steps,
         "guidance_scale": source.guidance_scale,
         "max_sequence_length": source.text_length,
         "latents": plan.noise,
-        "callback_on_step_end": keep,
+        "callback_on_step_end": kept,
         "output_type": "latent",
     }
     if source.negative_prompt is not None:
@@ -251,23 +216,14 @@ def _run(
         capture = JointCapture(pipe, plan.contents, store, precision, backend)
         with capture, followed.source:
             pipe._sample(call, nullcontext(), (), arguments)
-        recording = Recording(
-            prompt=source.prompt,
+        return plan.recording(
+            source,
+            kept,
+            store,
             negative_prompt=source.negative_prompt,
-            guidance_scale=source.guidance_scale,
-            steps=source.steps,
-            schedule=plan.schedule,
-            contents=plan.contents,
-            window=plan.window,
-            paths=plan.paths,
-            latents=torch.stack(kept),
             model=model,
             precision=precision,
             error=capture.error,
-            store=store,
             size=plan.size,
             text_length=source.text_length,
         )
-        if isinstance(store, FileStore):
-            recording.save(store)
-    return recording

@@ -8,22 +8,17 @@ from typing import Any
 
 import torch
 
-from ..edits import Edit, FreePromptEdit
-from ..edits.base import check_prompts
-from ..edits.registry import require_edit
+from ..edits import Edit
 from ..models.flow_solvers import require_flow
-from ..models.steps import StepWindow
 from ..prompts.encoding import encoding_tokenizer
-from ..prompts.words import warn_of_unknown_words
 from ..sampling.flow_models import FlowModel
 from ..sampling.flow_sampling import FlowSampling
 from ..sampling.output import FreePromptPipelineOutput
 from ..sampling.step_end import Call
-from ..texts import check_text
-from .contents import describe_lack
 from .fingerprint import fingerprint
 from .recording import Recording
 from .replay import Replay
+from .replay_request import check_recorded, loaded_recording, replayed_edit, replayed_output, target_list
 
 __all__ = ["edit_flow"]
 
@@ -59,31 +54,14 @@ def edit_flow(
             written for other prompts; before any denoising.
         InputError: a folder, or a file of it, that is not what was recorded.
     """
-    targets = [target_prompt] if isinstance(target_prompt, str) else list(target_prompt)
-    if not targets or not all(isinstance(target, str) for target in targets):
-        raise TypeError(f"expected one or more target prompts, got {target_prompt!r}")
-    for target in targets:
-        check_text("a target prompt", target)
-    if isinstance(recording, str | Path):
-        recording = Recording.load(recording)
-    if not isinstance(recording, Recording):
-        raise TypeError(f"expected what record returned, or its folder, got {type(recording).__name__}")
+    targets, recording = target_list(target_prompt), loaded_recording(recording)
     model = pipe.flow()
     size, text_length = _check_recording(model, recording)
-    chosen = _recorded_edit(recording, self_replace_steps) if edit is None else require_edit(edit)
-    if edit is not None and self_replace_steps is not None:
-        raise ValueError("self_replace_steps belongs to the edit; pass it there")
-    check_prompts(chosen, [recording.prompt, *targets], encoding_tokenizer(pipe))
-    warn_of_unknown_words(targets, encoding_tokenizer(pipe))
+    chosen = replayed_edit(recording, edit, self_replace_steps, targets, encoding_tokenizer(pipe))
     guided = recording.guidance_scale > 1 and not model.is_packed
     grid = (size[0] // model.pipe.vae_scale_factor, size[1] // model.pipe.vae_scale_factor)
     replay = Replay(pipe, chosen, recording.store, recording.latents, len(targets), guided, backend, grid)
-    lack = describe_lack(replay.needed, recording.contents)
-    if lack:
-        raise ValueError(
-            f"the recording lacks what {type(chosen).__name__} needs of the source: {lack}. Record it for this edit "
-            "(pipe.record(…, edit=…) takes several), or give the edit fewer steps or layers"
-        )
+    check_recorded(replay, chosen, recording)
     noise = recording.latents[0]
     arguments = {
         "prompt": targets,
@@ -98,13 +76,7 @@ def edit_flow(
     if recording.negative_prompt is not None:
         arguments["negative_prompt"] = [recording.negative_prompt] * len(targets)
     images = pipe._sample(Call(len(targets), 1), replay, (), arguments)
-    return FreePromptPipelineOutput(
-        images=images,
-        nsfw_content_detected=None,
-        source_kept=False,
-        report=replay.report(),
-        prompts=(recording.prompt, *targets),
-    )
+    return replayed_output(images, None, replay, recording, targets)
 
 
 def _check_recording(model: FlowModel, recording: Recording) -> tuple[tuple[int, int], int]:
@@ -121,14 +93,3 @@ def _check_recording(model: FlowModel, recording: Recording) -> tuple[tuple[int,
     model.set_timesteps(recording.steps, recording.size)
     recording.schedule.check(model.pipe.scheduler, "recording")
     return recording.size, recording.text_length
-
-
-def _recorded_edit(recording: Recording, self_replace_steps: Any) -> FreePromptEdit:
-    """The plain `FreePromptEdit` that a recording was made for, in fewer steps where that is asked."""
-    if recording.window is None:
-        raise ValueError(
-            "the recording was not made for plain Free-Prompt-Editing: say with edit= what to do, as it was said to "
-            "record"
-        )
-    steps = recording.window if self_replace_steps is None else self_replace_steps
-    return FreePromptEdit(StepWindow.parse(steps), layers=recording.paths)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..edits import Edit, FreePromptEdit
+from ..edits import Edit
 from ..inversion.follow import Followed
 from ..models.sites import Site, attention_sites
 from ..models.steps import run_steps
@@ -23,13 +21,13 @@ from ..texts import print_text
 from .capture import Capture
 from .contents import contents_bytes, recorded_steps, source_needs
 from .fingerprint import fingerprint
-from .folder_store import FileStore
 from .keys import Contents
+from .plan import KeptLatents, Plan, new_store
 from .precision import Precision
 from .record_request import RecordRequest, Source
 from .recording import Recording
 from .requirements import is_guided
-from .store import MapStore, MemoryStore
+from .store import MapStore
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -95,42 +93,18 @@ def record(
     request = RecordRequest(prompt=prompt, **options)
     source = request.source(pipe)
     plan = _plan(pipe, source, request)
-    if request.budget_bytes is not None and plan.nbytes > request.budget_bytes:
-        raise ValueError(
-            f"a recording takes {plan.told}, more than budget_bytes={request.budget_bytes} "
-            f"({_megabytes(request.budget_bytes)}): raise it, record fewer steps (self_replace_steps) or layers "
-            "(levels), pass precision='half' or 'int8-keys', or a folder as placement"
-        )
+    plan.check_budget(
+        request.budget_bytes,
+        "record fewer steps (self_replace_steps) or layers (levels), pass precision='half' or 'int8-keys'",
+    )
     if not pipe.progress_is_hidden:
         print_text(f"recording: {plan.told}", sys.stderr)
-    store = _new_store(request.placement, plan.noise.device)
+    store = new_store(request.placement, plan.noise.device)
     return _run(pipe, source, plan, store, request.precision, request.backend)
 
 
 # What `help`, an editor and the reference show: the options one by one, with their defaults.
 record.__signature__ = RecordRequest.signature_of(record)  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What is recorded of a run, known before any denoising.
-
-    Args:
-        noise: [1, C, h, w] on the device and in the dtype of the run.
-        schedule: of the run.
-        contents: the parts that are kept.
-        window, paths: of the plain Free-Prompt-Editing among the edits, which a replay does by default.
-        nbytes: that the recording takes.
-        told: the same in words.
-    """
-
-    noise: torch.Tensor
-    schedule: NoiseSchedule
-    contents: Contents
-    window: tuple[float, float] | None
-    paths: tuple[str, ...]
-    nbytes: int
-    told: str
 
 
 def _plan(pipe: SamplingPipeline, source: Source, request: RecordRequest) -> Plan:
@@ -142,17 +116,8 @@ def _plan(pipe: SamplingPipeline, source: Source, request: RecordRequest) -> Pla
     nbytes = _bytes(pipe, contents, size, calls, request.precision)
     if source.inversion is not None and source.inversion.unconditional is not None:
         nbytes += source.inversion.unconditional.nbytes
-    plain = next((one for one in edits if isinstance(one, FreePromptEdit) and one.is_plain), None)
-    return Plan(
-        noise=noise,
-        schedule=NoiseSchedule.of(pipe.scheduler),
-        contents=contents,
-        window=None if plain is None else (plain.window.start, plain.window.stop),
-        paths=() if plain is None else tuple(site.path for site in plain.select(sites)),
-        nbytes=nbytes,
-        told=f"{_megabytes(nbytes)} for {len(contents)} layers at {len(recorded_steps(contents))} of {calls} steps, "
-        f"{request.precision}, placed on {request.placement}",
-    )
+    words = f"at {len(recorded_steps(contents))} of {calls} steps, {request.precision}, placed on {request.placement}"
+    return Plan.of(edits, sites, contents, noise, NoiseSchedule.of(pipe.scheduler), nbytes, words)
 
 
 def _run(
@@ -162,12 +127,7 @@ def _run(
     model, inversion, negative = fingerprint(pipe), source.inversion, source.negative_prompt
     if inversion is not None and inversion.method == "negative-prompt":
         negative = inversion.prompt
-    kept = [plan.noise]
-
-    def keep(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        kept.append(tensors["latents"].clone())
-        return {}
-
+    kept = KeptLatents([plan.noise])
     call = Call(1, 1)
     followed = Followed.of(pipe, call, inversion)
     options: dict[str, Any] = {} if negative is None else {"negative_prompt": [negative]}
@@ -179,7 +139,7 @@ def _run(
                 call,
                 nullcontext(),
                 followed.tasks,
-                callback_on_step_end=keep,
+                callback_on_step_end=kept,
                 callback_on_step_end_tensor_inputs=["latents"],
                 prompt=[source.prompt],
                 height=plan.noise.shape[-2] * factor,
@@ -191,25 +151,16 @@ def _run(
                 **options,
                 **followed.options,
             )
-        recording = Recording(
-            prompt=source.prompt,
+        return plan.recording(
+            source,
+            kept,
+            store,
             negative_prompt=negative,
-            guidance_scale=source.guidance_scale,
-            steps=source.steps,
-            schedule=plan.schedule,
-            contents=plan.contents,
-            window=plan.window,
-            paths=plan.paths,
-            latents=torch.stack(kept),
             model=model,
             precision=precision,
             error=capture.error,
-            store=store,
             unconditional=None if inversion is None else inversion.unconditional,
         )
-        if isinstance(store, FileStore):
-            recording.save(store)
-    return recording
 
 
 def _sites(pipe: SamplingPipeline, size: tuple[int, int]) -> tuple[Site, ...]:
@@ -221,15 +172,3 @@ def _bytes(pipe: SamplingPipeline, contents: Contents, size: tuple[int, int], st
     tokens, itemsize = pipe.tokenizer.model_max_length, pipe.unet.dtype.itemsize
     latents = (steps + 1) * pipe.unet.config.in_channels * size[0] * size[1] * itemsize
     return latents + contents_bytes(contents, pipe.unet, size, tokens, itemsize, precision)
-
-
-def _new_store(placement: str | Path, device: torch.device) -> MapStore:
-    if placement == "device":
-        return MemoryStore(device)
-    if placement == "cpu":
-        return MemoryStore(torch.device("cpu"))
-    return FileStore.create(Path(placement))
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"

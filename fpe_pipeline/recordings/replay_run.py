@@ -8,23 +8,18 @@ from typing import Any
 
 import torch
 
-from ..edits import Edit, FreePromptEdit
-from ..edits.base import check_prompts
-from ..edits.registry import require_edit
+from ..edits import Edit
 from ..embedded import EARLIER, EMBEDDED
 from ..errors import InputError
 from ..models.loading import find_model, load
-from ..models.steps import StepWindow
-from ..prompts.words import warn_of_unknown_words
 from ..sampling.output import FreePromptPipelineOutput
 from ..sampling.pipeline import SamplingPipeline
 from ..sampling.served_models import check_pipeline, check_without_image_prompts
 from ..sampling.step_end import Call, FollowEmbeddings, Task
-from ..texts import check_text
-from .contents import describe_lack
 from .fingerprint import fingerprint
 from .recording import Recording
 from .replay import Replay
+from .replay_request import check_recorded, loaded_recording, replayed_edit, replayed_output, target_list
 from .requirements import check_deterministic, is_guided
 
 __all__ = ["edit"]
@@ -62,49 +57,14 @@ def edit(
             written for other prompts, or an IP-Adapter; before any denoising.
         InputError: a folder, or a file of it, that is not what was recorded.
     """
-    targets = _target_list(target_prompt)
-    recording = _loaded(recording)
+    targets, recording = target_list(target_prompt), loaded_recording(recording)
     _check_run(pipe, recording)
-    chosen = _recorded_edit(recording, self_replace_steps) if edit is None else require_edit(edit)
-    if edit is not None and self_replace_steps is not None:
-        raise ValueError("self_replace_steps belongs to the edit; pass it there")
-    check_prompts(chosen, [recording.prompt, *targets], pipe.tokenizer)
-    warn_of_unknown_words(targets, pipe.tokenizer)
+    chosen = replayed_edit(recording, edit, self_replace_steps, targets, pipe.tokenizer)
     guided = is_guided(pipe, recording.guidance_scale)
     replay = Replay(pipe, chosen, recording.store, recording.latents, len(targets), guided, backend)
-    lack = describe_lack(replay.needed, recording.contents)
-    if lack:
-        raise ValueError(
-            f"the recording lacks what {type(chosen).__name__} needs of the source: {lack}. Record it for this edit "
-            "(pipe.record(…, edit=…) takes several), or give the edit fewer steps or layers"
-        )
+    check_recorded(replay, chosen, recording)
     images, nsfw = _denoise(pipe, recording, targets, replay, output_type)
-    return FreePromptPipelineOutput(
-        images=images,
-        nsfw_content_detected=nsfw,
-        source_kept=False,
-        report=replay.report(),
-        prompts=(recording.prompt, *targets),
-    )
-
-
-def _target_list(target_prompt: Any) -> list[str]:
-    """The targets; TypeError or ValueError for what is no text."""
-    targets = [target_prompt] if isinstance(target_prompt, str) else list(target_prompt)
-    if not targets or not all(isinstance(target, str) for target in targets):
-        raise TypeError(f"expected one or more target prompts, got {target_prompt!r}")
-    for target in targets:
-        check_text("a target prompt", target)
-    return targets
-
-
-def _loaded(recording: Any) -> Recording:
-    """The recording, read where a folder was passed."""
-    if isinstance(recording, str | Path):
-        return Recording.load(recording)
-    if not isinstance(recording, Recording):
-        raise TypeError(f"expected what record returned, or its folder, got {type(recording).__name__}")
-    return recording
+    return replayed_output(images, nsfw, replay, recording, targets)
 
 
 def _check_run(pipe: SamplingPipeline, recording: Recording) -> None:
@@ -165,22 +125,3 @@ def _which_model(recorded: str, pipeline: type[SamplingPipeline], dtype: torch.d
                 f'FreePromptPipeline.from_pretrained(fpe_pipeline.models.embedded_path("{name}"))'
             )
     return "weights, adapters and their strengths, FreeU, dtype and configurations must be those that it was made with"
-
-
-def _recorded_edit(recording: Recording, self_replace_steps: Any) -> FreePromptEdit:
-    """The plain Free-Prompt-Editing that a recording was made for, in fewer steps where that is asked."""
-    if recording.window is None:
-        raise ValueError(
-            "the recording was not made for plain Free-Prompt-Editing: say with edit= what to do, as it was said to "
-            "record"
-        )
-    steps = recording.steps
-    recorded = StepWindow(*recording.window)
-    asked = recorded if self_replace_steps is None else StepWindow.parse(self_replace_steps)
-    held, window = recorded.steps(steps), asked.steps(steps)
-    if window and (window.start < held.start or window.stop > held.stop):
-        raise ValueError(
-            f"self_replace_steps={self_replace_steps} asks for steps {window.start} to {window.stop - 1}; the "
-            f"recording holds {held.start} to {held.stop - 1}: record a wider window, or pass a narrower one"
-        )
-    return FreePromptEdit(asked, layers=recording.paths)

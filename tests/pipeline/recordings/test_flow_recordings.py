@@ -213,7 +213,7 @@ class TestRefusals:
         recording = sd3.record(SOURCE, self_replace_steps=0.5, latents=noise("sd3"), **RUN)
         with pytest.raises(ValueError, match=r"lacks what MasaCtrlEdit needs .* image-value"):
             sd3.edit(recording, TARGET, edit=MasaCtrlEdit(0, layers=[0]))
-        with pytest.raises(ValueError, match="lacks what FreePromptEdit needs"):
+        with pytest.raises(ValueError, match="the recording holds 0 to 1"):
             sd3.edit(recording, TARGET, self_replace_steps=1.0)
         with pytest.raises(ValueError, match="recording is of another model"):
             flux.edit(recording, TARGET)
