@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +26,7 @@ class ModelCall:
     Args:
         sample: the latents, as the model receives them: a row an image.
         timestep: as the model receives it.
-        size: (height, width) of the latents, as :meth:`.Site.at` takes them.
+        size: (height, width) of the latents, or (height, width, frames) of a video's, as :meth:`.Site.at` takes them.
         half: which rows are in the batch.
         left_out: paths of the blocks that this call does not compute.
         text_lengths: for each row, its text tokens before padding; None where none is padding.
@@ -35,7 +35,7 @@ class ModelCall:
 
     sample: torch.Tensor
     timestep: Any
-    size: tuple[int, int]
+    size: tuple[int, ...]
     half: Half = "as guided"
     left_out: tuple[str, ...] = ()
     text_lengths: tuple[int, ...] | None = None
@@ -66,7 +66,7 @@ class ModelAdapter(ABC):
     #: What the model is called in messages.
     word: ClassVar[str]
     #: Whose processors compute its edited layers.
-    family: ClassVar[Literal["unet", "sd3", "flux", "qwen"]]
+    family: ClassVar[Literal["unet", "sd3", "flux", "qwen", "wan"]]
     #: Whether its pipelines guide by a call of the model of their own, whose prompts they encode by one of their own.
     guides_apart: ClassVar[bool] = False
     #: The parts of the text that its layers of joint attention see, in order: the tokenizer of each, and the encoders
@@ -80,6 +80,20 @@ class ModelAdapter(ABC):
     def module(self) -> torch.nn.Module:
         """The model itself, without a wrapper."""
         return identity(self.model)
+
+    @property
+    def models(self) -> Mapping[str, Any]:
+        """The models that a run calls, by what the paths of their layers begin with: "" where there is one."""
+        return {"": self.model}
+
+    def layer(self, path: str) -> Any:
+        """The attention layer at a path."""
+        return self.module.get_submodule(path)
+
+    def call_of(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        """What a call of one of the models is; layers of the others are not computed in it."""
+        call, others = self.read(args, kwargs), tuple(other for other in self.models if other != name)
+        return replace(call, left_out=(*call.left_out, *others)) if others else call
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:

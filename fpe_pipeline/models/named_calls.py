@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .adapter import Half, ModelCall
+from .adapter import Half, ModelCall, identity
 from .steps import Step, step_of_scheduler
 from .transformer import TransformerAdapter
 
@@ -30,8 +30,17 @@ class NamedCallsAdapter(TransformerAdapter):
 
     def follow(self) -> Callable[[], None]:
         """Listen to the contexts in which the pipeline calls the model; what is returned ends it."""
-        module: Any = self.module
-        original, self._context, self._before = module.cache_context, None, None
+        self._context, self._before = None, None
+        ends = [self._listen(identity(model)) for model in self.models.values()]
+
+        def leave() -> None:
+            for end in ends:
+                end()
+
+        return leave
+
+    def _listen(self, module: Any) -> Callable[[], None]:
+        original = module.cache_context
 
         @contextmanager
         def cache_context(name: str, **fields: Any) -> Iterator[None]:

@@ -78,7 +78,8 @@ class Encoding:
         count = len(prompts) if prompts is not None else None
         if isinstance(embeddings, torch.Tensor):
             count = embeddings.shape[0]
-        images, guided = arguments.get("num_images_per_prompt"), arguments.get("do_classifier_free_guidance")
+        images = arguments.get("num_images_per_prompt", arguments.get("num_videos_per_prompt"))
+        guided = arguments.get("do_classifier_free_guidance")
         return cls(prompts, count, images, None if guided is None else bool(guided), inputs, texts=texts)
 
     def placed(self, prompts: Sequence[TokenizedPrompt]) -> tuple[TokenizedPrompt, ...]:
