@@ -66,11 +66,13 @@ class ModelAdapter(ABC):
     #: What the model is called in messages.
     word: ClassVar[str]
     #: Whose processors compute its edited layers.
-    family: ClassVar[Literal["unet", "sd3", "flux", "qwen", "wan"]]
+    family: ClassVar[Literal["unet", "sd3", "flux", "qwen", "ltx", "wan"]]
     #: Whether its pipelines guide by a call of the model of their own, whose prompts they encode by one of their own.
     guides_apart: ClassVar[bool] = False
-    #: The parts of the text that its layers of joint attention see, in order: the tokenizer of each, and the encoders
-    #: that share its tokens, by their names in a pipeline.
+    #: Whether its pipelines encode each part of the text by a call of its own.
+    encodes_in_parts: ClassVar[bool] = False
+    #: The parts of the text that its layers see, in order, where there are several or attention is joint: the tokenizer
+    #: of each, and the encoders that share its tokens, by their names in a pipeline.
     text_parts: ClassVar[tuple[tuple[str, tuple[str, ...]], ...]] = ()
 
     def __init__(self, pipe: Any | None, model: Any) -> None:

@@ -8,6 +8,8 @@ import torch
 
 from .adapter import ModelAdapter, identity
 from .flux import FluxAdapter
+from .hunyuan_dit import HunyuanDiTAdapter
+from .ltx import LTXAdapter
 from .pixart import PixArtAdapter
 from .qwen import QwenImageAdapter
 from .sd3 import SD3Adapter
@@ -19,6 +21,8 @@ __all__ = ["adapter_of", "edited_model"]
 #: By the name of the class, the adapters of transformers; UNets are told by their blocks.
 _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "FluxTransformer2DModel": FluxAdapter,
+    "HunyuanDiT2DModel": HunyuanDiTAdapter,
+    "LTXVideoTransformer3DModel": LTXAdapter,
     "PixArtTransformer2DModel": PixArtAdapter,
     "QwenImageTransformer2DModel": QwenImageAdapter,
     "SD3Transformer2DModel": SD3Adapter,

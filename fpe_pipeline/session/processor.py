@@ -14,7 +14,7 @@ from .computing import Rows, mask_bias
 from .image_prompts import IMAGE_PROMPT_PROCESSORS, image_prompt_attention, split_image_prompts
 from .instructions import Order
 from .record import LayerRecord
-from .row_attention import attended, check_rows, merged, of_heads, projected
+from .row_attention import attended, check_rows, merged, of_heads, projected, turned
 
 __all__ = ["SLICED", "EditAttnProcessor", "Order", "editing_processor", "is_sliced", "unsupported_reasons"]
 
@@ -26,11 +26,17 @@ _PLAIN = tuple(
         "AttnProcessor2_0",
         "AttnProcessorNPU",
         "FusedAttnProcessor2_0",
+        "FusedHunyuanAttnProcessor2_0",
+        "HunyuanAttnProcessor2_0",
         "XFormersAttnProcessor",
         "XLAFlashAttnProcessor2_0",
     )
     if hasattr(diffusers_processors, name)
 )
+
+# With fused projections. The class of the processor tells whether they are in use: `attn.fused_projections` stays True
+# after unfusing, and an adapter loaded since then lives in the separate ones.
+_FUSED = tuple(kind for kind in _PLAIN if kind.__name__.startswith("Fused"))
 
 #: Why a layer with attention slicing is not edited: a setting that would be dropped has to be dropped by the user.
 SLICED = (
@@ -80,8 +86,9 @@ class EditAttnProcessor(ProcessorAround):
 
     def __init__(self, inner: Any) -> None:
         super().__init__(inner)
-        self._inner_takes_temb = "temb" in inspect.signature(inner.__call__).parameters
-        self._is_plain = type(inner) in _PLAIN and not isinstance(inner, diffusers_processors.FusedAttnProcessor2_0)
+        named = inspect.signature(inner.__call__).parameters
+        self._inner_takes_temb = "temb" in named
+        self._is_plain = type(inner) in _PLAIN and type(inner) not in _FUSED and "image_rotary_emb" not in named
 
     def __call__(
         self,
@@ -130,7 +137,8 @@ class EditAttnProcessor(ProcessorAround):
 
         # Every row asks for its own image, also where it takes another's map of the text.
         queries = tuple(range(order.plan.rows)) if images else order.row_plan.queries
-        query, key, value = _project(attn, self.inner, order.row_plan, queries, hidden_states, context)
+        places = kwargs.get("image_rotary_emb")
+        query, key, value = _project(attn, self.inner, order.row_plan, queries, hidden_states, context, places)
         bias = mask_bias(attention_mask, order.plan.rows, attn.heads, key)
         hidden_states, self.record = attended(order, query, key, value, attn.scale, bias)  # [B, H, N, E]
         if images:
@@ -199,10 +207,9 @@ def _project(
     queries: tuple[int, ...],
     hidden_states: torch.Tensor,
     context: torch.Tensor,
+    places: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[Rows, Rows, Rows]:
-    # The class of the processor tells whether fused projections are in use: `attn.fused_projections` stays True
-    # after unfusing, and an adapter loaded since then lives in the separate ones.
-    fused = isinstance(inner, diffusers_processors.FusedAttnProcessor2_0)
+    fused = isinstance(inner, _FUSED)
     query, key, value = (
         of_heads(part, attn.heads) for part in projected(attn, plan, queries, hidden_states, context, fused)
     )
@@ -210,6 +217,10 @@ def _project(
         query = attn.norm_q(query)
     if attn.norm_k is not None:
         key = attn.norm_k(key)
+    if places is not None:  # HunyuanDiT's: cosines and sines [N, D], each angle twice; text has no places
+        cosines, sines = (table[..., ::2] for table in places)
+        query = turned(query, cosines, sines)
+        key = key if attn.is_cross_attention else turned(key, cosines, sines)
     # A norm may return a wider type (layer norm under autocast), which attention has to narrow again.
     query, key = query.to(value.dtype), key.to(value.dtype)
     return Rows(query, queries), Rows(key, plan.keys), Rows(value, plan.values)

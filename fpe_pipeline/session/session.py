@@ -270,7 +270,7 @@ class EditingSession:
 
     def _called(self) -> None:
         """The pipeline is called: what it encodes first are its prompts, whatever became of the call before."""
-        if self.adapter.guides_apart and not self.is_paused:
+        if (self.adapter.guides_apart or self.adapter.encodes_in_parts) and not self.is_paused:
             self._encoding = Encoding()
 
     def _encoded(self, encoding: Encoding) -> None:
@@ -279,6 +279,8 @@ class EditingSession:
             return
         if self.adapter.guides_apart and self._clock.is_before_a_run and self._encoding.count is not None:
             return  # the negative prompts of the pipeline call whose prompts came before
+        if self.adapter.encodes_in_parts and self._clock.is_before_a_run:
+            encoding = self._encoding.joined(encoding)
         self._encoding = encoding
         self._clock.begin()
         if encoding.prompts is not None:

@@ -10,7 +10,7 @@ from fpe_kernels import shared_attention
 
 from .computing import Rows
 from .dispatched import DispatchedAround, dispatched_reasons
-from .row_attention import attended, check_rows, merged, of_heads, projected
+from .row_attention import attended, check_rows, merged, of_heads, projected, turned
 
 __all__ = ["EditWanProcessor", "unsupported_wan_reasons"]
 
@@ -66,20 +66,15 @@ class EditWanProcessor(DispatchedAround):
         query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (of_heads(part, attn.heads) for part in (query, key, value))
         if rotary_emb is not None:
-            query, key = (_turned(part, *rotary_emb) for part in (query, key))
+            # [1, N, 1, D], each angle twice.
+            cosines, sines = (table[..., ::2].transpose(1, 2) for table in rotary_emb)
+            query, key = (turned(part, cosines, sines) for part in (query, key))
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm returns a wider type
         rows = (Rows(query, queries), Rows(key, plan.keys), Rows(value, plan.values))
         out, self.record = attended(order, *rows, query.shape[-1] ** -0.5, None)
         if picture is not None:
             out = out + _of_picture(attn, query, picture, order.backend)
         return attn.to_out[1](attn.to_out[0](merged(out).to(value.dtype)))  # to_out[1] is dropout
-
-
-def _turned(part: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Queries or keys [rows, H, N, D] turned by their places, whose tables are [1, N, 1, D], each angle twice."""
-    cosine, sine = cosines[..., ::2].transpose(1, 2), sines[..., 1::2].transpose(1, 2)
-    first, second = part.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1).flatten(-2).to(part)
 
 
 def _of_picture(attn: Any, query: torch.Tensor, picture: torch.Tensor, backend: str) -> torch.Tensor:
