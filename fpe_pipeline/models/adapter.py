@@ -30,6 +30,7 @@ class ModelCall:
         half: which rows are in the batch.
         left_out: paths of the blocks that this call does not compute.
         text_lengths: for each row, its text tokens before padding; None where none is padding.
+        references: tokens of reference pictures, which follow those of the image that is denoised.
         arguments: positional and keyword arguments of the call.
     """
 
@@ -39,6 +40,7 @@ class ModelCall:
     half: Half = "as guided"
     left_out: tuple[str, ...] = ()
     text_lengths: tuple[int, ...] | None = None
+    references: int = 0
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = field(default=((), {}), repr=False)
 
     @property
@@ -125,6 +127,12 @@ class ModelAdapter(ABC):
     def follow(self) -> Callable[[], None]:
         """Begin to listen to what the pipeline says of its calls; what is returned ends it."""
         return _nothing
+
+    def called(self) -> None:
+        """Take note that a call of the pipeline begins."""
+
+    def stepped(self) -> None:
+        """Take note that the scheduler has made a step."""
 
     @abstractmethod
     def check(self) -> None:

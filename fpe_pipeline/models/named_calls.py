@@ -12,6 +12,10 @@ from .transformer import TransformerAdapter
 
 __all__ = ["NamedCallsAdapter"]
 
+#: Pipelines that name no contexts, and call the model with the prompts first and then with the negative ones.
+_CONDITIONAL_FIRST = frozenset(
+    {"FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextInpaintPipeline", "FluxKontextPipeline"}
+)
 _HALVES: dict[str, Half] = {"cond": "conditional", "uncond": "unconditional"}
 
 
@@ -23,14 +27,15 @@ class NamedCallsAdapter(TransformerAdapter):
     def __init__(self, pipe: Any | None, model: Any) -> None:
         super().__init__(pipe, model)
         self._context: str | None = None
-        self._before: int | None = None  # the scheduler's step at the latest call that said nothing of its rows
+        # Calls since the scheduler's latest step that said nothing of their rows; None outside of the pipeline's calls.
+        self._unnamed: int | None = None
 
     def step(self, call: ModelCall) -> Step:
         return super().step(call) if self.pipe is None else step_of_scheduler(self.pipe.scheduler)
 
     def follow(self) -> Callable[[], None]:
         """Listen to the contexts in which the pipeline calls the model; what is returned ends it."""
-        self._context, self._before = None, None
+        self._context, self._unnamed = None, None
         ends = [self._listen(identity(model)) for model in self.models.values()]
 
         def leave() -> None:
@@ -59,17 +64,26 @@ class NamedCallsAdapter(TransformerAdapter):
 
         return leave
 
+    def called(self) -> None:
+        self._unnamed = 0
+
+    def stepped(self) -> None:
+        self._unnamed = None if self._unnamed is None else 0
+
     def _half(self) -> Half:
         if self._context in _HALVES:
             return _HALVES[self._context]
         if self.pipe is None:
             return "as guided"
-        step = getattr(self.pipe.scheduler, "step_index", None)
-        if step is not None and step == self._before:
-            raise ValueError(
-                f"{type(self.pipe).__name__} calls the model twice in step {step} and does not say which call sees the "
-                "prompts: guide without a negative prompt (true_cfg_scale=1), or call the model in "
-                '`with pipe.transformer.cache_context("cond"):` and "uncond"'
-            )
-        self._before = step
-        return "conditional"
+        if self._unnamed is None:
+            return "conditional"
+        self._unnamed += 1
+        if self._unnamed == 1:
+            return "conditional"
+        if self._unnamed == 2 and any(kind.__name__ in _CONDITIONAL_FIRST for kind in type(self.pipe).__mro__):
+            return "unconditional"
+        raise ValueError(
+            f"{type(self.pipe).__name__} calls the model {self._unnamed} times in a step and does not say which call "
+            "sees the prompts: guide without a negative prompt (true_cfg_scale=1), or call the model in "
+            '`with pipe.transformer.cache_context("cond"):` and "uncond"'
+        )

@@ -36,6 +36,12 @@ class SegmentProjections(NamedTuple):
     key: Rows
     value: Rows
 
+    def followed_by(self, other: SegmentProjections) -> SegmentProjections:
+        """These tokens and then others, of the same rows."""
+        return SegmentProjections(
+            *(Rows(torch.cat([a.tensor, b.tensor], dim=2), a.rows) for a, b in zip(self, other, strict=True))
+        )
+
     def beside(self, segment: str, recorded: RecordedLayer | None) -> SegmentProjections:
         """The same, and the rows beside the batch that a recording knows."""
         if recorded is None:
@@ -57,6 +63,7 @@ class JointLayer:
         scale: what scores are multiplied with.
         backend: of the maps.
         text_lengths: for each row of the batch, its text tokens before padding; None where none is padding.
+        references: how many of the text's tokens, the last ones, are those of a reference picture.
     """
 
     image: SegmentProjections
@@ -64,6 +71,7 @@ class JointLayer:
     scale: float
     backend: str = "auto"
     text_lengths: tuple[int, ...] | None = None
+    references: int = 0
 
     def map(self, query: torch.Tensor, key: torch.Tensor, lengths: list[int] | None = None) -> AttentionMap:
         """The maps of some queries [G, H, N, D] and keys [G, H, M, D], of which so many are no padding."""
@@ -79,6 +87,12 @@ class JointLayer:
         if self.text is None:
             return image
         mixings = [term.mixing for term in terms]
+        if self.references and any(mixing is not None for mixing in mixings):
+            raise ValueError(
+                "columns of words are replaced under a softmax over image and text, and this layer attends to a "
+                "reference picture as well (FLUX.1 Kontext), of whose share the rule says nothing: use an edit of "
+                "image tokens, such as FreePromptEdit, ConsistEdit or StableFlowEdit"
+            )
         return torch.cat([image, values_of(self.text.value, [term.value.text for term in terms], mixings)], dim=2)
 
     def keys(self, pairs: Sequence[tuple[Any, Any]]) -> torch.Tensor:
@@ -139,8 +153,8 @@ def _image_rows(
     values = layer.values(terms)
     if columns:
         assert layer.text is not None
-        texts = layer.text.value.tensor.shape[2]
-        values = torch.cat([values, column_values(of_rows, columns, values, texts)], dim=-1)
+        texts = layer.text.value.tensor.shape[2] - layer.references
+        values = torch.cat([values, column_values(of_rows, columns, values, texts, layer.references)], dim=-1)
     return _image_map(terms, layer) @ values
 
 
@@ -166,6 +180,7 @@ def text_maps(plan: JointPlan, rows: Sequence[int], layer: JointLayer) -> dict[i
         assert term.key.text is not None
         query = tokens_of(layer.image.query, [term.query.image])[0].detach()
         key = tokens_of(layer.text.key, [term.key.text])[0].detach()
+        key = key[..., : key.shape[-2] - layer.references, :]
         lengths = layer.lengths([term.key.text] * len(query))
         alone = layer.map(query.unsqueeze(1), key.unsqueeze(1), lengths).scale_rows(share.unsqueeze(1))
         if not term.is_whole:
@@ -179,7 +194,8 @@ def _text_shares(terms: Sequence[JointProduct], layer: JointLayer) -> torch.Tens
     """For each term how much of each image token's attention its text has: [terms, H, N]."""
     assert layer.text is not None
     indicator = torch.zeros_like(layer.values(terms)[..., :1])
-    indicator[:, :, -layer.text.key.tensor.shape[2] :] = 1.0
+    stop = indicator.shape[2] - layer.references
+    indicator[:, :, stop - layer.text.key.tensor.shape[2] + layer.references : stop] = 1.0
     return (_image_map(terms, layer) @ indicator).detach()[..., 0]
 
 

@@ -254,6 +254,7 @@ class EditingSession:
         if not (self.is_paused or is_finite(latents)):
             self._refuse_step(getattr(self.pipe, "guidance_scale", None))
         self._now = replace(self._now, call=None)
+        self.adapter.stepped()
         return latents
 
     def _refuse_step(self, guidance_scale: Any = None) -> None:
@@ -270,6 +271,7 @@ class EditingSession:
 
     def _called(self) -> None:
         """The pipeline is called: what it encodes first are its prompts, whatever became of the call before."""
+        self.adapter.called()
         if (self.adapter.guides_apart or self.adapter.encodes_in_parts) and not self.is_paused:
             self._encoding = Encoding()
 
