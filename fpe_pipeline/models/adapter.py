@@ -128,10 +128,10 @@ class ModelAdapter(ABC):
         """Begin to listen to what the pipeline says of its calls; what is returned ends it."""
         return _nothing
 
-    def called(self) -> None:
+    def called(self) -> None:  # noqa: B027  nothing, where calls say of themselves what they are
         """Take note that a call of the pipeline begins."""
 
-    def stepped(self) -> None:
+    def stepped(self) -> None:  # noqa: B027
         """Take note that the scheduler has made a step."""
 
     @abstractmethod
