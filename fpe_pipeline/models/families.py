@@ -10,6 +10,7 @@ from .adapter import ModelAdapter, identity
 from .flux import FluxAdapter
 from .hunyuan_dit import HunyuanDiTAdapter
 from .ltx import LTXAdapter
+from .lumina2 import Lumina2Adapter
 from .pixart import PixArtAdapter
 from .qwen import QwenImageAdapter
 from .sd3 import SD3Adapter
@@ -23,6 +24,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "FluxTransformer2DModel": FluxAdapter,
     "HunyuanDiT2DModel": HunyuanDiTAdapter,
     "LTXVideoTransformer3DModel": LTXAdapter,
+    "Lumina2Transformer2DModel": Lumina2Adapter,
     "PixArtTransformer2DModel": PixArtAdapter,
     "QwenImageTransformer2DModel": QwenImageAdapter,
     "SD3Transformer2DModel": SD3Adapter,

@@ -14,13 +14,19 @@ __all__ = ["NamedCallsAdapter"]
 
 #: Pipelines that name no contexts, and call the model with the prompts first and then with the negative ones.
 _CONDITIONAL_FIRST = frozenset(
-    {"FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextInpaintPipeline", "FluxKontextPipeline"}
+    {
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "FluxKontextInpaintPipeline",
+        "FluxKontextPipeline",
+        "Lumina2Pipeline",
+    }
 )
 _HALVES: dict[str, Half] = {"cond": "conditional", "uncond": "unconditional"}
 
 
 class NamedCallsAdapter(TransformerAdapter):
-    """A transformer that is called in contexts named "cond" and "uncond", at the step that the scheduler is at."""
+    """A transformer that is called in contexts named "cond" and "uncond", or in that order, at the scheduler's step."""
 
     guides_apart = True
 
@@ -45,7 +51,9 @@ class NamedCallsAdapter(TransformerAdapter):
         return leave
 
     def _listen(self, module: Any) -> Callable[[], None]:
-        original = module.cache_context
+        original = getattr(module, "cache_context", None)
+        if original is None:  # a model that names no contexts
+            return lambda: None
 
         @contextmanager
         def cache_context(name: str, **fields: Any) -> Iterator[None]:

@@ -13,6 +13,7 @@ from .flux_processor import EditFluxProcessor, unsupported_flux_reasons
 from .instructions import Order
 from .joint_processor import EditJointProcessor, unsupported_joint_reasons
 from .ltx_processor import EditLTXProcessor, unsupported_ltx_reasons
+from .lumina2_processor import EditLumina2Processor, unsupported_lumina2_reasons
 from .processor import SLICED, editing_processor, is_sliced, unsupported_reasons
 from .qwen_processor import EditQwenProcessor, unsupported_qwen_reasons
 from .record import LayerRecord
@@ -29,6 +30,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "sd3": (EditJointProcessor, unsupported_joint_reasons),
     "flux": (EditFluxProcessor, unsupported_flux_reasons),
     "qwen": (EditQwenProcessor, unsupported_qwen_reasons),
+    "lumina2": (EditLumina2Processor, unsupported_lumina2_reasons),
     "ltx": (EditLTXProcessor, unsupported_ltx_reasons),
     "wan": (EditWanProcessor, unsupported_wan_reasons),
 }

@@ -8,7 +8,8 @@ import torch
 
 from .computing import Rows, mask_bias, take
 from .dispatched import DispatchedAround, dispatched_reasons
-from .row_attention import attended, check_rows, merged, of_heads, projected, turned
+from .places import turned
+from .row_attention import attended, check_rows, merged, of_heads, projected
 
 __all__ = ["EditLTXProcessor", "unsupported_ltx_reasons"]
 

@@ -13,8 +13,9 @@ from .around import ProcessorAround, may_do_more
 from .computing import Rows, mask_bias
 from .image_prompts import IMAGE_PROMPT_PROCESSORS, image_prompt_attention, split_image_prompts
 from .instructions import Order
+from .places import turned
 from .record import LayerRecord
-from .row_attention import attended, check_rows, merged, of_heads, projected, turned
+from .row_attention import attended, check_rows, merged, of_heads, projected
 
 __all__ = ["SLICED", "EditAttnProcessor", "Order", "editing_processor", "is_sliced", "unsupported_reasons"]
 

@@ -13,7 +13,7 @@ from .computing import Projections, Rows, evaluate, row_maps, take
 from .instructions import Order
 from .record import LayerRecord
 
-__all__ = ["attended", "check_rows", "merged", "of_heads", "projected", "turned"]
+__all__ = ["attended", "check_rows", "merged", "of_heads", "projected"]
 
 
 def attended(
@@ -91,18 +91,6 @@ def of_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 def merged(tensor: torch.Tensor) -> torch.Tensor:
     """[B, H, N, E] as [B, N, H·E]."""
     return tensor.transpose(1, 2).flatten(2)
-
-
-def turned(part: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Queries or keys, each pair of whose numbers is turned by an angle: a rotary embedding.
-
-    Args:
-        part: [..., D], of which numbers 2 i and 2 i + 1 are pair i.
-        cosines, sines: of the angles, broadcast over [..., D / 2]; computed in the wider type of both.
-    """
-    first, second = part.unflatten(-1, (-1, 2)).unbind(-1)
-    pairs = first * cosines - second * sines, first * sines + second * cosines
-    return torch.stack(pairs, dim=-1).flatten(-2).to(part.dtype)
 
 
 def _bytes(plan: ProductPlan, query: Rows, key: Rows, value: Rows) -> tuple[int, int]:

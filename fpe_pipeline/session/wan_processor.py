@@ -10,7 +10,8 @@ from fpe_kernels import shared_attention
 
 from .computing import Rows
 from .dispatched import DispatchedAround, dispatched_reasons
-from .row_attention import attended, check_rows, merged, of_heads, projected, turned
+from .places import turned
+from .row_attention import attended, check_rows, merged, of_heads, projected
 
 __all__ = ["EditWanProcessor", "unsupported_wan_reasons"]
 
