@@ -65,7 +65,7 @@ class ConsistEdit(MaskedJointEdit):
         return ((f"alpha={self.alpha:g}", self.active),)
 
     def default_sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        single = tuple(site for site in sites if site.place == "single")
+        single = tuple(site for site in sites if site.place == "single" and site.kind == "joint")
         return single or super().default_sites(sites)
 
     def phase(self, step: Step) -> Hashable:

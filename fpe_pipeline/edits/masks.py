@@ -85,7 +85,7 @@ class Strength:
 class MaskImage:
     """A mask as large as the image, in any resolution: white (1) where an edit acts fully, black (0) where not at all.
 
-    A token's weight is the mask's mean over the token's part of the image.
+    A token's weight is the mask's mean over the token's part of the image; of a video every frame has the same mask.
 
     Args:
         image: the path of a picture, or a PIL image (both taken as grey, turned the right way up), or an array or
@@ -99,9 +99,9 @@ class MaskImage:
 
     def __init__(self, image: Any) -> None:
         self.values = _mask_values(image)  # [h, w], float64
-        self._weights: dict[tuple[int, int], torch.Tensor] = {}
-        # By grid the latest strength with its shares: one pair of tensors for as long as the strength stays.
-        self._shares: dict[tuple[int, int], tuple[float, Shares]] = {}
+        self._weights: dict[tuple[int, ...], torch.Tensor] = {}
+        # By grid and frames the latest strength with its shares: one pair of tensors for as long as the strength stays.
+        self._shares: dict[tuple[int, ...], tuple[float, Shares]] = {}
 
     def __repr__(self) -> str:
         height, width = self.values.shape
@@ -116,18 +116,20 @@ class MaskImage:
         assert site.grid is not None
         if site.latent is not None:
             self._check_proportions(*site.latent)
-        if site.grid not in self._weights:
+        key = (*site.grid, site.frames)
+        if key not in self._weights:
             pooled = torch.nn.functional.adaptive_avg_pool2d(self.values[None, None], site.grid)
-            self._weights[site.grid] = pooled.flatten()
-        return self._weights[site.grid]
+            self._weights[key] = pooled.flatten().repeat(site.frames)
+        return self._weights[key]
 
     def shares(self, strength: float, site: Site, roles: BatchRoles, source: int) -> Shares:
         """Weights [N] of the source's map and of the target's own."""
         weights = self.weights(site, roles, source)
         assert site.grid is not None
-        if site.grid not in self._shares or self._shares[site.grid][0] != strength:
-            self._shares[site.grid] = strength, _shares(strength * weights)
-        return self._shares[site.grid][1]
+        key = (*site.grid, site.frames)
+        if key not in self._shares or self._shares[key][0] != strength:
+            self._shares[key] = strength, _shares(strength * weights)
+        return self._shares[key][1]
 
     def _check_proportions(self, height: int, width: int) -> None:
         rows, columns = self.values.shape
@@ -188,7 +190,7 @@ class RunningWordMask:
         assert site.grid is not None
         heat = self.collector.heat(roles.image_of(source))
         if heat is None:
-            return torch.ones(site.grid[0] * site.grid[1], dtype=torch.float64)
+            return torch.ones(site.tokens or 0, dtype=torch.float64)
         share = heat / heat.amax().clamp_min(torch.finfo(heat.dtype).tiny)
         share = resize_maps(share, site.grid)[0].flatten()
         if self._mask.threshold is not None:

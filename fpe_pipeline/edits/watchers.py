@@ -13,7 +13,7 @@ from ..models.sites import Site
 from ..models.steps import Step
 from ..prompts.encoding import Encoding
 
-__all__ = ["HeatCollector", "Watcher", "check_same_images", "resize_maps"]
+__all__ = ["HeatCollector", "Watcher", "check_one_frame", "check_same_images", "resize_maps"]
 
 Image = tuple[int, int]  # of which prompt, and which of its images
 
@@ -129,6 +129,7 @@ class HeatCollector(Watcher):
         maps: Mapping[int, LinearMap],
     ) -> None:
         assert site.grid is not None
+        check_one_frame(site)
         for row, heat in columns.items():
             heat = heat.detach().to(torch.promote_types(heat.dtype, torch.float32)).mean(0)  # [N, C]
             heat = heat.T.reshape(-1, *site.grid)
@@ -144,6 +145,15 @@ class HeatCollector(Watcher):
         sums, count = self._sums[image], sum(self._counts[image].values())
         finest = max(sums, key=lambda grid: grid[0] * grid[1])
         return torch.stack([resize_maps(heat, finest) for heat in sums.values()]).sum(0) / count
+
+
+def check_one_frame(site: Site) -> None:
+    """Raise ValueError for a layer of a video, whose tokens are no picture's."""
+    if site.frames > 1:
+        raise ValueError(
+            f"{site.path} has tokens of {site.frames} frames, and heat is read of one picture: leave out heat maps, "
+            "local blends and masks of words in a video, and pass a picture as mask="
+        )
 
 
 def check_same_images(images: tuple[Image, ...] | None, roles: BatchRoles) -> tuple[Image, ...]:

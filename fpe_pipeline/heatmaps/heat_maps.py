@@ -14,7 +14,7 @@ from fpe_kernels import LinearMap
 
 from ..edits.masks import text_sites
 from ..edits.selection import LayerSelection, whole_numbers
-from ..edits.watchers import HeatCollector, Watcher, check_same_images, resize_maps
+from ..edits.watchers import HeatCollector, Watcher, check_one_frame, check_same_images, resize_maps
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step, StepWindow
@@ -220,6 +220,7 @@ class _Reader(Watcher):
         maps: Mapping[int, LinearMap],
     ) -> None:
         assert site.grid is not None
+        check_one_frame(site)
         if columns and self.words is not None:
             self.words.receive(site, step, roles, columns, {})
         for row, operator in maps.items():

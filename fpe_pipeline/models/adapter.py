@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -26,19 +26,21 @@ class ModelCall:
     Args:
         sample: the latents, as the model receives them: a row an image.
         timestep: as the model receives it.
-        size: (height, width) of the latents, as :meth:`.Site.at` takes them.
+        size: (height, width) of the latents, or (height, width, frames) of a video's, as :meth:`.Site.at` takes them.
         half: which rows are in the batch.
         left_out: paths of the blocks that this call does not compute.
         text_lengths: for each row, its text tokens before padding; None where none is padding.
+        references: tokens of reference pictures, which follow those of the image that is denoised.
         arguments: positional and keyword arguments of the call.
     """
 
     sample: torch.Tensor
     timestep: Any
-    size: tuple[int, int]
+    size: tuple[int, ...]
     half: Half = "as guided"
     left_out: tuple[str, ...] = ()
     text_lengths: tuple[int, ...] | None = None
+    references: int = 0
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = field(default=((), {}), repr=False)
 
     @property
@@ -66,11 +68,13 @@ class ModelAdapter(ABC):
     #: What the model is called in messages.
     word: ClassVar[str]
     #: Whose processors compute its edited layers.
-    family: ClassVar[Literal["unet", "sd3", "flux", "qwen"]]
+    family: ClassVar[Literal["unet", "sd3", "flux", "qwen", "ltx", "lumina2", "wan"]]
     #: Whether its pipelines guide by a call of the model of their own, whose prompts they encode by one of their own.
     guides_apart: ClassVar[bool] = False
-    #: The parts of the text that its layers of joint attention see, in order: the tokenizer of each, and the encoders
-    #: that share its tokens, by their names in a pipeline.
+    #: Whether its pipelines encode each part of the text by a call of its own.
+    encodes_in_parts: ClassVar[bool] = False
+    #: The parts of the text that its layers see, in order, where there are several or attention is joint: the tokenizer
+    #: of each, and the encoders that share its tokens, by their names in a pipeline.
     text_parts: ClassVar[tuple[tuple[str, tuple[str, ...]], ...]] = ()
 
     def __init__(self, pipe: Any | None, model: Any) -> None:
@@ -80,6 +84,20 @@ class ModelAdapter(ABC):
     def module(self) -> torch.nn.Module:
         """The model itself, without a wrapper."""
         return identity(self.model)
+
+    @property
+    def models(self) -> Mapping[str, Any]:
+        """The models that a run calls, by what the paths of their layers begin with: "" where there is one."""
+        return {"": self.model}
+
+    def layer(self, path: str) -> Any:
+        """The attention layer at a path."""
+        return self.module.get_submodule(path)
+
+    def call_of(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        """What a call of one of the models is; layers of the others are not computed in it."""
+        call, others = self.read(args, kwargs), tuple(other for other in self.models if other != name)
+        return replace(call, left_out=(*call.left_out, *others)) if others else call
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -109,6 +127,12 @@ class ModelAdapter(ABC):
     def follow(self) -> Callable[[], None]:
         """Begin to listen to what the pipeline says of its calls; what is returned ends it."""
         return _nothing
+
+    def called(self) -> None:  # noqa: B027  nothing, where calls say of themselves what they are
+        """Take note that a call of the pipeline begins."""
+
+    def stepped(self) -> None:  # noqa: B027
+        """Take note that the scheduler has made a step."""
 
     @abstractmethod
     def check(self) -> None:

@@ -8,19 +8,27 @@ import torch
 
 from .adapter import ModelAdapter, identity
 from .flux import FluxAdapter
+from .hunyuan_dit import HunyuanDiTAdapter
+from .ltx import LTXAdapter
+from .lumina2 import Lumina2Adapter
 from .pixart import PixArtAdapter
 from .qwen import QwenImageAdapter
 from .sd3 import SD3Adapter
 from .unet import UNetAdapter
+from .wan import WanAdapter
 
 __all__ = ["adapter_of", "edited_model"]
 
 #: By the name of the class, the adapters of transformers; UNets are told by their blocks.
 _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "FluxTransformer2DModel": FluxAdapter,
+    "HunyuanDiT2DModel": HunyuanDiTAdapter,
+    "LTXVideoTransformer3DModel": LTXAdapter,
+    "Lumina2Transformer2DModel": Lumina2Adapter,
     "PixArtTransformer2DModel": PixArtAdapter,
     "QwenImageTransformer2DModel": QwenImageAdapter,
     "SD3Transformer2DModel": SD3Adapter,
+    "WanTransformer3DModel": WanAdapter,
 }
 
 
@@ -28,7 +36,7 @@ def edited_model(pipe: Any) -> tuple[Any, Any]:
     """A pipeline and its UNet or transformer; (None, model) for a model alone; TypeError for anything else."""
     if hasattr(pipe, "attn_processors") or isinstance(pipe, torch.nn.Module):
         return None, pipe
-    for name in ("unet", "transformer"):
+    for name in ("unet", "transformer", "transformer_2"):
         model = getattr(pipe, name, None)
         if model is not None:
             return pipe, model

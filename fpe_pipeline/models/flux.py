@@ -3,6 +3,7 @@
 The order in a layer is text, image. The model receives latents that are packed, a token for each 2 × 2 of them, with
 the place of each token, and a timestep that is scaled: the step is the scheduler's. Guidance is part of the model;
 where a pipeline guides with a negative prompt as well it calls the model twice, in contexts named "cond" and "uncond".
+In FLUX.1 Kontext tokens of a reference picture follow those that are denoised.
 """
 
 from __future__ import annotations
@@ -39,17 +40,33 @@ class FluxAdapter(NamedCallsAdapter):
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
         sample, places = given["hidden_states"], given["img_ids"]
-        size = _size(places if places.ndim == 2 else places[0], sample.shape[1])
-        return ModelCall(sample, given["timestep"], size, half=self._half(), arguments=(args, kwargs))
-
-
-def _size(places: Any, tokens: int) -> tuple[int, int]:
-    """(height, width) of the latents, from the places [N, 3] of their tokens: (picture, row, column)."""
-    extent = (places.amax(0) - places.amin(0)).tolist()
-    height, width = (int(side) + 1 for side in extent[1:])
-    if extent[0] or height * width != tokens:
-        raise ValueError(
-            f"the model got {tokens} image tokens in {height} rows and {width} columns: tokens of a reference "
-            "picture among them (Kontext) are not described yet; edit with a pipeline that denoises all of its tokens"
+        height, width, references = _size(places if places.ndim == 2 else places[0])
+        return ModelCall(
+            sample,
+            given["timestep"],
+            (height, width),
+            half=self._half(),
+            references=references,
+            arguments=(args, kwargs),
         )
-    return height * _PACKED, width * _PACKED
+
+
+def _size(places: Any) -> tuple[int, int, int]:
+    """(height, width) of the latents, and how many tokens of reference pictures follow theirs.
+
+    Args:
+        places: of the image tokens [N, 3]: (picture, row, column).
+
+    Raises:
+        ValueError: tokens of the first picture that are no grid, or that do not come first.
+    """
+    pictures = places[:, 0].tolist()
+    tokens = pictures.count(pictures[0])
+    own = places[:tokens]
+    height, width = (int(side) + 1 for side in (own.amax(0) - own.amin(0)).tolist()[1:])
+    if height * width != tokens or pictures[0] in pictures[tokens:]:
+        raise ValueError(
+            f"the model got {tokens} tokens of the picture that it denoises, in {height} rows and {width} columns: "
+            "its grid has to be whole, and its tokens those before any of a reference picture"
+        )
+    return height * _PACKED, width * _PACKED, len(pictures) - tokens

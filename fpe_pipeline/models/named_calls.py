@@ -6,32 +6,54 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .adapter import Half, ModelCall
+from .adapter import Half, ModelCall, identity
 from .steps import Step, step_of_scheduler
 from .transformer import TransformerAdapter
 
 __all__ = ["NamedCallsAdapter"]
 
+#: Pipelines that name no contexts, and call the model with the prompts first and then with the negative ones.
+_CONDITIONAL_FIRST = frozenset(
+    {
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "FluxKontextInpaintPipeline",
+        "FluxKontextPipeline",
+        "Lumina2Pipeline",
+    }
+)
 _HALVES: dict[str, Half] = {"cond": "conditional", "uncond": "unconditional"}
 
 
 class NamedCallsAdapter(TransformerAdapter):
-    """A transformer that is called in contexts named "cond" and "uncond", at the step that the scheduler is at."""
+    """A transformer that is called in contexts named "cond" and "uncond", or in that order, at the scheduler's step."""
 
     guides_apart = True
 
     def __init__(self, pipe: Any | None, model: Any) -> None:
         super().__init__(pipe, model)
         self._context: str | None = None
-        self._before: int | None = None  # the scheduler's step at the latest call that said nothing of its rows
+        # Calls since the scheduler's latest step that said nothing of their rows; None outside of the pipeline's calls.
+        self._unnamed: int | None = None
 
     def step(self, call: ModelCall) -> Step:
         return super().step(call) if self.pipe is None else step_of_scheduler(self.pipe.scheduler)
 
     def follow(self) -> Callable[[], None]:
         """Listen to the contexts in which the pipeline calls the model; what is returned ends it."""
-        module: Any = self.module
-        original, self._context, self._before = module.cache_context, None, None
+        self._context, self._unnamed = None, None
+        ends = [self._listen(identity(model)) for model in self.models.values()]
+
+        def leave() -> None:
+            for end in ends:
+                end()
+
+        return leave
+
+    def _listen(self, module: Any) -> Callable[[], None]:
+        original = getattr(module, "cache_context", None)
+        if original is None:  # a model that names no contexts
+            return lambda: None
 
         @contextmanager
         def cache_context(name: str, **fields: Any) -> Iterator[None]:
@@ -50,17 +72,26 @@ class NamedCallsAdapter(TransformerAdapter):
 
         return leave
 
+    def called(self) -> None:
+        self._unnamed = 0
+
+    def stepped(self) -> None:
+        self._unnamed = None if self._unnamed is None else 0
+
     def _half(self) -> Half:
         if self._context in _HALVES:
             return _HALVES[self._context]
         if self.pipe is None:
             return "as guided"
-        step = getattr(self.pipe.scheduler, "step_index", None)
-        if step is not None and step == self._before:
-            raise ValueError(
-                f"{type(self.pipe).__name__} calls the model twice in step {step} and does not say which call sees the "
-                "prompts: guide without a negative prompt (true_cfg_scale=1), or call the model in "
-                '`with pipe.transformer.cache_context("cond"):` and "uncond"'
-            )
-        self._before = step
-        return "conditional"
+        if self._unnamed is None:
+            return "conditional"
+        self._unnamed += 1
+        if self._unnamed == 1:
+            return "conditional"
+        if self._unnamed == 2 and any(kind.__name__ in _CONDITIONAL_FIRST for kind in type(self.pipe).__mro__):
+            return "unconditional"
+        raise ValueError(
+            f"{type(self.pipe).__name__} calls the model {self._unnamed} times in a step and does not say which call "
+            "sees the prompts: guide without a negative prompt (true_cfg_scale=1), or call the model in "
+            '`with pipe.transformer.cache_context("cond"):` and "uncond"'
+        )

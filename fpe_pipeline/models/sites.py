@@ -31,6 +31,7 @@ class Site:
         grid: (height, width) of the layer's image tokens; None until the latent's size is known (:meth:`at`).
         latent: (height, width) of that latent.
         patch: pixels of the latent across a token, before any downsampling.
+        frames: of a video, each a grid of tokens, one frame after the other; 1 of an image.
     """
 
     path: str
@@ -43,27 +44,29 @@ class Site:
     grid: tuple[int, int] | None = None
     latent: tuple[int, int] | None = None
     patch: int = 1
+    frames: int = 1
 
     @property
     def tokens(self) -> int | None:
-        """Query tokens of the image: height × width of the grid; None until the latent's size is known."""
-        return None if self.grid is None else self.grid[0] * self.grid[1]
+        """Query tokens of the image, or of all frames of a video; None until the latent's size is known."""
+        return None if self.grid is None else self.frames * self.grid[0] * self.grid[1]
 
     @property
     def is_joint(self) -> bool:
         """Whether it is a transformer's, in which image and text tokens stand in one sequence or beside one that is."""
         return self.kind in ("joint", "image")
 
-    def at(self, height: int, width: int) -> Site:
-        """This site for a latent of ``height`` × ``width``."""
+    def at(self, height: int, width: int, frames: int = 1) -> Site:
+        """This site for a latent of ``height`` × ``width``, or of so many frames of that size."""
         latent = (height, width)
         height, width = height // self.patch, width // self.patch
         for rounding in self.downsampling:
             height, width = ((size + (rounding == "up")) // 2 for size in (height, width))
-        return replace(self, grid=(height, width), latent=latent)
+        return replace(self, grid=(height, width), latent=latent, frames=frames)
 
     def __str__(self) -> str:
         size = "" if self.grid is None else f", {self.grid[0]} × {self.grid[1]}"
+        size += f", {self.frames} frames" if self.frames > 1 else ""
         return f"{self.kind} {self.index}: {self.path} (level {self.level}, {self.heads} heads{size})"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .adapter import ModelAdapter
+from .adapter import ModelAdapter, identity
 
 __all__ = ["TransformerAdapter"]
 
@@ -30,12 +30,14 @@ class TransformerAdapter(ModelAdapter):
 
     def check(self) -> None:
         """Refuse a model in which layers of some steps are not computed, or not by this process alone."""
-        for name, module in self.module.named_modules():
+        modules = ((of, *found) for of, model in self.models.items() for found in identity(model).named_modules())
+        for of, name, module in modules:
             hooks: Any = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
             found = [what for begin, what in _HOOKS.items() if any(hook.startswith(begin) for hook in hooks)]
             if found:
+                where = ".".join(filter(None, (of, name))) or "the transformer"
                 raise ValueError(
-                    f"{found[0]} is on in {name or 'the transformer'}: it computes a layer at some steps only, or from "
+                    f"{found[0]} is on in {where}: it computes a layer at some steps only, or from "
                     "parts of its tokens, so that an edit of the layer would not be what was asked; take it off before "
                     "the session (such as pipe.transformer.disable_cache())"
                 )

@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -78,8 +78,15 @@ class Encoding:
         count = len(prompts) if prompts is not None else None
         if isinstance(embeddings, torch.Tensor):
             count = embeddings.shape[0]
-        images, guided = arguments.get("num_images_per_prompt"), arguments.get("do_classifier_free_guidance")
+        images = arguments.get("num_images_per_prompt", arguments.get("num_videos_per_prompt"))
+        guided = arguments.get("do_classifier_free_guidance")
         return cls(prompts, count, images, None if guided is None else bool(guided), inputs, texts=texts)
+
+    def joined(self, later: Encoding) -> Encoding:
+        """This and what the same pipeline call encoded later, by other text encoders."""
+        inputs = {name: later.inputs.get(name) or self.inputs.get(name, ()) for name in {*self.inputs, *later.inputs}}
+        pairs = zip(self.texts, later.texts, strict=True) if self.texts else ((text, text) for text in later.texts)
+        return replace(later, inputs=inputs, texts=tuple(new if new.inputs else old for old, new in pairs))
 
     def placed(self, prompts: Sequence[TokenizedPrompt]) -> tuple[TokenizedPrompt, ...]:
         """The call's prompts where its text encoders received them.

@@ -35,7 +35,8 @@ def check_entry(
     if not isinstance(edit, Edit):
         raise TypeError(f"expected an Edit, such as FreePromptEdit(), got {type(edit).__name__}")
     adapter.check()
-    check_precision(adapter.word.lower(), adapter.model)
+    for name, model in adapter.models.items():
+        check_precision(name or adapter.word.lower(), model)
     if roles is not None and any(given is not None for given in layout):
         raise ValueError("roles= is the whole layout: leave out images_per_prompt, source_of and guidance")
     if adapter.guides_apart and adapter.pipe is not None and layout[2]:

@@ -33,7 +33,8 @@ class EditFluxProcessor(DispatchedAround):
     """Drop-in processor for diffusers' ``FluxAttention``, wrapped around the one that a layer already has.
 
     With an order it computes the order's products as :class:`.EditJointProcessor` does, from queries and keys after
-    their norms and rotary embedding. A single block's tokens are one tensor, text first.
+    their norms and rotary embedding. A single block's tokens are one tensor, text first. Tokens of a reference picture
+    (Kontext) are a row's own as its text is: they go where the row's text goes, and its image asks for both.
     """
 
     def __call__(
@@ -50,42 +51,53 @@ class EditFluxProcessor(DispatchedAround):
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
         plan = order.plan
         assert isinstance(plan, JointPlan) and order.site.tokens is not None
-        is_single = encoder_hidden_states is None
+        is_single, given = encoder_hidden_states is None, hidden_states
+        images, references = order.site.tokens, order.references
         if encoder_hidden_states is None:
-            texts = hidden_states.shape[1] - order.site.tokens
-            text, image = hidden_states[:, :texts], hidden_states[:, texts:]
+            texts = hidden_states.shape[1] - images - references
+            text, given = hidden_states[:, :texts], hidden_states[:, texts:]
         else:
-            text, image = encoder_hidden_states, hidden_states
-        check_joint_input(order, image, text, attention_mask)
-        places = _places(image_rotary_emb, text.shape[1])
+            text = encoder_hidden_states
+        image, reference = given[:, :images], given[:, images:]
+        check_joint_input(order, given if reference.shape[1] != references else image, text, attention_mask)
+        places = _places(image_rotary_emb, text.shape[1], images)
+        own = _project(attn, plan, "text", text, places["text"], added=not is_single)
+        if references:
+            own = own.followed_by(_project(attn, plan, "text", reference, places["reference"], added=False))
         layer = JointLayer(
-            _project(attn, plan, "image", image, places["image"], is_single).beside("image", order.recorded),
-            _project(attn, plan, "text", text, places["text"], is_single).beside("text", order.recorded),
+            _project(attn, plan, "image", image, places["image"], added=False).beside("image", order.recorded),
+            own.beside("text", order.recorded),
             attn.head_dim**-0.5,
             order.backend,
+            references=references,
         )
         self.record = joint_record(plan, layer, attn.heads)
         rows, text_rows = joint_rows(order, plan, layer)
         assert text_rows is not None
         out, context = merged_heads(rows), merged_heads(text_rows)
+        context, behind = context[:, : text.shape[1]], context[:, text.shape[1] :]
+        if references:
+            out = torch.cat([out, behind], dim=1)
         if is_single:
             return torch.cat([context, out], dim=1)
         return attn.to_out[1](attn.to_out[0](out)), attn.to_add_out(context)  # to_out[1] is dropout
 
 
-def _places(rotary: tuple[torch.Tensor, torch.Tensor] | None, texts: int) -> dict[str, Any]:
-    """The rotary embedding of each segment; it comes for both, text first."""
-    if rotary is None:
-        return {"text": None, "image": None}
-    return {"text": tuple(part[:texts] for part in rotary), "image": tuple(part[texts:] for part in rotary)}
+def _places(rotary: tuple[torch.Tensor, torch.Tensor] | None, texts: int, images: int) -> dict[str, Any]:
+    """The rotary embedding of each segment; it comes for all of them, text first and references last."""
+    ends = {"text": slice(texts), "image": slice(texts, texts + images), "reference": slice(texts + images, None)}
+    return {name: None if rotary is None else tuple(part[where] for part in rotary) for name, where in ends.items()}
 
 
 def _project(
-    attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, places: Any, is_single: bool
+    attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, places: Any, *, added: bool
 ) -> SegmentProjections:
-    """The rows of a segment that the plan uses, projected, normed and turned: [rows, H, tokens, D]."""
+    """The rows of a segment that the plan uses, projected, normed and turned: [rows, H, tokens, D].
+
+    Args:
+        added: whether by the weights that a dual block has for its text.
+    """
     used = [plan.used(part, segment) for part in ("query", "key", "value")]
-    added = segment == "text" and not is_single
     if attn.fused_projections:
         together = attn.to_added_qkv if added else attn.to_qkv
         split = [take(part, rows) for part, rows in zip(together(tokens).chunk(3, dim=-1), used, strict=True)]

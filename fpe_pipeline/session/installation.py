@@ -6,15 +6,18 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..models.adapter import ModelAdapter, identity
+from ..models.adapter import ModelAdapter
 from ..models.sites import Site
 from .around import ProcessorAround
 from .flux_processor import EditFluxProcessor, unsupported_flux_reasons
 from .instructions import Order
 from .joint_processor import EditJointProcessor, unsupported_joint_reasons
+from .ltx_processor import EditLTXProcessor, unsupported_ltx_reasons
+from .lumina2_processor import EditLumina2Processor, unsupported_lumina2_reasons
 from .processor import SLICED, editing_processor, is_sliced, unsupported_reasons
 from .qwen_processor import EditQwenProcessor, unsupported_qwen_reasons
 from .record import LayerRecord
+from .wan_processor import EditWanProcessor, unsupported_wan_reasons
 
 __all__ = ["LayerProcessors"]
 
@@ -27,6 +30,9 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "sd3": (EditJointProcessor, unsupported_joint_reasons),
     "flux": (EditFluxProcessor, unsupported_flux_reasons),
     "qwen": (EditQwenProcessor, unsupported_qwen_reasons),
+    "lumina2": (EditLumina2Processor, unsupported_lumina2_reasons),
+    "ltx": (EditLTXProcessor, unsupported_ltx_reasons),
+    "wan": (EditWanProcessor, unsupported_wan_reasons),
 }
 
 
@@ -38,20 +44,18 @@ class LayerProcessors:
     """
 
     def __init__(self, adapter: ModelAdapter) -> None:
-        self._model = adapter.model
+        self._adapter = adapter
         self._family = adapter.family
         self._installed: dict[str, ProcessorAround] = {}
         self._found: dict[str, Any] = {}  # the layers themselves, of those installed
 
     def wrap(self, sites: Sequence[Site]) -> None:
         """Put editing processors around those of the sites' layers; layers that have one keep it."""
-        before, (around, _) = self._model.attn_processors, _PROCESSORS[self._family]
-        new = {
-            site.path: around(before[f"{site.path}.processor"]) for site in sites if site.path not in self._installed
-        }
-        if new:
-            self._installed |= new
-            self._set({**before, **{f"{path}.processor": processor for path, processor in new.items()}})
+        around, _ = _PROCESSORS[self._family]
+        for path in (site.path for site in sites if site.path not in self._installed):
+            layer = self._layer(path)
+            self._installed[path] = around(layer.processor)
+            layer.set_processor(self._installed[path])
 
     def check(self, sites: Iterable[Site], override: tuple[type, ...]) -> None:
         """Raise ValueError, with the reasons, where layers cannot be edited."""
@@ -105,15 +109,14 @@ class LayerProcessors:
     def restore(self, stacklevel: int) -> None:
         """Give the layers back the processors that they had; warn of those that somebody else has replaced since."""
         self.give({})  # whoever still holds one of ours now holds one that calls the original
-        processors = self._model.attn_processors
+        self._found = {}  # a layer may be another one by now
         foreign = []
         for path, processor in self._installed.items():
-            name = f"{path}.processor"
-            if processors.get(name) is processor:
-                processors[name] = processor.inner
-            elif name in processors and processors[name] is not processor.inner:
-                foreign.append(f"{path} ({type(processors[name]).__name__})")
-        self._set(processors)
+            layer = self._layer(path)
+            if layer.processor is processor:
+                layer.set_processor(processor.inner)
+            elif layer.processor is not processor.inner:
+                foreign.append(f"{path} ({type(layer.processor).__name__})")
         self._installed, self._found = {}, {}
         if foreign:
             warnings.warn(
@@ -125,12 +128,8 @@ class LayerProcessors:
 
     def _layer(self, path: str) -> Any:
         if path not in self._found:  # by name takes a microsecond for each of its parts
-            self._found[path] = identity(self._model).get_submodule(path)
+            self._found[path] = self._adapter.layer(path)
         return self._found[path]
-
-    def _set(self, processors: dict[str, Any]) -> None:
-        # `set_attn_processor` wants every layer named, and empties the dictionary that it is given.
-        self._model.set_attn_processor(dict(processors))
 
 
 def _refuse(reasons: Mapping[str, str]) -> None:

@@ -49,6 +49,7 @@ class Order:
             the plan's products.
         receive: is shown a layer of joint attention before its products are computed.
         text_lengths: for each row, its text tokens before padding in joint attention; None where none is padding.
+        references: tokens of reference pictures, which follow the image's.
     """
 
     site: Site
@@ -62,6 +63,7 @@ class Order:
     compute: Compute | None = None
     receive: Callable[[JointPlan, JointLayer], None] | None = None
     text_lengths: tuple[int, ...] | None = None
+    references: int = 0
 
     @property
     def row_plan(self) -> ProductPlan:
@@ -87,6 +89,7 @@ def make_orders(
     place: Place,
     recorded: Mapping[str, RecordedLayer] | None = None,
     text_lengths: tuple[int, ...] | None = None,
+    references: int = 0,
 ) -> dict[str, Order]:
     """Orders by layer path; layers without one are left to the processor that they had.
 
@@ -96,6 +99,7 @@ def make_orders(
         place: where the layers compute.
         recorded: by layer path, where the roles have recorded rows.
         text_lengths: of each row's text in joint attention, where some of it is padding.
+        references: tokens of reference pictures in joint attention.
     """
     asked: dict[str, tuple[Site, list[Edit]]] = {}
     for edit, selected in edits:
@@ -121,6 +125,7 @@ def make_orders(
                 wanted.deliver if wanted else None,
                 None if recorded is None else recorded.get(path),
                 text_lengths=text_lengths,
+                references=references,
             )
     return orders
 

@@ -60,12 +60,12 @@ class Instructor:
         place = Place(self._placement, sample.device, sample.dtype)
         edited = [(part, self._computed(part, call)) for part in parts_of(edit)] if active else []
         watched = [(watcher, self._computed(watcher, call)) for watcher in watchers]
-        context = (step, roles, self.backend, place, recorded, call.text_lengths)
+        context = (step, roles, self.backend, place, recorded, call.text_lengths, call.references)
         if watched or recorded is not None or not active:
             return make_orders(edited, watched, *context)
         return self._standing.orders(
             edit.phase(step),
-            (roles, call.size, call.left_out, call.text_lengths, sample.device, sample.dtype),
+            (roles, call.size, call.left_out, call.text_lengths, call.references, sample.device, sample.dtype),
             lambda: make_orders(edited, (), *context),
         )
 

@@ -21,9 +21,10 @@ import torch
 
 from fpe_kernels import AttentionMap, LinearMap, join
 
-from ..edits.joint_products import JointPlan, JointProduct
+from ..edits.joint_products import JointPlan, JointProduct, MixedRows
 from .computing import Rows
 from .known_rows import RecordedLayer
+from .places import turned
 from .segment_rows import column_values, tokens_of, values_of
 
 __all__ = ["JointLayer", "JointOutput", "SegmentProjections", "evaluate_joint", "text_maps"]
@@ -35,6 +36,12 @@ class SegmentProjections(NamedTuple):
     query: Rows
     key: Rows
     value: Rows
+
+    def followed_by(self, other: SegmentProjections) -> SegmentProjections:
+        """These tokens and then others, of the same rows."""
+        return SegmentProjections(
+            *(Rows(torch.cat([a.tensor, b.tensor], dim=2), a.rows) for a, b in zip(self, other, strict=True))
+        )
 
     def beside(self, segment: str, recorded: RecordedLayer | None) -> SegmentProjections:
         """The same, and the rows beside the batch that a recording knows."""
@@ -57,6 +64,9 @@ class JointLayer:
         scale: what scores are multiplied with.
         backend: of the maps.
         text_lengths: for each row of the batch, its text tokens before padding; None where none is padding.
+        references: how many of the text's tokens, the last ones, are those of a reference picture.
+        origins: where rotary embeddings follow the text's length, for each row of the batch what its image's tokens are
+            turned by in common, as complex numbers [rows, D / 2].
     """
 
     image: SegmentProjections
@@ -64,6 +74,8 @@ class JointLayer:
     scale: float
     backend: str = "auto"
     text_lengths: tuple[int, ...] | None = None
+    references: int = 0
+    origins: torch.Tensor | None = None
 
     def map(self, query: torch.Tensor, key: torch.Tensor, lengths: list[int] | None = None) -> AttentionMap:
         """The maps of some queries [G, H, N, D] and keys [G, H, M, D], of which so many are no padding."""
@@ -73,18 +85,38 @@ class JointLayer:
         """Keys that are no padding, of the texts of some rows behind ``before`` others; None where none is padding."""
         return None if self.text_lengths is None else [before + self.text_lengths[row] for row in text_rows]
 
+    def images(self, rows: Rows, named: Sequence[tuple[Any, int]]) -> torch.Tensor:
+        """Queries or keys of image tokens, for each (row, row in whose place they are to stand): [entries, H, N, D]."""
+        tokens = tokens_of(rows, [row for row, _ in named])
+        if self.origins is None or all(row == place for row, place in named):
+            return tokens
+        if any(isinstance(row, MixedRows) for row, _ in named):
+            raise ValueError(
+                "a mask takes image tokens of two rows whose captions differ in length, by which this model turns "
+                "them: write prompts of one length, or leave the mask out"
+            )
+        away = self.origins[[row for row, _ in named]].conj() * self.origins[[place for _, place in named]]
+        angles = away[:, None, None].to(torch.promote_types(tokens.dtype, torch.float32).to_complex())
+        return turned(tokens, angles.real, angles.imag)
+
     def values(self, terms: Sequence[JointProduct]) -> torch.Tensor:
         """The values of each term, those of the image first: [terms, H, M, E]."""
         image = values_of(self.image.value, [term.value.image for term in terms])
         if self.text is None:
             return image
         mixings = [term.mixing for term in terms]
+        if self.references and any(mixing is not None for mixing in mixings):
+            raise ValueError(
+                "columns of words are replaced under a softmax over image and text, and this layer attends to a "
+                "reference picture as well (FLUX.1 Kontext), of whose share the rule says nothing: use an edit of "
+                "image tokens, such as FreePromptEdit, ConsistEdit or StableFlowEdit"
+            )
         return torch.cat([image, values_of(self.text.value, [term.value.text for term in terms], mixings)], dim=2)
 
     def keys(self, pairs: Sequence[tuple[Any, Any]]) -> torch.Tensor:
         """For each (image row, text row), the keys of both segments: [pairs, H, M, D]."""
         assert self.text is not None
-        image = tokens_of(self.image.key, [row for row, _ in pairs])
+        image = self.images(self.image.key, pairs)
         return torch.cat([image, tokens_of(self.text.key, [row for _, row in pairs])], dim=2)
 
     @property
@@ -139,8 +171,8 @@ def _image_rows(
     values = layer.values(terms)
     if columns:
         assert layer.text is not None
-        texts = layer.text.value.tensor.shape[2]
-        values = torch.cat([values, column_values(of_rows, columns, values, texts)], dim=-1)
+        texts = layer.text.value.tensor.shape[2] - layer.references
+        values = torch.cat([values, column_values(of_rows, columns, values, texts, layer.references)], dim=-1)
     return _image_map(terms, layer) @ values
 
 
@@ -164,8 +196,9 @@ def text_maps(plan: JointPlan, rows: Sequence[int], layer: JointLayer) -> dict[i
         # Queries and keys are always of a row; None stands for values alone.
         assert term.query.image is not None
         assert term.key.text is not None
-        query = tokens_of(layer.image.query, [term.query.image])[0].detach()
+        query = layer.images(layer.image.query, [(term.query.image, term.key.text)])[0].detach()
         key = tokens_of(layer.text.key, [term.key.text])[0].detach()
+        key = key[..., : key.shape[-2] - layer.references, :].repeat_interleave(len(query) // len(key), dim=0)
         lengths = layer.lengths([term.key.text] * len(query))
         alone = layer.map(query.unsqueeze(1), key.unsqueeze(1), lengths).scale_rows(share.unsqueeze(1))
         if not term.is_whole:
@@ -179,7 +212,8 @@ def _text_shares(terms: Sequence[JointProduct], layer: JointLayer) -> torch.Tens
     """For each term how much of each image token's attention its text has: [terms, H, N]."""
     assert layer.text is not None
     indicator = torch.zeros_like(layer.values(terms)[..., :1])
-    indicator[:, :, -layer.text.key.tensor.shape[2] :] = 1.0
+    stop = indicator.shape[2] - layer.references
+    indicator[:, :, stop - layer.text.key.tensor.shape[2] + layer.references : stop] = 1.0
     return (_image_map(terms, layer) @ indicator).detach()[..., 0]
 
 
@@ -194,10 +228,12 @@ def _image_map(terms: Sequence[JointProduct], layer: JointLayer) -> LinearMap:
 def _shared(layer: JointLayer, named: Sequence[tuple[Any, Any]], segment: Literal["image", "text"]) -> LinearMap:
     """For each (image query, key of a segment) its map, of which equal ones are one."""
     pairs, index = _distinct(named)
-    queries, rows = tokens_of(layer.image.query, [query for query, _ in pairs]), [row for _, row in pairs]
+    rows = [row for _, row in pairs]
     if segment == "image":
-        return layer.map(queries, tokens_of(layer.image.key, rows)).take(index)
+        queries = tokens_of(layer.image.query, [query for query, _ in pairs])
+        return layer.map(queries, layer.images(layer.image.key, [(key, query) for query, key in pairs])).take(index)
     assert layer.text is not None
+    queries = layer.images(layer.image.query, pairs)
     return layer.map(queries, tokens_of(layer.text.key, rows), layer.lengths(rows)).take(index)
 
 

@@ -20,7 +20,7 @@ class ModelHooks:
     Args:
         adapter: of the model.
         features: paths of the modules whose rows may be replaced.
-        before: is shown positional and keyword arguments of each call.
+        before: is shown which of the models is called, and positional and keyword arguments of each call.
         after: is shown the output of each call.
         pipeline: makes the pipeline's hooks; not called for a model alone.
     """
@@ -29,7 +29,7 @@ class ModelHooks:
         self,
         adapter: ModelAdapter,
         features: Iterable[str],
-        before: Callable[[tuple[Any, ...], dict[str, Any]], None],
+        before: Callable[[str, tuple[Any, ...], dict[str, Any]], None],
         after: Callable[[Any], None],
         pipeline: Callable[[], PipelineHooks],
     ) -> None:
@@ -39,10 +39,11 @@ class ModelHooks:
         self._unfollow: Callable[[], None] | None = None
         try:
             # `model.compile()` would trace them with the model.
-            first = torch.compiler.disable(lambda module, args, kwargs: before(args, kwargs))
             last = torch.compiler.disable(lambda module, args, output: after(output))
-            self._handles.append(adapter.model.register_forward_pre_hook(first, with_kwargs=True))
-            self._handles.append(adapter.model.register_forward_hook(last))
+            for name, model in adapter.models.items():
+                first = torch.compiler.disable(lambda module, args, kwargs, name=name: before(name, args, kwargs))
+                self._handles.append(model.register_forward_pre_hook(first, with_kwargs=True))
+                self._handles.append(model.register_forward_hook(last))
             self._unfollow = adapter.follow()
             if adapter.pipe is not None:
                 self._pipeline = pipeline()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +10,12 @@ from diffusers.models import attention_processor as diffusers_processors
 
 from ..edits.products import ProductPlan
 from .around import ProcessorAround, may_do_more
-from .computing import Projections, Rows, evaluate, mask_bias, row_maps, take
+from .computing import Rows, mask_bias
 from .image_prompts import IMAGE_PROMPT_PROCESSORS, image_prompt_attention, split_image_prompts
 from .instructions import Order
+from .places import turned
 from .record import LayerRecord
+from .row_attention import attended, check_rows, merged, of_heads, projected
 
 __all__ = ["SLICED", "EditAttnProcessor", "Order", "editing_processor", "is_sliced", "unsupported_reasons"]
 
@@ -26,11 +27,17 @@ _PLAIN = tuple(
         "AttnProcessor2_0",
         "AttnProcessorNPU",
         "FusedAttnProcessor2_0",
+        "FusedHunyuanAttnProcessor2_0",
+        "HunyuanAttnProcessor2_0",
         "XFormersAttnProcessor",
         "XLAFlashAttnProcessor2_0",
     )
     if hasattr(diffusers_processors, name)
 )
+
+# With fused projections. The class of the processor tells whether they are in use: `attn.fused_projections` stays True
+# after unfusing, and an adapter loaded since then lives in the separate ones.
+_FUSED = tuple(kind for kind in _PLAIN if kind.__name__.startswith("Fused"))
 
 #: Why a layer with attention slicing is not edited: a setting that would be dropped has to be dropped by the user.
 SLICED = (
@@ -80,8 +87,9 @@ class EditAttnProcessor(ProcessorAround):
 
     def __init__(self, inner: Any) -> None:
         super().__init__(inner)
-        self._inner_takes_temb = "temb" in inspect.signature(inner.__call__).parameters
-        self._is_plain = type(inner) in _PLAIN and not isinstance(inner, diffusers_processors.FusedAttnProcessor2_0)
+        named = inspect.signature(inner.__call__).parameters
+        self._inner_takes_temb = "temb" in named
+        self._is_plain = type(inner) in _PLAIN and type(inner) not in _FUSED and "image_rotary_emb" not in named
 
     def __call__(
         self,
@@ -119,7 +127,7 @@ class EditAttnProcessor(ProcessorAround):
         if image_shape is not None:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)  # [B, N, C]
         text, images = split_image_prompts(order.site.path, self.inner, encoder_hidden_states)
-        _check_input(order, hidden_states, text, images)
+        check_rows(order, hidden_states, [*images] if text is None else [text, *images])
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         context = hidden_states
@@ -130,15 +138,16 @@ class EditAttnProcessor(ProcessorAround):
 
         # Every row asks for its own image, also where it takes another's map of the text.
         queries = tuple(range(order.plan.rows)) if images else order.row_plan.queries
-        query, key, value = _project(attn, self.inner, order.row_plan, queries, hidden_states, context)
+        places = kwargs.get("image_rotary_emb")
+        query, key, value = _project(attn, self.inner, order.row_plan, queries, hidden_states, context, places)
         bias = mask_bias(attention_mask, order.plan.rows, attn.heads, key)
-        hidden_states = self.attend(order, query, key, value, attn.scale, bias)  # [B, H, N, E]
+        hidden_states, self.record = attended(order, query, key, value, attn.scale, bias)  # [B, H, N, E]
         if images:
             masks, options = kwargs.get("ip_adapter_masks"), {"scale": attn.scale, "backend": order.backend}
             added = image_prompt_attention(self.inner, query.tensor, images, masks, **options)
             hidden_states = hidden_states if added is None else hidden_states + added
 
-        hidden_states = hidden_states.transpose(1, 2).flatten(2).to(value.tensor.dtype)  # [B, N, H·E]
+        hidden_states = merged(hidden_states).to(value.tensor.dtype)  # [B, N, H·E]
         hidden_states = attn.to_out[0](hidden_states)
         hidden_states = attn.to_out[1](hidden_states)  # dropout
         if image_shape is not None:
@@ -146,29 +155,6 @@ class EditAttnProcessor(ProcessorAround):
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
-
-    def attend(
-        self, order: Order, query: Rows, key: Rows, value: Rows, scale: float, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The layer's attention [B, H, N, E] from the projected rows that the order's plan names."""
-        if order.compute is not None:
-            self.record = LayerRecord()
-            return order.compute(query, key, value, scale, bias)
-        logsumexp: dict[int, torch.Tensor] = {}
-        if order.recorded is not None:
-            if bias is not None:
-                raise ValueError(f"{order.site.path} receives an attention mask, which recordings do not hold")
-            known = order.recorded.unpacked(value.tensor.dtype)
-            logsumexp = known["logsumexp"]
-            query, key, value = (
-                replace(own, recorded=known[part]) for part, own in (("query", query), ("key", key), ("value", value))
-            )
-        layer = Projections(query, key, value, scale, bias, order.backend, logsumexp)
-        self.record = LayerRecord("", value.tensor.element_size(), *_bytes(order.row_plan, query, key, value))
-        out, heat = evaluate(order.row_plan, layer, order.columns)
-        if order.deliver is not None:
-            order.deliver(heat, row_maps(order.row_plan, order.maps, layer))
-        return out
 
 
 # `Attention.forward` looks at it at every call, and working it out takes longer than launching the layer's attention.
@@ -222,52 +208,23 @@ def _project(
     queries: tuple[int, ...],
     hidden_states: torch.Tensor,
     context: torch.Tensor,
+    places: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[Rows, Rows, Rows]:
-    # The class of the processor tells whether fused projections are in use: `attn.fused_projections` stays True
-    # after unfusing, and an adapter loaded since then lives in the separate ones.
-    if isinstance(inner, diffusers_processors.FusedAttnProcessor2_0):
-        if attn.is_cross_attention:
-            query = attn.to_q(take(hidden_states, queries))
-            key, value = attn.to_kv(context).chunk(2, dim=-1)
-            key, value = take(key, plan.keys), take(value, plan.values)
-        else:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-            query, key, value = take(query, queries), take(key, plan.keys), take(value, plan.values)
-    else:
-        query = attn.to_q(take(hidden_states, queries))
-        key = attn.to_k(take(context, plan.keys))
-        value = attn.to_v(take(context, plan.values))
-    query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+    fused = isinstance(inner, _FUSED)
+    query, key, value = (
+        of_heads(part, attn.heads) for part in projected(attn, plan, queries, hidden_states, context, fused)
+    )
     if attn.norm_q is not None:
         query = attn.norm_q(query)
     if attn.norm_k is not None:
         key = attn.norm_k(key)
+    if places is not None:  # HunyuanDiT's: cosines and sines [N, D], each angle twice; text has no places
+        cosines, sines = (table[..., ::2] for table in places)
+        query = turned(query, cosines, sines)
+        key = key if attn.is_cross_attention else turned(key, cosines, sines)
     # A norm may return a wider type (layer norm under autocast), which attention has to narrow again.
     query, key = query.to(value.dtype), key.to(value.dtype)
     return Rows(query, queries), Rows(key, plan.keys), Rows(value, plan.values)
-
-
-def _bytes(plan: ProductPlan, query: Rows, key: Rows, value: Rows) -> tuple[int, int]:
-    """Bytes of what a layer's products are made from, and of a map for every row, which dense code keeps."""
-    tensors = (query.tensor, key.tensor, value.tensor)
-    _, heads, queries, _ = query.tensor.shape
-    keys = key.tensor.shape[-2] * max(len(spec.keys) for call in plan.calls for spec in call.maps)
-    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return held, plan.rows * heads * queries * keys * query.tensor.element_size()
-
-
-def _check_input(
-    order: Order, hidden_states: torch.Tensor, text: torch.Tensor | None, images: list[torch.Tensor]
-) -> None:
-    site = order.site
-    batches = [given.shape[0] for given in (hidden_states, text, *images) if given is not None]
-    if any(batch != order.plan.rows for batch in batches):
-        raise ValueError(f"{site.path} was planned for a batch of {order.plan.rows} rows and got {batches}")
-    if hidden_states.shape[1] != site.tokens:
-        raise ValueError(
-            f"{site.path} was expected to have {site.grid} = {site.tokens} tokens and got "
-            f"{hidden_states.shape[1]}: something between the latent and this layer changes its size"
-        )
 
 
 def _scores_are_skipped() -> bool:

@@ -39,7 +39,11 @@ def values_of(
 
 
 def column_values(
-    terms: Sequence[tuple[int, JointProduct]], columns: Mapping[int, torch.Tensor], values: torch.Tensor, texts: int
+    terms: Sequence[tuple[int, JointProduct]],
+    columns: Mapping[int, torch.Tensor],
+    values: torch.Tensor,
+    texts: int,
+    references: int = 0,
 ) -> torch.Tensor:
     """For each term its row's columns in the place of text values, mixed as they are, and zeros elsewhere.
 
@@ -48,6 +52,7 @@ def column_values(
         columns: for some rows, [T, C].
         values: of the terms, those of the image first: [terms, H, N + T, E].
         texts: T, the text tokens of the layer.
+        references: further tokens behind them, which no column is of.
 
     Returns:
         [terms, H, N + T, C] with the largest C.
@@ -65,7 +70,8 @@ def column_values(
                     "was encoded otherwise than was told; pass prompts and not embeddings"
                 )
             given = given if term.mixing is None else _mixed_text(term.mixing, given)
-            place[:, values.shape[2] - texts :, : given.shape[-1]] = given
+            stop = values.shape[2] - references
+            place[:, stop - texts : stop, : given.shape[-1]] = given
     return out
 
 

@@ -21,10 +21,10 @@ class SelectedSites:
 
     def __init__(self, sites: tuple[Site, ...], check: Callable[[tuple[Site, ...]], None]) -> None:
         self._sites, self._check = sites, check
-        self._found: dict[tuple[int, int, int], tuple[Edit | Watcher, tuple[Site, ...]]] = {}
+        self._found: dict[tuple[int, ...], tuple[Edit | Watcher, tuple[Site, ...]]] = {}
 
-    def of(self, who: Edit | Watcher, size: tuple[int, int]) -> tuple[Site, ...]:
-        """The sites that ``who`` selects for latents of ``size`` (height, width)."""
+    def of(self, who: Edit | Watcher, size: tuple[int, ...]) -> tuple[Site, ...]:
+        """The sites that ``who`` selects for latents of ``size``, as :meth:`.Site.at` takes it."""
         key = (id(who), *size)
         if key not in self._found:
             sites = who.select(tuple(site.at(*size) for site in self._sites))

@@ -46,7 +46,8 @@ class EditingSession:
             images = pipe([source_prompt, target_prompt], latents=noise.expand(2, -1, -1, -1)).images
 
     The pipeline is an ordinary one with a UNet, or with a transformer that has an adapter (Stable Diffusion 3 and
-    3.5, FLUX.1, Qwen-Image): its prompts are one source and any number of targets, started from the same noise.
+    3.5, FLUX.1, Qwen-Image, PixArt, HunyuanDiT, LTX, Wan): its prompts are one source and any number of targets,
+    started from the same noise.
     Layers and steps that the edit leaves alone are computed by the processors that were there before, to the bit;
     on leaving the block, by an exception too, those are back in place.
 
@@ -110,6 +111,7 @@ class EditingSession:
         self._watchers: tuple[Watcher, ...] = ()
         self._report = EditReport(sites=self.sites)
         self._now = _Call()
+        self._called_model = self.adapter.model  # of those that a run calls, the one that was called latest
         self._around: EditingSession | None = None  # the session that stands aside for this one
 
     def __enter__(self) -> EditingSession:
@@ -252,11 +254,12 @@ class EditingSession:
         if not (self.is_paused or is_finite(latents)):
             self._refuse_step(getattr(self.pipe, "guidance_scale", None))
         self._now = replace(self._now, call=None)
+        self.adapter.stepped()
         return latents
 
     def _refuse_step(self, guidance_scale: Any = None) -> None:
         arguments = ((), {}) if self._now.call is None else self._now.call.arguments
-        refuse_step(self._clock.step, self.adapter.module, *arguments, guidance_scale)
+        refuse_step(self._clock.step, identity(self._called_model), *arguments, guidance_scale)
 
     def report(self) -> EditReport:
         """What was replaced in the latest run: ``print(session.report())``."""
@@ -268,7 +271,8 @@ class EditingSession:
 
     def _called(self) -> None:
         """The pipeline is called: what it encodes first are its prompts, whatever became of the call before."""
-        if self.adapter.guides_apart and not self.is_paused:
+        self.adapter.called()
+        if (self.adapter.guides_apart or self.adapter.encodes_in_parts) and not self.is_paused:
             self._encoding = Encoding()
 
     def _encoded(self, encoding: Encoding) -> None:
@@ -277,6 +281,8 @@ class EditingSession:
             return
         if self.adapter.guides_apart and self._clock.is_before_a_run and self._encoding.count is not None:
             return  # the negative prompts of the pipeline call whose prompts came before
+        if self.adapter.encodes_in_parts and self._clock.is_before_a_run:
+            encoding = self._encoding.joined(encoding)
         self._encoding = encoding
         self._clock.begin()
         if encoding.prompts is not None:
@@ -315,7 +321,7 @@ class EditingSession:
         for reason in self._report.idle:
             warnings.warn(reason, EditWarning, stacklevel=3)
 
-    def _before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._layers.give({})
         self._now = _Call()
         assert self._hooks is not None
@@ -323,7 +329,8 @@ class EditingSession:
         if self.is_paused:
             self._clock.pass_by()
             return
-        call = self.adapter.read(args, kwargs)
+        self._called_model = self.adapter.models[name]
+        call = self.adapter.call_of(name, args, kwargs)
         self._now = _Call(call)
         if self._clock.read(call):
             self._finish_run()

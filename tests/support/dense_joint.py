@@ -77,11 +77,33 @@ class DenseFlux(DenseJoint):
             both = torch.cat([parts[f"{letter}_text"], parts[f"{letter}_image"]], dim=2)
             both = apply_rotary_emb(both, image_rotary_emb)
             parts[f"{letter}_text"], parts[f"{letter}_image"] = both[:, :, :texts], both[:, :, texts:]
-        rows = hidden_states.shape[0]
+        parts, rows = self.split(parts), hidden_states.shape[0]
         out = torch.stack([self.row(row, rows, parts) for row in range(rows)])
         if single:
             return out
         return linear(attn.to_out[0], out[:, texts:]), linear(attn.to_add_out, out[:, :texts])
+
+    def split(self, parts):
+        return parts
+
+
+class DenseKontext(DenseFlux):
+    """The same where tokens of a reference picture follow those of the image: a segment of its own."""
+
+    order = ("text", "image", "reference")
+
+    def __init__(self, rule, texts, images, keep=None):
+        super().__init__(rule, texts, keep)
+        self.images = images
+
+    def split(self, parts):
+        for letter in "qkv":
+            both = parts[f"{letter}_image"]
+            parts[f"{letter}_image"], parts[f"{letter}_reference"] = (
+                both[:, :, : self.images],
+                both[:, :, self.images :],
+            )
+        return parts
 
 
 class DenseQwen(DenseJoint):
@@ -196,9 +218,11 @@ class Blocks:
 
 def ranges(parts, order):
     """Where the image's tokens stand, and where the text's do."""
-    counts = {part: parts[f"q_{part}"].shape[2] for part in order}
-    starts = {order[0]: 0, order[1]: counts[order[0]]}
-    return [slice(starts[part], starts[part] + counts[part]) for part in ("image", "text")]
+    places, start = {}, 0
+    for part in order:
+        places[part] = slice(start, start + parts[f"q_{part}"].shape[2])
+        start = places[part].stop
+    return places["image"], places["text"]
 
 
 def stood_there(part, source):
@@ -218,12 +242,13 @@ def heads(attn, projection, tokens, norm=None):
 
 
 @contextmanager
-def dense(pipe, rule, *, steps, kinds=("attn",), layers="", keep=None):
+def dense(pipe, rule, *, steps, kinds=("attn",), layers="", keep=None, images=None):
     """A pipeline whose layers of these names follow ``rule(row, rows)`` at some steps, and are dense at all.
 
     Args:
         rule: may look at the number of calls, which the block receives.
         layers: the beginning of the paths of those that follow the rule.
+        images: tokens of the image, where those of a reference picture follow them.
         keep: is shown, of every layer, the row, the number of rows and the block of its map of image queries over text
             keys.
     """
@@ -244,6 +269,8 @@ def dense(pipe, rule, *, steps, kinds=("attn",), layers="", keep=None):
         chosen = at_step if follows else own
         if type(transformer).__name__.startswith("Qwen"):
             return DenseQwen(chosen)
+        if images is not None:
+            return DenseKontext(chosen, lambda: state["texts"], images, keep)
         is_flux = type(transformer).__name__.startswith("Flux")
         return DenseFlux(chosen, lambda: state["texts"], keep) if is_flux else DenseJoint(chosen, keep)
 

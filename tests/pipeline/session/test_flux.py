@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline
+from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 
 from fpe_pipeline import Edit, FreePromptEdit, JointProduct, MasaCtrlEdit, editing
@@ -199,13 +199,41 @@ class TestTwoCallsAStep:
         assert seen == [tuple(PROMPTS[:3]), tuple(PROMPTS[:2])]
         assert torch.equal(actual, expected)
 
-    def test_a_pipeline_that_does_not_say_which_call_is_which(self, pipe):
-        tiny = tiny_flux_pipeline(pipe, kind=FluxImg2ImgPipeline)
+    def test_pipelines_that_do_not_say_which_call_is_which(self, pipe):
+        """Of those that call with the prompts first it is known; of others nothing is guessed."""
         image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         given = {"image": image, "height": 64, "width": 64, "max_sequence_length": 12, "num_inference_steps": 8}
-        negative = {"negative_prompt": ["a drawing"] * 2, "true_cfg_scale": 3.0}
-        with pytest.raises(ValueError, match="calls the model twice in step"), editing(tiny, FreePromptEdit()):
-            tiny(PROMPTS[:2], **given, **negative, output_type="latent")
+        given |= {"negative_prompt": ["a drawing"] * 2, "true_cfg_scale": 3.0, "output_type": "latent"}
+        tiny = tiny_flux_pipeline(pipe, kind=FluxImg2ImgPipeline)
+
+        def run():
+            return tiny(PROMPTS[:2], **given, generator=[torch.Generator().manual_seed(0) for _ in range(2)]).images
+
+        with editing(tiny, FreePromptEdit()) as session:
+            actual = [run(), run()]
+        assert all(steps == [3, 4, 5] for steps in session.report().layers.values())
+        with dense(tiny, lambda row, rows: rule(row, rows), steps=(3, 4, 5)) as state:
+
+            def rule(row, rows):
+                return image_maps(row, rows) if state["calls"] % 2 else None
+
+            expected = run()
+        assert all((out - expected).abs().max() <= EXACT for out in actual)
+
+    def test_a_pipeline_that_is_not_known(self, pipe):
+        class Unknown(FluxPipeline):
+            def __call__(self, prompts):
+                self.check_inputs(prompts, None, 64, 64)
+                embeddings, pooled, places = self.encode_prompt(prompts, max_sequence_length=12)
+                latents, ids = self.prepare_latents(2, 16, 64, 64, torch.float64, "cpu", torch.Generator())
+                given = {"pooled_projections": pooled, "txt_ids": places, "img_ids": ids, "guidance": torch.ones(2)}
+                for _ in range(2):
+                    self.transformer(latents, embeddings, timestep=torch.ones(2), **given)
+
+        tiny = tiny_flux_pipeline(pipe, kind=Unknown)
+        tiny.scheduler.set_timesteps(4)
+        with pytest.raises(ValueError, match="calls the model 2 times in a step"), editing(tiny, FreePromptEdit()):
+            tiny(PROMPTS[:2])
 
     def test_guidance_that_is_said(self, flux):
         with pytest.raises(ValueError, match="guides by calls of their own"):
@@ -273,15 +301,19 @@ class TestRefusals:
         with pytest.raises(ValueError, match="context parallelism is on"), editing(tiny, FreePromptEdit()):
             draw_flux(tiny)
 
-    def test_tokens_of_a_reference(self):
+    def test_tokens_out_of_order(self):
+        """Of the picture that is denoised, which tokens of a reference may follow (test_kontext.py)."""
         adapter = adapter_of(tiny_flux())
         places = torch.zeros(8, 3)
         places[:4, 1:] = places[4:, 1:] = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
         call = {"hidden_states": torch.zeros(2, 4, 64), "timestep": torch.ones(2), "img_ids": places[:4]}
-        assert adapter.read((), call).size == (4, 4)
+        assert adapter.read((), call).size == (4, 4) and adapter.read((), call).references == 0
+        call["hidden_states"] = torch.zeros(2, 8, 64)
         places[4:, 0] = 1
-        with pytest.raises(ValueError, match="tokens of a reference"):
-            adapter.read((), {**call, "hidden_states": torch.zeros(2, 8, 64), "img_ids": places})
+        assert adapter.read((), {**call, "img_ids": places}).references == 4
+        for wrong in (places[[0, 4, 1, 5, 2, 6, 3, 7]], places[[0, 1, 2, 4, 5, 6, 7]]):
+            with pytest.raises(ValueError, match="its grid has to be whole"):
+                adapter.read((), {**call, "img_ids": wrong})
 
     def test_a_scheduler_whose_steps_are_over(self, flux):
         flux.scheduler.set_timesteps(2)

@@ -1,0 +1,48 @@
+"""LTX-Video: blocks of self-attention over all tokens of a video and of cross-attention over text tokens.
+
+The model receives latents whose tokens are in one dimension already, with the number of frames, rows and columns. The
+batch is [unconditional, conditional] in one call; padding of a text is masked. The step is the scheduler's: where a
+picture is part of the video, its tokens have a timestep of their own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from .adapter import ModelCall
+from .sites import Site
+from .steps import Step, step_of_scheduler
+from .transformer import TransformerAdapter
+
+__all__ = ["LTXAdapter"]
+
+
+class LTXAdapter(TransformerAdapter):
+    """diffusers' ``LTXVideoTransformer3DModel``."""
+
+    family = "ltx"
+
+    def find_sites(self) -> tuple[Site, ...]:
+        sites: list[Site] = []
+        module: Any = self.module
+        for index, block in enumerate(module.transformer_blocks):
+            path = f"transformer_blocks.{index}"
+            sites.append(Site(f"{path}.attn1", "single", "self", index, block.attn1.heads, 0, ()))
+            sites.append(Site(f"{path}.attn2", "single", "cross", index, block.attn2.heads, 0, ()))
+        return tuple(sites)
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        sample, size = given["hidden_states"], tuple(given.get(name) for name in ("height", "width", "num_frames"))
+        if None in size or size[0] * size[1] * size[2] != sample.shape[1]:
+            raise ValueError(
+                f"the model got {sample.shape[1]} tokens for (height, width, frames) = {size}: tokens of given frames "
+                "among them (LTXConditionPipeline) are not described yet; edit with LTXPipeline or "
+                "LTXImageToVideoPipeline"
+            )
+        return ModelCall(sample, given["timestep"], size, arguments=(args, kwargs))
+
+    def step(self, call: ModelCall) -> Step:
+        return super().step(call) if self.pipe is None else step_of_scheduler(self.pipe.scheduler)

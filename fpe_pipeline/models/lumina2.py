@@ -1,0 +1,54 @@
+"""Lumina 2: blocks with one sequence of text and image tokens, after a few of image tokens alone.
+
+A row's sequence is its caption's tokens, its image's tokens, and padding, so that the image begins elsewhere in rows
+of other captions, and its rotary embedding with it. diffusers' model has no ``attn_processors``: its layers are found
+by walking its modules. The pipeline guides by a second call, with the prompts first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from .adapter import ModelCall
+from .named_calls import NamedCallsAdapter
+from .sites import Kind, Site
+
+__all__ = ["Lumina2Adapter"]
+
+#: What layers attend to, by where they stand in the model; captions alone (context_refiner) are no edit's.
+_KINDS: dict[str, Kind] = {"layers": "joint", "noise_refiner": "image"}
+
+
+class Lumina2Adapter(NamedCallsAdapter):
+    """diffusers' ``Lumina2Transformer2DModel``."""
+
+    family = "lumina2"
+    # The encoder receives a prompt behind a text of the system's, cut to the longest of the call: words are not placed.
+    text_parts = (("tokenizer", ()),)
+
+    def find_sites(self) -> tuple[Site, ...]:
+        module: Any = self.module
+        counts, sites = dict.fromkeys(_KINDS.values(), 0), []
+        for path, layer in module.named_modules():
+            kind = _KINDS.get(path.partition(".")[0]) if hasattr(layer, "set_processor") else None
+            if kind is not None:
+                sites.append(
+                    Site(path, "single", kind, counts[kind], layer.heads, 0, (), patch=module.config.patch_size)
+                )
+                counts[kind] += 1
+        return tuple(sites)
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        sample = given["hidden_states"]
+        lengths = given["encoder_attention_mask"].sum(1).tolist()
+        return ModelCall(
+            sample,
+            given["timestep"],
+            (sample.shape[-2], sample.shape[-1]),
+            half=self._half(),
+            text_lengths=tuple(map(int, lengths)),
+            arguments=(args, kwargs),
+        )

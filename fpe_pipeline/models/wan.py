@@ -1,0 +1,56 @@
+"""Wan 2.1 and 2.2: blocks of self-attention over all tokens of a video and of cross-attention over text tokens.
+
+A layer's maps are those of a UNet's, of one size throughout, and the frames' tokens follow one another. Pipelines guide
+by a second call, in contexts named "cond" and "uncond". Wan 2.2 has two transformers, one for the noisy steps and one
+for those after the boundary; an edit's layers are counted in each of them from 0.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from .adapter import ModelCall, identity
+from .named_calls import NamedCallsAdapter
+from .sites import Site
+
+__all__ = ["WanAdapter"]
+
+_NAMES = ("transformer", "transformer_2")
+
+
+class WanAdapter(NamedCallsAdapter):
+    """diffusers' ``WanTransformer3DModel``, and the second one of a pipeline that has two."""
+
+    family = "wan"
+
+    @property
+    def models(self) -> Mapping[str, Any]:
+        found = {name: getattr(self.pipe, name, None) for name in _NAMES}
+        return super().models if None in found.values() else found
+
+    def layer(self, path: str) -> Any:
+        for name, model in self.models.items():
+            if path.startswith(f"{name}."):
+                return identity(model).get_submodule(path.removeprefix(f"{name}."))
+        return super().layer(path)
+
+    def find_sites(self) -> tuple[Site, ...]:
+        sites: list[Site] = []
+        for name, model in self.models.items():
+            module: Any = identity(model)
+            _, patch, _ = module.config.patch_size
+            for index, block in enumerate(module.blocks):
+                path = f"{name}.blocks.{index}".removeprefix(".")
+                sites.append(Site(f"{path}.attn1", "single", "self", index, block.attn1.heads, 0, (), patch=patch))
+                sites.append(Site(f"{path}.attn2", "single", "cross", index, block.attn2.heads, 0, (), patch=patch))
+        return tuple(sites)
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        module: Any = self.module
+        given = inspect.signature(type(module).forward).bind(None, *args, **kwargs).arguments
+        sample = given["hidden_states"]
+        frames, height, width = sample.shape[-3:]
+        size = (height, width, frames // module.config.patch_size[0])
+        return ModelCall(sample, given["timestep"], size, half=self._half(), arguments=(args, kwargs))

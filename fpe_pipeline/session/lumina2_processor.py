@@ -1,0 +1,125 @@
+"""The attention processor that computes an edit's joint products in the blocks of Lumina 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..edits.joint_products import JointPlan
+from .around import ProcessorAround, may_do_more
+from .computing import Rows, take
+from .joint_computing import JointLayer, SegmentProjections
+from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
+from .places import turned
+
+__all__ = ["EditLumina2Processor", "unsupported_lumina2_reasons"]
+
+
+def unsupported_lumina2_reasons(attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
+    """Why a layer of Lumina 2 cannot be edited; empty where it can.
+
+    Args:
+        attn: the diffusers ``Attention`` module.
+        processor: the processor it has without the edit.
+        override: further processor classes that an edit may compute in the stead of.
+    """
+    known = type(processor).__name__ == "Lumina2AttnProcessor2_0" or type(processor) in override
+    return [] if known else [may_do_more(processor)]
+
+
+class EditLumina2Processor(ProcessorAround):
+    """Drop-in processor for the layers of Lumina 2, wrapped around the one that a layer already has.
+
+    With an order it computes the order's products as :class:`.EditJointProcessor` does, from queries and keys after
+    their norms and rotary embedding; several heads of queries share one of keys and values. Image tokens that stand in
+    a row of another caption's length are turned to where that row's image begins.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: torch.Tensor | None = None,
+        base_sequence_length: int | None = None,
+    ) -> torch.Tensor:
+        order = self.order
+        if order is None:
+            return self.inner(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, base_sequence_length
+            )
+        plan, site = order.plan, order.site
+        assert isinstance(plan, JointPlan) and order.text_lengths is not None and site.tokens is not None
+        if base_sequence_length is not None or image_rotary_emb is None:
+            raise ValueError(
+                f"{site.path} was called with base_sequence_length={base_sequence_length} and "
+                f"{'no' if image_rotary_emb is None else 'a'} rotary embedding, as diffusers' model does not"
+            )
+        lengths = order.text_lengths if site.kind == "joint" else (0,) * plan.rows
+        texts, rest = max(lengths), hidden_states.shape[1] - site.tokens
+        # What follows a shorter caption stands for its padding, which nobody attends to.
+        text = hidden_states[:, :texts] if site.kind == "joint" else None
+        image = hidden_states[:, texts:] if rest != texts else _images(hidden_states, lengths, site.tokens)
+        check_joint_input(order, image, text, None)
+        places = _images(image_rotary_emb, lengths, site.tokens)
+        layer = JointLayer(
+            _project(attn, plan, "image", image, places),
+            None if text is None else _project(attn, plan, "text", text, image_rotary_emb[:, :texts]),
+            attn.scale,
+            order.backend,
+            None if text is None else lengths,
+            origins=None if len(set(lengths)) == 1 else places[:, 0],
+        )
+        self.record = joint_record(plan, layer, attn.heads)
+        rows, text_rows = joint_rows(order, plan, layer)
+        out = merged_heads(rows)
+        if text_rows is not None:
+            out = _sequence(merged_heads(text_rows), out, lengths)
+        return attn.to_out[1](attn.to_out[0](out))  # to_out[1] is dropout
+
+
+def _images(tensor: torch.Tensor, starts: Sequence[int], tokens: int) -> torch.Tensor:
+    """Of each row the image's tokens [B, N, …], which begin where its caption ends."""
+    if len(set(starts)) == 1:
+        return tensor[:, starts[0] : starts[0] + tokens]
+    return torch.stack([row[start : start + tokens] for row, start in zip(tensor, starts, strict=True)])
+
+
+def _sequence(text: torch.Tensor, image: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Captions [B, T, C] of these lengths, each followed by its image's tokens [B, N, C] and by zeros."""
+    out = torch.cat([text, torch.zeros_like(image)], dim=1)
+    for row, length in enumerate(lengths):
+        out[row, length:] = 0
+        out[row, length : length + image.shape[1]] = image[row]
+    return out
+
+
+def _project(
+    attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, places: torch.Tensor
+) -> SegmentProjections:
+    """The rows of a segment that the plan uses, projected, normed and turned: [rows, heads, tokens, D].
+
+    Args:
+        places: complex numbers of absolute value 1, [B, tokens, D / 2].
+    """
+    used = [plan.used(part, segment) for part in ("query", "key", "value")]
+    split = [getattr(attn, name)(take(tokens, rows)) for name, rows in zip(("to_q", "to_k", "to_v"), used, strict=True)]
+    dim = attn.inner_dim // attn.heads
+    query, key, value = (part.unflatten(-1, (-1, dim)) for part in split)
+    query = query if attn.norm_q is None else attn.norm_q(query)
+    key = key if attn.norm_k is None else attn.norm_k(key)
+    query, key = (
+        turned(part, *_angles(take(places, rows), part.dtype)).to(value.dtype)
+        for part, rows in zip((query, key), used[:2], strict=True)
+    )
+    parts = zip((query, key, value), used, strict=True)
+    return SegmentProjections(*(Rows(part.transpose(1, 2), rows) for part, rows in parts))
+
+
+def _angles(places: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [rows, tokens, 1, D / 2], in at least float32."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return places.real.unsqueeze(2).to(wide), places.imag.unsqueeze(2).to(wide)
