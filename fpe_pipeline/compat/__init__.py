@@ -2,14 +2,18 @@
 
 A module a tool: ``from fpe_pipeline.compat import prompt_to_prompt``. Beside them stand :mod:`.lazy`, the map that
 behaves as the tensor that a tool's users expect, and :mod:`.controlled`, which puts it into a pipeline's layers.
+:class:`set_compat` asks for the originals' own behaviour, for all of them.
 """
 
 import pkgutil
 from typing import Any
 
 from .names import unknown_name
+from .switch import set_compat
 
-_COMMON = ("controlled", "lazy", "names")
+__all__ = ["set_compat"]
+
+_COMMON = ("controlled", "lazy", "names", "sessions", "switch")
 
 
 def __getattr__(name: str) -> Any:
