@@ -1,7 +1,7 @@
 """FreeFlux: what its folder for non-rigid editing registers, on current diffusers.
 
-``from pipeline_flux_non_rigid import …``, and so for ``transformer_flux_non_rigid`` and ``non_rigid_attn_utils``, becomes
-``from fpe_pipeline.compat.free_flux import …``. See ``docs/compat/free-flux.md``.
+``from pipeline_flux_non_rigid import …``, and so for ``transformer_flux_non_rigid`` and ``non_rigid_attn_utils``,
+becomes ``from fpe_pipeline.compat.free_flux import …``. See ``docs/compat/free-flux.md``.
 
 Reference: Wei et al., "FreeFlux: Understanding and Exploiting Layer-Specific Roles in RoPE-Based MMDiT for Versatile
 Image Editing", ICCV 2025, arXiv 2503.16153.
@@ -28,9 +28,7 @@ from .switch import chosen_compat
 
 __all__ = ["FluxPipeline", "FluxTransformer2DModel", "register_non_rigid_attention_control"]
 
-_BY_EDIT = (
-    "it is not served by this name: put `with fpe_pipeline.editing(pipe, FreeFluxEdit({}, mask=…)):` around calls"
-)
+_BY_EDIT = "put `with fpe_pipeline.editing(pipe, FreeFluxEdit({}, mask=…)):` around calls"
 __getattr__ = unknown_name(
     __name__,
     "FreeFlux",

@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
+from diffusers import FluxPipeline as DiffusersFluxPipeline
 
 from ..edits.image_memory import StableFlowEdit
 from ..models.flow_solvers import flow_nodes, require_flow, solver_of
@@ -30,7 +30,7 @@ __all__ = ["FluxPipeline"]
 __getattr__ = unknown_name(__name__, "Stable Flow", __all__)
 
 
-class FluxPipeline(diffusers.FluxPipeline):
+class FluxPipeline(DiffusersFluxPipeline):
     """diffusers' pipeline of FLUX.1, whose calls also copy the first image's keys and values, and invert pictures.
 
     It loads, saves and offloads as that one does, and needs no repository of its own.

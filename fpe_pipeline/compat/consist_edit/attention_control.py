@@ -22,7 +22,8 @@ from .global_var import GlobalVars
 __all__ = ["regiter_attention_editor_diffusers_flux", "regiter_attention_editor_diffusers_sd3"]
 
 _MASKS = (
-    "put `with fpe_pipeline.editing(pipe, ConsistEdit(alpha, mask=WordMask(prompt, word, tokenizer))):` around calls"
+    "masks come with `fpe_pipeline.editing(pipe, ConsistEdit(alpha, mask=WordMask(prompt, word, tokenizer)))`, put "
+    "around calls"
 )
 __getattr__ = unknown_name(
     __name__,
@@ -76,7 +77,7 @@ class _PairSession(EditingSession):
 
 
 def regiter_attention_editor_diffusers_sd3(model: Any, *, compat: str | None = None) -> RegisteredEdit:
-    """In the steps before ``GlobalVars.TEST_QK_STEP``, targets' image queries and keys are the source's, in both halves.
+    """Before step ``GlobalVars.TEST_QK_STEP``, targets' image queries and keys are the source's, in both halves.
 
     Args:
         model: a pipeline of Stable Diffusion 3.

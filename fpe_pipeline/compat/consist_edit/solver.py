@@ -46,8 +46,8 @@ class RegisteredSolver(AbstractContextManager["RegisteredSolver"]):
     def invert(self, *arguments: Any, **options: Any) -> Any:
         """Not served."""
         raise NotImplementedError(
-            "the original inverts by a scheduler of its own, which is not here: invert a picture with "
-            "fpe_pipeline.FreePromptPipeline.from_pipe(pipe).invert(image, prompt), whose noise denoise takes as latents"
+            "the original inverts by a scheduler of its own, which is not here: invert a picture by "
+            "fpe_pipeline.FreePromptPipeline.from_pipe(pipe).invert(image, prompt); denoise takes its noise as latents"
         )
 
     def restore(self) -> None:
