@@ -102,6 +102,7 @@ class TestFreeFlux:
         assert (out[1:] - whole[1:]).abs().max() > 1e-5  # step 1 was left alone
         torch.testing.assert_close(out[0], drawn(flux)[0], atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.slow
     def test_the_originals_halves(self, flux):
         total, four = sum(blocks(flux)), [*PROMPTS, "a dog"]
         options = {"layer_idx": range(total), "start_step": 0, "total_layers": total, "total_steps": STEPS}
@@ -148,6 +149,7 @@ class TestConsistEdit:
         assert processors(sd3) == before
         assert not hasattr(sd3, "denoise")
 
+    @pytest.mark.slow
     def test_the_originals_batches(self, sd3):
         """Of six rows it edits none, and of two it takes one prompt's halves for a source and a target."""
         GlobalVars.TEST_QK_STEP = STEPS

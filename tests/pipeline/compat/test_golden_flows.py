@@ -54,6 +54,7 @@ class TestStableFlow:
         out = pipe(prompts, latents=case.start(len(prompts)), **{**arguments(case), **blocks, **changed}).images
         return case.miss("latents", out)
 
+    @pytest.mark.slow
     def test_two_targets(self, flux):
         assert self.copied(flux) <= 1
 
@@ -138,6 +139,7 @@ class TestFreeFlux:
             out = flux(prompts, latents=case.start(len(prompts)), **arguments(case)).images
         return case.miss("latents", out)
 
+    @pytest.mark.slow
     def test_non_rigid(self, flux):
         assert self.copied(flux) <= 1
 
@@ -175,6 +177,7 @@ class TestConsistEdit:
         assert self.sd3(sd3) <= 1
         assert self.sd3(sd3, compat=None) <= 1  # two prompts with guidance are the original's own layout
 
+    @pytest.mark.slow
     def test_flux(self, flux):
         assert self.flux(flux) <= 1
 
