@@ -2,14 +2,20 @@
 
 A module a tool: ``from fpe_pipeline.compat import prompt_to_prompt``. Beside them stand :mod:`.lazy`, the map that
 behaves as the tensor that a tool's users expect, and :mod:`.controlled`, which puts it into a pipeline's layers.
+:func:`accelerate` serves diffusers' own pipelines that keep maps, and :class:`set_compat` asks all tools for the originals'
+own behaviour.
 """
 
 import pkgutil
 from typing import Any
 
+from .diffusers_maps import accelerate
 from .names import unknown_name
+from .switch import set_compat
 
-_COMMON = ("controlled", "lazy", "names")
+__all__ = ["accelerate", "set_compat"]
+
+_COMMON = ("controlled", "diffusers_maps", "lazy", "names", "sessions", "switch")
 
 
 def __getattr__(name: str) -> Any:

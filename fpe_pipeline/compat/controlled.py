@@ -18,7 +18,6 @@ import torch
 
 from fpe_kernels import AttentionMap
 
-from ..edits.base import check_compat
 from ..edits.products import plan_products
 from ..models.adapter import ModelAdapter, is_guided
 from ..models.families import adapter_of
@@ -30,6 +29,7 @@ from ..session.instructions import Order
 from ..session.session import session_of
 from .lazy import LazyMap
 from .lazy.numbers import forget_lines
+from .switch import chosen_compat
 
 __all__ = ["ControlledLayers", "LayerCall", "controlled_layers", "register_controller"]
 
@@ -254,7 +254,7 @@ def register_controller(
     Returns:
         What restores the layers: by ``restore()``, or as a ``with`` block.
     """
-    check_compat(compat)
+    compat = chosen_compat(compat)
     if not callable(controller):
         raise TypeError(f"expected a controller(attn, is_cross, place_in_unet), got {type(controller).__name__}")
     prepare = getattr(controller, "prepare", None)

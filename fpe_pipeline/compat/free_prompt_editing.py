@@ -23,6 +23,7 @@ from .controlled import Compat, ControlledLayers, LayerCall, controlled_layers, 
 from .names import unknown_name
 from .prompt_to_prompt.controllers import AttentionControl, AttentionStore, EmptyControl
 from .prompt_to_prompt.ptp_utils import latent2image, register_attention_control
+from .switch import chosen_compat
 
 __all__ = [
     "AttentionControl",
@@ -118,6 +119,7 @@ def register_attention_control_new(
     """
     if controller is None:
         return register_attention_control(model, None)
+    compat = chosen_compat(compat)
     compute = partial(type(controller).attend, controller) if _is_own(controller) and compat is None else None
     return register_controller(model, controller, compat, backend, compute)
 

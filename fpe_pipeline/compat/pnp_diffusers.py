@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from ..edits.base import Features, Windows, check_compat
+from ..edits.base import Features, Windows
 from ..edits.plug_and_play import PlugAndPlayEdit
 from ..edits.products import Product
 from ..edits.self_attention import SelfAttentionEdit
@@ -29,6 +29,7 @@ from ..models.steps import Step
 from ..session.session import EditingSession
 from .names import unknown_name
 from .sessions import leave
+from .switch import chosen_compat
 
 __all__ = [
     "Registration",
@@ -240,7 +241,7 @@ def _register(model: Any, branches: int, **schedules: frozenset[int]) -> Registr
 
 
 def _schedule(timesteps: Iterable[Any] | None, compat: str | None) -> frozenset[int]:
-    check_compat(compat)
+    compat = chosen_compat(compat)
     always = (NOISIEST,) if compat == "original" and timesteps is not None else ()
     return frozenset((*map(_timestep, () if timesteps is None else timesteps), *always))
 

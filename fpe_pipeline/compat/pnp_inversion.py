@@ -19,6 +19,7 @@ from .names import unknown_name
 from .prompt_to_prompt import edits
 from .prompt_to_prompt.edits import AttentionControlEdit
 from .prompt_to_prompt.ptp_utils import diffusion_step, init_latent, latent2image, register_attention_control
+from .switch import chosen_compat
 
 __all__ = [
     "DirectInversion",
@@ -205,6 +206,7 @@ def direct_inversion_p2p_guidance_forward(
     Returns:
         Latents [B, C, h, w], and the noise that they came from.
     """
+    compat = chosen_compat(compat)
     if add_offset and (noise_loss_list is None or len(noise_loss_list) != num_inference_steps):
         count = 0 if noise_loss_list is None else len(noise_loss_list)
         raise ValueError(

@@ -13,7 +13,7 @@ from ..models.precision import check_precision
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 
-__all__ = ["check_entry", "check_selects"]
+__all__ = ["check_backend", "check_entry", "check_selects"]
 
 
 def check_entry(
@@ -46,13 +46,7 @@ def check_entry(
         )
     if noise not in (None, "shared", "separate"):
         raise ValueError(f'expected noise to be "shared" or "separate", got {noise!r}')
-    if backend == "auto":
-        return
-    known = fpe_kernels.backends()
-    if backend not in known:
-        raise ValueError(f'unknown backend {backend!r}: expected "auto" or one of {sorted(known)}')
-    if known[backend] != "available":
-        raise RuntimeError(f"backend {backend!r} cannot run here: {known[backend]}")
+    check_backend(backend)
 
 
 def check_selects(edit: Edit, sites: tuple[Site, ...]) -> None:
@@ -65,3 +59,14 @@ def check_selects(edit: Edit, sites: tuple[Site, ...]) -> None:
             f"{type(part).__name__} selects none of the model's {len(sites)} attention layers, so that it would edit "
             "nothing: return some of the sites from select, or use no session"
         )
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError for a backend that is not known, RuntimeError for one that cannot run here."""
+    if backend == "auto":
+        return
+    known = fpe_kernels.backends()
+    if backend not in known:
+        raise ValueError(f'unknown backend {backend!r}: expected "auto" or one of {sorted(known)}')
+    if known[backend] != "available":
+        raise RuntimeError(f"backend {backend!r} cannot run here: {known[backend]}")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
 from PIL import Image
 
 import benchmarks
@@ -25,7 +25,7 @@ from fpe_pipeline.app import cli
 from fpe_pipeline.app.commands import parsed
 from tests.support.golden_cases import load_pipeline
 from tests.support.tiny_pipelines import tiny_pipeline
-from tests.support.tiny_transformers import tiny_sd3_pipeline
+from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
@@ -107,8 +107,18 @@ def transformer_stand_in(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def flux_stand_in(tmp_path_factory):
+    """A folder of a model as FLUX.1 is, of three blocks."""
+    folder = tmp_path_factory.mktemp("models") / "flux"
+    pipe = tiny_flux_pipeline(load_pipeline(), torch.float32)
+    pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    pipe.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def workplace(stand_in, transformer_stand_in, tmp_path, monkeypatch):
+def workplace(stand_in, transformer_stand_in, flux_stand_in, tmp_path, monkeypatch):
     """An empty working directory with a photo in it, on a machine with a hub and a GPU, as documents assume."""
     load, move = DiffusionPipeline.from_pretrained.__func__, DiffusionPipeline.to
     look = DiffusionPipeline.load_config.__func__
@@ -116,7 +126,8 @@ def workplace(stand_in, transformer_stand_in, tmp_path, monkeypatch):
     def from_pretrained(kind, name, **options):
         is_hub_name = isinstance(name, str) and name.count("/") == 1 and not Path(name).exists()
         options = {option: value for option, value in options.items() if value is not torch.float16}  # a GPU's
-        here = transformer_stand_in if issubclass(kind, StableDiffusion3Pipeline) else stand_in
+        known = {StableDiffusion3Pipeline: transformer_stand_in, FluxPipeline: flux_stand_in}
+        here = next((folder for parent, folder in known.items() if issubclass(kind, parent)), stand_in)
         pipe = load(kind, here if is_hub_name else name, **options)
         pipe.set_progress_bar_config(disable=True)
         return pipe

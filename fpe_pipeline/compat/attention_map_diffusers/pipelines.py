@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ...edits.base import check_compat
 from ...heatmaps.watching import watching
 from ...models.adapter import identity
 from ...models.families import adapter_of
 from ..lazy import LazyMap
+from ..switch import chosen_compat
 from .collector import TextMaps
 
 __all__ = ["attn_maps", "init_pipeline", "restore_pipeline", "watched_pipeline"]
@@ -38,7 +38,7 @@ def init_pipeline(pipeline: Any, *, compat: str | None = None) -> Any:
         TypeError: a pipeline without a model that is known.
         RuntimeError: it was initialised already.
     """
-    check_compat(compat)
+    compat = chosen_compat(compat)
     key = identity(adapter_of(pipeline).module)
     if key in _WATCHED:
         raise RuntimeError("this pipeline was initialised already: restore_pipeline(pipe) first")

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ...edits.base import check_compat
 from ...heatmaps.watching import watching
 from ...models.sites import Site, attention_sites
 from ...prompts.encoding import encoding_tokenizer
+from ..switch import chosen_compat
 from .collector import HeadHeat
 from .heads import KeptHeads
 from .heatmap import GlobalHeatMap, RawHeatMapCollection
@@ -60,7 +60,7 @@ class DiffusionHeatMapHooker:
         *,
         compat: str | None = None,
     ) -> None:
-        check_compat(compat)
+        compat = chosen_compat(compat)
         if load_heads and save_heads:
             raise ValueError("expected load_heads or save_heads, got both: a run is read or written")
         self.pipe, self.tokenizer = pipeline, encoding_tokenizer(pipeline)

@@ -151,7 +151,9 @@ class LazyMap(Indexing, Shapes):
             result = _FUNCTIONS[name](*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if isinstance(args[0] if args else None, LazyMap) and hasattr(torch.Tensor, name):
+        # A function of torch.nn.functional takes arguments that the method of its name does not.
+        is_method = hasattr(torch.Tensor, name) and not getattr(function, "__module__", "").startswith("torch.nn.")
+        if isinstance(args[0] if args else None, LazyMap) and is_method:
             own = getattr(args[0], name)
             return own(*args[1:], **kwargs) if callable(own) else own
         return function(*_plain(args, name), **_plain(kwargs, name))
@@ -219,7 +221,7 @@ def _cat(maps: Sequence[Any], dim: int = 0) -> Any:
         count = operators[-1].shape[0]
         indices.append(torch.arange(offset, offset + count).reshape(lead))
         offset += count
-    return LazyMap(Storage(concatenate(operators)), torch.cat(indices, axis), first._grid, first._place)
+    return type(first)(Storage(concatenate(operators)), torch.cat(indices, axis), first._grid, first._place)
 
 
 def _stack(maps: Sequence[Any], dim: int = 0) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
+from fpe_kernels import AttentionMap
+
 from .arithmetic import Arithmetic
 
 __all__ = ["Shapes"]
@@ -171,6 +173,9 @@ class Shapes(Arithmetic):
     @property
     def requires_grad(self) -> bool:
         """Whether what it is made from takes part in gradients."""
+        whole = self._storage.untouched
+        if isinstance(whole, AttentionMap):  # asked of every layer of a map that nobody has changed
+            return torch.is_grad_enabled() and (whole.query.requires_grad or whole.key.requires_grad)
         one = torch.zeros(self.shape[-1], 1, dtype=self._storage.dtype, device=self._storage.device)
         return bool((self._storage.rows @ one.expand(self._storage.shape[0], 1, -1, -1)).requires_grad)
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ...edits.base import check_compat
 from ...models.sites import Site
 from ..controlled import Compat, ControlledLayers, LayerCall
 from ..lazy import LazyMap
 from ..names import unknown_name
+from ..switch import chosen_compat
 from .scores import LazyScores
 
 __all__ = ["AttentionBase", "AttentionStore", "regiter_attention_editor_diffusers"]
@@ -168,7 +168,7 @@ def regiter_attention_editor_diffusers(
         TypeError: no editor.
         ValueError: layers that the UNet has not, or a UNet that another tool or session edits.
     """
-    check_compat(compat)
+    compat = chosen_compat(compat)
     if not callable(editor):
         raise TypeError(f"expected an editor, an AttentionBase, got {type(editor).__name__}")
 

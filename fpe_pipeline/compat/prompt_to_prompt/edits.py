@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...errors import EditWarning
+from ..switch import chosen_compat
 from . import seq_aligner
 from .controllers import AttentionStore
 from .local_blend import LocalBlend
@@ -66,7 +67,7 @@ class AttentionControlEdit(AttentionStore, abc.ABC):
         if self.batch_size < 2:
             raise ValueError(f"expected the source prompt and at least one target, got {self.batch_size} prompt(s)")
         self.cross_replace_steps, self.local_blend = cross_replace_steps, local_blend
-        self.tokenizer, self.self_tokens, self.compat = tokenizer, self_tokens, compat
+        self.tokenizer, self.self_tokens, self.compat = tokenizer, self_tokens, chosen_compat(compat)
         whole = self_replace_steps if isinstance(self_replace_steps, Sequence) else (0, self_replace_steps)
         self._latents_seen = False
         self.num_self_replace = int(num_steps * whole[0]), int(num_steps * whole[1])

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ..lazy import LazyMap
+from ..switch import chosen_compat
 from .word_tokens import Compat, tokens_of_words
 
 __all__ = ["LocalBlend"]
@@ -51,7 +52,8 @@ class LocalBlend:
     ) -> None:
         self.prompts, self.words, self.substruct_words = list(prompts), words, substruct_words
         self.th = (threshold, threshold) if th is None else tuple(th)
-        self.start_blend, self.tokenizer, self.compat = int(start_blend * num_steps), tokenizer, compat
+        self.start_blend, self.tokenizer = int(start_blend * num_steps), tokenizer
+        self.compat = chosen_compat(compat)
         self.counter = 0
 
     def prepare(self, tokenizer: Any) -> None:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..controlled import Compat, ControlledLayers, controlled_layers, register_controller
 from ..names import unknown_name
+from ..switch import chosen_compat
 from .seq_aligner import get_word_inds
 from .word_tokens import get_time_words_attention_alpha, update_alpha_time_word
 
@@ -133,6 +134,7 @@ def text2image_ldm_stable(
     Returns:
         Images or latents, and the noise that they came from [1, C, h, w].
     """
+    compat = chosen_compat(compat)
     if getattr(model, "text_encoder_2", None) is not None or getattr(model, "text_encoder", None) is None:
         raise ValueError(
             f"{type(model).__name__} is not conditioned on one text encoder's embeddings alone: register the "

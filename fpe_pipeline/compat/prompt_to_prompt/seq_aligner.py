@@ -11,6 +11,7 @@ import torch
 from ...prompts.alignment import Alignment, align_refine, align_replace
 from ...prompts.words import TokenizedPrompt, tokenize
 from ..names import unknown_name
+from ..switch import chosen_compat
 
 __all__ = [
     "get_mapper",
@@ -47,7 +48,7 @@ def get_mapper(
     Returns:
         mapper [max_len], int64, -1 where the token keeps its own column; alphas [max_len], float32, 0 there and else 1.
     """
-    alignment = align_refine(*_tokenized(x, y, tokenizer, max_len), compat)
+    alignment = align_refine(*_tokenized(x, y, tokenizer, max_len), chosen_compat(compat))
     mapper = torch.where(alignment.kept > 0, alignment.mapper.argmax(0), -1)
     return mapper, alignment.kept.float()
 
@@ -72,7 +73,7 @@ def get_replacement_mapper_(x: str, y: str, tokenizer: Any, max_len: int = 77, c
     Raises:
         ValueError: prompts of different numbers of words.
     """
-    return align_replace(*_tokenized(x, y, tokenizer, max_len), compat).mapper.float()
+    return align_replace(*_tokenized(x, y, tokenizer, max_len), chosen_compat(compat)).mapper.float()
 
 
 def get_replacement_mapper(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ...prompts.words import tokenize
+from ..switch import chosen_compat
 from .seq_aligner import get_word_inds
 
 __all__ = ["Compat", "WordFactors", "get_equalizer", "get_time_words_attention_alpha", "update_alpha_time_word"]
@@ -96,7 +97,7 @@ def get_equalizer(
     """
     words = (word_select,) if isinstance(word_select, int | str) else tuple(word_select)
     factors = WordFactors(text, words, tuple(float(value) for value in values))
-    return factors if tokenizer is None else factors.tensor(tokenizer, compat)
+    return factors if tokenizer is None else factors.tensor(tokenizer, chosen_compat(compat))
 
 
 def update_alpha_time_word(
@@ -136,6 +137,7 @@ def get_time_words_attention_alpha(
         max_num_words: tokens after padding, M.
         compat: ``"original"`` takes no notice of words that are in no target.
     """
+    compat = chosen_compat(compat)
     windows = dict(cross_replace_steps) if isinstance(cross_replace_steps, dict) else {"default_": cross_replace_steps}
     default = windows.pop("default_", (0.0, 1.0))
     alpha = torch.zeros(num_steps + 1, len(prompts) - 1, max_num_words)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ...edits.base import check_compat
 from ...models.adapter import is_guided
 from ...models.families import adapter_of
 from ...session.session import EditingSession
 from ..sessions import leave
+from ..switch import chosen_compat
 from .edit import SharedAttention, StyleAlignedArgs, groups_of
 from .norms import SharedGroupNorms
 
@@ -32,7 +32,7 @@ class Handler(AbstractContextManager["Handler"]):
     """
 
     def __init__(self, pipeline: Any, *, compat: str | None = None) -> None:
-        check_compat(compat)
+        compat = chosen_compat(compat)
         adapter = adapter_of(pipeline)
         if adapter.family != "unet":
             raise ValueError(
