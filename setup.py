@@ -33,6 +33,9 @@ PIPELINE = ["diffusers>=0.35", "transformers>=4.51", "safetensors>=0.4", "pillow
 PIPELINE += ["typer>=0.29", "rich>=13.7", "pydantic>=2.7"]
 # The page.
 APP = ["gradio>=6.20"]
+# Several workers, and measures by LPIPS; CLIP and DINO are read by transformers.
+CLUSTER = ["ray>=2.40"]
+METRICS = ["torchmetrics>=1.5", "torchvision>=0.21", "matplotlib>=3.8"]
 TRAIN = ["tokenizers>=0.20", "matplotlib>=3.8"]
 BENCH = ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=4"]
 # scipy: diffusers' LMS scheduler; peft: LoRA; accelerate: offloading and loading without a copy.
@@ -68,6 +71,8 @@ setup(
     extras_require={
         "pipeline": PIPELINE,
         "app": PIPELINE + APP,
+        "cluster": PIPELINE + CLUSTER,
+        "metrics": PIPELINE + METRICS,
         "train": PIPELINE + TRAIN,
         "bench": BENCH,
         "test": PIPELINE + APP + TRAIN + TEST,

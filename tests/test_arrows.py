@@ -28,7 +28,8 @@ ALLOWED = {
     "fpe_pipeline.runs": "ground images models edits session sampling inversion pipeline fpe_kernels",
     "fpe_pipeline.quality": "embedded ground images models edits session sampling inversion runs fpe_kernels",
     "fpe_pipeline.studio": "embedded ground images models edits session heatmaps inversion recordings runs",
-    "fpe_pipeline.app": "embedded ground images models edits runs quality studio fpe_kernels",
+    "fpe_pipeline.batches": "ground images models recordings runs",
+    "fpe_pipeline.app": "batches embedded ground images models edits runs quality studio fpe_kernels",
     "fpe_pipeline.embedded.training": "embedded ground images quality",
     "fpe_kernels.backends": "ready",
     "fpe_kernels.kept": "",
@@ -117,7 +118,7 @@ def test_floors(drawn, package):
 def test_the_drawing_says_the_same(drawn):
     text = arrows.drawing(drawn, "fpe_pipeline")
     assert text.startswith("fpe_pipeline: ") and "0 circles of modules, 0 circles of rooms" in text
-    assert "  app → quality, studio, runs" in text
+    assert "  app → batches, quality, studio, runs" in text
 
 
 PLANTED = {

@@ -23,10 +23,13 @@ PIPELINE = (
     "WordMask attention_sites ddim_scheduler editing flow_scheduler heat_maps make_edit"
 )
 TESTING = "TOLERANCE DenseLayer Difference EditCheck check_edit tiny_unet words_tokenizer"
-COMMANDS = ("app", "demo", "edit", "evaluate", "info")
+COMMANDS = ("app", "batch", "demo", "edit", "evaluate", "info")
 MACHINE = "--device --dtype --backend --quiet --traceback"
 OPTIONS = {
     "app": "--model -o --output --host --port --device --dtype --backend --traceback",
+    "batch": "--images -o --output --negative --inversion --inversion-guidance --inner-steps --early-stop --method "
+    "--option --self-replace --levels --max-tokens --layers --seed --steps --guidance --size --at-once --workers "
+    f"--cluster --model --threads --clip --dino --lpips --json jobs {MACHINE}",
     "demo": f"-o --output --steps {MACHINE}",
     "edit": "--source --target --negative --from --image --inversion --inversion-guidance --inner-steps --early-stop "
     "--method --option --self-replace --levels --max-tokens --layers --no-control --model --seed --steps --guidance "

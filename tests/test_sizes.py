@@ -13,7 +13,7 @@ FOLDERS = ("benchmarks", "docs", "examples", "fpe_kernels", "fpe_pipeline", "not
 LINES, FUNCTION, PARAMETERS = 400, 80, 12
 
 #: Modules of the command line; the function of the module's own name is the command.
-COMMANDS = {"fpe_pipeline/app/edit.py", "fpe_pipeline/app/evaluate.py"}
+COMMANDS = {"fpe_pipeline/app/batch.py", "fpe_pipeline/app/edit.py", "fpe_pipeline/app/evaluate.py"}
 
 #: Functions whose length or parameters are somebody else's choice.
 EXEMPT = {

@@ -15,7 +15,7 @@ import typer
 from pydantic import ValidationError
 
 from ..runs.sentences import meant, sentences
-from . import edit, evaluate, page
+from . import batch, edit, evaluate, page
 from .console import print_paths
 from .options import chosen, flag, prose
 
@@ -116,6 +116,7 @@ def _demo(output: Path, quiet: bool, given: dict[str, Any]) -> int:
 
 app.command(help=prose(edit.edit.__doc__), epilog=edit.EXAMPLES)(edit.edit)
 app.command(help=prose(evaluate.evaluate.__doc__), epilog=evaluate.EXAMPLES, cls=evaluate.ManyValues)(evaluate.evaluate)
+app.command(help=prose(batch.batch.__doc__), epilog=batch.EXAMPLES)(batch.batch)
 app.command("app", help=prose(page.page.__doc__), epilog=page.EXAMPLES)(page.page)
 
 

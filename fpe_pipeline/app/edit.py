@@ -13,7 +13,7 @@ from ..runs.settings import DTYPE_NAMES, INVERSIONS, Settings
 from .console import print_paths, say
 from .options import as_integers, as_layers, as_name_and_value, as_size, as_window, chosen, field, flag
 
-__all__ = ["BACKEND", "DEVICE", "DTYPE", "EXAMPLES", "QUIET", "TRACEBACK", "edit"]
+__all__ = ["BACKEND", "DEVICE", "DTYPE", "EXAMPLES", "JSON", "QUIET", "TRACEBACK", "edit"]
 
 EXAMPLES = r"""Examples:
 
@@ -44,6 +44,7 @@ DTYPE = _of(
     autocompletion=lambda: DTYPE_NAMES,
 )
 BACKEND = _of("backend", panel=_MACHINE, note="`fpe info` lists them; default: auto", metavar="NAME")
+JSON = flag("--json", panel=_MACHINE, text="say what came of it as one JSON object on standard output")
 QUIET = flag("--quiet", panel=_MACHINE, text="no progress on standard error")
 TRACEBACK = flag("--traceback", panel=_MACHINE, text="show the Python traceback of an error")
 

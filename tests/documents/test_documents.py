@@ -45,6 +45,8 @@ NOT_RUN = {
     "pytest benchmarks": "measures for minutes; tests/benchmarks runs each of its parts",
     "make notebooks": "writes the notebooks; test_notebooks.py runs them",
     "fpe app": "serves until it is ended; tests/pages visits it",
+    "fpe batch PIE-Bench": "needs PIE-Bench and weights; tests/pipeline/batches reads such lists and weights",
+    "fpe batch jobs.jsonl --workers": "needs Ray; tests/pipeline/batches/test_ray.py runs it",
     "fpe evaluate": "takes hours; its arguments are parsed, and test_quality.py runs it on few pairs",
 }
 FEW_STEPS = ["--steps", "5"]
@@ -73,13 +75,13 @@ def commands(language, text):
 
 def run_command(words):
     line = " ".join(words)
-    if words[:2] == ["fpe", "evaluate"]:
+    if words[:2] in (["fpe", "batch"], ["fpe", "evaluate"]):
         parsed(words[1:])
     if FEW_PAIRS in line or not any(line.startswith(beginning) for beginning in NOT_RUN):
         assert words[0] == "fpe", f"neither run nor listed in NOT_RUN: {line}"
         # As printed, but for the number of steps: fifty of them show no more than a few.
-        few = FEW_STEPS if words[1] == "edit" and not {"--steps", "--from"} & set(words) else []
-        quiet = ["--quiet"] if words[1] in ("demo", "edit") else []
+        few = FEW_STEPS if words[1] in ("batch", "edit") and not {"--steps", "--from"} & set(words) else []
+        quiet = ["--quiet"] if words[1] in ("batch", "demo", "edit") else []
         assert cli.main([*words[1:], *few, *quiet]) == 0, line
 
 

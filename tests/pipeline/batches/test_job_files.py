@@ -1,0 +1,149 @@
+"""Lists of edits are read as they are: ours, the paper's, PIE-Bench's; a bad row is one row."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fpe_pipeline.batches.job_files import read_jobs
+from fpe_pipeline.batches.jobs import BadRow, Job
+from fpe_pipeline.batches.masks import from_runs, mask_for
+from fpe_pipeline.errors import InputError
+
+SOURCE, TARGET, OTHER = "a red car", "a blue car", "a green car"
+
+
+def written(folder, name, content):
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def read(folder, name, content, **defaults):
+    return read_jobs(written(folder, name, content), defaults)
+
+
+def prompts(entries):
+    return [(entry.name, entry.settings.source, entry.target) for entry in entries]
+
+
+class TestOurs:
+    def test_lines_with_settings_of_their_own(self, tmp_path):
+        rows = [
+            {"name": "blue", "source": SOURCE, "target": TARGET, "seed": 3, "self_replace": 0.5, "kind": "colour"},
+            {"source": SOURCE, "targets": [TARGET, OTHER], "guidance": 5, "size": "64x128"},
+        ]
+        text = "\n".join(map(json.dumps, rows)) + "\n\n"
+        blue, first, second = read(tmp_path, "jobs.jsonl", text, steps=4, seed=1)
+        assert (blue.name, blue.kind, blue.settings.seed, blue.settings.steps) == ("blue", "colour", 3, 4)
+        assert blue.settings.self_replace == (0.0, 0.5) and not blue.settings.control
+        assert [first.name, second.name] == ["2-1", "2-2"] and (first.settings.seed, second.target) == (1, OTHER)
+        assert first.settings.guidance == 5.0 and first.settings.size == (64, 128)
+
+    @pytest.mark.parametrize("name", ["jobs.json", "jobs.yaml", "jobs.csv", "jobs.jsonl"])
+    def test_every_format_says_the_same(self, tmp_path, name):
+        rows = [{"source": SOURCE, "target": TARGET, "steps": 3, "options": {"start_step": 1}, "method": "masactrl"}]
+        content = {
+            "jobs.json": json.dumps(rows),
+            "jobs.yaml": "- source: a red car\n  target: a blue car\n  steps: 3\n  method: masactrl\n"
+            "  options: {start_step: 1}\n",
+            "jobs.csv": "source,target,steps,method,options,mask\n"
+            'a red car,a blue car,3,masactrl,"{""start_step"": 1}",\n',
+            "jobs.jsonl": json.dumps(rows[0]),
+        }[name]
+        (job,) = read(tmp_path, name, content)
+        assert (job.settings.steps, job.settings.options, job.mask) == (3, {"start_step": 1}, None)
+
+    @pytest.mark.parametrize(
+        ("row", "reason"),
+        [
+            ({"source": SOURCE}, "the target is missing: expected target or target_prompt or edit_prompt"),
+            ({"target": TARGET}, "the source is missing"),
+            ({"source": SOURCE, "target": TARGET, "sed": 1}, "nothing by the name of sed; did you mean seed?"),
+            ({"source": SOURCE, "target": TARGET, "steps": 0}, "steps must be at least 1, got 0"),
+            ({"source": SOURCE, "target": 3}, "must be text, got 3"),
+            ({"source": SOURCE, "target": TARGET, "edit_prompt": OTHER}, "the target is said twice"),
+            ({"source": SOURCE, "target": TARGET, "name": "a/b"}, "the name becomes a file"),
+            ({"source": SOURCE, "target": TARGET, "name": "Source"}, "that of a file beside the edits"),
+            ({"source": SOURCE, "target": TARGET, "name": "good"}, "taken by a row before it"),
+            ([1], r"expected names with values, got \[1\]"),
+            ("}", "no JSON"),
+        ],
+    )
+    def test_a_bad_row_is_that_row_alone(self, tmp_path, row, reason):
+        good = {"name": "good", "source": SOURCE, "target": TARGET}
+        lines = [json.dumps(good), row if row == "}" else json.dumps(row), json.dumps(good | {"name": "best"})]
+        first, bad, last = read(tmp_path, "jobs.jsonl", "\n".join(lines))
+        assert isinstance(first, Job) and isinstance(last, Job)
+        assert isinstance(bad, BadRow) and bad.name == "row 2"
+        with pytest.raises(AssertionError, match=reason):
+            raise AssertionError(bad.reason)
+
+    def test_a_row_of_a_csv_with_too_many_fields(self, tmp_path):
+        good, bad = read(tmp_path, "jobs.csv", "source,target\na,b\na,b,c\n")
+        assert isinstance(good, Job) and "number of fields" in bad.reason
+
+    @pytest.mark.parametrize(
+        ("name", "content", "reason"),
+        [
+            ("jobs.json", "[]", "asks for nothing"),
+            ("jobs.json", "{", "is damaged"),
+            ("jobs.json", "3", "got int"),
+            ("jobs.txt", "x", "expected a list of edits in .jsonl, .csv, .json or .yaml"),
+        ],
+    )
+    def test_a_file_that_is_no_list(self, tmp_path, name, content, reason):
+        with pytest.raises(InputError, match=reason):
+            read(tmp_path, name, content)
+        with pytest.raises(InputError, match="No such file"):
+            read_jobs(tmp_path / "missing.json", {})
+
+
+class TestPublished:
+    def test_cars_of_the_paper(self, tmp_path):
+        """Both lists: generated pictures have prompts alone, real ones a name."""
+        row = {"soure_prompt": "a red car", "edit_prompt": "a green car"}
+        assert prompts(read(tmp_path, "Car_fake_edit.json", [row])) == [("1", "a red car", "a green car")]
+        (job,) = read(tmp_path, "Car_real_edit.json", [{"image_name": "000141.jpg", **row}])
+        assert job.settings.image == str(tmp_path / "000141.jpg")
+
+    @pytest.mark.parametrize("place", ["n02088364/val_1.JPEG", "val_1.JPEG"])
+    def test_pictures_of_imagenet_by_class_folder_or_in_one(self, tmp_path, place):
+        picture = tmp_path / "pictures" / place
+        picture.parent.mkdir(parents=True)
+        picture.touch()
+        row = {"image_name": "n02088364/val_1.JPEG", "soure_prompt": "a beagle", "edit_prompt": "a basset"}
+        path = written(tmp_path, "ImageNet_real_edit.json", [row])
+        (job,) = read_jobs(path, {}, images=tmp_path / "pictures")
+        assert job.settings.image == str(picture)
+
+    def test_words_of_imagenet(self, tmp_path):
+        """The list that the paper's was made of: its prompt, and the rows of the test."""
+        row = {"": "3741", "path": "n1/a.JPEG", "source": "beagle", "source_id": "162", "target": "basset"}
+        rows = [row | {"target_id": "1", "is_test": said} for said in ("False", "True")]
+        (job,) = read(tmp_path, "ImageNet.json", rows)
+        assert (job.settings.source, job.target) == ("a photo of a beagle", "a photo of a basset")
+
+    def test_pie_bench(self, tmp_path):
+        (tmp_path / "annotation_images").mkdir()
+        entry = {
+            "image_path": "0_random_140/000000000000.jpg",
+            "original_prompt": "a slanted mountain bicycle on the road",
+            "editing_prompt": "a slanted [rusty] mountain bicycle on the road",
+            "editing_instruction": "Make the frame of the bike rusty",
+            "editing_type_id": "0",
+            "blended_word": "bicycle bicycle",
+            "mask": [513, 2],
+        }
+        (job,) = read(tmp_path, "mapping_file.json", {"000000000000": entry})
+        assert (job.name, job.kind, job.target) == ("000000000000", "0", "a slanted rusty mountain bicycle on the road")
+        assert job.settings.image == str(tmp_path / "annotation_images" / entry["image_path"])
+        mask = mask_for(job.mask, (512, 512))
+        border = np.zeros((512, 512), bool)
+        border[[0, -1], :] = border[:, [0, -1]] = True
+        assert np.array_equal(np.argwhere(mask & ~border), [[1, 1], [1, 2]]) and mask[border].all()
+
+    @pytest.mark.parametrize("runs", [[1], [512 * 512, 1], [-1, 2], [0, -3], [0.5, 1]])
+    def test_masks_that_are_none(self, runs):
+        with pytest.raises(InputError, match=r"expected a mask as pairs|has no run of"):
+            from_runs(runs)
