@@ -12,7 +12,7 @@ from typing import Any
 
 from ..models.loading import is_embedded
 
-__all__ = ["Clock", "machine", "repeatable", "threads_for", "versions"]
+__all__ = ["Clock", "arithmetic", "machine", "repeatable", "set_arithmetic", "threads_for", "versions"]
 
 
 def versions() -> dict[str, str | None]:
@@ -52,21 +52,32 @@ def threads_for(model: str, device: str) -> int | None:
     return 1 if small and "OMP_NUM_THREADS" not in os.environ else None
 
 
+def arithmetic() -> tuple[int, bool, bool]:
+    """How this process rounds just now: threads, and whether cuDNN is deterministic and tries algorithms out."""
+    import torch
+
+    return torch.get_num_threads(), torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+
+
+def set_arithmetic(values: tuple[int, bool, bool]) -> None:
+    """Round as :func:`arithmetic` said."""
+    import torch
+
+    threads, deterministic, benchmark = values
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, benchmark
+
+
 @contextlib.contextmanager
 def repeatable(threads: int | None) -> Iterator[None]:
     """Pin what would let two runs of the same settings round differently; put everything back afterwards."""
-    import torch
-
-    cudnn = torch.backends.cudnn
-    before = torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark
-    if threads is not None:
-        torch.set_num_threads(threads)
-    cudnn.deterministic, cudnn.benchmark = True, False
+    before = arithmetic()
+    set_arithmetic((before[0] if threads is None else threads, True, False))
     try:
         yield
     finally:
-        torch.set_num_threads(before[0])
-        cudnn.deterministic, cudnn.benchmark = before[1:]
+        set_arithmetic(before)
 
 
 class Clock:

@@ -7,7 +7,6 @@ of the result; what goes wrong here is in the server's log, and the visitor is t
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from .requests import Limits, fields_of, fields_read, new_seed, settings_of, wit
 from .sweeps import sweep
 from .uploads import admitted_photo, admitted_record
 from .visitors import Inverted, Look, Result, Visitor
-from .watched import Cancelled, Told, Watched, watch
+from .watched import Cancelled, Stopped, Told, Watched, go_on, watch
 
 __all__ = ["Desk"]
 
@@ -45,8 +44,6 @@ class Desk:
     models: Models
     root: Path
     limits: Limits = field(default_factory=Limits)
-    #: Seconds that a step of the latest run took for each of its prompts, by model and size.
-    _paces: dict[tuple[str, Any], float] = field(default_factory=dict, repr=False)
 
     def arrive(self) -> Visitor:
         """A page is opened."""
@@ -64,20 +61,20 @@ class Desk:
         return within(asked, self.limits)
 
     def estimate(self, *values: Any) -> str:
-        """How long the settings will take, as the latest run of their model went."""
+        """What the settings will take in time and memory; "" where they cannot be served."""
         try:
             settings = self.settings(values)
         except (InputError, TypeError, ValueError):
             return ""
-        pace = self._paces.get((settings.model, settings.size))
-        rows = (1 + len(settings.targets)) + settings.control * len(settings.targets)
-        return "" if pace is None else f"about {max(1, round(pace * rows * settings.steps))} s"
+        pace = self.models.pace(settings.model)
+        estimate = None if pace is None else pace.of(settings)
+        return "" if estimate is None else str(estimate)
 
     def targets(self, values: Sequence[Any]) -> list[str]:
         """The target prompts among the fields."""
         return [line.strip() for line in str(fields_read(values)[1]["targets"]).splitlines() if line.strip()]
 
-    # Long work: each yields (status, preview, what came of it or None).
+    # Long work: each yields what is shown; last what came of it, or that it stands still.
 
     def generate(self, visitor: Visitor, locked: bool, *values: Any) -> Iterator[Shown]:
         """The images of the fields; with a seed of its own unless the seed is locked."""
@@ -88,14 +85,7 @@ class Desk:
                 settings = settings.with_values(seed=new_seed())
             return lambda watched: work.generate(self.models, visitor, settings, watched)
 
-        for each in self._watched(visitor, begun):
-            if isinstance(each.made, Result):
-                made = each.made.run.settings
-                rows = (1 + len(made.targets)) + made.control * len(made.targets)
-                pace = each.made.seconds / (rows * made.steps)
-                asked = self.settings(values)
-                self._paces[asked.model, asked.size] = pace
-            yield each
+        yield from self._watched(visitor, "generate", begun)
 
     def invert(self, visitor: Visitor, inversion: str, *values: Any) -> Iterator[Shown]:
         """The visitor's photo, inverted and recorded."""
@@ -104,7 +94,7 @@ class Desk:
             settings = self._photo_settings(visitor, inversion, values)
             return lambda watched: work.invert_photo(self.models, visitor, settings, watched)
 
-        yield from self._watched(visitor, begun)
+        yield from self._watched(visitor, "invert", begun)
 
     def edit(self, visitor: Visitor, inversion: str, *values: Any) -> Iterator[Shown]:
         """Edits of the visitor's photo from its recording."""
@@ -113,7 +103,7 @@ class Desk:
             settings = self._photo_settings(visitor, inversion, values)
             return lambda watched: work.edit_photo(self.models, visitor, settings, watched)
 
-        yield from self._watched(visitor, begun)
+        yield from self._watched(visitor, "edit", begun)
 
     def look(self, visitor: Visitor) -> Iterator[Shown]:
         """The latest result made once more, with its maps read."""
@@ -123,7 +113,7 @@ class Desk:
                 raise InputError("there is no picture yet to look into: make one first")
             return lambda watched: work.look_inside(self.models, visitor, visitor.results[-1], watched)
 
-        yield from self._watched(visitor, begun)
+        yield from self._watched(visitor, "look", begun)
 
     def grid(self, visitor: Visitor, axis: str, *values: Any) -> Iterator[Shown]:
         """One result for each method, strength or window; a method that cannot serve the prompts is left out, named."""
@@ -132,7 +122,7 @@ class Desk:
             runs_of_it = sweep(self.settings(values), axis)
             return lambda watched: self._grid(visitor, runs_of_it, watched)
 
-        yield from self._watched(visitor, begun)
+        yield from self._watched(visitor, "grid", begun)
 
     def _grid(self, visitor: Visitor, asked: Sequence[tuple[str, Settings]], watched: Watched) -> Grid:
         tiles: list[tuple[Path, str, str]] = []
@@ -149,8 +139,24 @@ class Desk:
             tiles += [(result.folder / name, label, prompt) for name, (_, role, prompt) in files if role == "edited"]
         return Grid(tiles, refused)
 
+    def go_on(self, visitor: Visitor, what: str) -> Iterator[Shown]:
+        """The visitor's run of ``what`` (a method of this desk by name), from the step at which it stands still."""
+        watched = visitor.standing(what)
+        if watched is not None and watched.is_cancelled:
+            visitor.done(watched)
+            yield Shown(shown.alert("another model has taken the place of this run's: begin it anew"))
+        elif watched is None or not watched.is_stopped:
+            yield Shown(shown.note("nothing stands still here"))
+        else:
+            yield from self._followed(visitor, watched, go_on(watched))
+
+    def stop(self, visitor: Visitor | None) -> str:
+        """Let the visitor's run stand still after its next step."""
+        running = visitor is not None and visitor.stop()
+        return shown.note("stopping at the next step" if running else "nothing is running")
+
     def cancel(self, visitor: Visitor | None) -> str:
-        """End the visitor's run at its next step."""
+        """End the visitor's run at its next step, or where it stands still."""
         running = visitor is not None and visitor.cancel()
         return shown.note("ending at the next step" if running else "nothing is running")
 
@@ -205,16 +211,28 @@ class Desk:
             raise InputError("there is no photo yet: drop one first")
         return self.settings(values, visitor.photo).with_values(inversion=inversion)
 
-    def _watched(self, visitor: Visitor, begun: Callable[[], Callable[[Watched], Any]]) -> Iterator[Shown]:
-        start = time.monotonic()
+    def _watched(self, visitor: Visitor, what: str, begun: Callable[[], Callable[[Watched], Any]]) -> Iterator[Shown]:
         try:
             doing = begun()
-            yield Shown(shown.note("waiting for the model"))
-            for told in watch(doing, visitor.begin()):
-                if isinstance(told, Told):
-                    yield Shown(shown.progress(told), told.preview)
+        except (InputError, TypeError) as error:
+            yield Shown(shown.alert(str(error)))
+            return
+        yield Shown(shown.note("waiting for the model"))
+        watched = visitor.begin(what)
+        yield from self._followed(visitor, watched, watch(doing, watched))
+
+    def _followed(self, visitor: Visitor, watched: Watched, told: Iterator[Any]) -> Iterator[Shown]:
+        preview: Sequence[Image.Image] = ()
+        try:
+            for each in told:
+                if isinstance(each, Told):
+                    preview = each.preview
+                    yield Shown(shown.progress(each), preview)
+                elif isinstance(each, Stopped):
+                    yield Shown(shown.stopped(each.at), preview, stands_still=True)
                 else:
-                    yield Shown(shown.note(f"done in {time.monotonic() - start:.1f} s"), made=told)
+                    self._learn(each)
+                    yield Shown(shown.note(f"done in {watched.seconds:.1f} s"), made=each)
         except Cancelled:
             yield Shown(shown.note("cancelled; nothing was kept"))
         except (InputError, TypeError) as error:
@@ -222,6 +240,16 @@ class Desk:
         except Exception as error:
             logger.exception("a request of the page failed")
             yield Shown(shown.alert(f"this failed on the server ({type(error).__name__}); its log says where"))
+        finally:
+            if not watched.is_stopped:
+                visitor.done(watched)
+
+    def _learn(self, made: Any) -> None:
+        """How fast the model is, of a run that generated its source."""
+        if isinstance(made, Result) and made.run.photo is None:
+            pace = self.models.pace(made.model)
+            if pace is not None:
+                pace.learn(made.run.settings, made.seconds)
 
 
 @dataclass(frozen=True)
@@ -240,8 +268,10 @@ class Shown:
         status: HTML.
         preview: the targets so far.
         made: what came of it, once.
+        stands_still: whether it was stopped and can go on.
     """
 
     status: str
     preview: Sequence[Image.Image] = ()
     made: Any = None
+    stands_still: bool = False

@@ -1,23 +1,51 @@
-"""The models of a server: one in memory at a time, one run at a time."""
+"""The models of a server: one in memory at a time, one run at a time.
+
+A run that stands still holds a twin of the pipeline, with its edit in the layers, and no lock: others use the model
+meanwhile. Where another model is to be loaded, runs that stand still end, for two do not fit everywhere.
+"""
 
 from __future__ import annotations
 
 import gc
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..embedded.scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS
 from ..errors import InputError
 from ..models.loading import EMBEDDED, find_model, identity, is_embedded, pick_device, pick_dtype
 from ..models.sites import attention_sites
+from ..models.twins import twin
 from ..runs.loading import load_pipeline
 from ..runs.making import Loaded
+from ..runs.repeatable import arithmetic, repeatable, set_arithmetic, threads_for
+from .estimates import ModelPace
+from .watched import Watched
 
 __all__ = ["Models", "choices_of", "vocabulary"]
+
+
+#: Seconds between two looks of a run that goes on at whether it was ended meanwhile.
+_TURN = 0.05
+
+
+@dataclass
+class _Hold:
+    """Whether the lock is to be released by the run that took it."""
+
+    is_mine: bool = True
+
+
+@dataclass(eq=False)
+class _Standing:
+    """A run that stands still: what ends it, its thread, and whether it was ended to make room."""
+
+    end: Callable[[], None]
+    thread: threading.Thread
+    is_ended: bool = False
 
 
 @dataclass
@@ -35,6 +63,8 @@ class Models:
     backend: str = "auto"
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     _loaded: tuple[str, Loaded] | None = field(default=None, init=False, repr=False)
+    _standing: list[_Standing] = field(default_factory=list, init=False, repr=False)
+    _paces: dict[str, ModelPace] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in self.names:
@@ -48,20 +78,55 @@ class Models:
         return {"device": self.device, "dtype": self.dtype, "backend": self.backend}
 
     @contextmanager
-    def use(self, name: str) -> Iterator[Loaded]:
+    def use(self, name: str, watched: Watched | None = None) -> Iterator[Loaded]:
         """A loaded model for the time of a block; others wait. After an error no memory of the run is kept.
+
+        Args:
+            name: of the model.
+            watched: of the run, which may stop in the block; it is given a twin of the model, and others use the model
+                while it stands still.
 
         Raises:
             InputError: none of the server's models.
         """
         self.check(name)
-        with self._lock:
-            try:
-                yield self._load(name)
-            except BaseException as error:
-                traceback.clear_frames(error.__traceback__)  # whose variables are the run's tensors
-                _free(self.device)
-                raise
+        self._lock.acquire()
+        hold = _Hold()
+        try:
+            loaded = self._load(name)
+            if watched is not None:
+                outside = arithmetic()
+                watched.aside = lambda end: self._aside(end, hold, outside)
+                loaded = replace(loaded, pipe=twin(loaded.pipe))
+            yield loaded
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # whose variables are the run's tensors
+            _free(self.device)
+            raise
+        finally:
+            if watched is not None:
+                watched.aside = lambda end: nullcontext()
+            if hold.is_mine:
+                self._lock.release()
+
+    @contextmanager
+    def _aside(self, end: Callable[[], None], hold: _Hold, outside: Any) -> Iterator[None]:
+        """Others use the models in this block, in a run that holds them; it may be ended from there."""
+        inside = arithmetic()
+        set_arithmetic(outside)
+        standing = _Standing(end, threading.current_thread())
+        self._standing.append(standing)
+        self._lock.release()
+        try:
+            yield
+        finally:
+            while not (standing.is_ended or self._lock.acquire(timeout=_TURN)):
+                pass
+            if standing.is_ended:
+                hold.is_mine = False  # who ended it holds the lock, and waits for this thread
+            else:
+                self._standing.remove(standing)
+            set_arithmetic(inside)
 
     def check(self, name: str) -> str:
         """The name; raises InputError unless it is one of the server's."""
@@ -74,13 +139,25 @@ class Models:
         kept = self._loaded
         return kept[1].identity if kept is not None and kept[0] == name else None
 
+    def pace(self, name: str) -> ModelPace | None:
+        """How fast a model is that was loaded before; None of others."""
+        return self._paces.get(name)
+
     def _load(self, name: str) -> Loaded:
         if self._loaded is not None and self._loaded[0] == name:
             return self._loaded[1]
         self._loaded = None  # before the next: two do not fit everywhere
+        for standing in self._standing:
+            standing.is_ended = True
+            standing.end()
+            standing.thread.join()
+        self._standing.clear()
         _free(self.device)
         pipe = load_pipeline(find_model(name), dtype=pick_dtype(self.dtype, self.device), device=self.device)
         self._loaded = (name, Loaded(pipe, identity(pipe)))
+        if name not in self._paces:
+            with repeatable(threads_for(name, self.device)):
+                self._paces[name] = ModelPace(pipe)
         return self._loaded[1]
 
 

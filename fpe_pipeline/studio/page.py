@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -10,23 +10,16 @@ import gradio as gr
 from ..runs.settings import INVERSIONS, Settings
 from . import recipe as recipes
 from . import shown
-from .desk import Desk, Grid
+from .desk import Desk, Grid, Shown
+from .events import LONG, QUICK, Halt
+from .inside_tab import inside_tab
 from .models import choices_of, vocabulary
 from .recipe import Recipe
 from .sweeps import AXES
-from .visitors import Inverted, Look, Result, Visitor
+from .visitors import Inverted, Result, Visitor
 
 __all__ = ["build"]
 
-#: Of events that answer at once.
-QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-#: Of events that run the model: one at a time, whoever asks.
-LONG: dict[str, Any] = {
-    "concurrency_limit": 1,
-    "concurrency_id": "model",
-    "show_progress": "hidden",
-    "api_visibility": "private",
-}
 _HEAD = """<header class="fpe-head"><h1>fpe studio</h1>
 <p>Change the words, keep the picture. Everything runs on the machine that serves this page.</p></header>"""
 _CHOOSE = """
@@ -52,17 +45,21 @@ def build(desk: Desk) -> gr.Blocks:
                 recipe = recipes.build(desk.models.names, layers, vocabulary(name), desk.limits)
             with gr.Column(scale=7, min_width=320), gr.Tabs(overflow_behavior="wrap"):
                 with gr.Tab("Generate", id="generate"):
-                    _generate_tab(desk, visitor, recipe)
+                    estimated, estimate = _generate_tab(desk, visitor, recipe)
                 with gr.Tab("Photo", id="photo"):
                     _photo_tab(desk, visitor, recipe)
                 with gr.Tab("Compare", id="compare") as compare:
                     _compare_tab(desk, visitor, recipe, compare)
                 with gr.Tab("Look inside", id="inside") as inside:
-                    _inside_tab(desk, visitor, inside)
+                    inside_tab(desk, visitor, inside)
                 with gr.Tab("History", id="history") as history:
                     _history_tab(desk, visitor, recipe, history)
         _comings_and_goings(desk, page, visitor)
-        recipe.model.input(lambda model: _layers_of(desk, model), recipe.model, recipe.fields["layers"], **LONG)
+        page.load(estimated, recipe.inputs, estimate, **QUICK)
+        chosen = recipe.model.input(
+            lambda model: _layers_of(desk, model), recipe.model, recipe.fields["layers"], **LONG
+        )
+        chosen.then(estimated, recipe.inputs, estimate, **QUICK)
     return page
 
 
@@ -117,28 +114,40 @@ def _result_values(result: Result | None) -> list[Any]:
     ]
 
 
-def _generate_tab(desk: Desk, visitor: Any, recipe: Recipe) -> None:
+def _generate_tab(desk: Desk, visitor: Any, recipe: Recipe) -> tuple[Callable[..., str], Any]:
+    """The tab; what makes its estimate from the fields, and where that stands."""
     with gr.Row():
         run = gr.Button("Generate", variant="primary", elem_id="run", scale=3)
-        cancel = gr.Button("Cancel", elem_id="cancel", scale=1, min_width=90)
-    estimate = gr.HTML()
+        halt = Halt.build("generate")
+    estimate = gr.HTML(elem_id="estimate")
     status = gr.HTML(elem_id="status")
     preview = gr.HTML()
     view = _result_view()
 
     def generate(visitor: Visitor, locked: bool, *values: Any) -> Iterator[list[Any]]:
-        for each in desk.generate(visitor, locked, *values):
+        yield from told(desk.generate(visitor, locked, *values), values)
+
+    def go_on(visitor: Visitor, *values: Any) -> Iterator[list[Any]]:
+        yield from told(desk.go_on(visitor, "generate"), values)
+
+    def told(steps: Iterator[Shown], values: Sequence[Any]) -> Iterator[list[Any]]:
+        for each in steps:
             seed = gr.skip() if each.made is None else each.made.run.settings.seed
             so_far = shown.preview(each.preview, desk.targets(values))
-            yield [each.status, so_far, seed, *_result_values(each.made)]
+            yield [each.status, halt.shows(each), so_far, seed, *_result_values(each.made)]
 
-    outputs = [status, preview, recipe.fields["seed"], *view]
-    run.click(generate, [visitor, recipe.locked, *recipe.inputs], outputs, **LONG).then(
-        lambda *values: shown.note(desk.estimate(*values)), recipe.inputs, estimate, **QUICK
-    )
-    timed = [recipe.fields[name].change for name in ("steps", "targets", "control")]
-    gr.on(timed, lambda *values: shown.note(desk.estimate(*values)), recipe.inputs, estimate, **QUICK)
-    cancel.click(desk.cancel, visitor, status, **QUICK)
+    def estimated(*values: Any) -> str:
+        return shown.note(desk.estimate(*values))
+
+    outputs = [status, halt.go_on, preview, recipe.fields["seed"], *view]
+    made = run.click(generate, [visitor, recipe.locked, *recipe.inputs], outputs, **LONG)
+    gone_on = halt.go_on.click(go_on, [visitor, *recipe.inputs], outputs, **LONG)
+    costly = [recipe.fields[name].change for name in ("steps", "targets", "control", "guidance", "size")]
+    gr.on(costly, estimated, recipe.inputs, estimate, **QUICK)
+    for end in (made, gone_on):
+        end.then(estimated, recipe.inputs, estimate, **QUICK)
+    halt.wire(desk, visitor, status)
+    return estimated, estimate
 
 
 def _photo_tab(desk: Desk, visitor: Any, recipe: Recipe) -> None:
@@ -153,7 +162,7 @@ def _photo_tab(desk: Desk, visitor: Any, recipe: Recipe) -> None:
     with gr.Row():
         invert = gr.Button("Invert", variant="primary", elem_id="invert")
         edit = gr.Button("Edit", variant="primary", elem_id="edit")
-        cancel = gr.Button("Cancel", min_width=90)
+        halt = Halt.build("photo")
     status = gr.HTML(shown.note("the source prompt says what the photo shows"), elem_id="photo-status")
     view = _result_view()
 
@@ -163,28 +172,40 @@ def _photo_tab(desk: Desk, visitor: Any, recipe: Recipe) -> None:
         return [said, fresh, gr.update(value=None, visible=False), None]
 
     def inverted(visitor: Visitor, method: str, *values: Any) -> Iterator[list[Any]]:
-        for each in desk.invert(visitor, method, *values):
-            made: Inverted | None = each.made
-            if made is None:
-                yield [each.status, gr.skip(), gr.skip()]
-                continue
-            held = shown.size_in_words(made.recording.nbytes)
-            text = f"inverted in {made.seconds:.1f} s: {made.psnr:.1f} dB; {held} recorded for any number of edits"
-            label = f"As it comes back, {made.psnr:.1f} dB"
-            yield [
-                shown.note(text),
-                gr.update(value=made.cut, visible=True),
-                gr.update(value=made.back, label=label, visible=True),
-            ]
+        yield from told(desk.invert(visitor, method, *values))
 
     def edited(visitor: Visitor, method: str, *values: Any) -> Iterator[list[Any]]:
-        for each in desk.edit(visitor, method, *values):
-            yield [each.status, *_result_values(each.made)]
+        yield from told(desk.edit(visitor, method, *values))
+
+    def go_on(visitor: Visitor) -> Iterator[list[Any]]:
+        yield from told(desk.go_on(visitor, "edit" if visitor.standing("edit") else "invert"))
+
+    def told(steps: Iterator[Shown]) -> Iterator[list[Any]]:
+        for each in steps:
+            found = each.made if isinstance(each.made, Inverted) else None
+            result = each.made if isinstance(each.made, Result) else None
+            said = each.status if found is None else shown.note(_inverted_in_words(found))
+            yield [said, halt.shows(each), *_inverted_values(found), *_result_values(result)]
 
     upload.upload(receive, [visitor, upload], [status, photo, back, upload], **QUICK)
-    invert.click(inverted, [visitor, inversion, *recipe.inputs], [status, photo, back], **LONG)
-    edit.click(edited, [visitor, inversion, *recipe.inputs], [status, *view], **LONG)
-    cancel.click(desk.cancel, visitor, status, **QUICK)
+    outputs = [status, halt.go_on, photo, back, *view]
+    invert.click(inverted, [visitor, inversion, *recipe.inputs], outputs, **LONG)
+    edit.click(edited, [visitor, inversion, *recipe.inputs], outputs, **LONG)
+    halt.go_on.click(go_on, visitor, outputs, **LONG)
+    halt.wire(desk, visitor, status)
+
+
+def _inverted_in_words(made: Inverted) -> str:
+    held = shown.size_in_words(made.recording.nbytes)
+    return f"inverted in {made.seconds:.1f} s: {made.psnr:.1f} dB; {held} recorded for any number of edits"
+
+
+def _inverted_values(made: Inverted | None) -> list[Any]:
+    """The photo as it was cut, and as it comes back."""
+    if made is None:
+        return [gr.skip()] * 2
+    label = f"As it comes back, {made.psnr:.1f} dB"
+    return [gr.update(value=made.cut, visible=True), gr.update(value=made.back, label=label, visible=True)]
 
 
 def _compare_tab(desk: Desk, visitor: Any, recipe: Recipe, tab: Any) -> None:
@@ -196,7 +217,7 @@ def _compare_tab(desk: Desk, visitor: Any, recipe: Recipe, tab: Any) -> None:
     axis = gr.Radio(list(AXES), value="windows", label="over", elem_id="axis")
     with gr.Row():
         make = gr.Button("Make grid", variant="primary", elem_id="grid", min_width=110)
-        cancel = gr.Button("Cancel", min_width=90)
+        halt = Halt.build("grid")
     status = gr.HTML(elem_id="grid-status")
     grid = gr.HTML(elem_id="grid-tiles")
 
@@ -215,17 +236,24 @@ def _compare_tab(desk: Desk, visitor: Any, recipe: Recipe, tab: Any) -> None:
         return shown.before_and_after(pictures[first], pictures[second], (first, second))
 
     def gridded(visitor: Visitor, axis: str, *values: Any) -> Iterator[list[Any]]:
-        for each in desk.grid(visitor, axis, *values):
+        yield from told(desk.grid(visitor, axis, *values))
+
+    def go_on(visitor: Visitor) -> Iterator[list[Any]]:
+        yield from told(desk.go_on(visitor, "grid"))
+
+    def told(steps: Iterator[Shown]) -> Iterator[list[Any]]:
+        for each in steps:
             if not isinstance(each.made, Grid):
-                yield [each.status, gr.skip()]
+                yield [each.status, halt.shows(each), gr.skip()]
                 continue
             refused = "".join(map(shown.alert, each.made.refused))
-            yield [each.status + refused, shown.tiles(each.made.tiles)]
+            yield [each.status + refused, halt.shows(each), shown.tiles(each.made.tiles)]
 
     tab.select(opened, visitor, [left, right, slider], **QUICK)
     gr.on([left.input, right.input], compared, [visitor, left, right], slider, **QUICK)
-    make.click(gridded, [visitor, axis, *recipe.inputs], [status, grid], **LONG)
-    cancel.click(desk.cancel, visitor, status, **QUICK)
+    make.click(gridded, [visitor, axis, *recipe.inputs], [status, halt.go_on, grid], **LONG)
+    halt.go_on.click(go_on, visitor, [status, halt.go_on, grid], **LONG)
+    halt.wire(desk, visitor, status)
 
 
 def _pictures(visitor: Visitor) -> list[tuple[str, Any]]:
@@ -235,90 +263,6 @@ def _pictures(visitor: Visitor) -> list[tuple[str, Any]]:
         for result in reversed(visitor.results)
         for image, role, prompt in result.run.files().values()
     ]
-
-
-def _inside_tab(desk: Desk, visitor: Any, tab: Any) -> None:
-    with gr.Row():
-        read = gr.Button("Read the maps of the latest picture", variant="primary", elem_id="look", scale=3)
-        cancel = gr.Button("Cancel", min_width=90, scale=1)
-    status = gr.HTML(elem_id="look-status")
-    which = gr.Radio([], label="Picture", visible=False, elem_id="which")
-    word = gr.Radio([], label="Where a word acts", visible=False, elem_classes="fpe-words", elem_id="words")
-    with gr.Row():
-        with gr.Column(min_width=240, visible=False) as left:
-            gr.HTML('<p class="fpe-label">Click a place to see what it attends to</p>')
-            heat = gr.Image(interactive=False, buttons=[], show_label=False, container=False, elem_id="heat")
-        with gr.Column(min_width=240, visible=False) as right:
-            gr.HTML('<p class="fpe-label">Principal components of self-attention</p>')
-            parts = gr.Image(interactive=False, buttons=[], show_label=False, container=False, elem_id="components")
-    with gr.Row(visible=False) as by_hand:
-        x = gr.Number(0, label="Place x, px", precision=0, minimum=0, min_width=90)
-        y = gr.Number(0, label="Place y, px", precision=0, minimum=0, min_width=90)
-        place = gr.Button("Show this place", min_width=120)
-    memory = gr.HTML()
-    table = gr.HTML(elem_id="report")
-
-    def opened(visitor: Visitor) -> list[Any]:
-        report = visitor.results[-1].run.report if visitor.results else None
-        return [shown.memory_bar(report), shown.report_table(report) if visitor.results else ""]
-
-    def looked(visitor: Visitor) -> Iterator[list[Any]]:
-        for each in desk.look(visitor):
-            look: Look | None = each.made
-            if look is None:
-                yield [each.status] + [gr.skip()] * 7
-                continue
-            names = [("source", 0), *((f"target {number}", number) for number in range(1, len(look.images)))]
-            yield [
-                each.status,
-                gr.update(choices=names, value=0, visible=True),
-                gr.update(choices=list(look.words), value=None, visible=True),
-                *(shown.enlarged(picture) for picture in (look.images[0], _components(look, 0))),
-                *[gr.update(visible=True)] * 3,
-            ]
-
-    def heated(visitor: Visitor, image: int, chosen: str | None) -> list[Any]:
-        look = _look(visitor)
-        picture, said = look.images[image], ""
-        if chosen is not None:
-            try:
-                picture = look.maps.overlay(look.maps.word(chosen, image), picture)
-                said = shown.note(f"where {chosen!r} acts")
-            except ValueError:
-                said = shown.note(f"{chosen!r} is not a word of this picture's prompt")
-        return [said, shown.enlarged(picture), shown.enlarged(_components(look, image))]
-
-    def placed(visitor: Visitor, image: int, x: float, y: float) -> list[Any]:
-        look = _look(visitor)
-        try:
-            map_of_it = look.maps.pixel((x, y), image)
-        except ValueError as error:
-            return [shown.alert(str(error)), gr.skip()]
-        said = shown.note(f"what the place {x:.0f}, {y:.0f} attends to")
-        return [said, shown.enlarged(look.maps.overlay(map_of_it, look.images[image]))]
-
-    def clicked(visitor: Visitor, image: int, event: gr.SelectData) -> list[Any]:
-        picture = _look(visitor).images[image]
-        scale = shown.enlarged(picture).width / picture.width
-        x, y = (int(place / scale) for place in event.index[:2])
-        return [*placed(visitor, image, x, y), x, y]
-
-    tab.select(opened, visitor, [memory, table], **QUICK)
-    read.click(looked, visitor, [status, which, word, heat, parts, left, right, by_hand], **LONG)
-    gr.on([which.input, word.input], heated, [visitor, which, word], [status, heat, parts], **QUICK)
-    heat.select(clicked, [visitor, which], [status, heat, x, y], **QUICK)
-    place.click(placed, [visitor, which, x, y], [status, heat], **QUICK)
-    cancel.click(desk.cancel, visitor, status, **QUICK)
-
-
-def _components(look: Look, image: int) -> Any:
-    return shown.components_picture(look.maps, image, look.images[image].size)
-
-
-def _look(visitor: Visitor) -> Look:
-    if visitor.look is None:
-        raise gr.Error("the maps were not read yet", print_exception=False)
-    return visitor.look
 
 
 def _history_tab(desk: Desk, visitor: Any, recipe: Recipe, tab: Any) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "preview",
     "progress",
     "report_table",
+    "stopped",
     "tiles",
 ]
 
@@ -54,6 +55,11 @@ def progress(told: Told) -> str:
         f'<div class="fpe-progress"><progress max="{told.total}" value="{told.done}" aria-label="{escape(told.title)}">'
         f"</progress><span>{escape(str(told))}</span></div>"
     )
+
+
+def stopped(told: Told) -> str:
+    """The bar of a run that stands still."""
+    return progress(Told(f"stopped; {told.title}", told.done, told.total))
 
 
 def before_and_after(before: Image.Image, after: Image.Image, labels: tuple[str, str]) -> str:

@@ -30,10 +30,11 @@ MOST_RESULTS = 60
 
 @dataclass(frozen=True)
 class Result:
-    """A run that was made, and where its files are."""
+    """A run that was made, of which of the server's models, where its files are, and what it took."""
 
     number: int
     run: runs.Run
+    model: str
     folder: Path
     seconds: float
 
@@ -90,29 +91,45 @@ class Visitor:
     look: Look | None = None
     _made: int = 0
     _watched: Watched | None = None
+    _what: str = ""
 
     def __post_init__(self) -> None:
         self.folder = self.root / secrets.token_urlsafe(12)
 
-    def begin(self) -> Watched:
-        """A run begins; one that still goes on for this visitor is ended."""
+    def begin(self, what: str = "") -> Watched:
+        """A run of ``what`` begins; one that still goes on for this visitor, or stands still, is ended."""
         self.cancel()
-        self._watched = Watched()
+        self._watched, self._what = Watched(), what
         return self._watched
 
+    def stop(self) -> bool:
+        """Let the run that goes on stand still; whether there was one."""
+        if self._watched is not None:
+            self._watched.stop()
+        return self._watched is not None
+
+    def standing(self, what: str) -> Watched | None:
+        """The run of ``what`` that was begun last, if it stands still or was ended meanwhile."""
+        return self._watched if self._what == what else None
+
+    def done(self, watched: Watched) -> None:
+        """A run has ended by itself."""
+        if self._watched is watched:
+            self._watched = None
+
     def cancel(self) -> bool:
-        """End the run that goes on; whether there was one."""
+        """End the run that goes on, or stands still; whether there was one."""
         watched, self._watched = self._watched, None
         if watched is not None:
             watched.cancel()
         return watched is not None
 
-    def keep(self, run: runs.Run, seconds: float) -> Result:
+    def keep(self, run: runs.Run, model: str, seconds: float) -> Result:
         """Write a run into a folder of its own and remember it."""
         self._made += 1
         folder = self.folder / f"{self._made:03d}"
         runs.write(run, folder)
-        result = Result(self._made, run, folder, seconds)
+        result = Result(self._made, run, model, folder, seconds)
         self.results = [*self.results, result][-MOST_RESULTS:]
         return result
 

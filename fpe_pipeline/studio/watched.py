@@ -1,4 +1,9 @@
-"""A run that is watched: how far it is, what the pictures look like so far, and the wish to end it."""
+"""A run that is watched: how far it is, what the pictures look like so far, and the wish to stop or end it.
+
+A run that is stopped stands still in its thread, at the end of a step, with everything it holds: latents, the
+scheduler's memory, heat that an edit has summed. What it shares with other runs it gives out of its hands meanwhile.
+Going on is therefore the same run to the bit, whatever its method.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +20,7 @@ from PIL import Image
 
 from ..runs.progress import Progress
 
-__all__ = ["Cancelled", "Told", "Watched", "watch"]
+__all__ = ["Cancelled", "Stopped", "Told", "Watched", "go_on", "watch"]
 
 #: Share of a run's time that its previews may take.
 _SHARE = 0.15
@@ -47,70 +53,154 @@ class Told:
         return f"{self.title}: step {self.done} of {self.total}{left}"
 
 
+@dataclass(frozen=True)
+class Stopped:
+    """A run stands still; ``at`` is how far it has come."""
+
+    at: Told
+
+
 class Watched(Progress):
-    """What a run tells its progress to; it ends the run at the step after :meth:`cancel`."""
+    """What a run tells its progress to; it stops the run, or ends it, at its next step.
+
+    Args:
+        aside: entered while the run stands still, with a call that ends it; gives back what others may use meanwhile,
+            and takes it again.
+    """
 
     def __init__(self) -> None:
+        self.aside: Callable[[Callable[[], None]], AbstractContextManager[object]] = lambda end: nullcontext()
         self.told: queue.SimpleQueue[Told] = queue.SimpleQueue()
-        self._cancelled = threading.Event()
-        self._begun, self._first, self._spent = 0.0, 0, 0.0
+        self._wish = threading.Condition()
+        self._cancelled = self._to_stop = False
+        self._stopped: Stopped | None = None
+        self._outcome: list[Any] = []
+        self._thread: threading.Thread | None = None
+        self._begun, self._previewed, self._stood_still = 0.0, 0.0, 0.0
         self._start = time.monotonic()
         self._preview: tuple[Image.Image, ...] = ()
 
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time that it stood still."""
+        return time.monotonic() - self._start - self._stood_still
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the run stands still."""
+        return self._stopped is not None
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the run ends, or has ended, before its time."""
+        return self._cancelled
+
     def cancel(self) -> None:
-        """End the run at its next step."""
-        self._cancelled.set()
+        """End the run at its next step; one that stands still, at once."""
+        with self._wish:
+            self._cancelled = True
+            self._wish.notify_all()
+
+    def stop(self) -> None:
+        """Let the run stand still after its next step, until :meth:`go_on`."""
+        with self._wish:
+            self._to_stop = True
+
+    def go_on(self) -> None:
+        """Let a run that stands still go on."""
+        with self._wish:
+            self._to_stop, self._stopped = False, None
+            self._wish.notify_all()
+
+    def begin(self, work: Callable[[Watched], Any]) -> None:
+        """Do some work in a thread of its own."""
+
+        def worked() -> None:
+            try:
+                self._outcome.extend((True, work(self)))
+            except Cancelled:
+                self._outcome.extend((False, Cancelled()))  # another: the traceback of this one holds the run's tensors
+            except BaseException as error:
+                self._outcome.extend((False, error))
+
+        self._thread = threading.Thread(target=worked, name="fpe-run", daemon=True)
+        self._thread.start()
+
+    def follow(self) -> Iterator[Told | Stopped | Any]:
+        """What the work tells; last what it returns, or that it stands still.
+
+        Where the reader stops reading before, the work is cancelled and waited for: no run goes on
+        that nobody looks at.
+
+        Raises:
+            Cancelled: it was.
+            Exception: whatever the work raised.
+        """
+        assert self._thread is not None
+        stopped = None
+        try:
+            while self._thread.is_alive() and stopped is None:
+                latest = _latest(self.told)
+                if latest is not None:
+                    yield latest
+                self._thread.join(_TURN)
+                stopped = self._stopped
+        finally:
+            if stopped is None:
+                self.cancel()
+                self._thread.join()
+        if stopped is not None:
+            yield stopped
+            return
+        (done, value), self._outcome = self._outcome, []
+        if not done:
+            raise value
+        yield value
 
     def tell(self, title: str, done: int, total: int) -> None:
-        if self._cancelled.is_set():
+        if self._cancelled:
             raise Cancelled
         now = time.monotonic()
         if done == 0:
             self._begun = now
         left = (now - self._begun) / done * (total - done) if done > 1 else None
-        self.told.put(Told(title, done, total, left, self._preview))
+        told = Told(title, done, total, left, self._preview)
+        self.told.put(told)
+        if self._to_stop and done:
+            self._stand_still(told)
+
+    def _stand_still(self, told: Told) -> None:
+        begun = time.monotonic()
+        with self.aside(self.cancel), self._wish:
+            if self._to_stop:
+                self._stopped = Stopped(told)
+            self._wish.wait_for(lambda: self._cancelled or not self._to_stop)
+            self._stopped = None
+        stood = time.monotonic() - begun
+        self._stood_still += stood
+        self._begun += stood
+        if self._cancelled:
+            raise Cancelled
 
     def on_step(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """``callback_on_step_end``: decode what there is so far, as long as that takes a small share of the time."""
         begun = time.monotonic()
-        if self._spent <= _SHARE * (begun - self._start):
+        if self._previewed <= _SHARE * self.seconds:
             self._preview = _decoded(pipe, tensors["latents"][1:])
-            self._spent += time.monotonic() - begun
+            self._previewed += time.monotonic() - begun
         return {}
 
 
-def watch(work: Callable[[Watched], Any], watched: Watched) -> Iterator[Told | Any]:
-    """Do some work in a thread of its own; yield what it tells, and last what it returns.
+def watch(work: Callable[[Watched], Any], watched: Watched) -> Iterator[Told | Stopped | Any]:
+    """Begin some work and follow it; see :meth:`Watched.follow`."""
+    watched.begin(work)
+    yield from watched.follow()
 
-    Where the reader stops reading, the work is cancelled and waited for: no run goes on that nobody looks at.
 
-    Raises:
-        Cancelled: it was.
-        Exception: whatever the work raised.
-    """
-    outcome: list[Any] = []
-
-    def worked() -> None:
-        try:
-            outcome.extend((True, work(watched)))
-        except BaseException as error:
-            outcome.extend((False, error))
-
-    thread = threading.Thread(target=worked, name="fpe-run", daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            latest = _latest(watched.told)
-            if latest is not None:
-                yield latest
-            thread.join(_TURN)
-    finally:
-        watched.cancel()
-        thread.join()
-    done, value = outcome
-    if not done:
-        raise value
-    yield value
+def go_on(watched: Watched) -> Iterator[Told | Stopped | Any]:
+    """Let work that stands still go on, and follow it."""
+    watched.go_on()
+    yield from watched.follow()
 
 
 def _latest(told: queue.SimpleQueue[Told]) -> Told | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,10 +34,10 @@ COMPONENTS = 3
 
 def generate(models: Models, visitor: Visitor, settings: Settings, watched: Watched) -> Result:
     """Make the images of some settings, and keep them with the visitor."""
-    begun = time.monotonic()
-    with models.use(settings.model) as loaded, _told_as_errors():
+    begun = watched.seconds
+    with models.use(settings.model, watched) as loaded, _told_as_errors():
         run = runs.execute(settings, progress=watched, loaded=loaded, on_step=watched.on_step)
-    return visitor.keep(run, time.monotonic() - begun)
+    return visitor.keep(run, settings.model, watched.seconds - begun)
 
 
 def invert_photo(models: Models, visitor: Visitor, settings: Settings, watched: Watched) -> Inverted:
@@ -47,7 +46,7 @@ def invert_photo(models: Models, visitor: Visitor, settings: Settings, watched: 
     Raises:
         InputError: settings that cannot be served.
     """
-    begun = time.monotonic()
+    begun = watched.seconds
     settings.check()
     visitor.inverted = visitor.look = None
     with _at_work(models, settings, watched) as loaded:
@@ -59,7 +58,7 @@ def invert_photo(models: Models, visitor: Visitor, settings: Settings, watched: 
         recording = _record(pipe, settings, inversion, _wide_edits(pipe, settings), watched)
         back = _decoded(pipe, recording.latents[-1])
     visitor.inverted = Inverted(
-        _of(settings), inversion, recording, cut, back, distance(cut, back).psnr, time.monotonic() - begun
+        _of(settings), inversion, recording, cut, back, distance(cut, back).psnr, watched.seconds - begun
     )
     return visitor.inverted
 
@@ -72,7 +71,7 @@ def edit_photo(models: Models, visitor: Visitor, settings: Settings, watched: Wa
     Raises:
         InputError: no photo was inverted for these settings.
     """
-    begun = time.monotonic()
+    begun = watched.seconds
     settings.check()
     inverted = visitor.inverted
     if inverted is None or inverted.of != _of(settings):
@@ -100,11 +99,11 @@ def edit_photo(models: Models, visitor: Visitor, settings: Settings, watched: Wa
                 free = pipe.edit(inverted.recording, list(settings.targets), edit=FreePromptEdit(0.0))
             plain = tuple(free.images)
         filled = filled_in(settings, pipe, inverted.cut.size)
-        seconds = {"edit": round(time.monotonic() - begun, 3)}
+        seconds = {"edit": round(watched.seconds - begun, 3)}
         details = details_of(filled, loaded, seconds)
     visitor.inverted = inverted
     run = runs.Run(filled, inverted.back, tuple(made.images), plain, details, inverted.cut, made.report)
-    return visitor.keep(run, time.monotonic() - begun)
+    return visitor.keep(run, settings.model, watched.seconds - begun)
 
 
 def look_inside(models: Models, visitor: Visitor, result: Result, watched: Watched) -> Look:
@@ -117,7 +116,7 @@ def look_inside(models: Models, visitor: Visitor, result: Result, watched: Watch
     words = words_of([settings.source, *settings.targets])
     visitor.look = None
     inverted = visitor.inverted
-    with models.use(settings.model) as loaded, _told_as_errors():
+    with models.use(settings.model, watched) as loaded, _told_as_errors():
         if settings.image is not None and inverted is not None and inverted.of == _of(settings):
             loaded = replace(loaded, inversion=inverted.inversion)
         with heat_maps(loaded.pipe, words, components=COMPONENTS) as maps:
@@ -128,15 +127,11 @@ def look_inside(models: Models, visitor: Visitor, result: Result, watched: Watch
 
 @contextmanager
 def _at_work(models: Models, settings: Settings, watched: Watched) -> Iterator[Loaded]:
-    """A loaded model on DDIM, as pictures are inverted, in pinned arithmetic; put back as it was."""
-    with models.use(settings.model) as loaded, only_errors(), pinned(settings, models.device), _told_as_errors():
-        pipe, scheduler = loaded.pipe, loaded.pipe.scheduler
-        pipe.scheduler = ddim_of(pipe)
-        try:
-            yield loaded
-        finally:
-            pipe.scheduler = scheduler
-            pipe.__dict__.pop("progress_bar", None)
+    """A twin of a loaded model on DDIM, as pictures are inverted, in pinned arithmetic."""
+    pinning = pinned(settings, models.device)
+    with models.use(settings.model, watched) as loaded, only_errors(), pinning, _told_as_errors():
+        loaded.pipe.scheduler = ddim_of(loaded.pipe)
+        yield loaded
 
 
 @contextmanager

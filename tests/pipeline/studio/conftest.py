@@ -1,6 +1,7 @@
 """A desk with a model so small that a run takes a second, and one visitor."""
 
 import pytest
+from PIL import Image
 
 from fpe_pipeline.studio.desk import Desk
 from fpe_pipeline.studio.models import Models
@@ -38,3 +39,16 @@ def values(tiny_folder):
         return [tiny_folder, *(given[name] for name in FIELDS), *typed]
 
     return changed
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "../../etc" / "passwd.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.linear_gradient("L").resize((72, 64)).convert("RGB").save(path)
+    return str(path)
+
+
+def last(generator):
+    *_, end = generator
+    return end

@@ -6,27 +6,14 @@ import weakref
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from fpe_pipeline.images.distance import distance, pixel_hash
 from fpe_pipeline.runs import run as runs
 from fpe_pipeline.studio import shown, work
 from fpe_pipeline.studio.visitors import Visitor
+from tests.pipeline.studio.conftest import last
 from tests.support import arrows
 from tests.support.tiny_cli import SOURCE, TARGET
-
-
-def last(generator):
-    *_, end = generator
-    return end
-
-
-@pytest.fixture
-def photo(tmp_path):
-    path = tmp_path / "../../etc" / "passwd.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.linear_gradient("L").resize((72, 64)).convert("RGB").save(path)
-    return str(path)
 
 
 def test_a_picture_of_the_page_is_that_of_the_command(desk, visitor, values):
@@ -40,8 +27,6 @@ def test_a_picture_of_the_page_is_that_of_the_command(desk, visitor, values):
 def test_progress_and_previews(desk, visitor, values):
     told = list(desk.generate(visitor, True, *values(steps=12)))
     assert "<progress" in told[1].status and any(len(each.preview) == 2 for each in told)
-    assert desk.estimate(*values(steps=12)).startswith("about ")
-    assert desk.estimate(*values(steps=12, size="8x8")) == "" == desk.estimate(*values(steps=0))
 
 
 def test_an_open_lock_draws_another_seed(desk, visitor, values):
@@ -240,4 +225,15 @@ def test_the_desk_needs_no_gradio():
         name: path.read_text(encoding="utf-8") for name, path in arrows.modules(arrows.ROOT, "fpe_pipeline").items()
     }
     needing = {name for name, text in sources.items() if "import gradio" in text}
-    assert {name.rpartition(".")[2] for name in needing} == {"looks", "page", "recipe"} and not needing & reached
+    layout = {name.rpartition(".")[2] for name in needing}
+    assert (
+        layout
+        == {
+            "events",
+            "inside_tab",
+            "looks",
+            "page",
+            "recipe",
+        }
+        and not needing & reached
+    )

@@ -27,16 +27,19 @@ def header(path, width, height):
     return png(path, width, height, b"\x00")
 
 
+def bomb(path, side=18_500):
+    """A PNG of a hundred kilobytes, or fewer, that is a gigabyte as RGB: as large as it says, and black."""
+    return png(path, side, side, zlib.compress(bytes((1 + -(-side // 8)) * side), 9), depth=1, kind=0)
+
+
 @pytest.fixture
 def saved(tmp_path):
     return tmp_path / "visitor" / "upload.png"
 
 
 def test_a_bomb_is_refused_without_being_unpacked(tmp_path, saved):
-    """A hundred kilobytes, or fewer, that are a gigabyte as RGB."""
-    side = 18_500
-    path = png(tmp_path / "bomb.png", side, side, zlib.compress(bytes((1 + -(-side // 8)) * side), 9), depth=1, kind=0)
-    assert path.stat().st_size < 100_000 and 3 * side**2 > 1e9
+    path = bomb(tmp_path / "bomb.png")
+    assert path.stat().st_size < 100_000 and 3 * 18_500**2 > 1e9
     tracemalloc.start()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match="at most 40 million"):

@@ -1,0 +1,54 @@
+"""How the page's events run, and the buttons that stop a run, let it go on, and end it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from .desk import Desk, Shown
+from .visitors import Visitor
+
+__all__ = ["LONG", "QUICK", "Halt"]
+
+#: Of events that answer at once.
+QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+#: Of events that run the model: one at a time, whoever asks.
+LONG: dict[str, Any] = {
+    "concurrency_limit": 1,
+    "concurrency_id": "model",
+    "show_progress": "hidden",
+    "api_visibility": "private",
+}
+
+
+@dataclass(frozen=True)
+class Halt:
+    """The buttons that stop a tab's run, let it go on, and end it."""
+
+    stop: Any
+    go_on: Any
+    cancel: Any
+
+    @classmethod
+    def build(cls, name: str) -> Halt:
+        """Where the layout stands."""
+        return cls(
+            gr.Button("Stop", elem_id=f"{name}-stop", scale=1, min_width=76),
+            gr.Button("Go on", elem_id=f"{name}-go-on", scale=1, min_width=76, visible=False),
+            gr.Button("Cancel", elem_id=f"{name}-cancel", scale=1, min_width=76),
+        )
+
+    def shows(self, each: Shown) -> Any:
+        """What becomes of Go on: it is there while the run stands still."""
+        return gr.update(visible=each.stands_still)
+
+    def wire(self, desk: Desk, visitor: Any, status: Any) -> None:
+        """Let Stop and Cancel act, and say so in ``status``; what Go on shows is its tab's."""
+        self.stop.click(desk.stop, visitor, status, **QUICK)
+
+        def cancel(visitor: Visitor) -> list[Any]:
+            return [desk.cancel(visitor), gr.update(visible=False)]
+
+        self.cancel.click(cancel, visitor, [status, self.go_on], **QUICK)

@@ -1,0 +1,127 @@
+"""A model's work and memory, from its shapes alone: nothing is computed and nothing is allocated."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..models.twins import shape_of
+
+__all__ = ["Cost", "Shapes"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call of a module.
+
+    Args:
+        flops: of its products and convolutions.
+        peak: bytes that it holds at once, without its weights.
+        maps: bytes of its attention maps, of which it holds none.
+    """
+
+    flops: int
+    peak: int
+    maps: int
+
+
+class Shapes:
+    """The UNet and the decoder of a pipeline, on the ``meta`` device.
+
+    Args:
+        pipe: of Stable Diffusion's kind, unedited; it is left as it is.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._unet: Any = shape_of(pipe.unet)
+        self._vae: Any = shape_of(pipe.vae)
+        self._factor: int = pipe.vae_scale_factor
+        self._tokens: int = pipe.tokenizer.model_max_length
+        self._dtype: torch.dtype = pipe.unet.dtype
+        modules = (pipe.unet, pipe.vae, pipe.text_encoder)
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        self.weights = sum(tensor.nbytes for tensor in tensors)
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - as many as a page asks for; they live as long as its model
+    def step(self, rows: int, size: tuple[int, int]) -> Cost:
+        """One call of the UNet for ``rows`` latents of images of (width, height) px."""
+        config = self._unet.config
+        latents = self._empty(rows, config.in_channels, size)
+        words = self._of(rows, self._tokens, config.cross_attention_dim)
+        return cost_of(lambda: self._unet(latents, self._of().to(torch.float32), words))
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def decode(self, images: int, size: tuple[int, int]) -> Cost:
+        """Decoding ``images`` latents of images of (width, height) px."""
+        latents = self._empty(images, self._vae.config.latent_channels, size)
+        return cost_of(lambda: self._vae.decode(latents, return_dict=False))
+
+    def _empty(self, rows: int, channels: int, size: tuple[int, int]) -> torch.Tensor:
+        width, height = size
+        return self._of(rows, channels, height // self._factor, width // self._factor)
+
+    def _of(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta", dtype=self._dtype)
+
+
+def cost_of(call: Callable[[], object]) -> Cost:
+    """What a call on the ``meta`` device would cost elsewhere, its attention fused."""
+    held, attention, products = _Held(), _FusedAttention(), FlopCounterMode(display=False)
+    with torch.no_grad(), attention, products, held:
+        call()
+    return Cost(products.get_total_flops() + attention.flops, held.peak, attention.maps)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """`scaled_dot_product_attention` as shapes: on ``meta`` PyTorch would write its map out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.maps = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, key, value = (args[place] if len(args) > place else kwargs[name] for place, name in enumerate(_NAMES))
+        scores = query.shape[:-1].numel() * key.shape[-2]
+        self.flops += 2 * scores * (query.shape[-1] + value.shape[-1])
+        self.maps += scores * query.element_size()
+        return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+_NAMES = ("query", "key", "value")
+
+
+class _Held(TorchDispatchMode):
+    """The largest sum of the bytes of all storages that live at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self._seen and storage not in given:
+                    self._seen.add(storage)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _gone(self, count: int) -> None:
+        self.now -= count
