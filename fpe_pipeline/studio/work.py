@@ -19,7 +19,7 @@ from ..heatmaps.heat_maps import heat_maps
 from ..images.distance import distance
 from ..models.quiet import only_errors
 from ..runs import run as runs
-from ..runs.making import Loaded, ddim_of, details_of, edit_of, filled_in, invert, photo_for, pinned
+from ..runs.making import Loaded, details_of, edit_of, filled_in, invert, photo_for, pinned, solver_of_pictures
 from ..runs.progress import show_steps
 from ..runs.settings import Settings
 from .models import Models
@@ -131,7 +131,7 @@ def _at_work(models: Models, settings: Settings, watched: Watched) -> Iterator[L
     """A loaded model on DDIM, as pictures are inverted, in pinned arithmetic; put back as it was."""
     with models.use(settings.model) as loaded, only_errors(), pinned(settings, models.device), _told_as_errors():
         pipe, scheduler = loaded.pipe, loaded.pipe.scheduler
-        pipe.scheduler = ddim_of(pipe)
+        pipe.scheduler = solver_of_pictures(pipe)
         try:
             yield loaded
         finally:
