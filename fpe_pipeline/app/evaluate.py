@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from typer.core import TyperCommand
 
 from ..quality.request import KINDS, Evaluation
+from ..runs.model_defaults import FLOW_INVERSIONS
 from ..runs.progress import progress_for
 from ..runs.settings import INVERSIONS
 from .edit import QUIET, TRACEBACK
@@ -96,7 +97,8 @@ def evaluate(
             "inversions",
             "--inversion",
             panel=_WHAT,
-            note=f"{', '.join(INVERSIONS)}; default: ddim, with its latents as reference",
+            note=f"{', '.join(INVERSIONS)}; default: ddim, with its latents as reference; of a transformer "
+            f"{', '.join(FLOW_INVERSIONS)}; default: {FLOW_INVERSIONS[0]}",
             metavar="NAME ...",
             autocompletion=lambda: INVERSIONS,
         ),

@@ -23,10 +23,10 @@ def render_flow_card(folder: Path) -> str:
     """The card of the transformer in a folder: no figure in it is typed by hand."""
     figures = json.loads((folder / MEASUREMENTS).read_text())
     about = (
-        f"A tiny Stable Diffusion 3, trained from scratch on the embedded model's scenes: one of {len(OBJECTS)} objects "
-        f"in one of {len(COLOURS)} colours before one of {len(BACKGROUNDS)} backgrounds. It exists to show and to "
-        "*measure* edits of joint attention where there is no hub and no GPU. It is not a general image model, and it "
-        "draws less surely than the embedded UNet: its figures are below, as they came out."
+        f"A tiny Stable Diffusion 3, trained from scratch on the embedded model's scenes: one of {len(OBJECTS)} "
+        f"objects in one of {len(COLOURS)} colours before one of {len(BACKGROUNDS)} backgrounds. It exists to show and "
+        "to *measure* edits of joint attention where there is no hub and no GPU. It is not a general image model, and "
+        "it draws less surely than the embedded UNet: its figures are below, as they came out."
     )
     held = len(triples(held=True))
     points = {
@@ -65,8 +65,8 @@ def _networks(folder: Path) -> str:
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     side = transformer["sample_size"] // transformer["patch_size"]
     return (
-        f"`SD3Transformer2DModel` with {transformer['num_layers']} blocks of {transformer['num_attention_heads']} heads "
-        f"of {transformer['attention_head_dim']}, {side} × {side} image tokens for pictures of "
+        f"`SD3Transformer2DModel` with {transformer['num_layers']} blocks of {transformer['num_attention_heads']} "
+        f"heads of {transformer['attention_head_dim']}, {side} × {side} image tokens for pictures of "
         f"{factor * transformer['sample_size']} pixels a side; the embedded model's `AutoencoderKL`; two "
         "`CLIPTextModelWithProjection`, the first begun as the embedded model's. Weights are float16 safetensors."
     )

@@ -63,7 +63,8 @@ def measure_generation(
 
     Prompts cycle through a seeded shuffle of all triples, those held out of training included. The weights are the
     folder's float16 ones; a CPU computes with them in float32. ``pipe`` is the folder's pipeline where it is loaded,
-    and where it is none of Stable Diffusion 1 or 2; ``judge`` the judge's file where it is not the folder's own, and ``options`` are of the pipeline's call.
+    and where it is none of Stable Diffusion 1 or 2; ``judge`` the judge's file where it is not the folder's own;
+    ``options`` are of the pipeline's call.
     """
     if pipe is None:
         precision = {"torch_dtype": torch.float16} if device.startswith("cuda") else {}

@@ -214,8 +214,8 @@ def edit_of(pipe: FreePromptPipeline, settings: Settings, width: int, height: in
 
 
 def solver_of_pictures(pipe: Any) -> Any:
-    """By what pictures are inverted and denoised again: DDIM on the noise levels of whatever scheduler a model names; of
-    a flow model, the scheduler's own steps."""
+    """By what pictures are inverted and denoised again: DDIM on the noise levels of whatever scheduler a model names;
+    of a flow model, the scheduler's own steps."""
     from ..sampling.noise_schedule import ddim_scheduler
 
     return pipe.scheduler if is_flow(pipe) else ddim_scheduler(pipe.scheduler)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol, get_args
 
 from ..errors import InputError
 from ..models.loading import Family, ModelSource, find_model
 
-if TYPE_CHECKING:
-    from .settings import Settings
+__all__ = ["FLOW_INVERSIONS", "FLOW_WINDOW", "UNET_INVERSIONS", "Asked", "check_family", "defaults_for", "served_by"]
 
-__all__ = ["FLOW_INVERSIONS", "FLOW_WINDOW", "UNET_INVERSIONS", "check_family", "defaults_for", "served_by"]
-
-UNET_INVERSIONS = ("ddim", "direct", "null-text", "negative-prompt")
-FLOW_INVERSIONS = ("direct", "reference", "free")
+_OfUNets = Literal["ddim", "direct", "null-text", "negative-prompt"]
+_OfFlows = Literal["direct", "reference", "free"]
+#: How models of each kind invert pictures, the default first; those of `fpe_pipeline.inversion`, which takes seconds to
+#: import.
+UNET_INVERSIONS: tuple[_OfUNets, ...] = get_args(_OfUNets)
+FLOW_INVERSIONS: tuple[_OfFlows, ...] = get_args(_OfFlows)
 #: The steps in which Shin et al. replace maps of joint attention.
 FLOW_WINDOW = (0.0, 0.2)
 _FLOW = {"self_replace": FLOW_WINDOW, "inversion": "direct", "steps": 28}
@@ -33,6 +34,21 @@ _KINDS = {"unet": "UNets", "transformer": "transformers"}
 _OF_UNETS = ("levels", "max_tokens")
 
 
+class Asked(Protocol):
+    """What :func:`check_family` reads of a run's settings, which are :class:`~.settings.Settings`."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def image(self) -> str | None: ...
+    @property
+    def inversion(self) -> str: ...
+    @property
+    def negative(self) -> str | None: ...
+
+
 def defaults_for(model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """Values of settings that are the model's own, beside those that are given.
 
@@ -41,20 +57,22 @@ def defaults_for(model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
         given: what is said already.
 
     Returns:
-        Nothing for a UNet, whose defaults are those of :class:`Settings`, and for a model whose kind only loading
-        would tell.
+        Nothing for a UNet, whose defaults are those of :class:`~.settings.Settings`, and for a model whose kind only
+        loading would tell.
 
     Raises:
         InputError: there is no such model.
     """
     if model is None:
         return {}
+    from ..edits.registry import METHODS
+
     family = find_model(model).family or "unet"
     own = {name: value for name, value in _DEFAULTS[family].items() if name not in given}
-    # Another method's window is its own, and is not said for it.
-    return {
-        name: value for name, value in own.items() if name != "self_replace" or given.get("method") in (None, "fpe")
-    }
+    method = METHODS.get(given.get("method", "fpe"))
+    if method is None or method.window is None:  # a window of its own
+        own.pop("self_replace", None)
+    return own
 
 
 def served_by(family: Family) -> Literal["unet", "transformer"]:
@@ -62,7 +80,7 @@ def served_by(family: Family) -> Literal["unet", "transformer"]:
     return "unet" if family == "unet" else "transformer"
 
 
-def check_family(settings: Settings, source: ModelSource, family: Family | None = None) -> None:
+def check_family(settings: Asked, source: ModelSource, family: Family | None = None) -> None:
     """Raise InputError for what a kind of model cannot be asked for.
 
     Args:

@@ -15,7 +15,7 @@ from typing_extensions import Self
 from ..errors import InputError
 from ..models.loading import EMBEDDED, ModelSource, find_model, pick_device, pick_dtype
 from ..texts import check_text
-from .model_defaults import FLOW_WINDOW, check_family, defaults_for
+from .model_defaults import FLOW_WINDOW, UNET_INVERSIONS, check_family, defaults_for
 from .sentences import Text, sentences
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ SELF_REPLACE = (0.0, 0.8)
 # Those of `fpe_pipeline.inversion`, which is not imported here: it takes seconds that `fpe --help` need not spend.
 # UNets have the first four, transformers "direct" and the last two.
 InversionName = Literal["ddim", "direct", "null-text", "negative-prompt", "reference", "free"]
-INVERSIONS: tuple[InversionName, ...] = get_args(InversionName)
+INVERSIONS: tuple[InversionName, ...] = UNET_INVERSIONS
 Dtype = Literal["float32", "float16", "bfloat16", "auto"]
 DTYPE_NAMES: tuple[Dtype, ...] = get_args(Dtype)
 

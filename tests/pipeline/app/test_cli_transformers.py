@@ -107,16 +107,13 @@ def test_inversions_are_each_kinds_own(folders, tmp_path, monkeypatch, capsys):
 
 
 def test_defaults_are_the_models_own_where_nothing_is_said(folders):
-    found = {family: Settings.of_model(source=SOURCE, targets=(OTHER,), model=str(f)) for family, f in folders.items()}
-    assert {family: (made.steps, made.guidance) for family, made in found.items()} == {
-        "sd3": (28, 7.0),
-        "flux": (28, 3.5),
-    }
-    said = Settings.of_model(
-        source=SOURCE, targets=(OTHER,), model=str(folders["flux"]), steps=4, self_replace=(0.0, 0.5)
-    )
+    prompts = {"source": SOURCE, "targets": (OTHER,)}
+    found = {family: Settings.of_model(**prompts, model=str(folder)) for family, folder in folders.items()}
+    chosen = {family: (made.steps, made.guidance, made.self_replace) for family, made in found.items()}
+    assert chosen == {"sd3": (28, 7.0, (0.0, 0.2)), "flux": (28, 3.5, (0.0, 0.2))}
+    said = Settings.of_model(**prompts, model=str(folders["flux"]), steps=4, self_replace=(0.0, 0.5))
     assert (said.steps, said.self_replace, said.inversion) == (4, (0.0, 0.5), "direct")
-    assert Settings.of_model(source=SOURCE, targets=(OTHER,)) == Settings(SOURCE, (OTHER,))
+    assert Settings.of_model(**prompts) == Settings(SOURCE, (OTHER,))
     assert evaluation("--model", folders["sd3"]).self_replace == 0.2
     assert find_model(str(folders["flux"])).family == "flux"
 
