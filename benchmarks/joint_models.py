@@ -28,7 +28,7 @@ class JointCase:
     texts: int
     targets: int = 1
     heads: int = 4
-    layers: int = 2
+    layers: int = 1
 
     @property
     def name(self) -> str:

@@ -35,10 +35,10 @@ STEPS = 50
 CASES = (
     JointCase("sd3", 64, 333),
     JointCase("sd3", 64, 333, targets=3),
-    JointCase("flux", 32, 512, layers=1),
-    JointCase("flux", 32, 512, targets=3, layers=1),
+    JointCase("flux", 32, 512),
+    JointCase("flux", 32, 512, targets=3),
 )
-SMALL = (JointCase("sd3", 4, 13), JointCase("flux", 4, 9, targets=3, layers=1))
+SMALL = (JointCase("sd3", 4, 13, layers=2), JointCase("flux", 4, 9, targets=3))
 
 
 @contextmanager
