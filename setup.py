@@ -44,7 +44,7 @@ TEST += ["scipy>=1.11", "peft>=0.13", "accelerate>=0.31"]
 # playwright: drives the page in a browser, axe-playwright-python: measures it there; nbclient: runs the notebooks.
 TEST += ["playwright>=1.49", "axe-playwright-python>=0.1.4", "nbformat>=5.10", "nbclient>=0.10", "ipykernel>=6.29"]
 LINT = ["ruff>=0.9", "mypy>=1.13"]
-WEIGHTS = ["embedded/weights/**/*", "embedded/earlier/**/*"]
+WEIGHTS = ["embedded/weights/**/*", "embedded/sd3/**/*", "embedded/earlier/**/*"]
 
 setup(
     name="fpe-kernels",

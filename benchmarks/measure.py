@@ -59,9 +59,11 @@ THOROUGH = Effort()
 class Clock:
     """Times one call, cache-cold, on one device."""
 
-    def __init__(self, device: str, *, cold: bool = True, wall: bool = False) -> None:
-        """`wall` takes the host's clock around the call on a GPU too, the device idle before and after."""
+    def __init__(self, device: str, *, cold: bool = True, wall: bool = False, processor: bool = False) -> None:
+        """`wall` takes the host's clock around the call on a GPU too, the device idle before and after; `processor`
+        takes this process's time on a processor, whatever else ran meanwhile: with one thread, for what a CPU does."""
         self.cuda = device.startswith("cuda")
+        self._now = time.process_time_ns if processor else time.perf_counter_ns
         self.wall = wall or not self.cuda
         self._buffer = torch.empty(
             CACHE_BYTES["cuda" if self.cuda else "cpu"] if cold else 0, dtype=torch.int8, device=device
@@ -76,10 +78,10 @@ class Clock:
         for _ in range(count):
             self._buffer.zero_()
             self._wait()
-            start = time.perf_counter_ns()
+            start = self._now()
             call()
             self._wait()
-            times.append((time.perf_counter_ns() - start) / 1e6)
+            times.append((self._now() - start) / 1e6)
         return times
 
     def _wait(self) -> None:
@@ -102,10 +104,10 @@ class Clock:
 
 
 def interleaved(
-    calls: Mapping[str, Call], device: str, effort: Effort = THOROUGH, *, wall: bool = False
+    calls: Mapping[str, Call], device: str, effort: Effort = THOROUGH, *, wall: bool = False, processor: bool = False
 ) -> dict[str, tuple[float, ...]]:
     """Samples in milliseconds for every call, as many for each, in rounds that all of them share."""
-    clock = Clock(device, wall=wall)
+    clock = Clock(device, wall=wall, processor=processor)
     names = list(calls)
     estimate = {}
     for name in names:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from fpe_pipeline.atomic_folder import write_text
+from fpe_pipeline.embedded import EMBEDDED_SD3
 
 from . import quality, quality_methods
 from .rows import ROOT, Row, read_all
@@ -35,6 +36,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "quality-short": quality.short_table,
     **quality_methods.TABLES,
     "embedded-model": quality.model_table,
+    "embedded-sd3": partial(quality.model_table, model=EMBEDDED_SD3),
 }
 
 

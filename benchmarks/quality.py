@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fpe_pipeline.atomic_folder import write_text
-from fpe_pipeline.embedded import embedded_path
+from fpe_pipeline.embedded import EMBEDDED, embedded_path
 from fpe_pipeline.quality.intervals import INTERVALS
 from fpe_pipeline.quality.store import dump
 from fpe_pipeline.quality.study.report import plot, table
@@ -27,6 +27,7 @@ from .rows import Row
 STUDIES = {
     "quality": "fpe evaluate",
     "quality-sweep": "fpe evaluate --sweep --methods",
+    "quality-sd3": "fpe evaluate --model embedded-sd3 --methods --text-tokens 1",
 }
 
 
@@ -71,10 +72,11 @@ def about(result: dict[str, Any]) -> str:
     )
 
 
-def model_table(rows: Sequence[Row]) -> str:
-    """What the embedded model itself measures, as its export wrote it down; no use for ``rows`` here either."""
-    figures = json.loads((embedded_path() / "measurements.json").read_text())
-    size = sum(path.stat().st_size for path in embedded_path().rglob("*") if path.is_file())
+def model_table(rows: Sequence[Row], model: str = EMBEDDED) -> str:
+    """What an embedded model itself measures, as its export wrote it down; no use for ``rows`` here either."""
+    folder = embedded_path(model)
+    figures = json.loads((folder / "measurements.json").read_text())
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     drawn, judge, vae = figures["generated"], figures["judge"], figures["autoencoder"]
     lines = [
         [f"pictures that show the prompt's {name}", f"{100 * drawn[name]:.1f} % of {drawn['images']}"]
@@ -82,11 +84,11 @@ def model_table(rows: Sequence[Row]) -> str:
     ]
     lines += [
         ["the judge itself, on held-out renders: objects", f"{100 * judge['object']:.1f} % of {judge['images']}"],
-        ["… and silhouettes (IoU)", f"{judge['silhouette_iou']:.3f}"],
+        *([["… and silhouettes (IoU)", f"{judge['silhouette_iou']:.3f}"]] if "silhouette_iou" in judge else []),
         ["autoencoder on held-out renders", f"{vae['psnr']:.1f} dB"],
         ["everything that is shipped", f"{size / 1e6:.2f} MB"],
     ]
-    return markdown_table(["embedded model", ""], lines)
+    return markdown_table([f"{model} model" if model == EMBEDDED else model, ""], lines)
 
 
 def draw(folder: Path) -> Iterator[Path]:

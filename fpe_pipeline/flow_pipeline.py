@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
@@ -199,6 +199,8 @@ class FreePromptSD3Pipeline(FlowEditing, StableDiffusion3Pipeline):
     """
 
     parent = StableDiffusion3Pipeline
+    # A saved pipeline without T5 names no T5, which diffusers would ask for.
+    _optional_components: ClassVar = [*StableDiffusion3Pipeline._optional_components, "text_encoder_3", "tokenizer_3"]
 
     def _check_source_can_be_dropped(self, call: Call, options: Mapping[str, Any]) -> None:
         check_source_can_be_dropped(self, call.prompts, dict(options))

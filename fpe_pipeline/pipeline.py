@@ -21,7 +21,7 @@ from .edits import Edit
 from .embedded import embedded_path
 from .flow_pipeline import flow_class, flow_class_of
 from .inversion.trajectory import Inversion, invert
-from .models.loading import EMBEDDED
+from .models.loading import is_embedded
 from .recordings import record_run, replay_run
 from .sampling.arguments import check_option_names
 from .sampling.output import FreePromptPipelineOutput
@@ -84,10 +84,10 @@ class FreePromptPipeline(SamplingPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
-        """As in diffusers; "embedded" is the model that comes with this package. A saved pipeline of Stable Diffusion
-        3 or FLUX.1 is loaded as a `FreePromptSD3Pipeline` or `FreePromptFluxPipeline`."""
-        if pretrained_model_name_or_path == EMBEDDED:
-            pretrained_model_name_or_path = embedded_path()
+        """As in diffusers; "embedded" and "embedded-sd3" are the models that come with this package. A saved pipeline
+        of Stable Diffusion 3 or FLUX.1 is loaded as a `FreePromptSD3Pipeline` or `FreePromptFluxPipeline`."""
+        if isinstance(pretrained_model_name_or_path, str) and is_embedded(pretrained_model_name_or_path):
+            pretrained_model_name_or_path = embedded_path(pretrained_model_name_or_path)
         serving: Any = flow_class(pretrained_model_name_or_path, options)
         if serving is not None:
             return serving.from_pretrained(pretrained_model_name_or_path, **options)

@@ -45,7 +45,13 @@ def _embedded(work: Path, output: Path, minutes: float, dry: bool) -> list[str]:
     return [*command, "--work", str(work), "--output", str(output)]
 
 
-RECIPES = {"embedded": Recipe(_embedded)}
+def _embedded_sd3(work: Path, output: Path, minutes: float, dry: bool) -> list[str]:
+    command = [sys.executable, "-u", "-m", "fpe_pipeline.embedded.training.train_flow"]
+    command += ["--preset", "smoke" if dry else "gpu", "--device", "cpu" if dry else "cuda"]
+    return [*command, "--max-minutes", f"{minutes:.3f}", "--work", str(work), "--output", str(output)]
+
+
+RECIPES = {"embedded": Recipe(_embedded), "embedded-sd3": Recipe(_embedded_sd3)}
 
 
 def train_models(context: Context) -> None:

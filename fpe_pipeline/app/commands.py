@@ -133,7 +133,7 @@ def info(
         ),
     ] = None,
 ) -> Callable[[], int]:
-    """Show versions, devices, attention backends, the embedded model's words and the methods."""
+    """Show versions, devices, attention backends, the embedded models, their words and the methods."""
     return functools.partial(_info, method)
 
 

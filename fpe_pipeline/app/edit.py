@@ -205,7 +205,7 @@ def _settings(given: dict[str, Any], path: Path | None) -> tuple[Settings, dict[
             raise InputError(
                 f"expected {' and '.join(missing)}, or --from with the run.json of an earlier run or a picture of it"
             )
-        settings = Settings(**given)
+        settings = Settings.of_model(**given)
     if {"inner_steps", "early_stop"} & given.keys() and (settings.image is None or settings.inversion != "null-text"):
         raise InputError("--inner-steps and --early-stop are null-text inversion's; pass --inversion null-text as well")
     return settings, record

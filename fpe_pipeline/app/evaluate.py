@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from typer.core import TyperCommand
 
 from ..quality.request import KINDS, Evaluation
+from ..runs.model_defaults import FLOW_INVERSIONS
 from ..runs.progress import progress_for
 from ..runs.settings import INVERSIONS
 from .edit import QUIET, TRACEBACK
@@ -96,7 +97,8 @@ def evaluate(
             "inversions",
             "--inversion",
             panel=_WHAT,
-            note=f"{', '.join(INVERSIONS)}; default: ddim, with its latents as reference",
+            note=f"{', '.join(INVERSIONS)}; default: ddim, with its latents as reference; of a transformer "
+            f"{', '.join(FLOW_INVERSIONS)}; default: {FLOW_INVERSIONS[0]}",
             metavar="NAME ...",
             autocompletion=lambda: INVERSIONS,
         ),
@@ -107,6 +109,7 @@ def evaluate(
     seed: Annotated[int | None, _of("seed", panel=_DRAWN, metavar="N")] = None,
     chunk: Annotated[int | None, _of("chunk", panel=_DRAWN, metavar="N")] = None,
     model: Annotated[Path | None, _of("model", panel=_DRAWN, metavar="PATH")] = None,
+    text_tokens: Annotated[int | None, _of("text_tokens", panel=_DRAWN, metavar="N")] = None,
     device: Annotated[str | None, _of("device", panel=_DRAWN, metavar="NAME")] = None,
     output: Annotated[
         Path | None, _of("output", "-o", "--output", panel=_RESULTS, note="default: out/evaluation", metavar="DIR")
@@ -120,12 +123,12 @@ def evaluate(
     the two. With --images every method makes the same edits, one by one and timed. A run into the folder of an earlier
     one with the same settings continues it.
     """
-    request = Evaluation(
+    request = Evaluation.of_model(
         **chosen(
             pairs=pairs, kinds=_values(kinds), sweep=sweep, methods=_values(methods), images=images,
             inversions=_values(inversion),
             steps=steps, guidance=guidance, self_replace=self_replace, seed=seed, chunk=chunk, model=model,
-            device=device, output=output,
+            text_tokens=text_tokens, device=device, output=output,
         )
     )  # fmt: skip
     return functools.partial(_run, request, quiet)

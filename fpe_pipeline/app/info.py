@@ -1,4 +1,4 @@
-"""`fpe info`: versions, devices, attention backends, the embedded model's words, and the methods."""
+"""`fpe info`: versions, devices, attention backends, the embedded models and their words, and the methods."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(method: str | None = None) -> None:
 
     from ..edits.registry import METHODS
     from ..embedded.scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS
-    from ..models.loading import EMBEDDED, find_model
+    from ..models.loading import NAMES, find_model
     from ..runs.repeatable import versions
 
     for name, version in versions().items():
@@ -33,10 +33,12 @@ def run(method: str | None = None) -> None:
     print("backends")
     for name, state in backends().items():
         print(f"  {name:<12}{state}")
-    try:
-        print_text(f"{'model':<14}{find_model(EMBEDDED).location}")
-    except InputError as error:
-        print(f"{'model':<14}{error}")
+    print("models")
+    for name in NAMES:
+        try:
+            print_text(f"  {name:<14}{find_model(name).location}")
+        except InputError as error:
+            print(f"  {name:<14}{error}")
     for title, names in (("objects", OBJECTS), ("colours", COLOURS), ("backgrounds", BACKGROUNDS)):
         print(f"  {title:<12}{', '.join(names)}")
     print("methods (fpe info --method NAME says what their options do)")

@@ -10,10 +10,10 @@ from typing import Any
 
 from .scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS, prompt, triples
 
-__all__ = ["CARD", "MEASUREMENTS", "render_card", "write_card"]
+__all__ = ["CARD", "MEASUREMENTS", "WIDTH", "card_point", "card_rows", "render_card", "write_card"]
 
 CARD, MEASUREMENTS = "MODEL_CARD.md", "measurements.json"
-_WIDTH = 118
+WIDTH = 118
 
 
 def write_card(folder: Path) -> None:
@@ -24,7 +24,6 @@ def write_card(folder: Path) -> None:
 def render_card(folder: Path) -> str:
     """The card of the model in a folder: no figure in it is typed by hand."""
     figures = _read(folder / MEASUREMENTS)
-    rows = "\n".join(f"| {name} | {_show(value)} |" for name, value in _flatten(figures))
     caption, held = prompt("car", "red", "beach"), len(triples(held=True))
     about = (
         f"A tiny Stable Diffusion, trained from scratch on procedurally drawn scenes: one of {len(OBJECTS)} objects in "
@@ -43,10 +42,10 @@ def render_card(folder: Path) -> str:
         "Rebuild": _rebuild(figures["training"]),
     }
     return _TEMPLATE.format(
-        about=textwrap.fill(about, _WIDTH, break_on_hyphens=False),
+        about=textwrap.fill(about, WIDTH, break_on_hyphens=False),
         call=", ".join([f'"{caption}"', *_options(figures.get("generated", {}))]),
-        points="\n".join(_point(name, text) for name, text in points.items()),
-        rows=rows,
+        points="\n".join(card_point(name, text) for name, text in points.items()),
+        rows=card_rows(figures),
     )
 
 
@@ -100,9 +99,15 @@ def _rebuild(training: Mapping[str, Any]) -> str:
     return text
 
 
-def _point(name: str, text: str) -> str:
+def card_rows(figures: Mapping[str, Any]) -> str:
+    """Measurements as rows of a table."""
+    return "\n".join(f"| {name} | {_show(value)} |" for name, value in _flatten(figures))
+
+
+def card_point(name: str, text: str) -> str:
+    """A point of a card's list."""
     return textwrap.fill(
-        f"- **{name}.** {text}", _WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+        f"- **{name}.** {text}", WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
     )
 
 

@@ -1,6 +1,6 @@
 """Finding, loading and identifying the model of a run.
 
-A model is the embedded one, one before it, a diffusers folder, a single-file checkpoint, or a name on the Hugging Face
+A model is an embedded one, one before it, a diffusers folder, a single-file checkpoint, or a name on the Hugging Face
 hub. What can be checked without reading weights is checked first, so that a typo costs no loading.
 """
 
@@ -12,9 +12,9 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..embedded import EARLIER, EMBEDDED, embedded_path
+from ..embedded import EARLIER, EMBEDDED, EMBEDDED_SD3, NAMES, embedded_path
 from ..errors import InputError
 from ..texts import check_readable_name
 from .quiet import quiet_libraries
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = [
     "EARLIER",
     "EMBEDDED",
+    "EMBEDDED_SD3",
+    "NAMES",
+    "Family",
     "ModelSource",
     "find_model",
     "identity",
@@ -36,7 +39,15 @@ __all__ = [
 ]
 
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
-PIPELINE_CLASSES = ("StableDiffusionPipeline", "FreePromptPipeline")
+#: What a pipeline denoises with: a UNet, or a transformer of Stable Diffusion 3's or of FLUX.1's kind.
+Family = Literal["unet", "sd3", "flux"]
+PIPELINE_CLASSES: dict[str, Family] = {
+    "StableDiffusionPipeline": "unet",
+    "FreePromptPipeline": "unet",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+}
+_FLUX_PATCH = 2  # latents across a token, which FLUX.1's pipeline packs itself
 # Folders of earlier versions, which records made with `--model FOLDER` name.
 _LAY_BEFORE = {
     "fpe_pipeline/models/embedded": EMBEDDED,
@@ -47,14 +58,24 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: `kind` is "folder", "file" or "hub"; `vae_factor` is image pixels per latent pixel.
+    """Where a model comes from.
 
-    `vae_factor` is None where only loading the weights would tell.
+    Args:
+        kind: "folder", "file" or "hub".
+        location: a path, or a hub's name.
+        vae_factor: image pixels that sizes are multiples of; None where only loading the weights would tell.
+        family: what it denoises with; None where only loading the weights would tell.
     """
 
     kind: str
     location: str
     vae_factor: int | None = None
+    family: Family | None = None
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether it is known to denoise with a transformer."""
+        return self.family in ("sd3", "flux")
 
     def check_size(self, size: tuple[int, int] | None) -> None:
         """Raise `InputError` for a (width, height) in pixels that this model's autoencoder cannot make."""
@@ -66,7 +87,8 @@ class ModelSource:
                 for rounding in (math.floor, math.ceil)
             )
             raise InputError(
-                f"width and height must be positive multiples of {self.vae_factor} px for this model's autoencoder, "
+                f"width and height must be positive multiples of {self.vae_factor} px for this model's "
+                f"{'tokens' if self.is_transformer else 'autoencoder'}, "
                 f"got {size[0]}x{size[1]}; use {down[0]}x{down[1]} or {up[0]}x{up[1]}"
             )
 
@@ -75,8 +97,8 @@ def find_model(model: str) -> ModelSource:
     """Resolve a model name without loading weights.
 
     Args:
-        model: "embedded" or an earlier one's name such as "embedded-80", a diffusers folder, a .safetensors or .ckpt
-            file, or a hub name such as "owner/model".
+        model: "embedded", "embedded-sd3" or an earlier one's name such as "embedded-80", a diffusers folder, a
+            .safetensors or .ckpt file, or a hub name such as "owner/model".
 
     Raises:
         InputError: nothing of that name is here and it cannot be a hub name, or it is another kind of model.
@@ -109,8 +131,8 @@ def find_model(model: str) -> ModelSource:
 
 
 def is_embedded(model: str) -> bool:
-    """Whether a name is that of the embedded model or of one before it, rather than a path or a hub's name."""
-    return model == EMBEDDED or model in EARLIER
+    """Whether a name is that of an embedded model or of one before it, rather than a path or a hub's name."""
+    return model in NAMES
 
 
 def replaced_models(model: str) -> list[str]:
@@ -226,12 +248,20 @@ def _folder(path: Path) -> ModelSource:
     name = _json(index).get("_class_name")
     if name not in PIPELINE_CLASSES:
         raise InputError(
-            f"expected a Stable Diffusion 1.x or 2.x pipeline, '{path}' holds a {name}; "
+            f"expected a pipeline of Stable Diffusion 1.x, 2.x or 3, or of FLUX.1, '{path}' holds a {name}; "
             "load it with diffusers and edit with `fpe_pipeline.editing(pipe, ...)`"
         )
-    config = path / "vae" / "config.json"
-    channels = _json(config).get("block_out_channels") if config.is_file() else None
-    return ModelSource("folder", str(path.resolve()), 2 ** (len(channels) - 1) if channels else None)
+    family = PIPELINE_CLASSES[name]
+    channels = _config(path, "vae").get("block_out_channels")
+    patch = {"unet": 1, "sd3": _config(path, "transformer").get("patch_size", 1), "flux": _FLUX_PATCH}[family]
+    factor = patch * 2 ** (len(channels) - 1) if channels else None
+    return ModelSource("folder", str(path.resolve()), factor, family)
+
+
+def _config(path: Path, part: str) -> dict[str, Any]:
+    """The settings of a part of a pipeline's folder; {} where it has none."""
+    config = path / part / "config.json"
+    return _json(config) if config.is_file() else {}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,13 @@ from .images_command import run_on_images
 from .intervals import summarise
 from .request import Evaluation
 from .store import ScoreFile, dump, environment, fingerprint, packed
-from .study.conditions import Condition, method_conditions, standard_conditions, sweep_conditions
+from .study.conditions import (
+    Condition,
+    method_conditions,
+    standard_conditions,
+    sweep_conditions,
+    transformer_conditions,
+)
 from .study.pairs import EditPair, held_out_pairs
 from .study.report import plot, table
 from .study.scores import Score, evaluate
@@ -45,11 +51,7 @@ def run(asked: Evaluation, progress: Progress | None = None) -> int:
         raise InputError("method names and --inversion choose what --images compares: pass it as well")
     model = EvaluatedModel.find(asked.model, judged=True)
     check_writable(asked.output)
-    conditions = standard_conditions(asked.self_replace)
-    if asked.sweep:
-        conditions += sweep_conditions(self_replace_steps=asked.self_replace)
-    if asked.methods is not None:
-        conditions += method_conditions()
+    conditions = _conditions(asked, model.is_transformer)
     pairs = held_out_pairs(asked.pairs, asked.kinds, asked.seed)
     settings = {**_settings(asked, conditions), "weights": fingerprint(model.folder)}
     # How many pairs are wanted may grow from run to run: the first ones stay the same.
@@ -71,6 +73,20 @@ def run(asked: Evaluation, progress: Progress | None = None) -> int:
             plot(summary, stage / "plot.png", f"{asked.steps} steps, guidance {asked.guidance:g}, 95 % intervals")
     print_text(rendered.removesuffix("\n"))
     return 0
+
+
+def _conditions(asked: Evaluation, transformer: bool) -> list[Condition]:
+    """What is compared, by what the model can be edited with."""
+    if transformer:
+        if asked.sweep:
+            raise InputError("--sweep varies the levels of a UNet, and this model has a transformer: leave it out")
+        return transformer_conditions(asked.self_replace, methods=asked.methods is not None)
+    if asked.text_tokens is not None:
+        raise InputError("--text-tokens is about a transformer's text, and this model has a UNet: leave it out")
+    conditions = standard_conditions(asked.self_replace)
+    if asked.sweep:
+        conditions += sweep_conditions(self_replace_steps=asked.self_replace)
+    return conditions + method_conditions() if asked.methods is not None else conditions
 
 
 def _draw_rest(
@@ -97,14 +113,21 @@ def _draw_rest(
         guidance=asked.guidance,
         chunk=asked.chunk,
         first=done,
+        **({} if asked.text_tokens is None else {"max_sequence_length": asked.text_tokens}),
         on_chunk=keep,
     )
 
 
 def _load(model: EvaluatedModel, device: str) -> tuple[Any, Any]:
+    """The pipeline of diffusers, which takes a list of prompts for as many pictures, and the judge."""
     from diffusers import StableDiffusionPipeline
 
-    return model.load(device, StableDiffusionPipeline)
+    if not model.is_transformer:
+        return model.load(device, StableDiffusionPipeline)
+    pipe, judge = model.load(device)
+    stock = pipe.parent(**pipe.components)
+    stock.set_progress_bar_config(disable=True)
+    return stock, judge
 
 
 def _settings(asked: Evaluation, conditions: list[Condition]) -> dict[str, Any]:
@@ -113,4 +136,5 @@ def _settings(asked: Evaluation, conditions: list[Condition]) -> dict[str, Any]:
         for c in conditions
     }
     names = ("pairs", "kinds", "steps", "guidance", "self_replace", "seed")
-    return {**{name: getattr(asked, name) for name in names}, "conditions": edits}
+    texts = {} if asked.text_tokens is None else {"text_tokens": asked.text_tokens}
+    return {**{name: getattr(asked, name) for name in names}, **texts, "conditions": edits}

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..edits.method import Served
+from ..embedded import JUDGE, judge_path
 from ..errors import InputError
 from ..models.loading import EMBEDDED, ModelSource, find_model, pick_dtype
 from ..runs.loading import load_pipeline
+from ..runs.model_defaults import FLOW_INVERSIONS, UNET_INVERSIONS
 
 __all__ = ["EvaluatedModel"]
-
-_JUDGE = "judge.safetensors"
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class EvaluatedModel:
         source = find_model(EMBEDDED if model is None else str(model))
         if source.kind != "folder":
             raise InputError(f"expected --model to be a diffusers folder, got '{model}'; save the model as one first")
-        judge = Path(source.location) / _JUDGE
+        judge = judge_path(Path(source.location))
         if judged and not judge.is_file():
             raise InputError(
-                f"'{source.location}' has no {_JUDGE}, which says what a picture of the embedded model's scenes shows; "
+                f"'{source.location}' has no {JUDGE}, which says what a picture of the embedded model's scenes shows; "
                 "leave --model out, or evaluate pictures of your own with --images FOLDER"
             )
         return cls(source, judge if judge.is_file() else None)
@@ -47,6 +48,21 @@ class EvaluatedModel:
     def folder(self) -> Path:
         """Where the weights are."""
         return Path(self.source.location)
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether it denoises with a transformer."""
+        return self.source.is_transformer
+
+    @property
+    def served(self) -> Served:
+        """What methods call its kind."""
+        return "transformer" if self.is_transformer else "unet"
+
+    @property
+    def inversions(self) -> tuple[str, ...]:
+        """How it inverts pictures, first the default."""
+        return FLOW_INVERSIONS if self.is_transformer else UNET_INVERSIONS
 
     def load(self, device: str, pipeline: Any = None) -> tuple[Any, Any]:
         """A silent pipeline, of the class ``pipeline`` or a `FreePromptPipeline`, and the judge or None.

@@ -38,28 +38,30 @@ def run_on_images(asked: Evaluation, progress: Progress) -> int:
         InputError: options that do not belong together, no model or no judge, a folder with something missing or
             damaged, or an output folder with scores made with other settings; before anything is computed or written.
     """
-    methods = chosen(asked.methods or (), asked.self_replace)
+    own = asked.images not in (GENERATED, HELD_OUT)
+    model = EvaluatedModel.find(asked.model, judged=not own)
+    methods = chosen(asked.methods or (), asked.self_replace, model.served)
     if asked.sweep:
         raise InputError("--sweep varies one method on generated images: leave it out, or leave out --images")
     if asked.images == GENERATED and asked.inversions:
         raise InputError("generated images are not inverted: leave --inversion out, or pass --images held-out")
-    own = asked.images not in (GENERATED, HELD_OUT)
     folder = Path(asked.images or "")
     subjects = folder_subjects(folder) if own else []
     check_writable(asked.output)
-    origins = (GENERATED,) if asked.images == GENERATED else tuple(asked.inversions or ("ddim",))
+    origins = (GENERATED,) if asked.images == GENERATED else tuple(asked.inversions or (model.inversions[0],))
+    _check_inversions(origins, model)
     unguided = sorted({"null-text", "negative-prompt"}.intersection(origins)) if asked.guidance <= 1 else []
     if unguided:
         raise InputError(
             f"{' and '.join(unguided)} inversion lives in the unconditional half of classifier-free guidance, which "
             f"--guidance {asked.guidance:g} switches off; pass a larger one, or --inversion direct"
         )
-    model = EvaluatedModel.find(asked.model, judged=not own)
     settings = {
         "images": folder_digest(folder) if own else asked.images,
         **{name: getattr(asked, name) for name in ("steps", "guidance", "self_replace", "seed", "device")},
-        "methods": {contender.name: contender.about for contender in contenders(asked.self_replace)},
+        "methods": {contender.name: contender.about for contender in contenders(asked.self_replace, model.served)},
         "weights": fingerprint(model.folder),
+        **({} if asked.text_tokens is None else {"text_tokens": asked.text_tokens}),
     }
     # Scores of a version that measured other figures are not to be mixed with these.
     figures = [field.name for field in dataclasses.fields(MethodScore)]
@@ -99,8 +101,9 @@ def _score_rest(
             missing = [m for m in methods if (subject.name, origin, m.name) not in known]
             if not missing:
                 continue
+            texts = {} if asked.text_tokens is None else {"max_sequence_length": asked.text_tokens}
             for score in score_subject(
-                pipe, judge, subject, origin, missing, steps=asked.steps, guidance=asked.guidance
+                pipe, judge, subject, origin, missing, steps=asked.steps, guidance=asked.guidance, **texts
             ):
                 store.add(score.to_json())
         progress.tell("pictures scored", number, len(subjects))
@@ -110,5 +113,15 @@ def _load(model: EvaluatedModel, device: str) -> tuple[Any, Any]:
     from ..sampling.noise_schedule import ddim_scheduler
 
     pipe, judge = model.load(device)
-    pipe.scheduler = ddim_scheduler(pipe.scheduler)
+    if not model.is_transformer:
+        pipe.scheduler = ddim_scheduler(pipe.scheduler)
     return pipe, judge
+
+
+def _check_inversions(origins: Sequence[str], model: EvaluatedModel) -> None:
+    unknown = [origin for origin in origins if origin != GENERATED and origin not in model.inversions]
+    if unknown:
+        raise InputError(
+            f"inversion {' and '.join(unknown)} is not one of {'transformers' if model.is_transformer else 'UNets'}; "
+            f"they have {', '.join(model.inversions)}"
+        )

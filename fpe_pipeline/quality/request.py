@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field
+from typing_extensions import Self
 
+from ..runs.model_defaults import defaults_for
 from ..runs.sentences import Text
 from ..runs.settings import DEFAULTS, InversionName, Schema
 
@@ -40,6 +42,24 @@ class Evaluation(Schema):
     )
     seed: int = Field(0, ge=0, description="of prompts, noise and bootstrap")
     chunk: int = Field(8, ge=1, description="pairs drawn at a time")
-    model: Path | None = Field(None, description="model folder with its judge (default: the embedded one)")
+    model: Path | None = Field(
+        None, description="model folder with its judge, or embedded-sd3, the embedded transformer (default: embedded)"
+    )
+    text_tokens: int | None = Field(
+        None, ge=1, description="of a transformer: tokens in the place of T5's (default: the pipeline's number)"
+    )
     device: Text = Field("cpu", description="torch device")
     output: Path = Field(Path("out/evaluation"), description="folder for the results")
+
+    @classmethod
+    def of_model(cls, **given: Any) -> Self:
+        """An evaluation with the defaults of the model that it names, which are others for a transformer.
+
+        Raises:
+            InputError: there is no such model, or something is wrong with the values.
+        """
+        model = given.get("model")
+        own = defaults_for(None if model is None else str(model), given)
+        window = own.pop("self_replace", None)
+        own.pop("inversion", None)
+        return cls(**own, **({} if window is None else {"self_replace": window[1]}), **given)

@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..images.distance import pixel_hash
 from ..models.loading import find_model, is_embedded, pick_device, scheduler_settings
 from .edit_class import edit_class
+from .model_defaults import check_family
 from .progress import Progress, show_steps
 from .repeatable import Clock, machine, repeatable, threads_for, versions
 from .result import Run
@@ -26,7 +27,17 @@ if TYPE_CHECKING:
     from ..pipeline import FreePromptPipeline
     from ..sampling.output import FreePromptPipelineOutput
 
-__all__ = ["Loaded", "ddim_of", "details_of", "edit_of", "filled_in", "invert", "made_by", "photo_for", "pinned"]
+__all__ = [
+    "Loaded",
+    "details_of",
+    "edit_of",
+    "filled_in",
+    "invert",
+    "made_by",
+    "photo_for",
+    "pinned",
+    "solver_of_pictures",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +75,10 @@ def made_by(
     import torch
 
     pipe = loaded.pipe
-    _warn_of_cut_prompts(pipe.tokenizer, settings)
+    _warn_of_cut_prompts(pipe, settings)
     photo = photo_for(pipe, settings)
     _check_expected(settings, loaded.identity, expected[0], photo, expected[1])
+    check_family(settings, find_model(settings.model), family_of(pipe))
     width, height = photo.size if photo is not None else settings.size or pipe.native_size[::-1]
     edit = edit_of(pipe, settings, width, height)
     common: dict[str, Any] = {
@@ -82,7 +94,7 @@ def made_by(
             show_steps(pipe, "invert", progress)
             with clock.measure("invert"):
                 inversion = invert(pipe, photo, settings)
-        pipe.scheduler = ddim_of(pipe)
+        pipe.scheduler = solver_of_pictures(pipe)
         common |= {"inversion": inversion, "height": None, "width": None}
 
     def generate(title: str, prompts: list[str], **options: Any) -> FreePromptPipelineOutput:
@@ -123,7 +135,7 @@ def filled_in(settings: Settings, pipe: FreePromptPipeline, size: tuple[int, int
         model=settings.model if location.kind == "hub" or is_embedded(settings.model) else location.location,
         image=None if settings.image is None else str(Path(settings.image).resolve()),
         size=size,
-        dtype=str(pipe.unet.dtype).removeprefix("torch."),
+        dtype=str(model_of(pipe).dtype).removeprefix("torch."),
         device=pick_device(settings.device),
         threads=torch.get_num_threads(),
     )
@@ -163,8 +175,11 @@ def _check_expected(
         )
 
 
-def _warn_of_cut_prompts(tokenizer: Any, settings: Settings) -> None:
-    """Say in one line which prompts are longer than the model reads."""
+def _warn_of_cut_prompts(pipe: Any, settings: Settings) -> None:
+    """Say in one line which prompts are longer than the model reads, where one tokenizer says that."""
+    if _reads_t5(pipe):
+        return
+    tokenizer = pipe.tokenizer
     room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
     prompts = {"source": settings.source, "negative": settings.negative or ""}
     prompts |= {f"target {number}": target for number, target in enumerate(settings.targets, start=1)}
@@ -181,39 +196,64 @@ def photo_for(pipe: FreePromptPipeline, settings: Settings) -> Image.Image | Non
     if settings.image is None:
         return None
     pixels = pipe.native_size[0] * pipe.native_size[1]
-    return load_image(settings.image, settings.size or (None, None), multiple=pipe.vae_scale_factor, pixels=pixels)
+    multiple = pipe.flow().multiple if is_flow(pipe) else pipe.vae_scale_factor
+    return load_image(settings.image, settings.size or (None, None), multiple=multiple, pixels=pixels)
 
 
 def edit_of(pipe: FreePromptPipeline, settings: Settings, width: int, height: int) -> Edit:
     """The settings' edit; words and layers that it cannot serve are refused here, before a picture is inverted."""
-    from ..models.sites import attention_sites
+    from ..models.families import adapter_of
 
-    edit = settings.edit(pipe.tokenizer, pipe.unet)
+    edit = settings.edit(pipe.tokenizer, model_of(pipe))
     latent = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
     try:
-        edit.select(tuple(site.at(*latent) for site in attention_sites(pipe.unet)))
+        edit.select(tuple(site.at(*latent) for site in adapter_of(pipe).sites))
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
     return edit
 
 
-def ddim_of(pipe: FreePromptPipeline) -> Any:
-    """DDIM on the noise levels of whatever scheduler a model names, by which pictures are inverted."""
+def solver_of_pictures(pipe: Any) -> Any:
+    """By what pictures are inverted and denoised again: DDIM on the noise levels of whatever scheduler a model names;
+    of a flow model, the scheduler's own steps."""
     from ..sampling.noise_schedule import ddim_scheduler
 
-    return ddim_scheduler(pipe.scheduler)
+    return pipe.scheduler if is_flow(pipe) else ddim_scheduler(pipe.scheduler)
+
+
+def family_of(pipe: Any) -> Any:
+    """The kind of model of a loaded pipeline."""
+    from ..models.families import adapter_of
+
+    return adapter_of(pipe).family
+
+
+def _reads_t5(pipe: Any) -> bool:
+    """Whether a text encoder reads more of a prompt than the first tokenizer says."""
+    return any(type(part).__name__.startswith("T5") for part in pipe.components.values())
+
+
+def model_of(pipe: Any) -> Any:
+    """The UNet or transformer that a pipeline denoises with."""
+    return pipe.transformer if is_flow(pipe) else pipe.unet
+
+
+def is_flow(pipe: Any) -> bool:
+    """Whether a pipeline is one of those around transformers."""
+    return getattr(pipe, "unet", None) is None
 
 
 def invert(pipe: FreePromptPipeline, photo: Image.Image, settings: Settings) -> Inversion:
-    """The settings' picture, cut for the model, inverted by DDIM."""
-    pipe.scheduler = ddim_of(pipe)
+    """The settings' picture, cut for the model, inverted by DDIM, or along the flow."""
+    pipe.scheduler = solver_of_pictures(pipe)
+    method: Any = settings.inversion if is_flow(pipe) else settings.null_text() or settings.inversion
     try:
         return pipe.invert(
             photo,
             settings.source,
             num_inference_steps=settings.steps,
             guidance_scale=settings.inversion_guidance,
-            method=settings.null_text() or settings.inversion,
+            method=method,
             height=photo.height,
             width=photo.width,
         )

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from ..errors import InputError
 from ..models.loading import EMBEDDED, ModelSource, find_model, pick_device, pick_dtype
 from ..texts import check_text
+from .model_defaults import FLOW_WINDOW, UNET_INVERSIONS, check_family, defaults_for
 from .sentences import Text, sentences
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ __all__ = ["DEFAULTS", "DTYPE_NAMES", "INVERSIONS", "InversionName", "Schema", "
 SELECTORS = ("levels", "max_tokens", "layers")
 SELF_REPLACE = (0.0, 0.8)
 # Those of `fpe_pipeline.inversion`, which is not imported here: it takes seconds that `fpe --help` need not spend.
-InversionName = Literal["ddim", "direct", "null-text", "negative-prompt"]
-INVERSIONS: tuple[InversionName, ...] = get_args(InversionName)
+# UNets have the first four, transformers "direct" and the last two.
+InversionName = Literal["ddim", "direct", "null-text", "negative-prompt", "reference", "free"]
+INVERSIONS: tuple[InversionName, ...] = UNET_INVERSIONS
 Dtype = Literal["float32", "float16", "bfloat16", "auto"]
 DTYPE_NAMES: tuple[Dtype, ...] = get_args(Dtype)
 
@@ -71,8 +73,8 @@ class Settings(Schema):
     negative: Text | None = Field(None, description="what all images should not show")
     model: Text = Field(
         EMBEDDED,
-        description="diffusers folder, .safetensors or .ckpt file, hub name, or embedded-80, the embedded model of "
-        "before",
+        description="diffusers folder, .safetensors or .ckpt file, hub name; embedded-sd3, the embedded transformer, "
+        "or embedded-80, the embedded model of before",
     )
     seed: int = Field(
         0,
@@ -111,7 +113,8 @@ class Settings(Schema):
     inversion: InversionName = Field(
         "ddim",
         description="how the source is held to the picture: put back onto it in every step (ddim, direct: to the end), "
-        "or followed by an optimised (null-text) or by its own prompt's (negative-prompt) unconditional half",
+        "or followed by an optimised (null-text) or by its own prompt's (negative-prompt) unconditional half; of "
+        "transformers direct, reference (put back in every step but the last) or free (not held)",
     )
     inversion_guidance: float = Field(1.0, description="guidance while the picture is inverted")
     inner_steps: int = Field(
@@ -147,12 +150,22 @@ class Settings(Schema):
             raise ValueError(f"must be values that JSON has: {error}") from None
         return options
 
-    def edit(self, tokenizer: Any = None, unet: Any = None) -> Any:
+    @classmethod
+    def of_model(cls, **given: Any) -> Self:
+        """Settings with the defaults of the model that they name, which are others for a transformer than for a UNet.
+
+        Raises:
+            InputError: there is no such model, or something is wrong with the values.
+        """
+        return cls(**defaults_for(given.get("model"), given), **given)
+
+    def edit(self, tokenizer: Any = None, model: Any = None) -> Any:
         """The edit of these settings.
 
         Args:
             tokenizer: the pipeline's. Without it, an edit that aligns words is not made, and None is returned.
-            unet: the pipeline's, whose layers the method's defaults suit. Without it, those of Stable Diffusion.
+            model: the pipeline, its UNet or its transformer, whose layers the method's defaults suit. Without it, those
+                of Stable Diffusion.
 
         Raises:
             InputError: an unknown method, or a window, a choice of layers or options that make no sense.
@@ -161,7 +174,7 @@ class Settings(Schema):
 
         try:
             method = find_method(self.method)
-            if method.window is None and self.self_replace != SELF_REPLACE:
+            if method.window is None and self.self_replace not in (SELF_REPLACE, FLOW_WINDOW):
                 raise InputError(
                     f"--self-replace is Free-Prompt-Editing's window; give {self.method} its own by --option, such as "
                     "--option self_replace_steps=0.4 or --option start_step=4"
@@ -175,7 +188,7 @@ class Settings(Schema):
                 raise InputError(f"{', '.join(sorted(twice))} is given twice, by --option and by an option of its own")
             if method.aligns and tokenizer is None:
                 return None
-            return make_edit(self.method, [self.source, *self.targets], tokenizer, unet, **chosen, **self.options)
+            return make_edit(self.method, [self.source, *self.targets], tokenizer, model, **chosen, **self.options)
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
 
@@ -224,6 +237,7 @@ class Settings(Schema):
             raise InputError(f"attention backend '{self.backend}' cannot be used here: {reason}; leave --backend out")
         pick_dtype(self.dtype, pick_device(self.device))
         source = find_model(self.model)
+        check_family(self, source)
         source.check_size(self.size)
         return source
 

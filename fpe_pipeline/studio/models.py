@@ -68,7 +68,11 @@ class Models:
 
     def __post_init__(self) -> None:
         for name in self.names:
-            find_model(name)
+            if find_model(name).is_transformer:
+                raise InputError(
+                    f"the page edits models with a UNet, and '{name}' has a transformer: edit with `fpe edit --model "
+                    f"{name}`"
+                )
         self.device = pick_device(self.device)
         pick_dtype(self.dtype, self.device)
 

@@ -18,7 +18,7 @@ from ..heatmaps.heat_maps import heat_maps
 from ..images.distance import distance
 from ..models.quiet import only_errors
 from ..runs import run as runs
-from ..runs.making import Loaded, ddim_of, details_of, edit_of, filled_in, invert, photo_for, pinned
+from ..runs.making import Loaded, details_of, edit_of, filled_in, invert, photo_for, pinned, solver_of_pictures
 from ..runs.progress import show_steps
 from ..runs.settings import Settings
 from .models import Models
@@ -127,10 +127,10 @@ def look_inside(models: Models, visitor: Visitor, result: Result, watched: Watch
 
 @contextmanager
 def _at_work(models: Models, settings: Settings, watched: Watched) -> Iterator[Loaded]:
-    """A twin of a loaded model on DDIM, as pictures are inverted, in pinned arithmetic."""
+    """A twin of a loaded model on the solver that pictures are inverted with, in pinned arithmetic."""
     pinning = pinned(settings, models.device)
     with models.use(settings.model, watched) as loaded, only_errors(), pinning, _told_as_errors():
-        loaded.pipe.scheduler = ddim_of(loaded.pipe)
+        loaded.pipe.scheduler = solver_of_pictures(loaded.pipe)
         yield loaded
 
 

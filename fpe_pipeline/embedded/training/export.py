@@ -11,16 +11,26 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from .. import JUDGE
 from ..card import MEASUREMENTS, write_card
 from ..judge import Judge, save_judge
 from .diffusion import Denoiser, build_scheduler
 from .tokenizer import build_tokenizer
 
-__all__ = ["SIZE_LIMIT", "check_size", "export", "folder_bytes", "write_measurements"]
+__all__ = [
+    "SIZE_LIMIT",
+    "check_size",
+    "declare_float32",
+    "edit_json",
+    "export",
+    "folder_bytes",
+    "forget_origin",
+    "half",
+    "write_measurements",
+]
 
 SIZE_LIMIT = 12_000_000
 _SETTINGS = 100_000  # bytes of everything but the weights, rounded up
-_JUDGE = "judge.safetensors"
 
 
 def export(
@@ -44,22 +54,22 @@ def export(
     """
     folder.mkdir(parents=True, exist_ok=True)
     pipe = StableDiffusionPipeline(
-        vae=_half(vae),
-        text_encoder=_half(denoiser.text_encoder),
+        vae=half(vae),
+        text_encoder=half(denoiser.text_encoder),
         tokenizer=tokenizer,
-        unet=_half(denoiser.unet),
+        unet=half(denoiser.unet),
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipe.save_pretrained(folder, safe_serialization=True)
-    _edit_json(folder / "text_encoder" / "config.json", _declare_float32)
+    edit_json(folder / "text_encoder" / "config.json", declare_float32)
     for path in folder.glob("*/config.json"):
-        _edit_json(path, _forget_origin)
+        edit_json(path, forget_origin)
     # Newer transformers write tokenizer.json alone; older ones read vocab.json and merges.txt.
     build_tokenizer(folder / "tokenizer")
-    save_judge(judge, folder / _JUDGE)
+    save_judge(judge, folder / JUDGE)
     write_measurements(folder, measurements)
     size = folder_bytes(folder)
     if size > SIZE_LIMIT:
@@ -84,7 +94,7 @@ def check_size(*modules: torch.nn.Module) -> None:
         raise ValueError(f"weights of {size:,} bytes leave no room for settings within {SIZE_LIMIT:,}; use less width")
 
 
-def _half(module: Any) -> torch.nn.Module:
+def half(module: Any) -> torch.nn.Module:
     """A float16 copy, made through the configuration so that the original keeps its precision."""
     state = {name: value.detach().cpu().half() for name, value in module.state_dict().items()}
     config = module.config
@@ -93,13 +103,14 @@ def _half(module: Any) -> torch.nn.Module:
     return copy.eval()
 
 
-def _edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a file's dictionary in place."""
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _declare_float32(config: dict[str, Any]) -> None:
+def declare_float32(config: dict[str, Any]) -> None:
     """Have transformers load the text encoder in float32 unless told otherwise, as diffusers loads its models.
 
     Left to itself, transformers takes the stored precision, and the pipeline's parts would not fit together.
@@ -107,7 +118,7 @@ def _declare_float32(config: dict[str, Any]) -> None:
     config["dtype"] = "float32"
 
 
-def _forget_origin(config: dict[str, Any]) -> None:
+def forget_origin(config: dict[str, Any]) -> None:
     """Drop the folder that a network was loaded from, which means nothing on another machine."""
     config.pop("_name_or_path", None)
 

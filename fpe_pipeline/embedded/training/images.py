@@ -9,7 +9,7 @@ import torch
 
 from .data import Rendering
 
-__all__ = ["Images"]
+__all__ = ["Images", "picture_tensor"]
 
 _CHUNK = 2048
 
@@ -34,7 +34,7 @@ class Images:
         cache = rendering.cache
         self.size, self.count = int(cache.images.shape[1]), 0
         if self._device.type == "cpu":
-            self._images, self._masks = _tensor(cache.images), _tensor(cache.masks)
+            self._images, self._masks = picture_tensor(cache.images), picture_tensor(cache.masks)
         else:
             self._images = torch.empty(cache.images.shape, dtype=torch.uint8, device=device)
             self._masks = torch.empty(cache.masks.shape, dtype=torch.uint8, device=device)
@@ -49,8 +49,8 @@ class Images:
             cache = self._rendering.cache
             for start in range(self.count, ready, _CHUNK):
                 part = slice(start, min(start + _CHUNK, ready))
-                self._images[part].copy_(_tensor(cache.images[part]))
-                self._masks[part].copy_(_tensor(cache.masks[part]))
+                self._images[part].copy_(picture_tensor(cache.images[part]))
+                self._masks[part].copy_(picture_tensor(cache.masks[part]))
         self.count = ready
         return ready
 
@@ -75,7 +75,7 @@ class Images:
         return self._images[rows[:, None, None], y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
+def picture_tensor(array: np.ndarray) -> torch.Tensor:
     """A tensor over an array's memory, which a finished cache maps read-only: nothing here writes to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -73,19 +73,22 @@ def score_subject(
     *,
     steps: int = DEFAULTS.steps,
     guidance: float = DEFAULTS.guidance,
+    **options: Any,
 ) -> Iterator[MethodScore]:
     """Edit one picture by every method, and score each edit as soon as it is made.
 
     Args:
-        pipe: a ``FreePromptPipeline`` with a DDIM scheduler.
+        pipe: a ``FreePromptPipeline`` with a DDIM scheduler, or one of those of flow models.
         judge: of the embedded model's scenes; without one, what it would say is ``None``.
         subject: the picture and its edit.
-        origin: ``"generated"``, or an inversion: a name of :data:`fpe_pipeline.inversion.trajectory.METHODS`.
+        origin: ``"generated"``, or an inversion: a name of :data:`fpe_pipeline.inversion.trajectory.METHODS`, of a flow
+            model of :data:`fpe_pipeline.inversion.flow.FLOW_METHODS`.
         contenders: the methods.
         steps: denoising steps, and of the inversion.
         guidance: classifier-free guidance of the edits; inversions are unguided.
+        **options: of the pipeline's calls and inversions.
     """
-    drawing = _Drawing(pipe, subject, origin, steps, guidance)
+    drawing = _Drawing(pipe, subject, origin, steps, guidance, options)
     scorer = _Scorer(judge, subject, drawing)
     for contender in contenders:
         unscored = MethodScore(subject.name, subject.kind, origin, contender.name)
@@ -104,9 +107,11 @@ def score_subject(
 class _Drawing:
     """The pictures of one subject, uint8 [h, w, 3]. A real image is inverted when this is made."""
 
-    def __init__(self, pipe: Any, subject: Subject, origin: str, steps: int, guidance: float) -> None:
+    def __init__(
+        self, pipe: Any, subject: Subject, origin: str, steps: int, guidance: float, options: Mapping[str, Any]
+    ) -> None:
         self._pipe, self._subject = pipe, subject
-        self._options: dict[str, Any] = {"guidance_scale": guidance, "output_type": "np"}
+        self._options: dict[str, Any] = {"guidance_scale": guidance, "output_type": "np", **options}
         self.inversion: Inversion | None = None
         self.inversion_seconds: float | None = None
         if origin == GENERATED:
@@ -116,11 +121,16 @@ class _Drawing:
             started = _clock(pipe)
             method = NullText(guidance_scale=guidance) if origin == "null-text" else cast(Method, origin)
             self.inversion = pipe.invert(
-                subject.picture, subject.source_prompt, num_inference_steps=steps, method=method
+                subject.picture, subject.source_prompt, num_inference_steps=steps, method=method, **options
             )
             self.inversion_seconds = _clock(pipe) - started
             self._source = {**self._options, "inversion": self.inversion}
         self._alone = {**self._options, "num_inference_steps": steps}
+        if getattr(pipe, "unet", None) is None:  # whose latents may be tokens, which do not say the size
+            width, height = self._size()
+            self._alone |= {"height": height, "width": width}
+            if self.inversion is None:
+                self._source |= {"height": height, "width": width}
 
     def edited(self, edit: Any) -> tuple[np.ndarray, np.ndarray]:
         """Source row and target of an edit."""
@@ -144,16 +154,28 @@ class _Drawing:
         """What the autoencoder alone gives back of the real image."""
         vae = self._pipe.vae
         with torch.no_grad():
-            image = vae.decode(inversion.latents[0] / vae.config.scaling_factor, return_dict=False)[0]
+            latents = inversion.latents[0]
+            if latents.ndim == 3:
+                width, height = inversion.image.size
+                latents = self._pipe._unpack_latents(latents, height, width, self._pipe.vae_scale_factor)
+            latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+            image = vae.decode(latents, return_dict=False)[0]
         return _eight_bit(self._pipe.image_processor.postprocess(image, output_type="np")[0])
 
     def _noise(self, seed: int) -> torch.Tensor:
-        config, factor = self._pipe.unet.config, self._pipe.vae_scale_factor
-        height, width = (side // factor for side in self._pipe.native_size)
+        pipe, unet = self._pipe, getattr(self._pipe, "unet", None)
+        width, height = (side // pipe.vae_scale_factor for side in self._size())
+        latents = noise((pipe.vae.config.latent_channels, height, width), [seed])
+        if unet is not None:
+            return latents.to(pipe.device, unet.dtype)
+        return pipe.flow().latents(latents).to(pipe.device, pipe.transformer.dtype)
+
+    def _size(self) -> tuple[int, int]:
+        """(width, height) of the pictures in pixels."""
         if self.inversion is not None:
-            height, width = self.inversion.noise.shape[-2:]
-        latents = noise((config.in_channels, height, width), [seed])
-        return latents.to(self._pipe.device, self._pipe.unet.dtype)
+            return self.inversion.image.size
+        height, width = self._pipe.native_size
+        return width, height
 
 
 class _Scorer:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...edits import Edit, FreePromptEdit
-from ...edits.method import REQUIRED, Method, Unfit
+from ...edits.method import REQUIRED, Method, Served, Unfit
 from ...edits.method_class import names_a_class, origin_of
 from ...edits.registry import find_method, make_edit, methods_of
 from ...errors import InputError
+from ...models.families import adapter_of
 from ...texts import did_you_mean
 from .subjects import Subject
 
@@ -43,7 +44,7 @@ class Contender:
         Args:
             subject: the picture and what it is to become.
             tokenizer: the pipeline's.
-            model: the pipeline or its UNet, which decides the method's layers.
+            model: the pipeline, its UNet or its transformer, which decides the method's layers.
 
         Raises:
             Unfit: the method cannot make this edit.
@@ -52,18 +53,23 @@ class Contender:
             return FreePromptEdit(0)
         prompts = (subject.source_prompt, subject.target_prompt)
         try:
-            return make_edit(self.method or self.name, prompts, tokenizer, model, **self.options(subject))
+            edit = make_edit(self.method or self.name, prompts, tokenizer, model, **self.options(subject))
+            if getattr(model, "transformer", None) is not None:
+                edit.select(adapter_of(model).sites)  # methods whose layers are known for one transformer alone
+            return edit
         except Unfit:
             raise
         except ValueError as error:
-            raise Unfit(str(error)) from error
+            # A list of the layers may follow, which has no place in a table.
+            raise Unfit(str(error).splitlines()[0].removesuffix(" with layers=")) from error
 
 
-def contenders(self_replace: float = 0.8) -> tuple[Contender, ...]:
-    """All of them, the baselines first: every method of UNets with its defaults for the model.
+def contenders(self_replace: float = 0.8, kind: Served = "unet") -> tuple[Contender, ...]:
+    """All of them, the baselines first: every method of a kind of model with its defaults for the model.
 
     Args:
         self_replace: share of the steps in which Free-Prompt-Editing replaces maps.
+        kind: of model.
     """
     window = f"in the first {100 * self_replace:g} % of the steps"
 
@@ -72,7 +78,7 @@ def contenders(self_replace: float = 0.8) -> tuple[Contender, ...]:
         Contender(DIFFERENT_NOISE, "the target alone, from other noise", alone=True),
         *(
             Contender(name, method.about.format(window=window), _options(method, self_replace))
-            for name, method in methods_of("unet").items()
+            for name, method in methods_of(kind).items()
         ),
     )
 
@@ -95,26 +101,29 @@ def _class_contender(name: str) -> Contender:
     return Contender(f"{name}@{str(origin['sha256'])[:8]}", about, lambda subject: {}, method=name)
 
 
-#: Names of all contenders.
+#: Names of all contenders of UNets.
 CONTENDERS = tuple(contender.name for contender in contenders())
 
 
-def chosen(names: Sequence[str], self_replace: float = 0.8) -> tuple[Contender, ...]:
+def chosen(names: Sequence[str], self_replace: float = 0.8, kind: Served = "unet") -> tuple[Contender, ...]:
     """The contenders of these names, in their own order; all of them where no name is given.
 
     Args:
-        names: of :data:`CONTENDERS`, or edits' classes as ``package.module:Class``, which come last.
+        names: of :func:`contenders`, or edits' classes as ``package.module:Class``, which come last.
         self_replace: share of the steps in which Free-Prompt-Editing replaces maps.
+        kind: of model.
 
     Raises:
         InputError: an unknown name, or a class that cannot be imported or made.
     """
     classes = tuple(dict.fromkeys(name for name in names if names_a_class(name)))
-    unknown = [name for name in names if name not in CONTENDERS and name not in classes]
+    known = tuple(contender.name for contender in contenders(kind=kind))
+    unknown = [name for name in names if name not in known and name not in classes]
     if unknown:
         raise InputError(
-            f"unknown methods {', '.join(map(repr, unknown))}; {did_you_mean(unknown, CONTENDERS)}expected some of "
-            f"{', '.join(CONTENDERS)}, or an edit's class as package.module:Class"
+            f"unknown methods {', '.join(map(repr, unknown))}{'' if kind == 'unet' else f' of a {kind}'}; "
+            f"{did_you_mean(unknown, known)}expected some of {', '.join(known)}, or an edit's class as "
+            "package.module:Class"
         )
-    shipped = tuple(c for c in contenders(self_replace) if not names or c.name in names)
+    shipped = tuple(c for c in contenders(self_replace, kind) if not names or c.name in names)
     return shipped + tuple(map(_class_contender, classes))

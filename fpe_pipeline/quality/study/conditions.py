@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...edits import CombinedEdit, Edit, FreePromptEdit
+from ...edits import CombinedEdit, ConsistEdit, Edit, FreePromptEdit, StableFlowEdit
 from ...edits.base import Products, Windows
 from ...edits.products import Product
 from ...edits.registry import METHODS, make_edit
@@ -26,6 +26,7 @@ __all__ = [
     "method_conditions",
     "standard_conditions",
     "sweep_conditions",
+    "transformer_conditions",
 ]
 
 DIFFERENT_NOISE, SHARED_NOISE, FREE_PROMPT = "different noise", "shared noise", "free-prompt editing"
@@ -113,9 +114,11 @@ class _EditOfOne(Edit):
         return self.edit.windows()
 
     def products(self, site: Site, step: Step, roles: BatchRoles) -> Products:
-        conditional = roles.select(conditional=True)
-        block = len(conditional) // self.count
-        mine = conditional[self.place * block : (self.place + 1) * block]
+        mine: set[int] = set()
+        for half in (True, False):  # edits of joint attention take rows of both
+            rows = roles.select(conditional=half)
+            block = len(rows) // self.count
+            mine.update(rows[self.place * block : (self.place + 1) * block])
         own = tuple(source if row in mine else row for row, source in enumerate(roles.source_of))
         return self.edit.products(site, step, BatchRoles(roles.conditional, own))
 
@@ -155,6 +158,24 @@ def sweep_conditions(
         for level in levels
     ]
     return [*by_window, *by_level, Condition(CROSS_ATTENTION, CrossMapEdit(self_replace_steps))]
+
+
+def transformer_conditions(self_replace_steps: float = 0.2, *, methods: bool = True) -> list[Condition]:
+    """What :func:`standard_conditions` are, on joint attention; and the methods of transformers with their defaults.
+
+    Stable Flow's vital layers are known for FLUX.1 alone: on any other transformer it takes all of them here, and its
+    name says so.
+    """
+    standard = [
+        Condition(DIFFERENT_NOISE, shared_noise=False),
+        Condition(SHARED_NOISE),
+        Condition(FREE_PROMPT, FreePromptEdit(self_replace_steps=self_replace_steps)),
+    ]
+    others = [
+        Condition("consistedit", ConsistEdit()),
+        Condition("stable flow, all layers", StableFlowEdit(layers=("transformer_blocks",))),
+    ]
+    return standard + others if methods else standard
 
 
 def method_conditions() -> list[Condition]:

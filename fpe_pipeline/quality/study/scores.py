@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from ...edits import Edit
 from ...embedded.judge import Judge, Verdict
 from ...embedded.measure import noise
 from ...runs.settings import DEFAULTS
+from ...sampling.flow_models import flow_model, is_flow_model
 from ...session.session import editing
 from ..similarity import iou, psnr
 from ..store import plain
@@ -66,11 +67,12 @@ def evaluate(
     first: int = 0,
     backend: str = "auto",
     on_chunk: Callable[[list[Score]], None] | None = None,
+    **options: Any,
 ) -> list[Score]:
     """Draw every pair under every condition and score it.
 
     Args:
-        pipe: a ``StableDiffusionPipeline`` with the embedded model's vocabulary.
+        pipe: a ``StableDiffusionPipeline`` or ``StableDiffusion3Pipeline`` with the embedded model's vocabulary.
         judge: of the same scenes.
         pairs: the edits.
         conditions: the ways of making them; each costs one picture a pair, beside the source's.
@@ -80,6 +82,7 @@ def evaluate(
         first: index of the first pair, where the list is the rest of a longer one.
         backend: of the edited attention.
         on_chunk: called with the scores of each chunk as soon as they exist.
+        **options: of the pipeline's calls.
 
     Returns:
         One score for each pair and condition, pair by pair.
@@ -87,7 +90,7 @@ def evaluate(
     scores: list[Score] = []
     for start in range(0, len(pairs), chunk):
         part = pairs[start : start + chunk]
-        drawn = draw_pairs(pipe, part, conditions, steps=steps, guidance=guidance, backend=backend)
+        drawn = draw_pairs(pipe, part, conditions, steps=steps, guidance=guidance, backend=backend, **options)
         sources = drawn.pop("")
         seen = judge.look(sources)
         fresh = []
@@ -113,19 +116,19 @@ def draw_pairs(
     steps: int = 25,
     guidance: float = 5.0,
     backend: str = "auto",
+    **options: Any,
 ) -> dict[str, np.ndarray]:
     """Pictures of all conditions, uint8 ``[pairs, h, w, 3]`` each, and of the sources under the empty name.
 
     Edits that do without the prompts are rows of one batch, in which each source is computed once.
     """
     together = [condition for condition in conditions if condition.method is None]
-    blocks = _call(
-        pipe, pairs, together, edit_by_condition((None, *(c.edit for c in together))), steps, guidance, backend
-    )
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, **options}
+    blocks = _call(pipe, pairs, together, edit_by_condition((None, *(c.edit for c in together))), backend, options)
     drawn = dict(zip(("", *(condition.name for condition in together)), blocks, strict=True))
     for condition in conditions:
         if condition.method is not None:
-            drawn[condition.name] = _call(pipe, pairs, [condition], condition, steps, guidance, backend)[1]
+            drawn[condition.name] = _call(pipe, pairs, [condition], condition, backend, options)[1]
     return drawn
 
 
@@ -134,15 +137,16 @@ def _call(
     pairs: Sequence[EditPair],
     conditions: Sequence[Condition],
     edit: Edit | Condition | None,
-    steps: int,
-    guidance: float,
     backend: str,
+    options: Mapping[str, Any],
 ) -> list[np.ndarray]:
     """One call of the pipeline: the sources' pictures, then each condition's, uint8 ``[pairs, h, w, 3]``."""
-    size, channels, count = pipe.unet.config.sample_size, pipe.unet.config.in_channels, len(pairs)
+    count, size, channels = len(pairs), _latent_side(pipe), pipe.vae.config.latent_channels
     shared = noise((channels, size, size), [pair.seed for pair in pairs])
     other = noise((channels, size, size), [pair.other_seed for pair in pairs])
     latents = torch.cat([shared, *(shared if condition.shared_noise else other for condition in conditions)])
+    if is_flow_model(pipe):
+        latents = flow_model(pipe).latents(latents)
     prompts = [pair.source_prompt for pair in pairs]
     prompts += len(conditions) * [pair.target_prompt for pair in pairs]
     edited = [False, *(condition.edit is not None or condition.method is not None for condition in conditions)]
@@ -155,15 +159,21 @@ def _call(
     with session:
         images = pipe(
             prompts,
-            latents=latents.to(pipe.device, pipe.unet.dtype),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
+            latents=latents.to(pipe.device, pipe.vae.dtype),
             output_type="np",
+            **options,
         ).images
     if not np.isfinite(images).all():
         raise FloatingPointError("a picture holds values that are not finite: lower the guidance scale")
     pictures = (images * 255).round().astype(np.uint8)
     return [pictures[start : start + count] for start in range(0, len(pictures), count)]
+
+
+def _latent_side(pipe: Any) -> int:
+    """Width and height of the latents of a pipeline's own pictures."""
+    unet = getattr(pipe, "unet", None)
+    side: int = pipe.default_sample_size if unet is None else unet.config.sample_size
+    return side
 
 
 def _score(
