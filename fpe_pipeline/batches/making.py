@@ -23,7 +23,7 @@ from ..models.quiet import only_errors
 from ..recordings.requirements import check_deterministic
 from ..runs import run as runs
 from ..runs.loading import load_pipeline
-from ..runs.making import Loaded, ddim_of, details_of, edit_of, filled_in, invert, photo_for, pinned
+from ..runs.making import Loaded, details_of, edit_of, filled_in, invert, photo_for, pinned, solver_of_pictures
 from ..runs.picture_record import PHOTO, png_info
 from ..runs.settings import Settings
 from .encoders import Encoders
@@ -195,7 +195,7 @@ class Maker:
                 "num_inference_steps": settings.steps,
             }
         else:
-            pipe.scheduler = ddim_of(pipe)
+            pipe.scheduler = solver_of_pictures(pipe)
         try:
             recording = pipe.record(
                 settings.source,
@@ -249,7 +249,7 @@ class Maker:
         pipe = self.loaded.pipe
         scheduler = pipe.scheduler
         if source.photo is not None:
-            pipe.scheduler = ddim_of(pipe)
+            pipe.scheduler = solver_of_pictures(pipe)
         try:
             edit = edit_of(pipe, settings, *source.size)
             made = pipe.edit(source.recording, list(settings.targets), edit=edit, backend=settings.backend)
