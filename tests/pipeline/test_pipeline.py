@@ -35,7 +35,11 @@ def unet_must_not_run(tiny, monkeypatch):
 class TestGolden:
     """What the authors' code computed, through both forms of the call."""
 
-    @pytest.mark.parametrize("name", CASES)
+    # The longest are run by default as edits of a session.
+    @pytest.mark.parametrize(
+        "name",
+        [pytest.param(name, marks=pytest.mark.slow) if name.startswith("fpe_fake_2p_sr") else name for name in CASES],
+    )
     def test_original_latents(self, pipe, name):
         case = load_case(name)
         steps = []

@@ -94,7 +94,7 @@ class AllSteps(SelfAttentionControlEdit):
         super().__init__(prompts, steps, res, 1.0)
 
 
-@pytest.mark.parametrize("kind", [AllLayers, AllSteps])
+@pytest.mark.parametrize("kind", [pytest.param(AllLayers, marks=pytest.mark.slow), AllSteps])
 def test_a_wrong_variant_is_seen(original, kind):
     with pytest.raises(AssertionError, match="of its tolerance"):
         check(original, "fpe_gradio_res16_lat32", kind)

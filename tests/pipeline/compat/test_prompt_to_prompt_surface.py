@@ -42,7 +42,12 @@ def run(pipe, controller, prompts=PROMPTS, steps=2, latent=None, **options):
     )[0]
 
 
-@pytest.mark.parametrize("name", ["p2p_replace", "p2p_refine", "p2p_reweight"])
+SLOW = pytest.mark.slow  # as edits, the same cases are run by default
+
+
+@pytest.mark.parametrize(
+    "name", ["p2p_replace", pytest.param("p2p_refine", marks=SLOW), pytest.param("p2p_reweight", marks=SLOW)]
+)
 def test_the_notebooks_runs(pipe, name):
     case = load_case(name)
     prompts, steps = case.settings["prompts"], case.settings["steps"]

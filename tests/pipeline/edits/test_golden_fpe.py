@@ -12,7 +12,7 @@ import torch
 from fpe_pipeline import FreePromptEdit, editing
 from tests.support.golden_cases import CASES, OriginalNoiseLevels, load_case, load_pipeline
 
-BACKENDS = ["torch", "reference"]
+BACKENDS = ["torch", pytest.param("reference", marks=pytest.mark.slow)]
 LAYERS = "fpe_fake_2p_lat16_layers"
 
 

@@ -53,7 +53,10 @@ def check(case, trajectory):
     assert distance(case.tensors["off.latents"], case.tensors["out.latents"]) >= 100 * case.atol("latents")
 
 
-@pytest.mark.parametrize("name", ["p2p_replace", "p2p_refine", "p2p_reweight", "masa_s4_l10", "masa_real"])
+@pytest.mark.parametrize(
+    "name",
+    ["p2p_replace", "p2p_refine", "p2p_reweight", pytest.param("masa_s4_l10", marks=pytest.mark.slow), "masa_real"],
+)
 def test_edits_of_generated_images(pipe, name):
     case = load_case(name)
     trajectory, _ = run(pipe, case, edit_of(case, pipe.tokenizer))
