@@ -24,7 +24,12 @@ _HOOKS = {
 
 
 class TransformerAdapter(ModelAdapter):
-    """A transformer that attends to image and text tokens together."""
+    """What an edit has to know of a transformer; subclasses describe a family each.
+
+    Args:
+        pipe: the pipeline; None for a model alone.
+        model: the model; compiled or not.
+    """
 
     word = "transformer"
 
