@@ -61,8 +61,8 @@ def adapter_of(pipe: Any) -> ModelAdapter:
             f"{type(module).__name__} is a transformer that no adapter describes yet; there are adapters of UNets, "
             f"{', '.join(_TRANSFORMERS)}. One is a fpe_pipeline.TransformerAdapter, which says which modules attend "
             "and to which tokens (find_sites), which rows a call holds, at which step and of which size (read), and "
-            f"whose processors compute the layers (family); register_adapter({type(module).__name__!r}, …) makes it known: "
-            "see docs/write-an-adapter.md"
+            f"whose processors compute the layers (family); register_adapter({type(module).__name__!r}, …) makes it "
+            "known: see docs/write-an-adapter.md"
         )
     return UNetAdapter(around, model)
 
