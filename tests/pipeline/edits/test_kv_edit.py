@@ -8,6 +8,7 @@ from fpe_pipeline import KVEdit, WordMask, editing
 from tests.support.dense_joint import dense
 from tests.support.dense_rows import wide
 from tests.support.flow_pipelines import FAMILIES, MADE, SOURCE, TARGET, edited_with, solving
+from tests.support.slow_cases import few
 from tests.support.tiny_pipelines import tiny_pipeline
 from tests.support.tiny_transformers import draw, draw_flux
 
@@ -65,7 +66,7 @@ def reference(tiny, family, steps=range(4), parts="kv", pastes=True, **options):
         return RUNS[family](tiny, callback_on_step_end=paste, **options)
 
 
-@pytest.mark.parametrize("options", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("options", few(SIZES, "3 targets"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_targets_are_the_papers(pipes, family, options):
     tiny, size = pipes[family], options.get("size", (8, 8))
@@ -90,8 +91,8 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("wrong", few(WRONG, "keys alone", "no latents"))
+@pytest.mark.parametrize("family", few(FAMILIES, "sd3"))
 def test_other_rules_are_told_apart(pipes, family, wrong):
     with editing(pipes[family], KVEdit(mask=mask_of(8, 8))):
         actual = RUNS[family](pipes[family])
@@ -104,8 +105,8 @@ def test_steps(pipes):
     assert (actual - reference(pipes["sd3"], "sd3", steps=(1, 2))).abs().max() <= EXACT
 
 
-@pytest.mark.parametrize("solver", ["euler", pytest.param("fireflow", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("solver", few(["euler", "fireflow"], "euler"))
+@pytest.mark.parametrize("family", few(FAMILIES, "flux"))
 def test_of_inverted_images_and_their_recordings(pipe, family, solver):
     """The recording keeps image keys and values within its budget, of any mask; its edits are those of full runs."""
     tiny = solving(edited_with(MADE[family](pipe)), solver)

@@ -15,6 +15,7 @@ from diffusers.hooks import (
 )
 
 from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, editing
+from tests.support.slow_cases import few
 from tests.support.tiny_cross import draw_hunyuan, draw_ltx, tiny_hunyuan_pipeline, tiny_ltx_pipeline
 from tests.support.tiny_lumina import draw_lumina, tiny_lumina_pipeline
 from tests.support.tiny_transformers import (
@@ -38,10 +39,8 @@ MODELS = {
 }
 EDIT = FreePromptEdit(0.5)
 CLOSE = 2e-4  # in float32, of latents of a few units
-every_model = pytest.mark.parametrize("name", MODELS)
-some_models = pytest.mark.parametrize(
-    "name", [name if name in ("sd3.5", "wan") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
-)
+every_model = pytest.mark.parametrize("name", few(MODELS.keys(), "sd3.5", "lumina"))
+some_models = pytest.mark.parametrize("name", few(MODELS.keys(), "sd3.5"))
 
 
 class Model:
@@ -221,7 +220,7 @@ CACHES = {
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("cache", CACHES)
+    @pytest.mark.parametrize("cache", few(CACHES.keys(), "FirstBlockCache", "TaylorSeer"))
     def test_caches(self, pipe, cache):
         model = Model(pipe, "flux")
         model.pipe.transformer.enable_cache(CACHES[cache])
@@ -245,7 +244,7 @@ class TestRefusals:
         model.pipe.transformer.__class__ = type("Finer", (kind,), {})
         model.run()
 
-    @pytest.mark.parametrize("name", ["flux", "qwen", "wan", "ltx"])
+    @pytest.mark.parametrize("name", few(["flux", "qwen", "wan", "ltx"], "wan"))
     def test_settings_of_the_dispatcher(self, pipe, name):
         """The backend of unedited calls stays the user's; context parallelism is refused with the reason."""
         model = Model(pipe, name)
