@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         Edit,
         FreeFluxEdit,
         FreePromptEdit,
+        KVEdit,
         LocalBlend,
         MasaCtrlEdit,
         PlugAndPlayEdit,
@@ -33,10 +34,13 @@ if TYPE_CHECKING:
     from .heatmaps.heat_maps import HeatMaps, heat_maps
     from .inversion.null_text import NullText
     from .inversion.trajectory import Inversion
+    from .models.adapter import ModelCall
+    from .models.families import register_adapter
     from .models.flow_solvers import FireFlowScheduler, RFSolverScheduler, flow_scheduler
     from .models.roles import BatchRoles
     from .models.sites import Site, attention_sites
     from .models.steps import Step, StepWindow
+    from .models.transformer import TransformerAdapter
     from .pipeline import FreePromptPipeline
     from .prompts.encoding import Encoding
     from .recordings.recording import Recording
@@ -63,10 +67,12 @@ _HOME = {
     "Injecting": "edits.base",
     "Inversion": "inversion.trajectory",
     "JointProduct": "edits.joint_products",
+    "KVEdit": "edits",
     "LayerSelection": "edits.selection",
     "LocalBlend": "edits",
     "MasaCtrlEdit": "edits",
     "MixedRows": "edits.joint_products",
+    "ModelCall": "models.adapter",
     "NullText": "inversion.null_text",
     "PlugAndPlayEdit": "edits",
     "Product": "edits.products",
@@ -82,6 +88,7 @@ _HOME = {
     "Step": "models.steps",
     "StepWindow": "models.steps",
     "StyleAlignedEdit": "edits",
+    "TransformerAdapter": "models.transformer",
     "ValueInjectionEdit": "edits",
     "Watcher": "edits.watchers",
     "Watching": "edits.base",
@@ -92,6 +99,7 @@ _HOME = {
     "flow_scheduler": "models.flow_solvers",
     "heat_maps": "heatmaps.heat_maps",
     "make_edit": "edits.registry",
+    "register_adapter": "models.families",
 }
 
 __all__ = [
@@ -112,10 +120,12 @@ __all__ = [
     "Injecting",
     "Inversion",
     "JointProduct",
+    "KVEdit",
     "LayerSelection",
     "LocalBlend",
     "MasaCtrlEdit",
     "MixedRows",
+    "ModelCall",
     "NullText",
     "PlugAndPlayEdit",
     "Product",
@@ -131,6 +141,7 @@ __all__ = [
     "Step",
     "StepWindow",
     "StyleAlignedEdit",
+    "TransformerAdapter",
     "ValueInjectionEdit",
     "Watcher",
     "Watching",
@@ -141,6 +152,7 @@ __all__ = [
     "flow_scheduler",
     "heat_maps",
     "make_edit",
+    "register_adapter",
 ]
 
 

@@ -17,10 +17,11 @@ KERNELS = "AttentionMap LinearMap backends beside blend concatenate join known_c
 PIPELINE = (
     "BatchRoles CombinedEdit ConsistEdit Edit EditingSession Encoding FireFlowScheduler FreeFluxEdit "
     "FreePromptEdit FreePromptFluxPipeline FreePromptPipeline FreePromptPipelineOutput FreePromptSD3Pipeline "
-    "HeatMaps Injecting Inversion JointProduct LayerSelection LocalBlend MasaCtrlEdit MixedRows NullText "
-    "PlugAndPlayEdit Product PromptToPromptEdit Prompted RFSolverScheduler ReFlexEdit Recording Remembering "
-    "SelfAttentionEdit Site StableFlowEdit Step StepWindow StyleAlignedEdit ValueInjectionEdit Watcher Watching "
-    "WordMask attention_sites ddim_scheduler editing flow_scheduler heat_maps make_edit"
+    "HeatMaps Injecting Inversion JointProduct KVEdit LayerSelection LocalBlend MasaCtrlEdit MixedRows "
+    "ModelCall NullText PlugAndPlayEdit Product PromptToPromptEdit Prompted RFSolverScheduler ReFlexEdit "
+    "Recording Remembering SelfAttentionEdit Site StableFlowEdit Step StepWindow StyleAlignedEdit "
+    "TransformerAdapter ValueInjectionEdit Watcher Watching WordMask attention_sites ddim_scheduler editing "
+    "flow_scheduler heat_maps make_edit register_adapter"
 )
 TESTING = "TOLERANCE DenseLayer Difference EditCheck check_edit tiny_unet words_tokenizer"
 COMMANDS = ("app", "batch", "demo", "edit", "evaluate", "info")

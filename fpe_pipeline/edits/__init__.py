@@ -4,6 +4,7 @@ from .base import CombinedEdit, Edit
 from .consist_edit import ConsistEdit
 from .free_prompt import FreePromptEdit
 from .image_memory import FreeFluxEdit, StableFlowEdit
+from .kv_edit import KVEdit
 from .local_blend import LocalBlend
 from .masactrl import MasaCtrlEdit
 from .masks import WordMask
@@ -20,6 +21,7 @@ __all__ = [
     "Edit",
     "FreeFluxEdit",
     "FreePromptEdit",
+    "KVEdit",
     "LocalBlend",
     "MasaCtrlEdit",
     "PlugAndPlayEdit",

@@ -17,7 +17,7 @@ from .sd3 import SD3Adapter
 from .unet import UNetAdapter
 from .wan import WanAdapter
 
-__all__ = ["adapter_of", "edited_model"]
+__all__ = ["adapter_of", "edited_model", "register_adapter"]
 
 #: By the name of the class, the adapters of transformers; UNets are told by their blocks.
 _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
@@ -59,11 +59,36 @@ def adapter_of(pipe: Any) -> ModelAdapter:
     if (around is not None and getattr(around, "unet", None) is None) or _is_transformer(module):
         raise TypeError(
             f"{type(module).__name__} is a transformer that no adapter describes yet; there are adapters of UNets, "
-            f"{', '.join(_TRANSFORMERS)}. One says which modules attend and to which tokens (find_sites), which rows a "
-            "call holds, at which step and of which size (read), and needs a processor for its kind of layers: see "
-            "fpe_pipeline/models/adapter.py and fpe_pipeline/models/sd3.py"
+            f"{', '.join(_TRANSFORMERS)}. One is a fpe_pipeline.TransformerAdapter, which says which modules attend "
+            "and to which tokens (find_sites), which rows a call holds, at which step and of which size (read), and "
+            f"whose processors compute the layers (family); register_adapter({type(module).__name__!r}, …) makes it "
+            "known: see docs/write-an-adapter.md"
         )
     return UNetAdapter(around, model)
+
+
+def register_adapter(model: str, adapter: type[ModelAdapter]) -> None:
+    """Let sessions edit models of another class.
+
+    Args:
+        model: the name of the models' class; classes that inherit from it are edited too.
+        adapter: a :class:`TransformerAdapter` with a ``family``, ``find_sites`` and ``read``.
+
+    Raises:
+        TypeError: no class of adapters.
+        ValueError: methods that it still lacks, or a class of models that has another adapter.
+    """
+    if not (isinstance(adapter, type) and issubclass(adapter, ModelAdapter)):
+        raise TypeError(f"expected a class of adapters, such as one that inherits TransformerAdapter, got {adapter!r}")
+    lacks = sorted({*adapter.__abstractmethods__, *(name for name in ("family", "word") if not hasattr(adapter, name))})
+    if lacks:
+        raise ValueError(f"{adapter.__name__} lacks {', '.join(lacks)}: see docs/write-an-adapter.md")
+    if _TRANSFORMERS.get(model, adapter) is not adapter:
+        raise ValueError(
+            f"{model} has an adapter already, {_TRANSFORMERS[model].__name__}: inherit from the model's class, and "
+            "register that class's name"
+        )
+    _TRANSFORMERS[model] = adapter
 
 
 def _family(module: torch.nn.Module) -> type[ModelAdapter] | None:

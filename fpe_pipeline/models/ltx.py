@@ -8,6 +8,7 @@ picture is part of the video, its tokens have a timestep of their own.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,8 +36,9 @@ class LTXAdapter(TransformerAdapter):
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
-        sample, size = given["hidden_states"], tuple(given.get(name) for name in ("height", "width", "num_frames"))
-        if None in size or size[0] * size[1] * size[2] != sample.shape[1]:
+        sample = given["hidden_states"]
+        size: tuple[Any, ...] = tuple(given.get(name) for name in ("height", "width", "num_frames"))
+        if None in size or math.prod(size) != sample.shape[1]:
             raise ValueError(
                 f"the model got {sample.shape[1]} tokens for (height, width, frames) = {size}: tokens of given frames "
                 "among them (LTXConditionPipeline) are not described yet; edit with LTXPipeline or "

@@ -24,12 +24,25 @@ _HOOKS = {
 
 
 class TransformerAdapter(ModelAdapter):
-    """A transformer that attends to image and text tokens together."""
+    """What an edit has to know of a transformer; subclasses describe a family each.
+
+    Args:
+        pipe: the pipeline; None for a model alone.
+        model: the model; compiled or not.
+    """
 
     word = "transformer"
 
     def check(self) -> None:
         """Refuse a model in which layers of some steps are not computed, or not by this process alone."""
+        for model in self.models.values():
+            kinds = type(identity(model)).__mro__
+            if any(kind.__module__.partition(".")[0] == "nunchaku" or "Nunchaku" in kind.__name__ for kind in kinds):
+                raise ValueError(
+                    f"{kinds[0].__name__} is nunchaku's: its kernels compute projections, norms and attention of a "
+                    "block at once from packed weights, so that there are no queries and keys to edit; load diffusers' "
+                    "own model, whose linears may be quantised (bitsandbytes, torchao, GGUF)"
+                )
         modules = ((of, *found) for of, model in self.models.items() for found in identity(model).named_modules())
         for of, name, module in modules:
             hooks: Any = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})

@@ -42,7 +42,7 @@ class EditLTXProcessor(DispatchedAround):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Any:
         order = self.order
         if order is None:
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)

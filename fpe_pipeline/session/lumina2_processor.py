@@ -45,7 +45,7 @@ class EditLumina2Processor(ProcessorAround):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: torch.Tensor | None = None,
         base_sequence_length: int | None = None,
-    ) -> torch.Tensor:
+    ) -> Any:
         order = self.order
         if order is None:
             return self.inner(

@@ -85,7 +85,8 @@ def projected(
 
 def of_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """[rows, N, H·D] as [rows, H, N, D]."""
-    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: torch.Tensor = tensor.unflatten(-1, (heads, -1))
+    return split.transpose(1, 2)
 
 
 def merged(tensor: torch.Tensor) -> torch.Tensor:

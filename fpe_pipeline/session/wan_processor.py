@@ -47,7 +47,7 @@ class EditWanProcessor(DispatchedAround):
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Any:
         order = self.order
         if order is None:
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)

@@ -63,7 +63,10 @@ class JoinContract(ProductContract):
     def test_joined_maps_of_grouped_heads_and_key_lengths(self, options: dict) -> None:
         self.check_join((0, 5, 11, 17), **options)
 
-    @pytest.mark.parametrize("head_dim", [88, 112, pytest.param(128, marks=costly), pytest.param(256, marks=costly)])
+    @pytest.mark.parametrize(
+        "head_dim",
+        [88, pytest.param(96, marks=costly), 112, pytest.param(128, marks=costly), pytest.param(256, marks=costly)],
+    )
     def test_joined_maps_of_wide_heads(self, head_dim: int) -> None:
         self.check_join((0, 5, 17), head_dim=head_dim)
 

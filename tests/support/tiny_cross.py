@@ -123,7 +123,7 @@ def draw_hunyuan(pipe, prompts=2, *, steps=4, size=(8, 8), guidance_scale=4.0, s
     noise = torch.randn(1, 16, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return pipe(
         texts,
-        latents=noise.repeat(len(texts), 1, 1, 1),
+        latents=noise.repeat(len(texts), 1, 1, 1).to(pipe.transformer.dtype),
         height=size[0] * 8,
         width=size[1] * 8,
         num_inference_steps=steps,

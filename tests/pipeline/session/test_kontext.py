@@ -17,6 +17,7 @@ from fpe_pipeline import (
 )
 from tests.support.dense_joint import dense
 from tests.support.dense_rows import wide
+from tests.support.slow_cases import few
 from tests.support.tiny_transformers import PROMPTS, tiny_flux_pipeline
 
 EXACT = 1e-8
@@ -82,8 +83,8 @@ RULES = {
 SIZES = {"1 target": {}, "3 targets": {"prompts": 4}, "not square": {"size": (4, 12), "picture": (8, 4)}}
 
 
-@pytest.mark.parametrize("options", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("options", few(SIZES, "1 target", "3 targets"))
+@pytest.mark.parametrize("rule", few(RULES.keys(), "image"))
 def test_targets_are_the_papers(kontext, rule, options):
     edit, dense_rule, steps, layers = RULES[rule]
     actual, report = edited(kontext, edit, **options)
@@ -101,14 +102,14 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("wrong", few(WRONG, "the reference too"))
 def test_other_rules_are_told_apart(kontext, wrong):
     actual, _ = edited(kontext, FreePromptEdit(0.5))
     assert (actual - reference(kontext, wrong, (0, 1))).abs().max() > 1e-6
     assert (actual - reference(kontext, QUERIES_KEYS, (1, 2))).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("both", few({"conditional": False, "both": True}, "conditional"))
 def test_true_guidance(kontext, both):
     """The pipeline names no contexts; its first call of a step sees the prompts."""
     options = {"true_cfg_scale": 3.0, "negative_prompt": ["a drawing"] * 3, "prompts": 3}
@@ -136,7 +137,7 @@ class OwnMaps(Edit):
         return {row: JointProduct.own(row) for row in range(roles.rows)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", few({"float64": torch.float64, "float32": torch.float32}, "float32"))
 def test_the_source_is_the_one_without_an_edit(pipe, dtype):
     tiny = tiny_flux_pipeline(pipe, dtype, kind=FluxKontextPipeline)
     out, _ = edited(tiny, FreePromptEdit(1.0), prompts=3)
@@ -147,6 +148,7 @@ def test_the_source_is_the_one_without_an_edit(pipe, dtype):
     assert (out - plain)[0].abs().max() <= bound and (own - plain).abs().max() <= bound
 
 
+@pytest.mark.slow
 def test_fused_projections(pipe):
     tiny = tiny_flux_pipeline(pipe, kind=FluxKontextPipeline)
     expected, _ = edited(tiny, FreePromptEdit(0.5))

@@ -16,6 +16,7 @@ from fpe_pipeline import (
 )
 from fpe_pipeline.models.families import adapter_of
 from tests.support.dense_rows import wide
+from tests.support.slow_cases import few
 from tests.support.tiny_lumina import DenseLumina, draw_lumina, tiny_lumina_pipeline
 
 EXACT = 1e-8
@@ -87,8 +88,8 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("options", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("options", few(SIZES, "1 target", "3 targets"))
+@pytest.mark.parametrize("rule", few(RULES.keys(), "image"))
 def test_targets_are_the_papers(lumina, rule, options):
     edit, dense_rule, steps, both = RULES[rule]
     actual, report = edited(lumina, edit, **options)
@@ -108,7 +109,15 @@ def test_images_stand_where_the_target_begins(lumina):
         assert (alike - as_they_were).abs().max() <= EXACT
 
 
-@pytest.mark.parametrize("names", [("q_text", "k_text"), ("k_image",), ("q_image", "k_image", "v_image"), ()])
+OTHERS = {
+    "text": ("q_text", "k_text"),
+    "keys alone": ("k_image",),
+    "values too": ("q_image", "k_image", "v_image"),
+    "nothing": (),
+}
+
+
+@pytest.mark.parametrize("names", few(OTHERS, "keys alone"))
 def test_other_rules_are_told_apart(lumina, names):
     options = {"lengths": (6, 6)}
     actual, _ = edited(lumina, FreePromptEdit(0.5), **options)
@@ -117,6 +126,7 @@ def test_other_rules_are_told_apart(lumina, names):
     assert (actual - reference(lumina, QUERIES_KEYS, (0, 1), both=True, **options)).abs().max() > 1e-6
 
 
+@pytest.mark.slow
 def test_guidance_that_ends(lumina):
     actual, _ = edited(lumina, FreePromptEdit(1.0, both_halves=True), cfg_trunc_ratio=0.5)
     expected = reference(lumina, QUERIES_KEYS, range(4), both=True, cfg_trunc_ratio=0.5)
@@ -133,7 +143,7 @@ class OwnMaps(Edit):
         return {row: JointProduct.own(row) for row in range(roles.rows)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", few({"float64": torch.float64, "float32": torch.float32}, "float32"))
 def test_the_source_is_the_one_without_an_edit(dtype):
     tiny = tiny_lumina_pipeline(dtype)
     out, _ = edited(tiny, FreePromptEdit(1.0), prompts=3)

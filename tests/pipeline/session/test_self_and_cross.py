@@ -9,6 +9,7 @@ import torch
 from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, PromptToPromptEdit, editing, heat_maps
 from fpe_pipeline.models.families import adapter_of
 from tests.support.dense_rows import source_columns, source_maps, source_memory, wide
+from tests.support.slow_cases import few
 from tests.support.tiny_cross import (
     BERT_TEXTS,
     PROMPTS,
@@ -67,7 +68,7 @@ def model(request):
 SIZES = {"square": {}, "not square": {"size": (4, 6)}, "3 targets": {"prompts": 4}}
 
 
-@pytest.mark.parametrize("options", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("options", few(SIZES, "not square"))
 def test_targets_are_the_papers(model, options):
     prompts = PROMPTS[: options.get("prompts", 2)]
     tokenizer = model.pipe.tokenizer
@@ -84,6 +85,7 @@ def test_targets_are_the_papers(model, options):
         assert len(report.layers) == model.layers * len(rules)
 
 
+@pytest.mark.slow
 def test_without_guidance(model):
     actual, _ = model.edited(FreePromptEdit(0.5), guidance_scale=1.0)
 
@@ -106,7 +108,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("wrong", few(WRONG, "a step off"))
 def test_other_rules_are_told_apart(model, wrong):
     actual, _ = model.edited(FreePromptEdit(0.5))
     assert (actual - model.reference(*wrong)).abs().max() > 1e-6
@@ -130,6 +132,7 @@ def test_words_of_both_encoders(hunyuan):
     assert (actual - hunyuan.reference({"attn2": swapped}, range(4))).abs().max() > 1e-6
 
 
+@pytest.mark.slow
 def test_texts_of_one_call_are_not_those_of_the_next(hunyuan):
     """What was encoded by a call that failed before it denoised is nobody's."""
     edit = FreePromptEdit(0.5)
@@ -151,6 +154,7 @@ def test_heat_of_words(hunyuan):
     assert maps.word("car").shape == (2, 4) and not (maps.word("car") == maps.word("mountain")).all()
 
 
+@pytest.mark.slow
 def test_fused_projections(pipe):
     for tiny, draw in ((tiny_ltx_pipeline(pipe), draw_ltx), (tiny_hunyuan_pipeline(pipe), draw_hunyuan)):
         edit = PromptToPromptEdit(PROMPTS[:2], tiny.tokenizer)

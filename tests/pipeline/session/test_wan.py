@@ -18,6 +18,7 @@ from fpe_pipeline import (
 )
 from fpe_pipeline.models.families import adapter_of
 from tests.support.dense_rows import source_columns, wide
+from tests.support.slow_cases import few
 from tests.support.tiny_wan import PROMPTS, TEXTS, dense_wan, draw_wan, tiny_wan, tiny_wan_pipeline
 
 EXACT = 1e-8
@@ -36,7 +37,7 @@ def _wide():
         yield
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one transformer", "two transformers"])
+@pytest.fixture(scope="module", params=few({"one transformer": 1, "two transformers": 2}, "two transformers"))
 def wan(request, pipe):
     return tiny_wan_pipeline(pipe, request.param)
 
@@ -73,7 +74,7 @@ def edited(pipe, edit, **options):
     return out, session.report()
 
 
-@pytest.mark.parametrize("options", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("options", few(SIZES, "not square", "3 targets"))
 def test_targets_are_the_papers(wan, options):
     prompts = PROMPTS[: options.get("prompts", 2)]
     columns = source_columns(prompts, wan.tokenizer, TEXTS, doubled=False)
@@ -109,7 +110,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("wrong", few(WRONG, "the unconditional call too", "a step off"))
 def test_other_rules_are_told_apart(wan22, wrong):
     actual, _ = edited(wan22, FreePromptEdit(0.75))
     both, rules, steps = wrong
@@ -122,6 +123,7 @@ def test_queries_before_they_are_turned_are_told_apart(wan22, monkeypatch):
     assert (actual - reference(wan22, {"attn1": maps_of_source}, (0, 1, 2))).abs().max() > 1e-5
 
 
+@pytest.mark.slow
 def test_guidance_of_each_transformer(wan22):
     options = {"guidance_scale": 4.0, "guidance_scale_2": 2.0}
     actual, _ = edited(wan22, FreePromptEdit(0.75, both_halves=True), **options)
@@ -140,7 +142,7 @@ class OwnMaps(Edit):
         return tuple(site for site in sites if site.kind == "self")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", few({"float64": torch.float64, "float32": torch.float32}, "float32"))
 def test_the_source_is_the_one_without_an_edit(pipe, dtype):
     tiny = tiny_wan_pipeline(pipe, 2, dtype)
     out, _ = edited(tiny, FreePromptEdit(1.0), prompts=3)
@@ -174,6 +176,7 @@ def test_noise_is_shared_between_the_rows(wan22):
     assert (actual - expected).abs().max() <= EXACT
 
 
+@pytest.mark.slow
 def test_several_videos_a_prompt(wan22):
     noise = torch.randn(2, 16, 2, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1, 1)
     options = {"frames": 2, "latents": noise, "num_videos_per_prompt": 2}
@@ -185,6 +188,7 @@ def test_several_videos_a_prompt(wan22):
     assert (actual - reference(wan22, {"attn1": rule}, (0, 1), **options)).abs().max() <= EXACT
 
 
+@pytest.mark.slow
 def test_fused_projections(pipe):
     tiny = tiny_wan_pipeline(pipe, 2)
     edit = PromptToPromptEdit(PROMPTS[:2], tiny.tokenizer)
@@ -280,7 +284,7 @@ class TestRefusals:
             draw_wan(wan22, prompts=1, frames=1, size=(4, 12))
         assert maps.word("car").shape == (2, 6)
 
-    @pytest.mark.parametrize("which", ["transformer", "transformer_2"])
+    @pytest.mark.parametrize("which", few(["transformer", "transformer_2"], "transformer_2"))
     def test_a_cache_in_either_transformer(self, pipe, which):
         from diffusers import FirstBlockCacheConfig
 
