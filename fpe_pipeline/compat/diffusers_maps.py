@@ -1,9 +1,10 @@
 """diffusers' own users of attention maps, in place: their processors get lazy maps, and compute as they did.
 
 LEDITS++, SAG, Attend-and-Excite, pix2pix-zero and the community's Prompt-to-Prompt all ask an ``Attention`` layer for
-its map, ``attn.get_attention_scores(query, key, mask)``, keep it and multiply it with the values. Here the layer answers
-with a :class:`.LazyMap`: the product is fused attention, and what is kept are queries and keys, of which sums, slices and
-means are computed when they are asked for, with gradients. Processors are not touched: pipelines set theirs in each call.
+its map, ``attn.get_attention_scores(query, key, mask)``, keep it and multiply it with the values. Here the layer
+answers with a :class:`.LazyMap`: the product is fused attention, and what is kept are queries and keys, of which sums,
+slices and means are computed when they are asked for, with gradients. Processors are not touched: pipelines set theirs
+in each call.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ class Acceleration(AbstractContextManager["Acceleration"]):
         self._layers = {path: module for path, module in self._model.named_modules() if isinstance(module, Attention)}
         if not self._layers:
             raise TypeError(
-                f"expected a model with diffusers' Attention layers, which give maps, got {type(self._model).__name__}, "
-                "whose layers give none: there is nothing to accelerate"
+                f"expected a model with diffusers' Attention layers, got {type(self._model).__name__}, whose layers "
+                "give none of their maps: there is nothing to accelerate"
             )
         if self._model in _ACCELERATED:
             raise RuntimeError("this model is accelerated already: restore() that first")
