@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from . import tools_diffusers
 from .tools_dense import (
     Controlled,
     Kept,
@@ -309,89 +310,6 @@ def _accelerated(prepare: Callable[[Any], Callable[[Any, Any, Any], torch.Tensor
     return make
 
 
-def _excite(unet: Any) -> Callable[[Any, Any, Any], torch.Tensor]:
-    """The gradient of one of Attend-and-Excite's refinements: of words' heat, through every layer before."""
-    from diffusers.pipelines.deprecated.stable_diffusion_attend_and_excite import (
-        pipeline_stable_diffusion_attend_and_excite as excite,
-    )
-
-    def step(unet: Any, latents: Any, texts: Any) -> torch.Tensor:
-        side = latents.shape[-1] // 2
-        store = excite.AttentionStore((side, side))
-        names = unet.attn_processors
-        places = {name: name.split("_")[0] for name in names}
-        unet.set_attn_processor({name: excite.AttendExciteAttnProcessor(store, places[name]) for name in names})
-        store.num_att_layers = len(names)
-        latents = latents.clone().requires_grad_(True)
-        unet(latents, 10, texts)
-        maps = store.aggregate_attention(("up", "down", "mid"))
-        loss = 1 - maps[:, :, 3].max()
-        (gradient,) = torch.autograd.grad(loss, [latents])
-        return gradient
-
-    return step
-
-
-def _zero(unet: Any) -> Callable[[Any, Any, Any], torch.Tensor]:
-    """The gradient of pix2pix-zero's step: of the distance of cross-attention from an earlier one's."""
-    from diffusers.pipelines.deprecated.stable_diffusion_variants import (
-        pipeline_stable_diffusion_pix2pix_zero as zero,
-    )
-
-    zero.prepare_unet(unet)
-    t = torch.tensor(10)
-
-    def step(unet: Any, latents: Any, texts: Any) -> torch.Tensor:
-        with torch.no_grad():
-            unet(latents, t, texts, cross_attention_kwargs={"timestep": t})
-        loss, latents = zero.Pix2PixZeroL2Loss(), latents.clone().requires_grad_(True)
-        unet(latents, t, 1.1 * texts, cross_attention_kwargs={"timestep": t, "loss": loss})
-        (gradient,) = torch.autograd.grad(loss.loss, [latents])
-        return gradient
-
-    return step
-
-
-def _ledits(unet: Any) -> Callable[[Any, Any, Any], torch.Tensor]:
-    """A step of LEDITS++ with one concept: after ``invert``, whose plain processors stay in self-attention."""
-    from diffusers.models.attention_processor import AttnProcessor
-    from diffusers.pipelines.ledits_pp import pipeline_leditspp_stable_diffusion as ledits
-
-    @torch.no_grad()
-    def step(unet: Any, latents: Any, texts: Any) -> torch.Tensor:
-        side = latents.shape[-1] // 2
-        store = ledits.LeditsAttentionStore(average=False, max_size=side**2, max_resolution=None)
-        unet.set_attn_processor(
-            {
-                name: ledits.LEDITSCrossAttnProcessor(store, name.split("_")[0], False, 1)
-                if "attn2" in name and not name.startswith("mid")
-                else AttnProcessor()
-                for name in unet.attn_processors
-            }
-        )
-        out: torch.Tensor = unet(latents, 10, texts).sample
-        heat = store.aggregate_attention(store.step_store, ["one"], (side, side), ["up", "down"], True, 0)
-        return out + torch.sum(heat[..., 1:4], dim=3).mean()
-
-    return step
-
-
-def _sag(unet: Any) -> Callable[[Any, Any, Any], torch.Tensor]:
-    """A step of SAG: the column sums of the middle layer's map, of the unconditional half."""
-    from diffusers.pipelines.deprecated.stable_diffusion_sag import pipeline_stable_diffusion_sag as sag
-
-    @torch.no_grad()
-    def step(unet: Any, latents: Any, texts: Any) -> torch.Tensor:
-        processor = sag.CrossAttnStoreProcessor()
-        unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor = processor
-        out: torch.Tensor = unet(latents, 10, texts).sample
-        attention, _ = processor.attention_probs.chunk(2)
-        sums = attention.reshape(1, -1, *attention.shape[1:]).mean(1).sum(1)
-        return out + sums.std()
-
-    return step
-
-
 #: By name, what makes a tool's step at a side of the latents on a device.
 TOOLS: dict[str, Callable[[int, str], Step]] = {
     "prompt-to-prompt": partial(_controlled, _prompt_to_prompt),
@@ -405,8 +323,8 @@ TOOLS: dict[str, Callable[[int, str], Step]] = {
     "stable-flow": partial(_flux, "kv"),
     "free-flux": partial(_flux, "kv"),
     "consist-edit": partial(_flux, "qk"),
-    "attend-and-excite": _accelerated(_excite, 1, 8),
-    "pix2pix-zero": _accelerated(_zero, 2, 8),
-    "ledits++": _accelerated(_ledits, 2, 2),
-    "sag": _accelerated(_sag, 2, 0),
+    "attend-and-excite": _accelerated(tools_diffusers.excite, 1, 8),
+    "pix2pix-zero": _accelerated(tools_diffusers.zero, 2, 8),
+    "ledits++": _accelerated(tools_diffusers.ledits, 2, 2),
+    "sag": _accelerated(tools_diffusers.sag, 2, 0),
 }

@@ -69,9 +69,10 @@ class _KeptMap(LazyMap):
     def to(self, *args: Any, **kwargs: Any) -> _KeptMap:
         """Moved with what it is made from: a map that is kept on the host holds nothing on a GPU."""
         moved = super().to(*args, **kwargs)
-        if moved.device == self._storage.device:
+        rows = self.operator
+        if moved.device == self._storage.device or not isinstance(rows, AttentionMap):
             return moved
-        there = self._made(self.operator.to(moved.device), tuple(self._index.shape))
+        there = self._made(rows.to(moved.device), tuple(self._index.shape))
         there._place = moved._place
         return there
 
@@ -191,7 +192,7 @@ class _Scores:
     def __init__(self, acceleration: Acceleration, path: str, layer: Any) -> None:
         self._acceleration, self._path, self._layer = acceleration, path, layer
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
         return self._acceleration.scores(self._path, self._layer, query, key, attention_mask)
 

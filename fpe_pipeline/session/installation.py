@@ -44,8 +44,22 @@ class LayerProcessors:
         self._found: dict[str, Any] = {}  # the layers themselves, of those installed
 
     def wrap(self, sites: Sequence[Site]) -> None:
-        """Put editing processors around those of the sites' layers; layers that have one keep it."""
+        """Put editing processors around those of the sites' layers; layers that have one keep it.
+
+        Raises:
+            RuntimeError: layers that somebody else computes.
+        """
         before, (around, _) = self._model.attn_processors, _PROCESSORS[self._family]
+        taken = [
+            site.path
+            for site in sites
+            if site.path not in self._installed and isinstance(before[f"{site.path}.processor"], ProcessorAround)
+        ]
+        if taken:
+            raise RuntimeError(
+                f"another tool or session computes {taken[0]} and {len(taken) - 1} more layers of this model already: "
+                "restore that first (what registered it gives back something with .restore())"
+            )
         new = {
             site.path: around(before[f"{site.path}.processor"]) for site in sites if site.path not in self._installed
         }
