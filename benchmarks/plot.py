@@ -21,7 +21,7 @@ from pathlib import Path
 from fpe_pipeline.atomic_folder import write_text
 from fpe_pipeline.embedded import EMBEDDED_SD3
 
-from . import quality, quality_methods
+from . import quality, quality_methods, tools_table
 from .rows import ROOT, Row, read_all
 from .tables import TABLES as ROW_TABLES
 
@@ -35,6 +35,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     **{name: partial(quality.study_table, name=name) for name in quality.STUDIES},
     "quality-short": quality.short_table,
     **quality_methods.TABLES,
+    **tools_table.TABLES,
     "embedded-model": quality.model_table,
     "embedded-sd3": partial(quality.model_table, model=EMBEDDED_SD3),
 }

@@ -2,8 +2,8 @@
 
 A module a tool: ``from fpe_pipeline.compat import prompt_to_prompt``. Beside them stand :mod:`.lazy`, the map that
 behaves as the tensor that a tool's users expect, and :mod:`.controlled`, which puts it into a pipeline's layers.
-:func:`accelerate` serves diffusers' own pipelines that keep maps, and :class:`set_compat` asks all tools for the originals'
-own behaviour.
+:func:`accelerate` serves diffusers' own pipelines that keep maps, and :class:`set_compat` asks all tools for the
+originals' own behaviour.
 """
 
 import pkgutil

@@ -1,9 +1,10 @@
 """diffusers' own users of attention maps, in place: their processors get lazy maps, and compute as they did.
 
 LEDITS++, SAG, Attend-and-Excite, pix2pix-zero and the community's Prompt-to-Prompt all ask an ``Attention`` layer for
-its map, ``attn.get_attention_scores(query, key, mask)``, keep it and multiply it with the values. Here the layer answers
-with a :class:`.LazyMap`: the product is fused attention, and what is kept are queries and keys, of which sums, slices and
-means are computed when they are asked for, with gradients. Processors are not touched: pipelines set theirs in each call.
+its map, ``attn.get_attention_scores(query, key, mask)``, keep it and multiply it with the values. Here the layer
+answers with a :class:`.LazyMap`: the product is fused attention, and what is kept are queries and keys, of which sums,
+slices and means are computed when they are asked for, with gradients. Processors are not touched: pipelines set theirs
+in each call.
 """
 
 from __future__ import annotations
@@ -68,9 +69,10 @@ class _KeptMap(LazyMap):
     def to(self, *args: Any, **kwargs: Any) -> _KeptMap:
         """Moved with what it is made from: a map that is kept on the host holds nothing on a GPU."""
         moved = super().to(*args, **kwargs)
-        if moved.device == self._storage.device:
+        rows = self.operator
+        if moved.device == self._storage.device or not isinstance(rows, AttentionMap):
             return moved
-        there = self._made(self.operator.to(moved.device), tuple(self._index.shape))
+        there = self._made(rows.to(moved.device), tuple(self._index.shape))
         there._place = moved._place
         return there
 
@@ -99,8 +101,8 @@ class Acceleration(AbstractContextManager["Acceleration"]):
         self._layers = {path: module for path, module in self._model.named_modules() if isinstance(module, Attention)}
         if not self._layers:
             raise TypeError(
-                f"expected a model with diffusers' Attention layers, which give maps, got {type(self._model).__name__}, "
-                "whose layers give none: there is nothing to accelerate"
+                f"expected a model with diffusers' Attention layers, got {type(self._model).__name__}, whose layers "
+                "give none of their maps: there is nothing to accelerate"
             )
         if self._model in _ACCELERATED:
             raise RuntimeError("this model is accelerated already: restore() that first")
@@ -190,7 +192,7 @@ class _Scores:
     def __init__(self, acceleration: Acceleration, path: str, layer: Any) -> None:
         self._acceleration, self._path, self._layer = acceleration, path, layer
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
         return self._acceleration.scores(self._path, self._layer, query, key, attention_mask)
 

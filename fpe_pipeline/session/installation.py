@@ -50,10 +50,20 @@ class LayerProcessors:
         self._found: dict[str, Any] = {}  # the layers themselves, of those installed
 
     def wrap(self, sites: Sequence[Site]) -> None:
-        """Put editing processors around those of the sites' layers; layers that have one keep it."""
+        """Put editing processors around those of the sites' layers; layers that have one keep it.
+
+        Raises:
+            RuntimeError: layers that somebody else computes.
+        """
         around, _ = _PROCESSORS[self._family]
-        for path in (site.path for site in sites if site.path not in self._installed):
-            layer = self._layer(path)
+        layers = {site.path: self._layer(site.path) for site in sites if site.path not in self._installed}
+        taken = [path for path, layer in layers.items() if isinstance(layer.processor, ProcessorAround)]
+        if taken:
+            raise RuntimeError(
+                f"another tool or session computes {taken[0]} and {len(taken) - 1} more layers of this model already: "
+                "restore that first (what registered it gives back something with .restore())"
+            )
+        for path, layer in layers.items():
             self._installed[path] = around(layer.processor)
             layer.set_processor(self._installed[path])
 

@@ -158,7 +158,7 @@ def test_restored_after_an_error_in_a_call(tiny, error):
 def test_bad_input(tiny):
     with accelerate(tiny), pytest.raises(RuntimeError, match="accelerated already"):
         accelerate(tiny)
-    with pytest.raises(TypeError, match="whose layers give none"):
+    with pytest.raises(TypeError, match="whose layers give none of their maps"):
         accelerate(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         accelerate(tiny, backend="fast")

@@ -1,0 +1,43 @@
+"""The table of drop-ins against the tools' originals, from rows of the suite ``tools``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from fpe_pipeline.texts import markdown_table
+
+from .report import number
+from .rows import Row
+from .table_parts import DENSE, UNEDITED, beside, grouped, not_yet, slower
+
+__all__ = ["TABLES"]
+
+
+def tools(rows: Sequence[Row], gpu: bool) -> str:
+    """A step with each tool: ours, the original's way, and the step without any tool."""
+    lines, used = [], []
+    for case, ways in grouped(rows, "tools", gpu).items():
+        ours = ways.get("fpe")
+        if ours is None or ours.status != "ok":
+            continue
+        used.append(ours)
+        tool, _, latents = case.partition("/")
+        others = [_beside(ways.get(name), ours) for name in (DENSE, UNEDITED)]
+        lines.append([tool, latents, number(ours.median_ms, " ms"), number(ours.peak_mb, " MB"), *others])
+    if not lines:
+        return not_yet(gpu, "Drop-ins (`python -m benchmarks.tools`)")
+    heading = ["random weights", "tokens", "ours", "peak", "the original ÷ ours", "no tool ÷ ours"]
+    reasons = sorted({row.reason for row in rows if row.suite == "tools" and row.on_gpu == gpu and row.reason})
+    said = "\n".join(f"*Not measured: {reason}.*" for reason in reasons)
+    return markdown_table(heading, lines) + "\n\n" + (said + "\n" if said else "") + beside(used)
+
+
+def _beside(row: Row | None, ours: Row) -> str:
+    """Another way's time and memory as multiples of ours."""
+    if row is None or row.status != "ok" or not row.peak_mb or not ours.peak_mb:
+        return "–" if row is None else row.status
+    return f"{slower(row, ours)} × time, {row.peak_mb / ours.peak_mb:.2f} × memory"
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"tools-cpu": partial(tools, gpu=False)}
