@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 from ..quality.request import KINDS, Evaluation
 from ..runs.progress import progress_for
 from ..runs.settings import INVERSIONS
-from .edit import QUIET, TRACEBACK
+from .edit import JSON, QUIET, TRACEBACK
 from .options import chosen, field
 
 __all__ = ["EXAMPLES", "ManyValues", "evaluate"]
@@ -111,6 +111,7 @@ def evaluate(
     output: Annotated[
         Path | None, _of("output", "-o", "--output", panel=_RESULTS, note="default: out/evaluation", metavar="DIR")
     ] = None,
+    as_json: Annotated[bool, JSON] = False,
     quiet: Annotated[bool, QUIET] = False,
     traceback: Annotated[bool, TRACEBACK] = False,
 ) -> Callable[[], int]:
@@ -128,11 +129,11 @@ def evaluate(
             device=device, output=output,
         )
     )  # fmt: skip
-    return functools.partial(_run, request, quiet)
+    return functools.partial(_run, request, quiet, as_json)
 
 
-def _run(request: Evaluation, quiet: bool) -> int:
+def _run(request: Evaluation, quiet: bool, as_json: bool) -> int:
     from ..quality import command
 
     with progress_for(quiet=quiet) as progress:
-        return command.run(request, progress)
+        return command.run(request, progress, as_json=as_json)

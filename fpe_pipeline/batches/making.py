@@ -272,7 +272,8 @@ def _decoded(pipe: Any, latent: Any) -> Image.Image:
 
     with torch.no_grad():
         pixels = pipe.vae.decode(latent.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False)[0]
-    return pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+    image: Image.Image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+    return image
 
 
 def _reason(error: Exception) -> str:
