@@ -342,8 +342,23 @@ def recordings(rows: Sequence[Row], gpu: bool) -> str:
     return markdown_table(heading, lines) + "\n\n" + beside(used)
 
 
+def batches(rows: Sequence[Row], gpu: bool) -> str:
+    """Targets of one source by a batch, and how many times faster that is than single edits."""
+    lines, used = [], []
+    for name, providers in grouped(rows, "batches", gpu).items():
+        single, batch = (providers.get(provider) for provider in ("single-edits", "batch"))
+        if single is not None and single.status == "ok" and batch is not None and batch.status == "ok":
+            used.append(batch)
+            ratio = str(Ratio.of(batch, single))
+            lines.append([name, number(single.median_ms, " ms"), number(batch.median_ms, " ms"), ratio])
+    if not lines:
+        return not_yet(gpu, "Batches")
+    heading = ["edits", "one by one", "as a batch", "faster"]
+    return markdown_table(heading, lines) + "\n\n" + beside(used)
+
+
 _BY_DEVICE: tuple[Callable[..., str], ...] = (claim, headline, rivals, operations, shapes, targets, models, grid)
-_BY_DEVICE += (edits, graphs, busy, recordings, memory)
+_BY_DEVICE += (edits, graphs, busy, recordings, batches, memory)
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     f"{table.__name__}-{device}": partial(table, gpu=device == "gpu")
@@ -360,6 +375,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
         graphs,
         busy,
         recordings,
+        batches,
         memory,
     )
     for device in ("cpu", "gpu")

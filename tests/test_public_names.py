@@ -33,8 +33,8 @@ OPTIONS = {
     "demo": f"-o --output --steps {MACHINE}",
     "doctor": "--no-self-test --json --quiet --traceback",
     "edit": "--source --target --negative --from --image --inversion --inversion-guidance --inner-steps --early-stop "
-    "--method --option --self-replace --levels --max-tokens --layers --no-control --model --seed --steps --guidance --images --sweep "
-    f"--size -o --output {MACHINE}",
+    "--method --option --self-replace --levels --max-tokens --layers --no-control --model --seed --steps --guidance "
+    f"--images --sweep --size -o --output {MACHINE}",
     "evaluate": "--pairs --kinds --sweep --method --methods --images --inversion --steps --guidance --self-replace "
     "--seed --chunk --model --device -o --output --json --quiet --traceback",
     "info": "--method --json --quiet --traceback",

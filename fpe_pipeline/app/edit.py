@@ -172,20 +172,19 @@ def edit(
         max_tokens=max_tokens, layers=layers, control=False if no_control else None, model=model, seed=seed,
         steps=steps, guidance=guidance, size=size, device=device, dtype=dtype, backend=backend,
     )  # fmt: skip
-    if images is not None:
-        sweep = [*(sweep or []), _seeds(images, seed)]
-    return functools.partial(_run, given, record, output, quiet, as_json, sweep)
-
-
-def _seeds(images: int, seed: int | None) -> str:
-    """An axis of as many seeds, from the one that was given on."""
-    if images < 1:
+    if images is not None and images < 1:
         raise InputError(f"--images takes a whole number from 1 on, got {images}")
-    return "seed=" + ",".join(str((seed or 0) + number) for number in range(images))
+    return functools.partial(_run, given, record, output, quiet, as_json, sweep or [], images)
 
 
 def _run(
-    given: dict[str, Any], path: Path | None, output: Path, quiet: bool, as_json: bool, axes: list[str] | None
+    given: dict[str, Any],
+    path: Path | None,
+    output: Path,
+    quiet: bool,
+    as_json: bool,
+    axes: list[str],
+    images: int | None,
 ) -> int:
     from ..atomic_folder import check_writable
     from ..runs import agreement
@@ -196,8 +195,8 @@ def _run(
     check_writable(output)
     if record is not None and "model" not in given:
         settings = _with_its_model(settings, record)
-    if axes is not None:
-        return _swept(settings, axes, output, quiet, as_json)
+    if axes or images is not None:
+        return _swept(settings, axes, images, output, quiet, as_json)
     same_model = record is not None and not {"model", "dtype", "device"} & given.keys()
     with progress_for(quiet=quiet) as progress:
         run = runs.execute(
@@ -216,10 +215,12 @@ def _run(
     return 0
 
 
-def _swept(settings: Settings, said: list[str], output: Path, quiet: bool, as_json: bool) -> int:
-    from ..runs.sweep import check_sweep, parsed_axis, sweep
+def _swept(settings: Settings, said: list[str], images: int | None, output: Path, quiet: bool, as_json: bool) -> int:
+    from ..runs.sweep import Axis, check_sweep, parsed_axis, sweep
 
     axes = [parsed_axis(text) for text in said]
+    if images is not None:
+        axes.append(Axis("seed", tuple(range(settings.seed, settings.seed + images))))
     check_sweep(settings, axes)
     with progress_for(quiet=quiet) as progress:
         paths = sweep(settings, axes, output, progress)

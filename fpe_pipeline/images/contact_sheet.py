@@ -56,9 +56,9 @@ def contact_sheet(
         middle = left + number * (cell + GAP) + cell / 2
         draw.text((middle - font.getlength(label) / 2, top), label, fill=MUTED, font=font)
     top += line + GAP // 2
-    for row, name, height in zip(tiles, names, heights, strict=True):
-        draw.text((MARGIN, top + (height - line) / 2), name, fill=MUTED, font=font)
+    for row, name, high in zip(tiles, names, heights, strict=True):
+        draw.text((MARGIN, top + (high - line) / 2), name, fill=MUTED, font=font)
         for number, image in enumerate(row):
             canvas.paste(image, (left + number * (cell + GAP) + (cell - image.width) // 2, top))
-        top += height + GAP
+        top += high + GAP
     return canvas

@@ -86,6 +86,7 @@ def test_a_run_of_a_sweep_is_the_run_alone(one, tmp_path):
     assert distance(swept, other).levels > 0
 
 
+@pytest.mark.slow
 def test_a_photo_is_inverted_once_unless_its_inversion_changes(one, tmp_path, monkeypatch):
     Image.effect_noise((64, 64), 60).save(tmp_path / "photo.png")
     inverted = []

@@ -169,6 +169,7 @@ def test_other_settings_are_other_pictures(made):
         assert {name for task in plan(request).tasks for name in task.wanted} == everything
 
 
+@pytest.mark.slow
 def test_a_unit_that_fails_together_is_tried_one_by_one(made, tmp_path, monkeypatch):
     real = making.Maker._run
 
