@@ -90,7 +90,7 @@ def parsed_axis(text: str) -> Axis:
         raise InputError(f"a sweep does not go over {name}: it goes over {', '.join(_SETTINGS)} or an option; {hint}")
     between = _RANGE.fullmatch(said.strip())
     words = [word.strip() for word in said.split(",")]
-    values = _between(*between.groups(), text) if between else [_number(word) for word in words]
+    values = _between(between, text) if between else [_number(word) for word in words]
     if kind is float:
         values = [float(value) if isinstance(value, int) else value for value in values]
     if kind is not None and any(type(value) is not kind for value in values):
@@ -177,8 +177,8 @@ def _inverted(pipe: Any, settings: Settings, progress: Progress) -> Any:
         pipe.__dict__.pop("progress_bar", None)
 
 
-def _between(start: str, stop: str, count: str, text: str) -> list[Any]:
-    first, last, number = _number(start.strip()), _number(stop.strip()), int(count)
+def _between(said: re.Match[str], text: str) -> list[Any]:
+    first, last, number = _number(said[1].strip()), _number(said[2].strip()), int(said[3])
     if isinstance(first, str) or isinstance(last, str) or number < 2:
         raise InputError(f"expected two numbers and how many values, two or more, such as 0.2:1.0:5, got '{text}'")
     values = [first + (last - first) * index / (number - 1) for index in range(number)]

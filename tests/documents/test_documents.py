@@ -112,7 +112,7 @@ def transformer_stand_in(tmp_path_factory):
 
 @pytest.fixture
 def workplace(stand_in, transformer_stand_in, tmp_path, monkeypatch):
-    """A working directory with photos and a list of edits in it, on a machine with a hub and a GPU, as documents assume."""
+    """A folder with photos and a list of edits, on a machine with a hub and a GPU, as documents assume."""
     load, move = DiffusionPipeline.from_pretrained.__func__, DiffusionPipeline.to
     look = DiffusionPipeline.load_config.__func__
 
