@@ -41,7 +41,7 @@ ALLOWED = {
     "fpe_kernels.gradient_rules": "backends validation",
     "fpe_kernels.normal_form": "precision validation",
     "fpe_kernels.pooling": "validation",
-    "fpe_kernels.testing": "backends validation",
+    "fpe_kernels.testing": "attention_map backends validation",
     "fpe_kernels.dispatch": "backends backends.triton",
     "fpe_kernels.indices": "validation",
     "fpe_kernels.views": "precision validation indices pooling",

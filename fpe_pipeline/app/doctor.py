@@ -34,10 +34,10 @@ OK, ABSENT, BROKEN = "ok", "not here", "broken"
 SELF_TEST, IMPORTS = 60.0, 120.0
 _DISTRIBUTIONS = {"PIL": "pillow"}
 _IMPORTS = """
-import importlib, json, sys
+import json, sys
 for name in sys.argv[1:]:
     try:
-        importlib.import_module(name)
+        __import__(name)
         print(json.dumps([name, ""]), flush=True)
     except BaseException as error:
         print(json.dumps([name, f"{type(error).__name__}: {' '.join(str(error).split())}"]), flush=True)
