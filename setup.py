@@ -41,6 +41,8 @@ BENCH = ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=4"]
 # scipy: diffusers' LMS scheduler; peft: LoRA; accelerate: offloading and loading without a copy.
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 TEST += ["scipy>=1.11", "peft>=0.13", "accelerate>=0.31"]
+# torchmetrics: what measures are held against. Tests that need Ray say so where it is missing.
+TEST += ["torchmetrics>=1.5"]
 # playwright: drives the page in a browser, axe-playwright-python: measures it there; nbclient: runs the notebooks.
 TEST += ["playwright>=1.49", "axe-playwright-python>=0.1.4", "nbformat>=5.10", "nbclient>=0.10", "ipykernel>=6.29"]
 LINT = ["ruff>=0.9", "mypy>=1.13"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from . import measure
+from .batches import batches_plan, run_batches
 from .editors import EDITORS
 from .edits import edit_plan, run_edits
 from .growth import memory_plan, run_memory
@@ -22,8 +23,8 @@ from .rivals import all_providers
 from .rows import Row, read, replaced, write
 from .run import Bench, run_kernels
 
-SUITES = ("kernels", "edits", "recordings", "memory")
-NEED_DIFFUSERS = ("edits", "recordings")
+SUITES = ("kernels", "edits", "recordings", "batches", "memory")
+NEED_DIFFUSERS = ("edits", "recordings", "batches")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,6 +116,10 @@ def _run(suite: str, bench: Bench, options: argparse.Namespace, results: Results
     if suite == "recordings":
         recorded = [case for case in recordings_plan(quick=options.quick) if results.wanted(case.name)]
         run_recordings(bench.device, bench.effort, recorded, results.show, dtype=options.dtype or "auto")
+        return
+    if suite == "batches":
+        shared = [case for case in batches_plan(quick=options.quick) if results.wanted(case.name)]
+        run_batches(bench.device, bench.effort, shared, results.show, dtype=options.dtype or "auto")
         return
     if suite == "edits":
         cases = [case for case in edit_plan(bench.device, quick=options.quick) if results.wanted(case.name)]

@@ -370,26 +370,26 @@ def _share(part: Row, whole: Row) -> str:
     return f"{100 * ratio.median:.0f} % ({100 * ratio.low:.0f}–{100 * ratio.high:.0f})"
 
 
+def batches(rows: Sequence[Row], gpu: bool) -> str:
+    """Targets of one source by a batch, and how many times faster that is than single edits."""
+    lines, used = [], []
+    for name, providers in grouped(rows, "batches", gpu).items():
+        single, batch = (providers.get(provider) for provider in ("single-edits", "batch"))
+        if single is not None and single.status == "ok" and batch is not None and batch.status == "ok":
+            used.append(batch)
+            ratio = str(Ratio.of(batch, single))
+            lines.append([name, number(single.median_ms, " ms"), number(batch.median_ms, " ms"), ratio])
+    if not lines:
+        return not_yet(gpu, "Batches")
+    heading = ["edits", "one by one", "as a batch", "faster"]
+    return markdown_table(heading, lines) + "\n\n" + beside(used)
+
+
 _BY_DEVICE: tuple[Callable[..., str], ...] = (claim, headline, rivals, operations, shapes, targets, models, grid)
-_BY_DEVICE += (edits, graphs, joint_steps, busy, recordings, memory)
+_BY_DEVICE += (edits, graphs, joint_steps, busy, recordings, batches, memory)
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     f"{table.__name__.replace('_', '-')}-{device}": partial(table, gpu=device == "gpu")
-    for table in (
-        claim,
-        headline,
-        rivals,
-        operations,
-        shapes,
-        targets,
-        models,
-        grid,
-        edits,
-        graphs,
-        joint_steps,
-        busy,
-        recordings,
-        memory,
-    )
+    for table in _BY_DEVICE
     for device in ("cpu", "gpu")
 }

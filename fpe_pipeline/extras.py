@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 
-__all__ = ["APP", "COMMAND", "PIPELINE", "app_hint", "hint", "missing"]
+__all__ = ["APP", "COMMAND", "KERNELS", "OTHERS", "PIPELINE", "app_hint", "hint", "missing"]
 
 #: Modules that the `fpe` command is read and answered with.
 COMMAND = ("pydantic", "rich", "typer")
@@ -13,6 +13,10 @@ COMMAND = ("pydantic", "rich", "typer")
 PIPELINE = ("PIL", "diffusers", "numpy", "safetensors", "transformers", *COMMAND)
 #: Modules of the extra ``app`` beyond those of ``pipeline``.
 APP = ("gradio",)
+#: Modules of :mod:`fpe_kernels`; triton has wheels for Linux alone.
+KERNELS = ("torch", "triton")
+#: Modules of further extras, which single options ask for.
+OTHERS = {"cluster": ("ray",), "metrics": ("torchmetrics", "torchvision", "matplotlib")}
 
 
 def missing(modules: Iterable[str] = PIPELINE) -> list[str]:

@@ -24,20 +24,21 @@ PIPELINE = (
     "flow_scheduler heat_maps make_edit register_adapter"
 )
 TESTING = "TOLERANCE DenseLayer Difference EditCheck check_edit tiny_unet words_tokenizer"
-COMMANDS = ("app", "batch", "demo", "edit", "evaluate", "info")
-MACHINE = "--device --dtype --backend --quiet --traceback"
+COMMANDS = ("app", "batch", "demo", "doctor", "edit", "evaluate", "info")
+MACHINE = "--device --dtype --backend --json --quiet --traceback"
 OPTIONS = {
-    "app": "--model -o --output --host --port --device --dtype --backend --traceback",
+    "app": "--model -o --output --host --port --device --dtype --backend --json --quiet --traceback",
     "batch": "--images -o --output --negative --inversion --inversion-guidance --inner-steps --early-stop --method "
     "--option --self-replace --levels --max-tokens --layers --seed --steps --guidance --size --at-once --workers "
-    f"--cluster --model --threads --clip --dino --lpips --json jobs {MACHINE}",
+    f"--cluster --model --threads --clip --dino --lpips jobs {MACHINE}",
     "demo": f"-o --output --steps {MACHINE}",
+    "doctor": "--no-self-test --json --quiet --traceback",
     "edit": "--source --target --negative --from --image --inversion --inversion-guidance --inner-steps --early-stop "
     "--method --option --self-replace --levels --max-tokens --layers --no-control --model --seed --steps --guidance "
-    f"--size -o --output {MACHINE}",
+    f"--images --sweep --size -o --output {MACHINE}",
     "evaluate": "--pairs --kinds --sweep --method --methods --images --inversion --steps --guidance --self-replace "
-    "--seed --chunk --model --device -o --output --quiet --traceback",
-    "info": "--method",
+    "--seed --chunk --model --device -o --output --json --quiet --traceback",
+    "info": "--method --json --quiet --traceback",
 }
 METHODS = ("edit", "from_pipe", "from_pretrained", "invert", "record")
 

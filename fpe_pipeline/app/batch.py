@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ import typer
 from ..batches.request import BatchRequest, Weights
 from ..runs.progress import progress_for
 from ..runs.settings import INVERSIONS, Settings
-from .console import print_paths, say
+from .console import report, say
 from .edit import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK
 from .options import as_integers, as_layers, as_name_and_value, as_size, as_window, chosen, field
 
@@ -112,8 +111,5 @@ def _run(request: BatchRequest, quiet: bool, as_json: bool) -> int:
 
     with progress_for(quiet=quiet) as progress:
         finished = run(request, progress, say)
-    if as_json:
-        print(json.dumps(finished.as_json(), indent=2))
-    else:
-        print_paths(finished.paths)
+    report(finished.paths, as_json, **finished.as_json())
     return 1 if finished.failed else 0

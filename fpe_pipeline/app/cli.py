@@ -1,11 +1,12 @@
 """The `fpe` command: a demo, edits of generated images, and what this installation can do.
 
-Paths of results go to standard output, one a line; progress and errors go to standard error.
+Paths of results go to standard output, one a line, or with --json one object; progress and errors go to standard error.
 Exit codes: 0 done, 1 failed while running, 2 the request cannot be served as it stands, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -39,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = parsed(arguments)
     except Refusal as error:
-        print_text(f"fpe: error: {error}", sys.stderr)
-        return 2
+        return _said(str(error), 2, arguments)
     except InputError as error:
         return _failed(error, arguments)
     except SystemExit as leave:  # completions are written
@@ -65,5 +65,12 @@ def _carried_out(run: Callable[[], int], arguments: Sequence[str]) -> int:
 def _failed(error: Exception, arguments: Sequence[str]) -> int:
     if "--traceback" in arguments:
         traceback.print_exc()
-    print_text(f"fpe: error: {' '.join(str(error).split()) or type(error).__name__}", sys.stderr)
-    return 2 if isinstance(error, InputError) else 1
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return _said(reason, 2 if isinstance(error, InputError) else 1, arguments)
+
+
+def _said(reason: str, code: int, arguments: Sequence[str]) -> int:
+    print_text(f"fpe: error: {reason}", sys.stderr)
+    if "--json" in arguments:
+        print_text(json.dumps({"error": reason, "exit_code": code}))
+    return code

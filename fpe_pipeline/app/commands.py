@@ -15,8 +15,8 @@ import typer
 from pydantic import ValidationError
 
 from ..runs.sentences import meant, sentences
-from . import batch, edit, evaluate, page
-from .console import print_paths
+from . import batch, doctor, edit, evaluate, page
+from .console import report
 from .options import chosen, flag, prose
 
 __all__ = ["Refusal", "app", "parsed"]
@@ -93,6 +93,7 @@ def demo(
     device: Annotated[str | None, edit.DEVICE] = None,
     dtype: Annotated[str | None, edit.DTYPE] = None,
     backend: Annotated[str | None, edit.BACKEND] = None,
+    as_json: Annotated[bool, edit.JSON] = False,
     quiet: Annotated[bool, edit.QUIET] = False,
     traceback: Annotated[bool, edit.TRACEBACK] = False,
 ) -> Callable[[], int]:
@@ -101,22 +102,23 @@ def demo(
     No download, no GPU, a minute on one CPU core.
     """
     given = chosen(steps=steps, device=device, dtype=dtype, backend=backend)
-    return functools.partial(_demo, output, quiet, given)
+    return functools.partial(_demo, output, quiet, as_json, given)
 
 
-def _demo(output: Path, quiet: bool, given: dict[str, Any]) -> int:
+def _demo(output: Path, quiet: bool, as_json: bool, given: dict[str, Any]) -> int:
     from ..runs.progress import progress_for
     from . import demo
 
     with progress_for(quiet=quiet) as progress:
         paths = demo.run(output, progress=progress, **given)
-    print_paths(paths)
+    report(paths, as_json)
     return 0
 
 
 app.command(help=prose(edit.edit.__doc__), epilog=edit.EXAMPLES)(edit.edit)
 app.command(help=prose(evaluate.evaluate.__doc__), epilog=evaluate.EXAMPLES, cls=evaluate.ManyValues)(evaluate.evaluate)
 app.command(help=prose(batch.batch.__doc__), epilog=batch.EXAMPLES)(batch.batch)
+app.command(help=prose(doctor.doctor.__doc__), epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("app", help=prose(page.page.__doc__), epilog=page.EXAMPLES)(page.page)
 
 
@@ -132,13 +134,16 @@ def info(
             metavar="NAME",
         ),
     ] = None,
+    as_json: Annotated[bool, edit.JSON] = False,
+    quiet: Annotated[bool, edit.QUIET] = False,
+    traceback: Annotated[bool, edit.TRACEBACK] = False,
 ) -> Callable[[], int]:
     """Show versions, devices, attention backends, the embedded models, their words and the methods."""
-    return functools.partial(_info, method)
+    return functools.partial(_info, method, as_json)
 
 
-def _info(method: str | None) -> int:
+def _info(method: str | None, as_json: bool) -> int:
     from . import info
 
-    info.run(method)
+    info.run(method, as_json=as_json)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -13,13 +14,22 @@ from typing import Any
 
 from ..texts import print_text
 
-__all__ = ["print_paths", "quiet_imports", "say", "warnings_on_stderr"]
+__all__ = ["print_paths", "quiet_imports", "report", "say", "warnings_on_stderr"]
 
 
 def print_paths(paths: Iterable[Path]) -> None:
     """Paths of results on standard output, one a line."""
     for path in paths:
         print_text(path)
+    sys.stdout.flush()
+
+
+def report(paths: Iterable[Path], as_json: bool, **more: Any) -> None:
+    """Paths of results on standard output, or, as JSON, an object of them as ``files`` and of what else there is."""
+    if not as_json:
+        print_paths(paths)
+        return
+    print_text(json.dumps({**more, "files": [str(path) for path in paths]}, indent=2, allow_nan=False))
     sys.stdout.flush()
 
 

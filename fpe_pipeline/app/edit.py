@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from ..errors import InputError
 from ..runs.progress import progress_for
 from ..runs.settings import DTYPE_NAMES, INVERSIONS, Settings
-from .console import print_paths, say
+from .console import report, say
 from .options import as_integers, as_layers, as_name_and_value, as_size, as_window, chosen, field, flag
 
 __all__ = ["BACKEND", "DEVICE", "DTYPE", "EXAMPLES", "JSON", "QUIET", "TRACEBACK", "edit"]
@@ -30,7 +30,10 @@ fpe edit --image beach.jpg --source "a photo of a red car" \
 fpe edit --from out/pets/run.json -o out/again
     # the same images; how far they are, if not to the bit
 
-fpe edit --from out/pets/run.json --self-replace 0.4 -o out/looser"""
+fpe edit --from out/pets/run.json --self-replace 0.4 -o out/looser
+
+fpe edit --source "a red car" --target "a blue car" --images 3 \
+    --sweep self-replace=0.2:1.0:5    # a sheet of fifteen edits"""
 
 _of = functools.partial(field, Settings)
 _PROMPTS, _PICTURES, _EDIT, _SAMPLING, _MACHINE = "Prompts", "Real images", "Edit", "Sampling", "Machine"
@@ -127,12 +130,27 @@ def edit(
     size: Annotated[
         Any, _of("size", panel=_SAMPLING, note="default: the model's", metavar="WxH", parser=as_size)
     ] = None,
+    images: Annotated[
+        int | None,
+        flag("--images", panel=_SAMPLING, text="so many pictures of each prompt, seed by seed", metavar="N"),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        flag(
+            "--sweep",
+            panel=_SAMPLING,
+            text="a run for each value of a setting or an option, and a sheet of them: NAME=START:STOP:COUNT or "
+            "NAME=VALUE,VALUE; twice for columns and rows",
+            metavar="NAME=VALUES",
+        ),
+    ] = None,
     output: Annotated[
         Path, flag("-o", "--output", panel=_SAMPLING, text="folder for the results (default: out)", metavar="DIR")
     ] = Path("out"),
     device: Annotated[str | None, DEVICE] = None,
     dtype: Annotated[str | None, DTYPE] = None,
     backend: Annotated[str | None, BACKEND] = None,
+    as_json: Annotated[bool, JSON] = False,
     quiet: Annotated[bool, QUIET] = False,
     traceback: Annotated[bool, TRACEBACK] = False,
 ) -> Callable[[], int]:
@@ -154,10 +172,20 @@ def edit(
         max_tokens=max_tokens, layers=layers, control=False if no_control else None, model=model, seed=seed,
         steps=steps, guidance=guidance, size=size, device=device, dtype=dtype, backend=backend,
     )  # fmt: skip
-    return functools.partial(_run, given, record, output, quiet)
+    if images is not None and images < 1:
+        raise InputError(f"--images takes a whole number from 1 on, got {images}")
+    return functools.partial(_run, given, record, output, quiet, as_json, sweep or [], images)
 
 
-def _run(given: dict[str, Any], path: Path | None, output: Path, quiet: bool) -> int:
+def _run(
+    given: dict[str, Any],
+    path: Path | None,
+    output: Path,
+    quiet: bool,
+    as_json: bool,
+    axes: list[str],
+    images: int | None,
+) -> int:
     from ..atomic_folder import check_writable
     from ..runs import agreement
     from ..runs import run as runs
@@ -167,6 +195,8 @@ def _run(given: dict[str, Any], path: Path | None, output: Path, quiet: bool) ->
     check_writable(output)
     if record is not None and "model" not in given:
         settings = _with_its_model(settings, record)
+    if axes or images is not None:
+        return _swept(settings, axes, images, output, quiet, as_json)
     same_model = record is not None and not {"model", "dtype", "device"} & given.keys()
     with progress_for(quiet=quiet) as progress:
         run = runs.execute(
@@ -179,9 +209,22 @@ def _run(given: dict[str, Any], path: Path | None, output: Path, quiet: bool) ->
     distance = None
     if path is not None and record is not None and not given:
         distance = agreement.differences(run, record, path.parent)
-    print_paths(runs.write(run, output))
+    report(runs.write(run, output), as_json, record=run.record())
     if distance is not None:
         say(distance or "the images are those of the record, bit for bit")
+    return 0
+
+
+def _swept(settings: Settings, said: list[str], images: int | None, output: Path, quiet: bool, as_json: bool) -> int:
+    from ..runs.sweep import Axis, check_sweep, parsed_axis, sweep
+
+    axes = [parsed_axis(text) for text in said]
+    if images is not None:
+        axes.append(Axis("seed", tuple(range(settings.seed, settings.seed + images))))
+    check_sweep(settings, axes)
+    with progress_for(quiet=quiet) as progress:
+        paths = sweep(settings, axes, output, progress)
+    report(paths, as_json, axes={axis.name: axis.values for axis in axes})
     return 0
 
 

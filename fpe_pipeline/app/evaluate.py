@@ -13,7 +13,7 @@ from ..quality.request import KINDS, Evaluation
 from ..runs.model_defaults import FLOW_INVERSIONS
 from ..runs.progress import progress_for
 from ..runs.settings import INVERSIONS
-from .edit import QUIET, TRACEBACK
+from .edit import JSON, QUIET, TRACEBACK
 from .options import chosen, field
 
 __all__ = ["EXAMPLES", "ManyValues", "evaluate"]
@@ -114,6 +114,7 @@ def evaluate(
     output: Annotated[
         Path | None, _of("output", "-o", "--output", panel=_RESULTS, note="default: out/evaluation", metavar="DIR")
     ] = None,
+    as_json: Annotated[bool, JSON] = False,
     quiet: Annotated[bool, QUIET] = False,
     traceback: Annotated[bool, TRACEBACK] = False,
 ) -> Callable[[], int]:
@@ -131,11 +132,11 @@ def evaluate(
             text_tokens=text_tokens, device=device, output=output,
         )
     )  # fmt: skip
-    return functools.partial(_run, request, quiet)
+    return functools.partial(_run, request, quiet, as_json)
 
 
-def _run(request: Evaluation, quiet: bool) -> int:
+def _run(request: Evaluation, quiet: bool, as_json: bool) -> int:
     from ..quality import command
 
     with progress_for(quiet=quiet) as progress:
-        return command.run(request, progress)
+        return command.run(request, progress, as_json=as_json)

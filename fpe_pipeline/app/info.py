@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from ..errors import InputError
 from ..texts import print_text
 
 __all__ = ["run"]
 
 
-def run(method: str | None = None) -> None:
+def run(method: str | None = None, *, as_json: bool = False) -> None:
     """Print what this installation can do; of a method, its options.
 
     Raises:
         InputError: there is no such method.
     """
     if method is not None:
-        print_text(described(method))
+        text = described(method)
+        print_text(json.dumps({"method": method, "text": text}, indent=2) if as_json else text)
         return
+    found = _found()
+    if as_json:
+        print_text(json.dumps(found, indent=2))
+        return
+    for name, version in found["versions"].items():
+        print(f"{name:<14}{version or 'not installed'}")
+    print(f"{'devices':<14}{', '.join(found['devices'])}")
+    print("backends")
+    for name, state in found["backends"].items():
+        print(f"  {name:<12}{state}")
+    print("models")
+    for name, location in found["models"].items():
+        print_text(f"  {name:<14}{location}")
+    for title, names in found["words"].items():
+        print(f"  {title:<12}{', '.join(names)}")
+    print("methods (fpe info --method NAME says what their options do)")
+    for name, entry in found["methods"].items():
+        print(f"  {name:<15}{entry['title']}: {', '.join(entry['options'])}")
+
+
+def _found() -> dict[str, Any]:
     import torch
 
     from fpe_kernels import backends
@@ -26,24 +51,21 @@ def run(method: str | None = None) -> None:
     from ..models.loading import NAMES, find_model
     from ..runs.repeatable import versions
 
-    for name, version in versions().items():
-        print(f"{name:<14}{version or 'not installed'}")
     cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    print(f"{'devices':<14}{', '.join([f'cpu ({torch.get_num_threads()} threads)', *cuda])}")
-    print("backends")
-    for name, state in backends().items():
-        print(f"  {name:<12}{state}")
-    print("models")
+    models = {}
     for name in NAMES:
         try:
-            print_text(f"  {name:<14}{find_model(name).location}")
+            models[name] = find_model(name).location
         except InputError as error:
-            print(f"  {name:<14}{error}")
-    for title, names in (("objects", OBJECTS), ("colours", COLOURS), ("backgrounds", BACKGROUNDS)):
-        print(f"  {title:<12}{', '.join(names)}")
-    print("methods (fpe info --method NAME says what their options do)")
-    for name, entry in METHODS.items():
-        print(f"  {name:<15}{entry.title}: {', '.join(entry.options)}")
+            models[name] = str(error)
+    return {
+        "versions": versions(),
+        "devices": [f"cpu ({torch.get_num_threads()} threads)", *cuda],
+        "backends": backends(),
+        "models": models,
+        "words": {"objects": list(OBJECTS), "colours": list(COLOURS), "backgrounds": list(BACKGROUNDS)},
+        "methods": {name: {"title": entry.title, "options": list(entry.options)} for name, entry in METHODS.items()},
+    }
 
 
 def described(method: str) -> str:

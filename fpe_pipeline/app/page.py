@@ -10,8 +10,8 @@ from typing import Annotated
 from .. import extras
 from ..errors import InputError
 from ..models.loading import EMBEDDED
-from .console import print_paths, say
-from .edit import BACKEND, DEVICE, DTYPE, TRACEBACK
+from .console import report, say
+from .edit import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK
 from .options import chosen, flag
 
 __all__ = ["EXAMPLES", "page"]
@@ -53,6 +53,8 @@ def page(
     device: Annotated[str | None, DEVICE] = None,
     dtype: Annotated[str | None, DTYPE] = None,
     backend: Annotated[str | None, BACKEND] = None,
+    as_json: Annotated[bool, JSON] = False,
+    quiet: Annotated[bool, QUIET] = False,
     traceback: Annotated[bool, TRACEBACK] = False,
 ) -> Callable[[], int]:
     """Serve a page to edit pictures on.
@@ -61,10 +63,18 @@ def page(
     Nothing is sent anywhere, and nothing is fetched but what the models need. Ctrl-C ends it.
     """
     machine = chosen(device=device, dtype=dtype, backend=backend)
-    return functools.partial(_serve, tuple(model or (EMBEDDED,)), output, host, port, machine)
+    return functools.partial(_serve, tuple(model or (EMBEDDED,)), output, host, port, machine, quiet, as_json)
 
 
-def _serve(models: tuple[str, ...], output: Path, host: str, port: int | None, machine: dict[str, str]) -> int:
+def _serve(
+    models: tuple[str, ...],
+    output: Path,
+    host: str,
+    port: int | None,
+    machine: dict[str, str],
+    quiet: bool,
+    as_json: bool,
+) -> int:
     from ..atomic_folder import check_writable
 
     if absent := extras.missing(extras.APP):
@@ -75,7 +85,11 @@ def _serve(models: tuple[str, ...], output: Path, host: str, port: int | None, m
     from ..studio.serve import serve
 
     served = serve(Desk(Models(models, **machine), output.resolve()), host=host, port=port, block=False)
-    print_paths([served.local_url])
-    say("Ctrl-C ends it")
+    if as_json:
+        report([], True, url=served.local_url)
+    else:
+        report([served.local_url], False)
+    if not quiet:
+        say("Ctrl-C ends it")
     served.block_thread()
     return 0

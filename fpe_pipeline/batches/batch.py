@@ -70,7 +70,7 @@ class Finished:
         return {line.name: line.failed for line in self.lines if line.failed} | self.unwritten
 
     def as_json(self) -> dict[str, Any]:
-        """The same as JSON has it."""
+        """The same as JSON has it, without the paths."""
         made = len([line for line in self.lines if not line.failed])
         return {
             "jobs": len(self.lines),
@@ -78,7 +78,6 @@ class Finished:
             "kept": self.kept,
             "failed": self.failed,
             "means": means(self.lines),
-            "files": [str(path) for path in self.paths],
         }
 
 
@@ -123,7 +122,7 @@ def run(
     batch = plan(request)
     progress = progress or Progress()
     total = len(batch.entries)
-    failed, unwritten = dict(batch.failed), {}
+    failed, unwritten = dict(batch.failed), dict[str, str]()
     kept = len([job for group in batch.groups for job in group.jobs if batch.results.entry(group, job.name)])
     for name, reason in failed.items():
         say(f"{name} failed: {reason}")
@@ -173,7 +172,7 @@ def _lines(batch: Batch, failed: dict[str, str]) -> list[Line]:
         if isinstance(entry, BadRow):
             lines.append(Line(entry.name, failed=entry.reason))
             continue
-        about = {"kind": entry.kind, "source": entry.settings.source, "target": entry.target}
+        about: dict[str, Any] = {"kind": entry.kind, "source": entry.settings.source, "target": entry.target}
         kept = batch.results.entry(places[entry.name], entry.name) if entry.name in places else None
         if kept is None:
             lines.append(Line(entry.name, failed=failed.get(entry.name, "nothing came of it"), **about))

@@ -124,14 +124,15 @@ class Encoders:
     def _load_lpips(self, path: str) -> Callable[..., dict[str, float]]:
         from torchmetrics.functional.image import lpips
 
+        make: Any = lpips._LPIPS  # what torchmetrics' metric is made of, which fetches its backbone
         state = torch.load(path, map_location="cpu", weights_only=True)
         names = [
             net for net, (entry, shape) in _BACKBONES.items() if entry in state and tuple(state[entry].shape) == shape
         ]
         if not names:
             raise InputError(f"expected weights of torchvision's alexnet, vgg16 or squeezenet1_1 in '{path}'")
-        # The class behind torchmetrics' metric, which fetches its backbone; the layers on top come with torchmetrics.
-        network = lpips._LPIPS(net=names[0], pnet_rand=True)
+        # The layers on top come with torchmetrics.
+        network = make(net=names[0], pnet_rand=True)
         features = {name: value for name, value in state.items() if name.startswith("features.")}
         slices = {name.rpartition(".slice")[2].partition(".")[2]: name for name in network.net.state_dict()}
         network.net.load_state_dict({slices[name.removeprefix("features.")]: value for name, value in features.items()})

@@ -69,9 +69,8 @@ def read_jobs(path: Path, defaults: Mapping[str, Any], images: Path | None = Non
         folder = folder / _PIE_FOLDER
     found: list[Job | BadRow] = []
     names: set[str] = set()
-    digits = len(str(len(rows)))
     for number, (name, row) in enumerate(rows, start=1):
-        name = name or f"{number:0{digits}d}"
+        name = name or f"{number:04d}"
         try:
             jobs = list(_jobs(name, row, defaults, folder))
             if taken := [job.name for job in jobs if job.name.casefold() in names]:

@@ -25,12 +25,12 @@ from ..runs import run as runs
 from ..runs.loading import load_pipeline
 from ..runs.making import Loaded, details_of, edit_of, filled_in, invert, photo_for, pinned, solver_of_pictures
 from ..runs.picture_record import PHOTO, png_info
-from ..runs.settings import Settings
+from ..runs.settings import DEFAULTS, Settings
 from .encoders import Encoders
 from .jobs import Job
 from .masks import mask_for
 from .measures import measures
-from .plan import Group, Unit
+from .plan import OF_THE_EDIT, Group, Unit
 from .request import Weights
 
 __all__ = ["SOURCE", "SOURCES", "Failed", "Made", "Maker", "Outcome"]
@@ -149,7 +149,9 @@ class Maker:
 
     def _source(self, settings: Settings) -> _Source:
         """A group's source before anything is denoised with it; a picture is inverted here."""
-        settings.check()
+        # Of a first job whose edit makes no sense, the source may still be another job's.
+        of_any = {name: getattr(DEFAULTS, name) for name in OF_THE_EDIT}
+        settings.with_values(**of_any | {"targets": (settings.source.strip() or "a picture",)}).check()
         pipe = self.loaded.pipe
         photo = photo_for(pipe, settings)
         if photo is None:
@@ -272,7 +274,8 @@ def _decoded(pipe: Any, latent: Any) -> Image.Image:
 
     with torch.no_grad():
         pixels = pipe.vae.decode(latent.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False)[0]
-    return pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+    image: Image.Image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+    return image
 
 
 def _reason(error: Exception) -> str:

@@ -20,10 +20,10 @@ from ..models.loading import find_model
 from ..runs.settings import Settings
 from .jobs import Job
 
-__all__ = ["Group", "Unit", "groups_of", "model_stamp"]
+__all__ = ["OF_THE_EDIT", "Group", "Unit", "groups_of", "model_stamp"]
 
 #: Settings that decide an edit and not its source.
-_OF_THE_EDIT = ("targets", "method", "self_replace", "levels", "max_tokens", "layers", "options", "control")
+OF_THE_EDIT = ("targets", "method", "self_replace", "levels", "max_tokens", "layers", "options", "control")
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ def groups_of(jobs: Iterable[Job], at_once: int, stamp: str) -> tuple[list[Group
         except InputError as error:
             unreadable[job.name] = str(error)
             continue
-        of_source = settings.model_dump(exclude={*_OF_THE_EDIT, "image", "model"})
+        of_source = settings.model_dump(exclude={*OF_THE_EDIT, "image", "model"})
         by_source.setdefault(_digest([of_source, picture, stamp]), []).append(job)
     groups = []
     for digest, members in by_source.items():
         by_edit: dict[str, list[Job]] = {}
         for job in members:
-            of_edit = job.settings.model_dump(include={*_OF_THE_EDIT} - {"targets"})
+            of_edit = job.settings.model_dump(include={*OF_THE_EDIT} - {"targets"})
             by_edit.setdefault(_digest(of_edit), []).append(job)
         units = [
             Unit(tuple(chunk), _digest([digest, edit, [_named(job, pictures) for job in chunk]]))

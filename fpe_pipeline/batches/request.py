@@ -20,13 +20,14 @@ class Weights(Schema):
     """Where the weights of measures lie; without them nothing is measured by them, and nothing is fetched."""
 
     clip: Text | None = Field(
-        None, description="folder of a CLIP model: measures its score and the directional similarity"
+        default=None, description="folder of a CLIP model: measures its score and the directional similarity"
     )
     dino: Text | None = Field(
-        None, description="folder of a vision transformer that DINO trained: measures the structure distance"
+        default=None, description="folder of a vision transformer that DINO trained: measures the structure distance"
     )
     lpips: Text | None = Field(
-        None, description="weights of torchvision's alexnet, vgg16 or squeezenet1_1, a .pth file: measures LPIPS"
+        default=None,
+        description="weights of torchvision's alexnet, vgg16 or squeezenet1_1, a .pth file: measures LPIPS",
     )
 
 
@@ -44,4 +45,4 @@ class BatchRequest(Schema):
     cluster: Text = Field(
         LOCAL, description="address of a Ray cluster, such as auto or ray://host:10001; local is this machine"
     )
-    weights: Weights = Field(default_factory=Weights, description="of measures that ask a pretrained encoder")
+    weights: Weights = Field(Weights(), description="of measures that ask a pretrained encoder")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,20 +70,26 @@ def _by_ray(
     try:
         kind: Any = ray.remote(Maker)
         gpus = 1 if _on_gpu(settings.device) else 0
-        options = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": -1, "runtime_env": _environment(settings)}
-        makers = [kind.options(**options).remote(settings, weights) for _ in range(min(workers, len(tasks)))]
+        options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": _environment(settings)}
+
+        def new_maker() -> Any:
+            return kind.options(**options).remote(settings, weights)
+
+        makers = [new_maker() for _ in range(min(workers, len(tasks)))]
         try:
             ray.get([maker.__ray_ready__.remote() for maker in makers])
         except ray.exceptions.RayActorError as error:
             raise InputError(f"a worker cannot begin: {_last_line(error)}") from error
-        yield from _shared_out(ray, makers, list(tasks))
+        yield from _shared_out(ray, makers, new_maker, list(tasks))
     finally:
         if ours:
             ray.shutdown()
 
 
-def _shared_out(ray: Any, makers: Sequence[Any], waiting: list[Task]) -> Iterator[tuple[Group, Outcome]]:
-    """Give every worker a task, and the next one when it is done; a worker that dies costs the rest of its task."""
+def _shared_out(
+    ray: Any, makers: Sequence[Any], new_maker: Callable[[], Any], waiting: list[Task]
+) -> Iterator[tuple[Group, Outcome]]:
+    """Give every worker a task, and the next one when it is done; one that dies costs the rest of its task."""
     running: dict[Any, tuple[Any, Task, set[str]]] = {}
     waiting.reverse()
 
@@ -107,7 +114,8 @@ def _shared_out(ray: Any, makers: Sequence[Any], waiting: list[Task]) -> Iterato
             del running[ready]
             for name in sorted(task.wanted - seen):
                 yield task.group, Failed(name, f"its worker ended: {_last_line(error)}")
-            begin(maker)
+            if waiting:
+                begin(new_maker())
             continue
         seen.add(outcome.name)
         yield task.group, outcome
@@ -116,12 +124,11 @@ def _shared_out(ray: Any, makers: Sequence[Any], waiting: list[Task]) -> Iterato
 def _connect(cluster: str, workers: int) -> None:
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": "error", "include_dashboard": False}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if cluster == LOCAL:
+        options |= {"num_cpus": workers, "include_dashboard": False}
     try:
-        if cluster == LOCAL:
-            ray.init(address="local", num_cpus=workers, **quiet)
-        else:
-            ray.init(address=cluster, log_to_driver=False, logging_level="error")
+        ray.init(address=cluster, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"Ray does not begin at {cluster}: {_last_line(error)}") from error
 

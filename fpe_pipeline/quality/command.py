@@ -15,7 +15,7 @@ from .evaluated import EvaluatedModel
 from .images_command import run_on_images
 from .intervals import summarise
 from .request import Evaluation
-from .store import ScoreFile, dump, environment, fingerprint, packed
+from .store import ScoreFile, brief, dump, environment, fingerprint, packed
 from .study.conditions import (
     Condition,
     method_conditions,
@@ -30,10 +30,12 @@ from .study.scores import Score, evaluate
 __all__ = ["run"]
 
 
-def run(asked: Evaluation, progress: Progress | None = None) -> int:
+def run(asked: Evaluation, progress: Progress | None = None, *, as_json: bool = False) -> int:
     """Evaluate, print the table and write ``scores.jsonl``, ``evaluation.json``, ``table.md`` and ``plot.png``.
 
     The plot needs matplotlib, and is left out with a word where that is not installed.
+
+    ``as_json`` prints settings, environment and summary as JSON in the table's place.
 
     A run into a folder that holds the scores of an interrupted run with the same settings continues it.
 
@@ -46,7 +48,7 @@ def run(asked: Evaluation, progress: Progress | None = None) -> int:
     """
     asked, progress = asked.with_values(device=pick_device(asked.device)), progress or Progress()
     if asked.images is not None:
-        return run_on_images(asked, progress)
+        return run_on_images(asked, progress, as_json=as_json)
     if asked.methods or asked.inversions:
         raise InputError("method names and --inversion choose what --images compares: pass it as well")
     model = EvaluatedModel.find(asked.model, judged=True)
@@ -71,7 +73,7 @@ def run(asked: Evaluation, progress: Progress | None = None) -> int:
             print("fpe: no plot.png, which needs matplotlib: pip install matplotlib", file=sys.stderr)
         else:
             plot(summary, stage / "plot.png", f"{asked.steps} steps, guidance {asked.guidance:g}, 95 % intervals")
-    print_text(rendered.removesuffix("\n"))
+    print_text(brief(result) if as_json else rendered.removesuffix("\n"))
     return 0
 
 

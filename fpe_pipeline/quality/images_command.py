@@ -19,13 +19,13 @@ from .methods.image_folder import folder_digest, folder_subjects
 from .methods.subjects import GENERATED, HELD_OUT, Subject, generated_subjects, render_subjects
 from .methods.tally import compare
 from .request import Evaluation
-from .store import ScoreFile, dump, environment, fingerprint, packed
+from .store import ScoreFile, brief, dump, environment, fingerprint, packed
 from .study.pairs import held_out_pairs
 
 __all__ = ["run_on_images"]
 
 
-def run_on_images(asked: Evaluation, progress: Progress) -> int:
+def run_on_images(asked: Evaluation, progress: Progress, *, as_json: bool = False) -> int:
     """Compare the methods, print the table and write ``scores.jsonl``, ``evaluation.json`` and ``table.md``.
 
     Every score is kept as soon as it exists. A run into the folder of an earlier one with the same settings adds what
@@ -80,7 +80,7 @@ def run_on_images(asked: Evaluation, progress: Progress) -> int:
     with staged(asked.output) as stage:
         (stage / "evaluation.json").write_text(dump(result), encoding="utf-8")
         (stage / "table.md").write_text(rendered, encoding="utf-8")
-    print_text(rendered.removesuffix("\n"))
+    print_text(brief(result) if as_json else rendered.removesuffix("\n"))
     return 0
 
 

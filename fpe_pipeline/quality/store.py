@@ -12,7 +12,7 @@ from typing import Any
 from ..atomic_folder import staged
 from ..errors import InputError
 
-__all__ = ["ScoreFile", "dump", "environment", "fingerprint", "packed", "plain", "unpacked"]
+__all__ = ["ScoreFile", "brief", "dump", "environment", "fingerprint", "packed", "plain", "unpacked"]
 
 
 class ScoreFile:
@@ -102,6 +102,11 @@ def packed(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def unpacked(scores: dict[str, Any]) -> list[dict[str, Any]]:
     """What :func:`packed` was given."""
     return [dict(zip(scores["columns"], row, strict=True)) for row in scores["rows"]]
+
+
+def brief(result: dict[str, Any]) -> str:
+    """The result as JSON, without the single scores."""
+    return json.dumps({name: value for name, value in result.items() if name != "scores"}, indent=2)
 
 
 def dump(result: dict[str, Any]) -> str:

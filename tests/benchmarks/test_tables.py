@@ -17,6 +17,7 @@ PAGES = [
         "README.md",
         "benchmarks/README.md",
         "docs/kernels.md",
+        "docs/batches.md",
         "docs/recordings.md",
         "docs/compat/README.md",
         "fpe_pipeline/quality/README.md",

@@ -47,6 +47,7 @@ NOT_RUN = {
     "fpe app": "serves until it is ended; tests/pages visits it",
     "fpe batch PIE-Bench": "needs PIE-Bench and weights; tests/pipeline/batches reads such lists and weights",
     "fpe batch jobs.jsonl --workers": "needs Ray; tests/pipeline/batches/test_ray.py runs it",
+    "fpe doctor": "takes a minute; tests/pipeline/app/test_doctor.py runs it",
     "fpe evaluate": "takes hours; its arguments are parsed, and test_quality.py runs it on few pairs",
 }
 FEW_STEPS = ["--steps", "5"]
@@ -121,7 +122,7 @@ def flux_stand_in(tmp_path_factory):
 
 @pytest.fixture
 def workplace(stand_in, transformer_stand_in, flux_stand_in, tmp_path, monkeypatch):
-    """An empty working directory with a photo in it, on a machine with a hub and a GPU, as documents assume."""
+    """A folder with photos and a list of edits, on a machine with a hub and a GPU, as documents assume."""
     load, move = DiffusionPipeline.from_pretrained.__func__, DiffusionPipeline.to
     look = DiffusionPipeline.load_config.__func__
 
@@ -149,6 +150,7 @@ def workplace(stand_in, transformer_stand_in, flux_stand_in, tmp_path, monkeypat
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     for name in ("photo.jpg", "beach.jpg"):
         Image.fromarray(pixels).save(name)
+    Path("jobs.jsonl").write_text('{"source": "a photo of a cat", "target": "a photo of a dog"}\n')
     yield tmp_path
     for name in [name for name, module in sys.modules.items() if _lies_in(module, tmp_path)]:
         del sys.modules[name]

@@ -37,7 +37,7 @@ class TestOurs:
         blue, first, second = read(tmp_path, "jobs.jsonl", text, steps=4, seed=1)
         assert (blue.name, blue.kind, blue.settings.seed, blue.settings.steps) == ("blue", "colour", 3, 4)
         assert blue.settings.self_replace == (0.0, 0.5) and not blue.settings.control
-        assert [first.name, second.name] == ["2-1", "2-2"] and (first.settings.seed, second.target) == (1, OTHER)
+        assert [first.name, second.name] == ["0002-1", "0002-2"] and (first.settings.seed, second.target) == (1, OTHER)
         assert first.settings.guidance == 5.0 and first.settings.size == (64, 128)
 
     @pytest.mark.parametrize("name", ["jobs.json", "jobs.yaml", "jobs.csv", "jobs.jsonl"])
@@ -103,7 +103,7 @@ class TestPublished:
     def test_cars_of_the_paper(self, tmp_path):
         """Both lists: generated pictures have prompts alone, real ones a name."""
         row = {"soure_prompt": "a red car", "edit_prompt": "a green car"}
-        assert prompts(read(tmp_path, "Car_fake_edit.json", [row])) == [("1", "a red car", "a green car")]
+        assert prompts(read(tmp_path, "Car_fake_edit.json", [row])) == [("0001", "a red car", "a green car")]
         (job,) = read(tmp_path, "Car_real_edit.json", [{"image_name": "000141.jpg", **row}])
         assert job.settings.image == str(tmp_path / "000141.jpg")
 

@@ -54,7 +54,7 @@ def test_a_worker_that_dies(rows, tmp_path, monkeypatch):
     rows[2]["method"] = "killer:Killer"
     jobs = written(tmp_path / "jobs.jsonl", rows)
     finished = batch(jobs, tmp_path / "out", defaults=SETTINGS, workers=2)
-    assert finished.failed.keys() == {"3", "4"}
+    assert finished.failed.keys() == {"0003", "0004"}
     assert all("its worker ended" in reason for reason in finished.failed.values())
     assert len(pictures(tmp_path / "out")) == 4 + 2
 
