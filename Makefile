@@ -37,7 +37,7 @@ ROUNDING := $(addprefix tests/pipeline/,app/test_cli.py::TestFromRecord app/test
   edits/test_golden_fpe.py::test_float64_agrees_with_the_original_in_float64 inversion/test_inversion.py::TestRefusals) \
   tests/kernels/backends/triton/test_mixed_batches.py tests/kernels/test_row_weights.py
 
-.PHONY: help demo test test-rounding test-all lint format bench figures notebooks docs gpu gpu-smoke gpu-train clean
+.PHONY: help demo test test-rounding test-all lint format bench figures notebooks docs site gpu gpu-smoke gpu-train clean
 
 help:  ## show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,6 +87,10 @@ notebooks: $(STAMP)  ## run the notebooks from top to bottom and save what they 
 docs: $(STAMP)  ## redraw the documents' pictures and write the reference from the docstrings
 	@$(BIN)/python -m docs.figures
 	@$(BIN)/python -m docs.reference
+
+site: $(STAMP)  ## the documentation as a site, in build/site; nothing is fetched
+	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -m mkdocs build --quiet --strict -f docs/site/mkdocs.yml
+	@echo "The site is in build/site/index.html"
 
 clean:  ## remove the environment, caches and outputs
 	rm -rf $(VENV) build dist out gpu-results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

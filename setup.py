@@ -40,6 +40,10 @@ TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.
 TEST += ["scipy>=1.11", "peft>=0.13", "accelerate>=0.31"]
 # playwright: drives the page in a browser, axe-playwright-python: measures it there; nbclient: runs the notebooks.
 TEST += ["playwright>=1.49", "axe-playwright-python>=0.1.4", "nbformat>=5.10", "nbclient>=0.10", "ipykernel>=6.29"]
+# kernels: loads the layout for Hugging Face's kernel hub.
+TEST += ["kernels>=0.10", "pyyaml>=6"]
+# The documentation as a site.
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 LINT = ["ruff>=0.9", "mypy>=1.13"]
 WEIGHTS = ["embedded/weights/**/*", "embedded/earlier/**/*"]
 
@@ -71,7 +75,8 @@ setup(
         "train": PIPELINE + TRAIN,
         "bench": BENCH,
         "test": PIPELINE + APP + TRAIN + TEST,
-        "dev": PIPELINE + APP + TRAIN + TEST + BENCH + LINT,
+        "docs": PIPELINE + DOCS,
+        "dev": PIPELINE + APP + TRAIN + TEST + BENCH + DOCS + LINT,
     },
     entry_points={"console_scripts": ["fpe = fpe_pipeline.cli:main"]},
     classifiers=[

@@ -44,6 +44,10 @@ NOT_RUN = {
     "python -m benchmarks": "measures from minutes to hours; tests/benchmarks runs each of its parts",
     "pytest benchmarks": "measures for minutes; tests/benchmarks runs each of its parts",
     "make notebooks": "writes the notebooks; test_notebooks.py runs them",
+    "make site": "builds the site; test_site.py does",
+    "docker": "needs Docker; tests/integrations reads what it builds from",
+    "cp -r integrations/comfyui": "needs ComfyUI; tests/integrations runs the nodes",
+    "python -m integrations.kernels_hub": "tests/integrations runs it",
     "fpe app": "serves until it is ended; tests/pages visits it",
     "fpe evaluate": "takes hours; its arguments are parsed, and test_quality.py runs it on few pairs",
 }
@@ -136,6 +140,7 @@ def workplace(stand_in, transformer_stand_in, tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     for name in ("photo.jpg", "beach.jpg"):
         Image.fromarray(pixels).save(name)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")  # as in a checkout
     yield tmp_path
     for name in [name for name, module in sys.modules.items() if _lies_in(module, tmp_path)]:
         del sys.modules[name]
