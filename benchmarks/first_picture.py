@@ -3,13 +3,13 @@
     python -m benchmarks.first_picture page --output benchmarks/results/cpu-first-picture.json
     python -m benchmarks.first_picture clone --output benchmarks/results/cpu-first-picture.json
 
-``page``: a round starts `fpe app` in a fresh process, opens its page in a browser that waits for it, presses Generate, and
-ends when the picture is there. Beside it stand, in the same round and in fresh processes, the imports of torch, diffusers
-and gradio, and the same edit by the API, with its model loaded and everything imported.
+``page``: a round starts `fpe app` in a fresh process, opens its page in a browser that waits for it, presses Generate,
+and ends when the picture is there. Beside it stand, in the same round and in fresh processes, the imports of torch,
+diffusers and gradio, and the same edit by the API, with its model to load and everything imported.
 
-``clone``: the repository is cloned and `make demo` run in an environment that it makes, from wheels that were downloaded
-before. ``download`` is the time of these, ``beyond`` that of everything after them, ``ours`` that of the demo alone once
-more, with the environment there.
+``clone``: the repository is cloned and `make demo` run in an environment that it makes, from wheels that were
+downloaded before. ``download`` is the time of these, ``beyond`` that of everything after them, ``ours`` that of the
+demo alone once more, with the environment there.
 """
 
 from __future__ import annotations

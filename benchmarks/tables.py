@@ -30,6 +30,7 @@ from .table_parts import (
     slower,
 )
 from .unets import COMPILED, GRAPH, WORDS, UNetCase
+from .waits import first_pictures
 
 
 def headline(rows: Sequence[Row], gpu: bool) -> str:
@@ -364,3 +365,4 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     )
     for device in ("cpu", "gpu")
 }
+TABLES["first-picture"] = first_pictures

@@ -18,6 +18,7 @@ PAGES = [
         "benchmarks/README.md",
         "docs/kernels.md",
         "docs/recordings.md",
+        "docs/studio.md",
         "fpe_pipeline/quality/README.md",
     )
 ]

@@ -92,6 +92,8 @@ def test_it_builds_without_a_warning_and_without_the_network(tmp_path, url):
         linked = [tag for tag in re.findall(r"<link[^>]*>", text) if "canonical" not in tag]
         fetched += [tag for tag in linked if re.search(r"href=.?https?:", tag)]
         assert fetched == [], name
+        if name == "404.html":  # shown at any address, it links from the root
+            continue
         for link in re.findall(r"""href=["']?([^"' >]+)""", text):
             target = link.partition("#")[0]
             if target and not re.match(r"https?:|mailto:|data:", target):
