@@ -106,6 +106,7 @@ def test_generate_compare_look_inside_and_restore(visit, out, tmp_path):
     page.locator("#source textarea").fill("something else")
     page.locator("#history button").first.click()
     visitor.said("#history-status", "the settings of 1: fpe")
+    assert faults(page) == []
     assert page.locator("#source textarea").input_value() == settings.source
 
 
