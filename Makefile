@@ -37,7 +37,7 @@ ROUNDING := $(addprefix tests/pipeline/,app/test_cli.py::TestFromRecord app/test
   edits/test_golden_fpe.py::test_float64_agrees_with_the_original_in_float64 inversion/test_inversion.py::TestRefusals) \
   tests/kernels/backends/triton/test_mixed_batches.py tests/kernels/test_row_weights.py
 
-.PHONY: help demo test test-rounding test-all lint format bench figures notebooks docs gpu gpu-smoke gpu-train clean
+.PHONY: help demo test test-rounding test-all lint format bench figures notebooks docs site gpu gpu-smoke gpu-train clean
 
 help:  ## show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,7 +68,7 @@ bench: $(STAMP)  ## the benchmark suite, short (BENCH_ARGS="all" for the committ
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 figures: $(STAMP)  ## redraw the figures and rewrite README's tables from the committed rows
-	@$(BIN)/python -m benchmarks.plot --update README.md benchmarks/README.md docs/batches.md docs/kernels.md docs/recordings.md docs/compat/README.md fpe_pipeline/quality/README.md
+	@$(BIN)/python -m benchmarks.plot --update README.md benchmarks/README.md docs/batches.md docs/kernels.md docs/recordings.md docs/studio.md docs/compat/README.md fpe_pipeline/quality/README.md
 
 # On a GPU machine torch is usually there already and the right build of it is that machine's business,
 # so these targets use $(PYTHON) as it is and install nothing. GPU_ARGS="--budget 300" gives one less time.
@@ -87,6 +87,10 @@ notebooks: $(STAMP)  ## run the notebooks from top to bottom and save what they 
 docs: $(STAMP)  ## redraw the documents' pictures and write the reference from the docstrings
 	@$(BIN)/python -m docs.figures
 	@$(BIN)/python -m docs.reference
+
+site: $(STAMP)  ## the documentation as a site, in build/site; nothing is fetched
+	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -m mkdocs build --quiet --strict -f docs/site/mkdocs.yml
+	@echo "The site is in build/site/index.html"
 
 clean:  ## remove the environment, caches and outputs
 	rm -rf $(VENV) build dist out gpu-results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -45,6 +45,10 @@ TEST += ["scipy>=1.11", "peft>=0.13", "accelerate>=0.31"]
 TEST += ["torchmetrics>=1.5"]
 # playwright: drives the page in a browser, axe-playwright-python: measures it there; nbclient: runs the notebooks.
 TEST += ["playwright>=1.49", "axe-playwright-python>=0.1.4", "nbformat>=5.10", "nbclient>=0.10", "ipykernel>=6.29"]
+# kernels: loads the layout for Hugging Face's kernel hub.
+TEST += ["kernels>=0.10", "pyyaml>=6"]
+# The documentation as a site.
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 LINT = ["ruff>=0.9", "mypy>=1.13"]
 WEIGHTS = ["embedded/weights/**/*", "embedded/sd3/**/*", "embedded/earlier/**/*"]
 
@@ -78,7 +82,8 @@ setup(
         "train": PIPELINE + TRAIN,
         "bench": BENCH,
         "test": PIPELINE + APP + TRAIN + TEST,
-        "dev": PIPELINE + APP + TRAIN + TEST + BENCH + LINT,
+        "docs": PIPELINE + DOCS,
+        "dev": PIPELINE + APP + TRAIN + TEST + BENCH + DOCS + LINT,
     },
     entry_points={"console_scripts": ["fpe = fpe_pipeline.cli:main"]},
     classifiers=[

@@ -30,6 +30,7 @@ from .table_parts import (
     slower,
 )
 from .unets import COMPILED, GRAPH, WORDS, UNetCase
+from .waits import first_pictures
 
 
 def headline(rows: Sequence[Row], gpu: bool) -> str:
@@ -393,3 +394,4 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     for table in _BY_DEVICE
     for device in ("cpu", "gpu")
 }
+TABLES["first-picture"] = first_pictures

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("benchmarks", "docs", "examples", "fpe_kernels", "fpe_pipeline", "notebooks", "tests")
+FOLDERS = ("benchmarks", "docs", "examples", "fpe_kernels", "fpe_pipeline", "integrations", "notebooks", "tests")
 LINES, FUNCTION, PARAMETERS = 400, 80, 12
 
 #: Modules of the command line; the function of the module's own name is the command.

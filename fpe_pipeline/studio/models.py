@@ -7,6 +7,7 @@ meanwhile. Where another model is to be loaded, runs that stand still end, for t
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ from .estimates import ModelPace
 from .watched import Watched
 
 __all__ = ["Models", "choices_of", "vocabulary"]
+
+logger = logging.getLogger(__name__)
 
 
 #: Seconds between two looks of a run that goes on at whether it was ended meanwhile.
@@ -160,9 +163,16 @@ class Models:
         pipe = load_pipeline(find_model(name), dtype=pick_dtype(self.dtype, self.device), device=self.device)
         self._loaded = (name, Loaded(pipe, identity(pipe)))
         if name not in self._paces:
+            self._try_out(name, pipe)
+        return self._loaded[1]
+
+    def _try_out(self, name: str, pipe: Any) -> None:
+        """Find a model's pace; one that is called otherwise than Stable Diffusion has none, and is served so."""
+        try:
             with repeatable(threads_for(name, self.device)):
                 self._paces[name] = ModelPace(pipe)
-        return self._loaded[1]
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            logger.warning("the page cannot say beforehand what runs of %s take: %s", name, error)
 
 
 def choices_of(pipe: Any) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ PAGES = [
         "docs/batches.md",
         "docs/recordings.md",
         "docs/compat/README.md",
+        "docs/studio.md",
         "fpe_pipeline/quality/README.md",
     )
 ]

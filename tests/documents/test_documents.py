@@ -44,6 +44,10 @@ NOT_RUN = {
     "python -m benchmarks": "measures from minutes to hours; tests/benchmarks runs each of its parts",
     "pytest benchmarks": "measures for minutes; tests/benchmarks runs each of its parts",
     "make notebooks": "writes the notebooks; test_notebooks.py runs them",
+    "make site": "builds the site; test_site.py does",
+    "docker": "needs Docker; tests/integrations reads what it builds from",
+    "cp -r integrations/comfyui": "needs ComfyUI; tests/integrations runs the nodes",
+    "python -m integrations.kernels_hub": "tests/integrations runs it",
     "fpe app": "serves until it is ended; tests/pages visits it",
     "fpe batch PIE-Bench": "needs PIE-Bench and weights; tests/pipeline/batches reads such lists and weights",
     "fpe batch jobs.jsonl --workers": "needs Ray; tests/pipeline/batches/test_ray.py runs it",
@@ -151,6 +155,7 @@ def workplace(stand_in, transformer_stand_in, flux_stand_in, tmp_path, monkeypat
     for name in ("photo.jpg", "beach.jpg"):
         Image.fromarray(pixels).save(name)
     Path("jobs.jsonl").write_text('{"source": "a photo of a cat", "target": "a photo of a dog"}\n')
+    (tmp_path / "docs").symlink_to(ROOT / "docs")  # as in a checkout
     yield tmp_path
     for name in [name for name, module in sys.modules.items() if _lies_in(module, tmp_path)]:
         del sys.modules[name]

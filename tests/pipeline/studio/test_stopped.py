@@ -59,6 +59,7 @@ def test_threads_are_as_others_left_them(desk, visitor, values):
     assert torch.get_num_threads() == before and not torch.backends.cudnn.deterministic
 
 
+@pytest.mark.slow
 def test_a_stopped_run_can_be_cancelled_and_is_replaced_by_the_next(desk, visitor, values):
     stopped(desk, visitor, desk.generate(visitor, True, *values(steps=200)))
     assert "nothing stands still" in last(desk.go_on(visitor, "grid")).status
@@ -69,6 +70,7 @@ def test_a_stopped_run_can_be_cancelled_and_is_replaced_by_the_next(desk, visito
     assert visitor.results and len(visitor.results) == 1 and not running()
 
 
+@pytest.mark.slow
 def test_who_leaves_leaves_no_run_behind(desk, visitor, values):
     stopped(desk, visitor, desk.generate(visitor, True, *values(steps=200)))
     visitor.close()
