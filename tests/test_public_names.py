@@ -32,7 +32,7 @@ OPTIONS = {
     "--method --option --self-replace --levels --max-tokens --layers --no-control --model --seed --steps --guidance "
     f"--size -o --output {MACHINE}",
     "evaluate": "--pairs --kinds --sweep --method --methods --images --inversion --steps --guidance --self-replace "
-    "--seed --chunk --model --device -o --output --quiet --traceback",
+    "--seed --chunk --model --text-tokens --device -o --output --quiet --traceback",
     "info": "--method",
 }
 METHODS = ("edit", "from_pipe", "from_pretrained", "invert", "record")
