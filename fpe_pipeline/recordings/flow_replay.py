@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..models.steps import StepWindow
 from ..prompts.encoding import encoding_tokenizer
 from ..prompts.words import warn_of_unknown_words
 from ..sampling.flow_models import FlowModel
-from ..sampling.flow_sampling import FlowSampling
+from ..sampling.flow_sampling import FlowSampling, guidance_of_rows
 from ..sampling.output import FreePromptPipelineOutput
 from ..sampling.step_end import Call
 from ..texts import check_text
@@ -36,6 +37,7 @@ def edit_flow(
     *,
     edit: Edit | None = None,
     self_replace_steps: Any = None,
+    guidance_scale: float | Sequence[float] | None = None,
     output_type: str = "pil",
     backend: str = "auto",
 ) -> FreePromptPipelineOutput:
@@ -47,6 +49,8 @@ def edit_flow(
         target_prompt: one or more prompts.
         edit: any that needs no more of the source than was recorded; default: Free-Prompt-Editing as recorded.
         self_replace_steps: of the default edit; fewer steps than were recorded.
+        guidance_scale: of the targets on FLUX.1 dev, one for all or a list with one for each. Default: the recording's;
+            Stable Diffusion 3, whose recordings hold both halves of the batch, has no other.
         output_type: "pil", "np", "pt" or "latent".
         backend: attention backend.
 
@@ -56,7 +60,7 @@ def edit_flow(
 
     Raises:
         ValueError: a recording of another model or schedule, one that lacks what the edit needs, an edit that is
-            written for other prompts; before any denoising.
+            written for other prompts, a guidance that the model is not told; before any denoising.
         InputError: a folder, or a file of it, that is not what was recorded.
     """
     targets = [target_prompt] if isinstance(target_prompt, str) else list(target_prompt)
@@ -69,6 +73,7 @@ def edit_flow(
     if not isinstance(recording, Recording):
         raise TypeError(f"expected what record returned, or its folder, got {type(recording).__name__}")
     model = pipe.flow()
+    guided_rows = _guided(pipe, model, guidance_scale, len(targets))
     size, text_length = _check_recording(model, recording)
     chosen = _recorded_edit(recording, self_replace_steps) if edit is None else require_edit(edit)
     if edit is not None and self_replace_steps is not None:
@@ -97,7 +102,8 @@ def edit_flow(
     }
     if recording.negative_prompt is not None:
         arguments["negative_prompt"] = [recording.negative_prompt] * len(targets)
-    images = pipe._sample(Call(len(targets), 1), replay, (), arguments)
+    with guided_rows:
+        images = pipe._sample(Call(len(targets), 1), replay, (), arguments)
     return FreePromptPipelineOutput(
         images=images,
         nsfw_content_detected=None,
@@ -105,6 +111,23 @@ def edit_flow(
         report=replay.report(),
         prompts=(recording.prompt, *targets),
     )
+
+
+def _guided(
+    pipe: FlowSampling, model: FlowModel, scales: float | Sequence[float] | None, targets: int
+) -> AbstractContextManager[None]:
+    """What tells the model the guidance of each target's row."""
+    if scales is None:
+        return nullcontext()
+    if not model.is_packed:
+        raise ValueError(
+            "the guidance of an edit from a recording is the recording's, of both halves of the batch: leave "
+            "guidance_scale out, or record with another one"
+        )
+    given = list(scales) if isinstance(scales, Sequence) else [scales] * targets
+    if len(given) != targets:
+        raise ValueError(f"expected one guidance_scale, or one for each of the {targets} targets, got {len(given)}")
+    return guidance_of_rows(pipe, given, 1)
 
 
 def _check_recording(model: FlowModel, recording: Recording) -> tuple[tuple[int, int], int]:
