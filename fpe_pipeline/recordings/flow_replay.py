@@ -49,8 +49,7 @@ def edit_flow(
         target_prompt: one or more prompts.
         edit: any that needs no more of the source than was recorded; default: Free-Prompt-Editing as recorded.
         self_replace_steps: of the default edit; fewer steps than were recorded.
-        guidance_scale: of the targets on FLUX.1 dev, one for all or a list with one for each. Default: the recording's;
-            Stable Diffusion 3, whose recordings hold both halves of the batch, has no other.
+        guidance_scale: of the targets on FLUX.1 dev, one for all or a list with one for each; default: the recording's.
         output_type: "pil", "np", "pt" or "latent".
         backend: attention backend.
 
@@ -60,7 +59,7 @@ def edit_flow(
 
     Raises:
         ValueError: a recording of another model or schedule, one that lacks what the edit needs, an edit that is
-            written for other prompts, a guidance that the model is not told; before any denoising.
+            written for other prompts, a guidance that the model is not told (SD3); before any denoising.
         InputError: a folder, or a file of it, that is not what was recorded.
     """
     targets = [target_prompt] if isinstance(target_prompt, str) else list(target_prompt)
