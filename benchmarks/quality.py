@@ -74,7 +74,10 @@ def about(result: dict[str, Any]) -> str:
 
 def model_table(rows: Sequence[Row], model: str = EMBEDDED) -> str:
     """What an embedded model itself measures, as its export wrote it down; no use for ``rows`` here either."""
-    folder = embedded_path(model)
+    try:
+        folder = embedded_path(model)
+    except FileNotFoundError:
+        return f"*{model}: not trained yet (`python -m fpe_pipeline.embedded.training.train_flow`).*"
     figures = json.loads((folder / "measurements.json").read_text())
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     drawn, judge, vae = figures["generated"], figures["judge"], figures["autoencoder"]

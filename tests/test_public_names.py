@@ -37,7 +37,7 @@ OPTIONS = {
     "--method --option --self-replace --levels --max-tokens --layers --no-control --model --seed --steps --guidance "
     f"--images --sweep --size -o --output {MACHINE}",
     "evaluate": "--pairs --kinds --sweep --method --methods --images --inversion --steps --guidance --self-replace "
-    "--seed --chunk --model --device -o --output --json --quiet --traceback",
+    "--seed --chunk --model --text-tokens --device -o --output --json --quiet --traceback",
     "info": "--method --json --quiet --traceback",
 }
 METHODS = ("edit", "from_pipe", "from_pretrained", "invert", "record")

@@ -47,6 +47,7 @@ PIPELINE_CLASSES: dict[str, Family] = {
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
 }
+_TRAINING = ", or train it with `python -m fpe_pipeline.embedded.training.train_flow`"
 _FLUX_PATCH = 2  # latents across a token, which FLUX.1's pipeline packs itself
 # Folders of earlier versions, which records made with `--model FOLDER` name.
 _LAY_BEFORE = {
@@ -234,7 +235,8 @@ def _embedded_folder(name: str) -> Path:
         return Path(embedded_path(name))
     except FileNotFoundError as error:
         raise InputError(
-            "this installation has no embedded model; pass --model with a diffusers folder or a checkpoint file"
+            f"this installation has no {'embedded model' if name == EMBEDDED else name}; pass --model with a diffusers "
+            f"folder or a checkpoint file{_TRAINING if name == EMBEDDED_SD3 else ''}"
         ) from error
 
 

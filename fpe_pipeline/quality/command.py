@@ -106,6 +106,7 @@ def _draw_rest(
         store.add(*(score.to_json() for score in fresh))
         progress.tell("pairs scored", len(store.rows) // len(conditions), done + len(pairs))
 
+    options: dict[str, Any] = {} if asked.text_tokens is None else {"max_sequence_length": asked.text_tokens}
     evaluate(
         pipe,
         judge,
@@ -115,7 +116,7 @@ def _draw_rest(
         guidance=asked.guidance,
         chunk=asked.chunk,
         first=done,
-        **({} if asked.text_tokens is None else {"max_sequence_length": asked.text_tokens}),
+        **options,
         on_chunk=keep,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..edits import Edit
 from ..models.flow_solvers import require_flow
 from ..prompts.encoding import encoding_tokenizer
 from ..sampling.flow_models import FlowModel
-from ..sampling.flow_sampling import FlowSampling
+from ..sampling.flow_sampling import FlowSampling, guidance_of_rows
 from ..sampling.output import FreePromptPipelineOutput
 from ..sampling.step_end import Call
 from .fingerprint import fingerprint
@@ -31,6 +32,7 @@ def edit_flow(
     *,
     edit: Edit | None = None,
     self_replace_steps: Any = None,
+    guidance_scale: float | Sequence[float] | None = None,
     output_type: str = "pil",
     backend: str = "auto",
 ) -> FreePromptPipelineOutput:
@@ -42,6 +44,7 @@ def edit_flow(
         target_prompt: one or more prompts.
         edit: any that needs no more of the source than was recorded; default: Free-Prompt-Editing as recorded.
         self_replace_steps: of the default edit; fewer steps than were recorded.
+        guidance_scale: of the targets on FLUX.1 dev, one for all or a list with one for each; default: the recording's.
         output_type: "pil", "np", "pt" or "latent".
         backend: attention backend.
 
@@ -51,11 +54,12 @@ def edit_flow(
 
     Raises:
         ValueError: a recording of another model or schedule, one that lacks what the edit needs, an edit that is
-            written for other prompts; before any denoising.
+            written for other prompts, a guidance that the model is not told (SD3); before any denoising.
         InputError: a folder, or a file of it, that is not what was recorded.
     """
     targets, recording = target_list(target_prompt), loaded_recording(recording)
     model = pipe.flow()
+    guided_rows = _guided(pipe, model, guidance_scale, len(targets))
     size, text_length = _check_recording(model, recording)
     chosen = replayed_edit(recording, edit, self_replace_steps, targets, encoding_tokenizer(pipe))
     guided = recording.guidance_scale > 1 and not model.is_packed
@@ -75,8 +79,26 @@ def edit_flow(
     }
     if recording.negative_prompt is not None:
         arguments["negative_prompt"] = [recording.negative_prompt] * len(targets)
-    images = pipe._sample(Call(len(targets), 1), replay, (), arguments)
+    with guided_rows:
+        images = pipe._sample(Call(len(targets), 1), replay, (), arguments)
     return replayed_output(images, None, replay, recording, targets)
+
+
+def _guided(
+    pipe: FlowSampling, model: FlowModel, scales: float | Sequence[float] | None, targets: int
+) -> AbstractContextManager[None]:
+    """What tells the model the guidance of each target's row."""
+    if scales is None:
+        return nullcontext()
+    if not model.is_packed:
+        raise ValueError(
+            "the guidance of an edit from a recording is the recording's, of both halves of the batch: leave "
+            "guidance_scale out, or record with another one"
+        )
+    given = list(scales) if isinstance(scales, Sequence) else [scales] * targets
+    if len(given) != targets:
+        raise ValueError(f"expected one guidance_scale, or one for each of the {targets} targets, got {len(given)}")
+    return guidance_of_rows(pipe, given, 1)
 
 
 def _check_recording(model: FlowModel, recording: Recording) -> tuple[tuple[int, int], int]:

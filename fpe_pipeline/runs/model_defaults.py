@@ -65,10 +65,12 @@ def defaults_for(model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if model is None:
         return {}
-    from ..edits.registry import METHODS
-
     family = find_model(model).family or "unet"
     own = {name: value for name, value in _DEFAULTS[family].items() if name not in given}
+    if not own:
+        return {}
+    from ..edits.registry import METHODS  # with torch, which refusals do without
+
     method = METHODS.get(given.get("method", "fpe"))
     if method is None or method.window is None:  # a window of its own
         own.pop("self_replace", None)

@@ -42,7 +42,7 @@ class FlowPreset:
     shift: float = 1.0
     text_tokens: int | None = None
     held_out: int = 512
-    review: float = 0.03
+    review: float = 0.1
 
 
 FLOW_PRESETS: dict[str, FlowPreset] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -88,7 +88,7 @@ def score_subject(
         guidance: classifier-free guidance of the edits; inversions are unguided.
         **options: of the pipeline's calls and inversions.
     """
-    drawing = _Drawing(pipe, subject, origin, steps, guidance, options)
+    drawing = _Drawing(pipe, subject, origin, steps, guidance, **options)
     scorer = _Scorer(judge, subject, drawing)
     for contender in contenders:
         unscored = MethodScore(subject.name, subject.kind, origin, contender.name)
@@ -107,9 +107,7 @@ def score_subject(
 class _Drawing:
     """The pictures of one subject, uint8 [h, w, 3]. A real image is inverted when this is made."""
 
-    def __init__(
-        self, pipe: Any, subject: Subject, origin: str, steps: int, guidance: float, options: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, pipe: Any, subject: Subject, origin: str, steps: int, guidance: float, **options: Any) -> None:
         self._pipe, self._subject = pipe, subject
         self._options: dict[str, Any] = {"guidance_scale": guidance, "output_type": "np", **options}
         self.inversion: Inversion | None = None

@@ -18,6 +18,8 @@ from fpe_pipeline.embedded.training.flow import StandInAttention, build_transfor
 from fpe_pipeline.embedded.training.flow_export import FLOW_SIZE_LIMIT
 from fpe_pipeline.embedded.training.flow_presets import FLOW_PRESETS
 from fpe_pipeline.embedded.training.train_flow import main, train
+from fpe_pipeline.errors import InputError
+from fpe_pipeline.models.loading import find_model
 
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
@@ -75,9 +77,26 @@ def test_a_gpu_that_is_asked_for_has_to_be_there(capsys, monkeypatch):
     assert "no CUDA device" in capsys.readouterr().err
 
 
+@pytest.fixture
+def shipped():
+    """Its folder; the weights are made by the command, where the machine has the time."""
+    try:
+        return embedded_path(EMBEDDED_SD3)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def test_an_installation_without_it_says_how_to_make_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("fpe_pipeline.embedded._HERE", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"training\.train_flow --preset cpu"):
+        embedded_path(EMBEDDED_SD3)
+    with pytest.raises(InputError, match=r"has no embedded-sd3; .* or train it with `python -m .*train_flow`"):
+        find_model(EMBEDDED_SD3)
+
+
 class TestShipped:
-    def test_size_card_and_record(self):
-        folder = embedded_path(EMBEDDED_SD3)
+    def test_size_card_and_record(self, shipped):
+        folder = shipped
         assert folder_bytes(folder) <= FLOW_SIZE_LIMIT
         assert (folder / "MODEL_CARD.md").read_text() == render_flow_card(folder)
         record = json.loads((folder / "measurements.json").read_text())["training"]
@@ -85,7 +104,7 @@ class TestShipped:
         assert record["batch"] == preset.flow.batch and 0 < record["steps"] <= preset.flow.steps
         assert judge_path(folder) == judge_path()
 
-    def test_is_loaded_by_its_name_and_edits(self):
+    def test_is_loaded_by_its_name_and_edits(self, shipped):
         pipe = FreePromptPipeline.from_pretrained(EMBEDDED_SD3)
         pipe.set_progress_bar_config(disable=True)
         source, target = "a photo of a red car on the beach", "a photo of a blue car on the beach"

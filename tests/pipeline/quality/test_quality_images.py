@@ -112,7 +112,8 @@ class FakePipe:
         self.unet = SimpleNamespace(config=SimpleNamespace(in_channels=4, sample_size=64), dtype=torch.float32)
         self.calls = []
         # Gives back a picture that is everywhere 20 grey levels from the black one that it is asked of.
-        self.vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=2.0), decode=lambda latents, **_: [latents])
+        config = SimpleNamespace(scaling_factor=2.0, shift_factor=None, latent_channels=4)
+        self.vae = SimpleNamespace(config=config, decode=lambda latents, **_: [latents])
         decoded = np.full((1, 8, 8, 3), 20 / 255)
         self.image_processor = SimpleNamespace(postprocess=lambda image, output_type: decoded)
 

@@ -80,6 +80,30 @@ def test_edits_are_those_of_full_runs(pipes, family, edit):
     assert set(replayed.report.replayed) == set(recording.contents) and replayed.report.layers
 
 
+@pytest.mark.parametrize("scales", [5.0, [5.0, 1.5]])
+def test_targets_on_flux_have_a_guidance_of_their_own(pipes, scales):
+    """As in a full run in which the source keeps the guidance that it was recorded with."""
+    tiny = solving(pipes["flux"], "euler")
+    each = scales if isinstance(scales, list) else [scales] * 2
+    options = {**RUN, "latents": noise("flux"), "edit": FreePromptEdit(0.5)}
+    full = tiny(SOURCE, [TARGET, OTHER], guidance_scale=[3.0, *each], output_type="latent", **options)
+    recording = tiny.record(SOURCE, guidance_scale=3.0, **options)
+    edited = {"edit": FreePromptEdit(0.5), "output_type": "latent"}
+    replayed = tiny.edit(recording, [TARGET, OTHER], guidance_scale=scales, **edited)
+    assert distance(replayed.images, full.images[1:]) <= EXACT["flux"]
+    as_recorded = tiny.edit(recording, [TARGET, OTHER], **edited)
+    assert distance(replayed.images, as_recorded.images) > 1e-4
+    with pytest.raises(ValueError, match="one for each of the 2 targets, got 3"):
+        tiny.edit(recording, [TARGET, OTHER], guidance_scale=[1.0, 2.0, 3.0])
+
+
+def test_guidance_on_sd3_is_the_recordings(pipes):
+    sd3 = solving(pipes["sd3"], "euler")
+    recording = sd3.record(SOURCE, edit=FreePromptEdit(0.5), latents=noise("sd3"), **RUN)
+    with pytest.raises(ValueError, match="is the recording's, of both halves"):
+        sd3.edit(recording, TARGET, guidance_scale=4.0)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_solvers(pipes, family, solver):
