@@ -14,7 +14,7 @@ from ..models.loading import find_model, identity, pick_device, pick_dtype
 from ..models.quiet import only_errors
 from ..texts import did_you_mean
 from .loading import load_pipeline
-from .making import Loaded, ddim_of, invert, photo_for, pinned
+from .making import Loaded, invert, photo_for, pinned, solver_of_pictures
 from .picture_record import PHOTO
 from .progress import Progress, show_steps
 from .run import execute, write
@@ -170,7 +170,7 @@ def _inverted(pipe: Any, settings: Settings, progress: Progress) -> Any:
     assert photo is not None
     show_steps(pipe, "invert", progress)
     try:
-        pipe.scheduler = ddim_of(pipe)
+        pipe.scheduler = solver_of_pictures(pipe)
         return invert(pipe, photo, settings)
     finally:
         pipe.scheduler = scheduler
