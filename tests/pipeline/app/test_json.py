@@ -53,6 +53,9 @@ def test_a_demo(tmp_path, capsys, monkeypatch):
     assert said(capsys) == ({"files": [str(tmp_path / "demo.png")]}, "")
 
 
-def test_completion_of_a_shell(capsys):
-    assert cli.main(["--show-completion", "bash"]) == 0
-    assert "_FPE_COMPLETE" in capsys.readouterr().out
+def test_completion_of_a_shell(capsys, monkeypatch):
+    """What bash asks while `fpe bat` is typed."""
+    for name, value in {"_FPE_COMPLETE": "complete_bash", "COMP_WORDS": "fpe bat", "COMP_CWORD": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main([]) == 0
+    assert capsys.readouterr().out.split() == ["batch"]
