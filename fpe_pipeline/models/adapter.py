@@ -24,7 +24,7 @@ class ModelCall:
     """What one call of a model says of itself.
 
     Args:
-        sample: the latents, as the model receives them: a row an image.
+        sample: the latents, as the model receives them: [B, C, h, w], [B, C, frames, h, w] or tokens [B, N, C].
         timestep: as the model receives it.
         size: (height, width) of the latents, or (height, width, frames) of a video's, as :meth:`.Site.at` takes them.
         half: which rows are in the batch.

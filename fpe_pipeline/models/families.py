@@ -67,12 +67,15 @@ def adapter_of(pipe: Any) -> ModelAdapter:
     return UNetAdapter(around, model)
 
 
-def register_adapter(model: str, adapter: type[ModelAdapter]) -> None:
+def register_adapter(model: str, adapter: type[ModelAdapter]) -> type[ModelAdapter]:
     """Let sessions edit models of another class.
 
     Args:
         model: the name of the models' class; classes that inherit from it are edited too.
         adapter: a :class:`TransformerAdapter` with a ``family``, ``find_sites`` and ``read``.
+
+    Returns:
+        The adapter.
 
     Raises:
         TypeError: no class of adapters.
@@ -89,6 +92,7 @@ def register_adapter(model: str, adapter: type[ModelAdapter]) -> None:
             "register that class's name"
         )
     _TRANSFORMERS[model] = adapter
+    return adapter
 
 
 def _family(module: torch.nn.Module) -> type[ModelAdapter] | None:
