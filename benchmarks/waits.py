@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fpe_pipeline.texts import markdown_table
 
 from .rows import Row, quantile
-from .table_parts import beside, grouped, not_yet
+from .table_parts import beside, grouped
 
 __all__ = ["first_pictures"]
 
@@ -36,7 +36,7 @@ def first_pictures(rows: Sequence[Row]) -> str:
             rest = [page - imports - edit for page, imports, edit in rounds]
             lines.append(["what is left of it for the page itself", _seconds(rest)])
     if not lines:
-        return not_yet(False, "First pictures")
+        return "*First pictures: not measured on a CPU yet (`python -m benchmarks.first_picture`).*"
     return markdown_table(["from nothing to a first picture", "seconds"], lines) + "\n\n" + beside(used)
 
 
