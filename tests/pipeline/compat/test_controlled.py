@@ -137,9 +137,9 @@ def test_a_session_and_a_controller_do_not_meet(tiny):
         sample(tiny)
         with pytest.raises(ValueError, match="editing session"):
             register_controller(tiny, EmptyControl())
-    refused = pytest.raises(ValueError, match="may do more than attention")
+    refused = pytest.raises(RuntimeError, match="another tool or session computes")
     with register_controller(tiny, EmptyControl()), refused, editing(tiny, edit):
-        sample(tiny)
+        raise AssertionError("the block was entered")
     assert unedited(tiny.unet)
 
 
