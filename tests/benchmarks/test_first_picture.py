@@ -31,6 +31,7 @@ def test_the_page_costs_no_more_than_its_imports_the_edit_and_three_seconds(comm
     assert waits[len(waits) // 2] <= 3000, waits
 
 
+@pytest.mark.slow
 def test_the_edit_that_it_is_compared_with_is_the_pages():
     fast = first_picture._EDIT.replace('"steps": 25', '"steps": 1')
     assert fast != first_picture._EDIT

@@ -41,6 +41,7 @@ def test_a_call_costs_little_more_than_an_operator_that_only_allocates(measured)
     assert measured["call"] < 1.9
 
 
+@pytest.mark.slow
 def test_an_edited_layer_costs_no_more_than_the_unedited(measured):
     """It takes twice as long by the general way of evaluating products."""
     assert measured["layer"] < 1.15

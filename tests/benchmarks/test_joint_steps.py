@@ -20,6 +20,7 @@ COMMITTED = Path(joint_steps.__file__).parent / "results" / "cpu-joint-steps.jso
 FAST = replace(QUICK, rounds=2, least_rounds=2, seconds=0.1, calls_a_sample=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.family)
 def test_rows(case: JointCase):
     rows = {row.provider: row for row in run(case, FAST)}

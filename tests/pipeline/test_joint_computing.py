@@ -45,6 +45,7 @@ def test_what_rows_share_is_computed_once(pipe, monkeypatch):
     assert projected == [("to_q", 5), ("to_k", 5), ("to_v", 8), ("add_q_proj", 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["flux", pytest.param("sd3.5", marks=pytest.mark.slow)])
 def test_every_backend(pipe, backend, model):
     make, run = MODELS[model]

@@ -100,6 +100,7 @@ def run_fpe(*arguments, encoding):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "encoding", ["ascii", pytest.param("latin-1", marks=SLOW), pytest.param("cp1252:strict", marks=SLOW)]
 )

@@ -163,6 +163,7 @@ def test_words_and_layers_are_refused_before_the_inversion(edit, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_settings_of_the_optimisation_reach_it_and_the_record(edit, tmp_path, monkeypatch, capsys):
     found, invert = [], FreePromptPipeline.invert
 

@@ -51,6 +51,7 @@ def test_one_token_of_zeros_stands_for_many(count):
         assert (alone - whole).abs().max() > 1e-4 * whole.abs().max()
 
 
+@pytest.mark.slow
 def test_a_training_that_was_stopped_ends_as_one_that_was_not(tmp_path):
     preset = FLOW_PRESETS["smoke"]
     figures = train(preset, tmp_path / "whole", tmp_path / "whole" / "model")

@@ -244,6 +244,7 @@ class TestTimeBox:
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_smoke_preset_trains_resumes_and_exports(self, tmp_path):
         from diffusers import StableDiffusionPipeline
 

@@ -33,6 +33,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads VmHWM from /proc")
 def test_memory(tmp_path):
     """Beyond the decoded picture: bands, and the averages that the result is scaled from."""

@@ -19,6 +19,7 @@ def peak(tiny, *, steps=2, inner_steps=1, **settings):
     return peak_bytes(lambda: tiny.invert(photo, SOURCE, num_inference_steps=steps, method=method))
 
 
+@pytest.mark.slow
 def test_checkpointing_halves_it(tiny):
     peaks = [peak(tiny, gradient_checkpointing=on) for on in (True, False)]
     assert peaks[0] <= 0.55 * peaks[1]

@@ -59,13 +59,16 @@ def run(pipe, edit, steps=10):
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # diffusers' KDPM2 with NumPy 2
 @pytest.mark.parametrize("share", [0.3, pytest.param(0.8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("KDPM2") else name for name in CALLS]
+)
 def test_the_share_of_the_steps(pipe, name, share):
     with_scheduler(pipe, name)
     counted = run(pipe, Counted(1.0, calls=CALLS[name](int(10 * share))))
     torch.testing.assert_close(run(pipe, FreePromptEdit(share)), counted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_authors_count_of_calls(pipe):
     """Their controllers count calls and know the user's number of steps: int(10 * 0.8) calls, of eleven."""
     with_scheduler(pipe, "PNDMScheduler")

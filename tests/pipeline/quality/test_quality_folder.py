@@ -99,6 +99,7 @@ def test_one_prompts_file(folder):
         folder_subjects(folder)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(folder, capsys):
     """A scene is judged, another picture is measured as far as it can be; a bad folder costs no time."""
     known = {"image": "car.png", "source": SOURCE, "target": TARGET, "mask": "mask.png", "object": "car"}

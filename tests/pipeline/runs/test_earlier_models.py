@@ -128,7 +128,7 @@ class TestNames:
         assert made[0] == made[1]
 
     def test_an_unknown_name(self):
-        with pytest.raises(ValueError, match=r"embedded, embedded-80, got 'embedded-40'"):
+        with pytest.raises(ValueError, match=r"embedded, embedded-sd3, embedded-80, got 'embedded-40'"):
             embedded_path("embedded-40")
 
     def test_a_copy_elsewhere_has_replaced_nothing(self, tmp_path):

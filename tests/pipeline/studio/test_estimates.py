@@ -48,6 +48,7 @@ def test_weights_are_those_of_every_part(pipe, pace):
     assert parameters <= pace._shapes.weights < 1.01 * parameters
 
 
+@pytest.mark.slow
 def test_time_follows_the_work(desk, visitor, values):
     made = last(desk.generate(visitor, True, *values(steps=4, targets=TARGET))).made
     pace, settings = desk.models.pace(made.model), made.run.settings

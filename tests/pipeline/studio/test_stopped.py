@@ -77,6 +77,7 @@ def test_who_leaves_leaves_no_run_behind(desk, visitor, values):
     assert not running()
 
 
+@pytest.mark.slow
 def test_another_model_needs_the_room(desk, visitor, values):
     stopped(desk, visitor, desk.generate(visitor, True, *values(steps=200)))
     pipe = weakref.ref(desk.models._loaded[1].pipe.unet)
