@@ -32,7 +32,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 # Tests whose outcome could hang on how sums are rounded: CI repeats them as other CPUs and threads round.
-ROUNDING := $(addprefix tests/pipeline/,app/test_cli.py::TestFromRecord app/test_cli_methods.py::test_every_method_draws_another_picture_from_the_same_source \
+ROUNDING := $(addprefix tests/pipeline/,app/test_cli.py::TestFromRecord::test_on_another_cpu_it_says_how_far_it_is app/test_cli_methods.py::test_every_method_draws_another_picture_from_the_same_source \
   app/test_said_beforehand.py::test_no_layer_on_the_command_line sampling/test_keep_source.py \
   edits/test_golden_fpe.py::test_float64_agrees_with_the_original_in_float64 inversion/test_inversion.py::TestRefusals) \
   tests/kernels/backends/triton/test_mixed_batches.py tests/kernels/test_row_weights.py
