@@ -208,7 +208,7 @@ def _run(
     # Measured before the images are written: they may replace those that they are compared with.
     distance = None
     if path is not None and record is not None and not given:
-        distance = agreement.differences(run, record, path.parent)
+        distance = agreement.differences(run, record, path)
     report(runs.write(run, output), as_json, record=run.record())
     if distance is not None:
         say(distance or "the images are those of the record, bit for bit")

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["differences"]
 
 
-def differences(run: Run, record: Mapping[str, Any], folder: Path) -> str:
+def differences(run: Run, record: Mapping[str, Any], path: Path) -> str:
     """Which images of a repeated run differ from those of its record, by how much, and what may be why.
 
     Args:
         run: made from the settings of ``record``, and not yet written: it may replace the record's own images.
         record: of an earlier run.
-        folder: where the record lies; its images beside it tell how far the new ones are from them.
+        path: of the record, or of a picture that holds it; the record's images beside it, or the picture itself under
+            whatever name, tell how far the new ones are from them.
 
     Returns:
         One line; empty where every image is that of the record, bit for bit.
@@ -40,7 +41,7 @@ def differences(run: Run, record: Mapping[str, Any], folder: Path) -> str:
     }
     if not changed:
         return ""
-    found = [f"{name} ({_how_far(files[name][0], folder / name, expected)})" for name, expected in changed.items()]
+    found = [f"{name} ({_how_far(files[name][0], path, name, expected)})" for name, expected in changed.items()]
     reasons = [
         f"{name.replace('_', ' ')} was {then} and is {now}"
         for part in ("versions", "machine")
@@ -51,8 +52,11 @@ def differences(run: Run, record: Mapping[str, Any], folder: Path) -> str:
     return f"these images differ from the record's: {', '.join(found)}; {why}"
 
 
-def _how_far(image: Image.Image, path: Path, expected: str | None) -> str:
-    """The distance to the picture at ``path``, or why there is none."""
+def _how_far(image: Image.Image, record: Path, name: str, expected: str | None) -> str:
+    """The distance to the record's picture of that name, or why there is none."""
+    path = record.parent / name
+    if not path.exists() and record.suffix.lower() == ".png":
+        path = record  # named otherwise, as a batch names its pictures after jobs
     try:
         with Image.open(path) as opened:
             opened.load()
