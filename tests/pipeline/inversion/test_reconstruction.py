@@ -30,9 +30,8 @@ def autoencoded(pipe, inversion):
     return np.asarray(pipe.image_processor.postprocess(image)[0])
 
 
-@pytest.mark.parametrize(
-    ("method", "beside_autoencoder"), [pytest.param("ddim", 45, marks=pytest.mark.slow), ("direct", 59)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "beside_autoencoder"), [("ddim", 45), ("direct", 59)])
 def test_scenes_come_back_at_the_guidance_of_an_edit(embedded, method, beside_autoencoder):
     found, possible = [], []
     for scene in render_subjects(SCENES, embedded.native_size[0]):
