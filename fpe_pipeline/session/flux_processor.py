@@ -9,24 +9,11 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from ..edits.joint_products import JointPlan
 from .computing import Rows, take
-from .dispatched import DispatchedAround, dispatched_reasons
+from .dispatched import DispatchedAround
 from .joint_computing import JointLayer, SegmentProjections
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
 
-__all__ = ["EditFluxProcessor", "unsupported_flux_reasons"]
-
-_PLAIN = ("FluxAttnProcessor",)
-
-
-def unsupported_flux_reasons(attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
-    """Why a layer of FLUX cannot be edited; empty where it can.
-
-    Args:
-        attn: the diffusers ``FluxAttention`` module.
-        processor: the processor it has without the edit.
-        override: further processor classes that an edit may compute in the stead of.
-    """
-    return dispatched_reasons(processor, _PLAIN, override)
+__all__ = ["EditFluxProcessor"]
 
 
 class EditFluxProcessor(DispatchedAround):
@@ -36,6 +23,8 @@ class EditFluxProcessor(DispatchedAround):
     their norms and rotary embedding. A single block's tokens are one tensor, text first. Tokens of a reference picture
     (Kontext) are a row's own as its text is: they go where the row's text goes, and its image asks for both.
     """
+
+    plain = ("FluxAttnProcessor",)
 
     def __call__(
         self,

@@ -9,15 +9,15 @@ from typing import Any
 from ..models.adapter import ModelAdapter
 from ..models.sites import Site
 from .around import ProcessorAround
-from .flux_processor import EditFluxProcessor, unsupported_flux_reasons
+from .flux_processor import EditFluxProcessor
 from .instructions import Order
 from .joint_processor import EditJointProcessor, unsupported_joint_reasons
-from .ltx_processor import EditLTXProcessor, unsupported_ltx_reasons
+from .ltx_processor import EditLTXProcessor
 from .lumina2_processor import EditLumina2Processor, unsupported_lumina2_reasons
 from .processor import SLICED, editing_processor, is_sliced, unsupported_reasons
-from .qwen_processor import EditQwenProcessor, unsupported_qwen_reasons
+from .qwen_processor import EditQwenProcessor
 from .record import LayerRecord
-from .wan_processor import EditWanProcessor, unsupported_wan_reasons
+from .wan_processor import EditWanProcessor
 
 __all__ = ["LayerProcessors"]
 
@@ -28,11 +28,11 @@ _Reasons = Callable[[Any, Any, tuple[type, ...]], list[str]]
 _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "unet": (editing_processor, unsupported_reasons),
     "sd3": (EditJointProcessor, unsupported_joint_reasons),
-    "flux": (EditFluxProcessor, unsupported_flux_reasons),
-    "qwen": (EditQwenProcessor, unsupported_qwen_reasons),
+    "flux": (EditFluxProcessor, EditFluxProcessor.unsupported_reasons),
+    "qwen": (EditQwenProcessor, EditQwenProcessor.unsupported_reasons),
     "lumina2": (EditLumina2Processor, unsupported_lumina2_reasons),
-    "ltx": (EditLTXProcessor, unsupported_ltx_reasons),
-    "wan": (EditWanProcessor, unsupported_wan_reasons),
+    "ltx": (EditLTXProcessor, EditLTXProcessor.unsupported_reasons),
+    "wan": (EditWanProcessor, EditWanProcessor.unsupported_reasons),
 }
 
 

@@ -7,24 +7,11 @@ from typing import Any
 import torch
 
 from .computing import Rows, mask_bias, take
-from .dispatched import DispatchedAround, dispatched_reasons
+from .dispatched import DispatchedAround
 from .places import turned
 from .row_attention import attended, check_rows, merged, of_heads, projected
 
-__all__ = ["EditLTXProcessor", "unsupported_ltx_reasons"]
-
-_PLAIN = ("LTXVideoAttnProcessor",)
-
-
-def unsupported_ltx_reasons(attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
-    """Why a layer of LTX-Video cannot be edited; empty where it can.
-
-    Args:
-        attn: the diffusers ``LTXAttention`` module.
-        processor: the processor it has without the edit.
-        override: further processor classes that an edit may compute in the stead of.
-    """
-    return dispatched_reasons(processor, _PLAIN, override)
+__all__ = ["EditLTXProcessor"]
 
 
 class EditLTXProcessor(DispatchedAround):
@@ -33,6 +20,8 @@ class EditLTXProcessor(DispatchedAround):
     With an order it computes the order's products as :class:`.EditAttnProcessor` does, of self-attention from queries
     and keys after their norms and rotary embedding, both over all heads at once. A text's padding takes no attention.
     """
+
+    plain = ("LTXVideoAttnProcessor",)
 
     def __call__(
         self,

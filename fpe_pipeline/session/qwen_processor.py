@@ -9,24 +9,11 @@ from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb
 
 from ..edits.joint_products import JointPlan
 from .computing import Rows, take
-from .dispatched import DispatchedAround, dispatched_reasons
+from .dispatched import DispatchedAround
 from .joint_computing import JointLayer, SegmentProjections
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
 
-__all__ = ["EditQwenProcessor", "unsupported_qwen_reasons"]
-
-_PLAIN = ("QwenDoubleStreamAttnProcessor2_0",)
-
-
-def unsupported_qwen_reasons(attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
-    """Why a layer of Qwen-Image cannot be edited; empty where it can.
-
-    Args:
-        attn: the diffusers ``Attention`` module.
-        processor: the processor it has without the edit.
-        override: further processor classes that an edit may compute in the stead of.
-    """
-    return dispatched_reasons(processor, _PLAIN, override)
+__all__ = ["EditQwenProcessor"]
 
 
 class EditQwenProcessor(DispatchedAround):
@@ -35,6 +22,8 @@ class EditQwenProcessor(DispatchedAround):
     With an order it computes the order's products as :class:`.EditJointProcessor` does, from queries and keys after
     their norms and rotary embedding, each stream's own. Padding of a row's text takes no attention.
     """
+
+    plain = ("QwenDoubleStreamAttnProcessor2_0",)
 
     def __call__(
         self,

@@ -9,26 +9,14 @@ import torch
 from fpe_kernels import shared_attention
 
 from .computing import Rows
-from .dispatched import DispatchedAround, dispatched_reasons
+from .dispatched import DispatchedAround
 from .places import turned
 from .row_attention import attended, check_rows, merged, of_heads, projected
 
-__all__ = ["EditWanProcessor", "unsupported_wan_reasons"]
+__all__ = ["EditWanProcessor"]
 
-_PLAIN = ("WanAttnProcessor",)
 # Tokens of the text behind those of a picture, where a model (image to video) has both; diffusers' processor counts so.
 _TEXTS = 512
-
-
-def unsupported_wan_reasons(attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
-    """Why a layer of Wan cannot be edited; empty where it can.
-
-    Args:
-        attn: the diffusers ``WanAttention`` module.
-        processor: the processor it has without the edit.
-        override: further processor classes that an edit may compute in the stead of.
-    """
-    return dispatched_reasons(processor, _PLAIN, override)
 
 
 class EditWanProcessor(DispatchedAround):
@@ -38,6 +26,8 @@ class EditWanProcessor(DispatchedAround):
     and keys after their norms over all heads and their rotary embedding. What a picture adds to the attention over the
     text (image to video) is added as in the unedited layer, each row with its own queries and its own picture.
     """
+
+    plain = ("WanAttnProcessor",)
 
     def __call__(
         self,

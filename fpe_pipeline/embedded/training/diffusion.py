@@ -38,23 +38,26 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
+def text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
+    """A CLIP text model over the tokenizer's vocabulary."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        max_position_embeddings=MAX_LENGTH,
+        projection_dim=width,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 96, layers: int = 2) -> CLIPTextModel:
     """An untrained CLIP text model over the tokenizer's vocabulary."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            max_position_embeddings=MAX_LENGTH,
-            projection_dim=width,
-            hidden_act="quick_gelu",
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return CLIPTextModel(text_config(tokenizer, width, layers))
 
 
 def build_unet(

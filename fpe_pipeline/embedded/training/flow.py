@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from .captions import Captions
+from .diffusion import text_config
 from .loop import Fit, Fitted, fit
-from .tokenizer import MAX_LENGTH
 
 __all__ = [
     "FlowDenoiser",
@@ -44,21 +44,7 @@ def build_flow_scheduler(shift: float = 1.0) -> FlowMatchEulerDiscreteScheduler:
 
 def build_projecting_encoder(tokenizer: CLIPTokenizer, width: int, layers: int = 2) -> CLIPTextModelWithProjection:
     """An untrained CLIP text model with a projection, over the tokenizer's vocabulary."""
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            max_position_embeddings=MAX_LENGTH,
-            projection_dim=width,
-            hidden_act="quick_gelu",
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return CLIPTextModelWithProjection(text_config(tokenizer, width, layers))
 
 
 def build_transformer(
