@@ -13,6 +13,7 @@ from fpe_pipeline.texts import markdown_table
 
 from .cases import LAYOUTS, MODELS, OPS, PIXELS, TARGETS, Case, headline_cases, kernel_cases
 from .growth import Growth, input_bytes
+from .joint_table import joint_steps
 from .providers import case_label
 from .report import number, our_row
 from .rows import Ratio, Row
@@ -341,34 +342,6 @@ def recordings(rows: Sequence[Row], gpu: bool) -> str:
         return not_yet(gpu, "Recordings")
     heading = ["edit", "source and target together", *PLACEMENTS.values()]
     return markdown_table(heading, lines) + "\n\n" + beside(used)
-
-
-def joint_steps(rows: Sequence[Row], gpu: bool) -> str:
-    """Steps of transformers with joint attention, edited and not, as multiples of the unedited step."""
-    lines, used = [], []
-    for name, editors in grouped(rows, "joint-steps", gpu).items():
-        base, attention = editors.get(UNEDITED), editors.get("attention")
-        if base is None or base.status != "ok" or attention is None:
-            continue
-        used.append(base)
-        shape, tokens, model, targets = name.split("/")
-        cells = [number(base.median_ms, " ms"), _share(attention, base), number(base.peak_mb, " MB")]
-        for editor in ("fpe", GATHERED, DENSE):
-            row = editors.get(editor)
-            if row is None or row.status != "ok" or not row.peak_mb or not base.peak_mb:
-                cells.append(row.status if row else "–")
-            else:
-                cells.append(f"{slower(row, base)} × time, {row.peak_mb / base.peak_mb:.2f} × memory")
-        lines.append([f"{shape}, {tokens} tokens, {model}", targets, *cells])
-    if not lines:
-        return not_yet(gpu, "Steps of transformers")
-    heading = ["random weights", "targets", "unedited", "of it attention", "peak"]
-    return markdown_table([*heading, *(TITLES[e] for e in ("fpe", GATHERED, DENSE))], lines) + "\n\n" + beside(used)
-
-
-def _share(part: Row, whole: Row) -> str:
-    ratio = Ratio.of(whole, part)
-    return f"{100 * ratio.median:.0f} % ({100 * ratio.low:.0f}–{100 * ratio.high:.0f})"
 
 
 def batches(rows: Sequence[Row], gpu: bool) -> str:
