@@ -1,4 +1,4 @@
-"""Models whose image tokens are turned by their captions' lengths: what of an edit they cannot serve, said beforehand."""
+"""Models whose image tokens are turned by the length of captions: what of an edit they cannot serve, said beforehand."""
 
 from __future__ import annotations
 
