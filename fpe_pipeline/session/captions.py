@@ -1,4 +1,4 @@
-"""Models whose image tokens are turned by the length of captions: what of an edit they cannot serve, said beforehand."""
+"""Models whose image tokens are turned by the length of captions: what of an edit they cannot serve, before it runs."""
 
 from __future__ import annotations
 
