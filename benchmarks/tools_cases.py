@@ -311,7 +311,7 @@ _Call = Callable[[Any, Any, Any], torch.Tensor]
 
 
 def _accelerated(prepare: Callable[[Any], _Call], plain: _Call, rows: int, copies: int) -> Any:
-    """A case of diffusers' own: ``prepare`` sets a UNet's processors and gives its step, ``plain`` is it without maps."""
+    """A case of diffusers' own: ``prepare`` sets processors and gives the step, ``plain`` is the step without maps."""
 
     def make(side: int, device: str) -> Step:
         from fpe_pipeline.compat import accelerate

@@ -23,8 +23,8 @@ Maps = MutableMapping[int | float, dict[str, LazyMap]]
 
 
 class TextMaps(Watcher):
-    """Keeps every layer that attends to text, at every step, in the memory of the host: queries and keys, or the numbers
-    where these are fewer bytes, as in layers of many channels and few tokens.
+    """Keeps every layer that attends to text, at every step, in the memory of the host: as queries and keys, or as
+    numbers where these are fewer bytes, in layers of many channels and few tokens.
 
     Args:
         pipe: the pipeline, whose scheduler says the timesteps.

@@ -184,7 +184,7 @@ class Storage:
 
 
 def _head_by_head(whole: LinearMap, halves: Sequence[int]) -> LinearMap:
-    """[B, H, N, M] -> [B·H, 1, N, M], a copy of queries and keys for each of the ``halves`` of the batch, if several."""
+    """[B, H, N, M] -> [B·H, 1, N, M], of several ``halves`` of the batch a copy of queries and keys for each."""
     assert isinstance(whole, AttentionMap)
     parts, start = [], 0
     for size in halves:

@@ -1,4 +1,4 @@
-"""What controllers keep of maps: exactly what is asked of it later, in no more memory than it takes, however many steps."""
+"""What controllers keep of maps: what is asked of it later, exactly, in no more memory than it takes at any step."""
 
 import gc
 
