@@ -228,8 +228,8 @@ class _NotKept(list[Any]):
         super().__init__()
         kept = ", ".join(controller.keeps) or "no"
         self._reason = (
-            f'{key}: {type(controller).__name__} keeps {kept} maps: make it with keeps=("cross", "self") to ask for all '
-            "of them after a run"
+            f'{key}: {type(controller).__name__} keeps {kept} maps: make it with keeps=("cross", "self") to ask for '
+            "all of them after a run"
         )
 
     def __getitem__(self, index: Any) -> NoReturn:
