@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from fpe_pipeline.texts import markdown_table
@@ -34,10 +35,14 @@ def tools(rows: Sequence[Row], gpu: bool) -> str:
 
 
 def _beside(row: Row | None, ours: Row) -> str:
-    """Another way's time and memory as multiples of ours."""
+    """Another way's time and memory as multiples of ours, of the rounds that it took part in."""
     if row is None or row.status != "ok" or not row.peak_mb or not ours.peak_mb:
         return "–" if row is None else row.status
-    return f"{slower(row, ours)} × time, {row.peak_mb / ours.peak_mb:.2f} × memory"
+    rounds = len(row.samples_ms)
+    time = slower(row, replace(ours, samples_ms=ours.samples_ms[:rounds]))
+    if rounds == 1:
+        time = f"{time.partition(' ')[0]} (one call)"
+    return f"{time} × time, {row.peak_mb / ours.peak_mb:.2f} × memory"
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"tools-cpu": partial(tools, gpu=False)}
