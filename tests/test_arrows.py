@@ -25,9 +25,10 @@ ALLOWED = {
     "fpe_pipeline.pipeline": "embedded ground models prompts edits session sampling inversion recordings edit_request",
     "fpe_pipeline.compat": "ground images models prompts edits session heatmaps sampling inversion pipeline "
     "fpe_kernels",
-    "fpe_pipeline.runs": "ground images models edits session sampling inversion pipeline fpe_kernels",
+    "fpe_pipeline.runs": "ground images models edits session heatmaps sampling inversion recordings pipeline "
+    "fpe_kernels",
     "fpe_pipeline.quality": "embedded ground images models edits session sampling inversion runs fpe_kernels",
-    "fpe_pipeline.studio": "embedded ground images models edits session heatmaps inversion recordings runs",
+    "fpe_pipeline.studio": "embedded ground images models edits session heatmaps sampling runs",
     "fpe_pipeline.batches": "ground images models recordings runs",
     "fpe_pipeline.app": "batches embedded ground images models edits runs quality studio testing fpe_kernels",
     "fpe_pipeline.embedded.training": "embedded ground images quality",

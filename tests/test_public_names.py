@@ -24,7 +24,7 @@ PIPELINE = (
     "flow_scheduler heat_maps make_edit register_adapter"
 )
 TESTING = "TOLERANCE DenseLayer Difference EditCheck check_edit tiny_unet words_tokenizer"
-COMMANDS = ("app", "batch", "demo", "doctor", "edit", "evaluate", "info")
+COMMANDS = ("app", "batch", "demo", "doctor", "edit", "evaluate", "heatmap", "info", "invert")
 MACHINE = "--device --dtype --backend --json --quiet --traceback"
 OPTIONS = {
     "app": "--model -o --output --host --port --device --dtype --backend --json --quiet --traceback",
@@ -33,12 +33,16 @@ OPTIONS = {
     f"--cluster --model --threads --clip --dino --lpips jobs {MACHINE}",
     "demo": f"-o --output --steps {MACHINE}",
     "doctor": "--no-self-test --json --quiet --traceback",
-    "edit": "--source --target --negative --from --image --inversion --inversion-guidance --inner-steps --early-stop "
-    "--method --option --self-replace --levels --max-tokens --layers --no-control --model --seed --steps --guidance "
-    f"--images --sweep --size -o --output {MACHINE}",
+    "edit": "--source --target --negative --from --image --recording --inversion --inversion-guidance --inner-steps "
+    "--early-stop --method --option --self-replace --levels --max-tokens --layers --no-control --model --seed --steps "
+    f"--guidance --images --sweep --size -o --output {MACHINE}",
     "evaluate": "--pairs --kinds --sweep --method --methods --images --inversion --steps --guidance --self-replace "
     "--seed --chunk --model --text-tokens --device -o --output --json --quiet --traceback",
+    "heatmap": "--word --from --image --inversion --negative --model --seed --steps --guidance --size -o --output "
+    f"prompt {MACHINE}",
     "info": "--method --json --quiet --traceback",
+    "invert": "--prompt --source --negative --inversion --inversion-guidance --inner-steps --early-stop --method "
+    f"--precision -o --output --model --steps --guidance --size image {MACHINE}",
 }
 METHODS = ("edit", "from_pipe", "from_pretrained", "invert", "record")
 

@@ -13,7 +13,7 @@ FOLDERS = ("benchmarks", "docs", "examples", "fpe_kernels", "fpe_pipeline", "int
 LINES, FUNCTION, PARAMETERS = 400, 80, 12
 
 #: Modules of the command line; the function of the module's own name is the command.
-COMMANDS = {"fpe_pipeline/app/batch.py", "fpe_pipeline/app/edit.py", "fpe_pipeline/app/evaluate.py"}
+COMMANDS = {f"fpe_pipeline/app/{name}.py" for name in ("batch", "edit", "evaluate", "heatmap", "invert")}
 
 #: Functions whose length or parameters are somebody else's choice.
 EXEMPT = {

@@ -19,7 +19,7 @@ from .console import quiet_imports, say, warnings_on_stderr
 __all__ = ["NEED_PICTURES", "main"]
 
 # Commands that need more than torch and what reads a command line.
-NEED_PICTURES = ("app", "batch", "demo", "edit", "evaluate")
+NEED_PICTURES = ("app", "batch", "demo", "edit", "evaluate", "heatmap", "invert")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

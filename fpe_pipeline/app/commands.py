@@ -15,7 +15,7 @@ import typer
 from pydantic import ValidationError
 
 from ..runs.sentences import meant, sentences
-from . import batch, doctor, edit, evaluate, page
+from . import batch, doctor, edit, evaluate, heatmap, invert, page
 from .console import report
 from .options import chosen, flag, prose
 
@@ -116,6 +116,8 @@ def _demo(output: Path, quiet: bool, as_json: bool, given: dict[str, Any]) -> in
 
 
 app.command(help=prose(edit.edit.__doc__), epilog=edit.EXAMPLES)(edit.edit)
+app.command(help=prose(invert.invert.__doc__), epilog=invert.EXAMPLES)(invert.invert)
+app.command(help=prose(heatmap.heatmap.__doc__), epilog=heatmap.EXAMPLES)(heatmap.heatmap)
 app.command(help=prose(evaluate.evaluate.__doc__), epilog=evaluate.EXAMPLES, cls=evaluate.ManyValues)(evaluate.evaluate)
 app.command(help=prose(batch.batch.__doc__), epilog=batch.EXAMPLES)(batch.batch)
 app.command(help=prose(doctor.doctor.__doc__), epilog=doctor.EXAMPLES)(doctor.doctor)

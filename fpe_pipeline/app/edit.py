@@ -13,7 +13,18 @@ from ..runs.settings import DTYPE_NAMES, INVERSIONS, Settings
 from .console import report, say
 from .options import as_integers, as_layers, as_name_and_value, as_size, as_window, chosen, field, flag
 
-__all__ = ["BACKEND", "DEVICE", "DTYPE", "EXAMPLES", "JSON", "QUIET", "TRACEBACK", "edit"]
+__all__ = [
+    "BACKEND",
+    "DEVICE",
+    "DTYPE",
+    "EXAMPLES",
+    "JSON",
+    "QUIET",
+    "TRACEBACK",
+    "check_optimisation",
+    "edit",
+    "with_its_model",
+]
 
 EXAMPLES = r"""Examples:
 
@@ -26,6 +37,9 @@ fpe edit --source "a photo of a cat" --target "a photo of a dog" \
 
 fpe edit --image beach.jpg --source "a photo of a red car" \
     --target "a photo of a blue car" --inversion direct
+
+fpe edit --recording out/inverted --target "a photo of a green car"
+    # of fpe invert: only the target is denoised
 
 fpe edit --from out/pets/run.json -o out/again
     # the same images; how far they are, if not to the bit
@@ -69,6 +83,15 @@ def edit(
     ] = None,
     image: Annotated[
         str | None, _of("image", panel=_PICTURES, note="--source may then be left out", metavar="PATH")
+    ] = None,
+    recording: Annotated[
+        Path | None,
+        flag(
+            "--recording",
+            panel=_PICTURES,
+            text="folder of fpe invert: its picture is edited without being denoised again",
+            metavar="DIR",
+        ),
     ] = None,
     inversion: Annotated[
         str | None, _of("inversion", panel=_PICTURES, metavar="NAME", autocompletion=lambda: INVERSIONS)
@@ -174,6 +197,9 @@ def edit(
     )  # fmt: skip
     if images is not None and images < 1:
         raise InputError(f"--images takes a whole number from 1 on, got {images}")
+    if recording is not None:
+        _check_beside_recording(given, record, sweep, images)
+        return functools.partial(_from_recording, recording, given, output, quiet, as_json)
     return functools.partial(_run, given, record, output, quiet, as_json, sweep or [], images)
 
 
@@ -194,7 +220,7 @@ def _run(
     settings.check()
     check_writable(output)
     if record is not None and "model" not in given:
-        settings = _with_its_model(settings, record)
+        settings = with_its_model(settings, record)
     if axes or images is not None:
         return _swept(settings, axes, images, output, quiet, as_json)
     same_model = record is not None and not {"model", "dtype", "device"} & given.keys()
@@ -249,12 +275,49 @@ def _settings(given: dict[str, Any], path: Path | None) -> tuple[Settings, dict[
                 f"expected {' and '.join(missing)}, or --from with the run.json of an earlier run or a picture of it"
             )
         settings = Settings.of_model(**given)
-    if {"inner_steps", "early_stop"} & given.keys() and (settings.image is None or settings.inversion != "null-text"):
-        raise InputError("--inner-steps and --early-stop are null-text inversion's; pass --inversion null-text as well")
+    check_optimisation(settings, given)
     return settings, record
 
 
-def _with_its_model(settings: Settings, record: dict[str, Any]) -> Settings:
+def check_optimisation(settings: Settings, given: dict[str, Any]) -> None:
+    """Raise InputError for settings of null-text inversion beside another one."""
+    if {"inner_steps", "early_stop"} & given.keys() and (settings.image is None or settings.inversion != "null-text"):
+        raise InputError("--inner-steps and --early-stop are null-text inversion's; pass --inversion null-text as well")
+
+
+def _check_beside_recording(
+    given: dict[str, Any], record: Path | None, sweep: list[str] | None, images: int | None
+) -> None:
+    """Raise InputError for options that a recording has decided, or that make several sources."""
+    from ..runs.recording_folder import OF_THE_SOURCE
+
+    flags = [name.replace("_", "-") for name in OF_THE_SOURCE if name in given]
+    flags += [name for name, value in (("from", record), ("sweep", sweep), ("images", images)) if value is not None]
+    if flags:
+        raise InputError(
+            f"a recording brings its source with it; leave {', '.join(f'--{name}' for name in flags)} out, or leave "
+            "--recording out and pass --image"
+        )
+
+
+def _from_recording(folder: Path, given: dict[str, Any], output: Path, quiet: bool, as_json: bool) -> int:
+    from ..atomic_folder import check_writable
+    from ..runs.recording_folder import edit_from, read_recorded
+    from ..runs.run import write
+
+    settings, record = read_recorded(folder)
+    settings = settings.changed(**given)
+    settings.check()
+    check_writable(output)
+    if "model" not in given:
+        settings = with_its_model(settings, record)
+    with progress_for(quiet=quiet) as progress:
+        run = edit_from(folder, settings, progress)
+    report(write(run, output), as_json, record=run.record())
+    return 0
+
+
+def with_its_model(settings: Settings, record: dict[str, Any]) -> Settings:
     """`runs.with_its_model`, which says so where the record's weights are earlier ones."""
     from ..runs import run as runs
 

@@ -25,12 +25,13 @@ from ..runs import run as runs
 from ..runs.loading import load_pipeline
 from ..runs.making import Loaded, details_of, edit_of, filled_in, invert, photo_for, pinned, solver_of_pictures
 from ..runs.picture_record import PHOTO, png_info
-from ..runs.settings import DEFAULTS, Settings
+from ..runs.recorded import record_source, source_of
+from ..runs.settings import Settings
 from .encoders import Encoders
 from .jobs import Job
 from .masks import mask_for
 from .measures import measures
-from .plan import OF_THE_EDIT, Group, Unit
+from .plan import Group, Unit
 from .request import Weights
 
 __all__ = ["SOURCE", "SOURCES", "Failed", "Made", "Maker", "Outcome"]
@@ -149,9 +150,7 @@ class Maker:
 
     def _source(self, settings: Settings) -> _Source:
         """A group's source before anything is denoised with it; a picture is inverted here."""
-        # Of a first job whose edit makes no sense, the source may still be another job's.
-        of_any = {name: getattr(DEFAULTS, name) for name in OF_THE_EDIT}
-        settings.with_values(**of_any | {"targets": (settings.source.strip() or "a picture",)}).check()
+        settings.check_source()  # of a first job whose edit makes no sense, the source may still be another job's
         pipe = self.loaded.pipe
         photo = photo_for(pipe, settings)
         if photo is None:
@@ -199,15 +198,9 @@ class Maker:
         else:
             pipe.scheduler = solver_of_pictures(pipe)
         try:
-            recording = pipe.record(
-                settings.source,
-                edit=[edit_of(pipe, unit.settings, *source.size) for unit in units],
-                guidance_scale=settings.guidance,
-                negative_prompt=settings.negative,
-                backend=settings.backend,
-                **options,
-            )
-            return replace(source, recording=recording, image=_decoded(pipe, recording.latents[-1]))
+            edits = [edit_of(pipe, unit.settings, *source.size) for unit in units]
+            recording = record_source(pipe, settings, edits, **options)
+            return replace(source, recording=recording, image=source_of(pipe, recording, source.size))
         finally:
             pipe.scheduler = scheduler
 
@@ -267,15 +260,6 @@ def _png(run: runs.Run, name: str, image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, format="PNG", pnginfo=png_info(run.record(), name))
     return file.getvalue()
-
-
-def _decoded(pipe: Any, latent: Any) -> Image.Image:
-    import torch
-
-    with torch.no_grad():
-        pixels = pipe.vae.decode(latent.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False)[0]
-    image: Image.Image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
-    return image
 
 
 def _reason(error: Exception) -> str:

@@ -103,6 +103,10 @@ class HeatMaps:
         self._tokenizer = encoding_tokenizer(pipe)
         self._watcher = _Reader(self, window, levels, max_bytes, int(getattr(pipe, "vae_scale_factor", 8)))
 
+    def words_of(self, image: int = 0) -> tuple[str, ...]:
+        """The words that were read of an image: of those that were asked for, the ones that its prompt has."""
+        return self._watcher.present(self._watcher.prompt_of(image))
+
     def word(self, word: str, image: int = 0) -> np.ndarray:
         """The heat of a word: the share of attention that each place pays it.
 
@@ -110,8 +114,7 @@ class HeatMaps:
             word: as it was given to :func:`heat_maps`.
             image: index among the images of the call.
         """
-        prompt = self._watcher.prompt_of(image)
-        present = self._watcher.present(prompt)
+        present = self.words_of(image)
         if word not in present:
             raise ValueError(f"no heat of {word!r} was read for image {image}; there is {list(present) or 'none'}")
         heat = self._watcher.words.heat(self._watcher.image(image)) if self._watcher.words else None

@@ -29,14 +29,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Loaded",
+    "denoised",
     "details_of",
     "edit_of",
     "filled_in",
     "invert",
+    "is_flow",
     "made_by",
     "photo_for",
     "pinned",
+    "size_of",
     "solver_of_pictures",
+    "start",
 ]
 
 logger = logging.getLogger(__name__)
@@ -72,40 +76,18 @@ def made_by(
     on_step: Callable[..., dict[str, Any]] | None,
 ) -> Run:
     """The images of checked settings; ``expected`` are the identities of model and picture, where a record has them."""
-    import torch
-
     pipe = loaded.pipe
     _warn_of_cut_prompts(pipe, settings)
     photo = photo_for(pipe, settings)
     _check_expected(settings, loaded.identity, expected[0], photo, expected[1])
     check_family(settings, find_model(settings.model), family_of(pipe))
-    width, height = photo.size if photo is not None else settings.size or pipe.native_size[::-1]
-    edit = edit_of(pipe, settings, width, height)
-    common: dict[str, Any] = {
-        "height": height,
-        "width": width,
-        "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
-        "negative_prompt": settings.negative,
-    }
-    inversion = loaded.inversion
-    if photo is not None:
-        if inversion is None:
-            show_steps(pipe, "invert", progress)
-            with clock.measure("invert"):
-                inversion = invert(pipe, photo, settings)
-        pipe.scheduler = solver_of_pictures(pipe)
-        common |= {"inversion": inversion, "height": None, "width": None}
+    edit = edit_of(pipe, settings, *size_of(pipe, settings, photo))
+    started = start(settings, loaded, photo, progress, clock)
 
     def generate(title: str, prompts: list[str], **options: Any) -> FreePromptPipelineOutput:
         show_steps(pipe, f"{name} {title}".strip(), progress)
-        noise = torch.Generator().manual_seed(settings.seed)
         with clock.measure(title):
-            try:
-                made: Any = pipe(prompts, generator=noise, **common, **options)
-                return made
-            except (TypeError, ValueError) as error:
-                raise InputError(str(error)) from error
+            return denoised(settings, pipe, prompts, **started, **options)
 
     made = generate(
         "edit",
@@ -118,12 +100,53 @@ def made_by(
     plain = None
     if settings.control:
         # A real image's targets start from its noise, with its source row beside them: it holds the inversion.
-        with_source = [] if inversion is None else [settings.source]
+        with_source = [] if photo is None else [settings.source]
         free = generate("no control", [*with_source, *settings.targets], self_replace_steps=0)
         plain = tuple(free.images[len(with_source) :])
     settings = filled_in(settings, pipe, source.size)
     details = details_of(settings, loaded, clock.seconds)
     return Run(settings, source, tuple(edited), plain, details, photo, made.report)
+
+
+def size_of(pipe: FreePromptPipeline, settings: Settings, photo: Image.Image | None) -> tuple[int, int]:
+    """(width, height) of a run's images, px."""
+    return photo.size if photo is not None else settings.size or pipe.native_size[::-1]
+
+
+def start(
+    settings: Settings, loaded: Loaded, photo: Image.Image | None, progress: Progress, clock: Clock
+) -> dict[str, Any]:
+    """Options of every call of a run: what it starts from. A picture is inverted here, unless it was before."""
+    pipe = loaded.pipe
+    width, height = size_of(pipe, settings, photo)
+    options: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "negative_prompt": settings.negative,
+    }
+    if photo is None:
+        return options
+    inversion = loaded.inversion
+    if inversion is None:
+        show_steps(pipe, "invert", progress)
+        with clock.measure("invert"):
+            inversion = invert(pipe, photo, settings)
+    pipe.scheduler = solver_of_pictures(pipe)
+    return options | {"inversion": inversion, "height": None, "width": None}
+
+
+def denoised(settings: Settings, pipe: Any, prompts: list[str], **options: Any) -> FreePromptPipelineOutput:
+    """One call of a run, from the settings' noise; what it refuses is an InputError."""
+    import torch
+
+    noise = torch.Generator().manual_seed(settings.seed)
+    try:
+        made: FreePromptPipelineOutput = pipe(prompts, generator=noise, **options)
+        return made
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
 
 
 def filled_in(settings: Settings, pipe: FreePromptPipeline, size: tuple[int, int]) -> Settings:

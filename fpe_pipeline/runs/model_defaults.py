@@ -8,7 +8,17 @@ from typing import Any, Literal, Protocol, get_args
 from ..errors import InputError
 from ..models.loading import Family, ModelSource, find_model
 
-__all__ = ["FLOW_INVERSIONS", "FLOW_WINDOW", "UNET_INVERSIONS", "Asked", "check_family", "defaults_for", "served_by"]
+__all__ = [
+    "FLOW_INVERSIONS",
+    "FLOW_WINDOW",
+    "UNET_INVERSIONS",
+    "Asked",
+    "check_family",
+    "check_source_of",
+    "defaults_for",
+    "inversions_of",
+    "served_by",
+]
 
 _OfUNets = Literal["ddim", "direct", "null-text", "negative-prompt"]
 _OfFlows = Literal["direct", "reference", "free"]
@@ -82,6 +92,11 @@ def served_by(family: Family) -> Literal["unet", "transformer"]:
     return "unet" if family == "unet" else "transformer"
 
 
+def inversions_of(family: Family) -> tuple[str, ...]:
+    """How a kind of model inverts pictures, the default first."""
+    return UNET_INVERSIONS if family == "unet" else FLOW_INVERSIONS
+
+
 def check_family(settings: Asked, source: ModelSource, family: Family | None = None) -> None:
     """Raise InputError for what a kind of model cannot be asked for.
 
@@ -102,18 +117,24 @@ def check_family(settings: Asked, source: ModelSource, family: Family | None = N
             f"{settings.method} edits {' and '.join(_KINDS[each] for each in method.serves)}, and {model} is "
             f"{_WORDS[family]}; its methods are {', '.join(methods_of(kind))}"
         )
-    known = UNET_INVERSIONS if family == "unet" else FLOW_INVERSIONS
-    if settings.image is not None and settings.inversion not in known:
-        raise InputError(
-            f"inversion {settings.inversion} is not one of {model}, {_WORDS[family]}; it has {', '.join(known)}"
-        )
-    if family == "unet":
-        return
     asked = [name for name in _OF_UNETS if getattr(settings, name) is not None]
-    if asked:
+    if asked and family != "unet":
         raise InputError(
             f"{' and '.join(f'--{name}' for name in asked).replace('_', '-')} choose layers of a UNet, and {model} is "
             f"{_WORDS[family]}, all of whose layers are of one size; choose with --layers"
+        )
+    check_source_of(settings, source, family)
+
+
+def check_source_of(settings: Asked, source: ModelSource, family: Family | None = None) -> None:
+    """The same of what decides the source, whatever it is edited by."""
+    family = family or source.family
+    if family is None:
+        return
+    model, known = f"model '{settings.model}'", inversions_of(family)
+    if settings.image is not None and settings.inversion not in known:
+        raise InputError(
+            f"inversion {settings.inversion} is not one of {model}, {_WORDS[family]}; it has {', '.join(known)}"
         )
     if family == "flux" and settings.negative is not None:
         raise InputError(

@@ -9,7 +9,8 @@ machine with the same versions and threads gives the same images, bit for bit, a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,18 @@ from .settings import Settings
 if TYPE_CHECKING:
     from ..pipeline import FreePromptPipeline
 
-__all__ = ["Loaded", "Run", "Settings", "execute", "photo_of", "pixel_hash", "read_record", "with_its_model", "write"]
+__all__ = [
+    "Loaded",
+    "Run",
+    "Settings",
+    "at_work",
+    "execute",
+    "photo_of",
+    "pixel_hash",
+    "read_record",
+    "with_its_model",
+    "write",
+]
 
 
 def execute(
@@ -62,20 +74,34 @@ def execute(
     """
     pipeline_class()  # so that its imports do not count as loading the model
 
-    progress = progress or Progress()
-    location = settings.check()
-    device = pick_device(settings.device)
-    dtype = pick_dtype(settings.dtype, device)
+    settings.check()
     clock = Clock()
+    with at_work(settings, loaded, clock) as held:
+        return made_by(settings, held, progress or Progress(), name, (expected_model, expected_photo), clock, on_step)
+
+
+@contextmanager
+def at_work(settings: Settings, loaded: Loaded | None = None, clock: Clock | None = None) -> Iterator[Loaded]:
+    """The model of checked settings, in pinned arithmetic; its scheduler and its bars are put back afterwards.
+
+    Args:
+        loaded: a model that is in memory already.
+        clock: is told how long it took to load another.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    device = pick_device(settings.device)
     with only_errors(), pinned(settings, device):
         if loaded is None:
-            with clock.measure("load"):
-                pipe: FreePromptPipeline = load_pipeline(location, dtype=dtype, device=device)
-            loaded = Loaded(pipe, identity(pipe))
+            location, dtype = find_model(settings.model), pick_dtype(settings.dtype, device)
+            with (clock or Clock()).measure("load"):
+                made: FreePromptPipeline = load_pipeline(location, dtype=dtype, device=device)
+            loaded = Loaded(made, identity(made))
         pipe = loaded.pipe
         scheduler = pipe.scheduler
         try:
-            return made_by(settings, loaded, progress, name, (expected_model, expected_photo), clock, on_step)
+            yield loaded
         finally:
             pipe.scheduler = scheduler
             pipe.__dict__.pop("progress_bar", None)

@@ -15,7 +15,7 @@ from typing_extensions import Self
 from ..errors import InputError
 from ..models.loading import EMBEDDED, ModelSource, find_model, pick_device, pick_dtype
 from ..texts import check_text
-from .model_defaults import FLOW_WINDOW, UNET_INVERSIONS, check_family, defaults_for
+from .model_defaults import FLOW_WINDOW, UNET_INVERSIONS, check_family, check_source_of, defaults_for
 from .sentences import Text, sentences
 
 if TYPE_CHECKING:
@@ -219,27 +219,42 @@ class Settings(Schema):
         Raises:
             InputError: what was expected, what came and what to do.
         """
-        from fpe_kernels import backends
-
-        if self.image is None and not self.source.strip():
-            raise InputError("the source prompt is empty; describe the image to start from")
+        self._check_source_text()
         if not self.targets or not all(target.strip() for target in self.targets):
             raise InputError("expected one or more target prompts with words in them; pass --target")
-        for name, text in (("source", self.source), *(("target", each) for each in self.targets)):
-            _check_text(f"the {name} prompt", text)
-        _check_text("the negative prompt", self.negative or "")
+        for target in self.targets:
+            _check_text("the target prompt", target)
+        self.edit()
+        source = self.check_source()
+        check_family(self, source)
+        return source
+
+    def check_source(self) -> ModelSource:
+        """The same of the source alone, whatever it is edited into and by what; targets may be missing.
+
+        Raises:
+            InputError: what was expected, what came and what to do.
+        """
+        from fpe_kernels import backends
+
+        self._check_source_text()
         if self.image is not None:
             self._check_image()
-        self.edit()
         states = {"auto": "available", **backends()}
         if states.get(self.backend) != "available":
             reason = states.get(self.backend, f"there are {', '.join(states)}")
             raise InputError(f"attention backend '{self.backend}' cannot be used here: {reason}; leave --backend out")
         pick_dtype(self.dtype, pick_device(self.device))
         source = find_model(self.model)
-        check_family(self, source)
+        check_source_of(self, source)
         source.check_size(self.size)
         return source
+
+    def _check_source_text(self) -> None:
+        if self.image is None and not self.source.strip():
+            raise InputError("the source prompt is empty; describe the image to start from")
+        _check_text("the source prompt", self.source)
+        _check_text("the negative prompt", self.negative or "")
 
     def _check_image(self) -> None:
         from ..images.load import load_image

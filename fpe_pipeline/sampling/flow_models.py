@@ -106,6 +106,15 @@ class FlowModel(ABC):
         """Latents [1, C, h, w] of the autoencoder, scaled, as the model takes them."""
         return encoded
 
+    def unpacked(self, latents: Latents, size: tuple[int, int] | None = None) -> Latents:
+        """The autoencoder's latents [B, C, h, w], scaled, of what the model takes: the inverse of :meth:`latents`.
+
+        Args:
+            latents: of any number of images.
+            size: (height, width) of the images in pixels; needed where latents are packed.
+        """
+        return latents
+
     def channels(self, latent_channels: int) -> int:
         """Channels of what the model takes, of latents of so many."""
         return latent_channels
@@ -171,6 +180,11 @@ class _Flux(FlowModel):
 
     def latents(self, encoded: Latents) -> Latents:
         return self.pipe._pack_latents(encoded, *encoded.shape)
+
+    def unpacked(self, latents: Latents, size: tuple[int, int] | None = None) -> Latents:
+        if size is None:
+            raise ValueError("expected the size of the images, which latents packed into tokens do not say, got None")
+        return self.pipe._unpack_latents(latents, *size, self.pipe.vae_scale_factor)
 
     def channels(self, latent_channels: int) -> int:
         return 4 * latent_channels

@@ -196,16 +196,17 @@ def _photo_tab(desk: Desk, visitor: Any, recipe: Recipe) -> None:
 
 
 def _inverted_in_words(made: Inverted) -> str:
-    held = shown.size_in_words(made.recording.nbytes)
-    return f"inverted in {made.seconds:.1f} s: {made.psnr:.1f} dB; {held} recorded for any number of edits"
+    held = shown.size_in_words(made.recorded.recording.nbytes)
+    return f"inverted in {made.seconds:.1f} s: {made.recorded.psnr:.1f} dB; {held} recorded for any number of edits"
 
 
 def _inverted_values(made: Inverted | None) -> list[Any]:
     """The photo as it was cut, and as it comes back."""
     if made is None:
         return [gr.skip()] * 2
-    label = f"As it comes back, {made.psnr:.1f} dB"
-    return [gr.update(value=made.cut, visible=True), gr.update(value=made.back, label=label, visible=True)]
+    found = made.recorded
+    label = f"As it comes back, {found.psnr:.1f} dB"
+    return [gr.update(value=found.cut, visible=True), gr.update(value=found.back, label=label, visible=True)]
 
 
 def _compare_tab(desk: Desk, visitor: Any, recipe: Recipe, tab: Any) -> None:

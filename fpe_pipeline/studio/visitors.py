@@ -19,8 +19,7 @@ from .watched import Watched
 
 if TYPE_CHECKING:
     from ..heatmaps.heat_maps import HeatMaps
-    from ..inversion.trajectory import Inversion
-    from ..recordings.recording import Recording
+    from ..runs.recorded import Recorded
 
 __all__ = ["Inverted", "Look", "Result", "Visitor"]
 
@@ -46,23 +45,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Inverted:
-    """A photo's way to noise, and what edits need of its way back.
+    """A photo that was inverted and recorded.
 
     Args:
         of: what it holds for: it serves settings that agree in these.
-        recording: of the way back.
-        cut: the photo as it was cut for the model.
-        back: the photo as it came back.
-        psnr: of these two, dB.
         seconds: that it took.
     """
 
     of: tuple[object, ...]
-    inversion: Inversion
-    recording: Recording
-    cut: Image.Image
-    back: Image.Image
-    psnr: float
+    recorded: Recorded
     seconds: float
 
 

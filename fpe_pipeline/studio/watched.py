@@ -15,10 +15,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from ..runs.progress import Progress
+from ..sampling.decoding import decoded
 
 __all__ = ["Cancelled", "Stopped", "Told", "Watched", "go_on", "watch"]
 
@@ -182,11 +182,17 @@ class Watched(Progress):
         if self._cancelled:
             raise Cancelled
 
-    def on_step(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """``callback_on_step_end``: decode what there is so far, as long as that takes a small share of the time."""
+    def on_step(
+        self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any], size: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
+        """``callback_on_step_end``: decode what there is so far, as long as that takes a small share of the time.
+
+        Args:
+            size: (height, width) of the pictures in pixels, where their latents are packed.
+        """
         begun = time.monotonic()
         if self._previewed <= _SHARE * self.seconds:
-            self._preview = _decoded(pipe, tensors["latents"][1:])
+            self._preview = tuple(decoded(pipe, tensors["latents"][1:], size))
             self._previewed += time.monotonic() - begun
         return {}
 
@@ -208,14 +214,3 @@ def _latest(told: queue.SimpleQueue[Told]) -> Told | None:
     while not told.empty():
         latest = told.get()
     return latest
-
-
-def _decoded(pipe: Any, latents: Any) -> tuple[Image.Image, ...]:
-    """Latents [targets, C, h, w] as pictures."""
-    import torch
-
-    with torch.no_grad():
-        scaled = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
-        pixels = pipe.vae.decode(scaled, return_dict=False)[0]
-    values = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return tuple(Image.fromarray(np.ascontiguousarray(value)) for value in values)

@@ -55,6 +55,7 @@ NOT_RUN = {
     "fpe evaluate": "takes hours; its arguments are parsed, and test_quality.py runs it on few pairs",
 }
 FEW_STEPS = ["--steps", "5"]
+DENOISING = ("batch", "edit", "heatmap", "invert")
 # An evaluation of so few pairs is run all the same.
 FEW_PAIRS = "--pairs 1 "
 # The first line of a block that is a file, which the page has the reader save.
@@ -85,8 +86,9 @@ def run_command(words):
     if FEW_PAIRS in line or not any(line.startswith(beginning) for beginning in NOT_RUN):
         assert words[0] == "fpe", f"neither run nor listed in NOT_RUN: {line}"
         # As printed, but for the number of steps: fifty of them show no more than a few.
-        few = FEW_STEPS if words[1] in ("batch", "edit") and not {"--steps", "--from"} & set(words) else []
-        quiet = ["--quiet"] if words[1] in ("batch", "demo", "edit") else []
+        said = {"--steps", "--from", "--recording"} & set(words)
+        few = FEW_STEPS if words[1] in DENOISING and not said else []
+        quiet = ["--quiet"] if words[1] in (*DENOISING, "demo") else []
         assert cli.main([*words[1:], *few, *quiet]) == 0, line
 
 

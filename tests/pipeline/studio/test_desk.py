@@ -83,9 +83,9 @@ def test_a_photo_is_inverted_once_and_edited_from_its_recording(desk, visitor, v
     said, shown_photo = desk.receive_photo(visitor, photo)
     assert "72 × 64" in said and shown_photo.size == (72, 64)
     assert visitor.photo.parent == visitor.folder and visitor.photo.name == "upload.png"
-    inverted = last(desk.invert(visitor, "direct", *values())).made
+    inverted = last(desk.invert(visitor, "direct", *values())).made.recorded
     assert inverted.psnr == distance(inverted.cut, inverted.back).psnr
-    monkeypatch.setattr(work, "invert", lambda *a: pytest.fail("inverted twice"))
+    monkeypatch.setattr(work, "invert_and_record", lambda *a: pytest.fail("inverted twice"))
     first = last(desk.edit(visitor, "direct", *values())).made
     for method in ("p2p-replace", "masactrl"):
         assert last(desk.edit(visitor, "direct", *values(method=method))).made.run.settings.method == method

@@ -1,0 +1,112 @@
+"""`fpe invert`: from options to a picture's recording, which `fpe edit --recording` edits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..runs.progress import progress_for
+from ..runs.settings import INVERSIONS, Settings
+from .console import report, say
+from .edit import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK, check_optimisation
+from .options import as_size, chosen, field, flag
+
+__all__ = ["EXAMPLES", "invert"]
+
+EXAMPLES = """Examples:
+
+fpe invert beach.jpg --prompt "a photo of a red car" -o out/beach
+
+fpe edit --recording out/beach --target "a photo of a blue car"
+
+fpe invert beach.jpg --inversion null-text --method masactrl"""
+
+_of = functools.partial(field, Settings)
+_PICTURE, _KEPT, _SAMPLING = "Picture", "What is kept", "Sampling"
+
+
+def invert(
+    image: Annotated[str, typer.Argument(help="path of a picture", metavar="PICTURE", show_default=False)],
+    prompt: Annotated[
+        str | None,
+        flag("--prompt", "--source", panel=_PICTURE, text="what the picture shows; may be left out", metavar="TEXT"),
+    ] = None,
+    negative: Annotated[str | None, _of("negative", panel=_PICTURE, note="default: nothing", metavar="TEXT")] = None,
+    inversion: Annotated[
+        str | None, _of("inversion", panel=_PICTURE, metavar="NAME", autocompletion=lambda: INVERSIONS)
+    ] = None,
+    inversion_guidance: Annotated[float | None, _of("inversion_guidance", panel=_PICTURE, metavar="SCALE")] = None,
+    inner_steps: Annotated[int | None, _of("inner_steps", panel=_PICTURE, metavar="N")] = None,
+    early_stop: Annotated[float | None, _of("early_stop", panel=_PICTURE, metavar="ERROR")] = None,
+    method: Annotated[
+        list[str] | None,
+        flag(
+            "--method",
+            panel=_KEPT,
+            text="a method whose edits the recording serves, by its defaults; repeat for more (default: fpe and "
+            "p2p-replace, in all steps)",
+            metavar="NAME",
+        ),
+    ] = None,
+    precision: Annotated[
+        str,
+        flag(
+            "--precision",
+            panel=_KEPT,
+            text="how the recording is kept: exact, half, or int8-keys, a quarter, of UNets (default: exact)",
+            metavar="NAME",
+        ),
+    ] = "exact",
+    output: Annotated[
+        Path, flag("-o", "--output", panel=_KEPT, text="a new folder (default: out/inverted)", metavar="DIR")
+    ] = Path("out/inverted"),
+    model: Annotated[
+        str | None, _of("model", panel=_SAMPLING, note="default: the embedded model", metavar="PATH")
+    ] = None,
+    steps: Annotated[int | None, _of("steps", panel=_SAMPLING, metavar="N")] = None,
+    guidance: Annotated[float | None, _of("guidance", panel=_SAMPLING, metavar="SCALE")] = None,
+    size: Annotated[
+        Any, _of("size", panel=_SAMPLING, note="default: the model's", metavar="WxH", parser=as_size)
+    ] = None,
+    device: Annotated[str | None, DEVICE] = None,
+    dtype: Annotated[str | None, DTYPE] = None,
+    backend: Annotated[str | None, BACKEND] = None,
+    as_json: Annotated[bool, JSON] = False,
+    quiet: Annotated[bool, QUIET] = False,
+    traceback: Annotated[bool, TRACEBACK] = False,
+) -> Callable[[], int]:
+    """Invert a picture once, for any number of edits.
+
+    The picture's way to noise is found and its way back recorded; `fpe edit --recording` then denoises the targets
+    alone. How exactly the picture comes back is said in dB.
+
+    The folder receives photo.png, what the model was given; source.png, what came back; the recording; and run.json
+    with every setting, version and timing.
+    """
+    given = chosen(
+        source=prompt or "", image=image, negative=negative, inversion=inversion, inversion_guidance=inversion_guidance,
+        inner_steps=inner_steps, early_stop=early_stop, model=model, steps=steps, guidance=guidance, size=size,
+        device=device, dtype=dtype, backend=backend,
+    )  # fmt: skip
+    return functools.partial(_run, given, tuple(method or ()), precision, output, quiet, as_json)
+
+
+def _run(
+    given: dict[str, Any], methods: tuple[str, ...], precision: str, output: Path, quiet: bool, as_json: bool
+) -> int:
+    from ..runs.recording_folder import check_new, record_into
+
+    settings = Settings.of_model(targets=(), **given)
+    check_optimisation(settings, given)
+    settings.check_source()
+    check_new(output, settings, methods, precision)
+    with progress_for(quiet=quiet) as progress:
+        kept = record_into(output, settings, progress, methods=methods, precision=precision)
+    if not quiet:
+        say(f"the picture comes back at {kept.psnr:.1f} dB; {kept.nbytes / 2**20:.1f} MiB are recorded")
+    report(kept.paths, as_json, psnr=round(kept.psnr, 3), bytes=kept.nbytes, record=kept.record)
+    return 0
