@@ -192,8 +192,8 @@ def test_maps_that_are_kept_cost_what_they_are_made_from(pipe_of_4096_tokens, un
 def test_accelerated_pipelines_hold_no_more(tool):
     """Than the same step, or its gradient, by diffusers' fused processors.
 
-    Pix2pix-zero's loss asks for the numbers of its cross-attention, and backward for those of all layers: they are added,
-    with those of the earlier run and the differences of both.
+    Pix2pix-zero's loss asks for the numbers of its cross-attention, and backward for those of all layers: they are
+    added, with those of the earlier run and the differences of both.
     """
     case = MEASURED[tool](SIZE[0], "cpu")
     plain = peak_bytes(case.plain)
