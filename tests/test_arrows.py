@@ -29,7 +29,7 @@ ALLOWED = {
     "fpe_kernels",
     "fpe_pipeline.quality": "embedded ground images models edits session sampling inversion runs fpe_kernels",
     "fpe_pipeline.studio": "embedded ground images models edits session heatmaps sampling runs",
-    "fpe_pipeline.batches": "ground images models recordings runs",
+    "fpe_pipeline.batches": "ground images models runs",
     "fpe_pipeline.app": "batches embedded ground images models edits runs quality studio testing fpe_kernels",
     "fpe_pipeline.embedded.training": "embedded ground images quality",
     "fpe_kernels.backends": "ready",

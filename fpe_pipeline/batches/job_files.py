@@ -170,7 +170,7 @@ def _jobs(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any], folder
     if mask is not None:
         mask = tuple(mask) if isinstance(mask, list) else str(_picture(folder, str(mask)))
     for number, target in enumerate(targets, start=1):
-        settings = Settings(**{**defaults, **own, "source": source, "targets": [target], "image": image})
+        settings = Settings.of_model(**{**defaults, **own, "source": source, "targets": [target], "image": image})
         of_several = f"{name}-{number}" if len(targets) > 1 else name
         yield Job(of_several, settings.with_values(control=False), mask, str(said.get("kind", "")))
 

@@ -20,12 +20,11 @@ from ..errors import EditWarning, RequestWarning
 from ..images.distance import pixel_hash
 from ..models.loading import find_model, identity, pick_device, pick_dtype
 from ..models.quiet import only_errors
-from ..recordings.requirements import check_deterministic
 from ..runs import run as runs
 from ..runs.loading import load_pipeline
 from ..runs.making import Loaded, details_of, edit_of, filled_in, invert, photo_for, pinned, solver_of_pictures
 from ..runs.picture_record import PHOTO, png_info
-from ..runs.recorded import record_source, source_of
+from ..runs.recorded import check_recordable, record_source, source_of
 from ..runs.settings import Settings
 from .encoders import Encoders
 from .jobs import Job
@@ -179,10 +178,9 @@ class Maker:
         pipe, settings = self.loaded.pipe, source.settings
         if source.photo is None:
             try:
-                check_deterministic(pipe.scheduler)
-            except ValueError:
-                name = type(pipe.scheduler).__name__
-                logger.warning("%s draws noise in each step: the source is made again for every unit", name)
+                check_recordable(pipe)
+            except ValueError as error:
+                logger.warning("the source is made again for every unit: %s", error)
                 return source
         import torch
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..errors import EditWarning, InputError
 from ..images.distance import distance
-from .making import Loaded, details_of, edit_of, filled_in, invert, photo_for
+from .making import Loaded, details_of, edit_of, filled_in, invert, is_flow, photo_for
 from .progress import Progress, show_steps
 from .repeatable import Clock
 from .result import Run
@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from ..recordings.recording import Recording
     from ..sampling.output import FreePromptPipelineOutput
 
-__all__ = ["Lacking", "Recorded", "edited", "invert_and_record", "record_source", "source_of", "wide_edits"]
+__all__ = [
+    "Lacking",
+    "Recorded",
+    "check_recordable",
+    "edited",
+    "invert_and_record",
+    "record_source",
+    "source_of",
+    "wide_edits",
+]
 
 
 class Lacking(InputError):
@@ -91,6 +100,17 @@ def source_of(pipe: Any, recording: Recording, size: tuple[int, int]) -> Image.I
 
     (image,) = decoded(pipe, recording.latents[-1], size[::-1])
     return image
+
+
+def check_recordable(pipe: Any) -> None:
+    """Raise ValueError where a generated source cannot be recorded, as its scheduler draws noise in each step."""
+    from ..models.flow_solvers import require_flow
+    from ..recordings.requirements import check_deterministic
+
+    if is_flow(pipe):
+        require_flow(pipe.scheduler, "a recording")
+    else:
+        check_deterministic(pipe.scheduler)
 
 
 def wide_edits(pipe: Any, settings: Settings) -> list[Edit]:

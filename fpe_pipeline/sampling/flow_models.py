@@ -36,7 +36,7 @@ class Velocity(ABC):
     """
 
     def __init__(self, pipe: Any, conditions: dict[str, Any], guidance_scale: float | None) -> None:
-        self._pipe, self._conditions, self._guidance_scale = pipe, conditions, guidance_scale
+        self._pipe, self.conditions, self._guidance_scale = pipe, conditions, guidance_scale
         self.arguments: dict[str, Any] = {}
 
     def __call__(self, latents: Latents, sigma: torch.Tensor) -> Latents:
@@ -48,8 +48,8 @@ class Velocity(ABC):
         """
         timestep = (sigma * self._pipe.scheduler.config.num_train_timesteps).to(latents.device)
         rows = 1 if self._guidance_scale is None else 2
-        given = latents.to(self._conditions["encoder_hidden_states"].dtype).expand(rows, *latents.shape[1:])
-        self.arguments = {"hidden_states": given, "timestep": self._timestep(timestep, given), **self._conditions}
+        given = latents.to(self.conditions["encoder_hidden_states"].dtype).expand(rows, *latents.shape[1:])
+        self.arguments = {"hidden_states": given, "timestep": self._timestep(timestep, given), **self.conditions}
         model = self._pipe.transformer
         context = model.cache_context("cond") if hasattr(model, "cache_context") else nullcontext()
         with context:

@@ -6,6 +6,7 @@ import json
 import shlex
 from typing import Any
 
+from ..models.loading import find_model
 from ..runs.settings import DEFAULTS, SELF_REPLACE, Settings
 
 __all__ = ["as_command", "as_python"]
@@ -40,7 +41,9 @@ def as_python(settings: Settings, photo: str = "photo.png") -> str:
         "guidance_scale": settings.guidance,
         "negative_prompt": settings.negative,
     }
-    lines = ["import torch", "", "from fpe_pipeline import FreePromptPipeline, ddim_scheduler, make_edit", ""]
+    solver = settings.image is not None and not find_model(settings.model).is_transformer
+    names = ["FreePromptPipeline", *(["ddim_scheduler"] if solver else []), "make_edit"]
+    lines = [*([] if settings.image else ["import torch", ""]), f"from fpe_pipeline import {', '.join(names)}", ""]
     lines.append(f"pipe = FreePromptPipeline.from_pretrained({settings.model!r})")
     lines.append(f"source = {settings.source!r}")
     lines.append(f"targets = {list(settings.targets)!r}")
@@ -54,8 +57,8 @@ def as_python(settings: Settings, photo: str = "photo.png") -> str:
     )
     if settings.image is not None:
         size = f", width={settings.size[0]}, height={settings.size[1]}" if settings.size else ""
+        lines += ["pipe.scheduler = ddim_scheduler(pipe.scheduler)"] if solver else []
         lines += [
-            "pipe.scheduler = ddim_scheduler(pipe.scheduler)",
             f"inversion = pipe.invert({photo!r}, source, num_inference_steps={settings.steps}, "
             f"method={settings.inversion!r}{size})",
         ]
@@ -75,11 +78,14 @@ def as_python(settings: Settings, photo: str = "photo.png") -> str:
 
 
 def _chosen(settings: Settings) -> list[tuple[str, Any]]:
-    usual = DEFAULTS.model_dump()
+    """What differs from the defaults of the model and the method; how a photo is inverted, only where there is one."""
+    usual = Settings.of_model(source="", targets=(), model=settings.model, method=settings.method).model_dump()
+    usual |= {"model": DEFAULTS.model, "method": DEFAULTS.method}
+    left_out = _MACHINE if settings.image is not None else (*_MACHINE, "inversion")
     return [
         (name, value)
         for name, value in settings.model_dump().items()
-        if name not in _MACHINE and (value != usual[name] or name == "source")
+        if name not in left_out and (value != usual[name] or name == "source")
     ]
 
 

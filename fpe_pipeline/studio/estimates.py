@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..runs.making import is_flow, model_of
 from ..runs.settings import Settings
 from ..session.report import size_in_words
 from .shapes import Cost, Shapes
@@ -52,13 +54,14 @@ class ModelPace:
     def __init__(self, pipe: Any) -> None:
         self._shapes = Shapes(pipe)
         self._native: tuple[int, int] = pipe.native_size[::-1]
-        self._factor: int = pipe.vae_scale_factor
+        self._multiple: int = pipe.flow().multiple if is_flow(pipe) else pipe.vae_scale_factor
+        self._has_halves = not (is_flow(pipe) and pipe.flow().is_packed)  # else the model is told its guidance
         self._seconds_per_flop = self._tried(pipe)
 
     def of(self, settings: Settings) -> Estimate | None:
         """What a run of some settings will take; None for a size that the model does not make."""
         width, height = settings.size or self._native
-        if width % self._factor or height % self._factor or min(width, height) < self._factor:
+        if width % self._multiple or height % self._multiple or min(width, height) < self._multiple:
             return None
         edit, plain, decoded = self._costs(settings, (width, height))
         return Estimate(
@@ -75,24 +78,36 @@ class ModelPace:
 
     def _costs(self, settings: Settings, size: tuple[int, int]) -> tuple[Cost, Cost, Cost]:
         """Of a step of the edit, a step without control, and the decoding of one run's images."""
-        targets, halves = len(settings.targets), 2 if settings.guidance > 1 else 1
+        targets, halves = len(settings.targets), 2 if settings.guidance > 1 and self._has_halves else 1
         free = self._shapes.step(halves * targets, size) if settings.control else Cost(0, 0, 0)
         return self._shapes.step(halves * (1 + targets), size), free, self._shapes.decode(1 + targets, size)
 
     def _tried(self, pipe: Any) -> float:
-        """Seconds for each flop of a call of the UNet for one image of half the model's size a side."""
-        width, height = (max(self._factor, side // 2 // self._factor * self._factor) for side in self._native)
-        config, unet = pipe.unet.config, pipe.unet
-        like = {"device": unet.device, "dtype": unet.dtype}
-        latents = torch.zeros(1, config.in_channels, height // self._factor, width // self._factor, **like)
-        words = torch.zeros(1, pipe.tokenizer.model_max_length, config.cross_attention_dim, **like)
+        """Seconds for each flop of a call of the model for one image of half its own size a side."""
+        width, height = (max(self._multiple, side // 2 // self._multiple * self._multiple) for side in self._native)
+        call = _small_call(pipe, height, width)
         begun, best = time.perf_counter(), float("inf")
         with torch.no_grad():
             while time.perf_counter() - begun < _TRIAL or best == float("inf"):
                 start = time.perf_counter()
-                unet(latents, 1, words, return_dict=False)[0].cpu()  # waits for a device that is behind
+                call().cpu()  # waits for a device that is behind
                 best = min(best, time.perf_counter() - start)
         return best / self._shapes.step(1, (width, height)).flops
+
+
+def _small_call(pipe: Any, height: int, width: int) -> Callable[[], torch.Tensor]:
+    """A call of a pipeline's model for one image of a size in pixels."""
+    model, factor = model_of(pipe), pipe.vae_scale_factor
+    like = {"device": model.device, "dtype": model.dtype}
+    if is_flow(pipe):
+        flow = pipe.flow()
+        velocity = flow.velocity("", 1.0, (height, width), flow.text_length)
+        channels = pipe.vae.config.latent_channels
+        noise = flow.latents(torch.zeros(1, channels, height // factor, width // factor, **like))
+        return lambda: velocity(noise, torch.tensor(0.5))
+    latents = torch.zeros(1, model.config.in_channels, height // factor, width // factor, **like)
+    words = torch.zeros(1, pipe.tokenizer.model_max_length, model.config.cross_attention_dim, **like)
+    return lambda: model(latents, 1, words, return_dict=False)[0]
 
 
 def _total(settings: Settings, edit: Cost, plain: Cost, decoded: Cost) -> float:

@@ -12,7 +12,12 @@ from .desk import Desk, Shown
 from .events import LONG, QUICK, Halt
 from .visitors import Look, Visitor
 
-__all__ = ["inside_tab"]
+__all__ = ["NO_PLACES", "inside_tab"]
+
+NO_PLACES = (
+    "places and components are read of self-attention, and this model's layers attend to image and text together: "
+    "choose a word"
+)
 
 
 def inside_tab(desk: Desk, visitor: Any, tab: Any) -> None:
@@ -65,8 +70,10 @@ def inside_tab(desk: Desk, visitor: Any, tab: Any) -> None:
                 halt.shows(each),
                 gr.update(choices=names, value=0, visible=True),
                 gr.update(choices=list(look.words), value=None, visible=True),
-                *(shown.enlarged(picture) for picture in (look.images[0], _components(look, 0))),
-                *[gr.update(visible=True)] * 3,
+                shown.enlarged(look.images[0]),
+                _components(look, 0),
+                gr.update(visible=True),
+                *[gr.update(visible=look.has_places)] * 2,
             ]
 
     tab.select(opened, visitor, [memory, table], **QUICK)
@@ -88,11 +95,13 @@ def _heated(visitor: Visitor, image: int, chosen: str | None) -> list[Any]:
             said = shown.note(f"where {chosen!r} acts")
         except ValueError:
             said = shown.note(f"{chosen!r} is not a word of this picture's prompt")
-    return [said, shown.enlarged(picture), shown.enlarged(_components(look, image))]
+    return [said, shown.enlarged(picture), _components(look, image)]
 
 
 def _placed(visitor: Visitor, image: int, x: float, y: float) -> list[Any]:
     look = _look(visitor)
+    if not look.has_places:
+        return [shown.alert(NO_PLACES), gr.skip()]
     try:
         map_of_it = look.maps.pixel((x, y), image)
     except ValueError as error:
@@ -109,7 +118,9 @@ def _clicked(visitor: Visitor, image: int, event: gr.SelectData) -> list[Any]:
 
 
 def _components(look: Look, image: int) -> Any:
-    return shown.components_picture(look.maps, image, look.images[image].size)
+    if not look.has_places:
+        return None
+    return shown.enlarged(shown.components_picture(look.maps, image, look.images[image].size))
 
 
 def _look(visitor: Visitor) -> Look:

@@ -17,11 +17,11 @@ from typing import Any
 
 from ..embedded.scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS
 from ..errors import InputError
-from ..models.loading import EMBEDDED, find_model, identity, is_embedded, pick_device, pick_dtype
-from ..models.sites import attention_sites
+from ..models.families import adapter_of
+from ..models.loading import EMBEDDED, Family, find_model, identity, is_embedded, pick_device, pick_dtype
 from ..models.twins import twin
 from ..runs.loading import load_pipeline
-from ..runs.making import Loaded
+from ..runs.making import Loaded, family_of, is_flow
 from ..runs.repeatable import arithmetic, repeatable, set_arithmetic, threads_for
 from .estimates import ModelPace
 from .watched import Watched
@@ -71,11 +71,7 @@ class Models:
 
     def __post_init__(self) -> None:
         for name in self.names:
-            if find_model(name).is_transformer:
-                raise InputError(
-                    f"the page edits models with a UNet, and '{name}' has a transformer: edit with `fpe edit --model "
-                    f"{name}`"
-                )
+            find_model(name)  # which raises InputError for none
         self.device = pick_device(self.device)
         pick_dtype(self.dtype, self.device)
 
@@ -146,6 +142,14 @@ class Models:
         kept = self._loaded
         return kept[1].identity if kept is not None and kept[0] == name else None
 
+    def family(self, name: str) -> Family:
+        """The kind of a model; of one that only loading tells, a UNet until it was loaded."""
+        kept = self._loaded
+        if kept is not None and kept[0] == name:
+            found: Family = family_of(kept[1].pipe)
+            return found
+        return find_model(name).family or "unet"
+
     def pace(self, name: str) -> ModelPace | None:
         """How fast a model is that was loaded before; None of others."""
         return self._paces.get(name)
@@ -176,9 +180,13 @@ class Models:
 
 
 def choices_of(pipe: Any) -> list[tuple[str, str]]:
-    """The layers that a model's self-attention can be chosen by, as (label, name): levels, then blocks."""
+    """The layers that a model's edits can be chosen by, as (label, name): a UNet's levels, then blocks."""
     height, width = (side // pipe.vae_scale_factor for side in pipe.native_size)
-    sites = [site.at(height, width) for site in attention_sites(pipe.unet) if site.kind == "self"]
+    sites = [site.at(height, width) for site in adapter_of(pipe).sites]
+    if is_flow(pipe):
+        paths = dict.fromkeys(site.path.rpartition(".")[0] for site in sites)
+        return [(path.replace("_blocks.", " "), path) for path in paths]
+    sites = [site for site in sites if site.kind == "self"]
     levels = {site.level: site.grid for site in sites}
     blocks: dict[str, int] = {}
     for site in sites:

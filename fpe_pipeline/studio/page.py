@@ -7,7 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-from ..runs.settings import INVERSIONS, Settings
+from ..models.loading import Family
+from ..runs.model_defaults import inversions_of
+from ..runs.settings import Settings
 from . import recipe as recipes
 from . import shown
 from .desk import Desk, Grid, Shown
@@ -36,18 +38,18 @@ def build(desk: Desk) -> gr.Blocks:
     """The page of a desk, whose first model is loaded for its layers."""
     name = desk.models.names[0]
     with desk.models.use(name) as loaded:
-        layers = choices_of(loaded.pipe)
+        layers, family = choices_of(loaded.pipe), desk.models.family(name)
     with gr.Blocks(title="fpe studio", analytics_enabled=False, delete_cache=(3600, _LIFE), fill_width=True) as page:
         visitor = gr.State(None, time_to_live=_LIFE, delete_callback=_leave)
         gr.HTML(_HEAD)
         with gr.Row(elem_id="desk"):
             with gr.Column(scale=4, min_width=320, elem_id="recipe"):
-                recipe = recipes.build(desk.models.names, layers, vocabulary(name), desk.limits)
+                recipe = recipes.build(desk.models.names, family, layers, vocabulary(name), desk.limits)
             with gr.Column(scale=7, min_width=320), gr.Tabs(overflow_behavior="wrap"):
                 with gr.Tab("Generate", id="generate"):
                     estimated, estimate = _generate_tab(desk, visitor, recipe)
                 with gr.Tab("Photo", id="photo"):
-                    _photo_tab(desk, visitor, recipe)
+                    inversion = _photo_tab(desk, visitor, recipe, family)
                 with gr.Tab("Compare", id="compare") as compare:
                     _compare_tab(desk, visitor, recipe, compare)
                 with gr.Tab("Look inside", id="inside") as inside:
@@ -56,9 +58,12 @@ def build(desk: Desk) -> gr.Blocks:
                     _history_tab(desk, visitor, recipe, history)
         _comings_and_goings(desk, page, visitor)
         page.load(estimated, recipe.inputs, estimate, **QUICK)
-        chosen = recipe.model.input(
-            lambda model: _layers_of(desk, model), recipe.model, recipe.fields["layers"], **LONG
-        )
+
+        def another(model: str, method: str) -> list[Any]:
+            return _of_model(desk, model, method)
+
+        asked = [recipe.model, recipe.fields["method"]]
+        chosen = recipe.model.input(another, asked, [inversion, *recipe.of_the_model], **LONG)
         chosen.then(estimated, recipe.inputs, estimate, **QUICK)
     return page
 
@@ -85,9 +90,15 @@ def _leave(visitor: Visitor | None) -> None:
         visitor.close()
 
 
-def _layers_of(desk: Desk, model: str) -> Any:
+def _of_model(desk: Desk, model: str, method: str) -> list[Any]:
+    """The ways to invert a photo, and the fields, of another model."""
     with desk.models.use(model) as loaded:
-        return gr.update(choices=choices_of(loaded.pipe), value=[])
+        family, layers = desk.models.family(model), choices_of(loaded.pipe)
+    return [gr.update(**_inversions(family)), *recipes.model_changed(model, family, layers, method)]
+
+
+def _inversions(family: Family) -> dict[str, Any]:
+    return {"choices": list(inversions_of(family)), "value": "direct"}
 
 
 def _result_view() -> list[Any]:
@@ -150,7 +161,8 @@ def _generate_tab(desk: Desk, visitor: Any, recipe: Recipe) -> tuple[Callable[..
     return estimated, estimate
 
 
-def _photo_tab(desk: Desk, visitor: Any, recipe: Recipe) -> None:
+def _photo_tab(desk: Desk, visitor: Any, recipe: Recipe, family: Family) -> Any:
+    """The tab; the field that says how a photo is inverted."""
     upload = gr.File(
         label="Drop a photo (PNG, JPEG or WebP)", file_types=[".png", ".jpg", ".jpeg", ".webp"], height=120,
         elem_id="photo-upload",
@@ -158,7 +170,7 @@ def _photo_tab(desk: Desk, visitor: Any, recipe: Recipe) -> None:
     with gr.Row():
         photo = gr.Image(label="Photo", interactive=False, buttons=[], height=220, visible=False)
         back = gr.Image(label="As it comes back", interactive=False, buttons=[], height=220, visible=False)
-    inversion = gr.Dropdown(list(INVERSIONS), value="direct", label="How the source is held to the photo")
+    inversion = gr.Dropdown(**_inversions(family), label="How the source is held to the photo")
     with gr.Row():
         invert = gr.Button("Invert", variant="primary", elem_id="invert")
         edit = gr.Button("Edit", variant="primary", elem_id="edit")
@@ -193,6 +205,7 @@ def _photo_tab(desk: Desk, visitor: Any, recipe: Recipe) -> None:
     edit.click(edited, [visitor, inversion, *recipe.inputs], outputs, **LONG)
     halt.go_on.click(go_on, visitor, outputs, **LONG)
     halt.wire(desk, visitor, status)
+    return inversion
 
 
 def _inverted_in_words(made: Inverted) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 import gradio as gr
 
 from ..edits.method import REQUIRED
-from ..edits.registry import METHODS
+from ..edits.registry import METHODS, methods_of
+from ..models.loading import Family
+from ..runs.model_defaults import served_by
 from ..runs.settings import Settings
 from .prompts import EXAMPLES, differences, with_word
 from .requests import FIELDS, MOST_OPTIONS, Limits, defaults, fields_of, new_seed, options_of
@@ -48,11 +50,13 @@ class Recipe:
 
     Args:
         fields: by the names of :data:`~fpe_pipeline.studio.requests.FIELDS`.
+        about: what the method does.
         options: text fields, of which a method with n options shows the first n.
     """
 
     model: Any
     fields: dict[str, Any]
+    about: Any
     options: list[Any]
     locked: Any
     inputs: list[Any] = field(init=False)
@@ -68,12 +72,43 @@ class Recipe:
             *_option_fields(settings.method, fields["options"]),
         ]
 
+    @property
+    def of_the_model(self) -> list[Any]:
+        """Fields that :func:`model_changed` fills."""
+        named = ("layers", "method", "self_replace", "guidance")
+        return [*(self.fields[name] for name in named), self.about, *self.options]
+
+
+def model_changed(model: str, family: Family, layers: list[tuple[str, str]], method: str) -> list[Any]:
+    """What another model makes of the fields that are a model's own, in the order of `Recipe.of_the_model`."""
+    start, names = defaults(model=model), methods_of(served_by(family))
+    if method in names:
+        kept: list[Any] = [gr.skip()] * (1 + MOST_OPTIONS)
+    else:
+        method = start["method"]
+        kept = [_about(method), *_option_fields(method, {})]
+    return [
+        gr.update(choices=layers, value=[]),
+        gr.update(choices=_titles(family), value=method),
+        gr.update(value=start["self_replace"], visible=METHODS[method].window is not None),
+        start["guidance"],
+        *kept,
+    ]
+
+
+def _titles(family: Family) -> list[tuple[str, str]]:
+    return [(method.title, name) for name, method in methods_of(served_by(family)).items()]
+
 
 def build(
-    models: Sequence[str], layers: list[tuple[str, str]], words: dict[str, tuple[str, ...]], limits: Limits
+    models: Sequence[str],
+    family: Family,
+    layers: list[tuple[str, str]],
+    words: dict[str, tuple[str, ...]],
+    limits: Limits,
 ) -> Recipe:
-    """The column; ``layers`` and ``words`` are of the first model."""
-    start = defaults(EXAMPLES[0][1:])
+    """The column; ``family``, ``layers`` and ``words`` are of the first model."""
+    start = defaults(EXAMPLES[0][1:], models[0])
     fields: dict[str, Any] = {}
     model = gr.Dropdown(list(models), value=models[0], label="Model", visible=len(models) > 1)
     fields["source"] = gr.Textbox(start["source"], label="Source prompt", lines=2, max_lines=6, elem_id="source")
@@ -84,9 +119,7 @@ def build(
     _vocabulary(words, fields)
     _examples(fields)
     with gr.Accordion("Method and layers", open=False):
-        fields["method"] = gr.Dropdown(
-            [(f"{method.title}", name) for name, method in METHODS.items()], value=start["method"], label="Method"
-        )
+        fields["method"] = gr.Dropdown(_titles(family), value=start["method"], label="Method")
         about = gr.HTML(_about(start["method"]))
         fields["self_replace"] = gr.HTML(
             value=start["self_replace"], html_template=_WINDOW, js_on_load=_WINDOW_JS, elem_id="window"
@@ -106,7 +139,7 @@ def build(
         fields["size"] = gr.Textbox("", label="Width x height, px", placeholder="the model's own", lines=1)
         fields["negative"] = gr.Textbox("", label="Negative prompt", lines=1)
         fields["control"] = gr.Checkbox(True, label="Also make the targets without the edit")
-    recipe = Recipe(model, fields, options, locked)
+    recipe = Recipe(model, fields, about, options, locked)
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     prompts = [fields["source"], fields["targets"]]
     gr.on([each.change for each in prompts], shown, prompts, difference, **quiet)

@@ -216,7 +216,7 @@ def _size(text: str) -> tuple[int, int] | None:
     return None if sides is None else (int(sides[1]), int(sides[2]))
 
 
-def defaults(prompts: Sequence[str] = ()) -> dict[str, Any]:
-    """What stands in the fields of a new page."""
+def defaults(prompts: Sequence[str] = (), model: str = DEFAULTS.model) -> dict[str, Any]:
+    """What stands in the fields of a new page, whose model is named."""
     source, *targets = prompts or ("",)
-    return fields_of(DEFAULTS.with_values(source=source, targets=tuple(targets)))
+    return fields_of(Settings.of_model(source=source, targets=tuple(targets), model=model))

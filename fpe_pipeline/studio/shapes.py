@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.twins import shape_of
+from ..runs.making import is_flow, model_of
 
 __all__ = ["Cost", "Shapes"]
 
@@ -35,42 +36,75 @@ class Cost:
 
 
 class Shapes:
-    """The UNet and the decoder of a pipeline, on the ``meta`` device.
+    """The UNet or transformer and the decoder of a pipeline, on the ``meta`` device.
 
     Args:
-        pipe: of Stable Diffusion's kind, unedited; it is left as it is.
+        pipe: of Stable Diffusion's or FLUX.1's kind, unedited; it is left as it is.
     """
 
     def __init__(self, pipe: Any) -> None:
-        self._unet: Any = shape_of(pipe.unet)
+        model = model_of(pipe)
+        # Of the parts' shapes alone: a model that is replaced is not held here.
+        self._call = (_flow_call if is_flow(pipe) else _unet_call)(pipe, shape_of(model))
         self._vae: Any = shape_of(pipe.vae)
         self._factor: int = pipe.vae_scale_factor
-        self._tokens: int = pipe.tokenizer.model_max_length
-        self._dtype: torch.dtype = pipe.unet.dtype
-        modules = (pipe.unet, pipe.vae, pipe.text_encoder)
+        self._dtype: torch.dtype = model.dtype
+        modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         self.weights = sum(tensor.nbytes for tensor in tensors)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - as many as a page asks for; they live as long as its model
     def step(self, rows: int, size: tuple[int, int]) -> Cost:
-        """One call of the UNet for ``rows`` latents of images of (width, height) px."""
-        config = self._unet.config
-        latents = self._empty(rows, config.in_channels, size)
-        words = self._of(rows, self._tokens, config.cross_attention_dim)
-        return cost_of(lambda: self._unet(latents, self._of().to(torch.float32), words))
+        """One call of the model for ``rows`` latents of images of (width, height) px."""
+        width, height = size
+        return cost_of(self._call(rows, height // self._factor, width // self._factor))
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def decode(self, images: int, size: tuple[int, int]) -> Cost:
         """Decoding ``images`` latents of images of (width, height) px."""
-        latents = self._empty(images, self._vae.config.latent_channels, size)
+        width, height = size
+        shape = (images, self._vae.config.latent_channels, height // self._factor, width // self._factor)
+        latents = torch.empty(shape, device="meta", dtype=self._dtype)
         return cost_of(lambda: self._vae.decode(latents, return_dict=False))
 
-    def _empty(self, rows: int, channels: int, size: tuple[int, int]) -> torch.Tensor:
-        width, height = size
-        return self._of(rows, channels, height // self._factor, width // self._factor)
 
-    def _of(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, device="meta", dtype=self._dtype)
+#: From rows, height and width of latents to a call of a model for them.
+_Call = Callable[[int, int, int], Callable[[], object]]
+
+
+def _unet_call(pipe: Any, unet: Any) -> _Call:
+    tokens, like = pipe.tokenizer.model_max_length, {"device": "meta", "dtype": unet.dtype}
+
+    def call(rows: int, height: int, width: int) -> Callable[[], object]:
+        latents = torch.empty(rows, unet.config.in_channels, height, width, **like)
+        words = torch.empty(rows, tokens, unet.config.cross_attention_dim, **like)
+        return lambda: unet(latents, torch.empty((), device="meta"), words)
+
+    return call
+
+
+def _flow_call(pipe: Any, transformer: Any) -> _Call:
+    flow = pipe.flow()
+    packed, across, like = flow.is_packed, flow.multiple // pipe.vae_scale_factor, {"device": "meta"}
+    known = flow.velocity("", 1.0, flow.native_size, flow.text_length).conditions
+    conditions = {name: each.to("meta") for name, each in known.items() if each is not None}
+
+    def call(rows: int, height: int, width: int) -> Callable[[], object]:
+        tokens, channels = (height // across) * (width // across), transformer.config.in_channels
+        shape = (rows, tokens, channels) if packed else (rows, channels, height, width)
+        given = {n: e if n in _PLACES else e.expand(rows, *e.shape[1:]) for n, e in conditions.items()}
+        if packed:
+            given["img_ids"] = torch.empty(tokens, *known_places, **like)
+        latents = torch.empty(shape, dtype=transformer.dtype, **like)
+        timestep = torch.empty(rows, **like)
+        return lambda: transformer(hidden_states=latents, timestep=timestep, **given, return_dict=False)
+
+    known_places = conditions["img_ids"].shape[1:] if packed else ()
+    return call
+
+
+#: Arguments of FLUX.1's transformer that are one for all rows.
+_PLACES = ("txt_ids", "img_ids")
 
 
 def cost_of(call: Callable[[], object]) -> Cost:

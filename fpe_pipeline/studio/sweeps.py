@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from ..edits.method import REQUIRED
-from ..edits.registry import METHODS
+from ..edits.registry import METHODS, methods_of
 from ..errors import InputError
+from ..models.loading import find_model
+from ..runs.model_defaults import FLOW_WINDOW, served_by
 from ..runs.settings import SELF_REPLACE, Settings
 
 __all__ = ["AXES", "sweep"]
@@ -26,10 +28,13 @@ def sweep(settings: Settings, axis: str) -> list[tuple[str, Settings]]:
     """
     plain = settings.changed(control=False)
     if axis == "methods":
-        names = [name for name, method in METHODS.items() if all(o.default is not REQUIRED for o in method.choices)]
+        family = find_model(settings.model).family or "unet"
+        known = methods_of(served_by(family))
+        names = [name for name, method in known.items() if all(o.default is not REQUIRED for o in method.choices)]
+        window = FLOW_WINDOW if served_by(family) == "transformer" else SELF_REPLACE
         layers = {"levels": None, "max_tokens": None, "layers": None}
         return [
-            (METHODS[name].title, plain.changed(method=name, options={}, self_replace=SELF_REPLACE, **layers))
+            (METHODS[name].title, plain.changed(method=name, options={}, self_replace=window, **layers))
             for name in names
         ]
     if axis == "strengths":

@@ -65,6 +65,11 @@ class Look:
     words: tuple[str, ...]
     images: tuple[Image.Image, ...]
 
+    @property
+    def has_places(self) -> bool:
+        """Whether what a place attends to was read: of a UNet."""
+        return self.maps.components > 0
+
 
 @dataclass
 class Visitor:

@@ -12,9 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from fpe_pipeline.embedded.scenes.scenes import Scene, render
+from tests.support.golden_cases import load_pipeline
+from tests.support.tiny_transformers import tiny_sd3_pipeline
 
 ROOT = Path(__file__).parents[2]
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
@@ -41,10 +45,21 @@ def out(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def address(browser, out):
-    """`fpe app`, in a process of its own, with the embedded models."""
+def transformer(tmp_path_factory):
+    """A folder of a model as Stable Diffusion 3 is, of random numbers."""
+    folder = tmp_path_factory.mktemp("models") / "transformer"
+    pipe = tiny_sd3_pipeline(load_pipeline(), dtype=torch.float32)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def address(browser, out, transformer):
+    """`fpe app`, in a process of its own, with the embedded models and a transformer."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "fpe_pipeline", "app", "--model", "embedded", "--model", "embedded-80"]
+    command = [sys.executable, "-m", "fpe_pipeline", "app"]
+    command += [word for model in ("embedded", "embedded-80", transformer) for word in ("--model", model)]
     with open(out / "server.log", "w") as log:
         served = subprocess.Popen(
             [*command, "-o", str(out / "results")], stdout=subprocess.PIPE, stderr=log, text=True, env=environment

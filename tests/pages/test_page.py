@@ -220,6 +220,42 @@ def test_two_visitors_cancel_and_keys(visit):
     assert places == sorted(places), order
 
 
+@pytest.mark.slow
+def test_a_transformer_has_fields_of_its_own(visit, transformer, tmp_path):
+    visitor = visit()
+    page = visitor.page
+    visitor.few_steps(5)
+    page.get_by_role("button", name="Method and layers").click()
+    page.get_by_label("Method", exact=True).click()
+    page.get_by_role("option", name="Plug-and-Play").click()
+    page.get_by_label("Model").click()
+    page.get_by_role("option", name=transformer, exact=True).click()
+    page.locator("#window output", has_text="0 – 0.2").wait_for()
+    assert page.get_by_label("Method", exact=True).input_value() == "Free-Prompt-Editing"
+    page.locator(".fpe-layers label", has_text="transformer 0").wait_for()
+    visitor.generate()
+    page.locator(".fpe-tiles a").nth(1).wait_for()
+    with page.expect_download() as download:
+        page.locator(".fpe-tiles a").nth(1).click()
+    picture = tmp_path / "made.png"
+    download.value.save_as(picture)
+    settings, record = runs.read_record(picture)
+    assert settings.method == "fpe" and settings.self_replace == (0.0, 0.2) and settings.guidance == 7.0
+    assert record["model"]["class"] == "FreePromptSD3Pipeline"
+    visitor.tab("Photo")
+    page.get_by_label("How the source is held to the photo").click()
+    ways = [text.split()[-1] for text in page.get_by_role("option").all_inner_texts()]
+    assert ways == ["direct", "reference", "free"]
+    page.keyboard.press("Escape")
+    visitor.tab("Look inside")
+    page.locator("#look").click()
+    page.locator("#words label", has_text="car").click()
+    visitor.said("#look-status", "where 'car' acts")
+    page.locator("#heat img").click()
+    visitor.said("#look-status", "choose a word")
+    assert page.locator("#components").is_hidden()
+
+
 def test_a_phone(visit):
     visitor = visit(PHONE)
     page = visitor.page

@@ -11,10 +11,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
 
 from fpe_pipeline.app import cli
-from fpe_pipeline.errors import InputError
+from fpe_pipeline.images.distance import distance
 from fpe_pipeline.models.loading import find_model
 from fpe_pipeline.runs.settings import Settings
-from fpe_pipeline.studio.models import Models
 from tests.support.tiny_cli import OTHER, SOURCE, TARGET, evaluation, one_error, refuse_loading
 from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
 
@@ -77,6 +76,29 @@ def test_a_photo_is_inverted_along_the_flow(family, inversion, folders, tmp_path
     assert Image.open(tmp_path / "made" / "source.png").size == (48, 32)
 
 
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_photo_is_recorded_for_edits_and_read_for_words(family, folders, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(photo)
+    common = ["--model", str(folders[family]), "--steps", "4", "--quiet", "-o"]
+    assert cli.main(["invert", str(photo), "--prompt", SOURCE, *common, str(tmp_path / "kept")]) == 0
+    kept, whole = (Image.open(tmp_path / "kept" / f"{name}.png") for name in ("photo", "source"))
+    assert distance(kept, whole).psnr == json.loads((tmp_path / "kept" / "run.json").read_text())["psnr"]
+    edit = ["edit", "--target", TARGET, "--self-replace", "0.5", "--no-control"]
+    recorded = [*edit, "--recording", str(tmp_path / "kept"), "--quiet", "-o", str(tmp_path / "recorded")]
+    assert cli.main(recorded) == 0
+    assert cli.main([*edit, "--image", str(photo), "--source", SOURCE, *common, str(tmp_path / "whole")]) == 0
+    made = [Image.open(tmp_path / folder / "target-1.png") for folder in ("recorded", "whole")]
+    assert distance(*made).levels <= 3
+    heat = ["heatmap", "--from", str(tmp_path / "recorded" / "target-1.png"), "--word", "car", "--word", "blue"]
+    assert cli.main([*heat, "--quiet", "-o", str(tmp_path / "heat")]) == 0
+    read = json.loads((tmp_path / "heat" / "heat.json").read_text())["heat"]
+    assert [(each["picture"], each["word"]) for each in read] == [
+        ("source", "car"), ("target-1", "car"), ("target-1", "blue")
+    ]  # fmt: skip
+    assert all(0 < each["share"] <= each["most"] < 1 for each in read)
+
+
 @pytest.mark.parametrize(
     "family, more, reason",
     [
@@ -116,11 +138,6 @@ def test_defaults_are_the_models_own_where_nothing_is_said(folders):
     assert Settings.of_model(**prompts) == Settings(SOURCE, (OTHER,))
     assert evaluation("--model", folders["sd3"]).self_replace == 0.2
     assert find_model(str(folders["flux"])).family == "flux"
-
-
-def test_the_page_says_that_it_edits_unets(folders):
-    with pytest.raises(InputError, match="the page edits models with a UNet"):
-        Models(names=[str(folders["sd3"])])
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])

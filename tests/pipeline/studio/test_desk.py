@@ -53,7 +53,7 @@ def test_an_error_tells_no_more_than_its_kind_and_leaves_the_model_as_it_was(des
     class Planted(RuntimeError):
         pass
 
-    def fails(self, pipe, index, timestep, tensors):
+    def fails(self, pipe, index, timestep, tensors, size):
         held.append(weakref.ref(tensors["latents"]))
         raise Planted("/secret/path")
 

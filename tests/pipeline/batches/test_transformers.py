@@ -1,0 +1,80 @@
+"""A batch by transformers: groups, recordings and photos as of UNets, and what they are refused."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from PIL import Image
+
+from fpe_pipeline.batches import making
+from fpe_pipeline.images.distance import distance
+from fpe_pipeline.models.loading import find_model
+from fpe_pipeline.runs import run as runs
+from fpe_pipeline.runs.making import Loaded
+from tests.pipeline.batches.conftest import batch, pictures, written
+from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
+
+SOURCE = "a photo of a red car"
+COLOURS = ("blue", "green", "yellow")
+LEVELS = 3
+
+
+@pytest.fixture(scope="module", params=["sd3", pytest.param("flux", marks=pytest.mark.slow)])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def transformer(pipe, family, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(family)
+    stock = {"sd3": tiny_sd3_pipeline, "flux": tiny_flux_pipeline}[family](pipe, dtype=torch.float32)
+    stock.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    stock.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """FLUX.1's pipeline makes images of 1024 px by default, whatever its transformer says."""
+    make = FluxPipeline.__init__
+
+    @functools.wraps(make)  # diffusers reads the components off the signature
+    def smaller(self, *arguments, **options):
+        make(self, *arguments, **options)
+        self.default_sample_size = 8
+
+    monkeypatch.setattr(FluxPipeline, "__init__", smaller)
+
+
+def test_pictures_are_those_of_single_edits(transformer, family, tmp_path, monkeypatch):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "photo.png")
+    rows = [{"name": colour, "source": SOURCE, "target": SOURCE.replace("red", colour)} for colour in COLOURS]
+    rows.append({**rows[0], "name": "consistent", "method": "consistedit"})
+    photos = [{**row, "name": f"photo-{row['name']}", "image": "photo.png"} for row in rows[1:]]
+    bad = {"pnp": {"method": "pnp"}, "levels": {"levels": [1]}}
+    bad |= {"inverted": {"image": "photo.png", "inversion": "null-text"}}
+    refused = [{**rows[0], "name": name, **more} for name, more in bad.items()]
+    jobs = written(tmp_path / "jobs.jsonl", [*rows, *photos, *refused])
+    runs_made = []
+    sampled = making.runs.execute
+    monkeypatch.setattr(making.runs, "execute", lambda *a, **k: runs_made.append(a) or sampled(*a, **k))
+    said = []
+    finished = batch(jobs, tmp_path / "out", said, defaults={"model": str(transformer), "steps": 4}, at_once=2)
+    assert finished.failed.keys() == bad.keys()
+    assert "pnp edits UNets" in finished.failed["pnp"] and "choose layers of a UNet" in finished.failed["levels"]
+    assert "it has direct, reference, free" in finished.failed["inverted"]
+    assert runs_made == [], "a source was made again beside its recording"
+    files = {path.rpartition("/")[2].removesuffix(".png"): path for path in pictures(tmp_path / "out")}
+    pipe = runs.load_pipeline(find_model(str(transformer)), dtype=torch.float32, device="cpu")
+    loaded = Loaded(pipe, runs.identity(pipe))
+    for name in ("yellow", "consistent", "photo-yellow", "photo-consistent"):
+        path = tmp_path / "out" / files[name]
+        settings, _ = runs.read_record(path)
+        assert "consistent" in name or settings.self_replace == (0.0, 0.2)
+        assert settings.guidance == {"sd3": 7.0, "flux": 3.5}[family]
+        single = sampled(settings, loaded=loaded)
+        with Image.open(path) as made, Image.open(path.with_name("source.png")) as source:
+            assert distance(single.edited[0], made).levels <= LEVELS, name
+            assert distance(single.source, source).levels <= LEVELS, name

@@ -1,0 +1,119 @@
+"""The page with transformers: generated images, grids, words, photos; what they do not have is said."""
+
+import shlex
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from fpe_pipeline.app import cli
+from fpe_pipeline.images.distance import distance
+from fpe_pipeline.runs import run as runs
+from fpe_pipeline.studio import shown
+from fpe_pipeline.studio.copied import as_command, as_python
+from fpe_pipeline.studio.desk import Desk
+from fpe_pipeline.studio.models import Models, choices_of
+from fpe_pipeline.studio.requests import FIELDS, MOST_OPTIONS, defaults
+from tests.pipeline.studio.conftest import last
+from tests.support.tiny_cli import OTHER, SOURCE, TARGET
+from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
+
+
+@pytest.fixture(scope="module", params=["sd3", pytest.param("flux", marks=pytest.mark.slow)])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def desk(pipe, family, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(family)
+    stock = {"sd3": tiny_sd3_pipeline, "flux": tiny_flux_pipeline}[family](pipe, dtype=torch.float32)
+    stock.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    stock.save_pretrained(folder)
+    return Desk(Models((str(folder),), device="cpu"), tmp_path_factory.mktemp("out"))
+
+
+@pytest.fixture
+def visitor(desk):
+    return desk.arrive()
+
+
+@pytest.fixture
+def values(desk):
+    (model,) = desk.models.names
+
+    def changed(**fields):
+        given = defaults((SOURCE, TARGET, OTHER), model) | {"steps": 5, "size": "64 x 64"} | fields
+        return [model, *(given[name] for name in FIELDS), *[""] * MOST_OPTIONS]
+
+    return changed
+
+
+def test_generate_compare_and_look_at_words(desk, visitor, values, family, tmp_path):
+    told = list(desk.generate(visitor, True, *values(seed=3)))
+    made = told[-1].made
+    assert any(len(each.preview) == 2 for each in told), "there was no preview"
+    assert made.run.settings.self_replace == (0.0, 0.2)
+    again = runs.execute(made.run.settings)
+    assert [distance(*pair).levels for pair in zip(made.run.edited, again.edited, strict=True)] == [0, 0]
+    assert shown.report_table(made.run.report).count("<tr>") > 1 and "maps of one step" in shown.memory_bar(
+        made.run.report
+    )
+    assert desk.estimate(*values()).startswith("about ")
+
+    look = last(desk.look(visitor)).made
+    assert look.maps.word("car").shape == (4, 4) and not look.has_places
+
+    command = shlex.split(as_command(made.run.settings).replace("\\\n", " "))
+    assert cli.main([*command[1:], "--no-control", "--quiet", "-o", str(tmp_path / "again")]) == 0
+    settings, _ = runs.read_record(tmp_path / "again" / "target-1.png")
+    assert settings.with_values(control=True, inversion=made.run.settings.inversion) == made.run.settings
+    assert "ddim_scheduler" not in as_python(made.run.settings)
+
+
+@pytest.mark.parametrize("axis", ["windows", pytest.param("methods", marks=pytest.mark.slow)])
+def test_grids(desk, visitor, values, axis):
+    grid = last(desk.grid(visitor, axis, *values(targets=TARGET, steps=2))).made
+    titles = {title for _, title, _ in grid.tiles}
+    if axis == "windows":
+        assert len(grid.tiles) == 7 and grid.refused == []
+    else:
+        assert {"Free-Prompt-Editing", "ConsistEdit"} <= titles and "Plug-and-Play" not in titles
+
+
+def test_a_photo(desk, visitor, values, photo):
+    desk.receive_photo(visitor, photo)
+    inverted = last(desk.invert(visitor, "direct", *values())).made.recorded
+    assert inverted.psnr == distance(inverted.cut, inverted.back).psnr
+    made = last(desk.edit(visitor, "direct", *values())).made
+    whole = runs.execute(made.run.settings)
+    for image, other in zip(
+        (*made.run.edited, *made.run.uncontrolled), (*whole.edited, *whole.uncontrolled), strict=True
+    ):
+        assert distance(image, other).levels <= 3
+    consistent = last(desk.edit(visitor, "direct", *values(method="consistedit"))).made
+    assert consistent.run.settings.method == "consistedit"
+
+
+@pytest.mark.parametrize(
+    "fields, reason",
+    [({"method": "pnp"}, "pnp edits UNets"), ({"layers": ["level 1"]}, "choose layers of a UNet")],
+)
+def test_what_a_transformer_has_not_is_said_before_anything_runs(desk, visitor, values, fields, reason, monkeypatch):
+    monkeypatch.setattr(runs, "made_by", lambda *a: pytest.fail("it ran"))
+    end = last(desk.generate(visitor, True, *values(**fields)))
+    assert reason in end.status and 'role="alert"' in end.status
+
+
+def test_ways_to_invert_are_the_models(desk, visitor, values, photo):
+    desk.receive_photo(visitor, photo)
+    assert "it has direct, reference, free" in last(desk.invert(visitor, "null-text", *values())).status
+
+
+def test_layers_to_choose_from(desk, family):
+    (name,) = desk.models.names
+    with desk.models.use(name) as loaded:
+        choices = dict(choices_of(loaded.pipe))
+    assert choices["transformer 0"] == "transformer_blocks.0"
+    assert ("single_transformer 0" in choices) == (family == "flux")
+    assert desk.models.family(name) == family
