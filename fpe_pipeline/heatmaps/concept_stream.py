@@ -30,8 +30,9 @@ class ConceptStream:
     """
 
     def __init__(self, model: Any, embeddings: torch.Tensor, rows: Callable[[], Sequence[int]]) -> None:
-        self._blocks = list(identity(model).transformer_blocks)
-        self._embed, self._embeddings, self._rows = identity(model).context_embedder, embeddings, rows
+        module: Any = identity(model)
+        self._blocks = list(module.transformer_blocks)
+        self._embed, self._embeddings, self._rows = module.context_embedder, embeddings, rows
         self._modulations: dict[int, torch.Tensor] = {}
         self._tokens: torch.Tensor | None = None  # [rows, C, dim]
         self._handles: list[Any] = []
@@ -75,7 +76,7 @@ class ConceptStream:
         query, key, value = _projected(block.attn, normed)
         image_key, image_value = layer.image.key.take(rows), layer.image.value.take(rows)
         seen = join([layer.map(query, key), layer.map(query, image_key)]) @ torch.cat([value, image_value], dim=2)
-        out = seen.transpose(1, 2).flatten(2)
+        out: torch.Tensor = seen.transpose(1, 2).flatten(2)
         if moves is not None:
             gate, shift, scale, gate_ff = (part[:, None] for part in moves)
             tokens = self._tokens + gate * block.attn.to_add_out(out)

@@ -83,7 +83,7 @@ def encoded_prompts(
     if not any(text.inputs for text in encoding.texts):
         raise ValueError(
             "which text tokens of this transformer are which words is not known, as no text encoder of its pipeline "
-            "received any: pass prompts and not embeddings, or use an edit that looks for no words, such as "
+            "got any: pass prompts and not embeddings, or use an edit that looks for no words, such as "
             "FreePromptEdit, ConsistEdit or MasaCtrlEdit"
         )
     texts = [prompt.text for prompt in prompts]
@@ -141,7 +141,8 @@ def _templated(
             except ValueError as error:
                 first = first or error
     raise first or ValueError(
-        f"the text encoder received no {len(texts)} texts at once, so that their words cannot be told from their keys"
+        f"expected the text encoder's call of {len(texts)} texts, got calls of {[len(batch) for batch in batches]}, of "
+        "which the words cannot be told from their keys"
     )
 
 
