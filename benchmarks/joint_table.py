@@ -1,4 +1,4 @@
-"""The table of edited steps of transformers, from rows of the suite ``joint-steps``."""
+"""Tables of transformers: edited steps (suite ``joint-steps``), and inversions (suite ``flow-inversion``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from .report import number
 from .rows import Ratio, Row
 from .table_parts import DENSE, GATHERED, TITLES, UNEDITED, beside, grouped, not_yet, slower
 
-__all__ = ["joint_steps"]
+__all__ = ["flow_inversion", "joint_steps"]
+
+SOLVERS = {"euler": "Euler", "rf-solver": "RF-Solver", "fireflow": "FireFlow"}
 
 
 def joint_steps(rows: Sequence[Row], gpu: bool) -> str:
@@ -43,3 +45,20 @@ def joint_steps(rows: Sequence[Row], gpu: bool) -> str:
 def _share(part: Row, whole: Row) -> str:
     ratio = Ratio.of(whole, part)
     return f"{100 * ratio.median:.0f} % ({100 * ratio.low:.0f}–{100 * ratio.high:.0f})"
+
+
+def flow_inversion(rows: Sequence[Row], gpu: bool) -> str:
+    """How far a picture's latents come back from an inversion, by solver at as many calls of the model."""
+    lines, used = [], []
+    for case, solvers in grouped(rows, "flow-inversion", gpu).items():
+        errors = {name: row.error for name, row in solvers.items() if row.status == "ok" and row.error is not None}
+        if not set(SOLVERS) <= set(errors):
+            continue
+        used.append(solvers["euler"])
+        model, size, calls = case.split("/")
+        lines.append(
+            [f"{model}, {size}", calls.removesuffix(" calls"), *(number(100 * errors[s], " %") for s in SOLVERS)]
+        )
+    if not lines:
+        return not_yet(gpu, "Inversions along a flow")
+    return markdown_table(["model", "calls each way", *SOLVERS.values()], lines) + "\n\n" + beside(used)

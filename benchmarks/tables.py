@@ -13,7 +13,7 @@ from fpe_pipeline.texts import markdown_table
 
 from .cases import LAYOUTS, MODELS, OPS, PIXELS, TARGETS, Case, headline_cases, kernel_cases
 from .growth import Growth, input_bytes
-from .joint_table import joint_steps
+from .joint_table import flow_inversion, joint_steps
 from .providers import case_label
 from .report import number, our_row
 from .rows import Ratio, Row
@@ -360,7 +360,7 @@ def batches(rows: Sequence[Row], gpu: bool) -> str:
 
 
 _BY_DEVICE: tuple[Callable[..., str], ...] = (claim, headline, rivals, operations, shapes, targets, models, grid)
-_BY_DEVICE += (edits, graphs, joint_steps, busy, recordings, batches, memory)
+_BY_DEVICE += (edits, graphs, joint_steps, flow_inversion, busy, recordings, batches, memory)
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     f"{table.__name__.replace('_', '-')}-{device}": partial(table, gpu=device == "gpu")

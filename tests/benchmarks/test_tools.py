@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import plot, tools, tools_cases, tools_long
+from benchmarks import plot, tools, tools_cases, tools_long, tools_measured
 from benchmarks.measure import Effort
 from benchmarks.rows import read, write
 from benchmarks.table_parts import DENSE, UNEDITED
@@ -56,7 +56,7 @@ def test_a_wrong_result_gets_no_time(monkeypatch):
 
 
 def test_maps_that_are_too_large_are_missing(monkeypatch):
-    monkeypatch.setitem(TOOLS, "large", lambda side, device: plain(None, 2 * tools.MOST))
+    monkeypatch.setitem(TOOLS, "large", lambda side, device: plain(None, 2 * tools_measured.MOST))
     rows = {row.provider: row for row in tools.run("large", 16, SHORT)}
     assert rows[DENSE].status == "missing"
     assert "its maps are 24 GiB" in rows[DENSE].reason
