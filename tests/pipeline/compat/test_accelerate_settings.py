@@ -180,7 +180,7 @@ def test_guiders_of_modular_pipelines(pipe, kind):
 
 @torch.no_grad()
 def test_processors_that_ask_for_maps_skip_no_scores(pipe):
-    """PAG's hook catches calls of PyTorch's fused attention: a product of a lazy map is none, as one of a matrix is none.
+    """PAG's hook catches PyTorch's fused attention: a product of a lazy map is none, as one of a matrix is none.
 
     In float32, where the product on a CPU is that very operator; of one row too, and of rows that are the same.
     """
