@@ -298,6 +298,10 @@ OUT_OF_TIME = {
     "stable_flow": [Case(with_too_few, ValueError, "1 latents for 2 steps")],
 }
 WITHOUT_STEPS = {"masactrl", "style_aligned", "free_flux", "consist_edit"}
+FEW = (
+    "masactrl: other prompts",
+    "free_prompt_editing: out of time 0",
+)  # of others, the tools' own tests run by default
 CASES = [
     *((f"{tool}: other prompts", case) for tool, case in OTHER_PROMPTS.items()),
     *((f"{tool}: missing layers", case) for tool, case in MISSING_LAYERS.items()),
@@ -311,8 +315,11 @@ def test_every_tool_is_here():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "case"), CASES, ids=[name for name, _ in CASES])
-def test_what_is_said(models, name, case, monkeypatch):
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=() if name in FEW else pytest.mark.slow) for name, case in CASES],
+)
+def test_what_is_said(models, case, monkeypatch):
     monkeypatch.setattr(GlobalVars, "TEST_QK_STEP", 0)
     before = dict(models["unet"].unet.attn_processors)
     with pytest.raises(case.error, match=case.said), ExitStack() as stack:

@@ -112,7 +112,7 @@ FLOWS = {
     ),
 }
 REGISTERED = UNETS | FLOWS
-FEW = ("prompt_to_prompt", "daam", "free_flux")  # what runs by default
+FEW = ("prompt_to_prompt",)  # what runs by default
 
 
 def tools(names):
