@@ -169,17 +169,22 @@ def headline_cases() -> list[Case]:
     return [Case("sd15", 512, 4096, 8, 40, 1, "pair"), Case("d64", 512, 4096, 8, 64, 1, "pair")]
 
 
+#: Tokens, heads and head dim of FLUX.1 and Stable Diffusion 3.5 at 1024 px, of Kontext and of Wan 2.1 at 480p.
+TRANSFORMERS = ((4608, 24, 128), (4429, 24, 64), (8704, 24, 128), (32760, 12, 128))
+
+
 def grid_cases() -> list[Case]:
     """Head dimensions against lengths at batch 4: the table that kernels are tuned and judged by.
 
-    Two shapes beside it: twice the heads of SD 1.5, which keep every multiprocessor busy for several waves, and a
-    transformer's image and text at 1024 px.
+    Beside it: twice the heads of SD 1.5, which keep every multiprocessor busy for several waves, and what transformers
+    attend over: FLUX.1's image and text at 1024 px, Stable Diffusion 3.5's, FLUX.1 Kontext's with its reference, and
+    the frames of Wan 2.1 (1.3B) at 480p.
     """
     heads = [(8, 40), (8, 80), (8, 160), (10, 64), (20, 64), (12, 128)]
     shapes = [(tokens, *shape) for tokens in (1024, 4096, 16384) for shape in heads]
     return [
         Case("grid", 8 * int(tokens**0.5), tokens, heads, head_dim, 1, layout)
-        for tokens, heads, head_dim in [*shapes, (4096, 16, 40), (4608, 24, 128)]
+        for tokens, heads, head_dim in [*shapes, (4096, 16, 40), *TRANSFORMERS]
         for layout in ("halves", "pair")
     ]
 

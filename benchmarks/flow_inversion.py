@@ -1,7 +1,7 @@
 """How far a picture comes back from its inversion along a flow, by each solver at as many calls of the model.
 
     python -m benchmarks.flow_inversion --output benchmarks/results/cpu-flow-inversion.json
-    python -m benchmarks.flow_inversion --model FOLDER --calls 16 32 64
+    python -m benchmarks.flow_inversion --model embedded-sd3 --output benchmarks/results/cpu-flow-inversion.json
 
 A picture is inverted and denoised again, with its prompt, without guidance and with nothing that holds it to its
 trajectory. A row's error is that of its latents, as a share of their norm; its time is that of the way there and back.
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from .measure import QUICK, THOROUGH, Effort, interleaved
-from .rows import Environment, Row, write
+from .rows import Environment, Row, read, replaced, write
 
 __all__ = ["random_sd3", "run", "steps_of"]
 
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, nargs="+", default=[8, 16, 32, 64], help="(default: 8 16 32 64)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--output", type=Path, help="file for the rows")
+    parser.add_argument("--output", type=Path, help="file for the rows; those of other cases stay in it")
     options = parser.parse_args(argv)
     if options.model is None:
         pipe, name = random_sd3(), "sd3-random"
@@ -150,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {row.provider:<12}error {row.error:9.2e}{row.median_ms or float('nan'):>10.1f} ms", flush=True)
         rows += measured
     if options.output is not None:
-        write(options.output, rows)
+        before = read(options.output) if options.output.exists() else []
+        write(options.output, replaced(before, rows))
     return 0
 
 

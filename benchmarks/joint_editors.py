@@ -1,12 +1,13 @@
-"""Ways to compute one step of a transformer with joint attention: unedited, ours, dense, and gathered by hand.
+"""Ways to compute one step of a transformer with joint attention: unedited, ours, dense, gathered by hand, and stored.
 
 The rivals are written here as their users write them: processors on every layer, the batch halved by position, the
-source's image queries and keys copied over the targets'.
+source's image queries and keys copied over the targets'; or, as editors of inverted pictures do, a call for the source
+that keeps two tensors of every layer, and one for the targets that reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,24 +17,40 @@ from torch import Tensor
 
 from .joint_models import JointCase
 
-__all__ = ["EDITORS", "Attention", "attention_inputs"]
+__all__ = ["EDITORS", "Attention", "attention_inputs", "stored_bytes"]
 
+STEPS = 50
 Attention = tuple[Tensor, Tensor, Tensor]
-Begin = Callable[[int, int], None]
+Inputs = dict[str, Any]
+Step = Callable[[Inputs], Tensor]
 Product = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
-@contextmanager
-def _unedited(model: Any, case: JointCase) -> Iterator[Begin]:
-    yield lambda step, total: None
+def _called(model: Any) -> Step:
+    def step(inputs: Inputs) -> Tensor:
+        out: Tensor = model(**inputs, return_dict=False)[0]
+        return out
+
+    return step
 
 
 @contextmanager
-def _ours(model: Any, case: JointCase) -> Iterator[Begin]:
+def _unedited(model: Any, case: JointCase) -> Iterator[Step]:
+    yield _called(model)
+
+
+@contextmanager
+def _ours(model: Any, case: JointCase) -> Iterator[Step]:
     from fpe_pipeline import FreePromptEdit, editing
 
+    call = _called(model)
     with editing(model, FreePromptEdit(1.0), **_layout(case)) as session:
-        yield session.step
+
+        def step(inputs: Inputs) -> Tensor:
+            session.step(0, STEPS)
+            return call(inputs)
+
+        yield step
 
 
 def _layout(case: JointCase) -> dict[str, Any]:
@@ -41,24 +58,63 @@ def _layout(case: JointCase) -> dict[str, Any]:
 
 
 @contextmanager
-def _gathered(model: Any, case: JointCase) -> Iterator[Begin]:
+def _gathered(model: Any, case: JointCase) -> Iterator[Step]:
     with _computing(model, case, _sdpa_gathered):
-        yield lambda step, total: None
+        yield _called(model)
 
 
 @contextmanager
-def _dense(model: Any, case: JointCase) -> Iterator[Begin]:
+def _dense(model: Any, case: JointCase) -> Iterator[Step]:
     with _computing(model, case, _dense_gathered):
-        yield lambda step, total: None
+        yield _called(model)
 
 
-EDITORS = {"unedited": _unedited, "fpe": _ours, "sdpa-gathered": _gathered, "dense-original": _dense}
+@contextmanager
+def _stored(model: Any, case: JointCase) -> Iterator[Step]:
+    """Two calls: the source's keeps its image queries and keys of every layer, the targets' reads them.
+
+    A whole edit keeps them of every step.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+    call = _called(model)
+
+    def keep(query: Tensor, key: Tensor, value: Tensor, case: JointCase) -> Tensor:
+        image = _images(query, case)
+        kept.append((query[-1:, :, image].clone(), key[-1:, :, image].clone()))
+        return F.scaled_dot_product_attention(query, key, value)
+
+    def read(query: Tensor, key: Tensor, value: Tensor, case: JointCase) -> Tensor:
+        image = _images(query, case)
+        for tensor, stored in zip((query, key), kept.pop(0), strict=True):
+            tensor[-case.targets :, :, image] = stored
+        return F.scaled_dot_product_attention(query, key, value)
+
+    def step(inputs: Inputs) -> Tensor:
+        every = torch.arange(case.rows).reshape(-1, 1 + case.targets)  # a half of the batch a line
+        sources, targets = every[:, 0], every[:, 1:].flatten()
+        with _computing(model, case, keep):
+            made = call(_of_rows(inputs, sources, case))
+        with _computing(model, case, read):
+            edited = call(_of_rows(inputs, targets, case))
+        out = torch.empty(case.rows, *made.shape[1:], dtype=made.dtype, device=made.device)
+        out[sources], out[targets] = made, edited
+        return out
+
+    yield step
+
+
+def _of_rows(inputs: Inputs, rows: Tensor, case: JointCase) -> Inputs:
+    """Arguments of some rows; places of tokens are all rows'."""
+    return {name: value if name.endswith("_ids") else value[rows.to(value.device)] for name, value in inputs.items()}
+
+
+EDITORS = {"unedited": _unedited, "fpe": _ours, "sdpa-gathered": _gathered, "dense-original": _dense, "stored": _stored}
 
 
 def _images(query: Tensor, case: JointCase) -> slice:
-    """The places of image tokens, which FLUX.1 puts after the text."""
-    texts = case.texts
-    return slice(0, query.shape[2] - texts) if case.family == "sd3" else slice(texts, query.shape[2])
+    """The places of the latents' tokens, which FLUX.1 puts after the text and before those of references."""
+    first = 0 if case.family == "sd3" else case.texts
+    return slice(first, first + case.side**2)
 
 
 def _exchange(query: Tensor, key: Tensor, case: JointCase) -> None:
@@ -89,6 +145,11 @@ def attention_inputs(model: Any, case: JointCase, kept: list[Attention]) -> Iter
 
     with _computing(model, case, keep):
         yield
+
+
+def stored_bytes(attention: Iterable[Attention], case: JointCase) -> int:
+    """What `stored` keeps of one step whose attention is given: of every layer the source's image queries and keys."""
+    return sum(part[-1:, :, _images(part, case)].nbytes for layer in attention for part in layer[:2])
 
 
 @contextmanager

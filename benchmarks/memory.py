@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -22,33 +24,48 @@ import torch
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
+@dataclass(frozen=True)
+class Counted:
+    """A call whose allocations were counted: its result, the most bytes at once, and its time by the wall clock."""
+
+    result: object
+    peak: int
+    milliseconds: float
+
+
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     """Most bytes held at once during `call` beyond those held when it began; its result counts too."""
+    return counted(call, device).peak
+
+
+def counted(call: Callable[[], object], device: str = "cpu") -> Counted:
+    """`call`, counted. On a CPU counting takes some microseconds for each operation of PyTorch's: it is in the time."""
     gc.collect()
-    return _peak_cuda(call, device) if device.startswith("cuda") else _peak_cpu(call)
+    return _counted_cuda(call, device) if device.startswith("cuda") else _counted_cpu(call)
 
 
-def _peak_cuda(call: Callable[[], object], device: str) -> int:
+def _counted_cuda(call: Callable[[], object], device: str) -> Counted:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
+    began = time.perf_counter_ns()
     result = call()
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    del result
-    return peak - before
+    took = (time.perf_counter_ns() - began) / 1e6
+    return Counted(result, torch.cuda.max_memory_allocated(device) - before, took)
 
 
-def _peak_cpu(call: Callable[[], object]) -> int:
+def _counted_cpu(call: Callable[[], object]) -> Counted:
     from torch.autograd.profiler import profile
 
     with profile(profile_memory=True) as profiler:
+        began = time.perf_counter_ns()
         result = call()
-    del result
+        took = (time.perf_counter_ns() - began) / 1e6
     changes = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
     held = peak = 0
     for event in changes:
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    return Counted(result, peak, took)

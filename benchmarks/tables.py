@@ -13,6 +13,7 @@ from fpe_pipeline.texts import markdown_table
 
 from .cases import LAYOUTS, MODELS, OPS, PIXELS, TARGETS, Case, headline_cases, kernel_cases
 from .growth import Growth, input_bytes
+from .joint_table import flow_inversion, joint_steps
 from .providers import case_label
 from .report import number, our_row
 from .rows import Ratio, Row
@@ -343,34 +344,6 @@ def recordings(rows: Sequence[Row], gpu: bool) -> str:
     return markdown_table(heading, lines) + "\n\n" + beside(used)
 
 
-def joint_steps(rows: Sequence[Row], gpu: bool) -> str:
-    """Steps of transformers with joint attention, edited and not, as multiples of the unedited step."""
-    lines, used = [], []
-    for name, editors in grouped(rows, "joint-steps", gpu).items():
-        base, attention = editors.get(UNEDITED), editors.get("attention")
-        if base is None or base.status != "ok" or attention is None:
-            continue
-        used.append(base)
-        shape, tokens, model, targets = name.split("/")
-        cells = [number(base.median_ms, " ms"), _share(attention, base), number(base.peak_mb, " MB")]
-        for editor in ("fpe", GATHERED, DENSE):
-            row = editors.get(editor)
-            if row is None or row.status != "ok" or not row.peak_mb or not base.peak_mb:
-                cells.append(row.status if row else "–")
-            else:
-                cells.append(f"{slower(row, base)} × time, {row.peak_mb / base.peak_mb:.2f} × memory")
-        lines.append([f"{shape}, {tokens} tokens, {model}", targets, *cells])
-    if not lines:
-        return not_yet(gpu, "Steps of transformers")
-    heading = ["random weights", "targets", "unedited", "of it attention", "peak"]
-    return markdown_table([*heading, *(TITLES[e] for e in ("fpe", GATHERED, DENSE))], lines) + "\n\n" + beside(used)
-
-
-def _share(part: Row, whole: Row) -> str:
-    ratio = Ratio.of(whole, part)
-    return f"{100 * ratio.median:.0f} % ({100 * ratio.low:.0f}–{100 * ratio.high:.0f})"
-
-
 def batches(rows: Sequence[Row], gpu: bool) -> str:
     """Targets of one source by a batch, and how many times faster that is than single edits."""
     lines, used = [], []
@@ -387,7 +360,7 @@ def batches(rows: Sequence[Row], gpu: bool) -> str:
 
 
 _BY_DEVICE: tuple[Callable[..., str], ...] = (claim, headline, rivals, operations, shapes, targets, models, grid)
-_BY_DEVICE += (edits, graphs, joint_steps, busy, recordings, batches, memory)
+_BY_DEVICE += (edits, graphs, joint_steps, flow_inversion, busy, recordings, batches, memory)
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     f"{table.__name__.replace('_', '-')}-{device}": partial(table, gpu=device == "gpu")

@@ -22,10 +22,12 @@ from .tools_dense import (
 )
 from .unets import build
 
-__all__ = ["TOOLS", "Step"]
+__all__ = ["LONG", "TOOLS", "Step", "case_name"]
 
 PROMPTS = ("a photo of a red car on the beach", "a photo of a blue car on the beach")
 TEXTS = 64  # tokens of the text of FLUX.1
+#: Side of latents from which a call takes many seconds: no unconditional half, so that the originals' maps fit.
+LONG = 128
 _BYTES = torch.float32.itemsize
 
 
@@ -37,14 +39,21 @@ class Step:
         step: makes it.
         ours, dense: what is entered around it.
         dense_bytes: of the maps of one layer that the original's way holds at once.
-        has_plain: whether there is a step without the tool.
+        plain: the step without the tool, where that is another one.
+        shared: steps of the same name are the same, so that without a tool they need not be measured again.
     """
 
     step: Callable[[], torch.Tensor]
     ours: Callable[[], AbstractContextManager[Any]]
     dense: Callable[[], AbstractContextManager[Any]]
     dense_bytes: int = 0
-    has_plain: bool = True
+    plain: Callable[[], torch.Tensor] | None = None
+    shared: str = ""
+
+
+def case_name(tool: str, side: int) -> str:
+    """A row's case: the tool, the latents, and that there is no guidance where there is none."""
+    return f"{tool}/{side}x{side}" + (", unguided" if side >= LONG else "")
 
 
 def _pipeline(device: str) -> Any:
@@ -86,11 +95,12 @@ def _pipeline(device: str) -> Any:
 
 
 def _drawn(pipe: Any, side: int) -> Callable[[], torch.Tensor]:
-    """A guided call of one step of a source and a target, from one noise."""
+    """A call of one step of a source and a target, from one noise; guided below :data:`LONG`."""
     noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
 
     def step() -> torch.Tensor:
-        options = {"num_inference_steps": 1, "guidance_scale": 7.5, "output_type": "latent"}
+        scale = 7.5 if side < LONG else 1.0
+        options = {"num_inference_steps": 1, "guidance_scale": scale, "output_type": "latent"}
         size = {"height": 8 * side, "width": 8 * side}
         out: torch.Tensor = pipe(list(PROMPTS), latents=noise.to(pipe.device), **options, **size).images
         return out
@@ -101,6 +111,11 @@ def _drawn(pipe: Any, side: int) -> Callable[[], torch.Tensor]:
 def _maps(rows: int, side: int, copies: int = 2) -> int:
     """Bytes of so many maps of the largest layer at once: the scores and their softmax."""
     return copies * rows * side**4 * _BYTES
+
+
+def _rows(side: int) -> int:
+    """Of the batch of a source and a target."""
+    return 4 if side < LONG else 2
 
 
 def _computed(
@@ -142,7 +157,7 @@ def _controlled(make: Callable[[Any], tuple[Any, Any]], side: int, device: str) 
         factors = getattr(controller, "equalizer", None)
         return _computed(pipe, Controlled(Replaced(words.mapper, factors, words.self_tokens)))
 
-    return Step(_drawn(pipe, side), ours, dense, _maps(4, side, 4))
+    return Step(_drawn(pipe, side), ours, dense, _maps(_rows(side), side, 4), shared="drawn")
 
 
 def _prompt_to_prompt(pipe: Any) -> tuple[Any, Any]:
@@ -177,7 +192,8 @@ def _masactrl(side: int, device: str) -> Step:
     def ours() -> AbstractContextManager[Any]:
         return regiter_attention_editor_diffusers(pipe, MutualSelfAttentionControl(start_step=0, start_layer=0))
 
-    return Step(_drawn(pipe, side), ours, lambda: _computed(pipe, memory_of_the_source), _maps(4, side))
+    dense = partial(_computed, pipe, memory_of_the_source)
+    return Step(_drawn(pipe, side), ours, dense, _maps(_rows(side), side), shared="drawn")
 
 
 def _pnp_diffusers(side: int, device: str) -> Step:
@@ -185,11 +201,12 @@ def _pnp_diffusers(side: int, device: str) -> Step:
 
     pipe = _pipeline(device)
     width = pipe.unet.config.cross_attention_dim
-    latents = torch.randn(3, 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-    texts = torch.randn(3, 77, width, generator=torch.Generator().manual_seed(1)).to(device)
+    branches = 3 if side < LONG else 2
+    latents = torch.randn(branches, 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    texts = torch.randn(branches, 77, width, generator=torch.Generator().manual_seed(1)).to(device)
 
     def ours() -> AbstractContextManager[Any]:
-        registered = register_attention_control_efficient(pipe, [1])
+        registered = register_attention_control_efficient(pipe, [1], branches=branches)
         register_time(pipe, 1)
         return registered
 
@@ -214,7 +231,7 @@ def _pnp_diffusers(side: int, device: str) -> Step:
         out: torch.Tensor = pipe.unet(latents, 1, texts).sample
         return out
 
-    return Step(step, ours, dense, _maps(3, side))
+    return Step(step, ours, dense, _maps(branches, side))
 
 
 def _style_aligned(side: int, device: str) -> Step:
@@ -222,7 +239,8 @@ def _style_aligned(side: int, device: str) -> Step:
 
     pipe = _pipeline(device)
     arguments = StyleAlignedArgs(share_group_norm=False, share_layer_norm=False)
-    return Step(_drawn(pipe, side), lambda: Handler(pipe).register(arguments), lambda: _computed(pipe, Shared()))
+    ours, dense = (lambda: Handler(pipe).register(arguments)), (lambda: _computed(pipe, Shared()))
+    return Step(_drawn(pipe, side), ours, dense, shared="drawn")
 
 
 def _kept(tool: str, side: int, device: str) -> Step:
@@ -236,10 +254,10 @@ def _kept(tool: str, side: int, device: str) -> Step:
         return watched
 
     def dense() -> AbstractContextManager[Any]:
-        half = (lambda maps: maps[2:]) if tool == "daam" else (lambda maps: maps)
+        half = (lambda maps: maps[-2:]) if tool == "daam" else (lambda maps: maps)
         return _computed(pipe, Kept(half), ("cross",))
 
-    return Step(_drawn(pipe, side), ours, dense)
+    return Step(_drawn(pipe, side), ours, dense, shared="drawn")
 
 
 def _flux(parts: str, side: int, device: str) -> Step:
@@ -286,16 +304,19 @@ def _flux(parts: str, side: int, device: str) -> Step:
         out: torch.Tensor = model(**given).sample
         return out
 
-    return Step(step, ours, lambda: image_tokens_of_the_source(TEXTS, parts))
+    return Step(step, ours, lambda: image_tokens_of_the_source(TEXTS, parts), shared="flux")
 
 
-def _accelerated(prepare: Callable[[Any], Callable[[Any, Any, Any], torch.Tensor]], rows: int, copies: int) -> Any:
-    """A case of diffusers' own: ``prepare`` sets a UNet's processors and gives its step."""
+_Call = Callable[[Any, Any, Any], torch.Tensor]
+
+
+def _accelerated(prepare: Callable[[Any], _Call], plain: _Call, rows: int, copies: int) -> Any:
+    """A case of diffusers' own: ``prepare`` sets processors and gives the step, ``plain`` is the step without maps."""
 
     def make(side: int, device: str) -> Step:
         from fpe_pipeline.compat import accelerate
 
-        unet = _unet(device)
+        unet, fused = _unet(device), _unet(device)
         call = prepare(unet)
         latents = torch.randn(rows, 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
         texts = torch.randn(rows, 77, 32, generator=torch.Generator().manual_seed(1)).to(device)
@@ -304,7 +325,7 @@ def _accelerated(prepare: Callable[[Any], Callable[[Any, Any, Any], torch.Tensor
             lambda: accelerate(unet),
             nullcontext,
             _maps(rows, side, copies),
-            has_plain=False,
+            plain=lambda: plain(fused, latents, texts),
         )
 
     return make
@@ -323,8 +344,8 @@ TOOLS: dict[str, Callable[[int, str], Step]] = {
     "stable-flow": partial(_flux, "kv"),
     "free-flux": partial(_flux, "kv"),
     "consist-edit": partial(_flux, "qk"),
-    "attend-and-excite": _accelerated(tools_diffusers.excite, 1, 8),
-    "pix2pix-zero": _accelerated(tools_diffusers.zero, 2, 8),
-    "ledits++": _accelerated(tools_diffusers.ledits, 2, 2),
-    "sag": _accelerated(tools_diffusers.sag, 2, 0),
+    "attend-and-excite": _accelerated(tools_diffusers.excite, tools_diffusers.gradient, 1, 8),
+    "pix2pix-zero": _accelerated(tools_diffusers.zero, tools_diffusers.gradient, 2, 8),
+    "ledits++": _accelerated(tools_diffusers.ledits, tools_diffusers.forward, 2, 2),
+    "sag": _accelerated(tools_diffusers.sag, tools_diffusers.forward, 2, 0),
 }

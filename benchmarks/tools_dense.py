@@ -51,7 +51,8 @@ class Controlled:
         self.controller = controller
 
     def __call__(self, call: LayerCall) -> Tensor:
-        attention = written_out(call.query, call.key, call.scale)
+        attention: Any = written_out(call.query, call.key, call.scale)
+        attention.guided = call.guided
         return product(self.controller(attention, call.site.kind == "cross", call.site.place), call.value)
 
 
@@ -69,7 +70,8 @@ class Replaced:
         self.mapper, self.factors, self.self_tokens = mapper, factors, self_tokens
 
     def __call__(self, attention: Tensor, is_cross: bool, place: str) -> Tensor:
-        half = attention[attention.shape[0] // 2 :].unflatten(0, (1 + len(self.mapper), -1))
+        first = attention.shape[0] // 2 if attention.guided else 0  # type: ignore[attr-defined]
+        half = attention[first:].unflatten(0, (1 + len(self.mapper), -1))
         if is_cross:
             columns = torch.einsum("hpw,bwn->bhpn", half[0], self.mapper.to(half))
             half[1:] = columns if self.factors is None else columns * self.factors.to(half)[:, None, None]
@@ -100,9 +102,15 @@ def memory_of_the_source(call: LayerCall) -> Tensor:
     """MasaCtrl: in either half of the batch all rows attend to the first one's keys and values."""
     if call.site.kind == "cross":
         return product(written_out(call.query, call.key, call.scale), call.value)
-    half = call.query.shape[0] // 2
-    first = [0] * half + [half] * half
+    first = _firsts(call)
     return product(written_out(call.query, call.key[first], call.scale), call.value[first])
+
+
+def _firsts(call: LayerCall) -> list[int]:
+    """For each row the first one of its half of the batch, or of the batch where that holds no unconditional half."""
+    rows = call.query.shape[0]
+    half = rows // 2 if call.guided else rows
+    return [row // half * half for row in range(rows)]
 
 
 def map_of_the_source(call: LayerCall) -> Tensor:
@@ -117,23 +125,17 @@ class Shared:
     """StyleAligned, whose original calls PyTorch's fused attention: keys and values of the reference beside the own."""
 
     def __call__(self, call: LayerCall) -> Tensor:
-        query, key, value = call.query, call.key, call.value
+        query, key, value, first = call.query, call.key, call.value, _firsts(call)
         if call.site.kind == "self":
-            query, key = _adain(query), _adain(key)
-            key, value = (torch.cat([part, _reference(part)], dim=2) for part in (key, value))
+            query, key = _adain(query, first), _adain(key, first)
+            key, value = (torch.cat([part, part[first]], dim=2) for part in (key, value))
         return F.scaled_dot_product_attention(query, key, value, scale=call.scale)
 
 
-def _reference(part: Tensor) -> Tensor:
-    """For each row the first one of its half [B, H, N, D]."""
-    half = part.shape[0] // 2
-    return part[[0] * half + [half] * half]
-
-
-def _adain(part: Tensor) -> Tensor:
-    """Features [B, H, N, D] with the mean and deviation over tokens of the first row of their half."""
+def _adain(part: Tensor, first: list[int]) -> Tensor:
+    """Features [B, H, N, D] with the mean and deviation over tokens of other rows."""
     means, deviations = part.mean(2, keepdim=True), (part.var(2, keepdim=True) + 1e-5).sqrt()
-    return (part - means) / deviations * _reference(deviations) + _reference(means)
+    return (part - means) / deviations * deviations[first] + means[first]
 
 
 @contextmanager

@@ -7,7 +7,21 @@ from typing import Any
 
 import torch
 
-__all__ = ["excite", "ledits", "sag", "zero"]
+__all__ = ["excite", "forward", "gradient", "ledits", "sag", "zero"]
+
+
+@torch.no_grad()
+def forward(unet: Any, latents: Any, texts: Any) -> torch.Tensor:
+    """What a step of LEDITS++ or SAG is without its guidance: diffusers' fused processors, no map."""
+    out: torch.Tensor = unet(latents, 10, texts).sample
+    return out
+
+
+def gradient(unet: Any, latents: Any, texts: Any) -> torch.Tensor:
+    """What one of Attend-and-Excite is, and the second half of pix2pix-zero's, of a loss that asks for no map."""
+    latents = latents.clone().requires_grad_(True)
+    (of_latents,) = torch.autograd.grad(unet(latents, 10, texts).sample.square().mean(), [latents])
+    return of_latents
 
 
 def excite(unet: Any) -> Callable[[Any, Any, Any], torch.Tensor]:

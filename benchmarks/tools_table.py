@@ -1,8 +1,9 @@
-"""The table of drop-ins against the tools' originals, from rows of the suite ``tools``."""
+"""The tables of drop-ins against the tools' originals, and of operations on lazy maps against those on matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from fpe_pipeline.texts import markdown_table
@@ -34,10 +35,34 @@ def tools(rows: Sequence[Row], gpu: bool) -> str:
 
 
 def _beside(row: Row | None, ours: Row) -> str:
-    """Another way's time and memory as multiples of ours."""
+    """Another way's time and memory as multiples of ours, of the rounds that it took part in."""
     if row is None or row.status != "ok" or not row.peak_mb or not ours.peak_mb:
         return "–" if row is None else row.status
-    return f"{slower(row, ours)} × time, {row.peak_mb / ours.peak_mb:.2f} × memory"
+    rounds = len(row.samples_ms)
+    time = slower(row, replace(ours, samples_ms=ours.samples_ms[:rounds]))
+    if rounds == 1:
+        time = f"{time.partition(' ')[0]} (one call)"
+    return f"{time} × time, {row.peak_mb / ours.peak_mb:.2f} × memory"
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"tools-cpu": partial(tools, gpu=False)}
+def operations(rows: Sequence[Row], gpu: bool) -> str:
+    """The peak memory of each operation: ours, and the same line on the matrix."""
+    lines, used = [], []
+    for case, ways in grouped(rows, "map-operations", gpu).items():
+        ours, dense = ways.get("fpe"), ways.get(DENSE)
+        if ours is None or dense is None or not ours.peak_mb or not dense.peak_mb:
+            continue
+        used.append(ours)
+        name, _, tokens = case.partition("/")
+        peaks = number(ours.peak_mb, " MB"), number(dense.peak_mb, " MB")
+        lines.append([name, tokens, *peaks, f"{dense.peak_mb / ours.peak_mb:.1f} ×"])
+    if not lines:
+        return not_yet(gpu, "Operations on lazy maps (`python -m benchmarks.map_operations`)")
+    heading = ["operation", "query tokens", "ours", "the matrix", "the matrix ÷ ours"]
+    return markdown_table(heading, lines) + "\n\n" + beside(used)
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "tools-cpu": partial(tools, gpu=False),
+    "map-operations-cpu": partial(operations, gpu=False),
+}

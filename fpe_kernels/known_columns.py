@@ -101,6 +101,10 @@ class KnownColumns(LinearMap):
         start, stop = indices.check_range("query tokens", start, stop, self.shape[2])
         return KnownColumns(self._columns[:, :, start:stop], self._positions, self._tokens)
 
+    def to(self, device: torch.device | str) -> KnownColumns:
+        """The same on another device."""
+        return KnownColumns(self._columns.to(device), self._positions.to(device), self._tokens)
+
     def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
         """The rows of the query tokens ``index``: [B, H, len(index), M]."""
         part = self._columns[:, :, indices.check_token_index(index, self.shape[2], self.device)]

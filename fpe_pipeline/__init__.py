@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .edits.selection import LayerSelection
     from .edits.watchers import Watcher
     from .flow_pipeline import FreePromptFluxPipeline, FreePromptSD3Pipeline
+    from .heatmaps.concept_maps import ConceptMaps, concept_maps
     from .heatmaps.heat_maps import HeatMaps, heat_maps
     from .inversion.null_text import NullText
     from .inversion.trajectory import Inversion
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 _HOME = {
     "BatchRoles": "models.roles",
     "CombinedEdit": "edits",
+    "ConceptMaps": "heatmaps.concept_maps",
     "ConsistEdit": "edits",
     "Edit": "edits",
     "EditingSession": "session.session",
@@ -94,6 +96,7 @@ _HOME = {
     "Watching": "edits.base",
     "WordMask": "edits",
     "attention_sites": "models.sites",
+    "concept_maps": "heatmaps.concept_maps",
     "ddim_scheduler": "sampling.noise_schedule",
     "editing": "session.session",
     "flow_scheduler": "models.flow_solvers",
@@ -105,6 +108,7 @@ _HOME = {
 __all__ = [
     "BatchRoles",
     "CombinedEdit",
+    "ConceptMaps",
     "ConsistEdit",
     "Edit",
     "EditingSession",
@@ -147,6 +151,7 @@ __all__ = [
     "Watching",
     "WordMask",
     "attention_sites",
+    "concept_maps",
     "ddim_scheduler",
     "editing",
     "flow_scheduler",

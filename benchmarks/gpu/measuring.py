@@ -117,6 +117,22 @@ def edits(context: Context) -> None:
     _edits(context, cases, tuple(EDITORS), rounds=7)
 
 
+def transformers(context: Context) -> None:
+    """Edited steps of transformers with joint attention."""
+    from .. import joint_steps, measure
+
+    bench = bench_of(context)
+    bench.effort = measure.Effort(rounds=3 if context.dry else 7, seconds=4.0, sample_ms=20.0)
+    for case in joint_steps.SMALL[:1] if context.dry else joint_steps.GPU_CASES:
+        if context.left() < 2 * LEAST_CASE:
+            say("note", text=f"no time left for {case.name} and what follows it")
+            return
+        say("begin", what=case.name)
+        for row in joint_steps.run(bench, case):
+            say_row(row)
+        say("end", what=case.name)
+
+
 def compiled(context: Context) -> None:
     """Steps under `torch.compile`, replayed as CUDA graphs."""
     from .. import edits, measure

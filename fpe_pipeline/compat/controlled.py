@@ -295,4 +295,7 @@ def _controlled(controller: Any, call: LayerCall) -> torch.Tensor:
         )
     value = call.value.flatten(0, 1)
     out = edited @ (value if isinstance(edited, LazyMap) else value.to(edited))
+    layer_ends = getattr(controller, "layer_ends", None)
+    if layer_ends is not None:
+        layer_ends()
     return out.to(value).unflatten(0, call.value.shape[:2])

@@ -141,10 +141,17 @@ AnyProduct = Product | JointProduct
 
 @dataclass(frozen=True)
 class JointPlan:
-    """A joint layer's products: for each row of the batch its terms, in order of the rows."""
+    """A joint layer's products: for each row of the batch its terms, in order of the rows.
+
+    Args:
+        rows: of the batch.
+        terms: each with its row.
+        observed: rows whose own image keys and values are looked at beside the terms.
+    """
 
     rows: int
     terms: tuple[tuple[int, JointProduct], ...]
+    observed: tuple[int, ...] = ()
 
     @property
     def products(self) -> tuple[JointProduct, ...]:
@@ -178,7 +185,8 @@ class JointPlan:
 
     def _named(self, part: Part, segment: Segment) -> list[int]:
         terms = self.terms if part != "query" else self.terms_of(segment)
-        return sorted({row for _, term in terms for row in term.rows_of(part, segment)})
+        beside = self.observed if part != "query" and segment == "image" else ()
+        return sorted({*beside, *(row for _, term in terms for row in term.rows_of(part, segment))})
 
     @cached_property
     def description(self) -> str:
@@ -191,7 +199,10 @@ class JointPlan:
 
 
 def plan_joint_products(
-    products: Mapping[int, JointProduct | Sequence[JointProduct]], rows: int, recorded: int = 0
+    products: Mapping[int, JointProduct | Sequence[JointProduct]],
+    rows: int,
+    recorded: int = 0,
+    observed: tuple[int, ...] = (),
 ) -> JointPlan:
     """Arrange an edit's products; rows that it does not name keep their own map and values.
 
@@ -199,6 +210,7 @@ def plan_joint_products(
         products: by row.
         rows: of the batch.
         recorded: rows after those of the batch, which are known from a recording.
+        observed: rows of the batch whose own image keys and values are looked at as well.
 
     Raises:
         TypeError: something else than a `JointProduct`.
@@ -220,7 +232,7 @@ def plan_joint_products(
             if not all(0 <= used < rows + recorded for used in (row, *named)):
                 raise ValueError(f"{term} for row {row} names a row outside the batch of {rows}")
             terms.append((row, term))
-    plan = JointPlan(rows, tuple(terms))
+    plan = JointPlan(rows, tuple(terms), observed)
     for segment in SEGMENTS:
         left_out = set(range(rows)) - {row for row, _ in plan.terms_of(segment)}
         if left_out:

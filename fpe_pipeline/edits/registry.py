@@ -14,6 +14,7 @@ from .base import Edit, check_whole
 from .consist_edit import ConsistEdit
 from .free_prompt import FreePromptEdit
 from .image_memory import FreeFluxEdit, StableFlowEdit
+from .kv_edit import KVEdit
 from .local_blend import LocalBlend
 from .masactrl import MasaCtrlEdit
 from .masks import WordMask
@@ -23,6 +24,7 @@ from .plug_and_play import PlugAndPlayEdit
 from .prompt_to_prompt import PromptToPromptEdit
 from .reflex import ReFlexEdit
 from .style_aligned import StyleAlignedEdit
+from .value_injection import ValueInjectionEdit
 
 __all__ = ["METHODS", "find_method", "make_edit", "method_table", "methods_of", "require_edit"]
 
@@ -155,6 +157,10 @@ def _region(wanted: Wanted) -> Mapping[str, Any]:
     return {"words": wanted.region_words}
 
 
+def _drawn(wanted: Wanted) -> Mapping[str, Any]:
+    raise Unfit("no picture says which part of the source is kept: pass the option mask")
+
+
 def _new(wanted: Wanted) -> Mapping[str, Any]:
     if not wanted.new_words:
         raise Unfit("the target prompt has no word that the source prompt has not")
@@ -275,6 +281,22 @@ _TABLE = (
         "FreeFlux",
         "image keys and values of the source, in layers by task",
         FreeFluxEdit,
+        serves=_TRANSFORMERS,
+    ),
+    Method(
+        "value-injection",
+        "RF-Solver-Edit, FireFlow",
+        "values of the source under the target's own maps, in late layers",
+        ValueInjectionEdit,
+        serves=_TRANSFORMERS,
+    ),
+    Method(
+        "kv-edit",
+        "KV-Edit",
+        "image keys, values and latents of the source where a mask is white",
+        KVEdit,
+        further=(Option("mask", REQUIRED, argument_help(KVEdit)["mask"]),),
+        settings=_drawn,
         serves=_TRANSFORMERS,
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -48,6 +49,21 @@ class Watcher:
     def maps(self, site: Site, step: Step, roles: BatchRoles) -> Sequence[int]:
         """Rows whose map is wanted as an operator; of a transformer's joint attention, the columns of its text."""
         return ()
+
+    def observed(self, site: Site, step: Step, roles: BatchRoles) -> Sequence[int]:
+        """Rows whose image tokens :meth:`observe` is to be shown, of layers of joint attention."""
+        return ()
+
+    def observe(self, site: Site, step: Step, roles: BatchRoles, layer: Any, image: torch.Tensor) -> None:
+        """A layer that :meth:`observed` asked for, while it is computed.
+
+        Args:
+            site, step, roles: of the layer and its call.
+            layer: its projected tokens, after norm and rotary embedding: ``layer.image.key.take(rows)`` and
+                ``layer.image.value.take(rows)`` are [rows, H, N, D | E] of the rows' own, and
+                ``layer.map(queries, keys)`` makes maps with the layer's scale and backend.
+            image: what its image tokens become before they are projected, edited: [B, H, N, E].
+        """
 
     def receive(
         self,

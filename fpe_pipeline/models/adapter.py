@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from ..text_parts import TextPart
 from .sites import Site
 from .steps import Step, locate_step
 
@@ -73,9 +74,10 @@ class ModelAdapter(ABC):
     guides_apart: ClassVar[bool] = False
     #: Whether its pipelines encode each part of the text by a call of its own.
     encodes_in_parts: ClassVar[bool] = False
-    #: The parts of the text that its layers see, in order, where there are several or attention is joint: the tokenizer
-    #: of each, and the encoders that share its tokens, by their names in a pipeline.
-    text_parts: ClassVar[tuple[tuple[str, tuple[str, ...]], ...]] = ()
+    #: Whether the place of its image's tokens, and with it their rotary embedding, follows the length of the caption.
+    turns_by_caption: ClassVar[bool] = False
+    #: The parts of the text that its layers see, in order, where there are several or attention is joint.
+    text_parts: ClassVar[tuple[TextPart, ...]] = ()
 
     def __init__(self, pipe: Any | None, model: Any) -> None:
         self.pipe, self.model = pipe, model

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from ..text_parts import TextPart
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
 from .sites import Place, Site
@@ -25,7 +26,7 @@ class FluxAdapter(NamedCallsAdapter):
     """diffusers' ``FluxTransformer2DModel``."""
 
     family = "flux"
-    text_parts = (("tokenizer_2", ("text_encoder_2",)),)
+    text_parts = (TextPart("tokenizer_2", ("text_encoder_2",)),)
 
     def find_sites(self) -> tuple[Site, ...]:
         module: Any = self.module

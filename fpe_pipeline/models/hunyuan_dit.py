@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from ..text_parts import TextPart
 from .adapter import ModelCall
 from .sites import Site
 from .transformer import TransformerAdapter
@@ -23,7 +24,7 @@ class HunyuanDiTAdapter(TransformerAdapter):
 
     family = "unet"
     encodes_in_parts = True
-    text_parts = (("tokenizer", ("text_encoder",)), ("tokenizer_2", ("text_encoder_2",)))
+    text_parts = (TextPart("tokenizer", ("text_encoder",)), TextPart("tokenizer_2", ("text_encoder_2",)))
 
     def find_sites(self) -> tuple[Site, ...]:
         sites: list[Site] = []

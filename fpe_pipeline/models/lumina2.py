@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from ..text_parts import Template, TextPart
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
 from .sites import Kind, Site
@@ -21,12 +22,21 @@ __all__ = ["Lumina2Adapter"]
 _KINDS: dict[str, Kind] = {"layers": "joint", "noise_refiner": "image"}
 
 
+#: What the pipeline writes between the text of the system and a prompt.
+_BEGINNING = " <Prompt Start> "
+
+
+def _template(pipe: Any, arguments: Mapping[str, Any]) -> Template:
+    given = arguments.get("system_prompt")
+    return Template((pipe.system_prompt if given is None else given) + _BEGINNING)
+
+
 class Lumina2Adapter(NamedCallsAdapter):
     """diffusers' ``Lumina2Transformer2DModel``."""
 
     family = "lumina2"
-    # The encoder receives a prompt behind a text of the system's, cut to the longest of the call: words are not placed.
-    text_parts = (("tokenizer", ()),)
+    turns_by_caption = True
+    text_parts = (TextPart("tokenizer", ("text_encoder",), _template),)
 
     def find_sites(self) -> tuple[Site, ...]:
         module: Any = self.module

@@ -1,7 +1,8 @@
 """Qwen-Image: blocks with a stream of image tokens and one of text tokens, and one softmax over both.
 
-The order in a layer is text, image. Texts are padded to the longest of the call, and the model receives a mask of what
-is no padding. Its pipeline guides by a second call, in contexts named "cond" and "uncond"; the step is the scheduler's.
+The order in a layer is text, image. A prompt is encoded inside a template, of which the first tokens are dropped; texts
+are padded to the longest of the call, and the model receives a mask of what is no padding. Its pipeline guides by a
+second call, in contexts named "cond" and "uncond"; the step is the scheduler's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..text_parts import Template, TextPart
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
 from .sites import Site
@@ -21,12 +23,16 @@ __all__ = ["QwenImageAdapter"]
 _PACKED = 2
 
 
+def _template(pipe: Any, arguments: Mapping[str, Any]) -> Template:
+    before, _, after = pipe.prompt_template_encode.partition("{}")
+    return Template(before, after, pipe.prompt_template_encode_start_idx)
+
+
 class QwenImageAdapter(NamedCallsAdapter):
     """diffusers' ``QwenImageTransformer2DModel``."""
 
     family = "qwen"
-    # The encoder receives a prompt inside a template of which a part is dropped: its words are not placed.
-    text_parts = (("tokenizer", ()),)
+    text_parts = (TextPart("tokenizer", ("text_encoder",), _template),)
 
     def find_sites(self) -> tuple[Site, ...]:
         module: Any = self.module

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from ..text_parts import TextPart
 from .adapter import ModelCall
 from .sites import Site
 from .transformer import TransformerAdapter
@@ -22,7 +23,10 @@ class SD3Adapter(TransformerAdapter):
     """diffusers' ``SD3Transformer2DModel``."""
 
     family = "sd3"
-    text_parts = (("tokenizer", ("text_encoder", "text_encoder_2")), ("tokenizer_3", ("text_encoder_3",)))
+    text_parts = (
+        TextPart("tokenizer", ("text_encoder", "text_encoder_2")),
+        TextPart("tokenizer_3", ("text_encoder_3",)),
+    )
 
     def find_sites(self) -> tuple[Site, ...]:
         sites: list[Site] = []

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
+from ..text_parts import Template, TextPart
 from .words import TokenizedPrompt
 
 __all__ = ["EncodedText", "Encoding", "EncodingHook", "encoding_tokenizer"]
 
 Inputs = dict[str, list[torch.Tensor]]
-#: For each part of the text in joint attention, the name of its tokenizer and those of the encoders that share it.
-TextParts = Sequence[tuple[str, tuple[str, ...]]]
+#: In the place of a token that there is not, in rows of which others are longer.
+_NONE = -1
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,16 @@ class EncodedText:
 
     Args:
         tokenizer: of the part.
-        inputs: by text encoder that the pipeline has, the token numbers [rows, tokens] of each of its calls.
+        inputs: by text encoder that the pipeline has, the token numbers [rows, tokens] of each of its calls, of which
+            the model receives the embeddings.
         length: tokens of the part where it has no encoder, and zeros stand there.
+        template: the text around the prompts; None where they stand alone.
     """
 
     tokenizer: Any = field(repr=False, compare=False)
     inputs: tuple[Sequence[torch.Tensor], ...] = field(repr=False)
     length: int = 0
+    template: Template | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class EncodingHook:
         parts: of the text tokens of its transformer; () for a UNet.
     """
 
-    def __init__(self, pipe: Any, receive: Callable[[Encoding], None], parts: TextParts = ()) -> None:
+    def __init__(self, pipe: Any, receive: Callable[[Encoding], None], parts: Sequence[TextPart] = ()) -> None:
         self._pipe, original = pipe, getattr(pipe, "encode_prompt", None)
         self._method: Any = None
         if original is None:
@@ -138,12 +142,13 @@ class EncodingHook:
 
         @functools.wraps(original)
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            with _inputs_of(pipe) as inputs:
+            with _received_by(pipe) as received:
                 encoded = original(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
             default = signature.parameters.get("max_sequence_length")
             length = given.get("max_sequence_length", 0 if default is None else default.default)
-            receive(Encoding.of(given, inputs, _texts(pipe, parts, inputs, length)))
+            texts = tuple(_text(pipe, part, received, length, given) for part in parts)
+            receive(Encoding.of(given, received.tokens, texts))
             return encoded
 
         self._method = encode_prompt
@@ -168,33 +173,61 @@ def encoding_tokenizer(pipe: Any) -> Any:
     return None
 
 
-def _texts(pipe: Any, parts: TextParts, inputs: Inputs, length: int) -> tuple[EncodedText, ...]:
-    """The parts of a transformer's text, as the encoders received them; those without one are of this length."""
-    return tuple(
-        EncodedText(getattr(pipe, name, None), tuple(inputs[e] for e in encoders if inputs.get(e)), length)
-        for name, encoders in parts
-    )
+@dataclass(frozen=True)
+class _Received:
+    """What text encoders received: of each one's calls token numbers [rows, tokens], and which are no padding."""
+
+    tokens: Inputs = field(default_factory=dict)
+    masks: dict[str, list[torch.Tensor | None]] = field(default_factory=dict)
+
+
+def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments: Mapping[str, Any]) -> EncodedText:
+    """A part of a transformer's text as the encoders received it; where it has none it is of this length."""
+    template = None if part.template is None else part.template(pipe, arguments)
+    inputs: list[Sequence[torch.Tensor]] = []
+    for name in part.encoders:
+        calls = received.tokens.get(name)
+        if calls:
+            masked = zip(calls, received.masks[name], strict=True)
+            inputs.append(
+                calls if template is None else [_without_padding(*call, template.dropped, length) for call in masked]
+            )
+    return EncodedText(getattr(pipe, part.tokenizer, None), tuple(inputs), length, template)
+
+
+def _without_padding(tokens: torch.Tensor, mask: torch.Tensor | None, dropped: int, length: int) -> torch.Tensor:
+    """[rows, tokens of the longest]: those that are no padding, without the first ones, at most ``length``."""
+    keeps = torch.ones_like(tokens) if mask is None else mask
+    rows = [row[kept.bool()][dropped:][: length or None] for row, kept in zip(tokens, keeps, strict=True)]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_NONE)
 
 
 @contextmanager
-def _inputs_of(pipe: Any) -> Iterator[Inputs]:
+def _received_by(pipe: Any) -> Iterator[_Received]:
     """What the pipeline's text encoders receive in a block."""
-    inputs: Inputs = {}
+    received = _Received()
     handles = []
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         encoder = getattr(pipe, name, None)
         if isinstance(encoder, torch.nn.Module):
-            batches = inputs.setdefault(name, [])
-            keep = torch.compiler.disable(functools.partial(_keep_input, batches))
+            kept = received.tokens.setdefault(name, []), received.masks.setdefault(name, [])
+            keep = torch.compiler.disable(functools.partial(_keep_input, *kept))
             handles.append(encoder.register_forward_pre_hook(keep, with_kwargs=True))
     try:
-        yield inputs
+        yield received
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _keep_input(batches: list[torch.Tensor], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _keep_input(
+    batches: list[torch.Tensor],
+    masks: list[torch.Tensor | None],
+    module: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
     given = kwargs.get("input_ids", args[0] if args else None)
     if isinstance(given, torch.Tensor) and given.ndim == 2 and not given.is_floating_point():
         batches.append(given.detach())
+        masks.append(kwargs.get("attention_mask", args[1] if len(args) > 1 else None))

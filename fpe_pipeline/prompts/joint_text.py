@@ -1,20 +1,26 @@
 """Text tokens of joint attention: what several tokenizers made of a prompt, one after the other in one sequence.
 
 Stable Diffusion 3 joins the tokens of CLIP and of T5, so that a word stands there twice; FLUX.1 has those of T5 alone.
+Qwen-Image and Lumina 2 encode a prompt inside a text of their own, of which some tokens may be dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from ..text_parts import Template
 from .alignment import Alignment
 from .encoding import EncodedText, Encoding
-from .words import TokenizedPrompt, tokenize
+from .words import TokenizedPrompt, short_form, tokenize
 
 __all__ = ["JointPrompt", "aligned", "encoded_prompts"]
+
+#: Tokens that no template and prompt have.
+_ENDLESS = 1 << 20
 
 Align = Callable[[TokenizedPrompt, TokenizedPrompt, str | None], Alignment]
 
@@ -76,8 +82,9 @@ def encoded_prompts(
         return encoding.placed(prompts)
     if not any(text.inputs for text in encoding.texts):
         raise ValueError(
-            "which text tokens of this transformer are which words is not known (Qwen-Image encodes prompts inside a "
-            "template): use an edit that looks for no words, such as FreePromptEdit, ConsistEdit or MasaCtrlEdit"
+            "which text tokens of this transformer are which words is not known, as no text encoder of its pipeline "
+            "got any: pass prompts and not embeddings, or use an edit that looks for no words, such as "
+            "FreePromptEdit, ConsistEdit or MasaCtrlEdit"
         )
     texts = [prompt.text for prompt in prompts]
     parts = [_part(text, texts) for text in encoding.texts]
@@ -105,6 +112,8 @@ def aligned(
 def _part(encoded: EncodedText, texts: Sequence[str]) -> list[TokenizedPrompt] | list[int]:
     if not encoded.inputs:
         return [encoded.length] * len(texts)
+    if encoded.template is not None:
+        return _templated(encoded.inputs[0], texts, encoded.template, encoded.tokenizer)
     placed: list[list[TokenizedPrompt]] = []
     for batches in encoded.inputs:
         length = int(batches[0].shape[-1])
@@ -116,6 +125,51 @@ def _part(encoded: EncodedText, texts: Sequence[str]) -> list[TokenizedPrompt] |
             "for all of them (leave prompt_2 and prompt_3 out)"
         )
     return placed[0]
+
+
+def _templated(
+    batches: Sequence[torch.Tensor], texts: Sequence[str], template: Template, tokenizer: Any
+) -> list[TokenizedPrompt]:
+    """Prompts where one of a text encoder's calls received them inside a template; ValueError where none did."""
+    first: ValueError | None = None
+    for batch in batches:  # the prompts', then the negative prompts'
+        if len(batch) == len(texts):
+            try:
+                return [
+                    _within(row, text, template, tokenizer) for row, text in zip(batch.tolist(), texts, strict=True)
+                ]
+            except ValueError as error:
+                first = first or error
+    raise first or ValueError(
+        f"expected the text encoder's call of {len(texts)} texts, got calls of {[len(batch) for batch in batches]}, of "
+        "which the words cannot be told from their keys"
+    )
+
+
+def _within(row: Sequence[int], text: str, template: Template, tokenizer: Any) -> TokenizedPrompt:
+    """A prompt among the tokens that the model receives of it, by the template's text around it.
+
+    A tokenizer may make another token of a prompt's beginning where a text precedes it, so that it is told by its place
+    in the whole text and not by its tokens.
+    """
+    prompt = short_form(text, tokenizer)
+    whole = tokenize(template.before + text + template.after, tokenizer, _ENDLESS)
+    start, stop = len(template.before), len(template.before) + len(prompt)
+    own = [
+        (place - template.dropped, (max(span[0], start) - start, min(span[1], stop) - start))
+        for place, span in enumerate(whole.spans)
+        if span is not None and span[0] < stop and span[1] > start
+    ]
+    own = [(place, span) for place, span in own if 0 <= place < len(row)]  # the others are truncated
+    places = [place for place, _ in own]
+    ids = tuple(whole.ids[place + template.dropped] for place in places)
+    if not own or tuple(row[places[0] : places[-1] + 1]) != ids:
+        raise ValueError(
+            f"the pipeline encodes other tokens than those of the prompt {text!r} in its template, so that its words "
+            "cannot be told from its keys: was it changed on the way, or tokenized by another tokenizer?"
+        )
+    added = tuple(token for token in whole.added if token in prompt)
+    return TokenizedPrompt(prompt, tuple(span for _, span in own), len(row), places[0], ids, added)
 
 
 def _length(part: TokenizedPrompt | int) -> int:

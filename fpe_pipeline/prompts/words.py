@@ -13,6 +13,8 @@ from ..errors import RequestWarning
 
 __all__ = ["TokenizedPrompt", "Word", "short_form", "tokenize", "unknown_words", "warn_of_unknown_words"]
 
+#: Tokens that a text encoder of diffusers' pipelines receives at most (Qwen-Image).
+_LONGEST = 1024
 _SPACED = re.compile(r"\S+")
 # Scripts that put no blanks between words (Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese), or write particles
 # onto them (Korean): a word is found there inside a longer run of letters.
@@ -149,7 +151,8 @@ def tokenize(prompt: str, tokenizer: Any, length: int | None = None) -> Tokenize
         prompt: the text.
         tokenizer: a pipeline's ``tokenizer``. Without offsets (slow tokenizers), tokens are located by decoding
             them one after the other.
-        length: tokens after padding. Default: ``tokenizer.model_max_length``, as pipelines pad.
+        length: tokens after padding. Default: ``tokenizer.model_max_length``, as pipelines pad; where a tokenizer
+            states no limit, or one of a language model, what pipelines take at most.
 
     Raises:
         TypeError: no tokenizer.
@@ -159,9 +162,7 @@ def tokenize(prompt: str, tokenizer: Any, length: int | None = None) -> Tokenize
             f"expected a tokenizer to find words with, such as pipe.tokenizer, got {type(tokenizer).__name__}"
         )
     if length is None:
-        length = int(tokenizer.model_max_length)
-        if length > 1_000_000:  # transformers' "unlimited"
-            raise ValueError(f"{type(tokenizer).__name__} states no maximal length: pass length=, the encoder's tokens")
+        length = min(int(tokenizer.model_max_length), _LONGEST)
     vectors = added_vectors(tokenizer)
     text = short_form(prompt, tokenizer)
     pieces = _pieces(text, vectors)

@@ -90,6 +90,8 @@ class Capture(EditingSession):
         self._store = store
         self._precision = precision
         self._tensors: Tensors = {}
+        # Of a model that is called once for each half: its step, and what the step's calls so far gave.
+        self._held: tuple[int, Tensors] | None = None
         self._errors: list[torch.Tensor] = []
         self._reaches: dict[str, torch.Tensor] = {}  # by path, of the step under way; read together, for one wait
 
@@ -117,8 +119,26 @@ class Capture(EditingSession):
         super()._after_call(output)
         if self.current_step is not None and self._tensors:
             self._check_reaches()
-            self._store.write(self.current_step.call, self._tensors)
+            self._write(self.current_step.call, self._tensors)
         self._tensors = {}
+
+    def _write(self, call: int, tensors: Tensors) -> None:
+        """Keep what a call of the model gave; where another one may belong to its step, once the step is over."""
+        if not self.adapter.guides_apart:
+            self._store.write(call, tensors)
+            return
+        before = self._held
+        if before is not None and before[0] == call:
+            tensors = before[1] | tensors
+        elif before is not None:
+            self._store.write(*before)
+        self._held = call, tensors
+
+    def _restore(self) -> None:
+        super()._restore()
+        if self._held is not None:
+            self._store.write(*self._held)
+            self._held = None
 
     def _check_reaches(self) -> None:
         """Raise ValueError where this step's values do not fit the precision: they would come back as infinities."""

@@ -37,7 +37,13 @@ def recorded_steps(contents: Contents) -> set[int]:
 
 
 def source_needs(
-    edits: Iterable[Edit], sites: tuple[Site, ...], steps: Sequence[Step], *, targets: int | None = None, guided: bool
+    edits: Iterable[Edit],
+    sites: tuple[Site, ...],
+    steps: Sequence[Step],
+    *,
+    targets: int | None = None,
+    guided: bool,
+    apart: bool = False,
 ) -> Contents:
     """What edits need of their source beside a batch of targets.
 
@@ -47,14 +53,16 @@ def source_needs(
         steps: of the run, one for each call of the UNet.
         targets: how many; default: those that an edit is written for, else one.
         guided: whether there are unconditional rows.
+        apart: whether those are in a call of their own.
     """
     found: dict[str, dict[Part, set[int]]] = {}
     for edit in edits:
         count = targets or max(1, len(prompts_of(edit)) - 1)
-        roles = BatchRoles.from_recording(count, classifier_free_guidance=guided)
-        for read in _reads(edit, sites, steps, roles):
-            part = Part(roles.conditional[read.row], read.name)
-            found.setdefault(read.path, {}).setdefault(part, set()).add(read.step)
+        roles = BatchRoles.from_recording(count, classifier_free_guidance=guided and not apart)
+        for rows in (roles, roles.all_unconditional()) if guided and apart else (roles,):
+            for read in _reads(edit, sites, steps, rows):
+                part = Part(rows.conditional[read.row], read.name)
+                found.setdefault(read.path, {}).setdefault(part, set()).add(read.step)
     return {path: {part: tuple(sorted(at)) for part, at in parts.items()} for path, parts in found.items()}
 
 

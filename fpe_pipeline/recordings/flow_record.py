@@ -80,8 +80,8 @@ def record_flow(
         inversion: a real image as the source; it decides latents, size and steps.
         latents: the noise to start from, of one row.
         backend: attention backend.
-        **options: `generator`, `height`, `width`, `num_inference_steps`, `guidance_scale`, `negative_prompt` (of Stable
-            Diffusion 3) and `max_sequence_length`, as in a call.
+        **options: `generator`, `height`, `width`, `num_inference_steps`, `guidance_scale`, `negative_prompt`,
+            `true_cfg_scale` (of FLUX.1, beside a negative prompt) and `max_sequence_length`, as in a call.
 
     Returns:
         `Recording`; one in a folder is read again by `Recording.load`.
@@ -92,7 +92,7 @@ def record_flow(
             edit that is written for another source; before any denoising. Values that do not fit a reduced precision.
         InputError: a folder that is not empty or cannot be written.
     """
-    check_option_names(options, _OWN, _OPTIONS)
+    check_option_names(options, _OWN, _OPTIONS | (pipe.parent_options() & {"true_cfg_scale"}))
     check_generator(options.get("generator"))
     model = pipe.flow()
     if precision not in ("exact", "half"):
@@ -131,6 +131,7 @@ class _Source:
     text_length: int
     is_guided: bool
     inversion: Inversion | None
+    true_cfg_scale: float | None = None
 
 
 def flow_sites(model: FlowModel, size: tuple[int, int]) -> tuple[Site, ...]:
@@ -145,17 +146,24 @@ def _source(pipe: Any, model: FlowModel, prompt: Any, inversion: Inversion | Non
         if not isinstance(text, str) and (name, text) != ("negative", None):
             raise TypeError(f"expected one {name} prompt, got {type(text).__name__}")
         check_text(f"the {name} prompt", text or "")
-    if negative is not None and model.is_packed:
-        raise ValueError(
-            "a recording on FLUX.1 holds one call a step, and a negative prompt makes two: leave negative_prompt out"
-        )
     guidance = options.get("guidance_scale", pipeline_default(pipe, "guidance_scale"))
     steps = options.get("num_inference_steps", pipeline_default(pipe, "num_inference_steps"))
     check_guidance(guidance)
     check_positive(num_inference_steps=steps)
     text_length = options.get("max_sequence_length", model.text_length)
-    is_guided = guidance > 1 and not model.is_packed
-    return _Source(prompt, negative, guidance, int(steps), text_length, is_guided, inversion)
+    true = None
+    if model.is_packed:  # FLUX.1 takes the guidance itself; a second one, by a negative prompt, makes a second call
+        true = options.get("true_cfg_scale", pipeline_default(pipe, "true_cfg_scale"))
+        check_guidance(true)
+        is_guided = negative is not None and true > 1
+        if (negative is not None or true > 1) and not is_guided:
+            raise ValueError(
+                "on FLUX.1 a negative prompt guides together with true_cfg_scale above 1, got "
+                f"negative_prompt={negative!r} and true_cfg_scale={true:g}: pass both, or leave both out"
+            )
+    else:
+        is_guided = guidance > 1
+    return _Source(prompt, negative, guidance, int(steps), text_length, is_guided, inversion, true)
 
 
 def _noise(
@@ -182,7 +190,7 @@ def _plan(
     noise, size = start
     model.set_timesteps(source.steps, size)
     sites, run = flow_sites(model, size), run_steps(model.pipe.scheduler)
-    contents = source_needs(edits, sites, run, guided=source.is_guided)
+    contents = source_needs(edits, sites, run, guided=source.is_guided, apart=model.is_packed)
     config, itemsize = model.pipe.transformer.config, noise.element_size()
     tokens = model.text_tokens(source.text_length)
     by_path = {site.path: site for site in sites}
@@ -210,6 +218,8 @@ def _run(
     }
     if source.negative_prompt is not None:
         arguments["negative_prompt"] = [source.negative_prompt]
+    if source.true_cfg_scale is not None:
+        arguments["true_cfg_scale"] = source.true_cfg_scale
     call, model = Call(1, 1), fingerprint(pipe)
     followed = Followed.of(pipe, call, source.inversion)
     with store.all_or_nothing():
@@ -221,6 +231,7 @@ def _run(
             kept,
             store,
             negative_prompt=source.negative_prompt,
+            true_cfg_scale=source.true_cfg_scale,
             model=model,
             precision=precision,
             error=capture.error,

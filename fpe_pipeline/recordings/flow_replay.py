@@ -62,7 +62,8 @@ def edit_flow(
     guided_rows = _guided(pipe, model, guidance_scale, len(targets))
     size, text_length = _check_recording(model, recording)
     chosen = replayed_edit(recording, edit, self_replace_steps, targets, encoding_tokenizer(pipe))
-    guided = recording.guidance_scale > 1 and not model.is_packed
+    true = recording.true_cfg_scale or 0.0
+    guided = true > 1 if model.is_packed else recording.guidance_scale > 1
     grid = (size[0] // model.pipe.vae_scale_factor, size[1] // model.pipe.vae_scale_factor)
     replay = Replay(pipe, chosen, recording.store, recording.latents, len(targets), guided, backend, grid)
     check_recorded(replay, chosen, recording)
@@ -79,6 +80,8 @@ def edit_flow(
     }
     if recording.negative_prompt is not None:
         arguments["negative_prompt"] = [recording.negative_prompt] * len(targets)
+    if recording.true_cfg_scale is not None:
+        arguments["true_cfg_scale"] = recording.true_cfg_scale
     with guided_rows:
         images = pipe._sample(Call(len(targets), 1), replay, (), arguments)
     return replayed_output(images, None, replay, recording, targets)

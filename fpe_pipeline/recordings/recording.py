@@ -62,6 +62,7 @@ class Recording:
         unconditional: [steps, 1, tokens, channels], the embeddings of a null-text inversion, or None.
         size: (height, width) in pixels, on a transformer; None on a UNet, whose latents say it.
         text_length: tokens of T5, on a transformer.
+        true_cfg_scale: of FLUX.1, beside a negative prompt.
     """
 
     prompt: str
@@ -80,6 +81,7 @@ class Recording:
     unconditional: torch.Tensor | None = None
     size: tuple[int, int] | None = None
     text_length: int | None = None
+    true_cfg_scale: float | None = None
 
     def __repr__(self) -> str:
         return (

@@ -32,7 +32,7 @@ class Replay(EditingSession):
         store: what is recorded of the source.
         latents: the source's [calls of the UNet + 1, 1, C, h, w].
         targets: how many.
-        guided: whether there are unconditional rows.
+        guided: whether there are unconditional rows; in a call of their own where the model's pipeline guides so.
         backend: of the attention.
         size: (height, width) of the latents, where they are packed; default: what their shape says.
 
@@ -56,10 +56,12 @@ class Replay(EditingSession):
         super().__init__(pipe, edit, backend=backend)
         self._store = store
         self._latents = latents
-        self._recorded_roles = BatchRoles.from_recording(targets, classifier_free_guidance=guided)
+        apart = self.adapter.guides_apart
+        self._recorded_roles = BatchRoles.from_recording(targets, classifier_free_guidance=guided and not apart)
         self._device = latents.device
         sites = tuple(site.at(*(size or latents.shape[-2:])) for site in self.sites)
-        self.needed = source_needs([edit], sites, run_steps(pipe.scheduler), targets=targets, guided=guided)
+        run = run_steps(pipe.scheduler)
+        self.needed = source_needs([edit], sites, run, targets=targets, guided=guided, apart=apart)
 
     def after_step(self, latents: torch.Tensor) -> torch.Tensor:
         """As the session's; blends see the source's latents of the recorded run behind the targets'."""
@@ -82,7 +84,7 @@ class Replay(EditingSession):
             raise ValueError(
                 f"expected a batch of {self._recorded_roles.batch} rows, the targets of a recording, got {call.rows}"
             )
-        return self._recorded_roles
+        return self._recorded_roles.all_unconditional() if call.half == "unconditional" else self._recorded_roles
 
     def _recorded(self, step: Step, roles: BatchRoles) -> Mapping[str, RecordedLayer]:
         tensors = self._store.read(step.call, self._device)
@@ -90,6 +92,8 @@ class Replay(EditingSession):
         found: dict[str, dict[int, Packed]] = {}
         for path, parts in self.needed.items():
             for part in parts:
+                if part.conditional not in rows:  # of the step's other call
+                    continue
                 # Integer keys come with their scale.
                 for name in (part.name, f"{part.name}_scale"):
                     tensor = tensors.get(TensorKey(path, Part(part.conditional, name)))

@@ -48,6 +48,7 @@ class Order:
         compute: computes the layer's attention [B, H, N, E] from query, key, value, scale and bias, in the place of
             the plan's products.
         receive: is shown a layer of joint attention before its products are computed.
+        observe: is shown a layer of joint attention and what its image tokens [B, H, N, E] have become.
         text_lengths: for each row, its text tokens before padding in joint attention; None where none is padding.
         references: tokens of reference pictures, which follow the image's.
     """
@@ -62,6 +63,7 @@ class Order:
     recorded: RecordedLayer | None = None
     compute: Compute | None = None
     receive: Callable[[JointPlan, JointLayer], None] | None = None
+    observe: Callable[[JointLayer, torch.Tensor], None] | None = None
     text_lengths: tuple[int, ...] | None = None
     references: int = 0
 
@@ -124,6 +126,7 @@ def make_orders(
                 wanted.maps,
                 wanted.deliver if wanted else None,
                 None if recorded is None else recorded.get(path),
+                observe=wanted.observe if wanted.observed else None,
                 text_lengths=text_lengths,
                 references=references,
             )
@@ -144,7 +147,7 @@ def _plan(site: Site, products: Mapping[int, Any], roles: BatchRoles, wanted: _W
             f"{site.path} is {site.kind} attention, of which watchers are shown columns over text tokens "
             "(Watcher.columns) where it has text, and no operators (Watcher.maps)"
         )
-    return plan_joint_products(products, roles.batch, roles.recorded)
+    return plan_joint_products(products, roles.batch, roles.recorded, wanted.observed)
 
 
 class StandingOrders:
@@ -179,6 +182,8 @@ class _Wanted:
     def __init__(self, site: Site, step: Step, roles: BatchRoles, watchers: Sequence[Watcher], place: Place) -> None:
         self._context = (site, step, roles)
         self._parts: list[tuple[Watcher, dict[int, slice], tuple[int, ...]]] = []
+        self._observers = [(who, rows) for who in watchers if (rows := tuple(who.observed(site, step, roles)))]
+        self.observed = tuple(sorted({row for _, rows in self._observers for row in rows}))
         pieces: dict[int, list[torch.Tensor]] = {}
         for watcher in watchers:
             columns, maps = watcher.columns(site, step, roles), tuple(watcher.maps(site, step, roles))
@@ -193,7 +198,11 @@ class _Wanted:
         self.maps = tuple(sorted({row for _, _, maps in self._parts for row in maps}))
 
     def __bool__(self) -> bool:
-        return bool(self._parts)
+        return bool(self._parts or self._observers)
+
+    def observe(self, layer: JointLayer, image: torch.Tensor) -> None:
+        for watcher, _ in self._observers:
+            watcher.observe(*self._context, layer, image)
 
     def deliver(self, columns: Mapping[int, torch.Tensor], maps: Mapping[int, LinearMap]) -> None:
         for watcher, where, rows in self._parts:

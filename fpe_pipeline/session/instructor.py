@@ -11,6 +11,7 @@ from ..models.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step
+from .captions import check_captions
 from .device_copies import Place, Placement
 from .instructions import Order, StandingOrders, make_orders
 from .known_rows import RecordedLayer
@@ -68,6 +69,16 @@ class Instructor:
             (roles, call.size, call.left_out, call.text_lengths, call.references, sample.device, sample.dtype),
             lambda: make_orders(edited, (), *context),
         )
+
+    def check(self, edit: Edit, call: ModelCall, step: Step, roles: BatchRoles) -> None:
+        """Refuse what the edit would ask of captions of other lengths at any step of the run that begins.
+
+        Raises:
+            ValueError: something that a model whose images are turned by their captions cannot compute.
+        """
+        if call.text_lengths is not None:
+            parts = [(part, self._computed(part, call)) for part in parts_of(edit)]
+            check_captions(parts, step, roles, call.text_lengths)
 
     def _computed(self, who: Edit | Watcher, call: ModelCall) -> tuple[Site, ...]:
         sites = self.selected.of(who, call.size)

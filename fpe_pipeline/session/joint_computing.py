@@ -90,11 +90,7 @@ class JointLayer:
         tokens = tokens_of(rows, [row for row, _ in named])
         if self.origins is None or all(row == place for row, place in named):
             return tokens
-        if any(isinstance(row, MixedRows) for row, _ in named):
-            raise ValueError(
-                "a mask takes image tokens of two rows whose captions differ in length, by which this model turns "
-                "them: write prompts of one length, or leave the mask out"
-            )
+        assert not any(isinstance(row, MixedRows) for row, _ in named), "refused before (captions.py)"
         away = self.origins[[row for row, _ in named]].conj() * self.origins[[place for _, place in named]]
         angles = away[:, None, None].to(torch.promote_types(tokens.dtype, torch.float32).to_complex())
         return turned(tokens, angles.real, angles.imag)

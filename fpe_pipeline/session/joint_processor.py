@@ -130,6 +130,8 @@ def joint_rows(order: Order, plan: JointPlan, layer: JointLayer) -> tuple[torch.
     if order.receive is not None:
         order.receive(plan, layer)
     image, text, heat = evaluate_joint(plan, layer, order.columns)
+    if order.observe is not None:
+        order.observe(layer, image)
     if order.deliver is not None:
         order.deliver(heat, text_maps(plan, order.maps, layer))
     return image, text

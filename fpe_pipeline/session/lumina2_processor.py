@@ -9,6 +9,7 @@ import torch
 
 from ..edits.joint_products import JointPlan
 from .around import ProcessorAround, may_do_more
+from .captions import check_turned
 from .computing import Rows, take
 from .joint_computing import JointLayer, SegmentProjections
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
@@ -64,6 +65,8 @@ class EditLumina2Processor(ProcessorAround):
         text = hidden_states[:, :texts] if site.kind == "joint" else None
         image = hidden_states[:, texts:] if rest != texts else _images(hidden_states, lengths, site.tokens)
         check_joint_input(order, image, text, None)
+        if len(set(lengths)) > 1:
+            check_turned(plan.products, lengths)
         places = _images(image_rotary_emb, lengths, site.tokens)
         layer = JointLayer(
             _project(attn, plan, "image", image, places),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..prompts.encoding import Encoding, EncodingHook
+from ..text_parts import TextPart
 from .finite import FiniteDecoder
 from .hooks import SchedulerHook
 from .shared_noise import paired_generators
@@ -37,7 +38,7 @@ class PipelineHooks:
         stepped: Callable[[torch.Tensor, Any], torch.Tensor],
         paired: Callable[[], tuple[Sequence[int], int] | None],
         called: Callable[[], None],
-        text_parts: Sequence[tuple[str, tuple[str, ...]]] = (),
+        text_parts: Sequence[TextPart] = (),
     ) -> None:
         def begun(original: Any, *args: Any, **kwargs: Any) -> Any:
             called()

@@ -332,13 +332,15 @@ class EditingSession:
         self._called_model = self.adapter.models[name]
         call = self.adapter.call_of(name, args, kwargs)
         self._now = _Call(call)
-        if self._clock.read(call):
+        begins, step = self._clock.read(call), self._clock.step
+        assert step is not None
+        if begins:
             self._finish_run()
             for watcher in self._watchers:
                 watcher.begin()
+            if self.adapter.turns_by_caption:
+                self._instructor.check(self._running, call, step, self._read_roles(call))
         self._clock.note()
-        step = self._clock.step
-        assert step is not None
         active = self._running.active(step)
         if active or self._watchers:
             roles = self._read_roles(call)

@@ -158,4 +158,4 @@ def _teal() -> Any:
         "063a35",
         "04211e",
     )
-    return gr.themes.Color(*(f"#{tone}" for tone in tones), name="fpe")
+    return gr.themes.Color(*(f"#{tone}" for tone in tones))

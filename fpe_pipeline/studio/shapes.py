@@ -85,7 +85,7 @@ def _unet_call(pipe: Any, unet: Any) -> _Call:
 
 def _flow_call(pipe: Any, transformer: Any) -> _Call:
     flow = pipe.flow()
-    packed, across, like = flow.is_packed, flow.multiple // pipe.vae_scale_factor, {"device": "meta"}
+    packed, across, like = flow.is_packed, flow.multiple // pipe.vae_scale_factor, torch.device("meta")
     known = flow.velocity("", 1.0, flow.native_size, flow.text_length).conditions
     conditions = {name: each.to("meta") for name, each in known.items() if each is not None}
 
@@ -94,9 +94,9 @@ def _flow_call(pipe: Any, transformer: Any) -> _Call:
         shape = (rows, tokens, channels) if packed else (rows, channels, height, width)
         given = {n: e if n in _PLACES else e.expand(rows, *e.shape[1:]) for n, e in conditions.items()}
         if packed:
-            given["img_ids"] = torch.empty(tokens, *known_places, **like)
-        latents = torch.empty(shape, dtype=transformer.dtype, **like)
-        timestep = torch.empty(rows, **like)
+            given["img_ids"] = torch.empty((tokens, *known_places), device=like)
+        latents = torch.empty(shape, dtype=transformer.dtype, device=like)
+        timestep = torch.empty(rows, device=like)
         return lambda: transformer(hidden_states=latents, timestep=timestep, **given, return_dict=False)
 
     known_places = conditions["img_ids"].shape[1:] if packed else ()

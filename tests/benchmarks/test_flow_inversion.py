@@ -1,5 +1,6 @@
 """The benchmark of flow inversions: what its rows say, and that they say it of these solvers."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,6 @@ def test_rows(pipe, tmp_path):
 def test_committed_rows():
     """At every number of calls that is large enough for the order of a solver to count."""
     errors = {(row.case, row.provider): row.error for row in read(COMMITTED)}
-    for calls in (16, 32, 64):
-        case = f"sd3-random/128x128/{calls} calls"
+    for model, calls in product(("sd3-random/128x128", "embedded-sd3/64x64"), (16, 32, 64)):
+        case = f"{model}/{calls} calls"
         assert max(errors[case, "rf-solver"], errors[case, "fireflow"]) < errors[case, "euler"]

@@ -17,7 +17,7 @@ CLASSES = [(name, found) for _, name, found in NAMES if inspect.isclass(found)]
 MEMBERS = [(f"{name}.{member.name}", member) for name, found in CLASSES for member in pages.members(found)]
 #: Their makers are `editing`, `heat_maps`, `AttentionMap` and the like, which are documented.
 NOT_YET = {"make_edit"}  # says what it returns in its first line
-MADE_BY_OTHERS = {"CombinedEdit", "Edit", "HeatMaps", "LinearMap", "FreePromptPipeline"} | {
+MADE_BY_OTHERS = {"CombinedEdit", "ConceptMaps", "Edit", "HeatMaps", "LinearMap", "FreePromptPipeline"} | {
     "FireFlowScheduler",
     "FreePromptFluxPipeline",
     "FreePromptSD3Pipeline",

@@ -21,6 +21,9 @@ class DenseJoint:
     """
 
     order = ("image", "text")
+    #: A mistake that is planted: "swapped", the tokens of the other order are exchanged, or "before places", the
+    #: queries of another row are exchanged before their norm and rotary embedding.
+    fault = None
 
     def __init__(self, rule, keep=None):
         self.rule, self.keep = rule, keep
@@ -29,6 +32,7 @@ class DenseJoint:
         image, text = hidden_states, encoder_hidden_states
         parts = {
             "q_image": heads(attn, attn.to_q, image, attn.norm_q),
+            "raw": heads(attn, attn.to_q, image),
             "k_image": heads(attn, attn.to_k, image, attn.norm_k),
             "v_image": heads(attn, attn.to_v, image),
         }
@@ -49,7 +53,7 @@ class DenseJoint:
 
     def row(self, row, rows, parts):
         keep = None if self.keep is None else lambda block: self.keep(row, rows, block)
-        return dense_row(self.rule(row, rows), row, parts, self.order, keep)
+        return dense_row(self.rule(row, rows), row, parts, self.order, keep, fault=self.fault)
 
 
 class DenseFlux(DenseJoint):
@@ -73,11 +77,12 @@ class DenseFlux(DenseJoint):
         for segment, tokens, names in (("text", text, added), ("image", image, named)):
             for letter, name, norm in zip("qkv", names[:3], (*names[3:], None), strict=True):
                 parts[f"{letter}_{segment}"] = heads(attn, getattr(attn, name), tokens, norm and getattr(attn, norm))
+        raw = heads(attn, attn.to_q, image)
         for letter in "qk":
             both = torch.cat([parts[f"{letter}_text"], parts[f"{letter}_image"]], dim=2)
             both = apply_rotary_emb(both, image_rotary_emb)
             parts[f"{letter}_text"], parts[f"{letter}_image"] = both[:, :, :texts], both[:, :, texts:]
-        parts, rows = self.split(parts), hidden_states.shape[0]
+        parts, rows = {**self.split(parts), "raw": raw}, hidden_states.shape[0]
         out = torch.stack([self.row(row, rows, parts) for row in range(rows)])
         if single:
             return out
@@ -133,35 +138,40 @@ class DenseQwen(DenseJoint):
                     part = apply_rotary_emb_qwen(part.transpose(1, 2), turned[segment], use_real=False).transpose(1, 2)
                 parts[f"{letter}_{segment}"] = part
         self.mask = encoder_hidden_states_mask
+        parts["raw"] = heads(attn, attn.to_q, image)
         rows = image.shape[0]
         out = torch.stack([self.row(row, rows, parts) for row in range(rows)])
         texts = text.shape[1]
         return linear(attn.to_out[0], out[:, texts:]), linear(attn.to_add_out, out[:, :texts])
 
     def row(self, row, rows, parts):
-        return dense_row(self.rule(row, rows), row, parts, self.order, None, self.mask)
+        keep = None if self.keep is None else lambda block: self.keep(row, rows, block)
+        return dense_row(self.rule(row, rows), row, parts, self.order, keep, self.mask, self.fault)
 
 
-def dense_row(terms, row, parts, order, keep=None, mask=None):
+def dense_row(terms, row, parts, order, keep=None, mask=None, fault=None):
     """One row's output [tokens, H·D]: segments in this order, and one softmax over all of their tokens.
 
     Args:
         keep: is shown the block of its map of image queries over text keys, [H, image tokens, text tokens].
         mask: of text tokens that are no padding, [rows, text tokens], which go where the keys of a row go.
+        fault: as of `DenseJoint`.
     """
     if isinstance(terms, Blocks):
-        return terms.row(row, parts, order, keep)
+        return terms.row(row, parts, order, keep, mask, fault)
     total = kept = 0
     for weight, sources in terms or [(1.0, {})]:
-        tokens = {name: stood_there(part, sources.get(name, row)) for name, part in parts.items()}
-        query, key, value = (
-            torch.cat([tokens[f"{letter}_{part}"] for part in order if f"{letter}_{part}" in tokens], dim=1)
-            for letter in "qkv"
-        )
-        exists = None
-        if mask is not None:
-            image = torch.ones(parts["k_image"].shape[2], dtype=torch.bool)
-            exists = torch.cat([image if part == "image" else mask[sources.get("k_text", row)] for part in order])
+        tokens = {name: stood_there(part, sources.get(name, row)) for name, part in parts.items() if name != "raw"}
+        if fault == "before places" and sources.get("q_image", row) != row:
+            tokens["q_image"] = stood_there(parts["raw"], sources["q_image"])
+        if fault == "swapped":
+            query, key, value = (swapped(letter, sources, row, parts, order) for letter in "qkv")
+        else:
+            query, key, value = (
+                torch.cat([tokens[f"{letter}_{part}"] for part in order if f"{letter}_{part}" in tokens], dim=1)
+                for letter in "qkv"
+            )
+        exists = None if mask is None else existing(parts, order, mask[sources.get("k_text", row)])
         whole = written_out(query, key, exists)
         term = whole @ value  # [H, tokens, D]
         if isinstance(weight, torch.Tensor):  # of image tokens
@@ -171,9 +181,34 @@ def dense_row(terms, row, parts, order, keep=None, mask=None):
         if keep is not None:
             kept = kept + weight * whole
     if keep is not None:
-        image, text = ranges(parts, order)
+        image, text = ranges(parts, order, row)
         keep(kept[:, image, text])
     return total.transpose(0, 1).flatten(1)
+
+
+def swapped(letter, sources, row, parts, order):
+    """Queries, keys or values of all tokens, of which those that stand at the other order's places are exchanged."""
+    names = [part for part in order if f"{letter}_{part}" in parts]
+    wrong = other_order(names)
+    whole = [torch.cat([parts[f"{letter}_{part}"][of] for part in names], dim=1) for of in range(len(parts["raw"]))]
+    out, start = whole[row].clone(), 0
+    for part in wrong:
+        stop = start + parts[f"{letter}_{part}"][row].shape[1]
+        there = [tokens[:, start:stop] for tokens in whole]
+        out[:, start:stop] = stood_there(there, sources.get(f"{letter}_{part}", row))
+        start = stop
+    return out
+
+
+def other_order(names):
+    """Image and text in one another's places."""
+    return [{"image": "text", "text": "image"}.get(name, name) if "text" in names else name for name in names]
+
+
+def existing(parts, order, text):
+    """Which keys exist, where only these of the text do."""
+    image = torch.ones(parts["k_image"].shape[2], dtype=torch.bool)
+    return torch.cat([image if part == "image" else text.bool() for part in order])
 
 
 def written_out(query, key, exists=None):
@@ -199,30 +234,36 @@ class Blocks:
     image: bool = False
     text: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
-    def row(self, row, parts, order, keep):
+    def row(self, row, parts, order, keep=None, mask=None, fault=None):
+        order = [part for part in order if f"q_{part}" in parts]
         value = torch.cat([parts[f"v_{part}"][row] for part in order], dim=1)
-        own, source = (
-            written_out(*(torch.cat([parts[f"{letter}_{part}"][which] for part in order], dim=1) for letter in "qk"))
-            for which in (row, self.source)
-        )
-        image, text = ranges(parts, order)
+        own, source = (self.map(which, parts, order, mask) for which in (row, self.source))
+        if fault == "before places":
+            source = self.map(self.source, {**parts, "q_image": parts["raw"]}, order, mask)
+        named = other_order(order) if fault == "swapped" else order
+        image, text = ranges(parts, named, row)
+        from_image, from_text = ranges(parts, named, self.source)
         changed = own.clone()
         if self.image:
-            changed[:, image, image] = source[:, image, image]
-        if self.text is not None:
-            changed[:, image, text] = self.text(source[:, image, text], own[:, image, text])
+            changed[:, image, image] = source[:, from_image, from_image]
+        if self.text is not None and text is not None:
+            changed[:, image, text] = self.text(source[:, from_image, from_text], own[:, image, text])
         if keep is not None:
             keep(changed[:, image, text])
         return (changed @ value).transpose(0, 1).flatten(1)
 
+    def map(self, row, parts, order, mask):
+        query, key = (torch.cat([parts[f"{letter}_{part}"][row] for part in order], dim=1) for letter in "qk")
+        return written_out(query, key, None if mask is None else existing(parts, order, mask[row]))
 
-def ranges(parts, order):
-    """Where the image's tokens stand, and where the text's do."""
+
+def ranges(parts, order, row):
+    """Where a row's image tokens stand, and where its text's do; None for a layer without."""
     places, start = {}, 0
     for part in order:
-        places[part] = slice(start, start + parts[f"q_{part}"].shape[2])
+        places[part] = slice(start, start + parts[f"q_{part}"][row].shape[1])
         start = places[part].stop
-    return places["image"], places["text"]
+    return places["image"], places.get("text")
 
 
 def stood_there(part, source):
@@ -242,7 +283,7 @@ def heads(attn, projection, tokens, norm=None):
 
 
 @contextmanager
-def dense(pipe, rule, *, steps, kinds=("attn",), layers="", keep=None, images=None):
+def dense(pipe, rule, *, steps, kinds=("attn",), layers="", keep=None, images=None, fault=None):
     """A pipeline whose layers of these names follow ``rule(row, rows)`` at some steps, and are dense at all.
 
     Args:
@@ -251,6 +292,7 @@ def dense(pipe, rule, *, steps, kinds=("attn",), layers="", keep=None, images=No
         images: tokens of the image, where those of a reference picture follow them.
         keep: is shown, of every layer, the row, the number of rows and the block of its map of image queries over text
             keys.
+        fault: as of `DenseJoint`, in the layers that follow the rule.
     """
     transformer = pipe.transformer
     state = {"step": 0, "texts": 0, "calls": 0}
@@ -266,9 +308,13 @@ def dense(pipe, rule, *, steps, kinds=("attn",), layers="", keep=None, images=No
 
     def processor(name):
         follows = name.split(".")[-2] in kinds and name.startswith(layers)
-        chosen = at_step if follows else own
+        made = of_family(at_step if follows else own)
+        made.fault = fault if follows else None
+        return made
+
+    def of_family(chosen):
         if type(transformer).__name__.startswith("Qwen"):
-            return DenseQwen(chosen)
+            return DenseQwen(chosen, keep)
         if images is not None:
             return DenseKontext(chosen, lambda: state["texts"], images, keep)
         is_flux = type(transformer).__name__.startswith("Flux")

@@ -1,9 +1,11 @@
 """Tiny Lumina 2 pipelines, and their layers written out densely."""
 
+from contextlib import contextmanager
+
 import torch
 from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
 
-from tests.support.dense_joint import dense_row
+from tests.support.dense_joint import Blocks, dense_row
 from tests.support.tiny_transformers import ExactEuler, sharpened
 
 LUMINA = {
@@ -59,27 +61,33 @@ class DenseLumina:
         rule: as of `dense_joint.DenseJoint`.
         lengths: of the captions of the call under way.
         turns: whether exchanged tokens stand where the row's own would, or stay turned as they were.
+        fault: as of `dense_joint.DenseJoint`.
     """
 
-    def __init__(self, rule, lengths, turns=True):
-        self.rule, self.lengths, self.turns = rule, lengths, turns
+    def __init__(self, rule, lengths, turns=True, fault=None, keep=None):
+        self.rule, self.lengths, self.turns, self.fault, self.keep = rule, lengths, turns, fault, keep
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         lengths, rows = self.lengths(), hidden_states.shape[0]
         tokens = hidden_states.shape[1] - max(lengths)
-        heads = {}
+        heads, raw = {}, None
         for letter, layer, norm in (
             ("q", attn.to_q, attn.norm_q),
             ("k", attn.to_k, attn.norm_k),
             ("v", attn.to_v, None),
         ):
             part = layer(hidden_states).unflatten(-1, (-1, attn.to_q.out_features // attn.heads))
+            raw = part if letter == "q" else raw
             part = part if norm is None else norm(part)
             heads[letter] = part.repeat_interleave(attn.heads // part.shape[2], dim=2)  # [B, L, H, D]
         out = torch.zeros_like(heads["q"].flatten(2))
         for row in range(rows):
-            stop = lengths[row] + tokens
-            parts = {}
+            stop, terms = lengths[row] + tokens, self.rule(row, rows)
+            # A map that is replayed as a whole is the source's where the source's image stands.
+            moves = self.turns and not isinstance(terms, Blocks)
+            parts = {
+                "raw": _Pieces(part[lengths[i] : lengths[i] + tokens].transpose(0, 1) for i, part in enumerate(raw))
+            }
             for letter, part in heads.items():
                 for segment in ("text", "image"):
                     pieces = []
@@ -87,15 +95,39 @@ class DenseLumina:
                         start = 0 if segment == "text" else lengths[other]
                         piece = part[other, start : lengths[other] + (0 if segment == "text" else tokens)]
                         if letter != "v":
-                            seat, begin = (row, lengths[row]) if self.turns and segment == "image" else (other, start)
+                            seat, begin = (row, lengths[row]) if moves and segment == "image" else (other, start)
                             angles = image_rotary_emb[seat, begin : begin + len(piece), None]
                             pairs = torch.view_as_complex(piece.unflatten(-1, (-1, 2)).contiguous())
                             piece = torch.view_as_real(pairs * angles).flatten(-2).to(piece)
                         pieces.append(piece.transpose(0, 1))
                     parts[f"{letter}_{segment}"] = _Pieces(pieces)
-            out[row, :stop] = dense_row(self.rule(row, rows), row, parts, ("text", "image"))
+            keep = None if self.keep is None else lambda block, row=row: self.keep(row, rows, block)
+            out[row, :stop] = dense_row(terms, row, parts, ("text", "image"), keep, fault=self.fault)
         return attn.to_out[0](out)
 
 
 class _Pieces(list):
     """Rows of tokens, of other lengths: [H, tokens, D] each."""
+
+
+@contextmanager
+def dense_lumina(pipe, rule, *, turns=True, fault=None, keep=None):
+    """A pipeline whose joint layers are dense and follow ``rule(row, rows)``, which may look at the state."""
+    state = {"step": 0, "calls": 0, "lengths": ()}
+
+    def read(module, args, kwargs):
+        index = pipe.scheduler.step_index
+        state.update(step=0 if index is None else index, calls=state["calls"] + 1)
+        state["lengths"] = kwargs["encoder_attention_mask"].sum(1).tolist()
+
+    layers = [block.attn for block in pipe.transformer.layers]
+    before = [layer.processor for layer in layers]
+    handle = pipe.transformer.register_forward_pre_hook(read, with_kwargs=True)
+    for layer in layers:
+        layer.set_processor(DenseLumina(rule, lambda: state["lengths"], turns, fault, keep))
+    try:
+        yield state
+    finally:
+        handle.remove()
+        for layer, processor in zip(layers, before, strict=True):
+            layer.set_processor(processor)

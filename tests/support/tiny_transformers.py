@@ -171,13 +171,13 @@ def tiny_flux_pipeline(pipe, dtype=torch.float64, kind=FluxPipeline, **config):
     return tiny
 
 
-def draw(pipe, prompts=2, *, steps=4, guidance_scale=4.0, size=(8, 8), images=1, seed=0, **kwargs):
+def draw(pipe, prompts=2, *, steps=4, guidance_scale=4.0, size=(8, 8), images=1, seed=0, latents=None, **kwargs):
     """Latents of ``pipe`` for so many prompts, or these: image i of every prompt starts from the same noise."""
     texts = PROMPTS[:prompts] if isinstance(prompts, int) else prompts
     noise = torch.randn(images, 16, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return pipe(
         texts,
-        latents=noise.repeat(len(texts), 1, 1, 1).to(pipe.transformer.dtype),
+        latents=noise.repeat(len(texts), 1, 1, 1).to(pipe.transformer.dtype) if latents is None else latents,
         height=size[0] * 8,
         width=size[1] * 8,
         num_inference_steps=steps,
@@ -189,14 +189,14 @@ def draw(pipe, prompts=2, *, steps=4, guidance_scale=4.0, size=(8, 8), images=1,
     ).images
 
 
-def draw_flux(pipe, prompts=2, *, steps=4, size=(8, 8), images=1, seed=0, **kwargs):
+def draw_flux(pipe, prompts=2, *, steps=4, size=(8, 8), images=1, seed=0, latents=None, **kwargs):
     """Packed latents of ``pipe`` for so many prompts, or these: image i of every prompt starts from the same noise."""
     texts = PROMPTS[:prompts] if isinstance(prompts, int) else prompts
     tokens = size[0] // 2 * (size[1] // 2)
     noise = torch.randn(images, tokens, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return pipe(
         texts,
-        latents=noise.repeat(len(texts), 1, 1).to(pipe.transformer.dtype),
+        latents=noise.repeat(len(texts), 1, 1).to(pipe.transformer.dtype) if latents is None else latents,
         height=size[0] * 8,
         width=size[1] * 8,
         num_inference_steps=steps,

@@ -23,7 +23,8 @@ Maps = MutableMapping[int | float, dict[str, LazyMap]]
 
 
 class TextMaps(Watcher):
-    """Keeps queries and keys of every layer that attends to text, at every step, in the memory of the host.
+    """Keeps every layer that attends to text, at every step, in the memory of the host: as queries and keys, or as
+    numbers where these are fewer bytes, in layers of many channels and few tokens.
 
     Args:
         pipe: the pipeline, whose scheduler says the timesteps.
@@ -57,14 +58,14 @@ class TextMaps(Watcher):
             return
         assert site.grid is not None
         dtype = next(iter(maps.values())).dtype
-        by_head = concatenate([_by_head(site, maps[row]) for row in range(roles.batch)])
+        by_head = Storage(concatenate([_by_head(site, maps[row]) for row in range(roles.batch)]))
+        by_head.settle()
         index = torch.arange(by_head.shape[0]).reshape(roles.batch, -1)
-        view = LazyMap(Storage(by_head), index, site.grid, (torch.device("cpu"), dtype))
+        view = LazyMap(by_head.to("cpu"), index, site.grid, (torch.device("cpu"), dtype))
         timestep = self._pipe.scheduler.timesteps[step.call].item()
         self._maps.setdefault(timestep, {})[site.path] = view
 
 
 def _by_head(site: Site, attention: Any) -> LinearMap:
-    """[H, 1, N, M], in the memory of the host."""
-    kept = attention.to("cpu")
-    return kept if site.kind == "joint" else Storage(kept).rows
+    """[H, 1, N, M]."""
+    return attention if site.kind == "joint" else Storage(attention).rows

@@ -84,6 +84,16 @@ class LazyMap(Indexing, Shapes):
         """Whether it has been written out, as a sum over steps whose numbers are fewer bytes than its factors."""
         return self._storage.settled
 
+    def keep(self) -> LazyMap:
+        """Hold its own rows and no others from here on, in place, as numbers where these are fewer bytes.
+
+        For a map that outlives its layer. Other views of the layer's map stay as they are, and share nothing with it
+        any more.
+        """
+        self._storage = self._storage.kept(self._index)
+        self._index = torch.arange(self._storage.shape[0]).reshape(self._index.shape)
+        return self
+
     def copy_(self, value: Any, non_blocking: bool = False) -> LazyMap:
         """All of it assigned."""
         self[...] = value

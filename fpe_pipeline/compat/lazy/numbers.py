@@ -67,7 +67,8 @@ def asking_line() -> tuple[str, int]:
 
 def entries(rows: LinearMap) -> torch.Tensor:
     """The numbers of a map [R, 1, N, M] as [R, N, M]."""
-    return torch.cat([block for _, block in blocks_of_rows(rows)], dim=-2)
+    blocks = [block for _, block in blocks_of_rows(rows)]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-2)
 
 
 def blocks_of_rows(rows: LinearMap) -> Iterator[tuple[int, torch.Tensor]]:

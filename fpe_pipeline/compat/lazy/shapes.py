@@ -158,7 +158,9 @@ class Shapes(Arithmetic):
 
     def clone(self, **_: Any) -> Self:
         """A map of its own: what is assigned to it leaves this one as it is."""
-        return self._made(self.operator, tuple(self._index.shape))
+        clone = self._made(self.operator, tuple(self._index.shape))
+        clone._storage.settled = self._storage.settled
+        return clone
 
     def contiguous(self, **_: Any) -> Self:
         """Itself."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -89,7 +90,8 @@ class Storage:
         self._refresh()
         if self._rows is None:
             assert self._whole is not None
-            self._rows = self._whole if self._whole.shape[1] == 1 else _head_by_head(self._whole, self._halves)
+            is_by_head = self._whole.shape[1] == 1 and len(self._halves) == 1
+            self._rows = self._whole if is_by_head else _head_by_head(self._whole, self._halves)
         return self._rows
 
     @property
@@ -126,13 +128,31 @@ class Storage:
         fewer bytes than what it is made from; whether it is now.
         """
         self._sums += 1
+        return self._sums > 1 and self.settle()
+
+    def settle(self) -> bool:
+        """Hold the rows as numbers where these are fewer bytes than what they are made from; whether they are now."""
         matrix = self.shape[0] * self.shape[1] * self.shape[2] * self.dtype.itemsize
-        if self._sums < 2 or self.rows.nbytes <= matrix:
+        if self.rows.nbytes <= matrix:
             return False
         self.settled = True
         numbers = entries(self.rows)
         self._rows, self._whole = known_columns(numbers[:, None], range(self.shape[2]), self.shape[2]), None
         return True
+
+    def kept(self, index: torch.Tensor) -> Storage:
+        """The rows ``index`` in a storage of their own, which holds no others, in the fewest bytes."""
+        storage = Storage(self.take(index))
+        storage.settled = self.settled
+        storage.settle()
+        return storage
+
+    def to(self, device: torch.device | str) -> Storage:
+        """The rows on another device, in a storage of their own."""
+        rows: Any = self.rows
+        storage = Storage(rows.to(device))
+        storage.settled = self.settled
+        return storage
 
     def lend(self, numbers: torch.Tensor, write: Callable[[Storage, torch.Tensor], None]) -> torch.Tensor:
         """``numbers`` of some entries, which are put back by ``write`` where the borrower changes them in place."""
@@ -164,7 +184,7 @@ class Storage:
 
 
 def _head_by_head(whole: LinearMap, halves: Sequence[int]) -> LinearMap:
-    """[B, H, N, M] -> [B·H, 1, N, M], a copy of queries and keys for each of the ``halves`` of the batch."""
+    """[B, H, N, M] -> [B·H, 1, N, M], of several ``halves`` of the batch a copy of queries and keys for each."""
     assert isinstance(whole, AttentionMap)
     parts, start = [], 0
     for size in halves:
@@ -178,8 +198,8 @@ def _head_by_head(whole: LinearMap, halves: Sequence[int]) -> LinearMap:
         lengths = part.key_lengths
         parts.append(
             AttentionMap(
-                part.query.flatten(0, 1).unsqueeze(1),
-                key.flatten(0, 1).unsqueeze(1),
+                _own(part.query.flatten(0, 1).unsqueeze(1), len(halves) > 1),
+                _own(key.flatten(0, 1).unsqueeze(1), len(halves) > 1),
                 scale=part.scale,
                 bias=bias,
                 backend=part.backend,
@@ -187,3 +207,8 @@ def _head_by_head(whole: LinearMap, halves: Sequence[int]) -> LinearMap:
             )
         )
     return parts[0] if len(parts) == 1 else concatenate(parts)
+
+
+def _own(part: torch.Tensor, is_cut: bool) -> torch.Tensor:
+    """A tensor; a copy where it is a view that would keep the rest of its batch in memory."""
+    return part.clone() if is_cut and part.untyped_storage().nbytes() > part.numel() * part.element_size() else part

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 from ..lazy import LazyMap
 
@@ -11,6 +12,7 @@ __all__ = ["AttentionControl", "AttentionStore", "EmptyControl", "SpatialReplace
 
 #: By the original: maps of more query tokens are not kept.
 MOST_TOKENS = 32**2
+KINDS = ("cross", "self")
 
 
 class EmptyControl:
@@ -82,6 +84,9 @@ class AttentionControl(abc.ABC):
         """A call of the UNet begins: of one that an error broke off, no layer is counted."""
         self.cur_att_layer = 0
 
+    def layer_ends(self) -> None:  # noqa: B027 - most controllers have nothing to do there
+        """Called after a layer's map was multiplied with its values."""
+
     def layer_done(self) -> None:
         """Count a layer, and a step after its last one."""
         self.cur_att_layer += 1
@@ -123,47 +128,61 @@ class SpatialReplace(EmptyControl):
 class AttentionStore(AttentionControl):
     """Keeps the conditional half of the maps of up to 32² query tokens, summed over the steps.
 
-    A sum is kept as what it is made from, the queries and keys of each step, until its numbers are fewer bytes, and as
-    numbers from then on: :meth:`held` says which.
+    A map is kept in the fewest bytes that give it exactly: queries and keys of its own rows, or its numbers, as those
+    of cross-attention, which has few columns. A sum over steps is the queries and keys of each step until its numbers
+    are fewer bytes, and numbers from then on, so that it stops growing: :meth:`held` says which.
 
     Args:
         max_tokens: most query tokens of a layer that is kept.
+        keeps: "cross", "self" or both: the kinds of layers that are kept.
 
     Attributes:
         step_store: by "<place>_<self | cross>", the maps of the step under way.
         attention_store: the same, summed over the steps that have ended.
     """
 
-    def __init__(self, max_tokens: int = MOST_TOKENS) -> None:
+    def __init__(self, max_tokens: int = MOST_TOKENS, keeps: Sequence[str] = KINDS) -> None:
         super().__init__()
-        self.max_tokens = max_tokens
+        self.max_tokens, self.keeps = max_tokens, _checked(keeps)
         self.step_store = self.get_empty_store()
         self.attention_store: dict[str, list[LazyMap]] = {}
+        self._latest: Any = None
 
     @staticmethod
     def get_empty_store() -> dict[str, list[LazyMap]]:
         """No map of any kind of layer."""
-        return {f"{place}_{kind}": [] for kind in ("cross", "self") for place in ("down", "mid", "up")}
+        return {f"{place}_{kind}": [] for kind in KINDS for place in ("down", "mid", "up")}
 
     def forward(self, attn: Any, is_cross: bool, place_in_unet: str) -> Any:
         """The map, which is kept."""
-        if attn.shape[1] <= self.max_tokens:
-            self.step_store[f"{place_in_unet}_{'cross' if is_cross else 'self'}"].append(attn)
+        kind = "cross" if is_cross else "self"
+        if attn.shape[1] <= self.max_tokens and kind in self.keeps:
+            self.step_store[f"{place_in_unet}_{kind}"].append(attn)
+            self._latest = attn
         return attn
+
+    def layer_ends(self) -> None:
+        """Hold of the layer's map what is kept of it, now that it was multiplied."""
+        latest, self._latest = self._latest, None
+        if isinstance(latest, LazyMap):
+            latest.keep()
 
     def call_begins(self) -> None:
         super().call_begins()
-        self.step_store = self.get_empty_store()
+        self._latest, self.step_store = None, self.get_empty_store()
 
     def between_steps(self) -> None:
         """Add the step's maps to the sums."""
         if not self.attention_store:
-            # Of their own: a view would keep the whole layer's queries and keys.
-            self.attention_store = {key: [attn.clone() for attn in maps] for key, maps in self.step_store.items()}
+            self.attention_store = {
+                key: [_kept(attn.clone()) for attn in maps] if key.endswith(self.keeps) else _NotKept(key, self)
+                for key, maps in self.step_store.items()
+            }
         else:
             for key, maps in self.step_store.items():
-                for total, attn in zip(self.attention_store[key], maps, strict=True):
+                for total, attn in zip(self.attention_store[key] if maps else (), maps, strict=True):
                     total += attn
+                    _kept(total)
         self.step_store = self.get_empty_store()
 
     def get_average_attention(self) -> dict[str, list[LazyMap]]:
@@ -177,12 +196,18 @@ class AttentionStore(AttentionControl):
             raise RuntimeError(
                 "no map is kept: no step has ended since the controller was made or reset, or it was never registered"
             )
-        return {key: [total / self.cur_step for total in maps] for key, maps in self.attention_store.items()}
+        return {
+            key: maps if isinstance(maps, _NotKept) else [total / self.cur_step for total in maps]
+            for key, maps in self.attention_store.items()
+        }
 
     def held(self) -> str:
-        """A line for each layer: what its sum is held as, and its bytes."""
+        """A line for each layer: what its sum is held as, and its bytes; and one for each kind that is not kept."""
         lines = []
         for key, maps in self.attention_store.items():
+            if isinstance(maps, _NotKept):
+                lines.append(f"{key}: not kept")
+                continue
             for number, total in enumerate(maps):
                 matrix = total.numel() * total.element_size()
                 kind = "numbers" if total.holds_numbers else "queries and keys"
@@ -192,5 +217,35 @@ class AttentionStore(AttentionControl):
     def reset(self) -> None:
         """Begin again with the first step, without any map."""
         super().reset()
-        self.step_store = self.get_empty_store()
+        self._latest, self.step_store = None, self.get_empty_store()
         self.attention_store = {}
+
+
+class _NotKept(list[Any]):
+    """In the place of maps that are not kept: who asks for one is told how to keep it."""
+
+    def __init__(self, key: str, controller: AttentionStore) -> None:
+        super().__init__()
+        kept = ", ".join(controller.keeps) or "no"
+        self._reason = (
+            f'{key}: {type(controller).__name__} keeps {kept} maps: make it with keeps=("cross", "self") to ask for '
+            "all of them after a run"
+        )
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        raise LookupError(self._reason)
+
+    def __iter__(self) -> Iterator[Any]:
+        raise LookupError(self._reason)
+
+
+def _checked(keeps: Sequence[str]) -> tuple[str, ...]:
+    given = (keeps,) if isinstance(keeps, str) else tuple(keeps)
+    if not set(given) <= set(KINDS):
+        raise ValueError(f'keeps names kinds of layers, "cross" and "self", got {keeps!r}')
+    return given
+
+
+def _kept(attn: Any) -> Any:
+    """A map of a step that has ended, which nobody holds for its layer's sake; tensors stay as they are."""
+    return attn.keep() if isinstance(attn, LazyMap) else attn

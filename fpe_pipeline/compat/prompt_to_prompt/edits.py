@@ -13,7 +13,7 @@ import torch
 from ...errors import EditWarning
 from ..switch import chosen_compat
 from . import seq_aligner
-from .controllers import AttentionStore
+from .controllers import KINDS, AttentionStore
 from .local_blend import LocalBlend
 from .word_tokens import (
     Compat,
@@ -47,7 +47,10 @@ class AttentionControlEdit(AttentionStore, abc.ABC):
         local_blend: blends latents after each step.
         tokenizer: the pipeline's; default: that of the pipeline where the controller is registered.
         self_tokens: most query tokens of the self-attention layers that are replaced.
-        compat: ``"original"`` for the alignments of the authors' code, and no word said of words that are in no prompt.
+        keeps: "cross", "self" or both, as of :class:`AttentionStore`. Default: of the controllers here "cross", which
+            is all that a local blend reads; both for a class of a user's own, and with ``compat="original"``.
+        compat: ``"original"`` for the alignments of the authors' code, no word said of words that are in no prompt, and
+            both kinds of maps kept.
     """
 
     def __init__(
@@ -60,9 +63,11 @@ class AttentionControlEdit(AttentionStore, abc.ABC):
         *,
         tokenizer: Any = None,
         self_tokens: int = SELF_TOKENS,
+        keeps: Sequence[str] | None = None,
         compat: Compat = None,
     ) -> None:
-        super().__init__()
+        is_ours = type(self).__module__ == __name__ and chosen_compat(compat) is None
+        super().__init__(keeps=keeps if keeps is not None else ("cross",) if is_ours else KINDS)
         self.prompts, self.batch_size, self.num_steps = list(prompts), len(prompts), num_steps
         if self.batch_size < 2:
             raise ValueError(f"expected the source prompt and at least one target, got {self.batch_size} prompt(s)")

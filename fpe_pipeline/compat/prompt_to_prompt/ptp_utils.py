@@ -220,5 +220,5 @@ def view_images(images: Any, num_rows: int = 1, offset_ratio: float = 0.02) -> I
     except ImportError:
         return sheet
     if get_ipython() is not None:
-        display(sheet)
+        display(sheet)  # type: ignore[no-untyped-call, unused-ignore]
     return sheet

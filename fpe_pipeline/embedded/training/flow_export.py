@@ -27,7 +27,7 @@ __all__ = ["FLOW_SIZE_LIMIT", "export_flow", "measure_flow", "measure_renders"]
 
 log = logging.getLogger(__name__)
 
-FLOW_SIZE_LIMIT = 8_000_000
+FLOW_SIZE_LIMIT = 8 * 2**20
 
 
 def export_flow(

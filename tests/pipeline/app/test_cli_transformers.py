@@ -99,6 +99,19 @@ def test_a_photo_is_recorded_for_edits_and_read_for_words(family, folders, tmp_p
     assert all(0 < each["share"] <= each["most"] < 1 for each in read)
 
 
+def test_a_background_is_kept(folders, tmp_path, capsys):
+    """KV-Edit by its name: where the mask is white the picture is its source's, and a mask has to be given."""
+    mask = Image.new("L", (64, 64), 255)
+    mask.paste(0, (32, 0, 64, 64))
+    mask.save(tmp_path / "mask.png")
+    more = ["--method", "kv-edit", "--option", f"mask={tmp_path / 'mask.png'}", "--no-control"]
+    assert cli.main(arguments(folders["sd3"], *more, "-o", str(tmp_path / "made"))) == 0
+    assert json.loads((tmp_path / "made" / "run.json").read_text())["settings"]["method"] == "kv-edit"
+    capsys.readouterr()
+    assert cli.main(arguments(folders["sd3"], "--method", "kv-edit", "-o", str(tmp_path / "none"))) == 2
+    assert "kv-edit needs the option mask" in one_error(capsys)
+
+
 @pytest.mark.parametrize(
     "family, more, reason",
     [

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fpe_kernels import AttentionMap
-from fpe_kernels.views import MapViews
 from fpe_pipeline.compat.lazy import LazyMap, MapNumbersWarning, numbers
+from tests.support.no_matrices import refuse_matrices
 
 BATCH, HEADS, QUERIES, KEYS = 2, 4, 12, 7
 WIDTH = 2  # a head's channels: few, so that what a map is made from is less than the map
@@ -214,22 +214,9 @@ def check(function, monkeypatch):
     torch.testing.assert_close(plain(mine), theirs, rtol=1e-12, atol=1e-13)
 
 
-def refuse(*args, **kwargs):
-    raise AssertionError("the matrix was written out")
-
-
 @pytest.mark.parametrize("name", LAZY)
 def test_without_the_matrix(name, monkeypatch):
-    for where, method in (
-        (MapViews, "dense"),
-        (MapViews, "_entries"),
-        (AttentionMap, "_entries"),
-        (LazyMap, "numbers"),
-    ):
-        monkeypatch.setattr(where, method, refuse)
-    for module in ("arithmetic", "storage", "view"):
-        for made in ("entries", "blocks_of_rows"):
-            monkeypatch.setattr(f"fpe_pipeline.compat.lazy.{module}.{made}", refuse, raising=False)
+    refuse_matrices(monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(LAZY[name], monkeypatch)

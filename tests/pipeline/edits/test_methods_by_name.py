@@ -11,7 +11,7 @@ from PIL import Image
 
 from fpe_pipeline import FreePromptPipeline, MasaCtrlEdit, make_edit
 from fpe_pipeline.app import cli
-from fpe_pipeline.edits.method import Method
+from fpe_pipeline.edits.method import REQUIRED, Method
 from fpe_pipeline.edits.registry import METHODS, method_table, methods_of
 from fpe_pipeline.quality.methods.comparison import _Drawing
 from fpe_pipeline.quality.methods.contenders import CONTENDERS, chosen
@@ -22,7 +22,7 @@ from tests.support.silent import SOURCE, TARGET, embedded
 
 PROMPTS = [SOURCE, TARGET]
 # Words that a method cannot find by itself, as each of the three is given them.
-WORDS = {"fpe-regional": {"word": "car"}, "p2p-blend": {"words": ["red", "blue"]}}
+WORDS = {"fpe-regional": {"word": "car"}, "p2p-blend": {"words": ["red", "blue"]}, "kv-edit": {"mask": [[1.0, 0.0]]}}
 SUBJECT = Subject("one", "colour", SOURCE, TARGET, ("blue",), ("red", "blue"), "car", seed=3)
 STEPS = 6
 
@@ -101,7 +101,8 @@ def test_every_option_is_one(pipe, method: Method):
     with pytest.raises(TypeError, match=f"{method.name} has no option zzz; it has {method.options[0]}"):
         make_edit(method.name, PROMPTS, pipe.tokenizer, zzz=1)
     made = inspect.signature(method.edit).parameters
-    for name in method.options:
+    required = {option.name for option in method.choices if option.default is REQUIRED}
+    for name in set(method.options) - required:
         if name in made and made[name].default is not inspect.Parameter.empty:
             value = {"strength": 0.5, "threshold": 0.3}.get(name, made[name].default)
             make_edit(method.name, PROMPTS, pipe.tokenizer, **{**WORDS.get(method.name, {}), name: value})

@@ -78,15 +78,6 @@ def test_a_gpu_that_is_asked_for_has_to_be_there(capsys, monkeypatch):
     assert "no CUDA device" in capsys.readouterr().err
 
 
-@pytest.fixture
-def shipped():
-    """Its folder; the weights are made by the command, where the machine has the time."""
-    try:
-        return embedded_path(EMBEDDED_SD3)
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
 def test_an_installation_without_it_says_how_to_make_it(monkeypatch, tmp_path):
     monkeypatch.setattr("fpe_pipeline.embedded._HERE", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"training\.train_flow --preset cpu"):
@@ -96,8 +87,8 @@ def test_an_installation_without_it_says_how_to_make_it(monkeypatch, tmp_path):
 
 
 class TestShipped:
-    def test_size_card_and_record(self, shipped):
-        folder = shipped
+    def test_size_card_and_record(self):
+        folder = embedded_path(EMBEDDED_SD3)
         assert folder_bytes(folder) <= FLOW_SIZE_LIMIT
         assert (folder / "MODEL_CARD.md").read_text() == render_flow_card(folder)
         record = json.loads((folder / "measurements.json").read_text())["training"]
@@ -105,10 +96,20 @@ class TestShipped:
         assert record["batch"] == preset.flow.batch and 0 < record["steps"] <= preset.flow.steps
         assert judge_path(folder) == judge_path()
 
-    def test_is_loaded_by_its_name_and_edits(self, shipped):
+    def test_is_loaded_by_its_name_and_edits(self):
         pipe = FreePromptPipeline.from_pretrained(EMBEDDED_SD3)
         pipe.set_progress_bar_config(disable=True)
         source, target = "a photo of a red car on the beach", "a photo of a blue car on the beach"
         made = pipe(source, target, num_inference_steps=5, max_sequence_length=1, output_type="np")
         assert len(made.report.layers) == len(pipe.transformer.transformer_blocks)
         assert abs(made.images[0] - made.images[1]).max() > 0.02
+
+    @pytest.mark.slow
+    def test_draws_what_the_prompt_says(self):
+        from fpe_pipeline.embedded.measure import measure_generation
+
+        folder = embedded_path(EMBEDDED_SD3)
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, **NO_T5)
+        options = {"steps": 20, "guidance": 4.0, "max_sequence_length": 1}
+        figures = measure_generation(folder, 48, judge=judge_path(), pipe=pipe, **options)
+        assert min(figures[name] for name in ("colour", "background", "object")) >= 0.8

@@ -27,6 +27,7 @@ from tests.support.flow_pipelines import (
     solving,
 )
 from tests.support.free_prompt_pipelines import free_prompt_pipeline
+from tests.support.slow_cases import few
 
 RUN = {"num_inference_steps": STEPS, "max_sequence_length": 12, **SIZE}
 
@@ -95,6 +96,30 @@ def test_targets_on_flux_have_a_guidance_of_their_own(pipes, scales):
     assert distance(replayed.images, as_recorded.images) > 1e-4
     with pytest.raises(ValueError, match="one for each of the 2 targets, got 3"):
         tiny.edit(recording, [TARGET, OTHER], guidance_scale=[1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize("solver", few(SOLVERS, "euler"))
+@pytest.mark.parametrize("edit", few(EDITS, "both halves", "keys and values"))
+def test_negative_prompts_on_flux(pipes, edit, solver, tmp_path):
+    """They see a call of their own in each step, which is kept where an edit takes something of it."""
+    tiny = solving(pipes["flux"], solver)
+    guided = {"negative_prompt": "a drawing", "true_cfg_scale": 3.0}
+    full, recording, replayed = both(tiny, "flux", edit, **guided)
+    assert distance(replayed.images, full.images[1:]) <= EXACT["flux"]
+    alone = tiny(TARGET, latents=noise("flux"), guidance_scale=3.0, **FAST, **SIZE, **guided).source
+    assert distance(replayed.images[:1], alone) > 1e-4
+    unguided = both(tiny, "flux", edit)[2]
+    assert distance(replayed.images, unguided.images) > 1e-4
+    halves = {part.conditional for parts in recording.contents.values() for part in parts}
+    reads_both = edit.both_halves if isinstance(edit, FreePromptEdit) else isinstance(edit, MasaCtrlEdit)
+    assert halves == ({True, False} if reads_both else {True})
+    options = {**RUN, **guided, "latents": noise("flux"), "guidance_scale": 3.0, "edit": edit}
+    tiny.record(SOURCE, placement=tmp_path / "kept", budget_bytes=recording.nbytes, **options)
+    loaded = Recording.load(tmp_path / "kept")
+    assert (loaded.negative_prompt, loaded.true_cfg_scale) == ("a drawing", 3.0)
+    assert recording.nbytes <= loaded.nbytes < 1.1 * recording.nbytes  # with the heads of files
+    again = tiny.edit(loaded, [TARGET, OTHER], edit=edit, output_type="latent")
+    assert distance(again.images, replayed.images) <= EXACT["flux"]
 
 
 def test_guidance_on_sd3_is_the_recordings(pipes):
@@ -227,8 +252,11 @@ class TestRefusals:
         ):
             with pytest.raises(error, match=message):
                 sd3.record(SOURCE, **{**RUN, **given})
-        with pytest.raises(ValueError, match=r"on FLUX\.1 holds one call a step"):
-            flux.record(SOURCE, negative_prompt="cars", **RUN)
+        for given in ({"negative_prompt": "cars"}, {"true_cfg_scale": 2.0}):
+            with pytest.raises(ValueError, match=r"on FLUX\.1 a negative prompt guides together with true_cfg_scale"):
+                flux.record(SOURCE, **given, **RUN)
+        with pytest.raises(TypeError, match="unknown option true_cfg_scale"):
+            sd3.record(SOURCE, true_cfg_scale=2.0, **RUN)
         with pytest.raises(TypeError, match="expected one source prompt, got list"):
             flux.record([SOURCE], **RUN)
 

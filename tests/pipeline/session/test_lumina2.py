@@ -1,7 +1,5 @@
 """Edits of Lumina 2: captions of other lengths, by which its images are turned, and heads that share keys."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -17,7 +15,7 @@ from fpe_pipeline import (
 from fpe_pipeline.models.families import adapter_of
 from tests.support.dense_rows import wide
 from tests.support.slow_cases import few
-from tests.support.tiny_lumina import DenseLumina, draw_lumina, tiny_lumina_pipeline
+from tests.support.tiny_lumina import dense_lumina, draw_lumina, tiny_lumina_pipeline
 
 EXACT = 1e-8
 
@@ -33,33 +31,11 @@ def lumina():
     return tiny_lumina_pipeline()
 
 
-@contextmanager
-def dense(pipe, rule, steps, *, both=False, turns=True):
-    state = {"step": 0, "calls": 0, "lengths": ()}
-
-    def read(module, args, kwargs):
-        index = pipe.scheduler.step_index
-        state.update(step=0 if index is None else index, calls=state["calls"] + 1)
-        state["lengths"] = kwargs["encoder_attention_mask"].sum(1).tolist()
-
+def reference(pipe, rule, steps, *, both=False, turns=True, **options):
     def followed(row, rows):
         return rule(row, rows) if state["step"] in steps and (both or state["calls"] % 2) else None
 
-    layers = [block.attn for block in pipe.transformer.layers]
-    before = [layer.processor for layer in layers]
-    handle = pipe.transformer.register_forward_pre_hook(read, with_kwargs=True)
-    for layer in layers:
-        layer.set_processor(DenseLumina(followed, lambda: state["lengths"], turns))
-    try:
-        yield
-    finally:
-        handle.remove()
-        for layer, processor in zip(layers, before, strict=True):
-            layer.set_processor(processor)
-
-
-def reference(pipe, rule, steps, *, both=False, turns=True, **options):
-    with dense(pipe, rule, steps, both=both, turns=turns):
+    with dense_lumina(pipe, followed, turns=turns) as state:
         return draw_lumina(pipe, **options)
 
 

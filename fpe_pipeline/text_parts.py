@@ -1,0 +1,37 @@
+"""How a transformer's pipeline makes the text tokens that its layers see, one part of them after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["Template", "TextPart"]
+
+
+class Template(NamedTuple):
+    """A text of the pipeline's own around every prompt that it encodes.
+
+    Args:
+        before, after: the text on either side.
+        dropped: how many tokens, the first ones, the model does not receive.
+    """
+
+    before: str
+    after: str = ""
+    dropped: int = 0
+
+
+class TextPart(NamedTuple):
+    """One part of a transformer's text tokens.
+
+    Args:
+        tokenizer: its name in a pipeline.
+        encoders: the names of the encoders that share its tokens.
+        template: gives, from a pipeline and the named arguments of its ``encode_prompt``, the text around the prompts.
+            The model of such a pipeline receives no tokens of padding but those up to the longest prompt of a call.
+            None where prompts stand alone and padding is received.
+    """
+
+    tokenizer: str
+    encoders: tuple[str, ...] = ()
+    template: Callable[[Any, Mapping[str, Any]], Template] | None = None

@@ -1,0 +1,169 @@
+"""Every edit of joint attention on every family, generated and inverted: against dense layers, to 1e-8 in float64."""
+
+import pytest
+import torch
+
+from tests.support.dense_rows import wide
+from tests.support.edited_transformers import (
+    EDITS,
+    FAULTS,
+    MODELS,
+    SOURCE,
+    STEPS,
+    edited,
+    inverted,
+    reference,
+    shows,
+    unedited,
+)
+
+EXACT = 1e-8
+SIZES = {
+    "1 target": (1, (8, 8)),
+    "3 targets, not square": (3, (6, 12)),
+    "3 targets": (3, (8, 8)),
+    "1 target, not square": (1, (12, 6)),
+}
+# Image tokens of captions of other lengths are turned otherwise there, and text tokens are not each other's.
+REFUSED = {
+    ("Lumina 2", "FPE, the whole map"): "write prompts of as many tokens",
+    ("Lumina 2", "value injection"): "write prompts of as many tokens",
+    ("Lumina 2", "ConsistEdit, a mask"): "captions differ in length",
+    ("Lumina 2", "FreeFlux, add"): "captions differ in length",
+    ("Lumina 2", "KV-Edit"): "captions differ in length",
+}
+ALL = [(model, edit) for model in MODELS for edit in EDITS if (model, edit) not in REFUSED]
+ALWAYS = {
+    ("SD3", "MasaCtrl"),
+    ("SD3.5", "KV-Edit"),
+    ("SD3.5, a layer skipped", "value injection"),
+    ("FLUX", "ConsistEdit, a mask"),
+    ("FLUX, guided", "FreeFlux, add"),
+    ("Qwen-Image", "Prompt-to-Prompt, refined"),
+    ("Lumina 2", "Prompt-to-Prompt, replaced words"),
+}
+INVERTED = [pair for pair in ALL if MODELS[pair[0]].family in ("sd3", "flux")]
+ALWAYS_INVERTED = {("SD3.5", "ConsistEdit"), ("FLUX", "KV-Edit")}
+
+
+def cases(pairs, always):
+    return [
+        pytest.param(*pair, id=" / ".join(pair), marks=() if pair in always else pytest.mark.slow) for pair in pairs
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _wide():
+    with wide():
+        yield
+
+
+@pytest.fixture(scope="module")
+def pipes(pipe):
+    """By name of the family, made when it is first asked for."""
+
+    class Made(dict):
+        def __missing__(self, name):
+            return self.setdefault(name, MODELS[name].make(pipe))
+
+    return Made()
+
+
+def case_of(pipes, model, edit, targets, size):
+    make, words = EDITS[edit]
+    prompts = [SOURCE, *words[:targets]]
+    return make(MODELS[model], pipes[model], prompts, size), prompts
+
+
+def farthest(one, other):
+    return float((one - other).abs().max())
+
+
+@pytest.mark.parametrize("size", ["3 targets, not square"])
+@pytest.mark.parametrize(("model", "edit"), cases(ALL, ALWAYS))
+def test_targets_are_the_papers(pipes, model, edit, size):
+    check_generated(pipes, model, edit, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [name for name in SIZES if name != "3 targets, not square"])
+@pytest.mark.parametrize(("model", "edit"), ALL)
+def test_other_numbers_and_sizes(pipes, model, edit, size):
+    check_generated(pipes, model, edit, size)
+
+
+def check_generated(pipes, model, edit, size):
+    targets, size = SIZES[size]
+    case, prompts = case_of(pipes, model, edit, targets, size)
+    actual = edited(pipes[model], MODELS[model], case, prompts, size=size)
+    assert farthest(actual, reference(pipes[model], MODELS[model], case, prompts, size=size)) <= EXACT
+    plain = unedited(pipes[model], MODELS[model], prompts, size=size)
+    assert (actual - plain)[1:].abs().flatten(1).amax(1).min() > 1e-4
+    assert farthest(actual[0], plain[0]) <= EXACT
+
+
+@pytest.mark.parametrize(("model", "edit"), cases(ALL, {("SD3.5", "ReFlex"), ("Qwen-Image", "FPE")}))
+def test_mistakes_show(pipes, model, edit):
+    """Text and image in one another's order, queries from before norm and rotary embedding, the half of the batch that
+    is to be left alone (or not to be), a step off by one."""
+    case, prompts = case_of(pipes, model, edit, 1, (8, 8))
+    actual = edited(pipes[model], MODELS[model], case, prompts, size=(8, 8))
+    planted = [fault for fault in FAULTS if shows(fault, MODELS[model], edit)]
+    assert len(planted) >= 2 or not MODELS[model].is_guided or edit == "value injection"
+    for fault in planted:
+        wrong = reference(pipes[model], MODELS[model], case, prompts, fault, size=(8, 8))
+        assert farthest(actual, wrong) > 1e-6, fault
+
+
+@pytest.mark.parametrize("size", ["1 target", pytest.param("3 targets, not square", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("model", "edit"), cases(INVERTED, ALWAYS_INVERTED))
+def test_of_inverted_images(pipes, model, edit, size):
+    """The source follows the image's own latents after every step."""
+    targets, size = SIZES[size]
+    case, prompts = case_of(pipes, model, edit, targets, size)
+    tiny, family = pipes[model], MODELS[model]
+    before = tiny.scheduler
+    try:
+        actual, follows = inverted(tiny, family, case, prompts, size)
+        assert farthest(actual, reference(tiny, family, case, prompts, **follows)) <= EXACT
+        late = {**follows, "held": follows["held"].roll(-1, 0)}
+        assert farthest(actual, reference(tiny, family, case, prompts, **late)) > 1e-5
+        assert farthest(actual, reference(tiny, family, case, prompts, "a step off", **follows)) > 1e-6
+    finally:
+        tiny.scheduler = before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["Qwen-Image", "Lumina 2"])
+@pytest.mark.parametrize("edit", ["FPE", "ConsistEdit", "Stable Flow", "Prompt-to-Prompt, refined", "ReFlex"])
+def test_of_sources_that_are_held(pipes, model, edit):
+    """Where no image is inverted yet: a source that is put somewhere else after every step is what targets look at."""
+    case, prompts = case_of(pipes, model, edit, 3, (6, 12))
+    tiny, family = pipes[model], MODELS[model]
+    shape = unedited(tiny, family, prompts[:1], size=(6, 12)).shape[1:]
+    held = torch.randn(STEPS, *shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def hold(pipe, index, timestep, tensors):
+        latents = tensors["latents"].clone()
+        latents[0] = held[index]
+        return {"latents": latents}
+
+    actual = edited(tiny, family, case, prompts, size=(6, 12), callback_on_step_end=hold)
+    assert farthest(actual, reference(tiny, family, case, prompts, held=held, size=(6, 12))) <= EXACT
+    assert farthest(actual, reference(tiny, family, case, prompts, size=(6, 12))) > 1e-4
+
+
+@pytest.mark.parametrize(("model", "edit"), REFUSED, ids=lambda name: name)
+def test_captions_of_other_lengths(pipes, model, edit):
+    """Refused in the first call of the model, before anything is denoised; captions of one length are served."""
+    case, prompts = case_of(pipes, model, edit, 1, (8, 8))
+    steps = []
+    with pytest.raises(ValueError, match=REFUSED[model, edit]):
+        edited(pipes[model], MODELS[model], case, prompts, callback_on_step_end=lambda *given: steps.append(1) or {})
+    assert not steps
+    alike = [SOURCE, "a photo of a red car on a house"]
+    lengths = {len(pipes[model].tokenizer(prompt)["input_ids"]) for prompt in alike}
+    assert len(lengths) == 1
+    case = EDITS[edit][0](MODELS[model], pipes[model], alike, (8, 8))
+    actual = edited(pipes[model], MODELS[model], case, alike)
+    assert farthest(actual, reference(pipes[model], MODELS[model], case, alike)) <= EXACT
