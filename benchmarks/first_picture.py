@@ -36,10 +36,9 @@ _EDIT = """
 import time
 from fpe_pipeline.pipeline import FreePromptPipeline
 from fpe_pipeline.runs.run import execute
-from fpe_pipeline.studio.prompts import EXAMPLES
-from fpe_pipeline.studio.requests import defaults, settings_of
+from fpe_pipeline.studio.requests import first_fields, settings_of
 import fpe_pipeline.edits, fpe_pipeline.session
-fields = defaults(EXAMPLES[0][1:]) | {"steps": 25}
+fields = first_fields()
 begun = time.perf_counter()
 execute(settings_of(fields, "embedded"))
 print(time.perf_counter() - begun)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
 
 from .edits import Edit
 from .edits.base import check_prompts
@@ -16,7 +16,6 @@ from .errors import check_generator, check_positive
 from .inversion.flow import check_flow_inversion, invert_flow, with_size_of
 from .inversion.follow import Followed, check_inversion_options
 from .inversion.trajectory import Inversion
-from .models.families import adapter_of
 from .prompts.encoding import encoding_tokenizer
 from .prompts.words import warn_of_unknown_words
 from .recordings.flow_record import record_flow
@@ -30,7 +29,7 @@ from .session.finite import check_latents
 from .session.session import EditingSession, editing
 from .session.shared_noise import row_generators
 
-__all__ = ["FreePromptFluxPipeline", "FreePromptSD3Pipeline", "flow_class", "flow_class_of"]
+__all__ = ["FLOW_CLASSES", "FlowEditing", "FreePromptFluxPipeline", "FreePromptSD3Pipeline"]
 
 _OWN = frozenset(
     {"prompt", "target_prompt", "self_replace_steps", "layers", "edit", "inversion", "keep_source", "backend"}
@@ -240,32 +239,5 @@ class FreePromptFluxPipeline(FlowEditing, FluxPipeline):
         )
 
 
-_CLASSES: dict[str, type[FlowEditing]] = {"sd3": FreePromptSD3Pipeline, "flux": FreePromptFluxPipeline}
-
-
-def flow_class_of(pipeline: Any) -> type[FlowEditing] | None:
-    """The class that edits with a pipeline's transformer; None for a pipeline with a UNet.
-
-    Raises:
-        TypeError: a transformer of a family that has no adapter.
-    """
-    if getattr(pipeline, "transformer", None) is None or getattr(pipeline, "unet", None) is not None:
-        return None
-    return _CLASSES[adapter_of(pipeline).family]
-
-
-def flow_class(pretrained: Any, options: Mapping[str, Any]) -> type[FlowEditing] | None:
-    """The class that edits with a saved pipeline; None for one with a UNet, or where none is found.
-
-    Args:
-        pretrained: as ``from_pretrained`` takes it.
-        options: of that call.
-    """
-    hub = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
-    try:
-        config = DiffusionPipeline.load_config(pretrained, **{name: options[name] for name in hub if name in options})
-    except (OSError, ValueError):
-        return None  # which from_pretrained says better
-    saved = str(config.get("_class_name", ""))
-    parents = {made.parent.__name__: made for made in _CLASSES.values()}
-    return parents.get(saved, next((made for made in _CLASSES.values() if made.__name__ == saved), None))
+#: By family.
+FLOW_CLASSES: dict[str, type[FlowEditing]] = {"sd3": FreePromptSD3Pipeline, "flux": FreePromptFluxPipeline}

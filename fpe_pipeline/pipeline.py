@@ -8,9 +8,9 @@ inverted image, and the step callback drops the source rows once no later step n
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -19,14 +19,17 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from .edit_request import EditRequest
 from .edits import Edit
 from .embedded import embedded_path
-from .flow_pipeline import flow_class, flow_class_of
 from .inversion.trajectory import Inversion, invert
+from .models.families import adapter_of
 from .models.loading import is_embedded
 from .recordings import record_run, replay_run
 from .sampling.arguments import check_option_names
 from .sampling.output import FreePromptPipelineOutput
 from .sampling.pipeline import SamplingPipeline
 from .sampling.served_models import check_model
+
+if TYPE_CHECKING:
+    from .flow_pipeline import FlowEditing
 
 __all__ = ["FreePromptPipeline", "FreePromptPipelineOutput"]
 
@@ -36,6 +39,15 @@ LEGACY_OPTIONS = frozenset({"callback", "callback_steps"})
 
 
 _ADOPTING = ContextVar("adopting", default=False)
+
+#: Pipelines around transformers, as diffusers saves them and as ours save them, by family. Their modules, a second's
+#: import, are imported with the first of them.
+_OF_FLOWS = {
+    "StableDiffusion3Pipeline": "sd3",
+    "FreePromptSD3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "FreePromptFluxPipeline": "flux",
+}
 
 
 class FreePromptPipeline(SamplingPipeline):
@@ -61,7 +73,7 @@ class FreePromptPipeline(SamplingPipeline):
     def from_pipe(cls, pipeline: Any, **components: Any) -> Any:
         """As in diffusers, but modules keep their dtypes; a model that this class does not serve is refused with the
         way to edit it. Around a transformer that is a `FreePromptSD3Pipeline` or `FreePromptFluxPipeline`."""
-        serving = flow_class_of(pipeline)
+        serving = _flow_class_of(pipeline)
         if serving is not None:
             return serving.from_pipe(pipeline, **components)
         unet, vae = (components.get(name, getattr(pipeline, name, None)) for name in ("unet", "vae"))
@@ -88,7 +100,7 @@ class FreePromptPipeline(SamplingPipeline):
         of Stable Diffusion 3 or FLUX.1 is loaded as a `FreePromptSD3Pipeline` or `FreePromptFluxPipeline`."""
         if isinstance(pretrained_model_name_or_path, str) and is_embedded(pretrained_model_name_or_path):
             pretrained_model_name_or_path = embedded_path(pretrained_model_name_or_path)
-        serving: Any = flow_class(pretrained_model_name_or_path, options)
+        serving: Any = _flow_class(pretrained_model_name_or_path, options)
         if serving is not None:
             return serving.from_pretrained(pretrained_model_name_or_path, **options)
         return super().from_pretrained(pretrained_model_name_or_path, **options)
@@ -186,3 +198,39 @@ class FreePromptPipeline(SamplingPipeline):
 
 
 OWN_OPTIONS = frozenset(inspect.signature(FreePromptPipeline.__call__).parameters) - {"self", "options"}
+
+
+def _flow_class_of(pipeline: Any) -> type[FlowEditing] | None:
+    """The class that edits with a pipeline's transformer; None for a pipeline with a UNet.
+
+    Raises:
+        TypeError: a transformer of a family that has no adapter.
+    """
+    if getattr(pipeline, "transformer", None) is None or getattr(pipeline, "unet", None) is not None:
+        return None
+    family = adapter_of(pipeline).family
+    from .flow_pipeline import FLOW_CLASSES
+
+    return FLOW_CLASSES[family]
+
+
+def _flow_class(pretrained: Any, options: Mapping[str, Any]) -> type[FlowEditing] | None:
+    """The class that edits with a saved pipeline; None for one with a UNet, or where none is found.
+
+    Args:
+        pretrained: as ``from_pretrained`` takes it.
+        options: of that call.
+    """
+    hub = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
+    try:
+        config = StableDiffusionPipeline.load_config(
+            pretrained, **{name: options[name] for name in hub if name in options}
+        )
+    except (OSError, ValueError):
+        return None  # which from_pretrained says better
+    family = _OF_FLOWS.get(str(config.get("_class_name", "")))
+    if family is None:
+        return None
+    from .flow_pipeline import FLOW_CLASSES
+
+    return FLOW_CLASSES[family]

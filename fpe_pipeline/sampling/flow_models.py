@@ -13,8 +13,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift as flux_shift
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift as sd3_shift
 
 from ..models.families import adapter_of
 
@@ -140,7 +138,7 @@ class _SD3(FlowModel):
     def set_timesteps(self, steps: int, size: tuple[int, int]) -> None:
         scheduler, options = self.pipe.scheduler, {}
         if scheduler.config.use_dynamic_shifting:
-            options["mu"] = _mu(sd3_shift, scheduler, (size[0] // self.multiple) * (size[1] // self.multiple))
+            options["mu"] = _mu(scheduler, (size[0] // self.multiple) * (size[1] // self.multiple))
         scheduler.set_timesteps(steps, device=self.pipe._execution_device, **options)
 
     def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
@@ -174,7 +172,7 @@ class _Flux(FlowModel):
     def set_timesteps(self, steps: int, size: tuple[int, int]) -> None:
         self.pipe.scheduler.set_timesteps(
             sigmas=np.linspace(1.0, 1 / steps, steps),
-            mu=_mu(flux_shift, self.pipe.scheduler, (size[0] // self.multiple) * (size[1] // self.multiple)),
+            mu=_mu(self.pipe.scheduler, (size[0] // self.multiple) * (size[1] // self.multiple)),
             device=self.pipe._execution_device,
         )
 
@@ -231,7 +229,10 @@ def flow_model(pipe: Any) -> FlowModel:
     return _FAMILIES[family](pipe)
 
 
-def _mu(shift: Any, scheduler: Any, tokens: int) -> float:
-    """The shift of a scheduler's σ for an image of so many tokens."""
-    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    return shift(tokens, *(scheduler.config[name] for name in names))
+def _mu(scheduler: Any, tokens: int) -> float:
+    """The shift of a scheduler's σ for an image of so many tokens: linear in them, as diffusers' pipelines have it."""
+    fewest, most, least, largest = (
+        scheduler.config[name] for name in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    )
+    slope = (largest - least) / (most - fewest)
+    return float(tokens * slope + (least - slope * fewest))

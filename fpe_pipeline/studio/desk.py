@@ -20,7 +20,7 @@ from ..runs.settings import Settings
 from . import shown, work
 from .copied import as_command, as_python
 from .models import Models
-from .requests import Limits, fields_of, fields_read, new_seed, settings_of, within
+from .requests import FIELDS, Limits, fields_of, fields_read, first_fields, new_seed, settings_of, within
 from .sweeps import sweep
 from .uploads import admitted_photo, admitted_record
 from .visitors import Inverted, Look, Result, Visitor
@@ -69,6 +69,12 @@ class Desk:
         pace = self.models.pace(settings.model)
         estimate = None if pace is None else pace.of(settings)
         return "" if estimate is None else str(estimate)
+
+    def first_estimate(self) -> str:
+        """The estimate of a new page, found while nobody waits for it."""
+        model = self.models.names[0]
+        fields = first_fields(model)
+        return self.estimate(model, *(fields[name] for name in FIELDS))
 
     def targets(self, values: Sequence[Any]) -> list[str]:
         """The target prompts among the fields."""
@@ -247,7 +253,7 @@ class Desk:
     def _learn(self, made: Any) -> None:
         """How fast the model is, of a run that generated its source."""
         if isinstance(made, Result) and made.run.photo is None:
-            pace = self.models.pace(made.model)
+            pace = self.models.pace(made.model, wait=0.0)
             if pace is not None:
                 pace.learn(made.run.settings, made.seconds)
 

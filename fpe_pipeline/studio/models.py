@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two looks of a run that goes on at whether it was ended meanwhile.
 _TURN = 0.05
+#: Seconds that a question about a model's pace waits for whoever uses it.
+_MOMENT = 2.0
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Models:
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     _loaded: tuple[str, Loaded] | None = field(default=None, init=False, repr=False)
     _standing: list[_Standing] = field(default_factory=list, init=False, repr=False)
-    _paces: dict[str, ModelPace] = field(default_factory=dict, init=False, repr=False)
+    _paces: dict[str, ModelPace | None] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in self.names:
@@ -150,12 +152,27 @@ class Models:
             return found
         return find_model(name).family or "unet"
 
-    def pace(self, name: str) -> ModelPace | None:
-        """How fast a model is that was loaded before; None of others."""
+    def pace(self, name: str, wait: float = _MOMENT) -> ModelPace | None:
+        """How fast a model is that was loaded before; None of others.
+
+        It is found with the first question after the model was loaded, not while somebody waits for a picture.
+
+        Args:
+            wait: seconds until whoever uses the models is done with them; after these it is not known yet.
+        """
+        if name not in self._paces and self._is_loaded(name) and self._lock.acquire(timeout=wait):
+            try:
+                if name not in self._paces and self._loaded is not None and self._is_loaded(name):
+                    self._paces[name] = self._tried_out(name, self._loaded[1].pipe)
+            finally:
+                self._lock.release()
         return self._paces.get(name)
 
+    def _is_loaded(self, name: str) -> bool:
+        return self._loaded is not None and self._loaded[0] == name
+
     def _load(self, name: str) -> Loaded:
-        if self._loaded is not None and self._loaded[0] == name:
+        if self._loaded is not None and self._is_loaded(name):
             return self._loaded[1]
         self._loaded = None  # before the next: two do not fit everywhere
         for standing in self._standing:
@@ -166,17 +183,16 @@ class Models:
         _free(self.device)
         pipe = load_pipeline(find_model(name), dtype=pick_dtype(self.dtype, self.device), device=self.device)
         self._loaded = (name, Loaded(pipe, identity(pipe)))
-        if name not in self._paces:
-            self._try_out(name, pipe)
         return self._loaded[1]
 
-    def _try_out(self, name: str, pipe: Any) -> None:
-        """Find a model's pace; one that is called otherwise than Stable Diffusion has none, and is served so."""
+    def _tried_out(self, name: str, pipe: Any) -> ModelPace | None:
+        """A model's pace; one that is called otherwise than Stable Diffusion has none, and is served so."""
         try:
             with repeatable(threads_for(name, self.device)):
-                self._paces[name] = ModelPace(pipe)
+                return ModelPace(pipe)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             logger.warning("the page cannot say beforehand what runs of %s take: %s", name, error)
+            return None
 
 
 def choices_of(pipe: Any) -> list[tuple[str, str]]:

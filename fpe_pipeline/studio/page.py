@@ -142,9 +142,11 @@ def _generate_tab(desk: Desk, visitor: Any, recipe: Recipe) -> tuple[Callable[..
         yield from told(desk.go_on(visitor, "generate"), values)
 
     def told(steps: Iterator[Shown], values: Sequence[Any]) -> Iterator[list[Any]]:
+        drawn: Any = None
         for each in steps:
             seed = gr.skip() if each.made is None else each.made.run.settings.seed
-            so_far = shown.preview(each.preview, desk.targets(values))
+            so_far = gr.skip() if each.preview is drawn else shown.preview(each.preview, desk.targets(values))
+            drawn = each.preview
             yield [each.status, halt.shows(each), so_far, seed, *_result_values(each.made)]
 
     def estimated(*values: Any) -> str:

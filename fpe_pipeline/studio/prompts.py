@@ -8,7 +8,7 @@ from html import escape
 
 from ..images.side_by_side import changed_words
 
-__all__ = ["EXAMPLES", "differences", "with_word", "words_of"]
+__all__ = ["EXAMPLES", "FIRST", "differences", "with_word", "words_of"]
 
 #: Title, source and target of what the embedded model draws well.
 EXAMPLES = (
@@ -16,6 +16,9 @@ EXAMPLES = (
     ("Another object", "a photo of a purple balloon in the meadow", "a photo of a purple mushroom in the meadow"),
     ("Another place", "a photo of a green house in the snow", "a photo of a green house in the desert"),
 )
+
+#: Prompts of a new page.
+FIRST = EXAMPLES[0][1:]
 
 
 def differences(source: str, targets: Sequence[str]) -> str:

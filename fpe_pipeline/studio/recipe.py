@@ -15,7 +15,7 @@ from ..models.loading import Family
 from ..runs.model_defaults import served_by
 from ..runs.settings import Settings
 from .prompts import EXAMPLES, differences, with_word
-from .requests import FIELDS, MOST_OPTIONS, Limits, defaults, fields_of, new_seed, options_of
+from .requests import FIELDS, MOST_OPTIONS, Limits, defaults, fields_of, first_fields, new_seed, options_of
 
 __all__ = ["Recipe", "build"]
 
@@ -108,7 +108,7 @@ def build(
     limits: Limits,
 ) -> Recipe:
     """The column; ``family``, ``layers`` and ``words`` are of the first model."""
-    start = defaults(EXAMPLES[0][1:], models[0])
+    start = first_fields(models[0])
     fields: dict[str, Any] = {}
     model = gr.Dropdown(list(models), value=models[0], label="Model", visible=len(models) > 1)
     fields["source"] = gr.Textbox(start["source"], label="Source prompt", lines=2, max_lines=6, elem_id="source")
@@ -134,7 +134,7 @@ def build(
             fields["seed"] = gr.Number(start["seed"], label="Seed", precision=0, minimum=0, min_width=90)
             dice = gr.Button("New seed", min_width=80, elem_classes="fpe-dice")
         locked = gr.Checkbox(True, label="Keep this seed for the next picture")
-        fields["steps"] = gr.Slider(1, limits.steps, value=25, step=1, label="Steps")
+        fields["steps"] = gr.Slider(1, limits.steps, value=start["steps"], step=1, label="Steps")
         fields["guidance"] = gr.Slider(1, 20, value=start["guidance"], step=0.5, label="Guidance")
         fields["size"] = gr.Textbox("", label="Width x height, px", placeholder="the model's own", lines=1)
         fields["negative"] = gr.Textbox("", label="Negative prompt", lines=1)

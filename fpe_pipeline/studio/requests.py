@@ -18,6 +18,7 @@ from ..edits.method import REQUIRED, Option
 from ..edits.registry import METHODS
 from ..errors import InputError
 from ..runs.settings import DEFAULTS, SELF_REPLACE, Settings
+from .prompts import FIRST
 
 __all__ = [
     "FIELDS",
@@ -26,6 +27,7 @@ __all__ = [
     "defaults",
     "fields_of",
     "fields_read",
+    "first_fields",
     "new_seed",
     "options_of",
     "settings_of",
@@ -40,6 +42,8 @@ FIELDS = (
 #: As many fields for options as the method with the most has.
 MOST_OPTIONS = max(len(method.choices) for method in METHODS.values())
 _SEEDS = 2**31
+#: Denoising steps of a new page: enough to see what comes of it.
+_STEPS = 25
 #: Options that name a file, which would be the server's.
 _OF_THE_SERVER = ("mask",)
 
@@ -216,7 +220,12 @@ def _size(text: str) -> tuple[int, int] | None:
     return None if sides is None else (int(sides[1]), int(sides[2]))
 
 
+def first_fields(model: str = DEFAULTS.model) -> dict[str, Any]:
+    """What stands in the fields of a new page, with prompts that the embedded model draws well."""
+    return defaults(FIRST, model) | {"steps": _STEPS}
+
+
 def defaults(prompts: Sequence[str] = (), model: str = DEFAULTS.model) -> dict[str, Any]:
-    """What stands in the fields of a new page, whose model is named."""
+    """What stands in the fields for some prompts and a model's own defaults."""
     source, *targets = prompts or ("",)
     return fields_of(Settings.of_model(source=source, targets=tuple(targets), model=model))

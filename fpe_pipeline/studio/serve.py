@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ def serve(desk: Any, *, host: str = "127.0.0.1", port: int | None = None, block:
         css=looks.CSS,
         app_kwargs={"middleware": [Middleware(_Headers)], "docs_url": None, "redoc_url": None, "openapi_url": None},
     )
+    # While a browser draws the page: what it asks for first is then known.
+    threading.Thread(target=desk.first_estimate, name="fpe-estimate", daemon=True).start()
     return page
 
 

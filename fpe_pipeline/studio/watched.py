@@ -23,7 +23,7 @@ from ..sampling.decoding import decoded
 __all__ = ["Cancelled", "Stopped", "Told", "Watched", "go_on", "watch"]
 
 #: Share of a run's time that its previews may take.
-_SHARE = 0.15
+_SHARE = 0.04
 _TURN = 0.1  # seconds between two looks at whether the visitor is still there
 
 

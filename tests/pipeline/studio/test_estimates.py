@@ -76,9 +76,17 @@ def test_what_cannot_be_made_has_no_estimate(desk, values):
     assert desk.estimate(*unloaded) == ""
 
 
+def test_whoever_asks_while_a_model_is_used_does_not_wait_for_long(tiny_folder):
+    alone = models_module.Models((tiny_folder,), device="cpu")
+    with alone.use(tiny_folder):
+        assert alone.pace(tiny_folder, wait=0.0) is None
+    assert alone.pace(tiny_folder) is not None
+
+
 def test_a_model_whose_pace_cannot_be_found_is_served_all_the_same(tiny_folder, monkeypatch, caplog):
     monkeypatch.setattr(models_module, "ModelPace", lambda pipe: pipe.unet(planted=1))
     alone = models_module.Models((tiny_folder,), device="cpu")
     with alone.use(tiny_folder) as loaded:
-        assert loaded.pipe is not None and alone.pace(tiny_folder) is None
+        assert loaded.pipe is not None
+    assert alone.pace(tiny_folder) is None
     assert "cannot say beforehand" in caplog.text

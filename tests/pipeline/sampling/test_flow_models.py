@@ -1,0 +1,40 @@
+"""What a flow model's run is made of outside its pipeline: the shift of its σ, latents and pictures."""
+
+import pytest
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift as flux_shift
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift as sd3_shift
+
+from fpe_pipeline import FreePromptPipeline
+from fpe_pipeline.sampling.decoding import decoded
+from fpe_pipeline.sampling.flow_models import _mu, flow_model
+from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
+
+
+@pytest.mark.parametrize("shift", [flux_shift, sd3_shift])
+def test_the_shift_is_diffusers(pipe, shift):
+    scheduler = tiny_flux_pipeline(pipe).scheduler
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    for tokens in (1, 16, 256, 1024, 4096, 5000):
+        assert _mu(scheduler, tokens) == shift(tokens, *(scheduler.config[name] for name in names))
+
+
+@pytest.mark.parametrize("make", [tiny_sd3_pipeline, tiny_flux_pipeline])
+def test_latents_become_the_pipelines_pictures(pipe, make):
+    flow = FreePromptPipeline.from_pipe(make(pipe, dtype=torch.float32))
+    asked = {"num_inference_steps": 2, "height": 48, "width": 80}
+    latents, pictures = (
+        flow("a cat", generator=torch.Generator().manual_seed(0), output_type=kind, **asked).images
+        for kind in ("latent", "pil")
+    )
+    (picture,) = decoded(flow, latents, (48, 80))
+    assert picture.size == (80, 48) and picture.tobytes() == pictures[0].tobytes()
+
+
+def test_packed_latents_need_a_size(pipe):
+    flow = flow_model(tiny_flux_pipeline(pipe))
+    latents = torch.arange(2 * 16 * 4 * 6, dtype=torch.float64).reshape(2, 16, 4, 6)
+    factor = flow.pipe.vae_scale_factor
+    assert torch.equal(flow.unpacked(flow.latents(latents), (4 * factor, 6 * factor)), latents)
+    with pytest.raises(ValueError, match="expected the size of the images"):
+        flow.unpacked(flow.latents(latents))
