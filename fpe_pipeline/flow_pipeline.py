@@ -22,7 +22,7 @@ from .prompts.words import warn_of_unknown_words
 from .recordings.flow_record import record_flow
 from .recordings.flow_replay import edit_flow
 from .sampling.arguments import check_option_names, prompt_list
-from .sampling.flow_models import FlowModel
+from .sampling.flow_models import FlowModel, check_served
 from .sampling.flow_sampling import FlowSampling, chosen_flow_edit, flow_start, guidance_of_rows, texts_of_call
 from .sampling.output import FreePromptPipelineOutput
 from .sampling.step_end import Call, DropSource, check_source_can_be_dropped
@@ -247,11 +247,13 @@ def flow_class_of(pipeline: Any) -> type[FlowEditing] | None:
     """The class that edits with a pipeline's transformer; None for a pipeline with a UNet.
 
     Raises:
-        TypeError: a transformer of a family that has no adapter.
+        TypeError: a transformer of a family that has no adapter, or a pipeline that is not served.
     """
     if getattr(pipeline, "transformer", None) is None or getattr(pipeline, "unet", None) is not None:
         return None
-    return _CLASSES[adapter_of(pipeline).family]
+    family = adapter_of(pipeline).family
+    check_served(pipeline, family)
+    return _CLASSES[family]
 
 
 def flow_class(pretrained: Any, options: Mapping[str, Any]) -> type[FlowEditing] | None:
