@@ -204,13 +204,15 @@ def _flow_class_of(pipeline: Any) -> type[FlowEditing] | None:
     """The class that edits with a pipeline's transformer; None for a pipeline with a UNet.
 
     Raises:
-        TypeError: a transformer of a family that has no adapter.
+        TypeError: a transformer of a family that has no adapter, or a pipeline that is not served.
     """
     if getattr(pipeline, "transformer", None) is None or getattr(pipeline, "unet", None) is not None:
         return None
     family = adapter_of(pipeline).family
     from .flow_pipeline import FLOW_CLASSES
+    from .sampling.flow_models import check_served
 
+    check_served(pipeline, family)
     return FLOW_CLASSES[family]
 
 

@@ -16,7 +16,7 @@ import torch
 
 from ..models.families import adapter_of
 
-__all__ = ["FlowModel", "Velocity", "flow_model", "is_flow_model"]
+__all__ = ["FlowModel", "Velocity", "check_served", "flow_model", "is_flow_model"]
 
 Latents = torch.Tensor
 
@@ -218,15 +218,36 @@ def flow_model(pipe: Any) -> FlowModel:
     """The flow model of a pipeline.
 
     Raises:
-        TypeError: a pipeline without one, or with one of a family that no adapter describes.
+        TypeError: a pipeline without one, with one of a family that no adapter describes, or that is not served here.
     """
     family = adapter_of(pipe).family
-    if family not in _FAMILIES:
+    if getattr(pipe, "transformer", None) is None:
         raise TypeError(
             f"expected a pipeline of Stable Diffusion 3 or FLUX.1, got {type(pipe).__name__} with its "
             f"{type(pipe.unet).__name__}, whose steps are no flow: use FreePromptPipeline"
         )
+    check_served(pipe, family)
     return _FAMILIES[family](pipe)
+
+
+def check_served(pipe: Any, family: str) -> None:
+    """Raise TypeError for a pipeline around a transformer of which this package has no convenience.
+
+    Args:
+        pipe: of diffusers.
+        family: of its transformer.
+    """
+    where = "; put `with editing(pipe, edit):` around its calls, which edits what they generate"
+    if family not in _FAMILIES:
+        raise TypeError(
+            "real images, recordings and FreePromptPipeline are for Stable Diffusion 3 and FLUX.1, got "
+            f"{type(pipe).__name__}{where}"
+        )
+    if any(kind.__name__.startswith("FluxKontext") for kind in type(pipe).__mro__):
+        raise TypeError(
+            "real images, recordings and FreePromptPipeline hold no reference picture, which is part of every call of "
+            f"FLUX.1 Kontext, got {type(pipe).__name__}{where}"
+        )
 
 
 def _mu(scheduler: Any, tokens: int) -> float:
