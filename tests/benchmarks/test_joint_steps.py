@@ -53,7 +53,7 @@ def test_committed_rows():
         assert ratio.high <= 1.02 if name.endswith("/1") else ratio.high < 1.0, name
         assert rows["fpe"].peak_mb <= 1.05 * rows["unedited"].peak_mb
         assert rows["fpe"].peak_mb < rows["dense-original"].peak_mb
-        assert rows["attention"].status == "ok"
+        assert rows["attention"].status == rows["kept"].status == rows["stored"].status == "ok"
 
 
 def test_pictures_in_a_row_are_tokens_of_their_own():
