@@ -134,7 +134,7 @@ def test_any_prompts_heads_and_proportions(loop, branches, no_whole_maps):
 @pytest.mark.slow
 @torch.no_grad()
 def test_other_injections_are_seen(loop):
-    """Of the first attention module too, of the conditional branch alone, and of a timestep outside the schedule."""
+    """Of the first attention module too, of the conditional branch alone, and at a timestep out of the schedule."""
     sample, text = inputs(9)
     first = "up_blocks.1.attentions.0."
 
