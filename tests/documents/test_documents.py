@@ -190,7 +190,7 @@ def test_no_block_is_left_out(document):
     fences = re.findall(r"^[ >]*(?:`{3,}|~{3,}).*", text, re.MULTILINE)
     assert len(fences) == 2 * len(blocks(document)), [fence for fence in fences if fence != "```"]
     told = [line for _, language, block in blocks(document) if language == "text" for line in block.splitlines()]
-    assert [line for line in told if line.startswith(("$ ", "fpe ", ">>> "))] == []
+    assert [line for line in told if line.startswith(("$ ", "fpe "))] == []
 
 
 def test_the_list_of_what_is_not_run_has_no_spare_entries():
