@@ -12,7 +12,7 @@ QUESTIONS = [line for line in TEXT.splitlines() if line.startswith("| ") and "te
 
 def test_the_arrows_are_those_of_today():
     drawn = arrows.imports()
-    shown = re.findall(r"<!-- arrows -->\n```\n(.*?)\n```", TEXT, re.DOTALL)
+    shown = re.findall(r"<!-- arrows -->\n```text\n(.*?)\n```", TEXT, re.DOTALL)
     expected = [arrows.drawing(drawn, package).partition("\n")[2] for package in ("fpe_pipeline", "fpe_kernels")]
     assert shown == expected, "python -m tests.support.arrows"
 
@@ -33,7 +33,7 @@ def test_every_question_names_a_room_and_a_test():
 
 
 def test_every_room_is_in_the_tree():
-    tree = TEXT.partition("```\n")[2].partition("```")[0]
+    tree = TEXT.partition("```text\n")[2].partition("```")[0]
     for name in arrows.rooms(arrows.imports()):
         package, _, room = name.partition(".")
         if package == "fpe_pipeline" and room not in ("", "ground"):

@@ -183,6 +183,16 @@ def test_blocks_run_as_printed(document, workplace):
             assert language in ("bibtex", "text"), f"{document}:{line} is a block of {language}, which nothing checks"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_block_is_left_out(document):
+    """A fence that is indented, or names no language, would be skipped; a command in a block of text as well."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    fences = re.findall(r"^[ >]*(?:`{3,}|~{3,}).*", text, re.MULTILINE)
+    assert len(fences) == 2 * len(blocks(document)), [fence for fence in fences if fence != "```"]
+    told = [line for _, language, block in blocks(document) if language == "text" for line in block.splitlines()]
+    assert [line for line in told if line.startswith(("$ ", "fpe "))] == []
+
+
 def test_the_list_of_what_is_not_run_has_no_spare_entries():
     printed = [
         " ".join(words)

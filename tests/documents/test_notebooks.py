@@ -10,14 +10,23 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
+from fpe_pipeline import FreePromptPipeline
 from notebooks.__main__ import FOLDER, executed
+from tests.support.golden_cases import load_pipeline
+from tests.support.tiny_pipelines import tiny_sdxl_pipeline
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 NAMES = {"edit_fake", "edit_real", "null_text_w_FPE", "FPE_in_p2p", "attention_maps", "kernels"}
 MOST_BYTES = 900_000
 #: What the notebooks' only line about steps is replaced by.
 FEW = "STEPS = 2"
+
+
+@pytest.fixture
+def pipe():
+    return load_pipeline()
 
 
 def read(path):
@@ -54,6 +63,41 @@ class TestAsSaved:
         text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
         models = ("T4",) if path.stem == "kernels" else ("Realistic-Vision", "Deliberate", "Anything", "SDXL", "T4")
         assert all(name in text for name in models)
+
+
+def recipes(path):
+    """Blocks of code in a notebook's text."""
+    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL), text
+
+
+def test_recipes_for_other_models_run(pipe, monkeypatch):
+    """As printed, in few steps, on a tiny model in the place of each folder and file."""
+    tiny, xl = FreePromptPipeline.from_pipe(pipe), tiny_sdxl_pipeline(pipe)
+    found = {}
+    for path in NOTEBOOKS:
+        blocks, text = recipes(path)
+        assert text.count("```") == 2 * len(blocks), f"{path.name} has a block that nothing runs"
+        found |= dict.fromkeys(blocks)
+    (recipe,) = found
+    asked = []
+    for kind, stand_in in ((FreePromptPipeline, tiny), (StableDiffusionXLPipeline, xl)):
+        for way in ("from_pretrained", "from_single_file"):
+
+            def loaded(name, *, torch_dtype, way=way, stand_in=stand_in):
+                asked.append((way, name))
+                return stand_in
+
+            monkeypatch.setattr(kind, way, loaded)
+    monkeypatch.setattr(DiffusionPipeline, "to", lambda pipe, device: pipe)  # "cuda"
+    scope = {}
+    few = recipe.replace("generator=same_noise)", "generator=same_noise, num_inference_steps=3, height=64, width=64)")
+    assert few != recipe
+    exec(compile(few, "recipes", "exec"), scope)
+    assert scope["source"].size == scope["target"].size == (64, 64)
+    for name in ("stable-diffusion-v1-5", "Realistic_Vision", "deliberate", "anything", "xl"):
+        ways = {way for way, asked_name in asked if name.lower() in asked_name.lower().replace("v1-5-pruned", name)}
+        assert ways == {"from_pretrained", "from_single_file"}, name
 
 
 @pytest.mark.parametrize(
