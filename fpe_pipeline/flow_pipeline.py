@@ -1,5 +1,5 @@
-"""`FreePromptPipeline` for flow models: diffusers' pipelines of Stable Diffusion 3 and FLUX.1 with an edit from one
-source prompt to many targets."""
+"""`FreePromptPipeline` for flow models: diffusers' pipelines of Stable Diffusion 3, FLUX.1 and Qwen-Image with an edit
+from one source prompt to many targets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline
 
 from .edits import Edit
 from .edits.base import check_prompts
@@ -30,7 +30,13 @@ from .session.finite import check_latents
 from .session.session import EditingSession, editing
 from .session.shared_noise import row_generators
 
-__all__ = ["FreePromptFluxPipeline", "FreePromptSD3Pipeline", "flow_class", "flow_class_of"]
+__all__ = [
+    "FreePromptFluxPipeline",
+    "FreePromptQwenImagePipeline",
+    "FreePromptSD3Pipeline",
+    "flow_class",
+    "flow_class_of",
+]
 
 _OWN = frozenset(
     {"prompt", "target_prompt", "self_replace_steps", "layers", "edit", "inversion", "keep_source", "backend"}
@@ -240,7 +246,29 @@ class FreePromptFluxPipeline(FlowEditing, FluxPipeline):
         )
 
 
-_CLASSES: dict[str, type[FlowEditing]] = {"sd3": FreePromptSD3Pipeline, "flux": FreePromptFluxPipeline}
+class FreePromptQwenImagePipeline(FlowEditing, QwenImagePipeline):
+    """Edit an image, generated or real, into target prompts, on Qwen-Image.
+
+    Made by ``FreePromptPipeline.from_pipe(pipe)`` of a pipeline of diffusers; loads, saves and offloads as that does.
+    Used as `FreePromptSD3Pipeline`; it guides where ``negative_prompt`` is passed, by ``true_cfg_scale``. Recordings
+    are refused with the reason.
+    """
+
+    parent = QwenImagePipeline
+    parts = ("transformer", "vae", "text_encoder")
+
+    def _check_source_can_be_dropped(self, call: Call, options: Mapping[str, Any]) -> None:
+        raise ValueError(
+            "keep_source=False cannot drop the source's rows from QwenImagePipeline's loop, which keeps masks of "
+            "padding to itself: use keep_source=True"
+        )
+
+
+_CLASSES: dict[str, type[FlowEditing]] = {
+    "sd3": FreePromptSD3Pipeline,
+    "flux": FreePromptFluxPipeline,
+    "qwen": FreePromptQwenImagePipeline,
+}
 
 
 def flow_class_of(pipeline: Any) -> type[FlowEditing] | None:
