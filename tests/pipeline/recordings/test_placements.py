@@ -1,4 +1,4 @@
-"""Edits of inverted images from recordings, wherever those are kept: full runs to rounding, within so many bytes."""
+"""Edits of inverted images from recordings, wherever those are kept: full runs to rounding, within a byte budget."""
 
 import pytest
 import torch
@@ -12,13 +12,10 @@ EXACT = 1e-8
 PLACES = ["device", "cpu", "folder"]
 MASK = torch.cat([torch.ones(48, 48), torch.zeros(48, 32)], dim=1)
 # By the method, its solver, its edit on each family, and the parts that it needs of a layer.
+VALUES = {"image-value", "text-value"}
 METHODS = {
-    "RF-Solver-Edit": (
-        "rf-solver",
-        lambda layers: ValueInjectionEdit(0.5, layers=layers),
-        {"image-value", "text-value"},
-    ),
-    "FireFlow": ("fireflow", lambda layers: ValueInjectionEdit(0.5, layers=layers), {"image-value", "text-value"}),
+    "RF-Solver-Edit": ("rf-solver", lambda layers: ValueInjectionEdit(0.5, layers=layers), VALUES),
+    "FireFlow": ("fireflow", lambda layers: ValueInjectionEdit(0.5, layers=layers), VALUES),
     "KV-Edit": ("euler", lambda layers: KVEdit(mask=MASK), {"image-key", "image-value"}),
 }
 LATE = {"sd3": ["transformer_blocks.1", "transformer_blocks.2"], "flux": ["single_transformer_blocks"]}

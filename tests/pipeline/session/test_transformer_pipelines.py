@@ -13,7 +13,7 @@ from tests.support.dense_joint import dense
 from tests.support.dense_rows import wide
 from tests.support.slow_cases import few
 from tests.support.tiny_lumina import tiny_lumina_pipeline
-from tests.support.tiny_transformers import PROMPTS, draw, tiny_flux_pipeline, tiny_qwen_pipeline, tiny_sd3_pipeline
+from tests.support.tiny_transformers import PROMPTS, draw, tiny_flux_pipeline, tiny_sd3_pipeline
 from tests.support.tiny_wan import tiny_wan_pipeline
 
 EXACT = 1e-8
@@ -88,15 +88,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message), editing(tiny, FreePromptEdit()):
             draw(tiny)
 
-    @pytest.mark.parametrize("name", ["Qwen-Image", "Lumina 2", "Wan"])
+    @pytest.mark.parametrize("name", ["Lumina 2", "Wan"])
     def test_conveniences_of_other_families(self, pipe, name):
-        made = {
-            "Qwen-Image": tiny_qwen_pipeline,
-            "Lumina 2": tiny_lumina_pipeline,
-            "Wan": lambda: tiny_wan_pipeline(pipe),
-        }
-        tiny = made[name]()
-        message = r"are for Stable Diffusion 3 and FLUX\.1, got \w+Pipeline; put `with editing\(pipe, edit\):`"
+        tiny = tiny_lumina_pipeline() if name == "Lumina 2" else tiny_wan_pipeline(pipe)
+        message = r"FLUX\.1 and Qwen-Image, got \w+Pipeline; put `with editing\(pipe, edit\):`"
         with pytest.raises(TypeError, match=message):
             FreePromptPipeline.from_pipe(tiny)
         with pytest.raises(TypeError, match=message):

@@ -131,14 +131,10 @@ def words_of(wan, prompts=2):
 
 @pytest.mark.parametrize("name", few(["Prompt-to-Prompt", "MasaCtrl"], "Prompt-to-Prompt"))
 def test_mistakes_of_other_edits_show(wan22, name):
-    """The half of the calls to leave alone (or not to), steps off by one, layers in one another's place."""
+    """The half of the calls that is to be left alone (or not to be), steps off by one, a kind of layers left out."""
     if name == "MasaCtrl":
-        edit, rules, steps, both = (
-            MasaCtrlEdit(1, start_layer=0),
-            {"attn1": memory_of_source},
-            {"attn1": (1, 2, 3)},
-            True,
-        )
+        edit, both = MasaCtrlEdit(1, start_layer=0), True
+        rules, steps = {"attn1": memory_of_source}, {"attn1": (1, 2, 3)}
     else:
         edit, columns = words_of(wan22)
         rules, both = {"attn1": maps_of_source, "attn2": columns}, False
