@@ -68,7 +68,7 @@ bench: $(STAMP)  ## the benchmark suite, short (BENCH_ARGS="all" for the committ
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 figures: $(STAMP)  ## redraw the figures and rewrite README's tables from the committed rows
-	@$(BIN)/python -m benchmarks.plot --update README.md benchmarks/README.md docs/batches.md docs/kernels.md docs/recordings.md docs/studio.md docs/compat/README.md fpe_pipeline/quality/README.md
+	@$(BIN)/python -m benchmarks.plot --update README.md benchmarks/README.md docs/batches.md docs/kernels.md docs/recordings.md docs/studio.md docs/compat/*.md fpe_pipeline/quality/README.md
 
 # On a GPU machine torch is usually there already and the right build of it is that machine's business,
 # so these targets use $(PYTHON) as it is and install nothing. GPU_ARGS="--budget 300" gives one less time.

@@ -38,6 +38,8 @@ CASES = (
     JointCase("sd3", 64, 333, targets=3),
     JointCase("flux", 32, 512),
     JointCase("flux", 32, 512, targets=3),
+    JointCase("flux", 64, 512, heads=1),
+    JointCase("flux", 64, 512, heads=1, images=2),
 )
 #: Stable Diffusion 3.5 medium and large, FLUX.1 and FLUX.1 Kontext at 1024 px.
 GPU_CASES = (

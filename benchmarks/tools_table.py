@@ -11,26 +11,39 @@ from fpe_pipeline.texts import markdown_table
 from .report import number
 from .rows import Row
 from .table_parts import DENSE, UNEDITED, beside, grouped, not_yet, slower
+from .tools_cases import TOOLS
 
-__all__ = ["TABLES"]
+__all__ = ["PAGES", "TABLES"]
 
 
-def tools(rows: Sequence[Row], gpu: bool) -> str:
-    """A step with each tool: ours, the original's way, and the step without any tool."""
-    lines, used = [], []
+#: By page of the docs, the tools whose rows stand there.
+PAGES = {
+    **{name: (name,) for name in TOOLS if name not in ("attend-and-excite", "pix2pix-zero", "ledits++", "sag")},
+    "diffusers": ("ledits++", "sag", "attend-and-excite", "pix2pix-zero"),
+}
+
+
+def tools(rows: Sequence[Row], gpu: bool, only: Sequence[str] = tuple(TOOLS)) -> str:
+    """A step with each tool: ours, the original's way, and the step without any tool.
+
+    Args:
+        rows: of the suite, and any others.
+        gpu: whether of GPUs.
+        only: the tools.
+    """
+    lines, used, reasons = [], [], set()
     for case, ways in grouped(rows, "tools", gpu).items():
-        ours = ways.get("fpe")
-        if ours is None or ours.status != "ok":
+        ours, (tool, _, latents) = ways.get("fpe"), case.partition("/")
+        if ours is None or ours.status != "ok" or tool not in only:
             continue
         used.append(ours)
-        tool, _, latents = case.partition("/")
+        reasons |= {row.reason for row in ways.values() if row.reason}
         others = [_beside(ways.get(name), ours) for name in (DENSE, UNEDITED)]
         lines.append([tool, latents, number(ours.median_ms, " ms"), number(ours.peak_mb, " MB"), *others])
     if not lines:
         return not_yet(gpu, "Drop-ins (`python -m benchmarks.tools`)")
     heading = ["random weights", "tokens", "ours", "peak", "the original ÷ ours", "no tool ÷ ours"]
-    reasons = sorted({row.reason for row in rows if row.suite == "tools" and row.on_gpu == gpu and row.reason})
-    said = "\n".join(f"*Not measured: {reason}.*" for reason in reasons)
+    said = "\n".join(f"*Not measured: {reason}.*" for reason in sorted(reasons))
     return markdown_table(heading, lines) + "\n\n" + (said + "\n" if said else "") + beside(used)
 
 
@@ -64,5 +77,6 @@ def operations(rows: Sequence[Row], gpu: bool) -> str:
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "tools-cpu": partial(tools, gpu=False),
+    **{f"tools-cpu-{page}": partial(tools, gpu=False, only=names) for page, names in PAGES.items()},
     "map-operations-cpu": partial(operations, gpu=False),
 }

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .edits.registry import make_edit
     from .edits.selection import LayerSelection
     from .edits.watchers import Watcher
-    from .flow_pipeline import FreePromptFluxPipeline, FreePromptSD3Pipeline
+    from .flow_pipeline import FreePromptFluxPipeline, FreePromptQwenImagePipeline, FreePromptSD3Pipeline
     from .heatmaps.concept_maps import ConceptMaps, concept_maps
     from .heatmaps.heat_maps import HeatMaps, heat_maps
     from .inversion.null_text import NullText
@@ -64,6 +64,7 @@ _HOME = {
     "FreePromptFluxPipeline": "flow_pipeline",
     "FreePromptPipeline": "pipeline",
     "FreePromptPipelineOutput": "sampling.output",
+    "FreePromptQwenImagePipeline": "flow_pipeline",
     "FreePromptSD3Pipeline": "flow_pipeline",
     "HeatMaps": "heatmaps.heat_maps",
     "Injecting": "edits.base",
@@ -119,6 +120,7 @@ __all__ = [
     "FreePromptFluxPipeline",
     "FreePromptPipeline",
     "FreePromptPipelineOutput",
+    "FreePromptQwenImagePipeline",
     "FreePromptSD3Pipeline",
     "HeatMaps",
     "Injecting",

@@ -1,5 +1,5 @@
-"""`FreePromptPipeline` for flow models: diffusers' pipelines of Stable Diffusion 3 and FLUX.1 with an edit from one
-source prompt to many targets."""
+"""`FreePromptPipeline` for flow models: diffusers' pipelines of Stable Diffusion 3, FLUX.1 and Qwen-Image with an edit
+from one source prompt to many targets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline
+from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline
 
 from .edits import Edit
 from .edits.base import check_prompts
@@ -29,7 +29,13 @@ from .session.finite import check_latents
 from .session.session import EditingSession, editing
 from .session.shared_noise import row_generators
 
-__all__ = ["FLOW_CLASSES", "FlowEditing", "FreePromptFluxPipeline", "FreePromptSD3Pipeline"]
+__all__ = [
+    "FLOW_CLASSES",
+    "FlowEditing",
+    "FreePromptFluxPipeline",
+    "FreePromptQwenImagePipeline",
+    "FreePromptSD3Pipeline",
+]
 
 _OWN = frozenset(
     {"prompt", "target_prompt", "self_replace_steps", "layers", "edit", "inversion", "keep_source", "backend"}
@@ -239,5 +245,27 @@ class FreePromptFluxPipeline(FlowEditing, FluxPipeline):
         )
 
 
+class FreePromptQwenImagePipeline(FlowEditing, QwenImagePipeline):
+    """Edit an image, generated or real, into target prompts, on Qwen-Image.
+
+    Made by ``FreePromptPipeline.from_pipe(pipe)`` of a pipeline of diffusers; loads, saves and offloads as that does.
+    Used as `FreePromptSD3Pipeline`; it guides where ``negative_prompt`` is passed, by ``true_cfg_scale``. Recordings
+    are refused with the reason.
+    """
+
+    parent = QwenImagePipeline
+    parts = ("transformer", "vae", "text_encoder")
+
+    def _check_source_can_be_dropped(self, call: Call, options: Mapping[str, Any]) -> None:
+        raise ValueError(
+            "keep_source=False cannot drop the source's rows from QwenImagePipeline's loop, which keeps masks of "
+            "padding to itself: use keep_source=True"
+        )
+
+
 #: By family.
-FLOW_CLASSES: dict[str, type[FlowEditing]] = {"sd3": FreePromptSD3Pipeline, "flux": FreePromptFluxPipeline}
+FLOW_CLASSES: dict[str, type[FlowEditing]] = {
+    "sd3": FreePromptSD3Pipeline,
+    "flux": FreePromptFluxPipeline,
+    "qwen": FreePromptQwenImagePipeline,
+}

@@ -47,6 +47,8 @@ _OF_FLOWS = {
     "FreePromptSD3Pipeline": "sd3",
     "FluxPipeline": "flux",
     "FreePromptFluxPipeline": "flux",
+    "QwenImagePipeline": "qwen",
+    "FreePromptQwenImagePipeline": "qwen",
 }
 
 
@@ -72,7 +74,8 @@ class FreePromptPipeline(SamplingPipeline):
     @classmethod
     def from_pipe(cls, pipeline: Any, **components: Any) -> Any:
         """As in diffusers, but modules keep their dtypes; a model that this class does not serve is refused with the
-        way to edit it. Around a transformer that is a `FreePromptSD3Pipeline` or `FreePromptFluxPipeline`."""
+        way to edit it. Around a transformer that is a `FreePromptSD3Pipeline`, `FreePromptFluxPipeline` or
+        `FreePromptQwenImagePipeline`."""
         serving = _flow_class_of(pipeline)
         if serving is not None:
             return serving.from_pipe(pipeline, **components)
@@ -97,7 +100,7 @@ class FreePromptPipeline(SamplingPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         """As in diffusers; "embedded" and "embedded-sd3" are the models that come with this package. A saved pipeline
-        of Stable Diffusion 3 or FLUX.1 is loaded as a `FreePromptSD3Pipeline` or `FreePromptFluxPipeline`."""
+        of Stable Diffusion 3, FLUX.1 or Qwen-Image is loaded as the class that edits with it."""
         if isinstance(pretrained_model_name_or_path, str) and is_embedded(pretrained_model_name_or_path):
             pretrained_model_name_or_path = embedded_path(pretrained_model_name_or_path)
         serving: Any = _flow_class(pretrained_model_name_or_path, options)
@@ -204,13 +207,15 @@ def _flow_class_of(pipeline: Any) -> type[FlowEditing] | None:
     """The class that edits with a pipeline's transformer; None for a pipeline with a UNet.
 
     Raises:
-        TypeError: a transformer of a family that has no adapter.
+        TypeError: a transformer of a family that has no adapter, or a pipeline that is not served.
     """
     if getattr(pipeline, "transformer", None) is None or getattr(pipeline, "unet", None) is not None:
         return None
     family = adapter_of(pipeline).family
     from .flow_pipeline import FLOW_CLASSES
+    from .sampling.flow_models import check_served
 
+    check_served(pipeline, family)
     return FLOW_CLASSES[family]
 
 

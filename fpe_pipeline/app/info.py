@@ -38,7 +38,7 @@ def run(method: str | None = None, *, as_json: bool = False) -> None:
         print(f"  {title:<12}{', '.join(names)}")
     print("methods (fpe info --method NAME says what their options do)")
     for name, entry in found["methods"].items():
-        print(f"  {name:<15}{entry['title']}: {', '.join(entry['options'])}")
+        print(f"  {name:<16}{entry['title']}: {', '.join(entry['options'])}")
 
 
 def _found() -> dict[str, Any]:

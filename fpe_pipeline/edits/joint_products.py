@@ -70,6 +70,9 @@ class JointProduct:
             image, take its mean.
         mixing: a matrix applied to the text's values [T, T].
         outputs: the tokens whose output it is a term of: "all", or those of the "image" or of the "text" alone.
+        reference: of a layer that attends to a reference picture as well (FLUX.1 Kontext), the row whose reference
+            values it applies its map to: "text", that of its text values, or a row, or None for zeros. Queries and keys
+            of the reference stand with the text's.
     """
 
     query: SegmentRows
@@ -78,6 +81,7 @@ class JointProduct:
     weight: float | torch.Tensor = 1.0
     mixing: torch.Tensor | None = None
     outputs: Literal["all", "image", "text"] = "all"
+    reference: int | Literal["text"] | None = "text"
 
     def __post_init__(self) -> None:
         for name in ("query", "key", "value"):
@@ -107,7 +111,17 @@ class JointProduct:
         rows = getattr(getattr(self, part), segment)
         if isinstance(rows, MixedRows):
             return rows.kept, rows.other
-        return () if rows is None else (rows,)
+        beside = self.reference if part == "value" and segment == "text" and isinstance(self.reference, int) else None
+        return tuple(row for row in dict.fromkeys((rows, beside)) if row is not None)
+
+    @property
+    def reference_row(self) -> int | None:
+        """The row whose reference values it applies its map to."""
+        return self.value.text if self.reference == "text" else self.reference
+
+    def gives(self, *, references: bool) -> bool:
+        """Whether it applies its map to anything, in a layer with tokens of a reference picture or without."""
+        return self.value != (None, None) or (references and self.reference_row is not None)
 
     def concerns(self, segment: Segment) -> bool:
         """Whether it is a term of a segment's output."""

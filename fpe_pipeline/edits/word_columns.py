@@ -81,7 +81,8 @@ class TargetColumns:
 def block_products(source: int, target: int, replaces_image: bool, mixings: Mixings) -> tuple[JointProduct, ...]:
     """A target row of joint attention whose image queries take blocks of the source's map, after the softmax.
 
-    The map of image queries is two blocks, over image keys and over text keys. Text queries keep their own map.
+    The map of image queries is two blocks, over image keys and over text keys. Text queries keep their own map, and so
+    does what attends to a reference picture (FLUX.1 Kontext), of which the rule says nothing.
 
     Args:
         source, target: rows of the batch.
@@ -97,11 +98,11 @@ def block_products(source: int, target: int, replaces_image: bool, mixings: Mixi
         return ()
     rest = target if of_source is None or of_target is not None else None
     terms = [JointProduct.own(target, outputs="text")]
-    for row, image, text, mixing in (
-        (source, target if replaces_image else None, None if of_source is None else target, of_source),
-        (target, None if replaces_image else target, rest, of_target),
+    for row, image, text, mixing, reference in (
+        (source, target if replaces_image else None, None if of_source is None else target, of_source, None),
+        (target, None if replaces_image else target, rest, of_target, target),
     ):
-        if image is not None or text is not None:
-            own = SegmentRows(row, row)
-            terms.append(JointProduct(own, own, SegmentRows(image, text), mixing=mixing, outputs="image"))
+        if image is not None or text is not None or reference is not None:
+            own, values = SegmentRows(row, row), SegmentRows(image, text)
+            terms.append(JointProduct(own, own, values, mixing=mixing, outputs="image", reference=reference))
     return tuple(terms)

@@ -19,7 +19,6 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
-from PIL import Image
 
 from ..errors import check_guidance, check_positive, warn_of_size
 from ..images.load import load_image, to_tensor
@@ -91,7 +90,8 @@ def invert_flow(
     model.set_timesteps(int(num_inference_steps), size)
     nodes, steps = flow_nodes(pipe.scheduler).cpu(), int(num_inference_steps)
     with unedited(pipe):
-        start = model.latents(_encoded(pipe, picture))
+        pixels = to_tensor(picture).to(pipe._execution_device, pipe.vae.dtype)
+        start = model.latents(model.encoded(pixels))
         latents = [start.to(torch.promote_types(start.dtype, torch.float32))]
         velocity = model.velocity(prompt, guidance_scale, size, max_sequence_length or model.text_length)
         reaching = _integrated(solver_of(pipe.scheduler), velocity, latents[0], nodes.flip(0))
@@ -141,13 +141,6 @@ def _check(pipe: Any, prompt: Any, method: Any) -> None:
             "inversion takes no image prompts, and the transformer has an IP-Adapter: take it off with "
             "pipe.unload_ip_adapter()"
         )
-
-
-def _encoded(pipe: Any, image: Image.Image) -> torch.Tensor:
-    """The mean of the autoencoder's distribution for an RGB image, shifted and scaled: [1, C, h, w]."""
-    pixels = to_tensor(image).to(pipe._execution_device, pipe.vae.dtype)
-    mean = pipe.vae.encode(pixels).latent_dist.mean
-    return (mean - (pipe.vae.config.shift_factor or 0.0)) * pipe.vae.config.scaling_factor
 
 
 def _integrated(

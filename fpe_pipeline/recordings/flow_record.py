@@ -37,6 +37,7 @@ from .plan import KeptLatents, Plan, new_store
 from .precision import Precision
 from .record_request import check_placement
 from .recording import Recording
+from .requirements import check_padded
 from .store import MapStore
 
 __all__ = ["flow_sites", "record_flow"]
@@ -95,6 +96,7 @@ def record_flow(
     check_option_names(options, _OWN, _OPTIONS | (pipe.parent_options() & {"true_cfg_scale"}))
     check_generator(options.get("generator"))
     model = pipe.flow()
+    check_padded(model)
     if precision not in ("exact", "half"):
         raise ValueError(f"precision must be exact or half for layers of joint attention, got {precision!r}")
     require_flow(model.pipe.scheduler, "a recording")
@@ -174,7 +176,7 @@ def _noise(
     size, device, dtype = (start["height"], start["width"]), model.pipe._execution_device, model.pipe.transformer.dtype
     if latents is None:
         grid = (side // model.pipe.vae_scale_factor for side in size)
-        shape = (1, model.pipe.vae.config.latent_channels, *grid)
+        shape = (1, model.latent_channels, *grid)
         drawn = randn_tensor(shape, generator=options.get("generator"), device=device, dtype=dtype)
         return model.latents(drawn), size
     return start["latents"].to(device, dtype), size

@@ -20,6 +20,7 @@ from .fingerprint import fingerprint
 from .recording import Recording
 from .replay import Replay
 from .replay_request import check_recorded, loaded_recording, replayed_edit, replayed_output, target_list
+from .requirements import check_padded
 
 __all__ = ["edit_flow"]
 
@@ -59,6 +60,7 @@ def edit_flow(
     """
     targets, recording = target_list(target_prompt), loaded_recording(recording)
     model = pipe.flow()
+    check_padded(model)
     guided_rows = _guided(pipe, model, guidance_scale, len(targets))
     size, text_length = _check_recording(model, recording)
     chosen = replayed_edit(recording, edit, self_replace_steps, targets, encoding_tokenizer(pipe))

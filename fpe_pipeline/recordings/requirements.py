@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["UNWATCHED", "check_deterministic", "is_guided"]
+__all__ = ["UNWATCHED", "check_deterministic", "check_padded", "is_guided"]
 
 #: Why a session of a recording has no watchers.
 UNWATCHED = (
@@ -26,4 +26,13 @@ def check_deterministic(scheduler: Any) -> None:
         raise ValueError(
             f"{name} adds noise in each step, which targets would have to share with a source that does not run; "
             "record with a deterministic scheduler, such as DDIM, DPM-Solver++ or Euler"
+        )
+
+
+def check_padded(model: Any) -> None:
+    """Raise TypeError for a model whose texts have tokens of their own number, of which a recording knows nothing."""
+    if not model.is_padded:
+        raise TypeError(
+            "recordings hold tokens beside texts of one length (Stable Diffusion 3, FLUX.1), got "
+            f"{type(model.pipe).__name__}, whose texts end where they end: run source and targets together"
         )

@@ -1,7 +1,7 @@
 """Flow models alone, outside their pipelines' loops: the run that a pipeline would make, and its velocity at any σ.
 
 Stable Diffusion 3 takes latents [B, C, h, w] and guides by a batch of both halves; FLUX.1 takes latents packed into
-tokens [B, N, 4 · C] and is told the guidance.
+tokens [B, N, 4 · C] and is told the guidance; Qwen-Image takes such tokens too, and guides by a second call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from ..models.families import adapter_of
 
-__all__ = ["FlowModel", "Velocity", "flow_model", "is_flow_model"]
+__all__ = ["FlowModel", "Velocity", "check_served", "flow_model", "is_flow_model"]
 
 Latents = torch.Tensor
 
@@ -99,6 +99,20 @@ class FlowModel(ABC):
 
     #: Whether latents are packed into tokens.
     is_packed: ClassVar[bool] = False
+
+    #: Whether every prompt has as many tokens of text, as recordings need it.
+    is_padded: ClassVar[bool] = True
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the autoencoder's latents."""
+        return int(self.pipe.vae.config.latent_channels)
+
+    def encoded(self, pixels: torch.Tensor) -> Latents:
+        """The mean of the autoencoder's distribution for pixels [1, 3, h, w] in [-1, 1], scaled: [1, C, h, w]."""
+        config = self.pipe.vae.config
+        mean = self.pipe.vae.encode(pixels).latent_dist.mean
+        return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
 
     def latents(self, encoded: Latents) -> Latents:
         """Latents [1, C, h, w] of the autoencoder, scaled, as the model takes them."""
@@ -206,7 +220,40 @@ class _Flux(FlowModel):
         return _FluxVelocity(self.pipe, conditions, None)
 
 
-_FAMILIES: dict[str, type[FlowModel]] = {"sd3": _SD3, "flux": _Flux}
+class _Qwen(_Flux):
+    is_padded = False
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.pipe.vae.config.z_dim)
+
+    def encoded(self, pixels: torch.Tensor) -> Latents:
+        config = self.pipe.vae.config
+        mean = self.pipe.vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]  # of a video of one frame
+        shift, spread = (mean.new_tensor(each) for each in (config.latents_mean, config.latents_std))
+        return (mean - shift[:, None, None]) / spread[:, None, None]
+
+    def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
+        if guidance_scale > 1:
+            raise ValueError(
+                "Qwen-Image guides by a negative prompt, which an inversion has none of, got "
+                f"guidance_scale={guidance_scale:g}: leave it at 1, and guide the edits with true_cfg_scale"
+            )
+        texts, mask = self.pipe.encode_prompt(
+            prompt=prompt, device=self.pipe._execution_device, max_sequence_length=text_length
+        )
+        conditions = {
+            "encoder_hidden_states": texts,
+            "encoder_hidden_states_mask": mask,
+            "img_shapes": [[(1, *(side // self.multiple for side in size))]],
+            "guidance": None,
+        }
+        return _FluxVelocity(self.pipe, conditions, None)
+
+
+_FAMILIES: dict[str, type[FlowModel]] = {"sd3": _SD3, "flux": _Flux, "qwen": _Qwen}
+#: What families are called in messages.
+_SERVED = "Stable Diffusion 3, FLUX.1 and Qwen-Image"
 
 
 def is_flow_model(pipe: Any) -> bool:
@@ -218,15 +265,35 @@ def flow_model(pipe: Any) -> FlowModel:
     """The flow model of a pipeline.
 
     Raises:
-        TypeError: a pipeline without one, or with one of a family that no adapter describes.
+        TypeError: a pipeline without one, with one of a family that no adapter describes, or that is not served here.
     """
     family = adapter_of(pipe).family
-    if family not in _FAMILIES:
+    if getattr(pipe, "transformer", None) is None:
         raise TypeError(
-            f"expected a pipeline of Stable Diffusion 3 or FLUX.1, got {type(pipe).__name__} with its "
+            f"expected a pipeline of {_SERVED}, got {type(pipe).__name__} with its "
             f"{type(pipe.unet).__name__}, whose steps are no flow: use FreePromptPipeline"
         )
+    check_served(pipe, family)
     return _FAMILIES[family](pipe)
+
+
+def check_served(pipe: Any, family: str) -> None:
+    """Raise TypeError for a pipeline around a transformer of which this package has no convenience.
+
+    Args:
+        pipe: of diffusers.
+        family: of its transformer.
+    """
+    where = "; put `with editing(pipe, edit):` around its calls, which edits what they generate"
+    if family not in _FAMILIES:
+        raise TypeError(
+            f"real images, recordings and FreePromptPipeline are for {_SERVED}, got {type(pipe).__name__}{where}"
+        )
+    if any(kind.__name__.startswith("FluxKontext") for kind in type(pipe).__mro__):
+        raise TypeError(
+            "real images, recordings and FreePromptPipeline hold no reference picture, which is part of every call of "
+            f"FLUX.1 Kontext, got {type(pipe).__name__}{where}"
+        )
 
 
 def _mu(scheduler: Any, tokens: int) -> float:

@@ -62,8 +62,8 @@ class FlowSampling:
             ValueError: one that takes more than latents, or parts that cannot compute.
         """
         pipe: Any = self
-        model, channels = flow_model(pipe), pipe.vae.config.latent_channels
-        expected = model.channels(channels)
+        model = flow_model(pipe)
+        expected = model.channels(model.latent_channels)
         if pipe.transformer.config.in_channels != expected:
             raise ValueError(
                 f"expected a transformer that takes the {expected} channels of its autoencoder's latents, got one that "

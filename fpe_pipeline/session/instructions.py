@@ -119,7 +119,7 @@ def make_orders(
         if products or wanted:
             orders[path] = Order(
                 site,
-                _plan(site, products, roles, wanted),
+                _plan(site, products, roles, wanted, references > 0),
                 backend,
                 bool(products),
                 wanted.columns,
@@ -133,7 +133,9 @@ def make_orders(
     return orders
 
 
-def _plan(site: Site, products: Mapping[int, Any], roles: BatchRoles, wanted: _Wanted) -> ProductPlan | JointPlan:
+def _plan(
+    site: Site, products: Mapping[int, Any], roles: BatchRoles, wanted: _Wanted, references: bool
+) -> ProductPlan | JointPlan:
     if not site.is_joint:
         for row, given in products.items():
             if any(isinstance(term, JointProduct) for term in (given if isinstance(given, Sequence) else (given,))):
@@ -147,7 +149,15 @@ def _plan(site: Site, products: Mapping[int, Any], roles: BatchRoles, wanted: _W
             f"{site.path} is {site.kind} attention, of which watchers are shown columns over text tokens "
             "(Watcher.columns) where it has text, and no operators (Watcher.maps)"
         )
-    return plan_joint_products(products, roles.batch, roles.recorded, wanted.observed)
+    given = {row: _giving(terms, references) for row, terms in products.items()}
+    return plan_joint_products(given, roles.batch, roles.recorded, wanted.observed)
+
+
+def _giving(terms: Any, references: bool) -> Any:
+    """A row's terms without those that apply their map to a reference picture alone, where there is none."""
+    if not isinstance(terms, Sequence):
+        return terms
+    return [term for term in terms if not isinstance(term, JointProduct) or term.gives(references=references)]
 
 
 class StandingOrders:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -100,14 +100,14 @@ class JointLayer:
         image = values_of(self.image.value, [term.value.image for term in terms])
         if self.text is None:
             return image
+        texts = [term.value.text for term in terms]
         mixings = [term.mixing for term in terms]
-        if self.references and any(mixing is not None for mixing in mixings):
-            raise ValueError(
-                "columns of words are replaced under a softmax over image and text, and this layer attends to a "
-                "reference picture as well (FLUX.1 Kontext), of whose share the rule says nothing: use an edit of "
-                "image tokens, such as FreePromptEdit, ConsistEdit or StableFlowEdit"
-            )
-        return torch.cat([image, values_of(self.text.value, [term.value.text for term in terms], mixings)], dim=2)
+        if not self.references:
+            return torch.cat([image, values_of(self.text.value, texts, mixings)], dim=2)
+        given, stop = self.text.value, self.text.value.tensor.shape[2] - self.references
+        text, picture = (replace(given, tensor=given.tensor[:, :, where]) for where in (slice(stop), slice(stop, None)))
+        seen = values_of(picture, [term.reference_row for term in terms])
+        return torch.cat([image, values_of(text, texts, mixings), seen], dim=2)
 
     def keys(self, pairs: Sequence[tuple[Any, Any]]) -> torch.Tensor:
         """For each (image row, text row), the keys of both segments: [pairs, H, M, D]."""

@@ -50,10 +50,11 @@ def test_committed_rows():
     assert {case.split("/")[-1] for case in cases if "4096+333" in case} == {"1", "3"}
     for name, rows in cases.items():
         ratio = Ratio.of(rows["unedited"], rows["fpe"])
-        assert ratio.high <= 1.02 if name.endswith("/1") else ratio.high < 1.0, name
+        if "8192+512" not in name:  # beside Kontext's reference picture, whose keys are each row's own
+            assert ratio.high <= 1.02 if name.endswith("/1") else ratio.high < 1.0, name
         assert rows["fpe"].peak_mb <= 1.05 * rows["unedited"].peak_mb
         assert rows["fpe"].peak_mb < rows["dense-original"].peak_mb
-        assert rows["attention"].status == "ok"
+        assert rows["attention"].status == rows["kept"].status == rows["stored"].status == "ok"
 
 
 def test_pictures_in_a_row_are_tokens_of_their_own():

@@ -1,7 +1,7 @@
 """Tiny language models that encode prompts inside a text of the pipeline's own, as those of Qwen-Image and Lumina 2."""
 
 import torch
-from diffusers import Lumina2Pipeline, QwenImagePipeline
+from diffusers import AutoencoderKLQwenImage, Lumina2Pipeline, QwenImagePipeline
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     Gemma2Config,
@@ -64,6 +64,13 @@ def gemma_tokenizer():
     )
 
 
+def tiny_video_vae():
+    """Qwen-Image's autoencoder, of which a picture is a video of one frame."""
+    return AutoencoderKLQwenImage(
+        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    ).eval()
+
+
 def tiny_qwen_that_reads(dtype=torch.float64, **config):
     """A Qwen-Image pipeline with an encoder and a tokenizer, whose template is as long as that tokenizer makes it."""
     torch.manual_seed(2)
@@ -82,7 +89,7 @@ def tiny_qwen_that_reads(dtype=torch.float64, **config):
     encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
     tiny = QwenImagePipeline(
         scheduler=ExactEuler(),
-        vae=None,
+        vae=tiny_video_vae().to(dtype),
         text_encoder=encoder.to(dtype).eval(),
         tokenizer=tokenizer,
         transformer=tiny_qwen(dtype, **config),
@@ -116,7 +123,9 @@ def tiny_lumina_that_reads(dtype=torch.float64, **config):
     return tiny
 
 
-def draw_prompts(pipe, prompts, *, steps=4, size=(8, 8), seed=0, guidance=3.0, negative="a drawing", **options):
+def draw_prompts(
+    pipe, prompts, *, steps=4, size=(8, 8), seed=0, guidance=3.0, negative="a drawing", latents=None, **options
+):
     """Latents of either pipeline for prompts, which start from the same noise."""
     dtype, packed = pipe.transformer.dtype, isinstance(pipe, QwenImagePipeline)
     shape = (1, size[0] * size[1] // 4, 64) if packed else (1, 16, *size)
@@ -125,7 +134,7 @@ def draw_prompts(pipe, prompts, *, steps=4, size=(8, 8), seed=0, guidance=3.0, n
     return pipe(
         prompt=list(prompts),
         negative_prompt=[negative] * len(prompts),
-        latents=noise.repeat(len(prompts), *[1] * (noise.ndim - 1)).to(dtype),
+        latents=noise.repeat(len(prompts), *[1] * (noise.ndim - 1)).to(dtype) if latents is None else latents,
         height=size[0] * 8,
         width=size[1] * 8,
         num_inference_steps=steps,

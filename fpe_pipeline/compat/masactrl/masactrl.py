@@ -154,6 +154,7 @@ class _Masked(MutualSelfAttentionControl):
             return self.attn_batch(q, key, value, *rest, **kwargs)
         out = [self.attn_batch(q[:num_heads], key, value, *rest, **kwargs)]
         biases = score_biases(source.to(q.device), self.compat)
+        self.check_targets(q.shape[0] // num_heads - 1)
         inside, outside = (self._branch(q[num_heads:], key, value, rest, bias, kwargs) for bias in biases)
         for target, (object_, around) in enumerate(zip(inside, outside, strict=True)):
             share = self.target_mask(grid, target).to(q)[:, None]
@@ -187,6 +188,9 @@ class _Masked(MutualSelfAttentionControl):
         """A target's object on a layer's tokens [N]."""
         raise NotImplementedError
 
+    def check_targets(self, targets: int) -> None:
+        """Refuse a call of so many targets where the masks are of others."""
+
 
 class MutualSelfAttentionControlMask(_Masked):
     """With masks of the object, in the source and in the targets.
@@ -219,6 +223,14 @@ class MutualSelfAttentionControlMask(_Masked):
 
     def source_mask(self, grid: tuple[int, int]) -> torch.Tensor | None:
         return None if self.mask_s is None else on_grid(self.mask_s, grid)
+
+    def check_targets(self, targets: int) -> None:
+        assert self.mask_t is not None
+        if self.mask_t.ndim == 3 and self.mask_t.shape[0] != targets:
+            raise ValueError(
+                f"mask_t {tuple(self.mask_t.shape)} has masks of {self.mask_t.shape[0]} targets, and the call has "
+                f"{targets}: pass one for each prompt after the first, or one [h, w] for all of them"
+            )
 
     def target_mask(self, grid: tuple[int, int], target: int) -> torch.Tensor:
         assert self.mask_t is not None

@@ -156,6 +156,8 @@ def test_any_prompts_heads_and_proportions(pipe, guidance_scale, no_whole_maps, 
             assert view.shape[:2] == (6 if guidance_scale > 1 else 3, 8) and view.shape[2] * 3 == view.shape[3] * 2
             heat = view @ torch.eye(77)[:, 2:5]
             torch.testing.assert_close(heat.flatten(2, 3), whole[..., 2:5], rtol=0, atol=1e-5)
+            for other in (whole.flip(0), whole.flip(1), whole.roll(1, 3)):  # rows, heads or tokens in another order
+                assert (heat.flatten(2, 3) - other[..., 2:5]).abs().max() > 1e-4
             column = view.mean(1)[..., 4]
             torch.testing.assert_close(column.flatten(1), whole.mean(1)[..., 4], rtol=0, atol=1e-5)
 

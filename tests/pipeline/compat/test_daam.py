@@ -114,6 +114,13 @@ def test_any_prompts_heads_and_proportions(eight_heads, guidance_scale, no_whole
         assert merged[0].shape[0] == 8
         heat = tc.compute_global_heat_map(image=image)
         torch.testing.assert_close(heat.heat_maps, torch.cat(merged).mean(0), rtol=0, atol=1e-4)
+        # Another image's heat, half of the heads or a mean over steps would be seen.
+        for other in (
+            tc.compute_global_heat_map(image=(image + 1) % 3).heat_maps[:tokens],
+            tc.compute_global_heat_map(image=image, head_idx=0).heat_maps,
+            heat.heat_maps / 3,
+        ):
+            assert other.shape[0] < tokens or (other - torch.cat(merged).mean(0)).abs().max() > 1e-3
         one = tc.compute_global_heat_map(image=image, layer_idx=2, head_idx=5, normalize=True).heat_maps
         alone = merged[2][5]
         torch.testing.assert_close(one, alone / (alone[1:-1].sum(0) + 1e-6), rtol=0, atol=1e-4)

@@ -70,6 +70,8 @@ class TestStableFlow:
         out = drawn(pipe, mm_copy_blocks=[0], single_copy_blocks=[0])
         with editing(flux, StableFlowEdit(layers=[0, dual])):
             torch.testing.assert_close(out, drawn(flux), atol=0, rtol=0)
+        with editing(flux, StableFlowEdit(layers=[0])):
+            assert (out - drawn(flux))[1:].abs().max() > 1e-5
         assert processors(pipe) == before
         torch.testing.assert_close(drawn(pipe), drawn(flux), atol=0, rtol=0)
 
@@ -146,6 +148,8 @@ class TestConsistEdit:
             out = drawn(sd3, call=sd3.denoise)
         with editing(sd3, ConsistEdit(0.7)):  # two of three steps
             torch.testing.assert_close(out, drawn(sd3), atol=0, rtol=0)
+        with editing(sd3, ConsistEdit(1.0)):
+            assert (out - drawn(sd3))[1:].abs().max() > 1e-5
         assert processors(sd3) == before
         assert not hasattr(sd3, "denoise")
 

@@ -135,6 +135,27 @@ def test_any_prompts_heads_and_proportions(eight, kind, guidance_scale, no_whole
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
 
+#: By kind, an editor of another.
+WRONG = {
+    "mutual": lambda: MutualSelfAttentionControl(start_step=0, start_layer=4),
+    "named": lambda: MutualSelfAttentionControl(step_idx=[0, 1, 2], layer_idx=[3, 5, 6]),
+    "union": KINDS["mutual"][0],
+    "mask": lambda: MutualSelfAttentionControlMask(**WINDOW, mask_s=MASK_S, mask_t=MASK_T.flip(0)),
+    "soft": lambda: MutualSelfAttentionControlMask(**WINDOW, mask_s=SOFT.round(), mask_t=SOFT),
+    "empty": KINDS["mask"][0],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_editor_is_seen(eight, kind):
+    with dense_attention(eight.unet, KINDS[kind][1]):
+        expected = sample(eight, 3, size=SIZE)
+    with regiter_attention_editor_diffusers(eight, WRONG[kind]()):
+        found = sample(eight, 3, size=SIZE)
+    assert (found - expected).abs().max() > 10 * 2e-4
+
+
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 def test_masks_from_words_in_any_proportions(eight, guidance_scale, no_whole_maps, tmp_path):
     tokens, thres, read = [3, 4], 0.3, []
@@ -168,6 +189,9 @@ def test_masks_from_words_in_any_proportions(eight, guidance_scale, no_whole_map
     with regiter_attention_editor_diffusers(eight, editor):
         found = sample(eight, 3, **options)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    other = MutualSelfAttentionControlMaskAuto(**WINDOW, thres=0.6, ref_token_idx=tokens, cur_token_idx=tokens)
+    with regiter_attention_editor_diffusers(eight, other):
+        assert (sample(eight, 3, **options) - expected).abs().max() > 10 * 2e-4
     assert {path.name for path in tmp_path.iterdir()} >= {"mask_s_1_6.png", "mask_t_2_12.png"}
 
 

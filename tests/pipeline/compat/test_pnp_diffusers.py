@@ -131,6 +131,37 @@ def test_any_prompts_heads_and_proportions(loop, branches, no_whole_maps):
     torch.testing.assert_close(loop.unet(sample, 501, text).sample, plain, rtol=0, atol=0)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_other_injections_are_seen(loop):
+    """Of the first attention module too, of the conditional branch alone, and at a timestep out of the schedule."""
+    sample, text = inputs(9)
+    first = "up_blocks.1.attentions.0."
+
+    def attend(which, rows):
+        def layer(path, query, key, value, scale):
+            attention = softmax_map(query, key, scale)
+            if path.endswith("attn1") and path.startswith("up_blocks") and which(path):
+                attention = torch.cat([attention[:rows], attention[:3].repeat((9 - rows) // 3, 1, 1, 1)])
+            return attention @ value
+
+        return layer
+
+    def dense_of(which, rows):
+        with dense_attention(loop.unet, attend(which, rows)):
+            return loop.unet(sample, 501, text).sample
+
+    right = dense_of(lambda path: not path.startswith(first), 3)
+    wrong = [dense_of(lambda path: True, 3), dense_of(lambda path: not path.startswith(first), 6)]
+    with register_attention_control_efficient(loop, [501]):
+        register_time(loop, 501)
+        found = loop.unet(sample, 501, text).sample
+        register_time(loop, 301)
+        wrong.append(loop.unet(sample, 501, text).sample)
+    torch.testing.assert_close(found, right, rtol=0, atol=1e-10)
+    assert all((one - right).abs().max() > 1e-7 for one in wrong)
+
+
 def _plain(loop, sample, t, text):
     other = tiny_unet("sd1", torch.float64, block_out_channels=(16, 32, 32), attention_head_dim=8)
     other.load_state_dict(loop.unet.state_dict())

@@ -87,13 +87,37 @@ def close(mine, theirs):
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
+def seen(mine, theirs):
+    """Another variant misses by more than a thousand tolerances."""
+    assert (mine - theirs).abs().max() > 1e-6
+
+
+def dense_replacement(pipe, guided=True):
+    mapper = seq_aligner.get_replacement_mapper(PROMPTS, pipe.tokenizer).double()
+    own = torch.zeros(2, 77).double()
+    return DenseEdit(PROMPTS, alphas(pipe, PROMPTS), mapper, own, (0, 3), 24, guided=guided)
+
+
 @pytest.mark.parametrize("guided", [True, False])
 def test_replacement(eight_heads, embedded_words, guided):
     lazy = AttentionReplace(PROMPTS, STEPS, CROSS, SELF, self_tokens=24)
-    mapper = seq_aligner.get_replacement_mapper(PROMPTS, eight_heads.tokenizer).double()
-    own = torch.zeros(2, 77).double()
-    dense = DenseEdit(PROMPTS, alphas(eight_heads, PROMPTS), mapper, own, (0, 3), 24, guided=guided)
-    close(*both(eight_heads, lazy, dense, embedded_words(PROMPTS), guided))
+    close(*both(eight_heads, lazy, dense_replacement(eight_heads, guided), embedded_words(PROMPTS), guided))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: AttentionReplace(PROMPTS, STEPS, 0.6, SELF, self_tokens=24),
+        lambda: AttentionReplace(PROMPTS, STEPS, CROSS, 0.5, self_tokens=24),
+        lambda: AttentionReplace(PROMPTS, STEPS, CROSS, SELF, self_tokens=16**2),
+        lambda: AttentionReplace([PROMPTS[0], *PROMPTS[:0:-1]], STEPS, CROSS, SELF, self_tokens=24),
+        lambda: AttentionRefine(PROMPTS, STEPS, CROSS, SELF, self_tokens=24),
+    ],
+    ids=["a word's window", "the window of self-attention", "other layers", "targets' order", "refinement"],
+)
+def test_a_wrong_replacement_is_seen(eight_heads, embedded_words, wrong):
+    seen(*both(eight_heads, wrong(), dense_replacement(eight_heads), embedded_words(PROMPTS)))
 
 
 def refined(pipe, factors=1.0):
@@ -102,24 +126,45 @@ def refined(pipe, factors=1.0):
     return onto * factors, (1 - kept.double()) * factors
 
 
-def test_refinement_with_factors_and_a_local_blend(eight_heads, embedded_words):
-    blend = LocalBlend(ADDED, ["car", "car", ("green", "car")], THRESHOLD)
-    factors = get_equalizer(ADDED[1], ["blue", "car"], [3.0, -1.0])
-    inner = AttentionRefine(ADDED, STEPS, CROSS, SELF)
-    lazy = AttentionReweight(ADDED, STEPS, CROSS, SELF, factors, blend, inner)
+def refining(threshold=THRESHOLD, blended=("car", "car", ("green", "car")), values=(3.0, -1.0), inner=True):
+    factors = get_equalizer(ADDED[1], ["blue", "car"], list(values))
+    edit = AttentionRefine(ADDED, STEPS, CROSS, SELF) if inner else None
+    return AttentionReweight(ADDED, STEPS, CROSS, SELF, factors, LocalBlend(ADDED, list(blended), threshold), edit)
+
+
+def dense_refinement(eight_heads):
     words = torch.zeros(3, 77).double()
     for row, prompt in enumerate(ADDED):
         for word in (("car",), ("car",), ("green", "car"))[row]:
             words[row, seq_aligner.get_word_inds(prompt, word, eight_heads.tokenizer)] = 1
     weights = get_equalizer(ADDED[1], ["blue", "car"], [3.0, -1.0], eight_heads.tokenizer).double()
-    dense = DenseEdit(
+    return DenseEdit(
         ADDED, alphas(eight_heads, ADDED), *refined(eight_heads, weights), (0, 3), 16**2, blend=(THRESHOLD, words)
     )
-    mine, theirs = both(eight_heads, lazy, dense, embedded_words(ADDED))
+
+
+def test_refinement_with_factors_and_a_local_blend(eight_heads, embedded_words):
+    dense = dense_refinement(eight_heads)
+    mine, theirs = both(eight_heads, refining(), dense, embedded_words(ADDED))
     close(mine, theirs)
     unblended = DenseEdit(ADDED, dense.alpha, dense.mixing, dense.own, dense.window, dense.most)
     with dense_controlled(eight_heads, unblended):
         assert (sampled(eight_heads, unblended, embedded_words(ADDED)) - theirs).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"threshold": 0.3},
+        {"blended": ("photo", "photo", "photo")},
+        {"values": (3.0, 1.0)},
+        {"inner": False},
+    ],
+    ids=str,
+)
+def test_a_wrong_refinement_is_seen(eight_heads, embedded_words, wrong):
+    seen(*both(eight_heads, refining(**wrong), dense_refinement(eight_heads), embedded_words(ADDED)))
 
 
 class DenseSelf(Counting):
@@ -143,6 +188,18 @@ def test_free_prompt_editing(eight_heads, embedded_words, kind, guided):
     close(*both(eight_heads, lazy, dense, words, guided, register_attention_control_new))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("window", "most"), [((0.3, 0.5), 30), ((0.0, 0.75), 30), ((0.3, 0.75), 200)], ids=["end", "begin", "layers"]
+)
+@pytest.mark.parametrize("kind", [SelfAttentionControlEdit, Seen])
+def test_another_window_of_free_prompt_editing_is_seen(eight_heads, embedded_words, kind, window, most):
+    lazy = kind(PROMPTS, STEPS, 5, window)
+    lazy.max_tokens = most
+    words = embedded_words(PROMPTS)
+    seen(*both(eight_heads, lazy, DenseSelf(PROMPTS), words, register=register_attention_control_new))
+
+
 class Everything(AttentionControl):
     """What a user might write, of every kind of operation."""
 
@@ -157,6 +214,16 @@ class Everything(AttentionControl):
             mean = by_prompt.mean(1, keepdim=True)
             by_prompt[1:] = 0.25 * by_prompt[:1] + 0.75 * mean[1:]
         return attn
+
+
+class Otherwise(Everything):
+    """The same, and a column that is not halved."""
+
+    def forward(self, attn, is_cross, place_in_unet):
+        if is_cross:
+            attn = attn.clone()
+            attn[:, :, 1] *= 2.0
+        return super().forward(attn, is_cross, place_in_unet)
 
 
 class DenseEverything(Counting):
@@ -176,6 +243,11 @@ def test_a_users_own(eight_heads, embedded_words):
     close(*both(eight_heads, Everything(), DenseEverything(PROMPTS), embedded_words(PROMPTS)))
 
 
+@pytest.mark.slow
+def test_another_of_a_users_own_is_seen(eight_heads, embedded_words):
+    seen(*both(eight_heads, Otherwise(), DenseEverything(PROMPTS), embedded_words(PROMPTS)))
+
+
 @pytest.mark.filterwarnings("ignore::fpe_pipeline.compat.lazy.MapNumbersWarning")
 def test_the_store(eight_heads, embedded_words):
     store, dense, words = AttentionStore(), Counting(PROMPTS), embedded_words(PROMPTS)
@@ -191,6 +263,7 @@ def test_the_store(eight_heads, embedded_words):
             for number, average in enumerate(kept):
                 steps = [dense.kept[other, place, is_cross][number] for other in range(STEPS)]
                 close(average.numbers(), torch.stack(steps).mean(0).flatten(0, 1))
+                seen(average.numbers(), torch.stack(steps[1:]).mean(0).flatten(0, 1))
     size = (4, 6)
     wanted = [dense.kept[step, place, True] for step in range(STEPS) for place in ("up", "down")]
     maps = [matrix[2] for matrices in wanted for matrix in matrices if matrix.shape[2] == size[0] * size[1]]

@@ -132,6 +132,22 @@ def test_any_prompts_heads_and_proportions(eight, guidance_scale, options, no_wh
     torch.testing.assert_close(found[0], plain[0], rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "wrong",
+    [{}, {"shared_score_scale": 1.0}, {"shared_score_shift": 0.5}, {"adain_values": False}, {"adain_queries": True}],
+    ids=str,
+)
+def test_other_options_are_seen_in_any_proportions(eight, wrong):
+    right = {"shared_score_scale": 1.3, "shared_score_shift": -0.5, "adain_values": True, "adain_queries": False}
+    options = StyleAlignedArgs(share_group_norm=False, **right)
+    with dense_attention(eight.unet, dense(options, [0, 0, 0, 3, 3, 3])):
+        expected = sample(eight, 3, size=(8, 12))
+    with Handler(eight).register(StyleAlignedArgs(share_group_norm=False, **{**(right if wrong else {}), **wrong})):
+        found = sample(eight, 3, size=(8, 12))
+    assert (found - expected).abs().max() > 10 * 2e-4
+
+
 def test_without_guidance_the_original_has_two_references(eight):
     options = StyleAlignedArgs(share_group_norm=False)
     with dense_attention(eight.unet, dense(options, [0, 0, 2, 2])):

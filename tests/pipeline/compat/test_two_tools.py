@@ -79,6 +79,18 @@ def test_one_that_looks_sees_what_a_session_makes(tiny, first, looking):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the editing session ended without a call")
+@pytest.mark.parametrize("looking", LOOKING)
+@pytest.mark.parametrize("first", CONTROLLERS)
+def test_one_that_looks_and_a_controller_are_refused(tiny, first, looking):
+    """In either order."""
+    with EDITING[first](tiny), pytest.raises(RuntimeError, match="another tool or session computes"):
+        LOOKING[looking](tiny).__enter__()
+    with LOOKING[looking](tiny), pytest.raises(ValueError, match="in an editing session"):
+        EDITING[first](tiny)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("first", CONTROLLERS)
 def test_an_accelerated_model_is_edited_as_any_other(tiny, first):
     with EDITING[first](tiny):

@@ -42,8 +42,8 @@ ALWAYS = {
     ("Qwen-Image", "Prompt-to-Prompt, refined"),
     ("Lumina 2", "Prompt-to-Prompt, replaced words"),
 }
-INVERTED = [pair for pair in ALL if MODELS[pair[0]].family in ("sd3", "flux")]
-ALWAYS_INVERTED = {("SD3.5", "ConsistEdit"), ("FLUX", "KV-Edit")}
+INVERTED = [pair for pair in ALL if MODELS[pair[0]].family in ("sd3", "flux", "qwen")]
+ALWAYS_INVERTED = {("SD3.5", "ConsistEdit"), ("FLUX", "KV-Edit"), ("Qwen-Image", "Prompt-to-Prompt, refined")}
 
 
 def cases(pairs, always):
@@ -134,7 +134,7 @@ def test_of_inverted_images(pipes, model, edit, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["Qwen-Image", "Lumina 2"])
+@pytest.mark.parametrize("model", ["Lumina 2"])
 @pytest.mark.parametrize("edit", ["FPE", "ConsistEdit", "Stable Flow", "Prompt-to-Prompt, refined", "ReFlex"])
 def test_of_sources_that_are_held(pipes, model, edit):
     """Where no image is inverted yet: a source that is put somewhere else after every step is what targets look at."""

@@ -11,11 +11,13 @@ from fpe_pipeline import (
     JointProduct,
     MasaCtrlEdit,
     PromptToPromptEdit,
+    ReFlexEdit,
     StableFlowEdit,
     editing,
     heat_maps,
 )
-from tests.support.dense_joint import dense
+from fpe_pipeline.prompts.alignment import align_refine, align_replace, tokenize
+from tests.support.dense_joint import Blocks, dense
 from tests.support.dense_rows import wide
 from tests.support.slow_cases import few
 from tests.support.tiny_transformers import PROMPTS, tiny_flux_pipeline
@@ -172,7 +174,84 @@ def tokens_of(pipe):
     return pipe.tokenizer(PROMPTS[0], max_length=12, truncation=True)["input_ids"]
 
 
-def test_words_are_refused(kontext):
-    edit = PromptToPromptEdit(["a photo of a red car", "a photo of a big car"], kontext.tokenizer)
-    with pytest.raises(ValueError, match="attends to a reference picture as well"), editing(kontext, edit):
-        draw(kontext, ["a photo of a red car", "a photo of a big car"])
+SWAPPED = [
+    "a photo of a red car on a mountain",
+    "a photo of a big car on a mountain",
+    "a photo of a red dog on a house",
+]
+T5 = 12
+
+
+def text_columns(pipe, align, prompts, number):
+    source, target = (tokenize(prompt, pipe.tokenizer, T5) for prompt in (prompts[0], prompts[number]))
+    alignment = align(source, target)
+    return lambda of_source, own: of_source @ alignment.mapper * alignment.kept + own * (1 - alignment.kept)
+
+
+def words(pipe, align, prompts, image_steps, text_steps):
+    """Blocks of the source's map after the softmax; what attends to the reference picture stays the target's own."""
+    text = [None, *(text_columns(pipe, align, prompts, number) for number in range(1, len(prompts)))]
+
+    def at(step):
+        def rule(row, rows):
+            if row == 0 or step not in {*image_steps, *text_steps}:
+                return None
+            return Blocks(0, image=step in image_steps, text=text[row] if step in text_steps else None)
+
+        return rule
+
+    return at
+
+
+WORDS = {
+    "replaced words": (
+        lambda prompts, pipe: PromptToPromptEdit(
+            prompts, pipe.tokenizer, cross_replace_steps=0.6, self_replace_steps=0.25
+        ),
+        align_replace,
+        ((0,), (0, 1, 2)),
+    ),
+    "the image's block too": (
+        lambda prompts, pipe: PromptToPromptEdit(
+            prompts, pipe.tokenizer, cross_replace_steps=1.0, self_replace_steps=1.0
+        ),
+        align_replace,
+        (range(4), range(4)),
+    ),
+    "ReFlex": (
+        lambda prompts, pipe: ReFlexEdit(prompts, pipe.tokenizer, text_steps=3, image_steps=2, layers=range(5)),
+        align_refine,
+        ((0, 1), (0, 1, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("size", few({"square": {}, "not square": {"size": (4, 12), "picture": (8, 4)}}, "not square"))
+@pytest.mark.parametrize("name", few(WORDS.keys(), "the image's block too"))
+def test_columns_of_words(kontext, name, size):
+    make, align, (image_steps, text_steps) = WORDS[name]
+    edit = make(SWAPPED, kontext)
+    actual, _ = edited(kontext, edit, prompts=SWAPPED, **size)
+
+    def expected(at, fault=None):
+        height, width = size.get("size", (8, 8))
+        with dense(kontext, lambda *given: at(state["step"])(*given), steps=range(4), images=height * width // 4,
+                   fault=fault) as state:  # fmt: skip
+            return draw(kontext, SWAPPED, **size)
+
+    at = words(kontext, align, SWAPPED, image_steps, text_steps)
+    assert (actual - expected(at)).abs().max() <= EXACT
+    late = words(kontext, align, SWAPPED, [step + 1 for step in image_steps], [step + 1 for step in text_steps])
+    assert (actual - expected(late)).abs().max() > 1e-6
+    for fault in ("swapped", "before places"):
+        assert (actual - expected(at, fault)).abs().max() > 1e-6
+    assert (actual - draw(kontext, SWAPPED, **size))[1:].abs().amax((1, 2)).min() > 1e-4
+
+
+def test_what_a_term_applies_its_map_to():
+    """A term for the reference picture alone is none where there is no such picture."""
+    own = JointProduct((1, 1), (1, 1), (None, None), reference=1)
+    assert own.gives(references=True) and not own.gives(references=False)
+    assert own.rows_of("value", "text") == (1,) and own.reference_row == 1
+    assert JointProduct.own(1).reference_row == 1
+    assert JointProduct((0, 0), (0, 0), (None, 1), reference=None).rows_of("value", "text") == (1,)

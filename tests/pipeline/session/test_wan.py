@@ -123,6 +123,57 @@ def test_queries_before_they_are_turned_are_told_apart(wan22, monkeypatch):
     assert (actual - reference(wan22, {"attn1": maps_of_source}, (0, 1, 2))).abs().max() > 1e-5
 
 
+def words_of(wan, prompts=2):
+    prompts = PROMPTS[:prompts]
+    edit = PromptToPromptEdit(prompts, wan.tokenizer, cross_replace_steps=0.6, self_replace_steps=0.25)
+    return edit, source_columns(prompts, wan.tokenizer, TEXTS, doubled=False)
+
+
+@pytest.mark.parametrize("name", few(["Prompt-to-Prompt", "MasaCtrl"], "Prompt-to-Prompt"))
+def test_mistakes_of_other_edits_show(wan22, name):
+    """The half of the calls that is to be left alone (or not to be), steps off by one, a kind of layers left out."""
+    if name == "MasaCtrl":
+        edit, both = MasaCtrlEdit(1, start_layer=0), True
+        rules, steps = {"attn1": memory_of_source}, {"attn1": (1, 2, 3)}
+    else:
+        edit, columns = words_of(wan22)
+        rules, both = {"attn1": maps_of_source, "attn2": columns}, False
+        steps = {"attn1": (0,), "attn2": (0, 1, 2)}
+    actual, _ = edited(wan22, edit)
+    assert (actual - reference(wan22, rules, {"attn1": (), "attn2": (), **steps}, both=both)).abs().max() <= EXACT
+    late = {kind: tuple(step + 1 for step in of) for kind, of in steps.items()}
+    wrong = [(rules, steps, not both), (rules, late, both)]
+    if name == "MasaCtrl":
+        wrong.append(({"attn1": maps_of_source}, steps, both))
+    else:
+        wrong += [({"attn1": maps_of_source}, steps, both), ({"attn2": rules["attn2"]}, steps, both)]
+    for of, at, halves in wrong:
+        assert (actual - reference(wan22, of, {"attn1": (), "attn2": (), **at}, both=halves)).abs().max() > 1e-6
+
+
+@pytest.mark.slow
+def test_sources_that_are_held(wan):
+    """As those of inverted videos are: the source is put somewhere else after every step, and targets look there."""
+    held = torch.randn(4, 16, 3, 4, 12, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+    def hold(pipe, index, timestep, tensors):
+        latents = tensors["latents"].clone()
+        latents[0] = held[index]
+        return {"latents": latents}
+
+    options = {"size": (4, 12), "prompts": 4, "callback_on_step_end": hold}
+    edit, columns = words_of(wan, 4)
+    for one, rules, steps, both in (
+        (FreePromptEdit(0.5), {"attn1": maps_of_source}, (0, 1), False),
+        (MasaCtrlEdit(1, start_layer=0), {"attn1": memory_of_source}, (1, 2, 3), True),
+        (edit, {"attn1": maps_of_source, "attn2": columns}, {"attn1": (0,), "attn2": (0, 1, 2)}, False),
+    ):
+        actual, _ = edited(wan, one, **options)
+        assert (actual - reference(wan, rules, steps, both=both, **options)).abs().max() <= EXACT
+        free = reference(wan, rules, steps, both=both, size=(4, 12), prompts=4)
+        assert (actual - free).abs().max() > 1e-4
+
+
 @pytest.mark.slow
 def test_guidance_of_each_transformer(wan22):
     options = {"guidance_scale": 4.0, "guidance_scale_2": 2.0}
