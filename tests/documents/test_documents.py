@@ -54,7 +54,7 @@ NOT_RUN = {
     "fpe doctor": "takes a minute; tests/pipeline/app/test_doctor.py runs it",
     "fpe evaluate": "takes hours; its arguments are parsed, and test_quality.py runs it on few pairs",
 }
-FEW_STEPS = ["--steps", "5"]
+FEW_STEPS = ["--steps", "3"]
 DENOISING = ("batch", "edit", "heatmap", "invert")
 # An evaluation of so few pairs is run all the same.
 FEW_PAIRS = "--pairs 1 "

@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,22 @@ def test_a_form_has_what_github_asks_of_it(path):
 def test_a_report_of_a_bug_comes_with_what_the_machine_is():
     assert "fpe info" in (GITHUB / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8")
     assert {path.stem for path in FORMS} == {"bug", "feature", "method"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(("target", "extra"), [("demo", "pipeline"), ("test", "dev")])
+def test_each_target_makes_the_environment_that_it_needs(target, extra, tmp_path):
+    """A demo installs what edits pictures; tests add theirs, and a demo takes their environment where it is there."""
+    asked = ["make", "-n", target, f"VENV={tmp_path / 'venv'}"]
+    said = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"-e '\.\[(\w+)\]'", said) == [extra]
+    (stamp,) = set(re.findall(r"touch (\S+)", said))
+    Path(stamp).parent.mkdir(exist_ok=True)
+    Path(stamp).touch()
+    again = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "install" not in again
+    demo = ["make", "-n", "demo", f"VENV={tmp_path / 'venv'}"]
+    assert "install" not in subprocess.run(demo, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def test_the_citation_is_of_this_version():

@@ -76,7 +76,7 @@ def test_a_photo_is_inverted_along_the_flow(family, inversion, folders, tmp_path
     assert Image.open(tmp_path / "made" / "source.png").size == (48, 32)
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def test_a_photo_is_recorded_for_edits_and_read_for_words(family, folders, tmp_path):
     photo = tmp_path / "photo.png"
     Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(photo)

@@ -30,7 +30,7 @@ def photo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(model):
-    return ["--model", model, "--steps", "3", "--inversion", "direct"]
+    return ["--model", model, "--steps", "2", "--inversion", "direct"]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_edits_from_it_are_those_of_the_picture(inverted, photo, options, tmp_pa
         pair = [Image.open(tmp_path / folder / name) for folder in ("whole", "from")]
         assert distance(*pair).levels <= 3, name
     settings, record = runs.read_record(tmp_path / "from" / "run.json")
-    assert settings.targets == (TARGET, OTHER) and settings.steps == 3
+    assert settings.targets == (TARGET, OTHER) and settings.steps == 2
     assert record["images"]["photo.png"]["pixels_sha256"] == pixel_hash(Image.open(inverted / "photo.png"))
 
 
@@ -85,19 +85,24 @@ def test_the_run_of_the_record_is_another_target(inverted, tmp_path):
     assert (tmp_path / "target-1.png").exists()
 
 
-def test_an_edit_that_needs_more_is_told_how_to_have_it(inverted, photo, options, tmp_path, capsys):
+def test_an_edit_that_needs_more_is_told_how_to_have_it(inverted, tmp_path, capsys):
     edit = ["edit", "--target", TARGET, "--no-control", "--quiet", "--method", "masactrl", "--option", "start_step=1"]
     assert cli.main([*edit, "--recording", str(inverted), "-o", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert "the recording lacks" in err and "fpe invert --method masactrl" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_recording_for_a_method(photo, options, tmp_path):
+    edit = ["edit", "--target", TARGET, "--no-control", "--quiet", "--method", "masactrl", "--option", "start_step=4"]
     arguments = ["invert", str(photo), "--prompt", SOURCE, *options, "--steps", "6", "--precision", "half"]
     arguments += ["--method", "masactrl", "--quiet", "-o", str(tmp_path / "wide")]
     assert cli.main(arguments) == 0
-    edit[-1] = "start_step=4"
     assert cli.main([*edit, "--recording", str(tmp_path / "wide"), "-o", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.slow
 def test_json(photo, options, tmp_path, capsys):
     arguments = ["invert", str(photo), *options, "--json", "--quiet", "-o", str(tmp_path / "made")]
     assert cli.main(arguments) == 0
@@ -165,6 +170,7 @@ def test_a_method_that_must_know_its_targets(photo, options, tmp_path, capsys):
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(photo, options, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")

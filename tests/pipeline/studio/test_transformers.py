@@ -43,14 +43,14 @@ def values(desk):
     (model,) = desk.models.names
 
     def changed(**fields):
-        given = defaults((SOURCE, TARGET, OTHER), model) | {"steps": 5, "size": "64 x 64"} | fields
+        given = defaults((SOURCE, TARGET, OTHER), model) | {"steps": 2, "size": "64 x 64"} | fields
         return [model, *(given[name] for name in FIELDS), *[""] * MOST_OPTIONS]
 
     return changed
 
 
 def test_generate_compare_and_look_at_words(desk, visitor, values, family, tmp_path):
-    told = list(desk.generate(visitor, True, *values(seed=3)))
+    told = list(desk.generate(visitor, True, *values(seed=3, steps=5)))
     made = told[-1].made
     assert any(len(each.preview) == 2 for each in told), "there was no preview"
     assert made.run.settings.self_replace == (0.0, 0.2)
