@@ -36,7 +36,6 @@ ALL = [(model, edit) for model in MODELS for edit in EDITS if (model, edit) not 
 ALWAYS = {
     ("SD3.5, a layer skipped", "value injection"),
     ("Qwen-Image", "Prompt-to-Prompt, refined"),
-    ("Lumina 2", "Prompt-to-Prompt, replaced words"),
 }
 INVERTED = [pair for pair in ALL if MODELS[pair[0]].family in ("sd3", "flux", "qwen")]
 ALWAYS_INVERTED = {("FLUX", "KV-Edit")}

@@ -32,7 +32,7 @@ def pipes(pipe):
     return {family: edited_with(MADE[family](pipe)) for family in FAMILIES}
 
 
-@pytest.mark.parametrize("method", few(METHODS, "KV-Edit"))
+@pytest.mark.parametrize("method", few(METHODS))
 @pytest.mark.parametrize("family", few(FAMILIES, "flux"))
 def test_full_runs_and_budgets(pipes, family, method, tmp_path):
     solver, make, parts = method
