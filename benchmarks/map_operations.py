@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def run(name: str, tokens: int = TOKENS) -> list[Row]:
     operation, environment = OPERATIONS[name], Environment.read("cpu")
     about = {"suite": SUITE, "case": f"{name}/{tokens}", "dtype": "float32"}
     with torch.no_grad():
-        ways = {way: counted(lambda way=way: result(operation, way == OURS, tokens)) for way in (OURS, DENSE)}
+        ways = {way: counted(partial(result, operation, way == OURS, tokens)) for way in (OURS, DENSE)}
     ours, exact = (ways[way].result for way in (OURS, DENSE))
     assert isinstance(ours, torch.Tensor) and isinstance(exact, torch.Tensor)
     error = float((ours - exact).abs().max() / exact.abs().max())

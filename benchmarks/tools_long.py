@@ -16,8 +16,8 @@ from .measure import Clock
 from .memory import counted
 from .rows import Row
 from .table_parts import DENSE, UNEDITED
-from .tools import Tool
 from .tools_cases import TOOLS
+from .tools_ways import Tool
 
 __all__ = ["ROUNDS", "groups", "run_together"]
 

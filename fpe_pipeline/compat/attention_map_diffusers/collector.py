@@ -68,4 +68,4 @@ class TextMaps(Watcher):
 
 def _by_head(site: Site, attention: Any) -> LinearMap:
     """[H, 1, N, M]."""
-    return attention if site.kind == "joint" else Storage(attention).rows  # type: ignore[no-any-return]
+    return attention if site.kind == "joint" else Storage(attention).rows
