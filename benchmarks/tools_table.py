@@ -46,7 +46,7 @@ def tools(rows: Sequence[Row], gpu: bool, only: Sequence[str] | None = None) -> 
         only: the tools; default: all.
     """
     lines, used, reasons = [], [], set()
-    for case, ways in grouped(rows, "tools", gpu).items():
+    for case, ways in sorted(grouped(rows, "tools", gpu).items(), key=lambda one: _place(one[0])):
         ours, (tool, _, latents) = ways.get("fpe"), case.partition("/")
         if ours is None or ours.status != "ok" or (only is not None and tool not in only):
             continue
@@ -59,6 +59,13 @@ def tools(rows: Sequence[Row], gpu: bool, only: Sequence[str] | None = None) -> 
     heading = ["random weights", "tokens", "ours", "peak", "the original ÷ ours", "no tool ÷ ours"]
     said = "\n".join(f"*Not measured: {reason}.*" for reason in sorted(reasons))
     return markdown_table(heading, lines) + "\n\n" + (said + "\n" if said else "") + beside(used)
+
+
+def _place(case: str) -> tuple[int, int]:
+    """Sizes one after the other, and within each the tools as they are listed."""
+    tool, _, latents = case.partition("/")
+    order = [name for names in PAGES.values() for name in names]
+    return int(latents.partition("x")[0]), order.index(tool) if tool in order else len(order)
 
 
 def _beside(row: Row | None, ours: Row) -> str:
