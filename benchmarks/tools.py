@@ -25,7 +25,7 @@ from .memory import peak_bytes
 from .rows import Row, read, replaced, write
 from .tools_cases import LONG, TOOLS, case_name
 from .tools_long import groups, run_together
-from .tools_measured import Tool
+from .tools_ways import Tool
 
 __all__ = ["FEW", "run"]
 

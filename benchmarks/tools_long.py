@@ -17,7 +17,7 @@ from .memory import counted
 from .rows import Row
 from .table_parts import DENSE, UNEDITED
 from .tools_cases import TOOLS
-from .tools_measured import Tool
+from .tools_ways import Tool
 
 __all__ = ["ROUNDS", "groups", "run_together"]
 

@@ -11,30 +11,44 @@ from fpe_pipeline.texts import markdown_table
 from .report import number
 from .rows import Row
 from .table_parts import DENSE, UNEDITED, beside, grouped, not_yet, slower
-from .tools_cases import TOOLS
 
 __all__ = ["PAGES", "TABLES"]
 
 
 #: By page of the docs, the tools whose rows stand there.
 PAGES = {
-    **{name: (name,) for name in TOOLS if name not in ("attend-and-excite", "pix2pix-zero", "ledits++", "sag")},
+    **{
+        name: (name,)
+        for name in (
+            "prompt-to-prompt",
+            "free-prompt-editing",
+            "pnp-inversion",
+            "masactrl",
+            "pnp-diffusers",
+            "style-aligned",
+            "daam",
+            "attention-map-diffusers",
+            "stable-flow",
+            "free-flux",
+            "consist-edit",
+        )
+    },
     "diffusers": ("ledits++", "sag", "attend-and-excite", "pix2pix-zero"),
 }
 
 
-def tools(rows: Sequence[Row], gpu: bool, only: Sequence[str] = tuple(TOOLS)) -> str:
+def tools(rows: Sequence[Row], gpu: bool, only: Sequence[str] | None = None) -> str:
     """A step with each tool: ours, the original's way, and the step without any tool.
 
     Args:
         rows: of the suite, and any others.
         gpu: whether of GPUs.
-        only: the tools.
+        only: the tools; default: all.
     """
     lines, used, reasons = [], [], set()
-    for case, ways in grouped(rows, "tools", gpu).items():
+    for case, ways in sorted(grouped(rows, "tools", gpu).items(), key=lambda one: _place(one[0])):
         ours, (tool, _, latents) = ways.get("fpe"), case.partition("/")
-        if ours is None or ours.status != "ok" or tool not in only:
+        if ours is None or ours.status != "ok" or (only is not None and tool not in only):
             continue
         used.append(ours)
         reasons |= {row.reason for row in ways.values() if row.reason}
@@ -45,6 +59,13 @@ def tools(rows: Sequence[Row], gpu: bool, only: Sequence[str] = tuple(TOOLS)) ->
     heading = ["random weights", "tokens", "ours", "peak", "the original ÷ ours", "no tool ÷ ours"]
     said = "\n".join(f"*Not measured: {reason}.*" for reason in sorted(reasons))
     return markdown_table(heading, lines) + "\n\n" + (said + "\n" if said else "") + beside(used)
+
+
+def _place(case: str) -> tuple[int, int]:
+    """Sizes one after the other, and within each the tools as they are listed."""
+    tool, _, latents = case.partition("/")
+    order = [name for names in PAGES.values() for name in names]
+    return int(latents.partition("x")[0]), order.index(tool) if tool in order else len(order)
 
 
 def _beside(row: Row | None, ours: Row) -> str:

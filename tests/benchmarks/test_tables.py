@@ -19,11 +19,10 @@ PAGES = [
         "docs/kernels.md",
         "docs/batches.md",
         "docs/recordings.md",
-        "docs/compat/README.md",
         "docs/studio.md",
         "fpe_pipeline/quality/README.md",
     )
-]
+] + sorted((ROOT / "docs/compat").glob("*.md"))
 HERE = Environment("cpu: a processor (2 cores)", 1, {"torch": "2.13.0"}, "0123456789ab", "2026-01-01")
 GPU = Environment("cuda: a device", 1, {"torch": "2.13.0"}, "0123456789ab", "2026-01-01")
 

@@ -6,15 +6,17 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import plot, tools, tools_cases, tools_long, tools_measured
+from benchmarks import plot, tools, tools_cases, tools_long, tools_ways
 from benchmarks.measure import Effort
-from benchmarks.rows import read, write
+from benchmarks.rows import ROOT, read, write
 from benchmarks.table_parts import DENSE, UNEDITED
 from benchmarks.tools_cases import LONG, TOOLS, Step
-from benchmarks.tools_table import TABLES
+from benchmarks.tools_table import PAGES, TABLES
 
 pytest.importorskip("diffusers")
 SHORT = Effort(rounds=1, least_rounds=1, seconds=0.1, sample_ms=1.0, calls_a_sample=1)
+#: Tools that are asked for maps later, or for a loss of their numbers.
+NUMBERS = {"attention-map-diffusers", "pix2pix-zero"}
 COMMITTED = plot.RESULTS / "cpu-tools.json"
 
 
@@ -56,7 +58,7 @@ def test_a_wrong_result_gets_no_time(monkeypatch):
 
 
 def test_maps_that_are_too_large_are_missing(monkeypatch):
-    monkeypatch.setitem(TOOLS, "large", lambda side, device: plain(None, 2 * tools_measured.MOST))
+    monkeypatch.setitem(TOOLS, "large", lambda side, device: plain(None, 2 * tools_ways.MOST))
     rows = {row.provider: row for row in tools.run("large", 16, SHORT)}
     assert rows[DENSE].status == "missing"
     assert "its maps are 24 GiB" in rows[DENSE].reason
@@ -123,10 +125,17 @@ def test_a_file_keeps_other_cases(tmp_path, monkeypatch):
     assert [row.case for row in read(path)] == ["one/8x8"] * 3 + ["two/8x8"] * 3
 
 
+def test_every_tool_has_its_rows_on_a_page():
+    assert sorted(tool for tools_ in PAGES.values() for tool in tools_) == sorted(TOOLS)
+    for page in PAGES:
+        assert f"<!-- table: tools-cpu-{page} -->" in (ROOT / f"docs/compat/{page}.md").read_text(encoding="utf-8")
+    assert {path.stem for path in (ROOT / "docs/compat").glob("*.md")} == {"README", *PAGES}
+
+
 def test_committed_rows():
     """Nothing that needs no numbers holds more than a tenth above the step without a tool, at 4096 tokens."""
     rows = {(row.case, row.provider): row for row in read(COMMITTED)}
-    for tool in ("free-prompt-editing", "masactrl", "pnp-diffusers", "style-aligned", "daam"):
+    for tool in TOOLS.keys() - NUMBERS:
         case = f"{tool}/64x64"
         assert rows[case, "fpe"].peak_mb <= 1.1 * rows[case, UNEDITED].peak_mb
     for tool in TOOLS:

@@ -1,4 +1,4 @@
-"""A tool at one size: the ways of making its step, whether they agree, and their rows."""
+"""One tool at one size: the ways of making its step, when ours is right, and the rows of what was measured."""
 
 from __future__ import annotations
 
