@@ -33,7 +33,8 @@ from tests.support.tiny_language import draw_prompts, tiny_lumina_that_reads, ti
 from tests.support.tiny_lumina import dense_lumina
 from tests.support.tiny_transformers import draw, draw_flux, tiny_flux_pipeline, tiny_sd3_pipeline
 
-__all__ = ["EDITS", "FAULTS", "MODELS", "SOURCE", "STEPS", "Case", "Model", "edited", "inverted", "reference", "shows"]
+__all__ = ["EDITS", "FAULTS", "LONGER", "MODELS", "SOURCE", "STEPS", "Case", "Model"]
+__all__ += ["edited", "inverted", "placed", "reference", "shows", "unedited"]
 
 STEPS = 4
 SOURCE = "a photo of a red car on a mountain"

@@ -80,7 +80,7 @@ def test_heat(pipes, family):
         assert farthest(maps.word("car"), other) > 20 * HEAT
 
 
-@pytest.mark.parametrize("family", few(FAMILIES, "Qwen-Image"))
+@pytest.mark.parametrize("family", few(FAMILIES))
 def test_heat_of_several_images(pipes, family):
     """Text encoders receive every prompt once, whatever the images a prompt. The prompts are of one length: diffusers
     repeats masks of padding in another order than the texts that they are of."""
@@ -104,7 +104,7 @@ def test_heat_of_several_images(pipes, family):
         assert farthest(known[2].word("car", image), known[1].word("car", image // 2)) <= HEAT
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES))
 def test_a_mask_of_a_word(pipes, family):
     tiny = pipes[family]
     with editing(tiny, FreePromptEdit(1.0, mask=WordMask(PROMPTS[0], "car", tiny.tokenizer))):
@@ -126,7 +126,7 @@ def test_a_mask_of_a_word(pipes, family):
     assert farthest(actual, expected("mountain")) > 100 * HEAT
 
 
-@pytest.mark.parametrize("family", few(FAMILIES, "Qwen-Image"))
+@pytest.mark.parametrize("family", few(FAMILIES))
 def test_a_local_blend(pipes, family):
     tiny = pipes[family]
     blend = LocalBlend(PROMPTS, tiny.tokenizer, ["car", "dog"], 0.9)
@@ -162,7 +162,7 @@ def test_prompts_that_are_cut(pipes):
         draw_prompts(tiny, long, steps=1, max_sequence_length=7)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, "Qwen-Image"))
 def test_prompts_that_are_changed_on_the_way(pipes, family, monkeypatch):
     tiny = pipes[family]
     encode = type(tiny).encode_prompt
@@ -177,6 +177,7 @@ def test_prompts_that_are_changed_on_the_way(pipes, family, monkeypatch):
         draw_prompts(tiny, prompts)
 
 
+@pytest.mark.slow
 def test_a_system_text_of_the_call(pipes):
     """Lumina 2 takes the text before the prompts from its call, too."""
     tiny = pipes["Lumina 2"]

@@ -62,7 +62,7 @@ def test_full_runs_and_budgets(pipes, family, method, tmp_path):
     assert distance(full[1], plain[1]) > 1e-5
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", few(PLACES, "folder"))
 def test_a_budget_is_checked_before_anything_runs(pipes, place, tmp_path, monkeypatch):
     tiny = solving(pipes["flux"], "euler")
     monkeypatch.setattr(tiny.transformer, "forward", lambda *args, **kwargs: pytest.fail("the transformer ran"))

@@ -129,7 +129,7 @@ def words_of(wan, prompts=2):
     return edit, source_columns(prompts, wan.tokenizer, TEXTS, doubled=False)
 
 
-@pytest.mark.parametrize("name", few(["Prompt-to-Prompt", "MasaCtrl"], "Prompt-to-Prompt"))
+@pytest.mark.parametrize("name", few(["Prompt-to-Prompt", "MasaCtrl"]))
 def test_mistakes_of_other_edits_show(wan22, name):
     """The half of the calls that is to be left alone (or not to be), steps off by one, a kind of layers left out."""
     if name == "MasaCtrl":
