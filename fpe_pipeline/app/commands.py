@@ -30,6 +30,10 @@ app = typer.Typer(
 )
 
 
+#: The groups of `fpe --help`.
+_PICTURES, _NUMBERS, _HERE = "Pictures", "Measurements", "This installation"
+
+
 class Refusal(Exception):
     """A command line that cannot be read; the message is one line that says what to do."""
 
@@ -82,7 +86,7 @@ def _fpe(
     """Edit images by editing their prompt, with the attention maps of the source held fixed."""
 
 
-@app.command(epilog="Examples:\n\nfpe demo\n\nfpe demo --steps 50 -o out/slower")
+@app.command(rich_help_panel=_PICTURES, epilog="Examples:\n\nfpe demo\n\nfpe demo --steps 50 -o out/slower")
 def demo(
     output: Annotated[
         Path, flag("-o", "--output", panel="Options", text="folder (default: out/demo)", metavar="DIR")
@@ -115,16 +119,20 @@ def _demo(output: Path, quiet: bool, as_json: bool, given: dict[str, Any]) -> in
     return 0
 
 
-app.command(help=prose(edit.edit.__doc__), epilog=edit.EXAMPLES)(edit.edit)
-app.command(help=prose(invert.invert.__doc__), epilog=invert.EXAMPLES)(invert.invert)
-app.command(help=prose(heatmap.heatmap.__doc__), epilog=heatmap.EXAMPLES)(heatmap.heatmap)
-app.command(help=prose(evaluate.evaluate.__doc__), epilog=evaluate.EXAMPLES, cls=evaluate.ManyValues)(evaluate.evaluate)
-app.command(help=prose(batch.batch.__doc__), epilog=batch.EXAMPLES)(batch.batch)
-app.command(help=prose(doctor.doctor.__doc__), epilog=doctor.EXAMPLES)(doctor.doctor)
-app.command("app", help=prose(page.page.__doc__), epilog=page.EXAMPLES)(page.page)
+for _name, _command, _examples, _panel in (
+    ("edit", edit.edit, edit.EXAMPLES, _PICTURES),
+    ("invert", invert.invert, invert.EXAMPLES, _PICTURES),
+    ("heatmap", heatmap.heatmap, heatmap.EXAMPLES, _PICTURES),
+    ("batch", batch.batch, batch.EXAMPLES, _PICTURES),
+    ("app", page.page, page.EXAMPLES, _PICTURES),
+    ("evaluate", evaluate.evaluate, evaluate.EXAMPLES, _NUMBERS),
+    ("doctor", doctor.doctor, doctor.EXAMPLES, _HERE),
+):
+    _cls = evaluate.ManyValues if _name == "evaluate" else None
+    app.command(_name, cls=_cls, help=prose(_command.__doc__), epilog=_examples, rich_help_panel=_panel)(_command)
 
 
-@app.command(epilog="Examples:\n\nfpe info\n\nfpe info --method masactrl")
+@app.command(rich_help_panel=_HERE, epilog="Examples:\n\nfpe info\n\nfpe info --method masactrl")
 def info(
     method: Annotated[
         str | None,
