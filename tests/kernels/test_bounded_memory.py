@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.memory import peak_bytes
 from fpe_kernels import AttentionMap, LinearMap, join, ops, shared_attention
 from fpe_kernels.testing import Case, assert_matches, make, make_case
 
@@ -188,3 +189,18 @@ def test_make_keeps_the_strides_of_its_layout() -> None:
     assert make((2, 3, 4, 8), layout="heads_expanded").stride(1) == 0
     assert make((2, 3, 4, 8), layout="fused_chunk").stride() == (4 * 72, 8, 72, 1)
     assert make((2, 3, 4, 8), layout="channels_first", dtype=torch.float16).stride(3) == 4
+
+
+def test_a_joined_pair_grows_with_its_tokens():
+    """Twice the image's tokens, twice the memory beside the result's: no part of it goes with their square."""
+
+    def peak(tokens: int) -> int:
+        query, key, value = torch.randn(3, 2, 2, tokens, 16)
+        text_key, text_value = torch.randn(2, 2, 2, 77, 16)
+        pair = join([AttentionMap(query, key, backend="torch"), AttentionMap(query, text_key, backend="torch")])
+        values = torch.cat([value, text_value], dim=2)
+        return peak_bytes(lambda: pair @ values)
+
+    small, large = peak(TOKENS), peak(2 * TOKENS)
+    assert large <= 2.2 * small
+    assert large < MAP_BYTES
