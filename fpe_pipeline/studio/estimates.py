@@ -17,7 +17,7 @@ from .shapes import Cost, Shapes
 __all__ = ["Estimate", "ModelPace"]
 
 #: Seconds that a model's first, small calls may take, by which its speed is guessed until a run was made.
-_TRIAL = 0.3
+_TRIAL = 0.15
 
 
 @dataclass(frozen=True)

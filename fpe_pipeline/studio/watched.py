@@ -24,7 +24,9 @@ __all__ = ["Cancelled", "Stopped", "Told", "Watched", "go_on", "watch"]
 
 #: Share of a run's time that its previews may take.
 _SHARE = 0.04
-_TURN = 0.1  # seconds between two looks at whether the visitor is still there
+#: Seconds between two looks at how far a run is and whether the visitor is still there: each is drawn, which takes time
+#: from the run.
+_TURN = 0.3
 
 
 class Cancelled(Exception):
