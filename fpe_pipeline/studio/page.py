@@ -40,7 +40,7 @@ def build(desk: Desk) -> gr.Blocks:
     with desk.models.use(name) as loaded:
         layers, family = choices_of(loaded.pipe), desk.models.family(name)
     with gr.Blocks(title="fpe studio", analytics_enabled=False, delete_cache=(3600, _LIFE), fill_width=True) as page:
-        visitor = gr.State(None, time_to_live=_LIFE, delete_callback=_leave)
+        visitor = gr.State(_Arrival(desk), time_to_live=_LIFE, delete_callback=_leave)
         gr.HTML(_HEAD)
         with gr.Row(elem_id="desk"):
             with gr.Column(scale=4, min_width=320, elem_id="recipe"):
@@ -68,26 +68,35 @@ def build(desk: Desk) -> gr.Blocks:
     return page
 
 
+class _Arrival:
+    """What a page's state begins as. Gradio copies it for the state, and that copy for a page at its first event: a
+    visitor, whichever event it is, for somebody may press a button before the page has said that it is there."""
+
+    def __init__(self, desk: Desk, of_state: bool = False) -> None:
+        self._desk, self._of_state = desk, of_state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Arrival | Visitor:
+        return self._desk.arrive() if self._of_state else _Arrival(self._desk, of_state=True)
+
+
 def _comings_and_goings(desk: Desk, page: gr.Blocks, visitor: Any) -> None:
     """Every opened page has a visitor; a closed one ends the run that it waited for."""
     present: dict[str, Visitor] = {}
 
-    def arrive(request: gr.Request) -> Visitor:
-        present[str(request.session_hash)] = arrived = desk.arrive()
-        return arrived
+    def arrive(visitor: Visitor, request: gr.Request) -> None:
+        present[str(request.session_hash)] = visitor
 
     def leave(request: gr.Request) -> None:
         left = present.pop(str(request.session_hash), None)
         if left is not None:
             left.close()
 
-    page.load(arrive, None, visitor, **QUICK)
+    page.load(arrive, visitor, None, **QUICK)
     page.unload(leave)
 
 
-def _leave(visitor: Visitor | None) -> None:
-    if visitor is not None:
-        visitor.close()
+def _leave(visitor: Visitor) -> None:
+    visitor.close()
 
 
 def _of_model(desk: Desk, model: str, method: str) -> list[Any]:
