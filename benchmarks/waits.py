@@ -20,7 +20,8 @@ _CLONE = {
     "clone": "a clone of the repository",
     "download": "the download of what the pipeline needs, as fast as this machine's index",
     "beyond": "`make demo` from there: the environment, and four pictures",
-    "ours": "of it the demo itself, once the environment is there",
+    "demo": "of it the demo itself, once the environment is there",
+    "ours": "of that until its first edited picture",
 }
 
 

@@ -35,8 +35,17 @@ def test_the_page_costs_no_more_than_its_imports_the_edit_and_three_seconds(comm
 
 def test_from_clone_to_a_first_picture(committed):
     rows = by_provider(committed, "embedded/clone")
-    assert {"clone", "download", "beyond", "ours"} <= rows.keys()
+    assert {"clone", "download", "beyond", "demo", "ours"} <= rows.keys()
     assert max(rows["beyond"]) <= 180_000 and max(rows["ours"]) <= 30_000, "three minutes beyond the download"
+
+
+def test_a_command_is_timed_until_its_first_edited_picture(tmp_path):
+    code = "import pathlib, sys, time; at = pathlib.Path(sys.argv[1], 'colour'); at.mkdir(parents=True); "
+    code += "(at / 'target-1.png').touch(); time.sleep(1)"
+    first, whole = first_picture._until_a_picture([sys.executable, "-c", code, str(tmp_path / "out")], tmp_path / "out")
+    assert first < whole - 0.5
+    with pytest.raises(RuntimeError, match="target-1"):
+        first_picture._until_a_picture([sys.executable, "-c", ""], tmp_path / "none")
 
 
 @pytest.mark.slow
