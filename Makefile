@@ -28,7 +28,8 @@ PICTURES := $(VENV)/.pictures-$(CONTENT)
 # says otherwise; more of them wait asleep, not in a loop that takes the core from the thread they wait for. No test
 # needs the network, and saying so keeps a broken proxy from slowing them down.
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} HF_HUB_OFFLINE=1
-PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n auto --maxprocesses 4
+# Tests of one group share what one process has set up.
+PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 .DEFAULT_GOAL := help
 # Tests whose outcome could hang on how sums are rounded: CI repeats them as other CPUs and threads round.
@@ -96,6 +97,7 @@ clean:  ## remove the environment, caches and outputs
 	rm -rf $(VENV) build dist out gpu-results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Python compiles what is imported, which is a small part of what is installed.
 # No prerequisites: the stamps' names hold the checksum of the files that they depend on.
 $(STAMP) $(PICTURES):
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fpe-kernels needs Python 3.10 or newer, but $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
@@ -103,5 +105,5 @@ $(STAMP) $(PICTURES):
 	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || \
 	  { echo "Could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@$(PIP) install -qq --upgrade pip setuptools wheel $(PIP_ARGS) || echo "pip stays at the version that came with Python"
-	@$(PIP) install -qq -c constraints.txt $(INDEX) $(PIP_ARGS) -e '.[$(if $(filter $(STAMP),$@),dev,pipeline)]'
+	@$(PIP) install -qq --no-compile -c constraints.txt $(INDEX) $(PIP_ARGS) -e '.[$(if $(filter $(STAMP),$@),dev,pipeline)]'
 	@rm -f $(VENV)/.installed-* $(VENV)/.pictures-* && touch $@

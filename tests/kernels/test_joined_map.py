@@ -182,7 +182,9 @@ def test_opcheck_with_key_lengths_grouped_heads_and_wide_results(options: dict, 
 
 
 @pytest.mark.parametrize(
-    "backend", ["reference", "torch", pytest.param("triton", marks=pytest.mark.slow)], indirect=True
+    "backend",
+    ["torch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reference", "triton"))],
+    indirect=True,
 )
 def test_joined_maps_compile_into_one_graph_with_gradients(backend) -> None:
     case = make_case(maps=2, heads=2, queries=5, keys=9, head_dim=8, device=backend.device)

@@ -109,6 +109,7 @@ class TestEdit:
 
 
 class TestFromRecord:
+    @pytest.mark.slow
     def test_same_bits_in_another_process(self, made, tmp_path):
         command = [sys.executable, "-m", "fpe_pipeline", "edit", "--from", str(made / "run.json"), "-o", str(tmp_path)]
         root = str(Path(cli.__file__).parents[2])

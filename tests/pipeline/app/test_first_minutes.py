@@ -64,6 +64,7 @@ def test_kernels_alone():
     assert "ModuleNotFoundError" in made.stderr and "pip install '.[pipeline]'" in made.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_libraries_keep_quiet(tmp_path):
     """Also where the packages are missing that they would advise to install."""
     made = fpe([*SHORT, "-o", tmp_path], without=("torchvision", "accelerate", "peft"))
