@@ -33,7 +33,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist 
 
 .DEFAULT_GOAL := help
 # Tests whose outcome could hang on how sums are rounded: CI repeats them as other CPUs and threads round.
-ROUNDING := $(addprefix tests/pipeline/,app/test_cli.py::TestFromRecord::test_on_another_cpu_it_says_how_far_it_is app/test_cli_methods.py::test_every_method_draws_another_picture_from_the_same_source \
+ROUNDING := $(addprefix tests/pipeline/,app/test_cli.py::TestFromRecord::test_on_another_cpu_it_says_how_far_it_is \
   app/test_said_beforehand.py::test_no_layer_on_the_command_line sampling/test_keep_source.py \
   edits/test_golden_fpe.py::test_float64_agrees_with_the_original_in_float64 inversion/test_inversion.py::TestRefusals) \
   tests/kernels/backends/triton/test_mixed_batches.py tests/kernels/test_row_weights.py
@@ -97,7 +97,6 @@ clean:  ## remove the environment, caches and outputs
 	rm -rf $(VENV) build dist out gpu-results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Python compiles what is imported, which is a small part of what is installed.
 # No prerequisites: the stamps' names hold the checksum of the files that they depend on.
 $(STAMP) $(PICTURES):
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fpe-kernels needs Python 3.10 or newer, but $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
@@ -105,5 +104,5 @@ $(STAMP) $(PICTURES):
 	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || \
 	  { echo "Could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@$(PIP) install -qq --upgrade pip setuptools wheel $(PIP_ARGS) || echo "pip stays at the version that came with Python"
-	@$(PIP) install -qq --no-compile -c constraints.txt $(INDEX) $(PIP_ARGS) -e '.[$(if $(filter $(STAMP),$@),dev,pipeline)]'
+	@$(PIP) install -qq -c constraints.txt $(INDEX) $(PIP_ARGS) -e '.[$(if $(filter $(STAMP),$@),dev,pipeline)]'
 	@rm -f $(VENV)/.installed-* $(VENV)/.pictures-* && touch $@
