@@ -28,8 +28,7 @@ PICTURES := $(VENV)/.pictures-$(CONTENT)
 # says otherwise; more of them wait asleep, not in a loop that takes the core from the thread they wait for. No test
 # needs the network, and saying so keeps a broken proxy from slowing them down.
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} HF_HUB_OFFLINE=1
-# Tests of one group share what one process has set up.
-PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 # Tests whose outcome could hang on how sums are rounded: CI repeats them as other CPUs and threads round.

@@ -21,9 +21,6 @@ from fpe_pipeline.runs import run as runs
 from tests.pages.conftest import PHONE
 from tests.pipeline.studio.test_uploads import bomb, header
 
-#: One server and one browser serve them all.
-pytestmark = pytest.mark.xdist_group("page")
-
 TABS = ("Generate", "Photo", "Compare", "Look inside", "History")
 
 
