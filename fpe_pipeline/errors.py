@@ -10,6 +10,7 @@ from typing import Any
 __all__ = [
     "EditWarning",
     "InputError",
+    "Lacking",
     "RequestWarning",
     "check_generator",
     "check_guidance",
@@ -23,6 +24,19 @@ FAR = 3.5
 
 class InputError(ValueError):
     """A request that cannot be served as it stands: says what was expected, what came and what to do."""
+
+
+class Lacking(InputError):
+    """A recording does not hold what an edit needs of its source.
+
+    Args:
+        what: is missing, for which edit.
+        advice: what to do, where it is Python that asked; others add their own to ``what``.
+    """
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}. {advice}")
+        self.what = what
 
 
 class EditWarning(RuntimeWarning):

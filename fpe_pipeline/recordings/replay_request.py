@@ -9,6 +9,7 @@ from typing import Any
 from ..edits import Edit, FreePromptEdit
 from ..edits.base import check_prompts
 from ..edits.registry import require_edit
+from ..errors import Lacking
 from ..models.steps import StepWindow
 from ..prompts.words import warn_of_unknown_words
 from ..sampling.output import FreePromptPipelineOutput
@@ -60,12 +61,12 @@ def replayed_edit(
 
 
 def check_recorded(replay: Replay, edit: Edit, recording: Recording) -> None:
-    """Raise ValueError where the recording lacks what the edit needs of the source."""
+    """Raise Lacking where the recording does not hold what the edit needs of the source."""
     lack = describe_lack(replay.needed, recording.contents)
     if lack:
-        raise ValueError(
-            f"the recording lacks what {type(edit).__name__} needs of the source: {lack}. Record it for this edit "
-            "(pipe.record(…, edit=…) takes several), or give the edit fewer steps or layers"
+        raise Lacking(
+            f"the recording lacks what {type(edit).__name__} needs of the source: {lack}",
+            "Record it for this edit (pipe.record(…, edit=…) takes several), or give the edit fewer steps or layers",
         )
 
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ..sampling.output import FreePromptPipelineOutput
 
 __all__ = [
-    "Lacking",
     "Recorded",
     "check_recordable",
     "edited",
@@ -33,10 +32,6 @@ __all__ = [
     "source_of",
     "wide_edits",
 ]
-
-
-class Lacking(InputError):
-    """A recording does not hold what an edit needs of its source."""
 
 
 @dataclass(frozen=True)
@@ -185,5 +180,4 @@ def _replayed(pipe: Any, settings: Settings, recording: Recording, edit: Edit) -
     except InputError:
         raise
     except ValueError as error:
-        lacks = str(error).startswith("the recording lacks")
-        raise (Lacking if lacks else InputError)(str(error)) from error
+        raise InputError(str(error)) from error

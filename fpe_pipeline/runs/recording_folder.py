@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..atomic_folder import check_writable, staged
-from ..errors import InputError
+from ..errors import InputError, Lacking
 from ..models.loading import find_model
 from .making import details_of, filled_in, solver_of_pictures
 from .model_defaults import check_family
 from .picture_record import PHOTO, png_info
 from .progress import Progress
-from .recorded import Lacking, Recorded, edited, invert_and_record, wide_edits
+from .recorded import Recorded, edited, invert_and_record, wide_edits
 from .repeatable import Clock
 from .result import Run
 from .run import at_work, pixel_hash, read_record
@@ -170,9 +170,9 @@ def edit_from(folder: Path, settings: Settings, progress: Progress) -> Run:
         try:
             return edited(loaded, settings, recorded, progress, clock)
         except Lacking as error:
-            what = str(error).partition(". Record it")[0]
             raise InputError(
-                f"{what}; record it with fpe invert --method {settings.method}, or narrow the edit's window or layers"
+                f"{error.what}; record it with fpe invert --method {settings.method}, or give the edit fewer steps or "
+                "layers"
             ) from error
 
 

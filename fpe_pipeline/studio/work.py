@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ..errors import InputError, RequestWarning
+from ..errors import InputError, Lacking, RequestWarning
 from ..models.quiet import only_errors
 from ..runs import run as runs
 from ..runs.heat import look_into
 from ..runs.making import Loaded, edit_of, is_flow, pinned, solver_of_pictures
 from ..runs.progress import show_steps
-from ..runs.recorded import Lacking, Recorded, edited, invert_and_record, record_source, wide_edits
+from ..runs.recorded import Recorded, edited, invert_and_record, record_source, wide_edits
 from ..runs.repeatable import Clock
 from ..runs.settings import Settings
 from .models import Models

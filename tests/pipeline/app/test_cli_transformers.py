@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
 
 import pytest
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
 
 from fpe_pipeline.app import cli
 from fpe_pipeline.images.distance import distance
 from fpe_pipeline.models.loading import find_model
 from fpe_pipeline.runs.settings import Settings
+from tests.support.saved_transformers import make_flux_small, saved_transformer
 from tests.support.tiny_cli import OTHER, SOURCE, TARGET, evaluation, one_error, refuse_loading
-from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
 
 CLASSES = {"sd3": "FreePromptSD3Pipeline", "flux": "FreePromptFluxPipeline"}
 
@@ -23,27 +20,12 @@ CLASSES = {"sd3": "FreePromptSD3Pipeline", "flux": "FreePromptFluxPipeline"}
 @pytest.fixture(scope="module")
 def folders(pipe, tmp_path_factory):
     """A saved pipeline of each family, with a scheduler that diffusers loads; FLUX.1's own size is 64 px."""
-    made = {"sd3": tiny_sd3_pipeline, "flux": tiny_flux_pipeline}
-    found = {}
-    for family, make in made.items():
-        stock = make(pipe, dtype=torch.float32)
-        stock.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        found[family] = tmp_path_factory.mktemp(family)
-        stock.save_pretrained(found[family])
-    return found
+    return {family: saved_transformer(pipe, family, tmp_path_factory.mktemp(family)) for family in ("sd3", "flux")}
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """FLUX.1's pipeline makes images of 1024 px by default, whatever its transformer says."""
-    make = FluxPipeline.__init__
-
-    @functools.wraps(make)  # diffusers reads the components off the signature
-    def smaller(self, *arguments, **options):
-        make(self, *arguments, **options)
-        self.default_sample_size = 8
-
-    monkeypatch.setattr(FluxPipeline, "__init__", smaller)
+    make_flux_small(monkeypatch)
 
 
 def arguments(folder, *more):

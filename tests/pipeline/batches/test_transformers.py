@@ -1,11 +1,8 @@
 """A batch by transformers: groups, recordings and photos as of UNets, and what they are refused."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
 
 from fpe_pipeline.batches import making
@@ -14,7 +11,7 @@ from fpe_pipeline.models.loading import find_model
 from fpe_pipeline.runs import run as runs
 from fpe_pipeline.runs.making import Loaded
 from tests.pipeline.batches.conftest import batch, pictures, written
-from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
+from tests.support.saved_transformers import make_flux_small, saved_transformer
 
 SOURCE = "a photo of a red car"
 COLOURS = ("blue", "green", "yellow")
@@ -28,24 +25,12 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def transformer(pipe, family, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(family)
-    stock = {"sd3": tiny_sd3_pipeline, "flux": tiny_flux_pipeline}[family](pipe, dtype=torch.float32)
-    stock.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    stock.save_pretrained(folder)
-    return folder
+    return saved_transformer(pipe, family, tmp_path_factory.mktemp(family))
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """FLUX.1's pipeline makes images of 1024 px by default, whatever its transformer says."""
-    make = FluxPipeline.__init__
-
-    @functools.wraps(make)  # diffusers reads the components off the signature
-    def smaller(self, *arguments, **options):
-        make(self, *arguments, **options)
-        self.default_sample_size = 8
-
-    monkeypatch.setattr(FluxPipeline, "__init__", smaller)
+    make_flux_small(monkeypatch)
 
 
 def test_pictures_are_those_of_single_edits(transformer, family, tmp_path, monkeypatch):

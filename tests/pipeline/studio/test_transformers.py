@@ -3,8 +3,6 @@
 import shlex
 
 import pytest
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from fpe_pipeline.app import cli
 from fpe_pipeline.images.distance import distance
@@ -15,8 +13,8 @@ from fpe_pipeline.studio.desk import Desk
 from fpe_pipeline.studio.models import Models, choices_of
 from fpe_pipeline.studio.requests import FIELDS, MOST_OPTIONS, defaults
 from tests.pipeline.studio.conftest import last
+from tests.support.saved_transformers import saved_transformer
 from tests.support.tiny_cli import OTHER, SOURCE, TARGET
-from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
 
 
 @pytest.fixture(scope="module", params=["sd3", pytest.param("flux", marks=pytest.mark.slow)])
@@ -26,10 +24,7 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def desk(pipe, family, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(family)
-    stock = {"sd3": tiny_sd3_pipeline, "flux": tiny_flux_pipeline}[family](pipe, dtype=torch.float32)
-    stock.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    stock.save_pretrained(folder)
+    folder = saved_transformer(pipe, family, tmp_path_factory.mktemp(family))
     return Desk(Models((str(folder),), device="cpu"), tmp_path_factory.mktemp("out"))
 
 
