@@ -24,7 +24,12 @@ def executed(path: Path) -> Any:
     """
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
-        notebook, timeout=LONGEST, kernel_name="python3", record_timing=False, resources={"metadata": {"path": FOLDER}}
+        notebook,
+        timeout=LONGEST,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": FOLDER}},
     ).execute()
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
