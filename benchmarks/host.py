@@ -92,15 +92,15 @@ class NoLaunches:
         from triton.runtime import driver
 
         from fpe_kernels.backends.triton import backend
-        from fpe_pipeline.session import session
+        from fpe_pipeline.session import finite_watch
 
         if backend.INTERPRETED:
             raise RuntimeError("kernels are interpreted here: start a process without TRITON_INTERPRET")
         driver.set_active(cls())  # type: ignore[arg-type]
         backend.unsupported_reasons = lambda *arguments: []  # type: ignore[assignment]
         # Nothing writes the outputs, so they hold whatever lay there: a session still looks, and goes on.
-        look = session.is_finite
-        session.is_finite = lambda tensor: look(tensor) or True
+        look = finite_watch.is_finite
+        finite_watch.is_finite = lambda tensor: look(tensor) or True
 
 
 def heads_split(batch: int) -> Tensor:

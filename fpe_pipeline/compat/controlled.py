@@ -24,7 +24,7 @@ from ..models.families import adapter_of
 from ..models.sites import Site
 from ..prompts.encoding import encoding_tokenizer
 from ..session.computing import Rows
-from ..session.installation import LayerProcessors
+from ..session.installation import NO_ORDERS, LayerProcessors
 from ..session.instructions import Order
 from ..session.session import session_of
 from .lazy import LazyMap
@@ -190,7 +190,7 @@ class ControlledLayers:
 
     def _give(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_paused:
-            self._layers.give({})
+            self._layers.give(NO_ORDERS)
             return
         call = self._adapter.read(args, kwargs)
         if self._before is not None:

@@ -21,7 +21,8 @@ from ..models.flow_solvers import flow_nodes, require_flow, solver_of
 from ..sampling.flow_models import flow_model
 from ..sampling.flow_sampling import guidance_of_rows
 from ..sampling.step_end import StepEnd
-from ..session.session import editing, unedited
+from ..session.session import editing
+from ..session.unedited import unedited
 from .names import unknown_name
 from .switch import chosen_compat
 

@@ -21,7 +21,7 @@ from ..prompts.encoding import Encoding, EncodingHook, encoding_tokenizer
 from ..prompts.joint_text import JointPrompt, encoded_prompts
 from ..prompts.words import TokenizedPrompt, tokenize
 from ..session.joint_computing import JointLayer
-from ..session.session import unedited
+from ..session.unedited import unedited
 from ..texts import check_text
 from .concept_stream import ConceptStream
 from .views import overlay

@@ -29,7 +29,7 @@ from ..prompts.words import warn_of_unknown_words
 from ..sampling.flow_models import FlowModel, Velocity, flow_model
 from ..sampling.noise_schedule import NoiseSchedule
 from ..session.finite import is_finite, refuse_step
-from ..session.session import unedited
+from ..session.unedited import unedited
 from ..texts import check_text
 from .null_text import NullText
 from .trajectory import METHODS, Inversion

@@ -41,7 +41,7 @@ from ..sampling.noise_schedule import NoiseSchedule, ddim_inverse_step, require_
 from ..sampling.pipeline import SamplingPipeline
 from ..sampling.served_models import check_guided_inversion, check_pipeline, check_without_image_prompts
 from ..session.finite import is_finite, refuse_step
-from ..session.session import unedited
+from ..session.unedited import unedited
 from ..texts import check_text
 from .null_text import NullText, optimise_unconditional
 

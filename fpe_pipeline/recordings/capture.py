@@ -105,7 +105,7 @@ class Capture(EditingSession):
         assert self._hooks is not None
         self._hooks.features.receive = self._keep_feature
 
-    def _orders(self, call: ModelCall, step: Step, roles: BatchRoles) -> dict[str, Order]:
+    def _orders(self, edit: Edit | None, call: ModelCall, step: Step, roles: BatchRoles) -> dict[str, Order]:
         orders = {}
         for site in self._instructor.selected.of(self._kept, call.size):
             wanted = self._kept.wanted(site.path, step, roles)

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from ..edits import Edit
 from ..edits.joint_products import JointPlan, plan_joint_products
 from ..models.adapter import ModelCall
 from ..models.roles import BatchRoles
@@ -26,7 +27,7 @@ __all__ = ["JointCapture", "joint_bytes"]
 class JointCapture(Capture):
     """Keeps image and text tokens of a source while a transformer's pipeline denoises it, unedited."""
 
-    def _orders(self, call: ModelCall, step: Step, roles: BatchRoles) -> dict[str, Order]:
+    def _orders(self, edit: Edit | None, call: ModelCall, step: Step, roles: BatchRoles) -> dict[str, Order]:
         orders = {}
         for site in self._instructor.selected.of(self._kept, call.size):
             wanted = self._kept.wanted(site.path, step, roles)

@@ -18,7 +18,7 @@ from ..edits import Edit, FreePromptEdit
 from ..edits.registry import require_edit
 from ..errors import EditWarning, check_guidance
 from ..models.precision import check_precision
-from ..session.finite import FiniteSteps
+from ..session.finite_watch import FiniteSteps
 from ..session.session import EditingSession
 from ..session.shared_noise import shared_latents
 from .arguments import check_size, image_size, negative_list

@@ -15,7 +15,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from ..prompts.words import short_form
-from ..session.finite import FiniteSteps
+from ..session.finite_watch import FiniteSteps
 from ..session.session import EditingSession
 from ..session.shared_noise import row_generators
 from .arguments import check_size

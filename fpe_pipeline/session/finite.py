@@ -11,22 +11,24 @@ from typing import Any
 
 import torch
 
-from ..models.adapter import identity, model_inputs
-from ..models.families import edited_model
-from ..models.steps import Step, locate_step
+from ..models.adapter import model_inputs
+from ..models.steps import Step
 
-__all__ = ["FiniteDecoder", "FiniteSteps", "check_latents", "first_bad_layer", "is_finite", "refuse_step"]
+__all__ = ["can_be_asked", "check_latents", "first_bad_layer", "is_finite", "refuse_step"]
 
 _ADVICE = "lower the guidance scale or the edit's weights, or compute in another dtype (float16 ends at 65504)"
 
 
-def is_finite(tensor: Any) -> bool:
-    """Whether all numbers of a tensor are finite; True where that cannot be asked, in a graph that is being made."""
+def can_be_asked(tensor: Any) -> bool:
+    """Whether a tensor's numbers can be looked at now; False in a graph that is being made."""
     if not isinstance(tensor, torch.Tensor) or torch.compiler.is_compiling():
-        return True
-    if tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return True
-    return bool(torch.isfinite(tensor).all())
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def is_finite(tensor: Any) -> bool:
+    """Whether all numbers of a tensor are finite; True where that cannot be asked."""
+    return not can_be_asked(tensor) or bool(torch.isfinite(tensor).all())
 
 
 def check_latents(latents: torch.Tensor | None) -> None:
@@ -91,61 +93,3 @@ def first_bad_layer(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapp
         for handle in handles:
             handle.remove()
     return found[0] if found else None
-
-
-class FiniteDecoder:
-    """Raises where the decoder of a pipeline's autoencoder gives values that are not finite, until it is removed."""
-
-    def __init__(self, pipe: Any) -> None:
-        decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
-        self._handle = None
-        if isinstance(decoder, torch.nn.Module):
-            self._handle = decoder.register_forward_hook(self._check, with_kwargs=True)
-
-    def remove(self) -> None:
-        """Take the hook away."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def _check(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if is_finite(output):
-            return
-        layer = first_bad_layer(module, args, kwargs)
-        raise FloatingPointError(
-            "the autoencoder makes values that are not finite of latents that are"
-            + ("" if layer is None else f", first in decoder.{layer}")
-            + ": decode in another dtype, such as pipe.vae.to(torch.float32) or bfloat16 (float16 ends at 65504)"
-        )
-
-
-class FiniteSteps:
-    """Watches a pipeline call that is in no session, in a ``with`` block."""
-
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
-
-    def __enter__(self) -> None:
-        from .hooks import SchedulerHook
-
-        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._decoder = FiniteDecoder(self._pipe)
-        self._steps = SchedulerHook(self._pipe.scheduler, self._check)
-        keep = torch.compiler.disable(self._keep)
-        self._model = edited_model(self._pipe)[1]
-        self._handle = self._model.register_forward_pre_hook(keep, with_kwargs=True)
-
-    def __exit__(self, *_: Any) -> None:
-        self._handle.remove()
-        self._steps.remove(expected=False)
-        self._decoder.remove()
-
-    def _keep(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._call = args, kwargs
-
-    def _check(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
-        if not is_finite(latents):
-            step = locate_step(self._pipe.scheduler, timestep)
-            refuse_step(step, identity(self._model), *self._call, getattr(self._pipe, "guidance_scale", None))
-        self._call = (), {}
-        return latents

@@ -22,9 +22,10 @@ class FeatureHooks:
         self.rows: Mapping[str, Mapping[int, int]] = {}
         self.recorded: Mapping[str, Mapping[int, torch.Tensor]] = {}
         self.receive: Callable[[str, torch.Tensor], None] | None = None
+        self.paths = tuple(paths)
         self._handles: list[Any] = []
         try:
-            for path in paths:
+            for path in self.paths:
                 module = _submodule(unet, path)
                 hook = torch.compiler.disable(functools.partial(self._replace, path))
                 self._handles.append(module.register_forward_hook(hook))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ..models.adapter import ModelAdapter
@@ -19,8 +20,10 @@ from .qwen_processor import EditQwenProcessor
 from .record import LayerRecord
 from .wan_processor import EditWanProcessor
 
-__all__ = ["LayerProcessors"]
+__all__ = ["NO_ORDERS", "LayerProcessors"]
 
+#: For a call in which no layer has anything to do.
+NO_ORDERS: Mapping[str, Order] = MappingProxyType({})
 
 _Reasons = Callable[[Any, Any, tuple[type, ...]], list[str]]
 
@@ -41,6 +44,9 @@ class LayerProcessors:
 
     Args:
         adapter: of the model whose layers they are.
+
+    Attributes:
+        orders: of the latest call.
     """
 
     def __init__(self, adapter: ModelAdapter) -> None:
@@ -48,6 +54,8 @@ class LayerProcessors:
         self._family = adapter.family
         self._installed: dict[str, ProcessorAround] = {}
         self._found: dict[str, Any] = {}  # the layers themselves, of those installed
+        self.orders: Mapping[str, Order] = NO_ORDERS
+        self._working: list[tuple[str, ProcessorAround, Any]] = []  # paths, processors and layers that have an order
 
     def wrap(self, sites: Sequence[Site]) -> None:
         """Put editing processors around those of the sites' layers; layers that have one keep it.
@@ -66,6 +74,7 @@ class LayerProcessors:
         for path, layer in layers.items():
             self._installed[path] = around(layer.processor)
             layer.set_processor(self._installed[path])
+        self.give(NO_ORDERS)
 
     def check(self, sites: Iterable[Site], override: tuple[type, ...]) -> None:
         """Raise ValueError, with the reasons, where layers cannot be edited."""
@@ -81,33 +90,39 @@ class LayerProcessors:
         Raises:
             ValueError: attention slicing was switched on since, and has taken the place of one that has an order.
         """
-        for path, processor in self._installed.items():
-            processor.order, processor.record = orders.get(path), None
-        sliced = [path for path in orders if is_sliced(self._layer(path).processor)]
+        if orders is not self.orders:  # most calls of a run have those of the call before
+            self.orders = orders
+            self._working = []
+            for path, processor in self._installed.items():
+                processor.order = orders.get(path)
+                if processor.order is not None:
+                    self._working.append((path, processor, self._layer(path)))
+        sliced = []
+        for path, processor, layer in self._working:
+            processor.record = None
+            if layer.processor is not processor and is_sliced(layer.processor):
+                sliced.append(path)
         if sliced:
             # The layers stay as the user has set them, which needs no word at the end beside this error.
             self._installed = {
                 path: own for path, own in self._installed.items() if not is_sliced(self._layer(path).processor)
             }
+            self._working = [each for each in self._working if each[0] in self._installed]
             _refuse(dict.fromkeys(sliced, SLICED))
 
     @property
     def ordered(self) -> dict[str, ProcessorAround]:
         """By layer path, the processors that have an order."""
-        return {path: processor for path, processor in self._installed.items() if processor.order is not None}
+        return {path: processor for path, processor, _ in self._working}
 
     @property
     def records(self) -> dict[str, tuple[Order, LayerRecord | None]]:
         """By layer path, each order of the call and what its processor told of it; None where it was not asked."""
-        return {
-            path: (processor.order, processor.record)
-            for path, processor in self._installed.items()
-            if processor.order is not None
-        }
+        return {path: (self.orders[path], processor.record) for path, processor, _ in self._working}
 
     def warn_of_bypassed(self, stacklevel: int) -> None:
         """Warn of layers that had an order in the call that has ended and did not carry it out."""
-        bypassed = [path for path, (_, record) in self.records.items() if record is None or record.skipped]
+        bypassed = [path for path, own, _ in self._working if own.record is None or own.record.skipped]
         if bypassed:
             warnings.warn(
                 "layers that this step was to edit were computed without their editing processor, which was replaced "
@@ -118,7 +133,7 @@ class LayerProcessors:
 
     def restore(self, stacklevel: int) -> None:
         """Give the layers back the processors that they had; warn of those that somebody else has replaced since."""
-        self.give({})  # whoever still holds one of ours now holds one that calls the original
+        self.give(NO_ORDERS)  # whoever still holds one of ours now holds one that calls the original
         self._found = {}  # a layer may be another one by now
         foreign = []
         for path, processor in self._installed.items():

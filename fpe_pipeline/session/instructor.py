@@ -40,9 +40,14 @@ class Instructor:
         self.selected.clear()
         self._standing = StandingOrders()
 
+    def forget(self, *who: Edit) -> None:
+        """Give no order any more that was made for them; those that follow them are asked themselves."""
+        self.selected.forget(*who)
+        self._standing = StandingOrders()
+
     def orders(
         self,
-        edit: Edit,
+        edit: Edit | None,
         watchers: Sequence[Watcher],
         call: ModelCall,
         step: Step,
@@ -52,23 +57,32 @@ class Instructor:
         """What the layers are to do in a call, by path; layers without an order are left as they are.
 
         Args:
-            edit: asked where it is active.
+            edit: None where it is not active.
             watchers: all of them.
             call, step, roles: the call, its step, and what its rows are.
             recorded: by layer path, where the roles have recorded rows.
         """
-        sample, active = call.sample, edit.active(step)
-        place = Place(self._placement, sample.device, sample.dtype)
-        edited = [(part, self._computed(part, call)) for part in parts_of(edit)] if active else []
-        watched = [(watcher, self._computed(watcher, call)) for watcher in watchers]
-        context = (step, roles, self.backend, place, recorded, call.text_lengths, call.references)
-        if watched or recorded is not None or not active:
+        sample = call.sample
+
+        def made() -> dict[str, Order]:
+            place = Place(self._placement, sample.device, sample.dtype)
+            edited = [] if edit is None else [(part, self._computed(part, call)) for part in parts_of(edit)]
+            watched = [(watcher, self._computed(watcher, call)) for watcher in watchers]
+            context = (step, roles, self.backend, place, recorded, call.text_lengths, call.references)
             return make_orders(edited, watched, *context)
-        return self._standing.orders(
-            edit.phase(step),
-            (roles, call.size, call.left_out, call.text_lengths, call.references, sample.device, sample.dtype),
-            lambda: make_orders(edited, (), *context),
+
+        if watchers or recorded is not None or edit is None:
+            return made()
+        circumstances = (
+            roles,
+            call.size,
+            call.left_out,
+            call.text_lengths,
+            call.references,
+            sample.device,
+            sample.dtype,
         )
+        return self._standing.orders(edit.phase(step), circumstances, made)
 
     def check(self, edit: Edit, call: ModelCall, step: Step, roles: BatchRoles) -> None:
         """Refuse what the edit would ask of captions of other lengths at any step of the run that begins.

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from ..models.adapter import Half, is_guided
 from ..models.roles import BatchRoles
 from ..prompts.encoding import Encoding
 
-__all__ = ["CallLayout", "layout_as_given", "layout_of_call"]
+__all__ = ["SHARED_NOISE", "CallLayout", "layout_as_given", "layout_of_call"]
+
+#: What a report says of noise that rows share.
+SHARED_NOISE = (
+    "rows of one image draw the same noise where the call passes none (generator and no latents); "
+    'editing(…, noise="separate") keeps them apart'
+)
 
 
 def layout_of_call(
@@ -30,15 +37,16 @@ def layout_of_call(
     """
     if encoding.count is not None and encoding.images is not None:
         _check(rows, encoding, guided, images)
-    roles = BatchRoles.from_batch(
-        rows,
-        classifier_free_guidance=guided,
-        images_per_prompt=images or encoding.images or 1,
-        source_of=source_of,
-    )
-    if not encoding.dropped:
+    sources = None if source_of is None else tuple(source_of)
+    return _roles(rows, guided, images or encoding.images or 1, sources, encoding.dropped)
+
+
+@lru_cache(maxsize=64)  # every step of a run has the same
+def _roles(rows: int, guided: bool, images: int, sources: tuple[int, ...] | None, dropped: int) -> BatchRoles:
+    roles = BatchRoles.from_batch(rows, classifier_free_guidance=guided, images_per_prompt=images, source_of=sources)
+    if not dropped:
         return roles
-    return replace(roles, prompts=tuple(prompt + encoding.dropped for prompt in roles.prompts))
+    return replace(roles, prompts=tuple(prompt + dropped for prompt in roles.prompts))
 
 
 def layout_as_given(roles: BatchRoles, rows: int, pipe: Any, half: Half = "as guided") -> BatchRoles:

@@ -11,7 +11,7 @@ import torch
 
 from ..prompts.encoding import Encoding, EncodingHook
 from ..text_parts import TextPart
-from .finite import FiniteDecoder
+from .finite_watch import FiniteDecoder, FiniteWatch
 from .hooks import SchedulerHook
 from .shared_noise import paired_generators
 
@@ -28,6 +28,7 @@ class PipelineHooks:
         paired: the sources of the call's prompts and its images a prompt, where rows of one image are to draw the same
             noise; None where rows draw their own.
         called: is told that a call of the pipeline begins.
+        watch: of the latents, which is heard before a picture is made of them.
         text_parts: of the text tokens of its transformer, as the adapter says them.
     """
 
@@ -38,6 +39,7 @@ class PipelineHooks:
         stepped: Callable[[torch.Tensor, Any], torch.Tensor],
         paired: Callable[[], tuple[Sequence[int], int] | None],
         called: Callable[[], None],
+        watch: FiniteWatch,
         text_parts: Sequence[TextPart] = (),
     ) -> None:
         def begun(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +50,7 @@ class PipelineHooks:
         # What every call of a diffusers pipeline begins with; its __call__ itself is looked up in the class.
         self._calls.cover("check_inputs", begun)
         self._encoding = EncodingHook(pipe, encoded, text_parts)
-        self._decoder = FiniteDecoder(pipe)
+        self._decoder = FiniteDecoder(pipe, watch)
         self._noise = _PairedNoise(pipe, paired)
         has_steps = hasattr(getattr(pipe, "scheduler", None), "step")
         self._scheduler = SchedulerHook(pipe.scheduler, stepped, self._noise.of_steps) if has_steps else None

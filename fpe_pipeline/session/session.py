@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -23,18 +23,20 @@ from ..models.steps import Step
 from ..prompts.encoding import Encoding, encoding_tokenizer
 from ..prompts.words import warn_of_unknown_words
 from .entry import check_entry, check_selects
-from .finite import is_finite, refuse_step
-from .installation import LayerProcessors
+from .finite import refuse_step
+from .finite_watch import FiniteWatch
+from .installation import NO_ORDERS, LayerProcessors
 from .instructions import Order
 from .instructor import Instructor
 from .known_rows import RecordedLayer
-from .layout import CallLayout
+from .latest_call import NO_CALL, LatestCall
+from .layout import SHARED_NOISE, CallLayout
 from .model_hooks import ModelHooks
 from .pipeline_hooks import PipelineHooks
 from .report import EditReport
 from .run_clock import RunClock
 
-__all__ = ["EditingSession", "editing", "session_of", "unedited"]
+__all__ = ["EditingSession", "editing", "session_of"]
 
 _SESSIONS: weakref.WeakKeyDictionary[torch.nn.Module, EditingSession] = weakref.WeakKeyDictionary()
 
@@ -110,7 +112,8 @@ class EditingSession:
         self._running = edit  # what is asked: the edit, or what it gave for this session
         self._watchers: tuple[Watcher, ...] = ()
         self._report = EditReport(sites=self.sites)
-        self._now = _Call()
+        self._finite = FiniteWatch()
+        self._now = NO_CALL
         self._called_model = self.adapter.model  # of those that a run calls, the one that was called latest
         self._around: EditingSession | None = None  # the session that stands aside for this one
 
@@ -131,6 +134,7 @@ class EditingSession:
         self._running = base.begun(self.edit)
         self._around = around
         if around is not None:
+            around._finite.settle()
             around._take_off()
         _SESSIONS[key] = self
         try:
@@ -143,9 +147,11 @@ class EditingSession:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self._finish_run()
-        self._restore()
+        try:
+            if error is None:
+                self._finish_run()
+        finally:
+            self._restore()
         if error is None and self._clock.calls == 0:
             word = self.adapter.word
             warnings.warn(
@@ -170,6 +176,7 @@ class EditingSession:
                 self._after_scheduler_step,
                 self._paired_rows,
                 self._called,
+                self._finite,
                 self.adapter.text_parts,
             ),
         )
@@ -208,7 +215,8 @@ class EditingSession:
         if self._hooks is not None:
             self._hooks.remove(expected=self._clock.calls > 0 and any(w.blends for w in self._watchers))
             self._hooks = None
-        self._now = _Call()
+        self._finite.forget()
+        self._now = NO_CALL
         self._layers.restore(stacklevel=4)
 
     def step(self, index: int, total: int) -> None:
@@ -251,15 +259,25 @@ class EditingSession:
 
     def _after_scheduler_step(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
         latents = self.after_step(latents)
-        if not (self.is_paused or is_finite(latents)):
-            self._refuse_step(getattr(self.pipe, "guidance_scale", None))
+        if not self.is_paused:
+            self._look(latents, getattr(self.pipe, "guidance_scale", None))
         self._now = replace(self._now, call=None)
         self.adapter.stepped()
         return latents
 
-    def _refuse_step(self, guidance_scale: Any = None) -> None:
-        arguments = ((), {}) if self._now.call is None else self._now.call.arguments
-        refuse_step(self._clock.step, identity(self._called_model), *arguments, guidance_scale)
+    def _look(self, tensor: Any, guidance_scale: Any = None) -> None:
+        """Refuse the latest step, now or later, where what was made of it is not finite."""
+        assert self._hooks is not None
+        step, model, features = self._clock.step, identity(self._called_model), self._hooks.features
+        orders, rows, arguments = self._layers.orders, features.rows, self._now.arguments
+
+        def refuse() -> None:
+            self._layers.give(orders)
+            features.rows = rows
+            refuse_step(step, model, *arguments, guidance_scale)
+
+        # A call is made once more to find the layer: where somebody reads along, or has read, before anything else.
+        self._finite.look(tensor, refuse, wait=bool(self._watchers or self.unwatched))
 
     def report(self) -> EditReport:
         """What was replaced in the latest run: ``print(session.report())``."""
@@ -291,7 +309,7 @@ class EditingSession:
             warn_of_unknown_words(encoding.prompts, tokenizer)
         running = base.encoded_edit(self._running, encoding)
         if running is not self._running:
-            self._instructor.selected.forget(*base.parts_of(self._running))
+            self._instructor.forget(*base.parts_of(self._running))
             self._running = running
         for watcher in self._watchers:
             watcher.encoded(encoding)
@@ -300,10 +318,7 @@ class EditingSession:
         """The sources of the prompts and images a prompt, where rows of one image are to draw the same noise."""
         paired = None if self.is_paused else self._layout.paired(self._encoding, self._running.pairs_pixels)
         if paired is not None:
-            self._report.noise = (
-                "rows of one image draw the same noise where the call passes none (generator and no latents); "
-                'editing(…, noise="separate") keeps them apart'
-            )
+            self._report.noise = SHARED_NOISE
         return paired
 
     def source_dropped(self) -> None:
@@ -312,7 +327,8 @@ class EditingSession:
             self._encoding = replace(self._encoding, count=self._encoding.count - 1, dropped=1)
 
     def _finish_run(self) -> None:
-        """Say what of the edit did nothing in the run that has ended."""
+        """Say what of the edit did nothing in the run that has ended, of which everything is finite."""
+        self._finite.settle()
         seen = self._clock.finish()
         if not seen:
             return
@@ -322,16 +338,15 @@ class EditingSession:
             warnings.warn(reason, EditWarning, stacklevel=3)
 
     def _before_call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._layers.give({})
-        self._now = _Call()
         assert self._hooks is not None
-        self._hooks.features.rows = {}
+        features = self._hooks.features
+        features.rows, self._now = {}, NO_CALL
         if self.is_paused:
+            self._layers.give(NO_ORDERS)
             self._clock.pass_by()
             return
         self._called_model = self.adapter.models[name]
         call = self.adapter.call_of(name, args, kwargs)
-        self._now = _Call(call)
         begins, step = self._clock.read(call), self._clock.step
         assert step is not None
         if begins:
@@ -342,25 +357,29 @@ class EditingSession:
                 self._instructor.check(self._running, call, step, self._read_roles(call))
         self._clock.note()
         active = self._running.active(step)
-        if active or self._watchers:
-            roles = self._read_roles(call)
-            self._now = _Call(call, roles, self._recorded(step, roles))
-            self._layers.give(self._orders(call, step, roles))
-            if active:
-                self._hooks.features.rows = base.features_of(self._running, step, roles)
+        if not (active or self._watchers):
+            self._now = LatestCall(call)
+            self._layers.give(NO_ORDERS)
+            return
+        roles = self._read_roles(call)
+        self._now = LatestCall(call, roles, self._recorded(step, roles))
+        self._layers.give(self._orders(self._running if active else None, call, step, roles))
+        if active and features.paths:
+            features.rows = base.features_of(self._running, step, roles)
 
     def _after_call(self, output: Any) -> None:
         own_loop = self.pipe is None or self._clock.fixed is not None  # in which no scheduler's step need be seen
-        if own_loop and not (self.is_paused or is_finite(output[0])):
-            self._refuse_step()
+        if own_loop and not self.is_paused:
+            self._look(output[0])
         if self._clock.step is not None:
             assert self._hooks is not None
             self._report = self._report.at(self._clock.step)
             self._report.add(self._clock.step, self._layers.records, self._hooks.features.rows, self._now.recorded)
         self._layers.warn_of_bypassed(stacklevel=4)
 
-    def _orders(self, call: ModelCall, step: Step, roles: BatchRoles) -> dict[str, Order]:
-        return self._instructor.orders(self._running, self._watchers, call, step, roles, self._now.recorded)
+    def _orders(self, edit: Edit | None, call: ModelCall, step: Step, roles: BatchRoles) -> dict[str, Order]:
+        """What the layers are to do in a call; ``edit`` is None where it is not active."""
+        return self._instructor.orders(edit, self._watchers, call, step, roles, self._now.recorded)
 
     def _recorded(self, step: Step, roles: BatchRoles) -> Mapping[str, RecordedLayer] | None:
         """What is known of the roles' recorded rows, by layer path."""
@@ -370,15 +389,6 @@ class EditingSession:
         return self._layout.of(call.rows, self._encoding, call.half)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """The latest call of the model: what its rows are, and what a recording knows of them."""
-
-    call: ModelCall | None = None  # None once its step is over
-    roles: BatchRoles | None = None
-    recorded: Mapping[str, RecordedLayer] | None = None
-
-
 #: How a session is begun, in words: ``with editing(pipe, edit):``.
 editing = EditingSession
 
@@ -386,9 +396,3 @@ editing = EditingSession
 def session_of(pipe: Any) -> EditingSession | None:
     """The session that a pipeline's model is in, or None."""
     return _SESSIONS.get(identity(edited_model(pipe)[1]))
-
-
-def unedited(pipe: Any) -> AbstractContextManager[None]:
-    """Leave calls of a pipeline's model alone in a ``with`` block, whether or not it is in a session."""
-    session = session_of(pipe)
-    return nullcontext() if session is None else session.paused()

@@ -1,12 +1,14 @@
 """Edited layers in one call, and orders that stand from step to step: the same to the bit as without either."""
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from fpe_pipeline import BatchRoles, FreePromptEdit, MasaCtrlEdit, PlugAndPlayEdit, Product, StyleAlignedEdit, editing
 from fpe_pipeline.edits.base import begun, features_of, parts_of
+from fpe_pipeline.errors import EditWarning
 from fpe_pipeline.models.sites import attention_sites
 from fpe_pipeline.models.steps import Step
 from fpe_pipeline.session.instructions import Order
@@ -146,3 +148,30 @@ def test_another_batch_or_size_gets_orders_of_its_own(pipe):
             text = torch.zeros(rows, 77, tiny.unet.config.cross_attention_dim)
             tiny.unet(torch.randn(rows, 4, side, side), torch.tensor(500), text)
             assert session.report().batch == rows
+
+
+@dataclass(frozen=True)
+class ByPrompts(FreePromptEdit):
+    """What it does follows from what the pipeline encodes, and all steps are alike."""
+
+    replaces: bool = False
+
+    def encoded(self, encoding):
+        return replace(self, replaces="car" in encoding.prompts[0])
+
+    def products(self, site, step, roles):
+        return super().products(site, step, roles) if self.replaces else {}
+
+    def phase(self, step):
+        return ()
+
+
+def test_a_call_with_other_prompts_gets_orders_of_its_own(pipe):
+    tiny, replaced = tiny_pipeline(pipe), []
+    with editing(tiny, ByPrompts(1.0)) as session:
+        for prompts in (["a cat", "a dog"], ["a car", "a dog"], ["a cat", "a dog"]):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", EditWarning)
+                tiny(prompts, num_inference_steps=2, output_type="latent", generator=torch.Generator())
+            replaced.append(bool(session.report().layers))
+    assert replaced == [False, True, False]
