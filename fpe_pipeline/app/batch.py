@@ -11,10 +11,10 @@ import typer
 
 from ..batches.request import BatchRequest, Weights
 from ..runs.progress import progress_for
-from ..runs.settings import INVERSIONS, Settings
+from ..runs.settings import Settings
 from .console import report, say
-from .edit import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK
-from .options import as_integers, as_layers, as_name_and_value, as_size, as_window, chosen, field
+from .options import chosen, field
+from .setting_options import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK, setting
 
 __all__ = ["EXAMPLES", "batch"]
 
@@ -30,7 +30,7 @@ fpe batch PIE-Bench/mapping_file.json --inversion direct \
 fpe batch jobs.csv --workers 4 -o out/batch
     # and again after an interruption: only what is missing"""
 
-_of, _job = functools.partial(field, BatchRequest), functools.partial(field, Settings)
+_of = functools.partial(field, BatchRequest)
 _weights = functools.partial(field, Weights)
 _LIST, _JOBS, _WORK, _MEASURES = "List", "Jobs that do not say otherwise", "Work", "Measures"
 
@@ -41,39 +41,29 @@ def batch(
     output: Annotated[
         Path | None, _of("output", "-o", "--output", panel=_LIST, note="default: out/batch", metavar="DIR")
     ] = None,
-    negative: Annotated[str | None, _job("negative", panel=_JOBS, note="default: nothing", metavar="TEXT")] = None,
-    inversion: Annotated[
-        str | None, _job("inversion", panel=_JOBS, metavar="NAME", autocompletion=lambda: INVERSIONS)
-    ] = None,
-    inversion_guidance: Annotated[float | None, _job("inversion_guidance", panel=_JOBS, metavar="SCALE")] = None,
-    inner_steps: Annotated[int | None, _job("inner_steps", panel=_JOBS, metavar="N")] = None,
-    early_stop: Annotated[float | None, _job("early_stop", panel=_JOBS, metavar="ERROR")] = None,
-    method: Annotated[str | None, _job("method", panel=_JOBS, note="as for fpe edit; default: fpe", metavar="NAME")] = (
-        None
-    ),
+    negative: Annotated[str | None, setting("negative", panel=_JOBS)] = None,
+    inversion: Annotated[str | None, setting("inversion", panel=_JOBS)] = None,
+    inversion_guidance: Annotated[float | None, setting("inversion_guidance", panel=_JOBS)] = None,
+    inner_steps: Annotated[int | None, setting("inner_steps", panel=_JOBS)] = None,
+    early_stop: Annotated[float | None, setting("early_stop", panel=_JOBS)] = None,
+    method: Annotated[str | None, setting("method", panel=_JOBS, note="as for fpe edit; default: fpe")] = (None),
     option: Annotated[
         list[Any] | None,
-        _job(
-            "options", "--option", panel=_JOBS, note="repeat for more", metavar="NAME=VALUE", parser=as_name_and_value
-        ),
+        setting("options", panel=_JOBS, note="repeat for more"),
     ] = None,
-    self_replace: Annotated[
-        Any, _job("self_replace", panel=_JOBS, note="as for fpe edit; default: 0.8", metavar="END", parser=as_window)
-    ] = None,
-    levels: Annotated[
-        Any, _job("levels", panel=_JOBS, note="as for fpe edit", metavar="N,N", parser=as_integers)
-    ] = None,
-    max_tokens: Annotated[int | None, _job("max_tokens", panel=_JOBS, metavar="N")] = None,
-    layers: Annotated[Any, _job("layers", panel=_JOBS, metavar="PATH,PATH", parser=as_layers)] = None,
-    seed: Annotated[int | None, _job("seed", panel=_JOBS, metavar="N")] = None,
-    steps: Annotated[int | None, _job("steps", panel=_JOBS, metavar="N")] = None,
-    guidance: Annotated[float | None, _job("guidance", panel=_JOBS, metavar="SCALE")] = None,
-    size: Annotated[Any, _job("size", panel=_JOBS, note="default: the model's", metavar="WxH", parser=as_size)] = None,
+    self_replace: Annotated[Any, setting("self_replace", panel=_JOBS, note="as for fpe edit; default: 0.8")] = None,
+    levels: Annotated[Any, setting("levels", panel=_JOBS, note="as for fpe edit")] = None,
+    max_tokens: Annotated[int | None, setting("max_tokens", panel=_JOBS)] = None,
+    layers: Annotated[Any, setting("layers", panel=_JOBS)] = None,
+    seed: Annotated[int | None, setting("seed", panel=_JOBS)] = None,
+    steps: Annotated[int | None, setting("steps", panel=_JOBS)] = None,
+    guidance: Annotated[float | None, setting("guidance", panel=_JOBS)] = None,
+    size: Annotated[Any, setting("size", panel=_JOBS)] = None,
     at_once: Annotated[int | None, _of("at_once", panel=_WORK, metavar="N")] = None,
     workers: Annotated[int | None, _of("workers", panel=_WORK, metavar="N")] = None,
     cluster: Annotated[str | None, _of("cluster", panel=_WORK, metavar="ADDRESS")] = None,
-    model: Annotated[str | None, _job("model", panel=_WORK, note="default: the embedded model", metavar="PATH")] = None,
-    threads: Annotated[int | None, _job("threads", panel=_WORK, metavar="N")] = None,
+    model: Annotated[str | None, setting("model", panel=_WORK)] = None,
+    threads: Annotated[int | None, setting("threads", panel=_WORK)] = None,
     clip: Annotated[str | None, _weights("clip", panel=_MEASURES, metavar="DIR")] = None,
     dino: Annotated[str | None, _weights("dino", panel=_MEASURES, metavar="DIR")] = None,
     lpips: Annotated[str | None, _weights("lpips", panel=_MEASURES, metavar="FILE")] = None,

@@ -18,8 +18,8 @@ from typing import Annotated, Any
 
 from .. import extras
 from ..texts import print_text
-from .edit import JSON, QUIET, TRACEBACK
 from .options import flag
+from .setting_options import JSON, QUIET, TRACEBACK
 
 __all__ = ["EXAMPLES", "Finding", "doctor", "findings"]
 

@@ -9,22 +9,12 @@ from typing import Annotated, Any
 
 from ..errors import InputError
 from ..runs.progress import progress_for
-from ..runs.settings import DTYPE_NAMES, INVERSIONS, Settings
+from ..runs.settings import Settings
 from .console import report, say
-from .options import as_integers, as_layers, as_name_and_value, as_size, as_window, chosen, field, flag
+from .options import chosen, flag
+from .setting_options import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK, setting
 
-__all__ = [
-    "BACKEND",
-    "DEVICE",
-    "DTYPE",
-    "EXAMPLES",
-    "JSON",
-    "QUIET",
-    "TRACEBACK",
-    "check_optimisation",
-    "edit",
-    "with_its_model",
-]
+__all__ = ["EXAMPLES", "check_optimisation", "edit", "with_its_model"]
 
 EXAMPLES = r"""Examples:
 
@@ -49,29 +39,13 @@ fpe edit --from out/pets/run.json --self-replace 0.4 -o out/looser
 fpe edit --source "a red car" --target "a blue car" --images 3 \
     --sweep self-replace=0.2:1.0:5    # a sheet of fifteen edits"""
 
-_of = functools.partial(field, Settings)
-_PROMPTS, _PICTURES, _EDIT, _SAMPLING, _MACHINE = "Prompts", "Real images", "Edit", "Sampling", "Machine"
-
-DEVICE = _of("device", panel=_MACHINE, note="default: cuda where there is one, else cpu", metavar="NAME")
-DTYPE = _of(
-    "dtype",
-    panel=_MACHINE,
-    note=f"{', '.join(DTYPE_NAMES)}; default: float16 on cuda, else float32",
-    metavar="NAME",
-    autocompletion=lambda: DTYPE_NAMES,
-)
-BACKEND = _of("backend", panel=_MACHINE, note="`fpe info` lists them; default: auto", metavar="NAME")
-JSON = flag("--json", panel=_MACHINE, text="say what came of it as one JSON object on standard output")
-QUIET = flag("--quiet", panel=_MACHINE, text="no progress on standard error")
-TRACEBACK = flag("--traceback", panel=_MACHINE, text="show the Python traceback of an error")
+_PROMPTS, _PICTURES, _EDIT, _SAMPLING = "Prompts", "Real images", "Edit", "Sampling"
 
 
 def edit(
-    source: Annotated[str | None, _of("source", panel=_PROMPTS, metavar="TEXT")] = None,
-    target: Annotated[
-        list[str] | None, _of("targets", "--target", panel=_PROMPTS, note="repeat for more", metavar="TEXT")
-    ] = None,
-    negative: Annotated[str | None, _of("negative", panel=_PROMPTS, note="default: nothing", metavar="TEXT")] = None,
+    source: Annotated[str | None, setting("source", panel=_PROMPTS)] = None,
+    target: Annotated[list[str] | None, setting("targets", panel=_PROMPTS)] = None,
+    negative: Annotated[str | None, setting("negative", panel=_PROMPTS)] = None,
     record: Annotated[
         Path | None,
         flag(
@@ -81,9 +55,7 @@ def edit(
             metavar="FILE",
         ),
     ] = None,
-    image: Annotated[
-        str | None, _of("image", panel=_PICTURES, note="--source may then be left out", metavar="PATH")
-    ] = None,
+    image: Annotated[str | None, setting("image", panel=_PICTURES, note="--source may then be left out")] = None,
     recording: Annotated[
         Path | None,
         flag(
@@ -93,66 +65,50 @@ def edit(
             metavar="DIR",
         ),
     ] = None,
-    inversion: Annotated[
-        str | None, _of("inversion", panel=_PICTURES, metavar="NAME", autocompletion=lambda: INVERSIONS)
-    ] = None,
-    inversion_guidance: Annotated[float | None, _of("inversion_guidance", panel=_PICTURES, metavar="SCALE")] = None,
-    inner_steps: Annotated[int | None, _of("inner_steps", panel=_PICTURES, metavar="N")] = None,
-    early_stop: Annotated[float | None, _of("early_stop", panel=_PICTURES, metavar="ERROR")] = None,
+    inversion: Annotated[str | None, setting("inversion", panel=_PICTURES)] = None,
+    inversion_guidance: Annotated[float | None, setting("inversion_guidance", panel=_PICTURES)] = None,
+    inner_steps: Annotated[int | None, setting("inner_steps", panel=_PICTURES)] = None,
+    early_stop: Annotated[float | None, setting("early_stop", panel=_PICTURES)] = None,
     method: Annotated[
         str | None,
-        _of(
+        setting(
             "method",
             panel=_EDIT,
             note="`fpe info` lists the names, and classes are found in this directory or PYTHONPATH; default: fpe",
-            metavar="NAME",
         ),
     ] = None,
     option: Annotated[
         list[Any] | None,
-        _of(
-            "options",
-            "--option",
-            panel=_EDIT,
-            note="`fpe info --method NAME` shows them; such as start_step=4; repeat for more",
-            metavar="NAME=VALUE",
-            parser=as_name_and_value,
+        setting(
+            "options", panel=_EDIT, note="`fpe info --method NAME` shows them; such as start_step=4; repeat for more"
         ),
     ] = None,
     self_replace: Annotated[
         Any,
-        _of(
+        setting(
             "self_replace",
             panel=_EDIT,
             note="END or START,END: 0.8 is the first 80 %; lower values follow the target prompt more; default: 0.8",
-            metavar="END",
-            parser=as_window,
         ),
     ] = None,
     levels: Annotated[
         Any,
-        _of(
+        setting(
             "levels",
             panel=_EDIT,
             note="default: 1 and deeper; with models of at most 32 x 32 tokens, as the embedded one, all",
-            metavar="N,N",
-            parser=as_integers,
         ),
     ] = None,
-    max_tokens: Annotated[int | None, _of("max_tokens", panel=_EDIT, metavar="N")] = None,
-    layers: Annotated[Any, _of("layers", panel=_EDIT, metavar="PATH,PATH", parser=as_layers)] = None,
+    max_tokens: Annotated[int | None, setting("max_tokens", panel=_EDIT)] = None,
+    layers: Annotated[Any, setting("layers", panel=_EDIT)] = None,
     no_control: Annotated[
         bool, flag("--no-control", panel=_EDIT, text="do not make the targets without the edit")
     ] = False,
-    model: Annotated[
-        str | None, _of("model", panel=_SAMPLING, note="default: the embedded model", metavar="PATH")
-    ] = None,
-    seed: Annotated[int | None, _of("seed", panel=_SAMPLING, metavar="N")] = None,
-    steps: Annotated[int | None, _of("steps", panel=_SAMPLING, metavar="N")] = None,
-    guidance: Annotated[float | None, _of("guidance", panel=_SAMPLING, metavar="SCALE")] = None,
-    size: Annotated[
-        Any, _of("size", panel=_SAMPLING, note="default: the model's", metavar="WxH", parser=as_size)
-    ] = None,
+    model: Annotated[str | None, setting("model", panel=_SAMPLING)] = None,
+    seed: Annotated[int | None, setting("seed", panel=_SAMPLING)] = None,
+    steps: Annotated[int | None, setting("steps", panel=_SAMPLING)] = None,
+    guidance: Annotated[float | None, setting("guidance", panel=_SAMPLING)] = None,
+    size: Annotated[Any, setting("size", panel=_SAMPLING)] = None,
     images: Annotated[
         int | None,
         flag("--images", panel=_SAMPLING, text="so many pictures of each prompt, seed by seed", metavar="N"),

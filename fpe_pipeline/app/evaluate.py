@@ -13,8 +13,8 @@ from ..quality.request import KINDS, Evaluation
 from ..runs.model_defaults import FLOW_INVERSIONS
 from ..runs.progress import progress_for
 from ..runs.settings import INVERSIONS
-from .edit import JSON, QUIET, TRACEBACK
 from .options import chosen, field
+from .setting_options import JSON, QUIET, TRACEBACK
 
 __all__ = ["EXAMPLES", "ManyValues", "evaluate"]
 

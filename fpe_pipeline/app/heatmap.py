@@ -11,10 +11,11 @@ import typer
 
 from ..errors import InputError
 from ..runs.progress import progress_for
-from ..runs.settings import INVERSIONS, Settings
+from ..runs.settings import Settings
 from .console import report, say
-from .edit import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK, with_its_model
-from .options import as_size, chosen, field, flag
+from .edit import with_its_model
+from .options import chosen, flag
+from .setting_options import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK, setting
 
 __all__ = ["EXAMPLES", "heatmap"]
 
@@ -26,7 +27,6 @@ fpe heatmap --from out/target-1.png --word car -o out/where
 
 fpe heatmap "a photo of a red car" --image beach.jpg --word car"""
 
-_of = functools.partial(field, Settings)
 _WHAT, _PICTURES, _SAMPLING = "What is read", "Real images", "Sampling"
 
 
@@ -47,20 +47,14 @@ def heatmap(
             metavar="FILE",
         ),
     ] = None,
-    image: Annotated[str | None, _of("image", panel=_PICTURES, metavar="PATH")] = None,
-    inversion: Annotated[
-        str | None, _of("inversion", panel=_PICTURES, metavar="NAME", autocompletion=lambda: INVERSIONS)
-    ] = None,
-    negative: Annotated[str | None, _of("negative", panel=_SAMPLING, note="default: nothing", metavar="TEXT")] = None,
-    model: Annotated[
-        str | None, _of("model", panel=_SAMPLING, note="default: the embedded model", metavar="PATH")
-    ] = None,
-    seed: Annotated[int | None, _of("seed", panel=_SAMPLING, metavar="N")] = None,
-    steps: Annotated[int | None, _of("steps", panel=_SAMPLING, metavar="N")] = None,
-    guidance: Annotated[float | None, _of("guidance", panel=_SAMPLING, metavar="SCALE")] = None,
-    size: Annotated[
-        Any, _of("size", panel=_SAMPLING, note="default: the model's", metavar="WxH", parser=as_size)
-    ] = None,
+    image: Annotated[str | None, setting("image", panel=_PICTURES)] = None,
+    inversion: Annotated[str | None, setting("inversion", panel=_PICTURES)] = None,
+    negative: Annotated[str | None, setting("negative", panel=_SAMPLING)] = None,
+    model: Annotated[str | None, setting("model", panel=_SAMPLING)] = None,
+    seed: Annotated[int | None, setting("seed", panel=_SAMPLING)] = None,
+    steps: Annotated[int | None, setting("steps", panel=_SAMPLING)] = None,
+    guidance: Annotated[float | None, setting("guidance", panel=_SAMPLING)] = None,
+    size: Annotated[Any, setting("size", panel=_SAMPLING)] = None,
     output: Annotated[
         Path, flag("-o", "--output", panel=_SAMPLING, text="folder for the results (default: out/heat)", metavar="DIR")
     ] = Path("out/heat"),

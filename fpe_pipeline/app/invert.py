@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from ..runs.progress import progress_for
-from ..runs.settings import INVERSIONS, Settings
+from ..runs.settings import Settings
 from .console import report, say
-from .edit import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK, check_optimisation
-from .options import as_size, chosen, field, flag
+from .edit import check_optimisation
+from .options import chosen, flag
+from .setting_options import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK, setting
 
 __all__ = ["EXAMPLES", "invert"]
 
@@ -25,7 +26,6 @@ fpe edit --recording out/beach --target "a photo of a blue car"
 
 fpe invert beach.jpg --inversion null-text --method masactrl"""
 
-_of = functools.partial(field, Settings)
 _PICTURE, _KEPT, _SAMPLING = "Picture", "What is kept", "Sampling"
 
 
@@ -35,13 +35,11 @@ def invert(
         str | None,
         flag("--prompt", "--source", panel=_PICTURE, text="what the picture shows; may be left out", metavar="TEXT"),
     ] = None,
-    negative: Annotated[str | None, _of("negative", panel=_PICTURE, note="default: nothing", metavar="TEXT")] = None,
-    inversion: Annotated[
-        str | None, _of("inversion", panel=_PICTURE, metavar="NAME", autocompletion=lambda: INVERSIONS)
-    ] = None,
-    inversion_guidance: Annotated[float | None, _of("inversion_guidance", panel=_PICTURE, metavar="SCALE")] = None,
-    inner_steps: Annotated[int | None, _of("inner_steps", panel=_PICTURE, metavar="N")] = None,
-    early_stop: Annotated[float | None, _of("early_stop", panel=_PICTURE, metavar="ERROR")] = None,
+    negative: Annotated[str | None, setting("negative", panel=_PICTURE)] = None,
+    inversion: Annotated[str | None, setting("inversion", panel=_PICTURE)] = None,
+    inversion_guidance: Annotated[float | None, setting("inversion_guidance", panel=_PICTURE)] = None,
+    inner_steps: Annotated[int | None, setting("inner_steps", panel=_PICTURE)] = None,
+    early_stop: Annotated[float | None, setting("early_stop", panel=_PICTURE)] = None,
     method: Annotated[
         list[str] | None,
         flag(
@@ -64,14 +62,10 @@ def invert(
     output: Annotated[
         Path, flag("-o", "--output", panel=_KEPT, text="a new folder (default: out/inverted)", metavar="DIR")
     ] = Path("out/inverted"),
-    model: Annotated[
-        str | None, _of("model", panel=_SAMPLING, note="default: the embedded model", metavar="PATH")
-    ] = None,
-    steps: Annotated[int | None, _of("steps", panel=_SAMPLING, metavar="N")] = None,
-    guidance: Annotated[float | None, _of("guidance", panel=_SAMPLING, metavar="SCALE")] = None,
-    size: Annotated[
-        Any, _of("size", panel=_SAMPLING, note="default: the model's", metavar="WxH", parser=as_size)
-    ] = None,
+    model: Annotated[str | None, setting("model", panel=_SAMPLING)] = None,
+    steps: Annotated[int | None, setting("steps", panel=_SAMPLING)] = None,
+    guidance: Annotated[float | None, setting("guidance", panel=_SAMPLING)] = None,
+    size: Annotated[Any, setting("size", panel=_SAMPLING)] = None,
     device: Annotated[str | None, DEVICE] = None,
     dtype: Annotated[str | None, DTYPE] = None,
     backend: Annotated[str | None, BACKEND] = None,

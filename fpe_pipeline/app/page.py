@@ -11,8 +11,8 @@ from .. import extras
 from ..errors import InputError
 from ..models.loading import EMBEDDED
 from .console import report, say
-from .edit import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK
 from .options import chosen, flag
+from .setting_options import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK
 
 __all__ = ["EXAMPLES", "page"]
 
