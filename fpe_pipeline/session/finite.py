@@ -61,20 +61,27 @@ def refuse_step(
     elif not is_finite(conditions):
         reason = f"the {word} got text embeddings that are not finite"
     else:
-        layer = None if model is None else first_bad_layer(model, args, kwargs or {})
+        layer, is_computed = (None, False) if model is None else first_bad_layer(model, args, kwargs or {})
         if layer is not None:
             reason = f"the first such layer is {layer}"
-        elif model is not None:
+        elif is_computed:
             reason = f"the {word}'s prediction is finite, and what guidance{guided} and the scheduler make of it is not"
         else:
             reason = f"what the {word}, guidance{guided} and the scheduler make of the latents is not"
     raise FloatingPointError(f"the latents are not finite{when}: {reason}; {_ADVICE}")
 
 
-def first_bad_layer(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
-    """The first module, in the order of computation, whose output is not finite; None where there is none."""
+def first_bad_layer(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[str | None, bool]:
+    """The first module, in the order of computation, whose output is not finite, found by computing once more.
+
+    Returns:
+        its path, None where there is none; and whether the computation came to its end.
+    """
     found: list[str] = []
     handles = []
+    is_computed = False
 
     def look(path: str, output: Any) -> None:
         values = output[0] if isinstance(output, tuple) else output
@@ -89,7 +96,8 @@ def first_bad_layer(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapp
         # Whatever goes wrong here, what went wrong before is what has to be told.
         with torch.no_grad(), contextlib.suppress(Exception):
             module.forward(*args, **kwargs)
+            is_computed = True
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    return found[0] if found else None, is_computed

@@ -130,7 +130,7 @@ class FiniteDecoder:
         self._watch.settle()
         if is_finite(output):
             return
-        layer = first_bad_layer(module, args, kwargs)
+        layer, _ = first_bad_layer(module, args, kwargs)
         raise FloatingPointError(
             "the autoencoder makes values that are not finite of latents that are"
             + ("" if layer is None else f", first in decoder.{layer}")

@@ -156,3 +156,27 @@ def test_the_command_line_writes_nothing(tmp_path, capfd, options):
     assert main(["edit", *given, *options]) == 1
     assert "not finite" in capfd.readouterr().err
     assert not out.exists()
+
+
+def test_a_call_that_cannot_be_made_once_more():
+    """Then it is not said that the prediction was finite, which nobody knows."""
+    unet = embedded().unet
+    forward = unet.forward
+    calls = []
+
+    def once(*args, **kwargs):
+        calls.append(None)
+        if len(calls) > 1:
+            raise MemoryError
+        return (forward(*args, **kwargs)[0] * math.nan,)
+
+    unet.forward = once
+    message = "from step 0 of 3 on: what the UNet, guidance and the scheduler make of the latents is not;"
+    with (
+        pytest.raises(FloatingPointError, match=message),
+        torch.no_grad(),
+        editing(unet, FreePromptEdit(1.0), classifier_free_guidance=False) as session,
+    ):
+        session.step(0, 3)
+        unet(noise(0, 0), 500, torch.zeros(2, 24, unet.config.cross_attention_dim))
+    assert len(calls) == 2
