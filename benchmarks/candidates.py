@@ -36,9 +36,10 @@ class Candidate:
     specialised: bool = False
     maxnreg: int = 0
     gluon: bool = False
+    single: bool = False
 
     def __str__(self) -> str:
-        fetched = "d" * self.descriptors + "s" * self.specialised + "g" * self.gluon
+        fetched = "d" * self.descriptors + "s" * self.specialised + "g" * self.gluon + "o" * self.single
         bound = f"r{self.maxnreg}" if self.maxnreg else ""
         return f"{self.block_m}x{self.block_n}w{self.warps}s{self.stages}{fetched}{bound}"
 
@@ -50,15 +51,15 @@ class Candidate:
     @classmethod
     def parse(cls, text: str) -> Candidate:
         """The inverse of `str`."""
-        found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(d?)(s?)(g?)(?:r(\d+))?", text)
+        found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(d?)(s?)(g?)(o?)(?:r(\d+))?", text)
         if found is None:
             raise ValueError(
-                f"expected a configuration such as 128x64w8s3, 128x64w4s2ds, 128x128w4s2g or 64x64w4s2r168, "
+                f"expected a configuration such as 128x64w8s3, 128x64w4s2ds, 128x128w4s2go or 64x64w4s2r168, "
                 f"got {text!r}"
             )
         block_m, block_n, warps, stages = map(int, found.groups()[:4])
         fetched = bool(found[5]), bool(found[6])
-        return cls(block_m, block_n, warps, stages, *fetched, int(found[8] or 0), bool(found[7]))
+        return cls(block_m, block_n, warps, stages, *fetched, int(found[9] or 0), bool(found[7]), bool(found[8]))
 
     def fits(self, head_dim: int, branches: int, shared_bytes: int, itemsize: int = 2) -> bool:
         """Whether the tiles can be held at all; what compiles but spills shows in its time.

@@ -1,6 +1,7 @@
 """Which tiles of the kernel for Hopper are measured and compiled ahead, by head dim and branches.
 
-``128x64s3`` are 128 rows of queries, 64 of keys, three slots of a ring; a ``t`` behind it: warpgroups issue in turns.
+``128x64s3`` are 128 rows of queries, 64 of keys, three slots of a ring; a ``t`` behind it: warpgroups issue in turns;
+an ``o``: each program takes one tile of queries.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from fpe_kernels.backends.triton import hopper
 from fpe_kernels.backends.triton.configs import Config
 
 TILES: dict[tuple[int, int], tuple[str, ...]] = {
-    (40, 1): ("256x64s3", "256x64s3t", "128x128s2", "128x128s2t"),
-    (40, 2): ("256x64s3", "256x64s3t", "128x64s3", "128x128s2t"),
+    (40, 1): ("256x64s3", "192x128s2", "192x64s3", "128x128s2t", "256x64s3o"),
+    (40, 2): ("256x64s3", "192x64s3", "256x64s3o", "128x64s3", "128x128s2t"),
     (40, 4): ("128x64s3", "128x64s3t", "128x128s2"),
-    (64, 1): ("128x128s2", "128x128s2t", "256x64s3", "256x64s3t"),
-    (64, 2): ("128x128s2", "128x128s2t", "256x32s4", "256x32s4t"),
+    (64, 1): ("128x128s2", "128x128s2t", "192x128s2", "192x64s3", "256x64s3"),
+    (64, 2): ("128x128s2", "128x128s2t", "192x64s3", "256x32s4"),
     (64, 4): ("128x64s3", "128x64s3t"),
-    (80, 1): ("128x128s2", "128x128s2t"),
+    (80, 1): ("128x128s2", "128x128s2t", "192x64s3"),
     (80, 2): ("128x128s2", "128x128s2t", "128x64s3"),
     (80, 4): ("128x64s2", "128x64s2t", "128x32s3"),
     (128, 1): ("128x128s2", "128x128s2t"),
@@ -27,8 +28,8 @@ TILES: dict[tuple[int, int], tuple[str, ...]] = {
     (160, 4): ("128x64s2", "128x64s2t"),
 }
 """The likeliest first. All of them compile without spills and without a wait for every product: :mod:`.sass` is the
-judge. Tiles of 256 rows read the keys half as often. Where fewer branches fit than there are, there are several
-launches.
+judge. Tiles of 256 rows read the keys half as often, and of the three warpgroups of 192 rows one hides behind another.
+Where fewer branches fit than there are, there are several launches.
 """
 
 SHORT = ("64x64s3", "64x128s2")
@@ -37,19 +38,19 @@ SHORT = ("64x64s3", "64x128s2")
 
 def config_of(name: str) -> Config:
     """The configuration of a name."""
-    found = re.fullmatch(r"(\d+)x(\d+)s(\d+)(t?)", name)
+    found = re.fullmatch(r"(\d+)x(\d+)s(\d+)(t?)(o?)", name)
     if found is None:
-        raise ValueError(f"expected tiles such as 128x64s3 or 256x32s4t, got {name!r}")
+        raise ValueError(f"expected tiles such as 128x64s3, 256x32s4t or 256x64s3o, got {name!r}")
     rows, keys, slots = map(int, found.groups()[:3])
-    return Config(rows, keys, hopper.WARPS, slots, specialised=bool(found[4]), gluon=True)
+    return Config(rows, keys, hopper.WARPS, slots, specialised=bool(found[4]), gluon=True, single=bool(found[5]))
 
 
 def offered(head_dim: int, branches: int, tokens: int) -> list[Config]:
-    """At most four, that hold one branch at least."""
+    """At most five, that hold one branch at least."""
     near = min(TILES, key=lambda entry: (abs(entry[0] - head_dim), abs(entry[1] - branches)))
     names = TILES[near]
     if tokens <= 1024:
-        names = tuple(name for name in names if not name.startswith("256"))[:2] + SHORT
+        names = tuple(name for name in names if not name.startswith(("192", "256")))[:2] + SHORT
     return [config for config in map(config_of, names) if hopper.most_branches(head_dim, head_dim, config) > 0]
 
 

@@ -108,7 +108,7 @@ def compare(rows: Iterable[Row]) -> list[Compared]:
     """Rows of the suite `tuning` whose launch the model knows: equal rows a map, several waves, one launch."""
     found = []
     for row in rows:
-        tile = re.search(r"@(\d+)x(\d+)w4s(\d+)(s?)g$", row.provider)
+        tile = re.search(r"@(\d+)x(\d+)w4s(\d+)(s?)go?$", row.provider)
         if tile is None or not row.median_ms or row.suite != "tuning":
             continue
         case = Case.parse(row.case)

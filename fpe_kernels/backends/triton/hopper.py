@@ -192,7 +192,7 @@ def prepare(
     assert isinstance(module, ModuleType), module
     return Launch(
         module.hopper_kernel,
-        programs=min(tiles, resident(query.device, config)),
+        programs=tiles if config.single else min(tiles, resident(query.device, config)),
         config=config,
         tensors={
             **tensors,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -169,3 +170,17 @@ def test_branches_that_do_not_fit_are_dealt_to_launches_of_which_the_later_know_
 def test_branches_share_a_product_of_at_most_256_columns(branches, pieces, together) -> None:
     assert hopper.bundle(branches, pieces) == together
     assert together * max(pieces) <= 256 and branches % together == 0
+
+
+def test_programs_are_as_many_as_run_at_once_or_as_tiles() -> None:
+    query, value = heads(batch=1), heads(batch=2)
+    chunk = Chunk(((0, 0, 1),), 0, 64, True)
+    out, logsumexp = heads(batch=2), torch.zeros(1, 3, 100)
+    for count, single in ((100, False), (3, False), (3, True)):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(hopper, "resident", lambda device, config, count=count: count)
+            config = replace(ASKED, single=single)
+            (launch,) = hopper.launches(query, query, value, chunk, 0.1, out, logsumexp, False, config)
+        tiles = -(-query.shape[2] // config.block_m) * query.shape[1]
+        assert launch.numbers["programs"] == tiles
+        assert launch.programs == (tiles if single else min(tiles, count))
