@@ -84,10 +84,10 @@ class Encoders:
         return {name: value for one in self._measures for name, value in one(source, edited, prompt, target).items()}
 
     def _load_clip(self, path: str) -> Callable[..., dict[str, float]]:
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+        from transformers import AutoTokenizer, CLIPModel
 
         model = CLIPModel.from_pretrained(path, local_files_only=True).to(self.device).eval()
-        processor = AutoImageProcessor.from_pretrained(path, local_files_only=True, use_fast=False)
+        processor = _image_processor(path)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
 
         def measured(source: Image.Image, edited: Image.Image, prompt: str, target: str) -> dict[str, float]:
@@ -104,10 +104,10 @@ class Encoders:
         return measured
 
     def _load_dino(self, path: str) -> Callable[..., dict[str, float]]:
-        from transformers import AutoImageProcessor, ViTModel
+        from transformers import ViTModel
 
         model = ViTModel.from_pretrained(path, local_files_only=True, add_pooling_layer=False).to(self.device).eval()
-        processor = AutoImageProcessor.from_pretrained(path, local_files_only=True, use_fast=False)
+        processor = _image_processor(path)
         keys: list[torch.Tensor] = []
         _last_key_layer(model).register_forward_hook(lambda layer, given, key: keys.append(key))
 
@@ -157,6 +157,13 @@ def _last_key_layer(model: Any) -> Any:
     if not found:
         raise InputError("expected a vision transformer whose layers have keys")
     return found[-1]
+
+
+def _image_processor(path: str) -> Any:
+    # By its own module: some versions of transformers offer it at the top where torchvision is installed alone.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(path, local_files_only=True, use_fast=False)
 
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
 import pytest
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+
+nbformat = pytest.importorskip("nbformat", reason="notebooks are run where Jupyter's own packages are installed")
+pytest.importorskip("nbclient", reason="notebooks are run where Jupyter's own packages are installed")
 
 from fpe_pipeline import FreePromptPipeline
 from notebooks.__main__ import FOLDER, executed

@@ -136,11 +136,18 @@ def source_columns(prompts, tokenizer, lengths: int | Iterable[int], doubled=Tru
 
 @contextmanager
 def wide():
-    """Where diffusers narrows to float32 on the way, what is in float64 stays so: rules can be told to 1e-8."""
+    """Where diffusers narrows to float32 on the way, what is in float64 stays so: rules can be told to 1e-8.
+
+    Whole numbers become float64 too, for the products of places with frequencies that some versions make of them.
+    """
     narrow = torch.Tensor.float
-    torch.Tensor.float = lambda self, *given, **options: (
-        self if self.dtype is torch.float64 else narrow(self, *given, **options)
-    )
+
+    def kept(self, *given, **options):
+        if self.dtype is torch.float64:
+            return self
+        return narrow(self, *given, **options) if self.is_floating_point() else self.double()
+
+    torch.Tensor.float = kept
     try:
         yield
     finally:
