@@ -24,24 +24,27 @@ def executed(path: Path) -> Any:
     """
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
-        notebook,
-        timeout=LONGEST,
-        kernel_name="python3",
-        record_timing=False,
-        coalesce_streams=True,
-        resources={"metadata": {"path": FOLDER}},
+        notebook, timeout=LONGEST, kernel_name="python3", record_timing=False, resources={"metadata": {"path": FOLDER}}
     ).execute()
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
-        # Bars and warnings of libraries say nothing of what the notebook is about.
-        cell["outputs"] = (
-            [each for each in cell.get("outputs", []) if each.get("name") != "stderr"]
-            if cell.cell_type == "code"
-            else []
-        )
-        if cell.cell_type != "code":
-            del cell["outputs"]
+        if cell.cell_type == "code":
+            cell["outputs"] = _shown(cell["outputs"])
     return notebook
+
+
+def _shown(outputs: list[Any]) -> list[Any]:
+    """What of a cell's outputs is kept: not the bars and warnings of libraries; lines that follow one another as one
+    output, however they arrived."""
+    kept: list[Any] = []
+    for output in outputs:
+        if output.output_type != "stream":
+            kept.append(output)
+        elif output.name != "stderr" and kept and kept[-1].output_type == "stream":
+            kept[-1]["text"] += output.text
+        elif output.name != "stderr":
+            kept.append(output)
+    return kept
 
 
 def main() -> int:

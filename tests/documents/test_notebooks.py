@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
-nbformat = pytest.importorskip("nbformat", reason="notebooks are run where Jupyter's own packages are installed")
 pytest.importorskip("nbclient", reason="notebooks are run where Jupyter's own packages are installed")
+
+import nbformat
 
 from fpe_pipeline import FreePromptPipeline
 from notebooks.__main__ import FOLDER, executed
