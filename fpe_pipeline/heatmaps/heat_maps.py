@@ -15,6 +15,7 @@ from fpe_kernels import LinearMap
 from ..edits.masks import text_sites
 from ..edits.selection import LayerSelection, whole_numbers
 from ..edits.watchers import HeatCollector, Watcher, check_one_frame, check_same_images, resize_maps
+from ..models.families import adapter_of
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step, StepWindow
@@ -78,6 +79,8 @@ def heat_maps(
         raise ValueError("expected words, pixels or components to read, got none of them")
     maps = HeatMaps(pipe, words, points, components, StepWindow.parse(steps), levels, max_bytes)
     check_options(pipe, session_options)
+    if words and (refused := adapter_of(pipe).words_refused):
+        raise ValueError(refused)
     if words and maps._tokenizer is None:
         raise ValueError(f"{type(pipe).__name__} has no tokenizer to find words with")
     if words and prompts is not None:

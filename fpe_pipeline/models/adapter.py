@@ -69,7 +69,7 @@ class ModelAdapter(ABC):
     #: What the model is called in messages.
     word: ClassVar[str]
     #: Whose processors compute its edited layers.
-    family: ClassVar[Literal["unet", "sd3", "flux", "qwen", "ltx", "lumina2", "wan"]]
+    family: ClassVar[Literal["unet", "sd3", "flux", "flux2", "qwen", "ltx", "lumina2", "wan"]]
     #: Whether its pipelines guide by a call of the model of their own, whose prompts they encode by one of their own.
     guides_apart: ClassVar[bool] = False
     #: Whether its pipelines encode each part of the text by a call of its own.
@@ -78,6 +78,8 @@ class ModelAdapter(ABC):
     turns_by_caption: ClassVar[bool] = False
     #: The parts of the text that its layers see, in order, where there are several or attention is joint.
     text_parts: ClassVar[tuple[TextPart, ...]] = ()
+    #: Why no word is looked for among its text tokens; empty where words are.
+    words_refused: ClassVar[str] = ""
 
     def __init__(self, pipe: Any | None, model: Any) -> None:
         self.pipe, self.model = pipe, model

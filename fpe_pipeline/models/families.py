@@ -8,6 +8,7 @@ import torch
 
 from .adapter import ModelAdapter, identity
 from .flux import FluxAdapter
+from .flux2 import Flux2Adapter
 from .hunyuan_dit import HunyuanDiTAdapter
 from .ltx import LTXAdapter
 from .lumina2 import Lumina2Adapter
@@ -21,6 +22,7 @@ __all__ = ["adapter_of", "edited_model", "register_adapter"]
 
 #: By the name of the class, the adapters of transformers; UNets are told by their blocks.
 _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
+    "Flux2Transformer2DModel": Flux2Adapter,
     "FluxTransformer2DModel": FluxAdapter,
     "HunyuanDiT2DModel": HunyuanDiTAdapter,
     "LTXVideoTransformer3DModel": LTXAdapter,

@@ -12,21 +12,21 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..text_parts import TextPart
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
+from .once import once_a_tensor
 from .sites import Place, Site
 
-__all__ = ["FluxAdapter"]
+__all__ = ["FluxAdapter", "FluxBlocksAdapter"]
 
 _PACKED = 2
 
 
-class FluxAdapter(NamedCallsAdapter):
-    """diffusers' ``FluxTransformer2DModel``."""
-
-    family = "flux"
-    text_parts = (TextPart("tokenizer_2", ("text_encoder_2",)),)
+class FluxBlocksAdapter(NamedCallsAdapter):
+    """A transformer of dual and single blocks that is told the places of its tokens."""
 
     def find_sites(self) -> tuple[Site, ...]:
         module: Any = self.module
@@ -41,7 +41,7 @@ class FluxAdapter(NamedCallsAdapter):
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
         sample, places = given["hidden_states"], given["img_ids"]
-        height, width, references = _size(places if places.ndim == 2 else places[0])
+        height, width, references = _size(places)
         return ModelCall(
             sample,
             given["timestep"],
@@ -52,19 +52,28 @@ class FluxAdapter(NamedCallsAdapter):
         )
 
 
-def _size(places: Any) -> tuple[int, int, int]:
+class FluxAdapter(FluxBlocksAdapter):
+    """diffusers' ``FluxTransformer2DModel``."""
+
+    family = "flux"
+    text_parts = (TextPart("tokenizer_2", ("text_encoder_2",)),)
+
+
+@once_a_tensor
+def _size(places: torch.Tensor) -> tuple[int, int, int]:
     """(height, width) of the latents, and how many tokens of reference pictures follow theirs.
 
     Args:
-        places: of the image tokens [N, 3]: (picture, row, column).
+        places: of the image tokens [N, 3 | 4], or the same for each row: (picture, row, column, …).
 
     Raises:
         ValueError: tokens of the first picture that are no grid, or that do not come first.
     """
+    places = places if places.ndim == 2 else places[0]
     pictures = places[:, 0].tolist()
     tokens = pictures.count(pictures[0])
     own = places[:tokens]
-    height, width = (int(side) + 1 for side in (own.amax(0) - own.amin(0)).tolist()[1:])
+    height, width = (int(side) + 1 for side in (own.amax(0) - own.amin(0)).tolist()[1:3])
     if height * width != tokens or pictures[0] in pictures[tokens:]:
         raise ValueError(
             f"the model got {tokens} tokens of the picture that it denoises, in {height} rows and {width} columns: "

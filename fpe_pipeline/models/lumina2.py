@@ -11,9 +11,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..text_parts import Template, TextPart
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
+from .once import once_a_tensor
 from .sites import Kind, Site
 
 __all__ = ["Lumina2Adapter"]
@@ -53,12 +56,17 @@ class Lumina2Adapter(NamedCallsAdapter):
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
         sample = given["hidden_states"]
-        lengths = given["encoder_attention_mask"].sum(1).tolist()
         return ModelCall(
             sample,
             given["timestep"],
             (sample.shape[-2], sample.shape[-1]),
             half=self._half(),
-            text_lengths=tuple(map(int, lengths)),
+            text_lengths=_lengths(given["encoder_attention_mask"]),
             arguments=(args, kwargs),
         )
+
+
+@once_a_tensor
+def _lengths(mask: torch.Tensor) -> tuple[int, ...]:
+    """Text tokens of each row before its padding."""
+    return tuple(map(int, mask.sum(1).tolist()))

@@ -16,6 +16,7 @@ import torch
 from ..text_parts import Template, TextPart
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
+from .once import once_a_tensor
 from .sites import Site
 
 __all__ = ["QwenImageAdapter"]
@@ -43,12 +44,13 @@ class QwenImageAdapter(NamedCallsAdapter):
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        mask = given.get("encoder_hidden_states_mask")
         return ModelCall(
             given["hidden_states"],
             given["timestep"],
             _size(given["img_shapes"]),
             half=self._half(),
-            text_lengths=_lengths(given.get("encoder_hidden_states_mask")),
+            text_lengths=None if mask is None else _lengths(mask),
             arguments=(args, kwargs),
         )
 
@@ -67,9 +69,10 @@ def _size(shapes: Any) -> tuple[int, int]:
     return height * _PACKED, width * _PACKED
 
 
-def _lengths(mask: torch.Tensor | None) -> tuple[int, ...] | None:
+@once_a_tensor
+def _lengths(mask: torch.Tensor) -> tuple[int, ...] | None:
     """Text tokens of each row before its padding; None where there is none."""
-    if mask is None or bool(mask.bool().all()):
+    if bool(mask.bool().all()):
         return None
     lengths = mask.bool().sum(1)
     places = torch.arange(mask.shape[1], device=mask.device)

@@ -7,7 +7,7 @@ from typing import Any
 import fpe_kernels
 
 from ..edits import Edit
-from ..edits.base import begun, feature_modules_of, parts_of, watchers_of
+from ..edits.base import begun, feature_modules_of, parts_of, prompts_of, watchers_of
 from ..models.adapter import ModelAdapter
 from ..models.precision import check_precision
 from ..models.roles import BatchRoles
@@ -28,13 +28,15 @@ def check_entry(
 
     Raises:
         TypeError: no edit.
-        ValueError: videos and panoramas, a model in float8, an unknown backend or noise, two layouts, or one
-            that the pipeline's calls do not have.
+        ValueError: videos and panoramas, words of a model in whose text none is looked for, a model in float8, an
+            unknown backend or noise, two layouts, or one that the pipeline's calls do not have.
         RuntimeError: a backend that cannot run here.
     """
     if not isinstance(edit, Edit):
         raise TypeError(f"expected an Edit, such as FreePromptEdit(), got {type(edit).__name__}")
     adapter.check()
+    if adapter.words_refused and any(prompts_of(part) for part in parts_of(begun(edit))):
+        raise ValueError(adapter.words_refused)
     for name, model in adapter.models.items():
         check_precision(name or adapter.word.lower(), model)
     if roles is not None and any(given is not None for given in layout):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -10,10 +11,14 @@ from diffusers.models.embeddings import apply_rotary_emb
 from ..edits.joint_products import JointPlan
 from .computing import Rows, take
 from .dispatched import DispatchedAround
+from .instructions import Order
 from .joint_computing import JointLayer, SegmentProjections
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
+from .record import LayerRecord
 
-__all__ = ["EditFluxProcessor"]
+__all__ = ["EditFluxProcessor", "Segment", "joint_tokens", "turned_rows"]
+
+Segment = Literal["image", "text"]
 
 
 class EditFluxProcessor(DispatchedAround):
@@ -40,36 +45,71 @@ class EditFluxProcessor(DispatchedAround):
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
         plan = order.plan
         assert isinstance(plan, JointPlan) and order.site.tokens is not None
-        is_single, given = encoder_hidden_states is None, hidden_states
-        images, references = order.site.tokens, order.references
-        if encoder_hidden_states is None:
-            texts = hidden_states.shape[1] - images - references
+        is_single, text, given = encoder_hidden_states is None, encoder_hidden_states, hidden_states
+        if text is None:
+            texts = hidden_states.shape[1] - order.site.tokens - order.references
             text, given = hidden_states[:, :texts], hidden_states[:, texts:]
-        else:
-            text = encoder_hidden_states
-        image, reference = given[:, :images], given[:, images:]
-        check_joint_input(order, given if reference.shape[1] != references else image, text, attention_mask)
-        places = _places(image_rotary_emb, text.shape[1], images)
-        own = _project(attn, plan, "text", text, places["text"], added=not is_single)
-        if references:
-            own = own.followed_by(_project(attn, plan, "text", reference, places["reference"], added=False))
-        layer = JointLayer(
-            _project(attn, plan, "image", image, places["image"], added=False).beside("image", order.recorded),
-            own.beside("text", order.recorded),
-            attn.head_dim**-0.5,
-            order.backend,
-            references=references,
+
+        def projected(name: Segment, tokens: torch.Tensor, places: Any, added: bool) -> SegmentProjections:
+            used = [plan.used(part, name) for part in ("query", "key", "value")]
+            return turned_rows(attn, used, _split(attn, used, tokens, added=added), places, added=added)
+
+        out, context, self.record = joint_tokens(
+            attn, order, text, given, attention_mask, image_rotary_emb, projected, added=not is_single
         )
-        self.record = joint_record(plan, layer, attn.heads)
-        rows, text_rows = joint_rows(order, plan, layer)
-        assert text_rows is not None
-        out, context = merged_heads(rows), merged_heads(text_rows)
-        context, behind = context[:, : text.shape[1]], context[:, text.shape[1] :]
-        if references:
-            out = torch.cat([out, behind], dim=1)
         if is_single:
             return torch.cat([context, out], dim=1)
         return attn.to_out[1](attn.to_out[0](out)), attn.to_add_out(context)  # to_out[1] is dropout
+
+
+def joint_tokens(
+    attn: Any,
+    order: Order,
+    text: torch.Tensor,
+    given: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    projected: Callable[[Segment, torch.Tensor, Any, bool], SegmentProjections],
+    *,
+    added: bool,
+) -> tuple[torch.Tensor, torch.Tensor, LayerRecord]:
+    """A layer's order carried out.
+
+    Args:
+        attn: the layer.
+        order: its order.
+        text: tokens of the text [B, T, C], before they are projected or projected already.
+        given: tokens of the image and of reference pictures behind them [B, N + R, C].
+        attention_mask: has to be None.
+        rotary: of all tokens, text first and references last.
+        projected: makes of a segment's tokens, their places and whether they are the text's own weights' the rows of it
+            that the plan uses.
+        added: whether the text has weights of its own.
+
+    Returns:
+        Image and reference tokens [B, N + R, H·D], text tokens [B, T, H·D], and what was done.
+    """
+    plan, images, references = order.plan, order.site.tokens, order.references
+    assert isinstance(plan, JointPlan) and images is not None
+    image, reference = given[:, :images], given[:, images:]
+    check_joint_input(order, given if reference.shape[1] != references else image, text, attention_mask)
+    places = _places(rotary, text.shape[1], images)
+    own = projected("text", text, places["text"], added)
+    if references:
+        own = own.followed_by(projected("text", reference, places["reference"], False))
+    layer = JointLayer(
+        projected("image", image, places["image"], False).beside("image", order.recorded),
+        own.beside("text", order.recorded),
+        attn.head_dim**-0.5,
+        order.backend,
+        references=references,
+    )
+    record = joint_record(plan, layer, attn.heads)
+    rows, text_rows = joint_rows(order, plan, layer)
+    assert text_rows is not None
+    out, context = merged_heads(rows), merged_heads(text_rows)
+    context, behind = context[:, : text.shape[1]], context[:, text.shape[1] :]
+    return torch.cat([out, behind], dim=1) if references else out, context, record
 
 
 def _places(rotary: tuple[torch.Tensor, torch.Tensor] | None, texts: int, images: int) -> dict[str, Any]:
@@ -78,21 +118,19 @@ def _places(rotary: tuple[torch.Tensor, torch.Tensor] | None, texts: int, images
     return {name: None if rotary is None else tuple(part[where] for part in rotary) for name, where in ends.items()}
 
 
-def _project(
-    attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, places: Any, *, added: bool
-) -> SegmentProjections:
-    """The rows of a segment that the plan uses, projected, normed and turned: [rows, H, tokens, D].
-
-    Args:
-        added: whether by the weights that a dual block has for its text.
-    """
-    used = [plan.used(part, segment) for part in ("query", "key", "value")]
+def _split(attn: Any, used: Sequence[tuple[int, ...]], tokens: torch.Tensor, *, added: bool) -> list[torch.Tensor]:
+    """The rows of queries, keys and values that are used [rows, tokens, H·D], by the text's own weights or not."""
     if attn.fused_projections:
         together = attn.to_added_qkv if added else attn.to_qkv
-        split = [take(part, rows) for part, rows in zip(together(tokens).chunk(3, dim=-1), used, strict=True)]
-    else:
-        names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
-        split = [getattr(attn, name)(take(tokens, rows)) for name, rows in zip(names, used, strict=True)]
+        return [take(part, rows) for part, rows in zip(together(tokens).chunk(3, dim=-1), used, strict=True)]
+    names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
+    return [getattr(attn, name)(take(tokens, rows)) for name, rows in zip(names, used, strict=True)]
+
+
+def turned_rows(
+    attn: Any, used: Sequence[tuple[int, ...]], split: Sequence[torch.Tensor], places: Any, *, added: bool
+) -> SegmentProjections:
+    """Rows of queries, keys and values [rows, tokens, H·D], normed and turned: [rows, H, tokens, D]."""
     query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in split)
     query, key = (attn.norm_added_q(query), attn.norm_added_k(key)) if added else (attn.norm_q(query), attn.norm_k(key))
     if places is not None:

@@ -77,19 +77,38 @@ class DenseFlux(DenseJoint):
         for segment, tokens, names in (("text", text, added), ("image", image, named)):
             for letter, name, norm in zip("qkv", names[:3], (*names[3:], None), strict=True):
                 parts[f"{letter}_{segment}"] = heads(attn, getattr(attn, name), tokens, norm and getattr(attn, norm))
-        raw = heads(attn, attn.to_q, image)
-        for letter in "qk":
-            both = torch.cat([parts[f"{letter}_text"], parts[f"{letter}_image"]], dim=2)
-            both = apply_rotary_emb(both, image_rotary_emb)
-            parts[f"{letter}_text"], parts[f"{letter}_image"] = both[:, :, :texts], both[:, :, texts:]
-        parts, rows = {**self.split(parts), "raw": raw}, hidden_states.shape[0]
-        out = torch.stack([self.row(row, rows, parts) for row in range(rows)])
+        out = self.attended(parts, heads(attn, attn.to_q, image), image_rotary_emb)
         if single:
             return out
         return linear(attn.to_out[0], out[:, texts:]), linear(attn.to_add_out, out[:, :texts])
 
+    def attended(self, parts, raw, rotary):
+        """The output [rows, tokens, H·D] of queries and keys that are normed and not turned yet."""
+        texts, rows = parts["q_text"].shape[2], len(raw)
+        for letter in "qk":
+            both = torch.cat([parts[f"{letter}_text"], parts[f"{letter}_image"]], dim=2)
+            both = apply_rotary_emb(both, rotary)
+            parts[f"{letter}_text"], parts[f"{letter}_image"] = both[:, :, :texts], both[:, :, texts:]
+        parts = {**self.split(parts), "raw": raw}
+        return torch.stack([self.row(row, rows, parts) for row in range(rows)])
+
     def split(self, parts):
         return parts
+
+
+class DenseFlux2Single(DenseFlux):
+    """The same in single blocks of FLUX.2, whose feed-forward part is projected beside queries, keys and values."""
+
+    def __call__(self, attn, hidden_states, attention_mask=None, image_rotary_emb=None):
+        texts, width = self.texts(), attn.inner_dim
+        weights = [attn.to_qkv_mlp_proj.weight[part * width : (part + 1) * width] for part in range(3)]
+        split = [F.linear(hidden_states, w).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for w in weights]
+        normed = attn.norm_q(split[0]), attn.norm_k(split[1]), split[2]
+        parts = {f"{letter}_text": part[:, :, :texts] for letter, part in zip("qkv", normed, strict=True)}
+        parts |= {f"{letter}_image": part[:, :, texts:] for letter, part in zip("qkv", normed, strict=True)}
+        out = self.attended(parts, split[0][:, :, texts:], image_rotary_emb)
+        gate, forward = F.linear(hidden_states, attn.to_qkv_mlp_proj.weight[3 * width :]).chunk(2, dim=-1)
+        return linear(attn.to_out, torch.cat([out, F.silu(gate) * forward], dim=-1))
 
 
 class DenseKontext(DenseFlux):
@@ -308,13 +327,15 @@ def dense(pipe, rule, *, steps, kinds=("attn",), layers="", keep=None, images=No
 
     def processor(name):
         follows = name.split(".")[-2] in kinds and name.startswith(layers)
-        made = of_family(at_step if follows else own)
+        made = of_family(at_step if follows else own, name)
         made.fault = fault if follows else None
         return made
 
-    def of_family(chosen):
+    def of_family(chosen, name):
         if type(transformer).__name__.startswith("Qwen"):
             return DenseQwen(chosen, keep)
+        if type(transformer).__name__.startswith("Flux2") and name.startswith("single"):
+            return DenseFlux2Single(chosen, lambda: state["texts"], keep)
         if images is not None:
             return DenseKontext(chosen, lambda: state["texts"], images, keep)
         is_flux = type(transformer).__name__.startswith("Flux")

@@ -1,0 +1,189 @@
+"""FLUX.2 [dev] and [klein]: every edit that looks for no word, against dense layers, to 1e-8 in float64."""
+
+import itertools
+
+import diffusers
+import pytest
+import torch
+
+if not hasattr(diffusers, "Flux2KleinKVPipeline"):
+    pytest.skip("this diffusers has no FLUX.2 [klein]", allow_module_level=True)
+
+from fpe_pipeline import FreePromptEdit, FreePromptPipeline, LocalBlend, PromptToPromptEdit, editing, heat_maps
+from fpe_pipeline.models.families import adapter_of
+from tests.support.dense_rows import wide
+from tests.support.edited_transformers import EDITS, FAULTS, LONGER, SOURCE, STEPS, Model, edited, reference, shows
+from tests.support.tiny_flux2 import draw_flux2, embedded, tiny_flux2_pipeline, tiny_klein_pipeline
+
+EXACT = 1e-8
+MODELS = {
+    "dev": Model(lambda pipe: tiny_flux2_pipeline(), draw_flux2, is_guided=False),
+    "klein": Model(lambda pipe: tiny_klein_pipeline(), draw_flux2, {"negative": "a drawing"}),
+    "klein, distilled": Model(lambda pipe: tiny_klein_pipeline(), draw_flux2, {"guidance_scale": 1.0}, is_guided=False),
+}
+WORDS = {"Prompt-to-Prompt, replaced words", "Prompt-to-Prompt, refined", "ReFlex"}
+WITHOUT_WORDS = [edit for edit in EDITS if edit not in WORDS]
+SIZE = (6, 12)
+
+
+@pytest.fixture(autouse=True)
+def _wide():
+    with wide():
+        yield
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    return {name: model.make(None) for name, model in MODELS.items()}
+
+
+def case_of(pipes, model, edit, targets=2):
+    make, texts = EDITS[edit]
+    prompts = (SOURCE, *texts[:targets])
+    return make(MODELS[model], pipes[model], prompts, SIZE), prompts
+
+
+def farthest(one, other):
+    return float((one - other).abs().max())
+
+
+ALWAYS = {("dev", "FPE"), ("klein", "FPE"), ("klein", "ConsistEdit, a mask"), ("dev", "KV-Edit")}
+CASES = [
+    pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.slow)
+    for case in itertools.product(MODELS, WITHOUT_WORDS)
+]
+
+
+@pytest.mark.parametrize(("model", "edit"), CASES)
+def test_targets_are_the_papers(pipes, model, edit):
+    case, prompts = case_of(pipes, model, edit)
+    pipe, of = pipes[model], MODELS[model]
+    plain = of.run(pipe, prompts, size=SIZE, **of.options)
+    actual = edited(pipe, of, case, prompts, size=SIZE)
+    assert farthest(actual, reference(pipe, of, case, prompts, size=SIZE)) <= EXACT
+    assert farthest(actual[0], plain[0]) <= EXACT
+    assert all(farthest(actual[row], plain[row]) > 1e-4 for row in (1, 2))
+    assert farthest(of.run(pipe, prompts, size=SIZE, **of.options), plain) == 0.0
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("edit", ["FPE", "MasaCtrl", "ConsistEdit, a mask"])
+def test_mistakes_show(pipes, edit, fault):
+    of = MODELS["klein"]
+    if not shows(fault, of, edit):
+        pytest.skip("no mistake there")
+    case, prompts = case_of(pipes, "klein", edit)
+    actual = edited(pipes["klein"], of, case, prompts, size=SIZE)
+    wrong = reference(pipes["klein"], of, case, prompts, fault, size=SIZE)
+    assert farthest(actual, wrong) > 1e3 * EXACT
+
+
+def test_what_rows_share_is_computed_once(pipes):
+    pipe = pipes["dev"]
+    with editing(pipe, FreePromptEdit(1.0)) as session:
+        draw_flux2(pipe, (SOURCE, *LONGER[:2]), size=SIZE)
+    report = session.report()
+    assert len(report.layers) == 5 and all(steps == list(range(STEPS)) for steps in report.layers.values())
+    assert report.batch == 3
+
+
+def test_rows_of_one_image_draw_the_same_noise(pipes):
+    pipe = pipes["dev"]
+    with editing(pipe, FreePromptEdit(0.0)):
+        out = pipe(
+            prompt_embeds=embedded(["a cat", "a cat"], torch.float64),
+            height=48,
+            width=96,
+            num_inference_steps=1,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(3),
+        ).images
+    assert farthest(out[0], out[1]) <= EXACT
+
+
+def test_a_reference_picture_stays_each_rows_own(pipes):
+    """Its tokens follow the image's, which its places tell."""
+    pipe = pipes["dev"]
+    noise = torch.randn(1, 18, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64).repeat(2, 1, 1)
+    others = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    own, reference = (
+        torch.cartesian_prod(torch.tensor([picture]), torch.arange(3), torch.arange(width), torch.tensor([0]))
+        for picture, width in ((0, 6), (10, 3))
+    )
+    places = torch.cat([own, reference])
+    texts = embedded([SOURCE, LONGER[0]], torch.float64)
+
+    def call(reference):
+        return pipe.transformer(
+            hidden_states=torch.cat([noise, reference], dim=1),
+            encoder_hidden_states=texts,
+            timestep=torch.full((2,), 0.5, dtype=torch.float64),
+            guidance=torch.full((2,), 3.0, dtype=torch.float64),
+            img_ids=places.expand(2, -1, -1),
+            txt_ids=torch.cartesian_prod(*[torch.tensor([0])] * 3, torch.arange(12)).expand(2, -1, -1),
+            return_dict=False,
+        )[0][:, :18]
+
+    call_of = adapter_of(pipe.transformer).read((), {"hidden_states": noise, "img_ids": places, "timestep": 0.5})
+    assert (call_of.size, call_of.references) == ((6, 12), 9)
+    with torch.no_grad():
+        plain = call(others)
+        with editing(pipe.transformer, FreePromptEdit(1.0), classifier_free_guidance=False) as session:
+            session.step(0, 2)
+            actual = call(others)
+            session.step(1, 2)
+            alike = call(others[:1].expand(2, -1, -1))
+    assert farthest(actual[0], plain[0]) <= EXACT and farthest(actual[1], plain[1]) > 1e-4
+    assert farthest(alike[1], actual[1]) > 1e-4  # its own reference is read
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_narrower_weights(dtype):
+    wide_out = narrow_out = None
+    for kind in (torch.float64, dtype):
+        pipe = tiny_flux2_pipeline(kind)
+        with editing(pipe, FreePromptEdit(0.5)):
+            out = draw_flux2(pipe, (SOURCE, LONGER[0])).double()
+        wide_out, narrow_out = (out, None) if kind is torch.float64 else (wide_out, out)
+    assert farthest(wide_out, narrow_out) <= (1e-4 if dtype is torch.float32 else 0.15)
+
+
+def test_fused_projections_of_dual_blocks_and_a_compiled_transformer(pipes):
+    pipe = tiny_flux2_pipeline()
+    with editing(pipe, FreePromptEdit(0.5)):
+        expected = draw_flux2(pipe, (SOURCE, LONGER[0]))
+    for block in pipe.transformer.transformer_blocks:
+        block.attn.fuse_projections()
+    with editing(pipe, FreePromptEdit(0.5)):
+        assert farthest(draw_flux2(pipe, (SOURCE, LONGER[0])), expected) <= EXACT
+
+
+class TestRefused:
+    def test_words(self, pipes, pipe):
+        """Its prompts stand in a conversation, of which no adapter says where their words are."""
+        tiny, message = pipes["dev"], "FLUX.2's prompts stand in a conversation"
+        prompts = [SOURCE, "a photo of a big car on a mountain"]
+        blend = FreePromptEdit(0.5) + LocalBlend(prompts, pipe.tokenizer, (["car"], ["car"]))
+        for edit in (PromptToPromptEdit(prompts, pipe.tokenizer), blend):
+            with pytest.raises(ValueError, match=message):
+                editing(tiny, edit)
+        with pytest.raises(ValueError, match=message), heat_maps(tiny, ["car"]):
+            draw_flux2(tiny, prompts)
+
+    def test_keys_and_values_that_are_kept_from_step_to_step(self):
+        tiny = tiny_flux2_pipeline(kind=diffusers.Flux2KleinKVPipeline)
+        message = "Flux2KVAttnProcessor may do more than attention"
+        with pytest.raises(ValueError, match=message), editing(tiny, FreePromptEdit(0.5)):
+            draw_flux2(tiny, [SOURCE, LONGER[0]])
+        with pytest.raises(ValueError, match="keeps keys and values of its reference pictures"):
+            adapter_of(tiny).read((), {"kv_cache_mode": "cached"})
+
+    def test_the_pipeline_with_real_images(self, pipes):
+        with pytest.raises(TypeError, match="Flux2Pipeline"):
+            FreePromptPipeline.from_pipe(pipes["dev"])
+
+    def test_layers_that_were_found_for_flux1(self, pipes):
+        from fpe_pipeline import StableFlowEdit
+
+        with pytest.raises(ValueError, match="layers="), editing(pipes["dev"], StableFlowEdit()):
+            draw_flux2(pipes["dev"], [SOURCE, LONGER[0]])
