@@ -167,7 +167,13 @@ def _lies_in(module, folder):
     return str(getattr(module, "__file__", None) or "").startswith(str(folder))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+#: Documents whose blocks take long, beside others that run the same commands and calls.
+LONG = {"docs/write-an-edit.md", "docs/guides/high-resolution.md"}
+
+
+@pytest.mark.parametrize(
+    "document", [pytest.param(each, marks=pytest.mark.slow if each in LONG else ()) for each in DOCUMENTS]
+)
 def test_blocks_run_as_printed(document, workplace):
     """In the order of the page: a block may use what those before it have defined."""
     known = {"__name__": "__main__"}

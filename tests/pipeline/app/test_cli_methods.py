@@ -35,17 +35,22 @@ def edit(method, folder, *more):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder for each method, from one run each."""
-    folders = {method: tmp_path_factory.mktemp(method) for method in METHODS}
-    for method, folder in folders.items():
-        assert edit(method, folder) == 0
-    return folders
+    """A folder for each method, from one run each, which is made when it is asked for."""
+
+    class Made(dict):
+        def __missing__(self, method):
+            folder = self[method] = tmp_path_factory.mktemp(method)
+            assert edit(method, folder) == 0
+            return folder
+
+    return Made()
 
 
+@pytest.mark.slow
 def test_every_method_draws_another_picture_from_the_same_source(made):
     """To rounding: the rows of a batch round by what is computed beside them, and each method computes other things."""
     names = ("source.png", "target-1.png")
-    sources, edits = ({method: Image.open(folder / name) for method, folder in made.items()} for name in names)
+    sources, edits = ({method: Image.open(made[method] / name) for method in METHODS} for name in names)
     for method in METHODS:
         assert distance(sources[method], sources["fpe"]).levels <= ROUNDING, method
     same = {pair for pair in combinations(METHODS, 2) if distance(*(edits[name] for name in pair)).levels <= ROUNDING}
