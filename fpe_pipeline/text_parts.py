@@ -27,11 +27,13 @@ class TextPart(NamedTuple):
     Args:
         tokenizer: its name in a pipeline.
         encoders: the names of the encoders that share its tokens.
-        template: gives, from a pipeline and the named arguments of its ``encode_prompt``, the text around the prompts.
-            The model of such a pipeline receives no tokens of padding but those up to the longest prompt of a call.
-            None where prompts stand alone and padding is received.
+        template: gives, from a pipeline and the named arguments of its ``encode_prompt``, the text around the prompts;
+            None where prompts stand alone.
+        is_padded: whether the model receives as many tokens of every prompt, with padding behind the shorter ones.
+            Where it does not, its padding ends with the longest prompt of a call.
     """
 
     tokenizer: str
     encoders: tuple[str, ...] = ()
     template: Callable[[Any, Mapping[str, Any]], Template] | None = None
+    is_padded: bool = False

@@ -77,9 +77,9 @@ class ModelAdapter(ABC):
     #: Whether the place of its image's tokens, and with it their rotary embedding, follows the length of the caption.
     turns_by_caption: ClassVar[bool] = False
     #: The parts of the text that its layers see, in order, where there are several or attention is joint.
-    text_parts: ClassVar[tuple[TextPart, ...]] = ()
+    text_parts: tuple[TextPart, ...] = ()
     #: Why no word is looked for among its text tokens; empty where words are.
-    words_refused: ClassVar[str] = ""
+    words_refused: str = ""
 
     def __init__(self, pipe: Any | None, model: Any) -> None:
         self.pipe, self.model = pipe, model

@@ -1,8 +1,8 @@
 """FLUX.2: the layers of FLUX.1, of which single blocks project queries, keys, values and feed-forward at once.
 
 Places of tokens have four coordinates: picture, row, column and place in the text; tokens of reference pictures follow
-those that are denoised. FLUX.2 [dev] has its guidance in the model; [klein] guides by a second call, in contexts named
-"cond" and "uncond".
+those that are denoised. Prompts stand in a conversation, and every text is padded to one length. FLUX.2 [dev] has its
+guidance in the model; [klein] guides by a second call, in contexts named "cond" and "uncond".
 """
 
 from __future__ import annotations
@@ -10,20 +10,42 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..text_parts import Template, TextPart
 from .adapter import ModelCall
 from .flux import FluxBlocksAdapter
 
 __all__ = ["Flux2Adapter"]
+
+_KLEIN = "Flux2Klein"
+
+
+def _conversation(pipe: Any, arguments: Mapping[str, Any]) -> Template:
+    """What [klein]'s pipeline writes around a prompt; nothing where it reads none."""
+    if pipe.tokenizer is None:
+        return Template("")
+    said = [{"role": "user", "content": "{}"}]
+    written = pipe.tokenizer.apply_chat_template(
+        said, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    before, _, after = written.partition("{}")
+    return Template(before, after)
 
 
 class Flux2Adapter(FluxBlocksAdapter):
     """diffusers' ``Flux2Transformer2DModel``."""
 
     family = "flux2"
-    words_refused = (
-        "FLUX.2's prompts stand in a conversation that its pipeline writes, in which no word is looked for yet: use an "
-        "edit of image tokens, such as FreePromptEdit or ConsistEdit, with a picture where it takes a mask"
-    )
+
+    def __init__(self, pipe: Any | None, model: Any) -> None:
+        super().__init__(pipe, model)
+        if any(kind.__name__.startswith(_KLEIN) for kind in type(pipe).__mro__):
+            self.text_parts = (TextPart("tokenizer", ("text_encoder",), _conversation, is_padded=True),)
+        else:
+            self.words_refused = (
+                "FLUX.2's prompts stand in a conversation that its pipeline writes, in which no word is looked for but "
+                "in [klein]'s: use an edit of image tokens, such as FreePromptEdit or ConsistEdit, with a picture "
+                "where it takes a mask"
+            )
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         if kwargs.get("kv_cache_mode") is not None:

@@ -189,9 +189,9 @@ def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments
         calls = received.tokens.get(name)
         if calls:
             masked = zip(calls, received.masks[name], strict=True)
-            inputs.append(
-                calls if template is None else [_without_padding(*call, template.dropped, length) for call in masked]
-            )
+            is_whole = template is None or part.is_padded
+            dropped = 0 if template is None else template.dropped
+            inputs.append(calls if is_whole else [_without_padding(*call, dropped, length) for call in masked])
     return EncodedText(getattr(pipe, part.tokenizer, None), tuple(inputs), length, template)
 
 

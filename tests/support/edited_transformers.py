@@ -29,6 +29,7 @@ from fpe_pipeline.prompts.alignment import align_refine, align_replace
 from fpe_pipeline.prompts.words import TokenizedPrompt, tokenize
 from tests.support.dense_joint import Blocks, dense
 from tests.support.flow_pipelines import edited_with, solving
+from tests.support.tiny_flux2 import CONVERSATION, READ
 from tests.support.tiny_language import draw_prompts, tiny_lumina_that_reads, tiny_qwen_that_reads
 from tests.support.tiny_lumina import dense_lumina
 from tests.support.tiny_transformers import draw, draw_flux, tiny_flux_pipeline, tiny_sd3_pipeline
@@ -163,7 +164,7 @@ def _consistedit_mask(model: Model, pipe: Any, prompts: Any, size: Any) -> Case:
 
 def _single(model: Model) -> str:
     """ConsistEdit edits FLUX's single blocks, and all layers of a model that has none."""
-    return "single_transformer_blocks" if model.family == "flux" else ""
+    return "single_transformer_blocks" if model.family in ("flux", "klein") else ""
 
 
 def _all(pipe: Any) -> Any:
@@ -372,12 +373,14 @@ def placed(model: Model, pipe: Any, prompts: Any) -> list[list[TokenizedPrompt]]
         return [[tokenize(prompt, pipe.tokenizer, length) for length in lengths] for prompt in prompts]
     if model.family == "qwen":
         before, after, dropped = *pipe.prompt_template_encode.split("{}"), pipe.prompt_template_encode_start_idx
+    elif model.family == "klein":
+        before, after, dropped = *CONVERSATION.split("{}"), 0
     else:
         before, after, dropped = f"{pipe.system_prompt} <Prompt Start> ", "", 0
     rows = [pipe.tokenizer(before + prompt + after)["input_ids"][dropped:] for prompt in prompts]
     # A blank at the end of what stands before belongs to the prompt's first token.
     first = len(pipe.tokenizer(before.rstrip(" "))["input_ids"]) - dropped
-    longest = max(map(len, rows))
+    longest = READ if model.family == "klein" else max(map(len, rows))
     out = []
     for prompt, row in zip(prompts, rows, strict=True):
         spans, cursor = [], 0

@@ -1,8 +1,10 @@
 """Tiny FLUX.2 pipelines, which take embeddings: random weights, scaled so that attention is far from uniform."""
 
+import diffusers
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tests.support.tiny_language import qwen_tokenizer
 from tests.support.tiny_transformers import ExactEuler, sharpened
 
 FLUX2 = {
@@ -15,19 +17,26 @@ FLUX2 = {
     "timestep_guidance_channels": 16,
     "axes_dims_rope": (2, 2, 2, 2),
 }
-TEXT = 12  # tokens
+TEXT, READ = 12, 60  # tokens of embeddings, and of texts that are read
+#: What stands around a prompt, and how a tokenizer is told so.
+CONVERSATION = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
 
 
-def tiny_flux2_pipeline(dtype=torch.float64, kind=Flux2Pipeline, **config):
-    """FLUX.2 [dev], or another pipeline of its transformer, without an encoder of text."""
+def tiny_flux2_pipeline(dtype=torch.float64, name="Flux2Pipeline", encoder=None, tokenizer=None, **config):
+    """FLUX.2 [dev], or another pipeline of its transformer."""
     torch.manual_seed(0)
-    guidance = {"guidance_embeds": kind is Flux2Pipeline}
-    transformer = sharpened(Flux2Transformer2DModel(**{**FLUX2, **guidance, **config}))
+    guidance = {"guidance_embeds": name == "Flux2Pipeline"}
+    transformer = sharpened(diffusers.Flux2Transformer2DModel(**{**FLUX2, **guidance, **config}))
     with torch.no_grad():
         for block in transformer.single_transformer_blocks:
             queries_and_keys = 2 * block.attn.inner_dim
             block.attn.to_qkv_mlp_proj.weight[:queries_and_keys].mul_(2.5)
-    vae = AutoencoderKLFlux2(
+    vae = diffusers.AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4,) * 4,
@@ -36,14 +45,25 @@ def tiny_flux2_pipeline(dtype=torch.float64, kind=Flux2Pipeline, **config):
         norm_num_groups=2,
     )
     parts = {"vae": vae.to(dtype).eval(), "transformer": transformer.to(dtype).eval()}
-    tiny = kind(scheduler=ExactEuler(), text_encoder=None, tokenizer=None, **parts)
+    tiny = getattr(diffusers, name)(scheduler=ExactEuler(), text_encoder=encoder, tokenizer=tokenizer, **parts)
     tiny.set_progress_bar_config(disable=True)
     return tiny
 
 
 def tiny_klein_pipeline(dtype=torch.float64, **config):
     """FLUX.2 [klein], which guides by a second call."""
-    return tiny_flux2_pipeline(dtype, Flux2KleinPipeline, **config)
+    return tiny_flux2_pipeline(dtype, "Flux2KleinPipeline", **config)
+
+
+def tiny_klein_that_reads(dtype=torch.float64, **config):
+    """FLUX.2 [klein] with an encoder and a tokenizer."""
+    torch.manual_seed(2)
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = _CHAT
+    size = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    encoder = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=512, **size, **heads))
+    return tiny_klein_pipeline(dtype, encoder=encoder.to(dtype).eval(), tokenizer=tokenizer, **config)
 
 
 def embedded(texts, dtype):
@@ -62,8 +82,11 @@ def draw_flux2(pipe, prompts, *, steps=4, size=(8, 8), seed=0, negative=None, la
     noise = torch.randn(1, 16 * 4, size[0] // 2, size[1] // 2, generator=torch.Generator().manual_seed(seed)).to(dtype)
     if negative is not None:
         options |= {"negative_prompt_embeds": embedded([negative] * len(prompts), dtype), "guidance_scale": 3.0}
+    if pipe.text_encoder is None:
+        options["prompt_embeds"] = embedded(prompts, dtype)
+    else:
+        options |= {"prompt": list(prompts), "max_sequence_length": READ, "text_encoder_out_layers": (1,)}
     return pipe(
-        prompt_embeds=embedded(prompts, dtype),
         latents=noise.repeat(len(prompts), 1, 1, 1) if latents is None else latents,
         height=size[0] * 8,
         width=size[1] * 8,

@@ -11,9 +11,27 @@ if not hasattr(diffusers, "Flux2KleinKVPipeline"):
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, LocalBlend, PromptToPromptEdit, editing, heat_maps
 from fpe_pipeline.models.families import adapter_of
+from tests.support.dense_joint import dense
 from tests.support.dense_rows import wide
-from tests.support.edited_transformers import EDITS, FAULTS, LONGER, SOURCE, STEPS, Model, edited, reference, shows
-from tests.support.tiny_flux2 import draw_flux2, embedded, tiny_flux2_pipeline, tiny_klein_pipeline
+from tests.support.edited_transformers import (
+    EDITS,
+    FAULTS,
+    LONGER,
+    SOURCE,
+    STEPS,
+    Model,
+    edited,
+    placed,
+    reference,
+    shows,
+)
+from tests.support.tiny_flux2 import (
+    draw_flux2,
+    embedded,
+    tiny_flux2_pipeline,
+    tiny_klein_pipeline,
+    tiny_klein_that_reads,
+)
 
 EXACT = 1e-8
 MODELS = {
@@ -21,6 +39,7 @@ MODELS = {
     "klein": Model(lambda pipe: tiny_klein_pipeline(), draw_flux2, {"negative": "a drawing"}),
     "klein, distilled": Model(lambda pipe: tiny_klein_pipeline(), draw_flux2, {"guidance_scale": 1.0}, is_guided=False),
 }
+READING = Model(lambda pipe: tiny_klein_that_reads(), draw_flux2, {"guidance_scale": 3.0}, family="klein")
 WORDS = {"Prompt-to-Prompt, replaced words", "Prompt-to-Prompt, refined", "ReFlex"}
 WITHOUT_WORDS = [edit for edit in EDITS if edit not in WORDS]
 SIZE = (6, 12)
@@ -64,6 +83,42 @@ def test_targets_are_the_papers(pipes, model, edit):
     assert farthest(actual[0], plain[0]) <= EXACT
     assert all(farthest(actual[row], plain[row]) > 1e-4 for row in (1, 2))
     assert farthest(of.run(pipe, prompts, size=SIZE, **of.options), plain) == 0.0
+
+
+@pytest.fixture(scope="module")
+def reading():
+    return tiny_klein_that_reads()
+
+
+@pytest.mark.parametrize(
+    "edit", [pytest.param(each, marks=() if "refined" in each else pytest.mark.slow) for each in sorted(WORDS)]
+)
+def test_words_of_klein_are_found_in_its_conversation(reading, edit):
+    make, texts = EDITS[edit]
+    prompts = (SOURCE, *texts[:2])
+    case = make(READING, reading, prompts, SIZE)
+    actual = edited(reading, READING, case, prompts, size=SIZE)
+    assert farthest(actual, reference(reading, READING, case, prompts, size=SIZE)) <= EXACT
+    assert farthest(actual, draw_flux2(reading, prompts, size=SIZE, **READING.options)) > 1e-4
+    wrong = reference(reading, READING, case, prompts, "a step off", size=SIZE)
+    assert farthest(actual, wrong) > 1e3 * EXACT
+
+
+def test_heat_of_a_word_is_in_its_own_columns(reading):
+    """The share that its tokens have of the map that is written out."""
+    prompts, sums = [SOURCE, "a big dog on a house in winter"], []
+
+    def keep(row, rows, block):
+        if state["calls"] % 2 and row == 1:
+            sums.append(block.mean(0))
+
+    with heat_maps(reading, ["car", "dog"]) as maps:
+        draw_flux2(reading, prompts, size=SIZE, guidance_scale=3.0)
+    with dense(reading, lambda row, rows: None, steps=range(STEPS), keep=keep) as state:
+        draw_flux2(reading, prompts, size=SIZE, guidance_scale=3.0)
+    ((dog,),) = [placed(READING, reading, prompts)[1][0].find("dog")]
+    expected = (sum(sums) / len(sums))[:, dog].reshape(3, 6)
+    assert farthest(torch.as_tensor(maps.word("dog", 1)), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -160,7 +215,7 @@ def test_fused_projections_of_dual_blocks_and_a_compiled_transformer(pipes):
 
 class TestRefused:
     def test_words(self, pipes, pipe):
-        """Its prompts stand in a conversation, of which no adapter says where their words are."""
+        """The prompts of [dev] stand in a conversation, of which no adapter says where their words are."""
         tiny, message = pipes["dev"], "FLUX.2's prompts stand in a conversation"
         prompts = [SOURCE, "a photo of a big car on a mountain"]
         blend = FreePromptEdit(0.5) + LocalBlend(prompts, pipe.tokenizer, (["car"], ["car"]))
@@ -171,7 +226,7 @@ class TestRefused:
             draw_flux2(tiny, prompts)
 
     def test_keys_and_values_that_are_kept_from_step_to_step(self):
-        tiny = tiny_flux2_pipeline(kind=diffusers.Flux2KleinKVPipeline)
+        tiny = tiny_flux2_pipeline(name="Flux2KleinKVPipeline")
         message = "Flux2KVAttnProcessor may do more than attention"
         with pytest.raises(ValueError, match=message), editing(tiny, FreePromptEdit(0.5)):
             draw_flux2(tiny, [SOURCE, LONGER[0]])
