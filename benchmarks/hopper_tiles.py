@@ -28,7 +28,7 @@ TILES: dict[tuple[int, int], tuple[str, ...]] = {
     (160, 4): ("128x64s2", "128x64s2t"),
 }
 """The likeliest first. All of them compile without spills and without a wait for every product: :mod:`.sass` is the
-judge. Tiles of 256 rows read the keys half as often, and of the three warpgroups of 192 rows one hides behind another.
+judge. Tiles of 256 rows read the keys half as often, and those of 192 have a third warpgroup to hide behind.
 Where fewer branches fit than there are, there are several launches.
 """
 

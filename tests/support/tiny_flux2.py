@@ -5,15 +5,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.support.tiny_language import qwen_tokenizer
-from tests.support.tiny_transformers import ExactEuler, sharpened
+from tests.support.tiny_transformers import FLUX, ExactEuler, sharpened
 
-FLUX2 = {
-    "in_channels": 64,
-    "num_layers": 2,
-    "num_single_layers": 3,
-    "attention_head_dim": 8,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 32,
+FLUX2 = {name: size for name, size in FLUX.items() if name != "pooled_projection_dim"} | {
     "timestep_guidance_channels": 16,
     "axes_dims_rope": (2, 2, 2, 2),
 }

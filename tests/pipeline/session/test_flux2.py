@@ -193,17 +193,20 @@ def test_a_reference_picture_stays_each_rows_own(pipes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_narrower_weights(dtype):
-    wide_out = narrow_out = None
-    for kind in (torch.float64, dtype):
-        pipe = tiny_flux2_pipeline(kind)
-        with editing(pipe, FreePromptEdit(0.5)):
-            out = draw_flux2(pipe, (SOURCE, LONGER[0])).double()
-        wide_out, narrow_out = (out, None) if kind is torch.float64 else (wide_out, out)
-    assert farthest(wide_out, narrow_out) <= (1e-4 if dtype is torch.float32 else 0.15)
+def test_narrower_weights(pipes, dtype):
+    """The edit is as far from the exact one as the unedited picture is from the exact one, and is seen beside it."""
+    prompts, narrow = (SOURCE, LONGER[0]), tiny_flux2_pipeline(dtype)
+    exact, rounded = (draw_flux2(pipe, prompts).double() for pipe in (pipes["dev"], narrow))
+    with editing(pipes["dev"], FreePromptEdit(1.0)):
+        expected = draw_flux2(pipes["dev"], prompts)
+    with editing(narrow, FreePromptEdit(1.0)):
+        actual = draw_flux2(narrow, prompts).double()
+    assert farthest(actual, expected) <= 3 * farthest(rounded, exact)
+    if dtype is torch.float32:  # bfloat16 is too coarse for weights of no training
+        assert farthest(actual[1], exact[1]) > 100 * farthest(actual, expected)
 
 
-def test_fused_projections_of_dual_blocks_and_a_compiled_transformer(pipes):
+def test_fused_projections_of_dual_blocks(pipes):
     pipe = tiny_flux2_pipeline()
     with editing(pipe, FreePromptEdit(0.5)):
         expected = draw_flux2(pipe, (SOURCE, LONGER[0]))
@@ -211,6 +214,16 @@ def test_fused_projections_of_dual_blocks_and_a_compiled_transformer(pipes):
         block.attn.fuse_projections()
     with editing(pipe, FreePromptEdit(0.5)):
         assert farthest(draw_flux2(pipe, (SOURCE, LONGER[0])), expected) <= EXACT
+
+
+@pytest.mark.slow
+def test_a_compiled_transformer():
+    pipe = tiny_flux2_pipeline(torch.float32)
+    with editing(pipe, FreePromptEdit(0.5)):
+        expected = draw_flux2(pipe, (SOURCE, LONGER[0]))
+    pipe.transformer.compile(backend="eager", fullgraph=True)
+    with editing(pipe, FreePromptEdit(0.5)):
+        assert farthest(draw_flux2(pipe, (SOURCE, LONGER[0])), expected) <= 1e-5
 
 
 class TestRefused:

@@ -73,6 +73,10 @@ def test_a_session_and_a_loop_of_ones_own():
         editing(pipe, FreePromptEdit()),
     ):
         pipe(PROMPTS, latents=noise(0, 0), **FAST)
+    refused_in_a_loop_of_ones_own()
+
+
+def refused_in_a_loop_of_ones_own():
     unet = embedded().unet
     unet.get_submodule(LAYER).to_out[0].register_forward_hook(lambda module, args, output: output * math.nan)
     with (
