@@ -46,7 +46,7 @@ def batch(
     inversion_guidance: Annotated[float | None, setting("inversion_guidance", panel=_JOBS)] = None,
     inner_steps: Annotated[int | None, setting("inner_steps", panel=_JOBS)] = None,
     early_stop: Annotated[float | None, setting("early_stop", panel=_JOBS)] = None,
-    method: Annotated[str | None, setting("method", panel=_JOBS, note="as for fpe edit; default: fpe")] = (None),
+    method: Annotated[str | None, setting("method", panel=_JOBS, note="as for fpe edit; default: fpe")] = None,
     option: Annotated[
         list[Any] | None,
         setting("options", panel=_JOBS, note="repeat for more"),
