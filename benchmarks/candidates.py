@@ -37,9 +37,11 @@ class Candidate:
     maxnreg: int = 0
     gluon: bool = False
     single: bool = False
+    whole: bool = False
 
     def __str__(self) -> str:
-        fetched = "d" * self.descriptors + "s" * self.specialised + "g" * self.gluon + "o" * self.single
+        marks = zip("dsgov", (self.descriptors, self.specialised, self.gluon, self.single, self.whole), strict=True)
+        fetched = "".join(mark for mark, marked in marks if marked)
         bound = f"r{self.maxnreg}" if self.maxnreg else ""
         return f"{self.block_m}x{self.block_n}w{self.warps}s{self.stages}{fetched}{bound}"
 
@@ -51,7 +53,7 @@ class Candidate:
     @classmethod
     def parse(cls, text: str) -> Candidate:
         """The inverse of `str`."""
-        found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(d?)(s?)(g?)(o?)(?:r(\d+))?", text)
+        found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(d?)(s?)(g?)(o?)(v?)(?:r(\d+))?", text)
         if found is None:
             raise ValueError(
                 f"expected a configuration such as 128x64w8s3, 128x64w4s2ds, 128x128w4s2go or 64x64w4s2r168, "
@@ -59,7 +61,7 @@ class Candidate:
             )
         block_m, block_n, warps, stages = map(int, found.groups()[:4])
         fetched = bool(found[5]), bool(found[6])
-        return cls(block_m, block_n, warps, stages, *fetched, int(found[9] or 0), bool(found[7]), bool(found[8]))
+        return cls(block_m, block_n, warps, stages, *fetched, int(found[10] or 0), *map(bool, found.groups()[6:9]))
 
     def fits(self, head_dim: int, branches: int, shared_bytes: int, itemsize: int = 2) -> bool:
         """Whether the tiles can be held at all; what compiles but spills shows in its time.

@@ -1,7 +1,7 @@
 """Which tiles of the kernel for Hopper are measured and compiled ahead, by head dim and branches.
 
 ``128x64s3`` are 128 rows of queries, 64 of keys, three slots of a ring; a ``t`` behind it: warpgroups issue in turns;
-an ``o``: each program takes one tile of queries.
+an ``o``: each program takes one tile of queries; a ``v``: values lie in one piece, as wide as the next power of two.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from fpe_kernels.backends.triton import hopper
 from fpe_kernels.backends.triton.configs import Config
 
 TILES: dict[tuple[int, int], tuple[str, ...]] = {
-    (40, 1): ("256x64s3", "192x128s2", "192x64s3", "128x128s2t", "256x64s3o"),
-    (40, 2): ("256x64s3", "192x64s3", "256x64s3o", "128x64s3", "128x128s2t"),
-    (40, 4): ("128x64s3", "128x64s3t", "128x128s2"),
+    (40, 1): ("128x128s2v", "128x128s2tv", "192x128s2v", "192x128s2", "256x64s3"),
+    (40, 2): ("128x128s2v", "128x128s2tv", "192x64s3v", "256x64s3", "256x64s3o"),
+    (40, 4): ("128x64s3v", "128x64s3tv", "128x64s3", "128x64s3t"),
     (64, 1): ("128x128s2", "128x128s2t", "192x128s2", "192x64s3", "256x64s3"),
     (64, 2): ("128x128s2", "128x128s2t", "192x64s3", "256x32s4"),
     (64, 4): ("128x64s3", "128x64s3t"),
@@ -38,11 +38,12 @@ SHORT = ("64x64s3", "64x128s2")
 
 def config_of(name: str) -> Config:
     """The configuration of a name."""
-    found = re.fullmatch(r"(\d+)x(\d+)s(\d+)(t?)(o?)", name)
+    found = re.fullmatch(r"(\d+)x(\d+)s(\d+)(t?)(o?)(v?)", name)
     if found is None:
-        raise ValueError(f"expected tiles such as 128x64s3, 256x32s4t or 256x64s3o, got {name!r}")
+        raise ValueError(f"expected tiles such as 128x64s3, 256x32s4t, 256x64s3o or 128x128s2v, got {name!r}")
     rows, keys, slots = map(int, found.groups()[:3])
-    return Config(rows, keys, hopper.WARPS, slots, specialised=bool(found[4]), gluon=True, single=bool(found[5]))
+    turns, single, whole = (bool(mark) for mark in found.groups()[3:])
+    return Config(rows, keys, hopper.WARPS, slots, specialised=turns, gluon=True, single=single, whole=whole)
 
 
 def offered(head_dim: int, branches: int, tokens: int) -> list[Config]:

@@ -252,7 +252,8 @@ def compile_program(program: Program) -> dict:
         "matrix_instructions": list(taken.matrix_instructions),
     }
     if program.kernel.startswith("gluon"):
-        row["stalls"] = sass.stalls(sass.read(sass.disassemble(compiled.asm["cubin"])), products_of(launch))
+        found = sass.read(sass.disassemble(compiled.asm["cubin"]))
+        row["stalls"] = sass.stalls(found, products_of(launch), shuffles_of(launch))
     return row
 
 
@@ -260,6 +261,11 @@ def products_of(launch: Launch) -> int:
     """How many products with values are in flight together in a launch of the kernel for Hopper."""
     constants = launch.constants
     return constants["BRANCHES"] // constants["BUNDLE"] * (2 if constants["VALUE_1"] else 1)
+
+
+def shuffles_of(launch: Launch) -> int:
+    """How many shuffles a tile of such a launch needs: two for each row of a thread, whose maximum four threads find."""
+    return 0 if launch.constants["KNOWN"] else 2 * (launch.constants["ROWS"] // 32)
 
 
 def complaints(row: dict, committed: dict | None) -> list[str]:

@@ -3,7 +3,8 @@
 Registers and spills do not show it when the assembler gives up on asynchronous products and waits for each one; the
 order of a loop's instructions does. Of Hopper's instructions, HGMMA is a product of a warpgroup, in flight until a
 WARPGROUP.DEPBAR allows fewer products in flight than there are; MUFU.EX2 is an exponential, BAR.SYNC a barrier of
-several warps, LDS and STS copy between registers and shared memory, LDL and STL spill.
+several warps, SHFL a number from another thread of the warp, LDS and STS copy between registers and shared memory, LDL
+and STL spill.
 """
 
 from __future__ import annotations
@@ -195,12 +196,13 @@ def _from_head(places: list[int], head: int) -> list[int]:
     return places[cut:] + places[:cut]
 
 
-def stalls(program: Program, products: int | None = None) -> list[str]:
+def stalls(program: Program, products: int | None = None, shuffles: int | None = None) -> list[str]:
     """What keeps the tensor cores waiting in a program of the kernel for Hopper; nothing is what is wanted.
 
     Args:
         program: compiled for sm_90.
         products: products of probabilities and values in a step, in flight together; default: any number.
+        shuffles: of a tile, what finding the maxima of a thread's rows takes; default: any number.
     """
     found = [f"spills ({program.spills} instructions)"] if program.spills else []
     if not program.loops:
@@ -217,6 +219,8 @@ def stalls(program: Program, products: int | None = None) -> list[str]:
             found.append(f"has {loop.barriers} barriers a tile, at most {MOST_BARRIERS} wanted")
         if loop.copies:
             found.append(f"copies between registers and shared memory ({loop.copies} instructions a tile)")
+        if shuffles is not None and loop.count("SHFL") > shuffles:
+            found.append(f"shuffles {loop.count('SHFL')} times a tile, at most {shuffles} wanted")
     return list(dict.fromkeys(found))
 
 

@@ -2,10 +2,12 @@
 
 A multiprocessor's cycles for one tile of keys, by what they go into:
 
-    tensor       products at 2048 multiply-adds a cycle; a product too narrow waits for shared memory, 128 bytes a cycle
+    tensor       products at 2048 multiply-adds a cycle; of scores, one too narrow waits for shared memory, 128 bytes a
+                 cycle; of values, one too narrow takes :data:`NARROW` cycles
     exponential  16 a cycle
     issue        instructions of a warp, four warps a cycle, counted in SASS: 12 + 5.6 a score + 1.6 an accumulator
     L2           boxes of keys and values by sectors of 32 bytes, :data:`L2_RATE` bytes a cycle
+    copies       rows of boxes, of at most 128 bytes, :data:`COPY` cycles each
 
 A tile takes the longer of `tensor` and `exponential`, :data:`EXPOSED` of the shorter, and `LATENCY`; a program's first
 tile and its output take `START` more. Warpgroups that issue in turns (:mod:`.hopper_tiles`) hide no more of it than
@@ -35,6 +37,8 @@ LATENCY = 350  # cycles a tile: barriers, the way from one pipe to another
 START = (
     12000  # cycles a tile of queries, and what a launch takes: queries come, the first scores, the output is written
 )
+NARROW = 28  # cycles that a product of values takes at least, as one of 56 columns
+COPY = 3.5  # cycles from one row of a box to the next
 L2_RATE = 22  # bytes a cycle of one multiprocessor: the most that any row shows
 SECTOR = 32
 RESULTS = ROOT / "benchmarks" / "results"
@@ -48,36 +52,42 @@ class Estimate:
     exponential: float
     issue: float
     l2: float
+    copies: float
 
     @property
     def cycles(self) -> float:
         longer, shorter = max(self.tensor, self.exponential), min(self.tensor, self.exponential)
-        return max(longer + EXPOSED * shorter + LATENCY, self.issue, self.l2)
+        return max(longer + EXPOSED * shorter + LATENCY, self.issue, self.l2, self.copies)
 
     @property
     def limit(self) -> str:
         """What the cycles go into most."""
-        if self.cycles in (self.issue, self.l2):
-            return "issue" if self.cycles == self.issue else "L2"
+        for name, taken in (("issue", self.issue), ("L2", self.l2), ("copies", self.copies)):
+            if self.cycles == taken:
+                return name
         return "tensor" if self.tensor >= self.exponential else "exponential"
 
 
 def estimate(head_dim: int, branches: int, config: Config) -> Estimate:
     """For ``branches`` in one launch, values as wide as keys."""
-    width = sum(split_width(head_dim))
-    packed = branches * width
+    pieces, value_pieces = split_width(head_dim), hopper.value_pieces(head_dim, config)
+    width = sum(pieces)
+    packed = branches * sum(value_pieces)
     groups, rows = hopper.warpgroups(config.block_m)
     halves, keys = config.block_m // hopper.ROWS, config.block_n
     # An instruction has 64 rows and 16 of the summed axis; queries and the other operand come from shared memory.
     scores = halves * width / 16 * max(keys / 2, (2048 + 32 * keys) / 128)
-    values = halves * keys / 16 * packed / 2
+    together = hopper.bundle(branches, max(value_pieces))
+    products = sum(max(together * piece / 2, NARROW) for piece in value_pieces if piece) * branches / together
     in_thread = rows / 128
     issue = (12 + 5.6 * in_thread * keys + 1.6 * in_thread * packed) * groups
     row = 2 * head_dim
     # A row that starts in the middle of a sector touches one more; every second head does where rows are no sectors.
     sectors = (-(-row // SECTOR) + (0.5 if row % SECTOR else 0.0)) * SECTOR
     l2 = keys * (1 + branches) * sectors / L2_RATE
-    return Estimate(scores + values, halves * hopper.ROWS * keys / 16, issue, l2)
+    boxes = sum(-(-piece // 64) for piece in pieces) + branches * sum(-(-piece // 64) for piece in value_pieces)
+    tensor = scores + halves * keys / 16 * products
+    return Estimate(tensor, halves * hopper.ROWS * keys / 16, issue, l2, COPY * keys * boxes)
 
 
 def tflops(head_dim: int, branches: int, config: Config, maps: int, tokens: int) -> float:
@@ -108,12 +118,12 @@ def compare(rows: Iterable[Row]) -> list[Compared]:
     """Rows of the suite `tuning` whose launch the model knows: equal rows a map, several waves, one launch."""
     found = []
     for row in rows:
-        tile = re.search(r"@(\d+)x(\d+)w4s(\d+)(s?)go?$", row.provider)
+        tile = re.search(r"@(\d+)x(\d+)w4s(\d+)(s?)go?(v?)$", row.provider)
         if tile is None or not row.median_ms or row.suite != "tuning":
             continue
         case = Case.parse(row.case)
         queries, keys, slots = map(int, tile.groups()[:3])
-        config = Config(queries, keys, hopper.WARPS, slots, specialised=bool(tile[4]), gluon=True)
+        config = Config(queries, keys, hopper.WARPS, slots, specialised=bool(tile[4]), gluon=True, whole=bool(tile[5]))
         branches = case.batch // case.maps
         held = hopper.most_branches(case.head_dim, case.head_dim, config, hopper.LEAST_HELD)
         if case.layout == "guided" or case.tokens < 4096 or held < branches:

@@ -8,6 +8,7 @@ from benchmarks import sass
 
 PRODUCT, EXPONENTIAL = "HGMMA.64x128x16.F32 R24, gdesc[UR4], R24", "MUFU.EX2 R3, R4"
 BARRIER, TO_SHARED, SPILL = "BAR.SYNC.DEFER_BLOCKING 0x2, 0x80", "STS [R2], R3", "STL [R1], R3"
+SHUFFLE = "SHFL.BFLY PT, R9, R12, 0x2, 0x1f"
 
 
 def wait(left: int) -> str:
@@ -49,6 +50,7 @@ def test_a_loop_is_found_with_what_is_in_it(spin) -> None:
         assert loop.hidden_exponentials == 1.0
         assert (loop.barriers, loop.copies, loop.serialised) == (GOOD.count(BARRIER), 0, False)
     assert sass.stalls(found, products=1) == []
+    assert sass.stalls(program([*GOOD, *[SHUFFLE] * 4]), shuffles=4) == []
 
 
 @pytest.mark.parametrize(
@@ -62,10 +64,11 @@ def test_a_loop_is_found_with_what_is_in_it(spin) -> None:
         ([*GOOD, *[BARRIER] * 4], "6 barriers a tile"),
         ([TO_SHARED, *GOOD], "copies between registers and shared memory (1 "),
         ([*GOOD, SPILL], "spills (1 instructions)"),
+        ([*GOOD, *[SHUFFLE] * 5], "shuffles 5 times a tile, at most 4"),
     ],
 )
 def test_what_stalls_is_said(body, words) -> None:
-    found = sass.stalls(program(GOOD, body), products=1)
+    found = sass.stalls(program(GOOD, body), products=1, shuffles=4)
     assert any(words in line for line in found), found
 
 

@@ -68,6 +68,7 @@ def test_a_candidate_is_read_back_from_its_name(candidate: Candidate) -> None:
 
 def test_another_name_is_no_candidate() -> None:
     assert str(Candidate(128, 64, 4, 2, True, True, 168)) == "128x64w4s2dsr168"
+    assert str(Candidate(128, 64, 4, 2, gluon=True, whole=True)) == "128x64w4s2gv"
     with pytest.raises(ValueError, match="expected a configuration such as 128x64w8s3"):
         Candidate.parse("one-launch")
 
@@ -161,7 +162,7 @@ def test_rows_of_an_h200_need_no_architecture_named() -> None:
     device = "cuda: NVIDIA H200"
     rows = [row(HALVES, "fpe-triton", 1.0, device), row(HALVES, "fpe-triton@64x64w4s3", 0.5, device)]
     assert tuned_table.learn(rows)[0].forward == {
-        ("sm_90", 64, 128, 4096): (64, 64, 4, 3, False, False, 0, False, False)
+        ("sm_90", 64, 128, 4096): (64, 64, 4, 3, False, False, 0, False, False, False)
     }
 
 
@@ -220,7 +221,7 @@ def test_a_choice_must_be_best_over_all_cases_of_its_entry() -> None:
     rows += [row(HALVES, "fpe-triton@64x64w4s3", 0.5), row(other, "fpe-triton@64x64w4s3", 1.9)]
     rows += [row(case, "fpe-triton@128x32w8s3", 0.9) for case in (HALVES, other)]
     assert tuned_table.learn(rows)[0].forward == {
-        ("sm_90", 64, 128, 4096): (128, 32, 8, 3, False, False, 0, False, False)
+        ("sm_90", 64, 128, 4096): (128, 32, 8, 3, False, False, 0, False, False, False)
     }
 
 

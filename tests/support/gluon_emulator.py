@@ -53,6 +53,7 @@ def _language() -> ModuleType:
         NVMMADistributedLayout=lambda *_: None,
         SliceLayout=lambda *_: None,
         DotOperandLayout=lambda *_: None,
+        DistributedLinearLayout=lambda *_: None,
         arange=lambda start, stop, layout: torch.arange(start, stop),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         convert_layout=same,

@@ -107,13 +107,22 @@ def _no_descriptor(tensor: Tensor) -> str:
 
 def most_branches(head_dim: int, value_dim: int, config: Config, held: int = _HELD) -> int:
     """How many branches one launch holds, by registers and by shared memory; 0 where not even one fits."""
-    head, packed = sum(split_width(head_dim)), sum(split_width(value_dim))
+    head, packed = sum(split_width(head_dim)), sum(value_pieces(value_dim, config))
     groups, rows = warpgroups(config.block_m)
     # A thread holds rows / 128 of a tile's float32 columns, and the probabilities a second time in half precision.
     by_registers = ((REGISTERS[groups] - held) * 128 // rows - 3 * config.block_n // 2) // packed
     free = SHARED_MEMORY["sm_90"] - 1024 - 2 * head * (config.block_m + config.stages * config.block_n)
     by_shared = free // (2 * config.stages * config.block_n * packed)
     return max(0, min(by_registers, by_shared, 4))
+
+
+def value_pieces(width: int, config: Config) -> tuple[int, int]:
+    """The widths that a tile of values is held in, as :func:`.packing.split_width`, or in one.
+
+    The columns past the end are zeros that the copy engine writes: they cost room and products, and a product of 16
+    columns costs nearly as much as one of 32.
+    """
+    return (max(16, triton.next_power_of_2(width)), 0) if config.whole else split_width(width)
 
 
 def fitted(head_dim: int, value_dim: int, branches: int, config: Config, held: int = _HELD) -> Config:
@@ -181,13 +190,14 @@ def prepare(
         ("key", key, config.block_n),
         ("value", value, config.block_n),
     ):
-        for piece, width in enumerate(split_width(tensor.shape[3])):
+        pieces = value_pieces(value_dim, config) if name == "value" else split_width(head_dim)
+        for piece, width in enumerate(pieces):
             if width:
                 tensors[f"{name}_{piece}"], boxes[f"{name}_{piece}"] = tensor, (1, 1, rows, width)
             else:
                 absent[f"{name}_{piece}"] = None
     tiles = -(-queries // config.block_m) * heads * len(chunk.table)
-    head_pieces, value_pieces = split_width(head_dim), split_width(value_dim)
+    (head_0, head_1), (value_0, value_1) = split_width(head_dim), value_pieces(value_dim, config)
     module = kernels()
     assert isinstance(module, ModuleType), module
     return Launch(
@@ -212,13 +222,13 @@ def prepare(
         },
         constants={
             **absent,
-            "HEAD_0": head_pieces[0],
-            "HEAD_1": head_pieces[1],
+            "HEAD_0": head_0,
+            "HEAD_1": head_1,
             "VALUE_DIM": value_dim,
-            "VALUE_0": value_pieces[0],
-            "VALUE_1": value_pieces[1],
+            "VALUE_0": value_0,
+            "VALUE_1": value_1,
             "BRANCHES": chunk.branches,
-            "BUNDLE": bundle(chunk.branches, value_pieces),
+            "BUNDLE": bundle(chunk.branches, max(value_0, value_1)),
             "OUT_VECTOR": 2 if _pairs(out) else 1,
             "KNOWN": known,
             "EVEN_KEYS": keys % config.block_n == 0,
@@ -239,9 +249,9 @@ def resident(device: torch.device, config: Config) -> int:
     return every * (2 if config.block_m == ROWS else 1)
 
 
-def bundle(branches: int, pieces: tuple[int, int]) -> int:
+def bundle(branches: int, width: int) -> int:
     """How many branches share one product: a power of two of at most 256 columns, the widest matrix instruction."""
-    return max(count for count in (1, 2, 4) if branches % count == 0 and (count == 1 or count * max(pieces) <= 256))
+    return max(count for count in (1, 2, 4) if branches % count == 0 and (count == 1 or count * width <= 256))
 
 
 def _pairs(out: Tensor) -> bool:

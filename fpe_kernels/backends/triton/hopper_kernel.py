@@ -11,12 +11,13 @@ slot is in use for the ``t``-th time in phase ``t % 2`` of its barriers.
 The order of a warpgroup is that of FlashAttention-3 (Shah et al., 2024): S(j) = Q K(j)ᵀ is issued, then P(j−1) V(j−1)
 behind it; S(j) alone is waited for, its exponentials are taken while the second product runs, and only then are the
 accumulators touched. With TURNS the warpgroups issue in turns, so that one takes its exponentials while the other's
-products run; otherwise nothing keeps them from running in step. The tile that the end of the keys cuts is the first
-one, so that no other needs a mask.
+products run; otherwise nothing keeps them from running in step. The sum of a row stays dealt out among the four threads
+that hold the row until the last tile is read, so that no tile has to shuffle it together. The tile that the end of the
+keys cuts is the first one, so that no other needs a mask.
 
 A width is held in one or two pieces that are powers of two, 160 = 128 + 32, as everywhere
 (:func:`.packing.split_width`); a piece has boxes and rings of its own. Boxes reach past a tensor's end, where the copy
-engine writes zeros.
+engine writes zeros: so values may lie in one wider piece as well (:func:`.hopper.value_pieces`).
 
 Importing this needs a Triton with Gluon for Hopper; :mod:`.hopper` does so when it is asked.
 """
@@ -32,7 +33,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
 from .hopper_fetch import fetch, place
-from .hopper_pieces import finished, issue_products, issue_scores, rescaled_rows, side_by_side, write
+from .hopper_pieces import (
+    finished,
+    issue_products,
+    issue_scores,
+    rescaled_rows,
+    side_by_side,
+    sums_of_threads,
+    write,
+)
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -83,6 +92,14 @@ def _multiply(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE_0, 16])
     O_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE_1, 16])
+    # Of a row's sum, the parts of the four threads that hold the row; as S is laid out.
+    SUMS: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]] if ROWS == 64 else [[8, 0], [64, 0]],
+        [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [ROWS, 4],
+    )
     PRODUCTS: gl.constexpr = BUNDLES * (2 if SPLIT else 1)
     TYPE: gl.constexpr = v_0.dtype
     query_tiles = gl.cdiv(queries, GROUPS * ROWS)
@@ -127,7 +144,7 @@ def _multiply(
         else:
             maximum = gl.max(scores, 1) * scale
         exponentials = gl.exp2(scores * scale - maximum[:, None])
-        normaliser = gl.sum(exponentials, 1)
+        normaliser = sums_of_threads(exponentials, ROWS, BLOCK_N, SUMS)
         probabilities = exponentials.to(TYPE)
 
         k_slot += 1
@@ -152,7 +169,8 @@ def _multiply(
                 maximum = new_maximum
             exponentials = gl.exp2(scores * scale - maximum[:, None])
             if not KNOWN:
-                normaliser = normaliser * rescale + gl.sum(exponentials, 1)
+                factor = gl.convert_layout(rescale, gl.SliceLayout(1, SUMS))[:, None]
+                normaliser = normaliser * factor + sums_of_threads(exponentials, ROWS, BLOCK_N, SUMS)
             k_slot += 1
             if k_slot == STAGES:
                 k_slot = 0
@@ -181,9 +199,10 @@ def _multiply(
         if not KNOWN:
             # Worked out here, an address is held in no register while the loop runs.
             logsumexp_ptr = logsumexp_start + ((gl.load(group_ptr).to(gl.int64) * heads + head) * queries + first_row)
-            logsumexp = (maximum + gl.log2(normaliser)) * LN2
+            total = gl.convert_layout(gl.sum(normaliser, 1), gl.SliceLayout(1, S))
+            logsumexp = (maximum + gl.log2(total)) * LN2
             gl.store(logsumexp_ptr + rows, logsumexp, mask=rows < queries - first_row)
-            accumulators = rescaled_rows(accumulators, 1.0 / normaliser, SPLIT, BUNDLES, O_0, O_1)
+            accumulators = rescaled_rows(accumulators, 1.0 / total, SPLIT, BUNDLES, O_0, O_1)
         out_ptr = out_start + head.to(gl.int64) * out_stride_h
         where = (group_ptr + 1, first_row, queries, out_stride_b, out_stride_n, out_stride_e)
         # Constants stay constants in the call itself only.

@@ -98,6 +98,15 @@ def finished(products, PRODUCTS: gl.constexpr):
 
 
 @gluon.jit
+def sums_of_threads(tile, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+    """[ROWS, 4]: of each row, what each of the four threads that hold it adds up by itself, without a shuffle.
+
+    A thread holds two neighbours of every eight columns of a product.
+    """
+    return gl.convert_layout(gl.sum(gl.sum(tile.reshape([ROWS, COLUMNS // 8, 4, 2]), 3), 1), LAYOUT)
+
+
+@gluon.jit
 def rescaled_rows(
     accumulators,
     factor,
@@ -142,16 +151,16 @@ def write(
     column = gl.arange(0, BUNDLE * WIDTH, gl.SliceLayout(0, LAYOUT))
     entry = START + column % WIDTH
     valid = entry // VECTOR * VECTOR < VALUE_DIM
-    start = first_row.to(gl.int64) * stride_n
     branches = gl.zeros([BUNDLE * WIDTH], gl.int64, gl.SliceLayout(0, LAYOUT))
     for branch in gl.static_range(BUNDLE):
         row = gl.load(rows_ptr + before + branch)
         mine = column // WIDTH == branch
-        branches = gl.where(mine, row.to(gl.int64) * stride_b + start, branches)
+        branches = gl.where(mine, row.to(gl.int64) * stride_b, branches)
         if before + branch > 0:
             # A branch that names the row before it again is there to make the launch wide enough.
             valid = valid & ((gl.load(rows_ptr + before + branch - 1) != row) | (column // WIDTH != branch))
-    offsets = (branches + entry * stride_e)[None, :] + rows[:, None] * stride_n
+    # Added before they are multiplied, so that no product of the rows alone is held in registers from tile to tile.
+    offsets = (branches + entry * stride_e)[None, :] + (first_row + rows).to(gl.int64)[:, None] * stride_n
     if VECTOR > 1:
         offsets = gl.max_contiguous(gl.multiple_of(offsets, [1, VECTOR]), [1, VECTOR])
         valid = gl.max_constancy(valid, [VECTOR])

@@ -16,13 +16,16 @@ from fpe_kernels.testing import assert_matches, make_case
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=[(128, 128, 2), (128, 64, 3), (64, 32, 2), (192, 64, 2), (256, 64, 3), (256, 32, 4)], ids=str)
+@pytest.fixture(
+    params=[(128, 128, 2), (128, 64, 3), (64, 32, 2), (192, 64, 2), (256, 64, 3), (256, 32, 4), (128, 64, 2, True)],
+    ids=str,
+)
 def served(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
     """Forward launches ask for the kernel; a list that gains the branches of every launch that it serves."""
     if torch.cuda.get_device_capability() != (9, 0) or isinstance(hopper.kernels(), str):
         pytest.skip("needs Hopper, and a Triton with Gluon")
-    rows, keys, stages = request.param
-    asked = configs.Config(rows, keys, 4, stages, gluon=True)
+    rows, keys, stages, *whole = request.param
+    asked = configs.Config(rows, keys, 4, stages, gluon=True, whole=bool(whole))
     branches: list[int] = []
     prepare = hopper.prepare
 
