@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,9 +29,13 @@ class EditChromaProcessor(EditFluxProcessor):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
         seen: torch.Tensor | None = None,
     ) -> Any:
-        if attention_mask is None:
-            # diffusers hands no mask to single blocks whose gradients are checkpointed.
-            order = order if order.text_lengths is None else replace(order, text_lengths=None)
+        if attention_mask is None:  # as diffusers calls single blocks whose gradients are checkpointed
+            if order.text_lengths is not None:
+                raise ValueError(
+                    f"{order.site.path} is not told the mask that the model got, as diffusers leaves it out of single "
+                    "blocks whose gradients are checkpointed, so that padding counts there: call "
+                    "transformer.disable_gradient_checkpointing(), or run without gradients"
+                )
         elif attention_mask.dtype != torch.bool:
             assert order.site.tokens is not None
             # Of the last query, which is the image's: one for each key that is none of the padding.
