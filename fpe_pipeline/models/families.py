@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .adapter import ModelAdapter, identity
+from .chroma import ChromaAdapter
 from .flux import FluxAdapter
 from .flux2 import Flux2Adapter
 from .hunyuan_dit import HunyuanDiTAdapter
@@ -22,6 +23,7 @@ __all__ = ["adapter_of", "edited_model", "register_adapter"]
 
 #: By the name of the class, the adapters of transformers; UNets are told by their blocks.
 _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
+    "ChromaTransformer2DModel": ChromaAdapter,
     "Flux2Transformer2DModel": Flux2Adapter,
     "FluxTransformer2DModel": FluxAdapter,
     "HunyuanDiT2DModel": HunyuanDiTAdapter,

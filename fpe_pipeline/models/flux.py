@@ -38,8 +38,12 @@ class FluxBlocksAdapter(NamedCallsAdapter):
             for index, (place, path, block) in enumerate(places)
         )
 
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The arguments of a call by their names."""
+        return inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        given = self.named(args, kwargs)
         sample, places = given["hidden_states"], given["img_ids"]
         height, width, references = _size(places)
         return ModelCall(

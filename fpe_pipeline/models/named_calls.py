@@ -15,6 +15,9 @@ __all__ = ["NamedCallsAdapter"]
 #: Pipelines that name no contexts, and call the model with the prompts first and then with the negative ones.
 _CONDITIONAL_FIRST = frozenset(
     {
+        "ChromaImg2ImgPipeline",
+        "ChromaInpaintPipeline",
+        "ChromaPipeline",
         "FluxImg2ImgPipeline",
         "FluxInpaintPipeline",
         "FluxKontextInpaintPipeline",

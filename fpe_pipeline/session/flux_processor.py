@@ -43,6 +43,19 @@ class EditFluxProcessor(DispatchedAround):
         order = self.order
         if order is None:
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
+        return self.edited(attn, order, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+    def edited(
+        self,
+        attn: Any,
+        order: Order,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
+        seen: torch.Tensor | None = None,
+    ) -> Any:
+        """What the layer gives where an order is carried out; ``seen`` is as :class:`.JointLayer` has it."""
         plan = order.plan
         assert isinstance(plan, JointPlan) and order.site.tokens is not None
         is_single, text, given = encoder_hidden_states is None, encoder_hidden_states, hidden_states
@@ -55,7 +68,7 @@ class EditFluxProcessor(DispatchedAround):
             return turned_rows(attn, used, _split(attn, used, tokens, added=added), places, added=added)
 
         out, context, self.record = joint_tokens(
-            attn, order, text, given, attention_mask, image_rotary_emb, projected, added=not is_single
+            attn, order, text, given, attention_mask, image_rotary_emb, projected, added=not is_single, seen=seen
         )
         if is_single:
             return torch.cat([context, out], dim=1)
@@ -72,6 +85,7 @@ def joint_tokens(
     projected: Callable[[Segment, torch.Tensor, Any, bool], SegmentProjections],
     *,
     added: bool,
+    seen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, LayerRecord]:
     """A layer's order carried out.
 
@@ -85,6 +99,7 @@ def joint_tokens(
         projected: makes of a segment's tokens, their places and whether they are the text's own weights' the rows of it
             that the plan uses.
         added: whether the text has weights of its own.
+        seen: as :class:`.JointLayer` has it.
 
     Returns:
         Image and reference tokens [B, N + R, H·D], text tokens [B, T, H·D], and what was done.
@@ -102,7 +117,9 @@ def joint_tokens(
         own.beside("text", order.recorded),
         attn.head_dim**-0.5,
         order.backend,
-        references=references,
+        order.text_lengths,
+        references,
+        seen=seen,
     )
     record = joint_record(plan, layer, attn.heads)
     rows, text_rows = joint_rows(order, plan, layer)

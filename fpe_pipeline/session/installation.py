@@ -10,6 +10,7 @@ from typing import Any
 from ..models.adapter import ModelAdapter
 from ..models.sites import Site
 from .around import ProcessorAround
+from .chroma_processor import EditChromaProcessor
 from .flux2_processor import flux2_processor, unsupported_flux2_reasons
 from .flux_processor import EditFluxProcessor
 from .instructions import Order
@@ -34,6 +35,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "sd3": (EditJointProcessor, unsupported_joint_reasons),
     "flux": (EditFluxProcessor, EditFluxProcessor.unsupported_reasons),
     "flux2": (flux2_processor, unsupported_flux2_reasons),
+    "chroma": (EditChromaProcessor, EditChromaProcessor.unsupported_reasons),
     "qwen": (EditQwenProcessor, EditQwenProcessor.unsupported_reasons),
     "lumina2": (EditLumina2Processor, unsupported_lumina2_reasons),
     "ltx": (EditLTXProcessor, EditLTXProcessor.unsupported_reasons),

@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.nn import functional
 
 from fpe_kernels import AttentionMap, LinearMap, join
 
 from ..edits.joint_products import JointPlan, JointProduct, MixedRows
-from .computing import Rows
+from .computing import Rows, take
 from .known_rows import RecordedLayer
 from .places import turned
 from .segment_rows import column_values, tokens_of, values_of
@@ -67,6 +68,8 @@ class JointLayer:
         references: how many of the text's tokens, the last ones, are those of a reference picture.
         origins: where rotary embeddings follow the text's length, for each row of the batch what its image's tokens are
             turned by in common, as complex numbers [rows, D / 2].
+        seen: [rows, T], one for each text token of a row and zero for its padding, where padding takes some attention:
+            from queries that are no padding e times less than scores give it. None where there is no such padding.
     """
 
     image: SegmentProjections
@@ -76,14 +79,37 @@ class JointLayer:
     text_lengths: tuple[int, ...] | None = None
     references: int = 0
     origins: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
 
-    def map(self, query: torch.Tensor, key: torch.Tensor, lengths: list[int] | None = None) -> AttentionMap:
+    def map(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        lengths: list[int] | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> AttentionMap:
         """The maps of some queries [G, H, N, D] and keys [G, H, M, D], of which so many are no padding."""
-        return AttentionMap(query, key, scale=self.scale, backend=self.backend, key_lengths=lengths)
+        return AttentionMap(query, key, scale=self.scale, bias=bias, backend=self.backend, key_lengths=lengths)
 
-    def lengths(self, text_rows: Sequence[int], before: int = 0) -> list[int] | None:
-        """Keys that are no padding, of the texts of some rows behind ``before`` others; None where none is padding."""
-        return None if self.text_lengths is None else [before + self.text_lengths[row] for row in text_rows]
+    def map_over_texts(
+        self, query: torch.Tensor, key: torch.Tensor, texts: Sequence[int], asking: Sequence[int] | None = None
+    ) -> AttentionMap:
+        """The maps of some queries [G, H, N, D] and keys [G, H, M, D], which are or end with the texts of rows.
+
+        Args:
+            texts: G rows, whose padding gets what is its due.
+            asking: G rows whose texts the queries are; None for queries of images.
+        """
+        assert self.text is not None
+        before = max(key.shape[2] - self.text.key.tensor.shape[2], 0)
+        lengths = None if self.text_lengths is None else [before + self.text_lengths[row] for row in texts]
+        if self.seen is None:
+            return self.map(query, key, lengths)
+        seen = self.seen.to(query.dtype)
+        bias = functional.pad(take(seen, texts) - 1, (before, 0))[:, None, None]
+        if asking is not None:  # queries that are padding themselves tell no keys apart
+            bias = bias * take(seen, asking)[:, None, :, None]
+        return self.map(query, key, lengths, bias)
 
     def images(self, rows: Rows, named: Sequence[tuple[Any, int]]) -> torch.Tensor:
         """Queries or keys of image tokens, for each (row, row in whose place they are to stand): [entries, H, N, D]."""
@@ -195,8 +221,8 @@ def text_maps(plan: JointPlan, rows: Sequence[int], layer: JointLayer) -> dict[i
         query = layer.images(layer.image.query, [(term.query.image, term.key.text)])[0].detach()
         key = tokens_of(layer.text.key, [term.key.text])[0].detach()
         key = key[..., : key.shape[-2] - layer.references, :].repeat_interleave(len(query) // len(key), dim=0)
-        lengths = layer.lengths([term.key.text] * len(query))
-        alone = layer.map(query.unsqueeze(1), key.unsqueeze(1), lengths).scale_rows(share.unsqueeze(1))
+        whole = layer.map_over_texts(query.unsqueeze(1), key.unsqueeze(1), [term.key.text] * len(query))
+        alone = whole.scale_rows(share.unsqueeze(1))
         if not term.is_whole:
             weight = _weight(term.weight, share.unsqueeze(-1), share.dtype, is_text=False)
             alone = alone.scale_rows(weight if isinstance(weight, float) else weight[None, None, :, 0])
@@ -230,7 +256,7 @@ def _shared(layer: JointLayer, named: Sequence[tuple[Any, Any]], segment: Litera
         return layer.map(queries, layer.images(layer.image.key, [(key, query) for query, key in pairs])).take(index)
     assert layer.text is not None
     queries = layer.images(layer.image.query, pairs)
-    return layer.map(queries, tokens_of(layer.text.key, rows), layer.lengths(rows)).take(index)
+    return layer.map_over_texts(queries, tokens_of(layer.text.key, rows), rows).take(index)
 
 
 def _text_rows(terms: Sequence[JointProduct], layer: JointLayer) -> torch.Tensor:
@@ -238,8 +264,8 @@ def _text_rows(terms: Sequence[JointProduct], layer: JointLayer) -> torch.Tensor
     triples, index = _distinct([(term.query.text, *term.key) for term in terms])
     queries = tokens_of(layer.text.query, [query for query, _, _ in triples])
     keys = layer.keys([(image, text) for _, image, text in triples])
-    lengths = layer.lengths([text for _, _, text in triples], layer.image.key.tensor.shape[2])
-    return layer.map(queries, keys, lengths).take(index) @ layer.values(terms)
+    asking, texts = [query for query, _, _ in triples], [text for _, _, text in triples]
+    return layer.map_over_texts(queries, keys, texts, asking).take(index) @ layer.values(terms)
 
 
 def _distinct(named: Sequence[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], list[int]]:

@@ -48,8 +48,8 @@ class EditingSession:
             images = pipe([source_prompt, target_prompt], latents=noise.expand(2, -1, -1, -1)).images
 
     The pipeline is an ordinary one with a UNet, or with a transformer that has an adapter (Stable Diffusion 3 and
-    3.5, FLUX.1 and 2, Qwen-Image, PixArt, HunyuanDiT, LTX, Wan): its prompts are one source and any number of targets,
-    started from the same noise.
+    3.5, FLUX.1 and 2, Chroma, Qwen-Image, PixArt, HunyuanDiT, LTX, Wan): its prompts are one source and any number of
+    targets, started from the same noise.
     Layers and steps that the edit leaves alone are computed by the processors that were there before, to the bit;
     on leaving the block, by an exception too, those are back in place.
 

@@ -24,6 +24,8 @@ class DenseJoint:
     #: A mistake that is planted: "swapped", the tokens of the other order are exchanged, or "before places", the
     #: queries of another row are exchanged before their norm and rotary embedding.
     fault = None
+    #: Of text tokens that are no padding, as `dense_row` takes it.
+    mask = None
 
     def __init__(self, rule, keep=None):
         self.rule, self.keep = rule, keep
@@ -53,7 +55,7 @@ class DenseJoint:
 
     def row(self, row, rows, parts):
         keep = None if self.keep is None else lambda block: self.keep(row, rows, block)
-        return dense_row(self.rule(row, rows), row, parts, self.order, keep, fault=self.fault)
+        return dense_row(self.rule(row, rows), row, parts, self.order, keep, self.mask, self.fault)
 
 
 class DenseFlux(DenseJoint):
@@ -94,6 +96,20 @@ class DenseFlux(DenseJoint):
 
     def split(self, parts):
         return parts
+
+
+class DenseChroma(DenseFlux):
+    """The same in blocks of Chroma, which are told of their texts' padding by a mask of queries times keys."""
+
+    #: A mistake that is planted: the blocks, "dual" or "single", that do not look at their masks.
+    blind = ()
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        self.mask = None
+        if attention_mask is not None and ("dual" if attn.added_kv_proj_dim else "single") not in self.blind:
+            own = attention_mask[:, 0].diagonal(dim1=1, dim2=2)  # of a token with itself
+            self.mask = own[:, : self.texts()].expand(len(hidden_states), -1)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, None, image_rotary_emb)
 
 
 class DenseFlux2Single(DenseFlux):
@@ -156,16 +172,12 @@ class DenseQwen(DenseJoint):
                 if letter != "v":
                     part = apply_rotary_emb_qwen(part.transpose(1, 2), turned[segment], use_real=False).transpose(1, 2)
                 parts[f"{letter}_{segment}"] = part
-        self.mask = encoder_hidden_states_mask
+        self.mask = None if encoder_hidden_states_mask is None else encoder_hidden_states_mask.bool()
         parts["raw"] = heads(attn, attn.to_q, image)
         rows = image.shape[0]
         out = torch.stack([self.row(row, rows, parts) for row in range(rows)])
         texts = text.shape[1]
         return linear(attn.to_out[0], out[:, texts:]), linear(attn.to_add_out, out[:, :texts])
-
-    def row(self, row, rows, parts):
-        keep = None if self.keep is None else lambda block: self.keep(row, rows, block)
-        return dense_row(self.rule(row, rows), row, parts, self.order, keep, self.mask, self.fault)
 
 
 def dense_row(terms, row, parts, order, keep=None, mask=None, fault=None):
@@ -173,7 +185,8 @@ def dense_row(terms, row, parts, order, keep=None, mask=None, fault=None):
 
     Args:
         keep: is shown the block of its map of image queries over text keys, [H, image tokens, text tokens].
-        mask: of text tokens that are no padding, [rows, text tokens], which go where the keys of a row go.
+        mask: of text tokens that are no padding, [rows, text tokens], which go where the keys of a row go. Numbers go
+            where its queries go as well, and their products are added to scores.
         fault: as of `DenseJoint`.
     """
     if isinstance(terms, Blocks):
@@ -190,7 +203,7 @@ def dense_row(terms, row, parts, order, keep=None, mask=None, fault=None):
                 torch.cat([tokens[f"{letter}_{part}"] for part in order if f"{letter}_{part}" in tokens], dim=1)
                 for letter in "qkv"
             )
-        exists = None if mask is None else existing(parts, order, mask[sources.get("k_text", row)])
+        exists = existing(parts, order, mask, sources.get("q_text", row), sources.get("k_text", row))
         whole = written_out(query, key, exists)
         term = whole @ value  # [H, tokens, D]
         if isinstance(weight, torch.Tensor):  # of image tokens
@@ -224,16 +237,21 @@ def other_order(names):
     return [{"image": "text", "text": "image"}.get(name, name) if "text" in names else name for name in names]
 
 
-def existing(parts, order, text):
-    """Which keys exist, where only these of the text do."""
-    image = torch.ones(parts["k_image"].shape[2], dtype=torch.bool)
-    return torch.cat([image if part == "image" else text.bool() for part in order])
+def existing(parts, order, mask, asking, asked):
+    """Which keys exist, where only these of the text do; what is added to scores, where the mask is numbers."""
+    if mask is None:
+        return None
+    image = torch.ones(parts["k_image"].shape[2], dtype=mask.dtype)
+    asks, exists = (torch.cat([image if part == "image" else mask[row] for part in order]) for row in (asking, asked))
+    return asks[:, None] * exists if mask.is_floating_point() else exists
 
 
 def written_out(query, key, exists=None):
-    """The map itself, [H, queries, keys], over the keys that exist."""
+    """The map itself, [H, queries, keys], over the keys that exist, or with these numbers added to its scores."""
     scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
-    if exists is not None:
+    if exists is not None and exists.is_floating_point():
+        scores = scores + exists
+    elif exists is not None:
         scores = scores.masked_fill(~exists, float("-inf"))
     exponentials = torch.exp(scores - scores.max(dim=2, keepdim=True).values)
     return exponentials / exponentials.sum(dim=2, keepdim=True)
@@ -273,7 +291,7 @@ class Blocks:
 
     def map(self, row, parts, order, mask):
         query, key = (torch.cat([parts[f"{letter}_{part}"][row] for part in order], dim=1) for letter in "qk")
-        return written_out(query, key, None if mask is None else existing(parts, order, mask[row]))
+        return written_out(query, key, existing(parts, order, mask, row, row))
 
 
 def ranges(parts, order, row):
@@ -338,8 +356,9 @@ def dense(pipe, rule, *, steps, kinds=("attn",), layers="", keep=None, images=No
             return DenseFlux2Single(chosen, lambda: state["texts"], keep)
         if images is not None:
             return DenseKontext(chosen, lambda: state["texts"], images, keep)
-        is_flux = type(transformer).__name__.startswith("Flux")
-        return DenseFlux(chosen, lambda: state["texts"], keep) if is_flux else DenseJoint(chosen, keep)
+        name = type(transformer).__name__
+        in_blocks = DenseChroma if name.startswith("Chroma") else DenseFlux if name.startswith("Flux") else None
+        return DenseJoint(chosen, keep) if in_blocks is None else in_blocks(chosen, lambda: state["texts"], keep)
 
     before = dict(transformer.attn_processors)
     handle = transformer.register_forward_pre_hook(read, with_kwargs=True)

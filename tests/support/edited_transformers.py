@@ -29,6 +29,7 @@ from fpe_pipeline.prompts.alignment import align_refine, align_replace
 from fpe_pipeline.prompts.words import TokenizedPrompt, tokenize
 from tests.support.dense_joint import Blocks, dense
 from tests.support.flow_pipelines import edited_with, solving
+from tests.support.tiny_chroma import draw_chroma, tiny_chroma_pipeline, tiny_masked_chroma
 from tests.support.tiny_flux2 import CONVERSATION, READ
 from tests.support.tiny_language import draw_prompts, tiny_lumina_that_reads, tiny_qwen_that_reads
 from tests.support.tiny_lumina import dense_lumina
@@ -86,6 +87,10 @@ MODELS = {
     "SD3.5, a layer skipped": Model(_sd3("sd3.5"), draw, _SKIP, is_doubled=True, family="sd3"),
     "FLUX": Model(tiny_flux_pipeline, draw_flux, is_guided=False),
     "FLUX, guided": Model(tiny_flux_pipeline, draw_flux, _NEGATIVE),
+    "Chroma": Model(
+        tiny_chroma_pipeline, draw_chroma, {"guidance_scale": 3.0, "negative_prompt": "a drawing"}, family="chroma"
+    ),
+    "Chroma, padding left out": Model(tiny_masked_chroma, draw_chroma, is_guided=False, family="chroma"),
     "Qwen-Image": Model(lambda pipe: tiny_qwen_that_reads(), draw_prompts, family="qwen"),
     "Lumina 2": Model(lambda pipe: tiny_lumina_that_reads(), draw_prompts, family="lumina"),
 }
@@ -164,7 +169,7 @@ def _consistedit_mask(model: Model, pipe: Any, prompts: Any, size: Any) -> Case:
 
 def _single(model: Model) -> str:
     """ConsistEdit edits FLUX's single blocks, and all layers of a model that has none."""
-    return "single_transformer_blocks" if model.family in ("flux", "klein") else ""
+    return "single_transformer_blocks" if model.family in ("flux", "klein", "chroma") else ""
 
 
 def _all(pipe: Any) -> Any:
@@ -368,7 +373,7 @@ def columns(model: Model, pipe: Any, align: Any, prompts: Any, number: int) -> C
 
 def placed(model: Model, pipe: Any, prompts: Any) -> list[list[TokenizedPrompt]]:
     """For each prompt its tokens as each part of the model's text has them, by counting the template's."""
-    if model.family in ("sd3", "flux"):
+    if model.family in ("sd3", "flux", "chroma"):
         lengths = (CLIP, T5) if model.family == "sd3" else (T5,)
         return [[tokenize(prompt, pipe.tokenizer, length) for length in lengths] for prompt in prompts]
     if model.family == "qwen":

@@ -16,6 +16,7 @@ from diffusers.hooks import (
 
 from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, editing
 from tests.support.slow_cases import few
+from tests.support.tiny_chroma import draw_chroma, tiny_chroma_pipeline
 from tests.support.tiny_cross import draw_hunyuan, draw_ltx, tiny_hunyuan_pipeline, tiny_ltx_pipeline
 from tests.support.tiny_lumina import draw_lumina, tiny_lumina_pipeline
 from tests.support.tiny_transformers import (
@@ -31,6 +32,7 @@ from tests.support.tiny_wan import draw_wan, tiny_wan_pipeline
 MODELS = {
     "sd3.5": (lambda pipe, dtype: tiny_sd3_pipeline(pipe, "sd3.5", dtype), draw),
     "flux": (tiny_flux_pipeline, draw_flux),
+    "chroma": (tiny_chroma_pipeline, draw_chroma),
     "qwen": (lambda pipe, dtype: tiny_qwen_pipeline(dtype), draw_qwen),
     "wan": (lambda pipe, dtype: tiny_wan_pipeline(pipe, 2, dtype), draw_wan),
     "ltx": (tiny_ltx_pipeline, draw_ltx),
@@ -246,7 +248,7 @@ class TestRefusals:
         model.pipe.transformer.__class__ = type("Finer", (kind,), {})
         model.run()
 
-    @pytest.mark.parametrize("name", few(["flux", "qwen", "wan", "ltx"], "wan"))
+    @pytest.mark.parametrize("name", few(["flux", "chroma", "qwen", "wan", "ltx"], "wan"))
     def test_settings_of_the_dispatcher(self, pipe, name):
         """The backend of unedited calls stays the user's; context parallelism is refused with the reason."""
         model = Model(pipe, name)
