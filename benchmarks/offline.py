@@ -264,7 +264,7 @@ def products_of(launch: Launch) -> int:
 
 
 def shuffles_of(launch: Launch) -> int:
-    """How many shuffles a tile of such a launch needs: two for each row of a thread, whose maximum four threads find."""
+    """How many shuffles a tile of such a launch needs: two a row of a thread, whose maximum four threads find."""
     return 0 if launch.constants["KNOWN"] else 2 * (launch.constants["ROWS"] // 32)
 
 
