@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Template", "TextPart"]
+__all__ = ["Template", "TextPart", "conversation"]
 
 
 class Template(NamedTuple):
@@ -31,9 +31,23 @@ class TextPart(NamedTuple):
             None where prompts stand alone.
         is_padded: whether the model receives as many tokens of every prompt, with padding behind the shorter ones.
             Where it does not, its padding ends with the longest prompt of a call.
+        multiple: tokens of every text are filled up to a multiple of this number.
     """
 
     tokenizer: str
     encoders: tuple[str, ...] = ()
     template: Callable[[Any, Mapping[str, Any]], Template] | None = None
     is_padded: bool = False
+    multiple: int = 1
+
+
+def conversation(tokenizer: Any, *, enable_thinking: bool) -> Template:
+    """What a chat template writes around a prompt as what a user says; nothing without a tokenizer."""
+    if tokenizer is None:
+        return Template("")
+    said = [{"role": "user", "content": "{}"}]
+    written = tokenizer.apply_chat_template(
+        said, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+    )
+    before, _, after = written.partition("{}")
+    return Template(before, after)

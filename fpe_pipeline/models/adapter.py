@@ -31,7 +31,10 @@ class ModelCall:
         half: which rows are in the batch.
         left_out: paths of the blocks that this call does not compute.
         text_lengths: for each row, its text tokens before padding; None where none is padding.
-        references: tokens of reference pictures, which follow those of the image that is denoised.
+        references: tokens of reference pictures, or of padding that is attended to, which follow those of the image
+            that is denoised and are each row's own.
+        attends_to_padding: whether texts end in padding that is attended to, so that of texts of several lengths some
+            have tokens that others have not.
         arguments: positional and keyword arguments of the call.
     """
 
@@ -42,6 +45,7 @@ class ModelCall:
     left_out: tuple[str, ...] = ()
     text_lengths: tuple[int, ...] | None = None
     references: int = 0
+    attends_to_padding: bool = False
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = field(default=((), {}), repr=False)
 
     @property
@@ -69,13 +73,17 @@ class ModelAdapter(ABC):
     #: What the model is called in messages.
     word: ClassVar[str]
     #: Whose processors compute its edited layers.
-    family: ClassVar[Literal["unet", "sd3", "flux", "flux2", "chroma", "qwen", "ltx", "lumina2", "wan"]]
+    family: ClassVar[Literal["unet", "sd3", "flux", "flux2", "chroma", "qwen", "ltx", "lumina2", "wan", "z_image"]]
     #: Whether its pipelines guide by a call of the model of their own, whose prompts they encode by one of their own.
     guides_apart: ClassVar[bool] = False
     #: Whether its pipelines encode each part of the text by a call of its own.
     encodes_in_parts: ClassVar[bool] = False
     #: Whether the place of its image's tokens, and with it their rotary embedding, follows the length of the caption.
     turns_by_caption: ClassVar[bool] = False
+    #: Whether rows that see their prompts come first in a guided call, and are alone in calls without guidance.
+    prompts_first: ClassVar[bool] = False
+    #: Whether every call of its pipelines encodes, embeddings too, and tells its encoder of the images a prompt.
+    tells_all_it_encodes: ClassVar[bool] = True
     #: The parts of the text that its layers see, in order, where there are several or attention is joint.
     text_parts: tuple[TextPart, ...] = ()
     #: Why no word is looked for among its text tokens; empty where words are.
@@ -153,9 +161,12 @@ def identity(model: Any) -> torch.nn.Module:
 
 
 def model_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Latents and text embeddings of a call: a UNet's first and third argument, a transformer's named ones."""
-    sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-    return sample, args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
+    """Latents and text embeddings of a call, or lists of them: a UNet's first and third argument, or named ones."""
+
+    def given(place: int, *names: str) -> Any:
+        return args[place] if len(args) > place else next((kwargs[name] for name in names if name in kwargs), None)
+
+    return given(0, "sample", "hidden_states", "x"), given(2, "encoder_hidden_states", "cap_feats")
 
 
 def is_guided(pipe: Any | None, encoded: bool | None = None) -> bool:

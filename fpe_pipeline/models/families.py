@@ -18,6 +18,7 @@ from .qwen import QwenImageAdapter
 from .sd3 import SD3Adapter
 from .unet import UNetAdapter
 from .wan import WanAdapter
+from .z_image import ZImageAdapter
 
 __all__ = ["adapter_of", "edited_model", "register_adapter"]
 
@@ -33,6 +34,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "QwenImageTransformer2DModel": QwenImageAdapter,
     "SD3Transformer2DModel": SD3Adapter,
     "WanTransformer3DModel": WanAdapter,
+    "ZImageTransformer2DModel": ZImageAdapter,
 }
 
 

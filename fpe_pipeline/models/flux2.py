@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..text_parts import Template, TextPart
+from ..text_parts import Template, TextPart, conversation
 from .adapter import ModelCall
 from .flux import FluxBlocksAdapter
 
@@ -21,14 +21,7 @@ _KLEIN = "Flux2Klein"
 
 def _conversation(pipe: Any, arguments: Mapping[str, Any]) -> Template:
     """What [klein]'s pipeline writes around a prompt; nothing where it reads none."""
-    if pipe.tokenizer is None:
-        return Template("")
-    said = [{"role": "user", "content": "{}"}]
-    written = pipe.tokenizer.apply_chat_template(
-        said, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    before, _, after = written.partition("{}")
-    return Template(before, after)
+    return conversation(pipe.tokenizer, enable_thinking=False)
 
 
 class Flux2Adapter(FluxBlocksAdapter):

@@ -57,6 +57,7 @@ class BatchRoles:
         classifier_free_guidance: bool,
         images_per_prompt: int = 1,
         source_of: Sequence[int] | None = None,
+        prompts_first: bool = False,
     ) -> BatchRoles:
         """The layout of diffusers' pipelines: ``[unconditional rows …, conditional rows …]``, prompt by prompt.
 
@@ -66,6 +67,7 @@ class BatchRoles:
             images_per_prompt: ``num_images_per_prompt`` of the pipeline call; image i of a target
                 takes the map of image i of its source.
             source_of: for each *prompt*, the index of its source prompt; default: all from prompt 0.
+            prompts_first: whether the conditional rows come before the unconditional ones (Z-Image).
 
         Raises:
             ValueError: where the batch does not divide into these parts.
@@ -87,8 +89,9 @@ class BatchRoles:
         if not all(0 <= source < prompts for source in sources):
             raise ValueError(f"source_of={sources} names a prompt outside the batch's prompts 0 to {prompts - 1}")
         half = prompts * images_per_prompt
+        first, second = (True,) * half, (False,) * (rows - half)
         return cls(
-            conditional=(False,) * (rows - half) + (True,) * half,
+            conditional=first + second if prompts_first else second + first,
             source_of=tuple(
                 offset + source * images_per_prompt + image
                 for offset in range(0, rows, half)

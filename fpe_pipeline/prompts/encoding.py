@@ -80,8 +80,8 @@ class Encoding:
         elif embeddings is None and isinstance(prompt, Sequence) and all(isinstance(text, str) for text in prompt):
             prompts = tuple(prompt)
         count = len(prompts) if prompts is not None else None
-        if isinstance(embeddings, torch.Tensor):
-            count = embeddings.shape[0]
+        if isinstance(embeddings, torch.Tensor | list):  # rows, or a list of them where they differ in length
+            count = len(embeddings)
         images = arguments.get("num_images_per_prompt", arguments.get("num_videos_per_prompt"))
         guided = arguments.get("do_classifier_free_guidance")
         return cls(prompts, count, images, None if guided is None else bool(guided), inputs, texts=texts)
@@ -142,9 +142,14 @@ class EncodingHook:
 
         @functools.wraps(original)
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            given = dict(bound.arguments)
+            # Z-Image writes its template into the very list of prompts that it is given, which is the caller's.
+            for name in ("prompt", "negative_prompt"):
+                if isinstance(given.get(name), list):
+                    bound.arguments[name] = list(given[name])
             with _received_by(pipe) as received:
-                encoded = original(*args, **kwargs)
-            given = signature.bind(*args, **kwargs).arguments
+                encoded = original(*bound.args, **bound.kwargs)
             default = signature.parameters.get("max_sequence_length")
             length = given.get("max_sequence_length", 0 if default is None else default.default)
             texts = tuple(_text(pipe, part, received, length, given) for part in parts)
@@ -191,7 +196,8 @@ def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments
             masked = zip(calls, received.masks[name], strict=True)
             is_whole = template is None or part.is_padded
             dropped = 0 if template is None else template.dropped
-            inputs.append(calls if is_whole else [_without_padding(*call, dropped, length) for call in masked])
+            own = calls if is_whole else [_without_padding(*call, dropped, length) for call in masked]
+            inputs.append(own if part.multiple == 1 else _filled_up(own, part.multiple))
     return EncodedText(getattr(pipe, part.tokenizer, None), tuple(inputs), length, template)
 
 
@@ -200,6 +206,12 @@ def _without_padding(tokens: torch.Tensor, mask: torch.Tensor | None, dropped: i
     keeps = torch.ones_like(tokens) if mask is None else mask
     rows = [row[kept.bool()][dropped:][: length or None] for row, kept in zip(tokens, keeps, strict=True)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_NONE)
+
+
+def _filled_up(calls: Sequence[torch.Tensor], multiple: int) -> list[torch.Tensor]:
+    """The same as wide as the widest, filled up to a multiple: rows of all calls stand in one batch."""
+    width = -(-max(call.shape[1] for call in calls) // multiple) * multiple
+    return [torch.nn.functional.pad(call, (0, width - call.shape[1]), value=_NONE) for call in calls]
 
 
 @contextmanager

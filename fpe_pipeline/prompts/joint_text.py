@@ -1,7 +1,7 @@
 """Text tokens of joint attention: what several tokenizers made of a prompt, one after the other in one sequence.
 
 Stable Diffusion 3 joins the tokens of CLIP and of T5, so that a word stands there twice; FLUX.1 has those of T5 alone.
-Qwen-Image and Lumina 2 encode a prompt inside a text of their own, of which some tokens may be dropped.
+Qwen-Image, Lumina 2 and Z-Image encode a prompt inside a text of their own, of which some tokens may be dropped.
 """
 
 from __future__ import annotations

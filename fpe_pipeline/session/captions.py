@@ -14,7 +14,11 @@ __all__ = ["check_captions", "check_turned"]
 
 
 def check_captions(
-    parts: Iterable[tuple[Edit, Sequence[Site]]], step: Step, roles: BatchRoles, lengths: Sequence[int]
+    parts: Iterable[tuple[Edit, Sequence[Site]]],
+    step: Step,
+    roles: BatchRoles,
+    lengths: Sequence[int],
+    mixes: bool = True,
 ) -> None:
     """Refuse, at the first call of a run, what an edit would ask at any of its steps of captions of other lengths.
 
@@ -23,6 +27,8 @@ def check_captions(
         step: of the call, of which the schedule's length is taken.
         roles: of the call's rows.
         lengths: of each row's caption, in tokens.
+        mixes: whether a mixing may lead from one length to another: what a caption has more of is padding then, that
+            nobody attends to.
 
     Raises:
         ValueError: image tokens of two rows mixed, or a map over one row's text applied to another's, where the
@@ -35,22 +41,28 @@ def check_captions(
             for phase in edit.phases(step.total):
                 then = Step(phase.start, step.total)
                 for given in edit.products(site, then, roles).values() if edit.active(then) else ():
-                    check_turned(given if isinstance(given, Sequence) else (given,), lengths)
+                    check_turned(given if isinstance(given, Sequence) else (given,), lengths, mixes)
             break  # the layers of a step are asked the same
 
 
-def check_turned(terms: Iterable[object], lengths: Sequence[int]) -> None:
+def check_turned(terms: Iterable[object], lengths: Sequence[int], mixes: bool = True) -> None:
     """Raise ValueError for a term that captions of these lengths cannot serve."""
     for term in terms:
         if not isinstance(term, JointProduct):
             continue
         keys, values = term.key.text, term.value.text
-        if keys is not None and values is not None and term.mixing is None and lengths[keys] != lengths[values]:
-            raise ValueError(
-                f"a map over the {lengths[keys]} tokens of one row's caption is applied to the {lengths[values]} of "
-                "another's: write prompts of as many tokens, or use an edit of image tokens (FreePromptEdit with "
-                'scope="image") or of words (PromptToPromptEdit)'
-            )
+        if keys is not None and values is not None and lengths[keys] != lengths[values]:
+            if term.mixing is not None and not mixes:
+                raise ValueError(
+                    f"words of a caption of {lengths[keys]} tokens stand for those of one of {lengths[values]}, which "
+                    "this model fills up with padding that it attends to: write prompts of about one length"
+                )
+            if term.mixing is None:
+                raise ValueError(
+                    f"a map over the {lengths[keys]} tokens of one row's caption is applied to the {lengths[values]} "
+                    "of another's: write prompts of as many tokens, or use an edit of image tokens (FreePromptEdit "
+                    'with scope="image") or of words (PromptToPromptEdit)'
+                )
         for rows in (term.query.image, term.key.image):
             if isinstance(rows, MixedRows) and lengths[rows.kept] != lengths[rows.other]:
                 raise ValueError(

@@ -12,8 +12,9 @@ from ..models.adapter import ModelAdapter
 from ..models.precision import check_precision
 from ..models.roles import BatchRoles
 from ..models.sites import Site
+from ..prompts.encoding import Encoding
 
-__all__ = ["check_backend", "check_entry", "check_selects"]
+__all__ = ["check_backend", "check_entry", "check_selects", "unread"]
 
 
 def check_entry(
@@ -61,6 +62,20 @@ def check_selects(edit: Edit, sites: tuple[Site, ...]) -> None:
             f"{type(part).__name__} selects none of the model's {len(sites)} attention layers, so that it would edit "
             "nothing: return some of the sites from select, or use no session"
         )
+
+
+def unread(edit: Edit) -> Encoding:
+    """What a pipeline encodes that is called with embeddings and encodes nothing.
+
+    Raises:
+        ValueError: an edit that is written for prompts.
+    """
+    if any(prompts_of(part) for part in parts_of(edit)):
+        raise ValueError(
+            "the pipeline got embeddings, in which no words are looked for: pass prompts, or use an edit that looks "
+            "for none, such as FreePromptEdit, ConsistEdit or MasaCtrlEdit"
+        )
+    return Encoding()
 
 
 def check_backend(backend: str) -> None:

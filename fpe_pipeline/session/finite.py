@@ -27,7 +27,9 @@ def can_be_asked(tensor: Any) -> bool:
 
 
 def is_finite(tensor: Any) -> bool:
-    """Whether all numbers of a tensor are finite; True where that cannot be asked."""
+    """Whether all numbers of a tensor, or of a list of them, are finite; True where that cannot be asked."""
+    if isinstance(tensor, list):  # of rows that may differ in length
+        return all(map(is_finite, tensor))
     return not can_be_asked(tensor) or bool(torch.isfinite(tensor).all())
 
 

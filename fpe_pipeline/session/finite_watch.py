@@ -63,10 +63,12 @@ class FiniteWatch:
         """Call ``refuse``, now or later, where a tensor holds numbers that are not finite.
 
         Args:
-            tensor: anything; what is no tensor is passed over.
+            tensor: anything, a list of tensors too; what is none of these is passed over.
             refuse: raises, with what it needs of the run as it is now; held until the tensor was heard of.
             wait: hear of it now, whatever the device.
         """
+        if isinstance(tensor, list) and tensor and all(map(can_be_asked, tensor)):
+            tensor = torch.cat([each.flatten() for each in tensor])
         if not can_be_asked(tensor):
             return
         if wait or not is_late(tensor):

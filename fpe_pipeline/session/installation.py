@@ -21,6 +21,7 @@ from .processor import SLICED, editing_processor, is_sliced, unsupported_reasons
 from .qwen_processor import EditQwenProcessor
 from .record import LayerRecord
 from .wan_processor import EditWanProcessor
+from .z_image_processor import EditZImageProcessor
 
 __all__ = ["NO_ORDERS", "LayerProcessors"]
 
@@ -40,6 +41,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "lumina2": (EditLumina2Processor, unsupported_lumina2_reasons),
     "ltx": (EditLTXProcessor, EditLTXProcessor.unsupported_reasons),
     "wan": (EditWanProcessor, EditWanProcessor.unsupported_reasons),
+    "z_image": (EditZImageProcessor, EditZImageProcessor.unsupported_reasons),
 }
 
 

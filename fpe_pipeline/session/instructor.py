@@ -92,7 +92,7 @@ class Instructor:
         """
         if call.text_lengths is not None:
             parts = [(part, self._computed(part, call)) for part in parts_of(edit)]
-            check_captions(parts, step, roles, call.text_lengths)
+            check_captions(parts, step, roles, call.text_lengths, not call.attends_to_padding)
 
     def _computed(self, who: Edit | Watcher, call: ModelCall) -> tuple[Site, ...]:
         sites = self.selected.of(who, call.size)

@@ -65,7 +65,9 @@ class JointLayer:
         scale: what scores are multiplied with.
         backend: of the maps.
         text_lengths: for each row of the batch, its text tokens before padding; None where none is padding.
-        references: how many of the text's tokens, the last ones, are those of a reference picture.
+        references: how many of the text's tokens are each row's own beside its image and its text: those of a reference
+            picture, or padding of the image that is attended to.
+        references_first: whether they stand before the text and not behind it, where the padding of texts may follow.
         origins: where rotary embeddings follow the text's length, for each row of the batch what its image's tokens are
             turned by in common, as complex numbers [rows, D / 2].
         seen: [rows, T], one for each text token of a row and zero for its padding, where padding takes some attention:
@@ -80,6 +82,14 @@ class JointLayer:
     references: int = 0
     origins: torch.Tensor | None = None
     seen: torch.Tensor | None = None
+    references_first: bool = False
+
+    @property
+    def text_tokens(self) -> tuple[int, int]:
+        """Where the text itself begins and ends among the text's tokens."""
+        assert self.text is not None
+        tokens = self.text.key.tensor.shape[2]
+        return (self.references, tokens) if self.references_first else (0, tokens - self.references)
 
     def map(
         self,
@@ -100,14 +110,18 @@ class JointLayer:
             texts: G rows, whose padding gets what is its due.
             asking: G rows whose texts the queries are; None for queries of images.
         """
-        assert self.text is not None
-        before = max(key.shape[2] - self.text.key.tensor.shape[2], 0)
+        if self.text_lengths is None and self.seen is None:
+            return self.map(query, key)
+        assert not self.references or self.references_first, "padding stands between texts and references"
+        start, stop = self.text_tokens
+        before = key.shape[2] - (stop - start)
         lengths = None if self.text_lengths is None else [before + self.text_lengths[row] for row in texts]
         if self.seen is None:
             return self.map(query, key, lengths)
         seen = self.seen.to(query.dtype)
         bias = functional.pad(take(seen, texts) - 1, (before, 0))[:, None, None]
         if asking is not None:  # queries that are padding themselves tell no keys apart
+            assert not self.references, "queries of references are of no text"
             bias = bias * take(seen, asking)[:, None, :, None]
         return self.map(query, key, lengths, bias)
 
@@ -130,10 +144,11 @@ class JointLayer:
         mixings = [term.mixing for term in terms]
         if not self.references:
             return torch.cat([image, values_of(self.text.value, texts, mixings)], dim=2)
-        given, stop = self.text.value, self.text.value.tensor.shape[2] - self.references
-        text, picture = (replace(given, tensor=given.tensor[:, :, where]) for where in (slice(stop), slice(stop, None)))
-        seen = values_of(picture, [term.reference_row for term in terms])
-        return torch.cat([image, values_of(text, texts, mixings), seen], dim=2)
+        given, (start, stop) = self.text.value, self.text_tokens
+        beside = slice(start) if self.references_first else slice(stop, None)
+        text, picture = (replace(given, tensor=given.tensor[:, :, where]) for where in (slice(start, stop), beside))
+        read, seen = values_of(text, texts, mixings), values_of(picture, [term.reference_row for term in terms])
+        return torch.cat([image, seen, read] if self.references_first else [image, read, seen], dim=2)
 
     def keys(self, pairs: Sequence[tuple[Any, Any]]) -> torch.Tensor:
         """For each (image row, text row), the keys of both segments: [pairs, H, M, D]."""
@@ -193,8 +208,9 @@ def _image_rows(
     values = layer.values(terms)
     if columns:
         assert layer.text is not None
-        texts = layer.text.value.tensor.shape[2] - layer.references
-        values = torch.cat([values, column_values(of_rows, columns, values, texts, layer.references)], dim=-1)
+        start, stop = layer.text_tokens
+        behind = 0 if layer.references_first else layer.references
+        values = torch.cat([values, column_values(of_rows, columns, values, stop - start, behind)], dim=-1)
     return _image_map(terms, layer) @ values
 
 
@@ -210,6 +226,7 @@ def text_maps(plan: JointPlan, rows: Sequence[int], layer: JointLayer) -> dict[i
     if not rows:
         return {}
     assert layer.text is not None
+    start, stop = layer.text_tokens
     # Of terms whose text values are zeros the columns count in the softmax and give nothing.
     of_rows = [(row, term) for row, term in plan.terms_of("image") if row in rows and term.value.text is not None]
     shares = _text_shares([term for _, term in of_rows], layer) if of_rows else ()
@@ -220,7 +237,7 @@ def text_maps(plan: JointPlan, rows: Sequence[int], layer: JointLayer) -> dict[i
         assert term.key.text is not None
         query = layer.images(layer.image.query, [(term.query.image, term.key.text)])[0].detach()
         key = tokens_of(layer.text.key, [term.key.text])[0].detach()
-        key = key[..., : key.shape[-2] - layer.references, :].repeat_interleave(len(query) // len(key), dim=0)
+        key = key[..., start:stop, :].repeat_interleave(len(query) // len(key), dim=0)
         whole = layer.map_over_texts(query.unsqueeze(1), key.unsqueeze(1), [term.key.text] * len(query))
         alone = whole.scale_rows(share.unsqueeze(1))
         if not term.is_whole:
@@ -234,8 +251,8 @@ def _text_shares(terms: Sequence[JointProduct], layer: JointLayer) -> torch.Tens
     """For each term how much of each image token's attention its text has: [terms, H, N]."""
     assert layer.text is not None
     indicator = torch.zeros_like(layer.values(terms)[..., :1])
-    stop = indicator.shape[2] - layer.references
-    indicator[:, :, stop - layer.text.key.tensor.shape[2] + layer.references : stop] = 1.0
+    start, stop = (layer.image.value.tensor.shape[2] + place for place in layer.text_tokens)
+    indicator[:, :, start:stop] = 1.0
     return (_image_map(terms, layer) @ indicator).detach()[..., 0]
 
 

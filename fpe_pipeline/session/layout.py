@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from ..models.adapter import Half, is_guided
+from ..models.adapter import Half, ModelAdapter, is_guided
 from ..models.roles import BatchRoles
 from ..prompts.encoding import Encoding
 
@@ -21,7 +21,13 @@ SHARED_NOISE = (
 
 
 def layout_of_call(
-    rows: int, encoding: Encoding, *, guided: bool, images: int | None, source_of: Sequence[int] | None
+    rows: int,
+    encoding: Encoding,
+    *,
+    guided: bool,
+    images: int | None,
+    source_of: Sequence[int] | None,
+    prompts_first: bool = False,
 ) -> BatchRoles:
     """The roles of a batch.
 
@@ -31,6 +37,7 @@ def layout_of_call(
         guided: whether the batch holds an unconditional half.
         images: images a prompt, where that was said.
         source_of: for each prompt, the index of its source prompt; default: prompt 0.
+        prompts_first: whether the conditional half comes first.
 
     Raises:
         ValueError: a batch that is not made of these prompts and images.
@@ -38,12 +45,20 @@ def layout_of_call(
     if encoding.count is not None and encoding.images is not None:
         _check(rows, encoding, guided, images)
     sources = None if source_of is None else tuple(source_of)
-    return _roles(rows, guided, images or encoding.images or 1, sources, encoding.dropped)
+    return _roles(rows, guided, images or encoding.images or 1, sources, encoding.dropped, prompts_first)
 
 
 @lru_cache(maxsize=64)  # every step of a run has the same
-def _roles(rows: int, guided: bool, images: int, sources: tuple[int, ...] | None, dropped: int) -> BatchRoles:
-    roles = BatchRoles.from_batch(rows, classifier_free_guidance=guided, images_per_prompt=images, source_of=sources)
+def _roles(
+    rows: int, guided: bool, images: int, sources: tuple[int, ...] | None, dropped: int, prompts_first: bool
+) -> BatchRoles:
+    roles = BatchRoles.from_batch(
+        rows,
+        classifier_free_guidance=guided,
+        images_per_prompt=images,
+        source_of=sources,
+        prompts_first=prompts_first,
+    )
     if not dropped:
         return roles
     return replace(roles, prompts=tuple(prompt + dropped for prompt in roles.prompts))
@@ -84,11 +99,11 @@ class CallLayout:
     """How a session reads the layout of a call: what was said of it, and of the pipeline what was not.
 
     Args:
-        pipe: the pipeline, or None for a model alone.
+        adapter: of the model.
         images, source_of, guided, roles, noise: as `EditingSession` takes them.
     """
 
-    pipe: Any | None
+    adapter: ModelAdapter
     images: int | None = None
     source_of: Sequence[int] | None = None
     guided: bool | None = None
@@ -97,14 +112,54 @@ class CallLayout:
 
     def of(self, rows: int, encoding: Encoding, half: Half = "as guided") -> BatchRoles:
         """The roles of a batch of ``rows``, in a call that encoded this and that holds these rows of it."""
+        if self.adapter.prompts_first and half == "as guided" and self._is_conditional(rows, encoding):
+            half = "conditional"
         if self.roles is not None:
-            return layout_as_given(self.roles, rows, self.pipe, half)
+            return layout_as_given(self.roles, rows, self.adapter.pipe, half)
         if half != "as guided":
             guided = False
         else:
-            guided = is_guided(self.pipe, encoding.guided) if self.guided is None else self.guided
-        roles = layout_of_call(rows, encoding, guided=guided, images=self.images, source_of=self.source_of)
+            guided = is_guided(self.adapter.pipe, encoding.guided) if self.guided is None else self.guided
+        roles = layout_of_call(
+            rows,
+            encoding,
+            guided=guided,
+            images=self.images,
+            source_of=self.source_of,
+            prompts_first=self.adapter.prompts_first,
+        )
         return roles.all_unconditional() if half == "unconditional" else roles
+
+    def _is_conditional(self, rows: int, encoding: Encoding) -> bool:
+        """Whether a batch of so many rows holds those alone that see their prompts."""
+        if self.roles is not None:
+            return rows == self.roles.without_guidance().rows
+        return encoding.count is not None and rows == encoding.count * (encoding.images or 1)
+
+    def drawn(self, encoding: Encoding, rows: int | None) -> Encoding:
+        """What a pipeline encoded, which tells nobody of the images a prompt, once it draws noise for so many rows.
+
+        Args:
+            encoding: of the call; of no known count where it encoded nothing, and got embeddings.
+            rows: of the latents; None where that is not known.
+
+        Raises:
+            ValueError: rows of which the images a prompt cannot be told.
+        """
+        if rows is None or self.roles is not None:
+            return encoding
+        if encoding.count is None and self.images is None:
+            raise ValueError(
+                f"{type(self.adapter.pipe).__name__} got embeddings, and does not say how many images each has: "
+                "pass prompts, or say editing(..., images_per_prompt=1)"
+            )
+        count = encoding.count or rows // (self.images or 1)
+        if not count or rows % count:
+            raise ValueError(
+                f"{type(self.adapter.pipe).__name__} draws noise for {rows} rows, which are not {count} prompts with "
+                "some images each: describe this batch with roles="
+            )
+        return replace(encoding, count=count, images=rows // count)
 
     def paired(self, encoding: Encoding, pairs_pixels: bool) -> tuple[Sequence[int], int] | None:
         """The sources of the prompts and images a prompt, where rows of one image are to draw the same noise."""

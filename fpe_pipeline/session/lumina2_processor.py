@@ -15,7 +15,7 @@ from .joint_computing import JointLayer, SegmentProjections
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
 from .places import turned
 
-__all__ = ["EditLumina2Processor", "unsupported_lumina2_reasons"]
+__all__ = ["EditLumina2Processor", "projected", "unsupported_lumina2_reasons"]
 
 
 def unsupported_lumina2_reasons(attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
@@ -69,8 +69,8 @@ class EditLumina2Processor(ProcessorAround):
             check_turned(plan.products, lengths)
         places = _images(image_rotary_emb, lengths, site.tokens)
         layer = JointLayer(
-            _project(attn, plan, "image", image, places),
-            None if text is None else _project(attn, plan, "text", text, image_rotary_emb[:, :texts]),
+            projected(attn, plan, "image", image, places),
+            None if text is None else projected(attn, plan, "text", text, image_rotary_emb[:, :texts]),
             attn.scale,
             order.backend,
             None if text is None else lengths,
@@ -100,7 +100,7 @@ def _sequence(text: torch.Tensor, image: torch.Tensor, lengths: Sequence[int]) -
     return out
 
 
-def _project(
+def projected(
     attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, places: torch.Tensor
 ) -> SegmentProjections:
     """The rows of a segment that the plan uses, projected, normed and turned: [rows, heads, tokens, D].

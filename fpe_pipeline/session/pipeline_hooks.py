@@ -25,8 +25,8 @@ class PipelineHooks:
         pipe: a diffusers pipeline.
         encoded: is shown what the pipeline encodes.
         stepped: takes the scheduler's new latents with the timestep and returns those to go on from.
-        paired: the sources of the call's prompts and its images a prompt, where rows of one image are to draw the same
-            noise; None where rows draw their own.
+        paired: from how many rows the call draws noise for, where it says so, the sources of its prompts and its images
+            a prompt, where rows of one image are to draw the same noise; None where rows draw their own.
         called: is told that a call of the pipeline begins.
         watch: of the latents, which is heard before a picture is made of them.
         text_parts: of the text tokens of its transformer, as the adapter says them.
@@ -37,7 +37,7 @@ class PipelineHooks:
         pipe: Any,
         encoded: Callable[[Encoding], None],
         stepped: Callable[[torch.Tensor, Any], torch.Tensor],
-        paired: Callable[[], tuple[Sequence[int], int] | None],
+        paired: Callable[[int | None], tuple[Sequence[int], int] | None],
         called: Callable[[], None],
         watch: FiniteWatch,
         text_parts: Sequence[TextPart] = (),
@@ -93,7 +93,7 @@ class _Shadows:
 class _PairedNoise:
     """Rows of one image draw the same noise: at the start, where no latents are given, and in every stochastic step."""
 
-    def __init__(self, pipe: Any, paired: Callable[[], tuple[Sequence[int], int] | None]) -> None:
+    def __init__(self, pipe: Any, paired: Callable[[int | None], tuple[Sequence[int], int] | None]) -> None:
         self._paired = paired
         self._generators: list[torch.Generator] | None = None
         self._shadows = _Shadows(pipe)
@@ -114,7 +114,7 @@ class _PairedNoise:
     def _latents(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         signature = inspect.signature(original)
         given = signature.bind(*args, **kwargs)
-        layout, generator = self._paired(), given.arguments.get("generator")
+        layout, generator = self._paired(given.arguments.get("batch_size")), given.arguments.get("generator")
         self._generators = generator if isinstance(generator, list) and not self._hands_on else None
         draws = "generator" in signature.parameters and given.arguments.get("latents") is None
         if draws and layout is not None and not isinstance(generator, list):  # a list says every row's own

@@ -22,7 +22,7 @@ from ..models.roles import BatchRoles
 from ..models.steps import Step
 from ..prompts.encoding import Encoding, encoding_tokenizer
 from ..prompts.words import warn_of_unknown_words
-from .entry import check_entry, check_selects
+from .entry import check_entry, check_selects, unread
 from .finite import refuse_step
 from .finite_watch import FiniteWatch
 from .installation import NO_ORDERS, LayerProcessors
@@ -47,9 +47,8 @@ class EditingSession:
         with editing(pipe, FreePromptEdit(self_replace_steps=0.8)) as session:
             images = pipe([source_prompt, target_prompt], latents=noise.expand(2, -1, -1, -1)).images
 
-    The pipeline is an ordinary one with a UNet, or with a transformer that has an adapter (Stable Diffusion 3 and
-    3.5, FLUX.1 and 2, Chroma, Qwen-Image, PixArt, HunyuanDiT, LTX, Wan): its prompts are one source and any number of
-    targets, started from the same noise.
+    The pipeline is an ordinary one with a UNet, or with a transformer that has an adapter (docs/write-an-adapter.md
+    lists them): its prompts are one source and any number of targets, started from the same noise.
     Layers and steps that the edit leaves alone are computed by the processors that were there before, to the bit;
     on leaving the block, by an exception too, those are back in place.
 
@@ -102,7 +101,7 @@ class EditingSession:
         check_entry(self.adapter, edit, backend, noise, roles, layout)
         self.sites = self.adapter.sites
         check_selects(edit, self.sites)
-        self._layout = CallLayout(self.pipe, images_per_prompt, source_of, classifier_free_guidance, roles, noise)
+        self._layout = CallLayout(self.adapter, images_per_prompt, source_of, classifier_free_guidance, roles, noise)
         self._clock = RunClock(self.adapter)
         self._layers = LayerProcessors(self.adapter)
         check = self._layers.check
@@ -252,9 +251,8 @@ class EditingSession:
         """
         step, roles = self._clock.step, self._now.roles
         if step is not None and roles is not None:
-            for watcher in self._watchers:
-                if watcher.blends:
-                    latents = watcher.blend(latents, step, roles)
+            for watcher in (watcher for watcher in self._watchers if watcher.blends):
+                latents = watcher.blend(latents, step, roles)
         return latents
 
     def _after_scheduler_step(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
@@ -314,8 +312,12 @@ class EditingSession:
         for watcher in self._watchers:
             watcher.encoded(encoding)
 
-    def _paired_rows(self) -> tuple[Sequence[int], int] | None:
+    def _paired_rows(self, rows: int | None) -> tuple[Sequence[int], int] | None:
         """The sources of the prompts and images a prompt, where rows of one image are to draw the same noise."""
+        if not (self.is_paused or self.adapter.tells_all_it_encodes):
+            if not self._clock.is_before_a_run:
+                self._encoded(unread(self._running))
+            self._encoding = self._layout.drawn(self._encoding, rows)
         paired = None if self.is_paused else self._layout.paired(self._encoding, self._running.pairs_pixels)
         if paired is not None:
             self._report.noise = SHARED_NOISE

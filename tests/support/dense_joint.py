@@ -207,8 +207,9 @@ def dense_row(terms, row, parts, order, keep=None, mask=None, fault=None):
         whole = written_out(query, key, exists)
         term = whole @ value  # [H, tokens, D]
         if isinstance(weight, torch.Tensor):  # of image tokens
-            text = weight.mean().expand(term.shape[1] - weight.numel())
-            weight = torch.cat([weight if part == "image" else text for part in order])[:, None]
+            counts = {part: tokens[f"q_{part}"].shape[1] for part in order if f"q_{part}" in tokens}
+            means = {part: weight.mean().expand(count) for part, count in counts.items()}
+            weight = torch.cat(list({**means, "image": weight}.values()))[:, None]
         total = total + weight * term
         if keep is not None:
             kept = kept + weight * whole

@@ -7,7 +7,6 @@ papers for one source and one target; where the rows of a call are which is the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +43,7 @@ SOURCE = "a photo of a red car on a mountain"
 SWAPPED = ("a photo of a big car on a mountain", "a photo of a red dog on a house", "a drawing of a red car on a house")
 LONGER = ("a photo of a red car on a snow mountain in winter", "a red car", "a house in winter, a photo of a red dog")
 CLIP, T5 = 77, 12
+_WHOLE = ("q_image", "k_image", "q_text", "k_text", "q_pad", "k_pad")  # Z-Image fills images up
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,6 @@ class Model:
         is_doubled: whether a call holds both halves; otherwise the first of a step's two calls sees the prompts.
         is_guided: whether there are rows that see the negative prompt at all.
         norms: whether queries are normed or turned before they attend.
-        names: of the blocks whose layers an edit of FLUX's single blocks is given.
     """
 
     make: Callable[[Any], Any]
@@ -74,12 +73,29 @@ class Model:
         seen = source > 0 or rows == prompts if self.is_doubled else calls % 2 == 1 or not self.is_guided
         return source, row - source, seen
 
+    def dense(self, pipe: Any, rule: Any, layers: str, fault: str | None) -> Any:
+        """A block in which layers whose paths begin so follow a rule, written out; its state says where a run is."""
+        if self.family == "lumina":
+            return dense_lumina(pipe, rule, fault=fault)
+        return dense(pipe, rule, steps=range(STEPS), layers=layers, fault=fault)
+
+    def template(self, pipe: Any) -> Any:
+        """The text before and after a prompt, and how many of its first tokens the model does not receive."""
+        if self.family == "qwen":
+            return *pipe.prompt_template_encode.split("{}"), pipe.prompt_template_encode_start_idx
+        said = CONVERSATION if self.family == "klein" else f"{pipe.system_prompt} <Prompt Start> {{}}"
+        return *said.split("{}"), 0
+
+    def texts(self, longest: int) -> int:
+        return READ if self.family == "klein" else longest  # that the model receives
+
 
 def _sd3(shape: str) -> Callable[[Any], Any]:
     return lambda pipe: tiny_sd3_pipeline(pipe, shape)
 
 
 _SKIP = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.9}
+_GUIDED = {"guidance_scale": 3.0, "negative_prompt": "a drawing"}
 _NEGATIVE = {"true_cfg_scale": 3.0, "negative_prompt": "a drawing"}
 MODELS = {
     "SD3": Model(_sd3("sd3"), draw, is_doubled=True, norms=False, family="sd3"),
@@ -87,9 +103,7 @@ MODELS = {
     "SD3.5, a layer skipped": Model(_sd3("sd3.5"), draw, _SKIP, is_doubled=True, family="sd3"),
     "FLUX": Model(tiny_flux_pipeline, draw_flux, is_guided=False),
     "FLUX, guided": Model(tiny_flux_pipeline, draw_flux, _NEGATIVE),
-    "Chroma": Model(
-        tiny_chroma_pipeline, draw_chroma, {"guidance_scale": 3.0, "negative_prompt": "a drawing"}, family="chroma"
-    ),
+    "Chroma": Model(tiny_chroma_pipeline, draw_chroma, _GUIDED, family="chroma"),
     "Chroma, padding left out": Model(tiny_masked_chroma, draw_chroma, is_guided=False, family="chroma"),
     "Qwen-Image": Model(lambda pipe: tiny_qwen_that_reads(), draw_prompts, family="qwen"),
     "Lumina 2": Model(lambda pipe: tiny_lumina_that_reads(), draw_prompts, family="lumina"),
@@ -140,7 +154,7 @@ def _fpe(model: Model, pipe: Any, prompts: Any, size: Any) -> Case:
 
 
 def _fpe_whole(model: Model, pipe: Any, prompts: Any, size: Any) -> Case:
-    return Case(FreePromptEdit(0.5, scope="joint"), _within((0, 1), _taking("q_image", "k_image", "q_text", "k_text")))
+    return Case(FreePromptEdit(0.5, scope="joint"), _within((0, 1), _taking(*_WHOLE)))
 
 
 def _fpe_mask(model: Model, pipe: Any, prompts: Any, size: Any) -> Case:
@@ -203,7 +217,7 @@ def _background(model: Model, pipe: Any, prompts: Any, size: Any) -> Case:
 
 def _values(model: Model, pipe: Any, prompts: Any, size: Any) -> Case:
     edit = ValueInjectionEdit(0.5, layers=_all(pipe))
-    return Case(edit, _within((0, 1), _taking("v_image", "v_text")), both=True)
+    return Case(edit, _within((0, 1), _taking("v_image", "v_text", "v_pad")), both=True)
 
 
 def _kv_edit(model: Model, pipe: Any, prompts: Any, size: Any) -> Case:
@@ -313,18 +327,8 @@ def reference(
         return {"latents": latents}
 
     planted = fault if fault in ("swapped", "before places") else None
-    with _dense(pipe, model, rule, case.layers, planted) as state:
+    with model.dense(pipe, rule, case.layers, planted) as state:
         return unedited(pipe, model, prompts, callback_on_step_end=between, **options)
-
-
-@contextmanager
-def _dense(pipe: Any, model: Model, rule: Any, layers: str, fault: str | None) -> Any:
-    if model.family == "lumina":
-        with dense_lumina(pipe, rule, fault=fault) as state:
-            yield state
-        return
-    with dense(pipe, rule, steps=range(STEPS), layers=layers, fault=fault) as state:
-        yield state
 
 
 def _options(model: Model, prompts: Any) -> dict[str, Any]:
@@ -376,16 +380,11 @@ def placed(model: Model, pipe: Any, prompts: Any) -> list[list[TokenizedPrompt]]
     if model.family in ("sd3", "flux", "chroma"):
         lengths = (CLIP, T5) if model.family == "sd3" else (T5,)
         return [[tokenize(prompt, pipe.tokenizer, length) for length in lengths] for prompt in prompts]
-    if model.family == "qwen":
-        before, after, dropped = *pipe.prompt_template_encode.split("{}"), pipe.prompt_template_encode_start_idx
-    elif model.family == "klein":
-        before, after, dropped = *CONVERSATION.split("{}"), 0
-    else:
-        before, after, dropped = f"{pipe.system_prompt} <Prompt Start> ", "", 0
+    before, after, dropped = model.template(pipe)
     rows = [pipe.tokenizer(before + prompt + after)["input_ids"][dropped:] for prompt in prompts]
     # A blank at the end of what stands before belongs to the prompt's first token.
     first = len(pipe.tokenizer(before.rstrip(" "))["input_ids"]) - dropped
-    longest = READ if model.family == "klein" else max(map(len, rows))
+    longest = model.texts(max(map(len, rows)))
     out = []
     for prompt, row in zip(prompts, rows, strict=True):
         spans, cursor = [], 0
