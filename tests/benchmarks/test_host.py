@@ -47,6 +47,7 @@ def test_an_edited_layer_costs_no_more_than_the_unedited(measured):
     assert measured["layer"] < 1.15
 
 
+@pytest.mark.slow
 def test_an_edited_step_costs_no_more_than_the_unedited(measured):
     """The session's work at each step included; asking for every layer's products at each step makes it 1.25."""
     assert measured["step"] < 1.12

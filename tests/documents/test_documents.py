@@ -168,7 +168,7 @@ def _lies_in(module, folder):
 
 
 #: Documents whose blocks take long, beside others that run the same commands and calls.
-LONG = {"docs/write-an-edit.md", "docs/guides/high-resolution.md"}
+LONG = {"docs/write-an-edit.md", "docs/guides/high-resolution.md", "docs/recordings.md", "docs/batches.md"}
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,7 @@ def test_a_page_that_is_closed_frees_the_model(visit):
     assert time.monotonic() - begun < 100  # long before two hundred steps
 
 
+@pytest.mark.slow
 def test_two_visitors_cancel_and_keys(visit):
     one, other = visit(), visit()
     one.few_steps(60)
@@ -261,6 +262,7 @@ def test_a_transformer_has_fields_of_its_own(visit, transformer, tmp_path):
     assert page.locator("#components").is_hidden()
 
 
+@pytest.mark.slow
 def test_a_phone(visit):
     visitor = visit(PHONE)
     page = visitor.page

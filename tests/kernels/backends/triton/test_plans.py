@@ -17,6 +17,7 @@ from fpe_kernels import shared_attention
 from fpe_kernels.backends.triton.launch import product_precision
 
 
+@pytest.mark.slow
 def test_a_planned_call_makes_the_launches_that_it_would_make_anew() -> None:
     # A process of its own: kernels that were imported for the interpreter cannot be compiled.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
