@@ -78,11 +78,11 @@ def test_is_what_the_authors_compute(masa, name, no_whole_maps):
     ("name", "change"),
     [
         ("masa_user_forward", {"renormalises": True}),
-        ("masa_user_forward", {"factor": 1.0}),
-        ("masa_user_forward", {"start": 2}),
-        ("masa_mask", {"mask_s": None, "mask_t": None}),
+        pytest.param("masa_user_forward", {"factor": 1.0}, marks=pytest.mark.slow),
+        pytest.param("masa_user_forward", {"start": 2}, marks=pytest.mark.slow),
+        pytest.param("masa_mask", {"mask_s": None, "mask_t": None}, marks=pytest.mark.slow),
         ("masa_mask", "swapped"),
-        ("masa_mask_auto", {"thres": 0.4}),
+        pytest.param("masa_mask_auto", {"thres": 0.4}, marks=pytest.mark.slow),
         ("masa_mask_auto", {"ref_token_idx": [6], "cur_token_idx": [6]}),
     ],
 )

@@ -68,9 +68,9 @@ def test_the_source_is_the_image(pipe, case, inverted):
     [
         {"add_offset": False},
         {"equilizer_params": None},
-        {"is_replace_controller": False},
-        {"self_replace_steps": 0.2},
-        {"cross_replace_steps": {"default_": 0.8}},
+        pytest.param({"is_replace_controller": False}, marks=pytest.mark.slow),
+        pytest.param({"self_replace_steps": 0.2}, marks=pytest.mark.slow),
+        pytest.param({"cross_replace_steps": {"default_": 0.8}}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

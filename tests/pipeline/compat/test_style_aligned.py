@@ -65,7 +65,14 @@ def test_is_what_the_authors_compute(sdxl, name, no_whole_maps):
     assert misses(sdxl, case, **SAME.get(name, {})) <= 1
 
 
-@pytest.mark.parametrize(("name", "changed"), [(name, changed) for name, all_ in CASES.items() for changed in all_])
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        pytest.param(name, changed, marks=pytest.mark.slow if place else ())
+        for name, all_ in CASES.items()
+        for place, changed in enumerate(all_)
+    ],
+)
 def test_other_options_are_seen(sdxl, name, changed):
     assert misses(sdxl, load_dropin(name), **changed) > 10
 

@@ -46,7 +46,7 @@ def run(pipe, keep_source, **options):
     return torch.cat([target.reshape(-1, 4, 12, 16) for target in out.targets]), out
 
 
-@pytest.mark.parametrize(("guidance", "images"), [(7.5, 2), (1.0, 1)])
+@pytest.mark.parametrize(("guidance", "images"), [(7.5, 2), pytest.param(1.0, 1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_targets_are_the_same(tiny, rows, monkeypatch, name, guidance, images):
     monkeypatch.setattr(tiny, "scheduler", getattr(diffusers, name)(**BETAS, **SCHEDULERS[name]))
