@@ -56,7 +56,10 @@ def _checked(mask: torch.Tensor, texts: int, call: ModelCall) -> tuple[int, ...]
     """
     shape, tokens = tuple(mask.shape), texts + call.sample.shape[1]
     if shape not in ((call.rows, tokens), (1, tokens)):
-        raise ValueError(f"expected a mask [{call.rows}, {tokens}] of text and image tokens, got one of {list(shape)}")
+        raise ValueError(
+            f"expected a mask [{call.rows}, {tokens}] of text and image tokens, got one of {list(shape)}: append ones "
+            "for the image's tokens to the mask of the texts, as diffusers' pipelines do"
+        )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(
             f"expected a mask of truth values or floating-point ones and zeros, got {mask.dtype}: convert it"
