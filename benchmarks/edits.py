@@ -20,7 +20,7 @@ from .measure import interleaved
 from .memory import peak_bytes
 from .rows import Row
 from .run import Bench, first_line, free_bytes
-from .unets import COMPILED, CONFIGS, GRAPH, UNetCase, build, twin, unet_inputs
+from .unets import CONFIGS, GRAPH, UNetCase, build, twin, unet_inputs
 
 log = logging.getLogger("benchmarks")
 
@@ -111,7 +111,7 @@ def run_edit(bench: Bench, case: UNetCase, names: Iterable[str] = tuple(EDITORS)
     """Rows of one case, its editors timed in the same rounds by the wall clock."""
     shared = {"suite": "edits", "case": case.name}
     unet = build(case.model, bench.device, bench.dtype)
-    judge = _judge(bench, case, unet)
+    judge = judge_of(bench, case, unet)
     rows: list[Row] = []
     ready: dict[str, tuple[Callable[[], Tensor], dict[str, Any]]] = {}
     with ExitStack() as stack, torch.no_grad():
@@ -150,45 +150,6 @@ def run_edit(bench: Bench, case: UNetCase, names: Iterable[str] = tuple(EDITORS)
     return rows
 
 
-def run_compiled(bench: Bench, case: UNetCase, names: Sequence[str] = ("unedited", "fpe"), **options: Any) -> list[Row]:
-    """Rows of one case's step under ``torch.compile``, edited and unedited in the same rounds by the wall clock.
-
-    Args:
-        options: of ``torch.compile``; default: ``mode="reduce-overhead"``, which replays CUDA graphs.
-    """
-    unet = build(case.model, bench.device, bench.dtype)
-    judge = _judge(bench, case, unet)
-    rows: list[Row] = []
-    ready: dict[str, tuple[Callable[[], Tensor], dict[str, Any]]] = {}
-    with ExitStack() as stack, torch.no_grad():
-        for name in names:
-            about = {"suite": "edits", "case": case.name, "provider": f"{name}{COMPILED}"}
-            try:
-                module = twin(unet)
-                set_step = stack.enter_context(EDITORS[name](module, case))
-                arguments, keywords = unet_inputs(case, module, bench.device, bench.dtype)
-                compiled = torch.compile(module, **(options or {"mode": "reduce-overhead"}))
-
-                def step(set_step=set_step, compiled=compiled, arguments=arguments, keywords=keywords) -> Tensor:
-                    set_step(0)
-                    return compiled(*arguments, **keywords, return_dict=False)[0]
-
-                for _ in range(3):  # compiled, recorded, replayed
-                    out = step()
-                error, budget = judge(name, out)
-            except Exception as problem:
-                log.debug("%s cannot be compiled", name, exc_info=True)
-                rows.append(bench.row(**about, status="failed", reason=first_line(problem)))
-                continue
-            if not error <= budget:
-                reason = f"relative error {error:.2e} exceeds its budget of {budget:.2e}"
-                rows.append(bench.row(**about, status="wrong", reason=reason, error=error, budget=budget))
-                continue
-            ready[name] = step, {**about, "error": error, "budget": budget}
-        samples = interleaved({n: c for n, (c, _) in ready.items()}, bench.device, bench.effort, wall=True)
-    return rows + [bench.row(**about, status="ok", samples_ms=samples[name]) for name, (_, about) in ready.items()]
-
-
 def _captured(bench: Bench, sampler: Sampler, judge: Callable, name: str) -> Row | tuple[Callable, dict[str, Any]]:
     """The step of a sampler as a CUDA graph, without Python's time: its replay, or a row that says why not."""
     about = {"suite": "edits", "case": sampler.case.name, "provider": f"{name}{GRAPH}"}
@@ -224,7 +185,7 @@ def _captured(bench: Bench, sampler: Sampler, judge: Callable, name: str) -> Row
     return replay, {"provider": about["provider"], "error": error}
 
 
-def _judge(bench: Bench, case: UNetCase, unet: Any) -> Callable[[str, Tensor], tuple[float, float]]:
+def judge_of(bench: Bench, case: UNetCase, unet: Any) -> Callable[[str, Tensor], tuple[float, float]]:
     """Holds an editor's output against the same step at higher precision, computed by fused attention.
 
     The budget is twice the error of gathered SDPA at the working precision, and some roundings. A whole edit

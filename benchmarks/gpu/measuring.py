@@ -135,17 +135,20 @@ def transformers(context: Context) -> None:
 
 def compiled(context: Context) -> None:
     """Steps under `torch.compile`, replayed as CUDA graphs."""
-    from .. import edits, measure
+    from .. import measure
+    from ..compiled import REDUCED, run_compiled
     from ..unets import UNetCase
 
     bench = bench_of(context)
-    bench.effort = measure.Effort(rounds=3 if context.dry else 9, seconds=4.0, sample_ms=20.0)
-    options = {"backend": "eager"} if context.dry else {}
-    for case in [UNetCase("tiny", 64)] if context.dry else [UNetCase("sd15", 512)]:
-        say("begin", what=f"{case.name} compiled")
-        for row in edits.run_compiled(bench, case, **options):
+    bench.effort = measure.Effort(rounds=3 if context.dry else 15, seconds=6.0, sample_ms=60.0)
+    options = {"backend": "eager"} if context.dry else REDUCED
+    cases = [UNetCase("sd15", 512), UNetCase("sd15", 1024), UNetCase("sdxl", 1024)]
+    cases = [UNetCase("tiny", 64)] if context.dry else cases
+    say("begin", what="compiling steps")
+    for rows in run_compiled(bench, cases, options=options, time_left=lambda: context.left() - LEAST_CASE):
+        for row in rows:
             say_row(row)
-        say("end", what=f"{case.name} compiled")
+    say("end", what="compiling steps")
 
 
 def recordings(context: Context) -> None:
