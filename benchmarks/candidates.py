@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -18,6 +18,11 @@ REGISTERS = 65536  # of a multiprocessor since Kepler
 
 class Choice(Protocol):
     """Something to measure; `str` of it names the row's provider after an `@`."""
+
+    @property
+    def program(self) -> Choice:
+        """What is compiled for it: choices that agree in this differ in how many programs are launched."""
+        ...
 
     def installed(self) -> AbstractContextManager[None]:
         """Forward launches inside the block are made so."""
@@ -37,10 +42,9 @@ class Candidate:
     maxnreg: int = 0
     gluon: bool = False
     single: bool = False
-    whole: bool = False
 
     def __str__(self) -> str:
-        marks = zip("dsgov", (self.descriptors, self.specialised, self.gluon, self.single, self.whole), strict=True)
+        marks = zip("dsgo", (self.descriptors, self.specialised, self.gluon, self.single), strict=True)
         fetched = "".join(mark for mark, marked in marks if marked)
         bound = f"r{self.maxnreg}" if self.maxnreg else ""
         return f"{self.block_m}x{self.block_n}w{self.warps}s{self.stages}{fetched}{bound}"
@@ -53,7 +57,7 @@ class Candidate:
     @classmethod
     def parse(cls, text: str) -> Candidate:
         """The inverse of `str`."""
-        found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(d?)(s?)(g?)(o?)(v?)(?:r(\d+))?", text)
+        found = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(d?)(s?)(g?)(o?)(?:r(\d+))?", text)
         if found is None:
             raise ValueError(
                 f"expected a configuration such as 128x64w8s3, 128x64w4s2ds, 128x128w4s2go or 64x64w4s2r168, "
@@ -61,7 +65,7 @@ class Candidate:
             )
         block_m, block_n, warps, stages = map(int, found.groups()[:4])
         fetched = bool(found[5]), bool(found[6])
-        return cls(block_m, block_n, warps, stages, *fetched, int(found[10] or 0), *map(bool, found.groups()[6:9]))
+        return cls(block_m, block_n, warps, stages, *fetched, int(found[9] or 0), *map(bool, found.groups()[6:8]))
 
     def fits(self, head_dim: int, branches: int, shared_bytes: int, itemsize: int = 2) -> bool:
         """Whether the tiles can be held at all; what compiles but spills shows in its time.
@@ -84,6 +88,10 @@ class Candidate:
         held = shared <= shared_bytes and registers <= 0.9 * REGISTERS and a_thread <= most
         return held and (boxes or not self.descriptors)
 
+    @property
+    def program(self) -> Candidate:
+        return replace(self, single=False)
+
     def installed(self) -> AbstractContextManager[None]:
         from fpe_kernels.backends.triton.configs import Config
 
@@ -98,6 +106,10 @@ class Launches:
 
     def __str__(self) -> str:
         return "one-launch" if self.together else "two-launches"
+
+    @property
+    def program(self) -> Launches:
+        return self
 
     def installed(self) -> AbstractContextManager[None]:
         return _replaced("one_launch", self.together)
@@ -146,8 +158,8 @@ PLAUSIBLE = [
 def choices(case: Case, arch: str = "sm_90") -> Sequence[Choice]:
     """What is measured for `case` on `arch`: descriptors where a copy engine reads them, bounds where they exist.
 
-    On Hopper, of which measurements are known, few, and the kernel made for it; where this Triton lacks what that is
-    written in, descriptors in its place.
+    On Hopper, of which measurements are known, few, and every tile of the kernel made for it; where this Triton lacks
+    what that is written in, descriptors in its place.
     """
     from fpe_kernels.backends.triton import hopper
     from fpe_kernels.backends.triton.chips import SHARED_MEMORY
@@ -156,7 +168,7 @@ def choices(case: Case, arch: str = "sm_90") -> Sequence[Choice]:
         return [Launches(True), Launches(False)]
     branches = case.batch // case.maps
     if arch == "sm_90":
-        made = hopper_tiles.offered(case.head_dim, branches, case.tokens)
+        made = hopper_tiles.offered(case.head_dim, branches)
         other = DESCRIBED if isinstance(hopper.kernels(), str) else [Candidate.of(config) for config in made]
         every = [*PLAUSIBLE, *other]
     else:

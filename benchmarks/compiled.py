@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from .editors import EDITORS
-from .edits import judge_of
+from .edits import in_a_row, judge_of
 from .measure import Clock, Effort
-from .memory import peak_bytes
 from .rows import Row
 from .run import Bench, first_line
 from .unets import COMPILED, UNetCase, build, twin, unet_inputs
@@ -36,13 +35,12 @@ COMPILERS = "2"  # processes in which inductor compiles, of each of ours
 
 @dataclass(frozen=True)
 class Made:
-    """What a process has compiled, or why it has not: its error and budget, its peak, and a time of one step."""
+    """What a process has compiled, or why it has not: its error and budget, and what a sample takes."""
 
     problem: str = ""
     error: float = 0.0
     budget: float = 0.0
-    peak_mb: float | None = None
-    step_ms: float = 0.0
+    sample_ms: float = 0.0
 
 
 def run_compiled(
@@ -62,14 +60,15 @@ def run_compiled(
     with _compiling(bench, cases, names, options) as pipes:
         made = {place: _answer(pipe, time_left) for place, pipe in pipes.items()}
         for case in cases:
-            rows, ready = [], {}
+            rows: list[Row] = []
+            ready: dict[str, dict[str, Any]] = {}
             for name in names:
                 found = made[case, name]
-                about = {"suite": "edits", "case": case.name, "provider": f"{name}{COMPILED}"}
+                about: dict[str, Any] = {"suite": "edits", "case": case.name, "provider": f"{name}{COMPILED}"}
                 if found.problem:
                     rows.append(bench.row(**about, status="failed", reason=found.problem))
                     continue
-                about |= {"error": found.error, "budget": found.budget, "peak_mb": found.peak_mb}
+                about |= {"error": found.error, "budget": found.budget}
                 if not found.error <= found.budget:
                     reason = f"relative error {found.error:.2e} exceeds its budget of {found.budget:.2e}"
                     rows.append(bench.row(**about, status="wrong", reason=reason))
@@ -80,7 +79,7 @@ def run_compiled(
 
 
 def _rounds(effort: Effort, made: Mapping[tuple[UNetCase, str], Made], case: UNetCase, names: Iterable[str]) -> int:
-    a_round = sum(max(made[case, name].step_ms, effort.sample_ms) for name in names)
+    a_round = sum(made[case, name].sample_ms for name in names)
     return max(effort.least_rounds, min(effort.rounds, int(1e3 * effort.seconds / max(a_round, 1e-3))))
 
 
@@ -156,11 +155,11 @@ def _serve(
             for _ in range(WARM):
                 out = step()
             error, budget = judge(name, out)
-            peak = peak_bytes(step, device) / 1e6
-            clock = Clock(device, wall=True)
-            estimate = min(clock.calls(step, 2))
+            row = in_a_row(device, case)
+            clock = Clock(device, wall=True, in_a_row=row)
+            estimate = row * min(clock.calls(step, 2))
             count = max(1, min(effort.calls_a_sample, int(effort.sample_ms / max(estimate, 1e-3))))
-            pipe.send(Made(error=error, budget=budget, peak_mb=peak, step_ms=count * estimate))
+            pipe.send(Made(error=error, budget=budget, sample_ms=count * estimate))
             while True:
                 pipe.recv()
                 pipe.send(statistics.median(clock.calls(step, count)))

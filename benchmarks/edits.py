@@ -24,6 +24,8 @@ from .unets import CONFIGS, GRAPH, UNetCase, build, twin, unet_inputs
 
 log = logging.getLogger("benchmarks")
 
+IN_A_ROW = 3  # steps on a GPU that are timed at once
+
 # Roundings of a residual stream that some tens of layers add to, in units of the last place.
 ROUNDINGS = 8
 
@@ -50,6 +52,11 @@ def edit_plan(device: str, *, quick: bool = False) -> list[UNetCase]:
         UNetCase("tiny", 512, targets=3, selection="all"),
         UNetCase("tiny", 256, selection="all", steps=50),
     ]
+
+
+def in_a_row(device: str, case: UNetCase) -> int:
+    """How many calls are timed at once: on a GPU steps as a run makes them, one after the other without a wait."""
+    return IN_A_ROW if device.startswith("cuda") and case.steps == 1 else 1
 
 
 def run_edits(
@@ -80,20 +87,25 @@ class Sampler:
     case: UNetCase
     set_step: Callable[[int], None]
     device: str
-    dtype: torch.dtype
+    inputs: tuple[Any, dict[str, Any]]  # of the UNet
+
+    @classmethod
+    def of(cls, unet: Any, case: UNetCase, set_step: Callable[[int], None], device: str, dtype: torch.dtype) -> Sampler:
+        """On inputs of this dtype, which are made once: a copy to a GPU waits for what runs there."""
+        return cls(unet, case, set_step, device, unet_inputs(case, unet, device, dtype))
 
     def __call__(self) -> Tensor:
         return self.first_step() if self.case.steps == 1 else self._sample()
 
     def first_step(self) -> Tensor:
-        arguments, keywords = unet_inputs(self.case, self.unet, self.device, self.dtype)
+        arguments, keywords = self.inputs
         self.set_step(0)
         return self.unet(*arguments, **keywords, return_dict=False)[0]
 
     def _sample(self, guidance: float = 7.5) -> Tensor:
         from diffusers import DDIMScheduler
 
-        (latents, *_), keywords = unet_inputs(self.case, self.unet, self.device, self.dtype)
+        (latents, *_), keywords = self.inputs
         scheduler = DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
         )
@@ -125,7 +137,7 @@ def run_edit(bench: Bench, case: UNetCase, names: Iterable[str] = tuple(EDITORS)
             try:
                 module = twin(unet)
                 set_step = stack.enter_context(EDITORS[name](module, case))
-                call = Sampler(module, case, set_step, bench.device, bench.dtype)
+                call = Sampler.of(module, case, set_step, bench.device, bench.dtype)
                 error, budget = judge(name, call.first_step())
                 if case.steps > 1 and not bool(call().isfinite().all()):
                     error = float("inf")
@@ -145,7 +157,8 @@ def run_edit(bench: Bench, case: UNetCase, names: Iterable[str] = tuple(EDITORS)
                     rows.append(replace(captured, case=case.name))
                 else:
                     ready[f"{name}{GRAPH}"] = captured[0], {**captured[1], **shared, "budget": budget, "peak_mb": peak}
-        samples = interleaved({n: c for n, (c, _) in ready.items()}, bench.device, bench.effort, wall=True)
+        calls, row = {n: c for n, (c, _) in ready.items()}, in_a_row(bench.device, case)
+        samples = interleaved(calls, bench.device, bench.effort, wall=True, in_a_row=row)
     rows += [bench.row(**about, status="ok", samples_ms=samples[name]) for name, (_, about) in ready.items()]
     return rows
 
@@ -153,21 +166,15 @@ def run_edit(bench: Bench, case: UNetCase, names: Iterable[str] = tuple(EDITORS)
 def _captured(bench: Bench, sampler: Sampler, judge: Callable, name: str) -> Row | tuple[Callable, dict[str, Any]]:
     """The step of a sampler as a CUDA graph, without Python's time: its replay, or a row that says why not."""
     about = {"suite": "edits", "case": sampler.case.name, "provider": f"{name}{GRAPH}"}
-    arguments, keywords = unet_inputs(sampler.case, sampler.unet, sampler.device, sampler.dtype)
-
-    def step() -> Tensor:
-        sampler.set_step(0)
-        return sampler.unet(*arguments, **keywords, return_dict=False)[0]
-
     try:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            step()
+            sampler.first_step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = step()
+            out = sampler.first_step()
         graph.replay()
         torch.cuda.synchronize()
         error, budget = judge(name, out)
@@ -199,10 +206,10 @@ def judge_of(bench: Bench, case: UNetCase, unet: Any) -> Callable[[str, Tensor],
     with torch.no_grad():
         for kind, editor in (("unedited", "unedited"), ("edited", "sdpa-gathered")):
             with EDITORS[editor](wide, one) as set_step:
-                truth[kind] = Sampler(wide, one, set_step, bench.device, precise)().cpu()
+                truth[kind] = Sampler.of(wide, one, set_step, bench.device, precise)().cpu()
         yardstick = twin(unet)
         with EDITORS["sdpa-gathered"](yardstick, one) as set_step:
-            allowed = _error(Sampler(yardstick, one, set_step, bench.device, bench.dtype)(), truth["edited"])
+            allowed = _error(Sampler.of(yardstick, one, set_step, bench.device, bench.dtype)(), truth["edited"])
     budget = 2 * allowed + ROUNDINGS * torch.finfo(bench.dtype).eps
 
     def judge(name: str, output: Tensor) -> tuple[float, float]:

@@ -1,7 +1,8 @@
 """Which tiles of the kernel for Hopper are measured and compiled ahead, by head dim and branches.
 
 ``128x64s3`` are 128 rows of queries, 64 of keys, three slots of a ring; a ``t`` behind it: warpgroups issue in turns;
-an ``o``: each program takes one tile of queries; a ``v``: values lie in one piece, as wide as the next power of two.
+an ``o``: each program takes one tile of queries. The tuner measures every tile that holds; :data:`TILES` are those
+whose programs are read where there is no chip.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from fpe_kernels.backends.triton import hopper
 from fpe_kernels.backends.triton.configs import Config
 
 TILES: dict[tuple[int, int], tuple[str, ...]] = {
-    (40, 1): ("128x128s2v", "128x128s2tv", "192x128s2v", "192x128s2", "256x64s3"),
-    (40, 2): ("128x128s2v", "128x128s2tv", "192x64s3v", "256x64s3", "256x64s3o"),
-    (40, 4): ("128x64s3v", "128x64s3tv", "128x64s3", "128x64s3t"),
+    (40, 1): ("192x128s3t", "192x128s3", "128x128s3", "256x64s3"),
+    (40, 2): ("256x64s4o", "192x64s4t", "192x64s4", "128x128s3t", "128x128s3o"),
+    (40, 4): ("128x64s3", "128x64s3t"),
     (64, 1): ("128x128s2", "128x128s2t", "192x128s2", "192x64s3", "256x64s3"),
     (64, 2): ("128x128s2", "128x128s2t", "192x64s3", "256x32s4"),
     (64, 4): ("128x64s3", "128x64s3t"),
@@ -38,21 +39,30 @@ SHORT = ("64x64s3", "64x128s2")
 
 def config_of(name: str) -> Config:
     """The configuration of a name."""
-    found = re.fullmatch(r"(\d+)x(\d+)s(\d+)(t?)(o?)(v?)", name)
+    found = re.fullmatch(r"(\d+)x(\d+)s(\d+)(t?)(o?)", name)
     if found is None:
-        raise ValueError(f"expected tiles such as 128x64s3, 256x32s4t, 256x64s3o or 128x128s2v, got {name!r}")
+        raise ValueError(f"expected tiles such as 128x64s3, 256x32s4t or 256x64s3o, got {name!r}")
     rows, keys, slots = map(int, found.groups()[:3])
-    turns, single, whole = (bool(mark) for mark in found.groups()[3:])
-    return Config(rows, keys, hopper.WARPS, slots, specialised=turns, gluon=True, single=single, whole=whole)
+    return Config(rows, keys, hopper.WARPS, slots, specialised=bool(found[4]), gluon=True, single=bool(found[5]))
 
 
-def offered(head_dim: int, branches: int, tokens: int) -> list[Config]:
-    """At most five, that hold one branch at least."""
-    near = min(TILES, key=lambda entry: (abs(entry[0] - head_dim), abs(entry[1] - branches)))
-    names = TILES[near]
-    if tokens <= 1024:
-        names = tuple(name for name in names if not name.startswith(("192", "256")))[:2] + SHORT
-    return [config for config in map(config_of, names) if hopper.most_branches(head_dim, head_dim, config) > 0]
+def offered(head_dim: int, branches: int) -> list[Config]:
+    """Every tile that holds the branches: of two to four slots, in turns or not, one a program or one after another.
+
+    Where none holds them all, those that hold most.
+    """
+    every = [
+        Config(rows, keys, hopper.WARPS, slots, specialised=turns, gluon=True, single=single)
+        for rows in hopper.TILE_ROWS
+        for keys in (32, 64, 128)
+        for slots in (2, 3, 4)
+        for turns in (False, True)
+        for single in (False, True)
+        if rows > hopper.ROWS or not turns  # a warpgroup alone takes no turns
+    ]
+    held = {config: min(branches, hopper.most_branches(head_dim, head_dim, config)) for config in every}
+    most = max(held.values())
+    return [config for config in every if held[config] == most > 0]
 
 
 def in_one_launch(head_dim: int, branches: int) -> list[str]:

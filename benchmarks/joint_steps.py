@@ -4,8 +4,8 @@
     python -m benchmarks.joint_steps --device cuda --output benchmarks/results/cuda-joint-steps.json
 
 True head dims and lengths; fewer layers, and on a CPU fewer heads. A row's samples are milliseconds of the step: on a
-CPU of a processor's time in one thread, so that what else runs there does not count, on a GPU by the
-wall clock.
+CPU of a processor's time in one thread, so that what else runs there does not count, on a GPU by the wall clock, of
+steps that follow each other without a wait.
 ``attention`` is the unedited step's attention alone, over queries, keys and values that were kept from it: its share of
 the step is the quotient of the two. ``kept`` has in place of a peak what ``stored`` keeps of one step's layers.
 """
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .edits import ROUNDINGS
+from .edits import IN_A_ROW, ROUNDINGS
 from .joint_editors import EDITORS, Attention, attention_inputs, stored_bytes
 from .joint_models import JointCase, build, model_inputs
 from .measure import QUICK, THOROUGH, Effort, interleaved
@@ -86,7 +86,8 @@ def run(bench: Bench, case: JointCase, names: Sequence[str] = tuple(EDITORS)) ->
         ready["attention"] = partial(_attend, layers), {"provider": "attention"}
         calls = {name: call for name, (call, _) in ready.items()}
         cpu = bench.device == "cpu"
-        samples = interleaved(calls, bench.device, bench.effort, processor=cpu, wall=not cpu)
+        row = 1 if cpu else IN_A_ROW
+        samples = interleaved(calls, bench.device, bench.effort, processor=cpu, wall=not cpu, in_a_row=row)
     return rows + [
         bench.row(**about, **found, status="ok", samples_ms=samples[name]) for name, (_, found) in ready.items()
     ]

@@ -59,12 +59,17 @@ THOROUGH = Effort()
 class Clock:
     """Times one call, cache-cold, on one device."""
 
-    def __init__(self, device: str, *, cold: bool = True, wall: bool = False, processor: bool = False) -> None:
+    def __init__(
+        self, device: str, *, cold: bool = True, wall: bool = False, processor: bool = False, in_a_row: int = 1
+    ) -> None:
         """`wall` takes the host's clock around the call on a GPU too, the device idle before and after; `processor`
-        takes this process's time on a processor, whatever else ran meanwhile: with one thread, for what a CPU does."""
+        takes this process's time on a processor, whatever else ran meanwhile: with one thread, for what a CPU does.
+        By either, a time is that of one of so many calls `in_a_row`, after which the device is waited for once: the
+        host prepares the next while the device is at one, as in a loop."""
         self.cuda = device.startswith("cuda")
         self._now = time.process_time_ns if processor else time.perf_counter_ns
         self.wall = wall or not self.cuda
+        self._in_a_row = in_a_row
         self._buffer = torch.empty(
             CACHE_BYTES["cuda" if self.cuda else "cpu"] if cold else 0, dtype=torch.int8, device=device
         )
@@ -79,9 +84,10 @@ class Clock:
             self._buffer.zero_()
             self._wait()
             start = self._now()
-            call()
+            for _ in range(self._in_a_row):
+                call()
             self._wait()
-            times.append((self._now() - start) / 1e6)
+            times.append((self._now() - start) / 1e6 / self._in_a_row)
         return times
 
     def _wait(self) -> None:
@@ -104,10 +110,16 @@ class Clock:
 
 
 def interleaved(
-    calls: Mapping[str, Call], device: str, effort: Effort = THOROUGH, *, wall: bool = False, processor: bool = False
+    calls: Mapping[str, Call],
+    device: str,
+    effort: Effort = THOROUGH,
+    *,
+    wall: bool = False,
+    processor: bool = False,
+    in_a_row: int = 1,
 ) -> dict[str, tuple[float, ...]]:
     """Samples in milliseconds for every call, as many for each, in rounds that all of them share."""
-    clock = Clock(device, wall=wall, processor=processor)
+    clock = Clock(device, wall=wall, processor=processor, in_a_row=in_a_row)
     names = list(calls)
     estimate = {}
     for name in names:
@@ -115,8 +127,9 @@ def interleaved(
         # A call of seconds has had its warm-up when it was checked; another one would only cost time.
         estimate[name] = first if first > 1e3 else min(clock.calls(calls[name], 2))
 
-    repeats = {n: max(1, min(effort.calls_a_sample, int(effort.sample_ms / max(estimate[n], 1e-3)))) for n in names}
-    round_ms = sum(repeats[name] * estimate[name] for name in names)
+    row_ms = {name: in_a_row * estimate[name] for name in names}
+    repeats = {n: max(1, min(effort.calls_a_sample, int(effort.sample_ms / max(row_ms[n], 1e-3)))) for n in names}
+    round_ms = sum(repeats[name] * row_ms[name] for name in names)
     rounds = max(effort.least_rounds, min(effort.rounds, int(1e3 * effort.seconds / max(round_ms, 1e-3))))
 
     samples: dict[str, list[float]] = {name: [] for name in names}

@@ -70,22 +70,22 @@ class Estimate:
 
 def estimate(head_dim: int, branches: int, config: Config) -> Estimate:
     """For ``branches`` in one launch, values as wide as keys."""
-    pieces, value_pieces = split_width(head_dim), hopper.value_pieces(head_dim, config)
+    pieces = split_width(head_dim)
     width = sum(pieces)
-    packed = branches * sum(value_pieces)
+    packed = branches * width
     groups, rows = hopper.warpgroups(config.block_m)
     halves, keys = config.block_m // hopper.ROWS, config.block_n
     # An instruction has 64 rows and 16 of the summed axis; queries and the other operand come from shared memory.
     scores = halves * width / 16 * max(keys / 2, (2048 + 32 * keys) / 128)
-    together = hopper.bundle(branches, max(value_pieces))
-    products = sum(max(together * piece / 2, NARROW) for piece in value_pieces if piece) * branches / together
+    together = hopper.bundle(branches, max(pieces))
+    products = sum(max(together * piece / 2, NARROW) for piece in pieces if piece) * branches / together
     in_thread = rows / 128
     issue = (12 + 5.6 * in_thread * keys + 1.6 * in_thread * packed) * groups
     row = 2 * head_dim
     # A row that starts in the middle of a sector touches one more; every second head does where rows are no sectors.
     sectors = (-(-row // SECTOR) + (0.5 if row % SECTOR else 0.0)) * SECTOR
     l2 = keys * (1 + branches) * sectors / L2_RATE
-    boxes = sum(-(-piece // 64) for piece in pieces) + branches * sum(-(-piece // 64) for piece in value_pieces)
+    boxes = (1 + branches) * sum(-(-piece // 64) for piece in pieces)
     tensor = scores + halves * keys / 16 * products
     return Estimate(tensor, halves * hopper.ROWS * keys / 16, issue, l2, COPY * keys * boxes)
 
@@ -118,12 +118,12 @@ def compare(rows: Iterable[Row]) -> list[Compared]:
     """Rows of the suite `tuning` whose launch the model knows: equal rows a map, several waves, one launch."""
     found = []
     for row in rows:
-        tile = re.search(r"@(\d+)x(\d+)w4s(\d+)(s?)go?(v?)$", row.provider)
+        tile = re.search(r"@(\d+)x(\d+)w4s(\d+)(s?)go?$", row.provider)
         if tile is None or not row.median_ms or row.suite != "tuning":
             continue
         case = Case.parse(row.case)
         queries, keys, slots = map(int, tile.groups()[:3])
-        config = Config(queries, keys, hopper.WARPS, slots, specialised=bool(tile[4]), gluon=True, whole=bool(tile[5]))
+        config = Config(queries, keys, hopper.WARPS, slots, specialised=bool(tile[4]), gluon=True)
         branches = case.batch // case.maps
         held = hopper.most_branches(case.head_dim, case.head_dim, config, hopper.LEAST_HELD)
         if case.layout == "guided" or case.tokens < 4096 or held < branches:

@@ -142,8 +142,9 @@ class _CompiledAhead:
         if case not in self._offered:
             return ""
         with self._changed:
-            self._changed.wait_for(lambda: (case, choice) in self._problems or not self._thread.is_alive())
-        return self._problems.get((case, choice), "it was not compiled")
+            place = case, choice.program
+            self._changed.wait_for(lambda: place in self._problems or not self._thread.is_alive())
+        return self._problems.get(place, "it was not compiled")
 
     def _compile(self) -> None:
         from fpe_kernels.backends.triton.chips import architecture
@@ -152,7 +153,8 @@ class _CompiledAhead:
         from .workers.programs import COMPILE_LIMIT, worker_count
 
         arch = architecture(torch.device(self._device))
-        subjects = [(case, choice) for case, listed in self._offered.items() for choice in listed]
+        every = ((case, choice.program) for case, listed in self._offered.items() for choice in listed)
+        subjects = list(dict.fromkeys(every))
         tasks = [Task(f"{c.name}@{x}", "benchmarks.workers.programs:compile_choice", (c, x, arch)) for c, x in subjects]
         place = {task.name: subject for task, subject in zip(tasks, subjects, strict=True)}
         left = lambda: 0.0 if self._closed else self._time_left()  # noqa: E731

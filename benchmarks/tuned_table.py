@@ -46,7 +46,7 @@ _MODULE = '''\
 
 from __future__ import annotations
 
-FORWARD: dict[tuple[str, int, int, int], tuple[int, int, int, int, bool, bool, int, bool, bool, bool]] = {forward}
+FORWARD: dict[tuple[str, int, int, int], tuple[int, int, int, int, bool, bool, int, bool, bool]] = {forward}
 """(architecture, head width, packed width, length class) -> the fields of a ``Config``, for 16-bit ``apply``."""
 
 TOGETHER: dict[tuple[str, int, int, int], bool] = {together}

@@ -226,17 +226,17 @@ SMOKE = (
 )
 FULL = (
     _stage("environment", 0.02, environment, least=15.0),
-    _stage("programs", 0.15, programs, "triton"),
-    _stage("checks", 0.08, full_checks),
-    _stage("roofline", 0.03, measuring.roofline, least=10.0),
-    _stage("tuning", 0.16, measuring.tuning),
-    _stage("launches", 0.04, measuring.launches),
-    _stage("kernels", 0.16, measuring.kernels),
-    _stage("edits", 0.08, measuring.edits, "diffusers"),
+    _stage("programs", 0.12, programs, "triton"),
+    _stage("checks", 0.07, full_checks),
+    _stage("roofline", 0.02, measuring.roofline, least=10.0),
+    _stage("tuning", 0.17, measuring.tuning),
+    _stage("launches", 0.03, measuring.launches),
+    _stage("kernels", 0.13, measuring.kernels),
+    _stage("edits", 0.12, measuring.edits, "diffusers"),
     _stage("transformers", 0.05, measuring.transformers, "diffusers"),
-    _stage("recordings", 0.04, measuring.recordings, "diffusers"),
-    _stage("memory", 0.03, measuring.memory),
-    _stage("compiled", 0.09, measuring.compiled, "diffusers"),
+    _stage("recordings", 0.03, measuring.recordings, "diffusers"),
+    _stage("memory", 0.02, measuring.memory),
+    _stage("compiled", 0.15, measuring.compiled, "diffusers"),
     _stage("tests", 0.07, device_tests, "pytest"),
 )
 TUNING = ("tuning", "launches")  # after which a session may take over what was found

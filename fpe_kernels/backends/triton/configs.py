@@ -42,7 +42,6 @@ class Config:
     maxnreg: int = 0  # registers of a thread at most, so that more programs share a multiprocessor; 0: no bound
     gluon: bool = False  # the kernel for Hopper, where it serves: warpgroups of `warps`, and a warp that fetches
     single: bool = False  # with gluon: a program for each tile, not as many as run at once that take one after another
-    whole: bool = False  # with gluon: values in one piece as wide as the next power of two: fewer, wider products
     exact: bool = False  # products of float32 are not rounded where they may be
 
     @property

@@ -107,22 +107,13 @@ def _no_descriptor(tensor: Tensor) -> str:
 
 def most_branches(head_dim: int, value_dim: int, config: Config, held: int = _HELD) -> int:
     """How many branches one launch holds, by registers and by shared memory; 0 where not even one fits."""
-    head, packed = sum(split_width(head_dim)), sum(value_pieces(value_dim, config))
+    head, packed = sum(split_width(head_dim)), sum(split_width(value_dim))
     groups, rows = warpgroups(config.block_m)
     # A thread holds rows / 128 of a tile's float32 columns, and the probabilities a second time in half precision.
     by_registers = ((REGISTERS[groups] - held) * 128 // rows - 3 * config.block_n // 2) // packed
     free = SHARED_MEMORY["sm_90"] - 1024 - 2 * head * (config.block_m + config.stages * config.block_n)
     by_shared = free // (2 * config.stages * config.block_n * packed)
     return max(0, min(by_registers, by_shared, 4))
-
-
-def value_pieces(width: int, config: Config) -> tuple[int, int]:
-    """The widths that a tile of values is held in, as :func:`.packing.split_width`, or in one.
-
-    The columns past the end are zeros that the copy engine writes: they cost room and products, and a product of 16
-    columns costs nearly as much as one of 32.
-    """
-    return (max(16, triton.next_power_of_2(width)), 0) if config.whole else split_width(width)
 
 
 def fitted(head_dim: int, value_dim: int, branches: int, config: Config, held: int = _HELD) -> Config:
@@ -190,14 +181,13 @@ def prepare(
         ("key", key, config.block_n),
         ("value", value, config.block_n),
     ):
-        pieces = value_pieces(value_dim, config) if name == "value" else split_width(head_dim)
-        for piece, width in enumerate(pieces):
+        for piece, width in enumerate(split_width(tensor.shape[3])):
             if width:
                 tensors[f"{name}_{piece}"], boxes[f"{name}_{piece}"] = tensor, (1, 1, rows, width)
             else:
                 absent[f"{name}_{piece}"] = None
     tiles = -(-queries // config.block_m) * heads * len(chunk.table)
-    (head_0, head_1), (value_0, value_1) = split_width(head_dim), value_pieces(value_dim, config)
+    (head_0, head_1), (value_0, value_1) = split_width(head_dim), split_width(value_dim)
     module = kernels()
     assert isinstance(module, ModuleType), module
     return Launch(

@@ -17,7 +17,7 @@ keys cuts is the first one, so that no other needs a mask.
 
 A width is held in one or two pieces that are powers of two, 160 = 128 + 32, as everywhere
 (:func:`.packing.split_width`); a piece has boxes and rings of its own. Boxes reach past a tensor's end, where the copy
-engine writes zeros: so values may lie in one wider piece as well (:func:`.hopper.value_pieces`).
+engine writes zeros.
 
 Importing this needs a Triton with Gluon for Hopper; :mod:`.hopper` does so when it is asked.
 """

@@ -118,15 +118,14 @@ def test_rows_of_a_program_are_dealt_to_warpgroups(block_m) -> None:
 @pytest.mark.parametrize("block_m", hopper.TILE_ROWS)
 @pytest.mark.parametrize("block_n", [32, 64, 128])
 @pytest.mark.parametrize("beside", [hopper.LEAST_HELD, hopper.MOST_HELD])
-@pytest.mark.parametrize("whole", [False, True], ids=["", "whole"])
-def test_branches_end_where_registers_or_shared_memory_do(dim, block_m, block_n, beside, whole) -> None:
-    config = Config(block_m, block_n, 4, 2, gluon=True, whole=whole)
+def test_branches_end_where_registers_or_shared_memory_do(dim, block_m, block_n, beside) -> None:
+    config = Config(block_m, block_n, 4, 2, gluon=True)
     most = hopper.most_branches(dim, dim, config, beside)
     groups, rows = hopper.warpgroups(block_m)
-    width, packed = sum(hopper.split_width(dim)), sum(hopper.value_pieces(dim, config))
+    width = sum(hopper.split_width(dim))
     # Of a thread: scores and accumulators in single, probabilities in half precision.
-    held = lambda branches: rows * (block_n + block_n / 2 + branches * packed) / 128  # noqa: E731
-    shared = lambda branches: 2 * (width * (block_m + 2 * block_n) + packed * 2 * block_n * branches)  # noqa: E731
+    held = lambda branches: rows * (block_n + block_n / 2 + branches * width) / 128  # noqa: E731
+    shared = lambda branches: 2 * width * (block_m + 2 * block_n * (1 + branches))  # noqa: E731
     fits = lambda branches: (  # noqa: E731
         held(branches) <= hopper.REGISTERS[groups] - beside
         and shared(branches) <= configs.SHARED_MEMORY["sm_90"] - 1024
@@ -171,22 +170,6 @@ def test_branches_that_do_not_fit_are_dealt_to_launches_of_which_the_later_know_
 def test_branches_share_a_product_of_at_most_256_columns(branches, width, together) -> None:
     assert hopper.bundle(branches, width) == together
     assert together * width <= 256 and branches % together == 0
-
-
-@pytest.mark.parametrize(
-    ("dim", "pieces"), [(40, (64, 0)), (64, (64, 0)), (72, (128, 0)), (160, (256, 0)), (8, (16, 0))]
-)
-def test_values_lie_in_one_piece_where_they_are_asked_to(dim, pieces) -> None:
-    query, value = heads(batch=1, dim=dim), heads(batch=2, dim=dim)
-    chunk, config = Chunk(((0, 0, 1),), 0, dim, True), Config(128, 32, 4, 2, gluon=True)
-    out, logsumexp = heads(batch=2, dim=dim), torch.zeros(1, 3, 100)
-    for whole in (False, True):
-        config = replace(config, whole=whole)
-        (launch, *_) = hopper.launches(query, query, value, chunk, 0.1, out, logsumexp, False, config)
-        held = pieces if whole else hopper.split_width(dim)
-        assert (launch.constants["VALUE_0"], launch.constants["VALUE_1"]) == held
-        assert launch.boxes["value_0"][-1] == held[0] and ("value_1" in launch.boxes) == (held[1] > 0)
-        assert (launch.constants["HEAD_0"], launch.constants["HEAD_1"]) == hopper.split_width(dim)
 
 
 def test_programs_are_as_many_as_run_at_once_or_as_tiles() -> None:

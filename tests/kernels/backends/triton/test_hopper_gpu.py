@@ -17,15 +17,15 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(
-    params=[(128, 128, 2), (128, 64, 3), (64, 32, 2), (192, 64, 2), (256, 64, 3), (256, 32, 4), (128, 64, 2, True)],
+    params=[(128, 128, 2), (128, 64, 3), (64, 32, 2), (192, 64, 2), (256, 64, 3), (256, 32, 4)],
     ids=str,
 )
 def served(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[int]:
     """Forward launches ask for the kernel; a list that gains the branches of every launch that it serves."""
     if torch.cuda.get_device_capability() != (9, 0) or isinstance(hopper.kernels(), str):
         pytest.skip("needs Hopper, and a Triton with Gluon")
-    rows, keys, stages, *whole = request.param
-    asked = configs.Config(rows, keys, 4, stages, gluon=True, whole=bool(whole))
+    rows, keys, stages = request.param
+    asked = configs.Config(rows, keys, 4, stages, gluon=True)
     branches: list[int] = []
     prepare = hopper.prepare
 
@@ -49,7 +49,7 @@ OTHERS = [
     ((0, 1, 2, 2), 65, 7),  # keys of less than a tile
     ((0, 0, 0, 0, 0), 256, 1000),  # more branches than some launches hold
 ]
-# Every one is two programs to compile for each of the tiles: all widths with a pair, two of them with what else there is.
+# Every one is two programs to compile for each of the tiles: every width with a pair, two with what else there is.
 PRODUCTS = [
     *((width, *PAIR, torch.float16) for width in (16, 32, 40, 64, 72, 80, 96, 128, 160)),
     *((width, *other, torch.float16) for width in (40, 128) for other in OTHERS),
