@@ -26,7 +26,7 @@ GRACE = 6.0  # seconds to start a process, and for the case under way when a sta
 BUDGETS = {"smoke": 150.0, "full": 540.0, "train": 210.0}
 """Seconds: a quarter of an hour in all."""
 
-SUITES = ("roofline", "kernels", "tuning", "edits", "recordings", "memory")
+SUITES = ("roofline", "kernels", "tuning", "edits", "joint-steps", "recordings", "memory")
 SUMMARY, KEPT = "summary.txt", 200
 
 
