@@ -3,15 +3,16 @@
 A multiprocessor's cycles for one tile of keys, by what they go into:
 
     tensor       products at 2048 multiply-adds a cycle; of scores, one too narrow waits for shared memory, 128 bytes a
-                 cycle; of values, one too narrow takes :data:`NARROW` cycles
+                 cycle
     exponential  16 a cycle
     issue        instructions of a warp, four warps a cycle, counted in SASS: 12 + 5.6 a score + 1.6 an accumulator
     L2           boxes of keys and values by sectors of 32 bytes, :data:`L2_RATE` bytes a cycle
     copies       rows of boxes, of at most 128 bytes, :data:`COPY` cycles each
 
 A tile takes the longer of `tensor` and `exponential`, :data:`EXPOSED` of the shorter, and `LATENCY`; a program's first
-tile and its output take `START` more. Warpgroups that issue in turns (:mod:`.hopper_tiles`) hide no more of it than
-those that run as they like: on an H200 both take the same time.
+tile and its output take `START` more. Of tiles of 256 rows :data:`EXPOSED_TWICE` is exposed: a warpgroup that has two
+instructions for every product has half as many others to hide behind. Warpgroups that issue in turns
+(:mod:`.hopper_tiles`) are taken to hide as much as those that run as they like.
 """
 
 from __future__ import annotations
@@ -32,14 +33,12 @@ from .rows import ROOT, Row, read
 
 CLOCK = 1.755e9  # cycles a second: H100 SXM's and H200's boost clock at which the data sheet's tensor rate holds
 # Fitted to the committed rows of the tuner:
-EXPOSED = 0.55  # of the shorter of two pipes, what the other does not hide
-LATENCY = 350  # cycles a tile: barriers, the way from one pipe to another
-START = (
-    12000  # cycles a tile of queries, and what a launch takes: queries come, the first scores, the output is written
-)
-NARROW = 28  # cycles that a product of values takes at least, as one of 56 columns
-COPY = 3.5  # cycles from one row of a box to the next
-L2_RATE = 22  # bytes a cycle of one multiprocessor: the most that any row shows
+EXPOSED = 0.17  # of the shorter of two pipes, what the other does not hide
+EXPOSED_TWICE = 0.57  # the same, where a warpgroup has 128 rows
+LATENCY = 585  # cycles a tile: barriers, the way from one pipe to another
+START = 15500  # cycles a tile of queries, and what a launch takes: queries come, first scores, the output is written
+COPY = 2.9  # cycles from one row of a box to the next
+L2_RATE = 23.4  # bytes a cycle of one multiprocessor: the most that any row shows
 SECTOR = 32
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -53,11 +52,12 @@ class Estimate:
     issue: float
     l2: float
     copies: float
+    exposed: float  # of the shorter of the first two
 
     @property
     def cycles(self) -> float:
         longer, shorter = max(self.tensor, self.exponential), min(self.tensor, self.exponential)
-        return max(longer + EXPOSED * shorter + LATENCY, self.issue, self.l2, self.copies)
+        return max(longer + self.exposed * shorter + LATENCY, self.issue, self.l2, self.copies)
 
     @property
     def limit(self) -> str:
@@ -77,8 +77,7 @@ def estimate(head_dim: int, branches: int, config: Config) -> Estimate:
     halves, keys = config.block_m // hopper.ROWS, config.block_n
     # An instruction has 64 rows and 16 of the summed axis; queries and the other operand come from shared memory.
     scores = halves * width / 16 * max(keys / 2, (2048 + 32 * keys) / 128)
-    together = hopper.bundle(branches, max(pieces))
-    products = sum(max(together * piece / 2, NARROW) for piece in pieces if piece) * branches / together
+    values = halves * keys / 16 * packed / 2
     in_thread = rows / 128
     issue = (12 + 5.6 * in_thread * keys + 1.6 * in_thread * packed) * groups
     row = 2 * head_dim
@@ -86,8 +85,8 @@ def estimate(head_dim: int, branches: int, config: Config) -> Estimate:
     sectors = (-(-row // SECTOR) + (0.5 if row % SECTOR else 0.0)) * SECTOR
     l2 = keys * (1 + branches) * sectors / L2_RATE
     boxes = (1 + branches) * sum(-(-piece // 64) for piece in pieces)
-    tensor = scores + halves * keys / 16 * products
-    return Estimate(tensor, halves * hopper.ROWS * keys / 16, issue, l2, COPY * keys * boxes)
+    exposed = EXPOSED if rows == hopper.ROWS else EXPOSED_TWICE
+    return Estimate(scores + values, halves * hopper.ROWS * keys / 16, issue, l2, COPY * keys * boxes, exposed)
 
 
 def tflops(head_dim: int, branches: int, config: Config, maps: int, tokens: int) -> float:

@@ -16,14 +16,14 @@ from benchmarks.throughput import CLOCK, EXPOSED, LATENCY, START, estimate, tflo
 def test_the_committed_rows_are_met() -> None:
     compared = throughput.compare(read(throughput.RESULTS / "cuda-tuning.json"))
     assert len(compared) >= 20
-    assert throughput.spread(compared) < 0.08
+    assert throughput.spread(compared) < 0.05
     assert all(abs(one.error) < 0.16 for one in compared)
 
 
-@pytest.mark.parametrize("term", ["LATENCY", "NARROW", "COPY"])
+@pytest.mark.parametrize("term", ["LATENCY", "COPY", "EXPOSED", "EXPOSED_TWICE", "START"])
 def test_a_model_without_one_of_its_terms_is_worse(term, monkeypatch) -> None:
     monkeypatch.setattr(throughput, term, 0)
-    assert throughput.spread(throughput.compare(read(throughput.RESULTS / "cuda-tuning.json"))) > 0.08
+    assert throughput.spread(throughput.compare(read(throughput.RESULTS / "cuda-tuning.json"))) > 0.06
 
 
 def test_cycles_of_a_tile_are_those_of_its_pipes() -> None:
@@ -45,11 +45,9 @@ def test_narrow_scores_wait_for_shared_memory_and_many_rows_halve_what_is_read()
     assert many.tensor == 2 * few.tensor and many.l2 == few.l2
 
 
-def test_narrow_values_take_as_long_as_wider_ones_and_rows_of_boxes_are_copied_one_by_one() -> None:
+def test_rows_of_boxes_are_copied_one_by_one() -> None:
     found = estimate(40, 1, hopper_tiles.config_of("128x128s2"))
-    # 3 products of scores for each half, and of every 16 keys one of 32 and one of 16 columns.
-    assert found.tensor == 2 * (3 * 64 + 8 * 2 * throughput.NARROW)
-    assert found.copies == throughput.COPY * 128 * 4
+    assert found.copies == throughput.COPY * 128 * 4  # two pieces of keys and of values
     most = replace(found, copies=10 * found.cycles)
     assert (most.cycles, most.limit) == (most.copies, "copies")
 
