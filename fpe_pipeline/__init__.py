@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     from .edits.registry import make_edit
     from .edits.selection import LayerSelection
     from .edits.watchers import Watcher
-    from .flow_pipeline import FreePromptFluxPipeline, FreePromptQwenImagePipeline, FreePromptSD3Pipeline
+    from .flow_pipeline import (
+        FreePromptChromaPipeline,
+        FreePromptFluxPipeline,
+        FreePromptQwenImagePipeline,
+        FreePromptSD3Pipeline,
+        FreePromptZImagePipeline,
+    )
     from .heatmaps.concept_maps import ConceptMaps, concept_maps
     from .heatmaps.heat_maps import HeatMaps, heat_maps
     from .inversion.null_text import NullText
@@ -61,11 +67,13 @@ _HOME = {
     "FireFlowScheduler": "models.flow_solvers",
     "FreeFluxEdit": "edits",
     "FreePromptEdit": "edits",
+    "FreePromptChromaPipeline": "flow_pipeline",
     "FreePromptFluxPipeline": "flow_pipeline",
     "FreePromptPipeline": "pipeline",
     "FreePromptPipelineOutput": "sampling.output",
     "FreePromptQwenImagePipeline": "flow_pipeline",
     "FreePromptSD3Pipeline": "flow_pipeline",
+    "FreePromptZImagePipeline": "flow_pipeline",
     "HeatMaps": "heatmaps.heat_maps",
     "Injecting": "edits.base",
     "Inversion": "inversion.trajectory",
@@ -116,12 +124,14 @@ __all__ = [
     "Encoding",
     "FireFlowScheduler",
     "FreeFluxEdit",
+    "FreePromptChromaPipeline",
     "FreePromptEdit",
     "FreePromptFluxPipeline",
     "FreePromptPipeline",
     "FreePromptPipelineOutput",
     "FreePromptQwenImagePipeline",
     "FreePromptSD3Pipeline",
+    "FreePromptZImagePipeline",
     "HeatMaps",
     "Injecting",
     "Inversion",

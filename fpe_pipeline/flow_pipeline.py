@@ -1,5 +1,5 @@
-"""`FreePromptPipeline` for flow models: diffusers' pipelines of Stable Diffusion 3, FLUX.1 and Qwen-Image with an edit
-from one source prompt to many targets."""
+"""`FreePromptPipeline` for flow models: diffusers' pipelines of Stable Diffusion 3, FLUX.1, Qwen-Image, Chroma and
+Z-Image with an edit from one source prompt to many targets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline
+from diffusers import ChromaPipeline, FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline, ZImagePipeline
 
 from .edits import Edit
 from .edits.base import check_prompts
@@ -32,9 +32,11 @@ from .session.shared_noise import row_generators
 __all__ = [
     "FLOW_CLASSES",
     "FlowEditing",
+    "FreePromptChromaPipeline",
     "FreePromptFluxPipeline",
     "FreePromptQwenImagePipeline",
     "FreePromptSD3Pipeline",
+    "FreePromptZImagePipeline",
 ]
 
 _OWN = frozenset(
@@ -164,7 +166,7 @@ class FlowEditing(FlowSampling):
             **options,
             **texts,
             **start,
-            "prompt": prompts or None,
+            "prompt": list(prompts) or None,  # Z-Image's pipeline writes into the list
             "num_images_per_prompt": call.images_per_prompt,
             "generator": call.generators or generator,
         }
@@ -263,9 +265,48 @@ class FreePromptQwenImagePipeline(FlowEditing, QwenImagePipeline):
         )
 
 
+class FreePromptChromaPipeline(FlowEditing, ChromaPipeline):
+    """Edit an image, generated or real, into target prompts, on Chroma.
+
+    Made by ``FreePromptPipeline.from_pipe(pipe)`` of a pipeline of diffusers; loads, saves and offloads as that does.
+    Used as `FreePromptSD3Pipeline`; an inversion that is guided is so by the empty prompt. Recordings are refused with
+    the reason.
+    """
+
+    parent = ChromaPipeline
+    parts = ("transformer", "vae", "text_encoder")
+
+    def _check_source_can_be_dropped(self, call: Call, options: Mapping[str, Any]) -> None:
+        raise ValueError(
+            "keep_source=False cannot drop the source's rows from ChromaPipeline's loop, which keeps masks of padding "
+            "to itself: use keep_source=True"
+        )
+
+
+class FreePromptZImagePipeline(FlowEditing, ZImagePipeline):
+    """Edit an image, generated or real, into target prompts, on Z-Image.
+
+    Made by ``FreePromptPipeline.from_pipe(pipe)`` of a pipeline of diffusers; loads, saves and offloads as that does.
+    Used as `FreePromptSD3Pipeline`, but that its pipeline counts guidance from 0 on, at which there is none (Z-Image
+    Turbo's). Recordings are refused with the reason.
+    """
+
+    parent = ZImagePipeline
+    parts = ("transformer", "vae", "text_encoder")
+    unguided = 0.0
+
+    def _check_source_can_be_dropped(self, call: Call, options: Mapping[str, Any]) -> None:
+        raise ValueError(
+            "keep_source=False cannot drop the source's rows from ZImagePipeline's loop, which keeps captions to "
+            "itself: use keep_source=True"
+        )
+
+
 #: By family.
 FLOW_CLASSES: dict[str, type[FlowEditing]] = {
     "sd3": FreePromptSD3Pipeline,
     "flux": FreePromptFluxPipeline,
     "qwen": FreePromptQwenImagePipeline,
+    "chroma": FreePromptChromaPipeline,
+    "z_image": FreePromptZImagePipeline,
 }

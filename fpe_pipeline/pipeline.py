@@ -49,6 +49,10 @@ _OF_FLOWS = {
     "FreePromptFluxPipeline": "flux",
     "QwenImagePipeline": "qwen",
     "FreePromptQwenImagePipeline": "qwen",
+    "ChromaPipeline": "chroma",
+    "FreePromptChromaPipeline": "chroma",
+    "ZImagePipeline": "z_image",
+    "FreePromptZImagePipeline": "z_image",
 }
 
 
@@ -100,7 +104,7 @@ class FreePromptPipeline(SamplingPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         """As in diffusers; "embedded" and "embedded-sd3" are the models that come with this package. A saved pipeline
-        of Stable Diffusion 3, FLUX.1 or Qwen-Image is loaded as the class that edits with it."""
+        of Stable Diffusion 3, FLUX.1, Qwen-Image, Chroma or Z-Image is loaded as the class that edits with it."""
         if isinstance(pretrained_model_name_or_path, str) and is_embedded(pretrained_model_name_or_path):
             pretrained_model_name_or_path = embedded_path(pretrained_model_name_or_path)
         serving: Any = _flow_class(pretrained_model_name_or_path, options)

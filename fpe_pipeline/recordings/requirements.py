@@ -34,5 +34,6 @@ def check_padded(model: Any) -> None:
     if not model.is_padded:
         raise TypeError(
             "recordings hold tokens beside texts of one length (Stable Diffusion 3, FLUX.1), got "
-            f"{type(model.pipe).__name__}, whose texts end where they end: run source and targets together"
+            f"{type(model.pipe).__name__}, whose texts end where they end, or are masked there: run source and targets "
+            "together"
         )

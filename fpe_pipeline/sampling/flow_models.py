@@ -1,139 +1,21 @@
-"""Flow models alone, outside their pipelines' loops: the run that a pipeline would make, and its velocity at any σ.
+"""Flow models alone, by family: how each is called at a σ, what its pipeline's run is, and what is served.
 
 Stable Diffusion 3 takes latents [B, C, h, w] and guides by a batch of both halves; FLUX.1 takes latents packed into
-tokens [B, N, 4 · C] and is told the guidance; Qwen-Image takes such tokens too, and guides by a second call.
+tokens [B, N, 4 · C] and is told the guidance; Qwen-Image and Chroma take such tokens too, and guide by a second call.
+Z-Image takes lists of latents and of captions, and gives the velocity's opposite.
 """
 
 from __future__ import annotations
 
-import inspect
-from abc import ABC, abstractmethod
-from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..models.families import adapter_of
+from .flow_model import FlowModel, Latents, Velocity, shift_of
 
 __all__ = ["FlowModel", "Velocity", "check_served", "flow_model", "is_flow_model"]
-
-Latents = torch.Tensor
-
-
-class Velocity(ABC):
-    """v(z, σ) of a model with a prompt: what it predicts, guided as it was said.
-
-    Args:
-        pipe: whose model it is.
-        conditions: keyword arguments of every call of the model, of one row or, guided, of both halves.
-        guidance_scale: of the two halves; None where the batch has one.
-
-    Attributes:
-        arguments: keyword arguments of the latest call.
-    """
-
-    def __init__(self, pipe: Any, conditions: dict[str, Any], guidance_scale: float | None) -> None:
-        self._pipe, self.conditions, self._guidance_scale = pipe, conditions, guidance_scale
-        self.arguments: dict[str, Any] = {}
-
-    def __call__(self, latents: Latents, sigma: torch.Tensor) -> Latents:
-        """The velocity [1, …] in the dtype of ``latents`` [1, …], which the model receives in its own.
-
-        Args:
-            latents: as the model takes them.
-            sigma: a number in [0, 1], of the scheduler's dtype, on the CPU.
-        """
-        timestep = (sigma * self._pipe.scheduler.config.num_train_timesteps).to(latents.device)
-        rows = 1 if self._guidance_scale is None else 2
-        given = latents.to(self.conditions["encoder_hidden_states"].dtype).expand(rows, *latents.shape[1:])
-        self.arguments = {"hidden_states": given, "timestep": self._timestep(timestep, given), **self.conditions}
-        model = self._pipe.transformer
-        context = model.cache_context("cond") if hasattr(model, "cache_context") else nullcontext()
-        with context:
-            predicted = model(**self.arguments, return_dict=False)[0].to(latents.dtype)
-        if self._guidance_scale is None:
-            return predicted
-        away, towards = predicted.chunk(2)
-        return away + self._guidance_scale * (towards - away)
-
-    @abstractmethod
-    def _timestep(self, timestep: torch.Tensor, latents: Latents) -> torch.Tensor:
-        """The scheduler's timestep as the model takes it [rows]."""
-
-
-class FlowModel(ABC):
-    """A pipeline's flow model.
-
-    Args:
-        pipe: of diffusers; its scheduler is one of :mod:`..models.flow_solvers`.
-    """
-
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-
-    @property
-    def native_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of the images that the pipeline makes by default."""
-        side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        return side, side
-
-    @property
-    def text_length(self) -> int:
-        """Tokens of T5 that the pipeline takes by default."""
-        pipeline = getattr(self.pipe, "parent", type(self.pipe))  # ours say of these options what diffusers' says
-        return inspect.signature(pipeline.__call__).parameters["max_sequence_length"].default
-
-    def text_tokens(self, text_length: int) -> int:
-        """Tokens of a prompt in joint attention, with so many of T5."""
-        return text_length
-
-    @property
-    @abstractmethod
-    def multiple(self) -> int:
-        """Pixels across a token."""
-
-    @abstractmethod
-    def set_timesteps(self, steps: int, size: tuple[int, int]) -> None:
-        """Set the scheduler to the run that the pipeline makes of an image of (height, width) pixels."""
-
-    #: Whether latents are packed into tokens.
-    is_packed: ClassVar[bool] = False
-
-    #: Whether every prompt has as many tokens of text, as recordings need it.
-    is_padded: ClassVar[bool] = True
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the autoencoder's latents."""
-        return int(self.pipe.vae.config.latent_channels)
-
-    def encoded(self, pixels: torch.Tensor) -> Latents:
-        """The mean of the autoencoder's distribution for pixels [1, 3, h, w] in [-1, 1], scaled: [1, C, h, w]."""
-        config = self.pipe.vae.config
-        mean = self.pipe.vae.encode(pixels).latent_dist.mean
-        return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
-
-    def latents(self, encoded: Latents) -> Latents:
-        """Latents [1, C, h, w] of the autoencoder, scaled, as the model takes them."""
-        return encoded
-
-    def unpacked(self, latents: Latents, size: tuple[int, int] | None = None) -> Latents:
-        """The autoencoder's latents [B, C, h, w], scaled, of what the model takes: the inverse of :meth:`latents`.
-
-        Args:
-            latents: of any number of images.
-            size: (height, width) of the images in pixels; needed where latents are packed.
-        """
-        return latents
-
-    def channels(self, latent_channels: int) -> int:
-        """Channels of what the model takes, of latents of so many."""
-        return latent_channels
-
-    @abstractmethod
-    def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
-        """The velocity with a prompt, of images of (height, width) pixels."""
 
 
 class _SD3Velocity(Velocity):
@@ -152,7 +34,7 @@ class _SD3(FlowModel):
     def set_timesteps(self, steps: int, size: tuple[int, int]) -> None:
         scheduler, options = self.pipe.scheduler, {}
         if scheduler.config.use_dynamic_shifting:
-            options["mu"] = _mu(scheduler, (size[0] // self.multiple) * (size[1] // self.multiple))
+            options["mu"] = shift_of(scheduler, (size[0] // self.multiple) * (size[1] // self.multiple))
         scheduler.set_timesteps(steps, device=self.pipe._execution_device, **options)
 
     def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
@@ -186,7 +68,7 @@ class _Flux(FlowModel):
     def set_timesteps(self, steps: int, size: tuple[int, int]) -> None:
         self.pipe.scheduler.set_timesteps(
             sigmas=np.linspace(1.0, 1 / steps, steps),
-            mu=_mu(self.pipe.scheduler, (size[0] // self.multiple) * (size[1] // self.multiple)),
+            mu=shift_of(self.pipe.scheduler, (size[0] // self.multiple) * (size[1] // self.multiple)),
             device=self.pipe._execution_device,
         )
 
@@ -251,9 +133,97 @@ class _Qwen(_Flux):
         return _FluxVelocity(self.pipe, conditions, None)
 
 
-_FAMILIES: dict[str, type[FlowModel]] = {"sd3": _SD3, "flux": _Flux, "qwen": _Qwen}
+class _Chroma(_Flux):
+    is_padded = False
+
+    def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
+        guided = guidance_scale > 1
+        device = self.pipe._execution_device
+        texts, places, mask, *away = self.pipe.encode_prompt(
+            prompt, "", device, do_classifier_free_guidance=guided, max_sequence_length=text_length
+        )
+        height, width = (side // self.multiple for side in size)
+        image = {"img_ids": self.pipe._prepare_latent_image_ids(1, height, width, device, texts.dtype)}
+
+        def conditions(texts: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+            seen = self.pipe._prepare_attention_mask(1, height * width, texts.dtype, mask)
+            return {**image, "encoder_hidden_states": texts, "txt_ids": places, "attention_mask": seen}
+
+        towards = _FluxVelocity(self.pipe, conditions(texts, places, mask), None)
+        if not guided:
+            return towards
+        return _TwoCalls(towards, _FluxVelocity(self.pipe, conditions(*away), None, "uncond"), guidance_scale)
+
+
+class _TwoCalls(Velocity):
+    """A velocity that is guided by a second call, which other text takes.
+
+    Args:
+        towards, away: of the two texts.
+        guidance_scale: how far.
+    """
+
+    def __init__(self, towards: Velocity, away: Velocity, guidance_scale: float) -> None:
+        super().__init__(towards._pipe, towards.conditions, guidance_scale)
+        self._calls = away, towards
+
+    def __call__(self, latents: Latents, sigma: torch.Tensor) -> Latents:
+        away, towards = (velocity(latents, sigma) for velocity in self._calls)
+        self.arguments = self._calls[1].arguments
+        assert self._guidance_scale is not None
+        return away + self._guidance_scale * (towards - away)
+
+
+class _ZImageVelocity(Velocity):
+    def _given(self, latents: Latents, timestep: torch.Tensor) -> dict[str, Any]:
+        given = latents.to(self._pipe.transformer.dtype)[:, :, None]  # of one frame
+        turned = (1000 - timestep.expand(latents.shape[0])) / 1000
+        return {"x": list(given.unbind()), "t": turned, **self.conditions}
+
+    def _predicted(self) -> Latents:
+        rows = self._pipe.transformer(**self.arguments, return_dict=False)[0]
+        return -torch.stack([row[:, 0] for row in rows])
+
+
+class _ZImage(FlowModel):
+    is_padded = False
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        return 1024, 1024
+
+    @property
+    def multiple(self) -> int:
+        return self.pipe.vae_scale_factor * self.pipe.transformer.config.all_patch_size[0]
+
+    def set_timesteps(self, steps: int, size: tuple[int, int]) -> None:
+        self.pipe.scheduler.set_timesteps(
+            sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(),
+            mu=shift_of(self.pipe.scheduler, (size[0] // self.multiple) * (size[1] // self.multiple)),
+            device=self.pipe._execution_device,
+        )
+
+    def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
+        if guidance_scale != 1:
+            raise ValueError(
+                "inversion on Z-Image, whose pipeline counts guidance from 0 where others count it from 1, is without, "
+                f"got guidance_scale={guidance_scale:g}: leave it at 1, and guide the edits with guidance_scale"
+            )
+        captions, _ = self.pipe.encode_prompt(
+            [prompt], self.pipe._execution_device, False, max_sequence_length=text_length
+        )
+        return _ZImageVelocity(self.pipe, {"cap_feats": captions}, None)
+
+
+_FAMILIES: dict[str, type[FlowModel]] = {
+    "sd3": _SD3,
+    "flux": _Flux,
+    "qwen": _Qwen,
+    "chroma": _Chroma,
+    "z_image": _ZImage,
+}
 #: What families are called in messages.
-_SERVED = "Stable Diffusion 3, FLUX.1 and Qwen-Image"
+_SERVED = "Stable Diffusion 3, FLUX.1, Qwen-Image, Chroma and Z-Image"
 
 
 def is_flow_model(pipe: Any) -> bool:
@@ -294,12 +264,3 @@ def check_served(pipe: Any, family: str) -> None:
             "real images, recordings and FreePromptPipeline hold no reference picture, which is part of every call of "
             f"FLUX.1 Kontext, got {type(pipe).__name__}{where}"
         )
-
-
-def _mu(scheduler: Any, tokens: int) -> float:
-    """The shift of a scheduler's σ for an image of so many tokens: linear in them, as diffusers' pipelines have it."""
-    fewest, most, least, largest = (
-        scheduler.config[name] for name in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    )
-    slope = (largest - least) / (most - fewest)
-    return float(tokens * slope + (least - slope * fewest))

@@ -37,6 +37,8 @@ class FlowSampling:
 
     #: The pipeline of diffusers.
     parent: ClassVar[type]
+    #: The guidance scale up to which a call is not guided.
+    unguided: ClassVar[float] = 1.0
     #: Text encoders and the rest, whose precision is checked.
     parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -123,7 +125,7 @@ def texts_of_call(pipe: Any, options: Mapping[str, Any], count: int) -> dict[str
     name = "true_cfg_scale" if "true_cfg_scale" in pipe.parent_options() else "guidance_scale"
     scale = options.get(name, pipeline_default(pipe, name))
     check_guidance(scale)
-    if texts["negative_prompt"] is not None and scale <= 1:
+    if texts["negative_prompt"] is not None and scale <= pipe.unguided:
         warnings.warn(
             f"the negative prompt does nothing at {name}={scale:g}, which switches guidance off",
             EditWarning,

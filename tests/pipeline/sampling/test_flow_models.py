@@ -7,7 +7,8 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 
 from fpe_pipeline import FreePromptPipeline
 from fpe_pipeline.sampling.decoding import decoded
-from fpe_pipeline.sampling.flow_models import _mu, flow_model
+from fpe_pipeline.sampling.flow_model import shift_of
+from fpe_pipeline.sampling.flow_models import flow_model
 from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
 
 
@@ -16,7 +17,7 @@ def test_the_shift_is_diffusers(pipe, shift):
     scheduler = tiny_flux_pipeline(pipe).scheduler
     names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
     for tokens in (1, 16, 256, 1024, 4096, 5000):
-        assert _mu(scheduler, tokens) == shift(tokens, *(scheduler.config[name] for name in names))
+        assert shift_of(scheduler, tokens) == shift(tokens, *(scheduler.config[name] for name in names))
 
 
 @pytest.mark.parametrize("make", [tiny_sd3_pipeline, tiny_flux_pipeline])

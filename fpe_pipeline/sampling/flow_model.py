@@ -1,0 +1,151 @@
+"""A flow model alone, outside its pipeline's loop: the run that the pipeline would make, and its velocity at any σ."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+
+__all__ = ["FlowModel", "Latents", "Velocity", "shift_of"]
+
+Latents = torch.Tensor
+
+
+class Velocity:
+    """v(z, σ) of a model with a prompt: what it predicts, guided as it was said.
+
+    Args:
+        pipe: whose model it is.
+        conditions: keyword arguments of every call of the model, of one row or, guided, of both halves.
+        guidance_scale: of the two halves; None where the batch has one.
+        name: of its calls, for models that diffusers' pipelines tell which of several a call is.
+
+    Attributes:
+        arguments: keyword arguments of the latest call.
+    """
+
+    def __init__(self, pipe: Any, conditions: dict[str, Any], guidance_scale: float | None, name: str = "cond") -> None:
+        self._pipe, self.conditions, self._guidance_scale, self._name = pipe, conditions, guidance_scale, name
+        self.arguments: dict[str, Any] = {}
+
+    def __call__(self, latents: Latents, sigma: torch.Tensor) -> Latents:
+        """The velocity [1, …] in the dtype of ``latents`` [1, …], which the model receives in its own.
+
+        Args:
+            latents: as the model takes them.
+            sigma: a number in [0, 1], of the scheduler's dtype, on the CPU.
+        """
+        timestep = (sigma * self._pipe.scheduler.config.num_train_timesteps).to(latents.device)
+        rows = 1 if self._guidance_scale is None else 2
+        self.arguments = self._given(latents.expand(rows, *latents.shape[1:]), timestep)
+        with self._named_call():
+            predicted = self._predicted().to(latents.dtype)
+        if self._guidance_scale is None:
+            return predicted
+        away, towards = predicted.chunk(2)
+        return away + self._guidance_scale * (towards - away)
+
+    def _given(self, latents: Latents, timestep: torch.Tensor) -> dict[str, Any]:
+        """What the model is called with, for latents [rows, …] and the scheduler's timestep."""
+        given = latents.to(self.conditions["encoder_hidden_states"].dtype)
+        return {"hidden_states": given, "timestep": self._timestep(timestep, given), **self.conditions}
+
+    def _predicted(self) -> Latents:
+        """The velocities [rows, …] that the model predicts for :attr:`arguments`."""
+        predicted: Latents = self._pipe.transformer(**self.arguments, return_dict=False)[0]
+        return predicted
+
+    def _named_call(self) -> AbstractContextManager[Any]:
+        model = self._pipe.transformer
+        return model.cache_context(self._name) if hasattr(model, "cache_context") else nullcontext()
+
+    def _timestep(self, timestep: torch.Tensor, latents: Latents) -> torch.Tensor:
+        """The scheduler's timestep as the model takes it [rows]."""
+        raise NotImplementedError
+
+
+class FlowModel(ABC):
+    """A pipeline's flow model.
+
+    Args:
+        pipe: of diffusers; its scheduler is one of :mod:`..models.flow_solvers`.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that the pipeline makes by default."""
+        side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
+        return side, side
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of T5 that the pipeline takes by default."""
+        pipeline = getattr(self.pipe, "parent", type(self.pipe))  # ours say of these options what diffusers' says
+        return int(inspect.signature(pipeline.__call__).parameters["max_sequence_length"].default)
+
+    def text_tokens(self, text_length: int) -> int:
+        """Tokens of a prompt in joint attention, with so many of T5."""
+        return text_length
+
+    @property
+    @abstractmethod
+    def multiple(self) -> int:
+        """Pixels across a token."""
+
+    @abstractmethod
+    def set_timesteps(self, steps: int, size: tuple[int, int]) -> None:
+        """Set the scheduler to the run that the pipeline makes of an image of (height, width) pixels."""
+
+    #: Whether latents are packed into tokens.
+    is_packed: ClassVar[bool] = False
+
+    #: Whether every prompt has as many tokens of text, as recordings need it.
+    is_padded: ClassVar[bool] = True
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the autoencoder's latents."""
+        return int(self.pipe.vae.config.latent_channels)
+
+    def encoded(self, pixels: torch.Tensor) -> Latents:
+        """The mean of the autoencoder's distribution for pixels [1, 3, h, w] in [-1, 1], scaled: [1, C, h, w]."""
+        config = self.pipe.vae.config
+        mean = self.pipe.vae.encode(pixels).latent_dist.mean
+        scaled: Latents = (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+        return scaled
+
+    def latents(self, encoded: Latents) -> Latents:
+        """Latents [1, C, h, w] of the autoencoder, scaled, as the model takes them."""
+        return encoded
+
+    def unpacked(self, latents: Latents, size: tuple[int, int] | None = None) -> Latents:
+        """The autoencoder's latents [B, C, h, w], scaled, of what the model takes: the inverse of :meth:`latents`.
+
+        Args:
+            latents: of any number of images.
+            size: (height, width) of the images in pixels; needed where latents are packed.
+        """
+        return latents
+
+    def channels(self, latent_channels: int) -> int:
+        """Channels of what the model takes, of latents of so many."""
+        return latent_channels
+
+    @abstractmethod
+    def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
+        """The velocity with a prompt, of images of (height, width) pixels."""
+
+
+def shift_of(scheduler: Any, tokens: int) -> float:
+    """The shift of a scheduler's σ for an image of so many tokens: linear in them, as diffusers' pipelines have it."""
+    fewest, most, least, largest = (
+        scheduler.config[name] for name in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    )
+    slope = (largest - least) / (most - fewest)
+    return float(tokens * slope + (least - slope * fewest))
