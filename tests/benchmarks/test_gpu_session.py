@@ -219,7 +219,7 @@ def test_planted_faults_are_named_and_every_finished_check_is_kept(tmp_path, onl
 @pytest.mark.parametrize(
     ("stage", "seconds", "words"),
     [
-        ("terminated", 60.0, "ended by SIGTERM while at: the next case"),
+        pytest.param("terminated", 60.0, "ended by SIGTERM while at: the next case", marks=pytest.mark.slow),
         pytest.param("hung", 8.0, "past its time while at: the next case", marks=pytest.mark.slow),
         ("out_of_memory", 60.0, "CUDA out of memory"),
     ],

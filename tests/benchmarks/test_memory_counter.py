@@ -49,6 +49,7 @@ def test_the_same_number_every_time():
     assert len({peak_bytes(call) for _ in range(3)}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads VmHWM from /proc")
 def test_it_agrees_with_the_resident_set_of_a_fresh_process():
     script = """

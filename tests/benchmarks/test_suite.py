@@ -91,7 +91,7 @@ def test_a_planted_slowdown_is_caught(bench):
     assert regressions(before, before) == []
 
 
-@pytest.mark.parametrize("spoiled", [Wrong, Unwritten])
+@pytest.mark.parametrize("spoiled", [pytest.param(Wrong, marks=pytest.mark.slow), Unwritten])
 def test_a_planted_wrong_result_gets_no_time_and_is_caught(bench, spoiled):
     before = bench.case(SMALL, providers(Ours("torch")))
     after = bench.case(SMALL, providers(spoiled("torch")))

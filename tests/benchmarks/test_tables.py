@@ -105,6 +105,7 @@ def test_figures_are_drawn_from_rows(tmp_path):
     assert all((tmp_path / name).stat().st_size > 1000 for name in drawn)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_the_committed_rows(tmp_path):
     rows = read_all(plot.RESULTS)
     drawn = list(draw_all(rows, tmp_path))

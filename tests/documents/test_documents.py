@@ -1,10 +1,11 @@
 """Every block of code in every document and every example in a docstring runs as printed.
 
-Names of models on the hub are answered by a tiny model, and "cuda" by the CPU. Commands that no test can run are
-listed in `NOT_RUN` with the reason.
+Names of models on the hub are answered by a tiny model, and "cuda" by the CPU. Where no number of steps is printed, few
+are made. Commands that no test can run are listed in `NOT_RUN` with the reason.
 """
 
 import doctest
+import functools
 import importlib
 import pkgutil
 import re
@@ -15,7 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 
 import benchmarks
@@ -55,6 +62,7 @@ NOT_RUN = {
     "fpe evaluate": "takes hours; its arguments are parsed, and test_quality.py runs it on few pairs",
 }
 FEW_STEPS = ["--steps", "3"]
+FEW = 5  # steps of a call that says no number
 DENOISING = ("batch", "edit", "heatmap", "invert")
 # An evaluation of so few pairs is run all the same.
 FEW_PAIRS = "--pairs 1 "
@@ -126,6 +134,18 @@ def flux_stand_in(tmp_path_factory):
     return folder
 
 
+def of_few_steps(method):
+    """A method of a pipeline, whose own number of steps is small."""
+
+    @functools.wraps(method)
+    def call(*arguments, **options):
+        if "inversion" not in options:  # which says its own number
+            options.setdefault("num_inference_steps", FEW)
+        return method(*arguments, **options)
+
+    return call
+
+
 @pytest.fixture
 def workplace(stand_in, transformer_stand_in, flux_stand_in, tmp_path, monkeypatch):
     """A folder with photos and a list of edits, on a machine with a hub and a GPU, as documents assume."""
@@ -148,6 +168,10 @@ def workplace(stand_in, transformer_stand_in, flux_stand_in, tmp_path, monkeypat
     def to(pipe, *arguments, **options):
         return move(pipe, *("cpu" if argument == "cuda" else argument for argument in arguments), **options)
 
+    for kind in (StableDiffusionPipeline, fpe_pipeline.FreePromptPipeline):
+        for name in ("__call__", "invert", "record"):
+            if name in vars(kind):
+                monkeypatch.setattr(kind, name, of_few_steps(getattr(kind, name)))
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(DiffusionPipeline, "load_config", classmethod(load_config))
     monkeypatch.setattr(DiffusionPipeline, "to", to)

@@ -105,7 +105,7 @@ def test_recipes_for_other_models_run(pipe, monkeypatch):
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem == "null_text_w_FPE")) for path in NOTEBOOKS],
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem != "FPE_in_p2p")) for path in NOTEBOOKS],
     ids=lambda path: path.stem,
 )
 def test_its_cells_run_with_few_steps(path, tmp_path, monkeypatch, capsys):

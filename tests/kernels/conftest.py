@@ -55,12 +55,12 @@ def _interpreter_rounds_to_nearest() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "costly: seconds through the Triton interpreter; left out there by default")
+    config.addinivalue_line("markers", "costly: seconds through the Triton interpreter; left out there with slow ones")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out ``costly`` parameters of the Triton backend where it is interpreted, unless ``-m`` names them."""
-    if torch.cuda.is_available() or "costly" in config.getoption("-m"):
+    """Leave out ``costly`` parameters of the Triton backend where it is interpreted and slow tests are left out."""
+    if torch.cuda.is_available() or "not slow" not in config.getoption("-m"):
         return
     costly = [item for item in items if item.get_closest_marker("costly") and "TestTriton" in item.nodeid]
     if costly:

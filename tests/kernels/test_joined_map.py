@@ -159,6 +159,7 @@ def test_gradcheck_of_joined_stacked_and_cut_maps(name: str) -> None:
     assert torch.autograd.gradcheck(everything, leaves, fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"key_lengths": (3, 5)}, {"heads": 4, "key_heads": 2, "value_heads": 2}], ids=str)
 def test_opcheck_with_key_lengths_grouped_heads_and_wide_results(options: dict, backend) -> None:
     case = make_case(

@@ -41,6 +41,8 @@ def cut_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 costly = pytest.mark.costly
+#: One of each kind: heads in the middle, a slice of more, neighbours far apart, an address that is not aligned.
+FEW_LAYOUTS = ("heads_split", "fused_chunk", "channels_first", "misaligned")
 """Marks parameters that the interpreter would take many seconds for; a device runs them all."""
 
 
@@ -125,7 +127,9 @@ class ProductContract:
     def test_shared_maps(self, maps: int, map_index: tuple[int, ...]) -> None:
         self.check(maps=maps, map_index=map_index, queries=9, keys=17, head_dim=40)
 
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize(
+        "layout", [pytest.param(name, marks=[] if name in FEW_LAYOUTS else costly) for name in LAYOUTS]
+    )
     def test_layouts(self, layout: str) -> None:
         self.check(layout=layout, maps=2, map_index=(1, 0), heads=2, queries=17, keys=9, head_dim=24)
 
@@ -143,7 +147,7 @@ class ProductContract:
             layout=("entries_sliced", "heads_expanded", "channels_first", "misaligned"), heads=2, maps=2, head_dim=40
         )
 
-    @pytest.mark.parametrize("axes", range(16))
+    @pytest.mark.parametrize("axes", [pytest.param(n, marks=[] if n in (0, 6, 9, 15) else costly) for n in range(16)])
     def test_bias_broadcasts_every_way(self, axes: int) -> None:
         varies = [bool(axes >> axis & 1) for axis in range(4)]
         self.check(bias=varies, masked=0.2, maps=2, map_index=(1, 0, 1), heads=2, queries=9, keys=66)

@@ -75,12 +75,14 @@ def check(original, name, kind=SelfAttentionControlEdit, compat=None):
         compare(case, "image", images[-len(expected) :])
 
 
-@pytest.mark.parametrize("name", few(CASES, "fpe_fake_2p_sr04", "fpe_real_sr08"))
+@pytest.mark.parametrize("name", few(CASES, "fpe_fake_2p_sr04"))
 def test_both_copies(original, name):
     check(original, name)
 
 
-@pytest.mark.parametrize(("kind", "compat"), [(Own, None), (SelfAttentionControlEdit, "original")])
+@pytest.mark.parametrize(
+    ("kind", "compat"), [pytest.param(Own, None, marks=pytest.mark.slow), (SelfAttentionControlEdit, "original")]
+)
 def test_by_lazy_maps(original, kind, compat):
     check(original, "fpe_gradio_res16_lat32", kind, compat)
 

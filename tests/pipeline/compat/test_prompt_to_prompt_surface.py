@@ -46,7 +46,7 @@ SLOW = pytest.mark.slow  # as edits, the same cases are run by default
 
 
 @pytest.mark.parametrize(
-    "name", ["p2p_replace", pytest.param("p2p_refine", marks=SLOW), pytest.param("p2p_reweight", marks=SLOW)]
+    "name", [pytest.param(f"p2p_{kind}", marks=SLOW) for kind in ("replace", "refine", "reweight")]
 )
 def test_the_notebooks_runs(pipe, name):
     case = load_case(name)

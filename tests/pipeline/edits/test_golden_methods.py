@@ -6,6 +6,7 @@ import torch
 from fpe_pipeline import BatchRoles, LocalBlend, MasaCtrlEdit, PlugAndPlayEdit, PromptToPromptEdit, editing
 from fpe_pipeline.prompts.alignment import align_refine, align_replace, tokenize
 from tests.support.golden_cases import GoldenCase, load_case
+from tests.support.slow_cases import few
 
 
 def distance(actual, expected):
@@ -55,7 +56,7 @@ def check(case, trajectory):
 
 @pytest.mark.parametrize(
     "name",
-    ["p2p_replace", "p2p_refine", "p2p_reweight", pytest.param("masa_s4_l10", marks=pytest.mark.slow), "masa_real"],
+    few(["p2p_replace", "p2p_refine", "p2p_reweight", "masa_s4_l10", "masa_real"], "p2p_refine", "masa_real"),
 )
 def test_edits_of_generated_images(pipe, name):
     case = load_case(name)

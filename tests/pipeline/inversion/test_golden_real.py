@@ -95,6 +95,7 @@ def test_more_targets_leave_the_first_as_it_is(fpe, inversions, name):
     assert distance(out.images[1], out.images[2]) > 1000 * case.atol("latents")
 
 
+@pytest.mark.slow
 def test_null_text(fpe):
     case = load_case("nulltext_fpe_4x2")
     losses = []
@@ -120,6 +121,7 @@ def test_null_text(fpe):
     assert distance(out.images, case.tensors["out.latents"]) <= case.atol("latents")
 
 
+@pytest.mark.slow
 def test_masactrl_from_inverted_noise(fpe):
     """MasaCtrl's real-image example: the inversion's noise starts both rows, and nothing holds the source after."""
     case = load_case("masa_real")

@@ -60,7 +60,8 @@ def run(pipe, edit, steps=10):
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # diffusers' KDPM2 with NumPy 2
 @pytest.mark.parametrize("share", [0.3, pytest.param(0.8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("KDPM2") else name for name in CALLS]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name.startswith(("KDPM2", "Heun")) else name for name in CALLS],
 )
 def test_the_share_of_the_steps(pipe, name, share):
     with_scheduler(pipe, name)

@@ -196,6 +196,7 @@ def test_similarities():
     assert iou(left, left) == 1.0 and iou(left, ~nowhere) == 0.5 and iou(nowhere, nowhere) == 0.0
 
 
+@pytest.mark.slow
 def test_a_real_image_end_to_end(embedded):
     """The source row comes back as its autoencoder leaves it, and every kind of contender leaves figures."""
     subject = render_subjects(held_out_pairs(1, ["colour"]), embedded.native_size[0])[0]

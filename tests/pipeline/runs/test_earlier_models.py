@@ -61,7 +61,10 @@ class TestRuns:
         assert again(tmp_path / "a" / "run.json", tmp_path / "b") == 0
         assert "bit for bit" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--device", "cpu"], ["--guidance", "3"]])
+    @pytest.mark.parametrize(
+        "options",
+        [pytest.param(["--dtype", "bfloat16"], marks=pytest.mark.slow), ["--device", "cpu"], ["--guidance", "3"]],
+    )
     def test_options_beside_a_record_keep_its_weights(self, tmp_path, options):
         assert again(RUN, tmp_path, "--steps", "1", *options) == 0
         assert runs.read_record(tmp_path / "run.json")[0].model == "embedded-80"

@@ -20,7 +20,6 @@ from fpe_pipeline import (
     Edit,
     FreeFluxEdit,
     FreePromptEdit,
-    FreePromptPipeline,
     JointProduct,
     KVEdit,
     LocalBlend,
@@ -32,7 +31,6 @@ from fpe_pipeline import (
     editing,
     heat_maps,
 )
-from fpe_pipeline.inversion.flow import invert_flow
 from fpe_pipeline.models.families import adapter_of
 from tests.support.dense_joint import DenseChroma, dense
 from tests.support.dense_rows import wide
@@ -313,12 +311,6 @@ def test_layers_that_were_found_for_flux1_are_chromas(pipe):
 
 
 class TestRefused:
-    def test_the_pipeline_with_real_images(self, pipes):
-        with pytest.raises(TypeError, match=r"real images, recordings and .* got ChromaPipeline; put `with editing"):
-            FreePromptPipeline.from_pipe(pipes["numbers"])
-        with pytest.raises(TypeError, match=r"real images, recordings and .* got ChromaPipeline; put `with editing"):
-            invert_flow(pipes["numbers"], torch.zeros(3, 64, 64))
-
     def test_concepts(self, pipes):
         with pytest.raises(TypeError, match="ChromaTransformer2DModel is not known to"):
             concept_maps(pipes["numbers"], ["car", "background"]).__enter__()

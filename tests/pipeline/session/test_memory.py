@@ -22,7 +22,7 @@ def peak(editor: str, selection: str, model: str = "tiny", pixels: int = 512) ->
     case = UNetCase(model, pixels, selection=selection)
     unet = build(case.model, "cpu", torch.float32)
     with torch.no_grad(), EDITORS[editor](unet, case) as set_step:
-        return peak_bytes(Sampler(unet, case, set_step, "cpu", torch.float32))
+        return peak_bytes(Sampler.of(unet, case, set_step, "cpu", torch.float32))
 
 
 @pytest.mark.parametrize("selection", ["default", "all"])

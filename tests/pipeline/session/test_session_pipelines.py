@@ -197,6 +197,7 @@ def test_a_compiled_unet(options):
         assert counter.frame_count == (1 if index < 3 else 2)
 
 
+@pytest.mark.slow
 def test_a_unet_compiled_in_place():
     """`unet.compile()` traces hooks along with the UNet: a session's are left out of the graphs."""
     unet, args, kwargs = one_level_unet()

@@ -91,7 +91,7 @@ class TestRefusals:
     @pytest.mark.parametrize("name", ["Lumina 2", "Wan"])
     def test_conveniences_of_other_families(self, pipe, name):
         tiny = tiny_lumina_pipeline() if name == "Lumina 2" else tiny_wan_pipeline(pipe)
-        message = r"FLUX\.1 and Qwen-Image, got \w+Pipeline; put `with editing\(pipe, edit\):`"
+        message = r"Qwen-Image, Chroma and Z-Image, got \w+Pipeline; put `with editing\(pipe, edit\):`"
         with pytest.raises(TypeError, match=message):
             FreePromptPipeline.from_pipe(tiny)
         with pytest.raises(TypeError, match=message):

@@ -11,7 +11,6 @@ from fpe_pipeline import (
     BatchRoles,
     ConsistEdit,
     FreePromptEdit,
-    FreePromptPipeline,
     PromptToPromptEdit,
     Watcher,
     editing,
@@ -275,10 +274,6 @@ class TestRefused:
         attention.set_processor(type("TheirAttnProcessor", (type(attention.processor),), {})())
         with pytest.raises(ValueError, match="TheirAttnProcessor may do more"):
             drawn(other, FreePromptEdit(0.5))
-
-    def test_the_pipeline_with_real_images(self, tiny):
-        with pytest.raises(TypeError, match="ZImagePipeline"):
-            FreePromptPipeline.from_pipe(tiny)
 
 
 def test_sites_are_found_by_walking(tiny):

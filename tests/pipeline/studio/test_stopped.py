@@ -34,6 +34,7 @@ def pictures(result):
     return [pixel_hash(image) for image in (result.run.source, *result.run.edited, *(result.run.uncontrolled or ()))]
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_its_step_to_the_bit(desk, visitor, values):
     """A method that sums heat from step to step, which a run that began anew at this step would lack."""
     assert options_of("fpe-regional")[0].name == "word"
