@@ -184,7 +184,7 @@ def test_opcheck_with_key_lengths_grouped_heads_and_wide_results(options: dict, 
 
 @pytest.mark.parametrize(
     "backend",
-    ["torch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reference", "triton"))],
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("torch", "reference", "triton")],
     indirect=True,
 )
 def test_joined_maps_compile_into_one_graph_with_gradients(backend) -> None:

@@ -110,6 +110,7 @@ def test_generate_compare_look_inside_and_restore(visit, out, tmp_path):
     assert page.locator("#source textarea").input_value() == settings.source
 
 
+@pytest.mark.slow
 def test_photos_bad_uploads_and_the_servers_files(visit, out, photo, tmp_path, address):
     visitor = visit()
     page = visitor.page

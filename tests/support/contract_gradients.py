@@ -121,6 +121,7 @@ class GradientContract(ProductContract):
     def test_gradients_with_key_lengths_and_grouped_heads(self, options: dict) -> None:
         self.check_gradients(**{"queries": 9, "keys": 17, **options})
 
+    @pytest.mark.costly
     def test_gradients_of_grouped_heads_in_every_dtype(self) -> None:
         for dtype in self.dtypes:
             self.check_gradients(dtype=dtype, queries=17, keys=70, heads=4, key_heads=1, value_heads=1)

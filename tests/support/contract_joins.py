@@ -204,6 +204,7 @@ class JoinContract(ProductContract):
         padded = replace(case, key_lengths=None, bias=padding_bias([3, 12], 17, case.query.dtype, self.device))
         assert_matches(padded, out=self.joined(case, (0, 5, 17)) @ case.value)
 
+    @costly
     def test_a_joined_map_is_rounded_once(self) -> None:
         for dtype in self.dtypes:
             case = self.case(dtype=dtype, queries=9, keys=64)

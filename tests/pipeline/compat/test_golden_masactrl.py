@@ -83,7 +83,7 @@ def test_is_what_the_authors_compute(masa, name, no_whole_maps):
         pytest.param("masa_mask", {"mask_s": None, "mask_t": None}, marks=pytest.mark.slow),
         ("masa_mask", "swapped"),
         pytest.param("masa_mask_auto", {"thres": 0.4}, marks=pytest.mark.slow),
-        ("masa_mask_auto", {"ref_token_idx": [6], "cur_token_idx": [6]}),
+        pytest.param("masa_mask_auto", {"ref_token_idx": [6], "cur_token_idx": [6]}, marks=pytest.mark.slow),
     ],
 )
 def test_another_editor_is_seen(masa, name, change):

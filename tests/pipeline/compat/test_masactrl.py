@@ -121,7 +121,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+@pytest.mark.parametrize("guidance_scale", [5.0, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_prompts_heads_and_proportions(eight, kind, guidance_scale, no_whole_maps):
     make, attend = KINDS[kind]

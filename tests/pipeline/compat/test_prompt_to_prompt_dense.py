@@ -179,7 +179,7 @@ class Seen(SelfAttentionControlEdit):
         return super().forward(attn, is_cross, place_in_unet)
 
 
-@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("guided", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [SelfAttentionControlEdit, Seen])
 def test_free_prompt_editing(eight_heads, embedded_words, kind, guided):
     lazy = kind(PROMPTS, STEPS, 5, (0.3, 0.75))

@@ -107,6 +107,7 @@ def test_the_last_steps_alone(pipe):
     assert controller.cur_step == 1
 
 
+@pytest.mark.slow
 def test_images(pipe):
     images, latent = ptp_utils.text2image_ldm_stable(
         pipe, PROMPTS, EmptyControl(), 1, generator=torch.Generator().manual_seed(1)

@@ -59,6 +59,7 @@ def test_three_ways_to_one_picture(pipe, tmp_path, name):
         assert np.abs(picture.astype(int) - command).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_pipelines_own_default_is_the_method_of_that_name(pipe, tmp_path):
     command = by_command("fpe", tmp_path, "--steps", str(STEPS))
     options = {"num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(3)}
@@ -78,6 +79,7 @@ def test_the_same_settings():
     assert CONTENDERS[2:] == tuple(methods_of("unet"))
 
 
+@pytest.mark.slow
 def test_masactrl_runs_with_its_defaults(tmp_path):
     by_command("masactrl", tmp_path, "--steps", "5")
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))

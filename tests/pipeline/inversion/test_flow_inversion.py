@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from fpe_pipeline import flow_scheduler
 from fpe_pipeline.inversion.flow import invert_flow
 from fpe_pipeline.models.flow_solvers import SOLVERS
+from tests.support.slow_cases import few
 from tests.support.tiny_transformers import PROMPTS, ExactEuler, tiny_flux_pipeline, tiny_sd3_pipeline
 
 STEPS = 4
@@ -218,7 +219,7 @@ def denoised(pipe, inversion, prompt=PROMPTS[0], **options):
     ).images
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, "sd3"))
 def test_second_order_follows_the_image_better(pipes, photo, family):
     """At as many steps, there and back.
 

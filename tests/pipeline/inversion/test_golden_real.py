@@ -67,7 +67,7 @@ def test_inverted_latents(inversions, name):
     assert distance(inversions[name].latents, case.tensors["out.inverted_list"]) <= case.atol("inverted_list")
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", [REAL[0], pytest.param(REAL[1], marks=pytest.mark.slow)])
 def test_edits_with_reference_latents(fpe, inversions, name):
     case = load_case(name)
     out, steps = edit(fpe, case, inversions[name], case.settings["prompts"][1])
@@ -85,6 +85,7 @@ def test_without_the_edit_the_case_is_missed_by_far(fpe, inversions):
     assert distance(out.images, case.tensors["out.latents"]) >= 1000 * case.atol("latents")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL[1:])
 def test_more_targets_leave_the_first_as_it_is(fpe, inversions, name):
     """The original takes one target; every one of several is what it is alone."""

@@ -111,6 +111,7 @@ def test_the_authors_prompt_to_prompt(pipe):
     assert active["self"] == list(range(int(10 * own)))
 
 
+@pytest.mark.slow
 def test_recordings_and_dropped_sources_of_such_runs():
     pipe = with_scheduler(embedded(FreePromptPipeline), "HeunDiscreteScheduler")
     options = {"latents": noise(0), "num_inference_steps": 5, "output_type": "latent", "self_replace_steps": 0.6}

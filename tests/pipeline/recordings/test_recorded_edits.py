@@ -79,7 +79,13 @@ def plain(tiny):
 
 @pytest.mark.parametrize(
     ("name", "guidance"),
-    [*((name, 7.5) for name in EDITS), *((name, 1.0) for name in ("by word", "replace", "masactrl", "plug and play"))],
+    [
+        *((name, 7.5) for name in EDITS),
+        *(
+            pytest.param(name, 1.0, marks=pytest.mark.slow)
+            for name in ("by word", "replace", "masactrl", "plug and play")
+        ),
+    ],
 )
 def test_as_with_the_source(tiny, plain, name, guidance):
     edit, options = EDITS[name](tiny.tokenizer), {"guidance_scale": guidance, **RUN}

@@ -54,7 +54,7 @@ def targets(tiny, recorded, prompts=(TARGET, OTHER), **options):
 
 class TestSameImages:
     @pytest.mark.parametrize("placement", ["device", "cpu", "folder"])
-    @pytest.mark.parametrize("guidance", [7.5, 1.0])
+    @pytest.mark.parametrize("guidance", [7.5, pytest.param(1.0, marks=pytest.mark.slow)])
     def test_as_with_the_source(self, tiny, full, tmp_path, placement, guidance):
         where = tmp_path / "recording" if placement == "folder" else placement
         recorded = tiny.record(SOURCE, placement=where, guidance_scale=guidance, negative_prompt="cars", **RUN)

@@ -22,7 +22,7 @@ def call(pipe, prompts, latents, images, steps=3, **options):
     return pipe(prompts, latents=latents, num_images_per_prompt=images, num_inference_steps=steps, **options).images
 
 
-@pytest.mark.parametrize("guidance", [5.0, 1.0])
+@pytest.mark.parametrize("guidance", [5.0, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["fpe", "p2p and blend"])
 def test_several_images_a_prompt(pipe, kind, guidance):
     """Image i of a target is edited from image i of the source: as in calls of one image each."""

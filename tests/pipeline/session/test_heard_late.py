@@ -68,7 +68,7 @@ def test_the_largest_magnitude_is_finite_only_if_all_numbers_are(value, dtype):
 
 @pytest.mark.parametrize(("question", "steps_later"), [(Late, AHEAD), (Prompt, 0)])
 @pytest.mark.parametrize("step", [0, STEPS - 1])
-@pytest.mark.parametrize("kind", [StableDiffusionPipeline, FreePromptPipeline])
+@pytest.mark.parametrize("kind", [pytest.param(StableDiffusionPipeline, marks=pytest.mark.slow), FreePromptPipeline])
 def test_the_step_and_the_layer(monkeypatch, kind, step, question, steps_later):
     use(monkeypatch, question)
     pipe = embedded(kind)

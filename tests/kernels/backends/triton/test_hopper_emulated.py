@@ -82,7 +82,9 @@ def test_a_known_log_sum_exp_is_used_and_left_as_it_is(head_dim) -> None:
 
 @pytest.mark.parametrize("turns", [False, True], ids=["", "in turns"])
 @pytest.mark.parametrize("tiles", [(64, 32, 3), (128, 16, 2), (192, 32, 2), (256, 16, 3)], ids=str)
-@pytest.mark.parametrize("programs", [1, 3, 7])
+@pytest.mark.parametrize(
+    "programs", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_programs_that_take_several_tiles_are_exact(programs, tiles, turns) -> None:
     case = ragged((0, 1, 1), 40, queries=270, keys=77, heads=4)
     found = Computed(case, tiles, turns, programs=programs)
