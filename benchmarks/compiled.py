@@ -30,7 +30,7 @@ log = logging.getLogger("benchmarks")
 NAMES = ("unedited", "fpe")
 WARM = 3  # calls: one compiles, one records a graph, one replays it
 REDUCED = {"mode": "reduce-overhead"}  # of torch.compile: CUDA graphs are replayed
-COMPILERS = "2"  # processes in which inductor compiles, of each of ours
+COMPILERS = 2  # processes in which inductor compiles, of each of ours
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _serve(
     """In a process: compile, say so, and take a sample whenever that is asked for."""
     import torch._inductor.config as inductor
 
-    inductor.compile_threads = int(COMPILERS)
+    inductor.compile_threads = COMPILERS
     bench = Bench(device, dtype, effort)
     try:
         unet = build(case.model, device, dtype)

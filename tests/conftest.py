@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from tests.support.long_cases import listed
+
 HAS_CUDA = torch.cuda.is_available()
+LONG = listed()
 
 # Kernels are decorated for the interpreter or for the compiler once, when they are imported: this decides before that.
 # Tests that need the compiler start a process of their own.
@@ -56,8 +59,12 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip ``gpu`` tests where there is no CUDA device."""
+    """Skip ``gpu`` tests where there is no CUDA device; mark the cases that are listed as long ones slow."""
+    for item in items:
+        if item.nodeid in LONG:
+            item.add_marker(pytest.mark.slow)
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_CUDA:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
