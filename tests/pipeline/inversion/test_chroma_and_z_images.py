@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from fpe_pipeline import (
     FreePromptChromaPipeline,
@@ -204,6 +205,13 @@ def test_it_is_what_editing_makes_of_the_pipeline_of_diffusers(tiny, family):
     finally:
         stock.scheduler = before
     assert (out.images - expected).abs().max() <= EXACT
+
+
+def test_saved_models_load_in_diffusers_and_here(tiny, family, tmp_path):
+    tiny.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    tiny.save_pretrained(tmp_path)
+    assert type(FreePromptPipeline.from_pretrained(tmp_path)) is family.kind
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is family.kind.parent
 
 
 class TestRefusals:
