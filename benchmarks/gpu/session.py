@@ -26,7 +26,7 @@ GRACE = 6.0  # seconds to start a process, and for the case under way when a sta
 BUDGETS = {"smoke": 150.0, "full": 540.0, "train": 210.0}
 """Seconds: a quarter of an hour in all."""
 
-SUITES = ("roofline", "kernels", "tuning", "edits", "joint-steps", "recordings", "memory")
+SUITES = ("roofline", "kernels", "tuning", "edits", "recordings", "memory")
 SUMMARY, KEPT = "summary.txt", 200
 
 
@@ -246,11 +246,14 @@ def _end(process: BaseProcess) -> None:
         process.join(3)
 
 
-def collect(out: Path, rows: Sequence[Row]) -> list[Path]:
-    """Write rows into the files that tables are made of, one a suite, beside those of other cases that are there."""
+def collect(out: Path, rows: Sequence[Row], suites: Sequence[str] = SUITES) -> list[Path]:
+    """Write rows into the files that tables are made of, one a suite, beside those of other cases that are there.
+
+    A session writes those of :data:`SUITES`: with its journal and summary as many files as may leave some machines.
+    """
     written = []
     kind = "cuda" if any(row.on_gpu for row in rows) else "cpu"
-    for suite in SUITES:
+    for suite in suites:
         fresh = [row for row in rows if row.suite == suite]
         if not fresh:
             continue
@@ -298,6 +301,6 @@ def summarise(records: Sequence[Record], outcomes: dict[str, str]) -> str:
 
 
 def collect_journals(out: Path) -> list[Path]:
-    """Make the files of rows anew from the journals of a folder, for a session that was itself ended."""
+    """Make the files of rows of every suite from the journals of a folder."""
     rows = [row for path in sorted(out.glob("*.jsonl")) for row in rows_of(read_journal(path))]
-    return collect(out, rows)
+    return collect(out, rows, sorted({row.suite for row in rows}))
