@@ -47,6 +47,9 @@ _OWN = frozenset(
 class FlowEditing(FlowSampling):
     """Edits of images, generated or real, mixed into a diffusers pipeline of a flow model."""
 
+    #: What of each row the loop of diffusers keeps beside latents and embeddings, so that none can be dropped from it.
+    kept_in_loop: ClassVar[str]
+
     @classmethod
     def from_pipe(cls, pipeline: Any, **components: Any) -> Any:
         """As in diffusers, but modules keep their dtypes.
@@ -182,7 +185,10 @@ class FlowEditing(FlowSampling):
 
     def _check_source_can_be_dropped(self, call: Call, options: Mapping[str, Any]) -> None:
         """Raise ValueError where source rows would stay behind in the loop."""
-        raise NotImplementedError
+        raise ValueError(
+            f"keep_source=False cannot drop the source's rows from {self.parent.__name__}'s loop, which keeps "
+            f"{self.kept_in_loop} to itself: use keep_source=True"
+        )
 
 
 class FreePromptSD3Pipeline(FlowEditing, StableDiffusion3Pipeline):
@@ -227,6 +233,7 @@ class FreePromptFluxPipeline(FlowEditing, FluxPipeline):
     """
 
     parent = FluxPipeline
+    kept_in_loop = "pooled embeddings and guidance"
 
     def _guided(self, arguments: dict[str, Any], call: Call) -> AbstractContextManager[Any]:
         scales = arguments.get("guidance_scale")
@@ -240,12 +247,6 @@ class FreePromptFluxPipeline(FlowEditing, FluxPipeline):
         arguments["guidance_scale"] = scales[-1]
         return guidance_of_rows(self, scales, call.images_per_prompt)
 
-    def _check_source_can_be_dropped(self, call: Call, options: Mapping[str, Any]) -> None:
-        raise ValueError(
-            "keep_source=False cannot drop the source's rows from FluxPipeline's loop, which keeps pooled embeddings "
-            "and guidance to itself: use keep_source=True"
-        )
-
 
 class FreePromptQwenImagePipeline(FlowEditing, QwenImagePipeline):
     """Edit an image, generated or real, into target prompts, on Qwen-Image.
@@ -256,13 +257,8 @@ class FreePromptQwenImagePipeline(FlowEditing, QwenImagePipeline):
     """
 
     parent = QwenImagePipeline
+    kept_in_loop = "masks of padding"
     parts = ("transformer", "vae", "text_encoder")
-
-    def _check_source_can_be_dropped(self, call: Call, options: Mapping[str, Any]) -> None:
-        raise ValueError(
-            "keep_source=False cannot drop the source's rows from QwenImagePipeline's loop, which keeps masks of "
-            "padding to itself: use keep_source=True"
-        )
 
 
 class FreePromptChromaPipeline(FlowEditing, ChromaPipeline):
@@ -274,13 +270,8 @@ class FreePromptChromaPipeline(FlowEditing, ChromaPipeline):
     """
 
     parent = ChromaPipeline
+    kept_in_loop = "masks of padding"
     parts = ("transformer", "vae", "text_encoder")
-
-    def _check_source_can_be_dropped(self, call: Call, options: Mapping[str, Any]) -> None:
-        raise ValueError(
-            "keep_source=False cannot drop the source's rows from ChromaPipeline's loop, which keeps masks of padding "
-            "to itself: use keep_source=True"
-        )
 
 
 class FreePromptZImagePipeline(FlowEditing, ZImagePipeline):
@@ -292,14 +283,9 @@ class FreePromptZImagePipeline(FlowEditing, ZImagePipeline):
     """
 
     parent = ZImagePipeline
+    kept_in_loop = "captions"
     parts = ("transformer", "vae", "text_encoder")
     unguided = 0.0
-
-    def _check_source_can_be_dropped(self, call: Call, options: Mapping[str, Any]) -> None:
-        raise ValueError(
-            "keep_source=False cannot drop the source's rows from ZImagePipeline's loop, which keeps captions to "
-            "itself: use keep_source=True"
-        )
 
 
 #: By family.

@@ -1,7 +1,5 @@
 """Real images on Chroma and on Z-Image: inverted by the papers' formulas, edited, saved, and what is refused."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -15,6 +13,7 @@ from fpe_pipeline import (
     flow_scheduler,
 )
 from fpe_pipeline.errors import EditWarning
+from tests.support.flow_formulas import path_to_noise
 from tests.support.slow_cases import few
 from tests.support.tiny_chroma import tiny_chroma_pipeline
 from tests.support.tiny_transformers import ExactEuler, tiny_vae
@@ -122,17 +121,7 @@ def path(tiny, family, photo, solver, velocity):
     z = family.start((mean - tiny.vae.config.shift_factor) * tiny.vae.config.scaling_factor)
     nodes = ExactEuler(shift=3.0)
     nodes.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3])
-    found, carried = [z], None
-    for now, then in pairwise(nodes.sigmas.flip(0)):
-        width = then.double() - now.double()
-        if solver == "euler":
-            z = z + width * velocity(z, now)
-        else:
-            first = velocity(z, now) if carried is None else carried
-            middle = velocity(z + width / 2 * first, (now + then) / 2)
-            z, carried = z + width * middle, middle if solver == "fireflow" else None
-        found.append(z)
-    return torch.stack(found)
+    return path_to_noise(z, velocity, nodes.sigmas, solver)
 
 
 @torch.no_grad()

@@ -1,7 +1,5 @@
 """Real images on Qwen-Image: inverted by the papers' formulas, edited, saved, decoded, and what is refused."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +7,7 @@ from PIL import Image
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, FreePromptQwenImagePipeline, Inversion, flow_scheduler
 from fpe_pipeline.inversion.flow import invert_flow
 from tests.support.dense_rows import wide
+from tests.support.flow_formulas import path_to_noise
 from tests.support.slow_cases import few
 from tests.support.tiny_language import tiny_qwen_that_reads
 from tests.support.tiny_transformers import ExactEuler
@@ -75,18 +74,8 @@ def test_the_papers_formulas(tiny, photo, solver):
         return tiny.transformer(z, timestep=timestep, **given).sample
 
     with torch.no_grad():
-        z = start(tiny, photo)
-        path, carried = [z], None
-        for now, then in pairwise(nodes.sigmas.flip(0)):
-            width = then.double() - now.double()
-            if solver == "euler":
-                z = z + width * velocity(z, now)
-            else:
-                first = velocity(z, now) if carried is None else carried
-                middle = velocity(z + width / 2 * first, (now + then) / 2)
-                z, carried = z + width * middle, middle if solver == "fireflow" else None
-            path.append(z)
-    assert (inversion.latents - torch.stack(path)).abs().max() <= EXACT
+        expected = path_to_noise(start(tiny, photo), velocity, nodes.sigmas, solver)
+    assert (inversion.latents - expected).abs().max() <= EXACT
 
 
 @pytest.mark.parametrize("method", few(["direct", "reference", "free"]))
