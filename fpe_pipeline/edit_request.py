@@ -46,7 +46,7 @@ class EditRequest:
     height: int | None
     width: int | None
     num_inference_steps: int | None
-    guidance_scale: float
+    guidance_scale: float | None
     negative_prompt: str | Sequence[str] | None
     num_images_per_prompt: int
     generator: torch.Generator | list[torch.Generator] | None
@@ -66,7 +66,8 @@ class EditRequest:
         """
         check_generator(self.generator)
         check_pipeline(pipe)
-        return self._as_the_inversion_decides()._plan(pipe)
+        scale = pipe.parent_default("guidance_scale") if self.guidance_scale is None else self.guidance_scale
+        return self._as_the_inversion_decides()._plan(pipe, scale)
 
     def _as_the_inversion_decides(self) -> EditRequest:
         """With the noise, steps and prompts of an inversion, and a number of steps in any case."""
@@ -84,11 +85,12 @@ class EditRequest:
             negative_prompt=inversion.prompt if inversion.method == "negative-prompt" else self.negative_prompt,
         )
 
-    def _plan(self, pipe: SamplingPipeline) -> EditPlan:
+    def _plan(self, pipe: SamplingPipeline, guidance_scale: float) -> EditPlan:
         prompts = prompt_list(self.prompt, self.target_prompt, self.prompt_embeds)
         count = len(prompts) if self.prompt_embeds is None else self.prompt_embeds.shape[0]
         edit = chosen_edit(self.edit, self.self_replace_steps, self.levels, self.max_tokens, self.layers, pipe.unet)
-        self._check(pipe, edit, prompts, count)
+        self._check(pipe, edit, prompts, count, guidance_scale)
+        further = {name: negative_list(self.options.get(name), count, name) for name in pipe.further_texts}
         images, channels = self.num_images_per_prompt, pipe.unet.config.in_channels
         latents = shared_latents(self.latents, count, images, channels)
         height, width = image_size(pipe.native_size, pipe.vae_scale_factor, self.height, self.width, latents)
@@ -96,7 +98,7 @@ class EditRequest:
             warn_of_unknown_words(prompts, pipe.tokenizer)
         if self.inversion is not None:
             check_guided_inversion(pipe.unet, self.inversion.method)
-            self.inversion.check(pipe.scheduler, self.guidance_scale)
+            self.inversion.check(pipe.scheduler, guidance_scale)
         call = Call(count, images)
         followed = Followed.of(pipe, call, self.inversion)
         arguments = {
@@ -104,7 +106,7 @@ class EditRequest:
             "height": height,
             "width": width,
             "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
+            "guidance_scale": guidance_scale,
             "negative_prompt": negative_list(self.negative_prompt, count),
             "num_images_per_prompt": images,
             "generator": self.generator,
@@ -115,6 +117,7 @@ class EditRequest:
             "callback_on_step_end": self.callback_on_step_end,
             "callback_on_step_end_tensor_inputs": self.callback_on_step_end_tensor_inputs,
             **self.options,
+            **further,
         }
         return EditPlan(
             call=call,
@@ -128,14 +131,16 @@ class EditRequest:
             keep_source=self.keep_source,
         )
 
-    def _check(self, pipe: SamplingPipeline, edit: Edit, prompts: Sequence[str], count: int) -> None:
+    def _check(
+        self, pipe: SamplingPipeline, edit: Edit, prompts: Sequence[str], count: int, guidance_scale: float
+    ) -> None:
         """Raise for what does not belong together."""
         if prompts:
             check_prompts(edit, prompts, encoding_tokenizer(pipe))
         check_positive(num_images_per_prompt=self.num_images_per_prompt, num_inference_steps=self.num_inference_steps)
-        check_guidance(self.guidance_scale)
+        check_guidance(guidance_scale)
         negative = self.negative_prompt is not None and self.inversion is None
-        check_options(pipe, self.guidance_scale, negative, self.options)
+        check_options(pipe, guidance_scale, negative, self.options)
         if not self.keep_source:
             check_source_can_be_dropped(pipe, count, self.options)
         check_latents(self.latents)

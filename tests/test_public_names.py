@@ -17,8 +17,8 @@ KERNELS = "AttentionMap LinearMap backends beside blend concatenate join known_c
 PIPELINE = (
     "BatchRoles CombinedEdit ConceptMaps ConsistEdit Edit EditingSession Encoding FireFlowScheduler "
     "FreeFluxEdit FreePromptChromaPipeline FreePromptEdit FreePromptFluxPipeline FreePromptPipeline "
-    "FreePromptPipelineOutput FreePromptQwenImagePipeline FreePromptSD3Pipeline FreePromptZImagePipeline "
-    "HeatMaps Injecting Inversion JointProduct KVEdit "
+    "FreePromptPipelineOutput FreePromptQwenImagePipeline FreePromptSD3Pipeline FreePromptXLPipeline "
+    "FreePromptZImagePipeline HeatMaps Injecting Inversion JointProduct KVEdit "
     "LayerSelection LocalBlend MasaCtrlEdit MixedRows ModelCall NullText PlugAndPlayEdit Product "
     "PromptToPromptEdit Prompted RFSolverScheduler ReFlexEdit Recording Remembering SelfAttentionEdit Site "
     "StableFlowEdit Step StepWindow StyleAlignedEdit TransformerAdapter ValueInjectionEdit Watcher Watching "

@@ -35,7 +35,7 @@ def check_inversion_options(
         )
     taken = ["latents", "timesteps", "sigmas", "mu"]
     if inversion.unconditional is not None or inversion.method == "negative-prompt":
-        taken.append("negative_prompt_embeds")
+        taken += ["negative_prompt_embeds", "negative_prompt_2", "negative_pooled_prompt_embeds"]
         if negative_prompt is not None:
             raise ValueError(
                 f"{inversion.method!r} inversion puts its own embeddings in place of the negative prompt; leave "
@@ -101,5 +101,5 @@ class Followed:
         source = FollowInversion(pipe.scheduler, call, inversion)
         if inversion.unconditional is None:
             return cls(source)
-        embeddings = inversion.unconditional[0].to(pipe.unet.dtype).expand(call.prompts, -1, -1)
-        return cls(source, (FollowEmbeddings(inversion.unconditional),), {"negative_prompt_embeds": embeddings})
+        options = pipe.unconditional_options(inversion.unconditional[0].expand(call.prompts, -1, -1))
+        return cls(source, (FollowEmbeddings(inversion.unconditional),), options)

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from ..models.precision import stored_in_float8
 from ..sampling.pipeline import SamplingPipeline
+from ..sampling.unet_conditions import UNetConditions
 
 __all__ = ["NullText", "optimise_unconditional"]
 
@@ -87,31 +88,31 @@ class NullText:
 
 
 def optimise_unconditional(
-    pipe: SamplingPipeline, latents: torch.Tensor, prompt: str, settings: NullText
+    pipe: SamplingPipeline, latents: torch.Tensor, conditions: UNetConditions, settings: NullText
 ) -> torch.Tensor:
     """The unconditional embedding of each step: [steps, 1, tokens, channels], float32, noisiest first.
 
     Args:
         pipe: its scheduler is set to the run's timesteps.
         latents: [steps + 1, 1, C, h, w], the inversion's trajectory from image to noise.
-        prompt: the image's.
+        conditions: of the image's prompt, guided.
         settings: see `NullText`.
     """
     timesteps = pipe.scheduler.timesteps
     found = []
     sample = latents[-1]
-    with torch.no_grad():
-        conditional, start = pipe.encode_prompt(prompt, sample.device, 1, True)
+    empty, conditional = conditions.halves()
+    start = empty.states
     embedding = start.detach().to(torch.promote_types(start.dtype, torch.float32))
     with _differentiable(pipe.unet, settings), pipe.progress_bar(total=len(timesteps)) as bar:
         for index, timestep in enumerate(timesteps):
             with torch.no_grad():
                 towards = _predict(pipe, sample, timestep, conditional)
             embedding, iterations, loss = _optimise_step(
-                pipe, sample, latents[-2 - index], timestep, towards, embedding, index, settings
+                pipe, sample, latents[-2 - index], timestep, towards, empty.with_states(embedding), index, settings
             )
             with torch.no_grad():
-                away = _predict(pipe, sample, timestep, embedding)
+                away = _predict(pipe, sample, timestep, empty.with_states(embedding))
                 sample = _step(pipe, sample, timestep, away, towards, settings)
             found.append(embedding)
             bar.update()
@@ -127,18 +128,18 @@ def _optimise_step(
     wanted: torch.Tensor,
     timestep: torch.Tensor,
     towards: torch.Tensor,
-    embedding: torch.Tensor,
+    empty: UNetConditions,
     index: int,
     settings: NullText,
 ) -> tuple[torch.Tensor, int, float]:
     """(embedding, iterations, last loss) of one denoising step."""
-    embedding = embedding.clone().requires_grad_()
+    embedding = empty.states.clone().requires_grad_()
     share = max(1.0 - index / 100.0, SMALLEST_SHARE)
     optimiser = torch.optim.Adam([embedding], lr=LEARNING_RATE * share)
     loss, iterations = float("inf"), 0
     with torch.enable_grad():
         for _ in range(settings.inner_steps):
-            away = _predict(pipe, sample, timestep, embedding)
+            away = _predict(pipe, sample, timestep, empty.with_states(embedding))
             reached = _step(pipe, sample, timestep, away, towards, settings)
             error = F.mse_loss(reached.to(embedding.dtype), wanted.to(embedding.dtype))
             optimiser.zero_grad()
@@ -156,11 +157,9 @@ def _optimise_step(
 
 
 def _predict(
-    pipe: SamplingPipeline, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor
+    pipe: SamplingPipeline, sample: torch.Tensor, timestep: torch.Tensor, conditions: UNetConditions
 ) -> torch.Tensor:
-    states = context.to(sample.dtype)
-    prediction: torch.Tensor = pipe.unet(sample, timestep, encoder_hidden_states=states, return_dict=False)[0]
-    return prediction
+    return conditions.with_states(conditions.states.to(sample.dtype)).predict(pipe.unet, sample, timestep)
 
 
 def _step(

@@ -37,9 +37,11 @@ from ..images.load import load_image, to_tensor
 from ..models.adapter import identity
 from ..models.steps import Step
 from ..prompts.words import warn_of_unknown_words
+from ..sampling.decoding import scaled_latents
 from ..sampling.noise_schedule import NoiseSchedule, ddim_inverse_step, require_ddim
 from ..sampling.pipeline import SamplingPipeline
 from ..sampling.served_models import check_guided_inversion, check_pipeline, check_without_image_prompts
+from ..sampling.unet_conditions import UNetConditions
 from ..session.finite import is_finite, refuse_step
 from ..session.unedited import unedited
 from ..texts import check_text
@@ -242,8 +244,11 @@ def invert(
     schedule = NoiseSchedule.of(pipe.scheduler)
     with unedited(pipe):
         with torch.no_grad():
-            latents = _to_noise(pipe, encode_image(pipe, picture), prompt, guidance_scale, callback)
-        embeddings = None if null_text is None else optimise_unconditional(pipe, latents, prompt, null_text)
+            guided = guidance_scale > 1
+            conditions = pipe.conditions(prompt, guided or null_text is not None, picture.size[::-1])
+            told = conditions if guided or null_text is None else conditions.halves()[1]
+            latents = _to_noise(pipe, encode_image(pipe, picture), told, guidance_scale, callback)
+        embeddings = None if null_text is None else optimise_unconditional(pipe, latents, conditions, null_text)
     pipe.maybe_free_model_hooks()
     return Inversion(name, latents, prompt, guidance_scale, schedule, picture, null_text, embeddings)
 
@@ -270,21 +275,19 @@ def _chosen_method(
 def _to_noise(
     pipe: SamplingPipeline,
     encoded: torch.Tensor,
-    prompt: str,
+    conditions: UNetConditions,
     guidance_scale: float,
     callback: Callable[[int, int, torch.Tensor], None] | None,
 ) -> torch.Tensor:
     """Latents [steps + 1, 1, C, h, w] of the scheduler's run, from the encoded image [1, C, h, w] to noise."""
     latents, timesteps = [encoded], pipe.scheduler.timesteps
-    conditional, unconditional = pipe.encode_prompt(prompt, pipe._execution_device, 1, guidance_scale > 1)
-    context = conditional if guidance_scale <= 1 else torch.cat([unconditional, conditional])
     with pipe.progress_bar(total=len(timesteps)) as bar:
         for index, timestep in enumerate(reversed(timesteps)):
             sample = latents[-1]
-            prediction = _predict(pipe, sample, timestep, context, guidance_scale)
+            prediction = _guided(conditions.predict(pipe.unet, sample, timestep), guidance_scale)
             latents.append(ddim_inverse_step(pipe.scheduler, prediction, int(timestep), sample))
             if not is_finite(latents[-1]):
-                given = (sample.expand(context.shape[0], -1, -1, -1), timestep, context)
+                given = (sample.expand(len(conditions.states), -1, -1, -1), timestep, conditions.states)
                 refuse_step(Step(index, len(timesteps)), identity(pipe.unet), given)
             bar.update()
             if callback is not None:
@@ -294,20 +297,17 @@ def _to_noise(
 
 def encode_image(pipe: SamplingPipeline, image: Image.Image) -> torch.Tensor:
     """The mean of the autoencoder's distribution for an RGB image, scaled as the UNet takes it: [1, C, h, w]."""
-    pixels = to_tensor(image).to(pipe._execution_device, pipe.vae.dtype)
-    latents: torch.Tensor = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
-    return latents
+    with pipe.decoding_autoencoder() as vae:
+        pixels = to_tensor(image).to(pipe._execution_device, vae.dtype)
+        mean = vae.encode(pixels).latent_dist.mean
+    return scaled_latents(pipe.vae, mean).to(pipe.unet.dtype)
 
 
-def _predict(
-    pipe: SamplingPipeline, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, guidance_scale: float
-) -> torch.Tensor:
-    """The UNet's prediction [1, C, h, w], guided where ``context`` holds an unconditional half."""
-    rows = sample.expand(context.shape[0], -1, -1, -1)
-    prediction: torch.Tensor = pipe.unet(rows, timestep, encoder_hidden_states=context, return_dict=False)[0]
-    if context.shape[0] == 1:
-        return prediction
-    unconditional, conditional = prediction.chunk(2)
+def _guided(predicted: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """A prediction [1, C, h, w], guided where an unconditional row stands before the conditional one."""
+    if predicted.shape[0] == 1:
+        return predicted
+    unconditional, conditional = predicted.chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "Family",
     "ModelSource",
     "find_model",
+    "holds_sdxl",
     "identity",
     "is_embedded",
     "load",
@@ -39,11 +40,13 @@ __all__ = [
 ]
 
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
-#: What a pipeline denoises with: a UNet, or a transformer of Stable Diffusion 3's or of FLUX.1's kind.
-Family = Literal["unet", "sd3", "flux"]
+#: What a pipeline denoises with: a UNet, SDXL's or another, or a transformer of Stable Diffusion 3's or FLUX.1's kind.
+Family = Literal["unet", "sdxl", "sd3", "flux"]
 PIPELINE_CLASSES: dict[str, Family] = {
     "StableDiffusionPipeline": "unet",
     "FreePromptPipeline": "unet",
+    "StableDiffusionXLPipeline": "sdxl",
+    "FreePromptXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
 }
@@ -54,6 +57,7 @@ _LAY_BEFORE = {
     "fpe_pipeline/models/embedded": EMBEDDED,
     **{f"fpe_pipeline/models/earlier/{name.replace('-', '_')}": name for name in EARLIER},
 }
+_SDXL_PART = "conditioner.embedders.1.model."
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -119,7 +123,7 @@ def find_model(model: str) -> ModelSource:
                 f"a model file must end in {' or '.join(SINGLE_FILE_SUFFIXES)}, got '{model}'; "
                 "pass a checkpoint file or a diffusers folder"
             )
-        return ModelSource("file", str(path.resolve()))
+        return ModelSource("file", str(path.resolve()), family="sdxl" if holds_sdxl(path) else None)
     for end, name in _LAY_BEFORE.items():
         if path.as_posix().endswith(f"/{end}"):
             return find_model(name)
@@ -134,6 +138,19 @@ def find_model(model: str) -> ModelSource:
 def is_embedded(model: str) -> bool:
     """Whether a name is that of an embedded model or of one before it, rather than a path or a hub's name."""
     return model in NAMES
+
+
+def holds_sdxl(path: Any) -> bool:
+    """Whether a file here is a checkpoint of SDXL in safetensors, as its second text encoder tells."""
+    from safetensors import SafetensorError, safe_open
+
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return False
+    try:
+        with safe_open(path, "np") as file:
+            return any(name.startswith(_SDXL_PART) for name in file.keys())  # noqa: SIM118 - it is no mapping
+    except (OSError, SafetensorError):
+        return False  # which loading says better
 
 
 def replaced_models(model: str) -> list[str]:
@@ -250,12 +267,12 @@ def _folder(path: Path) -> ModelSource:
     name = _json(index).get("_class_name")
     if name not in PIPELINE_CLASSES:
         raise InputError(
-            f"expected a pipeline of Stable Diffusion 1.x, 2.x or 3, or of FLUX.1, '{path}' holds a {name}; "
+            f"expected a pipeline of Stable Diffusion 1.x, 2.x, XL or 3, or of FLUX.1, '{path}' holds a {name}; "
             "load it with diffusers and edit with `fpe_pipeline.editing(pipe, ...)`"
         )
     family = PIPELINE_CLASSES[name]
     channels = _config(path, "vae").get("block_out_channels")
-    patch = {"unet": 1, "sd3": _config(path, "transformer").get("patch_size", 1), "flux": _FLUX_PATCH}[family]
+    patch = {"sd3": _config(path, "transformer").get("patch_size", 1), "flux": _FLUX_PATCH}.get(family, 1)
     factor = patch * 2 ** (len(channels) - 1) if channels else None
     return ModelSource("folder", str(path.resolve()), factor, family)
 

@@ -31,11 +31,9 @@ def fingerprint(pipe: Any) -> str:
         ValueError: a weight that is nowhere.
     """
     digest = hashlib.sha256()
-    names: tuple[str, ...] = ("text_encoder", "unet")
-    if getattr(pipe, "transformer", None) is not None:
-        every = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
-        names = tuple(name for name in every if getattr(pipe, name, None) is not None)
-    for name in names:
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer"):
+        if getattr(pipe, name, None) is None:
+            continue
         module = identity(getattr(pipe, name))
         config: Any = module.config
         config = config.to_dict() if hasattr(config, "to_dict") else dict(config)

@@ -46,7 +46,7 @@ class RecordOptions(TypedDict, total=False):
     height: int | None
     width: int | None
     num_inference_steps: int | None
-    guidance_scale: float
+    guidance_scale: float | None
     negative_prompt: str | None
     backend: str
 
@@ -81,7 +81,7 @@ class RecordRequest:
     height: int | None = None
     width: int | None = None
     num_inference_steps: int | None = None
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
     negative_prompt: str | None = None
     backend: str = "auto"
 
@@ -115,20 +115,21 @@ class RecordRequest:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         check_placement(self.placement)
         check_deterministic(pipe.scheduler)
-        check_guidance(self.guidance_scale)
+        scale = pipe.parent_default("guidance_scale") if self.guidance_scale is None else self.guidance_scale
+        check_guidance(scale)
         check_generator(self.generator)
         prompt, steps, inversion = self.prompt, self.num_inference_steps, self.inversion
         if inversion is not None:
             check_inversion_options(inversion, {"latents": self.latents}, self.negative_prompt, steps)
             check_guided_inversion(pipe.unet, inversion.method)
-            inversion.check(pipe.scheduler, self.guidance_scale)
+            inversion.check(pipe.scheduler, scale)
             prompt = inversion.prompt if prompt is None else prompt
             steps = inversion.steps
         prompt = _checked_prompts(prompt, self.negative_prompt)
         steps = 50 if steps is None else steps
         check_positive(num_inference_steps=steps)
-        check_options(pipe, self.guidance_scale, self.negative_prompt is not None and inversion is None, {})
-        return Source(prompt, self.negative_prompt, self.guidance_scale, steps, inversion)
+        check_options(pipe, scale, self.negative_prompt is not None and inversion is None, {})
+        return Source(prompt, self.negative_prompt, scale, steps, inversion)
 
     def edits(self, pipe: SamplingPipeline, source: Source) -> list[Edit]:
         """The edits to record for, which may be about this source."""

@@ -93,7 +93,7 @@ def _denoise(
         options["negative_prompt"] = [recording.negative_prompt] * len(targets)
     if recording.unconditional is not None:
         tasks.append(FollowEmbeddings(recording.unconditional))
-        options["negative_prompt_embeds"] = recording.unconditional[0].to(pipe.unet.dtype).expand(len(targets), -1, -1)
+        options |= pipe.unconditional_options(recording.unconditional[0].expand(len(targets), -1, -1))
     factor = pipe.vae_scale_factor
     return pipe._sample(
         Call(len(targets), 1),

@@ -250,7 +250,7 @@ def family_of(pipe: Any) -> Any:
     """The kind of model of a loaded pipeline."""
     from ..models.families import adapter_of
 
-    return adapter_of(pipe).family
+    return "sdxl" if getattr(pipe, "added_conditions", None) else adapter_of(pipe).family
 
 
 def _reads_t5(pipe: Any) -> bool:

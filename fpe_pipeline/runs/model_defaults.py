@@ -31,11 +31,13 @@ FLOW_WINDOW = (0.0, 0.2)
 _FLOW = {"self_replace": FLOW_WINDOW, "inversion": "direct", "steps": 28}
 _DEFAULTS: dict[Family, dict[str, Any]] = {
     "unet": {},
+    "sdxl": {"guidance": 5.0},
     "sd3": {**_FLOW, "guidance": 7.0},
     "flux": {**_FLOW, "guidance": 3.5},
 }
 _WORDS: dict[Family, str] = {
     "unet": "a UNet",
+    "sdxl": "a UNet of SDXL's kind",
     "sd3": "a transformer of Stable Diffusion 3's kind",
     "flux": "a transformer of FLUX.1's kind",
 }
@@ -89,12 +91,12 @@ def defaults_for(model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def served_by(family: Family) -> Literal["unet", "transformer"]:
     """What methods call a kind of model."""
-    return "unet" if family == "unet" else "transformer"
+    return "unet" if family in ("unet", "sdxl") else "transformer"
 
 
 def inversions_of(family: Family) -> tuple[str, ...]:
     """How a kind of model inverts pictures, the default first."""
-    return UNET_INVERSIONS if family == "unet" else FLOW_INVERSIONS
+    return UNET_INVERSIONS if served_by(family) == "unet" else FLOW_INVERSIONS
 
 
 def check_family(settings: Asked, source: ModelSource, family: Family | None = None) -> None:
@@ -118,7 +120,7 @@ def check_family(settings: Asked, source: ModelSource, family: Family | None = N
             f"{_WORDS[family]}; its methods are {', '.join(methods_of(kind))}"
         )
     asked = [name for name in _OF_UNETS if getattr(settings, name) is not None]
-    if asked and family != "unet":
+    if asked and kind != "unet":
         raise InputError(
             f"{' and '.join(f'--{name}' for name in asked).replace('_', '-')} choose layers of a UNet, and {model} is "
             f"{_WORDS[family]}, all of whose layers are of one size; choose with --layers"

@@ -1,15 +1,24 @@
-"""Latents as pictures, outside a pipeline's call."""
+"""Latents as pictures and back, outside a pipeline's call."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from PIL import Image
 
 from .flow_models import flow_model, is_flow_model
+from .pipeline import SamplingPipeline
 
-__all__ = ["decoded"]
+__all__ = ["decoded", "scaled_latents"]
+
+
+def scaled_latents(vae: Any, encoded: torch.Tensor) -> torch.Tensor:
+    """What an autoencoder makes of images [B, C, h, w], as a UNet takes it: of unit variance, as its settings say."""
+    mean, std = _moments(vae, encoded)
+    scaled: torch.Tensor = (encoded - mean) * vae.config.scaling_factor / std
+    return scaled
 
 
 @torch.no_grad()
@@ -17,7 +26,7 @@ def decoded(pipe: Any, latents: torch.Tensor, size: tuple[int, int] | None = Non
     """Latents as a pipeline's callback or a recording has them, as pictures.
 
     Args:
-        pipe: a pipeline of Stable Diffusion or FLUX.1; its autoencoder's dtype decides the arithmetic.
+        pipe: a pipeline of Stable Diffusion, SDXL or FLUX.1; its autoencoder's dtype decides the arithmetic.
         latents: [images, C, h, w], or of FLUX.1 [images, tokens, 4 · C].
         size: (height, width) of the pictures in pixels, which latents that are packed into tokens do not say.
 
@@ -26,8 +35,19 @@ def decoded(pipe: Any, latents: torch.Tensor, size: tuple[int, int] | None = Non
     """
     if is_flow_model(pipe):
         latents = flow_model(pipe).unpacked(latents, size)
-    config = pipe.vae.config
-    scaled = latents.to(pipe.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0.0)
-    pixels = pipe.vae.decode(scaled, return_dict=False)[0]
+    computing = pipe.decoding_autoencoder() if isinstance(pipe, SamplingPipeline) else nullcontext(pipe.vae)
+    with computing as vae:
+        given = latents.to(vae.dtype)
+        mean, std = _moments(vae, given)
+        pixels = vae.decode(given * std / vae.config.scaling_factor + mean, return_dict=False)[0]
     pictures: list[Image.Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
     return pictures
+
+
+def _moments(vae: Any, latents: torch.Tensor) -> tuple[Any, Any]:
+    """Mean and standard deviation that latents had before they were scaled: by channel, or a shift and 1."""
+    config = vae.config
+    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return config.get("shift_factor") or 0.0, 1.0
+    return latents.new_tensor(mean).view(1, -1, 1, 1), latents.new_tensor(std).view(1, -1, 1, 1)

@@ -1,4 +1,4 @@
-"""diffusers' Stable Diffusion pipeline with what every run of ours needs of it: under inversion and recordings too.
+"""diffusers' pipelines around a UNet with what every run of ours needs of them: under inversion and recordings too.
 
 The parent's sampling loop runs unchanged. What is added happens at its own extension points: the noise that it prepares
 is shared by all prompts, and its step callback is followed by our tasks.
@@ -6,28 +6,75 @@ is shared by all prompts, and its step callback is followed by our tasks.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..prompts.words import short_form
 from ..session.finite_watch import FiniteSteps
 from ..session.session import EditingSession
 from ..session.shared_noise import row_generators
-from .arguments import check_size
 from .step_end import Call, StepEnd, Task
+from .unet_conditions import UNetConditions
 
 __all__ = ["SamplingPipeline"]
 
 
-class SamplingPipeline(StableDiffusionPipeline):
-    """A `StableDiffusionPipeline` whose calls share noise among prompts, and end each step with tasks."""
+class SamplingPipeline(DiffusionPipeline):
+    """A pipeline of diffusers around a UNet whose calls share noise among prompts, and end each step with tasks.
 
+    A class derives from this one first and from its pipeline of diffusers second.
+    """
+
+    #: The pipeline of diffusers.
+    parent: ClassVar[type]
+    #: Text encoders and the rest, whose precision is checked.
+    parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
+    #: What the UNet is told beside a timestep and text, as its ``addition_embed_type`` says it.
+    added_conditions: ClassVar[str | None] = None
+    #: Texts of a call beside the prompts, one for all or a list with one for each.
+    further_texts: ClassVar[tuple[str, ...]] = ()
     _call: Call | None = None
+
+    @classmethod
+    def parent_default(cls, name: str) -> Any:
+        """What an argument of a call is in diffusers where it is left out."""
+        return inspect.signature(cls.parent.__call__).parameters[name].default
+
+    def conditions(self, prompt: str, guided: bool, size: tuple[int, int]) -> UNetConditions:
+        """What the UNet is told of a prompt, of images of (height, width) pixels.
+
+        Args:
+            prompt: of one image.
+            guided: whether an unconditional row stands before it.
+            size: in pixels.
+        """
+        raise NotImplementedError
+
+    def unconditional_options(self, embeddings: torch.Tensor) -> dict[str, Any]:
+        """The options of a call that put embeddings [prompts, tokens, channels] into its unconditional half."""
+        return {"negative_prompt_embeds": embeddings.to(self.unet.dtype)}
+
+    @property
+    def decoding_dtype(self) -> torch.dtype:
+        """In which the autoencoder computes."""
+        dtype: torch.dtype = self.vae.dtype
+        return dtype
+
+    @contextmanager
+    def decoding_autoencoder(self) -> Iterator[Any]:
+        """The autoencoder in the dtype in which it computes, in a ``with`` block."""
+        own, computing = self.vae.dtype, self.decoding_dtype
+        try:
+            yield self.vae if own is computing else self.vae.to(computing)
+        finally:
+            if own is not computing:
+                self.vae.to(own)
 
     @property
     def progress_is_hidden(self) -> bool:
@@ -51,7 +98,8 @@ class SamplingPipeline(StableDiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str],
         **arguments: Any,
     ) -> tuple[Any, Any]:
-        """The parent's sampling loop inside ``session``, with ``tasks`` at the end of each step."""
+        """The parent's sampling loop inside ``session``, with ``tasks`` at the end of each step: the images, and
+        whether each was censored (None where nothing looks)."""
         if tasks:
             callback_on_step_end = StepEnd(
                 callback_on_step_end, callback_on_step_end_tensor_inputs, tasks, self._callback_tensor_inputs
@@ -61,19 +109,15 @@ class SamplingPipeline(StableDiffusionPipeline):
         try:
             watched = nullcontext() if isinstance(session, EditingSession) else FiniteSteps(self)
             with session, watched, _text_model_found(self.text_encoder):
-                return super().__call__(
+                images, *censored = super().__call__(
                     return_dict=False,
                     callback_on_step_end=callback_on_step_end,
                     callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
                     **arguments,
                 )
+            return images, censored[0] if censored else None
         finally:
             self._call = None
-
-    def check_inputs(self, prompt: Any, height: int, width: int, *args: Any, **kwargs: Any) -> None:
-        """The parent's checks, with the size measured against this autoencoder rather than against 8 pixels."""
-        check_size(height, width, self.vae_scale_factor)
-        super().check_inputs(prompt, 8, 8, *args, **kwargs)
 
     def maybe_convert_prompt(self, prompt: Any, tokenizer: Any) -> Any:
         """Tokens of several vectors written out, as diffusers does, and once where the caller did it already."""
@@ -110,7 +154,7 @@ class SamplingPipeline(StableDiffusionPipeline):
     def to_json_string(self) -> str:
         """The configuration that `save_pretrained` writes; it names diffusers' class, so that diffusers loads it."""
         config = json.loads(super().to_json_string())
-        config["_class_name"] = StableDiffusionPipeline.__name__
+        config["_class_name"] = self.parent.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 

@@ -19,19 +19,29 @@ __all__ = [
 ]
 
 
-def check_model(unet: Any, vae: Any) -> None:
-    """Raise ValueError for a UNet that takes more than latents of this autoencoder, a timestep and text."""
+def check_model(unet: Any, vae: Any, added: str | None = None) -> None:
+    """Raise ValueError for a UNet that takes more than latents of this autoencoder, a timestep, text and what its
+    pipeline tells it.
+
+    Args:
+        unet, vae: of the pipeline.
+        added: the ``addition_embed_type`` of its UNets.
+    """
     hint = (
         "FreePromptPipeline, with real images and recordings, is for text-to-image models of the kind of Stable "
-        "Diffusion 1.x and 2.x; put `with editing(pipe, edit):` around this model's own diffusers pipeline"
+        "Diffusion 1.x, 2.x and XL; put `with editing(pipe, edit):` around this model's own diffusers pipeline"
     )
-    conditions = ("addition_embed_type", "class_embed_type", "num_class_embeds")
-    further = [f"{name}={unet.config[name]!r}" for name in conditions if unet.config.get(name) is not None]
+    wanted = {"addition_embed_type": [added], "class_embed_type": [None], "num_class_embeds": [None]}
+    if added is not None:  # Kolors' UNet is told what SDXL's is, and projects another encoder's embeddings
+        wanted["encoder_hid_dim_type"] = [None, "ip_image_proj"]
+    further = [
+        f"{name}={unet.config.get(name)!r}" for name, those in wanted.items() if unet.config.get(name) not in those
+    ]
     if further:
-        raise ValueError(
-            f"expected a UNet whose conditions are a timestep and text, got one with {', '.join(further)}, as "
-            f"SDXL has: {hint}"
-        )
+        taken = "a timestep and text" if added is None else "a timestep, text and sizes, as SDXL's are"
+        if added is None and unet.config.get("addition_embed_type") == "text_time":
+            hint = "SDXL is edited by FreePromptXLPipeline, which FreePromptPipeline.from_pipe and from_pretrained make"
+        raise ValueError(f"expected a UNet whose conditions are {taken}, got one with {', '.join(further)}: {hint}")
     if unet.config.in_channels != vae.config.latent_channels:
         raise ValueError(
             f"expected a UNet that takes the {vae.config.latent_channels} channels of the autoencoder's latents, "
@@ -51,8 +61,8 @@ def check_without_image_prompts(pipe: Any, what: str) -> None:
 
 def check_pipeline(pipe: Any) -> None:
     """Raise ValueError for a pipeline whose parts `FreePromptPipeline` cannot serve."""
-    check_model(pipe.unet, pipe.vae)
-    for name in ("unet", "vae", "text_encoder"):
+    check_model(pipe.unet, pipe.vae, pipe.added_conditions)
+    for name in pipe.parts:
         check_precision(name, getattr(pipe, name, None))
 
 
@@ -73,7 +83,7 @@ def check_options(pipe: Any, guidance_scale: float, negative: bool, options: dic
         pipe: the pipeline.
         guidance_scale: of the call.
         negative: whether a negative prompt was passed.
-        options: what is handed on to `StableDiffusionPipeline`.
+        options: what is handed on to the pipeline of diffusers.
 
     Raises:
         ValueError: an option that this pipeline cannot serve.
@@ -100,10 +110,25 @@ def check_options(pipe: Any, guidance_scale: float, negative: bool, options: dic
     if images and not adapter:
         raise ValueError(f"{images[0]} was passed, and no IP-Adapter is loaded: call pipe.load_ip_adapter(…) first")
     if options.get("clip_skip") is not None:
-        _check_clip_skip(pipe.text_encoder, options["clip_skip"])
+        _check_clip_skip(pipe, options["clip_skip"])
+    pooled = [name for name in pipe.further_texts if name.startswith("negative") and options.get(name) is not None]
+    if pooled and not negative and pipe.config.get("force_zeros_for_empty_prompt"):
+        raise ValueError(
+            f"{pooled[0]} does nothing without negative_prompt, in whose place this model has zeros: pass both"
+        )
 
 
-def _check_clip_skip(encoder: Any, skipped: Any) -> None:
+def _check_clip_skip(pipe: Any, skipped: Any) -> None:
+    if pipe.added_conditions is not None:  # of SDXL, which counts from the layer before the last and norms nothing
+        encoders = [encoder for encoder in (pipe.text_encoder, pipe.text_encoder_2) if encoder is not None]
+        most = min((encoder.config.num_hidden_layers - 1 for encoder in encoders), default=0)
+        if isinstance(skipped, bool) or not isinstance(skipped, int) or not 0 <= skipped <= most:
+            raise ValueError(
+                "clip_skip must be a whole number of layers to skip before the last but one of both text encoders, "
+                f"from 0 to {most}, got {skipped!r}"
+            )
+        return
+    encoder = pipe.text_encoder
     layers = getattr(getattr(encoder, "config", None), "num_hidden_layers", None)
     if isinstance(skipped, bool) or not isinstance(skipped, int) or layers is None or not 0 <= skipped <= layers:
         raise ValueError(

@@ -106,8 +106,8 @@ def _small_call(pipe: Any, height: int, width: int) -> Callable[[], torch.Tensor
         noise = flow.latents(torch.zeros(1, channels, height // factor, width // factor, **like))
         return lambda: velocity(noise, torch.tensor(0.5))
     latents = torch.zeros(1, model.config.in_channels, height // factor, width // factor, **like)
-    words = torch.zeros(1, pipe.tokenizer.model_max_length, model.config.cross_attention_dim, **like)
-    return lambda: model(latents, 1, words, return_dict=False)[0]
+    told = pipe.conditions("", False, (height, width))
+    return lambda: told.predict(model, latents, torch.ones((), device=model.device))
 
 
 def _total(settings: Settings, edit: Cost, plain: Cost, decoded: Cost) -> float:

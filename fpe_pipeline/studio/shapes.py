@@ -46,9 +46,9 @@ class Shapes:
         model = model_of(pipe)
         # Of the parts' shapes alone: a model that is replaced is not held here.
         self._call = (_flow_call if is_flow(pipe) else _unet_call)(pipe, shape_of(model))
-        self._vae: Any = shape_of(pipe.vae)
+        self._dtype: torch.dtype = model.dtype if is_flow(pipe) else pipe.decoding_dtype
+        self._vae: Any = shape_of(pipe.vae).to(self._dtype)
         self._factor: int = pipe.vae_scale_factor
-        self._dtype: torch.dtype = model.dtype
         modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         self.weights = sum(tensor.nbytes for tensor in tensors)
@@ -73,12 +73,11 @@ _Call = Callable[[int, int, int], Callable[[], object]]
 
 
 def _unet_call(pipe: Any, unet: Any) -> _Call:
-    tokens, like = pipe.tokenizer.model_max_length, {"device": "meta", "dtype": unet.dtype}
+    told, like = pipe.conditions("", False, pipe.native_size).to("meta"), {"device": "meta", "dtype": unet.dtype}
 
     def call(rows: int, height: int, width: int) -> Callable[[], object]:
-        latents = torch.empty(rows, unet.config.in_channels, height, width, **like)
-        words = torch.empty(rows, tokens, unet.config.cross_attention_dim, **like)
-        return lambda: unet(latents, torch.empty((), device="meta"), words)
+        latents = torch.empty(1, unet.config.in_channels, height, width, **like)
+        return lambda: told.repeated(rows).predict(unet, latents, torch.empty((), device="meta"))
 
     return call
 

@@ -30,6 +30,8 @@ import fpe_kernels
 import fpe_pipeline
 from fpe_pipeline.app import cli
 from fpe_pipeline.app.commands import parsed
+from fpe_pipeline.unet_editing import UNetEditing
+from tests.support.free_prompt_pipelines import free_prompt_xl_pipeline
 from tests.support.golden_cases import load_pipeline
 from tests.support.tiny_pipelines import tiny_pipeline
 from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
@@ -115,6 +117,14 @@ def stand_in(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def xl_stand_in(tmp_path_factory):
+    """A folder of a model as SDXL is, of 32 pixels."""
+    folder = tmp_path_factory.mktemp("models") / "xl"
+    free_prompt_xl_pipeline(load_pipeline(), torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def transformer_stand_in(tmp_path_factory):
     """A folder of a model as Stable Diffusion 3.5 is, whose own size is small: documents name none."""
     folder = tmp_path_factory.mktemp("models") / "transformer"
@@ -147,28 +157,32 @@ def of_few_steps(method):
 
 
 @pytest.fixture
-def workplace(stand_in, transformer_stand_in, flux_stand_in, tmp_path, monkeypatch):
+def workplace(stand_in, xl_stand_in, transformer_stand_in, flux_stand_in, tmp_path, monkeypatch):
     """A folder with photos and a list of edits, on a machine with a hub and a GPU, as documents assume."""
     load, move = DiffusionPipeline.from_pretrained.__func__, DiffusionPipeline.to
     look = DiffusionPipeline.load_config.__func__
 
-    def from_pretrained(kind, name, **options):
-        is_hub_name = isinstance(name, str) and name.count("/") == 1 and not Path(name).exists()
-        options = {option: value for option, value in options.items() if value is not torch.float16}  # a GPU's
+    def here(kind, name):
+        """The folder that stands in for a name on the hub."""
+        if not isinstance(name, str) or name.count("/") != 1 or Path(name).exists():
+            return name
         known = {StableDiffusion3Pipeline: transformer_stand_in, FluxPipeline: flux_stand_in}
-        here = next((folder for parent, folder in known.items() if issubclass(kind, parent)), stand_in)
-        pipe = load(kind, here if is_hub_name else name, **options)
+        unet = xl_stand_in if "-xl-" in name else stand_in
+        return next((folder for parent, folder in known.items() if issubclass(kind, parent)), unet)
+
+    def from_pretrained(kind, name, **options):
+        options = {option: value for option, value in options.items() if value is not torch.float16}  # a GPU's
+        pipe = load(kind, here(kind, name), **options)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def load_config(kind, name, **options):
-        is_hub_name = isinstance(name, str) and name.count("/") == 1 and not Path(name).exists()
-        return look(kind, stand_in if is_hub_name else name, **options)
+        return look(kind, here(kind, name), **options)
 
     def to(pipe, *arguments, **options):
         return move(pipe, *("cpu" if argument == "cuda" else argument for argument in arguments), **options)
 
-    for kind in (StableDiffusionPipeline, fpe_pipeline.FreePromptPipeline):
+    for kind in (StableDiffusionPipeline, UNetEditing):
         for name in ("__call__", "invert", "record"):
             if name in vars(kind):
                 monkeypatch.setattr(kind, name, of_few_steps(getattr(kind, name)))

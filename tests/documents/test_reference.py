@@ -23,6 +23,7 @@ MADE_BY_OTHERS = {"CombinedEdit", "ConceptMaps", "Edit", "HeatMaps", "LinearMap"
     "FreePromptFluxPipeline",
     "FreePromptQwenImagePipeline",
     "FreePromptSD3Pipeline",
+    "FreePromptXLPipeline",
     "FreePromptZImagePipeline",
     "Injecting",
     "Prompted",

@@ -3,8 +3,8 @@
 import torch
 from diffusers import AutoencoderKL
 
-from fpe_pipeline import FreePromptPipeline
-from tests.support.tiny_pipelines import tiny_pipeline
+from fpe_pipeline import FreePromptPipeline, ddim_scheduler
+from tests.support.tiny_pipelines import tiny_pipeline, tiny_sdxl_pipeline
 
 SOURCE = "a photo of green ducks walking on street"
 TARGET = "a photo of rubber ducks walking on street"
@@ -15,6 +15,19 @@ def free_prompt_pipeline(pipe):
     """One that shares text encoder and tokenizer with ``pipe``; its scheduler is a copy."""
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     tiny = FreePromptPipeline.from_pipe(tiny_pipeline(pipe, scheduler=scheduler, sample_size=16), vae=_half_size_vae())
+    return _that_reads(tiny)
+
+
+def free_prompt_xl_pipeline(pipe, dtype=torch.float64):
+    """One of SDXL's kind that shares the tokenizer with ``pipe``, all of it in one dtype, and runs DDIM."""
+    tiny = FreePromptPipeline.from_pipe(
+        tiny_sdxl_pipeline(pipe), vae=_half_size_vae(), scheduler=ddim_scheduler(pipe.scheduler)
+    )
+    tiny.unet.register_to_config(sample_size=16)
+    return _that_reads(tiny.to(dtype))
+
+
+def _that_reads(tiny):
     with torch.no_grad():  # random weights hardly tell prompts apart; at this scale edits move the latents well
         for name, parameter in tiny.unet.named_parameters():
             if "attn" in name and name.endswith("weight") and parameter.ndim == 2:

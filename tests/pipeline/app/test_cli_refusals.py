@@ -87,7 +87,7 @@ class TestRefusals:
         assert "layers ['up_blocks.9'] match none" in one_error(capsys)
         assert not (tmp_path / "out").exists()
 
-    @pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "WanPipeline"])
+    @pytest.mark.parametrize("name", ["StableDiffusionXLInpaintPipeline", "WanPipeline"])
     def test_other_kinds_of_model(self, edit, tmp_path, capsys, no_loading, name):
         (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
         assert cli.main([*edit, "--model", str(tmp_path), "-o", str(tmp_path / "out")]) == 2

@@ -74,7 +74,7 @@ def test_the_same_settings():
     settings = Settings("", ())
     evaluated = Evaluation()
     assert settings.steps == evaluated.steps == steps
-    assert settings.guidance == evaluated.guidance == call["guidance_scale"].default
+    assert settings.guidance == evaluated.guidance == FreePromptPipeline.parent_default("guidance_scale")
     assert settings.self_replace == (0.0, evaluated.self_replace) == (0.0, call["self_replace_steps"].default)
     assert CONTENDERS[2:] == tuple(methods_of("unet"))
 
