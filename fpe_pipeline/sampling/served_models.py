@@ -31,12 +31,12 @@ def check_model(unet: Any, vae: Any, added: str | None = None) -> None:
         "FreePromptPipeline, with real images and recordings, is for text-to-image models of the kind of Stable "
         "Diffusion 1.x, 2.x and XL; put `with editing(pipe, edit):` around this model's own diffusers pipeline"
     )
-    wanted = {"addition_embed_type": [added], "class_embed_type": [None], "num_class_embeds": [None]}
+    served: dict[str, list[Any]] = {name: [None] for name in ("class_embed_type", "num_class_embeds")}
+    served["addition_embed_type"] = [added]
     if added is not None:  # Kolors' UNet is told what SDXL's is, and projects another encoder's embeddings
-        wanted["encoder_hid_dim_type"] = [None, "ip_image_proj"]
-    further = [
-        f"{name}={unet.config.get(name)!r}" for name, those in wanted.items() if unet.config.get(name) not in those
-    ]
+        served["encoder_hid_dim_type"] = [None, "ip_image_proj"]
+    found = {name: unet.config.get(name) for name in served}
+    further = [f"{name}={value!r}" for name, value in found.items() if value not in served[name]]
     if further:
         taken = "a timestep and text" if added is None else "a timestep, text and sizes, as SDXL's are"
         if added is None and unet.config.get("addition_embed_type") == "text_time":

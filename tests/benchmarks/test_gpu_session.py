@@ -221,7 +221,7 @@ def test_planted_faults_are_named_and_every_finished_check_is_kept(tmp_path, onl
     [
         pytest.param("terminated", 60.0, "ended by SIGTERM while at: the next case", marks=pytest.mark.slow),
         pytest.param("hung", 8.0, "past its time while at: the next case", marks=pytest.mark.slow),
-        ("out_of_memory", 60.0, "CUDA out of memory"),
+        pytest.param("out_of_memory", 60.0, "CUDA out of memory", marks=pytest.mark.slow),
     ],
 )
 def test_a_stage_that_ends_badly_leaves_its_rows_and_the_rest_goes_on(tmp_path, monkeypatch, stage, seconds, words):

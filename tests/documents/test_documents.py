@@ -206,7 +206,17 @@ def _lies_in(module, folder):
 
 
 #: Documents whose blocks take long, beside others that run the same commands and calls.
-LONG = {"docs/write-an-edit.md", "docs/guides/high-resolution.md", "docs/recordings.md", "docs/batches.md"}
+LONG = {
+    "docs/batches.md",
+    "docs/gallery/README.md",
+    "docs/guides/high-resolution.md",
+    "docs/guides/your-own-tool.md",
+    "docs/recordings.md",
+    "docs/write-an-edit.md",
+    "fpe_pipeline/embedded/earlier/embedded_80/MODEL_CARD.md",
+    "fpe_pipeline/embedded/sd3/MODEL_CARD.md",
+    "fpe_pipeline/embedded/weights/MODEL_CARD.md",
+}
 
 
 @pytest.mark.parametrize(

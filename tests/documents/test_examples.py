@@ -13,7 +13,13 @@ ARGUMENTS = {"measure_a_shape": ("64", "2", "16")}
 WITHOUT_PICTURES = ("map_algebra", "measure_a_shape", "shared_attention")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+#: Scripts whose calls those of others and the documents' blocks make as well.
+LONG = {"edit_a_photo", "own_edit", "own_processor", "prompt_to_prompt", "record_once"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=pytest.mark.slow if each in LONG else ()) for each in SCRIPTS]
+)
 def test_it_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "pictures", *ARGUMENTS.get(name, ("4",))])

@@ -9,6 +9,7 @@ highest floor that it imports.
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -60,11 +61,11 @@ def astray(root: Path = ROOT, packages: tuple[str, ...] = PACKAGES) -> list[str]
     found = []
     for name, path in every.items():
         package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in _statements(path.read_text(encoding="utf-8"))[0]:
             targets = []
             if isinstance(node, ast.Import):
                 targets = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
+            else:
                 base = package[: len(package) - node.level + 1] if node.level else []
                 targets = [".".join([*base, *filter(None, [node.module])])]
             ours = (target for target in targets if target.partition(".")[0] in packages)
@@ -72,13 +73,22 @@ def astray(root: Path = ROOT, packages: tuple[str, ...] = PACKAGES) -> list[str]
     return found
 
 
+@functools.cache
+def _statements(text: str) -> tuple[list[ast.Import | ast.ImportFrom], list[str]]:
+    """Of a module's text, its imports wherever they stand, and its strings with a dot where it imports by name."""
+    nodes = list(ast.walk(ast.parse(text)))
+    strings = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    by_name = [string for string in strings if "." in string] if "import_module" in text else []
+    return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)], by_name
+
+
 def _imported(name: str, path: Path, every: Mapping[str, Path]) -> Iterator[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imports, strings = _statements(path.read_text(encoding="utf-8"))
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    for node in ast.walk(tree):
+    for node in imports:
         if isinstance(node, ast.Import):
             yield from (found for alias in node.names if (found := _longest(alias.name, every)))
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = package[: len(package) - node.level + 1] if node.level else []
             whole = ".".join([*base, *filter(None, [node.module])])
             if whole in PACKAGES and whole != package[0]:
@@ -88,13 +98,11 @@ def _imported(name: str, path: Path, every: Mapping[str, Path]) -> Iterator[str]
                 found = _longest(f"{whole}.{alias.name}", every)
                 if found and not (name in TABLES and found.startswith(f"{name}.")):
                     yield found
-    if name not in TABLES and "import_module" in path.read_text(encoding="utf-8"):
-        strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    if name not in TABLES:
         for text in strings:
-            if isinstance(text, str) and "." in text:
-                whole = ".".join([*package, text.lstrip(".")]) if text.startswith(".") else text
-                if whole in every:
-                    yield whole
+            whole = ".".join([*package, text.lstrip(".")]) if text.startswith(".") else text
+            if whole in every:
+                yield whole
 
 
 def _longest(dotted: str, every: Mapping[str, Path]) -> str:

@@ -93,6 +93,7 @@ def test_the_report_is_the_window(golden_run, name):
     assert all(steps == list(range(first, last)) for steps in replaced.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_without_the_edit_the_case_is_missed_by_far(golden_run, name):
     case = load_case(name)

@@ -78,6 +78,7 @@ def test_edits_with_reference_latents(fpe, inversions, name):
         assert distance(steps, case.tensors["out.trajectory"]) <= case.atol("trajectory")
 
 
+@pytest.mark.slow
 def test_without_the_edit_the_case_is_missed_by_far(fpe, inversions):
     case = load_case(REAL[1])
     out, _ = edit(fpe, case, inversions[REAL[1]], case.settings["prompts"][1], self_replace_steps=0)

@@ -24,7 +24,8 @@ def pace(pipe):
     return estimates.ModelPace(pipe)
 
 
-@pytest.mark.parametrize("size", [(64, 64), pytest.param((256, 128), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(64, 64), (256, 128)])
 def test_memory_is_what_is_allocated(pipe, pace, size):
     width, height = (side // pipe.vae_scale_factor for side in size)
     latents = torch.randn(4, 4, height, width)
