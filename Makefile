@@ -40,10 +40,12 @@ ROUNDING := $(addprefix tests/pipeline/,app/test_said_beforehand.py::test_no_lay
   edits/test_golden_fpe.py::test_float64_agrees_with_the_original_in_float64 inversion/test_inversion.py::TestRefusals) \
   tests/kernels/backends/triton/test_mixed_batches.py tests/kernels/test_row_weights.py
 
-.PHONY: help demo test test-rounding test-all lint format bench figures notebooks docs site gpu gpu-smoke gpu-train clean
+.PHONY: help environment demo test test-rounding test-all lint format bench figures notebooks docs site gpu gpu-smoke gpu-train clean
 
 help:  ## show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+environment: $(STAMP)  ## make the environment of everything below, which the others make where it is missing
 
 demo: $(if $(wildcard $(STAMP)),$(STAMP),$(PICTURES))  ## edit a picture with the model in the repository; pictures land in out/demo
 	@$(BIN)/fpe demo -o $(OUT_DIR)
