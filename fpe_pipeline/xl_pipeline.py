@@ -69,7 +69,7 @@ class FreePromptXLPipeline(UNetEditing, StableDiffusionXLPipeline):
         super().check_inputs(prompt, prompt_2, 8, 8, *args, **kwargs)
 
     @property
-    def decoding_dtype(self) -> torch.dtype:
+    def autoencoder_dtype(self) -> torch.dtype:
         """float32 where the autoencoder's activations overflow in float16, as diffusers decodes."""
         dtype: torch.dtype = self.vae.dtype
         return torch.float32 if dtype is torch.float16 and self.vae.config.force_upcast else dtype

@@ -49,13 +49,14 @@ def _named(package: ModuleType) -> list[tuple[str, Any]]:
 
 
 def members(kind: type) -> Iterator[Member]:
-    """Public methods and properties that this package defines for a class, its bases' first named by the class."""
+    """Public methods and properties that this package defines for a class, its bases' first named by the class; what a
+    call of its instances does is among them where it says so itself."""
     names = {
         name: base
         for base in reversed(kind.__mro__)
         if base.__module__.partition(".")[0] in OURS
-        for name in vars(base)
-        if not name.startswith("_")
+        for name, found in vars(base).items()
+        if not name.startswith("_") or (name == "__call__" and found.__doc__)
     }
     for name, base in sorted(names.items()):
         found = vars(base)[name]

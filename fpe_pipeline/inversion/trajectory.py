@@ -297,7 +297,7 @@ def _to_noise(
 
 def encode_image(pipe: SamplingPipeline, image: Image.Image) -> torch.Tensor:
     """The mean of the autoencoder's distribution for an RGB image, scaled as the UNet takes it: [1, C, h, w]."""
-    with pipe.decoding_autoencoder() as vae:
+    with pipe.computing_autoencoder() as vae:
         pixels = to_tensor(image).to(pipe._execution_device, vae.dtype)
         mean = vae.encode(pixels).latent_dist.mean
     return scaled_latents(pipe.vae, mean).to(pipe.unet.dtype)

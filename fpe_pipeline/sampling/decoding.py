@@ -35,7 +35,7 @@ def decoded(pipe: Any, latents: torch.Tensor, size: tuple[int, int] | None = Non
     """
     if is_flow_model(pipe):
         latents = flow_model(pipe).unpacked(latents, size)
-    computing = pipe.decoding_autoencoder() if isinstance(pipe, SamplingPipeline) else nullcontext(pipe.vae)
+    computing = pipe.computing_autoencoder() if isinstance(pipe, SamplingPipeline) else nullcontext(pipe.vae)
     with computing as vae:
         given = latents.to(vae.dtype)
         mean, std = _moments(vae, given)

@@ -61,15 +61,15 @@ class SamplingPipeline(DiffusionPipeline):
         return {"negative_prompt_embeds": embeddings.to(self.unet.dtype)}
 
     @property
-    def decoding_dtype(self) -> torch.dtype:
+    def autoencoder_dtype(self) -> torch.dtype:
         """In which the autoencoder computes."""
         dtype: torch.dtype = self.vae.dtype
         return dtype
 
     @contextmanager
-    def decoding_autoencoder(self) -> Iterator[Any]:
+    def computing_autoencoder(self) -> Iterator[Any]:
         """The autoencoder in the dtype in which it computes, in a ``with`` block."""
-        own, computing = self.vae.dtype, self.decoding_dtype
+        own, computing = self.vae.dtype, self.autoencoder_dtype
         try:
             yield self.vae if own is computing else self.vae.to(computing)
         finally:

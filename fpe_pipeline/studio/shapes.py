@@ -46,7 +46,7 @@ class Shapes:
         model = model_of(pipe)
         # Of the parts' shapes alone: a model that is replaced is not held here.
         self._call = (_flow_call if is_flow(pipe) else _unet_call)(pipe, shape_of(model))
-        self._dtype: torch.dtype = model.dtype if is_flow(pipe) else pipe.decoding_dtype
+        self._dtype: torch.dtype = model.dtype if is_flow(pipe) else pipe.autoencoder_dtype
         self._vae: Any = shape_of(pipe.vae).to(self._dtype)
         self._factor: int = pipe.vae_scale_factor
         modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]

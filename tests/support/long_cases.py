@@ -1,9 +1,9 @@
-"""Cases that `make test` leaves to `make test-all`: of a test with many, the longer half.
+"""Cases that `make test` leaves to `make test-all`: of a test with many, the longer two thirds.
 
     python -m pytest -m "not slow and not gpu" --durations=0 -vv > durations.txt
     python -m tests.support.long_cases durations.txt
 
-writes the list anew from what was measured, on top of the marks in the tests. Of every test at least half of its cases
+writes the list anew from what was measured, on top of the marks in the tests. Of every test at least a third of its cases
 stay, so that nothing is left to the long run alone; where backends are cases, so does the one that is interpreted.
 """
 
@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 LIST = Path(__file__).with_name("long_cases.txt")
-LEAST = 0.2  # seconds, below which a case is worth running whatever others do
+LEAST = 0.1  # seconds, below which a case is worth running whatever others do
+SHARE = 3  # of so many cases one stays
 #: Of which no case says what another does: each is a document, a script or a machine.
 APART = ("tests/documents/", "tests/integrations/")
 _TIME = re.compile(r"([\d.]+)s (?:call|setup|teardown)\s+(\S+?::.*)")
@@ -40,7 +41,7 @@ def longest(seconds: Mapping[str, float], least: float = LEAST) -> list[str]:
     """The cases to leave out, by name.
 
     >>> longest({"a::t[1]": 3.0, "a::t[2]": 2.0, "a::t[3]": 1.0, "a::u": 9.0, "a::v[1]": 0.2, "a::v[2]": 0.3})
-    ['a::t[1]']
+    ['a::t[1]', 'a::t[2]', 'a::v[2]']
     """
     cases: dict[str, list[str]] = defaultdict(list)
     for case in seconds:
@@ -48,7 +49,7 @@ def longest(seconds: Mapping[str, float], least: float = LEAST) -> list[str]:
     found: list[str] = []
     for of_one in cases.values():
         by_time = sorted(of_one, key=lambda case: (seconds[case], case))
-        long = [case for case in by_time[(len(by_time) + 1) // 2 :] if seconds[case] >= least]
+        long = [case for case in by_time[-(-len(by_time) // SHARE) :] if seconds[case] >= least]
         found += [case for case in long if not case.startswith(APART) and "triton" not in case.partition("[")[2]]
     return sorted(found)
 
@@ -60,7 +61,7 @@ def listed() -> frozenset[str]:
 
 def main(argv: list[str]) -> int:
     measured = durations(Path(argv[0]).read_text(encoding="utf-8").splitlines())
-    # What the list left out was not measured: it was the longest, and counts among the half that is left out.
+    # What the list left out was not measured: it was the longest, and counts among those that are left out.
     every = dict.fromkeys(listed(), float("inf")) | measured
     LIST.write_text("".join(f"{case}\n" for case in longest(every)), encoding="utf-8")
     return 0
