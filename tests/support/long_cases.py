@@ -3,8 +3,8 @@
     python -m pytest -m "not slow and not gpu" --durations=0 -vv > durations.txt
     python -m tests.support.long_cases durations.txt
 
-writes the list anew from what was measured, on top of the marks in the tests. Of every test at least a third of its cases
-stay, so that nothing is left to the long run alone; where backends are cases, so does the one that is interpreted.
+writes the list anew from what was measured, on top of the marks in the tests. Of every test at least a third of its
+cases stay, so that nothing is left to the long run alone; where backends are cases, so does the one that is interpreted.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def listed() -> frozenset[str]:
 def main(argv: list[str]) -> int:
     measured = durations(Path(argv[0]).read_text(encoding="utf-8").splitlines())
     # What the list left out was not measured: it was the longest, and counts among those that are left out.
-    every = dict.fromkeys(listed(), float("inf")) | measured
+    # Where no case of a test was measured, the test is marked slow itself.
+    default = {test_of(case) for case in measured}
+    every = {case: float("inf") for case in listed() if test_of(case) in default} | measured
     LIST.write_text("".join(f"{case}\n" for case in longest(every)), encoding="utf-8")
     return 0
 
