@@ -3,8 +3,8 @@
     python -m pytest -m "not slow and not gpu" --durations=0 -vv > durations.txt
     python -m tests.support.long_cases durations.txt
 
-writes the list anew from what was measured, on top of the marks in the tests. Of every test at least a third of its
-cases stay, so that nothing is left to the long run alone; where backends are cases, so does the one that is interpreted.
+writes the list anew from what was measured, on top of the marks in the tests. At least a third of every test's cases
+stay, so that nothing is left to the long run alone; where backends are cases, so does the one that is interpreted.
 """
 
 from __future__ import annotations
