@@ -12,6 +12,7 @@ from ..models.precision import check_precision
 __all__ = [
     "check_guided_inversion",
     "check_model",
+    "check_negative_sizes",
     "check_options",
     "check_pipeline",
     "check_without_image_prompts",
@@ -115,6 +116,17 @@ def check_options(pipe: Any, guidance_scale: float, negative: bool, options: dic
     if pooled and not negative and pipe.config.get("force_zeros_for_empty_prompt"):
         raise ValueError(
             f"{pooled[0]} does nothing without negative_prompt, in whose place this model has zeros: pass both"
+        )
+
+
+def check_negative_sizes(options: dict[str, Any], rows: int) -> None:
+    """Raise ValueError for sizes of SDXL's unconditional half in a batch of several rows: diffusers repeats the pair of
+    its halves, so that every other row of either half would be told the other's."""
+    given = [name for name in ("negative_original_size", "negative_target_size") if options.get(name) is not None]
+    if given and rows > 1:
+        raise ValueError(
+            f"{given[0]} in a batch of {rows} images would reach every other row of both halves, as diffusers lays "
+            "them out: leave it out, or make one image at a time"
         )
 
 

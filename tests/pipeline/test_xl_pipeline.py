@@ -282,6 +282,7 @@ class TestRefusals:
         [
             ({"negative_prompt_2": "bad"}, "negative_prompt_2 does nothing without negative_prompt"),
             ({"clip_skip": 2}, "from 0 to 1, got 2"),
+            ({"negative_original_size": (8, 8), "negative_target_size": (8, 8)}, "in a batch of 2 images would reach"),
             ({"clip_skip": True}, "clip_skip must be a whole number"),
             ({"prompt_2": ["a", "b", "c"]}, "expected one prompt 2, or one for each of the 2 prompts"),
             ({"safety": 1}, "safety"),
