@@ -236,6 +236,7 @@ def test_a_stage_that_ends_badly_leaves_its_rows_and_the_rest_goes_on(tmp_path, 
     assert json.loads((tmp_path / "cuda-kernels.json").read_text())["rows"][0]["samples_ms"] == [1.0]
 
 
+@pytest.mark.slow
 def test_rows_after_the_tuners_table_was_taken_over_say_so(tmp_path, monkeypatch):
     monkeypatch.setitem(SESSIONS, "smoke", (Stage("environment", 1.0, "benchmarks.gpu.stages:environment"),))
     monkeypatch.delenv("FPE_COMMIT", raising=False)

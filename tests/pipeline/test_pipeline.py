@@ -35,11 +35,8 @@ def unet_must_not_run(tiny, monkeypatch):
 class TestGolden:
     """What the authors' code computed, through both forms of the call."""
 
-    # The longest are run by default as edits of a session.
-    @pytest.mark.parametrize(
-        "name",
-        [pytest.param(name, marks=pytest.mark.slow) if name.startswith("fpe_fake_2p_sr") else name for name in CASES],
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", CASES)
     def test_original_latents(self, pipe, name):
         case = load_case(name)
         steps = []

@@ -72,6 +72,7 @@ def test_a_comparison_names_its_method(monkeypatch, tmp_path):
     assert labels == ["target, MasaCtrl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["p2p-replace", pytest.param("masactrl", marks=pytest.mark.slow)])
 def test_a_record_repeats_its_method(made, method, tmp_path, capsys):
     assert cli.main(["edit", "--from", str(made[method] / "run.json"), "--quiet", "-o", str(tmp_path)]) == 0

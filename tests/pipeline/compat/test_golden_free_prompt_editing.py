@@ -97,7 +97,8 @@ class AllSteps(SelfAttentionControlEdit):
         super().__init__(prompts, steps, res, 1.0)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(AllLayers, marks=pytest.mark.slow), AllSteps])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AllLayers, AllSteps])
 def test_a_wrong_variant_is_seen(original, kind):
     with pytest.raises(AssertionError, match="of its tolerance"):
         check(original, "fpe_gradio_res16_lat32", kind)

@@ -63,6 +63,7 @@ def test_the_source_is_the_image(pipe, case, inverted):
     assert distance <= SHARE * case.settings["suggested_atol"]["latents"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
     [

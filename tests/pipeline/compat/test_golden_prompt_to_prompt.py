@@ -145,6 +145,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::fpe_pipeline.compat.lazy.MapNumbersWarning")
 @pytest.mark.parametrize(
     "kind", few({kind.__name__: kind for kind in WRONG}, "StoreOfTheOtherHalf", "Unnormalised", "Renormalised")

@@ -283,6 +283,7 @@ def test_a_class_takes_part_in_a_comparison(place):
         chosen(["masactr"])
 
 
+@pytest.mark.slow
 def test_it_is_evaluated(place):
     out = place / "scores"
     given = ["--images", "generated", "--pairs", "1", "--kinds", "colour", "--steps", "3", "-o", str(out)]

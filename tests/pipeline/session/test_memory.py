@@ -36,6 +36,7 @@ def test_a_step_of_sdxls_layers_at_1024_pixels_holds_no_more_edited():
     assert peak("fpe", *case) <= 1.05 * peak("unedited", *case)
 
 
+@pytest.mark.slow
 def test_the_dense_original_holds_more_than_five_times_as_much():
     """Were this to fail, the counter would not see maps, and the test above would mean nothing."""
     unedited, dense = peak("unedited", "all"), peak("dense-original", "all")

@@ -151,6 +151,7 @@ def test_image_to_image(pipe, starts):
     assert torch.equal(starts[0][0], starts[0][1])
 
 
+@pytest.mark.slow
 def test_rows_that_are_kept_apart(pipe, starts):
     run(pipe)
     with editing(pipe, FreePromptEdit(1.0), noise="separate") as session:

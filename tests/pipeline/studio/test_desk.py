@@ -131,6 +131,7 @@ def test_looking_inside(desk, visitor, values):
     assert "for the maps of one step" in shown.memory_bar(report) and shown.memory_bar(None) == ""
 
 
+@pytest.mark.slow
 def test_grids(desk, visitor, values):
     grid = last(desk.grid(visitor, "windows", *values(targets=TARGET))).made
     assert [title for _, title, _ in grid.tiles][:2] == ["source", "steps 0 to 0"] and len(grid.tiles) == 7

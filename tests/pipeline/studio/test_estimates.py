@@ -37,6 +37,7 @@ def test_memory_is_what_is_allocated(pipe, pace, size):
     assert pace._shapes.decode(2, size).peak == pytest.approx(decoded, rel=0.02)
 
 
+@pytest.mark.slow
 def test_maps_are_counted_and_not_held(pace):
     small, large = (pace._shapes.step(2, (side, side)) for side in (128, 256))
     assert large.maps > 8 * small.maps, "maps grow with the square of the pixels"
