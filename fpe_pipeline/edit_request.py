@@ -20,7 +20,13 @@ from .prompts.words import warn_of_unknown_words
 from .sampling.arguments import chosen_edit, image_size, negative_list, prompt_list
 from .sampling.output import FreePromptPipelineOutput
 from .sampling.pipeline import SamplingPipeline
-from .sampling.served_models import check_guided_inversion, check_negative_sizes, check_options, check_pipeline
+from .sampling.served_models import (
+    check_guided_inversion,
+    check_negative_sizes,
+    check_options,
+    check_pipeline,
+    check_second_negative,
+)
 from .sampling.step_end import Call, DropSource, Task, check_source_can_be_dropped
 from .session.finite import check_latents
 from .session.session import EditingSession, editing
@@ -141,6 +147,7 @@ class EditRequest:
         check_guidance(guidance_scale)
         negative = self.negative_prompt is not None and self.inversion is None
         check_options(pipe, guidance_scale, negative, self.options)
+        check_second_negative(pipe, self.negative_prompt, self.options)
         check_negative_sizes(self.options, count * self.num_images_per_prompt)
         if not self.keep_source:
             check_source_can_be_dropped(pipe, count, self.options)

@@ -15,6 +15,7 @@ __all__ = [
     "check_negative_sizes",
     "check_options",
     "check_pipeline",
+    "check_second_negative",
     "check_without_image_prompts",
     "final_norm",
 ]
@@ -112,10 +113,14 @@ def check_options(pipe: Any, guidance_scale: float, negative: bool, options: dic
         raise ValueError(f"{images[0]} was passed, and no IP-Adapter is loaded: call pipe.load_ip_adapter(…) first")
     if options.get("clip_skip") is not None:
         _check_clip_skip(pipe, options["clip_skip"])
-    pooled = [name for name in pipe.further_texts if name.startswith("negative") and options.get(name) is not None]
-    if pooled and not negative and pipe.config.get("force_zeros_for_empty_prompt"):
+
+
+def check_second_negative(pipe: Any, negative_prompt: Any, options: dict[str, Any]) -> None:
+    """Raise ValueError for a negative prompt of SDXL's second encoder alone, which diffusers drops without a word."""
+    alone = negative_prompt is None and options.get("negative_prompt_2") is not None
+    if alone and pipe.config.get("force_zeros_for_empty_prompt"):
         raise ValueError(
-            f"{pooled[0]} does nothing without negative_prompt, in whose place this model has zeros: pass both"
+            "negative_prompt_2 does nothing without negative_prompt, in whose place this model has zeros: pass both"
         )
 
 

@@ -199,6 +199,14 @@ class TestRealImages:
         if method == "direct":
             assert torch.equal(out.images[0], inversion.latents[0, 0])
 
+    def test_negative_prompts_of_both_encoders(self, tiny, photo):
+        options = {"inversion": inverted(tiny, photo), "target_prompt": TARGET, "output_type": "latent"}
+        made, other = (
+            tiny(**options, negative_prompt="bad", negative_prompt_2=second).images for second in ("worse", "grey")
+        )
+        assert torch.equal(made[0], other[0])  # the source is the picture
+        assert distance(made[1], other[1]) > 1e-4
+
     def test_null_text_comes_closer_to_the_picture(self, tiny, photo):
         inversion = inverted(tiny, photo, NullText(inner_steps=6))
         optimised = tiny(inversion=inversion, guidance_scale=7.5, output_type="latent").images
