@@ -263,20 +263,23 @@ class AttentionMap(SoftmaxMap, LinearMap):
     ) -> Tensor:
         """[B, H, n, m], the keys at ``positions`` or all of them."""
         dtype, heads = validation.accumulator_dtype(self.dtype), query.shape[1]
+        exists = None
+        if self.key_lengths is not None:
+            # By fills: a copy from the host would not go into a CUDA graph.
+            lengths = torch.cat([torch.full((1, 1, 1, 1), length, device=self.device) for length in self.key_lengths])
+            exists = (torch.arange(key.shape[2], device=self.device) if positions is None else positions) < lengths
+            # Whatever padding holds: zero times it is a number in the gradients too.
+            key = torch.where(exists.transpose(-1, -2), key, 0.0)
         if self.key_heads != heads:
             key = key.repeat_interleave(heads // self.key_heads, dim=1)
         with at_given_dtype(self.device):
             scores = self.scale * (query.to(dtype) @ key.to(dtype).transpose(-1, -2))
         if bias is not None:
             scores = scores + bias
+        if exists is not None:
+            scores = torch.where(exists, scores, float("-inf"))
         finite = torch.where(logsumexp.isneginf(), 0.0, logsumexp)
-        probabilities = torch.exp(scores - finite.unsqueeze(-1))
-        if self.key_lengths is None:
-            return probabilities
-        # By fills: a copy from the host would not go into a CUDA graph.
-        lengths = torch.cat([torch.full((1, 1, 1, 1), length, device=self.device) for length in self.key_lengths])
-        positions = torch.arange(key.shape[2], device=self.device) if positions is None else positions
-        return torch.where(positions < lengths, probabilities, 0.0)
+        return torch.exp(scores - finite.unsqueeze(-1))
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> AttentionMap:
         """The map of some batch rows; an int keeps the batch axis, with one row."""

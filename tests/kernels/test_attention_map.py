@@ -85,6 +85,32 @@ def test_rows_take_a_bias_that_varies_over_the_queries(case: Case) -> None:
     check_entries(operator_of(case).columns([7, 1]), case, lambda dense: dense[..., [7, 1]])
 
 
+@pytest.mark.parametrize("padding", [float("nan"), 60.0], ids=["nothing", "large scores"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda a: a.rows([1, 5]),
+        lambda a: a.columns([0, 19]),
+        lambda a: a.dense(),
+        lambda a: a.block(keys=(8, 20)).rows(1),
+    ],
+    ids=["rows", "columns", "dense", "rows of a block"],
+)
+def test_gradients_of_views_do_not_see_what_padding_holds(view, padding: float) -> None:
+    case = make_case(maps=2, queries=12, keys=20)
+    lengths = [13, 0]
+
+    def gradients(filling: float) -> tuple[Tensor, ...]:
+        query, key = case.query.clone(), case.key.clone()
+        for keys, length in zip(key, lengths, strict=True):
+            keys[:, length:] = filling * keys[:, length:].sign()
+        leaves = query.requires_grad_(), key.requires_grad_()
+        return torch.autograd.grad(view(AttentionMap(*leaves, scale=1.0, key_lengths=lengths)).square().sum(), leaves)
+
+    for found, wanted in zip(gradients(padding), gradients(0.0), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 def test_rows_that_are_masked_throughout_are_zero() -> None:
     case = make_case(queries=4, keys=5, bias=(0, 0, 1, 1))
     case.bias[:, :, 2] = -float("inf")
