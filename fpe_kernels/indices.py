@@ -76,7 +76,8 @@ def check_token_index(index: object, tokens: int, device: torch.device) -> Tenso
         if any(not -tokens <= entry < tokens for entry in entries):
             raise IndexError(f"token index must be in [{-tokens}, {tokens}), got {entries}.")
         return _filled([entry % tokens for entry in entries], device)
-    index = torch.as_tensor(index)
+    if not isinstance(index, Tensor):
+        index = torch.as_tensor(index, device="cpu")
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool or index.ndim > 1:
         raise TypeError(
             f"index must be an int or a flat sequence of ints, got {index.dtype} of shape {shape_of(index)}."
@@ -105,7 +106,7 @@ def _filled(entries: list[int], device: torch.device) -> Tensor:
     """``entries`` on ``device``, without waiting for it: a few runs by fills, which go into a CUDA graph too."""
     starts = [place for place, entry in enumerate(entries) if place == 0 or entry != entries[place - 1] + 1]
     if len(starts) > _MOST_RUNS or not entries:
-        on_host = torch.tensor(entries, dtype=torch.int64)
+        on_host = torch.tensor(entries, dtype=torch.int64, device="cpu")  # whatever the default device is
         if device.type == "cuda" and not torch.compiler.is_compiling():
             on_host = on_host.pin_memory()
         return on_host.to(device, non_blocking=True)

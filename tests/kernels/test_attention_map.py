@@ -78,6 +78,15 @@ def test_no_rows_and_no_columns(case: Case) -> None:
     assert operator_of(case).columns(torch.empty(0, dtype=torch.int64)).shape == (2, 2, 12, 0)
 
 
+@pytest.mark.parametrize("index", [list(range(0, 130, 2)), torch.tensor([3, -1]), []], ids=["many", "tensor", "none"])
+def test_positions_need_no_default_device(index) -> None:
+    operator = operator_of(make_case(queries=130, keys=130))
+    expected = operator.rows(index), operator.columns(index)
+    with torch.device("meta"):  # as a default of CUDA, not where the map is
+        found = operator.rows(index), operator.columns(index)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_rows_take_a_bias_that_varies_over_the_queries(case: Case) -> None:
     case = make_case(queries=12, keys=20, bias=(0, 0, 1, 0))
     check_entries(operator_of(case).rows([7, 1]), case, lambda dense: dense[:, :, [7, 1]])
