@@ -77,7 +77,7 @@ def check_token_index(index: object, tokens: int, device: torch.device) -> Tenso
             raise IndexError(f"token index must be in [{-tokens}, {tokens}), got {entries}.")
         return _filled([entry % tokens for entry in entries], device)
     if not isinstance(index, Tensor):
-        index = torch.as_tensor(index, device="cpu")
+        index = _on_host(index)
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool or index.ndim > 1:
         raise TypeError(
             f"index must be an int or a flat sequence of ints, got {index.dtype} of shape {shape_of(index)}."
@@ -100,6 +100,14 @@ def _host_integers(index: object) -> list[int] | None:
     if any(isinstance(entry, bool) or not isinstance(entry, Integral) for entry in index):
         return None
     return [int(entry) for entry in index]
+
+
+def _on_host(index: object) -> Tensor:
+    """A tensor of what is neither a tensor nor a sequence of ints, such as an array."""
+    try:
+        return torch.as_tensor(index, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"index must be an int or a flat sequence of ints, got {index!r}.") from error
 
 
 def _filled(entries: list[int], device: torch.device) -> Tensor:

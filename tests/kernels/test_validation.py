@@ -111,6 +111,8 @@ REFUSED = {
     "column out of range": (lambda: MAP.columns([-8]), IndexError, r"token index must be in \[-7, 7\), got \[-8\]"),
     "row by a fraction": (lambda: MAP.rows(1.5), TypeError, r"int or a flat sequence of ints, got torch\.float32"),
     "row by a mask": (lambda: MAP.rows(torch.ones(5, dtype=torch.bool)), TypeError, r"got torch\.bool"),
+    "rows by a slice": (lambda: MAP.rows(slice(2)), TypeError, r"flat sequence of ints, got slice"),
+    "rows by nothing": (lambda: MAP.rows(None), TypeError, r"flat sequence of ints, got None"),
     "rows by a table": (lambda: MAP.rows([[1, 2]]), TypeError, r"flat sequence of ints"),
     "a grid that is no grid": (lambda: MAP.pooled(5, (1, 7), 1), ValueError, r"query_grid must be \(height, width\)"),
     "a grid of other tokens": (lambda: MAP.pooled((1, 5), (2, 3), 1), ValueError, r"key_grid .* height · width = 7"),
