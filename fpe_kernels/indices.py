@@ -91,6 +91,16 @@ def check_token_index(index: object, tokens: int, device: torch.device) -> Tenso
     return torch.where(index < 0, index + tokens, index)
 
 
+def names_twice(index: object, positions: Tensor, tokens: int) -> bool:
+    """Whether two of ``positions`` are the same, which :func:`check_token_index` made of ``index``."""
+    entries = _host_integers(index)
+    if entries is not None:
+        # Without waiting for the device, and so in a CUDA graph too.
+        return len({entry % tokens for entry in entries}) < len(entries)
+    # A compiled function cannot raise by what a tensor holds.
+    return not torch.compiler.is_compiling() and positions.unique().numel() < positions.numel()
+
+
 def _host_integers(index: object) -> list[int] | None:
     """The integers of an int or a sequence of ints; None for anything else."""
     if isinstance(index, Integral) and not isinstance(index, bool):

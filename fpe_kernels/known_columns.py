@@ -44,7 +44,7 @@ def known_columns(columns: Tensor, index: int | Sequence[int] | Tensor, tokens: 
             f"index names {positions.numel()} columns, and columns has {columns.shape[3]}: "
             f"{validation.shape_of(columns)}; give one position for each."
         )
-    if positions.unique().numel() != positions.numel():
+    if indices.names_twice(index, positions, tokens):
         raise ValueError(f"index names a column twice: {positions.tolist()}; add what it is given first.")
     return KnownColumns(columns, positions, tokens)
 

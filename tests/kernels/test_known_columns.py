@@ -68,6 +68,7 @@ def test_half_precision_keeps_its_dtype():
         ((torch.ones(1, 2, 5), [0], 7), ValueError, "4 dimensions"),
         ((torch.ones(1, 2, 5, 2), [0], 7), ValueError, "one position for each"),
         ((torch.ones(1, 2, 5, 2), [0, -7], 7), ValueError, "twice"),
+        ((torch.ones(1, 2, 5, 2), torch.tensor([0, -7]), 7), ValueError, "twice"),
         ((torch.ones(1, 2, 5, 1), 7, 7), IndexError, r"\[-7, 7\)"),
         ((torch.ones(1, 2, 5, 1, dtype=torch.int64), 0, 7), TypeError, "float16"),
     ],
@@ -75,6 +76,19 @@ def test_half_precision_keeps_its_dtype():
 def test_refusals(arguments, error, said):
     with pytest.raises(error, match=said):
         known_columns(*arguments)
+
+
+@pytest.mark.parametrize("index", [INDEX, torch.tensor(INDEX)], ids=["list", "tensor"])
+def test_assigning_columns_compiles_into_one_graph(columns, index):
+    def product(query, key, columns, value):
+        kept = AttentionMap(query, key).scale_columns(torch.linspace(0, 1, KEYS, dtype=query.dtype))
+        edited = kept + known_columns(columns, index, KEYS)
+        return edited.matmul(value), edited.rows([1])
+
+    tensors = numbers(BATCH, HEADS, QUERIES, 8), numbers(BATCH, HEADS, KEYS, 8), columns, numbers(BATCH, HEADS, KEYS, 4)
+    torch.compiler.reset()
+    compiled = torch.compile(product, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*tensors), product(*tensors))
 
 
 def test_rows_of_a_combination_are_those_of_its_maps(columns):
