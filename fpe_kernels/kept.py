@@ -11,19 +11,22 @@ Parts = tuple[Tensor | None, ...]
 class KeptLogsumexp:
     """The log-sum-exp of ``parts``: query, key and bias.
 
-    It holds until one of them is changed in place; and in a CUDA graph, for this capture only: outside, its memory
-    holds what the graph computed last, and what was computed outside would be a constant of the graph.
+    It holds until one of them is changed in place, or it itself, which is given to whoever asks for it; and in a CUDA
+    graph, for this capture only: outside, its memory holds what the graph computed last, and what was computed outside
+    would be a constant of the graph.
     """
 
     def __init__(self, logsumexp: Tensor, parts: Parts) -> None:
-        self._logsumexp, self._state = logsumexp, _state(parts)
+        self._logsumexp, self._state = logsumexp, _state((*parts, logsumexp))
 
     def of(self, parts: Parts) -> Tensor | None:
         """The log-sum-exp, if it is that of ``parts`` as they are now."""
-        if self._state != _state(parts):
+        if self._state != _state((*parts, self._logsumexp)):
             return None
-        self._logsumexp = usable(self._logsumexp)
-        return self._logsumexp
+        own = usable(self._logsumexp)
+        if own is not self._logsumexp:
+            self._logsumexp, self._state = own, _state((*parts, own))
+        return own
 
 
 def usable(tensor: Tensor) -> Tensor:

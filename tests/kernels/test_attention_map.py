@@ -239,6 +239,19 @@ def test_a_change_in_place_is_seen(changed: str, part, counted: CountedOps) -> N
     assert counted.calls == ["apply", "replay", "apply", "adjoint"]
 
 
+@pytest.mark.parametrize(
+    "part", [lambda a: a, lambda a: a.queries(0), lambda a: a.detach()], ids=["it", "view", "twin"]
+)
+def test_a_logsumexp_that_its_owner_changes_is_computed_again(part) -> None:
+    case = make_case(queries=12, keys=20)
+    operator = operator_of(case)
+    operator.logsumexp.exp_()
+    assert_matches(case, out=operator @ case.value)
+    given, operator = operator.logsumexp, part(operator)
+    given.sub_(1.0)
+    assert_matches(case, out=operator @ case.value, logsumexp=operator.logsumexp)
+
+
 def test_copies_count_their_own_changes() -> None:
     case = make_case(queries=12, keys=20)
     for _ in range(10):
