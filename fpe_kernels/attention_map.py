@@ -283,17 +283,11 @@ class AttentionMap(SoftmaxMap, LinearMap):
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> AttentionMap:
         """The map of some batch rows; an int keeps the batch axis, with one row."""
-        if isinstance(index, int):
-            if not -self.shape[0] <= index < self.shape[0]:
-                raise IndexError(f"batch index {index} is out of range for {self.shape[0]} row(s).")
-            index = slice(index % self.shape[0], index % self.shape[0] + 1)
-        elif not isinstance(index, (slice, list, tuple)):
-            raise TypeError(f"A[i] takes an int, a slice or a list of ints over the batch, got {type(index).__name__}.")
-        index = list(index) if isinstance(index, tuple) else index
+        chosen = indices.check_batch_rows(index, self.shape[0])
         lengths = self.key_lengths
         if lengths is not None:
-            lengths = lengths[index] if isinstance(index, slice) else tuple(lengths[row] for row in index)
-        return self._with(lambda tensor: tensor if tensor.shape[0] == 1 < self.shape[0] else tensor[index], lengths)
+            lengths = lengths[chosen] if isinstance(chosen, slice) else tuple(lengths[row] for row in chosen)
+        return self._with(lambda tensor: tensor if tensor.shape[0] == 1 < self.shape[0] else tensor[chosen], lengths)
 
     def to(self, *args: Any, **kwargs: Any) -> AttentionMap:
         """Move or convert query, key and bias as ``Tensor.to`` does; a dtype change drops the log-sum-exp."""

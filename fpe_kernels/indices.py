@@ -69,6 +69,22 @@ def check_map_index(map_index: object, maps: int, name: str = "map_index") -> tu
     return tuple(int(entry) for entry in map_index)
 
 
+def check_batch_rows(index: object, rows: int) -> slice | list[int]:
+    """Return what ``A[index]`` means of ``rows`` batch rows; of an int a slice, which keeps the axis."""
+    if isinstance(index, slice):
+        return index
+    entries = _host_integers(index)
+    if entries is None:
+        got = repr(index) if isinstance(index, (list, tuple)) else type(index).__name__
+        raise TypeError(f"A[i] takes an int, a slice or a list of ints over the batch, got {got}.")
+    for entry in entries:
+        if not -rows <= entry < rows:
+            raise IndexError(f"batch index {entry} is out of range for {rows} row(s).")
+    if isinstance(index, Integral):
+        return slice(entries[0] % rows, entries[0] % rows + 1)
+    return entries
+
+
 def check_token_index(index: object, tokens: int, device: torch.device) -> Tensor:
     """Return token positions as an int64 tensor on ``device``; negative ones count from the end."""
     entries = _host_integers(index)

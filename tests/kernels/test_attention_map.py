@@ -346,6 +346,11 @@ def test_indexing_refuses_what_it_cannot_mean() -> None:
         operator[2]
     with pytest.raises(TypeError, match="an int, a slice or a list of ints over the batch, got float"):
         operator[0.5]
+    for index in ([0.5], [True, False], (0, None)):
+        with pytest.raises(TypeError, match=r"a list of ints over the batch, got [\[(].*[\])]"):
+            operator[index]
+    with pytest.raises(IndexError, match="batch index -3 is out of range for 2 row"):
+        operator[[0, -3]]
 
 
 def test_a_dtype_change_drops_the_logsumexp(counted: CountedOps) -> None:
