@@ -153,10 +153,21 @@ def _filled(entries: list[int], device: torch.device) -> Tensor:
     )
 
 
+def check_block_grid(size: object) -> tuple[int, int]:
+    """Return the (height, width) of a block grid, of which one int is both."""
+    sides = _host_integers(size)
+    if sides is not None and isinstance(size, Integral):
+        sides = 2 * sides
+    if sides is None or len(sides) != 2:
+        raise ValueError(f"size must be (height, width) of the block grid, or one int for both, got {size!r}.")
+    return sides[0], sides[1]
+
+
 def check_pooling(name: str, grid: object, tokens: int, size: tuple[int, int]) -> tuple[int, int]:
     """Check a (height, width) grid of ``tokens`` tokens against the (height, width) of a block grid."""
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or grid[0] * grid[1] != tokens:
+    sides = _host_integers(grid)
+    if sides is None or len(sides) != 2 or sides[0] * sides[1] != tokens:
         raise ValueError(f"{name} must be (height, width) with height · width = {tokens}, got {grid!r}.")
-    if not (1 <= size[0] <= grid[0] and 1 <= size[1] <= grid[1]):
-        raise ValueError(f"size must be between (1, 1) and {name} = {tuple(grid)}, got {size!r}.")
-    return int(grid[0]), int(grid[1])
+    if not (1 <= size[0] <= sides[0] and 1 <= size[1] <= sides[1]):
+        raise ValueError(f"size must be between (1, 1) and {name} = {tuple(sides)}, got {size!r}.")
+    return sides[0], sides[1]

@@ -82,7 +82,7 @@ class MapViews(Operator):
         Returns:
             [B, H, size_h · size_w, size_h · size_w]; blocks as ``F.adaptive_avg_pool2d`` cuts them.
         """
-        size = (size, size) if isinstance(size, int) else size
+        size = indices.check_block_grid(size)
         pool_query = indices.check_pooling("query_grid", query_grid, self.shape[2], size)
         pool_key = indices.check_pooling("key_grid", key_grid, self.shape[3], size)
         dtype = validation.accumulator_dtype(self.dtype)

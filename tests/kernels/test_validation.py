@@ -116,6 +116,17 @@ REFUSED = {
     "rows by a table": (lambda: MAP.rows([[1, 2]]), TypeError, r"flat sequence of ints"),
     "a grid that is no grid": (lambda: MAP.pooled(5, (1, 7), 1), ValueError, r"query_grid must be \(height, width\)"),
     "a grid of other tokens": (lambda: MAP.pooled((1, 5), (2, 3), 1), ValueError, r"key_grid .* height · width = 7"),
+    "a grid of fractions": (
+        lambda: MAP.pooled((2.5, 2), (1, 7), 1),
+        ValueError,
+        r"query_grid must be .* got \(2\.5, 2\)",
+    ),
+    "blocks of fractions": (lambda: MAP.pooled((1, 5), (1, 7), 1.5), ValueError, r"size must be \(height.* got 1\.5"),
+    "blocks of three axes": (
+        lambda: MAP.pooled((1, 5), (1, 7), (1, 1, 1)),
+        ValueError,
+        r"size must be \(height, width",
+    ),
     "more blocks than pixels": (lambda: MAP.pooled((1, 5), (1, 7), 2), ValueError, r"between \(1, 1\) and query_grid"),
     "no blocks": (lambda: MAP.pooled((1, 5), (1, 7), 0), ValueError, r"size must be between"),
     "map_index is a number": (lambda: shared_attention(Q, K, V, 0), TypeError, r"sequence of ints.*got int"),
