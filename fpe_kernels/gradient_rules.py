@@ -80,18 +80,20 @@ def product_backward(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor |
     weighted = grad_out if row_weight is None else row_weight.unsqueeze(-1) * grad_out
     left = weighted.to(value.dtype)
     grad_value = grad_row_weight = None
-    if ctx.needs_input_grad[2]:
-        grouped = value.shape[1] != query.shape[1]
-        by_head = torch.ops.fpe_kernels.adjoint(query, key, left, bias, logsumexp, *rest, ctx.key_lengths, wide=grouped)
-        grad_value = sum_shared_heads(by_head, value.shape[1]).to(value.dtype)
     if row_weight is not None and ctx.needs_input_grad[ctx.row_weight_place]:
         # The unweighted product cannot be had from the output where a weight is zero, nor its statistics.
         settings = (*rest, None, ctx.key_lengths)
         if ctx.known:
             product = torch.ops.fpe_kernels.replay(query, key, value, bias, logsumexp, *settings)
         else:
-            product, _ = torch.ops.fpe_kernels.apply(query, key, value, bias, *settings)
+            # With statistics of every row, the gradient of the value can be differentiated for weights of zero.
+            product, logsumexp = torch.ops.fpe_kernels.apply(query, key, value, bias, *settings)
+            logsumexp = logsumexp.detach()
         grad_row_weight = _row_sums(grad_out, product).sum_to_size(row_weight.shape).to(row_weight.dtype)
+    if ctx.needs_input_grad[2]:
+        grouped = value.shape[1] != query.shape[1]
+        by_head = torch.ops.fpe_kernels.adjoint(query, key, left, bias, logsumexp, *rest, ctx.key_lengths, wide=grouped)
+        grad_value = sum_shared_heads(by_head, value.shape[1]).to(value.dtype)
     delta = gather_delta(_row_sums(grad_out, out), ctx.map_index, query.shape[0])
     if grad_logsumexp is not None:
         delta = delta - grad_logsumexp

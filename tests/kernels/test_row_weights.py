@@ -110,6 +110,19 @@ def test_gradcheck(name: str, known: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["reference", "torch"])
+def test_second_derivatives_in_value_and_weights_know_rows_of_weight_zero(name: str) -> None:
+    case = make_case(map_index=(0, 0), queries=3, keys=4, head_dim=2, dtype=torch.float64, row_weight=(1, 1, 1))
+    weight = case.row_weight.clone()
+    weight[:, :, 1:] = 0.0
+    leaves = case.value.requires_grad_(), weight.requires_grad_()
+
+    def weighted(value, weight):
+        return shared_attention(case.query, case.key, value, case.map_index, weight=weight, backend=name)
+
+    assert torch.autograd.gradgradcheck(weighted, leaves)
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
 def test_compiles_into_one_graph_with_gradients(name: str) -> None:
     case = make_case(map_index=(0, 0), heads=1, queries=5, keys=6, head_dim=8, row_weight=(1, 0, 1))
     leaves = [tensor.requires_grad_() for tensor in (case.query, case.value, case.row_weight)]
