@@ -110,6 +110,7 @@ class Session:
         if journal.is_file():
             journal.unlink()
         self.findings = Findings(Journal(journal))
+        self._rest = b""  # of a line that a stage has not ended yet
 
     def run(self) -> int:
         """All stages; the exit status, which is 1 after any failure."""
@@ -148,10 +149,12 @@ class Session:
         process = starting().Process(target=run_stage, args=(stage.call, context, output))
         process.start()
         output.close()
+        self._rest = b""
         try:
             overrun = self._listen(heard_from, process, start + seconds + GRACE)
         finally:
             _end(process)
+            self._listen(heard_from, process, time.monotonic() + GRACE)  # what it said last
             os.close(heard_from)
         at = ", ".join(list(self.findings.under_way)[:5])
         at = f" while at: {at}" if at else ""
@@ -186,7 +189,7 @@ class Session:
 
     def _listen(self, descriptor: int, process: BaseProcess, deadline: float) -> bool:
         """Take what the stage says until it ends; True if it had to be ended."""
-        rest, ended = b"", False
+        ended = False
         with selectors.DefaultSelector() as selector:
             selector.register(descriptor, selectors.EVENT_READ)
             while not ended:
@@ -199,9 +202,11 @@ class Session:
                     if not chunk:
                         process.join(max(0.0, deadline - time.monotonic()))
                         return process.exitcode is None
-                    *lines, rest = (rest + chunk).split(b"\n")
+                    *lines, self._rest = (self._rest + chunk).split(b"\n")
                     for line in lines:
                         self._line(line.decode(errors="replace"))
+                    if not ended and time.monotonic() >= deadline:
+                        return True  # a stage that never pauses is over all the same
         return False
 
     def _line(self, line: str) -> None:

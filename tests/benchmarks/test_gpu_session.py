@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -247,6 +250,32 @@ def test_rows_after_the_tuners_table_was_taken_over_say_so(tmp_path, monkeypatch
     notes = [record["text"] for record in read_journal(tmp_path / "smoke.jsonl") if record["kind"] == "note"]
     assert any("an entry" in note for note in notes)
     assert any(note.startswith("Environment(") and "+tuned'" in note for note in notes)
+
+
+def test_a_stage_that_never_stops_talking_is_over_at_its_time(tmp_path, capsys):
+    hears, says = os.pipe()
+    stopped = threading.Event()
+
+    def talk():
+        for _ in range(1500):
+            if stopped.wait(0.02):
+                return
+            os.write(says, b"a line of a test\n")
+
+    talking = threading.Thread(target=talk)
+    talking.start()
+    try:
+        begun = time.monotonic()
+        session = Session("smoke", tmp_path, 60.0, "cpu", dry=True)
+        assert session._listen(hears, SimpleNamespace(exitcode=None), begun + 0.5)
+        assert time.monotonic() - begun < 20
+    finally:
+        stopped.set()
+        talking.join()
+        os.close(says)
+    session._listen(hears, SimpleNamespace(exitcode=-9, join=lambda seconds: None), time.monotonic() + 5)
+    assert set(capsys.readouterr().out.splitlines()) == {"a line of a test"}
+    os.close(hears)
 
 
 def test_a_full_disk_is_a_failure_and_costs_no_finding(tmp_path, monkeypatch, capfd):
