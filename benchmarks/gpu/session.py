@@ -54,8 +54,17 @@ class Findings:
         return [record for record in self.records if record["kind"] == "failure"]
 
 
-def schedule(stages: Sequence[Stage], run: Callable[[Stage, float], None], budget: float, clock=time.monotonic) -> None:
-    """Run the stages in turn; each may take its share of what is left, so unused time moves on to the later ones."""
+def schedule(
+    stages: Sequence[Stage],
+    run: Callable[[Stage, float], None],
+    budget: float,
+    clock=time.monotonic,
+    missed: Callable[[Stage], None] = lambda stage: None,
+) -> None:
+    """Run the stages in turn; each may take its share of what is left, so unused time moves on to the later ones.
+
+    `missed` is told of those for which stages that overran have left nothing.
+    """
     start = clock()
     for number, stage in enumerate(stages):
         left = budget - (clock() - start)
@@ -63,6 +72,8 @@ def schedule(stages: Sequence[Stage], run: Callable[[Stage, float], None], budge
         seconds = min(left, max(stage.least, seconds))
         if seconds > 0:
             run(stage, seconds)
+        else:
+            missed(stage)
 
 
 def reason_to_skip(stage: Stage, device: str) -> str:
@@ -124,7 +135,8 @@ class Session:
         print(f"== ready to start stages after {time.monotonic() - begun:.0f} s", flush=True)
         try:
             left = self.budget - (time.monotonic() - begun)
-            schedule(self.stages, lambda stage, seconds: self._stage(stage, seconds, begun), left)
+            run = lambda stage, seconds: self._stage(stage, seconds, begun)  # noqa: E731
+            schedule(self.stages, run, left, missed=self._missed)
         except KeyboardInterrupt:
             self.findings.fail("the session", "interrupted; later stages did not run")
         finally:
@@ -170,6 +182,10 @@ class Session:
             self._outcome(stage, f"done, {took:.0f} s")
         if stage.name in TUNING and self.options.get("take-over") and not self.dry:
             self._take_over()
+
+    def _missed(self, stage: Stage) -> None:
+        self.findings.fail(f"stage {stage.name}", "no time was left for it")
+        self._outcome(stage, "not run: no time was left")
 
     def _take_over(self) -> None:
         """Have the later stages measure with what the tuner found; the tree's table is changed, and rows say so."""

@@ -60,6 +60,14 @@ def test_unused_time_moves_on():
     assert given == {"a": 50.0, "b": 50.0, "c": 100.0}
 
 
+def test_a_stage_for_which_no_time_is_left_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu.session.warm_up", lambda: None)
+    session = Session("smoke", tmp_path, 0.0, "cpu", dry=True)
+    assert session.run() == 1
+    assert set(session.outcomes) == {stage.name for stage in SMOKE}
+    assert [record["why"] for record in session.findings.failures] == ["no time was left for it"] * len(SMOKE)
+
+
 def test_candidates_fit_a_multiprocessor():
     for case in tuning_plan():
         if case.layout == "guided":
