@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -119,7 +120,7 @@ class Session:
         out.mkdir(parents=True, exist_ok=True)
         journal = Path(self.options.pop("journal", "") or out / f"{kind}.jsonl")
         if journal.is_file():
-            journal.unlink()
+            _put_aside(journal)
         self.findings = Findings(Journal(journal))
         self._rest = b""  # of a line that a stage has not ended yet
 
@@ -236,7 +237,7 @@ class Session:
 
     def _outcome(self, stage: Stage, text: str) -> None:
         self.outcomes[stage.name] = text
-        self.findings.take({"kind": "stage", "stage": stage.name, "outcome": text})
+        self.findings.take({"kind": "stage", "stage": stage.name, "outcome": text, "at": time.time()})
         print(f"== {stage.name}: {text}", flush=True)
 
     def _finish(self) -> None:
@@ -254,6 +255,12 @@ class Session:
         if journal.waiting:
             saved = journal.rescue(sys.stdout)
             print(f"What could not be written lies in {saved}" if saved else "What could not be written stands above.")
+
+
+def _put_aside(journal: Path) -> Path:
+    """An earlier session's: rows of suites that have no file yet are nowhere else."""
+    numbered = (journal.with_stem(f"{journal.stem}-{number}") for number in count(1))
+    return journal.rename(next(path for path in numbered if not path.exists()))
 
 
 def _end(process: BaseProcess) -> None:
@@ -322,6 +329,13 @@ def summarise(records: Sequence[Record], outcomes: dict[str, str]) -> str:
 
 
 def collect_journals(out: Path) -> list[Path]:
-    """Make the files of rows of every suite from the journals of a folder."""
-    rows = [row for path in sorted(out.glob("*.jsonl")) for row in rows_of(read_journal(path))]
-    return collect(out, rows, sorted({row.suite for row in rows}))
+    """Make the files of rows of every suite from the journals of a folder.
+
+    A case that several sessions measured is that of the latest: rows of different rounds have no ratio.
+    """
+    journals = [list(read_journal(path)) for path in sorted(out.glob("*.jsonl"), reverse=True)]
+    written: dict[Path, None] = {}
+    for records in sorted(journals, key=lambda records: max((r.get("at", 0.0) for r in records), default=0.0)):
+        rows = rows_of(records)
+        written |= dict.fromkeys(collect(out, rows, sorted({row.suite for row in rows})))
+    return list(written)

@@ -1,5 +1,6 @@
 """A GPU session on a machine without one: its arithmetic, a dry run, and faults planted into it."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,11 +13,23 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.candidates import ALL, BOUNDED, DESCRIBED, SPECIALISED, choices, tuning_plan
+from benchmarks.cost import Ceilings
 from benchmarks.gpu import records, stages
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.measuring import bench_of
 from benchmarks.gpu.records import Journal, heard, read_journal, rows_of
-from benchmarks.gpu.session import BUDGETS, GRACE, Session, collect, reason_to_skip, schedule, summarise
+from benchmarks.gpu.session import (
+    BUDGETS,
+    GRACE,
+    Session,
+    collect,
+    collect_journals,
+    reason_to_skip,
+    schedule,
+    summarise,
+)
 from benchmarks.gpu.stages import FULL, SESSIONS, SMOKE, Stage
-from benchmarks.rows import ROOT, Row
+from benchmarks.rows import ROOT, Row, read
 from benchmarks.workers.pool import Task, share_out
 from tests.support import planted_faults
 
@@ -163,6 +176,46 @@ def test_rows_are_collected_into_a_file_a_suite_and_a_case_goes_as_a_whole(tmp_p
     (path,) = collect(tmp_path, [row("a", "fpe-triton", 1.5)])
     kept = [(one["case"], one["provider"], one["samples_ms"]) for one in json.loads(path.read_text())["rows"]]
     assert kept == [("b", "sdpa", [3.0]), ("a", "fpe-triton", [1.5])]
+
+
+def journal_of(path, at, **samples):
+    """A session's journal of one edited step, with the samples of its editors."""
+    about = {"suite": "edits", "case": "sd15-512/guided-1/default/1", "dtype": "float16", "status": "ok"}
+    rows = [
+        Row.new(HERE, **about, provider=name.replace("_", "-"), samples_ms=taken) for name, taken in samples.items()
+    ]
+    said = [{"kind": "row", "row": records._plain(row)} for row in rows]
+    said.append({"kind": "stage", "stage": "edits", "outcome": "done", "at": at})
+    path.write_text("".join(json.dumps(record) + "\n" for record in said))
+
+
+@pytest.mark.parametrize(("smoke", "full", "stands"), [(1.0, 2.0, "full"), (2.0, 1.0, "smoke"), (0.0, 0.0, "full")])
+def test_a_case_of_two_journals_is_that_of_the_later_session(tmp_path, smoke, full, stands):
+    journal_of(tmp_path / "smoke.jsonl", smoke, unedited=(50.0, 51.0), fpe=(40.0, 41.0))
+    journal_of(tmp_path / "full.jsonl", full, unedited=(10.0,), fpe=(9.0,), dense_original=(30.0,))
+    (path,) = collect_journals(tmp_path)
+    kept = {row.provider: row.samples_ms for row in read(path)}
+    of_smoke = {"unedited": (50.0, 51.0), "fpe": (40.0, 41.0)}
+    assert kept == (of_smoke if stands == "smoke" else {"unedited": (10.0,), "fpe": (9.0,), "dense-original": (30.0,)})
+
+
+def test_another_session_keeps_the_journal_of_the_one_before(tmp_path):
+    for number in (1.0, 2.0, 3.0):
+        Session("full", tmp_path, 60.0, "cpu", dry=True)
+        journal_of(tmp_path / "full.jsonl", number, unedited=(number,))
+    firsts = {path.name: next(iter(rows_of(read_journal(path)))).samples_ms for path in tmp_path.iterdir()}
+    assert firsts == {"full-1.jsonl": (1.0,), "full-2.jsonl": (2.0,), "full.jsonl": (3.0,)}
+
+
+def test_ceilings_are_those_of_the_device_and_the_dtype(tmp_path):
+    context = Context(tmp_path, "cpu", 0.0, dry=True)
+    rows = bench_of(context).roofline()
+    others = [dataclasses.replace(row, device="cuda: another", samples_ms=(1e-9,)) for row in rows]
+    for name, written in (("full-1", rows), ("full", others)):
+        said = ({"kind": "row", "row": records._plain(row)} for row in written)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in said))
+    ceilings = bench_of(context).ceilings
+    assert ceilings.flops == pytest.approx(Ceilings.of_rows(rows).flops, rel=1e-3)
 
 
 def test_a_summary_names_every_failure():
