@@ -18,10 +18,13 @@ from .rows import Ratio, Row, read, read_all
 ANCHORS = ("sdpa", "unedited")
 
 
-def by_case(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], dict[str, Row]]:
-    cases: dict[tuple[str, str, str, str], dict[str, Row]] = {}
+Key = tuple[str, str, str, str, int]
+
+
+def by_case(rows: Iterable[Row]) -> dict[Key, dict[str, Row]]:
+    cases: dict[Key, dict[str, Row]] = {}
     for row in rows:
-        cases.setdefault((row.suite, row.case, row.device, row.dtype), {})[row.provider] = row
+        cases.setdefault((row.suite, row.case, row.device, row.dtype, row.threads), {})[row.provider] = row
     return cases
 
 

@@ -153,7 +153,7 @@ class Row:
     def key(self) -> tuple[str, ...]:
         """What makes a row unique in a file."""
         versions = ",".join(f"{name}={version}" for name, version in sorted(self.versions.items()))
-        return (self.suite, self.case, self.provider, self.device, self.dtype, versions, self.commit)
+        return (self.suite, self.case, self.provider, self.device, self.dtype, versions, self.commit, str(self.threads))
 
     def quantile(self, share: float) -> float | None:
         return quantile(self.samples_ms, share) if self.samples_ms else None
@@ -253,7 +253,8 @@ def read(path: str | Path) -> list[Row]:
             raise ValueError(f"{path}: row {number} has unknown fields: {', '.join(sorted(unknown))}")
         rows.append(Row(**values))
     if len({row.key for row in rows}) != len(rows):
-        raise ValueError(f"{path}: two rows have the same key (suite, case, provider, device, dtype, versions, commit)")
+        fields_of_key = "suite, case, provider, device, dtype, versions, commit, threads"
+        raise ValueError(f"{path}: two rows have the same key ({fields_of_key})")
     return rows
 
 

@@ -27,12 +27,23 @@ Cases = dict[str, dict[str, Row]]
 
 
 def grouped(rows: Iterable[Row], suite: str, gpu: bool) -> Cases:
-    """Case to provider to row, for one suite on one kind of device."""
+    """Case to provider to row, for one suite on one kind of device.
+
+    A file may hold a case of several devices, dtypes and numbers of threads, whose times are no ratio: the last stands.
+    """
     cases: Cases = {}
     for row in rows:
         if row.suite == suite and row.on_gpu == gpu:
-            cases.setdefault(row.case, {})[row.provider] = row
+            found = cases.setdefault(row.case, {})
+            if any(conditions(other) != conditions(row) for other in found.values()):
+                found.clear()
+            found[row.provider] = row
     return cases
+
+
+def conditions(row: Row) -> tuple[str, str, int]:
+    """What rows have to share for their times to be compared."""
+    return row.device, row.dtype, row.threads
 
 
 def beside(rows: Iterable[Row]) -> str:

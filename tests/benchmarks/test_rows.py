@@ -38,9 +38,9 @@ def test_a_row_is_a_line(tmp_path):
     assert json.loads(lines[1].rstrip(","))["provider"] == "sdpa"
 
 
-@pytest.mark.parametrize("field", ["suite", "case", "provider", "device", "dtype", "versions", "commit"])
+@pytest.mark.parametrize("field", ["suite", "case", "provider", "device", "dtype", "versions", "commit", "threads"])
 def test_every_part_of_the_key_tells_rows_apart(field):
-    other = {"torch": "2.14.0"} if field == "versions" else "another"
+    other = {"versions": {"torch": "2.14.0"}, "threads": 2}.get(field, "another")
     changed = dataclasses.replace(row(), **{field: other})
     assert changed.key != row().key
     assert merge([row()], [changed]) == [row(), changed]

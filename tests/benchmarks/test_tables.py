@@ -93,6 +93,15 @@ def test_a_table_states_its_machine_and_pairs_its_rounds():
     assert "a device" in TABLES["headline-gpu"](sample_rows(GPU))
 
 
+@pytest.mark.parametrize("other", [{"device": "cuda: another"}, {"dtype": "bfloat16"}, {"threads": 2}], ids=str)
+def test_rows_of_different_conditions_are_no_ratio(other):
+    rows = sample_rows(GPU)
+    slower = [dataclasses.replace(r, samples_ms=tuple(100 * ms for ms in r.samples_ms), **other) for r in rows]
+    again = [r for r in rows if r.provider in ("fpe-triton", "unedited")]
+    (line, _) = [line for line in TABLES["headline-gpu"]([*slower, *again]).splitlines() if line.startswith("| 4096")]
+    assert "| – | – | 1.75 (" in line  # of the dense original and SDPA nothing; unedited ÷ ours
+
+
 def test_missing_rivals_stand_in_the_table_with_the_reason():
     line = next(line for line in TABLES["rivals-cpu"](sample_rows()).splitlines() if "xformers" in line)
     assert "not here" in line
