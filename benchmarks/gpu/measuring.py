@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .context import Context
 
 LEAST_CASE = 4.0  # seconds: with less left, no further case is begun
+TIMED = 1 / 3  # of what is left, at most, goes into the rounds of one case: it is built and judged before them
 
 
 def ratios(context: Context) -> None:
@@ -57,12 +58,13 @@ def _edits(context: Context, cases: Sequence[Any], names: Sequence[str], rounds:
     from .. import edits, measure
 
     bench = bench_of(context)
-    bench.effort = measure.Effort(rounds=3 if context.dry else rounds, seconds=seconds, sample_ms=20.0)
     for case in cases:
         if context.left() < 2 * LEAST_CASE:
             say("note", text=f"no time left for {case.name} and what follows it")
             return
         say("begin", what=case.name)
+        most = min(seconds, TIMED * context.left())
+        bench.effort = measure.Effort(rounds=3 if context.dry else rounds, seconds=most, sample_ms=20.0)
         for row in edits.run_edit(bench, case, names):
             say_row(row)
         say("end", what=case.name)
@@ -124,12 +126,13 @@ def transformers(context: Context) -> None:
     from .. import joint_steps, measure
 
     bench = bench_of(context)
-    bench.effort = measure.Effort(rounds=3 if context.dry else 7, seconds=4.0, sample_ms=20.0)
     for case in joint_steps.SMALL[:1] if context.dry else joint_steps.GPU_CASES:
         if context.left() < 2 * LEAST_CASE:
             say("note", text=f"no time left for {case.name} and what follows it")
             return
         say("begin", what=case.name)
+        most = min(4.0, TIMED * context.left())
+        bench.effort = measure.Effort(rounds=3 if context.dry else 7, seconds=most, sample_ms=20.0)
         for row in joint_steps.run(bench, case):
             say_row(row)
         say("end", what=case.name)
@@ -147,7 +150,8 @@ def compiled(context: Context) -> None:
     cases = [UNetCase("sd15", 512), UNetCase("sd15", 1024), UNetCase("sdxl", 1024)]
     cases = [UNetCase("tiny", 64)] if context.dry else cases
     say("begin", what="compiling steps")
-    for rows in run_compiled(bench, cases, options=options, time_left=lambda: context.left() - LEAST_CASE):
+    timing = len(cases) * bench.effort.seconds  # begins when all are compiled, or given up
+    for rows in run_compiled(bench, cases, options=options, time_left=lambda: context.left() - timing):
         for row in rows:
             say_row(row)
     say("end", what="compiling steps")
@@ -174,6 +178,7 @@ def memory(context: Context) -> None:
     lengths = growth.memory_plan(context.device, quick=context.dry)
     for case in lengths[:2] if context.dry else lengths:
         if context.left() < LEAST_CASE:
+            say("note", text=f"no time left for {case.name} and what follows it")
             return
         say("begin", what=case.name)
         for row in growth.run_memory(bench_of(context), all_providers(), [case]):

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.candidates import ALL, BOUNDED, DESCRIBED, SPECIALISED, choices, tuning_plan
 from benchmarks.cost import Ceilings
-from benchmarks.gpu import records, stages
+from benchmarks.gpu import measuring, records, stages
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.measuring import bench_of
 from benchmarks.gpu.records import Journal, heard, read_journal, rows_of
@@ -30,6 +30,7 @@ from benchmarks.gpu.session import (
 )
 from benchmarks.gpu.stages import FULL, SESSIONS, SMOKE, Stage
 from benchmarks.rows import ROOT, Row, read
+from benchmarks.unets import UNetCase
 from benchmarks.workers.pool import Task, share_out
 from tests.support import planted_faults
 
@@ -216,6 +217,24 @@ def test_ceilings_are_those_of_the_device_and_the_dtype(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in said))
     ceilings = bench_of(context).ceilings
     assert ceilings.flops == pytest.approx(Ceilings.of_rows(rows).flops, rel=1e-3)
+
+
+def test_rounds_of_a_step_fit_what_is_left_of_a_stage(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "benchmarks.edits.run_edit", lambda bench, case, names: given.append(bench.effort.seconds) or []
+    )
+    for left in (90.0, 12.0, 7.0):
+        context = Context(tmp_path, "cpu", time.time() + left)
+        measuring._edits(context, [UNetCase("tiny", 64)], ("unedited",), rounds=40, seconds=20.0)
+    assert given == [20.0, pytest.approx(4.0, abs=0.5)]
+
+
+def test_compiling_leaves_the_time_that_the_rounds_take(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("benchmarks.compiled.run_compiled", lambda *_, time_left, **__: given.append(time_left()) or [])
+    measuring.compiled(Context(tmp_path, "cpu", time.time() + 60.0))
+    assert given == [pytest.approx(60.0 - 3 * 6.0, abs=2.0)]
 
 
 def test_a_summary_names_every_failure():
