@@ -34,7 +34,7 @@ def say(kind: str, **values: Any) -> None:
 def say_row(row: Row) -> None:
     """A measurement. One of ours that is wrong or failed is a failure of the session too."""
     say("row", row=_plain(row))
-    ours = row.provider.startswith(("fpe", "full")) and row.provider != ORACLE and "@" not in row.provider
+    ours = row.provider.startswith(("fpe", "full", "recorded")) and row.provider != ORACLE and "@" not in row.provider
     if row.status in ("wrong", "failed") and ours:
         say("failure", what=f"{row.suite} {row.case}, {row.provider}", why=f"{row.status}: {row.reason}")
 
