@@ -102,6 +102,8 @@ def pack(folder: Path, out: Path, bound: int, without: Iterable[str] = CACHES) -
     """
     left_out = set(without)
     whole = out / f"{folder.name}.tar.gz"
+    for earlier in out.glob(f"{whole.name}*"):  # parts of a larger archive would stand behind those of this one
+        earlier.unlink()
     with tarfile.open(whole, "w:gz", compresslevel=6) as archive:
         for path in sorted(folder.iterdir()):
             if path.name not in left_out:
