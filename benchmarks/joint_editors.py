@@ -77,6 +77,9 @@ def _stored(model: Any, case: JointCase) -> Iterator[Step]:
     """
     kept: list[tuple[Tensor, Tensor]] = []
     call = _called(model)
+    # Once, and where the model is: for an index from the host's memory every step would wait for the device.
+    every = torch.arange(case.rows, device=model.device).reshape(-1, 1 + case.targets)  # a half of the batch a line
+    sources, targets = every[:, 0], every[:, 1:].flatten()
 
     def keep(query: Tensor, key: Tensor, value: Tensor, case: JointCase) -> Tensor:
         image = _images(query, case)
@@ -90,8 +93,6 @@ def _stored(model: Any, case: JointCase) -> Iterator[Step]:
         return F.scaled_dot_product_attention(query, key, value)
 
     def step(inputs: Inputs) -> Tensor:
-        every = torch.arange(case.rows).reshape(-1, 1 + case.targets)  # a half of the batch a line
-        sources, targets = every[:, 0], every[:, 1:].flatten()
         with _computing(model, case, keep):
             made = call(_of_rows(inputs, sources, case))
         with _computing(model, case, read):
@@ -105,7 +106,7 @@ def _stored(model: Any, case: JointCase) -> Iterator[Step]:
 
 def _of_rows(inputs: Inputs, rows: Tensor, case: JointCase) -> Inputs:
     """Arguments of some rows; places of tokens are all rows'."""
-    return {name: value if name.endswith("_ids") else value[rows.to(value.device)] for name, value in inputs.items()}
+    return {name: value if name.endswith("_ids") else value[rows] for name, value in inputs.items()}
 
 
 EDITORS = {"unedited": _unedited, "fpe": _ours, "sdpa-gathered": _gathered, "dense-original": _dense, "stored": _stored}

@@ -64,3 +64,23 @@ def test_pictures_in_a_row_are_tokens_of_their_own():
     small = replace(case, side=4, heads=1, layers=1, texts=5)
     rows = run(FAST, small, names=["unedited", "fpe", "stored"])
     assert [row.status for row in rows] == ["ok"] * 5, rows
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.family)
+def test_a_step_from_what_was_stored_makes_no_index(case: JointCase):
+    """On a GPU an index that each step brings from the host would have the rival wait, and not us."""
+    with joint_steps.step_of(FAST, case, "stored") as step, torch.no_grad(), Asked() as asked:
+        step()
+    assert (case.rows,) not in asked.ranges
+
+
+class Asked(torch.overrides.TorchFunctionMode):
+    """Arguments of `torch.arange` within the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.ranges = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.ranges += [args] if function is torch.arange else []
+        return function(*args, **(kwargs or {}))
