@@ -42,7 +42,7 @@ OPS = {
     "apply": "out[b] = A[map_index[b]] @ value[b]",
     "replay": "apply, with the log-sum-exp of an earlier pass known",
     "capture": "apply, with 16 capture columns for the source row in the same pass",
-    "adjoint": "A.T @ weight, one column block a row",
+    "adjoint": "A.T @ weight, one column block a row; log-sum-exp known, by SDPA as its values' gradient",
     "backward": "apply, then the gradients of query, key and value",
 }
 CAPTURE_COLUMNS = 16

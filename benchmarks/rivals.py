@@ -35,19 +35,32 @@ SDPA_BACKENDS = {
 }
 
 
-def shared_by_calls(attend: Attend, inputs: Inputs, query: Tensor, key: Tensor, value: Tensor, concat: bool) -> Answer:
-    """The case's product through a function that knows nothing of shared maps."""
+def shared_by_calls(
+    attend: Attend, inputs: Inputs, query: Tensor, key: Tensor, value: Tensor, concat: bool, beside: bool = False
+) -> Answer:
+    """The case's product through a function that knows nothing of shared maps.
+
+    With `beside`, captured columns stand beside the values of the rows that share the first row's map.
+    """
     answer: Answer = []
+    captured = None
     for group in groups(inputs.case.map_index):
         q, k, v = query[group.maps], key[group.maps], value[group.rows]
         if group.shared == 1:
             answer += per_row(attend(q, k, v))
         elif concat:
-            wide = attend(q, k, v.permute(1, 2, 0, 3).flatten(2).unsqueeze(0))  # [1, H, N, R·E]
-            answer += wide[0].unflatten(-1, (group.shared, -1)).unbind(-2)
+            values = v.permute(1, 2, 0, 3).flatten(2).unsqueeze(0)  # [1, H, N, R·E]
+            width = values.shape[-1]
+            if beside and group.rows.start == 0:
+                values = torch.cat([values, inputs.capture], dim=-1)
+            wide = attend(q, k, values)
+            answer += wide[0, ..., :width].unflatten(-1, (group.shared, -1)).unbind(-2)
+            captured = wide[0, ..., width:] if values.shape[-1] > width else captured
         else:
             answer += per_row(attend(q.expand(group.shared, -1, -1, -1), k.expand(group.shared, -1, -1, -1), v))
-    if inputs.case.op == "capture":
+    if captured is not None:
+        answer.append(captured)
+    elif inputs.case.op == "capture":
         columns = inputs.capture.shape[-1]
         # The fused calls want values as wide as keys: a row more, padded with columns of zeros.
         padded = F.pad(inputs.capture, (0, inputs.case.head_dim - columns)) if not concat else inputs.capture
@@ -73,12 +86,20 @@ class Fused:
             raise Missing("one call serves all rows without a copy of their queries and keys")
         if self.gathered and inputs.case.op == "capture":
             raise Missing("captured columns belong to one row, not to all of a gathered batch")
+        if self.concat and inputs.case.op == "capture":
+            try:
+                return self._probed(inputs, attend, beside=True)
+            except Missing:
+                pass  # so wide values are not taken: the columns get a call of their own
+        return self._probed(inputs, attend)
+
+    def _probed(self, inputs: Inputs, attend: Attend, beside: bool = False) -> Call:
         rows = torch.tensor(inputs.case.map_index, device=inputs.query.device)
 
         def forward(query: Tensor, key: Tensor, value: Tensor) -> Answer:
             if self.gathered:
                 return per_row(attend(query.index_select(0, rows), key.index_select(0, rows), value))
-            return shared_by_calls(attend, inputs, query, key, value, self.concat)
+            return shared_by_calls(attend, inputs, query, key, value, self.concat, beside)
 
         if inputs.case.op == "backward":
             call = with_backward(inputs, forward)

@@ -188,6 +188,23 @@ def test_a_gathered_batch_is_one_call_with_the_same_answer():
         Fused("gathered", lambda inputs: attend, gathered=True).prepare(pair)
 
 
+@pytest.mark.parametrize(("widest", "widths"), [(64, [40]), (24, [24, 16])])
+def test_captured_columns_stand_beside_values_where_they_are_taken_so_wide(widest, widths):
+    inputs = Inputs.make(Case("test", 64, 16, 2, 8, 2, "pair", "capture"), "cpu", torch.float32)
+    called = []
+
+    def attend(query, key, value):
+        if value.shape[-1] > widest:
+            raise ValueError("too wide")
+        called.append(value.shape[-1])
+        return F.scaled_dot_product_attention(query, key, value)
+
+    call = Fused("concat", lambda inputs: attend, concat=True).prepare(inputs)
+    called.clear()
+    assert judge(inputs, call()).passed
+    assert called == widths
+
+
 def test_groups_need_no_gather():
     def as_ranges(index):
         return [(g.maps.start, g.maps.stop, g.rows.start, g.rows.stop) for g in groups(index)]
