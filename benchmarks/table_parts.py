@@ -69,5 +69,7 @@ def slower(row: Row | None, ours: Row | None) -> str:
 
 
 def best_sdpa(providers: dict[str, Row]) -> Row | None:
-    fused = [row for name, row in providers.items() if name.startswith("sdpa") and row.median_ms is not None]
+    """The fastest of PyTorch's attention: on what rows share, or on queries and keys of every row's own."""
+    names = ("sdpa", UNEDITED)
+    fused = [row for name, row in providers.items() if name.startswith(names) and row.median_ms is not None]
     return min(fused, key=lambda row: row.median_ms or 0.0, default=None)
