@@ -96,9 +96,11 @@ def _few_tokens(unet: Any) -> Mapping[str, Any]:
 
 
 def _decoder(unet: Any) -> Mapping[str, Any]:
-    """The decoder, where counting layers as the authors do ends before it."""
-    count = sum(site.kind == "self" for site in attention_sites(unet))
-    return {"layers": ("up_blocks",)} if MasaCtrlEdit().start_layer >= count else {}
+    """The decoder, where the layer that the authors count to in Stable Diffusion 1.x is past the last, or before it, as
+    in SDXL, whose encoder and middle have 34."""
+    layers = [site for site in attention_sites(unet) if site.kind == "self"]
+    start = MasaCtrlEdit().start_layer
+    return {} if start < len(layers) and layers[start].place == "up" else {"layers": ("up_blocks",)}
 
 
 def _soft(prompts: Sequence[str], tokenizer: Any, strength: Any = _HALF, **options: Any) -> Edit:

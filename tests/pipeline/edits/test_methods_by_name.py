@@ -13,12 +13,14 @@ from fpe_pipeline import FreePromptPipeline, MasaCtrlEdit, make_edit
 from fpe_pipeline.app import cli
 from fpe_pipeline.edits.method import REQUIRED, Method
 from fpe_pipeline.edits.registry import METHODS, method_table, methods_of
+from fpe_pipeline.models.sites import attention_sites
 from fpe_pipeline.quality.methods.comparison import _Drawing
 from fpe_pipeline.quality.methods.contenders import CONTENDERS, chosen
 from fpe_pipeline.quality.methods.subjects import GENERATED, Subject
 from fpe_pipeline.quality.request import Evaluation
 from fpe_pipeline.runs.settings import DEFAULTS, Settings
 from tests.support.silent import SOURCE, TARGET, embedded
+from tests.support.tiny_unets import tiny_unet
 
 PROMPTS = [SOURCE, TARGET]
 # Words that a method cannot find by itself, as each of the three is given them.
@@ -95,6 +97,14 @@ def test_layers_that_suit_the_model(pipe):
     assert make_edit("masactrl", PROMPTS, None, pipe.unet, start_layer=2).layers is None
     assert make_edit("masactrl", PROMPTS, None).layers is None
     assert make_edit("fpe", PROMPTS, None, pipe, max_tokens=100).levels is None
+
+
+def test_masactrl_stays_out_of_an_encoder_of_many_layers():
+    """SDXL has 24 layers of self-attention on the way down and 10 in the middle, and MasaCtrl counts to its 10th."""
+    unet = tiny_unet("sdxl", transformer_layers_per_block=(1, 2, 10))
+    sites = attention_sites(unet)
+    chosen = make_edit("masactrl", PROMPTS, None, unet).select(sites)
+    assert chosen == tuple(site for site in sites if site.kind == "self" and site.place == "up")
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
