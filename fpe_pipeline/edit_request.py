@@ -105,6 +105,8 @@ class EditRequest:
         if self.inversion is not None:
             check_guided_inversion(pipe.unet, self.inversion.method)
             self.inversion.check(pipe.scheduler, guidance_scale)
+            assert latents is not None
+            latents = latents.to(pipe.unet.dtype)  # an image may be inverted in another; diffusers keeps what it gets
         call = Call(count, images)
         followed = Followed.of(pipe, call, self.inversion)
         arguments = {

@@ -146,6 +146,18 @@ def test_each_step_has_its_own_embedding(tiny, inversions):
     assert distance(tiny(inversion=inversion, output_type="latent").source, first) > 1e-4
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_edits_in_another_precision(tiny, inversions, method):
+    """Null-text takes gradients, so that an image may be inverted in float32 for edits in half precision."""
+    half = FreePromptPipeline(**copy.deepcopy(tiny.components)).to(torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    options = {"inversion": inversions[method], "target_prompt": TARGET, "output_type": "latent"}
+    out = half(**options).images
+    assert out.dtype is torch.bfloat16
+    exact = tiny(**options).images
+    assert (out.float() - exact).norm() <= 0.1 * exact.norm()
+
+
 def test_numbers_of_steps_and_guidance(tiny, photo):
     assert inverted(tiny, photo, num_inference_steps=np.int64(2)).steps == 2
     for steps in (True, 0, 2.0, "2"):
