@@ -15,6 +15,10 @@ from .trajectory import Inversion
 
 __all__ = ["FollowInversion", "Followed", "check_inversion_options"]
 
+#: By method that leaves the source free, options by which its steps would lead elsewhere. Where the source's own prompt
+#: stands in for the empty one guidance cancels, rescaled or not; but layers are skipped of the prompt alone.
+_MOVING = {"null-text": ("eta", "clip_skip", "guidance_rescale"), "negative-prompt": ("eta", "clip_skip")}
+
 
 def check_inversion_options(
     inversion: Inversion,
@@ -44,6 +48,13 @@ def check_inversion_options(
     clashing = [name for name in taken if given.get(name) is not None]
     if clashing:
         raise ValueError(f"the inversion decides {', '.join(clashing)}; leave out one or the other")
+    moving = [name for name in _MOVING.get(inversion.method, ()) if given.get(name)]
+    if moving:
+        raise ValueError(
+            f"{inversion.method!r} inversion leaves the source free, and what comes out of it is the image as long as "
+            f"it is denoised as it was inverted, which {', '.join(moving)} would change: leave that out, or invert by "
+            "'ddim' or 'direct', which put the source back onto the image's latents"
+        )
     if num_inference_steps not in (None, inversion.steps):
         raise ValueError(
             f"the image was inverted in {inversion.steps} steps, got num_inference_steps={num_inference_steps}; "

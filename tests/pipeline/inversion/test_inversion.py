@@ -146,6 +146,14 @@ def test_each_step_has_its_own_embedding(tiny, inversions):
     assert distance(tiny(inversion=inversion, output_type="latent").source, first) > 1e-4
 
 
+@pytest.mark.parametrize("options", [{"eta": 1.0}, {"clip_skip": 1}, {"guidance_rescale": 0.7}], ids=str)
+def test_options_that_move_targets_alone(tiny, inversions, options):
+    """Where the source is put back onto the image's latents, it is the image whatever they are."""
+    options |= {"target_prompt": TARGET, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    out = tiny(inversion=inversions["direct"], **options)
+    assert distance(out.source, inversions["direct"].latents[0, 0]) == 0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_edits_in_another_precision(tiny, inversions, method):
     """Null-text takes gradients, so that an image may be inverted in float32 for edits in half precision."""
@@ -261,6 +269,8 @@ class TestRefusals:
             ("null-text", {"guidance_scale": 5.0}, ValueError, "optimised for guidance_scale=7.5, got 5"),
             ("null-text", {"negative_prompt": "cars"}, ValueError, "leave negative_prompt out"),
             ("negative-prompt", {"guidance_scale": 1.0}, ValueError, "switches off"),
+            ("negative-prompt", {"eta": 1.0}, ValueError, "leaves the source free.* which eta would change"),
+            ("null-text", {"clip_skip": 1, "guidance_rescale": 0.7}, ValueError, "clip_skip, guidance_rescale would"),
         ],
     )
     def test_of_edits(self, tiny, inversions, method, options, error, message):
