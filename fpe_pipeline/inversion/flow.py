@@ -67,7 +67,7 @@ def invert_flow(
         method: "direct", "reference" or "free"; see `fpe_pipeline.inversion.flow`.
         height, width: pixels, multiples of those across a token; default: the image's aspect ratio at the model's own
             number of pixels.
-        max_sequence_length: tokens of T5, here and of the edits; default: the pipeline's.
+        max_sequence_length: tokens of T5, here and of edits that do not say theirs; default: the pipeline's.
         callback: called after each step with its index, the number of steps and the latents.
 
     Returns:
@@ -89,11 +89,12 @@ def invert_flow(
     warn_of_unknown_words([prompt], pipe.tokenizer)
     model.set_timesteps(int(num_inference_steps), size)
     nodes, steps = flow_nodes(pipe.scheduler).cpu(), int(num_inference_steps)
+    text_length = max_sequence_length or model.text_length
     with unedited(pipe):
         pixels = to_tensor(picture).to(pipe._execution_device, pipe.vae.dtype)
         start = model.latents(model.encoded(pixels))
         latents = [start.to(torch.promote_types(start.dtype, torch.float32))]
-        velocity = model.velocity(prompt, guidance_scale, size, max_sequence_length or model.text_length)
+        velocity = model.velocity(prompt, guidance_scale, size, text_length)
         reaching = _integrated(solver_of(pipe.scheduler), velocity, latents[0], nodes.flip(0))
         with pipe.progress_bar(total=steps) as bar:
             for index, reached in enumerate(reaching):
@@ -105,7 +106,7 @@ def invert_flow(
                     callback(index, steps, reached)
     pipe.maybe_free_model_hooks()
     schedule = NoiseSchedule.of(pipe.scheduler)
-    return Inversion(method, torch.stack(latents), prompt, guidance_scale, schedule, picture)
+    return Inversion(method, torch.stack(latents), prompt, guidance_scale, schedule, picture, text_length=text_length)
 
 
 def check_flow_inversion(inversion: Inversion, model: FlowModel) -> None:
@@ -117,12 +118,16 @@ def check_flow_inversion(inversion: Inversion, model: FlowModel) -> None:
 
 
 def with_size_of(inversion: Inversion, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a call with the size and the steps that an inversion decides; ValueError for another size."""
+    """Options of a call with the size and the steps that an inversion decides, and tokens of text as many as its own
+    where the call says no number; ValueError for another size."""
     width, height = inversion.image.size
     for name, side in (("height", height), ("width", width)):
         if options.get(name) not in (None, side):
             raise ValueError(f"the image was inverted at {name} {side}, got {options[name]}; leave {name} out")
-    return {**options, "height": height, "width": width, "num_inference_steps": inversion.steps}
+    run = {"height": height, "width": width, "num_inference_steps": inversion.steps}
+    if inversion.text_length is not None and options.get("max_sequence_length") is None:
+        run["max_sequence_length"] = inversion.text_length  # padding takes attention too
+    return {**options, **run}
 
 
 def _check(pipe: Any, prompt: Any, method: Any) -> None:

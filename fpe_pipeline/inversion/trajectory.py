@@ -72,6 +72,7 @@ class Inversion:
         image: the picture as it was encoded, cut to size.
         null_text: settings of the optimisation, with the guidance that it is for.
         unconditional: [steps, 1, tokens, channels], the optimised embedding of each step, noisiest first.
+        text_length: of flow models, the tokens of T5 that the prompt was encoded in (``max_sequence_length``).
     """
 
     method: Method | Literal["reference", "free"]
@@ -82,6 +83,7 @@ class Inversion:
     image: Image.Image
     null_text: NullText | None = None
     unconditional: torch.Tensor | None = None
+    text_length: int | None = None
 
     def __repr__(self) -> str:
         latents = f"{list(self.latents.shape)} {str(self.latents.dtype).removeprefix('torch.')}"
@@ -109,6 +111,7 @@ class Inversion:
             "guidance_scale": self.guidance_scale,
             "schedule": asdict(self.schedule),
             "null_text": null_text,
+            "text_length": self.text_length,
         }
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with replaced(path) as partial:
@@ -153,6 +156,7 @@ class Inversion:
             image=Image.fromarray(tensors["image"].cpu().numpy()),
             null_text=None if values["null_text"] is None else NullText(**values["null_text"]),
             unconditional=tensors.get("unconditional"),
+            text_length=values.get("text_length"),
         )
 
     @property

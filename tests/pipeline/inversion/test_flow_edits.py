@@ -83,6 +83,18 @@ class TestInverted:
         # The last step's targets look at source rows that are the same in both.
         assert distance(images["reference"][1:], images["direct"][1:]) == 0
 
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_as_many_tokens_of_text_as_the_inversion_had(self, pipes, photo, tmp_path, family):
+        """Their padding takes attention, so that a free source goes back as it came with no other number."""
+        tiny = solving(pipes[family], "rf-solver")
+        inversion = Inversion.load(self.inverted(tiny, photo, method="free").save(tmp_path / "free.safetensors"))
+        options = {"inversion": inversion, "guidance_scale": 1.0}
+        edit = {**options, "target_prompt": TARGET, "output_type": "latent"}
+        same = tiny(**edit).images
+        assert torch.equal(same, tiny(**edit, max_sequence_length=12).images)
+        assert distance(same, tiny(**edit, max_sequence_length=24).images) > 1e-3
+        assert tiny.record(**options).text_length == 12
+
     @pytest.mark.parametrize("solver", ["euler", "rf-solver"])
     @pytest.mark.parametrize("family", FAMILIES)
     def test_targets_are_the_papers(self, stock, pipes, photo, family, solver):
