@@ -122,7 +122,8 @@ class FlowEditing(FlowSampling):
             prompt = inversion.prompt if prompt is None and options.get("prompt_embeds") is None else prompt
             options, latents = with_size_of(inversion, options), inversion.noise
         prompts = prompt_list(prompt, target_prompt, options.get("prompt_embeds"))
-        call = Call(len(prompts) or options["prompt_embeds"].shape[0], num_images_per_prompt)
+        # Embeddings are a tensor, or Z-Image's list of one a caption.
+        call = Call(len(prompts) or len(options["prompt_embeds"]), num_images_per_prompt)
         edit = chosen_flow_edit(edit, self_replace_steps, layers)
         arguments = self._arguments(model, call, edit, prompts, latents, generator, options)
         if not keep_source:

@@ -196,6 +196,24 @@ def test_it_is_what_editing_makes_of_the_pipeline_of_diffusers(tiny, family):
     assert (out.images - expected).abs().max() <= EXACT
 
 
+def test_embeddings_of_z_image_stand_in_for_prompts():
+    """They are a list, as captions differ in length, where other models take a tensor."""
+    tiny = FreePromptPipeline.from_pipe(OnZImage(None).stock)
+    tiny.set_progress_bar_config(disable=True)
+    tiny.scheduler = ExactEuler(shift=3.0)
+    options = {
+        "num_inference_steps": 2,
+        "guidance_scale": 0.0,
+        "self_replace_steps": 0.5,
+        "output_type": "latent",
+        **SIZE,
+    }
+    options["latents"] = torch.randn(1, 16, 6, 10, dtype=torch.float64)
+    encoded, _ = tiny.encode_prompt([SOURCE, TARGET], do_classifier_free_guidance=False, max_sequence_length=128)
+    expected = tiny(SOURCE, TARGET, max_sequence_length=128, **options).images
+    assert (tiny(prompt_embeds=encoded, **options).images - expected).abs().max() <= EXACT
+
+
 def test_saved_models_load_in_diffusers_and_here(tiny, family, tmp_path):
     tiny.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     tiny.save_pretrained(tmp_path)
