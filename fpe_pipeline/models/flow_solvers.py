@@ -142,6 +142,20 @@ class _MidpointScheduler(FlowMatchEulerDiscreteScheduler):
         latents = latents.to(model_output.dtype)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=latents) if return_dict else (latents,)
 
+    def at_node(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents at the end of the step that the latest call of :meth:`step` ended.
+
+        Args:
+            latents: what it gave, from where the model is called next. Where that is the middle of the following step,
+                the end of the step is behind it; where the call ended none, there is no end, and these come back.
+        """
+        following = self.step_index
+        if following is None or following >= len(self.timesteps):
+            return latents
+        if self._node is None or self._opens(following) or self._opens(following - 1):
+            return latents
+        return self._node.to(latents.dtype)
+
     def _width(self, first: int, last: int) -> float:
         start, end = self.nodes[first].item(), self.nodes[last].item()
         return end - start

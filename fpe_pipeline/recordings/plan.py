@@ -118,10 +118,16 @@ class Plan:
 
 
 class KeptLatents(list[torch.Tensor]):
-    """The latents before and after every step, as a callback of a pipeline's steps keeps them."""
+    """The latents before and after every step, as a callback of a pipeline's steps keeps them.
+
+    Blends of a replay mix the targets' latents at the end of a step with these, where a solver's loop may hold those in
+    the middle of the next one already.
+    """
 
     def __call__(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        self.append(tensors["latents"].clone())
+        latents = tensors["latents"]
+        at_node = getattr(pipe.scheduler, "at_node", None)
+        self.append((latents if at_node is None else at_node(latents)).clone())
         return {}
 
 

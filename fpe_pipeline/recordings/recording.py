@@ -53,7 +53,8 @@ class Recording:
             where it was made for others alone.
         paths: the layers of that edit.
         latents: [steps + 1, 1, C, h, w], from the noise that all start from to the source's last latent; of FLUX.1
-            packed, as [steps + 1, 1, tokens, 4 · C], and with solvers that call the model between steps one a call.
+            packed, as [steps + 1, 1, tokens, 4 · C], and with solvers that call the model between steps one a call:
+            those at the end of a step where the call ends one.
         model: fingerprint of the weights and configurations that made it.
         precision: "exact", "half" or "int8-keys".
         error: largest relative error, over all recorded layers and steps, that the precision makes in the source's own

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fpe_pipeline import FreePromptEdit, JointProduct, MasaCtrlEdit, Recording
+from fpe_pipeline import FreePromptEdit, JointProduct, KVEdit, MasaCtrlEdit, Recording
 from fpe_pipeline.edits.joint_products import plan_joint_products
 from fpe_pipeline.edits.self_attention import SelfAttentionEdit
 from fpe_pipeline.models.flow_solvers import SOLVERS
@@ -136,6 +136,24 @@ def test_solvers(pipes, family, solver):
     assert distance(replayed.images, full.images[1:]) <= EXACT[family]
     calls = {"euler": (0, 1), "rf-solver": (0, 1, 2, 3), "fireflow": (0, 1, 2)}[solver]
     assert all(at == calls for parts in recording.contents.values() for at in parts.values())
+
+
+@pytest.mark.parametrize("inverted", [False, True], ids=["generated", "inverted"])
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blends_are_with_latents_at_the_end_of_a_step(pipes, family, solver, inverted):
+    """Also by FireFlow, whose loop then holds the source's in the middle of the next step; in the first half of the
+    steps, so that others go on from what was blended."""
+    tiny = solving(pipes[family], solver)
+    edit = KVEdit(mask=torch.cat([torch.ones(48, 48), torch.zeros(48, 32)], dim=1), steps=0.5)
+    if inverted:
+        photo = np.random.default_rng(3).random((48, 80, 3))
+        options = {"inversion": tiny.invert(photo, SOURCE, **RUN)}
+        full = tiny(target_prompt=TARGET, edit=edit, output_type="latent", **options)
+        replayed = tiny.edit(tiny.record(edit=edit, **options), TARGET, edit=edit, output_type="latent")
+    else:
+        full, _, replayed = both(tiny, family, edit, [TARGET])
+    assert distance(replayed.images, full.images[1:]) <= EXACT[family]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
