@@ -9,11 +9,12 @@ import torch
 
 from ..edits import Edit
 from ..edits.base import begun, features_of, parts_of, prompts_of, watchers_of
+from ..edits.joint_products import JointPlan
 from ..models.roles import BatchRoles
 from ..models.sites import Site, attention_sites, feature_shape
 from ..models.steps import Step
 from ..session.device_copies import Place, Placement
-from ..session.instructions import make_orders
+from ..session.instructions import Order, make_orders
 from .keys import Contents, Part
 from .precision import Precision, packed_bytes
 
@@ -54,6 +55,9 @@ def source_needs(
         targets: how many; default: those that an edit is written for, else one.
         guided: whether there are unconditional rows.
         apart: whether those are in a call of their own.
+
+    Raises:
+        ValueError: an edit that looks for words in joint attention.
     """
     found: dict[str, dict[Part, set[int]]] = {}
     for edit in edits:
@@ -76,6 +80,8 @@ def _reads(edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: Ba
         active = running.active(step)
         orders = make_orders(chosen if active else (), watching, step, roles, "auto", place)
         for path, order in orders.items():
+            if order.site.is_joint:
+                _check_wordless(edit, order)
             for row, parts in order.plan.reads.items():
                 # A product names rows of text too where the layer has none.
                 held = (name for name in parts if order.site.kind != "image" or not name.startswith("text-"))
@@ -85,6 +91,19 @@ def _reads(edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: Ba
                     yield from (_Read(path, row, name, index) for name in _MAP)
         for path, sources in (features_of(running, step, roles) if active else {}).items():
             yield from (_Read(path, row, "feature", index) for row in sources.values() if row >= roles.batch)
+
+
+def _check_wordless(edit: Edit, order: Order) -> None:
+    """Raise ValueError for an edit that looks for words in joint attention: where the source's are is not recorded, and
+    without its call neither is where they would be placed among the tokens of several text encoders."""
+    words = prompts_of(edit)
+    mixes = isinstance(order.plan, JointPlan) and any(term.mixing is not None for term in order.plan.products)
+    if order.columns or order.maps or (words and mixes):
+        reading = [type(part).__name__ for part in parts_of(edit) if prompts_of(part)] or [type(edit).__name__]
+        raise ValueError(
+            f"{', '.join(reading)} looks for words among the tokens of text, and a recording on a transformer does not "
+            "hold where those of the source are: run source and targets together, pipe(source, targets, edit=…)"
+        )
 
 
 def contents_bytes(

@@ -55,7 +55,8 @@ def edit_flow(
 
     Raises:
         ValueError: a recording of another model or schedule, one that lacks what the edit needs, an edit that is
-            written for other prompts, a guidance that the model is not told (SD3); before any denoising.
+            written for other prompts or looks for words, a guidance that the model is not told (SD3); before any
+            denoising.
         InputError: a folder, or a file of it, that is not what was recorded.
     """
     targets, recording = target_list(target_prompt), loaded_recording(recording)

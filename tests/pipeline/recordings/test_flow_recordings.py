@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from fpe_pipeline import FreePromptEdit, JointProduct, KVEdit, MasaCtrlEdit, Recording
+from fpe_pipeline import (
+    FreePromptEdit,
+    JointProduct,
+    KVEdit,
+    LocalBlend,
+    MasaCtrlEdit,
+    PromptToPromptEdit,
+    Recording,
+    WordMask,
+)
 from fpe_pipeline.edits.joint_products import plan_joint_products
 from fpe_pipeline.edits.self_attention import SelfAttentionEdit
 from fpe_pipeline.models.flow_solvers import SOLVERS
@@ -298,6 +307,28 @@ class TestRefusals:
         of_unet = unet.record(SOURCE, num_inference_steps=2)
         with pytest.raises(ValueError, match="the recording is of a UNet"):
             sd3.edit(of_unet, TARGET)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_of_edits_that_look_for_words(self, pipes, family, monkeypatch):
+        """Before anything is denoised: of their words a replay would know neither the heat nor the places."""
+        tiny = solving(pipes[family], "euler")
+        tokenizer, prompts = tiny.tokenizer, [SOURCE, "a photo of a blue car"]
+        layout = PromptToPromptEdit(prompts, tokenizer, cross_replace_steps=0)  # which places no word
+        options = {**RUN, "latents": noise(family)}
+        recording = tiny.record(SOURCE, edit=[FreePromptEdit(1.0, scope="joint"), layout], **options)
+        full = tiny(*prompts, edit=layout, output_type="latent", **options)
+        replayed = tiny.edit(recording, prompts[1], edit=layout, output_type="latent")
+        assert distance(replayed.images, full.images[1:]) <= EXACT[family]
+        monkeypatch.setattr(tiny.transformer, "forward", lambda *args, **kwargs: pytest.fail("it ran"))
+        for edit, name in (
+            (FreePromptEdit(0.5) + LocalBlend(prompts, tokenizer, ["car", "car"]), "LocalBlend"),
+            (FreePromptEdit(0.5, mask=WordMask(SOURCE, "car", tokenizer)), "FreePromptEdit"),
+            (PromptToPromptEdit(prompts, tokenizer), "PromptToPromptEdit"),
+        ):
+            with pytest.raises(ValueError, match=f"^{name} looks for words among the tokens of text"):
+                tiny.record(SOURCE, edit=edit, **options)
+            with pytest.raises(ValueError, match=f"^{name} looks for words among the tokens of text"):
+                tiny.edit(recording, prompts[1], edit=edit)
 
     def test_products_for_a_recorded_row(self):
         with pytest.raises(ValueError, match="would change row 1, whose run is recorded"):
