@@ -51,6 +51,11 @@ class ModelHooks:
             self.remove(expected=False)
             raise
 
+    def check_caller(self) -> None:
+        """Raise RuntimeError where a run begins that is another pipeline's."""
+        if self._pipeline is not None:
+            self._pipeline.check_caller()
+
     def remove(self, *, expected: bool) -> None:
         """Leave everything as it was found; warn where steps of the scheduler were ``expected`` and none was made."""
         for handle in self._handles:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -43,17 +45,46 @@ class PipelineHooks:
         text_parts: Sequence[TextPart] = (),
     ) -> None:
         def begun(original: Any, *args: Any, **kwargs: Any) -> Any:
+            self._is_heard = True
             called()
             return original(*args, **kwargs)
 
+        self._pipe = pipe
+        self._is_heard = False  # whether the pipeline has said something since the latest run began
         self._calls = _Shadows(pipe)
         # What every call of a diffusers pipeline begins with; its __call__ itself is looked up in the class.
         self._calls.cover("check_inputs", begun)
-        self._encoding = EncodingHook(pipe, encoded, text_parts)
+        self._encoding = EncodingHook(pipe, self._heard(encoded), text_parts)
         self._decoder = FiniteDecoder(pipe, watch)
-        self._noise = _PairedNoise(pipe, paired)
+        self._noise = _PairedNoise(pipe, self._heard(paired))
         has_steps = hasattr(getattr(pipe, "scheduler", None), "step")
         self._scheduler = SchedulerHook(pipe.scheduler, stepped, self._noise.of_steps) if has_steps else None
+
+    def _heard(self, told: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, which notes that the pipeline has said something."""
+
+        def hear(*args: Any, **kwargs: Any) -> Any:
+            self._is_heard = True
+            return told(*args, **kwargs)
+
+        return hear
+
+    def check_caller(self) -> None:
+        """Refuse a run that begins in the call of another pipeline with the same model.
+
+        What the session's own pipeline says of prompts, images and guidance would be that of an earlier call of its.
+
+        Raises:
+            RuntimeError: another pipeline calls.
+        """
+        caller = None if self._is_heard else _calling_pipeline()
+        self._is_heard = False
+        if caller is not None and caller is not self._pipe:
+            name, own = type(caller).__name__, type(self._pipe).__name__
+            raise RuntimeError(
+                f"the session is of a {own}, and a {name} calls the model that they share, of whose prompts, images "
+                f"and guidance a session of the {own} is told nothing: open the session on the {name}"
+            )
 
     def remove(self, *, expected: bool) -> None:
         """Leave the pipeline as it was found; warn where steps of its scheduler were ``expected`` and none was made."""
@@ -63,6 +94,20 @@ class PipelineHooks:
         self._noise.remove()
         if self._scheduler is not None:
             self._scheduler.remove(expected=expected)
+
+
+def _calling_pipeline() -> Any | None:
+    """The pipeline in whose call this is; None in a sampling loop of one's own."""
+    from diffusers import DiffusionPipeline
+
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        # By name first: asking a frame for its locals makes it hold them until it ends.
+        own = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
+        if isinstance(own, DiffusionPipeline):
+            return own
+        frame = frame.f_back
+    return None
 
 
 class _Shadows:

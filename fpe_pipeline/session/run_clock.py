@@ -45,14 +45,14 @@ class RunClock:
         self.calls += 1
         self._before_pause, self.step = self.step or self._before_pause, None
 
-    def read(self, call: ModelCall) -> bool:
-        """Note a call; whether a run begins with it."""
+    def read(self, call: ModelCall) -> tuple[bool, Step]:
+        """Note a call; whether a run begins with it, and its step."""
         self.calls += 1
         before, self.step = self.step or self._before_pause, None
         step = self.step = self._adapter.step(call) if self.fixed is None else self.fixed
         begins = self._begins or (before is not None and (step.call < before.call or step.calls != before.calls))
         self._begins = False
-        return begins
+        return begins, step
 
     def note(self) -> None:
         """Count the latest call's step among those of the run."""

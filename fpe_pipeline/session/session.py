@@ -71,7 +71,7 @@ class EditingSession:
         TypeError: there is no UNet or transformer, or a transformer that no adapter describes.
         ValueError: the edit matches no layer, the backend is unknown, arguments exclude each other, or a pipeline
             that makes videos or panoramas; in a call, one that encodes other prompts or images than its batch holds.
-        RuntimeError: the model is in another session, or the backend cannot run here.
+        RuntimeError: the model is in another session, the backend cannot run here; in a call, another pipeline calls.
     """
 
     #: Whether a session that is entered inside this one takes its place, and its watchers along, until it ends.
@@ -349,10 +349,10 @@ class EditingSession:
             return
         self._called_model = self.adapter.models[name]
         call = self.adapter.call_of(name, args, kwargs)
-        begins, step = self._clock.read(call), self._clock.step
-        assert step is not None
+        begins, step = self._clock.read(call)
         if begins:
             self._finish_run()
+            self._hooks.check_caller()
             for watcher in self._watchers:
                 watcher.begin()
             if self.adapter.turns_by_caption:

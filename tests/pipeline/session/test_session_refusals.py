@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from fpe_pipeline import BatchRoles, FreePromptEdit, editing
-from tests.support.tiny_pipelines import sample, tiny_pipeline, unedited
+from tests.support.tiny_pipelines import PROMPTS, sample, tiny_pipeline, unedited
 from tests.support.tiny_unets import tiny_unet, unet_inputs
 
 FPE = FreePromptEdit(0.8)
@@ -46,6 +47,26 @@ def test_batches_that_do_not_fit(tiny):
     with pytest.raises(ValueError, match="batch of 2 rows; the model got 4"), editing(tiny, FPE, roles=layout):
         sample(tiny)
     assert unedited(tiny.unet)
+
+
+def test_another_pipeline_of_the_same_model(pipe):
+    """What the session's own pipeline says of guidance is of its latest call, and of prompts and images nothing."""
+    tiny = tiny_pipeline(pipe)
+    other = StableDiffusionImg2ImgPipeline.from_pipe(tiny)
+    other.set_progress_bar_config(disable=True)
+    picture = {"image": torch.rand(1, 3, 64, 64), "strength": 0.8, "num_inference_steps": 5, "output_type": "latent"}
+    message = "session is of a StableDiffusionPipeline, and a StableDiffusionImg2ImgPipeline calls the model"
+    for before, guidance_scale in ((5.0, 1.0), (1.0, 5.0)):
+        sample(tiny, guidance_scale=before)
+        with pytest.raises(RuntimeError, match=message), editing(tiny, FPE):
+            other(PROMPTS[:4], guidance_scale=guidance_scale, **picture)
+    with pytest.raises(RuntimeError, match=message), editing(tiny, FPE):
+        sample(tiny)
+        other(PROMPTS[:2], **picture)
+    assert unedited(tiny.unet)
+    with editing(other, FPE) as session:
+        other(PROMPTS[:2], **picture)
+    assert session.report().layers
 
 
 def test_outside_the_window_any_batch_will_do(tiny):
