@@ -79,6 +79,18 @@ def layout_as_given(roles: BatchRoles, rows: int, pipe: Any, half: Half = "as gu
     raise ValueError(f"roles= describes a batch of {roles.rows} rows; the model got {rows}")
 
 
+def _drawn_sources(roles: BatchRoles, rows: int | None) -> tuple[int, ...] | None:
+    """For each of so many rows of latents its source, where a batch as ``roles=`` describe it repeats them; or None."""
+    if not rows or roles.recorded or roles.batch % rows:
+        return None
+    parts = {
+        tuple(source - start for source in roles.source_of[start : start + rows])
+        for start in range(0, roles.batch, rows)
+    }
+    sources = parts.pop()
+    return sources if not parts and all(0 <= source < rows for source in sources) else None
+
+
 def _check(rows: int, encoding: Encoding, guided: bool, images: int | None) -> None:
     if images not in (None, encoding.images):
         raise ValueError(
@@ -161,9 +173,31 @@ class CallLayout:
             )
         return replace(encoding, count=count, images=rows // count)
 
-    def paired(self, encoding: Encoding, pairs_pixels: bool) -> tuple[Sequence[int], int] | None:
-        """The sources of the prompts and images a prompt, where rows of one image are to draw the same noise."""
+    def paired(
+        self, encoding: Encoding, pairs_pixels: bool, rows: int | None = None
+    ) -> tuple[Sequence[int], int] | None:
+        """The sources of the prompts and images a prompt, where rows of one image are to draw the same noise.
+
+        Args:
+            encoding: of the call.
+            pairs_pixels: whether the edit asks for it.
+            rows: of the latents that the pipeline draws; None where that is not known.
+
+        Raises:
+            ValueError: ``noise="shared"`` of rows that ``roles=`` do not tell.
+        """
         shared = pairs_pixels if self.noise is None else self.noise == "shared"
-        if not shared or encoding.count is None or self.roles is not None:
+        if not shared:
+            return None
+        if self.roles is not None:
+            sources = _drawn_sources(self.roles, rows)
+            if sources is None and self.noise == "shared":
+                raise ValueError(
+                    f'noise="shared" of {rows} rows, of which a batch of {self.roles.batch} as roles= describe it is '
+                    "not made part by part: leave it out, and pass a list of generators, one with the same seed for "
+                    "each row of an image"
+                )
+            return None if sources is None else (sources, 1)
+        if encoding.count is None:
             return None
         return self.source_of or (0,) * encoding.count, self.images or encoding.images or 1

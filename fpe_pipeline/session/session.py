@@ -318,7 +318,7 @@ class EditingSession:
             if not self._clock.is_before_a_run:
                 self._encoded(unread(self._running))
             self._encoding = self._layout.drawn(self._encoding, rows)
-        paired = None if self.is_paused else self._layout.paired(self._encoding, self._running.pairs_pixels)
+        paired = None if self.is_paused else self._layout.paired(self._encoding, self._running.pairs_pixels, rows)
         if paired is not None:
             self._report.noise = SHARED_NOISE
         return paired

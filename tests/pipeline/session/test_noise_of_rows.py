@@ -11,9 +11,10 @@ from diffusers import (
 )
 from PIL import Image
 
-from fpe_pipeline import FreePromptEdit, FreePromptPipeline, StyleAlignedEdit, editing, heat_maps
+from fpe_pipeline import BatchRoles, FreePromptEdit, FreePromptPipeline, StyleAlignedEdit, editing, heat_maps
 from tests.support.golden_cases import load_pipeline
 from tests.support.silent import SOURCE, TARGET, embedded
+from tests.support.tiny_models import tiny_instruct_pipeline
 from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
 
 PROMPTS = [SOURCE, TARGET]
@@ -167,6 +168,42 @@ def test_rows_that_are_kept_apart(pipe, starts):
     with editing(pipe, StyleAlignedEdit(), noise="shared"):
         run(pipe)
     assert torch.equal(starts[8][0], starts[8][1])
+
+
+class TestRoles:
+    """A layout that is written down says too which rows are of one image, in every part of the batch."""
+
+    ROLES = BatchRoles(conditional=(False, False, True, True), source_of=(0, 0, 2, 2))
+
+    def test_the_noise_is_shared(self, pipe, starts):
+        with editing(pipe, FreePromptEdit(1.0), roles=self.ROLES) as session:
+            run(pipe)
+        assert torch.equal(starts[0][0], starts[0][1])
+        assert 'editing(…, noise="separate") keeps them apart' in session.explain()
+
+    def test_three_parts(self):
+        tiny = tiny_instruct_pipeline(load_pipeline())
+        starts = []
+        tiny.unet.register_forward_pre_hook(lambda module, args: starts.append(args[0][:, :4].clone()))
+        roles = BatchRoles(
+            (True,) * 4 + (False,) * 8, tuple(4 * part + row for part in range(3) for row in (0, 1, 0, 1))
+        )
+        options = {"image": torch.rand(4, 3, 64, 64), "steps": 1, "images": 2}
+        with editing(tiny, FreePromptEdit(1.0), roles=roles):
+            run(tiny, **options)
+        first, second, one, two = starts[0][:4]
+        assert torch.equal(first, one)
+        assert torch.equal(second, two)
+        assert not torch.equal(first, second)
+        with editing(tiny, FreePromptEdit(1.0), roles=roles, noise="separate"):
+            run(tiny, **options)
+        assert not torch.equal(starts[1][0], starts[1][2])
+
+    def test_rows_that_cannot_be_told(self, pipe):
+        roles = BatchRoles(conditional=(True, False, True), source_of=(0, 0, 0))
+        message = 'noise="shared" of 2 rows, of which a batch of 3'
+        with pytest.raises(ValueError, match=message), editing(pipe, FreePromptEdit(1.0), roles=roles, noise="shared"):
+            run(pipe)
 
 
 def test_a_list_of_generators_is_every_rows_own(pipe, starts):
