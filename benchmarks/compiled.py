@@ -32,6 +32,8 @@ WARM = 3  # calls: one compiles, one records a graph, one replays it
 REDUCED = {"mode": "reduce-overhead"}  # of torch.compile: CUDA graphs are replayed
 COMPILERS = 2  # processes in which inductor compiles, of each of ours
 
+Place = tuple[UNetCase, str]
+
 
 @dataclass(frozen=True)
 class Made:
@@ -57,8 +59,11 @@ def run_compiled(
         options: of ``torch.compile``.
         time_left: seconds; what has not been compiled when they are over is a failed row.
     """
-    with _compiling(bench, cases, names, options) as pipes:
+    with _compiling(bench, cases, names, options) as (pipes, end):
         made = {place: _answer(pipe, time_left) for place, pipe in pipes.items()}
+        for place, found in made.items():
+            if found.problem:
+                end(place)  # one that is late would go on beside the others' rounds
         for case in cases:
             rows: list[Row] = []
             ready: dict[str, dict[str, Any]] = {}
@@ -74,24 +79,41 @@ def run_compiled(
                     rows.append(bench.row(**about, status="wrong", reason=reason))
                     continue
                 ready[name] = about
-            samples = _in_turns({name: pipes[case, name] for name in ready}, _rounds(bench.effort, made, case, ready))
-            yield rows + [bench.row(**about, status="ok", samples_ms=samples[name]) for name, about in ready.items()]
+            rounds = _rounds(bench.effort, made, case, ready)
+            samples, lost = _in_turns({name: pipes[case, name] for name in ready}, rounds)
+            rows += [bench.row(**ready[name], status="failed", reason=reason) for name, reason in lost.items()]
+            yield rows + [bench.row(**ready[name], status="ok", samples_ms=taken) for name, taken in samples.items()]
 
 
-def _rounds(effort: Effort, made: Mapping[tuple[UNetCase, str], Made], case: UNetCase, names: Iterable[str]) -> int:
+def _rounds(effort: Effort, made: Mapping[Place, Made], case: UNetCase, names: Iterable[str]) -> int:
     a_round = sum(made[case, name].sample_ms for name in names)
     return max(effort.least_rounds, min(effort.rounds, int(1e3 * effort.seconds / max(a_round, 1e-3))))
 
 
-def _in_turns(pipes: Mapping[str, Connection], rounds: int) -> dict[str, tuple[float, ...]]:
+def _in_turns(pipes: Mapping[str, Connection], rounds: int) -> tuple[dict[str, tuple[float, ...]], dict[str, str]]:
+    """Samples by name; and what went wrong with those that could not go on, which get none."""
     names = list(pipes)
     samples: dict[str, list[float]] = {name: [] for name in names}
+    lost: dict[str, str] = {}
     for number in range(rounds if names else 0):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            pipes[name].send("sample")
-            samples[name].append(pipes[name].recv())
-    return {name: tuple(taken) for name, taken in samples.items()}
+            if name in lost:
+                continue
+            taken = _sample(pipes[name])
+            if isinstance(taken, Made):
+                lost[name] = taken.problem
+            else:
+                samples[name].append(taken)
+    return {name: tuple(taken) for name, taken in samples.items() if name not in lost}, lost
+
+
+def _sample(pipe: Connection) -> float | Made:
+    try:
+        pipe.send("sample")
+        return pipe.recv()
+    except (EOFError, OSError):
+        return Made("the process that compiled it has ended")
 
 
 def _answer(pipe: Connection, time_left: Callable[[], float]) -> Made:
@@ -105,9 +127,10 @@ def _answer(pipe: Connection, time_left: Callable[[], float]) -> Made:
 @contextmanager
 def _compiling(
     bench: Bench, cases: Sequence[UNetCase], names: Sequence[str], options: Mapping[str, Any]
-) -> Iterator[dict[tuple[UNetCase, str], Connection]]:
-    """A process for each case and editor, ended with the block."""
-    processes, pipes = [], {}
+) -> Iterator[tuple[dict[Place, Connection], Callable[[Place], None]]]:
+    """A process for each case and editor, ended with the block; and what ends one before."""
+    processes: dict[Place, Any] = {}
+    pipes = {}
     try:
         for case in cases:
             for name in names:
@@ -116,13 +139,13 @@ def _compiling(
                 process = starting().Process(target=_serve, args=arguments)
                 process.start()
                 theirs.close()
-                processes.append(process)
+                processes[case, name] = process
                 pipes[case, name] = ours
-        yield pipes
+        yield pipes, lambda place: processes[place].kill()
     finally:
-        for process in processes:
+        for process in processes.values():
             process.kill()
-        for process in processes:
+        for process in processes.values():
             process.join(2.0)  # one that the driver holds on to is left behind
 
 

@@ -55,9 +55,11 @@ def rows_of(monkeypatch: pytest.MonkeyPatch):
         from contextlib import nullcontext
 
         taken: list[str] = []
-        monkeypatch.setattr(compiled, "_compiling", lambda *_: nullcontext(served(answers, taken)))
+        ended: list[tuple[UNetCase, str]] = []
+        monkeypatch.setattr(compiled, "_compiling", lambda *_: nullcontext((served(answers, taken), ended.append)))
         bench = Bench("cpu", torch.float32, Effort(rounds=rounds, least_rounds=rounds))
         (rows,) = run_compiled(bench, [TINY], list(answers), time_left=lambda: left)
+        assert ended == [(TINY, name) for name, made in answers.items() if made.problem]
         return rows, taken
 
     return run
@@ -88,6 +90,24 @@ def test_a_process_that_is_late_or_gone_is_a_failed_row(monkeypatch) -> None:
     assert compiled._answer(ours, lambda: 0.0).problem == "it was not compiled in time"
     theirs.close()
     assert compiled._answer(ours, lambda: 1.0).problem == "the process that compiled it has ended"
+
+
+@pytest.mark.parametrize("says", [Made("OutOfMemoryError: no room"), None], ids=["raises", "dies"])
+def test_one_that_cannot_go_on_is_a_failed_row_and_the_other_is_timed(monkeypatch, rows_of, says) -> None:
+    def sample(pipe, before=compiled._sample):
+        answer = before(pipe)
+        if answer != 4.0:  # of the second round
+            return answer
+        return says or before(ended)
+
+    ended, theirs = Pipe()
+    theirs.close()
+    monkeypatch.setattr(compiled, "_sample", sample)
+    rows, _ = rows_of({"unedited": Made(), "fpe": Made()})
+    by_name = {row.provider: row for row in rows}
+    assert by_name["unedited-compiled"].status == "failed" and not by_name["unedited-compiled"].samples_ms
+    assert by_name["unedited-compiled"].reason == (says.problem if says else "the process that compiled it has ended")
+    assert len(by_name["fpe-compiled"].samples_ms) == 3
 
 
 def test_rounds_fit_their_time() -> None:
