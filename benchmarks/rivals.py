@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -173,11 +173,17 @@ class Unedited:
         def call() -> Answer:
             out = F.scaled_dot_product_attention(query, key, value)
             dq, dk, dv = torch.autograd.grad(out, (query, key, value), inputs.weight)
-            # What a map's gradient is, summed over the rows that share it; the sum is not part of the layer.
-            maps = [[row for row, g in enumerate(index) if g == m] for m in range(inputs.case.maps)]
-            return [grad[rows].sum(0) for grad in (dq, dk) for rows in maps] + per_row(dv)
+            # A map's gradient is the sum over the rows that share it, by slices: an index would wait for the device.
+            summed = [_sums(grad, index) for grad in (dq, dk)]
+            return [*summed[0], *summed[1], *per_row(dv)]
 
         return call
+
+
+def _sums(grad: Tensor, index: Sequence[int]) -> Iterator[Tensor]:
+    """Of each map in turn, the sum of its rows, which stand side by side."""
+    for group in groups(index):
+        yield from per_row(grad[group.rows]) if group.shared == 1 else [grad[group.rows].sum(0)]
 
 
 def _sdpa(inputs: Inputs) -> Attend:
