@@ -18,6 +18,9 @@ from torch import Tensor
 # Floating-point operations that sharing has to save to be worth the further calls: some 10 µs of one thread. Where
 # several threads share the operations of a call they compute faster, and wait for one another in each further one.
 _SMALL_MAP, _SMALL_MAP_OF_THREADS = 1_000_000, 8_000_000
+# As many as the widest vector holds. Of fewer keys PyTorch's operator takes a query that is not a number for one that
+# is masked throughout: its row is zero, and nobody hears of it.
+_LEAST_KEYS = 16
 
 _flash: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -43,7 +46,9 @@ def runs(
     a_key = 2 * query.shape[1] * query.shape[2] * query.shape[3]  # of the scores that a row shares
     small = _SMALL_MAP if torch.get_num_threads() == 1 else _SMALL_MAP_OF_THREADS
     served = {
-        group: rows for group, rows in enumerate(by_map) if rows and (len(rows) - 1) * a_key * lengths[group] <= small
+        group: rows
+        for group, rows in enumerate(by_map)
+        if rows and lengths[group] >= _LEAST_KEYS and (len(rows) - 1) * a_key * lengths[group] <= small
     }
     repeats = query.shape[1] // key.shape[1]
     found = []

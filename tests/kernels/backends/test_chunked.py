@@ -56,3 +56,16 @@ def test_query_rows_without_a_weight_are_not_computed(
     region[8:24, 16:] = 1.0
     assert 0 < flops(region.flatten()) == flops(torch.ones(1024)) // 4
     assert flops(torch.zeros(1024)) == 0
+
+
+@pytest.mark.parametrize("keys", [1, 3, 7, 15, 16, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("map_index", [[0], [0, 0]], ids=str)
+def test_a_query_that_is_not_a_number_gives_none(keys: int, dtype: torch.dtype, map_index: list[int]) -> None:
+    query, key = torch.randn(1, 2, 5, 8, dtype=dtype), torch.randn(1, 2, keys, 8, dtype=dtype)
+    value = torch.randn(len(map_index), 2, keys, 8, dtype=dtype)
+    query[0, 1, 3, 0] = float("nan")
+    out, logsumexp = torch.ops.fpe_kernels.apply(query, key, value, None, map_index, 1.0, "torch")
+    for found in (out.isnan().all(-1), logsumexp.isnan()):
+        assert found[:, 1, 3].all() and found.sum() == len(found)
+    assert out.isnan().sum() == 8 * len(map_index)
