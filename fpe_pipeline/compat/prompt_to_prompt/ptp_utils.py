@@ -152,7 +152,7 @@ def text2image_ldm_stable(
         first = 0 if start_time is None else num_inference_steps - start_time
         for index, t in enumerate(model.scheduler.timesteps[first:]):
             if uncond_embeddings is not None:
-                away = uncond_embeddings[index].expand_as(towards)
+                away = uncond_embeddings[index].to(towards).expand_as(towards)  # optimised in float32
             context = torch.cat([away, towards])
             latents = diffusion_step(model, controller, latents, context, t, guidance_scale, low_resource)
     finally:

@@ -1,5 +1,6 @@
 """What Prompt-to-Prompt's repository and notebooks offer beside their controllers: loops, words, looks at maps."""
 
+import copy
 import importlib
 import warnings
 
@@ -260,6 +261,16 @@ def test_null_text_inversion(pipe):
     compare(case, "uncond_embeddings", torch.stack(embeddings))
     assert torch.equal(latent, inversion.inversion.latents[-1])
     assert np.array_equal(image, source_image().numpy()) and back.shape == image.shape
+
+
+def test_embeddings_of_an_inversion_in_half_precision(pipe):
+    """They are optimised in float32, whatever the model computes in."""
+    half = type(pipe)(**copy.deepcopy(pipe.components)).to(torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    conditional, _ = half.encode_prompt(PROMPTS[:1], "cpu", 1, False)
+    own = run(half, None, latent=noise(8, 8), guidance_scale=2.0, uncond_embeddings=[conditional] * 2)
+    wide = run(half, None, latent=noise(8, 8), guidance_scale=2.0, uncond_embeddings=[conditional.float()] * 2)
+    assert wide.dtype is torch.bfloat16 and torch.equal(wide, own)
 
 
 TOOLS = ("prompt_to_prompt", "prompt_to_prompt.ptp_utils", "prompt_to_prompt.seq_aligner", "free_prompt_editing")

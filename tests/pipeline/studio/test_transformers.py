@@ -88,6 +88,8 @@ def test_a_photo(desk, visitor, values, photo):
         assert distance(image, other).levels <= 3
     consistent = last(desk.edit(visitor, "direct", *values(method="consistedit"))).made
     assert consistent.run.settings.method == "consistedit"
+    refused = last(desk.edit(visitor, "direct", *values(method="p2p-replace")))
+    assert "looks for words among the tokens of text" in refused.status and 'role="alert"' in refused.status
 
 
 @pytest.mark.parametrize(
