@@ -45,7 +45,7 @@ class PipelineHooks:
         text_parts: Sequence[TextPart] = (),
     ) -> None:
         def begun(original: Any, *args: Any, **kwargs: Any) -> Any:
-            self._is_heard = True
+            self._hear()
             called()
             return original(*args, **kwargs)
 
@@ -57,14 +57,32 @@ class PipelineHooks:
         self._encoding = EncodingHook(pipe, self._heard(encoded), text_parts)
         self._decoder = FiniteDecoder(pipe, watch)
         self._noise = _PairedNoise(pipe, self._heard(paired))
-        has_steps = hasattr(getattr(pipe, "scheduler", None), "step")
-        self._scheduler = SchedulerHook(pipe.scheduler, stepped, self._noise.of_steps) if has_steps else None
+        self._stepped = stepped
+        self._followed: Any = None
+        self._scheduler: SchedulerHook | None = None
+        self._follow_scheduler()
+
+    def _follow_scheduler(self) -> None:
+        """Hang the hook of the pipeline's scheduler on the one that it has now."""
+        scheduler = getattr(self._pipe, "scheduler", None)
+        if scheduler is self._followed:
+            return
+        if self._scheduler is not None:
+            self._scheduler.remove(expected=False)
+        has_steps = hasattr(scheduler, "step")
+        self._scheduler = SchedulerHook(scheduler, self._stepped, self._noise.of_steps) if has_steps else None
+        self._followed = scheduler
+
+    def _hear(self) -> None:
+        """Note that the pipeline has said something, whose scheduler may be another one than at its latest word."""
+        self._is_heard = True
+        self._follow_scheduler()
 
     def _heard(self, told: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, which notes that the pipeline has said something."""
 
         def hear(*args: Any, **kwargs: Any) -> Any:
-            self._is_heard = True
+            self._hear()
             return told(*args, **kwargs)
 
         return hear
@@ -144,10 +162,10 @@ class _PairedNoise:
         self._shadows = _Shadows(pipe)
         self._shadows.cover("prepare_latents", self._latents)
         self._shadows.cover("prepare_extra_step_kwargs", self._options)
-        step = getattr(getattr(pipe, "scheduler", None), "step", None)
+        self._pipe = pipe
         # Pipelines of flow models hand their generator to no step.
         self._hands_on = hasattr(pipe, "prepare_extra_step_kwargs")
-        self._to_steps = not self._hands_on and step is not None and "generator" in inspect.signature(step).parameters
+        self._to_steps = False
 
     def remove(self) -> None:
         self._shadows.remove()
@@ -161,6 +179,8 @@ class _PairedNoise:
         given = signature.bind(*args, **kwargs)
         layout, generator = self._paired(given.arguments.get("batch_size")), given.arguments.get("generator")
         self._generators = generator if isinstance(generator, list) and not self._hands_on else None
+        step = getattr(getattr(self._pipe, "scheduler", None), "step", None)
+        self._to_steps = not self._hands_on and step is not None and "generator" in inspect.signature(step).parameters
         draws = "generator" in signature.parameters and given.arguments.get("latents") is None
         if draws and layout is not None and not isinstance(generator, list):  # a list says every row's own
             self._generators = given.arguments["generator"] = paired_generators(generator, *layout)

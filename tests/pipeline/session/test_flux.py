@@ -257,6 +257,27 @@ def test_image_to_image(pipe):
     assert (actual - expected).abs().max() <= EXACT
 
 
+def test_a_scheduler_that_is_set_in_the_session(pipe):
+    """Which call of a step sees the prompts is told by the steps of the scheduler that the pipeline has then."""
+    tiny = tiny_flux_pipeline(pipe, kind=FluxImg2ImgPipeline)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    options = {"height": 64, "width": 64, "strength": 1.0, "num_inference_steps": 2, "max_sequence_length": 12}
+
+    def run():
+        noise = torch.Generator().manual_seed(0)
+        return tiny(PROMPTS[:2], image=image, generator=noise, **options, output_type="latent").images
+
+    with editing(tiny, FreePromptEdit(1.0)):
+        expected = run()
+    before = tiny.scheduler
+    with editing(tiny, FreePromptEdit(1.0)) as session:
+        tiny.scheduler = type(before).from_config(before.config)
+        actual = run()
+    assert all(steps == [0, 1] for steps in session.report().layers.values())
+    assert torch.equal(actual, expected)
+    assert "step" not in vars(before) and "step" not in vars(tiny.scheduler)
+
+
 def test_fused_projections(pipe):
     tiny = tiny_flux_pipeline(pipe)
     expected, _ = edited(tiny, FreePromptEdit(0.5))
