@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -40,6 +41,10 @@ class ProcessorAround:
 
     def _keep(self, inner: Any) -> None:
         self.inner = inner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """What a copy of the layer has, which is in no session: a copy of the processor without the edit."""
+        return copy.deepcopy(self.inner, memo)
 
 
 class _SignatureOf:

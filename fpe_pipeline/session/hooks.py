@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -23,10 +24,12 @@ class FeatureHooks:
         self.recorded: Mapping[str, Mapping[int, torch.Tensor]] = {}
         self.receive: Callable[[str, torch.Tensor], None] | None = None
         self.paths = tuple(paths)
+        self._modules: set[int] = set()
         self._handles: list[Any] = []
         try:
             for path in self.paths:
                 module = _submodule(unet, path)
+                self._modules.add(id(module))
                 hook = torch.compiler.disable(functools.partial(self._replace, path))
                 self._handles.append(module.register_forward_hook(hook))
         except BaseException:
@@ -40,6 +43,8 @@ class FeatureHooks:
         self._handles = []
 
     def _replace(self, path: str, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if id(module) not in self._modules:  # a copy, whose hooks are copied with it
+            return None
         if self.receive is not None:
             self.receive(path, output)
         sources = self.rows.get(path)
@@ -108,29 +113,41 @@ class SchedulerHook:
                 self._scheduler.step = self._shadow.shadowed
 
 
-def _shadow_step(scheduler: Any) -> Any:
+def _shadow_step(scheduler: Any) -> _ShadowStep:
     """Cover a scheduler's ``step`` by one that shows its latents to every one of its ``hooks``."""
-    original = scheduler.step
-    hooks: list[SchedulerHook] = []
+    scheduler.step = shadow = _ShadowStep(scheduler.step, vars(scheduler).get("step"))
+    return shadow
 
-    @functools.wraps(original)
-    def step(*args: Any, **kwargs: Any) -> Any:
+
+class _ShadowStep:
+    """A scheduler's ``step`` that shows its latents to hooks.
+
+    Args:
+        original: the method that it covers.
+        shadowed: the same where it covered another one of the instance.
+    """
+
+    def __init__(self, original: Callable[..., Any], shadowed: Any) -> None:
+        functools.update_wrapper(self, original)
+        self.original, self.shadowed = original, shadowed
+        self.hooks: list[SchedulerHook] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        for hook in tuple(hooks):
+        for hook in tuple(self.hooks):
             kwargs = {**hook.options(), **kwargs}
-        output = original(*args, **kwargs)
+        output = self.original(*args, **kwargs)
         latents = output[0] if isinstance(output, tuple) else output.prev_sample
-        for hook in tuple(hooks):
+        for hook in tuple(self.hooks):
             latents = hook.pass_through(latents, timestep)
         if isinstance(output, tuple):
             return (latents, *output[1:])
         output.prev_sample = latents
         return output
 
-    shadow: Any = step
-    shadow.hooks, shadow.shadowed = hooks, vars(scheduler).get("step")
-    scheduler.step = shadow
-    return shadow
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """What a copy of the scheduler has: the method itself, of the copy."""
+        return copy.deepcopy(self.original, memo)
 
 
 def _submodule(unet: torch.nn.Module, path: str) -> torch.nn.Module:

@@ -38,18 +38,35 @@ class ModelHooks:
         self._pipeline: PipelineHooks | None = None
         self._unfollow: Callable[[], None] | None = None
         try:
-            # `model.compile()` would trace them with the model.
-            last = torch.compiler.disable(lambda module, args, output: after(output))
             for name, model in adapter.models.items():
-                first = torch.compiler.disable(lambda module, args, kwargs, name=name: before(name, args, kwargs))
-                self._handles.append(model.register_forward_pre_hook(first, with_kwargs=True))
-                self._handles.append(model.register_forward_hook(last))
+                self._hang(name, model, before, after)
             self._unfollow = adapter.follow()
             if adapter.pipe is not None:
                 self._pipeline = pipeline()
         except BaseException:
             self.remove(expected=False)
             raise
+
+    def _hang(
+        self,
+        name: str,
+        model: Any,
+        before: Callable[[str, tuple[Any, ...], dict[str, Any]], None],
+        after: Callable[[Any], None],
+    ) -> None:
+        """Hooks on one of the models; a copy of it gets them too, and is in no session."""
+
+        def first(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module is model:
+                before(name, args, kwargs)
+
+        def last(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if module is model:
+                after(output)
+
+        # `model.compile()` would trace them with the model.
+        self._handles.append(model.register_forward_pre_hook(torch.compiler.disable(first), with_kwargs=True))
+        self._handles.append(model.register_forward_hook(torch.compiler.disable(last)))
 
     def check_caller(self) -> None:
         """Raise RuntimeError where a run begins that is another pipeline's."""

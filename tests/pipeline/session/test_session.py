@@ -1,16 +1,18 @@
 """Sessions: what is edited when, and that a pipeline comes out as it went in."""
 
+import copy
 import warnings
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 
-from fpe_pipeline import FreePromptEdit, editing
+from fpe_pipeline import FreePromptEdit, PlugAndPlayEdit, PromptToPromptEdit, editing
 from fpe_pipeline.models.steps import Step
 from tests.support.dense import DenseEditProcessor, replaced
-from tests.support.tiny_pipelines import sample, tiny_pipeline, unedited
+from tests.support.tiny_models import add_image_prompts
+from tests.support.tiny_pipelines import PROMPTS, sample, tiny_pipeline, unedited
 from tests.support.tiny_unets import SHAPES, tiny_unet, unet_inputs
 
 FPE = FreePromptEdit(0.8)
@@ -237,6 +239,55 @@ def test_a_processor_that_outlives_its_session_does_nothing(tiny):
         assert torch.equal(sample(tiny), plain)
     finally:
         tiny.unet.set_attn_processor(dict(before))
+
+
+class TestCopies:
+    """What is copied in a session (a model to be trained, a scheduler to go another way) is in no session itself."""
+
+    def test_of_the_model(self, pipe):
+        tiny, other = tiny_pipeline(pipe), tiny_pipeline(pipe)
+        plain = sample(tiny)
+        edit = PlugAndPlayEdit(0.8, 0.8)  # of features too, whose hooks a copy gets as well
+        with editing(tiny, edit) as session:
+            edited = sample(tiny)
+            other.unet = copy.deepcopy(tiny.unet)
+            assert torch.equal(sample(other), plain)
+            assert session._clock.calls == 3
+            assert torch.equal(sample(tiny), edited)
+        assert torch.equal(sample(other), plain)
+        with editing(other, edit):
+            assert torch.equal(sample(other), edited)
+
+    def test_of_a_model_with_image_prompts(self, pipe):
+        tiny = tiny_pipeline(pipe)
+        add_image_prompts(tiny)
+        edit = PromptToPromptEdit(PROMPTS[:2], tiny.tokenizer)
+        with pytest.warns(RuntimeWarning, match="without a call"), editing(tiny, edit):
+            copied = copy.deepcopy(tiny.unet)
+        found = zip(copied.attn_processors.values(), tiny.unet.attn_processors.values(), strict=True)
+        assert all(type(own) is type(of_the_model) and own is not of_the_model for own, of_the_model in found)
+
+    def test_of_the_scheduler(self, pipe):
+        """Its steps are its own: those of a multistep scheduler follow from the ones before."""
+
+        def run():
+            first = tiny.scheduler
+            second = copy.deepcopy(first)
+            latents = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))] * 2
+            for scheduler in (first, second):
+                scheduler.set_timesteps(4)
+            for t in first.timesteps:
+                latents = [
+                    scheduler.step(factor * own, t, own).prev_sample
+                    for scheduler, factor, own in zip((first, second), (0.1, 0.2), latents, strict=True)
+                ]
+            return torch.cat(latents)
+
+        tiny = tiny_pipeline(pipe, scheduler=DPMSolverMultistepScheduler.from_config(pipe.scheduler.config))
+        expected = run()
+        with pytest.warns(RuntimeWarning, match="without a call"), editing(tiny, FPE):
+            actual = run()
+        assert torch.equal(actual, expected)
 
 
 def test_a_session_that_edited_nothing_says_so(tiny):
