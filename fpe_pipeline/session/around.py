@@ -30,6 +30,8 @@ class ProcessorAround:
     def __init__(self, inner: Any) -> None:
         self._keep(inner)
         self.order: Order | None = None
+        # Whether its session has taken it off: whoever puts it back later, as it was found then, has the inner one.
+        self.is_over = False
         # What became of the order in the call at hand. An attribute, not a call to whoever wants to know: a function of
         # each layer's own would make `torch.compile` trace each layer anew.
         self.record: LayerRecord | None = None

@@ -71,6 +71,9 @@ class LayerProcessors:
         """
         around, _ = _PROCESSORS[self._family]
         layers = {site.path: self._layer(site.path) for site in sites if site.path not in self._installed}
+        for layer in layers.values():
+            while isinstance(layer.processor, ProcessorAround) and layer.processor.is_over:
+                layer.set_processor(layer.processor.inner)
         taken = [path for path, layer in layers.items() if isinstance(layer.processor, ProcessorAround)]
         if taken:
             raise RuntimeError(
@@ -144,6 +147,7 @@ class LayerProcessors:
         foreign = []
         for path, processor in self._installed.items():
             layer = self._layer(path)
+            processor.is_over = True
             if layer.processor is processor:
                 layer.set_processor(processor.inner)
             elif layer.processor is not processor.inner:

@@ -232,13 +232,30 @@ def test_a_processor_that_outlives_its_session_does_nothing(tiny):
     plain = sample(tiny)
     before = tiny.unet.attn_processors
     with editing(tiny, FreePromptEdit(1.0)):  # edited to the last step
-        sample(tiny)
+        edited = sample(tiny)
         kept = tiny.unet.attn_processors  # as libraries do that restore "what was there"
     tiny.unet.set_attn_processor(dict(kept))
     try:
         assert torch.equal(sample(tiny), plain)
+        with editing(tiny, FreePromptEdit(1.0)):  # nor does it stand in the way of the next one
+            assert torch.equal(sample(tiny), edited)
+        assert tiny.unet.attn_processors == before
     finally:
         tiny.unet.set_attn_processor(dict(before))
+
+
+def test_projections_that_are_fused_in_a_session(pipe):
+    """diffusers keeps the processors that it found for ``unfuse_qkv_projections``, which may come after the session."""
+    tiny = tiny_pipeline(pipe)
+    with editing(tiny, FPE):
+        edited = sample(tiny)
+    with pytest.warns(RuntimeWarning, match="replaced during the editing session"), editing(tiny, FPE):
+        sample(tiny)
+        tiny.fuse_qkv_projections()
+    tiny.unfuse_qkv_projections()
+    with editing(tiny, FPE):
+        assert torch.equal(sample(tiny), edited)
+    assert unedited(tiny.unet)
 
 
 class TestCopies:
