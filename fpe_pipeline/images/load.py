@@ -143,6 +143,8 @@ def _fit(image: Image.Image, size: tuple[int | None, int | None], multiple: int,
     if 0 in image.size:
         raise InputError(f"{name} has no pixels: its size is {image.width}x{image.height}")
     with _decoding(name):
+        if image.format == "TIFF":  # which Pillow turns itself while it unpacks, and then forgets the orientation
+            image.load()
         orientation = image.getexif().get(0x0112, 1)
         on_its_side = orientation in (5, 6, 7, 8)
         shown = image.size[::-1] if on_its_side else image.size

@@ -158,6 +158,8 @@ def _has(words: list[str], phrase: str) -> bool:
 def _upright_size(path: Path) -> tuple[int, int]:
     """(width, height) as the picture is shown; a camera may store it on its side."""
     with Image.open(path) as image:
+        if image.format == "TIFF":  # which Pillow turns itself while it unpacks
+            image.load()
         on_its_side = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         return (image.height, image.width) if on_its_side else image.size
 

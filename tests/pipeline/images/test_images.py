@@ -55,6 +55,18 @@ class TestModes:
         assert loaded.size == (64, 32)
         assert corners(loaded) == QUARTERS
 
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("suffix", ["tif", "png", "webp"])
+    def test_orientation_is_applied_once(self, tmp_path, orientation, suffix):
+        """Pillow turns a TIFF itself while it unpacks it, and no other format."""
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        quarters().save(tmp_path / f"photo.{suffix}", exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+        quarters().save(tmp_path / "photo.jpg", exif=exif, quality=95)
+        one, other = (load_image(tmp_path / f"photo.{name}", multiple=1, pixels=64 * 32) for name in (suffix, "jpg"))
+        assert one.size == other.size == ((64, 32) if orientation < 5 else (32, 64))
+        assert corners(one) == corners(other)
+
     @pytest.mark.parametrize("mode", ["P", "CMYK", "YCbCr", "HSV"])
     def test_colour_modes(self, mode):
         assert corners(same_size(quarters().convert(mode))) == QUARTERS

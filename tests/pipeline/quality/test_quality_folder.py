@@ -57,6 +57,16 @@ def test_the_digest_knows_the_pictures(folder):
     assert folder_digest(folder) != before
 
 
+@pytest.mark.parametrize("suffix", ["tif", "jpg"])
+def test_a_mask_has_the_size_of_the_picture_as_it_is_shown(folder, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side
+    Image.new("RGB", (96, 64)).save(folder / f"car.{suffix}", exif=exif)
+    Image.new("L", (64, 96)).save(folder / "mask.png")
+    entry = {"image": f"car.{suffix}", "source": SOURCE, "target": TARGET, "mask": "mask.png"}
+    assert folder_subjects(write(folder, entry))[0].mask == folder / "mask.png"
+
+
 def test_everything_that_is_wrong_is_said_at_once(folder):
     good = {"image": "car.png", "source": SOURCE, "target": TARGET}
     (folder / "cut.png").write_bytes((folder / "car.png").read_bytes()[:200])
