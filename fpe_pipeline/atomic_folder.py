@@ -25,9 +25,11 @@ _NOT_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP)
 def check_writable(directory: Path) -> None:
     """Raise `InputError` unless files can be written into `directory`, which need not exist yet."""
     existing = directory
-    while not existing.exists() and existing != existing.parent:
+    while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
     try:
+        if not existing.exists():  # such as the folder of a disk that is not mounted; no folder can be made of it
+            raise NotADirectoryError(f"'{existing}' is a link to nothing")
         if not existing.is_dir():
             raise NotADirectoryError(f"'{existing}' is a file")
         with tempfile.TemporaryFile(dir=existing):

@@ -76,6 +76,12 @@ class TestRefusals:
             assert cli.main([*edit, "-o", str(output)]) == 2
             assert "cannot write into" in one_error(capsys)
 
+    @pytest.mark.parametrize("inside", ["", "further/in"])
+    def test_output_that_is_a_link_to_nothing(self, edit, tmp_path, capsys, no_loading, inside):
+        (tmp_path / "out").symlink_to(tmp_path / "unmounted")
+        assert cli.main([*edit, "-o", str(tmp_path / "out" / inside)]) == 2
+        assert "is a link to nothing; pass another folder with -o" in one_error(capsys)
+
     def test_output_that_is_read_only(self, edit, capsys, no_loading):
         if not Path("/proc/self").exists():
             pytest.skip("needs a folder that even root cannot write")
