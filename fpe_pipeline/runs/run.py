@@ -145,7 +145,7 @@ def read_record(path: Path) -> tuple[Settings, dict[str, Any]]:
         raise InputError(
             f"cannot read '{path}': {error.strerror or error}; pass the run.json of an earlier run"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or lists in lists without an end
         raise InputError(f"'{path}' is not a run record: {error}; pass the run.json of an earlier run") from error
     if not isinstance(record, dict) or record.get("format") != RECORD_FORMAT:
         found = record.get("format") if isinstance(record, dict) else type(record).__name__
@@ -154,9 +154,26 @@ def read_record(path: Path) -> tuple[Settings, dict[str, Any]]:
         )
     try:
         record = with_photo_beside(record, path)
-        return Settings(**record.get("settings", {})), record
+        settings = Settings(**record.get("settings", {}))
     except (InputError, TypeError) as error:
         raise InputError(f"'{path}' does not hold settings of this version: {error}; make it with fpe edit") from error
+    _check_parts(record, path)
+    return settings, record
+
+
+def _check_parts(record: dict[str, Any], path: Path) -> None:
+    """Raise InputError where a record says beside its settings too little to repeat and compare its run, or nonsense:
+    whoever wrote a file by hand, or sent one to a page, may have written anything."""
+    model = record.get("model")
+    wrong = [] if isinstance(model, dict) and isinstance(model.get("identity_sha256"), str) else ["model"]
+    wrong += [part for part in ("images", "versions", "machine") if not isinstance(record.get(part, {}), dict)]
+    if "images" not in wrong and not all(isinstance(image, dict) for image in record.get("images", {}).values()):
+        wrong.append("images")
+    if wrong:
+        raise InputError(
+            f"'{path}' is not the whole record of a run: what it says of its {' and '.join(wrong)} is missing or "
+            "damaged; make it with fpe edit"
+        )
 
 
 def with_its_model(settings: Settings, record: dict[str, Any]) -> Settings:

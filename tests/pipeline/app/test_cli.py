@@ -217,6 +217,12 @@ class TestFromRecord:
             ('{"format": 1, "settings": {"source": "a", "targets": ["b"], "guidance": NaN}}', "a finite number"),
             ('{"format": 1, "settings": {"source": "a", "targets": ["b"], "layers": [1.5]}}', "layers[0] must be"),
             ('{"format": 1, "settings": 3}', "does not hold settings of this version"),
+            ('{"format": 1, "settings": {"source": "a", "targets": ["b"]}}', "what it says of its model is missing"),
+            (
+                '{"format": 1, "settings": {"source": "a", "targets": ["b"]}, "model": "m", "images": {"a.png": 1}}',
+                "what it says of its model and images is missing or damaged",
+            ),
+            ("[" * 100_000, "is not a run record"),
         ],
     )
     def test_damaged_records(self, tmp_path, capsys, no_loading, content, message):

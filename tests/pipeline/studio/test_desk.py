@@ -174,6 +174,14 @@ class TestRestore:
             assert settings is None and said in status.replace("&#x27;", "'"), status
             assert str(tmp_path) not in status
 
+    @pytest.mark.parametrize("part", ["model", "images", "machine"])
+    def test_what_a_stranger_wrote_beside_the_settings(self, desk, tmp_path, values, visitor, part):
+        made = last(desk.generate(visitor, True, *values(control=False))).made
+        path = tmp_path / "stranger.png"
+        made.run.edited[0].save(path, pnginfo=runs.png_info(made.run.record() | {part: "x"}, "target-1.png"))
+        status, settings = desk.restore(str(path))
+        assert settings is None and f"what it says of its {part} is missing or damaged" in status
+
     def test_no_path_of_a_picture_is_taken_over(self, desk, tmp_path, values, visitor):
         made = last(desk.generate(visitor, True, *values(control=False))).made
         record = made.run.record()
