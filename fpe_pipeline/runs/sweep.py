@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ _SETTINGS: dict[str, type[Any]] = {
 }
 #: Of these, the ones that a picture's inversion hangs on.
 _OF_AN_INVERSION = ("guidance", "inversion_guidance", "early_stop", "steps", "inner_steps", "inversion")
+#: What JSON has beside numbers and texts.
+_WORDS = {"true": True, "false": False, "null": None}
 _RANGE = re.compile(r"([^:]+):([^:]+):(\d+)")
 
 
@@ -57,11 +60,10 @@ class Axis:
 
     def label(self, value: Any) -> str:
         """What stands beside a picture, and names a folder."""
-        return (
-            f"{self.name.replace('_', '-')}={value:g}"
-            if isinstance(value, float)
-            else (f"{self.name.replace('_', '-')}={value}")
-        )
+        said = f"{value:g}" if isinstance(value, float) else value
+        if isinstance(value, bool) or value is None:
+            said = json.dumps(value)  # as it was written
+        return f"{self.name.replace('_', '-')}={said}"
 
     def applied(self, settings: Settings, value: Any) -> Settings:
         """The settings with one of the values."""
@@ -91,6 +93,8 @@ def parsed_axis(text: str) -> Axis:
     between = _RANGE.fullmatch(said.strip())
     words = [word.strip() for word in said.split(",")]
     values = _between(between, text) if between else [_number(word) for word in words]
+    if kind is None:  # an option, which is written as --option has it: false is no word, which would be true
+        values = [_WORDS.get(value, value) if isinstance(value, str) else value for value in values]
     if kind is float:
         values = [float(value) if isinstance(value, int) else value for value in values]
     if kind is not None and any(type(value) is not kind for value in values):

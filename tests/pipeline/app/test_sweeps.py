@@ -34,6 +34,7 @@ def one(model):
         ("method=fpe, masactrl", Axis("method", ("fpe", "masactrl"))),
         ("strength=0.5,1", Axis("strength", (0.5, 1))),
         ("guidance=7", Axis("guidance", (7.0,))),
+        ("both_halves=true,false,null", Axis("both_halves", (True, False, None))),
     ],
 )
 def test_axes(text, axis):
@@ -75,6 +76,15 @@ def test_two_axes_on_the_command_line(model, tmp_path, capsys, monkeypatch):
         assert set(record["images"]) == {"source.png", "target-1.png", "target-2.png"}
     sheet = Image.open(tmp_path / "sweep-1.png")
     assert sheet.width > 2 * 128 and sheet.height > 2 * 128
+
+
+def test_true_and_false_are_what_an_option_takes_them_for(one, tmp_path):
+    one = [*one, "--method", "style-aligned"]
+    assert cli.main([*one, "--sweep", "normalise=false,true", "-o", str(tmp_path / "all")]) == 0
+    assert cli.main([*one, "--option", "normalise=false", "--no-control", "-o", str(tmp_path / "alone")]) == 0
+    names = ("all/normalise=false", "all/normalise=true", "alone")
+    first, second, alone = (Image.open(tmp_path / name / "target-1.png") for name in names)
+    assert distance(first, alone).levels == 0 < distance(first, second).levels
 
 
 def test_a_run_of_a_sweep_is_the_run_alone(one, tmp_path):
