@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -140,9 +141,10 @@ def sweep(settings: Settings, axes: Sequence[Axis], directory: Path, progress: P
             loaded = replace(loaded, inversion=_inverted(pipe, settings, progress))
     made: list[Run] = []
     written: list[Path] = []
-    for labels, run in _runs(settings, axes):
+    asked = list(_runs(settings, axes))
+    for (labels, run), folder in zip(asked, _folders([labels for labels, _ in asked]), strict=True):
         made.append(execute(run, progress=progress, name=", ".join(labels), loaded=loaded))
-        written += write(made[-1], directory / ",".join(labels))
+        written += write(made[-1], directory / folder)
     columns, *rest = axes
     heads = [columns.label(value) for value in columns.values]
     names = [rest[0].label(value) for value in rest[0].values] if rest else [""]
@@ -167,6 +169,17 @@ def _runs(settings: Settings, axes: Sequence[Axis]) -> Iterator[tuple[list[str],
             if rest:
                 labels, run = [*labels, rest[0].label(row)], rest[0].applied(run, row)
             yield labels, run
+
+
+def _folders(labels: Sequence[Sequence[str]]) -> list[str]:
+    """A folder's name for the labels of each run: a value may be a path, which must not lead elsewhere, and two values
+    may be written alike."""
+    names: list[str] = []
+    for each in labels:
+        plain = re.sub(r"[/\\]+", "-", ",".join(each))
+        numbered = (plain if number == 1 else f"{plain}-{number}" for number in itertools.count(1))
+        names.append(next(name for name in numbered if name not in names))
+    return names
 
 
 def _inverted(pipe: Any, settings: Settings, progress: Progress) -> Any:

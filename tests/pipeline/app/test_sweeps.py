@@ -87,6 +87,22 @@ def test_true_and_false_are_what_an_option_takes_them_for(one, tmp_path):
     assert distance(first, alone).levels == 0 < distance(first, second).levels
 
 
+def test_values_that_are_paths_or_written_alike_stay_in_the_folder(one, tmp_path):
+    (tmp_path / "masks").mkdir()
+    for name, left in (("a", 0), ("b", 32)):
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (left, 0, left + 32, 64))
+        mask.save(tmp_path / "masks" / f"{name}.png")
+    above = "../" * len(tmp_path.parts) + str(tmp_path / "masks" / "b.png").lstrip("/")
+    values = f"{tmp_path / 'masks' / 'a.png'},{above}"
+    output = tmp_path / "some" / "where" / "out"
+    sweep = ["--sweep", f"mask={values}", "--sweep", "guidance=7.00000001,7.00000002"]
+    assert cli.main([*one, *sweep, "-o", str(output)]) == 0
+    records = list(tmp_path.rglob("run.json"))
+    assert len(records) == 4 and {path.parent.parent for path in records} == {output}
+    assert len({json.dumps(json.loads(path.read_text())["settings"]) for path in records}) == 4
+
+
 def test_a_run_of_a_sweep_is_the_run_alone(one, tmp_path):
     assert cli.main([*one, "--sweep", "self-replace=0.5,1", "-o", str(tmp_path / "swept")]) == 0
     assert cli.main([*one, "--self-replace", "0.5", "--no-control", "-o", str(tmp_path / "alone")]) == 0
