@@ -89,7 +89,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if suffix == ".jsonl":
-            given: Any = [_line(line) for line in text.splitlines() if line.strip()]
+            # Not splitlines: a prompt may hold characters that end a line of Unicode's and none of JSON's.
+            given: Any = [_line(line) for line in text.split("\n") if line.strip()]
         elif suffix == ".csv":
             given = [_uncsv(row) for row in csv.DictReader(StringIO(text))]
         elif suffix == ".json":

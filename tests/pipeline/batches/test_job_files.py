@@ -40,6 +40,14 @@ class TestOurs:
         assert [first.name, second.name] == ["0002-1", "0002-2"] and (first.settings.seed, second.target) == (1, OTHER)
         assert first.settings.guidance == 5.0 and first.settings.size == (64, 128)
 
+    @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+    def test_a_line_ends_where_json_lines_do(self, tmp_path, mark):
+        """Other programs write such characters of a prompt as they are."""
+        rows = [{"source": SOURCE, "target": f"{TARGET}{mark}on grass"}, {"source": SOURCE, "target": OTHER}]
+        text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        first, second = read(tmp_path, "jobs.jsonl", text)
+        assert (first.target, second.target) == (f"{TARGET}{mark}on grass", OTHER)
+
     @pytest.mark.parametrize("name", ["jobs.json", "jobs.yaml", "jobs.csv", "jobs.jsonl"])
     def test_every_format_says_the_same(self, tmp_path, name):
         rows = [{"source": SOURCE, "target": TARGET, "steps": 3, "options": {"start_step": 1}, "method": "masactrl"}]
