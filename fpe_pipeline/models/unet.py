@@ -30,7 +30,7 @@ class UNetAdapter(ModelAdapter):
         return ModelCall(sample, timestep, (sample.shape[-2], sample.shape[-1]), arguments=(args, kwargs))
 
     def check(self) -> None:
-        """Refuse models whose batches are no images: videos, and the views of a panorama."""
+        """Refuse models whose batches are no images, videos and the views of a panorama, and two networks in one."""
         name, pipe = type(self.module).__name__, self.pipe
         taken = inspect.signature(type(pipe).__call__).parameters if callable(pipe) else {}
         if name in _VIDEO_UNETS or any(argument in taken for argument in _VIDEO_ARGUMENTS):
@@ -38,6 +38,11 @@ class UNetAdapter(ModelAdapter):
             raise ValueError(
                 f"{what} makes videos: its attention sees frames as rows of the batch, which no edit describes yet; "
                 "edit with a pipeline that makes images"
+            )
+        if name == "UNetControlNetXSModel":
+            raise ValueError(
+                "a UNetControlNetXSModel holds two networks, whose layers take turns in its blocks: no edit describes "
+                "them yet; edit its own UNet by itself, or beside an ordinary ControlNet"
             )
         if hasattr(pipe, "get_views"):
             raise ValueError(

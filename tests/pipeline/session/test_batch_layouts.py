@@ -95,6 +95,24 @@ def test_panoramas_are_refused():
             pass
 
 
+def test_two_networks_in_one_are_refused():
+    both = diffusers.UNetControlNetXSModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        num_attention_heads=2,
+        ctrl_block_out_channels=(4, 8),
+        ctrl_num_attention_heads=1,
+        ctrl_max_norm_num_groups=4,
+        ctrl_conditioning_embedding_out_channels=(4,),
+    )
+    with pytest.raises(ValueError, match="holds two networks"), editing(both, FreePromptEdit(1.0)):
+        pass
+
+
 def test_video_pipelines_are_refused():
     base = embedded()
     sizes = {"block_out_channels": (64, 128), "motion_norm_num_groups": 16, "motion_num_attention_heads": 2}
