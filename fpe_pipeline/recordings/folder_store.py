@@ -26,8 +26,9 @@ from .store import Layout, MapStore, TensorPlace
 
 __all__ = ["FileStore"]
 
-FORMAT = 4
-READABLE = (3, FORMAT)  # 3 has a digest of the noise levels in place of the levels
+FORMAT = 5
+# 3 has a digest of the noise levels in place of the levels; up to 4, latents of a loop that may be inside of a step.
+READABLE = (3, 4, FORMAT)
 INDEX = "index.json"
 LATENTS = "latents.safetensors"
 _STEP = "step-"
@@ -74,7 +75,7 @@ class FileStore(MapStore):
 
     @classmethod
     def open(cls, folder: Path) -> tuple[FileStore, dict[str, Any]]:
-        """A finished folder and what its index says of the recording.
+        """A finished folder and what its index says of the recording, with its format.
 
         Raises:
             InputError: no recording, an unfinished one, another version's, or files that are not those of the index.
@@ -95,7 +96,7 @@ class FileStore(MapStore):
         for name in index["files"]:
             store._check_header(name)
         recording = index["recording"]
-        return store, recording | {"contents": _parsed(recording["contents"])}
+        return store, recording | {"contents": _parsed(recording["contents"]), "format": index["format"]}
 
     def write(self, step: int, tensors: Tensors) -> None:
         self._write_file(_step_file(step), {str(key): tensor for key, tensor in tensors.items()})

@@ -28,6 +28,8 @@ from pathlib import Path
 
 import torch
 
+from ..errors import InputError
+from ..models.flow_solvers import FireFlowScheduler
 from ..sampling.noise_schedule import NoiseSchedule
 from .contents import recorded_steps
 from .folder_store import FileStore
@@ -36,6 +38,9 @@ from .precision import Precision
 from .store import MapStore
 
 __all__ = ["Recording"]
+
+#: The first format whose latents are those at the ends of steps, whatever a solver's loop holds.
+_AT_NODES = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +114,11 @@ class Recording:
         schedule = dict(values.pop("schedule"))
         schedule.pop("levels_sha256", None)
         schedule |= {name: tuple(schedule.get(name, ())) for name in ("timesteps", "levels")}
+        if values.pop("format") < _AT_NODES and schedule["scheduler"] == FireFlowScheduler.__name__:
+            raise InputError(
+                f"the recording '{folder}' is of an earlier version, which kept what FireFlow has inside of steps and "
+                "took it for their ends: record it again"
+            )
         values["window"] = None if values["window"] is None else tuple(values["window"])
         values["paths"] = tuple(values["paths"])
         values["size"] = None if values.get("size") is None else tuple(values["size"])

@@ -18,6 +18,7 @@ from fpe_pipeline import (
 )
 from fpe_pipeline.edits.joint_products import plan_joint_products
 from fpe_pipeline.edits.self_attention import SelfAttentionEdit
+from fpe_pipeline.errors import InputError
 from fpe_pipeline.models.flow_solvers import SOLVERS
 from fpe_pipeline.recordings.keys import Part
 from tests.support.flow_pipelines import (
@@ -176,6 +177,17 @@ def test_inverted_sources(pipes, family):
     assert torch.equal(recording.latents[-1], inversion.latents[0])
     replayed = tiny.edit(recording, TARGET, output_type="latent")
     assert distance(replayed.images, full.images[1:]) <= EXACT[family]
+
+
+def test_what_fireflow_left_in_an_earlier_format_is_refused(pipes, tmp_path, monkeypatch):
+    """It held latents of the middle of steps; by other solvers they are those that are kept today."""
+    monkeypatch.setattr("fpe_pipeline.recordings.folder_store.FORMAT", 4)
+    for solver in ("euler", "fireflow"):
+        tiny = solving(pipes["sd3"], solver)
+        tiny.record(SOURCE, placement=tmp_path / solver, latents=noise("sd3"), self_replace_steps=0.5, **RUN)
+    assert Recording.load(tmp_path / "euler").steps == STEPS
+    with pytest.raises(InputError, match=r"of an earlier version.*: record it again"):
+        Recording.load(tmp_path / "fireflow")
 
 
 @pytest.mark.parametrize(
