@@ -46,7 +46,7 @@ def parsed(arguments: Sequence[str]) -> Callable[[], int]:
         InputError: values out of range.
         SystemExit: a shell asked for completions.
     """
-    command: Any = typer.main.get_command(app)
+    command = _typed()
     try:
         done = command.main(args=list(arguments or ["--help"]), prog_name="fpe", standalone_mode=False)
     except _USAGE_ERROR as error:
@@ -54,6 +54,12 @@ def parsed(arguments: Sequence[str]) -> Callable[[], int]:
         where = f"fpe {named}".strip() if error.ctx is None else error.ctx.command_path
         raise Refusal(f"{_what_is_wrong(error)} (see {where} --help)") from None
     return done if callable(done) else lambda: int(done or 0)
+
+
+@functools.cache
+def _typed() -> Any:
+    """The commands and their options, which typer reads from signatures; once, for whoever parses several lines."""
+    return typer.main.get_command(app)
 
 
 def _what_is_wrong(error: Any) -> str:

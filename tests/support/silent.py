@@ -1,5 +1,8 @@
 """What the tests of silent faults share: the embedded model under plain diffusers, and heat from maps written out."""
 
+import copy
+import functools
+
 import torch
 from diffusers import StableDiffusionPipeline
 from torch.nn import functional as F
@@ -12,10 +15,15 @@ SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on 
 
 def embedded(kind=StableDiffusionPipeline, **parts):
     """A pipeline of some class around the embedded model, with parts of one's own."""
-    loaded = load_pipeline(find_model("embedded"), dtype=torch.float32, device="cpu")
-    pipe = kind(**{**loaded.components, **parts}, requires_safety_checker=False)
+    pipe = kind(**{**copy.deepcopy(_loaded().components), **parts}, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@functools.cache
+def _loaded():
+    """What every pipeline has a copy of: reading takes longer."""
+    return load_pipeline(find_model("embedded"), dtype=torch.float32, device="cpu")
 
 
 def noise(*seeds):
