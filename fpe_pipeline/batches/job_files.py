@@ -16,7 +16,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,13 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             # Not splitlines: a prompt may hold characters that end a line of Unicode's and none of JSON's.
             given: Any = [_line(line) for line in text.split("\n") if line.strip()]
         elif suffix == ".csv":
-            given = [_uncsv(row) for row in csv.DictReader(StringIO(text))]
+            rows = csv.DictReader(StringIO(text))
+            _named_once((name, None) for name in rows.fieldnames or () if name)
+            given = [_uncsv(row) for row in rows]
         elif suffix == ".json":
-            given = json.loads(text)
+            given = json.loads(text, object_pairs_hook=_named_once)
         elif suffix in (".yaml", ".yml"):
-            import yaml
-
-            given = yaml.safe_load(text)
+            given = _of_yaml(text)
         else:
             raise InputError(f"expected a list of edits in .jsonl, .csv, .json or .yaml, got '{path}'")
     except InputError:
@@ -119,13 +119,35 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield name or str(row.get("name") or row.get("id") or ""), row
 
 
+def _named_once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Names with values; ValueError for a name that stands there twice, of which readers keep the last alone."""
+    named: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in named:
+            raise ValueError(f"{name!r} is named twice; several targets of one source are a list, by 'targets'")
+        named[name] = value
+    return named
+
+
+def _of_yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc] # which has no types
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            _named_once((key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            return node
+
+    return yaml.load(text, Loader)
+
+
 #: Stands in for a row's content where it has none.
 _NOT_A_ROW = "not a row"
 
 
 def _line(line: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_named_once)
     except ValueError as error:
         return {_NOT_A_ROW: f"no JSON: {error}"}
 

@@ -87,6 +87,15 @@ class TestOurs:
         with pytest.raises(AssertionError, match=reason):
             raise AssertionError(bad.reason)
 
+    def test_a_line_that_names_something_twice_is_that_row_alone(self, tmp_path):
+        text = '{"source": "s", "target": "t", "target": "u"}\n{"source": "s", "target": "t"}\n'
+        bad, good = read(tmp_path, "jobs.jsonl", text)
+        assert isinstance(good, Job) and "'target' is named twice" in bad.reason
+
+    def test_names_that_yaml_merges_are_not_named_twice(self, tmp_path):
+        text = "a: &a {source: s, target: t, seed: 1}\nb: {<<: *a, seed: 2}\n"
+        assert [job.settings.seed for job in read(tmp_path, "jobs.yaml", text)] == [1, 2]
+
     def test_a_row_of_a_csv_with_too_many_fields(self, tmp_path):
         good, bad = read(tmp_path, "jobs.csv", "source,target\na,b\na,b,c\n")
         assert isinstance(good, Job) and "number of fields" in bad.reason
@@ -97,6 +106,9 @@ class TestOurs:
             ("jobs.json", "[]", "asks for nothing"),
             ("jobs.json", "{", "is damaged"),
             ("jobs.json", "3", "got int"),
+            ("jobs.json", '{"a": {"source": "s", "target": "t"}, "a": {}}', "'a' is named twice"),
+            ("jobs.yaml", "a: {source: s, target: t}\na: {source: s, target: u}\n", "'a' is named twice"),
+            ("jobs.csv", "source,target,target\ns,t,u\n", "'target' is named twice; several targets"),
             ("jobs.txt", "x", "expected a list of edits in .jsonl, .csv, .json or .yaml"),
         ],
     )
