@@ -92,6 +92,10 @@ class TestOurs:
         bad, good = read(tmp_path, "jobs.jsonl", text)
         assert isinstance(good, Job) and "'target' is named twice" in bad.reason
 
+    def test_zero_is_a_name(self, tmp_path):
+        rows = [{"id": number, "source": SOURCE, "target": TARGET} for number in (0, 1)]
+        assert [job.name for job in read(tmp_path, "jobs.json", rows)] == ["0", "1"]
+
     def test_names_that_yaml_merges_are_not_named_twice(self, tmp_path):
         text = "a: &a {source: s, target: t, seed: 1}\nb: {<<: *a, seed: 2}\n"
         assert [job.settings.seed for job in read(tmp_path, "jobs.yaml", text)] == [1, 2]
