@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from .. import extras
 from ..errors import InputError
@@ -35,24 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if absent := extras.missing(needs):
         print(f"fpe: error: {extras.hint(absent)}", file=sys.stderr)
         return 2
-    from .commands import Refusal, parsed  # which needs the extra
-
     try:
-        run = parsed(arguments)
-    except Refusal as error:
-        return _said(str(error), 2, arguments)
-    except InputError as error:
-        return _failed(error, arguments)
-    except SystemExit as leave:  # completions are written
-        return leave.code if isinstance(leave.code, int) else 2
-    return _carried_out(run, arguments)
-
-
-def _carried_out(run: Callable[[], int], arguments: Sequence[str]) -> int:
-    try:
-        with warnings_on_stderr(say):
-            return run() or 0
-    except KeyboardInterrupt:
+        return _done(arguments)
+    except KeyboardInterrupt:  # also while the command line is read, for which packages are imported
         print("fpe: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -60,6 +45,19 @@ def _carried_out(run: Callable[[], int], arguments: Sequence[str]) -> int:
         return 1
     except Exception as error:
         return _failed(error, arguments)
+
+
+def _done(arguments: Sequence[str]) -> int:
+    from .commands import Refusal, parsed  # which needs the extra
+
+    try:
+        run = parsed(arguments)
+    except Refusal as error:
+        return _said(str(error), 2, arguments)
+    except SystemExit as leave:  # completions are written
+        return leave.code if isinstance(leave.code, int) else 2
+    with warnings_on_stderr(say):
+        return run() or 0
 
 
 def _failed(error: Exception, arguments: Sequence[str]) -> int:

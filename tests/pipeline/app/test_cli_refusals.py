@@ -1,18 +1,20 @@
 """What the fpe command refuses before it loads anything, how it fails, and its smaller commands."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from fpe_pipeline.app import cli
+from fpe_pipeline.app import cli, commands
 from fpe_pipeline.models import loading
 from fpe_pipeline.runs import run as runs
 from fpe_pipeline.runs.loading import load_pipeline
@@ -128,6 +130,18 @@ class TestFailures:
         assert cli.main([*edit, "-o", str(tmp_path / "out")]) == code
         assert capsys.readouterr() == ("", message)
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("error", "code", "message"),
+        [
+            (OSError(errno.ENOSPC, "No space left on device"), 1, "fpe: error: [Errno 28] No space left on device\n"),
+            (KeyboardInterrupt(), 130, "fpe: interrupted\n"),
+        ],
+    )
+    def test_exit_codes_while_the_command_line_is_read(self, capsys, monkeypatch, error, code, message):
+        monkeypatch.setattr(commands, "parsed", mock.Mock(side_effect=error))
+        assert cli.main(["edit", "--help"]) == code
+        assert capsys.readouterr() == ("", message)
 
     @pytest.mark.slow
     @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
