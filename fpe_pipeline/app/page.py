@@ -48,7 +48,10 @@ def page(
         ),
     ] = _LOOPBACK,
     port: Annotated[
-        int | None, flag("--port", panel="Page", text="port (default: the first free one from 7860)", metavar="N")
+        int | None,
+        flag(
+            "--port", panel="Page", text="port; 0 is any free one (default: the first free one from 7860)", metavar="N"
+        ),
     ] = None,
     device: Annotated[str | None, DEVICE] = None,
     dtype: Annotated[str | None, DTYPE] = None,

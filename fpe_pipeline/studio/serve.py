@@ -51,7 +51,7 @@ def serve(desk: Any, *, host: str = "127.0.0.1", port: int | None = None, block:
 
     Args:
         desk: a :class:`~fpe_pipeline.studio.desk.Desk`.
-        host, port: to listen at; default: this machine alone, at the first free port from 7860 on.
+        host, port: to listen at; default: this machine alone, at the first free port from 7860 on; 0 is any free one.
         block: whether to stay until interrupted.
 
     Returns:
@@ -63,7 +63,7 @@ def serve(desk: Any, *, host: str = "127.0.0.1", port: int | None = None, block:
     from . import looks
     from .page import build
 
-    _check_address(host, port)
+    port = _checked_port(host, port)
     page = build(desk)
     page.queue(max_size=32, default_concurrency_limit=4, api_open=False)
     page.launch(
@@ -98,10 +98,13 @@ def keep_to_itself(root: Path) -> None:
     os.environ["GRADIO_TEMP_DIR"] = str((root / "served").resolve())
 
 
-def _check_address(host: str, port: int | None) -> None:
-    """Raise InputError where nothing can listen there; Gradio would look for a port of its own."""
+def _checked_port(host: str, port: int | None) -> int | None:
+    """The port, of 0 a free one by its number, which Gradio asks for; raises InputError where nothing can listen there.
+
+    Gradio would look for a port of its own.
+    """
     try:
-        with socket.create_server((host, port or 0)):
-            pass
+        with socket.create_server((host, port or 0)) as tried:
+            return tried.getsockname()[1] if port == 0 else port
     except (OSError, OverflowError) as error:
         raise InputError(f"cannot listen at {host}:{port}: {error}; pass another --port or --host") from error

@@ -76,6 +76,14 @@ def test_refusals(arguments, said, tmp_path, capsys):
     assert said in one_error(capsys)
 
 
+def test_port_0_is_any_free_one(models, tmp_path):
+    page = serve(Desk(models, tmp_path), port=0, block=False)
+    try:
+        assert answer(page.local_url)[0] == 200 and not page.local_url.endswith(":0/")
+    finally:
+        page.close()
+
+
 def test_a_port_that_is_taken(tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert cli.main(["app", "--port", str(taken.getsockname()[1]), "-o", str(tmp_path)]) == 2
