@@ -86,8 +86,9 @@ def serve(desk: Any, *, host: str = "127.0.0.1", port: int | None = None, block:
         css=looks.CSS,
         app_kwargs={"middleware": [Middleware(_Headers)], "docs_url": None, "redoc_url": None, "openapi_url": None},
     )
-    # While a browser draws the page: what it asks for first is then known.
-    threading.Thread(target=desk.first_estimate, name="fpe-estimate", daemon=True).start()
+    # While a browser draws the page: what it asks for first is then known. A process that ends waits for this thread,
+    # for seconds: one that Python stops inside of torch aborts the process.
+    threading.Thread(target=desk.first_estimate, name="fpe-estimate").start()
     return page
 
 

@@ -7,9 +7,11 @@ Going on is therefore the same run to the bit, whatever its method.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +29,10 @@ _SHARE = 0.04
 #: Seconds between two looks at how far a run is and whether the visitor is still there: each is drawn, which takes time
 #: from the run.
 _TURN = 0.3
+
+
+#: Seconds that a process which ends waits for runs to end: for the step that each is in.
+_LAST = 30.0
 
 
 class Cancelled(Exception):
@@ -97,6 +103,11 @@ class Watched(Progress):
         """Whether the run ends, or has ended, before its time."""
         return self._cancelled
 
+    def wait(self, seconds: float) -> None:
+        """Until the run has ended, but no longer than some seconds."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
     def cancel(self) -> None:
         """End the run at its next step; one that stands still, at once."""
         with self._wish:
@@ -126,6 +137,7 @@ class Watched(Progress):
                 self._outcome.extend((False, error))
 
         self._thread = threading.Thread(target=worked, name="fpe-run", daemon=True)
+        _BEGUN.add(self)
         self._thread.start()
 
     def follow(self) -> Iterator[Told | Stopped | Any]:
@@ -197,6 +209,21 @@ class Watched(Progress):
             self._preview = tuple(decoded(pipe, tensors["latents"][1:], size))
             self._previewed += time.monotonic() - begun
         return {}
+
+
+#: Runs of this process; those that nobody holds any more are gone from it.
+_BEGUN: weakref.WeakSet[Watched] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """End the runs that go on when the process ends: a thread that Python stops inside of torch aborts the process."""
+    deadline = time.monotonic() + _LAST
+    begun = list(_BEGUN)
+    for watched in begun:
+        watched.cancel()
+    for watched in begun:
+        watched.wait(max(0.0, deadline - time.monotonic()))
 
 
 def watch(work: Callable[[Watched], Any], watched: Watched) -> Iterator[Told | Stopped | Any]:

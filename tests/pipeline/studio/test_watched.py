@@ -1,6 +1,10 @@
 """Work that is watched: what it tells, its end on request, its errors."""
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +71,24 @@ def test_time_left():
     told = [watched.told.get() for _ in range(3)]
     assert told[1].left is None and told[2].left is not None
     assert str(told[2]).startswith("edit: step 2 of 4, ")
+
+
+def test_a_process_that_ends_ends_its_runs_first():
+    """Python would stop their threads inside of torch, which aborts the process."""
+    script = """
+import time, torch
+from fpe_pipeline.studio.watched import Watched
+
+def work(watched):
+    for step in range(10**6):
+        torch.randn(400, 400) @ torch.randn(400, 400)
+        watched.tell("step", step, 10**6)
+
+watched = Watched()
+watched.begin(work)
+while watched.told.empty():
+    time.sleep(0.01)
+"""
+    command, environment = [sys.executable, "-c", script], {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert ended.returncode == 0, ended.stderr
