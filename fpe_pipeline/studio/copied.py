@@ -42,7 +42,9 @@ def as_python(settings: Settings, photo: str = "photo.png") -> str:
         "negative_prompt": settings.negative,
     }
     solver = settings.image is not None and not find_model(settings.model).is_transformer
-    names = ["FreePromptPipeline", *(["ddim_scheduler"] if solver else []), "make_edit"]
+    optimised = settings.null_text() if settings.image is not None else None
+    names = ["FreePromptPipeline", *(["NullText"] if optimised else []), *(["ddim_scheduler"] if solver else [])]
+    names.append("make_edit")
     lines = [*([] if settings.image else ["import torch", ""]), f"from fpe_pipeline import {', '.join(names)}", ""]
     lines.append(f"pipe = FreePromptPipeline.from_pretrained({settings.model!r})")
     lines.append(f"source = {settings.source!r}")
@@ -58,9 +60,14 @@ def as_python(settings: Settings, photo: str = "photo.png") -> str:
     if settings.image is not None:
         size = f", width={settings.size[0]}, height={settings.size[1]}" if settings.size else ""
         lines += ["pipe.scheduler = ddim_scheduler(pipe.scheduler)"] if solver else []
+        method = repr(settings.inversion)
+        if optimised is not None:  # for this guidance, and for no other
+            method = (
+                f"NullText({optimised.guidance_scale!r}, inner_steps={optimised.inner_steps}, "
+                f"early_stop={optimised.early_stop!r})"
+            )
         lines += [
-            f"inversion = pipe.invert({photo!r}, source, num_inference_steps={settings.steps}, "
-            f"method={settings.inversion!r}{size})",
+            f"inversion = pipe.invert({photo!r}, source, num_inference_steps={settings.steps}, method={method}{size})",
         ]
         call = {"inversion": "inversion", "guidance_scale": settings.guidance}
         if settings.negative is not None:

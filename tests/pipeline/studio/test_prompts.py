@@ -70,7 +70,9 @@ def test_the_python_makes_the_same_pictures(tmp_path, monkeypatch):
     model = tiny_model_folder(tmp_path / "tiny")
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save("photo.png")
     generated = Settings(SOURCE, (TARGET,), model=str(model), steps=2, seed=5, self_replace=(0.0, 0.6), control=False)
-    for settings in (generated, generated.with_values(image="photo.png", inversion="direct", seed=0)):
+    of_a_photo = generated.with_values(image="photo.png", inversion="direct", seed=0)
+    optimised = of_a_photo.with_values(inversion="null-text", guidance=4.0, inner_steps=2)
+    for settings in (generated, of_a_photo, optimised):
         made = runs.execute(settings)
         scope = {}
         exec(as_python(made.settings), scope)
