@@ -192,8 +192,8 @@ class Desk:
         try:
             settings, record = runs.read_record(admitted_record(path))
             photo = settings.image is not None
-            restored = within(settings.with_values(image=None, **self.models.machine), self.limits)
-            self.models.check(restored.model)
+            model = self.models.check(settings.model)
+            restored = within(settings.with_values(image=None, model=model, **self.models.machine), self.limits)
             fields_of(restored)
         except InputError as error:
             return shown.alert(str(error).replace(str(path), "this picture")), None

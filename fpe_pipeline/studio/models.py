@@ -70,10 +70,10 @@ class Models:
     _loaded: tuple[str, Loaded] | None = field(default=None, init=False, repr=False)
     _standing: list[_Standing] = field(default_factory=list, init=False, repr=False)
     _paces: dict[str, ModelPace | None] = field(default_factory=dict, init=False, repr=False)
+    _by_place: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in self.names:
-            find_model(name)  # which raises InputError for none
+        self._by_place = {find_model(name).location: name for name in self.names}  # which raises InputError for none
         self.device = pick_device(self.device)
         pick_dtype(self.dtype, self.device)
 
@@ -94,7 +94,7 @@ class Models:
         Raises:
             InputError: none of the server's models.
         """
-        self.check(name)
+        name = self.check(name)
         self._lock.acquire()
         hold = _Hold()
         try:
@@ -134,7 +134,12 @@ class Models:
             set_arithmetic(inside)
 
     def check(self, name: str) -> str:
-        """The name; raises InputError unless it is one of the server's."""
+        """The server's name of a model; raises InputError unless it has one.
+
+        Args:
+            name: it, or the folder or file that it stands for, by which a record calls a model.
+        """
+        name = name if name in self.names else self._by_place.get(name, name)
         if name not in self.names:
             raise InputError(f"this page has the models {', '.join(self.names)}, not {name!r}")
         return name

@@ -319,7 +319,8 @@ def _history_tab(desk: Desk, visitor: Any, recipe: Recipe, tab: Any) -> None:
         if not 0 <= number < len(visitor.results):
             return [shown.note("this page has no such result"), *filled(None)]
         result = visitor.results[-1 - number]
-        return [shown.note(f"the settings of {result.title} are in the fields"), *filled(result.run.settings)]
+        settings = result.run.settings.with_values(model=result.model)
+        return [shown.note(f"the settings of {result.title} are in the fields"), *filled(settings)]
 
     tab.select(opened, visitor, results, **QUICK)
     upload.upload(restored, upload, [status, upload, recipe.model, *fields], **QUICK)

@@ -97,7 +97,7 @@ def look_inside(models: Models, visitor: Visitor, result: Result, watched: Watch
     Raises:
         InputError: maps that take too much memory, words that were cut off.
     """
-    settings = result.run.settings
+    settings = result.run.settings.with_values(model=result.model)  # as the inversion of its photo calls it
     words = words_of([settings.source, *settings.targets])
     visitor.look = None
     inverted = visitor.inverted

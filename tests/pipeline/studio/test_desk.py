@@ -3,6 +3,7 @@
 import gc
 import logging
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from fpe_pipeline.images.distance import distance, pixel_hash
 from fpe_pipeline.runs import run as runs
 from fpe_pipeline.studio import shown, work
+from fpe_pipeline.studio.desk import Desk
+from fpe_pipeline.studio.models import Models
 from fpe_pipeline.studio.visitors import Visitor
 from tests.pipeline.studio.conftest import last
 from tests.support import arrows
@@ -173,6 +176,20 @@ class TestRestore:
             status, settings = desk.restore(str(path))
             assert settings is None and said in status.replace("&#x27;", "'"), status
             assert str(tmp_path) not in status
+
+    def test_a_model_that_was_named_from_where_the_server_began(self, tiny_folder, tmp_path, values, monkeypatch):
+        """A record has its whole path; the page calls it as the command line did."""
+        monkeypatch.chdir(Path(tiny_folder).parent)
+        name = f"./{Path(tiny_folder).name}"
+        desk = Desk(Models((name,), device="cpu"), tmp_path / "out")
+        visitor = desk.arrive()
+        made = last(desk.generate(visitor, True, name, *values(control=False)[1:])).made
+        copy = tmp_path / "download.png"
+        copy.write_bytes((made.folder / "target-1.png").read_bytes())
+        status, settings = desk.restore(str(copy))
+        assert settings is not None and settings.model == name and "other weights" not in status, status
+        look = last(desk.look(visitor))
+        assert look.made is not None, look.status
 
     @pytest.mark.parametrize("part", ["model", "images", "machine"])
     def test_what_a_stranger_wrote_beside_the_settings(self, desk, tmp_path, values, visitor, part):
