@@ -55,7 +55,7 @@ def build(desk: Desk) -> gr.Blocks:
                 with gr.Tab("Look inside", id="inside") as inside:
                     inside_tab(desk, visitor, inside)
                 with gr.Tab("History", id="history") as history:
-                    _history_tab(desk, visitor, recipe, history)
+                    _history_tab(desk, visitor, recipe, inversion, history)
         _comings_and_goings(desk, page, visitor)
         page.load(estimated, recipe.inputs, estimate, **QUICK)
 
@@ -290,7 +290,7 @@ def _pictures(visitor: Visitor) -> list[tuple[str, Any]]:
     ]
 
 
-def _history_tab(desk: Desk, visitor: Any, recipe: Recipe, tab: Any) -> None:
+def _history_tab(desk: Desk, visitor: Any, recipe: Recipe, inversion: Any, tab: Any) -> None:
     upload = gr.File(
         label="Drop a PNG that was made here, or by fpe edit: its settings go into the fields", file_types=[".png"],
         height=120, elem_id="record-upload",
@@ -305,23 +305,30 @@ def _history_tab(desk: Desk, visitor: Any, recipe: Recipe, tab: Any) -> None:
         files = [(each.folder / "comparison.png", each.title, each.run.settings.targets[0]) for each in latest]
         return shown.chosen_tiles(files) or shown.note("nothing was made yet")
 
-    def filled(settings: Settings | None) -> list[Any]:
+    def filled(settings: Settings | None, model: str) -> list[Any]:
         if settings is None:
-            return [gr.skip()] * (1 + len(fields))
-        return [settings.model if settings.model in desk.models.names else gr.skip(), *recipe.updates(settings)]
+            return [gr.skip()] * (2 + len(fields))
+        if settings.model == model:
+            return [gr.skip(), gr.skip(), *recipe.updates(settings)]
+        # What the fields offer is the other model's, and Gradio takes no value that is not offered.
+        with desk.models.use(settings.model) as loaded:
+            family, layers = desk.models.family(settings.model), choices_of(loaded.pipe)
+        return [settings.model, gr.update(**_inversions(family)), *recipe.updates(settings, family, layers)]
 
-    def restored(path: str | None) -> list[Any]:
+    def restored(path: str | None, model: str) -> list[Any]:
         said, settings = desk.restore(path)
-        return [said, None, *filled(settings)]
+        return [said, None, *filled(settings, model)]
 
-    def chosen(visitor: Visitor, event: gr.EventData) -> list[Any]:
+    def chosen(visitor: Visitor, model: str, event: gr.EventData) -> list[Any]:
         number = int(event.number)
         if not 0 <= number < len(visitor.results):
-            return [shown.note("this page has no such result"), *filled(None)]
+            return [shown.note("this page has no such result"), *filled(None, model)]
         result = visitor.results[-1 - number]
         settings = result.run.settings.with_values(model=result.model)
-        return [shown.note(f"the settings of {result.title} are in the fields"), *filled(settings)]
+        return [shown.note(f"the settings of {result.title} are in the fields"), *filled(settings, model)]
 
     tab.select(opened, visitor, results, **QUICK)
-    upload.upload(restored, upload, [status, upload, recipe.model, *fields], **QUICK)
-    results.select(chosen, visitor, [status, recipe.model, *fields], **QUICK)
+    taken = LONG if len(desk.models.names) > 1 else QUICK  # another model is loaded for what it offers
+    given = [recipe.model, inversion, *fields]
+    upload.upload(restored, [upload, recipe.model], [status, upload, *given], **taken)
+    results.select(chosen, [visitor, recipe.model], [status, *given], **taken)

@@ -64,11 +64,20 @@ class Recipe:
     def __post_init__(self) -> None:
         self.inputs = [self.model, *(self.fields[name] for name in FIELDS), *self.options]
 
-    def updates(self, settings: Settings) -> list[Any]:
-        """What puts settings into the fields; in the order of ``inputs`` without the model."""
+    def updates(
+        self, settings: Settings, family: Family | None = None, layers: Sequence[tuple[str, str]] = ()
+    ) -> list[Any]:
+        """What puts settings into the fields; in the order of ``inputs`` without the model.
+
+        Args:
+            family, layers: of the settings' model, where the fields offer what another one has.
+        """
         fields = fields_of(settings)
+        choices: dict[str, Any] = {}
+        if family is not None:
+            choices = {"method": {"choices": _titles(family)}, "layers": {"choices": list(layers)}}
         return [
-            *(gr.update(value=fields[name]) for name in FIELDS),
+            *(gr.update(value=fields[name], **choices.get(name, {})) for name in FIELDS),
             *_option_fields(settings.method, fields["options"]),
         ]
 

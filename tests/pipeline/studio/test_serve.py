@@ -6,12 +6,17 @@ import urllib.error
 import urllib.request
 
 import pytest
+from PIL import Image
 
 from fpe_pipeline import extras
 from fpe_pipeline.app import cli
+from fpe_pipeline.runs import run as runs
+from fpe_pipeline.runs.settings import Settings
 from fpe_pipeline.studio.desk import Desk
+from fpe_pipeline.studio.models import Models
+from fpe_pipeline.studio.requests import FIELDS
 from fpe_pipeline.studio.serve import HEADERS, serve
-from tests.support.tiny_cli import one_error
+from tests.support.tiny_cli import SOURCE, TARGET, one_error
 
 pytest.importorskip("gradio")
 
@@ -94,3 +99,20 @@ def test_without_gradio_it_says_how_to_get_it(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(extras, "missing", lambda modules=extras.PIPELINE: [m for m in modules if m == "gradio"])
     assert cli.main(["app", "-o", str(tmp_path)]) == 2
     assert "pip install 'fpe-kernels[app]'" in one_error(capsys)
+
+
+def test_a_picture_of_another_kind_of_model_brings_what_that_one_offers(tmp_path):
+    """Gradio refuses the values of fields that do not offer them."""
+    from fpe_pipeline.studio.page import build
+
+    desk = Desk(Models(("embedded", "embedded-sd3"), device="cpu"), tmp_path / "out")
+    page = build(desk)
+    (restored,) = [each.fn for each in page.fns.values() if each.name == "restored"]
+    settings = Settings.of_model(source=SOURCE, targets=(TARGET,), model="embedded-sd3", method="consistedit")
+    record = {"format": 1, "settings": settings.model_dump(), "model": {"identity_sha256": "0" * 64}, "images": {}}
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=runs.png_info(record, "target-1.png"))
+    said, _, model, inversion, *fields = restored(str(tmp_path / "a.png"), "embedded")
+    method, layers = (fields[FIELDS.index(name)] for name in ("method", "layers"))
+    assert "are in the fields" in said and model == "embedded-sd3" and "reference" in inversion["choices"]
+    assert method["value"] == "consistedit" and method["value"] in dict(method["choices"]).values()
+    assert any(path.startswith("transformer_blocks.") for _, path in layers["choices"])
