@@ -117,7 +117,8 @@ class TestSameImages:
         finally:
             hook.remove()
         last = tiny(inversion=inversion, output_type="latent").images
-        assert torch.equal(recorded.latents, torch.stack([*seen, last]))
+        assert torch.equal(recorded.latents[:-1], torch.stack(seen))
+        assert distance(recorded.latents[-1], last) <= 1e-5  # of a run whose layers are diffusers' own
 
     def test_images_and_processors(self, tiny, folder):
         before = tiny.unet.attn_processors
