@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,12 @@ def sources() -> Iterator[tuple[str, str]]:
             yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
 
 
+@functools.cache
+def tree(text: str) -> ast.Module:
+    """The syntax of a file, which two tests ask for."""
+    return ast.parse(text)
+
+
 def exempt(path: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
     """The reason, of `EXEMPT`, why a function may be large."""
     decorators = " ".join(map(ast.unparse, node.decorator_list))
@@ -41,7 +48,7 @@ def exempt(path: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> str | Non
 
 def functions(path: str, text: str) -> Iterator[tuple[str, int, int]]:
     """Name, lines and parameters of every function that is not exempt; ``self`` is none of the parameters."""
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree(text)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or exempt(path, node):
             continue
         given = node.args
@@ -76,7 +83,7 @@ def test_every_exemption_is_needed():
     used = {
         reason
         for path, text in sources()
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(tree(text))
         if isinstance(node, ast.FunctionDef) and (reason := exempt(path, node))
     }
     assert used == EXEMPT.keys()

@@ -149,6 +149,7 @@ class TestFromRecord:
         assert runs.read_record(tmp_path / "run.json")[0].threads == before + 1
         assert torch.get_num_threads() == before
 
+    @pytest.mark.slow
     def test_on_another_cpu_it_says_how_far_it_is(self, made, tmp_path):
         """Other instructions sum in another order: every picture comes back to rounding, and the run succeeds."""
         command = [sys.executable, "-m", "fpe_pipeline", "edit", "--from", str(made / "run.json"), "-o", str(tmp_path)]

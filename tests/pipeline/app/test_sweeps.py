@@ -84,7 +84,7 @@ def test_true_and_false_are_what_an_option_takes_them_for(one, tmp_path):
     assert cli.main([*one, "--option", "normalise=false", "--no-control", "-o", str(tmp_path / "alone")]) == 0
     names = ("all/normalise=false", "all/normalise=true", "alone")
     first, second, alone = (Image.open(tmp_path / name / "target-1.png") for name in names)
-    assert distance(first, alone).levels == 0 < distance(first, second).levels
+    assert distance(first, alone).levels <= 1 < distance(first, second).levels
 
 
 def test_values_that_are_paths_or_written_alike_stay_in_the_folder(one, tmp_path):

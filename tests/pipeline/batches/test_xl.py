@@ -1,6 +1,7 @@
 """A batch on Stable Diffusion XL: recordings and photos as on other UNets, with the model's own guidance."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -15,6 +16,7 @@ SOURCE = "a photo of a red car"
 LEVELS = 3
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_single_edits(pipe, tmp_path):
     free_prompt_xl_pipeline(pipe, torch.float32).save_pretrained(tmp_path / "xl")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / "photo.png")

@@ -31,6 +31,7 @@ def values_of(desk, **fields):
     return [model, *(given[name] for name in FIELDS), *[""] * MOST_OPTIONS]
 
 
+@pytest.mark.slow
 def test_generate_look_and_repeat(desk, tmp_path):
     visitor = desk.arrive()
     made = last(desk.generate(visitor, True, *values_of(desk, seed=3))).made
