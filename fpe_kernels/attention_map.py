@@ -205,6 +205,10 @@ class AttentionMap(SoftmaxMap, LinearMap):
         return self.key.new_empty((*self.key.shape[:3], 0))
 
     @property
+    def _settings(self) -> tuple[float, tuple[int, ...] | None]:
+        return self.scale, self.key_lengths
+
+    @property
     def _parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.query, self.key, self.bias
 
@@ -212,10 +216,10 @@ class AttentionMap(SoftmaxMap, LinearMap):
         """The log-sum-exp that was given or, while it holds, the one that an earlier product left."""
         if self._given is not None:
             return usable(self._given)
-        return None if self._kept is None or self._out_of_reach() else self._kept.of(self._parts)
+        return None if self._kept is None or self._out_of_reach() else self._kept.of(self._parts, self._settings)
 
     def _keep(self, logsumexp: Tensor) -> None:
-        self._kept = None if self._out_of_reach() else KeptLogsumexp(logsumexp, self._parts)
+        self._kept = None if self._out_of_reach() else KeptLogsumexp(logsumexp, self._parts, self._settings)
 
     def _out_of_reach(self) -> bool:
         # A compiled function cannot ask whether tensors from outside were changed between its calls.

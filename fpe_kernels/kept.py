@@ -9,19 +9,19 @@ Parts = tuple[Tensor | None, ...]
 
 
 class KeptLogsumexp:
-    """The log-sum-exp of ``parts``: query, key and bias.
+    """The log-sum-exp of ``parts``, query, key and bias, by ``settings``, the scale and how many keys there are.
 
-    It holds until one of them is changed in place, or it itself, which is given to whoever asks for it; and in a CUDA
+    It holds until one of them is another or changed in place, or it itself, which is given to whoever asks for it; and in a CUDA
     graph, for this capture only: outside, its memory holds what the graph computed last, and what was computed outside
     would be a constant of the graph.
     """
 
-    def __init__(self, logsumexp: Tensor, parts: Parts) -> None:
-        self._logsumexp, self._state = logsumexp, _state((*parts, logsumexp))
+    def __init__(self, logsumexp: Tensor, parts: Parts, settings: object) -> None:
+        self._logsumexp, self._state, self._settings = logsumexp, _state((*parts, logsumexp)), settings
 
-    def of(self, parts: Parts) -> Tensor | None:
+    def of(self, parts: Parts, settings: object) -> Tensor | None:
         """The log-sum-exp, if it is that of ``parts`` as they are now."""
-        if self._state != _state((*parts, self._logsumexp)):
+        if self._settings != settings or self._state != _state((*parts, self._logsumexp)):
             return None
         own = usable(self._logsumexp)
         if own is not self._logsumexp:

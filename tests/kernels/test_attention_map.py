@@ -252,6 +252,17 @@ def test_a_logsumexp_that_its_owner_changes_is_computed_again(part) -> None:
     assert_matches(case, out=operator @ case.value, logsumexp=operator.logsumexp)
 
 
+def test_another_scale_or_length_is_seen() -> None:
+    case = make_case(queries=12, keys=20)
+    operator = AttentionMap(case.query, case.key)
+    operator @ case.value
+    operator.scale = 0.5
+    torch.testing.assert_close(operator @ case.value, AttentionMap(case.query, case.key, scale=0.5) @ case.value)
+    operator.key_lengths = (7,) * case.key.shape[0]
+    expected = AttentionMap(case.query, case.key, scale=0.5, key_lengths=operator.key_lengths) @ case.value
+    torch.testing.assert_close(operator @ case.value, expected)
+
+
 def test_copies_count_their_own_changes() -> None:
     case = make_case(queries=12, keys=20)
     for _ in range(10):
