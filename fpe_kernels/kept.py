@@ -11,9 +11,9 @@ Parts = tuple[Tensor | None, ...]
 class KeptLogsumexp:
     """The log-sum-exp of ``parts``, query, key and bias, by ``settings``, the scale and how many keys there are.
 
-    It holds until one of them is another or changed in place, or it itself, which is given to whoever asks for it; and in a CUDA
-    graph, for this capture only: outside, its memory holds what the graph computed last, and what was computed outside
-    would be a constant of the graph.
+    It holds until one of them is another or changed in place, or it itself, which is given to whoever asks for it; and
+    in a CUDA graph, for this capture only: outside, its memory holds what the graph computed last, and what was
+    computed outside would be a constant of the graph.
     """
 
     def __init__(self, logsumexp: Tensor, parts: Parts, settings: object) -> None:

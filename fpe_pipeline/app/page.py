@@ -25,6 +25,10 @@ fpe app --model ./stable-diffusion-v1-5 --model embedded --port 8080"""
 _LOOPBACK = "127.0.0.1"
 
 
+#: A folder of the page's own: whatever is in it is served, and an output folder may hold other things.
+_PAGES = "pages"
+
+
 def page(
     model: Annotated[
         list[str] | None,
@@ -36,7 +40,10 @@ def page(
         ),
     ] = None,
     output: Annotated[
-        Path, flag("-o", "--output", panel="Page", text="folder of every result (default: out/studio)", metavar="DIR")
+        Path,
+        flag(
+            "-o", "--output", panel="Page", text="every result goes into DIR/pages (default: out/studio)", metavar="DIR"
+        ),
     ] = Path("out/studio"),
     host: Annotated[
         str,
@@ -87,7 +94,8 @@ def _serve(
     from ..studio.models import Models
     from ..studio.serve import serve
 
-    served = serve(Desk(Models(models, **machine), output.resolve()), host=host, port=port, block=False)
+    pages = output.resolve() / _PAGES
+    served = serve(Desk(Models(models, **machine), pages), host=host, port=port, block=False)
     if as_json:
         report([], True, url=served.local_url)
     else:

@@ -145,6 +145,8 @@ def test_photos_bad_uploads_and_the_servers_files(visit, out, photo, tmp_path, a
         except urllib.error.HTTPError as error:
             return error.code
 
+    (out / "results" / "letter.txt").write_text("dear")  # an output folder may hold other things
+    assert status(f"gradio_api/file={out}/results/letter.txt") in (403, 404)
     for path in ("etc/passwd", str(Path(__file__).resolve())[1:], f"{str(out)[1:]}/server.log"):
         assert status(f"gradio_api/file=/{path}") in (403, 404), path
         assert status(f"gradio_api/file={out}/results/../../../../../../../{path}") in (403, 404), path
