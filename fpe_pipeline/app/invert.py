@@ -45,8 +45,8 @@ def invert(
         flag(
             "--method",
             panel=_KEPT,
-            text="a method whose edits the recording serves, by its defaults; repeat for more (default: fpe and, of "
-            "UNets, p2p-replace, in all steps)",
+            text="a method whose edits the recording serves, by its defaults; repeat for more (default: fpe and "
+            "p2p-replace, in all steps)",
             metavar="NAME",
         ),
     ] = None,

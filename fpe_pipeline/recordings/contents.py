@@ -10,6 +10,7 @@ import torch
 from ..edits import Edit
 from ..edits.base import begun, features_of, parts_of, prompts_of, watchers_of
 from ..edits.joint_products import JointPlan
+from ..errors import Lacking
 from ..models.roles import BatchRoles
 from ..models.sites import Site, attention_sites, feature_shape
 from ..models.steps import Step
@@ -18,7 +19,7 @@ from ..session.instructions import Order, make_orders
 from .keys import Contents, Part
 from .precision import Precision, packed_bytes
 
-__all__ = ["contents_bytes", "describe_lack", "recorded_steps", "source_needs"]
+__all__ = ["check_held", "contents_bytes", "recorded_steps", "source_needs"]
 
 _MAP = frozenset({"query", "key", "logsumexp"})
 
@@ -45,6 +46,7 @@ def source_needs(
     targets: int | None = None,
     guided: bool,
     apart: bool = False,
+    places_words: bool = True,
 ) -> Contents:
     """What edits need of their source beside a batch of targets.
 
@@ -55,22 +57,26 @@ def source_needs(
         targets: how many; default: those that an edit is written for, else one.
         guided: whether there are unconditional rows.
         apart: whether those are in a call of their own.
+        places_words: whether it is known which text tokens of joint attention are which words of the source.
 
     Raises:
-        ValueError: an edit that looks for words in joint attention.
+        ValueError: an edit that reads the heat of words in joint attention.
+        Lacking: one that places words there, where they are not known.
     """
     found: dict[str, dict[Part, set[int]]] = {}
     for edit in edits:
         count = targets or max(1, len(prompts_of(edit)) - 1)
         roles = BatchRoles.from_recording(count, classifier_free_guidance=guided and not apart)
         for rows in (roles, roles.all_unconditional()) if guided and apart else (roles,):
-            for read in _reads(edit, sites, steps, rows):
+            for read in _reads(edit, sites, steps, rows, places_words):
                 part = Part(rows.conditional[read.row], read.name)
                 found.setdefault(read.path, {}).setdefault(part, set()).add(read.step)
     return {path: {part: tuple(sorted(at)) for part, at in parts.items()} for path, parts in found.items()}
 
 
-def _reads(edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: BatchRoles) -> Iterator[_Read]:
+def _reads(
+    edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: BatchRoles, places_words: bool
+) -> Iterator[_Read]:
     """Everything that is read of rows beside the batch."""
     running, place = begun(edit), Place(Placement(), torch.device("cpu"), torch.float64)
     chosen = [(part, part.select(sites)) for part in parts_of(running)]
@@ -81,7 +87,7 @@ def _reads(edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: Ba
         orders = make_orders(chosen if active else (), watching, step, roles, "auto", place)
         for path, order in orders.items():
             if order.site.is_joint:
-                _check_wordless(edit, order)
+                _check_words(edit, order, places_words)
             for row, parts in order.plan.reads.items():
                 # A product names rows of text too where the layer has none.
                 held = (name for name in parts if order.site.kind != "image" or not name.startswith("text-"))
@@ -93,17 +99,27 @@ def _reads(edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: Ba
             yield from (_Read(path, row, "feature", index) for row in sources.values() if row >= roles.batch)
 
 
-def _check_wordless(edit: Edit, order: Order) -> None:
-    """Raise ValueError for an edit that looks for words in joint attention: where the source's are is not recorded, and
-    without its call neither is where they would be placed among the tokens of several text encoders."""
-    words = prompts_of(edit)
+def _check_words(edit: Edit, order: Order, places_words: bool) -> None:
+    """Refuse an edit of joint attention that takes of the source's words what a recording does not have.
+
+    How much the source's image looks at a word is a product of its whole map, which no row of the batch computes; and
+    words are placed among the tokens of several text encoders, of which recordings of an earlier version say nothing.
+    """
+    heat = bool(order.columns or order.maps)
     mixes = isinstance(order.plan, JointPlan) and any(term.mixing is not None for term in order.plan.products)
-    if order.columns or order.maps or (words and mixes):
-        reading = [type(part).__name__ for part in parts_of(edit) if prompts_of(part)] or [type(edit).__name__]
+    if not heat and (places_words or not mixes or not prompts_of(edit)):
+        return
+    reading = [type(part).__name__ for part in parts_of(edit) if prompts_of(part)] or [type(edit).__name__]
+    if heat:
         raise ValueError(
-            f"{', '.join(reading)} looks for words among the tokens of text, and a recording on a transformer does not "
-            "hold where those of the source are: run source and targets together, pipe(source, targets, edit=…)"
+            f"{', '.join(reading)} reads how much images look at words, and a recording on a transformer does not hold "
+            "that of its source: run source and targets together, pipe(source, targets, edit=…)"
         )
+    raise Lacking(
+        f"{', '.join(reading)} looks for words among the tokens of text, and the recording, of an earlier version, "
+        "does not hold where those of the source are",
+        "Record it again",
+    )
 
 
 def contents_bytes(
@@ -126,7 +142,17 @@ def contents_bytes(
     return total
 
 
-def describe_lack(needed: Contents, held: Contents) -> str:
+def check_held(edit: Edit, needed: Contents, held: Contents) -> None:
+    """Raise Lacking where a recording does not hold what an edit needs of its source."""
+    lack = _lack(needed, held)
+    if lack:
+        raise Lacking(
+            f"the recording lacks what {type(edit).__name__} needs of the source: {lack}",
+            "Record it for this edit (pipe.record(…, edit=…) takes several), or give the edit fewer steps or layers",
+        )
+
+
+def _lack(needed: Contents, held: Contents) -> str:
     """What is needed and not held, in words; empty where everything is there."""
     lacking: dict[tuple[str, str], list[str]] = {}
     for path, parts in needed.items():

@@ -20,12 +20,18 @@ from ..session.known_rows import Packed, unpack
 from .capture import Capture
 from .contents import Contents
 from .precision import Precision, packed_bytes
+from .source_text import SourceText, source_text
 
 __all__ = ["JointCapture", "joint_bytes"]
 
 
 class JointCapture(Capture):
     """Keeps image and text tokens of a source while a transformer's pipeline denoises it, unedited."""
+
+    @property
+    def source_text(self) -> SourceText:
+        """What the text encoders received of the source."""
+        return source_text(self._encoding)
 
     def _orders(self, edit: Edit | None, call: ModelCall, step: Step, roles: BatchRoles) -> dict[str, Order]:
         orders = {}

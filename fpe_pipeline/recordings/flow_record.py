@@ -90,8 +90,8 @@ def record_flow(
     Raises:
         TypeError: an unknown option.
         ValueError: a scheduler that draws noise in each step, a budget that is too small, layers that match nothing, an
-            edit that is written for another source or looks for words; before any denoising. Values that do not fit a
-            reduced precision.
+            edit that is written for another source or reads the heat of words; before any denoising. Values that do not
+            fit a reduced precision.
         InputError: a folder that is not empty or cannot be written.
     """
     check_option_names(options, _OWN, _OPTIONS | (pipe.parent_options() & {"true_cfg_scale"}))
@@ -240,4 +240,5 @@ def _run(
             error=capture.error,
             size=plan.size,
             text_length=source.text_length,
+            source_text=capture.source_text,
         )

@@ -19,7 +19,7 @@ from ..sampling.step_end import Call
 from .fingerprint import fingerprint
 from .recording import Recording
 from .replay import Replay
-from .replay_request import check_recorded, loaded_recording, replayed_edit, replayed_output, target_list
+from .replay_request import loaded_recording, replayed_edit, replayed_output, target_list
 from .requirements import check_padded
 
 __all__ = ["edit_flow"]
@@ -55,8 +55,8 @@ def edit_flow(
 
     Raises:
         ValueError: a recording of another model or schedule, one that lacks what the edit needs, an edit that is
-            written for other prompts or looks for words, a guidance that the model is not told (SD3); before any
-            denoising.
+            written for other prompts or reads the heat of words, a guidance that the model is not told (SD3); before
+            any denoising.
         InputError: a folder, or a file of it, that is not what was recorded.
     """
     targets, recording = target_list(target_prompt), loaded_recording(recording)
@@ -68,8 +68,7 @@ def edit_flow(
     true = recording.true_cfg_scale or 0.0
     guided = true > 1 if model.is_packed else recording.guidance_scale > 1
     grid = (size[0] // model.pipe.vae_scale_factor, size[1] // model.pipe.vae_scale_factor)
-    replay = Replay(pipe, chosen, recording.store, recording.latents, len(targets), guided, backend, grid)
-    check_recorded(replay, chosen, recording)
+    replay = Replay(pipe, chosen, recording, len(targets), guided, backend, grid)
     noise = recording.latents[0]
     arguments = {
         "prompt": targets,

@@ -26,13 +26,22 @@ from .store import Layout, MapStore, TensorPlace
 
 __all__ = ["FileStore"]
 
-FORMAT = 5
-# 3 has a digest of the noise levels in place of the levels; up to 4, latents of a loop that may be inside of a step.
-READABLE = (3, 4, FORMAT)
+FORMAT = 6
+# 3 has a digest of the noise levels in place of the levels; up to 4, latents of a loop that may be inside of a step;
+# up to 5, of a source on a transformer no tokens.
+READABLE = (3, 4, 5, FORMAT)
 INDEX = "index.json"
 LATENTS = "latents.safetensors"
 _STEP = "step-"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+}
 
 
 class FileStore(MapStore):

@@ -14,6 +14,7 @@ MasaCtrl                                                 keys and values, of the
 Plug-and-Play                                            self-attention maps and features, of the unconditional row too
 StyleAligned                                             queries, keys and values, of the unconditional row too
 Free-Prompt-Editing on a transformer                     image queries and keys; with ``scope="joint"`` text's too
+Prompt-to-Prompt and ReFlex on a transformer             image queries and keys, text keys, the source's tokens
 MasaCtrl, as Stable Flow, on a transformer               image keys and values, of the unconditional row too
 value injection                                          values of image and text, of the unconditional row too
 sums of these, edits of your own                         what they name of the source's rows
@@ -35,6 +36,7 @@ from .contents import recorded_steps
 from .folder_store import FileStore
 from .keys import Contents
 from .precision import Precision
+from .source_text import SourceText, is_source_text
 from .store import MapStore
 
 __all__ = ["Recording"]
@@ -69,6 +71,8 @@ class Recording:
         size: (height, width) in pixels, on a transformer; None on a UNet, whose latents say it.
         text_length: tokens of T5, on a transformer.
         true_cfg_scale: of FLUX.1, beside a negative prompt.
+        source_text: on a transformer, what its text encoders received, by part of the text; empty in recordings of an
+            earlier version, which serve no edit that places words.
     """
 
     prompt: str
@@ -88,6 +92,7 @@ class Recording:
     size: tuple[int, int] | None = None
     text_length: int | None = None
     true_cfg_scale: float | None = None
+    source_text: SourceText = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         return (
@@ -97,7 +102,7 @@ class Recording:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is kept: parts of layers, latents and embeddings."""
+        """Bytes of what is kept: parts of layers, latents and embeddings; the numbers of tokens, some kB, left out."""
         rest = 0 if self.unconditional is None else self.unconditional.nbytes
         return self.store.nbytes + self.latents.nbytes + rest
 
@@ -127,13 +132,14 @@ class Recording:
             store=store,
             latents=tensors["latents"],
             unconditional=tensors.get("unconditional"),
+            source_text={name: tokens for name, tokens in tensors.items() if is_source_text(name)},
             **values,
         )
 
     def save(self, store: FileStore) -> None:
         """Finish the folder that `load` reads: what belongs to no step, and the index."""
         names = ("latents",) if self.unconditional is None else ("latents", "unconditional")
-        store.write_latents({name: getattr(self, name) for name in names})
-        apart = ("store", "latents", "unconditional", "contents")
+        store.write_latents({name: getattr(self, name) for name in names} | dict(self.source_text))
+        apart = ("store", "latents", "unconditional", "contents", "source_text")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in apart}
         store.finish(self.contents, values | {"schedule": dataclasses.asdict(self.schedule)})

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 
 from ..edits import Edit
-from ..edits.base import feature_modules_of
+from ..edits.base import encoded_edit, feature_modules_of, parts_of
 from ..models.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..models.steps import Step, run_steps
 from ..prompts.encoding import Encoding
 from ..session.known_rows import Packed, RecordedLayer, unpack
 from ..session.session import EditingSession
-from .contents import source_needs
-from .keys import Part, TensorKey
+from .contents import check_held, source_needs
+from .keys import Contents, Part, TensorKey
+from .recording import Recording
 from .requirements import UNWATCHED
-from .store import MapStore
+from .source_text import with_source
 
 __all__ = ["Replay"]
 
@@ -29,8 +30,7 @@ class Replay(EditingSession):
     Args:
         pipe: denoises the targets.
         edit: asked as if the source were in the batch.
-        store: what is recorded of the source.
-        latents: the source's [calls of the UNet + 1, 1, C, h, w].
+        recording: of the source.
         targets: how many.
         guided: whether there are unconditional rows; in a call of their own where the model's pipeline guides so.
         backend: of the attention.
@@ -38,6 +38,9 @@ class Replay(EditingSession):
 
     Attributes:
         needed: what the edit takes of the source.
+
+    Raises:
+        Lacking: the recording holds less than that.
     """
 
     unwatched = UNWATCHED
@@ -46,22 +49,30 @@ class Replay(EditingSession):
         self,
         pipe: Any,
         edit: Edit,
-        store: MapStore,
-        latents: torch.Tensor,
+        recording: Recording,
         targets: int,
         guided: bool,
         backend: str,
         size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(pipe, edit, backend=backend)
-        self._store = store
-        self._latents = latents
+        self._recording = recording
+        self._store = recording.store
+        self._latents = latents = recording.latents
         apart = self.adapter.guides_apart
         self._recorded_roles = BatchRoles.from_recording(targets, classifier_free_guidance=guided and not apart)
         self._device = latents.device
         sites = tuple(site.at(*(size or latents.shape[-2:])) for site in self.sites)
         run = run_steps(pipe.scheduler)
-        self.needed = source_needs([edit], sites, run, targets=targets, guided=guided, apart=apart)
+        placing = bool(recording.source_text)
+
+        def needs(of: Edit) -> Contents:
+            return source_needs([of], sites, run, targets=targets, guided=guided, apart=apart, places_words=placing)
+
+        self._needs = needs
+        self.needed = needs(edit)
+        check_held(edit, self.needed, recording.contents)
+        self._has_placed = False  # the words of the pipeline call's prompts
 
     def after_step(self, latents: torch.Tensor) -> torch.Tensor:
         """As the session's; blends see the source's latents of the recorded run behind the targets'."""
@@ -71,8 +82,27 @@ class Replay(EditingSession):
         source = self._latents[step.call + 1].to(latents)
         return super().after_step(torch.cat([latents, source]))[: latents.shape[0]]
 
+    def _called(self) -> None:
+        super()._called()
+        self._has_placed = False
+
     def _encoded(self, encoding: Encoding) -> None:
-        """The call encodes the targets alone; the edit was written for the source as well, and checked before."""
+        """The call encodes the targets alone; the edit was written for the source as well, and checked before.
+
+        On a transformer words are placed among the tokens that the text encoders received, so that an edit is shown the
+        source's with the targets'; once, as negative prompts may be encoded in a call that follows.
+        """
+        if self._has_placed or not (encoding.texts and self._recording.source_text):
+            return
+        self._has_placed = True
+        encoding = with_source(encoding, self._recording.prompt, self._recording.source_text)
+        before, self._running = self._running, encoded_edit(self._running, encoding)
+        if self._running is not before:
+            self._instructor.forget(*parts_of(before))
+            self.needed = self._needs(self._running)
+            check_held(self.edit, self.needed, self._recording.contents)
+        for watcher in self._watchers:
+            watcher.encoded(encoding)
 
     def _restore(self) -> None:
         super()._restore()

@@ -9,12 +9,10 @@ from typing import Any
 from ..edits import Edit, FreePromptEdit
 from ..edits.base import check_prompts
 from ..edits.registry import require_edit
-from ..errors import Lacking
 from ..models.steps import StepWindow
 from ..prompts.words import warn_of_unknown_words
 from ..sampling.output import FreePromptPipelineOutput
 from ..texts import check_text
-from .contents import describe_lack
 from .recording import Recording
 from .replay import Replay
 
@@ -58,16 +56,6 @@ def replayed_edit(
     check_prompts(chosen, [recording.prompt, *targets], tokenizer)
     warn_of_unknown_words(targets, tokenizer)
     return chosen
-
-
-def check_recorded(replay: Replay, edit: Edit, recording: Recording) -> None:
-    """Raise Lacking where the recording does not hold what the edit needs of the source."""
-    lack = describe_lack(replay.needed, recording.contents)
-    if lack:
-        raise Lacking(
-            f"the recording lacks what {type(edit).__name__} needs of the source: {lack}",
-            "Record it for this edit (pipe.record(…, edit=…) takes several), or give the edit fewer steps or layers",
-        )
 
 
 def replayed_output(

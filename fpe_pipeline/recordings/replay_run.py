@@ -19,7 +19,7 @@ from ..sampling.step_end import Call, FollowEmbeddings, Task
 from .fingerprint import fingerprint
 from .recording import Recording
 from .replay import Replay
-from .replay_request import check_recorded, loaded_recording, replayed_edit, replayed_output, target_list
+from .replay_request import loaded_recording, replayed_edit, replayed_output, target_list
 from .requirements import check_deterministic, is_guided
 
 __all__ = ["edit"]
@@ -61,8 +61,7 @@ def edit(
     _check_run(pipe, recording)
     chosen = replayed_edit(recording, edit, self_replace_steps, targets, pipe.tokenizer)
     guided = is_guided(pipe, recording.guidance_scale)
-    replay = Replay(pipe, chosen, recording.store, recording.latents, len(targets), guided, backend)
-    check_recorded(replay, chosen, recording)
+    replay = Replay(pipe, chosen, recording, len(targets), guided, backend)
     images, nsfw = _denoise(pipe, recording, targets, replay, output_type)
     return replayed_output(images, nsfw, replay, recording, targets)
 

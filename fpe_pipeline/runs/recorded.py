@@ -109,13 +109,13 @@ def check_recordable(pipe: Any) -> None:
 
 
 def wide_edits(pipe: Any, settings: Settings) -> list[Edit]:
-    """What is recorded before anybody knows the targets: every step of Free-Prompt-Editing and, on a UNet, whose
-    recordings serve edits of words, Prompt-to-Prompt."""
+    """What is recorded before anybody knows the targets: every step of Free-Prompt-Editing and, of a source that has
+    words, of Prompt-to-Prompt."""
     from ..edits.registry import make_edit
 
     twice = [settings.source, settings.source]
     edits = [make_edit("fpe", twice, pipe.tokenizer, pipe, self_replace_steps=1.0)]
-    if settings.source.strip() and not is_flow(pipe):
+    if settings.source.strip():
         whole = {"cross_replace_steps": 1.0, "self_replace_steps": 1.0}
         edits.append(make_edit("p2p-replace", twice, pipe.tokenizer, pipe, **whole))
     return edits

@@ -72,6 +72,11 @@ def test_a_photo_is_recorded_for_edits_and_read_for_words(family, folders, tmp_p
     assert cli.main([*edit, "--image", str(photo), "--source", SOURCE, *common, str(tmp_path / "whole")]) == 0
     made = [Image.open(tmp_path / folder / "target-1.png") for folder in ("recorded", "whole")]
     assert distance(*made).levels <= 3
+    swap = ["edit", "--target", TARGET, "--method", "p2p-replace", "--no-control"]  # which places words
+    assert cli.main([*swap, "--recording", str(tmp_path / "kept"), "--quiet", "-o", str(tmp_path / "swapped")]) == 0
+    assert cli.main([*swap, "--image", str(photo), "--source", SOURCE, *common, str(tmp_path / "swap")]) == 0
+    made = [Image.open(tmp_path / folder / "target-1.png") for folder in ("swapped", "swap")]
+    assert distance(*made).levels <= 3
     heat = ["heatmap", "--from", str(tmp_path / "recorded" / "target-1.png"), "--word", "car", "--word", "blue"]
     assert cli.main([*heat, "--quiet", "-o", str(tmp_path / "heat")]) == 0
     read = json.loads((tmp_path / "heat" / "heat.json").read_text())["heat"]
