@@ -208,6 +208,7 @@ def test_another_session_keeps_the_journal_of_the_one_before(tmp_path):
     assert firsts == {"full-1.jsonl": (1.0,), "full-2.jsonl": (2.0,), "full.jsonl": (3.0,)}
 
 
+@pytest.mark.slow
 def test_ceilings_are_those_of_the_device_and_the_dtype(tmp_path):
     context = Context(tmp_path, "cpu", 0.0, dry=True)
     rows = bench_of(context).roofline()

@@ -73,6 +73,7 @@ def test_time_left():
     assert str(told[2]).startswith("edit: step 2 of 4, ")
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_ends_its_runs_first():
     """Python would stop their threads inside of torch, which aborts the process."""
     script = """
