@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 
@@ -29,6 +30,12 @@ def pytest_report_header() -> str:
     ]
     cpu = " ".join([torch.backends.cpu.get_cpu_capability(), *limits])
     return f"torch {torch.__version__}, CPU capability {cpu}, {torch.get_num_threads()} threads, CUDA {HAS_CUDA}"
+
+
+def pytest_collection_finish() -> None:
+    """What was imported for all tests stays until the last: no garbage collection has to look through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)
