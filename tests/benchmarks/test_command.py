@@ -80,6 +80,7 @@ def test_going_on_needs_the_rows(capsys):
     assert "--resume needs --json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_whole_edit_is_judged_by_its_first_step(monkeypatch):
     pytest.importorskip("diffusers")
     monkeypatch.setitem(measure.CACHE_BYTES, "cpu", 2**16)

@@ -359,6 +359,7 @@ def test_a_stage_that_never_stops_talking_is_over_at_its_time(tmp_path, capsys):
     os.close(hears)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_failure_and_costs_no_finding(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(SESSIONS, "smoke", (Stage("environment", 1.0, "benchmarks.gpu.stages:environment"),))
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -177,6 +177,7 @@ class TestRestore:
             assert settings is None and said in status.replace("&#x27;", "'"), status
             assert str(tmp_path) not in status
 
+    @pytest.mark.slow
     def test_a_model_that_was_named_from_where_the_server_began(self, tiny_folder, tmp_path, values, monkeypatch):
         """A record has its whole path; the page calls it as the command line did."""
         monkeypatch.chdir(Path(tiny_folder).parent)

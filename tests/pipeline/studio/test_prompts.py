@@ -65,6 +65,7 @@ def test_the_command_asks_for_the_same(settings, monkeypatch):
     assert asked == [settings]
 
 
+@pytest.mark.slow
 def test_the_python_makes_the_same_pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tiny_model_folder(tmp_path / "tiny")

@@ -101,6 +101,7 @@ def test_without_gradio_it_says_how_to_get_it(monkeypatch, tmp_path, capsys):
     assert "pip install 'fpe-kernels[app]'" in one_error(capsys)
 
 
+@pytest.mark.slow
 def test_a_picture_of_another_kind_of_model_brings_what_that_one_offers(tmp_path):
     """Gradio refuses the values of fields that do not offer them."""
     from fpe_pipeline.studio.page import build
