@@ -116,8 +116,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for name, row in named:
         row = row if isinstance(row, Mapping) else {_NOT_A_ROW: f"expected names with values, got {row!r}"}
         if str(row.get("is_test", "True")) == "True":
-            given = (row.get(spelling) for spelling in _SPELLINGS["name"])
-            yield name or str(next((one for one in given if one not in (None, "")), "")), row
+            names = (row.get(spelling) for spelling in _SPELLINGS["name"])
+            yield name or str(next((one for one in names if one not in (None, "")), "")), row
 
 
 def _named_once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -29,7 +29,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import InputError
 
-__all__ = ["fitted_size", "load_image", "to_tensor"]
+__all__ = ["fitted_size", "load_image", "to_tensor", "upright_size"]
 
 # Pillow's own bound against files that unpack to more memory than a machine has.
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)
@@ -50,6 +50,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = (5, 6, 7, 8)
 
 
 def load_image(
@@ -139,15 +140,24 @@ def _decoding(name: str) -> Iterator[None]:
         raise InputError(f"{name} is damaged: {reason}; save it again from the original") from error
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) as a picture is shown; a camera may store it on its side."""
+    return image.size[::-1] if _orientation(image) in _ON_ITS_SIDE else image.size
+
+
+def _orientation(image: Image.Image) -> Any:
+    """By EXIF's number, how a picture that is opened is yet to be turned."""
+    if image.format == "TIFF":  # which Pillow turns itself while it unpacks, and then forgets the orientation
+        image.load()
+    return image.getexif().get(0x0112, 1)
+
+
 def _fit(image: Image.Image, size: tuple[int | None, int | None], multiple: int, pixels: int, name: str) -> Image.Image:
     if 0 in image.size:
         raise InputError(f"{name} has no pixels: its size is {image.width}x{image.height}")
     with _decoding(name):
-        if image.format == "TIFF":  # which Pillow turns itself while it unpacks, and then forgets the orientation
-            image.load()
-        orientation = image.getexif().get(0x0112, 1)
-        on_its_side = orientation in (5, 6, 7, 8)
-        shown = image.size[::-1] if on_its_side else image.size
+        orientation = _orientation(image)
+        on_its_side, shown = orientation in _ON_ITS_SIDE, upright_size(image)
         across, down = fitted_size(shown, size, multiple, pixels)
         # A JPEG can be unpacked at a half, a quarter or an eighth of its size, which is all that scaling needs.
         scale = 2 * max(across / shown[0], down / shown[1])

@@ -29,7 +29,7 @@ from PIL import Image
 
 from ...embedded.scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS
 from ...errors import InputError
-from ...images.load import load_image
+from ...images.load import load_image, upright_size
 from ...texts import check_text
 from .subjects import Subject
 from .tally import ALL
@@ -156,12 +156,8 @@ def _has(words: list[str], phrase: str) -> bool:
 
 
 def _upright_size(path: Path) -> tuple[int, int]:
-    """(width, height) as the picture is shown; a camera may store it on its side."""
     with Image.open(path) as image:
-        if image.format == "TIFF":  # which Pillow turns itself while it unpacks
-            image.load()
-        on_its_side = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return (image.height, image.width) if on_its_side else image.size
+        return upright_size(image)
 
 
 def _scene(words: list[str]) -> tuple[str, str, str] | None:
