@@ -254,7 +254,7 @@ class FreePromptQwenImagePipeline(FlowEditing, QwenImagePipeline):
 
     Made by ``FreePromptPipeline.from_pipe(pipe)`` of a pipeline of diffusers; loads, saves and offloads as that does.
     Used as `FreePromptSD3Pipeline`; it guides where ``negative_prompt`` is passed, by ``true_cfg_scale``. Recordings
-    are refused with the reason.
+    serve edits that take image tokens of the source.
     """
 
     parent = QwenImagePipeline
@@ -266,8 +266,8 @@ class FreePromptChromaPipeline(FlowEditing, ChromaPipeline):
     """Edit an image, generated or real, into target prompts, on Chroma.
 
     Made by ``FreePromptPipeline.from_pipe(pipe)`` of a pipeline of diffusers; loads, saves and offloads as that does.
-    Used as `FreePromptSD3Pipeline`; an inversion that is guided is so by the empty prompt. Recordings are refused with
-    the reason.
+    Used as `FreePromptSD3Pipeline`; an inversion that is guided is so by the empty prompt. Recordings serve edits that
+    take image tokens of the source.
     """
 
     parent = ChromaPipeline

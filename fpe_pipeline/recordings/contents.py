@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
@@ -19,8 +19,10 @@ from ..session.instructions import Order, make_orders
 from .keys import Contents, Part
 from .precision import Precision, packed_bytes
 
-__all__ = ["check_held", "contents_bytes", "recorded_steps", "source_needs"]
+__all__ = ["Words", "check_held", "contents_bytes", "recorded_steps", "source_needs"]
 
+#: Of a source's text tokens in joint attention: it is known which words they are, or not, or they are not recorded.
+Words = Literal["placed", "unplaced", "left out"]
 _MAP = frozenset({"query", "key", "logsumexp"})
 
 
@@ -46,7 +48,7 @@ def source_needs(
     targets: int | None = None,
     guided: bool,
     apart: bool = False,
-    places_words: bool = True,
+    words: Words = "placed",
 ) -> Contents:
     """What edits need of their source beside a batch of targets.
 
@@ -57,10 +59,10 @@ def source_needs(
         targets: how many; default: those that an edit is written for, else one.
         guided: whether there are unconditional rows.
         apart: whether those are in a call of their own.
-        places_words: whether it is known which text tokens of joint attention are which words of the source.
+        words: what is known of the source's text tokens in joint attention.
 
     Raises:
-        ValueError: an edit that reads the heat of words in joint attention.
+        ValueError: an edit that reads the heat of words in joint attention, or text tokens where they are left out.
         Lacking: one that places words there, where they are not known.
     """
     found: dict[str, dict[Part, set[int]]] = {}
@@ -68,14 +70,14 @@ def source_needs(
         count = targets or max(1, len(prompts_of(edit)) - 1)
         roles = BatchRoles.from_recording(count, classifier_free_guidance=guided and not apart)
         for rows in (roles, roles.all_unconditional()) if guided and apart else (roles,):
-            for read in _reads(edit, sites, steps, rows, places_words):
+            for read in _reads(edit, sites, steps, rows, words):
                 part = Part(rows.conditional[read.row], read.name)
                 found.setdefault(read.path, {}).setdefault(part, set()).add(read.step)
     return {path: {part: tuple(sorted(at)) for part, at in parts.items()} for path, parts in found.items()}
 
 
 def _reads(
-    edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: BatchRoles, places_words: bool
+    edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: BatchRoles, words: Words
 ) -> Iterator[_Read]:
     """Everything that is read of rows beside the batch."""
     running, place = begun(edit), Place(Placement(), torch.device("cpu"), torch.float64)
@@ -87,7 +89,7 @@ def _reads(
         orders = make_orders(chosen if active else (), watching, step, roles, "auto", place)
         for path, order in orders.items():
             if order.site.is_joint:
-                _check_words(edit, order, places_words)
+                _check_words(edit, order, words)
             for row, parts in order.plan.reads.items():
                 # A product names rows of text too where the layer has none.
                 held = (name for name in parts if order.site.kind != "image" or not name.startswith("text-"))
@@ -99,15 +101,23 @@ def _reads(
             yield from (_Read(path, row, "feature", index) for row in sources.values() if row >= roles.batch)
 
 
-def _check_words(edit: Edit, order: Order, places_words: bool) -> None:
+def _check_words(edit: Edit, order: Order, words: Words) -> None:
     """Refuse an edit of joint attention that takes of the source's words what a recording does not have.
 
-    How much the source's image looks at a word is a product of its whole map, which no row of the batch computes; and
-    words are placed among the tokens of several text encoders, of which recordings of an earlier version say nothing.
+    How much the source's image looks at a word is a product of its whole map, which no row of the batch computes. Text
+    tokens of a number of their own would have to be padded and masked beside those of other prompts. And words are
+    placed among the tokens of several text encoders, of which recordings of an earlier version say nothing.
     """
     heat = bool(order.columns or order.maps)
+    texts = any(part.startswith("text-") for parts in order.plan.reads.values() for part in parts)
+    if texts and words == "left out" and order.site.kind != "image":
+        raise ValueError(
+            f"{type(edit).__name__} takes text tokens of the source, which a recording does not hold on models whose "
+            "texts end where they end (Qwen-Image) or are masked there (Chroma): run source and targets together, "
+            "pipe(source, targets, edit=…)"
+        )
     mixes = isinstance(order.plan, JointPlan) and any(term.mixing is not None for term in order.plan.products)
-    if not heat and (places_words or not mixes or not prompts_of(edit)):
+    if not heat and (words != "unplaced" or not mixes or not prompts_of(edit)):
         return
     reading = [type(part).__name__ for part in parts_of(edit) if prompts_of(part)] or [type(edit).__name__]
     if heat:

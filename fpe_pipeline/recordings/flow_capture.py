@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -102,7 +103,7 @@ def _rounded(layer: JointLayer, kept: Mapping[int, Packed]) -> JointLayer:
         return SegmentProjections(*parts)
 
     text = None if layer.text is None else segment("text", layer.text)
-    return JointLayer(segment("image", layer.image), text, layer.scale, layer.backend)
+    return replace(layer, image=segment("image", layer.image), text=text)
 
 
 def _whole(rows: JointOutput, row: int) -> torch.Tensor:

@@ -30,14 +30,14 @@ from ..sampling.noise_schedule import NoiseSchedule
 from ..sampling.step_end import Call
 from ..session.finite import check_latents
 from ..texts import check_text, print_text
-from .contents import recorded_steps, source_needs
+from .contents import Words, recorded_steps, source_needs
 from .fingerprint import fingerprint
 from .flow_capture import JointCapture, joint_bytes
 from .plan import KeptLatents, Plan, new_store
 from .precision import Precision
 from .record_request import check_placement
 from .recording import Recording
-from .requirements import check_padded
+from .requirements import check_places
 from .store import MapStore
 
 __all__ = ["flow_sites", "record_flow"]
@@ -82,22 +82,24 @@ def record_flow(
         latents: the noise to start from, of one row.
         backend: attention backend.
         **options: `generator`, `height`, `width`, `num_inference_steps`, `guidance_scale`, `negative_prompt`,
-            `true_cfg_scale` (of FLUX.1, beside a negative prompt) and `max_sequence_length`, as in a call.
+            `true_cfg_scale` (of FLUX.1 and Qwen-Image, beside a negative prompt) and `max_sequence_length`, as in a
+            call.
 
     Returns:
         `Recording`; one in a folder is read again by `Recording.load`.
 
     Raises:
-        TypeError: an unknown option.
+        TypeError: an unknown option; a model whose image tokens are turned by the length of their text (Z-Image).
         ValueError: a scheduler that draws noise in each step, a budget that is too small, layers that match nothing, an
-            edit that is written for another source or reads the heat of words; before any denoising. Values that do not
+            edit that is written for another source, reads the heat of words or takes the source's text tokens where
+            they are masked or of a number of their own (Qwen-Image, Chroma); before any denoising. Values that do not
             fit a reduced precision.
         InputError: a folder that is not empty or cannot be written.
     """
-    check_option_names(options, _OWN, _OPTIONS | (pipe.parent_options() & {"true_cfg_scale"}))
-    check_generator(options.get("generator"))
     model = pipe.flow()
-    check_padded(model)
+    check_option_names(options, _OWN, _options(model))
+    check_generator(options.get("generator"))
+    check_places(model)
     if precision not in ("exact", "half"):
         raise ValueError(f"precision must be exact or half for layers of joint attention, got {precision!r}")
     require_flow(model.pipe.scheduler, "a recording")
@@ -120,7 +122,13 @@ def record_flow(
     plan.check_budget(budget_bytes, "record fewer steps (self_replace_steps) or layers (layers), pass precision='half'")
     if not pipe.progress_is_hidden:
         print_text(f"recording: {plan.told}, placed on {placement}", sys.stderr)
-    return _run(pipe, source, plan, new_store(placement, plan.noise.device), precision, backend)
+    return _run(pipe, model, source, plan, new_store(placement, plan.noise.device), precision, backend)
+
+
+def _options(model: FlowModel) -> frozenset[str]:
+    """Arguments of a call that a recording takes."""
+    left_out = frozenset() if model.takes_guidance else {"guidance_scale"}
+    return (_OPTIONS - left_out) | (frozenset({"true_cfg_scale"}) if model.is_truly_guided else frozenset())
 
 
 @dataclass(frozen=True)
@@ -149,21 +157,22 @@ def _source(pipe: Any, model: FlowModel, prompt: Any, inversion: Inversion | Non
         if not isinstance(text, str) and (name, text) != ("negative", None):
             raise TypeError(f"expected one {name} prompt, got {type(text).__name__}")
         check_text(f"the {name} prompt", text or "")
-    guidance = options.get("guidance_scale", pipeline_default(pipe, "guidance_scale"))
+    guidance = options.get("guidance_scale", pipeline_default(pipe, "guidance_scale")) if model.takes_guidance else 1.0
     steps = options.get("num_inference_steps", pipeline_default(pipe, "num_inference_steps"))
     check_guidance(guidance)
     check_positive(num_inference_steps=steps)
     text_length = options.get("max_sequence_length", model.text_length)
     true = None
-    if model.is_packed:  # FLUX.1 takes the guidance itself; a second one, by a negative prompt, makes a second call
+    if model.is_truly_guided:  # by a second call; what FLUX.1 is told of guidance is one thing more
         true = options.get("true_cfg_scale", pipeline_default(pipe, "true_cfg_scale"))
         check_guidance(true)
         is_guided = negative is not None and true > 1
-        if (negative is not None or true > 1) and not is_guided:
+        if not is_guided and (negative is not None or ("true_cfg_scale" in options and true > 1)):
             raise ValueError(
-                "on FLUX.1 a negative prompt guides together with true_cfg_scale above 1, got "
+                f"on {pipe.parent.__name__} a negative prompt guides together with true_cfg_scale above 1, got "
                 f"negative_prompt={negative!r} and true_cfg_scale={true:g}: pass both, or leave both out"
             )
+        true = true if is_guided else 1.0
     else:
         is_guided = guidance > 1
     return _Source(prompt, negative, guidance, int(steps), text_length, is_guided, inversion, true)
@@ -193,7 +202,8 @@ def _plan(
     noise, size = start
     model.set_timesteps(source.steps, size)
     sites, run = flow_sites(model, size), run_steps(model.pipe.scheduler)
-    contents = source_needs(edits, sites, run, guided=source.is_guided, apart=model.is_packed)
+    words: Words = "placed" if model.is_padded else "left out"
+    contents = source_needs(edits, sites, run, guided=source.is_guided, apart=model.is_packed, words=words)
     config, itemsize = model.pipe.transformer.config, noise.element_size()
     tokens = model.text_tokens(source.text_length)
     by_path = {site.path: site for site in sites}
@@ -205,7 +215,13 @@ def _plan(
 
 
 def _run(
-    pipe: FlowSampling, source: _Source, plan: Plan, store: MapStore, precision: Precision, backend: str
+    pipe: FlowSampling,
+    model: FlowModel,
+    source: _Source,
+    plan: Plan,
+    store: MapStore,
+    precision: Precision,
+    backend: str,
 ) -> Recording:
     """Denoise the source and keep what is planned of it."""
     kept = KeptLatents([plan.noise])
@@ -213,17 +229,18 @@ def _run(
         "prompt": [source.prompt],
         **dict(zip(("height", "width"), plan.size or (), strict=True)),
         "num_inference_steps": source.steps,
-        "guidance_scale": source.guidance_scale,
         "max_sequence_length": source.text_length,
         "latents": plan.noise,
         "callback_on_step_end": kept,
         "output_type": "latent",
     }
+    if model.takes_guidance:
+        arguments["guidance_scale"] = source.guidance_scale
     if source.negative_prompt is not None:
         arguments["negative_prompt"] = [source.negative_prompt]
     if source.true_cfg_scale is not None:
         arguments["true_cfg_scale"] = source.true_cfg_scale
-    call, model = Call(1, 1), fingerprint(pipe)
+    call, weights = Call(1, 1), fingerprint(pipe)
     followed = Followed.of(pipe, call, source.inversion)
     with store.all_or_nothing():
         capture = JointCapture(pipe, plan.contents, store, precision, backend)
@@ -235,10 +252,10 @@ def _run(
             store,
             negative_prompt=source.negative_prompt,
             true_cfg_scale=source.true_cfg_scale,
-            model=model,
+            model=weights,
             precision=precision,
             error=capture.error,
             size=plan.size,
             text_length=source.text_length,
-            source_text=capture.source_text,
+            source_text=capture.source_text if model.is_padded else {},
         )

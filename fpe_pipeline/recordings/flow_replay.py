@@ -16,11 +16,12 @@ from ..sampling.flow_models import FlowModel
 from ..sampling.flow_sampling import FlowSampling, guidance_of_rows
 from ..sampling.output import FreePromptPipelineOutput
 from ..sampling.step_end import Call
+from .contents import Words
 from .fingerprint import fingerprint
 from .recording import Recording
 from .replay import Replay
 from .replay_request import loaded_recording, replayed_edit, replayed_output, target_list
-from .requirements import check_padded
+from .requirements import check_places
 
 __all__ = ["edit_flow"]
 
@@ -55,31 +56,32 @@ def edit_flow(
 
     Raises:
         ValueError: a recording of another model or schedule, one that lacks what the edit needs, an edit that is
-            written for other prompts or reads the heat of words, a guidance that the model is not told (SD3); before
-            any denoising.
+            written for other prompts, reads the heat of words or takes text tokens that are not recorded, a guidance
+            that the model is not told (all but FLUX.1 dev); before any denoising.
         InputError: a folder, or a file of it, that is not what was recorded.
     """
     targets, recording = target_list(target_prompt), loaded_recording(recording)
     model = pipe.flow()
-    check_padded(model)
+    check_places(model)
     guided_rows = _guided(pipe, model, guidance_scale, len(targets))
     size, text_length = _check_recording(model, recording)
     chosen = replayed_edit(recording, edit, self_replace_steps, targets, encoding_tokenizer(pipe))
-    true = recording.true_cfg_scale or 0.0
-    guided = true > 1 if model.is_packed else recording.guidance_scale > 1
+    guided = (recording.true_cfg_scale or 0.0 if model.is_truly_guided else recording.guidance_scale) > 1
+    words: Words = ("placed" if recording.source_text else "unplaced") if model.is_padded else "left out"
     grid = (size[0] // model.pipe.vae_scale_factor, size[1] // model.pipe.vae_scale_factor)
-    replay = Replay(pipe, chosen, recording, len(targets), guided, backend, grid)
+    replay = Replay(pipe, chosen, recording, len(targets), guided, backend, grid, words)
     noise = recording.latents[0]
     arguments = {
         "prompt": targets,
         "height": size[0],
         "width": size[1],
         "num_inference_steps": recording.steps,
-        "guidance_scale": recording.guidance_scale,
         "max_sequence_length": text_length,
         "latents": torch.cat([noise] * len(targets)),
         "output_type": output_type,
     }
+    if model.takes_guidance:
+        arguments["guidance_scale"] = recording.guidance_scale
     if recording.negative_prompt is not None:
         arguments["negative_prompt"] = [recording.negative_prompt] * len(targets)
     if recording.true_cfg_scale is not None:
@@ -95,7 +97,7 @@ def _guided(
     """What tells the model the guidance of each target's row."""
     if scales is None:
         return nullcontext()
-    if not model.is_packed:
+    if not model.pipe.transformer.config.get("guidance_embeds"):
         raise ValueError(
             "the guidance of an edit from a recording is the recording's, of both halves of the batch: leave "
             "guidance_scale out, or record with another one"

@@ -17,6 +17,7 @@ Free-Prompt-Editing on a transformer                     image queries and keys;
 Prompt-to-Prompt and ReFlex on a transformer             image queries and keys, text keys, the source's tokens
 MasaCtrl, as Stable Flow, on a transformer               image keys and values, of the unconditional row too
 value injection                                          values of image and text, of the unconditional row too
+all of these on Qwen-Image and Chroma                    image tokens; those that take text tokens are refused
 sums of these, edits of your own                         what they name of the source's rows
 =======================================================  ==========================================================
 """
@@ -59,9 +60,9 @@ class Recording:
         window: (first, last) step, as fractions of the run, of the plain `FreePromptEdit` that it was made for; None
             where it was made for others alone.
         paths: the layers of that edit.
-        latents: [steps + 1, 1, C, h, w], from the noise that all start from to the source's last latent; of FLUX.1
-            packed, as [steps + 1, 1, tokens, 4 · C], and with solvers that call the model between steps one a call:
-            those at the end of a step where the call ends one.
+        latents: [steps + 1, 1, C, h, w], from the noise that all start from to the source's last latent; of FLUX.1,
+            Qwen-Image and Chroma packed, as [steps + 1, 1, tokens, 4 · C], and with solvers that call the model between
+            steps one a call: those at the end of a step where the call ends one.
         model: fingerprint of the weights and configurations that made it.
         precision: "exact", "half" or "int8-keys".
         error: largest relative error, over all recorded layers and steps, that the precision makes in the source's own
@@ -70,9 +71,9 @@ class Recording:
         unconditional: [steps, 1, tokens, channels], the embeddings of a null-text inversion, or None.
         size: (height, width) in pixels, on a transformer; None on a UNet, whose latents say it.
         text_length: tokens of T5, on a transformer.
-        true_cfg_scale: of FLUX.1, beside a negative prompt.
-        source_text: on a transformer, what its text encoders received, by part of the text; empty in recordings of an
-            earlier version, which serve no edit that places words.
+        true_cfg_scale: of FLUX.1 and Qwen-Image, beside a negative prompt.
+        source_text: on Stable Diffusion 3 and FLUX.1, what the text encoders received, by part of the text; empty in
+            recordings of an earlier version, which serve no edit that places words.
     """
 
     prompt: str

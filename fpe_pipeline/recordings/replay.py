@@ -15,7 +15,7 @@ from ..models.steps import Step, run_steps
 from ..prompts.encoding import Encoding
 from ..session.known_rows import Packed, RecordedLayer, unpack
 from ..session.session import EditingSession
-from .contents import check_held, source_needs
+from .contents import Words, check_held, source_needs
 from .keys import Contents, Part, TensorKey
 from .recording import Recording
 from .requirements import UNWATCHED
@@ -35,6 +35,7 @@ class Replay(EditingSession):
         guided: whether there are unconditional rows; in a call of their own where the model's pipeline guides so.
         backend: of the attention.
         size: (height, width) of the latents, where they are packed; default: what their shape says.
+        words: what the recording knows of the source's text tokens in joint attention.
 
     Attributes:
         needed: what the edit takes of the source.
@@ -54,6 +55,7 @@ class Replay(EditingSession):
         guided: bool,
         backend: str,
         size: tuple[int, int] | None = None,
+        words: Words = "placed",
     ) -> None:
         super().__init__(pipe, edit, backend=backend)
         self._recording = recording
@@ -64,10 +66,9 @@ class Replay(EditingSession):
         self._device = latents.device
         sites = tuple(site.at(*(size or latents.shape[-2:])) for site in self.sites)
         run = run_steps(pipe.scheduler)
-        placing = bool(recording.source_text)
 
         def needs(of: Edit) -> Contents:
-            return source_needs([of], sites, run, targets=targets, guided=guided, apart=apart, places_words=placing)
+            return source_needs([of], sites, run, targets=targets, guided=guided, apart=apart, words=words)
 
         self._needs = needs
         self.needed = needs(edit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["UNWATCHED", "check_deterministic", "check_padded", "is_guided"]
+__all__ = ["UNWATCHED", "check_deterministic", "check_places", "is_guided"]
 
 #: Why a session of a recording has no watchers.
 UNWATCHED = (
@@ -29,11 +29,11 @@ def check_deterministic(scheduler: Any) -> None:
         )
 
 
-def check_padded(model: Any) -> None:
-    """Raise TypeError for a model whose texts have tokens of their own number, of which a recording knows nothing."""
-    if not model.is_padded:
+def check_places(model: Any) -> None:
+    """Raise TypeError for a model in which a recording's image tokens fit beside texts of their own length alone."""
+    if model.places_by_text:
         raise TypeError(
-            "recordings hold tokens beside texts of one length (Stable Diffusion 3, FLUX.1), got "
-            f"{type(model.pipe).__name__}, whose texts end where they end, or are masked there: run source and targets "
-            "together"
+            "recordings hold image tokens that any text can stand beside (Stable Diffusion 3, FLUX.1, Qwen-Image, "
+            f"Chroma), got {type(model.pipe).__name__}, whose image tokens are turned by the length of their text: run "
+            "source and targets together, pipe(source, targets, edit=…)"
         )

@@ -60,6 +60,7 @@ class _FluxVelocity(Velocity):
 
 class _Flux(FlowModel):
     is_packed = True
+    is_truly_guided = True
 
     @property
     def multiple(self) -> int:
@@ -104,6 +105,7 @@ class _Flux(FlowModel):
 
 class _Qwen(_Flux):
     is_padded = False
+    takes_guidance = False
 
     @property
     def latent_channels(self) -> int:
@@ -135,6 +137,7 @@ class _Qwen(_Flux):
 
 class _Chroma(_Flux):
     is_padded = False
+    is_truly_guided = False
 
     def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
         guided = guidance_scale > 1
@@ -187,6 +190,7 @@ class _ZImageVelocity(Velocity):
 
 class _ZImage(FlowModel):
     is_padded = False
+    places_by_text = True
 
     @property
     def native_size(self) -> tuple[int, int]:

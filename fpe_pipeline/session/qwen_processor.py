@@ -50,7 +50,7 @@ class EditQwenProcessor(DispatchedAround):
         assert encoder_hidden_states is not None
         places = (None, None) if image_rotary_emb is None else image_rotary_emb
         layer = JointLayer(
-            _project(attn, plan, "image", hidden_states, places[0]),
+            _project(attn, plan, "image", hidden_states, places[0]).beside("image", order.recorded),
             _project(attn, plan, "text", encoder_hidden_states, places[1]),
             (attn.inner_dim // attn.heads) ** -0.5,
             order.backend,
@@ -74,7 +74,12 @@ def _project(attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, pla
     norm_q, norm_k = (attn.norm_q, attn.norm_k) if segment == "image" else (attn.norm_added_q, attn.norm_added_k)
     query, key = (query if norm_q is None else norm_q(query)), (key if norm_k is None else norm_k(key))
     if places is not None:
-        query, key = (apply_rotary_emb_qwen(part, places, use_real=False) for part in (query, key))
+        query, key = (_turned(part, places) for part in (query, key))
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm returns a wider type
     parts = zip((query, key, value), used, strict=True)
     return SegmentProjections(*(Rows(part.transpose(1, 2), rows) for part, rows in parts))
+
+
+def _turned(part: torch.Tensor, places: Any) -> torch.Tensor:
+    """Queries or keys [rows, N, H, D] turned by their places; of no rows where all are known from a recording."""
+    return apply_rotary_emb_qwen(part, places, use_real=False) if part.shape[0] else part

@@ -222,10 +222,6 @@ def test_saved_models_load_in_diffusers_and_here(tiny, family, tmp_path):
 
 
 class TestRefusals:
-    def test_recordings(self, tiny):
-        with pytest.raises(TypeError, match=r"hold tokens beside texts of one length .* or are masked there"):
-            tiny.record(SOURCE)
-
     def test_a_source_that_is_dropped(self, tiny):
         with pytest.raises(ValueError, match="cannot drop the source's rows"):
             tiny(SOURCE, TARGET, keep_source=False)

@@ -103,10 +103,6 @@ def test_pictures_and_files(stock, tiny, photo, tmp_path):
 
 
 class TestRefusals:
-    def test_recordings(self, tiny):
-        with pytest.raises(TypeError, match=r"hold tokens beside texts of one length .* whose texts end"):
-            tiny.record(SOURCE)
-
     def test_guided_inversions(self, tiny, photo):
         with pytest.raises(ValueError, match="an inversion has none of, got guidance_scale=3: leave it at 1"):
             tiny.invert(photo, SOURCE, guidance_scale=3.0, num_inference_steps=2, **SIZE)

@@ -1,0 +1,171 @@
+"""Recordings on models whose texts are masked or end where they end: image tokens alone, and what that refuses."""
+
+import pytest
+import torch
+from PIL import Image
+
+from fpe_pipeline import (
+    ConsistEdit,
+    FreePromptEdit,
+    FreePromptPipeline,
+    KVEdit,
+    MasaCtrlEdit,
+    PromptToPromptEdit,
+    Recording,
+    ReFlexEdit,
+    ValueInjectionEdit,
+    WordMask,
+)
+from fpe_pipeline.errors import Lacking
+from fpe_pipeline.recordings.keys import Part
+from tests.support.dense_rows import wide
+from tests.support.flow_pipelines import distance, solving
+from tests.support.slow_cases import few
+from tests.support.tiny_chroma import tiny_chroma_pipeline
+from tests.support.tiny_language import tiny_qwen_that_reads
+from tests.support.tiny_transformers import tiny_vae
+from tests.support.tiny_z_image import tiny_z_image_that_reads
+
+SOURCE = "a photo of a red car on a mountain"
+TARGETS = ["a big dog", "a photo of a big dog on a house in winter"]  # of other lengths than the source
+SIZE = {"height": 48, "width": 80}
+EXACT = {"Qwen-Image": 1e-8, "Chroma": 1e-6}  # diffusers turns queries and keys of Chroma in float32
+FAMILIES = list(EXACT)
+GUIDED = {
+    "Qwen-Image": {"negative_prompt": "a drawing", "true_cfg_scale": 3.0},
+    "Chroma": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
+}
+UNGUIDED = {"Qwen-Image": {}, "Chroma": {"guidance_scale": 1.0}}
+WHITE = Image.new("L", (80, 48), 255)
+EDITS = {
+    "image maps": FreePromptEdit(0.5),
+    "both halves": FreePromptEdit((0.25, 1.0), both_halves=True),
+    "softly": FreePromptEdit(0.5, strength=0.4),
+    "keys and values": MasaCtrlEdit(1, layers=range(1, 3)),
+    "consistedit": ConsistEdit(0.5, layers=range(1, 3)),
+    "kv-edit": KVEdit(mask=Image.linear_gradient("L").resize((80, 48)).point(lambda level: 255 * (level > 127))),
+}
+
+
+@pytest.fixture(autouse=True)
+def _wide():
+    with wide():
+        yield
+
+
+@pytest.fixture(scope="module")
+def pipes(pipe):
+    made = {}
+    for family, stock in {"Qwen-Image": tiny_qwen_that_reads(), "Chroma": tiny_chroma_pipeline(pipe)}.items():
+        made[family] = tiny = FreePromptPipeline.from_pipe(stock)
+        if family == "Qwen-Image":  # of the tiny tokenizer
+            tiny.prompt_template_encode_start_idx = stock.prompt_template_encode_start_idx
+        tiny.set_progress_bar_config(disable=True)
+    return {family: solving(tiny, "euler") for family, tiny in made.items()}
+
+
+def run(**options):
+    return {
+        "num_inference_steps": 3,
+        "max_sequence_length": 40,
+        "generator": torch.Generator().manual_seed(2),
+        **SIZE,
+        **options,
+    }
+
+
+def edited(tiny, recording, edit=None):
+    return tiny.edit(recording, TARGETS, edit=edit, output_type="latent")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("edit", few(EDITS, "both halves", "kv-edit"))
+@pytest.mark.parametrize("guided", few({"guided": True, "unguided": False}, "guided"))
+def test_edits_are_those_of_full_runs(pipes, family, edit, guided, tmp_path):
+    tiny, options = pipes[family], (GUIDED if guided else UNGUIDED)[family]
+    full = tiny(SOURCE, TARGETS, edit=edit, output_type="latent", **run(**options))
+    recording = tiny.record(SOURCE, edit=edit, placement=tmp_path / "kept", **run(**options))
+    replayed = edited(tiny, Recording.load(tmp_path / "kept"), edit)
+    assert distance(replayed.images, full.images[1:]) <= EXACT[family]
+    assert distance(recording.latents[-1], full.images[:1]) <= EXACT[family]
+    alone = tiny(TARGETS[0], output_type="latent", **run(**options)).source
+    assert distance(replayed.images[:1], alone) > 1e-4  # and the edit does something
+    assert set(replayed.report.replayed) == set(recording.contents)
+    assert {part.name.split("-")[0] for parts in recording.contents.values() for part in parts} == {"image"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_kept(pipes, family):
+    """Queries and keys of image tokens, of the step that is replaced; guidance is by a call of its own."""
+    tiny = pipes[family]
+    recording = tiny.record(SOURCE, self_replace_steps=1 / 3, **run(**GUIDED[family]))
+    kept = {Part(True, "image-query"): (0,), Part(True, "image-key"): (0,)}
+    assert all(dict(parts) == kept for parts in recording.contents.values()) and not recording.source_text
+    both = tiny.record(SOURCE, edit=FreePromptEdit(1 / 3, both_halves=True), **run(**GUIDED[family]))
+    latents = recording.latents.nbytes
+    assert both.nbytes - latents == 2 * (recording.nbytes - latents)
+
+
+@pytest.mark.parametrize("family", few(FAMILIES, "Qwen-Image"))
+def test_half_precision_says_what_it_costs(pipes, family):
+    tiny = pipes[family]
+    exact, half = (
+        tiny.record(SOURCE, self_replace_steps=1.0, precision=precision, **run(**GUIDED[family]))
+        for precision in ("exact", "half")
+    )
+    assert exact.error == 0 < half.error < 1e-2
+    latents = exact.latents.nbytes
+    assert half.nbytes - latents == (exact.nbytes - latents) // 4  # of the tests' float64
+    apart = distance(edited(tiny, half).images, edited(tiny, exact).images)
+    assert 0 < apart < 0.1
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda tokenizer: FreePromptEdit(0.5, scope="joint"),
+            lambda tokenizer: ValueInjectionEdit(0.5, layers=[1]),
+            lambda tokenizer: PromptToPromptEdit([SOURCE, TARGETS[1]], tokenizer, align="refine"),
+            lambda tokenizer: ReFlexEdit([SOURCE, TARGETS[1]], tokenizer, layers=[1]),
+        ],
+        ids=["whole maps", "values of text", "words", "blocks of the map"],
+    )
+    def test_text_tokens_of_the_source(self, pipes, family, make):
+        tiny = pipes[family]
+        edit = make(tiny.tokenizer)
+        with pytest.raises(ValueError, match=f"{type(edit).__name__} takes text tokens of the source, which .* not"):
+            tiny.record(SOURCE, edit=edit, **run())
+        recording = tiny.record(SOURCE, self_replace_steps=1 / 3, **run())
+        with pytest.raises(ValueError, match="takes text tokens of the source"):
+            tiny.edit(recording, TARGETS[1], edit=edit)
+
+    def test_heat_of_words(self, pipes):
+        tiny = pipes["Qwen-Image"]
+        edit = FreePromptEdit(0.5, mask=WordMask(SOURCE, "car", tiny.tokenizer))
+        with pytest.raises(ValueError, match="how much images look at words"):
+            tiny.record(SOURCE, edit=edit, **run())
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_more_than_was_recorded(self, pipes, family):
+        tiny = pipes[family]
+        recording = tiny.record(SOURCE, self_replace_steps=1 / 3, **run(**UNGUIDED[family]))
+        with pytest.raises(Lacking, match="image-query"):
+            edited(tiny, recording, FreePromptEdit(1.0))
+        with pytest.raises(ValueError, match="is the recording's, of both halves"):
+            tiny.edit(recording, TARGETS, guidance_scale=4.0)
+
+    def test_guidance_that_does_nothing(self, pipes):
+        qwen = pipes["Qwen-Image"]
+        with pytest.raises(ValueError, match=r"on QwenImagePipeline a negative prompt guides together .*=3: pass both"):
+            qwen.record(SOURCE, **run(true_cfg_scale=3.0))
+        with pytest.raises(ValueError, match="'a drawing' and true_cfg_scale=1: pass both"):
+            qwen.record(SOURCE, **run(negative_prompt="a drawing", true_cfg_scale=1.0))
+        with pytest.raises(TypeError, match="guidance_scale"):
+            qwen.record(SOURCE, **run(guidance_scale=3.0))
+
+    def test_image_tokens_that_are_turned_by_their_text(self):
+        tiny = FreePromptPipeline.from_pipe(tiny_z_image_that_reads(vae=tiny_vae().double()))
+        with pytest.raises(TypeError, match="ZImagePipeline, whose image tokens are turned by the length of their"):
+            tiny.record(SOURCE)
