@@ -202,8 +202,8 @@ def _plan(
     noise, size = start
     model.set_timesteps(source.steps, size)
     sites, run = flow_sites(model, size), run_steps(model.pipe.scheduler)
-    words: Words = "placed" if model.is_padded else "left out"
-    contents = source_needs(edits, sites, run, guided=source.is_guided, apart=model.is_packed, words=words)
+    texts: Words = "placed" if model.is_padded else "left out"
+    contents = source_needs(edits, sites, run, guided=source.is_guided, apart=model.is_packed, words=texts)
     config, itemsize = model.pipe.transformer.config, noise.element_size()
     tokens = model.text_tokens(source.text_length)
     by_path = {site.path: site for site in sites}
