@@ -17,6 +17,8 @@ Part = Literal["query", "key", "value"]
 Segment = Literal["image", "text"]
 PARTS: tuple[Part, ...] = get_args(Part)
 SEGMENTS: tuple[Segment, ...] = get_args(Segment)
+# What the map of image queries is made of.
+_MAP: tuple[tuple[Part, Segment], ...] = (("query", "image"), ("key", "image"), ("key", "text"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,11 +163,13 @@ class JointPlan:
         rows: of the batch.
         terms: each with its row.
         observed: rows whose own image keys and values are looked at beside the terms.
+        watched: rows after those of the batch, of which it is read how much their image looks at words.
     """
 
     rows: int
     terms: tuple[tuple[int, JointProduct], ...]
     observed: tuple[int, ...] = ()
+    watched: tuple[int, ...] = ()
 
     @property
     def products(self) -> tuple[JointProduct, ...]:
@@ -200,7 +204,8 @@ class JointPlan:
     def _named(self, part: Part, segment: Segment) -> list[int]:
         terms = self.terms if part != "query" else self.terms_of(segment)
         beside = self.observed if part != "query" and segment == "image" else ()
-        return sorted({*beside, *(row for _, term in terms for row in term.rows_of(part, segment))})
+        read = self.watched if (part, segment) in _MAP else ()
+        return sorted({*beside, *read, *(row for _, term in terms for row in term.rows_of(part, segment))})
 
     @cached_property
     def description(self) -> str:
@@ -217,6 +222,7 @@ def plan_joint_products(
     rows: int,
     recorded: int = 0,
     observed: tuple[int, ...] = (),
+    watched: tuple[int, ...] = (),
 ) -> JointPlan:
     """Arrange an edit's products; rows that it does not name keep their own map and values.
 
@@ -225,6 +231,7 @@ def plan_joint_products(
         rows: of the batch.
         recorded: rows after those of the batch, which are known from a recording.
         observed: rows of the batch whose own image keys and values are looked at as well.
+        watched: of the recorded rows, those of which it is read how much their image looks at words.
 
     Raises:
         TypeError: something else than a `JointProduct`.
@@ -246,7 +253,7 @@ def plan_joint_products(
             if not all(0 <= used < rows + recorded for used in (row, *named)):
                 raise ValueError(f"{term} for row {row} names a row outside the batch of {rows}")
             terms.append((row, term))
-    plan = JointPlan(rows, tuple(terms), observed)
+    plan = JointPlan(rows, tuple(terms), observed, watched)
     for segment in SEGMENTS:
         left_out = set(range(rows)) - {row for row, _ in plan.terms_of(segment)}
         if left_out:

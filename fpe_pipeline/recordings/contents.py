@@ -62,7 +62,7 @@ def source_needs(
         words: what is known of the source's text tokens in joint attention.
 
     Raises:
-        ValueError: an edit that reads the heat of words in joint attention, or text tokens where they are left out.
+        ValueError: an edit that takes text tokens of joint attention where they are left out.
         Lacking: one that places words there, where they are not known.
     """
     found: dict[str, dict[Part, set[int]]] = {}
@@ -89,47 +89,45 @@ def _reads(
         orders = make_orders(chosen if active else (), watching, step, roles, "auto", place)
         for path, order in orders.items():
             if order.site.is_joint:
-                _check_words(edit, order, words)
+                _check_words(edit, order, words, roles.batch)
             for row, parts in order.plan.reads.items():
                 # A product names rows of text too where the layer has none.
                 held = (name for name in parts if order.site.kind != "image" or not name.startswith("text-"))
                 yield from (_Read(path, row, name, index) for name in held)
             for row in {*order.columns, *order.maps}:
-                if row >= roles.batch:
+                if row >= roles.batch and not order.site.is_joint:
                     yield from (_Read(path, row, name, index) for name in _MAP)
         for path, sources in (features_of(running, step, roles) if active else {}).items():
             yield from (_Read(path, row, "feature", index) for row in sources.values() if row >= roles.batch)
 
 
-def _check_words(edit: Edit, order: Order, words: Words) -> None:
+def _check_words(edit: Edit, order: Order, words: Words, batch: int) -> None:
     """Refuse an edit of joint attention that takes of the source's words what a recording does not have.
 
-    How much the source's image looks at a word is a product of its whole map, which no row of the batch computes. Text
-    tokens of a number of their own would have to be padded and masked beside those of other prompts. And words are
+    Text tokens of a number of their own would have to be padded and masked beside those of other prompts. And words are
     placed among the tokens of several text encoders, of which recordings of an earlier version say nothing.
     """
-    heat = bool(order.columns or order.maps)
-    texts = any(part.startswith("text-") for parts in order.plan.reads.values() for part in parts)
-    if texts and words == "left out" and order.site.kind != "image":
+    if any(row >= batch for row in order.maps):
         raise ValueError(
-            f"{type(edit).__name__} takes text tokens of the source, which a recording does not hold on models whose "
+            f"{type(edit).__name__} asks for the source's map as an operator (Watcher.maps), which a recording on a "
+            "transformer does not give: ask for columns of it, or run source and targets together, pipe(source, "
+            "targets, edit=…)"
+        )
+    asking = [type(part).__name__ for part in parts_of(edit) if prompts_of(part)] or [type(edit).__name__]
+    texts = any(part.startswith("text-") for parts in order.plan.reads.values() for part in parts)
+    if words == "left out" and ((texts and order.site.kind != "image") or order.columns):
+        raise ValueError(
+            f"{', '.join(asking)} takes text tokens of the source, which a recording does not hold on models whose "
             "texts end where they end (Qwen-Image) or are masked there (Chroma): run source and targets together, "
             "pipe(source, targets, edit=…)"
         )
     mixes = isinstance(order.plan, JointPlan) and any(term.mixing is not None for term in order.plan.products)
-    if not heat and (words != "unplaced" or not mixes or not prompts_of(edit)):
-        return
-    reading = [type(part).__name__ for part in parts_of(edit) if prompts_of(part)] or [type(edit).__name__]
-    if heat:
-        raise ValueError(
-            f"{', '.join(reading)} reads how much images look at words, and a recording on a transformer does not hold "
-            "that of its source: run source and targets together, pipe(source, targets, edit=…)"
+    if words == "unplaced" and (order.columns or (mixes and prompts_of(edit))):
+        raise Lacking(
+            f"{', '.join(asking)} looks for words among the tokens of text, and the recording, of an earlier version, "
+            "does not hold where those of the source are",
+            "Record it again",
         )
-    raise Lacking(
-        f"{', '.join(reading)} looks for words among the tokens of text, and the recording, of an earlier version, "
-        "does not hold where those of the source are",
-        "Record it again",
-    )
 
 
 def contents_bytes(

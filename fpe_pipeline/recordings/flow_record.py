@@ -91,9 +91,8 @@ def record_flow(
     Raises:
         TypeError: an unknown option; a model whose image tokens are turned by the length of their text (Z-Image).
         ValueError: a scheduler that draws noise in each step, a budget that is too small, layers that match nothing, an
-            edit that is written for another source, reads the heat of words or takes the source's text tokens where
-            they are masked or of a number of their own (Qwen-Image, Chroma); before any denoising. Values that do not
-            fit a reduced precision.
+            edit that is written for another source, or takes the source's text tokens where they are masked or of a
+            number of their own (Qwen-Image, Chroma); before any denoising. Values that do not fit a reduced precision.
         InputError: a folder that is not empty or cannot be written.
     """
     model = pipe.flow()

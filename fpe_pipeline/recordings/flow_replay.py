@@ -56,8 +56,8 @@ def edit_flow(
 
     Raises:
         ValueError: a recording of another model or schedule, one that lacks what the edit needs, an edit that is
-            written for other prompts, reads the heat of words or takes text tokens that are not recorded, a guidance
-            that the model is not told (all but FLUX.1 dev); before any denoising.
+            written for other prompts or takes text tokens that are not recorded, a guidance that the model is not told
+            (all but FLUX.1 dev); before any denoising.
         InputError: a folder, or a file of it, that is not what was recorded.
     """
     targets, recording = target_list(target_prompt), loaded_recording(recording)

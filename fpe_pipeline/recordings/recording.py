@@ -15,6 +15,7 @@ Plug-and-Play                                            self-attention maps and
 StyleAligned                                             queries, keys and values, of the unconditional row too
 Free-Prompt-Editing on a transformer                     image queries and keys; with ``scope="joint"`` text's too
 Prompt-to-Prompt and ReFlex on a transformer             image queries and keys, text keys, the source's tokens
+local blend and masks of a word on a transformer         the same, of all layers of joint attention
 MasaCtrl, as Stable Flow, on a transformer               image keys and values, of the unconditional row too
 value injection                                          values of image and text, of the unconditional row too
 all of these on Qwen-Image and Chroma                    image tokens; those that take text tokens are refused

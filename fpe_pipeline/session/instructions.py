@@ -150,7 +150,8 @@ def _plan(
             "(Watcher.columns) where it has text, and no operators (Watcher.maps)"
         )
     given = {row: _giving(terms, references) for row, terms in products.items()}
-    return plan_joint_products(given, roles.batch, roles.recorded, wanted.observed)
+    watched = tuple(sorted(row for row in wanted.columns if row >= roles.batch))
+    return plan_joint_products(given, roles.batch, roles.recorded, wanted.observed, watched)
 
 
 def _giving(terms: Any, references: bool) -> Any:

@@ -191,8 +191,11 @@ def evaluate_joint(
         columns: for some rows, what the edited map of their image queries is to be multiplied with [T, C].
     """
     columns, dim = columns or {}, layer.image.value.tensor.shape[-1]
-    wide = _summed(plan, "image", _image_rows(plan.terms_of("image"), layer, columns))
-    heat = {row: wide[row, ..., dim : dim + given.shape[-1]] for row, given in columns.items()}
+    products = _image_rows(plan, layer, columns)
+    of_batch = len(products) - len(plan.watched)
+    wide = _summed(plan, "image", products[:of_batch])
+    read = dict(enumerate(wide)) | dict(zip(plan.watched, products[of_batch:], strict=True))
+    heat = {row: read[row][..., dim : dim + given.shape[-1]] for row, given in columns.items()}
     image = wide[..., :dim] if heat else wide
     if layer.text is None:
         return JointOutput(image, None, heat)
@@ -201,17 +204,19 @@ def evaluate_joint(
     )
 
 
-def _image_rows(
-    of_rows: Sequence[tuple[int, JointProduct]], layer: JointLayer, columns: Mapping[int, torch.Tensor]
-) -> torch.Tensor:
-    terms = [term for _, term in of_rows]
-    values = layer.values(terms)
+def _image_rows(plan: JointPlan, layer: JointLayer, columns: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """The products of the plan's terms of image tokens, and behind them those of its watched rows, of columns alone."""
+    of_rows = plan.terms_of("image")
+    values = layer.values([term for _, term in of_rows])
+    if plan.watched:
+        of_rows += tuple((row, JointProduct.own(row)) for row in plan.watched)
+        values = functional.pad(values, (*(0, 0) * 3, 0, len(plan.watched)))
     if columns:
         assert layer.text is not None
         start, stop = layer.text_tokens
         behind = 0 if layer.references_first else layer.references
         values = torch.cat([values, column_values(of_rows, columns, values, stop - start, behind)], dim=-1)
-    return _image_map(terms, layer) @ values
+    return _image_map([term for _, term in of_rows], layer) @ values
 
 
 def text_maps(plan: JointPlan, rows: Sequence[int], layer: JointLayer) -> dict[int, LinearMap]:

@@ -10,13 +10,12 @@ from fpe_pipeline import (
     FreePromptEdit,
     JointProduct,
     KVEdit,
-    LocalBlend,
     MasaCtrlEdit,
     Recording,
-    WordMask,
 )
 from fpe_pipeline.edits.joint_products import plan_joint_products
 from fpe_pipeline.edits.self_attention import SelfAttentionEdit
+from fpe_pipeline.edits.watchers import Watcher
 from fpe_pipeline.errors import InputError
 from fpe_pipeline.models.flow_solvers import SOLVERS
 from fpe_pipeline.recordings.keys import Part
@@ -319,22 +318,30 @@ class TestRefusals:
         with pytest.raises(ValueError, match="the recording is of a UNet"):
             sd3.edit(of_unet, TARGET)
 
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_of_edits_that_read_the_heat_of_words(self, pipes, family, monkeypatch):
-        """Before anything is denoised: a replay does not compute the source's map, of which that is a product."""
-        tiny = solving(pipes[family], "euler")
-        tokenizer, prompts = tiny.tokenizer, [SOURCE, "a photo of a blue car"]
-        options = {**RUN, "latents": noise(family)}
-        recording = tiny.record(SOURCE, edit=[FreePromptEdit(1.0, scope="joint")], **options)
-        monkeypatch.setattr(tiny.transformer, "forward", lambda *args, **kwargs: pytest.fail("it ran"))
-        for edit, name in (
-            (FreePromptEdit(0.5) + LocalBlend(prompts, tokenizer, ["car", "car"]), "LocalBlend"),
-            (FreePromptEdit(0.5, mask=WordMask(SOURCE, "car", tokenizer)), "FreePromptEdit"),
-        ):
-            with pytest.raises(ValueError, match=f"^{name} reads how much images look at words"):
-                tiny.record(SOURCE, edit=edit, **options)
-            with pytest.raises(ValueError, match=f"^{name} reads how much images look at words"):
-                tiny.edit(recording, prompts[1], edit=edit)
+    def test_of_maps_as_operators(self, pipes, monkeypatch):
+        """Before anything is denoised."""
+
+        class Reads(Watcher):
+            def select(self, sites):
+                return sites
+
+            def maps(self, site, step, roles):
+                return roles.sources
+
+        class Looks(SelfAttentionEdit):
+            def select(self, sites):
+                return ()
+
+            def products(self, site, step, roles):
+                return {}
+
+            def watchers(self):
+                return (Reads(),)
+
+        sd3 = solving(pipes["sd3"], "euler")
+        monkeypatch.setattr(sd3.transformer, "forward", lambda *args, **kwargs: pytest.fail("it ran"))
+        with pytest.raises(ValueError, match=r"Looks asks for the source's map as an operator .* ask for columns"):
+            sd3.record(SOURCE, edit=Looks(), **RUN)
 
     def test_products_for_a_recorded_row(self):
         with pytest.raises(ValueError, match="would change row 1, whose run is recorded"):

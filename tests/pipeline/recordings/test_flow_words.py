@@ -7,11 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from fpe_pipeline import FreePromptEdit, JointProduct, PromptToPromptEdit, Recording, ReFlexEdit
+from fpe_pipeline import (
+    FreePromptEdit,
+    JointProduct,
+    LocalBlend,
+    PromptToPromptEdit,
+    Recording,
+    ReFlexEdit,
+    WordMask,
+)
 from fpe_pipeline.edits.joint_attention import JointAttentionEdit
 from fpe_pipeline.errors import Lacking
 from fpe_pipeline.recordings.keys import Part
 from tests.support.flow_pipelines import EXACT, FAMILIES, FAST, MADE, SIZE, STEPS, distance, edited_with, noise, solving
+from tests.support.slow_cases import few
 
 RUN = {"num_inference_steps": STEPS, "max_sequence_length": 12, **SIZE}
 SOURCE = "a photo of a red car"
@@ -41,6 +50,20 @@ def beside_another(tokenizer, targets):
     return FreePromptEdit((0.5, 1.0), layers=range(1, 3)) + words
 
 
+def blended(tokenizer, targets):
+    """What both keep is where the heat of their cars is, which is read of the source's recorded map."""
+    words = ["car"] * (1 + len(targets))
+    return replaced(tokenizer, targets) + LocalBlend([SOURCE, *targets], tokenizer, words, 0.5, start=0.25)
+
+
+def where_the_car_is(tokenizer, targets):
+    return FreePromptEdit(1.0, mask=WordMask(SOURCE, "car", tokenizer, threshold=0.5))
+
+
+def softly_where_no_car_is(tokenizer, targets):
+    return FreePromptEdit(1.0, mask=WordMask(SOURCE, "car", tokenizer, invert=True), strength=0.8)
+
+
 @dataclasses.dataclass(frozen=True)
 class ReadsMoreOncePlaced(JointAttentionEdit):
     """The source's image keys, and its image values as well once it was shown what the pipeline encodes."""
@@ -63,6 +86,9 @@ EDITS = {
     "re-weight": (weighed, [SOURCE, LONGER]),
     "reflex": (whole_blocks, [LONGER, BLUE]),
     "beside another": (beside_another, [LONGER]),
+    "blended": (blended, [BLUE, GREEN]),
+    "where the car is": (where_the_car_is, [LONGER, "a photo of a house"]),
+    "softly where no car is": (softly_where_no_car_is, [BLUE]),
 }
 
 
@@ -89,9 +115,10 @@ def edited(tiny, recording, edit, targets):
     return tiny.edit(recording, targets, edit=edit, output_type="latent").images
 
 
-@pytest.mark.parametrize("make, targets", EDITS.values(), ids=EDITS)
-def test_edits_are_those_of_full_runs(tiny, family, make, targets, tmp_path):
+@pytest.mark.parametrize("case", few(EDITS, "refine", "reflex", "blended", "where the car is"))
+def test_edits_are_those_of_full_runs(tiny, family, case, tmp_path):
     """Also when the recording was written and read again, and was made before the targets were known."""
+    make, targets = case
     edit, options = make(tiny.tokenizer, targets), options_of(family)
     full = tiny(SOURCE, targets, edit=edit, output_type="latent", **options).images
     unknown = make(tiny.tokenizer, [SOURCE])
@@ -141,6 +168,29 @@ def test_what_is_kept(tiny, family, tmp_path):
     assert all(tokens.shape[0] == 1 and not tokens.is_floating_point() for tokens in loaded.values())
 
 
+def test_masks_are_where_the_sources_word_is(tiny, family):
+    """Nowhere is one of them all white or all black, of which the equality of runs would say nothing."""
+    options, targets = options_of(family), [LONGER]
+    recording = tiny.record(SOURCE, edit=where_the_car_is(tiny.tokenizer, targets), **options)
+    masks = {
+        word: FreePromptEdit(1.0, mask=WordMask(SOURCE, word, tiny.tokenizer, threshold=0.5))
+        for word in ("car", "photo")
+    }
+    pictures = [edited(tiny, recording, edit, targets) for edit in (*masks.values(), FreePromptEdit(1.0))]
+    pictures.append(tiny(LONGER, latents=noise(family), guidance_scale=3.0, **FAST, **SIZE).source)
+    apart = [distance(one, other) for index, one in enumerate(pictures) for other in pictures[:index]]
+    assert min(apart) > 1e-4
+
+
+def test_heat_is_a_product_of_what_maps_are_made_of(tiny, family):
+    """Image queries and keys and text keys of every step, and no values, of layers that no edit changes too."""
+    blend = LocalBlend([SOURCE, BLUE], tiny.tokenizer, ["car", "car"])
+    recording = tiny.record(SOURCE, edit=FreePromptEdit(0.25, layers=[1]) + blend, **options_of(family))
+    assert len(recording.contents) == len(tiny.transformer.attn_processors)
+    kept = {part: steps for parts in recording.contents.values() for part, steps in parts.items()}
+    assert kept == {Part(True, name): (0, 1, 2, 3) for name in ("image-query", "image-key", "text-key")}
+
+
 def test_bytes_are_counted_beforehand(tiny, family):
     edit, options = replaced(tiny.tokenizer, [BLUE]), options_of(family)
     needed = tiny.record(SOURCE, edit=edit, **options).nbytes
@@ -184,8 +234,9 @@ def test_a_recording_of_an_earlier_version(tiny, family, tmp_path, monkeypatch):
     assert earlier.source_text == {} and recording.source_text
     assert torch.equal(edited(tiny, earlier, layout, [BLUE]), edited(tiny, recording, layout, [BLUE]))
     monkeypatch.setattr(tiny.transformer, "forward", lambda *args, **kwargs: pytest.fail("it ran"))
-    with pytest.raises(Lacking, match=r"^PromptToPromptEdit looks for words .* does not hold .*\. Record it again"):
-        edited(tiny, earlier, edit, [BLUE])
+    for looking in (edit, where_the_car_is(tiny.tokenizer, [BLUE]), blended(tiny.tokenizer, [BLUE])):
+        with pytest.raises(Lacking, match=r"Edit.* looks for words .* does not hold .*\. Record it again"):
+            edited(tiny, earlier, looking, [BLUE])
     with pytest.raises(Lacking, match="lacks what PromptToPromptEdit needs of the source: conditional text-key of"):
         edited(tiny, without_text, edit, [BLUE])
 

@@ -144,7 +144,7 @@ class TestRefusals:
     def test_heat_of_words(self, pipes):
         tiny = pipes["Qwen-Image"]
         edit = FreePromptEdit(0.5, mask=WordMask(SOURCE, "car", tiny.tokenizer))
-        with pytest.raises(ValueError, match="how much images look at words"):
+        with pytest.raises(ValueError, match="FreePromptEdit takes text tokens of the source"):
             tiny.record(SOURCE, edit=edit, **run())
 
     @pytest.mark.parametrize("family", FAMILIES)
