@@ -100,17 +100,20 @@ def side_by_side(
         for row in rows
     ]
     caption_heights = [line * max(len(lines) for lines in row) for row in captions]
+    titles = [_wrap([(word, MUTED) for word in title.split()], font, cell) for title, _ in columns]
+    most = max(len(lines) for lines in titles)
 
     width = 2 * MARGIN + len(columns) * cell + (len(columns) - 1) * GAP
-    header = line + GAP // 2
+    header = most * line + GAP // 2
     height = 2 * MARGIN + header + sum(heights) + sum(caption_heights) + len(rows) * (GAP // 2)
     height += (len(rows) - 1) * 2 * GAP
     canvas = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
 
     lefts = [MARGIN + index * (cell + GAP) for index in range(len(columns))]
-    for left, (title, _) in zip(lefts, columns, strict=True):
-        _centred(draw, [(title, MUTED)], font, left, cell, MARGIN)
+    for left, lines in zip(lefts, titles, strict=True):
+        for number, words in enumerate(lines, start=most - len(lines)):  # the last one stands above the picture
+            _centred(draw, words, font, left, cell, MARGIN + number * line)
     top = MARGIN + header
     for row, (pictures, lines_of_spans) in enumerate(zip(tiles, captions, strict=True)):
         for left, picture in zip(lefts, pictures, strict=True):

@@ -97,8 +97,7 @@ class TestWords:
     def test_titles_and_prompts_are_written(self, monkeypatch):
         picture, written = self.texts(monkeypatch, row(), edit_label="target, my method")
         words = [word for _, _, word, _ in written]
-        assert words[:3] == ["source", "target, no control", "target, my method"]
-        assert words[3:] == SOURCE.split() + TARGET.split()
+        assert words == [*"source target, no control target, my method".split(), *SOURCE.split(), *TARGET.split()]
         assert count(picture, pictures.INK) > 100
         assert count(picture, pictures.MUTED) > 100
 
@@ -117,6 +116,19 @@ class TestWords:
             assert x >= pictures.MARGIN - 1
             assert x + font.getlength(word) <= picture.width - pictures.MARGIN + 1
             assert y + pictures.FONT_SIZE <= picture.height - pictures.MARGIN / 2
+
+    def test_long_titles_wrap_above_their_columns(self, monkeypatch):
+        short, _ = self.texts(monkeypatch, row(), edit_label="target, edited")
+        long, written = self.texts(monkeypatch, row(), edit_label="target, Prompt-to-Prompt with local blend")
+        font = pictures._font(pictures.FONT_SIZE)
+        title = [(x, y, word) for x, y, word, colour in written if colour == pictures.MUTED][4:]
+        assert [word for _, _, word in title] == "target, Prompt-to-Prompt with local blend".split()
+        left = boxes(long, BLUE)[0]
+        assert all(left <= x and x + font.getlength(word) <= long.width - pictures.MARGIN for x, _, word in title)
+        more = long.height - short.height
+        assert more == len({y for _, y, _ in title}) * 21 - 21 > 0
+        assert boxes(long, BLUE)[1] - boxes(short, BLUE)[1] == more  # and no title stands on a picture
+        assert max(y for _, y, _ in title) + pictures.FONT_SIZE <= boxes(long, BLUE)[1]
 
     def test_words_of_any_script_and_none_at_all(self):
         side_by_side([row("", "海边 🚗 voilà")])
