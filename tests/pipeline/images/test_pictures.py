@@ -97,7 +97,11 @@ class TestWords:
     def test_titles_and_prompts_are_written(self, monkeypatch):
         picture, written = self.texts(monkeypatch, row(), edit_label="target, my method")
         words = [word for _, _, word, _ in written]
-        assert words == [*"source target, no control target, my method".split(), *SOURCE.split(), *TARGET.split()]
+        assert words == [
+            *["source", "target,", "no", "control", "target,", "my", "method"],
+            *SOURCE.split(),
+            *TARGET.split(),
+        ]
         assert count(picture, pictures.INK) > 100
         assert count(picture, pictures.MUTED) > 100
 
@@ -122,7 +126,7 @@ class TestWords:
         long, written = self.texts(monkeypatch, row(), edit_label="target, Prompt-to-Prompt with local blend")
         font = pictures._font(pictures.FONT_SIZE)
         title = [(x, y, word) for x, y, word, colour in written if colour == pictures.MUTED][4:]
-        assert [word for _, _, word in title] == "target, Prompt-to-Prompt with local blend".split()
+        assert [word for _, _, word in title] == ["target,", "Prompt-to-Prompt", "with", "local", "blend"]
         left = boxes(long, BLUE)[0]
         assert all(left <= x and x + font.getlength(word) <= long.width - pictures.MARGIN for x, _, word in title)
         more = long.height - short.height
