@@ -83,7 +83,7 @@ def load_image(
     elif not isinstance(image, Image.Image):
         raise InputError(f"expected a path, a PIL image, an array or a tensor, got {type(image).__name__}")
     try:
-        return _fit(opened, size, multiple, pixels, name)
+        return _fit(opened, size, multiple, pixels, name, is_ours=opened is not image)
     finally:
         if opened is not image:
             opened.close()
@@ -152,16 +152,19 @@ def _orientation(image: Image.Image) -> Any:
     return image.getexif().get(0x0112, 1)
 
 
-def _fit(image: Image.Image, size: tuple[int | None, int | None], multiple: int, pixels: int, name: str) -> Image.Image:
+def _fit(
+    image: Image.Image, size: tuple[int | None, int | None], multiple: int, pixels: int, name: str, *, is_ours: bool
+) -> Image.Image:
     if 0 in image.size:
         raise InputError(f"{name} has no pixels: its size is {image.width}x{image.height}")
     with _decoding(name):
         orientation = _orientation(image)
         on_its_side, shown = orientation in _ON_ITS_SIDE, upright_size(image)
         across, down = fitted_size(shown, size, multiple, pixels)
-        # A JPEG can be unpacked at a half, a quarter or an eighth of its size, which is all that scaling needs.
+        # A JPEG can be unpacked at a half, a quarter or an eighth of its size, which is all that scaling needs. The
+        # caller's own picture would stay so small.
         scale = 2 * max(across / shown[0], down / shown[1])
-        if scale < 1:
+        if is_ours and scale < 1:
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
         image.load()
     width, height = image.size[::-1] if on_its_side else image.size

@@ -182,12 +182,15 @@ class TestSizes:
         noise = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
         assert np.array_equal(np.asarray(same_size(noise)), noise)
 
-    def test_callers_images_stay_open_and_as_they_were(self, tmp_path):
-        quarters().save(tmp_path / "a.png")
-        with Image.open(tmp_path / "a.png") as image:
-            load_image(image, (32, 32))
+    @pytest.mark.parametrize("suffix", ["png", "jpg"])
+    def test_callers_images_stay_open_and_as_they_were(self, tmp_path, suffix):
+        """A JPEG too, which can be unpacked at a part of its size."""
+        path = tmp_path / f"a.{suffix}"
+        quarters().save(path)
+        with Image.open(path) as image:
+            load_image(image, (8, 8))
             assert image.size == (64, 32)
-            assert image.getpixel((0, 0)) == QUARTERS[0]
+            assert corners(image) == QUARTERS
 
 
 class TestDamage:
