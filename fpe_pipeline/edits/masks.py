@@ -286,6 +286,8 @@ def _mask_values(image: Any) -> torch.Tensor:
     elif isinstance(image, Image.Image):
         values = _grey_values(image)
     elif isinstance(image, torch.Tensor | np.ndarray | Sequence):
+        if isinstance(image, np.ndarray):  # of which torch takes neither flipped views nor the other order of bytes
+            image = image.astype(image.dtype.newbyteorder("="), order="C")
         values = torch.as_tensor(image).detach().cpu()
         if not values.is_floating_point() and values.dtype not in (torch.bool, torch.uint8):
             raise ValueError(f"expected a mask of bools, 8-bit integers or floats in [0, 1], got {values.dtype}")
@@ -317,7 +319,9 @@ def _grey_values(image: Image.Image) -> torch.Tensor:
                 "the mask has transparent parts, and whether it is drawn in its colours or in its transparency cannot "
                 "be told: pass image.getchannel('A'), or image.convert('L') for the colours alone"
             )
-    largest = {"I;16": 65535.0, "I;16B": 65535.0, "I": 65535.0, "F": 1.0}.get(image.mode)
-    if largest is None:
-        image, largest = image.convert("L"), 255.0
+    if image.mode == "LAB":  # which Pillow turns into colours alone
+        image = image.convert("RGB")
+    largest = 1.0 if image.mode == "F" else 65535.0 if image.mode.startswith("I") else 255.0
+    if largest == 255.0:
+        image = image.convert("L")
     return torch.from_numpy(np.asarray(image).astype(np.float64) / largest)

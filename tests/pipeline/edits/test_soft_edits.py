@@ -90,13 +90,23 @@ def test_a_token_takes_the_mean_of_its_part():
         Image.fromarray(np.array([[0, 255]], dtype=np.uint8)),
         Image.fromarray(np.array([[0, 65535]], dtype=np.uint16)),
         Image.fromarray(np.array([[False, True]])),
+        Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).convert("RGB").convert("LAB"),
         np.array([[False, True]]),
+        np.array([[True, False]])[:, ::-1],
+        np.array([[0, 1]], dtype=">f4"),
         torch.tensor([[[0.0, 1.0]]]),
     ],
-    ids=["8-bit", "16-bit", "1-bit", "bools", "channel"],
+    ids=["8-bit", "16-bit", "1-bit", "lab", "bools", "flipped", "big-endian", "channel"],
 )
 def test_masks_of_every_kind(image):
     assert MaskImage(image).values.tolist() == [[0.0, 1.0]]
+
+
+@pytest.mark.parametrize("mode, dtype", [("I;16", "<u2"), ("I;16L", "<u2"), ("I;16B", ">u2")])
+def test_sixteen_bits_in_any_order(mode, dtype):
+    values = np.array([0, 257, 32768, 65535])
+    image = Image.frombytes(mode, (4, 1), values.astype(dtype).tobytes())
+    assert MaskImage(image).values.tolist() == [(values / 65535).tolist()]
 
 
 @pytest.mark.parametrize("kind", [str, Path])
