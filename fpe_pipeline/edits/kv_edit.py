@@ -29,10 +29,10 @@ class KVEdit(MaskedJointEdit):
     same; here the white ones are computed along and put back. Meant for real images::
 
         inversion = pipe.invert(photo, source)
-        pipe(inversion=inversion, target_prompt=target, edit=KVEdit(mask))
+        pipe(inversion=inversion, target_prompt=target, edit=KVEdit(mask=mask))
 
     or, without denoising the source again for each edit, for a recording of it,
-    ``pipe.record(inversion=inversion, edit=KVEdit(mask))``, which keeps image keys and values, of whichever mask.
+    ``pipe.record(inversion=inversion, edit=KVEdit(mask=mask))``, which keeps image keys and values, of whichever mask.
 
     Args:
         mask: the background: a picture's path, a PIL image or an array of the image's proportions, white where the
