@@ -18,7 +18,10 @@ from .selection import LayerSelection
 from .self_attention import SelfAttentionEdit
 from .watchers import Watcher
 
-__all__ = ["FreePromptEdit"]
+__all__ = ["JOINT_STEPS", "FreePromptEdit"]
+
+#: The share of the steps in which Shin et al. replace maps of joint attention, where nothing else is said.
+JOINT_STEPS = 0.2
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..models.families import adapter_of
 from ..models.sites import attention_sites
 from ..texts import did_you_mean
 from .base import Edit, check_whole
 from .consist_edit import ConsistEdit
-from .free_prompt import FreePromptEdit
+from .free_prompt import JOINT_STEPS, FreePromptEdit
 from .image_memory import FreeFluxEdit, StableFlowEdit
 from .kv_edit import KVEdit
 from .local_blend import LocalBlend
@@ -56,13 +57,14 @@ def find_method(name: str) -> Method:
 
 
 def make_edit(method: str, prompts: Sequence[str], tokenizer: Any, model: Any = None, **options: Any) -> Edit:
-    """The edit of a method, with the layers that suit a model.
+    """The edit of a method, with the layers and the window that suit a model: the edit of ``fpe edit --method``.
 
     Args:
         method: a key of :data:`METHODS`, or ``package.module:Class``; see :func:`find_method`.
         prompts: the source prompt and its targets.
         tokenizer: the pipeline's; only methods that look for words use it.
-        model: the pipeline, its UNet or its transformer. Without it, layers are those that suit Stable Diffusion.
+        model: the pipeline, its UNet or its transformer. Without it, layers and window are those that suit Stable
+            Diffusion with a UNet.
         **options: of the method's edit.
 
     Raises:
@@ -72,17 +74,18 @@ def make_edit(method: str, prompts: Sequence[str], tokenizer: Any, model: Any = 
     entry = find_method(method)
     entry.check_options(list(options))
     chosen = {} if model is None or options.keys() & set(_SELECTORS) else entry.defaults(model)
-    return entry.edit_of(prompts, tokenizer, **chosen, **options)
+    if model is not None and entry.window is not None and any(site.is_joint for site in adapter_of(model).sites):
+        chosen[entry.window] = JOINT_STEPS
+    return entry.edit_of(prompts, tokenizer, **{**chosen, **options})
 
 
 def method_table() -> str:
     """The methods as a table in Markdown."""
     lines = ["| `--method` | | settings | UNets | transformers |", "|---|---|---|---|---|"]
+    window = f"in the first 80 % of the steps, of transformers in {100 * JOINT_STEPS:g} %"
     for m in _TABLE:
         served = " | ".join("✓" if model in m.serves else "" for model in _BOTH)
-        lines.append(
-            f"| `{m.name}` | {m.title} | {m.about.format(window='in the first 80 % of the steps')} | {served} |"
-        )
+        lines.append(f"| `{m.name}` | {m.title} | {m.about.format(window=window)} | {served} |")
     return "\n".join(lines) + "\n"
 
 

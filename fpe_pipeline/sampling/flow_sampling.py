@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..edits import Edit, FreePromptEdit
+from ..edits.free_prompt import JOINT_STEPS
 from ..edits.registry import require_edit
 from ..errors import EditWarning, check_guidance
 from ..models.precision import check_precision
@@ -29,7 +30,6 @@ __all__ = ["FlowSampling", "chosen_flow_edit", "flow_start", "guidance_of_rows",
 
 #: Prompts of a call beside the first, one for all or a list with one for each.
 _TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
-_FRACTION = 0.2  # of the steps, in which Shin et al. replace maps
 
 
 class FlowSampling:
@@ -103,7 +103,7 @@ class FlowSampling:
 def chosen_flow_edit(edit: Edit | None, self_replace_steps: Any, layers: Any) -> Edit:
     """The edit, or the `FreePromptEdit` that the two arguments describe."""
     if edit is None:
-        return FreePromptEdit(_FRACTION if self_replace_steps is None else self_replace_steps, layers=layers)
+        return FreePromptEdit(JOINT_STEPS if self_replace_steps is None else self_replace_steps, layers=layers)
     require_edit(edit)
     if self_replace_steps is not None or layers is not None:
         raise ValueError("self_replace_steps and layers belong to the edit; pass them to it")

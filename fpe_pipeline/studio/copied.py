@@ -6,8 +6,9 @@ import json
 import shlex
 from typing import Any
 
+from ..edits.registry import METHODS
 from ..models.loading import find_model
-from ..runs.settings import DEFAULTS, SELF_REPLACE, Settings
+from ..runs.settings import DEFAULTS, Settings
 
 __all__ = ["as_command", "as_python"]
 
@@ -51,8 +52,9 @@ def as_python(settings: Settings, photo: str = "photo.png") -> str:
     lines.append(f"targets = {list(settings.targets)!r}")
     chosen: dict[str, Any] = {n: getattr(settings, n) for n in ("levels", "layers", "max_tokens")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    if settings.self_replace != SELF_REPLACE:
-        chosen["self_replace_steps"] = settings.self_replace
+    entry = METHODS.get(settings.method)
+    if entry is not None and entry.window is not None:  # other methods have a window of their own
+        chosen[entry.window] = settings.self_replace
     given = "".join(f", {name}={value!r}" for name, value in {**chosen, **settings.options}.items())
     lines.append(
         f"edit = make_edit({settings.method!r}, [source, *targets], pipe.tokenizer, pipe{given})",

@@ -27,18 +27,25 @@ def sweep(settings: Settings, axis: str) -> list[tuple[str, Settings]]:
         InputError: another axis, or a method that has no window.
     """
     plain = settings.changed(control=False)
+    served = served_by(find_model(settings.model).family or "unet")
+    usual = FLOW_WINDOW if served == "transformer" else SELF_REPLACE
     if axis == "methods":
-        family = find_model(settings.model).family or "unet"
-        known = methods_of(served_by(family))
-        names = [name for name, method in known.items() if all(o.default is not REQUIRED for o in method.choices)]
-        window = FLOW_WINDOW if served_by(family) == "transformer" else SELF_REPLACE
+        known = methods_of(served)
         layers = {"levels": None, "max_tokens": None, "layers": None}
         return [
-            (METHODS[name].title, plain.changed(method=name, options={}, self_replace=window, **layers))
-            for name in names
+            (
+                method.title,
+                plain.changed(method=name, options={}, self_replace=usual if method.window else SELF_REPLACE, **layers),
+            )
+            for name, method in known.items()
+            if all(option.default is not REQUIRED for option in method.choices)
         ]
     if axis == "strengths":
-        return [(f"strength {s:g}", plain.changed(method="fpe-soft", options={"strength": s})) for s in _STRENGTHS]
+        window = settings.self_replace if METHODS[settings.method].window else usual
+        return [
+            (f"strength {s:g}", plain.changed(method="fpe-soft", options={"strength": s}, self_replace=window))
+            for s in _STRENGTHS
+        ]
     if axis == "windows":
         if METHODS[settings.method].window is None:
             raise InputError(f"{settings.method} has no window of steps that is the source's; choose fpe")

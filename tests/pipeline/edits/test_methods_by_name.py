@@ -11,6 +11,7 @@ from PIL import Image
 
 from fpe_pipeline import FreePromptPipeline, MasaCtrlEdit, make_edit
 from fpe_pipeline.app import cli
+from fpe_pipeline.edits.free_prompt import JOINT_STEPS
 from fpe_pipeline.edits.method import REQUIRED, Method
 from fpe_pipeline.edits.registry import METHODS, method_table, methods_of
 from fpe_pipeline.models.sites import attention_sites
@@ -18,8 +19,10 @@ from fpe_pipeline.quality.methods.comparison import _Drawing
 from fpe_pipeline.quality.methods.contenders import CONTENDERS, chosen
 from fpe_pipeline.quality.methods.subjects import GENERATED, Subject
 from fpe_pipeline.quality.request import Evaluation
+from fpe_pipeline.runs.model_defaults import defaults_for
 from fpe_pipeline.runs.settings import DEFAULTS, Settings
 from tests.support.silent import SOURCE, TARGET, embedded
+from tests.support.tiny_transformers import tiny_sd3
 from tests.support.tiny_unets import tiny_unet
 
 PROMPTS = [SOURCE, TARGET]
@@ -97,6 +100,19 @@ def test_layers_that_suit_the_model(pipe):
     assert make_edit("masactrl", PROMPTS, None, pipe.unet, start_layer=2).layers is None
     assert make_edit("masactrl", PROMPTS, None).layers is None
     assert make_edit("fpe", PROMPTS, None, pipe, max_tokens=100).levels is None
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.window is not None])
+def test_the_window_that_suits_the_model(pipe, name):
+    """Shin et al.'s first fifth on joint attention, as the command and the pipeline's own default have it."""
+    transformer = tiny_sd3()
+    own = defaults_for("embedded-sd3", {"method": name})["self_replace"]
+    assert own == (0.0, JOINT_STEPS)
+    words = WORDS.get(name, {})
+    assert make_edit(name, PROMPTS, pipe.tokenizer, transformer, **words).self_replace_steps == own
+    assert make_edit(name, PROMPTS, pipe.tokenizer, pipe, **words).self_replace_steps == DEFAULTS.self_replace
+    given = make_edit(name, PROMPTS, pipe.tokenizer, transformer, self_replace_steps=0.7, **words)
+    assert given.self_replace_steps == (0.0, 0.7)
 
 
 def test_masactrl_stays_out_of_an_encoder_of_many_layers():

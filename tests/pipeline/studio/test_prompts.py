@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from fpe_pipeline import make_edit
 from fpe_pipeline.app import edit
 from fpe_pipeline.app.commands import parsed
 from fpe_pipeline.images.distance import pixel_hash
@@ -11,7 +12,11 @@ from fpe_pipeline.runs.settings import Settings
 from fpe_pipeline.studio.copied import as_command, as_python
 from fpe_pipeline.studio.models import vocabulary
 from fpe_pipeline.studio.prompts import differences, with_word, words_of
+from fpe_pipeline.studio.sweeps import sweep
+from tests.support.golden_cases import load_pipeline
 from tests.support.tiny_cli import OTHER, SOURCE, TARGET, tiny_model_folder
+from tests.support.tiny_transformers import tiny_sd3
+from tests.support.tiny_unets import tiny_unet
 
 WORDS = vocabulary("embedded")
 
@@ -63,6 +68,19 @@ def test_the_command_asks_for_the_same(settings, monkeypatch):
     words = shlex.split(as_command(settings).replace("\\\n", " "))
     assert words[0] == "fpe" and parsed(words[1:])() == 0
     assert asked == [settings]
+
+
+@pytest.mark.parametrize("model", ["embedded", "embedded-sd3"])
+def test_the_python_of_every_method_asks_for_the_same(model):
+    """Of a grid over methods, of which few have the window that the page shows."""
+    pipe = tiny_sd3() if model == "embedded-sd3" else tiny_unet("sd1")
+    pipe.tokenizer = load_pipeline().tokenizer
+    for axis in ("methods", "strengths"):
+        for label, settings in sweep(Settings.of_model(source=SOURCE, targets=(TARGET,), model=model), axis):
+            lines = [line for line in as_python(settings).splitlines() if line.startswith(("source = ", "edit = "))]
+            scope = {"make_edit": make_edit, "pipe": pipe, "targets": [TARGET]}
+            exec("\n".join(lines), scope)
+            assert scope["edit"] == settings.edit(pipe.tokenizer, pipe), label
 
 
 @pytest.mark.slow
