@@ -161,7 +161,7 @@ class _Reader(Watcher):
         self._owner, self._window, self._levels = owner, window, levels
         self._max_bytes, self._factor = max_bytes, factor
         self._words_of: list[tuple[str, ...]] = []
-        self._prompts_are_given = False
+        self._prompts_are_given = self._text_was_run = self._text_is_new = False
         self.words: HeatCollector | None = None
         self.begin()
 
@@ -171,8 +171,15 @@ class _Reader(Watcher):
         self._set(prompts, [tokenize(prompt, self._owner._tokenizer) for prompt in prompts])
 
     def encoded(self, encoding: Encoding) -> None:
-        if self._prompts_are_given or not self._owner.words or encoding.prompts is None:
+        if self._prompts_are_given or not self._owner.words:
             return
+        if encoding.prompts is None:
+            # Embeddings: of what was encoded before in this block, unless a call of its own has used that up.
+            if self._text_was_run:
+                self.words, self._words_of = None, []
+            self._text_is_new = False
+            return
+        self._text_was_run, self._text_is_new = False, True
         known = [tokenize(prompt, self._owner._tokenizer) for prompt in encoding.prompts]
         self._set(encoding.prompts, encoded_prompts(encoding, known))
 
@@ -208,6 +215,7 @@ class _Reader(Watcher):
         self._images = check_same_images(self._images, roles)
         if site.kind == "self":
             return {}
+        self._text_was_run |= self._text_is_new
         if self.words is None:
             raise ValueError(
                 "the words' prompts are not known, as this pipeline call encodes none: pass heat_maps(..., prompts=)"

@@ -125,6 +125,27 @@ def test_a_second_call_starts_afresh(tiny):
     np.testing.assert_array_equal(heat.pixel((1, 1)), first[1])
 
 
+def test_words_are_not_looked_for_in_embeddings_of_another_prompt(tiny):
+    """Embeddings that are encoded inside the block are known, for as many calls as they serve; others are not."""
+    run = {"num_inference_steps": 1, "output_type": "latent", "height": 16, "width": 16}
+
+    def given(prompt):
+        embeddings = tiny.encode_prompt(prompt, "cpu", 1, True)
+        return dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeddings, strict=True))
+
+    other = given("on the beach there is a car")
+    with heat_maps(tiny, ["car"]) as heat:
+        known = given("a red car")
+        for _ in range(2):
+            tiny(**known, **run)
+            assert heat.words_of() == ("car",)
+        tiny("a red car", **run)
+        with pytest.raises(ValueError, match=r"this pipeline call encodes none: pass heat_maps\(\.\.\., prompts=\)"):
+            tiny(**other, **run)
+        tiny("a red car", **run)
+        assert heat.words_of() == ("car",)
+
+
 def test_sdxl(pipe):
     tiny = tiny_sdxl_pipeline(pipe)
     with heat_maps(tiny, ["car"]) as heat:
