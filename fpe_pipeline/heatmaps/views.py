@@ -64,13 +64,14 @@ def overlay(heat: np.ndarray, image: Image.Image, strength: float = 0.6) -> Imag
     """An image with a map [h, w] laid over it, from transparent (its least) to red (its most).
 
     Args:
-        heat: any finite numbers, of the image's proportions.
+        heat: any finite numbers or truth values, of the image's proportions.
         image: any mode.
         strength: opacity of the largest value, in [0, 1].
 
     Raises:
         ValueError: a map of another rank, or a strength outside [0, 1].
     """
+    heat = np.asarray(heat, dtype=np.float64)  # differences of small integers would wrap, and of truth values are none
     if heat.ndim != 2 or not np.isfinite(heat).all():
         raise ValueError(f"expected a map [height, width] of finite numbers, got shape {heat.shape}")
     if not 0.0 <= strength <= 1.0:

@@ -206,6 +206,8 @@ def test_an_overlay_is_strongest_where_the_heat_is():
     assert picture.size == (64, 32)
     assert picture.getpixel((2, 16)) == (255, 255, 255)
     assert picture.getpixel((61, 16)) == (220, 20, 20)
+    for alike in (heat > 1, np.where(heat > 1, 127, -128).astype(np.int8), heat.astype(int)):
+        assert overlay(alike, Image.new("L", (64, 32), 255), 1.0).tobytes() == picture.tobytes()
     for bad in ({"strength": 2.0}, {"heat": heat[0]}, {"heat": heat * np.nan}):
         with pytest.raises(ValueError, match="expected"):
             overlay(**{"heat": heat, "image": picture, **bad})
