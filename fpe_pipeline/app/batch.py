@@ -14,7 +14,7 @@ from ..runs.progress import progress_for
 from ..runs.settings import Settings
 from .console import report, say
 from .options import chosen, field
-from .setting_options import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK, setting
+from .setting_options import BACKEND, DEVICE, DTYPE, IN_WORDS, JSON, QUIET, TRACEBACK, setting
 
 __all__ = ["EXAMPLES", "batch"]
 
@@ -51,7 +51,9 @@ def batch(
         list[Any] | None,
         setting("options", panel=_JOBS, note="repeat for more"),
     ] = None,
-    self_replace: Annotated[Any, setting("self_replace", panel=_JOBS, note="as for fpe edit; default: 0.8")] = None,
+    self_replace: Annotated[
+        Any, setting("self_replace", panel=_JOBS, note=f"as for fpe edit; {IN_WORDS['self_replace']}")
+    ] = None,
     levels: Annotated[Any, setting("levels", panel=_JOBS, note="as for fpe edit")] = None,
     max_tokens: Annotated[int | None, setting("max_tokens", panel=_JOBS)] = None,
     layers: Annotated[Any, setting("layers", panel=_JOBS)] = None,

@@ -12,7 +12,7 @@ from ..runs.progress import progress_for
 from ..runs.settings import Settings
 from .console import report, say
 from .options import chosen, flag
-from .setting_options import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK, setting
+from .setting_options import BACKEND, DEVICE, DTYPE, IN_WORDS, JSON, QUIET, TRACEBACK, setting
 
 __all__ = ["EXAMPLES", "check_optimisation", "edit", "with_its_model"]
 
@@ -88,7 +88,8 @@ def edit(
         setting(
             "self_replace",
             panel=_EDIT,
-            note="END or START,END: 0.8 is the first 80 %; lower values follow the target prompt more; default: 0.8",
+            note="END or START,END: 0.8 is the first 80 %; lower values follow the target prompt more; "
+            f"{IN_WORDS['self_replace']}",
         ),
     ] = None,
     levels: Annotated[

@@ -14,7 +14,7 @@ from ..runs.model_defaults import FLOW_INVERSIONS
 from ..runs.progress import progress_for
 from ..runs.settings import INVERSIONS
 from .options import chosen, field
-from .setting_options import JSON, QUIET, TRACEBACK
+from .setting_options import IN_WORDS, JSON, QUIET, TRACEBACK
 
 __all__ = ["EXAMPLES", "ManyValues", "evaluate"]
 
@@ -103,9 +103,14 @@ def evaluate(
             autocompletion=lambda: INVERSIONS,
         ),
     ] = None,
-    steps: Annotated[int | None, _of("steps", panel=_DRAWN, metavar="N")] = None,
-    guidance: Annotated[float | None, _of("guidance", panel=_DRAWN, metavar="SCALE")] = None,
-    self_replace: Annotated[float | None, _of("self_replace", panel=_DRAWN, metavar="END")] = None,
+    steps: Annotated[int | None, _of("steps", panel=_DRAWN, metavar="N", note=IN_WORDS["steps"])] = None,
+    guidance: Annotated[
+        float | None,
+        _of("guidance", panel=_DRAWN, metavar="SCALE", note=IN_WORDS["guidance"]),
+    ] = None,
+    self_replace: Annotated[
+        float | None, _of("self_replace", panel=_DRAWN, metavar="END", note=IN_WORDS["self_replace"])
+    ] = None,
     seed: Annotated[int | None, _of("seed", panel=_DRAWN, metavar="N")] = None,
     chunk: Annotated[int | None, _of("chunk", panel=_DRAWN, metavar="N")] = None,
     model: Annotated[Path | None, _of("model", panel=_DRAWN, metavar="PATH")] = None,

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..runs.settings import DTYPE_NAMES, INVERSIONS, Settings
+from ..runs.model_defaults import default_in_words
+from ..runs.settings import DEFAULTS, DTYPE_NAMES, INVERSIONS, SELF_REPLACE, Settings
 from .options import as_integers, as_layers, as_name_and_value, as_size, as_window, field, flag
 
-__all__ = ["BACKEND", "DEVICE", "DTYPE", "JSON", "QUIET", "TRACEBACK", "setting"]
+__all__ = ["BACKEND", "DEVICE", "DTYPE", "IN_WORDS", "JSON", "QUIET", "TRACEBACK", "setting"]
+
+#: Defaults that some models have of their own.
+IN_WORDS = {
+    name: default_in_words(name, usual)
+    for name, usual in (("steps", DEFAULTS.steps), ("guidance", DEFAULTS.guidance), ("self_replace", SELF_REPLACE[1]))
+}
 
 _MACHINE = "Machine"
 #: By field of `Settings`, options of `typer.Option` and of `field`; ``flags`` where its name is not the field's.
@@ -28,8 +35,8 @@ _WRITTEN: dict[str, dict[str, Any]] = {
     "layers": {"metavar": "PATH,PATH", "parser": as_layers},
     "model": {"metavar": "PATH", "note": "default: the embedded model"},
     "seed": {"metavar": "N"},
-    "steps": {"metavar": "N"},
-    "guidance": {"metavar": "SCALE"},
+    "steps": {"metavar": "N", "note": IN_WORDS["steps"]},
+    "guidance": {"metavar": "SCALE", "note": IN_WORDS["guidance"]},
     "size": {"metavar": "WxH", "note": "default: the model's", "parser": as_size},
     "threads": {"metavar": "N"},
     "device": {"metavar": "NAME", "note": "default: cuda where there is one, else cpu"},

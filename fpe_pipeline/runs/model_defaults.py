@@ -15,6 +15,7 @@ __all__ = [
     "Asked",
     "check_family",
     "check_source_of",
+    "default_in_words",
     "defaults_for",
     "inversions_of",
     "served_by",
@@ -41,6 +42,7 @@ _WORDS: dict[Family, str] = {
     "sd3": "a transformer of Stable Diffusion 3's kind",
     "flux": "a transformer of FLUX.1's kind",
 }
+_SHORT: dict[Family, str] = {"sdxl": "SDXL", "sd3": "Stable Diffusion 3", "flux": "FLUX.1"}
 _KINDS = {"unet": "UNets", "transformer": "transformers"}
 # Settings that choose a UNet's layers.
 _OF_UNETS = ("levels", "max_tokens")
@@ -87,6 +89,17 @@ def defaults_for(model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     if method is None or method.window is None:  # a window of its own
         own.pop("self_replace", None)
     return own
+
+
+def default_in_words(name: str, usual: float) -> str:
+    """What a setting is where nothing is said, as help says it: ``usual``, then that of the models which differ."""
+    others: dict[float, list[str]] = {}
+    for family, model in _SHORT.items():
+        if name in _DEFAULTS[family]:
+            value = _DEFAULTS[family][name]
+            others.setdefault(value[1] if isinstance(value, tuple) else value, []).append(model)
+    told = ", ".join(f"{' and '.join(models)}: {value:g}" for value, models in others.items())
+    return f"default: {usual:g}" + (f"; {told}" if told else "")
 
 
 def served_by(family: Family) -> Literal["unet", "transformer"]:

@@ -10,6 +10,7 @@ from PIL import Image
 from fpe_pipeline.app import cli
 from fpe_pipeline.images.distance import distance
 from fpe_pipeline.models.loading import find_model
+from fpe_pipeline.runs.model_defaults import defaults_for
 from fpe_pipeline.runs.settings import Settings
 from tests.support.saved_transformers import make_flux_small, saved_transformer
 from tests.support.tiny_cli import OTHER, SOURCE, TARGET, evaluation, one_error, refuse_loading
@@ -172,3 +173,18 @@ def test_what_an_evaluation_of_a_transformer_is_refused(more, reason, folders, t
     (folders["sd3"] / "judge.safetensors").touch()  # of which nothing is read before the refusal
     assert cli.main(["evaluate", "--model", str(folders["sd3"]), *more, "-o", str(tmp_path)]) == 2
     assert reason in one_error(capsys)
+
+
+@pytest.mark.parametrize("command", ["edit", "batch", "evaluate", "heatmap", "invert"])
+def test_help_says_what_transformers_take_where_nothing_is_said(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert cli.main([command, "--help"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "FLUX.1: " in line]
+    own = {"steps": ("28", "28"), "guidance": ("7", "3.5")}
+    if command not in ("heatmap", "invert"):
+        own["self-replace"] = ("0.2", "0.2")
+    assert len(lines) == len(own)
+    for name, (sd3, flux) in own.items():
+        assert defaults_for("embedded-sd3", {})[name.replace("-", "_")] in (float(sd3), (0.0, float(sd3)))
+        told = f"Stable Diffusion 3 and FLUX.1: {sd3}" if sd3 == flux else f"Stable Diffusion 3: {sd3}, FLUX.1: {flux}"
+        assert any(f"--{name} " in line and told in line for line in lines), name
