@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -394,4 +394,6 @@ def columns_at_once(product: Callable[[Tensor], Tensor], operand: Any, check: Ca
         return (product(parts[0]),)
     # The copy is one part in N of the product. Parts that lie side by side in memory could do without, but to find that
     # out means to look at storages, which tracing hides and autograd forbids; who has the whole tensor passes it whole.
-    return torch.split(product(torch.cat(parts, dim=-1)), [part.shape[-1] for part in parts], dim=-1)
+    whole, stops = product(torch.cat(parts, dim=-1)), list(accumulate(part.shape[-1] for part in parts))
+    # Not `torch.split`, of whose views none may be changed in place.
+    return tuple(whole[..., stop - part.shape[-1] : stop] for part, stop in zip(parts, stops, strict=True))

@@ -78,9 +78,11 @@ def empty_heads(
 ) -> Tensor:
     """An uninitialised [batch, heads, tokens, columns] whose memory is [batch, tokens, heads, columns].
 
-    A processor merges heads after attention; in this layout that is a view, not a copy.
+    A processor merges heads after attention; in this layout that is a view, not a copy. It is no view itself: autograd
+    lets nobody change a view in place that was made out of its sight.
     """
-    return like.new_empty((batch, tokens, heads, columns), dtype=dtype or like.dtype).transpose(1, 2)
+    strides = tokens * heads * columns, columns, heads * columns, 1
+    return like.new_empty_strided((batch, heads, tokens, columns), strides, dtype=dtype or like.dtype)
 
 
 def empty_logsumexp(query: Tensor) -> Tensor:

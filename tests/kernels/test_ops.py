@@ -305,3 +305,35 @@ def test_rows_by_a_tensor_compile_into_one_graph() -> None:
 def test_outputs_have_the_layout_that_merging_heads_wants() -> None:
     like = torch.empty(1)
     assert ops.empty_heads(like, 2, 3, 4, 5).transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("learnt", [True, False], ids=["with gradients", "without"])
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda A, value, weight: A @ value,
+        lambda A, value, weight: A.T @ weight,
+        lambda A, value, weight: shared_attention(A.query, A.key, value, [0], weight=0.5),
+        lambda A, value, weight: join([A.keys(0, 2), A.keys(2)]) @ value,
+    ],
+    ids=["product", "transpose", "shared", "joined"],
+)
+def test_products_can_be_changed_in_place(product, learnt: bool) -> None:
+    case = make_case(heads=2, queries=5, keys=6, head_dim=8)
+    with torch.set_grad_enabled(learnt):
+        out = product(AttentionMap(case.query, case.key), case.value.requires_grad_(), case.weight.requires_grad_())
+    residual = torch.randn(1).requires_grad_()
+    expected = out.detach() + residual.detach()
+    out += residual
+    out[:, :, 0] = 0.0
+    assert torch.equal(out[:, :, 1:], expected[:, :, 1:])
+
+
+def test_one_of_several_products_can_be_changed_in_place() -> None:
+    case = make_case(heads=2, queries=5, keys=6, head_dim=8)
+    values = case.value.requires_grad_(), 2.0 * case.value
+    first, second = AttentionMap(case.query, case.key) @ values
+    expected = first.detach().clone(), second.detach() + 1.0
+    second += 1.0
+    assert torch.equal(first, expected[0])
+    assert torch.equal(second, expected[1])
