@@ -32,6 +32,12 @@ def _row_sums(left: Tensor, right: Tensor) -> Tensor:
     return (left.to(dtype) * right.to(dtype)).sum(-1)
 
 
+def _wants_map(ctx: Any) -> bool:
+    """Whether query, key or bias has a gradient: delta, and with it the product itself, serves these alone."""
+    needed = ctx.needs_input_grad
+    return bool(needed[0] or needed[1] or needed[3])
+
+
 def _map_gradients(
     ctx: Any,
     query: Tensor,
@@ -69,13 +75,14 @@ def product_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     out, logsumexp = (output, known[0]) if known else output
     ctx.map_index, ctx.scale, ctx.backend, row_weight, ctx.key_lengths, _ = inputs[-_PRODUCT_SETTINGS:]
     ctx.known, ctx.row_weight_place = bool(known), len(inputs) - 3
-    ctx.save_for_backward(query, key, value, bias, row_weight, logsumexp, out)
+    kept = out if _wants_map(ctx) else None
+    ctx.save_for_backward(query, key, value, bias, row_weight, logsumexp, kept)
 
 
 def product_backward(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None = None) -> Gradients:
     query, key, value, bias, row_weight, logsumexp, out = ctx.saved_tensors
     if grad_out is None:
-        grad_out = torch.zeros_like(out)
+        grad_out = value.new_zeros((value.shape[0], *query.shape[1:3], value.shape[3]))
     rest = (ctx.map_index, ctx.scale, ctx.backend)
     weighted = grad_out if row_weight is None else row_weight.unsqueeze(-1) * grad_out
     left = weighted.to(value.dtype)
@@ -94,10 +101,12 @@ def product_backward(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor |
         grouped = value.shape[1] != query.shape[1]
         by_head = torch.ops.fpe_kernels.adjoint(query, key, left, bias, logsumexp, *rest, ctx.key_lengths, wide=grouped)
         grad_value = sum_shared_heads(by_head, value.shape[1]).to(value.dtype)
-    delta = gather_delta(_row_sums(grad_out, out), ctx.map_index, query.shape[0])
-    if grad_logsumexp is not None:
-        delta = delta - grad_logsumexp
-    grads = _map_gradients(ctx, query, key, bias, logsumexp, left, value, delta)
+    grads: Gradients = None, None, None
+    if _wants_map(ctx):
+        delta = gather_delta(_row_sums(grad_out, out), ctx.map_index, query.shape[0])
+        if grad_logsumexp is not None:
+            delta = delta - grad_logsumexp
+        grads = _map_gradients(ctx, query, key, bias, logsumexp, left, value, delta)
     # A known log-sum-exp is that of the same query and key, so its dependence on them is inside delta.
     return (
         *grads[:2],
@@ -124,8 +133,10 @@ def adjoint_backward(ctx: Any, grad_out: Tensor) -> Gradients:
     right = grad_out.to(weight.dtype)
     settings = (ctx.map_index, ctx.scale, ctx.backend, None, ctx.key_lengths)
     grad_weight = torch.ops.fpe_kernels.replay(query, key, right, bias, logsumexp, *settings)
-    delta = gather_delta(_row_sums(weight, grad_weight), ctx.map_index, query.shape[0])
-    grads = _map_gradients(ctx, query, key, bias, logsumexp, weight, right, delta)
+    grads: Gradients = None, None, None
+    if _wants_map(ctx):
+        delta = gather_delta(_row_sums(weight, grad_weight), ctx.map_index, query.shape[0])
+        grads = _map_gradients(ctx, query, key, bias, logsumexp, weight, right, delta)
     return (*grads[:2], grad_weight, grads[2], None, None, None, None, None, None)
 
 

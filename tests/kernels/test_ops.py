@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fpe_kernels import AttentionMap, blend, join, ops, shared_attention
+from fpe_kernels import AttentionMap, blend, gradient_rules, join, ops, shared_attention
 from fpe_kernels.backends import blocks, fused_cpu
 from fpe_kernels.testing import Case, assert_matches, make_case
 from tests.support.slow_cases import few
@@ -337,3 +337,23 @@ def test_one_of_several_products_can_be_changed_in_place() -> None:
     second += 1.0
     assert torch.equal(first, expected[0])
     assert torch.equal(second, expected[1])
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_gradients_of_values_alone_keep_no_product_and_sum_none(known: bool, monkeypatch) -> None:
+    case = make_case(heads=2, queries=5, keys=6, head_dim=8)
+    monkeypatch.setattr(gradient_rules, "gather_delta", lambda *args: pytest.fail("a map without gradients needs none"))
+    operator, kept = AttentionMap(case.query, case.key), []
+    if known:
+        _ = operator.logsumexp
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        out = operator @ case.value.requires_grad_()
+        transposed = operator.T @ case.weight.requires_grad_()
+    assert all(tensor.data_ptr() != out.data_ptr() for tensor in kept)
+    out *= 2.0
+    noise = torch.randn_like(case.weight)
+    (grad,) = torch.autograd.grad(out, case.value, noise)
+    torch.testing.assert_close(grad, 2.0 * operator.dense().mT @ noise)
+    noise = torch.randn_like(transposed)
+    (grad,) = torch.autograd.grad(transposed, case.weight, noise)
+    torch.testing.assert_close(grad, operator.dense() @ noise)
