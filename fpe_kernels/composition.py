@@ -96,7 +96,7 @@ class LinearMap(MapViews):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What PyTorch's functions make of a map: ``torch.matmul`` a product, all others an error."""
-        return _as_traced(function, args)
+        return _as_traced(function, args, kwargs)
 
     def _check_value(self, value: object) -> Tensor:
         return validation.check_value(value, self, self.shape, self.key_heads)
@@ -329,7 +329,7 @@ class TransposedMap:
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """As that of :class:`LinearMap`."""
-        return _as_traced(function, args)
+        return _as_traced(function, args, kwargs)
 
     def matmul(self, weight: Any) -> Any:
         """``A.T @ weight`` as a call; as :meth:`LinearMap.matmul`, it is what ``torch.compile`` traces in every case.
@@ -351,13 +351,17 @@ class TransposedMap:
         return self.matmul(weight)
 
 
-def _as_traced(function: Any, args: Any) -> Any:
+def _as_traced(function: Any, args: Any, keywords: Any) -> Any:
     """``torch.matmul`` of a map, and what ``torch.compile`` makes of ``A @ value``.
 
     There an operator between a map and a tensor is a method of the tensor, whichever stood first.
     """
     if function not in (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__) or len(args) != 2:
         return NotImplemented
+    if keywords and keywords.get("out") is not None:
+        raise TypeError(
+            "torch.matmul of a map takes no out=: its product is a tensor of its own. Copy it: out.copy_(A @ value)."
+        )
     first, second = args
     if isinstance(first, (LinearMap, TransposedMap)):
         return first.matmul(second)

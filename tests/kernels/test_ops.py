@@ -248,6 +248,14 @@ def test_a_product_that_tracing_cannot_tell_from_another_is_refused() -> None:
         case.value @ AttentionMap(case.query, case.key)
 
 
+def test_a_product_into_a_tensor_that_is_there_is_refused() -> None:
+    case = make_case(heads=1, queries=8, keys=6, head_dim=8)
+    operator, out = AttentionMap(case.query, case.key), torch.full_like(case.weight, 7.0)
+    with pytest.raises(TypeError, match=r"takes no out=.*out\.copy_"):
+        torch.matmul(operator, case.value, out=out)
+    torch.testing.assert_close(torch.matmul(operator, case.value, out=None), operator @ case.value)
+
+
 INDUCTOR = {
     "product": lambda A, value, weight: A.matmul(value),
     "transpose": lambda A, value, weight: A.T.matmul(weight),
