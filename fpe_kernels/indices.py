@@ -99,8 +99,9 @@ def check_token_index(index: object, tokens: int, device: torch.device) -> Tenso
             f"index must be an int or a flat sequence of ints, got {index.dtype} of shape {shape_of(index)}."
         )
     index = index.reshape(-1).to(dtype=torch.int64)
-    # A compiled function cannot raise by what a tensor holds; the gather that follows checks it on the device.
-    checked = index.numel() > 0 and not torch.compiler.is_compiling()
+    # A compiled function cannot raise by what a tensor holds; the gather that follows checks it on the device. One on
+    # the meta device holds nothing.
+    checked = index.numel() > 0 and not index.is_meta and not torch.compiler.is_compiling()
     if checked and (int(index.min()) < -tokens or int(index.max()) >= tokens):
         raise IndexError(f"token index must be in [{-tokens}, {tokens}), got {index.tolist()}.")
     index = index.to(device)
@@ -113,8 +114,9 @@ def names_twice(index: object, positions: Tensor, tokens: int) -> bool:
     if entries is not None:
         # Without waiting for the device, and so in a CUDA graph too.
         return len({entry % tokens for entry in entries}) < len(entries)
-    # A compiled function cannot raise by what a tensor holds.
-    return not torch.compiler.is_compiling() and positions.unique().numel() < positions.numel()
+    # A compiled function cannot raise by what a tensor holds, and one on the meta device holds nothing.
+    unknown = positions.is_meta or torch.compiler.is_compiling()
+    return not unknown and positions.unique().numel() < positions.numel()
 
 
 def _host_integers(index: object) -> list[int] | None:

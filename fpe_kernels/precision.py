@@ -9,6 +9,7 @@ import torch
 
 def at_given_dtype(device: torch.device) -> AbstractContextManager[object]:
     """Without autocast: products of float32 operands are float32, in plain PyTorch products too."""
-    if torch.is_autocast_enabled(device.type):
+    # On the meta device nothing is computed, and autocast cannot be asked there.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fpe_kernels import AttentionMap, LinearMap, blend, concatenate
+from fpe_kernels import AttentionMap, LinearMap, blend, concatenate, join, known_columns
 from tests.support.composed_edits import DIM, HEADS, PIXELS, Edits, Tensors, pair
 
 
@@ -209,3 +209,18 @@ def test_refused(name: str) -> None:
     call, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_maps_on_the_meta_device_give_shapes() -> None:
+    query, key, value = (torch.empty(1, 2, tokens, 8, device="meta") for tokens in (6, 12, 12))
+    A, index = AttentionMap(query, key), torch.tensor([1, 2], device="meta")
+    columns = known_columns(A.columns(index), index, tokens=12)
+    for found, shape in (
+        (A.rows([0, -1]), (1, 2, 2, 12)),
+        (A.rows(index), (1, 2, 2, 12)),
+        (A.pooled((2, 3), (3, 4), 2), (1, 2, 4, 4)),
+        (A.mix(torch.empty(12, 5, device="meta")).dense(), (1, 2, 6, 5)),
+        ((columns + A.scale_columns(0.5)) @ value, (1, 2, 6, 8)),
+        (join([A, A]).T @ query, (1, 2, 24, 8)),
+    ):
+        assert found.shape == shape and found.is_meta
