@@ -187,6 +187,9 @@ class LinearMap(MapViews):
     def scale_rows(self, weight: float | Sequence[float] | Tensor) -> LinearMap:
         """``diag(weight) A``: each query's row times a number, ``weight ⊙ (A @ v)``.
 
+        ``torch.compile`` traces it whatever the weight; of ``weight * A`` it traces tensors whose width is not the
+        number of key tokens.
+
         Args:
             weight: a number; a list of B numbers, one for each batch row; or a tensor that broadcasts to [B, H, N], as
                 [N] for one of every query pixel does; dtype of the map or of its statistics (float32).
@@ -352,10 +355,15 @@ class TransposedMap:
 
 
 def _as_traced(function: Any, args: Any, keywords: Any) -> Any:
-    """``torch.matmul`` of a map, and what ``torch.compile`` makes of ``A @ value``.
+    """``torch.matmul`` of a map, and what ``torch.compile`` makes of ``A @ value`` and ``weight * A``.
 
     There an operator between a map and a tensor is a method of the tensor, whichever stood first.
     """
+    if function is Tensor.mul and torch.compiler.is_compiling():
+        weight, whole = args
+        # ``A * weight`` arrives alike, and might mean the columns: so only what can be no weight of them is taken.
+        if isinstance(whole, LinearMap) and (weight.ndim == 0 or weight.shape[-1] != whole.shape[3]):
+            return whole.scale_rows(weight)
     if function not in (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__) or len(args) != 2:
         return NotImplemented
     if keywords and keywords.get("out") is not None:

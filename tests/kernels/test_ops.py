@@ -248,6 +248,27 @@ def test_a_product_that_tracing_cannot_tell_from_another_is_refused() -> None:
         case.value @ AttentionMap(case.query, case.key)
 
 
+@pytest.mark.parametrize("shape", [(5,), (2, 1)])
+def test_weights_times_a_map_compile_into_one_graph(shape: tuple[int, ...]) -> None:
+    case = make_case(heads=2, queries=5, keys=6, head_dim=8)
+    torch.compiler.reset()
+    weighted = lambda weight, query, key, value: (weight * AttentionMap(query, key)).matmul(value)  # noqa: E731
+    tensors = torch.rand(shape), case.query, case.key, case.value
+    compiled = torch.compile(weighted, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*tensors), weighted(*tensors), rtol=0, atol=0)
+
+
+def test_weights_that_tracing_cannot_tell_from_those_of_columns_break_the_graph() -> None:
+    case = make_case(heads=1, queries=6, keys=6, head_dim=8)
+    weighted = lambda weight, query, key, value: (weight * AttentionMap(query, key)).matmul(value)  # noqa: E731
+    tensors = torch.rand(6), case.query, case.key, case.value
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(weighted, backend="eager")(*tensors), weighted(*tensors), rtol=0, atol=0)
+    columns = torch.compile(lambda weight, query, key: AttentionMap(query, key) * weight, backend="eager")
+    with pytest.raises(TypeError, match="does not say what it weights"):
+        columns(*tensors[:3])
+
+
 def test_a_product_into_a_tensor_that_is_there_is_refused() -> None:
     case = make_case(heads=1, queries=8, keys=6, head_dim=8)
     operator, out = AttentionMap(case.query, case.key), torch.full_like(case.weight, 7.0)
