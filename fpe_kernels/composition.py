@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -205,8 +206,8 @@ class LinearMap(MapViews):
         Args:
             weight: a number, or a tensor that broadcasts to [B, H, M], as [M] for one of every word does.
         """
-        if isinstance(weight, (int, float)) and not isinstance(weight, bool):
-            return self.scale_rows(weight)
+        if isinstance(weight, Real) and not isinstance(weight, bool):
+            return self.scale_rows(float(weight))
         checked = validation.check_column_weight(weight, self, self.shape)
         return self._with_terms(lambda term, rows: term.followed_by(Diagonal(some_rows(checked, rows).unsqueeze(-1))))
 

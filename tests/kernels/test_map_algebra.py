@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
@@ -209,6 +212,14 @@ def test_refused(name: str) -> None:
     call, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("number", [0.5, np.float32(0.5), Fraction(1, 2)], ids=lambda number: type(number).__name__)
+def test_numbers_of_any_kind_weigh_rows_and_columns(number) -> None:
+    A, value = AttentionMap(torch.randn(1, 2, 6, 8), torch.randn(1, 2, 7, 8)), torch.randn(1, 2, 7, 8)
+    expected = 0.5 * (A @ value)
+    for weighted in (A.scale_rows(number), A.scale_columns(number), number * A, A * number):
+        torch.testing.assert_close(weighted @ value, expected)
 
 
 def test_maps_on_the_meta_device_give_shapes() -> None:
