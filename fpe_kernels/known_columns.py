@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ def known_columns(columns: Tensor, index: int | Sequence[int] | Tensor, tokens: 
     (True, [0.0, 0.0, 0.0, 5.0, 0.0, 0.0, 0.0])
     """
     columns = validation.check_tensor("columns", columns, "B, H, N, C")
+    if isinstance(tokens, bool) or not isinstance(tokens, Integral) or tokens < 0:
+        raise ValueError(f"tokens must be the number of the map's keys, an int from 0 on, got {tokens!r}.")
     positions = indices.check_token_index(index, tokens, columns.device)
     if positions.numel() != columns.shape[3]:
         raise ValueError(

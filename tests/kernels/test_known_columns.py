@@ -71,6 +71,8 @@ def test_half_precision_keeps_its_dtype():
         ((torch.ones(1, 2, 5, 2), torch.tensor([0, -7]), 7), ValueError, "twice"),
         ((torch.ones(1, 2, 5, 1), 7, 7), IndexError, r"\[-7, 7\)"),
         ((torch.ones(1, 2, 5, 1, dtype=torch.int64), 0, 7), TypeError, "float16"),
+        ((torch.ones(1, 2, 5, 1), 0, 3.5), ValueError, r"tokens must be the number.*got 3\.5"),
+        ((torch.ones(1, 2, 5, 0), [], -3), ValueError, r"tokens must be the number.*got -3"),
     ],
 )
 def test_refusals(arguments, error, said):
