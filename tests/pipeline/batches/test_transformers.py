@@ -63,3 +63,14 @@ def test_pictures_are_those_of_single_edits(transformer, family, tmp_path, monke
         with Image.open(path) as made, Image.open(path.with_name("source.png")) as source:
             assert distance(single.edited[0], made).levels <= LEVELS, name
             assert distance(single.source, source).levels <= LEVELS, name
+
+
+def test_an_edit_that_no_recording_serves_costs_its_source_nothing(transformer, tmp_path, caplog):
+    row = {"source": SOURCE, "target": "a photo of a blue car"}
+    rows = [{**row, "name": "plain"}, {**row, "name": "consistent", "method": "consistedit"}]
+    rows += [{**row, "name": "regional", "method": "fpe-regional", "options": {"word": "car"}}]
+    rows += [{**row, "name": "senseless", "options": {"no_such": 1}}]
+    jobs, said = written(tmp_path / "jobs.jsonl", rows), []
+    finished = batch(jobs, tmp_path / "out", said, defaults={"model": str(transformer), "steps": 1})
+    assert finished.failed.keys() == {"senseless"} and len(said) == 1
+    assert "the source is made again for fpe-regional" in caplog.text
