@@ -215,6 +215,7 @@ def _settings(given: dict[str, Any], path: Path | None) -> tuple[Settings, dict[
     """The settings that the options and the record, where one is named, add up to; and the record."""
     from ..runs import run as runs
     from ..runs.edit_class import check_edit_class
+    from ..runs.option_files import check_option_files
 
     if {"inversion", "inversion_guidance"} & given.keys() and "image" not in given and path is None:
         raise InputError("--inversion and --inversion-guidance are about a picture; pass it with --image")
@@ -224,6 +225,8 @@ def _settings(given: dict[str, Any], path: Path | None) -> tuple[Settings, dict[
         settings = settings.changed(**given)
         if "method" not in given:
             check_edit_class(settings, record)
+        if "options" not in given:
+            check_option_files(settings, record)
     else:
         given = {"source": "", **given} if "image" in given else given
         missing = [f"--{name}" for name, key in (("source", "source"), ("target", "targets")) if key not in given]

@@ -17,6 +17,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..models.loading import find_model
+from ..runs.edit_class import edit_class
+from ..runs.option_files import option_files
 from ..runs.settings import Settings
 from .jobs import Job
 
@@ -81,6 +83,7 @@ def groups_of(jobs: Iterable[Job], at_once: int, stamp: str) -> tuple[list[Group
     by_source: dict[str, list[Job]] = {}
     unreadable: dict[str, str] = {}
     pictures: dict[str, str] = {}
+    classes: dict[str, Any] = {}
     for job in jobs:
         settings = job.settings
         try:
@@ -95,7 +98,7 @@ def groups_of(jobs: Iterable[Job], at_once: int, stamp: str) -> tuple[list[Group
         by_edit: dict[str, list[Job]] = {}
         for job in members:
             of_edit = job.settings.model_dump(include={*OF_THE_EDIT} - {"targets"})
-            by_edit.setdefault(_digest(of_edit), []).append(job)
+            by_edit.setdefault(_digest([of_edit, *_files_of(job.settings, classes)]), []).append(job)
         units = [
             Unit(tuple(chunk), _digest([digest, edit, [_named(job, pictures) for job in chunk]]))
             for edit, same in by_edit.items()
@@ -119,6 +122,17 @@ def _named(job: Job, pictures: dict[str, str]) -> list[Any]:
     """What of a job decides its output beside source and edit."""
     mask = job.mask if not isinstance(job.mask, str) else _mask_digest(job.mask, pictures)
     return [job.name, job.target, mask]
+
+
+def _files_of(settings: Settings, classes: dict[str, Any]) -> list[Any]:
+    """What decides an edit beside its settings: files that these name, a mask's or a class's, may become others."""
+    method = settings.method
+    if method not in classes:
+        try:
+            classes[method] = edit_class(method)
+        except ValueError:  # said where the edit is made
+            classes[method] = {}
+    return [each for each in (classes[method], option_files(settings.options)) if each]
 
 
 def _mask_digest(path: str, digests: dict[str, str]) -> str:

@@ -16,6 +16,7 @@ from ..images.distance import pixel_hash
 from ..models.loading import find_model, is_embedded, pick_device, scheduler_settings
 from .edit_class import edit_class
 from .model_defaults import check_family
+from .option_files import option_files, with_places
 from .progress import Progress, show_steps
 from .repeatable import Clock, machine, repeatable, threads_for, versions
 from .result import Run
@@ -159,6 +160,7 @@ def filled_in(settings: Settings, pipe: FreePromptPipeline, size: tuple[int, int
     return settings.with_values(
         model=settings.model if location.kind == "hub" or is_embedded(settings.model) else location.location,
         image=None if settings.image is None else str(Path(settings.image).resolve()),
+        options=with_places(settings.options),
         size=size,
         dtype=str(model_of(pipe).dtype).removeprefix("torch."),
         device=pick_device(settings.device),
@@ -171,17 +173,21 @@ def details_of(settings: Settings, loaded: Loaded, seconds: dict[str, float]) ->
     from fpe_kernels import backends
 
     pipe = loaded.pipe
-    return edit_class(settings.method) | {
-        "model": {
-            "identity_sha256": loaded.identity,
-            "class": type(pipe).__name__,
-            "scheduler": scheduler_settings(pipe),
-        },
-        "versions": versions(),
-        "machine": machine(settings.device),
-        "backends": backends(),
-        "seconds": seconds,
-    }
+    return (
+        edit_class(settings.method)
+        | option_files(settings.options)
+        | {
+            "model": {
+                "identity_sha256": loaded.identity,
+                "class": type(pipe).__name__,
+                "scheduler": scheduler_settings(pipe),
+            },
+            "versions": versions(),
+            "machine": machine(settings.device),
+            "backends": backends(),
+            "seconds": seconds,
+        }
+    )
 
 
 def _check_expected(

@@ -17,6 +17,7 @@ from typing import Any
 from ..edits.method import REQUIRED, Option
 from ..edits.registry import METHODS
 from ..errors import InputError
+from ..runs.option_files import OPTION_FILES
 from ..runs.settings import DEFAULTS, SELF_REPLACE, Settings
 from .prompts import FIRST
 
@@ -44,8 +45,6 @@ MOST_OPTIONS = max(len(method.choices) for method in METHODS.values())
 _SEEDS = 2**31
 #: Denoising steps of a new page: enough to see what comes of it.
 _STEPS = 25
-#: Options that name a file, which would be the server's.
-_OF_THE_SERVER = ("mask",)
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def settings_of(fields: Mapping[str, Any], model: str, *, image: str | None = No
 
 def within(settings: Settings, limits: Limits) -> Settings:
     """The settings; raises InputError where they ask for more than the page gives."""
-    if files := settings.options.keys() & set(_OF_THE_SERVER):
+    if files := settings.options.keys() & set(OPTION_FILES):
         raise InputError(f"the page takes no {', '.join(sorted(files))}: it names a file of the server's")
     prompts = (settings.source, *settings.targets, settings.negative or "")
     width, height = settings.size or (0, 0)
@@ -165,7 +164,7 @@ def fields_of(settings: Settings) -> dict[str, Any]:
 def options_of(method: str) -> tuple[Option, ...]:
     """The options of a method that a page gives and that have no field of their own."""
     entry = METHODS[method]
-    left_out = {entry.window, "levels", "layers", "max_tokens", *_OF_THE_SERVER}
+    left_out = {entry.window, "levels", "layers", "max_tokens", *OPTION_FILES}
     return tuple(option for option in entry.choices if option.name not in left_out)
 
 

@@ -245,3 +245,28 @@ def test_ray_that_is_missing(made, monkeypatch):
     monkeypatch.setattr(workers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'fpe-kernels\[cluster\]'"):
         plan(BatchRequest(jobs=made["jobs"], output=made["out"], defaults=made["defaults"], workers=2))
+
+
+def test_what_a_files_new_content_decides_is_made_again(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    code = "from fpe_pipeline import FreePromptEdit\nclass Edit(FreePromptEdit):\n    pass\n"
+    (tmp_path / "my_batched_edit.py").write_text(code)
+    row = {"source": SOURCE, "target": "a photo of a car"}
+    rows = [{**row, "name": "plain"}, {**row, "name": "masked", "options": {"mask": "mask.png"}}]
+    rows += [
+        {**row, "name": "own", "method": "my_batched_edit:Edit"},
+        {**row, "name": "none", "method": "no_such:Edit"},
+    ]
+    jobs = written(tmp_path / "jobs.jsonl", rows)
+
+    def units():
+        request = BatchRequest(jobs=jobs, output=tmp_path / "out", defaults={"model": str(model)})
+        return {job.name: unit.digest for group in plan(request).groups for unit in group.units for job in unit.jobs}
+
+    before = units()
+    Image.new("L", (64, 64), 0).save(tmp_path / "mask.png")
+    (tmp_path / "my_batched_edit.py").write_text(code + "    # another\n")
+    after = units()
+    assert {name for name in before if before[name] != after[name]} == {"masked", "own"}
