@@ -34,21 +34,16 @@ class Results:
     def __init__(self, folder: Path, groups: Iterable[Group]) -> None:
         self.folder = folder
         self._path = folder / MANIFEST
-        self._order: list[str] = []
+        self._order: dict[str, None] = {}  # in which files are asked for by the thousand
         units: dict[str, str] = {}
         for group in groups:
-            self._order += [f"{group.folder}/{name}" for name in SOURCES]
-            self._order += [_file(group, job.name) for job in group.jobs]
+            self._order |= dict.fromkeys(_file(group, name) for name in (*SOURCES, *(job.name for job in group.jobs)))
             units |= {_file(group, job.name): unit.digest for unit in group.units for job in unit.jobs}
             for left in (folder / group.folder).glob(".*.part"):  # of a run that was killed
                 left.unlink()
         self.entries: dict[str, dict[str, Any]] = {}
-        self._others: dict[str, dict[str, Any]] = {}  # of other lists in the same folder
-        for entry in self._lines():
-            file = entry.get("file")
-            if isinstance(file, str) and file not in self._order:
-                self._others[file] = entry
-            elif file in self._order and entry.get("unit", "") == units.get(file, "") and self._is_whole(entry):
+        for file, entry in self._lines():
+            if file in self._order and entry.get("unit", "") == units.get(file, "") and self._is_whole(entry):
                 self.entries[file] = entry
 
     def entry(self, group: Group, name: str) -> dict[str, Any] | None:
@@ -72,21 +67,26 @@ class Results:
         self.entries[file] = entry
 
     def close(self) -> None:
-        """Write the manifest anew, a line for each picture, in the order of the list; other lists' come first."""
-        entries = [*self._others.values(), *(self.entries[file] for file in self._order if file in self.entries)]
+        """Write the manifest anew, a line for each picture, in the order of the list; other lists' come first.
+
+        Theirs are read now: another batch may have worked in the same folder meanwhile.
+        """
+        others = {file: entry for file, entry in self._lines() if file not in self._order}
+        entries = [*others.values(), *(self.entries[file] for file in self._order if file in self.entries)]
         lines = [json.dumps(entry, allow_nan=False) + "\n" for entry in entries]
         if lines:
             write_text(self._path, "".join(lines))
 
-    def _lines(self) -> list[dict[str, Any]]:
+    def _lines(self) -> list[tuple[str, dict[str, Any]]]:
+        """The manifest's lines with the files that they name."""
         if not self._path.exists():
             return []
         found = []
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):  # cut short: what it named is made again
                 entry = json.loads(line)
-                if isinstance(entry, dict):
-                    found.append(entry)
+                if isinstance(entry, dict) and isinstance(entry.get("file"), str):
+                    found.append((entry["file"], entry))
         return found
 
     def _is_whole(self, entry: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from fpe_pipeline.app import cli
-from fpe_pipeline.batches import making
+from fpe_pipeline.batches import making, results
 from fpe_pipeline.batches.batch import plan
 from fpe_pipeline.batches.request import BatchRequest
 from fpe_pipeline.errors import InputError
@@ -270,3 +271,44 @@ def test_what_a_files_new_content_decides_is_made_again(model, tmp_path, monkeyp
     (tmp_path / "my_batched_edit.py").write_text(code + "    # another\n")
     after = units()
     assert {name for name in before if before[name] != after[name]} == {"masked", "own"}
+
+
+def test_batches_of_two_lists_in_one_folder_at_once_keep_each_others_lines(tmp_path):
+    def planned(name):
+        jobs = written(tmp_path / f"{name}.jsonl", [{"name": name, "source": name, "target": "a car"}])
+        return plan(BatchRequest(jobs=jobs, output=tmp_path / "out"))
+
+    def keep(one):
+        (group,) = one.groups
+        one.results.keep(group, group.units[0], making.Made(group.jobs[0].name, b"a picture", "", {}))
+        one.results.close()
+
+    first, second = planned("first"), planned("second")
+    keep(second)
+    keep(first)
+    assert {line["job"] for line in manifest(tmp_path / "out")} == {"first", "second"}
+    assert planned("second").results.entries.keys() == second.results.entries.keys()
+
+
+class Counted(str):
+    """A text that counts how often it is compared with another."""
+
+    compared = 0
+
+    def __eq__(self, other):
+        Counted.compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_a_line_of_the_manifest_is_not_compared_with_every_job(tmp_path, monkeypatch):
+    rows = [{"name": f"job-{number}", "source": "a car", "target": f"a car {number}"} for number in range(200)]
+    request = BatchRequest(jobs=written(tmp_path / "jobs.jsonl", rows), output=tmp_path / "out")
+    files = [f"{group.folder}/{job.name}.png" for group in plan(request).groups for job in group.jobs]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.jsonl").write_text("\n".join(files))
+    read = SimpleNamespace(loads=lambda line: {"file": Counted(line), "unit": "another"})
+    monkeypatch.setattr(results, "json", read)
+    assert not plan(request).results.entries
+    assert 0 < Counted.compared < 10 * len(files)
