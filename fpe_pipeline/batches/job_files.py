@@ -45,6 +45,8 @@ OF_A_ROW = (
 )  # fmt: skip
 #: What lists say beside that, and no edit needs: instructions, words, numbers of classes, a nameless first column.
 _BESIDE = ("editing_instruction", "blended_word", "source_id", "target_id", "is_test", "image_id", "")
+#: As JSON, Python and spreadsheets write it.
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
 _PAPER_PROMPT = "a photo of a {}"
 _PIE_FOLDER = "annotation_images"
 _NAME = re.compile(r"[\w.+-]+")
@@ -115,7 +117,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise InputError(f"expected '{path}' to hold a list of edits or edits by name, got {type(given).__name__}")
     for name, row in named:
         row = row if isinstance(row, Mapping) else {_NOT_A_ROW: f"expected names with values, got {row!r}"}
-        if str(row.get("is_test", "True")) == "True":
+        said = str(row.get("is_test", True)).casefold()
+        if said not in _TRUTH:
+            row = {_NOT_A_ROW: f"is_test, of a row of the test: expected true or false, got {row['is_test']!r}"}
+        if _TRUTH.get(said, True):
             names = (row.get(spelling) for spelling in _SPELLINGS["name"])
             yield name or str(next((one for one in names if one not in (None, "")), "")), row
 

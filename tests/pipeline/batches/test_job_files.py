@@ -148,6 +148,14 @@ class TestPublished:
         (job,) = read(tmp_path, "ImageNet.json", rows)
         assert (job.settings.source, job.target) == ("a photo of a beagle", "a photo of a basset")
 
+    def test_is_test_as_spreadsheets_write_it(self, tmp_path):
+        said = ("True", "TRUE", "1", "FALSE", "0", "yes")
+        path = tmp_path / "jobs.csv"
+        path.write_text("source,target,is_test\n" + "".join(f"beagle,basset {each},{each}\n" for each in said))
+        *jobs, bad = read_jobs(path, {})
+        assert [job.target.rpartition(" ")[2] for job in jobs] == ["True", "TRUE", "1"]
+        assert "expected true or false, got 'yes'" in bad.reason
+
     def test_pie_bench(self, tmp_path):
         (tmp_path / "annotation_images").mkdir()
         entry = {
