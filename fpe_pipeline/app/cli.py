@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from .. import extras
 from ..errors import InputError
 from ..texts import print_text
-from .console import quiet_imports, say, warnings_on_stderr
+from .console import open_streams, quiet_imports, say, warnings_on_stderr
 
 __all__ = ["NEED_PICTURES", "main"]
 
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; default: those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    open_streams()
     quiet_imports()
     asks_for_help = not arguments or {"-h", "--help"} & set(arguments)
     needs = extras.PIPELINE if arguments[:1] and arguments[0] in NEED_PICTURES and not asks_for_help else extras.COMMAND

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..texts import print_text
 
-__all__ = ["print_paths", "quiet_imports", "report", "say", "warnings_on_stderr"]
+__all__ = ["open_streams", "print_paths", "quiet_imports", "report", "say", "warnings_on_stderr"]
 
 
 def print_paths(paths: Iterable[Path]) -> None:
@@ -48,6 +48,14 @@ class _ToStandardError(logging.StreamHandler):  # type: ignore[type-arg] # gener
     @stream.setter
     def stream(self, stream: Any) -> None:
         pass
+
+
+def open_streams() -> None:
+    """Give what is said to nobody where standard output or standard error is closed: then Python has None for it, which
+    costs a finished run its exit code and sends errors into the output."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process lives
 
 
 def quiet_imports() -> None:

@@ -1,6 +1,7 @@
 """`--json` puts one object on standard output, whatever the command, and whatever goes wrong."""
 
 import json
+import sys
 
 import pytest
 from typer.main import get_command
@@ -27,6 +28,15 @@ def test_an_edit(tmp_path, capsys):
     found, _ = said(capsys)
     assert found["files"][0] == str(tmp_path / "out" / "comparison.png")
     assert found["record"]["settings"]["seed"] == 5
+
+
+def test_closed_streams_cost_no_exit_code_and_no_output(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["edit", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["exit_code"] == 2
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["edit", "--json"]) == 2
 
 
 def test_a_refusal(capsys):
