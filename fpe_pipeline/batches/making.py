@@ -24,7 +24,7 @@ from ..runs import run as runs
 from ..runs.loading import load_pipeline
 from ..runs.making import Loaded, details_of, edit_of, filled_in, invert, photo_for, pinned, solver_of_pictures
 from ..runs.picture_record import PHOTO, png_info
-from ..runs.recorded import can_be_recorded_for, check_recordable, record_source, source_of
+from ..runs.recorded import check_recordable, record_source, source_of
 from ..runs.settings import Settings
 from .encoders import Encoders
 from .jobs import Job
@@ -126,15 +126,16 @@ class Maker:
     def _make(self, group: Group, wanted: frozenset[str], sources: bool) -> Iterator[Outcome]:
         refused: dict[str, str] = {}
         try:
-            alone = self._source(group.settings)
-            masks, refused = self._checked(group.jobs, alone)
+            source = self._source(group.settings)
+            masks, refused = self._checked(group.jobs, source)
             yield from (Failed(name, reason) for name, reason in refused.items() if name in wanted)
             units = [
                 replace(unit, jobs=kept)
                 for unit in group.units
                 if (kept := tuple(job for job in unit.jobs if job.name not in refused))
             ]
-            recorded = self._recorded(alone, units)
+            if len(units) > 1:
+                source = self._recorded(source, units)
         except Exception as error:
             left = wanted - refused.keys()
             yield from (Failed(job.name, _reason(error)) for job in group.jobs if job.name in left)
@@ -142,7 +143,7 @@ class Maker:
         for unit in units:
             if not sources and not any(job.name in wanted for job in unit.jobs):
                 continue
-            for outcome in self._unit(unit, recorded.get(unit.digest, alone), masks, sources):
+            for outcome in self._unit(unit, source, masks, sources):
                 is_source = outcome.name in SOURCES
                 if outcome.name in wanted or is_source:
                     yield outcome
@@ -174,35 +175,15 @@ class Maker:
                 refused[job.name] = _reason(error)
         return masks, refused
 
-    def _recorded(self, source: _Source, units: Sequence[Unit]) -> dict[str, _Source]:
-        """By digest of a unit the source recorded for it and others; it is made beside each unit that is left out.
-
-        Left out are all where the scheduler lets nothing be recorded, a single one, and edits that read what no
-        recording holds, which so cost the other ones nothing but their company.
-        """
+    def _recorded(self, source: _Source, units: Sequence[Unit]) -> _Source:
+        """The source recorded for all units, where its scheduler lets it; else it is made beside each of them."""
         pipe, settings = self.loaded.pipe, source.settings
-        if len(units) < 2:
-            return {}
         if source.photo is None:
             try:
                 check_recordable(pipe)
             except ValueError as error:
                 logger.warning("the source is made again for every unit: %s", error)
-                return {}
-        edits = {unit.digest: edit_of(pipe, unit.settings, *source.size) for unit in units}
-        kept = {of: edit for of, edit in edits.items() if can_be_recorded_for(pipe, settings, edit, source.size)}
-        if len(kept) < len(edits):
-            names = [unit.jobs[0].settings.method for unit in units if unit.digest not in kept]
-            logger.warning(
-                "the source is made again for %s, which no recording serves", ", ".join(dict.fromkeys(names))
-            )
-        if len(kept) < 2:
-            return {}
-        return dict.fromkeys(kept, self._recording(source, list(kept.values())))
-
-    def _recording(self, source: _Source, edits: Sequence[Any]) -> _Source:
-        """The source recorded for some edits."""
-        pipe, settings = self.loaded.pipe, source.settings
+                return source
         import torch
 
         scheduler = pipe.scheduler
@@ -217,6 +198,7 @@ class Maker:
         else:
             pipe.scheduler = solver_of_pictures(pipe)
         try:
+            edits = [edit_of(pipe, unit.settings, *source.size) for unit in units]
             recording = record_source(pipe, settings, edits, **options)
             return replace(source, recording=recording, image=source_of(pipe, recording, source.size))
         finally:

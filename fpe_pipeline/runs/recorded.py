@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Recorded",
-    "can_be_recorded_for",
     "check_recordable",
     "edited",
     "invert_and_record",
@@ -107,26 +106,6 @@ def check_recordable(pipe: Any) -> None:
         require_flow(pipe.scheduler, "a recording")
     else:
         check_deterministic(pipe.scheduler)
-
-
-def can_be_recorded_for(pipe: Any, settings: Settings, edit: Edit, size: tuple[int, int]) -> bool:
-    """Whether a recording can hold what an edit reads of the settings' source; ``size`` is width and height, px.
-
-    On transformers it holds no heat of words, which edits that look for them there read.
-    """
-    from ..models.steps import run_steps
-    from ..recordings.contents import source_needs
-    from ..recordings.flow_record import flow_sites
-
-    if not is_flow(pipe):
-        return True
-    model = pipe.flow()
-    model.set_timesteps(settings.steps, size[::-1])
-    try:
-        source_needs([edit], flow_sites(model, size[::-1]), run_steps(model.pipe.scheduler), guided=False)
-    except ValueError:
-        return False
-    return True
 
 
 def wide_edits(pipe: Any, settings: Settings) -> list[Edit]:
