@@ -96,7 +96,7 @@ class LocalBlend:
         self.counter += 1
         if self.counter <= self.start_blend:
             return x_t
-        size = tuple(side // HALVED for side in x_t.shape[-2:])
+        size = _read_size(x_t)
         read = [*attention_store["down_cross"], *attention_store["up_cross"]]
         maps = [attn for attn in read if attn.shape[1] == size[0] * size[1]]
         if not maps:
@@ -111,7 +111,7 @@ class LocalBlend:
 
     def get_mask(self, maps: Sequence[LazyMap], alpha: torch.Tensor, use_pool: bool, x_t: torch.Tensor) -> torch.Tensor:
         """[prompts, 1, h, w]: where the words are, in the first image or in one's own."""
-        size = tuple(side // HALVED for side in x_t.shape[-2:])
+        size = _read_size(x_t)
         prompts, tokens = alpha.shape[0], alpha.shape[-1]
         # [prompts, heads of all layers, 1, *size]
         heat = torch.cat([(attn.reshape(prompts, -1, 1, *size, tokens) * alpha).sum(-1) for attn in maps], dim=1).mean(
@@ -122,3 +122,9 @@ class LocalBlend:
         mask = F.interpolate(heat, size=x_t.shape[-2:])
         mask = mask / mask.amax((2, 3), keepdim=True) > self.th[0 if use_pool else 1]
         return mask[:1] | mask
+
+
+def _read_size(x_t: torch.Tensor) -> tuple[int, int]:
+    """The grid of the layers that are read: a UNet rounds an odd side up where it halves it."""
+    height, width = (-(-side // HALVED) for side in x_t.shape[-2:])
+    return height, width

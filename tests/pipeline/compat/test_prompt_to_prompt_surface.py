@@ -7,7 +7,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
+from fpe_kernels import AttentionMap
 from fpe_pipeline.compat.lazy import LazyMap
 from fpe_pipeline.compat.prompt_to_prompt import (
     AttentionReplace,
@@ -210,6 +212,20 @@ def test_a_blend_of_words_that_are_not_there(pipe):
         _ = LocalBlend(PROMPTS, ["squirrel", "dog"], tokenizer=pipe.tokenizer).alpha_layers
     blend = LocalBlend(PROMPTS, ["squirrel", "dog"], tokenizer=pipe.tokenizer, compat="original")
     assert blend.alpha_layers.shape == (2, 1, 1, 1, 1, 77) and blend.alpha_layers[1].sum() == 0
+
+
+def test_a_blend_of_sides_that_are_no_multiples_of_four(pipe):
+    """A UNet rounds up where it halves an odd side: of 9 × 13 latents, layers have 3 × 4 tokens."""
+    parts = torch.randn(2, 2, 1, 77, 8, generator=torch.Generator().manual_seed(0))
+    attention = AttentionMap(parts[0][..., :12, :], parts[1])
+    blend = LocalBlend(PROMPTS, ["squirrel", "lion"], tokenizer=pipe.tokenizer)
+    latents = torch.randn(2, 4, 9, 13, generator=torch.Generator().manual_seed(1))
+    out = blend(latents, {"down_cross": [LazyMap(attention)], "up_cross": []})
+    words = blend.alpha_layers.reshape(2, 1, 77)
+    heat = F.max_pool2d((attention.dense()[:, 0] * words).sum(-1).reshape(2, 1, 3, 4), 3, stride=1, padding=1)
+    mask = F.interpolate(heat / heat.amax((2, 3), keepdim=True), (9, 13)) > 0.3
+    assert 0 < (mask[:1] | mask).sum() < 2 * 9 * 13
+    assert torch.equal(out, torch.where(mask[:1] | mask, latents, latents[:1]))
 
 
 def test_a_blend_that_sees_no_latents_says_so(pipe):
