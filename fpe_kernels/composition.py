@@ -267,8 +267,9 @@ class Combination(LinearMap):
     def _blocks(self) -> tuple[Block, ...]:
         return self._normal_form
 
-    def to(self, device: torch.device | str) -> LinearMap:
-        """The same on another device: attention maps with their weights and mixings.
+    def to(self, *args: Any, **kwargs: Any) -> LinearMap:
+        """The same on another device, or in another dtype: attention maps with their weights and mixings, moved or
+        converted as ``Tensor.to`` does.
 
         Raises:
             TypeError: a part that is no attention map, such as a joined one.
@@ -277,10 +278,10 @@ class Combination(LinearMap):
         def moved(whole: Any) -> Any:
             if not hasattr(whole, "to"):
                 raise TypeError(f"a combination of {type(whole).__name__} stays on its device: move the maps it is of")
-            return whole.to(device)
+            return whole.to(*args, **kwargs)
 
         once = once_for_each(moved)
-        return self._with_terms(lambda term, rows: _moved(term, once(term.map), device))
+        return self._with_terms(lambda term, rows: _moved(term, once(term.map), lambda part: part.to(*args, **kwargs)))
 
     def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
         """The rows of the query tokens ``index``: [B, H, len(index), M], from those of its maps."""
@@ -295,13 +296,13 @@ class Combination(LinearMap):
         )
 
 
-def _moved(term: Term, whole: Any, device: torch.device | str) -> Term:
+def _moved(term: Term, whole: Any, move: Callable[[Tensor], Tensor]) -> Term:
     def factor(given: Factor) -> Factor:
         if isinstance(given, Diagonal):
-            return Diagonal(given.weight.to(device))
-        return Mixing(given.matrix.to(device)) if isinstance(given, Mixing) else given
+            return Diagonal(move(given.weight))
+        return Mixing(move(given.matrix)) if isinstance(given, Mixing) else given
 
-    weight = None if term.row_weight is None else term.row_weight.to(device)
+    weight = None if term.row_weight is None else move(term.row_weight)
     return replace(term, map=whole, row_weight=weight, factors=tuple(map(factor, term.factors)))
 
 

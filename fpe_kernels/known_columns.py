@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,9 +105,10 @@ class KnownColumns(LinearMap):
         start, stop = indices.check_range("query tokens", start, stop, self.shape[2])
         return KnownColumns(self._columns[:, :, start:stop], self._positions, self._tokens)
 
-    def to(self, device: torch.device | str) -> KnownColumns:
-        """The same on another device."""
-        return KnownColumns(self._columns.to(device), self._positions.to(device), self._tokens)
+    def to(self, *args: Any, **kwargs: Any) -> KnownColumns:
+        """The same on another device, or in another dtype: moved or converted as ``Tensor.to`` does."""
+        columns = self._columns.to(*args, **kwargs)
+        return KnownColumns(columns, self._positions.to(columns.device), self._tokens)
 
     def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
         """The rows of the query tokens ``index``: [B, H, len(index), M]."""

@@ -88,5 +88,8 @@ def test_a_combination_moves_with_its_weights_and_mixings():
     assert moved.device.type == "meta" and moved.shape == weighted.shape
     assert {term.factors[-1].matrix.device.type for block in moved._blocks() for term in block.terms} == {"meta"}
     assert moved._blocks()[0].terms[0].row_weight.device.type == "meta"
+    wide = weighted.to(torch.float64)
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close((wide @ value.double()).float(), weighted @ value)
     with pytest.raises(TypeError, match="a combination of KeyBlock stays on its device"):
         A.block(keys=(0, 2)).to("meta")

@@ -23,6 +23,10 @@ class Arithmetic(MapView):
         """``A + alpha · other`` for a map, a number, or a tensor of one row that all queries share."""
         if alpha != 1:
             other = other * alpha
+        if isinstance(other, MapView):
+            wide = torch.promote_types(self.dtype, other.dtype)
+            if wide != self.dtype:
+                return self.to(wide).add(other)
         lead = self._joint_lead(other)
         if lead is None:
             return self.numbers("adding a tensor that is no map's") + other

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from fpe_kernels import LinearMap, known_columns, stack
 
-from .numbers import warn_of_numbers
+from .numbers import converted, warn_of_numbers
 from .view import MapView
 
 __all__ = ["Indexing"]
@@ -147,7 +147,7 @@ class Indexing(MapView):
                 raise ValueError(f"{value.shape[-1]} columns were assigned to {len(positions)}")
             place = torch.zeros(len(positions), keys, dtype=storage.dtype, device=storage.device)
             place[range(len(positions)), positions] = 1.0
-            return value._storage.take(value._index.expand(lead)).mix(place)
+            return converted(value._storage.take(value._index.expand(lead)), storage.dtype).mix(place)
         if not isinstance(value, torch.Tensor | Real):
             raise TypeError(f"expected a map, a tensor or a number to assign, got {type(value).__name__}")
         given = self._of_map(torch.as_tensor(value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -225,6 +226,7 @@ def _cat(maps: Sequence[Any], dim: int = 0) -> Any:
     if axis >= depth or not same or (len({one._grid for one in maps if isinstance(one, LazyMap)}) > 1):
         return NotImplemented
     operators, indices, offset = [], [], 0
+    first = first.to(reduce(torch.promote_types, (one.dtype for one in maps)))
     for one in maps:
         lead = tuple(one.shape[:depth])
         operators.append(first._as_rows(one, lead, "cat"))

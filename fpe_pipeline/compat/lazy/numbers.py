@@ -6,12 +6,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fpe_kernels import LinearMap
+from fpe_kernels import LinearMap, known_columns
 
-__all__ = ["MapNumbersWarning", "blocks_of_rows", "entries", "warn_of_numbers"]
+__all__ = ["MapNumbersWarning", "as_known", "blocks_of_rows", "converted", "entries", "warn_of_numbers"]
 
 _HERE = str(Path(__file__).resolve().parents[1])
 _LIBRARIES = (_HERE, str(Path(torch.__file__).resolve().parent))
@@ -77,3 +78,20 @@ def blocks_of_rows(rows: LinearMap) -> Iterator[tuple[int, torch.Tensor]]:
     step = max(1, BLOCK_BYTES // (count * keys * rows.dtype.itemsize))
     for start in range(0, queries, step):
         yield start, rows.rows(range(start, min(start + step, queries)))[:, 0]
+
+
+def as_known(numbers: torch.Tensor) -> LinearMap:
+    """Numbers [R, N, M] as a map [R, 1, N, M]."""
+    return known_columns(numbers[:, None], range(numbers.shape[-1]), numbers.shape[-1])
+
+
+def converted(rows: LinearMap, dtype: torch.dtype) -> LinearMap:
+    """A map [R, 1, N, M] in another dtype; by its numbers where that cannot be said of what it is made from."""
+    if rows.dtype == dtype:
+        return rows
+    given: Any = rows
+    try:
+        moved: LinearMap = given.to(dtype=dtype)
+    except (AttributeError, TypeError):  # joined or cut maps
+        moved = as_known(entries(rows).to(dtype))
+    return moved

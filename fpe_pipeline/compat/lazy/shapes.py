@@ -181,32 +181,29 @@ class Shapes(Arithmetic):
         one = torch.zeros(self.shape[-1], 1, dtype=self._storage.dtype, device=self._storage.device)
         return bool((self._storage.rows @ one.expand(self._storage.shape[0], 1, -1, -1)).requires_grad)
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """The same map, whose numbers are given on another device or in another dtype."""
-        like = torch.empty(0, device=self.device, dtype=self.dtype).to(*args, **kwargs)
-        moved = self._view(self._index)
-        moved._place = (like.device, like.dtype)
-        return moved
-
     def cpu(self) -> Self:
-        """The same map, whose numbers are given on the host."""
+        """:meth:`to` the host."""
         return self.to("cpu")
 
     def cuda(self, device: Any = "cuda") -> Self:
-        """The same map, whose numbers are given on a GPU."""
+        """:meth:`to` a GPU."""
         return self.to(device)
 
     def float(self) -> Self:
-        """The same map, whose numbers are given in float32."""
+        """:meth:`to` float32."""
         return self.to(torch.float32)
 
     def half(self) -> Self:
-        """The same map, whose numbers are given in float16."""
+        """:meth:`to` float16."""
         return self.to(torch.float16)
 
     def double(self) -> Self:
-        """The same map, whose numbers are given in float64."""
+        """:meth:`to` float64."""
         return self.to(torch.float64)
+
+    def bfloat16(self) -> Self:
+        """:meth:`to` bfloat16."""
+        return self.to(torch.bfloat16)
 
     def _copied(self, index: torch.Tensor) -> Self:
         return self._view(index).clone()

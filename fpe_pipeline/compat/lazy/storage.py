@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fpe_kernels import AttentionMap, LinearMap, concatenate, known_columns
+from fpe_kernels import AttentionMap, LinearMap, concatenate
 
-from .numbers import entries
+from .numbers import as_known, converted, entries
 
 __all__ = ["Storage"]
 
@@ -109,7 +109,7 @@ class Storage:
     def assign(self, index: torch.Tensor, rows: LinearMap) -> None:
         """Let the rows ``index`` be those of ``rows`` [len(index), 1, N, M] from here on."""
         chosen = index.flatten().tolist()
-        count, old = self.shape[0], self.rows
+        count, old, rows = self.shape[0], self.rows, converted(rows, self.dtype)
         self._whole = None
         self._version += 1
         if chosen == list(range(count)):
@@ -136,8 +136,7 @@ class Storage:
         if self.rows.nbytes <= matrix:
             return False
         self.settled = True
-        numbers = entries(self.rows)
-        self._rows, self._whole = known_columns(numbers[:, None], range(self.shape[2]), self.shape[2]), None
+        self._rows, self._whole = as_known(entries(self.rows)), None
         return True
 
     def kept(self, index: torch.Tensor) -> Storage:

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from fpe_kernels import LinearMap, known_columns
 
-from .numbers import entries, warn_of_numbers
+from .numbers import as_known, converted, entries, warn_of_numbers
 from .storage import Storage
 
 __all__ = ["MapView"]
@@ -91,6 +91,20 @@ class MapView:
         warn_of_numbers(operation, tuple(self.shape), self.dtype)
         return self._given(entries(self.operator).reshape(self.shape))
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """The same map, whose numbers are given on another device or in another dtype: a map of its own, as a tensor's
+        copy is, or itself where nothing is other. A wider dtype is computed in from there on.
+        """
+        now = torch.empty(0, device=self.device, dtype=self.dtype)
+        like = now.to(*args, **kwargs)
+        if like is now:
+            return self._view(self._index)
+        rows = converted(self.operator, torch.promote_types(self._storage.dtype, like.dtype))
+        moved = self._made(rows, tuple(self._index.shape))
+        moved._storage.settled = self._storage.settled
+        moved._place = (like.device, like.dtype)
+        return moved
+
     def _given(self, numbers: torch.Tensor) -> torch.Tensor:
         return numbers.to(*self._place)
 
@@ -105,7 +119,7 @@ class MapView:
         if isinstance(other, MapView):
             if prod(other._grid) != queries or other._storage.shape[2] != keys:
                 raise ValueError(f"{what}: maps of shapes {tuple(self.shape)} and {tuple(other.shape)} do not fit")
-            return other._storage.take(_broadcast(other._index, lead, what))
+            return converted(other._storage.take(_broadcast(other._index, lead, what)), storage.dtype)
         if isinstance(other, Real):
             column = torch.full((1, 1, 1, keys), float(other), dtype=storage.dtype, device=storage.device)
             return self._same_rows(column, count, queries)
@@ -121,7 +135,7 @@ class MapView:
             numbers = other.expand(whole)
         except RuntimeError:
             raise ValueError(f"{what}: {tuple(other.shape)} does not broadcast to {whole}") from None
-        return known_columns(numbers.reshape(count, 1, queries, keys), range(keys), keys)
+        return as_known(numbers.reshape(count, queries, keys))
 
     def _same_rows(self, columns: torch.Tensor, count: int, queries: int) -> LinearMap:
         """[R, 1, N, M] with the same numbers [1 | R, 1, 1, M] at every query: of rank one."""
