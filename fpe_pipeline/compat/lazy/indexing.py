@@ -25,7 +25,8 @@ class Indexing(MapView):
     """``A[rows, heads, queries, keys]`` in any of a tensor's ways.
 
     Rows and heads, ranges of queries and ranges of keys give a map; single queries and keys, and lists of them, give
-    their numbers. What mixes lists of several axes needs the whole map's numbers.
+    their numbers. What mixes lists of several axes needs the whole map's numbers. As of a tensor, lists give copies,
+    and all else views: what is changed in them, numbers too, is changed in the map.
     """
 
     def __getitem__(self, key: Any) -> Any:
@@ -34,6 +35,10 @@ class Indexing(MapView):
             return self.numbers("indexing by lists of several axes")[key]
         index = self._index[lead]
         part = self._view(index)
+        if not index.numel():
+            return torch.empty(torch.empty(self.shape, device="meta")[key].shape, device=self.device, dtype=self.dtype)
+        if any(_is_list(item) for item in lead):
+            part = part.clone()
         if not _whole(grid):
             return part._of_queries(grid, keys)
         if keys == _ALL:
@@ -42,22 +47,32 @@ class Indexing(MapView):
             start, stop, step = keys.indices(self.shape[-1])
             if step == 1 and stop > start:
                 return part._cut(lambda: part.operator.block(keys=(start, stop)), (keys,), part._grid)
-            keys = list(range(start, stop, step))
-        return part._columns(keys)
+            columns = part._columns(list(range(start, stop, step)))
+            return part._lent(columns, (keys,)) if step != 1 else columns
+        columns = part._columns(keys)
+        return part._lent(columns, (keys,)) if isinstance(keys, int) else columns
 
     def __setitem__(self, key: Any, value: Any) -> None:
         lead, grid, keys = self._split(key)
-        span = None if lead is None else _range(grid, self._grid)
+        span = None if lead is None else _range(grid, self._grid) or _place(grid, self._grid)
         if lead is None or span is None:
             self._assign_numbers(key, value)
             return
         part = self._view(self._index[lead])
+        if not part._index.numel():
+            return
         if not _whole(grid):
             if keys == _ALL:
                 part._assign_queries(span, value)
             else:
                 rows = (..., *grid, _ALL)
-                part[rows][..., keys] = value
+                some = part[rows]
+                if isinstance(some, torch.Tensor):
+                    some = some.clone()
+                    some[..., keys] = value
+                    part[rows] = some
+                else:
+                    some[..., keys] = value
             return
         shape = tuple(part._index.shape)
         if keys == _ALL:
@@ -108,7 +123,8 @@ class Indexing(MapView):
         flat = place.flatten().tolist()
         rows = self.operator.rows(flat)[:, 0]  # [R, n, M]
         numbers = self._given(rows.reshape(*self._index.shape, *place.shape, self.shape[-1]))
-        return numbers if keys == _ALL else numbers[(..., keys)]
+        numbers = numbers if keys == _ALL else numbers[(..., keys)]
+        return numbers if any(_is_list(item) for item in (*grid, keys)) else self._lent(numbers, (*grid, keys))
 
     def _cut(self, make: Callable[[], LinearMap], where: tuple[Any, ...], grid: tuple[int, ...]) -> Self:
         """A range of its queries or keys, which follows it, and whose assignments go back into it."""
@@ -132,11 +148,12 @@ class Indexing(MapView):
         shape = (*self._index.shape, *self._grid, *place.shape)
         if len(flat) >= self.shape[-1]:
             warn_of_numbers("indexing by as many columns as it has, or more", shape, self.dtype)
-        numbers = self._given(self.operator.columns(flat)[:, 0]).reshape(shape)
-        if isinstance(keys, int):
-            view = partial(type(self), index=self._index, grid=self._grid, place=self._place)
-            return self._storage.lend(numbers, lambda storage, new: view(storage).__setitem__((..., keys), new))
-        return numbers
+        return self._given(self.operator.columns(flat)[:, 0]).reshape(shape)
+
+    def _lent(self, numbers: torch.Tensor, where: tuple[Any, ...]) -> torch.Tensor:
+        """Numbers of some entries, which go back into it where they are changed in place."""
+        view = partial(type(self), index=self._index, grid=self._grid, place=self._place)
+        return self._storage.lend(numbers, lambda storage, new: view(storage).__setitem__((..., *where), new))
 
     def _scattered(self, value: Any, positions: list[int]) -> LinearMap:
         """``value`` at the columns ``positions`` of a map that is zero elsewhere: [R, 1, N, M]."""
@@ -164,6 +181,13 @@ class Indexing(MapView):
         numbers = self.numbers("assignment to lists or to some queries")
         numbers[key] = value.numbers("assignment") if isinstance(value, MapView) else value
         self._write(self._as_rows(numbers, tuple(self._index.shape), "assignment"))
+
+
+def _is_list(item: Any) -> bool:
+    """Whether an index names places one by one, which gives a copy, and no view, of a tensor too."""
+    return (
+        not isinstance(item, int | slice) and item is not None and item is not Ellipsis and getattr(item, "ndim", 1) > 0
+    )
 
 
 def _width(item: Any) -> int:
@@ -198,6 +222,16 @@ def _range(grid: tuple[Any, ...], sizes: tuple[int, ...]) -> tuple[int, int, tup
         return None
     across = prod(sizes[1:])
     return start * across, stop * across, (stop - start, *sizes[1:])
+
+
+def _place(grid: tuple[Any, ...], sizes: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]] | None:
+    """The same where the first of the query axes are numbers, and the others whole."""
+    given = [item for item in grid if isinstance(item, int)]
+    if not given or not _whole(grid[len(given) :]):
+        return None
+    across = sizes[len(given) :]
+    start = int(torch.arange(prod(sizes)).reshape(sizes)[tuple(given)].flatten()[0])
+    return start, start + prod(across), across
 
 
 def _positions(keys: Any, tokens: int) -> list[int]:

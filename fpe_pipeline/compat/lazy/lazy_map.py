@@ -220,7 +220,10 @@ def _matmul(first: Any, second: Any) -> Any:
 
 
 def _cat(maps: Sequence[Any], dim: int = 0) -> Any:
-    first = next(one for one in maps if isinstance(one, LazyMap))
+    maps = [one for one in maps if one.numel()] or maps
+    first = next((one for one in maps if isinstance(one, LazyMap)), None)
+    if first is None:
+        return NotImplemented
     axis, depth = dim % first.ndim, first._index.ndim
     same = all(one.ndim == first.ndim and one.shape[depth:] == first.shape[depth:] for one in maps)
     if axis >= depth or not same or (len({one._grid for one in maps if isinstance(one, LazyMap)}) > 1):

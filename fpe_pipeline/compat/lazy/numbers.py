@@ -45,8 +45,8 @@ def warn_of_numbers(operation: str, shape: tuple[int, ...], dtype: torch.dtype, 
     how = "written out for this layer alone" if nbytes is None else f"written out {nbytes:,} bytes at a time"
     warnings.warn_explicit(
         f"{file}:{line} needs the numbers of an attention map ({operation}): {list(shape)}, {str(dtype)[6:]}, "
-        f"{whole:,} bytes, {how}. Products, slices, sums, means, scaling, mixing and assigned columns do without; this "
-        "line is not told of again.",
+        f"{whole:,} bytes, {how}. Products, slices, sums, means, scaling, mixing and assigned columns do without. What "
+        "is changed in such numbers in place is not changed in the map. This line is not told of again.",
         MapNumbersWarning,
         file,
         line,

@@ -44,7 +44,10 @@ class Shapes(Arithmetic):
         if wanted and wanted[-1] == self.shape[-1]:
             for depth in reversed(range(len(wanted) - 1)):
                 if prod(wanted[depth:-1]) == queries and prod(wanted[:depth]) == rows:
-                    return self._view(self._index.reshape(wanted[:depth]), wanted[depth:-1])
+                    index = self._index.reshape(wanted[:depth])
+                    is_view = index.untyped_storage().data_ptr() == self._index.untyped_storage().data_ptr()
+                    reshaped = self._view(index, wanted[depth:-1])
+                    return reshaped if is_view else reshaped.clone()  # as of a tensor
         return self.numbers(f"a shape of {list(wanted)}").reshape(wanted)
 
     view = reshape
@@ -156,15 +159,9 @@ class Shapes(Arithmetic):
         part = self[(slice(None),) * axis + (index,)]  # type: ignore[index]
         return part.clone() if isinstance(part, Shapes) else part
 
-    def clone(self, **_: Any) -> Self:
-        """A map of its own: what is assigned to it leaves this one as it is."""
-        clone = self._made(self.operator, tuple(self._index.shape))
-        clone._storage.settled = self._storage.settled
-        return clone
-
     def contiguous(self, **_: Any) -> Self:
-        """Itself."""
-        return self
+        """Itself, or a copy of rows in another order, as of a tensor."""
+        return self if self._index.is_contiguous() else self.clone()
 
     def detach(self) -> Any:
         """Itself where no gradient goes through it; else its numbers, detached."""

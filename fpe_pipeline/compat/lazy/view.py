@@ -91,6 +91,12 @@ class MapView:
         warn_of_numbers(operation, tuple(self.shape), self.dtype)
         return self._given(entries(self.operator).reshape(self.shape))
 
+    def clone(self, **_: Any) -> Self:
+        """A map of its own: what is assigned to it leaves this one as it is."""
+        clone = self._made(self.operator, tuple(self._index.shape))
+        clone._storage.settled = self._storage.settled
+        return clone
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """The same map, whose numbers are given on another device or in another dtype: a map of its own, as a tensor's
         copy is, or itself where nothing is other. A wider dtype is computed in from there on.
