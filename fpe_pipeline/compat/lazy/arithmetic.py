@@ -72,8 +72,10 @@ class Arithmetic(MapView):
         across = self._grid if of_queries else (1,) * len(self._grid)
         return self._made(rows.scale_rows(weight.expand(*lead, *across, 1).reshape(-1, 1, prod(across))), lead)
 
-    def div(self, other: Any) -> Any:
-        """Divided by a number, or by a tensor as :meth:`mul` takes it."""
+    def div(self, other: Any, *, rounding_mode: str | None = None) -> Any:
+        """Divided by a number, or by a tensor as :meth:`mul` takes it; rounded as a tensor is."""
+        if rounding_mode is not None:
+            return self.numbers("a rounded quotient").div(other, rounding_mode=rounding_mode)
         if isinstance(other, Real):
             return self.mul(1.0 / float(other))
         if isinstance(other, torch.Tensor):
@@ -185,9 +187,11 @@ class Arithmetic(MapView):
             given = given.expand(*lead, *matrix.shape[-2:]).reshape(-1, 1, *matrix.shape[-2:])
         return self._made(self._storage.take(self._index.expand(lead)).mix(given), lead)
 
-    def sum(self, dim: Any = None, keepdim: bool = False) -> Any:
+    def sum(self, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Any:
         """Over rows and heads, a map; over queries or keys, numbers."""
-        axes = self._named_axes(dim)
+        if dtype is not None and dtype != self.dtype:
+            return self.to(dtype).sum(dim, keepdim, axis=axis)
+        axes = self._named_axes(dim if axis is None else axis)
         depth, last = self._index.ndim, self.ndim - 1
         of_lead = tuple(axis for axis in axes if axis < depth)
         of_grid = tuple(axis for axis in axes if depth <= axis < last)
@@ -202,9 +206,10 @@ class Arithmetic(MapView):
             rest = rest.sum(of_lead, keepdim=True) if of_lead else rest
         return rest if keepdim else rest.reshape([size for axis, size in enumerate(rest.shape) if axis not in axes])
 
-    def mean(self, dim: Any = None, keepdim: bool = False) -> Any:
+    def mean(self, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, axis: Any = None) -> Any:
         """As :meth:`sum`."""
-        return self.sum(dim, keepdim) / prod(self.shape[axis] for axis in self._named_axes(dim))
+        axes = self._named_axes(dim if axis is None else axis)
+        return self.sum(axes, keepdim, dtype=dtype) / prod(self.shape[axis] for axis in axes)
 
     def _sum_of_rows(self, axes: tuple[int, ...], keepdim: bool) -> Self:
         kept = [axis for axis in range(self._index.ndim) if axis not in axes]
@@ -226,7 +231,7 @@ class Arithmetic(MapView):
         return sums.reshape(*self._index.shape, *left, self.shape[-1])
 
     def _named_axes(self, dim: Any) -> tuple[int, ...]:
-        given = range(self.ndim) if dim is None or dim == () else [dim] if isinstance(dim, int) else list(dim)
+        given = [dim] if isinstance(dim, int) else list(() if dim is None else dim) or range(self.ndim)
         for axis in given:
             if not -self.ndim <= axis < self.ndim:
                 raise IndexError(f"dim {axis} is out of range for a map of shape {tuple(self.shape)}")

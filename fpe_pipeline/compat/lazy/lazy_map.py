@@ -12,7 +12,7 @@ import torch
 from fpe_kernels import LinearMap, concatenate
 
 from .indexing import Indexing
-from .shapes import Shapes
+from .shapes import Shapes, plain
 from .storage import Storage
 from .view import MapView
 
@@ -124,8 +124,32 @@ class LazyMap(Indexing, Shapes):
         array = self.numbers("numpy").detach().cpu().numpy()
         return array if dtype is None else array.astype(dtype)
 
+    #: That NumPy's numbers leave products with a map to the map, as with a tensor.
+    __array_priority__ = torch.Tensor.__array_priority__
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.numbers("a tensor of it").detach().__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return torch.empty(0, device=self.device).__dlpack_device__()
+
     def __iter__(self) -> Any:
         return iter(self.unbind())
+
+    def __contains__(self, entry: Any) -> bool:
+        return entry in self.numbers("a search")
+
+    def __pos__(self) -> LazyMap:
+        return self
+
+    def __abs__(self) -> Any:
+        return self.numbers("absolute values").abs()
+
+    def __floordiv__(self, other: Any) -> Any:
+        return self.numbers("a rounded quotient") // plain(other, "a rounded quotient")
+
+    def __mod__(self, other: Any) -> Any:
+        return self.numbers("a remainder") % plain(other, "a remainder")
 
     def __rpow__(self, other: Any) -> torch.Tensor:
         return other ** self.numbers("an exponent")
@@ -143,12 +167,12 @@ class LazyMap(Indexing, Shapes):
         if name in _OF_ROWS:
             place = _AXIS.get(name, 0)
             axis = kwargs.get("dim", args[place] if len(args) > place else -1 if name in ("topk", "sort") else None)
-            if axis in (-1, self.ndim - 1):
+            if isinstance(axis, int) and axis in (-1, self.ndim - 1):
                 args = (*args[:place], -1, *args[place + 1 :]) if len(args) > place else args
                 kwargs = {**kwargs, "dim": -1} if "dim" in kwargs else kwargs
                 return self.by_blocks(name, lambda block: getattr(block, name)(*args, **kwargs))
         numbers = self.numbers(name)
-        result = getattr(numbers, name)(*_plain(args, name), **_plain(kwargs, name))
+        result = getattr(numbers, name)(*plain(args, name), **plain(kwargs, name))
         if name.endswith("_") and not name.endswith("__"):
             self[...] = numbers
             return self
@@ -156,7 +180,9 @@ class LazyMap(Indexing, Shapes):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if kwargs.get("out", 0) is None:  # which methods do not take
+            del kwargs["out"]
         name = getattr(function, "__name__", str(function))
         if name in _FUNCTIONS:
             result = _FUNCTIONS[name](*args, **kwargs)
@@ -167,12 +193,12 @@ class LazyMap(Indexing, Shapes):
         if isinstance(args[0] if args else None, LazyMap) and is_method:
             own = getattr(args[0], name)
             return own(*args[1:], **kwargs) if callable(own) else own
-        return function(*_plain(args, name), **_plain(kwargs, name))
+        return function(*plain(args, name), **plain(kwargs, name))
 
 
 def _compared(name: str) -> Callable[[Any, Any], Any]:
     def compare(self: LazyMap, other: Any) -> Any:
-        return getattr(operator, name)(self.numbers("a comparison"), _plain(other, "a comparison"))
+        return getattr(operator, name)(self.numbers("a comparison"), plain(other, "a comparison"))
 
     return compare
 
@@ -184,17 +210,6 @@ LazyMap.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
     return first.numel() == second.numel() and torch.equal(first.flatten(), second.flatten())
-
-
-def _plain(given: Any, name: str) -> Any:
-    """Arguments of a function with numbers in the place of maps."""
-    if isinstance(given, MapView):
-        return given.numbers(name)
-    if isinstance(given, dict):
-        return {key: _plain(value, name) for key, value in given.items()}
-    if isinstance(given, list | tuple) and not isinstance(given, torch.Size):
-        return type(given)(_plain(value, name) for value in given)
-    return given
 
 
 def _add(first: Any, second: Any, *, alpha: float = 1) -> Any:

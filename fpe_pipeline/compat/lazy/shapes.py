@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -12,8 +12,9 @@ from typing_extensions import Self
 from fpe_kernels import AttentionMap
 
 from .arithmetic import Arithmetic
+from .view import MapView
 
-__all__ = ["Shapes"]
+__all__ = ["Shapes", "plain"]
 
 
 class Shapes(Arithmetic):
@@ -218,11 +219,6 @@ class TransposedView:
         *lead, queries, keys = self._original.shape
         return torch.Size((*lead, keys, queries))
 
-    def __matmul__(self, weight: torch.Tensor) -> torch.Tensor:
-        return self._original.adjoint(weight)
-
-    matmul = __matmul__
-
     def transpose(self, dim0: int, dim1: int) -> Any:
         """The map again, of the last two axes; else the numbers'."""
         if {dim0 % self.ndim, dim1 % self.ndim} == {self.ndim - 1, self.ndim - 2}:
@@ -248,12 +244,42 @@ class TransposedView:
             raise AttributeError(f"a transposed map has no attribute {name!r}")
         return getattr(self.numbers(name), name)
 
+    def __matmul__(self, weight: Any) -> torch.Tensor:
+        return self._original.adjoint(plain(weight, "a product of two maps"))
+
+    matmul = __matmul__
+
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (torch.matmul, torch.bmm) and isinstance(args[0], TransposedView):
             return args[0] @ args[1]
-        args = [one.numbers(function.__name__) if isinstance(one, TransposedView) else one for one in args]
-        return function(*args, **(kwargs or {}))
+        name = getattr(function, "__name__", str(function))
+        return function(*plain(args, name), **plain(kwargs or {}, name))
+
+
+def _by_numbers(name: str) -> Callable[..., Any]:
+    def method(self: TransposedView, *args: Any) -> Any:
+        return getattr(self.numbers("transposed axes"), name)(*plain(args, "transposed axes"))
+
+    return method
+
+
+for _name in (
+    *("__getitem__", "__len__", "__iter__", "__neg__", "__abs__", "__pow__", "__lt__", "__le__", "__gt__", "__ge__"),
+    *(f"__{side}{of}__" for side in ("", "r") for of in ("add", "sub", "mul", "truediv")),
+):
+    setattr(TransposedView, _name, _by_numbers(_name))
+
+
+def plain(given: Any, name: str) -> Any:
+    """Arguments of a function with numbers in the place of maps."""
+    if isinstance(given, MapView | TransposedView):
+        return given.numbers(name)
+    if isinstance(given, dict):
+        return {key: plain(value, name) for key, value in given.items()}
+    if isinstance(given, list | tuple) and not isinstance(given, torch.Size):
+        return type(given)(plain(value, name) for value in given)
+    return given
 
 
 def _resolved(sizes: Sequence[Any], total: int) -> tuple[int, ...]:
