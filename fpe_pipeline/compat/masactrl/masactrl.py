@@ -275,6 +275,10 @@ class MutualSelfAttentionControlMaskAuto(_Masked):
     def after_step(self) -> None:
         self.cross_attns = []
 
+    def reset(self) -> None:
+        super().reset()
+        self.cross_attns = []  # of a step that was broken off
+
     def forward(
         self,
         q: Any,

@@ -132,6 +132,11 @@ class AttentionStore(AttentionBase):
             self.cross_attns_step.clear()
         self.self_attns_step, self.cross_attns_step = [], []
 
+    def reset(self) -> None:
+        """Begin at the first layer of the first step; sums of steps that have ended stay, as in the original."""
+        super().reset()
+        self.self_attns_step, self.cross_attns_step = [], []
+
     def forward(
         self,
         q: Any,

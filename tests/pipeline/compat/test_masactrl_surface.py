@@ -13,7 +13,11 @@ from fpe_pipeline.compat.masactrl.masactrl import (
     MutualSelfAttentionControlMask,
     MutualSelfAttentionControlMaskAuto,
 )
-from fpe_pipeline.compat.masactrl.masactrl_utils import AttentionBase, regiter_attention_editor_diffusers
+from fpe_pipeline.compat.masactrl.masactrl_utils import (
+    AttentionBase,
+    AttentionStore,
+    regiter_attention_editor_diffusers,
+)
 from fpe_pipeline.compat.masactrl.scores import LazyScores
 from tests.support.dropin import DDIM, load_dropin_pipeline
 from tests.support.tiny_pipelines import sample, tiny_pipeline, unedited
@@ -89,6 +93,32 @@ def test_an_editor_is_used_again_after_reset(eight):
         editor.reset()
         torch.testing.assert_close(sample(eight, 2), first, rtol=0, atol=0)
         assert (sample(eight, 2) - first).abs().max() > 1e-4  # its steps are past, as in the original
+
+
+@pytest.mark.parametrize("kind", [AttentionStore, MutualSelfAttentionControlMaskAuto])
+def test_an_editor_is_used_again_after_a_run_that_broke_off(eight, kind):
+    def broken(module, args):
+        raise KeyboardInterrupt
+
+    def results(editor, breaks):
+        with regiter_attention_editor_diffusers(eight, editor):
+            if breaks:
+                with pytest.raises(KeyboardInterrupt):
+                    eight.unet.up_blocks[-1].register_forward_pre_hook(broken)
+                    sample(eight, 2, seed=1)
+                eight.unet.up_blocks[-1]._forward_pre_hooks.clear()
+                editor.reset()
+            latents = sample(eight, 2)
+        return (
+            latents,
+            getattr(editor, "cross_attns_step", []),
+            [one.sum() for one in getattr(editor, "self_attns", [])],
+        )
+
+    def editor():
+        return kind() if kind is AttentionStore else kind(0, 0, ref_token_idx=[2], cur_token_idx=[2], thres=0.5)
+
+    torch.testing.assert_close(results(editor(), True), results(editor(), False), rtol=0, atol=0)
 
 
 def test_what_cannot_be_asked(eight, masa):
