@@ -174,9 +174,9 @@ def _step_of_call(scheduler: Any, call: int, calls: int) -> Step:
         index = call // 4 if call < first else call - first + first // 4
     elif runge_kutta is not None and calls == total + 1:
         index = max(call - 1, 0)
-    elif calls == 2 * total - 1:
+    elif getattr(scheduler, "order", 1) == 2 and calls == 2 * total - 1:
         index = call // 2
-    else:
+    else:  # such as DDPM's with timesteps of the user's own, which keeps the number of an earlier run
         return Step(call, calls)
     return Step(min(index, total - 1), total, call, calls)
 

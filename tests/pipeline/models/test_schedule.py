@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
@@ -107,6 +108,14 @@ def test_runge_kutta_steps():
     scheduler = PNDMScheduler()
     scheduler.set_timesteps(8)
     assert [step.index for step in run_steps(scheduler)] == [0] * 4 + [1] * 4 + [2] * 4 + list(range(3, 8))
+
+
+def test_timesteps_of_ones_own_after_a_run_of_another_length():
+    """DDPM keeps the number of steps of the run before, of which nine calls would be five steps of two calls."""
+    scheduler = DDPMScheduler()
+    scheduler.set_timesteps(5)
+    scheduler.set_timesteps(timesteps=list(range(900, 0, -100)))
+    assert run_steps(scheduler) == tuple(Step(index, 9) for index in range(9))
 
 
 def test_schedulers_that_repeat_timesteps_by_value():
