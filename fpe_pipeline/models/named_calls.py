@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..shadows import Shadows
 from .adapter import Half, ModelCall, identity
 from .steps import Step, step_of_scheduler
 from .transformer import TransformerAdapter
@@ -54,12 +55,8 @@ class NamedCallsAdapter(TransformerAdapter):
         return leave
 
     def _listen(self, module: Any) -> Callable[[], None]:
-        original = getattr(module, "cache_context", None)
-        if original is None:  # a model that names no contexts
-            return lambda: None
-
         @contextmanager
-        def cache_context(name: str, **fields: Any) -> Iterator[None]:
+        def cache_context(original: Any, name: str, **fields: Any) -> Iterator[None]:
             before, self._context = self._context, name
             try:
                 with original(name, **fields):
@@ -67,13 +64,9 @@ class NamedCallsAdapter(TransformerAdapter):
             finally:
                 self._context = before
 
-        module.cache_context = cache_context
-
-        def leave() -> None:
-            if vars(module).get("cache_context") is cache_context:
-                del module.cache_context
-
-        return leave
+        shadows = Shadows(module)
+        shadows.cover("cache_context", cache_context)  # nothing where a model names no contexts
+        return shadows.remove
 
     def called(self) -> None:
         self._unnamed = 0

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..shadows import Shadows
 from ..text_parts import Template, TextPart
 from .words import TokenizedPrompt
 
@@ -133,15 +134,8 @@ class EncodingHook:
     """
 
     def __init__(self, pipe: Any, receive: Callable[[Encoding], None], parts: Sequence[TextPart] = ()) -> None:
-        self._pipe, original = pipe, getattr(pipe, "encode_prompt", None)
-        self._method: Any = None
-        if original is None:
-            return
-        self._shadowed = vars(pipe).get("encode_prompt")
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        def encode_prompt(original: Any, *args: Any, **kwargs: Any) -> Any:
+            signature = inspect.signature(original)
             bound = signature.bind(*args, **kwargs)
             given = dict(bound.arguments)
             # Z-Image writes its template into the very list of prompts that it is given, which is the caller's.
@@ -156,15 +150,12 @@ class EncodingHook:
             receive(Encoding.of(given, received.tokens, texts))
             return encoded
 
-        self._method = encode_prompt
-        pipe.encode_prompt = encode_prompt
+        self._shadows = Shadows(pipe)
+        self._shadows.cover("encode_prompt", encode_prompt)
 
     def remove(self) -> None:
         """Uncover the method that was there before."""
-        if self._method is not None and vars(self._pipe).get("encode_prompt") is self._method:
-            del self._pipe.encode_prompt
-            if self._shadowed is not None:
-                self._pipe.encode_prompt = self._shadowed
+        self._shadows.remove()
 
 
 def encoding_tokenizer(pipe: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ..prompts.encoding import Encoding, EncodingHook
+from ..shadows import Shadows
 from ..text_parts import TextPart
 from .finite_watch import FiniteDecoder, FiniteWatch
 from .hooks import SchedulerHook
@@ -51,7 +51,7 @@ class PipelineHooks:
 
         self._pipe = pipe
         self._is_heard = False  # whether the pipeline has said something since the latest run began
-        self._calls = _Shadows(pipe)
+        self._calls = Shadows(pipe)
         # What every call of a diffusers pipeline begins with; its __call__ itself is looked up in the class.
         self._calls.cover("check_inputs", begun)
         self._encoding = EncodingHook(pipe, self._heard(encoded), text_parts)
@@ -128,38 +128,13 @@ def _calling_pipeline() -> Any | None:
     return None
 
 
-class _Shadows:
-    """Methods of a pipeline that are covered on the instance, with their signatures, until they are uncovered."""
-
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
-        self._shadows: list[tuple[str, Any, Any]] = []
-
-    def cover(self, name: str, around: Callable[..., Any]) -> None:
-        """Call ``around(original, …)`` in a method's stead; nothing where the pipeline has no such method."""
-        original = getattr(self._pipe, name, None)
-        if original is not None:
-            shadow = functools.wraps(original)(functools.partial(around, original))
-            self._shadows.append((name, vars(self._pipe).get(name), shadow))
-            setattr(self._pipe, name, shadow)
-
-    def remove(self) -> None:
-        """Uncover the methods that were there before."""
-        for name, shadowed, shadow in self._shadows:
-            if vars(self._pipe).get(name) is shadow:
-                delattr(self._pipe, name)
-                if shadowed is not None:
-                    setattr(self._pipe, name, shadowed)
-        self._shadows = []
-
-
 class _PairedNoise:
     """Rows of one image draw the same noise: at the start, where no latents are given, and in every stochastic step."""
 
     def __init__(self, pipe: Any, paired: Callable[[int | None], tuple[Sequence[int], int] | None]) -> None:
         self._paired = paired
         self._generators: list[torch.Generator] | None = None
-        self._shadows = _Shadows(pipe)
+        self._shadows = Shadows(pipe)
         self._shadows.cover("prepare_latents", self._latents)
         self._shadows.cover("prepare_extra_step_kwargs", self._options)
         self._pipe = pipe

@@ -26,6 +26,7 @@ INNER = ("fpe_pipeline.embedded.training", "fpe_kernels.backends.triton")
 #: Modules beside the folders that share a room.
 SHARED = {
     "fpe_pipeline.errors": "ground",
+    "fpe_pipeline.shadows": "ground",
     "fpe_pipeline.text_parts": "ground",
     "fpe_pipeline.texts": "ground",
     "fpe_pipeline.extras": "ground",

@@ -284,6 +284,25 @@ class TestCopies:
         found = zip(copied.attn_processors.values(), tiny.unet.attn_processors.values(), strict=True)
         assert all(type(own) is type(of_the_model) and own is not of_the_model for own, of_the_model in found)
 
+    def test_of_the_pipeline(self, pipe):
+        """It encodes by its own text encoder, and its rows draw noise of their own."""
+
+        def run(called):
+            noise = torch.Generator().manual_seed(0)
+            options = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
+            return called(PROMPTS[:2], generator=noise, **options).images
+
+        tiny = tiny_pipeline(pipe)
+        plain = run(tiny)
+        with editing(tiny, FPE) as session:
+            copied = copy.deepcopy(tiny)
+            tiny.text_encoder = None  # which the copy does not need
+            assert torch.equal(run(copied), plain)
+            assert session._clock.calls == 0
+            tiny.text_encoder = pipe.text_encoder
+            run(tiny)
+        assert torch.equal(run(copied), plain)
+
     def test_of_the_scheduler(self, pipe):
         """Its steps are its own: those of a multistep scheduler follow from the ones before."""
 
