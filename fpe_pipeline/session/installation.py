@@ -9,6 +9,7 @@ from typing import Any
 
 from ..models.adapter import ModelAdapter
 from ..models.sites import Site
+from ..shadows import Shadows
 from .around import ProcessorAround
 from .chroma_processor import EditChromaProcessor
 from .flux2_processor import flux2_processor, unsupported_flux2_reasons
@@ -62,6 +63,7 @@ class LayerProcessors:
         self._found: dict[str, Any] = {}  # the layers themselves, of those installed
         self.orders: Mapping[str, Order] = NO_ORDERS
         self._working: list[tuple[str, ProcessorAround, Any]] = []  # paths, processors and layers that have an order
+        self._shadows: Shadows | None = None
 
     def wrap(self, sites: Sequence[Site]) -> None:
         """Put editing processors around those of the sites' layers; layers that have one keep it.
@@ -83,7 +85,26 @@ class LayerProcessors:
         for path, layer in layers.items():
             self._installed[path] = around(layer.processor)
             layer.set_processor(self._installed[path])
+        if self._shadows is None:
+            self._shadows = Shadows(self._adapter.pipe)
+            self._shadows.cover("unload_ip_adapter", self._stand_aside)
         self.give(NO_ORDERS)
+
+    def _stand_aside(self, unload: Callable[[], None]) -> None:
+        """Take an image prompt's adapter off, which makes every layer a processor of its present one's class: of its
+        own, and of ours none, which stand around the new ones afterwards."""
+        around, _ = _PROCESSORS[self._family]
+        ours = {path: own for path, own in self._installed.items() if self._layer(path).processor is own}
+        for path, own in ours.items():
+            self._layer(path).set_processor(own.inner)
+        try:
+            unload()
+        finally:
+            for path, own in ours.items():
+                layer = self._layer(path)
+                self._installed[path] = own if layer.processor is own.inner else around(layer.processor)
+                layer.set_processor(self._installed[path])
+            self.give(NO_ORDERS)
 
     def check(self, sites: Iterable[Site], override: tuple[type, ...]) -> None:
         """Raise ValueError, with the reasons, where layers cannot be edited."""
@@ -153,6 +174,9 @@ class LayerProcessors:
             elif layer.processor is not processor.inner:
                 foreign.append(f"{path} ({type(layer.processor).__name__})")
         self._installed, self._found = {}, {}
+        if self._shadows is not None:
+            self._shadows.remove()
+            self._shadows = None
         if foreign:
             warnings.warn(
                 "these layers' processors were replaced during the editing session and are left as they are: "

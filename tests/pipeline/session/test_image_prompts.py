@@ -20,7 +20,7 @@ from fpe_pipeline.session.instructions import Order
 from fpe_pipeline.session.processor import editing_processor
 from tests.support.dense import dense_attention, own
 from tests.support.tiny_models import EVERYWHERE, add_image_prompts, check_edit, draw, image_embeds
-from tests.support.tiny_pipelines import PROMPTS, tiny_pipeline
+from tests.support.tiny_pipelines import PROMPTS, tiny_pipeline, unedited
 
 GRID, HEADS = (3, 4), 2
 SITE = Site("mid_block.attentions.0.transformer_blocks.0.attn2", "mid", "cross", 0, HEADS, 0, (), GRID)
@@ -223,3 +223,18 @@ class TestPipeline:
         with editing(tiny, FreePromptEdit()):
             assert torch.equal(draw(tiny), without)
         assert (tiny_with - without).abs().max() > 1e-3
+
+    def test_the_adapter_is_taken_off_inside_a_session(self, pipe):
+        """diffusers makes every layer a processor of its present one's class, which the session's can't be."""
+        tiny, edit = tiny_pipeline(pipe), FreePromptEdit()
+        with editing(tiny, edit):
+            without = draw(tiny)
+        add_image_prompts(tiny)
+        with editing(tiny, edit) as session:
+            draw(tiny, ip_adapter_image_embeds=image_embeds(1))
+            tiny.unload_ip_adapter()
+            assert torch.equal(draw(tiny), without)
+        assert set(session.report().layers) == {site.path for site in edit.select(session.sites)}
+        assert unedited(tiny.unet)
+        assert {type(processor) for processor in tiny.unet.attn_processors.values()} == {AttnProcessor2_0}
+        assert "unload_ip_adapter" not in vars(tiny)
