@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,16 +142,34 @@ def is_embedded(model: str) -> bool:
 
 
 def holds_sdxl(path: Any) -> bool:
-    """Whether a file here is a checkpoint of SDXL in safetensors, as its second text encoder tells."""
+    """Whether a file here is a checkpoint of SDXL, as its second text encoder tells; no weights are read."""
+    if Path(path).suffix not in SINGLE_FILE_SUFFIXES or not Path(path).is_file():
+        return False
+    names = _names_in_safetensors(path) if Path(path).suffix == ".safetensors" else _names_in_pickle(path)
+    return any(name.startswith(_SDXL_PART) for name in names)
+
+
+def _names_in_safetensors(path: Any) -> list[str]:
+    """What a file's tensors are called; none where it cannot be read, which loading says better."""
     from safetensors import SafetensorError, safe_open
 
-    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
-        return False
     try:
         with safe_open(path, "np") as file:
-            return any(name.startswith(_SDXL_PART) for name in file.keys())  # noqa: SIM118 - it is no mapping
+            return list(file.keys())
     except (OSError, SafetensorError):
-        return False  # which loading says better
+        return []
+
+
+def _names_in_pickle(path: Any) -> list[str]:
+    """The same of a checkpoint that torch wrote, whose tensors may lie in a dictionary of their own."""
+    import torch
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
+        return []
+    found = found.get("state_dict", found) if isinstance(found, dict) else {}
+    return [str(name) for name in found]
 
 
 def replaced_models(model: str) -> list[str]:

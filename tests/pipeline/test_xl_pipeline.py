@@ -21,6 +21,7 @@ from fpe_pipeline import (
     editing,
 )
 from fpe_pipeline.inversion.trajectory import METHODS, encode_image
+from fpe_pipeline.models.loading import find_model, holds_sdxl
 from fpe_pipeline.sampling.decoding import decoded
 from tests.support.free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_xl_pipeline, noise
 from tests.support.tiny_models import add_image_prompts, image_embeds
@@ -354,13 +355,29 @@ class TestLoading:
         )
         assert type(DiffusionPipeline.from_pretrained(tmp_path / "ours")) is StableDiffusionXLPipeline
 
-    def test_a_checkpoint_is_told_by_its_second_encoder(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        ("suffix", "save"),
+        [
+            ("safetensors", save_file),
+            ("ckpt", torch.save),
+            ("ckpt", lambda state, path: torch.save({"state_dict": state, "global_step": 1}, path)),
+        ],
+        ids=["safetensors", "ckpt", "ckpt of a training"],
+    )
+    def test_a_checkpoint_is_told_by_its_second_encoder(self, tmp_path, monkeypatch, suffix, save):
         asked = []
         monkeypatch.setattr(FreePromptXLPipeline, "from_single_file", lambda path, **options: asked.append(path))
-        path = tmp_path / "xl.safetensors"
-        save_file({"conditioner.embedders.1.model.ln_final.weight": torch.zeros(1)}, path)
+        path = tmp_path / f"xl.{suffix}"
+        save({"conditioner.embedders.1.model.ln_final.weight": torch.zeros(1)}, path)
         FreePromptPipeline.from_single_file(path)
         assert asked == [path]
+        assert find_model(str(path)).family == "sdxl"
+
+    @pytest.mark.parametrize("name", ["other.ckpt", "damaged.ckpt", "missing.ckpt"])
+    def test_a_file_that_is_no_checkpoint_of_sdxl(self, tmp_path, name):
+        torch.save({"state_dict": {"model.diffusion_model.out.2.bias": torch.zeros(1)}}, tmp_path / "other.ckpt")
+        (tmp_path / "damaged.ckpt").write_text("no checkpoint")
+        assert not holds_sdxl(tmp_path / name)
 
     def test_modules_keep_their_dtypes(self, pipe):
         stock = tiny_sdxl_pipeline(pipe)
