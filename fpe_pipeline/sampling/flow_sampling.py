@@ -24,6 +24,7 @@ from ..session.session import EditingSession
 from ..session.shared_noise import shared_latents
 from .arguments import check_size, image_size, negative_list
 from .flow_models import FlowModel, flow_model
+from .served_models import check_image_prompts, check_skipped_layers
 from .step_end import Call, StepEnd, Task
 
 __all__ = ["FlowSampling", "chosen_flow_edit", "flow_start", "guidance_of_rows", "pipeline_default", "texts_of_call"]
@@ -122,12 +123,21 @@ def texts_of_call(pipe: Any, options: Mapping[str, Any], count: int) -> dict[str
         ValueError: another number of them.
     """
     texts = {name: negative_list(options.get(name), count, name) for name in _TEXTS}
+    _check_options(pipe, options)
     name = "true_cfg_scale" if "true_cfg_scale" in pipe.parent_options() else "guidance_scale"
     scale = options.get(name, pipeline_default(pipe, name))
     check_guidance(scale)
     if texts["negative_prompt"] is not None and scale <= pipe.unguided:
         warnings.warn(
             f"the negative prompt does nothing at {name}={scale:g}, which switches guidance off",
+            EditWarning,
+            stacklevel=4,
+        )
+    negative = any(options.get(given) is not None for given in ("negative_prompt", "negative_prompt_embeds"))
+    if not negative and options.get("true_cfg_scale", pipe.unguided) > pipe.unguided:
+        warnings.warn(
+            f"true_cfg_scale={scale:g} does nothing without a negative prompt, from which it guides away: pass "
+            'negative_prompt, which may be ""',
             EditWarning,
             stacklevel=4,
         )
@@ -161,6 +171,18 @@ def flow_start(
     if shared is not None:
         start["latents"] = torch.cat([shared] * call.prompts)
     return start
+
+
+def _check_options(pipe: Any, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for options of a call that would fail inside."""
+    check_image_prompts(
+        options, any(getattr(pipe.transformer, name, None) is not None for name in ("encoder_hid_proj", "image_proj"))
+    )
+    if options.get("clip_skip") is not None:
+        check_skipped_layers(pipe, options["clip_skip"])
+    scales = options.get("guidance_scale", 1.0)
+    for scale in scales if isinstance(scales, list | tuple) else [scales]:
+        check_guidance(scale)
 
 
 @contextmanager

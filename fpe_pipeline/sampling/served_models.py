@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import EditWarning
@@ -11,11 +12,13 @@ from ..models.precision import check_precision
 
 __all__ = [
     "check_guided_inversion",
+    "check_image_prompts",
     "check_model",
     "check_negative_sizes",
     "check_options",
     "check_pipeline",
     "check_second_negative",
+    "check_skipped_layers",
     "check_without_image_prompts",
     "final_norm",
 ]
@@ -107,12 +110,16 @@ def check_options(pipe: Any, guidance_scale: float, negative: bool, options: dic
             f"eta={options['eta']} is DDIM's, and {type(pipe.scheduler).__name__} takes none: leave it out, or set a "
             "scheduler that takes it"
         )
-    adapter = getattr(pipe.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
-    images = [name for name in ("ip_adapter_image", "ip_adapter_image_embeds") if options.get(name) is not None]
-    if images and not adapter:
-        raise ValueError(f"{images[0]} was passed, and no IP-Adapter is loaded: call pipe.load_ip_adapter(…) first")
+    check_image_prompts(options, getattr(pipe.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj")
     if options.get("clip_skip") is not None:
         _check_clip_skip(pipe, options["clip_skip"])
+
+
+def check_image_prompts(options: Mapping[str, Any], adapted: bool) -> None:
+    """Raise ValueError for image prompts among the options of a call, where no adapter of the model takes them."""
+    images = [name for name, given in options.items() if "ip_adapter_image" in name and given is not None]
+    if images and not adapted:
+        raise ValueError(f"{images[0]} was passed, and no IP-Adapter is loaded: call pipe.load_ip_adapter(…) first")
 
 
 def check_second_negative(pipe: Any, negative_prompt: Any, options: dict[str, Any]) -> None:
@@ -135,15 +142,21 @@ def check_negative_sizes(options: dict[str, Any], rows: int) -> None:
         )
 
 
+def check_skipped_layers(pipe: Any, skipped: Any) -> None:
+    """Raise ValueError for a ``clip_skip`` of SDXL or Stable Diffusion 3, which count from the layer before the last of
+    both CLIP encoders and norm nothing, that is no number of their layers."""
+    encoders = [encoder for encoder in (pipe.text_encoder, pipe.text_encoder_2) if encoder is not None]
+    most = min((encoder.config.num_hidden_layers - 1 for encoder in encoders), default=0)
+    if isinstance(skipped, bool) or not isinstance(skipped, int) or not 0 <= skipped <= most:
+        raise ValueError(
+            "clip_skip must be a whole number of layers to skip before the last but one of both text encoders, "
+            f"from 0 to {most}, got {skipped!r}"
+        )
+
+
 def _check_clip_skip(pipe: Any, skipped: Any) -> None:
-    if pipe.added_conditions is not None:  # of SDXL, which counts from the layer before the last and norms nothing
-        encoders = [encoder for encoder in (pipe.text_encoder, pipe.text_encoder_2) if encoder is not None]
-        most = min((encoder.config.num_hidden_layers - 1 for encoder in encoders), default=0)
-        if isinstance(skipped, bool) or not isinstance(skipped, int) or not 0 <= skipped <= most:
-            raise ValueError(
-                "clip_skip must be a whole number of layers to skip before the last but one of both text encoders, "
-                f"from 0 to {most}, got {skipped!r}"
-            )
+    if pipe.added_conditions is not None:
+        check_skipped_layers(pipe, skipped)
         return
     encoder = pipe.text_encoder
     layers = getattr(getattr(encoder, "config", None), "num_hidden_layers", None)

@@ -249,6 +249,26 @@ class TestRefusals:
         with pytest.warns(RuntimeWarning, match="the negative prompt does nothing at true_cfg_scale=1"):
             pipes["flux"](SOURCE, TARGET, negative_prompt="cars", **FAST, **SIZE)
 
+    def test_guidance_without_a_negative_prompt(self, pipes):
+        with pytest.warns(RuntimeWarning, match="true_cfg_scale=3 does nothing without a negative prompt"):
+            pipes["flux"](SOURCE, TARGET, true_cfg_scale=3.0, **FAST, **SIZE)
+
+    @pytest.mark.usefixtures("transformer_must_not_run")
+    @pytest.mark.parametrize(
+        ("family", "options", "said"),
+        [
+            ("sd3", {"ip_adapter_image_embeds": torch.zeros(1, 1, 3)}, "no IP-Adapter is loaded"),
+            ("flux", {"ip_adapter_image_embeds": [torch.zeros(1, 1, 3)]}, "no IP-Adapter is loaded"),
+            ("sd3", {"clip_skip": 99}, "clip_skip must be a whole number of layers .* from 0 to 1, got 99"),
+            ("flux", {"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),
+            ("flux", {"guidance_scale": torch.tensor([1.0, 2.0])}, "guidance_scale must be a finite number"),
+        ],
+        ids=["sd3 image prompts", "flux image prompts", "layers to skip", "no number", "a tensor"],
+    )
+    def test_options_that_fail_inside_diffusers(self, pipes, family, options, said):
+        with pytest.raises(ValueError, match=said):
+            pipes[family](SOURCE, TARGET, **options, **FAST, **SIZE)
+
 
 def test_leaves_no_trace(pipes):
     for family, run in (("sd3", draw), ("flux", draw_flux)):
