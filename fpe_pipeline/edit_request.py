@@ -17,7 +17,7 @@ from .inversion.follow import Followed, check_inversion_options
 from .inversion.trajectory import Inversion
 from .prompts.encoding import encoding_tokenizer
 from .prompts.words import warn_of_unknown_words
-from .sampling.arguments import chosen_edit, image_size, negative_list, prompt_list
+from .sampling.arguments import check_embeddings, chosen_edit, image_size, negative_list, prompt_list
 from .sampling.output import FreePromptPipelineOutput
 from .sampling.pipeline import SamplingPipeline
 from .sampling.served_models import (
@@ -93,7 +93,9 @@ class EditRequest:
 
     def _plan(self, pipe: SamplingPipeline, guidance_scale: float) -> EditPlan:
         prompts = prompt_list(self.prompt, self.target_prompt, self.prompt_embeds)
+        check_embeddings(None, prompt_embeds=self.prompt_embeds)
         count = len(prompts) if self.prompt_embeds is None else self.prompt_embeds.shape[0]
+        check_embeddings(count, negative_prompt_embeds=self.negative_prompt_embeds)
         edit = chosen_edit(self.edit, self.self_replace_steps, self.levels, self.max_tokens, self.layers, pipe.unet)
         self._check(pipe, edit, prompts, count, guidance_scale)
         further = {name: negative_list(self.options.get(name), count, name) for name in pipe.further_texts}

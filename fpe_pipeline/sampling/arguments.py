@@ -15,6 +15,7 @@ from ..errors import warn_of_size
 from ..texts import check_text, did_you_mean
 
 __all__ = [
+    "check_embeddings",
     "check_option_names",
     "check_size",
     "chosen_edit",
@@ -51,6 +52,30 @@ def prompt_list(prompt: Any, target_prompt: Any, prompt_embeds: torch.Tensor | N
             raise TypeError(f"prompts must be text, got {type(text).__name__}: {text!r}")
         check_text("a prompt", text)
     return prompts
+
+
+def check_embeddings(count: int | None, **embeddings: Any) -> None:
+    """Raise for embeddings in the place of texts that are no [prompts, tokens, channels], the source's first.
+
+    Args:
+        count: of the prompts; None where it follows from the embeddings.
+        **embeddings: by the names of a call's arguments; None where one was not passed.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: a tensor of another shape, or of another number of prompts.
+    """
+    for name, given in embeddings.items():
+        if given is None:
+            continue
+        if not isinstance(given, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor [prompts, tokens, channels], got {type(given).__name__}")
+        if given.ndim != 3 or (count is not None and len(given) != count):
+            rows = "prompts" if count is None else str(count)
+            raise ValueError(
+                f"expected {name} [{rows}, tokens, channels], a row for each prompt, the source's first, got "
+                f"{list(given.shape)}"
+            )
 
 
 def check_option_names(options: Mapping[str, Any], own: Iterable[str], parents: Iterable[str]) -> None:

@@ -202,6 +202,7 @@ class TestRefusals:
             ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt"),
             ({"latents": noise()[:, :3]}, ValueError, r"expected latents \[1, 4, h, w\]"),
             ({"prompt_embeds": torch.zeros(2, 77, 32)}, ValueError, "not both"),
+            ({"negative_prompt_embeds": torch.zeros(1, 77, 32)}, ValueError, r"\[2, tokens, .* got \[1, 77, 32\]"),
             ({"callback_on_step_end_tensor_inputs": ["images"]}, ValueError, "images"),
         ],
     )
@@ -221,6 +222,18 @@ class TestRefusals:
     def test_prompts(self, tiny, unet_must_not_run, prompts, error, message):
         with pytest.raises(error, match=message):
             tiny(*prompts, **FAST)
+
+    @pytest.mark.parametrize(
+        ("embeds", "error", "message"),
+        [
+            (torch.zeros(77, 32), ValueError, r"prompt_embeds \[prompts, tokens, channels\].* got \[77, 32\]"),
+            ([torch.zeros(77, 32)] * 2, TypeError, "a tensor .* got list"),
+        ],
+        ids=["of one prompt", "a list"],
+    )
+    def test_embeddings(self, tiny, unet_must_not_run, embeds, error, message):
+        with pytest.raises(error, match=message):
+            tiny(prompt_embeds=embeds, **FAST)
 
     def test_long_prompts_warn_as_in_diffusers(self, tiny):
         messages = []
