@@ -99,12 +99,20 @@ class Encoding:
         Raises:
             ValueError: an encoder received other tokens, or two of them received the prompts at different places.
         """
-        found = [self.placed_in(batches, prompts) for batches in self.inputs.values() if batches]
-        if any(other != found[0] for other in found[1:]):
+        found: list[tuple[TokenizedPrompt, ...]] = []
+        refused: ValueError | None = None
+        for batches in filter(None, self.inputs.values()):
+            try:
+                found.append(self.placed_in(batches, prompts))
+            except ValueError as error:
+                refused = refused or error
+        if refused is not None and not found:
+            raise refused
+        if refused is not None or any(other != found[0] for other in found[1:]):
             raise ValueError(
-                "the pipeline's text encoders receive the words of a prompt at different places, so that a key of "
-                "cross-attention stands for two words: pass one prompt for both (leave prompt_2 out)"
-            )
+                "the pipeline's text encoders receive other words, or the words of a prompt at different places, so "
+                "that a key of cross-attention stands for two words: pass one prompt for both (leave prompt_2 out)"
+            ) from refused
         return found[0] if found else tuple(prompts)
 
     @staticmethod
