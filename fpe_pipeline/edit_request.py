@@ -96,6 +96,8 @@ class EditRequest:
         check_embeddings(None, prompt_embeds=self.prompt_embeds)
         count = len(prompts) if self.prompt_embeds is None else self.prompt_embeds.shape[0]
         check_embeddings(count, negative_prompt_embeds=self.negative_prompt_embeds)
+        pooled = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        check_embeddings(count, "channels", **{name: self.options.get(name) for name in pooled})
         edit = chosen_edit(self.edit, self.self_replace_steps, self.levels, self.max_tokens, self.layers, pipe.unet)
         self._check(pipe, edit, prompts, count, guidance_scale)
         further = {name: negative_list(self.options.get(name), count, name) for name in pipe.further_texts}

@@ -22,7 +22,7 @@ from ..models.steps import Step, StepWindow
 from ..prompts.encoding import Encoding, encoding_tokenizer
 from ..prompts.joint_text import JointPrompt, encoded_prompts
 from ..prompts.words import TokenizedPrompt, tokenize
-from .views import overlay, principal_components
+from .views import check_components, overlay, principal_components
 from .watching import check_options, watching
 
 __all__ = ["HeatMaps", "heat_maps"]
@@ -69,10 +69,13 @@ def heat_maps(
         `HeatMaps`, which can be asked after a call.
 
     Raises:
-        ValueError: nothing to read, words that no prompt holds (before any denoising), pixels outside the image,
-            more to keep than ``max_bytes``.
+        TypeError: words that are not text.
+        ValueError: nothing to read, words that no prompt holds (before any denoising), pixels outside the image, more
+            components than the layers have tokens, more to keep than ``max_bytes``.
     """
     words = (words,) if isinstance(words, str) else tuple(words)
+    if not all(isinstance(word, str) for word in words):
+        raise TypeError(f"expected words as text, got {', '.join(map(repr, words))}")
     points = tuple(_point(pixel) for pixel in pixels)
     (components,) = whole_numbers("components", [components])
     if not words and not points and not components:
@@ -254,6 +257,7 @@ class _Reader(Watcher):
         self._latent = site.latent or (0, 0)
         if grid != site.grid:
             raise ValueError(f"components are of layers of one grid; levels {self._levels} have {grid} and {site.grid}")
+        check_components(self._owner.components, *operator.shape[2:])
         self._bytes += operator.nbytes
         if self._bytes > self._max_bytes:
             raise ValueError(

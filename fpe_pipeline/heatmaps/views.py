@@ -16,6 +16,12 @@ _ITERATIONS = 12
 _OVERSAMPLING = 8
 
 
+def check_components(count: int, queries: int, keys: int) -> None:
+    """Raise ValueError where maps of so many tokens do not have so many principal components."""
+    if not 1 <= count <= min(queries - 1, keys):
+        raise ValueError(f"expected 1 to {min(queries - 1, keys)} components of maps {queries} x {keys}, got {count}")
+
+
 def principal_components(maps: Sequence[LinearMap], count: int) -> torch.Tensor:
     """Scores of the rows of a mean attention map on its principal components, by subspace iteration.
 
@@ -33,8 +39,7 @@ def principal_components(maps: Sequence[LinearMap], count: int) -> torch.Tensor:
         ValueError: more components than the maps have.
     """
     _, heads, queries, keys = maps[0].shape
-    if not 1 <= count <= min(queries - 1, keys):
-        raise ValueError(f"expected 1 to {min(queries - 1, keys)} components of maps {queries} x {keys}, got {count}")
+    check_components(count, queries, keys)
     width = min(count + _OVERSAMPLING, queries, keys)
     device = maps[0].device
     start = torch.randn(keys, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)

@@ -54,11 +54,12 @@ def prompt_list(prompt: Any, target_prompt: Any, prompt_embeds: torch.Tensor | N
     return prompts
 
 
-def check_embeddings(count: int | None, **embeddings: Any) -> None:
+def check_embeddings(count: int | None, axes: str = "tokens, channels", **embeddings: Any) -> None:
     """Raise for embeddings in the place of texts that are no [prompts, tokens, channels], the source's first.
 
     Args:
         count: of the prompts; None where it follows from the embeddings.
+        axes: behind the prompts', in words: pooled embeddings have channels alone.
         **embeddings: by the names of a call's arguments; None where one was not passed.
 
     Raises:
@@ -69,12 +70,11 @@ def check_embeddings(count: int | None, **embeddings: Any) -> None:
         if given is None:
             continue
         if not isinstance(given, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor [prompts, tokens, channels], got {type(given).__name__}")
-        if given.ndim != 3 or (count is not None and len(given) != count):
+            raise TypeError(f"{name} must be a tensor [prompts, {axes}], got {type(given).__name__}")
+        if given.ndim != 2 + axes.count(",") or (count is not None and len(given) != count):
             rows = "prompts" if count is None else str(count)
             raise ValueError(
-                f"expected {name} [{rows}, tokens, channels], a row for each prompt, the source's first, got "
-                f"{list(given.shape)}"
+                f"expected {name} [{rows}, {axes}], a row for each prompt, the source's first, got {list(given.shape)}"
             )
 
 

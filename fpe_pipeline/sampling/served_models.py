@@ -132,9 +132,14 @@ def check_second_negative(pipe: Any, negative_prompt: Any, options: dict[str, An
 
 
 def check_negative_sizes(options: dict[str, Any], rows: int) -> None:
-    """Raise ValueError for sizes of SDXL's unconditional half in a batch of several rows: diffusers repeats the pair of
-    its halves, so that every other row of either half would be told the other's."""
-    given = [name for name in ("negative_original_size", "negative_target_size") if options.get(name) is not None]
+    """Raise ValueError for sizes of SDXL's unconditional half of which diffusers takes no notice, as without both of
+    two, and in a batch of several rows: there it repeats the pair of its halves, so that every other row of either half
+    would be told the other's."""
+    both = ("negative_original_size", "negative_target_size")
+    given = [name for name in (*both, "negative_crops_coords_top_left") if options.get(name) not in (None, (0, 0))]
+    missing = [name for name in both if name not in given]
+    if given and missing:
+        raise ValueError(f"{given[0]} does nothing without {' and '.join(missing)}: pass them too, or leave it out")
     if given and rows > 1:
         raise ValueError(
             f"{given[0]} in a batch of {rows} images would reach every other row of both halves, as diffusers lays "

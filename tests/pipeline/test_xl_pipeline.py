@@ -292,6 +292,12 @@ class TestRefusals:
             ({"negative_prompt_2": "bad"}, "negative_prompt_2 does nothing without negative_prompt"),
             ({"clip_skip": 2}, "from 0 to 1, got 2"),
             ({"negative_original_size": (8, 8), "negative_target_size": (8, 8)}, "in a batch of 2 images would reach"),
+            ({"negative_original_size": (8, 8)}, "does nothing without negative_target_size: pass them"),
+            ({"negative_crops_coords_top_left": (4, 0)}, "without negative_original_size and negative_target_size"),
+            (
+                {"pooled_prompt_embeds": torch.zeros(1, 8)},
+                r"expected pooled_prompt_embeds \[2, channels\], .* \[1, 8\]",
+            ),
             ({"clip_skip": True}, "clip_skip must be a whole number"),
             ({"prompt_2": ["a", "b", "c"]}, "expected one prompt 2, or one for each of the 2 prompts"),
             ({"safety": 1}, "safety"),

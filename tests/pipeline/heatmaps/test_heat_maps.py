@@ -169,13 +169,15 @@ def call(tiny, *args, **kwargs):
         ({"pixels": [(96, 0)]}, "outside the image of 96 x 64"),
         ({"pixels": (3, 4)}, r"points \(x, y\)"),
         ({"components": -1}, "integers >= 0, got -1"),
+        ({"components": 999, "levels": 1}, "expected 1 to 23 components of maps 24 x 24, got 999"),
+        ({"words": ["car", 3]}, "expected words as text, got 'car', 3"),
         ({"components": 2, "max_bytes": 100}, "max_bytes=100"),
         ({"components": 2, "levels": (0, 1)}, "one grid"),
         ({"words": ["car"], "levels": 7}, "levels"),
     ],
 )
 def test_bad_input(tiny, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(tiny, **arguments)
     assert "encode_prompt" not in vars(tiny)
 
