@@ -74,9 +74,14 @@ def make_edit(method: str, prompts: Sequence[str], tokenizer: Any, model: Any = 
     entry = find_method(method)
     entry.check_options(list(options))
     chosen = {} if model is None or options.keys() & set(_SELECTORS) else entry.defaults(model)
-    if model is not None and entry.window is not None and any(site.is_joint for site in adapter_of(model).sites):
-        chosen[entry.window] = JOINT_STEPS
-    return entry.edit_of(prompts, tokenizer, **{**chosen, **options})
+    window = entry.window
+    if model is not None and window is not None and window not in options and _is_joint(model):
+        chosen[window] = JOINT_STEPS
+    return entry.edit_of(prompts, tokenizer, **chosen, **options)
+
+
+def _is_joint(model: Any) -> bool:
+    return any(site.is_joint for site in adapter_of(model).sites)
 
 
 def method_table() -> str:
