@@ -221,6 +221,7 @@ class TestNullText:
         assert before == {name: (p.requires_grad, p.sum().item()) for name, p in parameters.items()}
         assert all(p.grad is None for p in parameters.values())
 
+    @pytest.mark.slow
     def test_more_iterations_come_nearer(self, tiny, photo):
         losses = {}
         for inner in (1, 5):

@@ -45,6 +45,7 @@ def test_scenes_come_back_at_the_guidance_of_an_edit(embedded, method, beside_au
     assert np.max(np.subtract(possible, found)) <= 0.25
 
 
+@pytest.mark.slow
 def test_another_noise_does_not_bring_it_back(embedded):
     scene = render_subjects(SCENES[:1], embedded.native_size[0])[0]
     config = embedded.unet.config

@@ -53,6 +53,7 @@ class TestSwitches:
         tiny.unload_lora_weights()
         edited(tiny, plain)
 
+    @pytest.mark.slow
     def test_free_u(self, tiny):
         recorded = tiny.record(SOURCE, **RUN)
         tiny.enable_freeu(0.9, 0.2, 1.5, 1.6)
