@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..runs.option_files import OPTION_FILES
 from ..runs.settings import Settings
 from ..texts import did_you_mean
 from .jobs import BadRow, Job
@@ -194,6 +195,8 @@ def _jobs(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any], folder
     if "editing_prompt" in row:
         source, targets = _unmarked(source), [_unmarked(target) for target in targets]
     own = {setting: _plain(setting, row[setting]) for setting in OF_A_ROW if row.get(setting) is not None}
+    if isinstance(own.get("options"), dict):
+        own["options"] = _placed(folder, own["options"])
     image = None if "image" not in said else str(_picture(folder, str(said["image"])))
     mask = said.get("mask")
     if mask is not None:
@@ -241,6 +244,12 @@ def _picture(folder: Path, name: str) -> Path:
     path = folder / name
     flat = folder / Path(name).name
     return (flat if not path.exists() and flat.exists() else path).resolve()
+
+
+def _placed(folder: Path, options: dict[Any, Any]) -> dict[Any, Any]:
+    """A row's options, whose files lie where its picture and its mask do."""
+    files = {name: str(_picture(folder, options[name])) for name in OPTION_FILES if isinstance(options.get(name), str)}
+    return {**options, **files}
 
 
 def _unmarked(prompt: Any) -> Any:

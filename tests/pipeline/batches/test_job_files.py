@@ -40,6 +40,12 @@ class TestOurs:
         assert [first.name, second.name] == ["0002-1", "0002-2"] and (first.settings.seed, second.target) == (1, OTHER)
         assert first.settings.guidance == 5.0 and first.settings.size == (64, 128)
 
+    def test_files_of_options_lie_where_the_masks_of_rows_do(self, tmp_path):
+        row = {"source": SOURCE, "target": TARGET, "mask": "m.png", "options": {"mask": "m.png", "alpha": 1}}
+        jobs = read(tmp_path, "jobs.json", [row, {**row, "mask": None, "options": {"mask": [1]}}], method="consistedit")
+        assert jobs[0].settings.options == {"mask": jobs[0].mask, "alpha": 1}
+        assert jobs[0].mask == str(tmp_path / "m.png") and jobs[1].settings.options == {"mask": [1]}
+
     @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
     def test_a_line_ends_where_json_lines_do(self, tmp_path, mark):
         """Other programs write such characters of a prompt as they are."""
