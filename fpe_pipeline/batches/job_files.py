@@ -123,7 +123,12 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             row = {_NOT_A_ROW: f"is_test, of a row of the test: expected true or false, got {row['is_test']!r}"}
         if _TRUTH.get(said, True):
             names = (row.get(spelling) for spelling in _SPELLINGS["name"])
-            yield name or str(next((one for one in names if one not in (None, "")), "")), row
+            own = str(next((one for one in names if one not in (None, "")), ""))
+            if name and own not in ("", name):
+                row = {
+                    _NOT_A_ROW: f"the name is said twice: the list calls the row {name!r}, and the row itself {own!r}"
+                }
+            yield name or own, row
 
 
 def _named_once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:

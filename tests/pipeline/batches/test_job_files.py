@@ -98,6 +98,13 @@ class TestOurs:
         bad, good = read(tmp_path, "jobs.jsonl", text)
         assert isinstance(good, Job) and "'target' is named twice" in bad.reason
 
+    def test_a_name_that_the_list_and_the_row_say_otherwise(self, tmp_path):
+        row = {"source": SOURCE, "target": TARGET}
+        rows = {"a": {**row, "name": "a"}, "b": {**row, "id": "c"}, "3": {**row, "id": 3}}
+        same, bad, number = read(tmp_path, "jobs.json", rows)
+        assert (same.name, number.name, bad.name) == ("a", "3", "row 2")
+        assert "the name is said twice: the list calls the row 'b', the row itself 'c'" in bad.reason
+
     def test_zero_is_a_name(self, tmp_path):
         rows = [{"id": number, "source": SOURCE, "target": TARGET} for number in (0, 1)]
         assert [job.name for job in read(tmp_path, "jobs.json", rows)] == ["0", "1"]
