@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from io import StringIO
 from pathlib import Path
@@ -51,6 +52,8 @@ _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 _PAPER_PROMPT = "a photo of a {}"
 _PIE_FOLDER = "annotation_images"
 _NAME = re.compile(r"[\w.+-]+")
+#: Bytes of a name, to which its file adds some beside it while it is written; file systems have 255.
+_LONGEST = 200
 
 
 def read_jobs(path: Path, defaults: Mapping[str, Any], images: Path | None = None) -> list[Job | BadRow]:
@@ -73,7 +76,8 @@ def read_jobs(path: Path, defaults: Mapping[str, Any], images: Path | None = Non
     found: list[Job | BadRow] = []
     names: set[str] = set()
     for number, (name, row) in enumerate(rows, start=1):
-        name = name or f"{number:04d}"
+        # Composed: some file systems know no other spelling of "é", and two spellings are one file there.
+        name = unicodedata.normalize("NFC", name) or f"{number:04d}"
         try:
             jobs = list(_jobs(name, row, defaults, folder))
             if taken := [job.name for job in jobs if job.name.casefold() in names]:
@@ -125,9 +129,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             names = (row.get(spelling) for spelling in _SPELLINGS["name"])
             own = str(next((one for one in names if one not in (None, "")), ""))
             if name and own not in ("", name):
-                row = {
-                    _NOT_A_ROW: f"the name is said twice: the list calls the row {name!r}, and the row itself {own!r}"
-                }
+                row = {_NOT_A_ROW: f"the name is said twice: the list calls the row {name!r}, the row itself {own!r}"}
             yield name or own, row
 
 
@@ -184,10 +186,7 @@ def _uncsv(row: Mapping[Any, Any]) -> dict[str, Any]:
 def _jobs(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any], folder: Path) -> Iterator[Job]:
     if _NOT_A_ROW in row:
         raise InputError(str(row[_NOT_A_ROW]))
-    if not _NAME.fullmatch(name):
-        raise InputError(f"the name becomes a file: expected letters, digits, '.', '_', '+' and '-', got {name!r}")
-    if name.casefold() in ("source", "photo") or name.casefold().endswith(".png"):
-        raise InputError(f"the name {name!r} is that of a file beside the edits; give it another, without .png")
+    _check_name(name)
     said = _known(row)
     targets = said.get("targets", [said["target"]] if "target" in said else [])
     if not isinstance(targets, list) or not targets:
@@ -210,6 +209,17 @@ def _jobs(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any], folder
         settings = Settings.of_model(**{**defaults, **own, "source": source, "targets": [target], "image": image})
         of_several = f"{name}-{number}" if len(targets) > 1 else name
         yield Job(of_several, settings.with_values(control=False), mask, str(said.get("kind", "")))
+
+
+def _check_name(name: str) -> None:
+    """Raise InputError where a name makes no file, or another one than the job's."""
+    # Accents and the vowel signs of Hindi are marks, which are no letters to a regular expression.
+    if not _NAME.fullmatch("".join(letter for letter in name if not unicodedata.category(letter).startswith("M"))):
+        raise InputError(f"the name becomes a file: expected letters, digits, '.', '_', '+' and '-', got {name!r}")
+    if len(name.encode()) > _LONGEST:
+        raise InputError(f"the name becomes a file: expected {_LONGEST} bytes at most, got {len(name.encode())}")
+    if name.casefold() in ("source", "photo") or name.casefold().endswith(".png"):
+        raise InputError(f"the name {name!r} is that of a file beside the edits; give it another, without .png")
 
 
 def _known(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Lists of edits are read as they are: ours, the paper's, PIE-Bench's; a bad row is one row."""
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -79,6 +80,8 @@ class TestOurs:
             ({"source": SOURCE, "target": TARGET, "edit_prompt": OTHER}, "the target is said twice"),
             ({"source": SOURCE, "target": TARGET, "name": "a/b"}, "the name becomes a file"),
             ({"source": SOURCE, "target": TARGET, "name": "Source"}, "that of a file beside the edits"),
+            ({"source": SOURCE, "target": TARGET, "name": "\u0301"}, "expected letters, digits"),
+            ({"source": SOURCE, "target": TARGET, "name": "é" * 120}, "expected 200 bytes at most, got 240"),
             ({"source": SOURCE, "target": TARGET, "name": "good"}, "taken by a row before it"),
             ([1], r"expected names with values, got \[1\]"),
             ("}", "no JSON"),
@@ -104,6 +107,13 @@ class TestOurs:
         same, bad, number = read(tmp_path, "jobs.json", rows)
         assert (same.name, number.name, bad.name) == ("a", "3", "row 2")
         assert "the name is said twice: the list calls the row 'b', the row itself 'c'" in bad.reason
+
+    @pytest.mark.parametrize("name", ["हिन्दी", "e\u0301te\u0301", "q\u0303"])
+    def test_letters_with_marks_are_letters(self, tmp_path, name):
+        row = {"name": name, "source": SOURCE, "target": TARGET}
+        composed = unicodedata.normalize("NFC", name)
+        job, again = read(tmp_path, "jobs.json", [row, {**row, "name": composed}])
+        assert job.name == composed and "is taken by a row before it" in again.reason
 
     def test_zero_is_a_name(self, tmp_path):
         rows = [{"id": number, "source": SOURCE, "target": TARGET} for number in (0, 1)]
