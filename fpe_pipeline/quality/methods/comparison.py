@@ -37,7 +37,8 @@ class MethodScore:
         iou: intersection over union of two silhouettes: the source's, which is known of a real image and the judge's
             of a generated one, and the edit's, as the judge sees it.
         outside_psnr: PSNR in dB between source and edit where neither has its object; ``None`` where the background
-            is what changes. The source of a real image is the image itself, not what its inversion gives back.
+            is what changes, or nothing lies outside. The source of a real image is the image itself, not what its
+            inversion gives back.
         reconstruction: PSNR in dB between a real image and the source row of the edit.
         seconds: of the edit; processor time on a CPU, so that it does not depend on what else runs there.
         inversion_seconds: of the inversion, which any number of edits share.
@@ -207,7 +208,7 @@ class _Scorer:
             if mask is not None:
                 either = mask | verdict.masks[0]
                 found["iou"] = iou(mask, verdict.masks[0])
-        if either is not None and self._subject.kind != "background":
+        if either is not None and not either.all() and self._subject.kind != "background":
             found["outside_psnr"] = psnr(reference, image, ~either)
         return found
 

@@ -144,7 +144,7 @@ class FakeJudge:
 class TestScores:
     subject = render_subjects(held_out_pairs(1, ["colour"]), 16)[0]
 
-    def score(self, subject, origin="ddim", names=("fpe",), scene=None):
+    def score(self, subject, origin="ddim", names=(NO_EDIT,), scene=None):
         judge = FakeJudge(scene or self.subject.scene)
         return list(score_subject(FakePipe(), judge, subject, origin, chosen(names)))
 
@@ -169,6 +169,11 @@ class TestScores:
     def test_of_a_background_edit_the_background_is_not_asked(self):
         subject = replace(self.subject, kind="background", picture=np.zeros((8, 8, 3), np.uint8))
         (score,) = self.score(subject)
+        assert score.outside_psnr is None and score.iou is not None
+
+    def test_where_nothing_lies_outside_nothing_is_measured_there(self):
+        picture, mask = np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 255, np.uint8)
+        (score,) = self.score(replace(self.subject, picture=picture, mask=mask))
         assert score.outside_psnr is None and score.iou is not None
 
     def test_what_the_judge_does_not_know_is_not_made_up(self):
