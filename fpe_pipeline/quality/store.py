@@ -114,4 +114,5 @@ def dump(result: dict[str, Any]) -> str:
     rows = result["scores"]["rows"]
     lines = ",\n".join(json.dumps(row) for row in rows)
     text = json.dumps({**result, "scores": {**result["scores"], "rows": "ROWS"}}, indent=1)
-    return text.replace('"ROWS"', f"[\n{lines}\n]") + "\n"
+    before, after = text.rsplit('"ROWS"', 1)  # the last: a kind of edit may be called so
+    return f"{before}[\n{lines}\n]{after}\n"

@@ -24,6 +24,7 @@ from fpe_pipeline.quality import (
     sweep_conditions,
 )
 from fpe_pipeline.quality import command as command_module
+from fpe_pipeline.quality.store import dump, packed, unpacked
 from fpe_pipeline.quality.study.report import plot, table
 from fpe_pipeline.quality.study.scores import Score
 from tests.support.tiny_cli import evaluation
@@ -139,6 +140,13 @@ def test_interrupted_run_continues_and_refuses_other_settings(tmp_path, monkeypa
     assert result["summary"]["object"]["free-prompt editing"]["pairs"] == 2
     with pytest.raises(InputError, match="other settings"):
         run(evaluation(*arguments, "--steps", "7"))
+
+
+def test_a_kind_may_have_any_name():
+    rows = [{"pair": 0, "kind": "ROWS"}, {"pair": 1, "kind": "ROWS"}]
+    result = {"summary": {"ROWS": 1}, "scores": packed(rows)}
+    again = json.loads(dump(result))
+    assert again["summary"] == {"ROWS": 1} and unpacked(again["scores"]) == rows
 
 
 def _row(pair: int, condition: str, iou: float) -> dict:
