@@ -63,8 +63,10 @@ def run(asked: Evaluation, progress: Progress | None = None, *, as_json: bool = 
     store.keep(done * len(conditions))
     if done < len(pairs):
         _draw_rest(model, asked, pairs[done:], done, conditions, store, progress)
-    summary = summarise(store.rows, seed=asked.seed)
-    result = {"settings": settings, "environment": environment(), "summary": summary, "scores": packed(store.rows)}
+    # Of what was asked for: an earlier run may have left more, which the next one may ask for again.
+    rows = store.rows[: len(pairs) * len(conditions)]
+    summary = summarise(rows, seed=asked.seed)
+    result = {"settings": settings, "environment": environment(), "summary": summary, "scores": packed(rows)}
     rendered = table(summary)
     with staged(asked.output) as stage:
         (stage / "evaluation.json").write_text(dump(result), encoding="utf-8")

@@ -141,6 +141,14 @@ def test_interrupted_run_continues_and_refuses_other_settings(tmp_path, monkeypa
     with pytest.raises(InputError, match="other settings"):
         run(evaluation(*arguments, "--steps", "7"))
 
+    # Fewer pairs are a table of fewer, as its settings say; the others are kept.
+    assert run(evaluation("--pairs", "1", "-o", str(tmp_path / "out"))) == 0
+    fewer = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert fewer["settings"]["pairs"] == fewer["summary"]["object"]["free-prompt editing"]["pairs"] == 1
+    assert fewer["scores"]["rows"] == result["scores"]["rows"][: 3 * 3]
+    assert run(evaluation(*arguments)) == 0 and len(calls) == 2
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == result
+
 
 def test_a_kind_may_have_any_name():
     rows = [{"pair": 0, "kind": "ROWS"}, {"pair": 1, "kind": "ROWS"}]
