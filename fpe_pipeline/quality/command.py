@@ -12,7 +12,7 @@ from ..models.loading import pick_device
 from ..runs.progress import Progress
 from ..texts import print_text
 from .evaluated import EvaluatedModel
-from .images_command import run_on_images
+from .images_command import check_given, run_on_images
 from .intervals import summarise
 from .request import Evaluation
 from .store import ScoreFile, brief, dump, environment, fingerprint, packed
@@ -46,12 +46,14 @@ def run(asked: Evaluation, progress: Progress | None = None, *, as_json: bool = 
         InputError: options that do not belong together, no model or no judge, or a folder with
             scores made with other settings; before anything is computed or written.
     """
+    check_given(asked)
     asked, progress = asked.with_values(device=pick_device(asked.device)), progress or Progress()
     if asked.images is not None:
         return run_on_images(asked, progress, as_json=as_json)
     if asked.methods or asked.inversions:
         raise InputError("method names and --inversion choose what --images compares: pass it as well")
     model = EvaluatedModel.find(asked.model, judged=True)
+    model.check_text_tokens(asked.text_tokens)
     check_writable(asked.output)
     conditions = _conditions(asked, model.is_transformer)
     pairs = held_out_pairs(asked.pairs, asked.kinds, asked.seed)
@@ -85,8 +87,6 @@ def _conditions(asked: Evaluation, transformer: bool) -> list[Condition]:
         if asked.sweep:
             raise InputError("--sweep varies the levels of a UNet, and this model has a transformer: leave it out")
         return transformer_conditions(asked.self_replace, methods=asked.methods is not None)
-    if asked.text_tokens is not None:
-        raise InputError("--text-tokens is about a transformer's text, and this model has a UNet: leave it out")
     conditions = standard_conditions(asked.self_replace)
     if asked.sweep:
         conditions += sweep_conditions(self_replace_steps=asked.self_replace)

@@ -64,6 +64,11 @@ class EvaluatedModel:
         """How it inverts pictures, first the default."""
         return FLOW_INVERSIONS if self.is_transformer else UNET_INVERSIONS
 
+    def check_text_tokens(self, count: int | None) -> None:
+        """Raise InputError where a number of text tokens is said and the model has a UNet."""
+        if count is not None and not self.is_transformer:
+            raise InputError("--text-tokens is about a transformer's text, and this model has a UNet: leave it out")
+
     def load(self, device: str, pipeline: Any = None) -> tuple[Any, Any]:
         """A silent pipeline, of the class ``pipeline`` or a `FreePromptPipeline`, and the judge or None.
 

@@ -22,7 +22,28 @@ from .request import Evaluation
 from .store import ScoreFile, brief, dump, environment, fingerprint, packed
 from .study.pairs import held_out_pairs
 
-__all__ = ["run_on_images"]
+__all__ = ["check_given", "run_on_images"]
+
+#: What says which edits are drawn; a folder's own are in its prompts file.
+_OF_DRAWN = ("pairs", "kinds")
+
+
+def check_given(asked: Evaluation) -> None:
+    """Raise InputError where a request says something that would do nothing.
+
+    Args:
+        asked: as it was said: of values replaced since, nobody knows which were.
+    """
+    if asked.images is None:
+        return
+    if "chunk" in asked.model_fields_set:
+        raise InputError("--chunk is of runs without --images, which draw several pairs at a time: leave it out")
+    given = [f"--{name}" for name in _OF_DRAWN if name in asked.model_fields_set]
+    if given and asked.images not in (GENERATED, HELD_OUT):
+        raise InputError(
+            f"{' and '.join(given)} choose among edits that are drawn, and the prompts file of '{asked.images}' says "
+            "which are made of its pictures: leave it out, or pass --images held-out"
+        )
 
 
 def run_on_images(asked: Evaluation, progress: Progress, *, as_json: bool = False) -> int:
@@ -40,6 +61,7 @@ def run_on_images(asked: Evaluation, progress: Progress, *, as_json: bool = Fals
     """
     own = asked.images not in (GENERATED, HELD_OUT)
     model = EvaluatedModel.find(asked.model, judged=not own)
+    model.check_text_tokens(asked.text_tokens)
     methods = chosen(asked.methods or (), asked.self_replace, model.served)
     if asked.sweep:
         raise InputError("--sweep varies one method on generated images: leave it out, or leave out --images")
