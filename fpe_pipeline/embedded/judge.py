@@ -15,10 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..errors import InputError
 from .scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS
 
 __all__ = ["Judge", "Verdict", "load_judge", "save_judge"]
@@ -106,10 +107,21 @@ def save_judge(judge: Judge, path: Path) -> None:
 
 
 def load_judge(path: Path) -> Judge:
-    """Read a judge; raises ``FileNotFoundError`` where there is none."""
+    """Read a judge.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: the file is damaged, or holds something else.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no judge at {path}: train one with `python -m fpe_pipeline.embedded.training.train`")
-    with safe_open(path, "pt") as file:
-        judge = Judge(int((file.metadata() or {}).get("size", 96)))
-        judge.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            judge = Judge(int((file.metadata() or {}).get("size", 96)))
+            judge.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"'{path}' is damaged or no judge: {str(error).splitlines()[0]}; copy the model folder anew, or train one "
+            "with `python -m fpe_pipeline.embedded.training.train`"
+        ) from error
     return judge.eval()

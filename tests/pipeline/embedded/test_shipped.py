@@ -11,19 +11,32 @@ import torch
 
 from fpe_pipeline.embedded import embedded_path, judge_path
 from fpe_pipeline.embedded.card import render_card
+from fpe_pipeline.embedded.judge import Judge, load_judge, save_judge
 from fpe_pipeline.embedded.scenes import scenes
 from fpe_pipeline.embedded.training.export import SIZE_LIMIT, folder_bytes
 from fpe_pipeline.embedded.training.presets import PRESETS
+from fpe_pipeline.errors import InputError
 
 
 def test_a_judge_looks_at_the_size_that_it_learned(tmp_path):
-    from fpe_pipeline.embedded.judge import Judge, load_judge, save_judge
-
     judge = Judge(40).eval()
     save_judge(judge, tmp_path / "judge.safetensors")
     loaded = load_judge(tmp_path / "judge.safetensors")
     assert loaded.size == 40
     assert torch.equal(loaded.mask.weight, judge.mask.weight.half().float())
+
+
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_a_damaged_judge_is_named(tmp_path, damage):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "judge.safetensors"
+    if damage == "cut":
+        path.write_bytes(judge_path().read_bytes()[:3000])
+    else:
+        save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(InputError, match=r"judge\.safetensors' is damaged or no judge: .*; copy the model folder anew"):
+        load_judge(path)
 
 
 class TestShipped:
@@ -61,8 +74,6 @@ class TestShipped:
 
     @pytest.mark.slow
     def test_judge_knows_renders(self):
-        from fpe_pipeline.embedded.judge import load_judge
-
         rng = np.random.default_rng(11)
         drawn = [scenes.render(scenes.sample_scene(rng, held=True)) for _ in range(64)]
         verdict = load_judge(judge_path()).look(np.stack([d.image for d in drawn]))
