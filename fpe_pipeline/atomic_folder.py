@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .errors import InputError
 
-__all__ = ["check_writable", "replaced", "staged", "write_text"]
+__all__ = ["check_writable", "clear_left", "replaced", "staged", "write_text"]
 
 #: What file systems answer that cannot bring a folder to the disk.
 _NOT_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP)
@@ -57,6 +57,19 @@ def replaced(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def clear_left(folder: Path) -> None:
+    """Delete what processes that were killed were writing to a folder by :func:`replaced`.
+
+    What a living process writes stays; a folder that does not exist has none.
+    """
+    for partial in folder.glob(".*.part"):
+        number = partial.name.split(".")[-2]
+        if number.isdecimal() and _lives(int(number)):
+            continue
+        with contextlib.suppress(OSError):  # it has become what it was to be, or Windows knows that it is open
+            partial.unlink()
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8, all or nothing."""
     with replaced(path) as partial:
@@ -88,6 +101,19 @@ def staged(directory: Path) -> Iterator[Path]:
                 folder.rmdir()
         raise
     shutil.rmtree(stage, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of that number runs on this machine; on Windows, which keeps open files, not asked."""
+    if os.name == "nt":  # where the question would end the process
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 def _check_names(directory: Path, names: list[str]) -> None:

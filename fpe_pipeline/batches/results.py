@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..atomic_folder import replaced, write_text
+from ..atomic_folder import clear_left, replaced, write_text
 from .making import SOURCES, Made
 from .plan import Group, Unit
 
@@ -39,8 +39,7 @@ class Results:
         for group in groups:
             self._order |= dict.fromkeys(_file(group, name) for name in (*SOURCES, *(job.name for job in group.jobs)))
             units |= {_file(group, job.name): unit.digest for unit in group.units for job in unit.jobs}
-            for left in (folder / group.folder).glob(".*.part"):  # of a run that was killed
-                left.unlink()
+            clear_left(folder / group.folder)
         self.entries: dict[str, dict[str, Any]] = {}
         for file, entry in self._lines():
             if file in self._order and entry.get("unit", "") == units.get(file, "") and self._is_whole(entry):

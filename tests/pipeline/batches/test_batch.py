@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fpe_pipeline.app import cli
+from fpe_pipeline.atomic_folder import replaced
 from fpe_pipeline.batches import making, results
 from fpe_pipeline.batches.batch import plan
 from fpe_pipeline.batches.request import BatchRequest
@@ -288,6 +289,17 @@ def test_batches_of_two_lists_in_one_folder_at_once_keep_each_others_lines(tmp_p
     keep(first)
     assert {line["job"] for line in manifest(tmp_path / "out")} == {"first", "second"}
     assert planned("second").results.entries.keys() == second.results.entries.keys()
+
+
+def test_a_batch_that_begins_leaves_what_another_is_writing(tmp_path):
+    jobs = written(tmp_path / "jobs.jsonl", [{"source": "a red car", "target": "a car"}])
+    request = BatchRequest(jobs=jobs, output=tmp_path / "out")
+    folder = tmp_path / "out" / plan(request).groups[0].folder
+    with replaced(folder / "0001.png") as partial:
+        partial.write_bytes(b"a picture")
+        (folder / f".0002.png.{2**31 - 1}.part").touch()  # of a process that is no more
+        plan(request)
+    assert [path.name for path in folder.iterdir()] == ["0001.png"]
 
 
 class Counted(str):
