@@ -207,6 +207,9 @@ def _lines_of(
             process.kill()
             out, err = process.communicate()
             timed_out = True
+        except BaseException:  # interrupted: what else it finds nobody reads
+            process.kill()
+            raise
     lines = [tuple(json.loads(line)) for line in out.splitlines() if line.startswith("[")]
     yield from lines
     if timed_out:

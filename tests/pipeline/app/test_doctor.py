@@ -1,6 +1,7 @@
 """`fpe doctor` finds what is planted: a package that breaks, a kernel that is wrong, a process that dies."""
 
 import json
+import time
 
 import pytest
 
@@ -23,6 +24,19 @@ def few(monkeypatch):
 def broken(tmp_path, monkeypatch):
     (tmp_path / "broken_here.py").write_text("raise OSError('no such\\nlibrary')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def test_an_interruption_ends_the_process_too(monkeypatch):
+    begun = []
+
+    def interrupted(process, *_, **__):
+        begun.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor.subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(doctor._lines_of(["-c", "import time; time.sleep(5)"], None, time.monotonic() + 60))
+    assert begun[0].wait(timeout=4) != 0
 
 
 def test_packages(few, broken, capsys):
