@@ -25,8 +25,11 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean of ``values`` ``[n]``; a paired one, if they are differences.
 
     Raises:
-        ValueError: there are no values.
+        ValueError: there are no values or resamples, or the level is not between 0 and 1.
     """
+    _check_level(level)
+    if resamples < 1:
+        raise ValueError(f"expected a resample at least, got {resamples}")
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"expected a non-empty vector of values, got shape {values.shape}")
@@ -44,8 +47,9 @@ def share_interval(successes: int, trials: int, *, level: float = 0.95) -> tuple
     Source: Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
 
     Raises:
-        ValueError: there are no trials, or fewer than successes.
+        ValueError: there are no trials, or fewer than successes, or the level is not between 0 and 1.
     """
+    _check_level(level)
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"expected 0 <= successes <= trials and a trial at least, got {successes} of {trials}")
     z = NormalDist().inv_cdf((1 + level) / 2)
@@ -84,6 +88,11 @@ def summarise(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str
                 entry["gain_over_shared_noise"] = mean_and_interval(np.array(gains), seed)
             result[kind][condition] = entry
     return result
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"expected a level between 0 and 1, such as 0.95, got {level!r}")
 
 
 def _figure(row: Mapping[str, Any], figure: str) -> float:
