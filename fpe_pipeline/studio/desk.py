@@ -175,7 +175,7 @@ class Desk:
         if upload is None:
             return "", None
         try:
-            visitor.photo = admitted_photo(Path(upload), visitor.folder / "upload.png")
+            visitor.photo = admitted_photo(Path(upload), visitor.next_upload())
         except InputError as error:
             return shown.alert(str(error)), None
         finally:

@@ -83,6 +83,7 @@ class Visitor:
     folder: Path = field(init=False)
     results: list[Result] = field(default_factory=list)
     photo: Path | None = None
+    uploads: list[Path] = field(default_factory=list)
     inverted: Inverted | None = None
     look: Look | None = None
     _made: int = 0
@@ -91,6 +92,11 @@ class Visitor:
 
     def __post_init__(self) -> None:
         self.folder = self.root / secrets.token_urlsafe(12)
+
+    def next_upload(self) -> Path:
+        """Where the next photo goes: a file of its own, for results and runs of earlier ones go on reading theirs."""
+        self.uploads.append(self.folder / f"upload-{1 + len(self.uploads)}.png")
+        return self.uploads[-1]
 
     def begin(self, what: str = "") -> Watched:
         """A run of ``what`` begins; one that still goes on for this visitor, or stands still, is ended."""
@@ -133,7 +139,8 @@ class Visitor:
         """Forget everything; files of results stay in the server's folder."""
         self.cancel()
         self.results, self.inverted, self.look = [], None, None
-        if self.photo is not None:
-            self.photo.unlink(missing_ok=True)
+        for upload in self.uploads:
+            upload.unlink(missing_ok=True)
+        if self.uploads:
             with contextlib.suppress(OSError):  # it is not empty where results are in it
                 self.folder.rmdir()

@@ -43,13 +43,15 @@ def invert_photo(models: Models, visitor: Visitor, settings: Settings, watched: 
     """Find a photo's noise and record the way back, once for any number of edits; the visitor keeps it.
 
     Raises:
-        InputError: settings that cannot be served.
+        InputError: settings that cannot be served; another photo was dropped meanwhile.
     """
     begun = watched.seconds
     settings.check()
     visitor.inverted = visitor.look = None
     with _at_work(models, settings, watched) as loaded:
         recorded = invert_and_record(loaded.pipe, settings, watched, placement=_placement(loaded.pipe))
+    if settings.image != str(visitor.photo):
+        raise InputError("another photo was dropped meanwhile: press Invert for it")
     visitor.inverted = Inverted(_of(settings), recorded, watched.seconds - begun)
     return visitor.inverted
 
@@ -75,7 +77,8 @@ def edit_photo(models: Models, visitor: Visitor, settings: Settings, watched: Wa
         except Lacking:
             recorded = _recorded_again(loaded.pipe, settings, recorded, watched)
             run = edited(loaded, settings, recorded, watched, Clock())
-    visitor.inverted = replace(inverted, recorded=recorded)
+    if visitor.inverted is inverted:  # no other photo was dropped meanwhile
+        visitor.inverted = replace(inverted, recorded=recorded)
     return visitor.keep(run, settings.model, watched.seconds - begun)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fpe_pipeline.images.distance import distance, pixel_hash
 from fpe_pipeline.runs import run as runs
@@ -85,7 +86,7 @@ def test_cancel(desk, visitor, values):
 def test_a_photo_is_inverted_once_and_edited_from_its_recording(desk, visitor, values, photo, monkeypatch):
     said, shown_photo = desk.receive_photo(visitor, photo)
     assert "72 × 64" in said and shown_photo.size == (72, 64)
-    assert visitor.photo.parent == visitor.folder and visitor.photo.name == "upload.png"
+    assert visitor.photo.parent == visitor.folder and visitor.photo.name == "upload-1.png"
     inverted = last(desk.invert(visitor, "direct", *values())).made.recorded
     assert inverted.psnr == distance(inverted.cut, inverted.back).psnr
     monkeypatch.setattr(work, "invert_and_record", lambda *a: pytest.fail("inverted twice"))
@@ -117,6 +118,33 @@ def test_another_photo_forgets_the_first(desk, visitor, values, photo, tmp_path)
     said, picture = desk.receive_photo(visitor, str(bad))
     assert "not a picture" in said and picture is None and visitor.photo is None and visitor.inverted is None
     assert not bad.exists(), "an upload stays on the server"
+
+
+@pytest.fixture
+def another_photo(tmp_path):
+    path = tmp_path / "another.png"
+    Image.new("RGB", (128, 64), "blue").save(path)
+    return str(path)
+
+
+def test_looking_inside_shows_the_photo_of_the_result_after_another_was_dropped(
+    desk, visitor, values, photo, another_photo
+):
+    desk.receive_photo(visitor, photo)
+    last(desk.invert(visitor, "direct", *values()))
+    made = last(desk.edit(visitor, "direct", *values())).made
+    desk.receive_photo(visitor, another_photo)
+    look = last(desk.look(visitor)).made
+    assert distance(look.images[0], made.run.source).levels <= 2
+
+
+def test_a_photo_that_is_dropped_while_another_is_inverted(desk, visitor, values, photo, another_photo):
+    desk.receive_photo(visitor, photo)
+    for each in desk.invert(visitor, "direct", *values(steps=6)):
+        if "<progress" in each.status and visitor.photo.name == "upload-1.png":
+            desk.receive_photo(visitor, another_photo)
+    assert "another photo was dropped meanwhile" in each.status and each.made is None
+    assert "not inverted yet" in last(desk.edit(visitor, "direct", *values(steps=6))).status
 
 
 def test_looking_inside(desk, visitor, values):
@@ -230,7 +258,7 @@ class TestVisitors:
         kept = weakref.ref(visitor.look.maps)
         visitor.close()
         gc.collect()
-        assert kept() is None and visitor.results == [] and not visitor.folder.joinpath("upload.png").exists()
+        assert kept() is None and visitor.results == [] and not list(visitor.folder.glob("upload*"))
         assert visitor.folder.joinpath("001", "target-1.png").exists()
 
     def test_results_are_bounded(self, tmp_path, desk, values, visitor, monkeypatch):
