@@ -68,9 +68,9 @@ def as_python(settings: Settings, photo: str = "photo.png") -> str:
                 f"NullText({optimised.guidance_scale!r}, inner_steps={optimised.inner_steps}, "
                 f"early_stop={optimised.early_stop!r})"
             )
-        lines += [
-            f"inversion = pipe.invert({photo!r}, source, num_inference_steps={settings.steps}, method={method}{size})",
-        ]
+        guided = "" if settings.inversion_guidance == 1 else f", guidance_scale={settings.inversion_guidance!r}"
+        steps = f"num_inference_steps={settings.steps}{guided}"
+        lines.append(f"inversion = pipe.invert({photo!r}, source, {steps}, method={method}{size})")
         call = {"inversion": "inversion", "guidance_scale": settings.guidance}
         if settings.negative is not None:
             call["negative_prompt"] = settings.negative

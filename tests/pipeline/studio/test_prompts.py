@@ -83,6 +83,12 @@ def test_the_python_of_every_method_asks_for_the_same(model):
             assert scope["edit"] == settings.edit(pipe.tokenizer, pipe), label
 
 
+def test_the_python_inverts_with_the_guidance_of_the_record():
+    settings = Settings(SOURCE, (TARGET,), image="photo.png", inversion="direct", inversion_guidance=2.5)
+    assert "num_inference_steps=50, guidance_scale=2.5, method='direct')" in as_python(settings)
+    assert "num_inference_steps=50, method" in as_python(settings.with_values(inversion_guidance=1.0))
+
+
 @pytest.mark.slow
 def test_the_python_makes_the_same_pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -91,7 +97,8 @@ def test_the_python_makes_the_same_pictures(tmp_path, monkeypatch):
     generated = Settings(SOURCE, (TARGET,), model=str(model), steps=2, seed=5, self_replace=(0.0, 0.6), control=False)
     of_a_photo = generated.with_values(image="photo.png", inversion="direct", seed=0)
     optimised = of_a_photo.with_values(inversion="null-text", guidance=4.0, inner_steps=2)
-    for settings in (generated, of_a_photo, optimised):
+    guided = of_a_photo.with_values(inversion_guidance=3.0)
+    for settings in (generated, of_a_photo, optimised, guided):
         made = runs.execute(settings)
         scope = {}
         exec(as_python(made.settings), scope)
