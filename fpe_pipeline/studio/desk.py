@@ -16,11 +16,12 @@ from PIL import Image
 
 from ..errors import InputError
 from ..runs import run as runs
+from ..runs.picture_record import PHOTO
 from ..runs.settings import Settings
 from . import shown, work
 from .copied import as_command, as_python
 from .models import Models
-from .requests import FIELDS, Limits, fields_of, fields_read, first_fields, new_seed, settings_of, within
+from .requests import FIELDS, Limits, fields_read, first_fields, new_seed, restorable, settings_of, within
 from .sweeps import sweep
 from .uploads import admitted_photo, admitted_record
 from .visitors import Inverted, Look, Result, Visitor
@@ -185,7 +186,8 @@ class Desk:
         return shown.note(f"{photo.width} × {photo.height} px; say what it shows, then press Invert"), photo
 
     def restore(self, upload: str | None) -> tuple[str, Settings | None]:
-        """The settings of an uploaded PNG, as far as this page serves them: (status, settings)."""
+        """The settings of an uploaded PNG, where this page serves them: (status, settings), which of an edit of a photo
+        name :data:`PHOTO`, no file of the server's."""
         if upload is None:
             return "", None
         path = Path(upload)
@@ -193,8 +195,9 @@ class Desk:
             settings, record = runs.read_record(admitted_record(path))
             photo = settings.image is not None
             model = self.models.check(settings.model)
-            restored = within(settings.with_values(image=None, model=model, **self.models.machine), self.limits)
-            fields_of(restored)
+            image = PHOTO if photo else None
+            restored = within(settings.with_values(image=image, model=model, **self.models.machine), self.limits)
+            restorable(restored, self.models.layers(model))
         except InputError as error:
             return shown.alert(str(error).replace(str(path), "this picture")), None
         finally:

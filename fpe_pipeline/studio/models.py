@@ -71,6 +71,7 @@ class Models:
     _standing: list[_Standing] = field(default_factory=list, init=False, repr=False)
     _paces: dict[str, ModelPace | None] = field(default_factory=dict, init=False, repr=False)
     _by_place: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    _layers: dict[str, list[tuple[str, str]]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._by_place = {find_model(name).location: name for name in self.names}  # which raises InputError for none
@@ -157,6 +158,13 @@ class Models:
             return found
         return find_model(name).family or "unet"
 
+    def layers(self, name: str) -> list[str]:
+        """The layers that edits of a model can be chosen by; it is loaded where it never was."""
+        if name not in self._layers:
+            with self.use(name):
+                pass
+        return [layer for _, layer in self._layers[name]]
+
     def pace(self, name: str, wait: float = _MOMENT) -> ModelPace | None:
         """How fast a model is that was loaded before; None of others.
 
@@ -188,6 +196,7 @@ class Models:
         _free(self.device)
         pipe = load_pipeline(find_model(name), dtype=pick_dtype(self.dtype, self.device), device=self.device)
         self._loaded = (name, Loaded(pipe, identity(pipe)))
+        self._layers[name] = choices_of(pipe)
         return self._loaded[1]
 
     def _tried_out(self, name: str, pipe: Any) -> ModelPace | None:

@@ -106,8 +106,9 @@ def _of_model(desk: Desk, model: str, method: str) -> list[Any]:
     return [gr.update(**_inversions(family)), *recipes.model_changed(model, family, layers, method)]
 
 
-def _inversions(family: Family) -> dict[str, Any]:
-    return {"choices": list(inversions_of(family)), "value": "direct"}
+def _inversions(family: Family, chosen: str = "direct") -> dict[str, Any]:
+    known = list(inversions_of(family))
+    return {"choices": known, "value": chosen if chosen in known else "direct"}
 
 
 def _result_view() -> list[Any]:
@@ -308,12 +309,14 @@ def _history_tab(desk: Desk, visitor: Any, recipe: Recipe, inversion: Any, tab: 
     def filled(settings: Settings | None, model: str) -> list[Any]:
         if settings is None:
             return [gr.skip()] * (2 + len(fields))
+        held = settings.inversion if settings.image is not None else "direct"
         if settings.model == model:
-            return [gr.skip(), gr.skip(), *recipe.updates(settings)]
+            way = gr.skip() if settings.image is None else held
+            return [gr.skip(), way, *recipe.updates(settings)]
         # What the fields offer is the other model's, and Gradio takes no value that is not offered.
         with desk.models.use(settings.model) as loaded:
             family, layers = desk.models.family(settings.model), choices_of(loaded.pipe)
-        return [settings.model, gr.update(**_inversions(family)), *recipe.updates(settings, family, layers)]
+        return [settings.model, gr.update(**_inversions(family, held)), *recipe.updates(settings, family, layers)]
 
     def restored(path: str | None, model: str) -> list[Any]:
         said, settings = desk.restore(path)

@@ -144,7 +144,7 @@ def build(
             dice = gr.Button("New seed", min_width=80, elem_classes="fpe-dice")
         locked = gr.Checkbox(True, label="Keep this seed for the next picture")
         fields["steps"] = gr.Slider(1, limits.steps, value=start["steps"], step=1, label="Steps")
-        fields["guidance"] = gr.Slider(1, 20, value=start["guidance"], step=0.5, label="Guidance")
+        fields["guidance"] = gr.Slider(*limits.guidance, value=start["guidance"], step=0.5, label="Guidance")
         fields["size"] = gr.Textbox("", label="Width x height, px", placeholder="the model's own", lines=1)
         fields["negative"] = gr.Textbox("", label="Negative prompt", lines=1)
         fields["control"] = gr.Checkbox(True, label="Also make the targets without the edit")

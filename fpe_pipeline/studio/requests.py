@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ __all__ = [
     "first_fields",
     "new_seed",
     "options_of",
+    "restorable",
     "settings_of",
     "within",
 ]
@@ -43,8 +44,11 @@ FIELDS = (
 #: As many fields for options as the method with the most has.
 MOST_OPTIONS = max(len(method.choices) for method in METHODS.values())
 _SEEDS = 2**31
+#: Seeds that a browser has: its numbers are doubles, and a larger one would come back as a neighbour of it.
+_EXACT = 2**53
 #: Denoising steps of a new page: enough to see what comes of it.
 _STEPS = 25
+_ELSEWHERE = "repeat these settings by fpe edit --from"
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,14 @@ class Limits:
         targets: prompts to edit into.
         letters: of a prompt.
         pixels: width × height of an image.
+        guidance: from, to.
     """
 
     steps: int = 200
     targets: int = 8
     letters: int = 2000
     pixels: int = 2048 * 2048
+    guidance: tuple[float, float] = (1.0, 20.0)
 
 
 def fields_read(values: Sequence[Any]) -> tuple[str, dict[str, Any]]:
@@ -131,7 +137,45 @@ def within(settings: Settings, limits: Limits) -> Settings:
     for count, most, what in asked:
         if count > most:
             raise InputError(f"this page makes at most {most:,} {what}, got {count:,}")
+    low, high = limits.guidance
+    if not low <= settings.guidance <= high:
+        raise InputError(f"this page takes guidance from {low:g} (none) to {high:g}, got {settings.guidance:g}")
+    if settings.seed >= _EXACT:
+        raise InputError(f"a browser has whole numbers below {_EXACT:,} only, got seed {settings.seed}")
     return settings
+
+
+def restorable(settings: Settings, layers: Collection[str]) -> dict[str, Any]:
+    """The fields of settings from elsewhere, which add up to these very settings again.
+
+    Args:
+        settings: of any run; of a photo, ``image`` is set.
+        layers: that the page offers of the settings' model.
+
+    Raises:
+        InputError: settings that no fields say: a limit of tokens, layers that are not offered, a line break in a
+            target, or numbers of an inversion.
+    """
+    settings = settings.with_values(  # blanks around a prompt are none of its tokens
+        source=settings.source.strip(),
+        targets=[target.strip() for target in settings.targets],
+        negative=(settings.negative or "").strip() or None,
+    )
+    fields = fields_of(settings)
+    if unknown := [name for name in fields["layers"] if name not in layers]:
+        raise InputError(
+            f"the page offers the layers {', '.join(layers)}; these settings have {', '.join(unknown)}; {_ELSEWHERE}"
+        )
+    machine = {name: getattr(settings, name) for name in ("device", "dtype", "backend")}
+    asked = fields | {"inversion": settings.inversion}
+    said = settings_of(asked, settings.model, image=settings.image, **machine).model_dump()
+    left_out = {"threads"} | (set() if METHODS[settings.method].window else {"self_replace"})
+    if settings.image is None:
+        left_out |= {"inversion_guidance", "inner_steps", "early_stop"}
+    lost = {n: v for n, v in settings.model_dump().items() if n not in left_out and v != said[n]}
+    if lost:
+        raise InputError(f"the page has no field for {', '.join(f'{n}={v!r}' for n, v in lost.items())}; {_ELSEWHERE}")
+    return fields
 
 
 def fields_of(settings: Settings) -> dict[str, Any]:
@@ -143,7 +187,7 @@ def fields_of(settings: Settings) -> dict[str, Any]:
     if settings.method not in METHODS:
         raise InputError(f"the page knows the methods {', '.join(METHODS)}; these settings have {settings.method!r}")
     if settings.max_tokens is not None:
-        raise InputError("the page has no field for max_tokens; repeat these settings by fpe edit --from")
+        raise InputError(f"the page has no field for max_tokens; {_ELSEWHERE}")
     layers = [f"level {level}" for level in settings.levels or ()] + [str(layer) for layer in settings.layers or ()]
     return {
         "source": settings.source,

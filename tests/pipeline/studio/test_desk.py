@@ -1,6 +1,7 @@
 """What happens when something is pressed, without a browser: results, photos, maps, grids, errors, visitors."""
 
 import gc
+import html
 import logging
 import weakref
 from pathlib import Path
@@ -196,13 +197,19 @@ class TestRestore:
             ({"options": {"mask": "/etc/passwd"}}, "a file of the server"),
             ({"steps": 10**6}, "at most 200 steps"),
             ({"steps": "many"}, "does not hold settings"),
+            ({"guidance": 0.5}, "guidance from 1 (none) to 20, got 0.5"),
+            ({"seed": 2**62 + 1}, "below 9,007,199,254,740,992 only, got seed 4611686018427387905"),
+            ({"layers": [0, 1]}, "offers the layers level 0, level 1, level 2, level 3, down_blocks.0,"),
+            ({"layers": ["up_blocks.1.attentions.0"]}, "these settings have up_blocks.1.attentions.0; repeat"),
+            ({"targets": ["a photo of\na blue car"]}, "no field for targets=('a photo of\na blue car',); repeat"),
+            ({"image": "photo.png", "inversion_guidance": 2.0}, "no field for inversion_guidance=2.0; repeat"),
         )
         for change, said in planted:
             path = tmp_path / "stranger.png"
             info = runs.png_info(record | {"settings": record["settings"] | change}, "target-1.png")
             made.run.edited[0].save(path, pnginfo=info)
             status, settings = desk.restore(str(path))
-            assert settings is None and said in status.replace("&#x27;", "'"), status
+            assert settings is None and said in html.unescape(status).replace("\\n", "\n"), status
             assert str(tmp_path) not in status
 
     @pytest.mark.slow
@@ -238,6 +245,14 @@ class TestRestore:
         assert text
         status, settings = desk.restore(str(path))
         assert settings.image is None and "fields" in status
+
+    def test_an_edit_of_a_photo_says_how_it_was_inverted(self, desk, tmp_path, values, visitor):
+        made = last(desk.generate(visitor, True, *values(control=False, steps=1))).made
+        record = made.run.record()
+        planted = record["settings"] | {"image": "photo.png", "inversion": "null-text"}
+        made.run.edited[0].save(tmp_path / "a.png", pnginfo=runs.png_info(record | {"settings": planted}, "a.png"))
+        _, settings = desk.restore(str(tmp_path / "a.png"))
+        assert (settings.image, settings.inversion) == ("photo.png", "null-text")
 
     def test_nothing_dropped(self, desk):
         assert desk.restore(None) == ("", None)

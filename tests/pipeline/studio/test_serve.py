@@ -117,3 +117,9 @@ def test_a_picture_of_another_kind_of_model_brings_what_that_one_offers(tmp_path
     assert "are in the fields" in said and model == "embedded-sd3" and "reference" in inversion["choices"]
     assert method["value"] == "consistedit" and method["value"] in dict(method["choices"]).values()
     assert any(path.startswith("transformer_blocks.") for _, path in layers["choices"])
+    of_a_photo = record["settings"] | {"image": "photo.png", "inversion": "reference"}
+    for shown in ("embedded", "embedded-sd3"):
+        info = runs.png_info(record | {"settings": of_a_photo}, "target-1.png")
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+        _, _, _, inversion, *_ = restored(str(tmp_path / "a.png"), shown)
+        assert (inversion if isinstance(inversion, str) else inversion["value"]) == "reference"
