@@ -303,7 +303,9 @@ def _history_tab(desk: Desk, visitor: Any, recipe: Recipe, inversion: Any, tab: 
 
     def opened(visitor: Visitor) -> Any:
         latest = reversed(visitor.results)
-        files = [(each.folder / "comparison.png", each.title, each.run.settings.targets[0]) for each in latest]
+        files = [
+            (each.number, each.folder / "comparison.png", each.title, each.run.settings.targets[0]) for each in latest
+        ]
         return shown.chosen_tiles(files) or shown.note("nothing was made yet")
 
     def filled(settings: Settings | None, model: str) -> list[Any]:
@@ -324,9 +326,9 @@ def _history_tab(desk: Desk, visitor: Any, recipe: Recipe, inversion: Any, tab: 
 
     def chosen(visitor: Visitor, model: str, event: gr.EventData) -> list[Any]:
         number = int(event.number)
-        if not 0 <= number < len(visitor.results):
-            return [shown.note("this page has no such result"), *filled(None, model)]
-        result = visitor.results[-1 - number]
+        result = next((each for each in visitor.results if each.number == number), None)
+        if result is None:
+            return [shown.note("this page does not remember that result any more"), *filled(None, model)]
         settings = result.run.settings.with_values(model=result.model)
         return [shown.note(f"the settings of {result.title} are in the fields"), *filled(settings, model)]
 

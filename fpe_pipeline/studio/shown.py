@@ -95,11 +95,11 @@ def tiles(files: Sequence[tuple[Path, str, str]]) -> str:
     )
 
 
-def chosen_tiles(files: Sequence[tuple[Path, str, str]]) -> str:
-    """The same, each a button that tells its number."""
+def chosen_tiles(files: Sequence[tuple[int, Path, str, str]]) -> str:
+    """The same, each a button that tells its number, which stands first."""
     return _listed(
         f'<button type="button" data-number="{number}">{_figure(_address(path), title, text)}</button>'
-        for number, (path, title, text) in enumerate(files)
+        for number, path, title, text in files
     ).replace('class="fpe-tiles"', 'class="fpe-tiles fpe-wide"')
 
 

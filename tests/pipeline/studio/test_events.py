@@ -1,0 +1,21 @@
+"""What the page's events do beyond the desk: what each is told, and in which order."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from fpe_pipeline.studio.requests import FIELDS
+from tests.pipeline.studio.conftest import last
+
+pytest.importorskip("gradio")
+
+
+def test_a_result_is_chosen_by_its_number_whatever_was_made_meanwhile(desk, visitor, values):
+    from fpe_pipeline.studio.page import build
+
+    (chosen,) = [each.fn for each in build(desk).fns.values() if each.name == "chosen"]
+    for seed in (7, 8):
+        last(desk.generate(visitor, True, *values(seed=seed, control=False, targets="a blue car")))
+    said, _, _, *fields = chosen(visitor, values()[0], SimpleNamespace(number=1))
+    assert "the settings of 1: fpe, seed 7" in said and fields[FIELDS.index("seed")]["value"] == 7
+    assert "does not remember" in chosen(visitor, values()[0], SimpleNamespace(number=3))[0]
