@@ -39,13 +39,14 @@ class NamedCallsAdapter(TransformerAdapter):
         self._context: str | None = None
         # Calls since the scheduler's latest step that said nothing of their rows; None outside of the pipeline's calls.
         self._unnamed: int | None = None
+        self._place: int | None = None  # where the scheduler was at the latest of them
 
     def step(self, call: ModelCall) -> Step:
         return super().step(call) if self.pipe is None else step_of_scheduler(self.pipe.scheduler)
 
     def follow(self) -> Callable[[], None]:
         """Listen to the contexts in which the pipeline calls the model; what is returned ends it."""
-        self._context, self._unnamed = None, None
+        self._context, self._unnamed, self._place = None, None, None
         ends = [self._listen(identity(model)) for model in self.models.values()]
 
         def leave() -> None:
@@ -81,7 +82,10 @@ class NamedCallsAdapter(TransformerAdapter):
             return "as guided"
         if self._unnamed is None:
             return "conditional"
-        self._unnamed += 1
+        # Solvers that call the model within a step tell of its end alone, and go on in their own count for each call.
+        place = getattr(self.pipe.scheduler, "step_index", None)
+        self._unnamed = 1 if place != self._place else self._unnamed + 1
+        self._place = place
         if self._unnamed == 1:
             return "conditional"
         if self._unnamed == 2 and any(kind.__name__ in _CONDITIONAL_FIRST for kind in type(self.pipe).__mro__):

@@ -19,7 +19,7 @@ from fpe_pipeline import (
 from fpe_pipeline.errors import Lacking
 from fpe_pipeline.recordings.keys import Part
 from tests.support.dense_rows import wide
-from tests.support.flow_pipelines import distance, solving
+from tests.support.flow_pipelines import StandIn, distance, solving
 from tests.support.slow_cases import few
 from tests.support.tiny_chroma import tiny_chroma_pipeline
 from tests.support.tiny_language import tiny_qwen_that_reads
@@ -92,6 +92,19 @@ def test_edits_are_those_of_full_runs(pipes, family, edit, guided, tmp_path):
     assert distance(replayed.images[:1], alone) > 1e-4  # and the edit does something
     assert set(replayed.report.replayed) == set(recording.contents)
     assert {part.name.split("-")[0] for parts in recording.contents.values() for part in parts} == {"image"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("solver", few(["rf-solver", "fireflow"], "fireflow"))
+def test_guidance_by_solvers_that_call_the_model_within_a_step(pipes, family, solver):
+    """Each of their calls has a guided twin, told apart where a pipeline names neither (Chroma)."""
+    tiny, options, edit = solving(pipes[family], solver), GUIDED[family], EDITS["both halves"]
+    full = tiny(SOURCE, TARGETS, edit=edit, output_type="latent", **run(**options))
+    alone = StandIn(tiny)(SOURCE, output_type="latent", **run(**options)).images
+    replayed = edited(tiny, tiny.record(SOURCE, edit=edit, **run(**options)), edit)
+    solving(tiny, "euler")
+    assert distance(full.images[:1], alone) <= EXACT[family]
+    assert distance(replayed.images, full.images[1:]) <= EXACT[family]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
