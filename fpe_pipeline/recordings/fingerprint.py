@@ -17,7 +17,8 @@ from ..models.adapter import identity
 
 __all__ = ["fingerprint"]
 
-_FUSED = ("to_qkv", "to_kv")  # of `fuse_qkv_projections`: copies of projections that stay where they are
+# Of `fuse_qkv_projections`: copies of projections that stay where they are.
+_FUSED = ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv")
 _FREEU = ("s1", "s2", "b1", "b2")
 
 

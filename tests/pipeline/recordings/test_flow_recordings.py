@@ -348,3 +348,15 @@ class TestRefusals:
             plan_joint_products({1: JointProduct.own(1)}, 1, 1)
         with pytest.raises(ValueError, match="outside the batch of 1"):
             plan_joint_products({0: JointProduct.own(2)}, 1, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_projections_that_are_fused_later(pipe, family):
+    """Copies of the projections, of image and text, stay behind on Stable Diffusion 3 when they are parted."""
+    tiny = solving(edited_with(MADE[family](pipe)), "euler")
+    recording = tiny.record(SOURCE, self_replace_steps=0.5, **RUN, latents=noise(family))
+    expected = tiny.edit(recording, TARGET, output_type="latent").images
+    tiny.transformer.fuse_qkv_projections()
+    assert distance(tiny.edit(recording, TARGET, output_type="latent").images, expected) <= EXACT[family]
+    tiny.transformer.unfuse_qkv_projections()
+    assert distance(tiny.edit(recording, TARGET, output_type="latent").images, expected) == 0
