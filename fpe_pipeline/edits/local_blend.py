@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,7 +63,7 @@ class LocalBlend(Edit):
         check_compat(self.compat)
         prompts = tokenize_prompts(self.prompts, self.tokenizer)
         given = (self.words,) if isinstance(self.words, str) else tuple(self.words)
-        words = tuple((entry,) if isinstance(entry, str) else tuple(entry) for entry in given)
+        words = tuple(_words(entry) for entry in given)
         if len(words) != len(prompts) or not all(words):
             raise ValueError(f"expected a word, or several, for each of {len(prompts)} prompts, got {self.words!r}")
         values = {
@@ -153,6 +153,12 @@ class _Blend(HeatCollector):
             heat = torch.nn.functional.interpolate(heat, size=latents.shape[-2:])
         mask = heat[0] / heat.amax() > self._edit.threshold
         return mask if latents.ndim == 4 else mask.reshape(-1, 1)  # a packed latent is a token of the layers
+
+
+def _words(entry: Any) -> tuple[str, ...]:
+    """The words of a prompt; none where what was given is none."""
+    given = (entry,) if isinstance(entry, str) else tuple(entry) if isinstance(entry, Iterable) else ()
+    return given if all(isinstance(word, str) for word in given) else ()
 
 
 def _tokens_of(prompt: TokenizedPrompt | JointPrompt, words: Sequence[str]) -> tuple[int, ...]:

@@ -107,6 +107,7 @@ BAD = {
     "source for each": lambda t: PromptToPromptEdit(PAIR, t, source_of=(0, 5)),
     "'red' is not in the prompt": lambda t: LocalBlend(PAIR, t, ("red", "red")),
     "for each of 2 prompts": lambda t: LocalBlend(PAIR, t, ("red",)),
+    "a word, or several, for each of 2 prompts, got": lambda t: LocalBlend(PAIR, t, ("red", None)),
     "threshold": lambda t: LocalBlend(PAIR, t, ("red", "blue"), 1.5),
     "start_layer": lambda t: MasaCtrlEdit(start_layer=-1),
     "one of fpe": lambda t: make_edit("magic", PAIR, t),
