@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import InputError
 from .scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS
 
 __all__ = ["Judge", "Verdict", "load_judge", "save_judge"]
@@ -111,7 +110,7 @@ def load_judge(path: Path) -> Judge:
 
     Raises:
         FileNotFoundError: there is none.
-        InputError: the file is damaged, or holds something else.
+        ValueError: the file is damaged, or holds something else.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no judge at {path}: train one with `python -m fpe_pipeline.embedded.training.train`")
@@ -120,7 +119,7 @@ def load_judge(path: Path) -> Judge:
             judge = Judge(int((file.metadata() or {}).get("size", 96)))
             judge.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, RuntimeError, ValueError) as error:
-        raise InputError(
+        raise ValueError(
             f"'{path}' is damaged or no judge: {str(error).splitlines()[0]}; copy the model folder anew, or train one "
             "with `python -m fpe_pipeline.embedded.training.train`"
         ) from error

@@ -73,11 +73,14 @@ class EvaluatedModel:
         """A silent pipeline, of the class ``pipeline`` or a `FreePromptPipeline`, and the judge or None.
 
         Raises:
-            InputError: the weights cannot be read.
+            InputError: the weights, or the judge's, cannot be read.
         """
         from ..embedded.judge import load_judge
 
-        judge = None if self.judge is None else load_judge(self.judge).to(device)
+        try:
+            judge = None if self.judge is None else load_judge(self.judge).to(device)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         pipe = load_pipeline(self.source, dtype=pick_dtype("auto", device), device=device, pipeline=pipeline)
         pipe.set_progress_bar_config(disable=True)
         return pipe, judge

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fpe_pipeline.embedded.scenes import scenes
 from fpe_pipeline.embedded.training.export import SIZE_LIMIT, folder_bytes
 from fpe_pipeline.embedded.training.presets import PRESETS
 from fpe_pipeline.errors import InputError
+from fpe_pipeline.quality.evaluated import EvaluatedModel
 
 
 def test_a_judge_looks_at_the_size_that_it_learned(tmp_path):
@@ -35,8 +37,11 @@ def test_a_damaged_judge_is_named(tmp_path, damage):
         path.write_bytes(judge_path().read_bytes()[:3000])
     else:
         save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(InputError, match=r"judge\.safetensors' is damaged or no judge: .*; copy the model folder anew"):
+    with pytest.raises(ValueError, match="is damaged or no judge"):
         load_judge(path)
+    model = replace(EvaluatedModel.find(None, judged=True), judge=path)
+    with pytest.raises(InputError, match=r"judge\.safetensors' is damaged or no judge: .*; copy the model folder anew"):
+        model.load("cpu")
 
 
 class TestShipped:

@@ -344,9 +344,6 @@ class TestCommand:
             (["--images", "held-out", "--sweep"], "leave out --images"),
             (["--methods", "fpe"], "--images"),
             (["--inversion", "ddim"], "--images"),
-            (["--images", "folder", "--pairs", "2", "--kinds", "colour"], "--pairs and --kinds choose among"),
-            (["--images", "generated", "--chunk", "2"], "--chunk is of runs without --images"),
-            (["--images", "held-out", "--text-tokens", "9"], "--text-tokens is about a transformer's text"),
             (["--images", "/no/such/folder"], "is no folder: pass generated, held-out"),
             (["--images", "generated", "--model", "/no/such/model"], "neither a folder nor a file here"),
             (["--model", "/no/such/model"], "neither a folder nor a file here"),
@@ -359,6 +356,9 @@ class TestCommand:
             (["--kinds", "colr"], "did you mean colour?"),
             (["--device", "abacus"], "device 'abacus' is not available here"),
             (["--images", "held-out", "--inversion", "null-text", "--guidance", "1"], "unconditional half"),
+            (["--images", "folder", "--pairs", "2", "--kinds", "colour"], "--pairs and --kinds choose among"),
+            (["--images", "generated", "--chunk", "2"], "--chunk is of runs without --images"),
+            (["--images", "held-out", "--text-tokens", "9"], "--text-tokens is about a transformer's text"),
         ],
     )
     def test_options_that_do_not_fit(self, tmp_path, given, message):
