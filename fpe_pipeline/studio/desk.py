@@ -81,6 +81,11 @@ class Desk:
         """The target prompts among the fields."""
         return [line.strip() for line in str(fields_read(values)[1]["targets"]).splitlines() if line.strip()]
 
+    def ask(self, visitor: Visitor, what: str) -> str:
+        """A run of ``what`` (a method of this desk by name) is asked for: until its turn, Cancel takes it back."""
+        visitor.ask(what)
+        return shown.note("waiting for the model")
+
     # Long work: each yields what is shown; last what came of it, or that it stands still.
 
     def generate(self, visitor: Visitor, locked: bool, *values: Any) -> Iterator[Shown]:
@@ -163,9 +168,11 @@ class Desk:
         return shown.note("stopping at the next step" if running else "nothing is running")
 
     def cancel(self, visitor: Visitor | None) -> str:
-        """End the visitor's run at its next step, or where it stands still."""
+        """End the visitor's run at its next step, where it stands still, or before it began."""
+        waited = visitor is not None and visitor.take_back()
         running = visitor is not None and visitor.cancel()
-        return shown.note("ending at the next step" if running else "nothing is running")
+        said = "ending at the next step" if running else "cancelled before it began" if waited else "nothing is running"
+        return shown.note(said)
 
     # Short work
 
@@ -221,6 +228,9 @@ class Desk:
         return self.settings(values, visitor.photo).with_values(inversion=inversion)
 
     def _watched(self, visitor: Visitor, what: str, begun: Callable[[], Callable[[Watched], Any]]) -> Iterator[Shown]:
+        if not visitor.may_begin(what):
+            yield Shown(shown.note("cancelled before it began"))
+            return
         try:
             doing = begun()
         except (InputError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,22 @@ class Halt:
     def shows(self, each: Shown) -> Any:
         """What becomes of Go on: it is there while the run stands still."""
         return gr.update(visible=each.stands_still)
+
+    @staticmethod
+    def begins(
+        button: Any, what: str, handler: Callable[..., Any], given: list[Any], outputs: list[Any], desk: Desk
+    ) -> Any:
+        """Wire a button to long work, a desk's ``what``, which waits for its turn: that is said, and known to Cancel.
+
+        Args:
+            given: to the handler; the visitor first.
+            outputs: of the handler; the status first.
+        """
+
+        def asked(visitor: Visitor) -> str:
+            return desk.ask(visitor, what)
+
+        return button.click(asked, given[0], outputs[0], **QUICK).then(handler, given, outputs, **LONG)
 
     def wire(self, desk: Desk, visitor: Any, status: Any) -> None:
         """Let Stop and Cancel act, and say so in ``status``; what Go on shows is its tab's."""

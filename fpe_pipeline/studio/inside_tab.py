@@ -78,7 +78,7 @@ def inside_tab(desk: Desk, visitor: Any, tab: Any) -> None:
 
     tab.select(opened, visitor, [memory, table], **QUICK)
     outputs = [status, halt.go_on, which, word, heat, parts, left, right, by_hand]
-    read.click(looked, visitor, outputs, **LONG)
+    halt.begins(read, "look", looked, [visitor], outputs, desk)
     halt.go_on.click(go_on, visitor, outputs, **LONG)
     gr.on([which.input, word.input], _heated, [visitor, which, word], [status, heat, parts], **QUICK)
     heat.select(_clicked, [visitor, which], [status, heat, x, y], **QUICK)

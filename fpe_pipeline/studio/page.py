@@ -163,7 +163,7 @@ def _generate_tab(desk: Desk, visitor: Any, recipe: Recipe) -> tuple[Callable[..
         return shown.note(desk.estimate(*values))
 
     outputs = [status, halt.go_on, preview, recipe.fields["seed"], *view]
-    made = run.click(generate, [visitor, recipe.locked, *recipe.inputs], outputs, **LONG)
+    made = halt.begins(run, "generate", generate, [visitor, recipe.locked, *recipe.inputs], outputs, desk)
     gone_on = halt.go_on.click(go_on, [visitor, *recipe.inputs], outputs, **LONG)
     costly = [recipe.fields[name].change for name in ("steps", "targets", "control", "guidance", "size")]
     gr.on(costly, estimated, recipe.inputs, estimate, **QUICK)
@@ -213,8 +213,8 @@ def _photo_tab(desk: Desk, visitor: Any, recipe: Recipe, family: Family) -> Any:
 
     upload.upload(receive, [visitor, upload], [status, photo, back, upload], **QUICK)
     outputs = [status, halt.go_on, photo, back, *view]
-    invert.click(inverted, [visitor, inversion, *recipe.inputs], outputs, **LONG)
-    edit.click(edited, [visitor, inversion, *recipe.inputs], outputs, **LONG)
+    halt.begins(invert, "invert", inverted, [visitor, inversion, *recipe.inputs], outputs, desk)
+    halt.begins(edit, "edit", edited, [visitor, inversion, *recipe.inputs], outputs, desk)
     halt.go_on.click(go_on, visitor, outputs, **LONG)
     halt.wire(desk, visitor, status)
     return inversion
@@ -277,7 +277,7 @@ def _compare_tab(desk: Desk, visitor: Any, recipe: Recipe, tab: Any) -> None:
 
     tab.select(opened, visitor, [left, right, slider], **QUICK)
     gr.on([left.input, right.input], compared, [visitor, left, right], slider, **QUICK)
-    make.click(gridded, [visitor, axis, *recipe.inputs], [status, halt.go_on, grid], **LONG)
+    halt.begins(make, "grid", gridded, [visitor, axis, *recipe.inputs], [status, halt.go_on, grid], desk)
     halt.go_on.click(go_on, visitor, [status, halt.go_on, grid], **LONG)
     halt.wire(desk, visitor, status)
 

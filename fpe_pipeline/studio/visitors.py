@@ -89,6 +89,8 @@ class Visitor:
     _made: int = 0
     _watched: Watched | None = None
     _what: str = ""
+    _waiting: set[str] = field(default_factory=set)
+    _taken_back: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.folder = self.root / secrets.token_urlsafe(12)
@@ -97,6 +99,25 @@ class Visitor:
         """Where the next photo goes: a file of its own, for results and runs of earlier ones go on reading theirs."""
         self.uploads.append(self.folder / f"upload-{1 + len(self.uploads)}.png")
         return self.uploads[-1]
+
+    def ask(self, what: str) -> None:
+        """A run of ``what`` was asked for, and waits until those before it are done."""
+        self._taken_back.discard(what)
+        if self._watched is None or self._watched.is_stopped or self._what != what:  # else the page asks for no second
+            self._waiting.add(what)
+
+    def take_back(self) -> bool:
+        """Let no run begin that waits; whether there was one."""
+        waiting, self._waiting = self._waiting, set()
+        self._taken_back |= waiting
+        return bool(waiting)
+
+    def may_begin(self, what: str) -> bool:
+        """Whether a run of ``what``, whose turn it is, is still wanted."""
+        self._waiting.discard(what)
+        wanted = what not in self._taken_back
+        self._taken_back.discard(what)
+        return wanted
 
     def begin(self, what: str = "") -> Watched:
         """A run of ``what`` begins; one that still goes on for this visitor, or stands still, is ended."""
@@ -137,6 +158,7 @@ class Visitor:
 
     def close(self) -> None:
         """Forget everything; files of results stay in the server's folder."""
+        self.take_back()
         self.cancel()
         self.results, self.inverted, self.look = [], None, None
         for upload in self.uploads:

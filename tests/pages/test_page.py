@@ -194,8 +194,14 @@ def test_two_visitors_cancel_and_keys(visit):
     one.few_steps(60)
     one.page.locator("#run").click()
     one.page.locator("#status progress").wait_for()
+    other.page.locator("#run").click()
+    other.said("#status", "waiting for the model")
+    other.page.locator("#generate-cancel").click()  # while it waits for the other page's run
+    other.said("#status", "cancelled before it began")
     one.page.locator("#generate-cancel").click()
     one.said("#status", "cancelled")
+    other.page.wait_for_timeout(1500)
+    assert "cancelled before it began" in other.page.locator("#status").inner_text()
 
     for visitor, model in ((one, "embedded"), (other, "embedded-80")):
         visitor.page.get_by_label("Model").click()

@@ -84,6 +84,16 @@ def test_cancel(desk, visitor, values):
     assert "nothing is running" in desk.cancel(visitor) and "nothing is running" in desk.cancel(None)
 
 
+def test_a_run_that_waits_for_its_turn_can_be_cancelled(desk, visitor, values):
+    assert "waiting" in desk.ask(visitor, "generate")
+    assert "before it began" in desk.cancel(visitor) and "nothing is running" in desk.cancel(visitor)
+    assert "before it began" in last(desk.generate(visitor, True, *values())).status and visitor.results == []
+    desk.ask(visitor, "generate")
+    desk.ask(visitor, "grid")  # beginning one takes nothing else back
+    assert last(desk.generate(visitor, True, *values(steps=1, control=False))).made is not None
+    assert visitor.take_back() and not visitor.may_begin("grid") and visitor.may_begin("grid")
+
+
 def test_a_photo_is_inverted_once_and_edited_from_its_recording(desk, visitor, values, photo, monkeypatch):
     said, shown_photo = desk.receive_photo(visitor, photo)
     assert "72 × 64" in said and shown_photo.size == (72, 64)

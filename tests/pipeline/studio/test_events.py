@@ -14,8 +14,9 @@ def test_a_result_is_chosen_by_its_number_whatever_was_made_meanwhile(desk, visi
     from fpe_pipeline.studio.page import build
 
     (chosen,) = [each.fn for each in build(desk).fns.values() if each.name == "chosen"]
-    for seed in (7, 8):
-        last(desk.generate(visitor, True, *values(seed=seed, control=False, targets="a blue car")))
+    for seed in (7, 8, 9):
+        last(desk.generate(visitor, True, *values(seed=seed, steps=1, control=False, targets="a blue car")))
     said, _, _, *fields = chosen(visitor, values()[0], SimpleNamespace(number=1))
     assert "the settings of 1: fpe, seed 7" in said and fields[FIELDS.index("seed")]["value"] == 7
-    assert "does not remember" in chosen(visitor, values()[0], SimpleNamespace(number=3))[0]
+    assert "settings of 3: fpe, seed 9" in chosen(visitor, values()[0], SimpleNamespace(number=3))[0]
+    assert "does not remember" in chosen(visitor, values()[0], SimpleNamespace(number=4))[0]
