@@ -253,7 +253,8 @@ class Desk:
                     self._learn(each)
                     yield Shown(shown.note(f"done in {watched.seconds:.1f} s"), made=each)
         except Cancelled:
-            yield Shown(shown.note("cancelled; nothing was kept"))
+            kept = "what was made before is in History" if visitor.has_kept else "nothing was kept"
+            yield Shown(shown.note(f"cancelled; {kept}"))
         except (InputError, TypeError) as error:
             yield Shown(shown.alert(str(error)))
         except Exception as error:

@@ -91,6 +91,7 @@ class Visitor:
     _what: str = ""
     _waiting: set[str] = field(default_factory=set)
     _taken_back: set[str] = field(default_factory=set)
+    _made_before: int = 0
 
     def __post_init__(self) -> None:
         self.folder = self.root / secrets.token_urlsafe(12)
@@ -122,7 +123,7 @@ class Visitor:
     def begin(self, what: str = "") -> Watched:
         """A run of ``what`` begins; one that still goes on for this visitor, or stands still, is ended."""
         self.cancel()
-        self._watched, self._what = Watched(), what
+        self._watched, self._what, self._made_before = Watched(), what, self._made
         return self._watched
 
     def stop(self) -> bool:
@@ -134,6 +135,11 @@ class Visitor:
     def standing(self, what: str) -> Watched | None:
         """The run of ``what`` that was begun last, if it stands still or was ended meanwhile."""
         return self._watched if self._what == what else None
+
+    @property
+    def has_kept(self) -> bool:
+        """Whether the run that was begun last has kept a result, as a grid does of each of its pictures."""
+        return self._made > self._made_before
 
     def done(self, watched: Watched) -> None:
         """A run has ended by itself."""

@@ -80,8 +80,17 @@ def test_cancel(desk, visitor, values):
         if "<progress" in each.status:
             assert "ending" in desk.cancel(visitor)
             break
-    assert "cancelled" in last(told).status and visitor.results == []
+    assert "nothing was kept" in last(told).status and visitor.results == []
     assert "nothing is running" in desk.cancel(visitor) and "nothing is running" in desk.cancel(None)
+
+
+def test_a_grid_that_is_cancelled_says_where_its_pictures_are(desk, visitor, values):
+    said = ""
+    for each in desk.grid(visitor, "strengths", *values(targets=TARGET, steps=2)):
+        said = each.status
+        if visitor.results:
+            desk.cancel(visitor)
+    assert "cancelled; what was made before is in History" in said and visitor.results
 
 
 def test_a_run_that_waits_for_its_turn_can_be_cancelled(desk, visitor, values):
