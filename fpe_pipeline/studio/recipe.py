@@ -140,7 +140,7 @@ def build(
             options = [gr.Textbox(**_option_field(start["method"], n, {})) for n in range(MOST_OPTIONS)]
     with gr.Accordion("Sampling", open=False):
         with gr.Row():
-            fields["seed"] = gr.Number(start["seed"], label="Seed", precision=0, minimum=0, min_width=90)
+            fields["seed"] = gr.Number(start["seed"], label="Seed", min_width=90)  # the desk says what is wrong
             dice = gr.Button("New seed", min_width=80, elem_classes="fpe-dice")
         locked = gr.Checkbox(True, label="Keep this seed for the next picture")
         fields["steps"] = gr.Slider(1, limits.steps, value=start["steps"], step=1, label="Steps")

@@ -20,3 +20,15 @@ def test_a_result_is_chosen_by_its_number_whatever_was_made_meanwhile(desk, visi
     assert "the settings of 1: fpe, seed 7" in said and fields[FIELDS.index("seed")]["value"] == 7
     assert "settings of 3: fpe, seed 9" in chosen(visitor, values()[0], SimpleNamespace(number=3))[0]
     assert "does not remember" in chosen(visitor, values()[0], SimpleNamespace(number=4))[0]
+
+
+def test_a_seed_that_is_none_is_named(desk, visitor, values):
+    """By the desk: the field's own checks name no field, and round."""
+    import gradio as gr
+
+    from fpe_pipeline.studio.page import build
+
+    blocks = build(desk).blocks.values()
+    (field,) = [each for each in blocks if isinstance(each, gr.Number) and each.label == "Seed"]
+    for typed, said in ((-5, "seed must be at least 0, got -5"), (1.5, "seed must be a whole number, got 1.5")):
+        assert said in last(desk.generate(visitor, True, *values(seed=field.preprocess(typed)))).status
