@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Loaded",
+    "cut_prompts",
     "denoised",
     "details_of",
     "edit_of",
@@ -80,7 +81,8 @@ def made_by(
 ) -> Run:
     """The images of checked settings; ``expected`` are the identities of model and picture, where a record has them."""
     pipe = loaded.pipe
-    _warn_of_cut_prompts(pipe, settings)
+    if cut := cut_prompts(pipe, settings):
+        logger.warning(cut)
     photo = photo_for(pipe, settings)
     _check_expected(settings, loaded.identity, expected[0], photo, expected[1])
     check_family(settings, find_model(settings.model), family_of(pipe))
@@ -206,18 +208,17 @@ def _check_expected(
         )
 
 
-def _warn_of_cut_prompts(pipe: Any, settings: Settings) -> None:
-    """Say in one line which prompts are longer than the model reads, where one tokenizer says that."""
+def cut_prompts(pipe: Any, settings: Settings) -> str:
+    """Which prompts are longer than the model reads, in one line, where one tokenizer says that; "" where none is."""
     if _reads_t5(pipe):
-        return
+        return ""
     tokenizer = pipe.tokenizer
     room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
     prompts = {"source": settings.source, "negative": settings.negative or ""}
     prompts |= {f"target {number}": target for number, target in enumerate(settings.targets, start=1)}
     lengths = {name: len(tokenizer(prompt, add_special_tokens=False).input_ids) for name, prompt in prompts.items()}
     cut = [f"{name} {length}" for name, length in lengths.items() if length > room]
-    if cut:
-        logger.warning("the model reads the first %d tokens of a prompt and no more: %s", room, ", ".join(cut))
+    return f"the model reads the first {room} tokens of a prompt and no more: {', '.join(cut)}" if cut else ""
 
 
 def photo_for(pipe: FreePromptPipeline, settings: Settings) -> Image.Image | None:

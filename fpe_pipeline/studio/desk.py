@@ -251,7 +251,9 @@ class Desk:
                     yield Shown(shown.stopped(each.at), preview, stands_still=True)
                 else:
                     self._learn(each)
-                    yield Shown(shown.note(f"done in {watched.seconds:.1f} s"), made=each)
+                    without_effect = each.notes if isinstance(each, Result) else []
+                    said = shown.note(f"done in {watched.seconds:.1f} s")
+                    yield Shown(said + "".join(map(shown.alert, without_effect)), made=each)
         except Cancelled:
             kept = "what was made before is in History" if visitor.has_kept else "nothing was kept"
             yield Shown(shown.note(f"cancelled; {kept}"))

@@ -29,13 +29,23 @@ MOST_RESULTS = 60
 
 @dataclass(frozen=True)
 class Result:
-    """A run that was made, of which of the server's models, where its files are, and what it took."""
+    """A run that was made, of which of the server's models, where its files are, and what it took.
+
+    Args:
+        cut: which prompts the model did not read to their end, in words.
+    """
 
     number: int
     run: runs.Run
     model: str
     folder: Path
     seconds: float
+    cut: str = ""
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the request had no effect, in sentences."""
+        return [*([self.cut] if self.cut else []), *(self.run.report.idle if self.run.report is not None else [])]
 
     @property
     def title(self) -> str:
@@ -153,12 +163,12 @@ class Visitor:
             watched.cancel()
         return watched is not None
 
-    def keep(self, run: runs.Run, model: str, seconds: float) -> Result:
+    def keep(self, run: runs.Run, model: str, seconds: float, cut: str = "") -> Result:
         """Write a run into a folder of its own and remember it."""
         self._made += 1
         folder = self.folder / f"{self._made:03d}"
         runs.write(run, folder)
-        result = Result(self._made, run, model, folder, seconds)
+        result = Result(self._made, run, model, folder, seconds, cut)
         self.results = [*self.results, result][-MOST_RESULTS:]
         return result
 

@@ -13,7 +13,7 @@ from ..errors import InputError, Lacking, RequestWarning
 from ..models.quiet import only_errors
 from ..runs import run as runs
 from ..runs.heat import look_into
-from ..runs.making import Loaded, edit_of, is_flow, pinned, solver_of_pictures
+from ..runs.making import Loaded, cut_prompts, edit_of, is_flow, pinned, solver_of_pictures
 from ..runs.progress import show_steps
 from ..runs.recorded import Recorded, edited, invert_and_record, record_source, wide_edits
 from ..runs.repeatable import Clock
@@ -36,7 +36,8 @@ def generate(models: Models, visitor: Visitor, settings: Settings, watched: Watc
         size = settings.size[::-1] if settings.size else loaded.pipe.native_size
         on_step = functools.partial(watched.on_step, size=size)
         run = runs.execute(settings, progress=watched, loaded=loaded, on_step=on_step)
-    return visitor.keep(run, settings.model, watched.seconds - begun)
+        cut = cut_prompts(loaded.pipe, settings)
+    return visitor.keep(run, settings.model, watched.seconds - begun, cut)
 
 
 def invert_photo(models: Models, visitor: Visitor, settings: Settings, watched: Watched) -> Inverted:
@@ -77,9 +78,10 @@ def edit_photo(models: Models, visitor: Visitor, settings: Settings, watched: Wa
         except Lacking:
             recorded = _recorded_again(loaded.pipe, settings, recorded, watched)
             run = edited(loaded, settings, recorded, watched, Clock())
+        cut = cut_prompts(loaded.pipe, settings)
     if visitor.inverted is inverted:  # no other photo was dropped meanwhile
         visitor.inverted = replace(inverted, recorded=recorded)
-    return visitor.keep(run, settings.model, watched.seconds - begun)
+    return visitor.keep(run, settings.model, watched.seconds - begun, cut)
 
 
 def _recorded_again(pipe: Any, settings: Settings, recorded: Recorded, watched: Watched) -> Recorded:

@@ -74,6 +74,14 @@ def test_an_error_tells_no_more_than_its_kind_and_leaves_the_model_as_it_was(des
     assert last(desk.generate(visitor, True, *values())).made is not None
 
 
+def test_what_had_no_effect_is_said_beside_the_result(desk, visitor, values):
+    end = last(desk.generate(visitor, True, *values(targets="a red car " * 40, steps=1, control=False)))
+    assert end.made is not None and "done in" in end.status
+    assert "reads the first 75 tokens of a prompt and no more: target 1" in end.status
+    assert "FreePromptEdit did nothing by self_replace_steps" in end.status
+    assert 'role="alert"' not in last(desk.generate(visitor, True, *values(steps=2, control=False))).status
+
+
 def test_cancel(desk, visitor, values):
     told = desk.generate(visitor, True, *values(steps=60))
     for each in told:
