@@ -233,8 +233,8 @@ class Desk:
             return
         try:
             doing = begun()
-        except (InputError, TypeError) as error:
-            yield Shown(shown.alert(str(error)))
+        except Exception as error:  # of fields that no browser fills so as well
+            yield _failed(error)
             return
         yield Shown(shown.note("waiting for the model"))
         watched = visitor.begin(what)
@@ -257,11 +257,8 @@ class Desk:
         except Cancelled:
             kept = "what was made before is in History" if visitor.has_kept else "nothing was kept"
             yield Shown(shown.note(f"cancelled; {kept}"))
-        except (InputError, TypeError) as error:
-            yield Shown(shown.alert(str(error)))
         except Exception as error:
-            logger.exception("a request of the page failed")
-            yield Shown(shown.alert(f"this failed on the server ({type(error).__name__}); its log says where"))
+            yield _failed(error)
         finally:
             if not watched.is_stopped:
                 visitor.done(watched)
@@ -297,3 +294,11 @@ class Shown:
     preview: Sequence[Image.Image] = ()
     made: Any = None
     stands_still: bool = False
+
+
+def _failed(error: Exception) -> Shown:
+    """What a visitor is told of an error: what was wrong with the request, and of any other its kind alone."""
+    if isinstance(error, InputError | TypeError):
+        return Shown(shown.alert(str(error)))
+    logger.error("a request of the page failed", exc_info=error)
+    return Shown(shown.alert(f"this failed on the server ({type(error).__name__}); its log says where"))

@@ -74,6 +74,17 @@ def test_an_error_tells_no_more_than_its_kind_and_leaves_the_model_as_it_was(des
     assert last(desk.generate(visitor, True, *values())).made is not None
 
 
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [({"guidance": "abc"}, "ValueError"), ({"steps": float("inf")}, ""), ({"layers": ["level x"]}, "ValueError")],
+    ids=["guidance", "steps", "layers"],
+)
+def test_fields_that_no_browser_fills_so_are_refused_as_well(desk, visitor, values, fields, kind):
+    """In the page, where the visitor reads it, and not as an error of the server's."""
+    (shown,) = desk.generate(visitor, True, *values(**fields))
+    assert shown.made is None and kind in shown.status and 'role="alert"' in shown.status
+
+
 def test_what_had_no_effect_is_said_beside_the_result(desk, visitor, values):
     end = last(desk.generate(visitor, True, *values(targets="a red car " * 40, steps=1, control=False)))
     assert end.made is not None and "done in" in end.status
