@@ -117,6 +117,8 @@ def test_what_is_kept(pipes, family):
     both = tiny.record(SOURCE, edit=FreePromptEdit(1 / 3, both_halves=True), **run(**GUIDED[family]))
     latents = recording.latents.nbytes
     assert both.nbytes - latents == 2 * (recording.nbytes - latents)
+    with pytest.raises(ValueError, match=f"more than budget_bytes={recording.nbytes - 1} "):  # counted beforehand
+        tiny.record(SOURCE, self_replace_steps=1 / 3, budget_bytes=recording.nbytes - 1, **run(**GUIDED[family]))
 
 
 @pytest.mark.parametrize("family", few(FAMILIES, "Qwen-Image"))
