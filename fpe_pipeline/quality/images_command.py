@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..runs.progress import Progress
 from ..texts import print_text
 from .evaluated import EvaluatedModel
-from .methods.comparison import MethodScore, score_subject
+from .methods.comparison import LatestInversions, MethodScore, score_subject
 from .methods.comparison_table import inversion_table, method_table
 from .methods.contenders import Contender, chosen, contenders
 from .methods.image_folder import folder_digest, folder_subjects
@@ -118,14 +118,16 @@ def _score_rest(
 ) -> None:
     """Score what the store does not hold, picture by picture, so that any beginning has all methods."""
     known = {(row["subject"], row["origin"], row["method"]) for row in store.rows}
+    inversions = LatestInversions()
     for number, subject in enumerate(subjects, start=1):
         for origin in origins:
             missing = [m for m in methods if (subject.name, origin, m.name) not in known]
             if not missing:
                 continue
             texts = {} if asked.text_tokens is None else {"max_sequence_length": asked.text_tokens}
+            steps, guidance = asked.steps, asked.guidance
             for score in score_subject(
-                pipe, judge, subject, origin, missing, steps=asked.steps, guidance=asked.guidance, **texts
+                pipe, judge, subject, origin, missing, steps=steps, guidance=guidance, inversions=inversions, **texts
             ):
                 store.add(score.to_json())
         progress.tell("pictures scored", number, len(subjects))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..store import plain
 from .contenders import Contender, Unfit
 from .subjects import GENERATED, Subject
 
-__all__ = ["MethodScore", "score_subject"]
+__all__ = ["LatestInversions", "MethodScore", "score_subject"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def score_subject(
     *,
     steps: int = DEFAULTS.steps,
     guidance: float = DEFAULTS.guidance,
+    inversions: LatestInversions | None = None,
     **options: Any,
 ) -> Iterator[MethodScore]:
     """Edit one picture by every method, and score each edit as soon as it is made.
@@ -87,9 +89,10 @@ def score_subject(
         contenders: the methods.
         steps: denoising steps, and of the inversion.
         guidance: classifier-free guidance of the edits; inversions are unguided.
+        inversions: of edits that were scored before in the same way, which other edits of their picture share.
         **options: of the pipeline's calls and inversions.
     """
-    drawing = _Drawing(pipe, subject, origin, steps, guidance, **options)
+    drawing = _Drawing(pipe, subject, origin, steps, guidance, inversions or LatestInversions(), **options)
     scorer = _Scorer(judge, subject, drawing)
     for contender in contenders:
         unscored = MethodScore(subject.name, subject.kind, origin, contender.name)
@@ -105,10 +108,40 @@ def score_subject(
         yield replace(unscored, **figures, seconds=seconds, inversion_seconds=drawing.inversion_seconds)
 
 
+class LatestInversions:
+    """What one picture was inverted to, in each way, and how many seconds it took: for all edits of it in a row."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Any, str] = None, ""
+        self._found: dict[str, tuple[Inversion, float]] = {}
+
+    def of(
+        self, subject: Subject, origin: str, invert: Callable[[], tuple[Inversion, float]]
+    ) -> tuple[Inversion, float]:
+        """The inversion of a subject's picture by its source prompt, made where it is not the latest one's."""
+        picture, prompt = self._of
+        is_path = isinstance(picture, Path) and isinstance(subject.picture, Path)  # arrays are equal number by number
+        same = picture == subject.picture if is_path else picture is subject.picture
+        if not same or prompt != subject.source_prompt:
+            self._of, self._found = (subject.picture, subject.source_prompt), {}
+        if origin not in self._found:
+            self._found[origin] = invert()
+        return self._found[origin]
+
+
 class _Drawing:
     """The pictures of one subject, uint8 [h, w, 3]. A real image is inverted when this is made."""
 
-    def __init__(self, pipe: Any, subject: Subject, origin: str, steps: int, guidance: float, **options: Any) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        subject: Subject,
+        origin: str,
+        steps: int,
+        guidance: float,
+        inversions: LatestInversions,
+        **options: Any,
+    ) -> None:
         self._pipe, self._subject = pipe, subject
         self._options: dict[str, Any] = {"guidance_scale": guidance, "output_type": "np", **options}
         self.inversion: Inversion | None = None
@@ -117,12 +150,16 @@ class _Drawing:
             latents = self._noise(subject.seed)
             self._source = {**self._options, "latents": latents, "num_inference_steps": steps}
         else:
-            started = _clock(pipe)
-            method = NullText(guidance_scale=guidance) if origin == "null-text" else cast(Method, origin)
-            self.inversion = pipe.invert(
-                subject.picture, subject.source_prompt, num_inference_steps=steps, method=method, **options
-            )
-            self.inversion_seconds = _clock(pipe) - started
+
+            def invert() -> tuple[Inversion, float]:
+                started = _clock(pipe)
+                method = NullText(guidance_scale=guidance) if origin == "null-text" else cast(Method, origin)
+                inversion = pipe.invert(
+                    subject.picture, subject.source_prompt, num_inference_steps=steps, method=method, **options
+                )
+                return inversion, _clock(pipe) - started
+
+            self.inversion, self.inversion_seconds = inversions.of(subject, origin, invert)
             self._source = {**self._options, "inversion": self.inversion}
         self._alone = {**self._options, "num_inference_steps": steps}
         if getattr(pipe, "unet", None) is None:  # whose latents may be tokens, which do not say the size

@@ -20,7 +20,7 @@ from fpe_pipeline.embedded.judge import Verdict, load_judge
 from fpe_pipeline.errors import InputError
 from fpe_pipeline.quality import command, compare, contenders, generated_subjects, held_out_pairs, render_subjects
 from fpe_pipeline.quality import images_command as module
-from fpe_pipeline.quality.methods.comparison import MethodScore, score_subject
+from fpe_pipeline.quality.methods.comparison import LatestInversions, MethodScore, score_subject
 from fpe_pipeline.quality.methods.comparison_table import inversion_table, method_table
 from fpe_pipeline.quality.methods.contenders import CONTENDERS, DIFFERENT_NOISE, NO_EDIT, Unfit, chosen
 from fpe_pipeline.quality.similarity import iou, psnr
@@ -159,6 +159,20 @@ class TestScores:
         assert score.outside_psnr == score.reconstruction == pytest.approx(20 * np.log10(25.5))
         assert score.success is True and score.inversion_seconds is not None
         assert self.score(replace(self.subject, picture=picture, mask=mask), scene=("x", "y", "z"))[0].success is False
+
+    def test_edits_of_one_picture_share_its_inversion(self, monkeypatch):
+        pipe, inverted, inversions = FakePipe(), [], LatestInversions()
+        monkeypatch.setattr(pipe, "invert", lambda *a, **k: inverted.append(k["method"]) or FakePipe().invert(*a, **k))
+        first = replace(self.subject, picture=np.zeros((8, 8, 3), np.uint8), mask=None)
+        again, elsewhere = replace(first, name="again"), replace(first, picture=first.picture.copy())
+        seconds = []
+        for subject, origin in ((first, "ddim"), (first, "direct"), (again, "ddim"), (elsewhere, "ddim")):
+            judge = FakeJudge(self.subject.scene)
+            (score,) = score_subject(pipe, judge, subject, origin, chosen([NO_EDIT]), inversions=inversions)
+            seconds.append(score.inversion_seconds)
+        assert inverted == ["ddim", "direct", "ddim"] and seconds[2] == seconds[0]
+        list(score_subject(pipe, judge, replace(elsewhere, source_prompt="x"), "ddim", chosen([NO_EDIT])))
+        assert len(inverted) == 4
 
     def test_the_autoencoder_alone_stands_beside_the_reconstruction(self):
         (score,) = self.score(replace(self.subject, picture=np.zeros((8, 8, 3), np.uint8), mask=None))
