@@ -92,7 +92,7 @@ def score_subject(
         inversions: of edits that were scored before in the same way, which other edits of their picture share.
         **options: of the pipeline's calls and inversions.
     """
-    drawing = _Drawing(pipe, subject, origin, steps, guidance, inversions or LatestInversions(), **options)
+    drawing = _Drawing(pipe, subject, origin, steps, guidance, inversions, **options)
     scorer = _Scorer(judge, subject, drawing)
     for contender in contenders:
         unscored = MethodScore(subject.name, subject.kind, origin, contender.name)
@@ -139,7 +139,7 @@ class _Drawing:
         origin: str,
         steps: int,
         guidance: float,
-        inversions: LatestInversions,
+        inversions: LatestInversions | None = None,
         **options: Any,
     ) -> None:
         self._pipe, self._subject = pipe, subject
@@ -159,7 +159,7 @@ class _Drawing:
                 )
                 return inversion, _clock(pipe) - started
 
-            self.inversion, self.inversion_seconds = inversions.of(subject, origin, invert)
+            self.inversion, self.inversion_seconds = (inversions or LatestInversions()).of(subject, origin, invert)
             self._source = {**self._options, "inversion": self.inversion}
         self._alone = {**self._options, "num_inference_steps": steps}
         if getattr(pipe, "unet", None) is None:  # whose latents may be tokens, which do not say the size
