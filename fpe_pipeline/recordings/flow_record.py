@@ -96,7 +96,7 @@ def record_flow(
         InputError: a folder that is not empty or cannot be written.
     """
     model = pipe.flow()
-    check_option_names(options, _OWN, _options(model))
+    check_option_names(options, _OWN, _options(pipe, model))
     check_generator(options.get("generator"))
     check_places(model)
     if precision not in ("exact", "half"):
@@ -124,10 +124,10 @@ def record_flow(
     return _run(pipe, model, source, plan, new_store(placement, plan.noise.device), precision, backend)
 
 
-def _options(model: FlowModel) -> frozenset[str]:
+def _options(pipe: FlowSampling, model: FlowModel) -> frozenset[str]:
     """Arguments of a call that a recording takes."""
     left_out = frozenset() if model.takes_guidance else {"guidance_scale"}
-    return (_OPTIONS - left_out) | (frozenset({"true_cfg_scale"}) if model.is_truly_guided else frozenset())
+    return (_OPTIONS - left_out) | (pipe.parent_options() & {"true_cfg_scale"})
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _source(pipe: Any, model: FlowModel, prompt: Any, inversion: Inversion | Non
     check_positive(num_inference_steps=steps)
     text_length = options.get("max_sequence_length", model.text_length)
     true = None
-    if model.is_truly_guided:  # by a second call; what FLUX.1 is told of guidance is one thing more
+    if pipe.takes_true_guidance():  # by a second call; what FLUX.1 is told of guidance is one thing more
         true = options.get("true_cfg_scale", pipeline_default(pipe, "true_cfg_scale"))
         check_guidance(true)
         is_guided = negative is not None and true > 1

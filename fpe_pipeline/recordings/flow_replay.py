@@ -66,7 +66,7 @@ def edit_flow(
     guided_rows = _guided(pipe, model, guidance_scale, len(targets))
     size, text_length = _check_recording(model, recording)
     chosen = replayed_edit(recording, edit, self_replace_steps, targets, encoding_tokenizer(pipe))
-    guided = (recording.true_cfg_scale or 0.0 if model.is_truly_guided else recording.guidance_scale) > 1
+    guided = (recording.true_cfg_scale or 0.0 if pipe.takes_true_guidance() else recording.guidance_scale) > 1
     words: Words = ("placed" if recording.source_text else "unplaced") if model.is_padded else "left out"
     grid = (size[0] // model.pipe.vae_scale_factor, size[1] // model.pipe.vae_scale_factor)
     replay = Replay(pipe, chosen, recording, len(targets), guided, backend, grid, words)

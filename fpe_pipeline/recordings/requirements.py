@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..models.families import adapter_of
+
 __all__ = ["UNWATCHED", "check_deterministic", "check_places", "is_guided"]
 
 #: Why a session of a recording has no watchers.
@@ -31,7 +33,7 @@ def check_deterministic(scheduler: Any) -> None:
 
 def check_places(model: Any) -> None:
     """Raise TypeError for a model in which a recording's image tokens fit beside texts of their own length alone."""
-    if model.places_by_text:
+    if adapter_of(model.pipe).turns_by_caption:
         raise TypeError(
             "recordings hold image tokens that any text can stand beside (Stable Diffusion 3, FLUX.1, Qwen-Image, "
             f"Chroma), got {type(model.pipe).__name__}, whose image tokens are turned by the length of their text: run "

@@ -108,14 +108,8 @@ class FlowModel(ABC):
     #: Whether every prompt has as many tokens of text, and none of them masked; of others recordings hold none.
     is_padded: ClassVar[bool] = True
 
-    #: Whether the pipeline guides by a negative prompt and ``true_cfg_scale``, and not by its ``guidance_scale``.
-    is_truly_guided: ClassVar[bool] = False
-
     #: Whether the pipeline takes a ``guidance_scale`` that does something.
     takes_guidance: ClassVar[bool] = True
-
-    #: Whether image tokens are turned by where the text before them ends, so that those of a recording are its text's.
-    places_by_text: ClassVar[bool] = False
 
     @property
     def latent_channels(self) -> int:

@@ -60,7 +60,6 @@ class _FluxVelocity(Velocity):
 
 class _Flux(FlowModel):
     is_packed = True
-    is_truly_guided = True
 
     @property
     def multiple(self) -> int:
@@ -137,7 +136,6 @@ class _Qwen(_Flux):
 
 class _Chroma(_Flux):
     is_padded = False
-    is_truly_guided = False
 
     def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
         guided = guidance_scale > 1
@@ -190,7 +188,6 @@ class _ZImageVelocity(Velocity):
 
 class _ZImage(FlowModel):
     is_padded = False
-    places_by_text = True
 
     @property
     def native_size(self) -> tuple[int, int]:

@@ -58,6 +58,11 @@ class FlowSampling:
         """The arguments of a call in diffusers."""
         return frozenset(inspect.signature(cls.parent.__call__).parameters) - {"self"}
 
+    @classmethod
+    def takes_true_guidance(cls) -> bool:
+        """Whether calls are guided by a negative prompt and ``true_cfg_scale``, and not by their ``guidance_scale``."""
+        return "true_cfg_scale" in cls.parent_options()
+
     def flow(self) -> FlowModel:
         """The pipeline's model.
 
@@ -124,7 +129,7 @@ def texts_of_call(pipe: Any, options: Mapping[str, Any], count: int) -> dict[str
     """
     texts = {name: negative_list(options.get(name), count, name) for name in _TEXTS}
     _check_options(pipe, options)
-    name = "true_cfg_scale" if "true_cfg_scale" in pipe.parent_options() else "guidance_scale"
+    name = "true_cfg_scale" if pipe.takes_true_guidance() else "guidance_scale"
     scale = options.get(name, pipeline_default(pipe, name))
     check_guidance(scale)
     if texts["negative_prompt"] is not None and scale <= pipe.unguided:
