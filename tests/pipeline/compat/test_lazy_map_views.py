@@ -6,17 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from fpe_kernels import AttentionMap
 from fpe_pipeline.compat.lazy import LazyMap, MapNumbersWarning
+from tests.support.lazy_maps import lazy_map
 from tests.support.no_matrices import refuse_matrices
 
 ROWS, QUERIES, KEYS = 4, 6, 5
 
 
 def lazy():
-    generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(2, 2, tokens, 4, generator=generator, dtype=torch.float64) for tokens in (QUERIES, KEYS)]
-    return LazyMap(AttentionMap(*parts, backend="reference"))
+    return lazy_map(QUERIES, KEYS)
 
 
 def plain(result):

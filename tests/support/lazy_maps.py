@@ -1,0 +1,13 @@
+"""Lazy maps of drawn queries and keys, in float64."""
+
+import torch
+
+from fpe_kernels import AttentionMap
+from fpe_pipeline.compat.lazy import LazyMap
+
+
+def lazy_map(queries, keys):
+    """Of two rows with two heads each: [4, queries, keys]."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 2, tokens, 4, generator=generator, dtype=torch.float64) for tokens in (queries, keys)]
+    return LazyMap(AttentionMap(*parts, backend="reference"))
