@@ -280,7 +280,7 @@ class FreePromptZImagePipeline(FlowEditing, ZImagePipeline):
 
     Made by ``FreePromptPipeline.from_pipe(pipe)`` of a pipeline of diffusers; loads, saves and offloads as that does.
     Used as `FreePromptSD3Pipeline`, but that its pipeline counts guidance from 0 on, at which there is none (Z-Image
-    Turbo's). Recordings are refused with the reason.
+    Turbo's). Recordings serve edits that take image tokens of the source.
     """
 
     parent = ZImagePipeline

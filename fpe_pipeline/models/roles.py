@@ -102,7 +102,7 @@ class BatchRoles:
         )
 
     @classmethod
-    def from_recording(cls, targets: int, *, classifier_free_guidance: bool) -> BatchRoles:
+    def from_recording(cls, targets: int, *, classifier_free_guidance: bool, prompts_first: bool = False) -> BatchRoles:
         """A batch of targets alone, whose source is recorded::
 
             [unconditional targets …, conditional targets …] and then, not in the batch, [unconditional source, source]
@@ -110,8 +110,9 @@ class BatchRoles:
         Args:
             targets: how many.
             classifier_free_guidance: whether there are unconditional rows.
+            prompts_first: whether the conditional rows of each part come before the unconditional ones (Z-Image).
         """
-        halves = (False, True) if classifier_free_guidance else (True,)
+        halves = ((True, False) if prompts_first else (False, True)) if classifier_free_guidance else (True,)
         first = len(halves) * targets
         return cls(
             conditional=(*(half for half in halves for _ in range(targets)), *halves),

@@ -48,6 +48,7 @@ def source_needs(
     targets: int | None = None,
     guided: bool,
     apart: bool = False,
+    prompts_first: bool = False,
     words: Words = "placed",
 ) -> Contents:
     """What edits need of their source beside a batch of targets.
@@ -59,6 +60,7 @@ def source_needs(
         targets: how many; default: those that an edit is written for, else one.
         guided: whether there are unconditional rows.
         apart: whether those are in a call of their own.
+        prompts_first: whether they come after those that see their prompts.
         words: what is known of the source's text tokens in joint attention.
 
     Raises:
@@ -68,7 +70,8 @@ def source_needs(
     found: dict[str, dict[Part, set[int]]] = {}
     for edit in edits:
         count = targets or max(1, len(prompts_of(edit)) - 1)
-        roles = BatchRoles.from_recording(count, classifier_free_guidance=guided and not apart)
+        both = guided and not apart
+        roles = BatchRoles.from_recording(count, classifier_free_guidance=both, prompts_first=prompts_first)
         for rows in (roles, roles.all_unconditional()) if guided and apart else (roles,):
             for read in _reads(edit, sites, steps, rows, words):
                 part = Part(rows.conditional[read.row], read.name)
@@ -118,8 +121,8 @@ def _check_words(edit: Edit, order: Order, words: Words, batch: int) -> None:
     if words == "left out" and ((texts and order.site.kind != "image") or order.columns):
         raise ValueError(
             f"{', '.join(asking)} takes text tokens of the source, which a recording does not hold on models whose "
-            "texts end where they end (Qwen-Image) or are masked there (Chroma): run source and targets together, "
-            "pipe(source, targets, edit=…)"
+            "texts end where they end (Qwen-Image, Z-Image) or are masked there (Chroma): run source and targets "
+            "together, pipe(source, targets, edit=…)"
         )
     mixes = isinstance(order.plan, JointPlan) and any(term.mixing is not None for term in order.plan.products)
     if words == "unplaced" and (order.columns or (mixes and prompts_of(edit))):

@@ -25,6 +25,9 @@ from .source_text import SourceText, source_text
 
 __all__ = ["JointCapture", "joint_bytes"]
 
+#: What models turn that turn images by their texts.
+_PLACED = ("image-query", "image-key")
+
 
 class JointCapture(Capture):
     """Keeps image and text tokens of a source while a transformer's pipeline denoises it, unedited."""
@@ -41,7 +44,15 @@ class JointCapture(Capture):
             if wanted:
                 receive = partial(self._keep_tokens, site.path, wanted, roles)
                 plan = plan_joint_products({}, roles.rows)
-                orders[site.path] = Order(site, plan, self.backend, edited=False, receive=receive)
+                orders[site.path] = Order(
+                    site,
+                    plan,
+                    self.backend,
+                    edited=False,
+                    receive=receive,
+                    text_lengths=call.text_lengths,
+                    references=call.references,
+                )
         return orders
 
     def _keep_tokens(
@@ -49,7 +60,7 @@ class JointCapture(Capture):
     ) -> None:
         kept: dict[int, Packed] = {}
         for row, names in wanted.items():
-            own = {name: _rows_of(layer, name).take([row]) for name in names}
+            own = {name: _kept_of(layer, name, row) for name in names}
             kept[row] = self._pack(path, own)
             self._keep(path, roles.conditional[row], kept[row])
         if self._precision != "exact":
@@ -88,6 +99,12 @@ def _rows_of(layer: JointLayer, name: str) -> Rows:
     return rows
 
 
+def _kept_of(layer: JointLayer, name: str, row: int) -> torch.Tensor:
+    """A part of a row as a recording holds it, which may stand beside another text."""
+    rows = _rows_of(layer, name)
+    return layer.unplaced(rows, row) if name in _PLACED else rows.take([row])
+
+
 def _rounded(layer: JointLayer, kept: Mapping[int, Packed]) -> JointLayer:
     """A layer with some of its rows as they come back from a recording."""
 
@@ -98,7 +115,7 @@ def _rounded(layer: JointLayer, kept: Mapping[int, Packed]) -> JointLayer:
             for row, packed in kept.items():
                 back = unpack(packed, tensor.dtype).get(f"{name}-{part}")
                 if back is not None:
-                    tensor[rows.rows.index(row)] = back[0]
+                    tensor[rows.rows.index(row)] = (layer.placed(back, row) if f"{name}-{part}" in _PLACED else back)[0]
             parts.append(Rows(tensor, rows.rows))
         return SegmentProjections(*parts)
 

@@ -37,7 +37,6 @@ from .plan import KeptLatents, Plan, new_store
 from .precision import Precision
 from .record_request import check_placement
 from .recording import Recording
-from .requirements import check_places
 from .store import MapStore
 
 __all__ = ["flow_sites", "record_flow"]
@@ -89,16 +88,16 @@ def record_flow(
         `Recording`; one in a folder is read again by `Recording.load`.
 
     Raises:
-        TypeError: an unknown option; a model whose image tokens are turned by the length of their text (Z-Image).
+        TypeError: an unknown option.
         ValueError: a scheduler that draws noise in each step, a budget that is too small, layers that match nothing, an
             edit that is written for another source, or takes the source's text tokens where they are masked or of a
-            number of their own (Qwen-Image, Chroma); before any denoising. Values that do not fit a reduced precision.
+            number of their own (Qwen-Image, Chroma, Z-Image); before any denoising. Values that do not fit a reduced
+            precision.
         InputError: a folder that is not empty or cannot be written.
     """
     model = pipe.flow()
     check_option_names(options, _OWN, _options(pipe, model))
     check_generator(options.get("generator"))
-    check_places(model)
     if precision not in ("exact", "half"):
         raise ValueError(f"precision must be exact or half for layers of joint attention, got {precision!r}")
     require_flow(model.pipe.scheduler, "a recording")
@@ -173,7 +172,7 @@ def _source(pipe: Any, model: FlowModel, prompt: Any, inversion: Inversion | Non
             )
         true = true if is_guided else 1.0
     else:
-        is_guided = guidance > 1
+        is_guided = guidance > pipe.unguided
     return _Source(prompt, negative, guidance, int(steps), text_length, is_guided, inversion, true)
 
 
@@ -182,7 +181,7 @@ def _noise(
 ) -> tuple[torch.Tensor, tuple[int, int]]:
     """The latents of one row that were given, or noise of the size that was asked for, and that size in pixels."""
     start = flow_start(model, Call(1, 1), latents, options.get("height"), options.get("width"))
-    size, device, dtype = (start["height"], start["width"]), model.pipe._execution_device, model.pipe.transformer.dtype
+    size, device, dtype = (start["height"], start["width"]), model.pipe._execution_device, model.noise_dtype
     if latents is None:
         grid = (side // model.pipe.vae_scale_factor for side in size)
         shape = (1, model.latent_channels, *grid)
@@ -200,13 +199,18 @@ def _plan(
 ) -> Plan:
     noise, size = start
     model.set_timesteps(source.steps, size)
-    sites, run = flow_sites(model, size), run_steps(model.pipe.scheduler)
+    sites, run, adapter = flow_sites(model, size), run_steps(model.pipe.scheduler), adapter_of(model.pipe)
     texts: Words = "placed" if model.is_padded else "left out"
-    contents = source_needs(edits, sites, run, guided=source.is_guided, apart=model.is_packed, words=texts)
-    config, itemsize = model.pipe.transformer.config, noise.element_size()
+    of_rows: dict[str, bool] = {
+        "guided": source.is_guided,
+        "apart": adapter.guides_apart,
+        "prompts_first": adapter.prompts_first,
+    }
+    contents = source_needs(edits, sites, run, **of_rows, words=texts)
+    itemsize = model.pipe.transformer.dtype.itemsize
     tokens = model.text_tokens(source.text_length)
     by_path = {site.path: site for site in sites}
-    nbytes = joint_bytes(contents, by_path, config.attention_head_dim, tokens, itemsize, precision)
+    nbytes = joint_bytes(contents, by_path, model.head_dim, tokens, itemsize, precision)
     nbytes += (len(run) + 1) * noise.nbytes
     words = f"in {len(recorded_steps(contents))} of {len(run)} calls of the model, {precision}"
     schedule = NoiseSchedule.of(model.pipe.scheduler)

@@ -21,7 +21,6 @@ from .fingerprint import fingerprint
 from .recording import Recording
 from .replay import Replay
 from .replay_request import loaded_recording, replayed_edit, replayed_output, target_list
-from .requirements import check_places
 
 __all__ = ["edit_flow"]
 
@@ -62,17 +61,16 @@ def edit_flow(
     """
     targets, recording = target_list(target_prompt), loaded_recording(recording)
     model = pipe.flow()
-    check_places(model)
     guided_rows = _guided(pipe, model, guidance_scale, len(targets))
     size, text_length = _check_recording(model, recording)
     chosen = replayed_edit(recording, edit, self_replace_steps, targets, encoding_tokenizer(pipe))
-    guided = (recording.true_cfg_scale or 0.0 if pipe.takes_true_guidance() else recording.guidance_scale) > 1
+    scale = recording.true_cfg_scale or 0.0 if pipe.takes_true_guidance() else recording.guidance_scale
     words: Words = ("placed" if recording.source_text else "unplaced") if model.is_padded else "left out"
     grid = (size[0] // model.pipe.vae_scale_factor, size[1] // model.pipe.vae_scale_factor)
-    replay = Replay(pipe, chosen, recording, len(targets), guided, backend, grid, words)
+    replay = Replay(pipe, chosen, recording, len(targets), scale > pipe.unguided, backend, grid, words)
     noise = recording.latents[0]
     arguments = {
-        "prompt": targets,
+        "prompt": list(targets),  # Z-Image's pipeline writes into the list
         "height": size[0],
         "width": size[1],
         "num_inference_steps": recording.steps,

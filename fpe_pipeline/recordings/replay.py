@@ -61,14 +61,17 @@ class Replay(EditingSession):
         self._recording = recording
         self._store = recording.store
         self._latents = latents = recording.latents
-        apart = self.adapter.guides_apart
-        self._recorded_roles = BatchRoles.from_recording(targets, classifier_free_guidance=guided and not apart)
+        apart, first = self.adapter.guides_apart, self.adapter.prompts_first
+        self._recorded_roles = BatchRoles.from_recording(
+            targets, classifier_free_guidance=guided and not apart, prompts_first=first
+        )
         self._device = latents.device
         sites = tuple(site.at(*(size or latents.shape[-2:])) for site in self.sites)
         run = run_steps(pipe.scheduler)
 
         def needs(of: Edit) -> Contents:
-            return source_needs([of], sites, run, targets=targets, guided=guided, apart=apart, words=words)
+            of_rows: dict[str, Any] = {"targets": targets, "guided": guided, "apart": apart, "prompts_first": first}
+            return source_needs([of], sites, run, **of_rows, words=words)
 
         self._needs = needs
         self.needed = needs(edit)
@@ -104,6 +107,9 @@ class Replay(EditingSession):
             check_held(self.edit, self.needed, self._recording.contents)
         for watcher in self._watchers:
             watcher.encoded(encoding)
+
+    def _paired_rows(self, rows: int | None) -> None:
+        """All targets start from the recorded noise, which the call is given."""
 
     def _restore(self) -> None:
         super()._restore()

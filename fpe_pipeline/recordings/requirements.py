@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..models.families import adapter_of
-
-__all__ = ["UNWATCHED", "check_deterministic", "check_places", "is_guided"]
+__all__ = ["UNWATCHED", "check_deterministic", "is_guided"]
 
 #: Why a session of a recording has no watchers.
 UNWATCHED = (
@@ -28,14 +26,4 @@ def check_deterministic(scheduler: Any) -> None:
         raise ValueError(
             f"{name} adds noise in each step, which targets would have to share with a source that does not run; "
             "record with a deterministic scheduler, such as DDIM, DPM-Solver++ or Euler"
-        )
-
-
-def check_places(model: Any) -> None:
-    """Raise TypeError for a model in which a recording's image tokens fit beside texts of their own length alone."""
-    if adapter_of(model.pipe).turns_by_caption:
-        raise TypeError(
-            "recordings hold image tokens that any text can stand beside (Stable Diffusion 3, FLUX.1, Qwen-Image, "
-            f"Chroma), got {type(model.pipe).__name__}, whose image tokens are turned by the length of their text: run "
-            "source and targets together, pipe(source, targets, edit=…)"
         )

@@ -116,6 +116,17 @@ class FlowModel(ABC):
         """Channels of the autoencoder's latents."""
         return int(self.pipe.vae.config.latent_channels)
 
+    @property
+    def head_dim(self) -> int:
+        """D, of a head of the model's attention."""
+        return int(self.pipe.transformer.config.attention_head_dim)
+
+    @property
+    def noise_dtype(self) -> torch.dtype:
+        """Of the noise that the pipeline draws."""
+        dtype: torch.dtype = self.pipe.transformer.dtype
+        return dtype
+
     def encoded(self, pixels: torch.Tensor) -> Latents:
         """The mean of the autoencoder's distribution for pixels [1, 3, h, w] in [-1, 1], scaled: [1, C, h, w]."""
         config = self.pipe.vae.config

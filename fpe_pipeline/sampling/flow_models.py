@@ -194,6 +194,15 @@ class _ZImage(FlowModel):
         return 1024, 1024
 
     @property
+    def head_dim(self) -> int:
+        config = self.pipe.transformer.config
+        return int(config.dim // config.n_heads)
+
+    @property
+    def noise_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.pipe.transformer.dtype, torch.float32)
+
+    @property
     def multiple(self) -> int:
         return self.pipe.vae_scale_factor * self.pipe.transformer.config.all_patch_size[0]
 

@@ -1,16 +1,40 @@
-"""Models whose image tokens are turned by the length of captions: what of an edit they cannot serve, before it runs."""
+"""Models whose image tokens are turned by the length of captions: from where, and what of an edit they cannot serve."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from ..edits import Edit
-from ..edits.joint_products import JointProduct, MixedRows
+from ..edits.joint_products import JointProduct
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step
+from .instructions import Order
 
-__all__ = ["check_captions", "check_turned"]
+__all__ = ["check_captions", "check_turned", "origins_of"]
+
+
+def origins_of(order: Order, places: torch.Tensor) -> torch.Tensor | None:
+    """What a layer's image tokens are turned by in common, for each row of the batch and each recorded one.
+
+    Recorded tokens stand as if no text came before them, and those of a batch are told where they stand when they are
+    recorded or stand beside others.
+
+    Args:
+        order: of the layer, in a model that is told its captions' lengths.
+        places: of the rows' image tokens, complex [rows, tokens, D / 2].
+
+    Returns:
+        Complex [rows, D / 2]; None where all stand in one place.
+    """
+    assert order.text_lengths is not None
+    recorded = 0 if order.recorded is None else max(order.recorded.rows) + 1 - len(places)
+    if len(set(order.text_lengths)) == 1 and not recorded and order.receive is None:
+        return None
+    origins = places[:, 0]
+    return torch.cat([origins, origins.new_ones(recorded, origins.shape[1])])
 
 
 def check_captions(
@@ -31,8 +55,7 @@ def check_captions(
             nobody attends to.
 
     Raises:
-        ValueError: image tokens of two rows mixed, or a map over one row's text applied to another's, where the
-            captions of the two differ in length.
+        ValueError: a map over one row's text applied to another's, where the captions of the two differ in length.
     """
     if len(set(lengths)) == 1:
         return
@@ -62,10 +85,4 @@ def check_turned(terms: Iterable[object], lengths: Sequence[int], mixes: bool = 
                     f"a map over the {lengths[keys]} tokens of one row's caption is applied to the {lengths[values]} "
                     "of another's: write prompts of as many tokens, or use an edit of image tokens (FreePromptEdit "
                     'with scope="image") or of words (PromptToPromptEdit)'
-                )
-        for rows in (term.query.image, term.key.image):
-            if isinstance(rows, MixedRows) and lengths[rows.kept] != lengths[rows.other]:
-                raise ValueError(
-                    "a mask takes image tokens of two rows whose captions differ in length, by which this model turns "
-                    "them: write prompts of one length, or leave the mask out"
                 )

@@ -26,7 +26,7 @@ from ..edits.joint_products import JointPlan, JointProduct, MixedRows
 from .computing import Rows, take
 from .known_rows import RecordedLayer
 from .places import turned
-from .segment_rows import column_values, tokens_of, values_of
+from .segment_rows import column_values, mixed, tokens_of, values_of
 
 __all__ = ["JointLayer", "JointOutput", "SegmentProjections", "evaluate_joint", "text_maps"]
 
@@ -68,8 +68,8 @@ class JointLayer:
         references: how many of the text's tokens are each row's own beside its image and its text: those of a reference
             picture, or padding of the image that is attended to.
         references_first: whether they stand before the text and not behind it, where the padding of texts may follow.
-        origins: where rotary embeddings follow the text's length, for each row of the batch what its image's tokens are
-            turned by in common, as complex numbers [rows, D / 2].
+        origins: where rotary embeddings follow the text's length, for each row of the batch, and after them each
+            recorded one, what its image's tokens are turned by in common, as complex numbers [rows, D / 2].
         seen: [rows, T], one for each text token of a row and zero for its padding, where padding takes some attention:
             from queries that are no padding e times less than scores give it. None where there is no such padding.
     """
@@ -125,14 +125,40 @@ class JointLayer:
             bias = bias * take(seen, asking)[:, None, :, None]
         return self.map(query, key, lengths, bias)
 
-    def images(self, rows: Rows, named: Sequence[tuple[Any, int]]) -> torch.Tensor:
-        """Queries or keys of image tokens, for each (row, row in whose place they are to stand): [entries, H, N, D]."""
+    def images(self, rows: Rows, named: Sequence[tuple[Any, Any]]) -> torch.Tensor:
+        """Queries or keys of image tokens, for each (row, row in whose place they are to stand): [entries, H, N, D].
+
+        Tokens of two rows, mixed, stand in the place of the first unless another is named.
+        """
+        if self.origins is None or not any(isinstance(row, MixedRows) for row, _ in named):
+            return self._moved(rows, named)
+        return torch.cat([self._mixed(rows, *entry) for entry in named])
+
+    def _mixed(self, rows: Rows, row: Any, place: Any) -> torch.Tensor:
+        if not isinstance(row, MixedRows):
+            return self._moved(rows, [(row, place)])
+        kept, other = (self._moved(rows, [(each, place)]) for each in (row.kept, row.other))
+        return mixed(kept, other, row.share)
+
+    def _moved(self, rows: Rows, named: Sequence[tuple[Any, Any]]) -> torch.Tensor:
         tokens = tokens_of(rows, [row for row, _ in named])
-        if self.origins is None or all(row == place for row, place in named):
+        places = [place.kept if isinstance(place, MixedRows) else place for _, place in named]
+        if self.origins is None or all(row == place for (row, _), place in zip(named, places, strict=True)):
             return tokens
-        assert not any(isinstance(row, MixedRows) for row, _ in named), "refused before (captions.py)"
-        away = self.origins[[row for row, _ in named]].conj() * self.origins[[place for _, place in named]]
-        angles = away[:, None, None].to(torch.promote_types(tokens.dtype, torch.float32).to_complex())
+        return self._turned(tokens, self.origins[[row for row, _ in named]].conj() * self.origins[places])
+
+    def unplaced(self, rows: Rows, row: int) -> torch.Tensor:
+        """Queries or keys of a row's image tokens as they would stand without a text before them: [1, H, N, D]."""
+        tokens = tokens_of(rows, [row])
+        return tokens if self.origins is None else self._turned(tokens, self.origins[[row]].conj())
+
+    def placed(self, tokens: torch.Tensor, row: int) -> torch.Tensor:
+        """The inverse of :meth:`unplaced`."""
+        return tokens if self.origins is None else self._turned(tokens, self.origins[[row]])
+
+    def _turned(self, tokens: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        """Tokens [entries, H, N, D], each entry turned by complex numbers [entries, D / 2]."""
+        angles = by[:, None, None].to(torch.promote_types(tokens.dtype, torch.float32).to_complex())
         return turned(tokens, angles.real, angles.imag)
 
     def values(self, terms: Sequence[JointProduct]) -> torch.Tensor:
@@ -274,7 +300,7 @@ def _shared(layer: JointLayer, named: Sequence[tuple[Any, Any]], segment: Litera
     pairs, index = _distinct(named)
     rows = [row for _, row in pairs]
     if segment == "image":
-        queries = tokens_of(layer.image.query, [query for query, _ in pairs])
+        queries = layer.images(layer.image.query, [(query, query) for query, _ in pairs])
         return layer.map(queries, layer.images(layer.image.key, [(key, query) for query, key in pairs])).take(index)
     assert layer.text is not None
     queries = layer.images(layer.image.query, pairs)

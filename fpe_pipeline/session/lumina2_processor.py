@@ -9,7 +9,7 @@ import torch
 
 from ..edits.joint_products import JointPlan
 from .around import ProcessorAround, may_do_more
-from .captions import check_turned
+from .captions import check_turned, origins_of
 from .computing import Rows, take
 from .joint_computing import JointLayer, SegmentProjections
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
@@ -74,7 +74,7 @@ class EditLumina2Processor(ProcessorAround):
             attn.scale,
             order.backend,
             None if text is None else lengths,
-            origins=None if len(set(lengths)) == 1 else places[:, 0],
+            origins=origins_of(order, places),
         )
         self.record = joint_record(plan, layer, attn.heads)
         rows, text_rows = joint_rows(order, plan, layer)

@@ -9,7 +9,7 @@ import torch
 from ..edits.joint_products import JointProduct, MixedRows
 from .computing import Rows
 
-__all__ = ["column_values", "tokens_of", "values_of"]
+__all__ = ["column_values", "mixed", "tokens_of", "values_of"]
 
 
 def tokens_of(rows: Rows, named: Sequence[int | MixedRows]) -> torch.Tensor:
@@ -90,9 +90,17 @@ def _mixed_text(mixing: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return mixing.to(tokens) @ tokens
 
 
-def _mixed(rows: Rows, mixed: MixedRows) -> torch.Tensor:
-    kept, other = rows.take([mixed.kept]), rows.take([mixed.other])
-    share = mixed.share[:, None]
+def _mixed(rows: Rows, named: MixedRows) -> torch.Tensor:
+    return mixed(rows.take([named.kept]), rows.take([named.other]), named.share)
+
+
+def mixed(kept: torch.Tensor, other: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Tokens [1, H, N, D] of two rows, of the first by these shares [N].
+
+    Raises:
+        ValueError: shares of another number of tokens.
+    """
+    share = share[:, None]
     if share.shape[0] != kept.shape[2]:
         raise ValueError(f"expected a mask of the layer's {kept.shape[2]} image tokens, got one of {share.shape[0]}")
     wide = torch.promote_types(kept.dtype, torch.float32)

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..edits.joint_products import JointPlan
-from .captions import check_turned
+from .captions import check_turned, origins_of
 from .dispatched import DispatchedAround
 from .instructions import Order
 from .joint_computing import JointLayer
@@ -60,13 +60,13 @@ class EditZImageProcessor(DispatchedAround):
             check_turned(plan.products, lengths, mixes=False)
         places = freqs_cis[:, :images]
         layer = JointLayer(
-            projected(attn, plan, "image", hidden_states[:, :images], places),
+            projected(attn, plan, "image", hidden_states[:, :images], places).beside("image", order.recorded),
             None if text is None else projected(attn, plan, "text", text, text_places),
             attn.scale,
             order.backend,
             lengths if is_ragged or beyond > 0 else None,
             references=order.references,
-            origins=places[:, 0] if is_ragged else None,
+            origins=origins_of(order, places),
             references_first=True,
         )
         self.record = joint_record(plan, layer, attn.heads)

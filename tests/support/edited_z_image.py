@@ -55,13 +55,16 @@ def drawn(pipe, edit, **options):
     return out, session.report()
 
 
-def densely(pipe, rule, steps, *, both=False, prompts=2, turns=True, **options):
-    """The same by dense layers: rows of the first half see their prompts, those of a second do not."""
+def densely(pipe, rule, steps, *, both=False, prompts=2, turns=True, after=None, **options):
+    """The same by dense layers: rows of the first half see their prompts, those of a second do not.
+
+    At other steps targets follow the rule ``after``, where there is one.
+    """
 
     def followed(row, rows):
         source = row // prompts * prompts
-        follows = state["step"] in steps and (both or not source) and row != source
-        return rule(source) if follows else None
+        chosen = rule if state["step"] in steps else after
+        return chosen(source) if chosen is not None and (both or not source) and row != source else None
 
     with dense_z_image(pipe, followed, turns=turns) as state:
         return draw_z_image(pipe, prompts, **options)

@@ -18,24 +18,25 @@ from fpe_pipeline import (
 )
 from fpe_pipeline.errors import Lacking
 from fpe_pipeline.recordings.keys import Part
-from tests.support.dense_rows import wide
 from tests.support.flow_pipelines import StandIn, distance, solving
 from tests.support.slow_cases import few
 from tests.support.tiny_chroma import tiny_chroma_pipeline
 from tests.support.tiny_language import tiny_qwen_that_reads
 from tests.support.tiny_transformers import tiny_vae
-from tests.support.tiny_z_image import tiny_z_image_that_reads
+from tests.support.tiny_z_image import tiny_z_image_that_reads, wide_z_image
 
-SOURCE = "a photo of a red car on a mountain"
-TARGETS = ["a big dog", "a photo of a big dog on a house in winter"]  # of other lengths than the source
+# Of other lengths, also once Z-Image has filled them up.
+SOURCE = "a photo of a red car on a mountain, of a big house beside it, and of a dog on a street"
+TARGETS = ["a big dog", "a photo of a big dog on a house in winter"]
 SIZE = {"height": 48, "width": 80}
-EXACT = {"Qwen-Image": 1e-8, "Chroma": 1e-6}  # diffusers turns queries and keys of Chroma in float32
+EXACT = {"Qwen-Image": 1e-8, "Chroma": 1e-6, "Z-Image": 1e-8}  # diffusers turns queries and keys of Chroma in float32
 FAMILIES = list(EXACT)
 GUIDED = {
     "Qwen-Image": {"negative_prompt": "a drawing", "true_cfg_scale": 3.0},
     "Chroma": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
+    "Z-Image": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
 }
-UNGUIDED = {"Qwen-Image": {}, "Chroma": {"guidance_scale": 1.0}}
+UNGUIDED = {"Qwen-Image": {}, "Chroma": {"guidance_scale": 1.0}, "Z-Image": {"guidance_scale": 0.0}}
 WHITE = Image.new("L", (80, 48), 255)
 EDITS = {
     "image maps": FreePromptEdit(0.5),
@@ -49,14 +50,15 @@ EDITS = {
 
 @pytest.fixture(autouse=True)
 def _wide():
-    with wide():
+    with wide_z_image():
         yield
 
 
 @pytest.fixture(scope="module")
 def pipes(pipe):
-    made = {}
-    for family, stock in {"Qwen-Image": tiny_qwen_that_reads(), "Chroma": tiny_chroma_pipeline(pipe)}.items():
+    made, stocks = {}, {"Qwen-Image": tiny_qwen_that_reads(), "Chroma": tiny_chroma_pipeline(pipe)}
+    stocks["Z-Image"] = tiny_z_image_that_reads(vae=tiny_vae().double())
+    for family, stock in stocks.items():
         made[family] = tiny = FreePromptPipeline.from_pipe(stock)
         if family == "Qwen-Image":  # of the tiny tokenizer
             tiny.prompt_template_encode_start_idx = stock.prompt_template_encode_start_idx
@@ -67,7 +69,7 @@ def pipes(pipe):
 def run(**options):
     return {
         "num_inference_steps": 3,
-        "max_sequence_length": 40,
+        "max_sequence_length": 80,
         "generator": torch.Generator().manual_seed(2),
         **SIZE,
         **options,
@@ -87,6 +89,7 @@ def test_edits_are_those_of_full_runs(pipes, family, edit, guided, tmp_path):
     recording = tiny.record(SOURCE, edit=edit, placement=tmp_path / "kept", **run(**options))
     replayed = edited(tiny, Recording.load(tmp_path / "kept"), edit)
     assert distance(replayed.images, full.images[1:]) <= EXACT[family]
+    assert replayed.prompts == (SOURCE, *TARGETS)  # Z-Image's pipeline writes into the list that it is given
     assert distance(recording.latents[-1], full.images[:1]) <= EXACT[family]
     alone = tiny(TARGETS[0], output_type="latent", **run(**options)).source
     assert distance(replayed.images[:1], alone) > 1e-4  # and the edit does something
@@ -179,8 +182,3 @@ class TestRefusals:
             qwen.record(SOURCE, **run(negative_prompt="a drawing", true_cfg_scale=1.0))
         with pytest.raises(TypeError, match="guidance_scale"):
             qwen.record(SOURCE, **run(guidance_scale=3.0))
-
-    def test_image_tokens_that_are_turned_by_their_text(self):
-        tiny = FreePromptPipeline.from_pipe(tiny_z_image_that_reads(vae=tiny_vae().double()))
-        with pytest.raises(TypeError, match="ZImagePipeline, whose image tokens are turned by the length of their"):
-            tiny.record(SOURCE)

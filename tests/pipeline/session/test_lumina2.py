@@ -135,14 +135,6 @@ def test_layers_of_the_image_alone_are_edited_where_they_are_named(lumina):
     assert list(report.layers) == ["noise_refiner.0.attn", "layers.1.attn"]
 
 
-def test_a_mask_between_captions_of_other_lengths(lumina):
-    mask = torch.zeros(64, 64)
-    mask[:32] = 1
-    with pytest.raises(ValueError, match="captions differ in length"):
-        edited(lumina, ConsistEdit(0.25, mask=mask))
-    edited(lumina, ConsistEdit(0.25, mask=mask), lengths=(6, 6))
-
-
 def test_sites_are_found_by_walking(lumina):
     assert not hasattr(lumina.transformer, "attn_processors")
     sites = adapter_of(lumina).sites

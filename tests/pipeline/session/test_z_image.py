@@ -105,6 +105,21 @@ def test_captions_of_other_lengths(tiny, rule, options):
     assert len(report.layers) == 3 and all(tuple(noted) == steps for noted in report.layers.values())
 
 
+def test_a_mask_between_captions_of_other_lengths(tiny):
+    """The tokens of both rows that it mixes stand in one place."""
+    mask = torch.zeros(64, 64)
+    mask[:32] = 1
+    share = torch.tensor([1.0, 0.0]).repeat_interleave(8).double()
+    early, late = (
+        lambda source: [
+            (1.0, dict.fromkeys(("q_image", "k_image"), source) | {"v_image": (source, 1 + source, share)})
+        ],
+        lambda source: [(1.0, dict.fromkeys(("q_image", "k_image", "v_image"), (source, 1 + source, share)))],
+    )
+    expected = densely(tiny, early, (0,), both=True, after=late)
+    assert farthest(drawn(tiny, ConsistEdit(0.25, mask=mask))[0], expected) <= EXACT
+
+
 def test_images_stand_where_the_target_begins(tiny):
     for edit, rule, steps, both in (RULES["image"], RULES["masactrl"]):
         actual, _ = drawn(tiny, edit)
@@ -164,6 +179,32 @@ def test_layers_of_the_image_alone(tiny):
     assert list(report.layers) == ["noise_refiner.0.attention", "layers.1.attention"]
     with pytest.raises(ValueError, match="16 tokens that fill up the 16 of an image"):
         drawn(tiny, edit)
+
+
+def test_the_sources_keys_stand_where_the_target_begins_in_layers_of_the_image_alone(tiny):
+    class Dense:
+        def __call__(self, attn, tokens, encoder_hidden_states=None, attention_mask=None, freqs_cis=None):
+            parts = (layer(tokens).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+            query, key, value = (part.transpose(1, 2) for part in parts)
+            query, key, out = attn.norm_q(query), attn.norm_k(key), []
+            for row in range(len(tokens)):
+                of = row // 2 * 2
+                maps = placed(query[row], freqs_cis[row]) @ placed(key[of], freqs_cis[row]).mT / query.shape[-1] ** 0.5
+                out.append(maps.softmax(-1) @ value[of])
+            return attn.to_out[0](torch.stack(out).transpose(1, 2).flatten(2))
+
+    def placed(part, places):
+        return torch.view_as_real(torch.view_as_complex(part.unflatten(-1, (-1, 2)).contiguous()) * places).flatten(-2)
+
+    edit = MasaCtrlEdit(0, layers=["noise_refiner.0"])
+    actual, report = drawn(tiny, edit, size=(8, 16))
+    layer = tiny.transformer.noise_refiner[0].attention
+    before = layer.processor
+    layer.processor = Dense()
+    expected = draw_z_image(tiny, size=(8, 16))
+    layer.processor = before
+    assert list(report.layers) == ["noise_refiner.0.attention"]
+    assert farthest(actual, expected) <= EXACT < farthest(actual, draw_z_image(tiny, size=(8, 16)))
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ if not hasattr(diffusers, "ZImagePipeline"):
 
 from fpe_pipeline import (
     BatchRoles,
-    ConsistEdit,
     FreePromptEdit,
     PromptToPromptEdit,
     Watcher,
@@ -231,12 +230,6 @@ class TestRefused:
         with pytest.raises(ValueError, match="the 32 tokens of one row's caption is applied to the 64"):
             drawn(tiny, FreePromptEdit(0.5, scope="joint"))
         drawn(tiny, FreePromptEdit(0.5, scope="joint"), lengths=(6, 20))
-
-    def test_masks_between_captions_of_other_lengths(self, tiny):
-        mask = torch.zeros(64, 64)
-        mask[:32] = 1
-        with pytest.raises(ValueError, match="captions differ in length"):
-            drawn(tiny, ConsistEdit(0.25, mask=mask))
 
     def test_omni(self, tiny):
         kind = type("ZImageOmniPipeline", (type(tiny),), {})
