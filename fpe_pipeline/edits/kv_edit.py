@@ -113,7 +113,7 @@ class _Background(Watcher):
             if latents.ndim == 3:  # packed: a latent is a token of the layers
                 mask = white[:, None]
             else:
-                mask = white.view(self._site.grid)
+                mask = white.view(self._site.frames, *self._site.grid)[0]  # the picture holds for every frame
                 for dim in (0, 1):
                     mask = mask.repeat_interleave(self._site.patch, dim)
             here, there = rows.index(target), rows.index(source)

@@ -73,7 +73,9 @@ class ModelAdapter(ABC):
     #: What the model is called in messages.
     word: ClassVar[str]
     #: Whose processors compute its edited layers.
-    family: ClassVar[Literal["unet", "sd3", "flux", "flux2", "chroma", "qwen", "ltx", "lumina2", "wan", "z_image"]]
+    family: ClassVar[
+        Literal["unet", "sd3", "flux", "flux2", "chroma", "cogvideox", "qwen", "ltx", "lumina2", "wan", "z_image"]
+    ]
     #: Whether its pipelines guide by a call of the model of their own, whose prompts they encode by one of their own.
     guides_apart: ClassVar[bool] = False
     #: Whether its pipelines encode each part of the text by a call of its own.

@@ -8,6 +8,7 @@ import torch
 
 from .adapter import ModelAdapter, identity
 from .chroma import ChromaAdapter
+from .cogvideox import CogVideoXAdapter
 from .flux import FluxAdapter
 from .flux2 import Flux2Adapter
 from .hunyuan_dit import HunyuanDiTAdapter
@@ -25,6 +26,7 @@ __all__ = ["adapter_of", "edited_model", "register_adapter"]
 #: By the name of the class, the adapters of transformers; UNets are told by their blocks.
 _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "ChromaTransformer2DModel": ChromaAdapter,
+    "CogVideoXTransformer3DModel": CogVideoXAdapter,
     "Flux2Transformer2DModel": Flux2Adapter,
     "FluxTransformer2DModel": FluxAdapter,
     "HunyuanDiT2DModel": HunyuanDiTAdapter,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -130,10 +131,12 @@ class _ShadowStep:
     def __init__(self, original: Callable[..., Any], shadowed: Any) -> None:
         functools.update_wrapper(self, original)
         self.original, self.shadowed = original, shadowed
+        named = list(inspect.signature(original).parameters)
+        self._place = named.index("timestep") if "timestep" in named else 1  # CogVideoX's DPM-Solver++ has it third
         self.hooks: list[SchedulerHook] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        timestep = args[self._place] if len(args) > self._place else kwargs["timestep"]
         for hook in tuple(self.hooks):
             kwargs = {**hook.options(), **kwargs}
         output = self.original(*args, **kwargs)

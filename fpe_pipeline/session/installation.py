@@ -12,6 +12,7 @@ from ..models.sites import Site
 from ..shadows import Shadows
 from .around import ProcessorAround
 from .chroma_processor import EditChromaProcessor
+from .cogvideox_processor import EditCogVideoXProcessor, unsupported_cogvideox_reasons
 from .flux2_processor import flux2_processor, unsupported_flux2_reasons
 from .flux_processor import EditFluxProcessor
 from .instructions import Order
@@ -38,6 +39,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "flux": (EditFluxProcessor, EditFluxProcessor.unsupported_reasons),
     "flux2": (flux2_processor, unsupported_flux2_reasons),
     "chroma": (EditChromaProcessor, EditChromaProcessor.unsupported_reasons),
+    "cogvideox": (EditCogVideoXProcessor, unsupported_cogvideox_reasons),
     "qwen": (EditQwenProcessor, EditQwenProcessor.unsupported_reasons),
     "lumina2": (EditLumina2Processor, unsupported_lumina2_reasons),
     "ltx": (EditLTXProcessor, EditLTXProcessor.unsupported_reasons),

@@ -17,6 +17,7 @@ from .record import LayerRecord
 __all__ = [
     "EditJointProcessor",
     "check_joint_input",
+    "is_fused",
     "joint_record",
     "joint_rows",
     "merged_heads",
@@ -43,7 +44,7 @@ def unsupported_joint_reasons(attn: Any, processor: Any, override: tuple[type, .
     if type(processor) not in (*_PLAIN, *override):
         reasons.append(may_do_more(processor))
     normed = any(getattr(attn, name, None) is not None for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
-    if _is_fused(processor) and normed:
+    if is_fused(processor) and normed:
         reasons.append(
             f"{type(processor).__name__} leaves out the norms of queries and keys that this layer has, so that the "
             "unedited image is wrong as well: call unfuse_qkv_projections() on the transformer"
@@ -74,7 +75,7 @@ class EditJointProcessor(ProcessorAround):
         plan = order.plan
         assert isinstance(plan, JointPlan)
         check_joint_input(order, hidden_states, encoder_hidden_states, attention_mask)
-        fused = _is_fused(self.inner)
+        fused = is_fused(self.inner)
         image = _project(attn, plan, "image", hidden_states, fused).beside("image", order.recorded)
         text = None
         if encoder_hidden_states is not None:
@@ -90,7 +91,8 @@ class EditJointProcessor(ProcessorAround):
         return out, context if attn.context_pre_only else attn.to_add_out(context)
 
 
-def _is_fused(processor: Any) -> bool:
+def is_fused(processor: Any) -> bool:
+    """Whether a processor of diffusers takes the projections of a layer that were put together."""
     # The class of the processor tells whether fused projections are in use: `attn.fused_projections` stays True after
     # unfusing, and an adapter loaded since then lives in the separate ones.
     return type(processor).__name__.startswith("Fused")

@@ -159,10 +159,12 @@ class _PairedNoise:
         draws = "generator" in signature.parameters and given.arguments.get("latents") is None
         if draws and layout is not None and not isinstance(generator, list):  # a list says every row's own
             self._generators = given.arguments["generator"] = paired_generators(generator, *layout)
-            image = given.arguments.get("image")
-            if isinstance(image, torch.Tensor) and len(self._generators) % max(image.shape[0], 1) == 0:
-                # Some pipelines look for a generator's own image, and find none where a picture stands for all rows.
-                given.arguments["image"] = image.repeat(len(self._generators) // image.shape[0], 1, 1, 1)
+            for name in ("image", "video"):
+                shown = given.arguments.get(name)
+                if isinstance(shown, torch.Tensor) and len(self._generators) % max(shown.shape[0], 1) == 0:
+                    # Some pipelines look for a generator's own picture, and find none where one stands for all rows.
+                    repeats = len(self._generators) // shown.shape[0]
+                    given.arguments[name] = shown.repeat(repeats, *[1] * (shown.ndim - 1))
         return original(*given.args, **given.kwargs)
 
     def _options(self, original: Any, *args: Any, **kwargs: Any) -> Any:

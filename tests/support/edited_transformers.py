@@ -320,7 +320,7 @@ def reference(
             latents[0] = held[index]
         if case.pastes is not None:
             white = case.pastes[:, None]
-            if latents.ndim == 4:
+            if latents.ndim > 3:
                 height, width = (side // 2 for side in latents.shape[-2:])
                 white = torch.kron(case.pastes.reshape(height, width), torch.ones(2, 2, dtype=torch.bool))
             latents[1:] = torch.where(white, latents[:1], latents[1:])
@@ -377,7 +377,7 @@ def columns(model: Model, pipe: Any, align: Any, prompts: Any, number: int) -> C
 
 def placed(model: Model, pipe: Any, prompts: Any) -> list[list[TokenizedPrompt]]:
     """For each prompt its tokens as each part of the model's text has them, by counting the template's."""
-    if model.family in ("sd3", "flux", "chroma"):
+    if model.family in ("sd3", "flux", "chroma", "cogvideox"):
         lengths = (CLIP, T5) if model.family == "sd3" else (T5,)
         return [[tokenize(prompt, pipe.tokenizer, length) for length in lengths] for prompt in prompts]
     before, after, dropped = model.template(pipe)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from tests.support import edited_transformers
 from tests.support.dense_rows import wide
+from tests.support.edited_cogvideox import COGVIDEOX
 from tests.support.edited_transformers import (
     EDITS,
     FAULTS,
-    MODELS,
     SOURCE,
     STEPS,
     edited,
@@ -18,6 +19,7 @@ from tests.support.edited_transformers import (
 )
 
 EXACT = 1e-8
+MODELS = {**edited_transformers.MODELS, "CogVideoX": COGVIDEOX}
 SIZES = {
     "1 target": (1, (8, 8)),
     "3 targets, not square": (3, (6, 12)),
