@@ -19,7 +19,11 @@ from ..sessions import HalvesSession, RegisteredEdit, has_targets
 from ..switch import chosen_compat
 from .global_var import GlobalVars
 
-__all__ = ["regiter_attention_editor_diffusers_flux", "regiter_attention_editor_diffusers_sd3"]
+__all__ = [
+    "regiter_attention_editor_diffusers_cog",
+    "regiter_attention_editor_diffusers_flux",
+    "regiter_attention_editor_diffusers_sd3",
+]
 
 _MASKS = (
     "masks come with `fpe_pipeline.editing(pipe, ConsistEdit(alpha, mask=WordMask(prompt, word, tokenizer)))`, put "
@@ -38,9 +42,9 @@ __getattr__ = unknown_name(
             ),
             _MASKS,
         ),
-        **dict.fromkeys(
-            ("regiter_attention_editor_diffusers_cog", "regiter_attention_editor_diffusers_cog_mask"),
-            "no adapter describes CogVideoX yet",
+        "regiter_attention_editor_diffusers_cog_mask": (
+            "masks of a word are of one picture; a picture that holds for every frame comes with "
+            "`fpe_pipeline.editing(pipe, ConsistEdit(alpha, mask=picture))`, put around calls"
         ),
     },
 )
@@ -76,6 +80,20 @@ class _PairSession(EditingSession):
         return BatchRoles(tuple(row >= rows - 2 for row in range(rows)), sources)
 
 
+class _QuarterSession(EditingSession):
+    """A session whose batches are the original's quarters: sources and targets, of either half."""
+
+    def _read_roles(self, call: ModelCall) -> BatchRoles:
+        quarter, rest = divmod(call.rows, 4)
+        if rest:
+            raise ValueError(
+                f"the original takes a guided batch of sources and as many targets, got {call.rows} rows: leave "
+                'compat="original" out to edit any number of targets of one source, guided or not'
+            )
+        sources = (*range(quarter), *range(quarter), *range(2 * quarter, 3 * quarter), *range(2 * quarter, 3 * quarter))
+        return BatchRoles(tuple(row >= 2 * quarter for row in range(call.rows)), sources)
+
+
 def regiter_attention_editor_diffusers_sd3(model: Any, *, compat: str | None = None) -> RegisteredEdit:
     """Before step ``GlobalVars.TEST_QK_STEP``, targets' image queries and keys are the source's, in both halves.
 
@@ -109,12 +127,31 @@ def regiter_attention_editor_diffusers_flux(model: Any, *, compat: str | None = 
     return _registered(model, "flux", "FLUX.1", chosen_compat(compat))
 
 
+def regiter_attention_editor_diffusers_cog(model: Any, *, compat: str | None = None) -> RegisteredEdit:
+    """In the steps before ``GlobalVars.TEST_QK_STEP``, queries and keys of all frames are the source's, in both halves.
+
+    Args:
+        model: a pipeline of CogVideoX.
+        compat: "original" edits every step, whatever ``TEST_QK_STEP`` says, and takes a guided batch of sources and as
+            many targets.
+
+    Returns:
+        What restores the transformer: ``.restore()``, or a ``with`` block.
+
+    Raises:
+        TypeError: another pipeline.
+    """
+    return _registered(model, "cogvideox", "CogVideoX", chosen_compat(compat))
+
+
 def _registered(model: Any, family: str, name: str, compat: Literal["original"] | None) -> RegisteredEdit:
     adapter = adapter_of(model)
     if adapter.family != family:
         raise TypeError(f"expected a pipeline of {name}, got one with {type(adapter.module).__name__}")
-    original = {"sd3": _PairSession, "flux": HalvesSession}[family]
-    session = (original if compat == "original" else EditingSession)(model, _UntilStep(compat=compat))
+    original = {"sd3": _PairSession, "flux": HalvesSession, "cogvideox": _QuarterSession}[family]
+    every_step = family == "cogvideox" and compat == "original"
+    edit = ConsistEdit(1.0) if every_step else _UntilStep(compat=compat)
+    session = (original if compat == "original" else EditingSession)(model, edit)
     registered = RegisteredEdit(session)
     dual = sum(site.place == "dual" for site in adapter.sites) if family == "flux" else 0
     GlobalVars.NUM_ATT_LAYERS, GlobalVars.NUM_ATT_2_LAYERS = len(adapter.sites) - dual, dual

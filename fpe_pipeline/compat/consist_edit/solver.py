@@ -10,11 +10,9 @@ from ...sampling.step_end import StepEnd
 from ..names import unknown_name
 from .global_var import GlobalVars
 
-__all__ = ["RegisteredSolver", "register_flux_solver", "register_sd3_solver"]
+__all__ = ["RegisteredSolver", "register_cog_solver", "register_flux_solver", "register_sd3_solver"]
 
-__getattr__ = unknown_name(
-    __name__, "consistEdit.solver", __all__, {"register_cog_solver": "no adapter describes CogVideoX yet"}
-)
+__getattr__ = unknown_name(__name__, "consistEdit.solver", __all__)
 _ADDED = ("denoise", "invert")
 
 
@@ -80,6 +78,11 @@ def register_sd3_solver(model: Any) -> RegisteredSolver:
 def register_flux_solver(model: Any) -> RegisteredSolver:
     """Give a pipeline of FLUX.1 ``denoise``; what is returned and refused is as for `register_sd3_solver`."""
     return _registered(model, "flux", "FLUX.1")
+
+
+def register_cog_solver(model: Any) -> RegisteredSolver:
+    """Give a pipeline of CogVideoX ``denoise``; what is returned and refused is as for `register_sd3_solver`."""
+    return _registered(model, "cogvideox", "CogVideoX")
 
 
 def _registered(model: Any, family: str, name: str) -> RegisteredSolver:
