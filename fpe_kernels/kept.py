@@ -18,6 +18,8 @@ class KeptLogsumexp:
 
     def __init__(self, logsumexp: Tensor, parts: Parts, settings: object) -> None:
         self._logsumexp, self._state, self._settings = logsumexp, _state((*parts, logsumexp)), settings
+        # While they live nothing else has their ids, which a tensor that is assigned later might be given.
+        self._parts = parts
 
     def of(self, parts: Parts, settings: object) -> Tensor | None:
         """The log-sum-exp, if it is that of ``parts`` as they are now."""

@@ -252,6 +252,14 @@ def test_a_logsumexp_that_its_owner_changes_is_computed_again(part) -> None:
     assert_matches(case, out=operator @ case.value, logsumexp=operator.logsumexp)
 
 
+def test_another_query_is_seen_whatever_its_id() -> None:
+    operator, value = AttentionMap(torch.randn(1, 1, 3, 4), torch.randn(1, 1, 5, 4)), torch.eye(5).expand(1, 1, 5, 5)
+    for number in range(20):
+        operator.query = torch.randn(1, 1, 3, 4)  # a second one may be given the id of the freed one before
+        if number % 2:
+            torch.testing.assert_close((operator @ value).sum(-1), torch.ones(1, 1, 3))
+
+
 def test_another_scale_or_length_is_seen() -> None:
     case = make_case(queries=12, keys=20)
     operator = AttentionMap(case.query, case.key)
