@@ -6,6 +6,7 @@ kept in the normal form of :mod:`.normal_form`, which every operation rewrites.
 
 from __future__ import annotations
 
+import operator
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -359,8 +360,14 @@ class TransposedMap:
 def _as_traced(function: Any, args: Any, keywords: Any) -> Any:
     """``torch.matmul`` of a map, and what ``torch.compile`` makes of ``A @ value`` and ``weight * A``.
 
-    There an operator between a map and a tensor is a method of the tensor, whichever stood first.
+    There an operator between a map and a tensor is a method of the tensor, whichever stood first; in ``torch.export``
+    it is itself, with its operands in their order.
     """
+    if function in (operator.matmul, operator.mul):
+        first, second = args
+        if function is operator.mul:
+            return second.scale_rows(first) if isinstance(second, LinearMap) else NotImplemented
+        return first.matmul(second) if isinstance(first, (LinearMap, TransposedMap)) else NotImplemented
     if function is Tensor.mul and torch.compiler.is_compiling():
         weight, whole = args
         # ``A * weight`` arrives alike, and might mean the columns: so only what can be no weight of them is taken.

@@ -36,14 +36,19 @@ def check_range(name: str, start: object, stop: object, tokens: int, empty: bool
     """Return ``start`` and ``stop`` of a range of ``tokens`` tokens; a ``stop`` of None is their end."""
     stop = tokens if stop is None else stop
     for entry in (start, stop):
-        if isinstance(entry, bool) or not isinstance(entry, Integral):
+        if isinstance(entry, bool) or not isinstance(entry, (Integral, torch.SymInt)):
             raise TypeError(f"a range of {name} is two ints, start and stop, got {start!r} and {stop!r}.")
-    first, last = int(cast(int, start)), int(cast(int, stop))
+    first, last = _as_it_varies(cast(int, start)), _as_it_varies(cast(int, stop))
     if not 0 <= first <= last <= tokens or (first == last and not empty):
         raise IndexError(
             f"a range of {name} must have 0 <= start {'<=' if empty else '<'} stop <= {tokens}, got {first} and {last}."
         )
     return first, last
+
+
+def _as_it_varies(entry: int) -> int:
+    """``entry`` as an int, unless it is a size that varies where a program is exported."""
+    return entry if isinstance(entry, torch.SymInt) else int(entry)
 
 
 def check_map_index(map_index: object, maps: int, name: str = "map_index") -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpe_kernels import AttentionMap, blend, concatenate
+from fpe_kernels import AttentionMap, blend, concatenate, join
 from fpe_kernels.testing import assert_within_budget
 from tests.support.composed_edits import EDITS, Tensors, check, maker
 
@@ -93,3 +93,18 @@ def test_a_combination_moves_with_its_weights_and_mixings():
     torch.testing.assert_close((wide @ value.double()).float(), weighted @ value)
     with pytest.raises(TypeError, match="a combination of KeyBlock stays on its device"):
         A.block(keys=(0, 2)).to("meta")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_operators_between_maps_and_tensors_are_exported(strict: bool) -> None:
+    class Edited(torch.nn.Module):
+        def forward(self, query, key, value, weight) -> Tensor:
+            A = AttentionMap(query, key)
+            return (weight * join([A.keys(0, 2), A.keys(2)])) @ value + A.T @ query
+
+    operands = [torch.randn(1, 2, 6, 4) for _ in range(3)]
+    tokens = torch.export.Dim("tokens", min=4)
+    shapes = ({2: tokens}, {2: tokens}, {2: tokens}, {0: tokens})
+    exported = torch.export.export(Edited(), (*operands, torch.rand(6)), strict=strict, dynamic_shapes=shapes)
+    longer = [*(torch.randn(1, 2, 9, 4) for _ in range(3)), torch.rand(9)]
+    torch.testing.assert_close(exported.module()(*longer), Edited()(*longer))
