@@ -370,8 +370,10 @@ def _as_traced(function: Any, args: Any, keywords: Any) -> Any:
         return first.matmul(second) if isinstance(first, (LinearMap, TransposedMap)) else NotImplemented
     if function is Tensor.mul and torch.compiler.is_compiling():
         weight, whole = args
-        # ``A * weight`` arrives alike, and might mean the columns: so only what can be no weight of them is taken.
-        if isinstance(whole, LinearMap) and (weight.ndim == 0 or weight.shape[-1] != whole.shape[3]):
+        if isinstance(whole, LinearMap):
+            # ``A * weight`` arrives alike, and might mean the columns: only what can be no weight of them is taken.
+            if weight.ndim > 0 and weight.shape[-1] == whole.shape[3]:
+                raise TypeError("torch.compile cannot tell weight * A from A * weight here: write A.scale_rows(weight).")
             return whole.scale_rows(weight)
     if function not in (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__) or len(args) != 2:
         return NotImplemented
