@@ -373,7 +373,7 @@ def _as_traced(function: Any, args: Any, keywords: Any) -> Any:
         if isinstance(whole, LinearMap):
             # ``A * weight`` arrives alike, and might mean the columns: only what can be no weight of them is taken.
             if weight.ndim > 0 and weight.shape[-1] == whole.shape[3]:
-                raise TypeError("torch.compile cannot tell weight * A from A * weight here: write A.scale_rows(weight).")
+                raise TypeError("torch.compile cannot tell weight * A and A * weight apart: write A.scale_rows(w).")
             return whole.scale_rows(weight)
     if function not in (torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__) or len(args) != 2:
         return NotImplemented
