@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import indices, validation
+from .given import given
 from .normal_form import (
     Block,
     Diagonal,
@@ -286,7 +287,7 @@ class Combination(LinearMap):
 
     def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
         """The rows of the query tokens ``index``: [B, H, len(index), M], from those of its maps."""
-        return rows_of(self._normal_form, indices.check_token_index(index, self.shape[2], self.device))
+        return given(rows_of(self._normal_form, indices.check_token_index(index, self.shape[2], self.device)))
 
     def __repr__(self) -> str:
         terms = sum(len(block.terms) for block in self._normal_form)

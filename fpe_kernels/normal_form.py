@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .given import given
 from .precision import at_given_dtype
 from .validation import accumulator_dtype
 
@@ -386,14 +387,14 @@ def _stacked_weights(terms: list[Term]) -> Tensor | None:
 def columns_at_once(product: Callable[[Tensor], Tensor], operand: Any, check: Callable[[object], Tensor]) -> Any:
     """``product`` of one operand, or of several side by side."""
     if not isinstance(operand, (tuple, list)):
-        return product(check(operand))
+        return given(product(check(operand)))
     if not operand:
         raise ValueError("A @ () has no value to multiply with; pass at least one [B, H, M, E].")
     parts = [check(part) for part in operand]
     if len(parts) == 1:
-        return (product(parts[0]),)
+        return (given(product(parts[0])),)
     # The copy is one part in N of the product. Parts that lie side by side in memory could do without, but to find that
     # out means to look at storages, which tracing hides and autograd forbids; who has the whole tensor passes it whole.
     whole, stops = product(torch.cat(parts, dim=-1)), list(accumulate(part.shape[-1] for part in parts))
     # Not `torch.split`, of whose views none may be changed in place.
-    return tuple(whole[..., stop - part.shape[-1] : stop] for part, stop in zip(parts, stops, strict=True))
+    return tuple(given(whole[..., stop - part.shape[-1] : stop]) for part, stop in zip(parts, stops, strict=True))

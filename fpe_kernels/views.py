@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import indices, validation
+from .given import given
 from .pooling import pooling_matrix
 from .precision import at_given_dtype
 
@@ -50,7 +51,7 @@ class MapViews(Operator):
     def column_sums(self) -> Tensor:
         """[B, H, M]: how much attention each key receives, summed over the query rows; equals ``A.T @ 1``."""
         sums: Tensor = self.T.matmul(self._ones(self.shape[2], 1)).squeeze(-1)
-        return sums
+        return given(sums)
 
     def _ones(self, tokens: int, columns: int) -> Tensor:
         return torch.ones((*self.shape[:2], tokens, columns), dtype=self.dtype, device=self.device)
@@ -59,7 +60,7 @@ class MapViews(Operator):
         """The rows of the query tokens ``index``: [B, H, len(index), M]. Memory grows with len(index) · M only."""
         index = indices.check_token_index(index, self.shape[2], self.device)
         rows: Tensor = self.T.matmul(self._unit_columns(index, self.shape[2])).transpose(-1, -2)
-        return rows
+        return given(rows)
 
     def columns(self, index: int | Sequence[int] | Tensor) -> Tensor:
         """The columns of the key tokens ``index``: [B, H, N, len(index)]. Memory grows with N · len(index) only."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fpe_kernels import AttentionMap, blend, gradient_rules, join, ops, shared_attention
+from fpe_kernels import AttentionMap, blend, gradient_rules, join, ops, shared_attention, stack
 from fpe_kernels.backends import blocks, fused_cpu
 from fpe_kernels.testing import Case, assert_matches, make_case
 from tests.support.slow_cases import few
@@ -347,8 +347,13 @@ def test_outputs_have_the_layout_that_merging_heads_wants() -> None:
         lambda A, value, weight: A.T @ weight,
         lambda A, value, weight: shared_attention(A.query, A.key, value, [0], weight=0.5),
         lambda A, value, weight: join([A.keys(0, 2), A.keys(2)]) @ value,
+        lambda A, value, weight: join([A.keys(0, 2), A.keys(2)]).T @ weight,
+        lambda A, value, weight: stack([A, A]) @ value,
+        lambda A, value, weight: (A @ (value, value))[1],
+        lambda A, value, weight: (A + A).rows([0, 1]),
+        lambda A, value, weight: A.scale_columns(0.5 * A.column_sums()).block(keys=(1, 3)).rows([0, 1]),
     ],
-    ids=["product", "transpose", "shared", "joined"],
+    ids=["product", "transpose", "shared", "joined", "joined transpose", "stacked", "one of two", "rows", "of a block"],
 )
 def test_products_can_be_changed_in_place(product, learnt: bool) -> None:
     case = make_case(heads=2, queries=5, keys=6, head_dim=8)
