@@ -37,8 +37,9 @@ class AttentionMap(SoftmaxMap, LinearMap):
     and the operand, and deterministic: the same call gives the same bits on the same machine with as many threads. A
     row computed in another batch, by other threads or on another CPU is the same to rounding. The first product leaves
     the log-sum-exp of the rows for the next, which is the same to rounding too; after a change of query, key or bias in
-    place it is computed again. Tensors made in inference mode do not record such changes: make a new map there, as for
-    what changes inside one compiled function.
+    place it is computed again. Changes that PyTorch does not count are not seen: of tensors made in inference mode,
+    through ``.data`` or NumPy, and by optimizers with ``fused=True``; nor is what changes inside one compiled function.
+    Make a new map there.
 
     Args:
         query: [B, H, N, D], float16, bfloat16, float32 or float64, any strides.
