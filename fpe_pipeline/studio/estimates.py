@@ -59,11 +59,16 @@ class ModelPace:
         self._seconds_per_flop = self._tried(pipe)
 
     def of(self, settings: Settings) -> Estimate | None:
-        """What a run of some settings will take; None for a size that the model does not make."""
+        """What a run of some settings will take; None without a target, and for a size that the model does not make."""
         width, height = settings.size or self._native
         if width % self._multiple or height % self._multiple or min(width, height) < self._multiple:
             return None
-        edit, plain, decoded = self._costs(settings, (width, height))
+        if not settings.targets:
+            return None
+        try:
+            edit, plain, decoded = self._costs(settings, (width, height))
+        except (RuntimeError, ValueError):  # how a model refuses a size, as one that has no places for so many tokens
+            return None
         return Estimate(
             self._seconds_per_flop * _total(settings, edit, plain, decoded),
             self._shapes.weights,

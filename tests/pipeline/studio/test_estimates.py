@@ -72,7 +72,7 @@ def test_before_the_first_run_it_is_known_too(pipe, desk, values):
 def test_what_cannot_be_made_has_no_estimate(desk, values):
     with desk.models.use(values()[0]):
         pass
-    for fields in ({"steps": 0}, {"size": "63x64"}, {"size": "large"}, {"steps": 10**6}):
+    for fields in ({"steps": 0}, {"size": "63x64"}, {"size": "large"}, {"steps": 10**6}, {"targets": " "}):
         assert desk.estimate(*values(**fields)) == "", fields
     unloaded = ["embedded-80", *values()[1:]]
     assert desk.estimate(*unloaded) == ""

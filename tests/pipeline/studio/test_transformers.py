@@ -55,6 +55,8 @@ def test_generate_compare_and_look_at_words(desk, visitor, values, family, tmp_p
         made.run.report
     )
     assert desk.estimate(*values()).startswith("about ")
+    assert desk.estimate(*values(targets="")) == ""  # of no target a transformer makes no shapes
+    assert (desk.estimate(*values(size="256 x 256")) == "") == (family == "sd3")  # which has places for 192 pixels
 
     look = last(desk.look(visitor)).made
     assert look.maps.word("car").shape == (4, 4) and not look.has_places
