@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,7 @@ class Desk:
     def _grid(self, visitor: Visitor, asked: Sequence[tuple[str, Settings]], watched: Watched) -> Grid:
         tiles: list[tuple[Path, str, str]] = []
         refused: list[str] = []
+        watched.so_far = lambda: Grid([*tiles], [*refused])
         for label, settings in asked:
             try:
                 result = work.generate(self.models, visitor, settings, watched)
@@ -248,7 +249,7 @@ class Desk:
                     preview = each.preview
                     yield Shown(shown.progress(each), preview)
                 elif isinstance(each, Stopped):
-                    yield Shown(shown.stopped(each.at), preview, stands_still=True)
+                    yield Shown(shown.stopped(each.at), preview, watched.so_far(), stands_still=True)
                 else:
                     self._learn(each)
                     without_effect = each.notes if isinstance(each, Result) else []
@@ -256,9 +257,9 @@ class Desk:
                     yield Shown(said + "".join(map(shown.alert, without_effect)), made=each)
         except Cancelled:
             kept = "what was made before is in History" if visitor.has_kept else "nothing was kept"
-            yield Shown(shown.note(f"cancelled; {kept}"))
+            yield Shown(shown.note(f"cancelled; {kept}"), made=watched.so_far())
         except Exception as error:
-            yield _failed(error)
+            yield replace(_failed(error), made=watched.so_far())
         finally:
             if not watched.is_stopped:
                 visitor.done(watched)
@@ -286,7 +287,7 @@ class Shown:
     Args:
         status: HTML.
         preview: the targets so far.
-        made: what came of it, once.
+        made: what came of it, once; of a grid, also what it has where it stands still, is cancelled or fails.
         stands_still: whether it was stopped and can go on.
     """
 

@@ -74,10 +74,12 @@ class Watched(Progress):
     Args:
         aside: entered while the run stands still, with a call that ends it; gives back what others may use meanwhile,
             and takes it again.
+        so_far: what the run has made, where that is worth showing though the run does not come to its end.
     """
 
     def __init__(self) -> None:
         self.aside: Callable[[Callable[[], None]], AbstractContextManager[object]] = lambda end: nullcontext()
+        self.so_far: Callable[[], Any] = lambda: None
         self.told: queue.SimpleQueue[Told] = queue.SimpleQueue()
         self._wish = threading.Condition()
         self._cancelled = self._to_stop = False

@@ -103,13 +103,28 @@ def test_cancel(desk, visitor, values):
     assert "nothing is running" in desk.cancel(visitor) and "nothing is running" in desk.cancel(None)
 
 
-def test_a_grid_that_is_cancelled_says_where_its_pictures_are(desk, visitor, values):
-    said = ""
+def test_a_grid_that_is_cancelled_shows_its_pictures_and_says_where_they_are(desk, visitor, values):
     for each in desk.grid(visitor, "strengths", *values(targets=TARGET, steps=2)):
-        said = each.status
+        end = each
         if visitor.results:
             desk.cancel(visitor)
-    assert "cancelled; what was made before is in History" in said and visitor.results
+    assert "cancelled; what was made before is in History" in end.status and visitor.results
+    assert [title for _, title, _ in end.made.tiles][:2] == ["source", "strength 0.25"]
+    assert len(end.made.tiles) == 1 + len(visitor.results) and all(path.exists() for path, _, _ in end.made.tiles)
+
+
+def test_a_grid_that_fails_shows_what_it_made_before(desk, visitor, values, monkeypatch):
+    generate = work.generate
+
+    def fails(models, visitor, settings, watched):
+        if visitor.results:
+            raise MemoryError
+        return generate(models, visitor, settings, watched)
+
+    monkeypatch.setattr(work, "generate", fails)
+    monkeypatch.setattr(logging.getLogger("fpe_pipeline.studio.desk"), "disabled", True)
+    end = last(desk.grid(visitor, "strengths", *values(targets=TARGET, steps=1)))
+    assert "MemoryError" in end.status and len(end.made.tiles) == 2
 
 
 def test_a_run_that_waits_for_its_turn_can_be_cancelled(desk, visitor, values):
