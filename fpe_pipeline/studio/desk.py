@@ -20,6 +20,7 @@ from ..runs.picture_record import PHOTO
 from ..runs.settings import Settings
 from . import shown, work
 from .copied import as_command, as_python
+from .labels import in_fields
 from .models import Models
 from .requests import FIELDS, Limits, fields_read, first_fields, new_seed, restorable, settings_of, within
 from .sweeps import sweep
@@ -144,7 +145,7 @@ class Desk:
             try:
                 result = work.generate(self.models, visitor, settings, watched)
             except InputError as error:
-                refused.append(f"{label}: {error}")
+                refused.append(f"{label}: {in_fields(str(error))}")
                 continue
             if not tiles:
                 tiles.append((result.folder / "source.png", "source", settings.source))
@@ -207,7 +208,7 @@ class Desk:
             restored = within(settings.with_values(image=image, model=model, **self.models.machine), self.limits)
             restorable(restored, self.models.layers(model))
         except InputError as error:
-            return shown.alert(str(error).replace(str(path), "this picture")), None
+            return shown.alert(in_fields(str(error)).replace(str(path), "this picture")), None
         finally:
             path.unlink(missing_ok=True)
         loaded = self.models.identity(restored.model)
@@ -300,6 +301,6 @@ class Shown:
 def _failed(error: Exception) -> Shown:
     """What a visitor is told of an error: what was wrong with the request, and of any other its kind alone."""
     if isinstance(error, InputError | TypeError):
-        return Shown(shown.alert(str(error)))
+        return Shown(shown.alert(in_fields(str(error))))
     logger.error("a request of the page failed", exc_info=error)
     return Shown(shown.alert(f"this failed on the server ({type(error).__name__}); its log says where"))

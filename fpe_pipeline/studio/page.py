@@ -15,6 +15,7 @@ from . import shown
 from .desk import Desk, Grid, Shown
 from .events import LONG, QUICK, Halt
 from .inside_tab import inside_tab
+from .labels import LABELS
 from .models import choices_of, vocabulary
 from .recipe import Recipe
 from .sweeps import AXES
@@ -182,7 +183,7 @@ def _photo_tab(desk: Desk, visitor: Any, recipe: Recipe, family: Family) -> Any:
     with gr.Row():
         photo = gr.Image(label="Photo", interactive=False, buttons=[], height=220, visible=False)
         back = gr.Image(label="As it comes back", interactive=False, buttons=[], height=220, visible=False)
-    inversion = gr.Dropdown(**_inversions(family), label="How the source is held to the photo")
+    inversion = gr.Dropdown(**_inversions(family), label=LABELS["inversion"])
     with gr.Row():
         invert = gr.Button("Invert", variant="primary", elem_id="invert")
         edit = gr.Button("Edit", variant="primary", elem_id="edit")

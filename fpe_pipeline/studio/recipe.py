@@ -14,6 +14,7 @@ from ..edits.registry import METHODS, methods_of
 from ..models.loading import Family
 from ..runs.model_defaults import served_by
 from ..runs.settings import Settings
+from .labels import LABELS
 from .prompts import EXAMPLES, differences, with_word
 from .requests import FIELDS, MOST_OPTIONS, Limits, defaults, fields_of, first_fields, new_seed, options_of
 
@@ -119,34 +120,30 @@ def build(
     """The column; ``family``, ``layers`` and ``words`` are of the first model."""
     start = first_fields(models[0])
     fields: dict[str, Any] = {}
-    model = gr.Dropdown(list(models), value=models[0], label="Model", visible=len(models) > 1)
-    fields["source"] = gr.Textbox(start["source"], label="Source prompt", lines=2, max_lines=6, elem_id="source")
-    fields["targets"] = gr.Textbox(
-        start["targets"], label="Targets, one a line", lines=2, max_lines=8, elem_id="targets"
-    )
+    model = gr.Dropdown(list(models), value=models[0], label=LABELS["model"], visible=len(models) > 1)
+    fields["source"] = gr.Textbox(start["source"], label=LABELS["source"], lines=2, max_lines=6, elem_id="source")
+    fields["targets"] = gr.Textbox(start["targets"], label=LABELS["targets"], lines=2, max_lines=8, elem_id="targets")
     difference = gr.HTML(shown(start["source"], start["targets"]), elem_classes="fpe-diff")
     _vocabulary(words, fields)
     _examples(fields)
     with gr.Accordion("Method and layers", open=False):
-        fields["method"] = gr.Dropdown(_titles(family), value=start["method"], label="Method")
+        fields["method"] = gr.Dropdown(_titles(family), value=start["method"], label=LABELS["method"])
         about = gr.HTML(_about(start["method"]))
         fields["self_replace"] = gr.HTML(
             value=start["self_replace"], html_template=_WINDOW, js_on_load=_WINDOW_JS, elem_id="window"
         )
-        fields["layers"] = gr.CheckboxGroup(
-            layers, value=[], label="Layers (none: the method's own)", elem_classes="fpe-layers"
-        )
+        fields["layers"] = gr.CheckboxGroup(layers, value=[], label=LABELS["layers"], elem_classes="fpe-layers")
         with gr.Accordion("Options of the method", open=False):
             options = [gr.Textbox(**_option_field(start["method"], n, {})) for n in range(MOST_OPTIONS)]
     with gr.Accordion("Sampling", open=False):
         with gr.Row():
-            fields["seed"] = gr.Number(start["seed"], label="Seed", min_width=90)  # the desk says what is wrong
+            fields["seed"] = gr.Number(start["seed"], label=LABELS["seed"], min_width=90)  # the desk says what is wrong
             dice = gr.Button("New seed", min_width=80, elem_classes="fpe-dice")
         locked = gr.Checkbox(True, label="Keep this seed for the next picture")
-        fields["steps"] = gr.Slider(1, limits.steps, value=start["steps"], step=1, label="Steps")
-        fields["guidance"] = gr.Slider(*limits.guidance, value=start["guidance"], step=0.5, label="Guidance")
-        fields["size"] = gr.Textbox("", label="Width x height, px", placeholder="the model's own", lines=1)
-        fields["negative"] = gr.Textbox("", label="Negative prompt", lines=1)
+        fields["steps"] = gr.Slider(1, limits.steps, value=start["steps"], step=1, label=LABELS["steps"])
+        fields["guidance"] = gr.Slider(*limits.guidance, value=start["guidance"], step=0.5, label=LABELS["guidance"])
+        fields["size"] = gr.Textbox("", label=LABELS["size"], placeholder="the model's own", lines=1)
+        fields["negative"] = gr.Textbox("", label=LABELS["negative"], lines=1)
         fields["control"] = gr.Checkbox(True, label="Also make the targets without the edit")
     recipe = Recipe(model, fields, about, options, locked)
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
