@@ -254,7 +254,14 @@ def _compare_tab(desk: Desk, visitor: Any, recipe: Recipe, tab: Any) -> None:
             return [gr.update(choices=[], value=None)] * 2 + [shown.note("make a picture first")]
         latest = [name for name in names if name.startswith(f"{visitor.results[-1].number} ")]
         chosen = latest[0], next((name for name in latest if "edited" in name), latest[-1])
+        if visitor.compared is not None and set(visitor.compared) <= set(names):
+            chosen = visitor.compared
         return [*(gr.update(choices=names, value=each) for each in chosen), compared(visitor, *chosen)]
+
+    def picked(visitor: Visitor, first: str | None, second: str | None) -> str:
+        if first is not None and second is not None:
+            visitor.compared = first, second
+        return compared(visitor, first, second)
 
     def compared(visitor: Visitor, first: str | None, second: str | None) -> str:
         pictures = dict(_pictures(visitor))
@@ -277,7 +284,7 @@ def _compare_tab(desk: Desk, visitor: Any, recipe: Recipe, tab: Any) -> None:
             yield [each.status + refused, halt.shows(each), shown.tiles(each.made.tiles)]
 
     tab.select(opened, visitor, [left, right, slider], **QUICK)
-    gr.on([left.input, right.input], compared, [visitor, left, right], slider, **QUICK)
+    gr.on([left.input, right.input], picked, [visitor, left, right], slider, **QUICK)
     halt.begins(make, "grid", gridded, [visitor, axis, *recipe.inputs], [status, halt.go_on, grid], desk)
     halt.go_on.click(go_on, visitor, [status, halt.go_on, grid], **LONG)
     halt.wire(desk, visitor, status)

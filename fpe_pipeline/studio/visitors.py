@@ -87,6 +87,7 @@ class Visitor:
 
     Args:
         root: the server's output folder.
+        compared: names of the two pictures that were chosen to be compared; None: the latest are.
     """
 
     root: Path
@@ -96,6 +97,7 @@ class Visitor:
     uploads: list[Path] = field(default_factory=list)
     inverted: Inverted | None = None
     look: Look | None = None
+    compared: tuple[str, str] | None = None
     _made: int = 0
     _watched: Watched | None = None
     _what: str = ""

@@ -22,6 +22,20 @@ def test_a_result_is_chosen_by_its_number_whatever_was_made_meanwhile(desk, visi
     assert "does not remember" in chosen(visitor, values()[0], SimpleNamespace(number=4))[0]
 
 
+def test_pictures_that_are_chosen_to_be_compared_stay(desk, visitor, values):
+    from fpe_pipeline.studio.page import build
+
+    fns = {each.name: each.fn for each in build(desk).fns.values() if "_compare_tab" in each.fn.__qualname__}
+    shown = []
+    for chosen in (("1 source: a red car", "1 edited: a blue car"), ("gone", "1 edited: a blue car")):
+        last(desk.generate(visitor, True, *values(steps=1, control=False, source="a red car", targets="a blue car")))
+        shown.append([field["value"] for field in fns["opened"](visitor)[:2]])
+        fns["picked"](visitor, *chosen)
+        shown.append([field["value"] for field in fns["opened"](visitor)[:2]])
+    first, second = (["1 source: a red car", "1 edited: a blue car"], ["2 source: a red car", "2 edited: a blue car"])
+    assert shown == [first, first, first, second]  # the latest, until others are chosen, and where they are gone
+
+
 def test_a_seed_that_is_none_is_named(desk, visitor, values):
     """By the desk: the field's own checks name no field, and round."""
     import gradio as gr
