@@ -16,7 +16,7 @@ from .desk import Desk, Grid, Shown
 from .events import LONG, QUICK, Halt
 from .inside_tab import inside_tab
 from .labels import LABELS
-from .models import choices_of, vocabulary
+from .models import choices_of
 from .recipe import Recipe
 from .sweeps import AXES
 from .visitors import Inverted, Result, Visitor
@@ -45,7 +45,7 @@ def build(desk: Desk) -> gr.Blocks:
         gr.HTML(_HEAD)
         with gr.Row(elem_id="desk"):
             with gr.Column(scale=4, min_width=320, elem_id="recipe"):
-                recipe = recipes.build(desk.models.names, family, layers, vocabulary(name), desk.limits)
+                recipe = recipes.build(desk.models.names, family, layers, desk.limits)
             with gr.Column(scale=7, min_width=320), gr.Tabs(overflow_behavior="wrap"):
                 with gr.Tab("Generate", id="generate"):
                     estimated, estimate = _generate_tab(desk, visitor, recipe)
@@ -307,7 +307,7 @@ def _history_tab(desk: Desk, visitor: Any, recipe: Recipe, inversion: Any, tab: 
     status = gr.HTML(elem_id="history-status")
     gr.HTML('<p class="fpe-label">Results of this page; choose one to have its settings back</p>')
     results = gr.HTML(js_on_load=_CHOOSE, elem_id="history")
-    fields = recipe.inputs[1:]
+    fields = recipe.restored
 
     def opened(visitor: Visitor) -> Any:
         latest = reversed(visitor.results)

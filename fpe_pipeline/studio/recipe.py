@@ -15,6 +15,7 @@ from ..models.loading import Family
 from ..runs.model_defaults import served_by
 from ..runs.settings import Settings
 from .labels import LABELS
+from .models import vocabulary
 from .prompts import EXAMPLES, differences, with_word
 from .requests import FIELDS, MOST_OPTIONS, Limits, defaults, fields_of, first_fields, new_seed, options_of
 
@@ -52,12 +53,14 @@ class Recipe:
     Args:
         fields: by the names of :data:`~fpe_pipeline.studio.requests.FIELDS`.
         about: what the method does.
+        words: that the model draws, where these are known.
         options: text fields, of which a method with n options shows the first n.
     """
 
     model: Any
     fields: dict[str, Any]
     about: Any
+    words: Any
     options: list[Any]
     locked: Any
     inputs: list[Any] = field(init=False)
@@ -68,7 +71,7 @@ class Recipe:
     def updates(
         self, settings: Settings, family: Family | None = None, layers: Sequence[tuple[str, str]] = ()
     ) -> list[Any]:
-        """What puts settings into the fields; in the order of ``inputs`` without the model.
+        """What puts settings into the fields, in the order of :attr:`restored`.
 
         Args:
             family, layers: of the settings' model, where the fields offer what another one has.
@@ -77,16 +80,24 @@ class Recipe:
         choices: dict[str, Any] = {}
         if family is not None:
             choices = {"method": {"choices": _titles(family)}, "layers": {"choices": list(layers)}}
+        choices["self_replace"] = {"visible": METHODS[settings.method].window is not None}
         return [
             *(gr.update(value=fields[name], **choices.get(name, {})) for name in FIELDS),
             *_option_fields(settings.method, fields["options"]),
+            _about(settings.method),
+            gr.update(visible=bool(vocabulary(settings.model))),
         ]
+
+    @property
+    def restored(self) -> list[Any]:
+        """What :meth:`updates` fills."""
+        return [*self.inputs[1:], self.about, self.words]
 
     @property
     def of_the_model(self) -> list[Any]:
         """Fields that :func:`model_changed` fills."""
         named = ("layers", "method", "self_replace", "guidance")
-        return [*(self.fields[name] for name in named), self.about, *self.options]
+        return [self.words, *(self.fields[name] for name in named), self.about, *self.options]
 
 
 def model_changed(model: str, family: Family, layers: list[tuple[str, str]], method: str) -> list[Any]:
@@ -98,6 +109,7 @@ def model_changed(model: str, family: Family, layers: list[tuple[str, str]], met
         method = start["method"]
         kept = [_about(method), *_option_fields(method, {})]
     return [
+        gr.update(visible=bool(vocabulary(model))),
         gr.update(choices=layers, value=[]),
         gr.update(choices=_titles(family), value=method),
         gr.update(value=start["self_replace"], visible=METHODS[method].window is not None),
@@ -114,17 +126,16 @@ def build(
     models: Sequence[str],
     family: Family,
     layers: list[tuple[str, str]],
-    words: dict[str, tuple[str, ...]],
     limits: Limits,
 ) -> Recipe:
-    """The column; ``family``, ``layers`` and ``words`` are of the first model."""
+    """The column; ``family`` and ``layers`` are of the first model."""
     start = first_fields(models[0])
     fields: dict[str, Any] = {}
     model = gr.Dropdown(list(models), value=models[0], label=LABELS["model"], visible=len(models) > 1)
     fields["source"] = gr.Textbox(start["source"], label=LABELS["source"], lines=2, max_lines=6, elem_id="source")
     fields["targets"] = gr.Textbox(start["targets"], label=LABELS["targets"], lines=2, max_lines=8, elem_id="targets")
     difference = gr.HTML(shown(start["source"], start["targets"]), elem_classes="fpe-diff")
-    _vocabulary(words, fields)
+    words = _vocabulary(models, fields)
     _examples(fields)
     with gr.Accordion("Method and layers", open=False):
         fields["method"] = gr.Dropdown(_titles(family), value=start["method"], label=LABELS["method"])
@@ -145,7 +156,7 @@ def build(
         fields["size"] = gr.Textbox("", label=LABELS["size"], placeholder="the model's own", lines=1)
         fields["negative"] = gr.Textbox("", label=LABELS["negative"], lines=1)
         fields["control"] = gr.Checkbox(True, label="Also make the targets without the edit")
-    recipe = Recipe(model, fields, about, options, locked)
+    recipe = Recipe(model, fields, about, words, options, locked)
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     prompts = [fields["source"], fields["targets"]]
     gr.on([each.change for each in prompts], shown, prompts, difference, **quiet)
@@ -161,10 +172,10 @@ def shown(source: str, targets: str) -> str:
     return f"<ul aria-label='what changes'>{differences(source, lines)}</ul>" if lines else ""
 
 
-def _vocabulary(words: dict[str, tuple[str, ...]], fields: dict[str, Any]) -> None:
-    if not words:
-        return
-    with gr.Accordion("Words that this model draws", open=False):
+def _vocabulary(models: Sequence[str], fields: dict[str, Any]) -> Any:
+    """Words to choose from, which are the same of all models that have them; they show with these."""
+    words: dict[str, tuple[str, ...]] = next(filter(None, map(vocabulary, models)), {})
+    with gr.Accordion("Words that this model draws", open=False, visible=bool(vocabulary(models[0]))) as shown_words:
         for kind, each in words.items():
             gr.HTML(f'<p class="fpe-label">{kind}</p>')
             with gr.Row(elem_classes="fpe-chips"):
@@ -178,6 +189,7 @@ def _vocabulary(words: dict[str, tuple[str, ...]], fields: dict[str, Any]) -> No
                         show_progress="hidden",
                         api_visibility="private",
                     )
+    return shown_words
 
 
 def _word_changer(word: str, words: dict[str, tuple[str, ...]]) -> Any:

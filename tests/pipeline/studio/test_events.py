@@ -22,6 +22,31 @@ def test_a_result_is_chosen_by_its_number_whatever_was_made_meanwhile(desk, visi
     assert "does not remember" in chosen(visitor, values()[0], SimpleNamespace(number=4))[0]
 
 
+def test_a_result_that_is_chosen_shows_what_its_method_has(desk, visitor, values):
+    """Not the window, and what is said of it, of the method that stood in the fields."""
+    from fpe_pipeline.studio.page import build
+
+    (chosen,) = [each.fn for each in build(desk).fns.values() if each.name == "chosen"]
+    for method in ("fpe", "masactrl"):
+        last(desk.generate(visitor, True, *values(steps=1, control=False, targets="a blue car", method=method)))
+    for number, has_window, about in ((1, True, "in the window"), (2, False, "from step 4 on")):
+        *fields, said, words = chosen(visitor, values()[0], SimpleNamespace(number=number))[3:]
+        assert fields[FIELDS.index("self_replace")]["visible"] == has_window and about in said
+        assert words["visible"] is False  # a model of no words of its own
+
+
+def test_words_to_choose_from_are_those_of_the_model(desk, values):
+    import gradio as gr
+
+    from fpe_pipeline.studio.page import build
+
+    page = build(desk)
+    (words,) = [each for each in page.blocks.values() if isinstance(each, gr.Accordion) and "Words" in each.label]
+    (another,) = [each for each in page.fns.values() if each.name == "another"]
+    shown = [another.fn(model, "fpe")[another.outputs.index(words)]["visible"] for model in desk.models.names]
+    assert words.visible is False and shown == [False, True], "the second is the embedded model"
+
+
 def test_pictures_that_are_chosen_to_be_compared_stay(desk, visitor, values):
     from fpe_pipeline.studio.page import build
 
