@@ -12,6 +12,7 @@ from ..runs.model_defaults import inversions_of
 from ..runs.settings import Settings
 from . import recipe as recipes
 from . import shown
+from .choices import AnyOf
 from .desk import Desk, Grid, Shown
 from .events import LONG, QUICK, Halt
 from .inside_tab import inside_tab
@@ -183,7 +184,7 @@ def _photo_tab(desk: Desk, visitor: Any, recipe: Recipe, family: Family) -> Any:
     with gr.Row():
         photo = gr.Image(label="Photo", interactive=False, buttons=[], height=220, visible=False)
         back = gr.Image(label="As it comes back", interactive=False, buttons=[], height=220, visible=False)
-    inversion = gr.Dropdown(**_inversions(family), label=LABELS["inversion"])
+    inversion = AnyOf(**_inversions(family), label=LABELS["inversion"])
     with gr.Row():
         invert = gr.Button("Invert", variant="primary", elem_id="invert")
         edit = gr.Button("Edit", variant="primary", elem_id="edit")

@@ -14,6 +14,7 @@ from ..edits.registry import METHODS, methods_of
 from ..models.loading import Family
 from ..runs.model_defaults import served_by
 from ..runs.settings import Settings
+from .choices import AnyOf, ManyOf
 from .labels import LABELS
 from .models import vocabulary
 from .prompts import EXAMPLES, differences, with_word
@@ -138,12 +139,12 @@ def build(
     words = _vocabulary(models, fields)
     _examples(fields)
     with gr.Accordion("Method and layers", open=False):
-        fields["method"] = gr.Dropdown(_titles(family), value=start["method"], label=LABELS["method"])
+        fields["method"] = AnyOf(_titles(family), value=start["method"], label=LABELS["method"])
         about = gr.HTML(_about(start["method"]))
         fields["self_replace"] = gr.HTML(
             value=start["self_replace"], html_template=_WINDOW, js_on_load=_WINDOW_JS, elem_id="window"
         )
-        fields["layers"] = gr.CheckboxGroup(layers, value=[], label=LABELS["layers"], elem_classes="fpe-layers")
+        fields["layers"] = ManyOf(layers, value=[], label=LABELS["layers"], elem_classes="fpe-layers")
         with gr.Accordion("Options of the method", open=False):
             options = [gr.Textbox(**_option_field(start["method"], n, {})) for n in range(MOST_OPTIONS)]
     with gr.Accordion("Sampling", open=False):

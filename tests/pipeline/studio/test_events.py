@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fpe_pipeline.studio.labels import LABELS
 from fpe_pipeline.studio.requests import FIELDS
 from tests.pipeline.studio.conftest import last
 
@@ -33,6 +34,21 @@ def test_a_result_that_is_chosen_shows_what_its_method_has(desk, visitor, values
         *fields, said, words = chosen(visitor, values()[0], SimpleNamespace(number=number))[3:]
         assert fields[FIELDS.index("self_replace")]["visible"] == has_window and about in said
         assert words["visible"] is False  # a model of no words of its own
+
+
+def test_what_was_a_choice_of_the_model_before_is_refused_by_the_desk(desk, visitor, values):
+    """Not in a box of Gradio's: what a page asks while another model comes may be of the one before."""
+    import gradio as gr
+
+    from fpe_pipeline.studio.page import build
+
+    blocks = build(desk).blocks.values()
+    named = {each.label: each for each in blocks if isinstance(each, gr.Dropdown | gr.CheckboxGroup)}
+    method = named[LABELS["method"]].preprocess("consistedit-of-before")
+    layers = named[LABELS["layers"]].preprocess(["transformer_blocks.0"])
+    assert named[LABELS["inversion"]].preprocess("reference") == "reference"
+    assert "the method is one of fpe, " in last(desk.generate(visitor, True, *values(method=method))).status
+    assert "transformer_blocks.0" in last(desk.generate(visitor, True, *values(layers=layers))).status
 
 
 def test_words_to_choose_from_are_those_of_the_model(desk, values):
