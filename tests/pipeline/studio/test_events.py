@@ -1,5 +1,7 @@
 """What the page's events do beyond the desk: what each is told, and in which order."""
 
+import importlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -49,6 +51,8 @@ def test_what_was_a_choice_of_the_model_before_is_refused_by_the_desk(desk, visi
     assert named[LABELS["inversion"]].preprocess("reference") == "reference"
     assert "the method is one of fpe, " in last(desk.generate(visitor, True, *values(method=method))).status
     assert "transformer_blocks.0" in last(desk.generate(visitor, True, *values(layers=layers))).status
+    folder = Path(importlib.import_module("fpe_pipeline.studio.choices").__file__).parent
+    assert not list(folder.glob("*.pyi")), "Gradio writes beside the code"
 
 
 def test_words_to_choose_from_are_those_of_the_model(desk, values):
