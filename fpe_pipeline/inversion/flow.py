@@ -85,6 +85,7 @@ def invert_flow(
     area = model.native_size[0] * model.native_size[1]
     picture = load_image(image, (width, height), multiple=model.multiple, pixels=area)
     size = picture.size[::-1]
+    model.check_size(size)
     warn_of_size(size, model.native_size)
     warn_of_unknown_words([prompt], pipe.tokenizer)
     model.set_timesteps(int(num_inference_steps), size)

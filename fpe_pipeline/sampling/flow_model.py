@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from .arguments import check_size
+
 __all__ = ["FlowModel", "Latents", "Velocity", "shift_of"]
 
 Latents = torch.Tensor
@@ -97,6 +99,20 @@ class FlowModel(ABC):
     @abstractmethod
     def multiple(self) -> int:
         """Pixels across a token."""
+
+    @property
+    def longest(self) -> int | None:
+        """Pixels of the longest side that the model has places for; None where it computes them for any."""
+        return None
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ValueError for (height, width) in pixels that the model does not make."""
+        check_size(*size, self.multiple)
+        if self.longest is not None and max(size) > self.longest:
+            raise ValueError(
+                f"height and width must be at most {self.longest} pixels, for which this model has places, got "
+                f"{size[0]} x {size[1]} (height x width): choose a smaller size, or cut the picture to another shape"
+            )
 
     @abstractmethod
     def set_timesteps(self, steps: int, size: tuple[int, int]) -> None:

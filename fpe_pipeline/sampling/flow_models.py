@@ -31,6 +31,11 @@ class _SD3(FlowModel):
     def multiple(self) -> int:
         return self.pipe.vae_scale_factor * self.pipe.transformer.config.patch_size
 
+    @property
+    def longest(self) -> int | None:
+        places = self.pipe.transformer.config.pos_embed_max_size
+        return None if places is None else places * self.multiple
+
     def set_timesteps(self, steps: int, size: tuple[int, int]) -> None:
         scheduler, options = self.pipe.scheduler, {}
         if scheduler.config.use_dynamic_shifting:

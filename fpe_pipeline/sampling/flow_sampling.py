@@ -22,7 +22,7 @@ from ..models.precision import check_precision
 from ..session.finite_watch import FiniteSteps
 from ..session.session import EditingSession
 from ..session.shared_noise import shared_latents
-from .arguments import check_size, image_size, negative_list
+from .arguments import image_size, negative_list
 from .flow_models import FlowModel, flow_model
 from .served_models import check_image_prompts, check_skipped_layers
 from .step_end import Call, StepEnd, Task
@@ -168,7 +168,7 @@ def flow_start(
     if packed and (height is None or width is None):
         raise ValueError("latents that are packed into tokens do not say their image's size: pass height and width")
     size = image_size(model.native_size, factor, height, width, None if packed else latents)
-    check_size(*size, model.multiple)
+    model.check_size(size)
     start: dict[str, Any] = {"height": size[0], "width": size[1]}
     tokens = (size[0] // model.multiple) * (size[1] // model.multiple) if packed else None
     channels = model.pipe.transformer.config.in_channels

@@ -270,6 +270,17 @@ class TestRefusals:
             pipes[family](SOURCE, TARGET, **options, **FAST, **SIZE)
 
 
+@pytest.mark.usefixtures("transformer_must_not_run")
+def test_a_side_beyond_the_places_that_a_model_has(pipes):
+    """Stable Diffusion 3 has a table of them; diffusers counts tokens in its refusal."""
+    said = r"at most 192 pixels, for which this model has places, got {} \(height x width\): choose a smaller size"
+    with pytest.raises(ValueError, match=said.format("64 x 208")):
+        pipes["sd3"](SOURCE, TARGET, height=64, width=208, **FAST)
+    with pytest.raises(ValueError, match=said.format("32 x 320")):
+        pipes["sd3"].invert(torch.zeros(3, 32, 320), SOURCE, height=32, width=320)
+    assert pipes["flux"].flow().longest is None, "FLUX.1 computes them"
+
+
 def test_leaves_no_trace(pipes):
     for family, run in (("sd3", draw), ("flux", draw_flux)):
         tiny = solving(pipes[family], "euler")
