@@ -26,6 +26,8 @@ __all__ = ["OF_THE_EDIT", "Group", "Unit", "groups_of", "model_stamp"]
 
 #: Settings that decide an edit and not its source.
 OF_THE_EDIT = ("targets", "method", "self_replace", "levels", "max_tokens", "layers", "options", "control")
+#: Settings that decide neither: by the number of threads sums round, and a picture's record says it.
+_OF_NEITHER = ("image", "model", "threads")  # of image and model, the content counts
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def groups_of(jobs: Iterable[Job], at_once: int, stamp: str) -> tuple[list[Group
         except InputError as error:
             unreadable[job.name] = str(error)
             continue
-        of_source = settings.model_dump(exclude={*OF_THE_EDIT, "image", "model"})
+        of_source = settings.model_dump(exclude={*OF_THE_EDIT, *_OF_NEITHER})
         by_source.setdefault(_digest([of_source, picture, stamp]), []).append(job)
     groups = []
     for digest, members in by_source.items():

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fpe_pipeline.app import cli
 from fpe_pipeline.atomic_folder import replaced
+from fpe_pipeline.batches import batch as batches
 from fpe_pipeline.batches import making, results
 from fpe_pipeline.batches.batch import plan
 from fpe_pipeline.batches.request import BatchRequest
@@ -171,9 +172,19 @@ def test_a_row_that_changed_is_made_again_with_its_unit(made, tmp_path):
 
 def test_other_settings_are_other_pictures(made):
     everything = {*COLOURS, "late", "senseless", "masked", "torn", "unmasked", "wordless"}
-    for change in ({"steps": 3}, {"guidance": 3.0}, {"threads": 3}):
+    for change in ({"steps": 3}, {"guidance": 3.0}):
         request = BatchRequest(jobs=made["jobs"], output=made["out"], defaults=made["defaults"] | change)
         assert {name for task in plan(request).tasks for name in task.wanted} == everything
+
+
+def test_pictures_of_another_number_of_threads_are_kept(made, monkeypatch):
+    """Or of workers, among whom the threads are divided; each picture's record says how many made it."""
+    monkeypatch.setattr(batches, "check_ray", lambda: None)
+    kept = {*COLOURS, "late", "masked"}
+    for change in ({"defaults": made["defaults"] | {"threads": 3}}, {"workers": 2, "defaults": made["defaults"]}):
+        planned = plan(BatchRequest(jobs=made["jobs"], output=made["out"], **change))
+        assert not kept & {name for task in planned.tasks for name in task.wanted}
+        assert {entry["job"] for entry in planned.results.entries.values() if "job" in entry} == kept
 
 
 @pytest.mark.slow
