@@ -24,7 +24,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..runs.option_files import OPTION_FILES
-from ..runs.settings import Settings
+from ..runs.settings import DEFAULTS, Settings
 from ..texts import did_you_mean
 from .jobs import BadRow, Job
 
@@ -199,8 +199,8 @@ def _jobs(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any], folder
     if "editing_prompt" in row:
         source, targets = _unmarked(source), [_unmarked(target) for target in targets]
     own = {setting: _plain(setting, row[setting]) for setting in OF_A_ROW if row.get(setting) is not None}
-    if isinstance(own.get("options"), dict):
-        own["options"] = _placed(folder, own["options"])
+    if isinstance(own.get("options", {}), dict):
+        own["options"] = _joined(defaults, own.get("method"), _placed(folder, own.get("options", {})))
     image = None if "image" not in said else str(_picture(folder, str(said["image"])))
     mask = said.get("mask")
     if mask is not None:
@@ -265,6 +265,12 @@ def _placed(folder: Path, options: dict[Any, Any]) -> dict[Any, Any]:
     """A row's options, whose files lie where its picture and its mask do."""
     files = {name: str(_picture(folder, options[name])) for name in OPTION_FILES if isinstance(options.get(name), str)}
     return {**options, **files}
+
+
+def _joined(defaults: Mapping[str, Any], method: str | None, options: dict[Any, Any]) -> dict[Any, Any]:
+    """A row's options beside those of all rows, which are the batch's method's and no other one's."""
+    same = method in (None, defaults.get("method", DEFAULTS.method))
+    return {**(defaults.get("options", {}) if same else {}), **options}
 
 
 def _unmarked(prompt: Any) -> Any:

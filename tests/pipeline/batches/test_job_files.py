@@ -47,6 +47,17 @@ class TestOurs:
         assert jobs[0].settings.options == {"mask": jobs[0].mask, "alpha": 1}
         assert jobs[0].mask == str(tmp_path / "m.png") and jobs[1].settings.options == {"mask": [1]}
 
+    def test_options_of_a_row_join_those_of_all_rows(self, tmp_path):
+        """Of the same method: what another one has, nobody said."""
+        row = {"source": SOURCE, "target": TARGET}
+        own = {"options": {"start_layer": 4}}
+        rows = [row, {**row, **own}, {**row, "options": {"start_step": 1}}, {**row, "method": "masactrl", **own}]
+        jobs = read(
+            tmp_path, "jobs.json", [*rows, {**row, "method": "pnp"}], method="masactrl", options={"start_step": 3}
+        )
+        joined = {"start_step": 3, "start_layer": 4}
+        assert [job.settings.options for job in jobs] == [{"start_step": 3}, joined, {"start_step": 1}, joined, {}]
+
     @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
     def test_a_line_ends_where_json_lines_do(self, tmp_path, mark):
         """Other programs write such characters of a prompt as they are."""
