@@ -13,16 +13,15 @@ one spelling, and are read as they are:
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
-from io import StringIO
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..lists import OTHER_FIELDS, csv_rows, named_once, read_list
 from ..runs.option_files import OPTION_FILES
 from ..runs.settings import DEFAULTS, Settings
 from ..texts import did_you_mean
@@ -94,16 +93,14 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Each row with its name, where it has one; a line of JSON lines that is none becomes a row that says so."""
     suffix = path.suffix.lower()
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_list(path)
         if suffix == ".jsonl":
             # Not splitlines: a prompt may hold characters that end a line of Unicode's and none of JSON's.
             given: Any = [_line(line) for line in text.split("\n") if line.strip()]
         elif suffix == ".csv":
-            rows = csv.DictReader(StringIO(text))
-            _named_once((name, None) for name in rows.fieldnames or () if name)
-            given = [_uncsv(row) for row in rows]
+            given = [{_NOT_A_ROW: OTHER_FIELDS} if row is None else _uncsv(row) for row in csv_rows(text)]
         elif suffix == ".json":
-            given = json.loads(text, object_pairs_hook=_named_once)
+            given = json.loads(text, object_pairs_hook=named_once)
         elif suffix in (".yaml", ".yml"):
             given = _of_yaml(text)
         else:
@@ -133,23 +130,13 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield name or own, row
 
 
-def _named_once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    """Names with values; ValueError for a name that stands there twice, of which readers keep the last alone."""
-    named: dict[Any, Any] = {}
-    for name, value in pairs:
-        if name in named:
-            raise ValueError(f"{name!r} is named twice; several targets of one source are a list, by 'targets'")
-        named[name] = value
-    return named
-
-
 def _of_yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc] # which has no types
         def compose_mapping_node(self, anchor: Any) -> Any:
             node = super().compose_mapping_node(anchor)
-            _named_once((key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            named_once((key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
             return node
 
     return yaml.load(text, Loader)
@@ -161,20 +148,18 @@ _NOT_A_ROW = "not a row"
 
 def _line(line: str) -> Any:
     try:
-        return json.loads(line, object_pairs_hook=_named_once)
+        return json.loads(line, object_pairs_hook=named_once)
     except ValueError as error:
         return {_NOT_A_ROW: f"no JSON: {error}"}
 
 
-def _uncsv(row: Mapping[Any, Any]) -> dict[str, Any]:
+def _uncsv(row: Mapping[str, str]) -> dict[str, Any]:
     """A CSV's row without what is empty; settings that are not text are written as JSON."""
-    if None in row or None in row.values():
-        return {_NOT_A_ROW: "another number of fields than the heading has"}
     read: dict[str, Any] = {}
     for name, value in row.items():
-        if not value.strip():
+        if not value:
             continue
-        read[name] = value.strip()
+        read[name] = value
         if (name in OF_A_ROW and name not in ("negative", "method", "inversion")) or name == "targets":
             try:
                 read[name] = json.loads(value)

@@ -28,6 +28,7 @@ SHARED = {
     "fpe_pipeline.errors": "ground",
     "fpe_pipeline.shadows": "ground",
     "fpe_pipeline.text_parts": "ground",
+    "fpe_pipeline.lists": "ground",
     "fpe_pipeline.texts": "ground",
     "fpe_pipeline.extras": "ground",
     "fpe_pipeline.atomic_folder": "ground",

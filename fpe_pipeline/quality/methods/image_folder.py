@@ -21,7 +21,6 @@ import csv
 import hashlib
 import json
 from collections.abc import Mapping
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from PIL import Image
 from ...embedded.scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS
 from ...errors import InputError
 from ...images.load import load_image, upright_size
+from ...lists import OTHER_FIELDS, csv_rows, named_once, read_list
 from ...texts import check_text
 from .subjects import Subject
 from .tally import ALL
@@ -91,10 +91,13 @@ def _prompts_file(folder: Path) -> Path:
 
 def _entries(path: Path) -> list[dict[str, str]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        given: Any = json.loads(text) if path.suffix == ".json" else list(csv.DictReader(StringIO(text)))
+        text = read_list(path)
+        is_json = path.suffix == ".json"
+        given: Any = json.loads(text, object_pairs_hook=named_once) if is_json else csv_rows(text)
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"cannot read '{path}': {error}") from error
+    if not is_json and (bad := [str(number) for number, entry in enumerate(given, start=1) if entry is None]):
+        raise InputError(f"'{path}' cannot be evaluated: edit {', '.join(bad)}: {OTHER_FIELDS}")
     if not isinstance(given, list) or not all(isinstance(entry, dict) for entry in given) or not given:
         raise InputError(f"expected '{path}' to list at least one edit, with {', '.join(_NEEDED)} for each")
     return [_known(entry) for entry in given]

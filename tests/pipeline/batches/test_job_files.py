@@ -138,6 +138,21 @@ class TestOurs:
         good, bad = read(tmp_path, "jobs.csv", "source,target\na,b\na,b,c\n")
         assert isinstance(good, Job) and "number of fields" in bad.reason
 
+    @pytest.mark.parametrize("separator", [",", ";", "\t"])
+    def test_a_csv_of_a_spreadsheet(self, tmp_path, separator):
+        """Its separator is that of the country, blanks stand around names, and below its rows are blank ones."""
+        lines = ["source , target,seed", " a red car,a blue car ,3", ",,", '"a car, parked","a\nboat",', ",,"]
+        text = "\r\n".join(lines).replace(",", separator).replace(f"car{separator} parked", "car, parked")
+        jobs = read(tmp_path, "jobs.csv", text)
+        assert prompts(jobs) == [("0001", SOURCE, TARGET), ("0002", "a car, parked", "a\nboat")]
+        assert [job.settings.seed for job in jobs] == [3, 0]
+
+    @pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
+    def test_text_that_is_not_utf8(self, tmp_path, encoding):
+        (tmp_path / "jobs.csv").write_bytes("source,target\na café,a bar\n".encode(encoding))
+        with pytest.raises(InputError, match=r"no text in UTF-8, from byte \d+ on; save it as UTF-8"):
+            read_jobs(tmp_path / "jobs.csv", {})
+
     @pytest.mark.parametrize(
         ("name", "content", "reason"),
         [
@@ -146,7 +161,7 @@ class TestOurs:
             ("jobs.json", "3", "got int"),
             ("jobs.json", '{"a": {"source": "s", "target": "t"}, "a": {}}', "'a' is named twice"),
             ("jobs.yaml", "a: {source: s, target: t}\na: {source: s, target: u}\n", "'a' is named twice"),
-            ("jobs.csv", "source,target,target\ns,t,u\n", "'target' is named twice; several targets"),
+            ("jobs.csv", "source,target,target\ns,t,u\n", "'target' is named twice: leave one out"),
             ("jobs.txt", "x", "expected a list of edits in .jsonl, .csv, .json or .yaml"),
         ],
     )

@@ -100,6 +100,25 @@ def test_a_prompts_file_that_is_none(folder, text):
         folder_subjects(folder)
 
 
+def test_a_csv_of_a_spreadsheet(folder):
+    (folder / "prompts.csv").write_text(f"image ; source;target\r\ncar.png;{SOURCE}; {TARGET}\r\n;;\r\n")
+    (subject,) = folder_subjects(folder)
+    assert (subject.source_prompt, subject.target_prompt) == (SOURCE, TARGET)
+
+
+def test_a_prompt_with_a_comma_is_not_cut(folder):
+    (folder / "prompts.csv").write_text(f"image,source,target\ncar.png,{SOURCE}, parked,{TARGET}\n")
+    with pytest.raises(InputError, match="edit 1: another number of fields than the heading has"):
+        folder_subjects(folder)
+
+
+def test_a_prompts_file_names_a_thing_once(folder):
+    entry = json.dumps({"image": "car.png", "source": SOURCE, "target": TARGET})
+    (folder / "prompts.json").write_text(f'[{entry[:-1]}, "target": "a boat"}}]')
+    with pytest.raises(InputError, match="'target' is named twice"):
+        folder_subjects(folder)
+
+
 def test_one_prompts_file(folder):
     with pytest.raises(InputError, match="found neither"):
         folder_subjects(folder)
