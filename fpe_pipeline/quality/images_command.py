@@ -116,7 +116,7 @@ def _score_rest(
     asked: Evaluation,
     progress: Progress,
 ) -> None:
-    """Score what the store does not hold, picture by picture, so that any beginning has all methods."""
+    """Score what the store does not hold, edit by edit, so that any beginning has all methods."""
     known = {(row["subject"], row["origin"], row["method"]) for row in store.rows}
     inversions = LatestInversions()
     for number, subject in enumerate(subjects, start=1):
@@ -130,7 +130,7 @@ def _score_rest(
                 pipe, judge, subject, origin, missing, steps=steps, guidance=guidance, inversions=inversions, **texts
             ):
                 store.add(score.to_json())
-        progress.tell("pictures scored", number, len(subjects))
+        progress.tell("edits scored", number, len(subjects))
 
 
 def _load(model: EvaluatedModel, device: str) -> tuple[Any, Any]:

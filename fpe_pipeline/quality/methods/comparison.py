@@ -46,6 +46,7 @@ class MethodScore:
         autoencoder: PSNR in dB between a real image and what the autoencoder alone gives back of it, which no inversion
             can be expected to exceed.
         reason: why the method cannot make this edit; everything else is ``None`` then.
+        picture: what the edit is of; empty where no other edit is of it.
     """
 
     subject: str
@@ -60,6 +61,7 @@ class MethodScore:
     inversion_seconds: float | None = None
     autoencoder: float | None = None
     reason: str = ""
+    picture: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary with numbers for truth values and four decimals."""
@@ -95,7 +97,7 @@ def score_subject(
     drawing = _Drawing(pipe, subject, origin, steps, guidance, inversions, **options)
     scorer = _Scorer(judge, subject, drawing)
     for contender in contenders:
-        unscored = MethodScore(subject.name, subject.kind, origin, contender.name)
+        unscored = MethodScore(subject.name, subject.kind, origin, contender.name, picture=subject.picture_name)
         try:
             edit = contender.edit_for(subject, pipe.tokenizer, pipe)
         except Unfit as unfit:

@@ -149,6 +149,7 @@ def _subject(folder: Path, entry: Mapping[str, str]) -> Subject:
         region_words=None if word is None or other_word is None else (word, other_word),
         object_word=word,
         picture=picture,
+        picture_name=entry["image"],
         mask=mask,
         scene=_scene(target),
     )

@@ -30,6 +30,7 @@ class Subject:
             change nothing outside it.
         object_word: the word of the source prompt whose outline is to be kept.
         picture: the real image, a path or uint8 [h, w, 3]; ``None`` where the source is generated.
+        picture_name: what the real image is called, where several edits may be of one; empty where each has its own.
         mask: where the real image has its object, a path or uint8 [h, w] of the picture's size.
         scene: (object, colour, background) of the target, where a judge can tell whether it is shown.
         seed: of the noise that a generated source starts from.
@@ -44,6 +45,7 @@ class Subject:
     region_words: tuple[str, str] | None
     object_word: str | None
     picture: Path | np.ndarray | None = None
+    picture_name: str = ""
     mask: Path | np.ndarray | None = None
     scene: tuple[str, str, str] | None = None
     seed: int = 0

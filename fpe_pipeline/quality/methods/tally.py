@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -36,18 +37,35 @@ def compare(scores: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, 
     result: dict[str, Any] = {}
     for origin in dict.fromkeys(str(score["origin"]) for score in scores):
         mine = [score for score in scores if score["origin"] == origin]
-        # Every edit of a picture comes with its inversion, and with the same reconstruction.
-        pictures = {str(score["subject"]): score for score in mine if score["reconstruction"] is not None}
+        pictures = _of_pictures(mine)
         kinds = [ALL, *dict.fromkeys(str(score["kind"]) for score in mine)]
         result[origin] = {
-            "pictures": len({score["subject"] for score in mine}),
-            **{name: _figure(list(pictures.values()), name, seed, minimum=True) for name in _OF_PICTURES},
+            "pictures": len({_picture(score) for score in mine}),
+            **{name: _figure(pictures, name, seed, minimum=True) for name in _OF_PICTURES},
             "kinds": {kind: _methods([s for s in mine if kind in (ALL, s["kind"])], seed) for kind in kinds},
         }
         if origin == GENERATED:
             for name in _OF_PICTURES:
                 del result[origin][name]
     return result
+
+
+def _picture(score: Mapping[str, Any]) -> str:
+    """What a score is of: its picture, or its edit where no other one is of that."""
+    return str(score.get("picture") or score["subject"])
+
+
+def _of_pictures(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row of each picture: every edit of one brings the same figures of it, and those do not count again.
+
+    Inverted by several prompts, it has the mean of them.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for score in scores:
+        for name in _OF_PICTURES:
+            if score["reconstruction"] is not None and score[name] is not None:
+                found.setdefault(_picture(score), {}).setdefault(name, {})[str(score["subject"])] = score[name]
+    return [{name: fmean(of[name].values()) if name in of else None for name in _OF_PICTURES} for of in found.values()]
 
 
 def _methods(scores: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def test_csv_and_json_say_the_same(folder):
     entry = {"image": "car.png", "source": SOURCE, "target": TARGET, "mask": "mask.png", "object": "car"}
     (subject,) = folder_subjects(write(folder, entry))
     assert subject.scene == ("car", "blue", "beach") and subject.new_words == ("blue",)
-    assert subject.region_words == ("car", "car") and subject.kind == "own"
+    assert subject.region_words == ("car", "car") and subject.kind == "own" and subject.picture_name == "car.png"
     digest = folder_digest(folder)
     (folder / "prompts.json").unlink()
     (folder / "prompts.csv").write_text(f"image,source,target,mask,object\ncar.png,{SOURCE},{TARGET},mask.png,car\n")

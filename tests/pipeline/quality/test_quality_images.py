@@ -171,8 +171,11 @@ class TestScores:
             (score,) = score_subject(pipe, judge, subject, origin, chosen([NO_EDIT]), inversions=inversions)
             seconds.append(score.inversion_seconds)
         assert inverted == ["ddim", "direct", "ddim"] and seconds[2] == seconds[0]
+        assert score.picture == ""
+        (score,) = score_subject(pipe, judge, replace(first, picture_name="car.png"), "ddim", chosen([NO_EDIT]))
+        assert score.picture == "car.png"
         list(score_subject(pipe, judge, replace(elsewhere, source_prompt="x"), "ddim", chosen([NO_EDIT])))
-        assert len(inverted) == 4
+        assert len(inverted) == 5
 
     def test_the_autoencoder_alone_stands_beside_the_reconstruction(self):
         (score,) = self.score(replace(self.subject, picture=np.zeros((8, 8, 3), np.uint8), mask=None))
@@ -263,6 +266,18 @@ def test_tally_and_table():
     )
     assert "| direct | 0 | not measured yet | – | – | – | – | – | – | – | – |" in inversions
     assert inversion_table(summary).splitlines()[2:] == inversions.splitlines()[2:3]
+
+
+def test_a_picture_of_several_edits_is_one_picture():
+    """Its reconstruction does not count again with each of them, nor make the interval of all pictures narrower."""
+    often, once = ({"reconstruction": level, "autoencoder": 40.0, "inversion_seconds": 1.0} for level in (20.0, 30.0))
+    shared = [("a: red", "own", "ddim", "fpe", often), ("a: blue", "own", "ddim", "fpe", often)]
+    scores = rows(*shared, ("a: green", "own", "ddim", "fpe", often), ("b: red", "own", "ddim", "fpe", once))
+    for score in scores:
+        score["picture"] = score["subject"][0]
+    whole = compare(scores)["ddim"]
+    assert whole["pictures"] == 2 and whole["reconstruction"]["mean"] == 25.0
+    assert whole["kinds"]["all"]["fpe"]["edits"] == 4
 
 
 class TestCommand:
