@@ -53,6 +53,8 @@ _PIE_FOLDER = "annotation_images"
 _NAME = re.compile(r"[\w.+-]+")
 #: Bytes of a name, to which its file adds some beside it while it is written; file systems have 255.
 _LONGEST = 200
+#: Devices of Windows, which are no files there, whatever follows their names' first dot.
+_DEVICES = ("con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in "0123456789¹²³"))
 
 
 def read_jobs(path: Path, defaults: Mapping[str, Any], images: Path | None = None) -> list[Job | BadRow]:
@@ -203,6 +205,8 @@ def _check_name(name: str) -> None:
         raise InputError(f"the name becomes a file: expected letters, digits, '.', '_', '+' and '-', got {name!r}")
     if len(name.encode()) > _LONGEST:
         raise InputError(f"the name becomes a file: expected {_LONGEST} bytes at most, got {len(name.encode())}")
+    if (device := name.partition(".")[0]).lower() in _DEVICES:
+        raise InputError(f"the name becomes a file, and {device!r} is a device on Windows, got {name!r}; give it another")
     if name.casefold() in ("source", "photo") or name.casefold().endswith(".png"):
         raise InputError(f"the name {name!r} is that of a file beside the edits; give it another, without .png")
 

@@ -126,6 +126,13 @@ class TestOurs:
         job, again = read(tmp_path, "jobs.json", [row, {**row, "name": composed}])
         assert job.name == composed and "is taken by a row before it" in again.reason
 
+    def test_devices_of_windows_are_no_names(self, tmp_path):
+        """Whatever the system: a folder of pictures goes to others."""
+        names = ["CON", "nul.old", "Com1", "LPT¹", "con-1", "aux1", "com10"]
+        entries = read(tmp_path, "jobs.json", [{"name": name, "source": SOURCE, "target": TARGET} for name in names])
+        assert [entry.name for entry in entries if isinstance(entry, Job)] == ["con-1", "aux1", "com10"]
+        assert "'nul' is a device on Windows, got 'nul.old'" in entries[1].reason
+
     def test_zero_is_a_name(self, tmp_path):
         rows = [{"id": number, "source": SOURCE, "target": TARGET} for number in (0, 1)]
         assert [job.name for job in read(tmp_path, "jobs.json", rows)] == ["0", "1"]
