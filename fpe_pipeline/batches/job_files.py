@@ -175,8 +175,12 @@ def _jobs(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any], folder
         raise InputError(str(row[_NOT_A_ROW]))
     _check_name(name)
     said = _known(row)
+    if "target" in said and "targets" in said:
+        raise InputError("the target is said twice, as one and as several: write all of them as targets")
     targets = said.get("targets", [said["target"]] if "target" in said else [])
-    if not isinstance(targets, list) or not targets:
+    if not isinstance(targets, list):
+        raise InputError(f"targets are a list of prompts, got {targets!r}; of a single one say target")
+    if not targets:
         raise InputError(f"the target is missing: expected {' or '.join(_SPELLINGS['target'])}")
     if "source" not in said and "image" not in said:
         raise InputError(f"the source is missing: expected {' or '.join(_SPELLINGS['source'])}")
@@ -206,7 +210,7 @@ def _check_name(name: str) -> None:
     if len(name.encode()) > _LONGEST:
         raise InputError(f"the name becomes a file: expected {_LONGEST} bytes at most, got {len(name.encode())}")
     if (device := name.partition(".")[0]).lower() in _DEVICES:
-        raise InputError(f"the name becomes a file, and {device!r} is a device on Windows, got {name!r}; give it another")
+        raise InputError(f"the name becomes a file: {device!r} is a device on Windows, got {name!r}; give it another")
     if name.casefold() in ("source", "photo") or name.casefold().endswith(".png"):
         raise InputError(f"the name {name!r} is that of a file beside the edits; give it another, without .png")
 

@@ -107,6 +107,13 @@ class TestOurs:
         with pytest.raises(AssertionError, match=reason):
             raise AssertionError(bad.reason)
 
+    def test_one_target_beside_several(self, tmp_path):
+        """Neither is dropped; and several that are no list are not said to be missing."""
+        rows = [{"source": SOURCE, "target": TARGET, "targets": [OTHER]}, {"source": SOURCE, "targets": TARGET}]
+        both, text = read(tmp_path, "jobs.json", rows)
+        assert "the target is said twice, as one and as several" in both.reason
+        assert f"targets are a list of prompts, got {TARGET!r}" in text.reason
+
     def test_a_line_that_names_something_twice_is_that_row_alone(self, tmp_path):
         text = '{"source": "s", "target": "t", "target": "u"}\n{"source": "s", "target": "t"}\n'
         bad, good = read(tmp_path, "jobs.jsonl", text)
