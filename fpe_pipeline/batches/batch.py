@@ -196,7 +196,9 @@ def _threads(request: BatchRequest) -> int:
     said = request.defaults.get("threads")
     if said is not None:
         return int(said)
-    device = pick_device(request.defaults.get("device", "auto"))
+    device = request.defaults.get("device", "auto")
+    if request.cluster == LOCAL or device == "auto":  # a cluster's own device need not be here
+        device = pick_device(device)
     alone = threads_for(request.defaults.get("model", EMBEDDED), device) or torch.get_num_threads()
     if "OMP_NUM_THREADS" in os.environ or request.workers == 1:
         return alone

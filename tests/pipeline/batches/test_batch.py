@@ -260,6 +260,16 @@ def test_ray_that_is_missing(made, monkeypatch):
         plan(BatchRequest(jobs=made["jobs"], output=made["out"], defaults=made["defaults"], workers=2))
 
 
+def test_a_clusters_device_need_not_be_here(made, monkeypatch):
+    monkeypatch.setattr(batches, "check_ray", lambda: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    defaults = made["defaults"] | {"device": "cuda:99"}
+    asked = {"jobs": made["jobs"], "output": made["out"], "defaults": defaults}
+    assert plan(BatchRequest(**asked, cluster="ray://head:10001")).tasks
+    with pytest.raises(InputError, match="device 'cuda:99' is not available here"):
+        plan(BatchRequest(**asked))
+
+
 def test_what_a_files_new_content_decides_is_made_again(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
