@@ -72,10 +72,14 @@ def plain(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
+#: How files of weights end that a pipeline is loaded from.
+_WEIGHTS = (".safetensors", ".bin")
+
+
 def fingerprint(folder: Path) -> str:
     """Of the weights in a model folder."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in _WEIGHTS):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -24,7 +24,7 @@ from fpe_pipeline.quality import (
     sweep_conditions,
 )
 from fpe_pipeline.quality import command as command_module
-from fpe_pipeline.quality.store import dump, packed, unpacked
+from fpe_pipeline.quality.store import dump, fingerprint, packed, unpacked
 from fpe_pipeline.quality.study.report import plot, table
 from fpe_pipeline.quality.study.scores import Score
 from tests.support.tiny_cli import evaluation
@@ -159,3 +159,15 @@ def test_a_kind_may_have_any_name():
 
 def _row(pair: int, condition: str, iou: float) -> dict:
     return Score(pair, "colour", condition, *6 * [True], float(iou), 30.0).to_json()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_other_weights_are_another_model(tmp_path, suffix):
+    """However they are written: scores of one model are not continued by another."""
+    path = tmp_path / "unet" / f"diffusion_pytorch_model.{suffix}"
+    path.parent.mkdir()
+    seen = set()
+    for content in (b"one", b"other"):
+        path.write_bytes(content)
+        seen.add(fingerprint(tmp_path))
+    assert len(seen) == 2
