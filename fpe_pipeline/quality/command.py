@@ -8,7 +8,7 @@ from typing import Any
 
 from ..atomic_folder import check_writable, staged
 from ..errors import InputError
-from ..models.loading import pick_device
+from ..models.loading import pick_device, pick_dtype
 from ..runs.progress import Progress
 from ..texts import print_text
 from .evaluated import EvaluatedModel
@@ -142,4 +142,7 @@ def _settings(asked: Evaluation, conditions: list[Condition]) -> dict[str, Any]:
     }
     names = ("pairs", "kinds", "steps", "guidance", "self_replace", "seed")
     texts = {} if asked.text_tokens is None else {"text_tokens": asked.text_tokens}
-    return {**{name: getattr(asked, name) for name in names}, **texts, "conditions": edits}
+    # Devices of one precision draw the same pictures, to rounding.
+    dtype = str(pick_dtype("auto", asked.device)).removeprefix("torch.")
+    precision = {} if dtype == "float32" else {"dtype": dtype}
+    return {**{name: getattr(asked, name) for name in names}, **texts, **precision, "conditions": edits}

@@ -141,6 +141,10 @@ def test_interrupted_run_continues_and_refuses_other_settings(tmp_path, monkeypa
     with pytest.raises(InputError, match="other settings"):
         run(evaluation(*arguments, "--steps", "7"))
 
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="other settings"):
+        patch.setattr(command_module, "pick_device", lambda device: device)
+        run(evaluation(*arguments, "--device", "cuda"))  # where the model is one in half precision
+
     # Fewer pairs are a table of fewer, as its settings say; the others are kept.
     assert run(evaluation("--pairs", "1", "-o", str(tmp_path / "out"))) == 0
     fewer = json.loads((tmp_path / "out" / "evaluation.json").read_text())
