@@ -58,7 +58,7 @@ def left_as_it_was(tiny, plain):
 def test_two_that_compute_layers(tiny, first, second):
     """The later of two controllers takes the earlier one's place, and so does a tool its own; others are refused."""
     earlier = EDITING[first](tiny)
-    if first != "editing" and (first == second == "pnp-diffusers" or {first, second} <= CONTROLLERS.keys()):
+    if first != "editing" and (first == second or {first, second} <= CONTROLLERS.keys()):
         later = EDITING[second](tiny)
         leave(later)
     else:
