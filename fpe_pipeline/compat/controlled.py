@@ -72,7 +72,7 @@ class LayerCall:
         batch = self.query.shape[0]
         half = batch // 2 if self.guided else 0
         view = LazyMap(self.attention, halves=(half, batch - half))
-        view.guided, view.heads = self.guided, self.query.shape[1]
+        view.guided, view.heads, view.layer_grid = self.guided, self.query.shape[1], self.site.grid
         return view
 
 

@@ -62,6 +62,8 @@ class LazyMap(Indexing, Shapes):
     guided: bool = True
     #: Heads of the layer, where the rows are a layer's own.
     heads: int = 0
+    #: (height, width) of its query tokens, where the rows are a layer's own.
+    layer_grid: tuple[int, int] | None = None
 
     def __init__(self, attention: LinearMap | Storage, *args: Any, halves: Sequence[int] = (), **kwargs: Any) -> None:
         if isinstance(attention, Storage):

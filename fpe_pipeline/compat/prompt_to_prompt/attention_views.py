@@ -40,13 +40,20 @@ def aggregate_attention(
     Raises:
         ValueError: no layer of that resolution is kept there, or no such prompt.
     """
-    size = (res, res) if isinstance(res, int) else tuple(res)
+    size = tuple(res) if isinstance(res, Sequence) else (int(res), int(res))
     kind = "cross" if is_cross else "self"
     averages = attention_store.get_average_attention()
     count = attention_store.rows if prompts is None else len(prompts)
     if not 0 <= select < count:
         raise ValueError(f"select={select} names one of {count} prompts")
     kept = [attn for place in from_where for attn in averages[f"{place}_{kind}"]]
+    grid = attention_store.grids.get(size[0] * size[1], size)
+    if grid != size:
+        raise ValueError(
+            f"no layer of {size[0]} × {size[1]} query tokens was seen, and "
+            f"those of as many tokens are {grid[0]} × {grid[1]}: "
+            f"pass res={grid}"
+        )
     maps = [
         attn.reshape(count, -1, *size, attn.shape[-1])[select] for attn in kept if attn.shape[1] == size[0] * size[1]
     ]

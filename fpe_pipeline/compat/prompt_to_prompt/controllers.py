@@ -48,6 +48,7 @@ class AttentionControl(abc.ABC):
         self.num_att_layers = -1
         self.cur_att_layer = 0
         self.rows = 0  # of the conditional half
+        self.grids: dict[int, tuple[int, int]] = {}  # (height, width) of layers, by their number of query tokens
         self.tokenizer: Any = None
 
     #: Layers of the unconditional half that come in a call of their own: there the layers are not controlled at all.
@@ -71,7 +72,9 @@ class AttentionControl(abc.ABC):
     def __call__(self, attn: Any, is_cross: bool, place_in_unet: str) -> Any:
         """The map [rows · heads, N, M] as it is to be."""
         first = attn.shape[0] // 2 if getattr(attn, "guided", True) else 0
-        heads = getattr(attn, "heads", 0)
+        heads, grid = getattr(attn, "heads", 0), getattr(attn, "layer_grid", None)
+        if grid is not None:
+            self.grids[attn.shape[1]] = grid
         self.rows = (attn.shape[0] - first) // heads if heads else 0
         edited = self.forward(attn[first:], is_cross, place_in_unet)
         if edited is None:

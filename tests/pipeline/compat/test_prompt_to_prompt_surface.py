@@ -175,6 +175,15 @@ def test_looks_at_maps(pipe):
         aggregate_attention(store, (4, 6), ("up",), True, 2)
 
 
+def test_layers_of_as_many_tokens_and_another_shape_are_told_apart(pipe):
+    """At 4:1, 64 tokens are 4 × 16; laid out as 8 × 8 the original shows them without a word."""
+    store = AttentionStore()
+    run(pipe, store, latent=noise(4, 16))
+    with pytest.raises(ValueError, match=r"those of as many tokens are 4 × 16: pass res=\(4, 16\)"):
+        aggregate_attention(store, np.int64(8), ("up",), True, 0)
+    assert aggregate_attention(store, (4, 16), ("up",), True, 0).shape == (4, 16, 77)
+
+
 def test_maps_asked_for_before_or_after_their_steps(pipe):
     store = AttentionStore()
     with pytest.raises(RuntimeError, match="no step has ended"):
