@@ -23,6 +23,7 @@ from .controlled import Compat, ControlledLayers, LayerCall, controlled_layers, 
 from .names import unknown_name
 from .prompt_to_prompt.controllers import AttentionControl, AttentionStore, EmptyControl
 from .prompt_to_prompt.ptp_utils import latent2image, register_attention_control
+from .prompt_to_prompt.word_tokens import listed
 from .switch import chosen_compat
 
 __all__ = [
@@ -54,7 +55,8 @@ class SelfAttentionControlEdit(AttentionControl):
             res, self_replace_steps = None, res
         if self_replace_steps is None:
             raise TypeError("self_replace_steps is missing: the share of the steps in which maps are replaced")
-        self.prompts, self.batch_size = list(prompts), len(prompts)
+        self.prompts = listed(prompts)
+        self.batch_size = len(self.prompts)
         self.max_tokens = (32 if res is None else int(res)) ** 2
         window = self_replace_steps if isinstance(self_replace_steps, Sequence) else (0, self_replace_steps)
         self.num_self_replace = int(num_steps * window[0]), int(num_steps * window[1])

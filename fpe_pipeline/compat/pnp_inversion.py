@@ -19,6 +19,7 @@ from .names import unknown_name
 from .prompt_to_prompt import edits
 from .prompt_to_prompt.edits import AttentionControlEdit
 from .prompt_to_prompt.ptp_utils import diffusion_step, init_latent, latent2image, register_attention_control
+from .prompt_to_prompt.word_tokens import listed
 from .switch import chosen_compat
 
 __all__ = [
@@ -213,7 +214,8 @@ def direct_inversion_p2p_guidance_forward(
             f"offsets were asked for {num_inference_steps} steps, and noise_loss_list has {count}: pass what "
             "DirectInversion(model, num_inference_steps).invert gave, or add_offset=False"
         )
-    towards, away = model.encode_prompt(list(prompt), model._execution_device, 1, True)
+    prompt = listed(prompt)
+    towards, away = model.encode_prompt(prompt, model._execution_device, 1, True)
     context = torch.cat([away, towards])
     latent, latents = init_latent(latent, model, None, None, generator, len(prompt))
     model.scheduler.set_timesteps(num_inference_steps)

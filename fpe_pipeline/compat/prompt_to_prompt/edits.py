@@ -20,6 +20,7 @@ from .word_tokens import (
     WordFactors,
     get_equalizer,
     get_time_words_attention_alpha,
+    listed,
     required,
     tokens_of_words,
 )
@@ -68,7 +69,8 @@ class AttentionControlEdit(AttentionStore, abc.ABC):
     ) -> None:
         is_ours = type(self).__module__ == __name__ and chosen_compat(compat) is None
         super().__init__(keeps=keeps if keeps is not None else ("cross",) if is_ours else KINDS)
-        self.prompts, self.batch_size, self.num_steps = list(prompts), len(prompts), num_steps
+        self.prompts, self.num_steps = listed(prompts), num_steps
+        self.batch_size = len(self.prompts)
         if self.batch_size < 2:
             raise ValueError(f"expected the source prompt and at least one target, got {self.batch_size} prompt(s)")
         self.cross_replace_steps, self.local_blend = cross_replace_steps, local_blend

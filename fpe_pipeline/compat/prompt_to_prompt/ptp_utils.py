@@ -14,7 +14,7 @@ from ..controlled import Compat, ControlledLayers, controlled_layers, register_c
 from ..names import unknown_name
 from ..switch import chosen_compat
 from .seq_aligner import get_word_inds
-from .word_tokens import get_time_words_attention_alpha, update_alpha_time_word
+from .word_tokens import get_time_words_attention_alpha, listed, update_alpha_time_word
 
 __all__ = [
     "diffusion_step",
@@ -103,7 +103,7 @@ def diffusion_step(
 @torch.no_grad()
 def text2image_ldm_stable(
     model: Any,
-    prompt: Sequence[str],
+    prompt: str | Sequence[str],
     controller: Any,
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
@@ -120,7 +120,7 @@ def text2image_ldm_stable(
 
     Args:
         model: a Stable Diffusion pipeline.
-        prompt: the source prompt and its targets.
+        prompt: the source prompt and its targets; or one alone.
         controller: registered for the run; None for none.
         num_inference_steps, guidance_scale: of the run.
         generator: of the noise, where no latent is passed.
@@ -140,14 +140,15 @@ def text2image_ldm_stable(
             f"{type(model).__name__} is not conditioned on one text encoder's embeddings alone: register the "
             "controller with register_attention_control(model, controller) and call the pipeline itself"
         )
-    towards, away = model.encode_prompt(list(prompt), model._execution_device, 1, True)
+    prompt = listed(prompt)
+    towards, away = model.encode_prompt(prompt, model._execution_device, 1, True)
     latent, latents = init_latent(latent, model, None, None, generator, len(prompt))
     model.scheduler.set_timesteps(num_inference_steps)
     registered = register_attention_control(model, controller, compat)
     if compat is None and hasattr(controller, "reset"):
         controller.reset()
     if controller is not None and not hasattr(controller, "prompts"):
-        controller.prompts = list(prompt)
+        controller.prompts = prompt
     try:
         first = 0 if start_time is None else num_inference_steps - start_time
         for index, t in enumerate(model.scheduler.timesteps[first:]):

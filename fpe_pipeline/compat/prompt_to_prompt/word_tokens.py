@@ -18,6 +18,11 @@ __all__ = ["Compat", "WordFactors", "get_equalizer", "get_time_words_attention_a
 Compat = Literal["original"] | None
 
 
+def listed(prompts: str | Sequence[str]) -> list[str]:
+    """Prompts as a list; a text is one of them, not as many as it has letters."""
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
+
 def required(tokenizer: Any) -> Any:
     """The tokenizer; RuntimeError where there is none yet."""
     if tokenizer is None:

@@ -10,7 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from fpe_kernels import AttentionMap
+from fpe_pipeline.compat.free_prompt_editing import SelfAttentionControlEdit
 from fpe_pipeline.compat.lazy import LazyMap
+from fpe_pipeline.compat.pnp_inversion import direct_inversion_p2p_guidance_forward
 from fpe_pipeline.compat.prompt_to_prompt import (
     AttentionReplace,
     AttentionReweight,
@@ -182,6 +184,16 @@ def test_layers_of_as_many_tokens_and_another_shape_are_told_apart(pipe):
     with pytest.raises(ValueError, match=r"those of as many tokens are 4 × 16: pass res=\(4, 16\)"):
         aggregate_attention(store, np.int64(8), ("up",), True, 0)
     assert aggregate_attention(store, (4, 16), ("up",), True, 0).shape == (4, 16, 77)
+
+
+def test_a_text_is_one_prompt(pipe):
+    """It was as many as it has letters."""
+    assert run(pipe, None, "a cat").shape[0] == 1
+    with pytest.raises(ValueError, match=r"at least one target, got 1 prompt"):
+        AttentionReplace("a cat", 2, 0.8, 0.4)
+    assert SelfAttentionControlEdit("a cat", 2, 0.8).batch_size == 1
+    latents, _ = direct_inversion_p2p_guidance_forward(pipe, "a cat", None, noise(4, 4), 1, add_offset=False)
+    assert latents.shape[0] == 1
 
 
 def test_maps_asked_for_before_or_after_their_steps(pipe):
