@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,21 @@ from ...edits.watchers import Watcher
 from ...models.roles import BatchRoles
 from ...models.sites import Site
 from ...models.steps import Step
+from ...prompts.encoding import Encoding, encoding_tokenizer
 from ..lazy import LazyMap
 from ..lazy.storage import Storage
 
 __all__ = ["Maps", "TextMaps"]
 
-#: By timestep and layer path, maps [rows, heads, h, w, tokens].
-Maps = MutableMapping[int | float, dict[str, LazyMap]]
+
+class Maps(dict[int | float, dict[str, LazyMap]]):
+    """By timestep and layer path, maps [rows, heads, h, w, tokens].
+
+    Attributes:
+        tokenizer: whose tokens the first columns are; None where that is not said.
+    """
+
+    tokenizer: Any = None
 
 
 class TextMaps(Watcher):
@@ -38,6 +46,11 @@ class TextMaps(Watcher):
     def begin(self) -> None:
         if self._clears:
             self._maps.clear()
+
+    def encoded(self, encoding: Encoding) -> None:
+        # The original labels columns by the tokenizer that it is given, of FLUX.1 too, whose text is T5's.
+        first = encoding.texts[0].tokenizer if encoding.texts else encoding_tokenizer(self._pipe)
+        self._maps.tokenizer = first if self._clears else None
 
     def select(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         return tuple(site for site in sites if site.kind == "cross" or (site.kind == "joint" and site.place == "dual"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from ...errors import EditWarning
 from ..lazy import LazyMap
 
 __all__ = ["save_attention_maps"]
@@ -29,7 +31,8 @@ def save_attention_maps(
 
     Args:
         attn_maps: what `init_pipeline` keeps.
-        tokenizer: the pipeline's, whose tokens the maps' columns are.
+        tokenizer: the pipeline's, whose tokens the maps' columns are. Where they are another's, as of FLUX.1 those of
+            ``tokenizer_2``, that one is taken, with a warning.
         prompts: of the call.
         base_dir: made where it is not there.
         unconditional: whether the first half of the rows is unconditional, and left out.
@@ -40,7 +43,17 @@ def save_attention_maps(
     if not attn_maps:
         raise ValueError("there are no maps: call a pipeline after init_pipeline(pipe), then save them")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    tokens = [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(prompts)["input_ids"]]
+    keys = min(view.shape[-1] for layers in attn_maps.values() for view in layers.values())
+    own = getattr(attn_maps, "tokenizer", None)
+    if own is not None and _ids(own, prompts, keys) != _ids(tokenizer, prompts, keys):
+        warnings.warn(
+            "the columns of these maps are the tokens of another tokenizer than the one that was passed, which is "
+            "taken in its place: for FLUX.1 pass pipe.tokenizer_2",
+            EditWarning,
+            stacklevel=2,
+        )
+        tokenizer = own
+    tokens = [tokenizer.convert_ids_to_tokens(ids) for ids in _ids(tokenizer, prompts, keys)]
     totals: list[torch.Tensor] | None = None
     count = 0
     for timestep, layers in attn_maps.items():
@@ -53,6 +66,13 @@ def save_attention_maps(
             _save(Path(base_dir, str(timestep), layer), tokens, heats)
     assert totals is not None
     _save(Path(base_dir), tokens, [total / count for total in totals])
+
+
+def _ids(tokenizer: Any, prompts: Sequence[str], keys: int) -> list[list[int]]:
+    """Token numbers of prompts, without padding, as far as there are columns of them."""
+    length = min(int(tokenizer.model_max_length), keys)
+    ids: list[list[int]] = tokenizer(prompts, truncation=True, max_length=length)["input_ids"]
+    return ids
 
 
 def _heats(view: LazyMap, counts: Sequence[int], unconditional: bool) -> list[torch.Tensor]:

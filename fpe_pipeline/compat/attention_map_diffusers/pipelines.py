@@ -10,15 +10,14 @@ from weakref import WeakKeyDictionary
 from ...heatmaps.watching import watching
 from ...models.adapter import identity
 from ...models.families import adapter_of
-from ..lazy import LazyMap
 from ..switch import chosen_compat
-from .collector import TextMaps
+from .collector import Maps, TextMaps
 
 __all__ = ["attn_maps", "init_pipeline", "restore_pipeline", "watched_pipeline"]
 
 #: By timestep and then by layer path, the maps of the latest call of a pipeline that was initialised:
 #: [rows, heads, h, w, tokens], lazy (`LazyMap`), on the CPU. Rows are those of the batch, its unconditional half first.
-attn_maps: dict[int | float, dict[str, LazyMap]] = {}
+attn_maps: Maps = Maps()
 
 _WATCHED: WeakKeyDictionary[Any, AbstractContextManager[Any]] = WeakKeyDictionary()
 

@@ -15,8 +15,10 @@ from fpe_pipeline.compat.attention_map_diffusers import (
     watched_pipeline,
 )
 from fpe_pipeline.compat.attention_map_diffusers.collector import TextMaps
+from fpe_pipeline.errors import EditWarning
 from fpe_pipeline.session import joint_computing
 from tests.support.dropin import load_dropin, load_dropin_pipeline, rounded_frequencies
+from tests.support.tiny_language import gemma_tokenizer
 from tests.support.tiny_pipelines import PROMPTS, sample, tiny_pipeline, unedited
 from tests.support.written_out import written_out_maps
 
@@ -219,6 +221,31 @@ def test_transformers_are_left_as_they_were(pipes):
     assert all(pipe.transformer.attn_processors[name] is processor for name, processor in before.items())
     assert "cache_context" not in vars(pipe.transformer)
     torch.testing.assert_close(run(pipe, case), plain, rtol=0, atol=0)
+
+
+def test_pictures_are_named_by_the_tokens_of_the_columns(pipes, tmp_path):
+    """The original's example for FLUX.1 passes CLIP's tokenizer, and the columns are tokens of T5."""
+    pipe, case = pipes["attnmaps_flux"], load_dropin("attnmaps_flux")
+    with watched_pipeline(pipe):
+        run(pipe, case)
+    assert attn_maps.tokenizer is pipe.tokenizer_2
+    prompts = case.settings["prompts"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_attention_maps(attn_maps, pipe.tokenizer, prompts, tmp_path / "own", unconditional=False)
+    with pytest.warns(EditWarning, match=r"pass pipe.tokenizer_2"):
+        save_attention_maps(attn_maps, gemma_tokenizer(), prompts, tmp_path / "other", unconditional=False)
+    own, other = ({path.name for path in (tmp_path / name / "batch-0").iterdir()} for name in ("own", "other"))
+    assert own == other
+
+
+def test_words_that_were_cut_off_have_no_picture(tiny, tmp_path):
+    prompt = "a photo of " + "car " * 90
+    with watched_pipeline(tiny):
+        tiny(prompt, num_inference_steps=1, height=64, width=64, output_type="latent")
+    save_attention_maps(attn_maps, tiny.tokenizer, prompt, tmp_path)
+    names = {path.name for path in (tmp_path / "batch-0").iterdir()}
+    assert len(names) == 77 and "76-endoftext.png" in names
 
 
 def test_what_cannot_be_asked(tiny, tmp_path):
