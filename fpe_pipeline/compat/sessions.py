@@ -14,7 +14,7 @@ from ..session.session import EditingSession
 __all__ = ["HalvesSession", "RegisteredEdit", "has_targets", "leave"]
 
 
-def leave(session: EditingSession) -> None:
+def leave(session: AbstractContextManager[Any]) -> None:
     """End a session; that nothing ran in it is no reason to warn, as it was registered for calls to come."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the editing session ended without a call", RuntimeWarning)

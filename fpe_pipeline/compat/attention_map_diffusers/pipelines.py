@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from ...heatmaps.watching import watching
 from ...models.adapter import identity
 from ...models.families import adapter_of
+from ..sessions import leave
 from ..switch import chosen_compat
 from .collector import Maps, TextMaps
 
@@ -31,16 +32,15 @@ def init_pipeline(pipeline: Any, *, compat: str | None = None) -> Any:
             stay among the new ones.
 
     Returns:
-        The pipeline. `restore_pipeline` leaves it as it was found.
+        The pipeline. `restore_pipeline` leaves it as it was found. One that was initialised before begins anew.
 
     Raises:
         TypeError: a pipeline without a model that is known.
-        RuntimeError: it was initialised already.
     """
     compat = chosen_compat(compat)
     key = identity(adapter_of(pipeline).module)
     if key in _WATCHED:
-        raise RuntimeError("this pipeline was initialised already: restore_pipeline(pipe) first")
+        leave(_WATCHED.pop(key))
     watched = watching(pipeline, TextMaps(pipeline, attn_maps, clears=compat is None))
     watched.__enter__()
     _WATCHED[key] = watched

@@ -200,8 +200,7 @@ def test_edited_maps_are_shown_edited(tiny):
 def test_the_pipeline_is_left_as_it_was(tiny):
     before = dict(tiny.unet.attn_processors)
     assert init_pipeline(tiny) is tiny
-    with pytest.raises(RuntimeError, match="initialised already"):
-        init_pipeline(tiny)
+    assert init_pipeline(tiny) is tiny  # as of a notebook's cell that runs again
     restore_pipeline(tiny)
     with pytest.raises(RuntimeError, match="restored already"):
         restore_pipeline(tiny)
