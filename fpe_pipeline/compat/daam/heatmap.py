@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -71,7 +72,8 @@ class WordHeatMap:
 
         Args:
             image: a PIL image.
-            out_file: where it is saved.
+            out_file: where it is saved. Without it, and without ``ax``, the picture also is on the current figure of
+                matplotlib, for ``plt.show()``, where the caller has imported pyplot.
             color_normalize: spread the colours over the values that there are; otherwise over 0 to 1.
             ax: axes of matplotlib to show it on.
             **expand_options: of `expand_as`.
@@ -86,6 +88,10 @@ class WordHeatMap:
         drawn = overlay(share, image, 0.6 if color_normalize else 0.6 * float(share.max()))
         if out_file is not None:
             drawn.save(out_file)
+        plt = sys.modules.get("matplotlib.pyplot")
+        if ax is None and out_file is None and plt is not None:
+            plt.clf()
+            ax = plt.gca()
         if ax is not None:
             ax.imshow(drawn, extent=(0, width, height, 0))
             if self.word is not None:

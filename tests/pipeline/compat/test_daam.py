@@ -253,6 +253,21 @@ def test_a_word_is_laid_over_a_picture(tmp_path):
     assert word.compute_ioa(WordHeatMap(torch.ones(2, 3))) == pytest.approx(1.0)
 
 
+def test_a_picture_is_on_the_figure_that_pyplot_shows(tmp_path):
+    """As the tool's readme has it: plot_overlay(image), then plt.show()."""
+    from PIL import Image
+
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    word, image = WordHeatMap(torch.rand(4, 4), "cat"), Image.new("RGB", (12, 8))
+    pyplot.switch_backend("agg")
+    figure = pyplot.figure()
+    word.plot_overlay(image, tmp_path / "cat.png")
+    assert not figure.axes
+    word.plot_overlay(image)
+    assert [axes.get_title() for axes in figure.axes] == ["cat"]
+    pyplot.close(figure)
+
+
 def test_what_cannot_be_asked(tiny):
     tc = trace(tiny)
     with pytest.raises(RuntimeError, match="call the pipeline in"):
