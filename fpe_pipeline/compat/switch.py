@@ -30,11 +30,18 @@ class set_compat(AbstractContextManager["set_compat"]):
     def __init__(self, compat: Literal["original"] | None) -> None:
         global _chosen
         check_compat(compat)
+        self._compat, self._is_over = compat, False
         self._before, _chosen = _chosen, compat
+
+    def __enter__(self) -> set_compat:
+        global _chosen
+        if self._is_over:  # one that is kept, for a second block
+            self._before, _chosen, self._is_over = _chosen, self._compat, False
+        return self
 
     def __exit__(self, *error: Any) -> None:
         global _chosen
-        _chosen = self._before
+        _chosen, self._is_over = self._before, True
 
 
 def chosen_compat(compat: Any = None) -> Literal["original"] | None:

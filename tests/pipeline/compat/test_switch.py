@@ -37,6 +37,14 @@ def test_from_here_on_and_after_an_error():
     assert chosen_compat() is None
 
 
+def test_one_that_is_kept_serves_several_blocks():
+    switch = set_compat("original")
+    for _ in range(2):
+        with switch:
+            assert chosen_compat() == "original"
+        assert chosen_compat() is None
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="None or \"original\", got 'old'"):
         set_compat("old")
