@@ -1,6 +1,6 @@
 """An ordinary diffusers pipeline that has been loaded already, edited inside a `with` block and restored after it."""
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -9,7 +9,11 @@ from diffusers import StableDiffusionPipeline
 from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, editing
 from fpe_pipeline.embedded import embedded_path
 
-folder, steps = Path(*sys.argv[1:2] or ["out/examples"]) / "any_pipeline", int(*sys.argv[2:3] or [10])
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("folder", nargs="?", type=Path, default=Path("out/examples"), help="where pictures are written")
+parser.add_argument("steps", nargs="?", type=int, default=10, help="denoising steps (default 10)")
+given = parser.parse_args()
+folder, steps = given.folder / "any_pipeline", given.steps
 folder.mkdir(parents=True, exist_ok=True)
 
 pipe = StableDiffusionPipeline.from_pretrained(embedded_path())

@@ -1,6 +1,6 @@
 """A picture from a file, inverted and edited. Without one of yours, a scene is drawn that the embedded model knows."""
 
-import sys
+import argparse
 from pathlib import Path
 
 from PIL import Image
@@ -8,7 +8,11 @@ from PIL import Image
 from fpe_pipeline import FreePromptPipeline, Inversion, ddim_scheduler
 from fpe_pipeline.embedded.scenes.scenes import Scene, render
 
-folder, steps = Path(*sys.argv[1:2] or ["out/examples"]) / "edit_a_photo", int(*sys.argv[2:3] or [10])
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("folder", nargs="?", type=Path, default=Path("out/examples"), help="where pictures are written")
+parser.add_argument("steps", nargs="?", type=int, default=10, help="denoising steps (default 10)")
+given = parser.parse_args()
+folder, steps = given.folder / "edit_a_photo", given.steps
 folder.mkdir(parents=True, exist_ok=True)
 
 pipe = FreePromptPipeline.from_pretrained("embedded")

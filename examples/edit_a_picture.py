@@ -1,13 +1,17 @@
 """A source picture and two edits of it by Free-Prompt-Editing: the targets take the source's self-attention maps."""
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
 
 from fpe_pipeline import FreePromptPipeline
 
-folder, steps = Path(*sys.argv[1:2] or ["out/examples"]), int(*sys.argv[2:3] or [10])
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("folder", nargs="?", type=Path, default=Path("out/examples"), help="where pictures are written")
+parser.add_argument("steps", nargs="?", type=int, default=10, help="denoising steps (default 10)")
+given = parser.parse_args()
+folder, steps = given.folder, given.steps
 
 pipe = FreePromptPipeline.from_pretrained("embedded")
 result = pipe(

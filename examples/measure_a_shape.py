@@ -3,6 +3,7 @@
 The arguments after the folder are tokens, heads and head dim; `python -m benchmarks` does it for every model and rival.
 """
 
+import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -17,7 +18,13 @@ from benchmarks.measure import QUICK, interleaved
 from benchmarks.providers import first_answer
 from benchmarks.rivals import all_providers
 
-tokens, heads, head_dim = (int(word) for word in sys.argv[2:5] or (1024, 8, 40))
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("folder", nargs="?", help="as of the other examples; nothing is written")
+parser.add_argument("shape", nargs="*", type=int, help="tokens, heads and head dim (default 1024 8 40)")
+given = parser.parse_args()
+if len(given.shape) not in (0, 3):
+    parser.error(f"expected tokens, heads and head dim after the folder, got {len(given.shape)} numbers")
+tokens, heads, head_dim = given.shape or (1024, 8, 40)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 ours = "fpe-triton" if device == "cuda" else "fpe-torch"
 inputs = Inputs.make(

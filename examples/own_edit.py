@@ -1,6 +1,6 @@
 """An edit of one's own: in the decoder, targets look up the source's tokens beside their own from a step on."""
 
-import sys
+import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,11 @@ import torch
 
 from fpe_pipeline import BatchRoles, FreePromptPipeline, Product, SelfAttentionEdit, Site, Step
 
-folder, steps = Path(*sys.argv[1:2] or ["out/examples"]), int(*sys.argv[2:3] or [10])
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("folder", nargs="?", type=Path, default=Path("out/examples"), help="where pictures are written")
+parser.add_argument("steps", nargs="?", type=int, default=10, help="denoising steps (default 10)")
+given = parser.parse_args()
+folder, steps = given.folder, given.steps
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """An attention processor of one's own for diffusers: every row of the batch has the first row's self-attention map."""
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -9,7 +9,11 @@ from diffusers import StableDiffusionPipeline
 from fpe_kernels import shared_attention
 from fpe_pipeline.embedded import embedded_path
 
-folder, steps = Path(*sys.argv[1:2] or ["out/examples"]) / "own_processor", int(*sys.argv[2:3] or [10])
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("folder", nargs="?", type=Path, default=Path("out/examples"), help="where pictures are written")
+parser.add_argument("steps", nargs="?", type=int, default=10, help="denoising steps (default 10)")
+given = parser.parse_args()
+folder, steps = given.folder / "own_processor", given.steps
 folder.mkdir(parents=True, exist_ok=True)
 
 

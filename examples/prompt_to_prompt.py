@@ -1,13 +1,17 @@
 """Prompt-to-Prompt: words take the places of words, one of them with a weight, and the background stays."""
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
 
 from fpe_pipeline import FreePromptPipeline, LocalBlend, PromptToPromptEdit
 
-folder, steps = Path(*sys.argv[1:2] or ["out/examples"]), int(*sys.argv[2:3] or [10])
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("folder", nargs="?", type=Path, default=Path("out/examples"), help="where pictures are written")
+parser.add_argument("steps", nargs="?", type=int, default=10, help="denoising steps (default 10)")
+given = parser.parse_args()
+folder, steps = given.folder, given.steps
 
 pipe = FreePromptPipeline.from_pretrained("embedded")
 source, target = "a photo of a red car on the beach", "a photo of a blue car on the beach"

@@ -1,6 +1,6 @@
 """A source is denoised once and kept in a folder; edits of it denoise the targets alone."""
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -8,7 +8,11 @@ import torch
 
 from fpe_pipeline import FreePromptPipeline, PromptToPromptEdit
 
-folder, steps = Path(*sys.argv[1:2] or ["out/examples"]) / "record_once", int(*sys.argv[2:3] or [10])
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("folder", nargs="?", type=Path, default=Path("out/examples"), help="where pictures are written")
+parser.add_argument("steps", nargs="?", type=int, default=10, help="denoising steps (default 10)")
+given = parser.parse_args()
+folder, steps = given.folder / "record_once", given.steps
 folder.mkdir(parents=True, exist_ok=True)
 
 pipe = FreePromptPipeline.from_pretrained("embedded")

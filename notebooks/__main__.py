@@ -48,7 +48,10 @@ def _shown(outputs: list[Any]) -> list[Any]:
 
 
 def main() -> int:
-    names = sys.argv[1:]
+    names, known = sys.argv[1:], [path.stem for path in FOLDER.glob("*.ipynb")]
+    if not set(names) <= set(known):
+        print(f"usage: python -m notebooks [NAME ...] of {sorted(known)}, got {names}", file=sys.stderr)
+        return 2
     for path in sorted(FOLDER.glob("*.ipynb")):
         if not names or path.stem in names:
             nbformat.write(executed(path), path)

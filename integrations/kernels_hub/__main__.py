@@ -79,6 +79,6 @@ def _write(folder: Path, sources: dict[str, str], namespace: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise SystemExit("usage: python -m integrations.kernels_hub FOLDER")
     print(assemble(Path(sys.argv[1])))

@@ -33,6 +33,19 @@ def test_it_runs(name, tmp_path, monkeypatch, capsys):
         assert {path.relative_to(tmp_path).parts[:2] for path in pictures} == {("pictures", name)}
 
 
+@pytest.mark.parametrize("name", [each for each in SCRIPTS if each not in ("map_algebra", "shared_attention")])
+def test_it_says_what_it_takes(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for given, code, said in ((["--help"], 0, "usage:"), (["pictures", "many"], 2, "invalid int value: 'many'")):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *given])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        printed = capsys.readouterr()
+        assert left.value.code == code and said in printed.out + printed.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_list_names_each_and_none_is_long():
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert all(f"[{name}.py]({name}.py)" in page for name in SCRIPTS)

@@ -16,7 +16,7 @@ pytest.importorskip("nbclient", reason="notebooks are run where Jupyter's own pa
 import nbformat
 
 from fpe_pipeline import FreePromptPipeline
-from notebooks.__main__ import FOLDER, executed
+from notebooks.__main__ import FOLDER, executed, main
 from tests.support.golden_cases import load_pipeline
 from tests.support.tiny_pipelines import tiny_sdxl_pipeline
 
@@ -38,6 +38,11 @@ def read(path):
 
 def code_of(path) -> Iterator[str]:
     return (cell.source for cell in read(path).cells if cell.cell_type == "code")
+
+
+def test_a_name_that_is_not_there_is_said(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["notebooks", "edit_fak"])
+    assert main() == 2 and "'edit_fake'" in capsys.readouterr().err
 
 
 def test_there_are_these():

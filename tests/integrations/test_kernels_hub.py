@@ -2,6 +2,7 @@
 
 import ast
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ def test_nothing_of_it_needs_the_installed_package(folder):
 def test_a_folder_that_holds_something_is_left_alone(folder):
     with pytest.raises(FileExistsError, match="name another"):
         assemble(folder)
+
+
+def test_an_option_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["kernels_hub", "--help"])
+    with pytest.raises(SystemExit, match="usage"):
+        runpy.run_module("integrations.kernels_hub.__main__", run_name="__main__")
+    assert not list(tmp_path.iterdir())
 
 
 def test_kernels_loads_it_beside_the_installed_one(folder, monkeypatch):
