@@ -29,6 +29,7 @@ __all__ = ["OptimiserStep", "Weights", "compute"]
 log = logging.getLogger(__name__)
 
 _BETAS, _EPSILON = (0.9, 0.99), 1e-8
+_KEPT = ("values", "first", "second", "average")  # in a checkpoint
 _WARM = 3  # steps before a capture: libraries choose and load their kernels in them
 
 
@@ -70,12 +71,14 @@ class Weights:
             parameter.data = view
         self._parts = [view for _, view in self._views(self.network, self._received)]
 
-    def _views(self, module: nn.Module, vector: torch.Tensor) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        """Each parameter with its part of a vector, in its shape."""
-        start = 0
+    def _views(
+        self, module: nn.Module, vector: torch.Tensor, channels_last: bool | None = None
+    ) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Each parameter with its part of a vector, in its shape; the vector has this one's layout unless said."""
+        start, last = 0, self._half if channels_last is None else channels_last
         for parameter in module.parameters():
             part, shape = vector[start : start + parameter.numel()], parameter.shape
-            if self._half and len(shape) == 4:
+            if last and len(shape) == 4:
                 yield parameter, part.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
             else:
                 yield parameter, part.view(shape)
@@ -99,14 +102,21 @@ class Weights:
         if self._half:
             self._computed.copy_(self.values)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds."""
-        return {name: getattr(self, name).cpu() for name in ("values", "first", "second", "average")}
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: the vectors, and the layout that convolutions have in them."""
+        vectors = {name: getattr(self, name).cpu() for name in _KEPT}
+        return {**vectors, "channels_last": self._half}
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Continue from a checkpoint; raises ``RuntimeError`` where it is of another network."""
-        for name in ("values", "first", "second", "average"):
-            getattr(self, name).copy_(state[name])
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint, of whichever layout; raises ``RuntimeError`` where it is of another network."""
+        # Files that do not say their layout were written where this one is used.
+        layout = state.get("channels_last", self._half)
+        for name in _KEPT:
+            mine, theirs = getattr(self, name), state[name]
+            for (_, part), (_, saved) in zip(
+                self._views(self.module, mine), self._views(self.module, theirs, layout), strict=True
+            ):
+                part.copy_(saved)
         self.publish()
 
     def averaged(self) -> Any:

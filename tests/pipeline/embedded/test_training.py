@@ -138,6 +138,20 @@ class TestStep:
         weights.finish()
         assert all(torch.equal(a, b) for a, b in zip(weights.module.parameters(), found.parameters(), strict=True))
 
+    @pytest.mark.parametrize("half", [True, False])
+    def test_a_checkpoint_goes_on_where_networks_have_another_layout(self, half):
+        """Convolutions lie in channels-last layout in what a CUDA device writes, and in the common one on a CPU."""
+        written, _ = self._train(3, half=half)
+        read = Weights(self._network(), half=not half)
+        read.load_state(
+            {name: value.clone() if torch.is_tensor(value) else value for name, value in written.state().items()}
+        )
+        assert read.network[0].weight.dtype == (torch.float32 if half else torch.bfloat16)
+        pairs = zip(written.module.parameters(), read.module.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        pairs = zip(written.averaged().parameters(), read.averaged().parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
     def test_a_gradient_that_is_not_finite_changes_nothing_but_the_decay(self):
         weights = Weights(self._network())
         before = weights.values.clone()
