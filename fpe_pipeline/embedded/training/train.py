@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+from .arguments import check_device, minutes, seed, threads
 from .data import start_rendering
 from .presets import PRESETS, Preset
 from .timebox import TimeBox
@@ -77,18 +78,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="caches and checkpoints (default: runs/PRESET)")
     parser.add_argument("--output", type=Path, help="where the model is written (default: WORK/model)")
     parser.add_argument("--report", type=Path, help="where metrics and pictures are written (default: WORK/report)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", help="torch device (default: cuda for the gpu preset, else cpu)")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--max-minutes", type=float, help="wall time for everything; schedules follow")
+    parser.add_argument("--threads", type=threads, help="CPU threads")
+    parser.add_argument("--max-minutes", type=minutes, help="wall time for everything; schedules follow")
     args = parser.parse_args(argv)
-    if args.max_minutes is not None and args.max_minutes <= 0:
-        parser.error(f"expected --max-minutes to be above 0, got {args.max_minutes:g}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     box = TimeBox(args.max_minutes)
     device = args.device or ("cuda" if args.preset == "gpu" else "cpu")
-    if device.startswith("cuda"):
-        _check_cuda(parser, device)
+    check_device(parser, device)
     if args.threads:
         import torch
 
@@ -99,13 +97,6 @@ def main(argv: list[str] | None = None) -> int:
     train(PRESETS[args.preset], work, output, report=report, seed=args.seed, device=device, box=box)
     box.release()
     return 0
-
-
-def _check_cuda(parser: argparse.ArgumentParser, device: str) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        parser.error(f"device {device} asked for, but torch finds no CUDA device; --device cpu trains slowly")
 
 
 if __name__ == "__main__":

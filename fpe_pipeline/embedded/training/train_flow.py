@@ -20,6 +20,7 @@ from transformers import CLIPTextModel
 
 from ...atomic_folder import replaced
 from .. import embedded_path
+from .arguments import check_device, minutes, seed, threads
 from .autoencoder import encode_all
 from .captions import Captions
 from .data import SceneCache, render_cache
@@ -42,15 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=FLOW_PRESETS, default="cpu")
     parser.add_argument("--work", type=Path, help="caches and checkpoints (default: runs/flow-PRESET)")
     parser.add_argument("--output", type=Path, help="where the model is written (default: WORK/model)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--max-minutes", type=float, help="wall time for everything; the schedule follows")
+    parser.add_argument("--threads", type=threads, help="CPU threads")
+    parser.add_argument("--max-minutes", type=minutes, help="wall time for everything; the schedule follows")
     args = parser.parse_args(argv)
-    if args.max_minutes is not None and args.max_minutes <= 0:
-        parser.error(f"expected --max-minutes to be above 0, got {args.max_minutes:g}")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"device {args.device} asked for, but torch finds no CUDA device; --device cpu trains slowly")
+    check_device(parser, args.device)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -20,6 +20,7 @@ from fpe_pipeline.embedded.training.presets import PRESETS, Fit, Shares
 from fpe_pipeline.embedded.training.step import OptimiserStep, Weights
 from fpe_pipeline.embedded.training.timebox import TimeBox
 from fpe_pipeline.embedded.training.train import GRACE, main, train
+from fpe_pipeline.embedded.training.train_flow import main as main_flow
 
 
 class TestLoop:
@@ -280,6 +281,25 @@ class TestTraining:
         card = (tmp_path / "whole" / "model" / "MODEL_CARD.md").read_text()
         assert f"{figures['autoencoder']['psnr']:.4g}" in card
         assert "--preset smoke`.\n" in card
+
+    @pytest.mark.parametrize("command", [main, main_flow])
+    @pytest.mark.parametrize(
+        ("option", "given", "expected"),
+        [
+            ("--max-minutes", "nan", "expected minutes above 0, got nan"),  # which set no limit
+            ("--max-minutes", "0", "expected minutes above 0, got 0"),
+            ("--max-minutes", "-1", "expected minutes above 0, got -1"),
+            ("--seed", "-1", "expected a whole number from 0 to 4294967295, got -1"),
+            ("--threads", "0", "expected a whole number above 0, got 0"),
+            ("--device", "mps", "expected cpu or cuda, got mps"),
+        ],
+    )
+    def test_refuses_on_the_command_line(self, command, option, given, expected, capsys, monkeypatch, tmp_path):
+        for module in ("train", "train_flow"):
+            monkeypatch.setattr(f"fpe_pipeline.embedded.training.{module}.train", lambda *_, **__: None)
+        with pytest.raises(SystemExit) as left:
+            command(["--preset", "smoke", "--work", str(tmp_path), f"{option}={given}"])
+        assert left.value.code == 2 and f"argument {option}: {expected}" in capsys.readouterr().err
 
     def test_gpu_preset_without_a_gpu_says_so(self, capsys, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
