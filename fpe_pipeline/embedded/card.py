@@ -10,15 +10,10 @@ from typing import Any
 
 from .scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS, prompt, triples
 
-__all__ = ["CARD", "MEASUREMENTS", "WIDTH", "card_point", "card_rows", "render_card", "write_card"]
+__all__ = ["CARD", "MEASUREMENTS", "WIDTH", "card_point", "card_rows", "render_card"]
 
 CARD, MEASUREMENTS = "MODEL_CARD.md", "measurements.json"
 WIDTH = 118
-
-
-def write_card(folder: Path) -> None:
-    """Write :func:`render_card` into the folder."""
-    (folder / CARD).write_text(render_card(folder))
 
 
 def render_card(folder: Path) -> str:
@@ -50,7 +45,7 @@ def render_card(folder: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _place(background: str) -> str:

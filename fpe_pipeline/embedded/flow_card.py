@@ -8,20 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .card import CARD, MEASUREMENTS, WIDTH, card_point, card_rows
+from .card import MEASUREMENTS, WIDTH, card_point, card_rows
 from .scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS, prompt, triples
 
-__all__ = ["render_flow_card", "write_flow_card"]
-
-
-def write_flow_card(folder: Path) -> None:
-    """Write :func:`render_flow_card` into the folder."""
-    (folder / CARD).write_text(render_flow_card(folder))
+__all__ = ["render_flow_card"]
 
 
 def render_flow_card(folder: Path) -> str:
     """The card of the transformer in a folder: no figure in it is typed by hand."""
-    figures = json.loads((folder / MEASUREMENTS).read_text())
+    figures = json.loads((folder / MEASUREMENTS).read_text(encoding="utf-8"))
     about = (
         f"A tiny Stable Diffusion 3, trained from scratch on the embedded model's scenes: one of {len(OBJECTS)} "
         f"objects in one of {len(COLOURS)} colours before one of {len(BACKGROUNDS)} backgrounds. It exists to show and "
@@ -56,7 +51,7 @@ def _options(generated: Mapping[str, Any]) -> str:
 
 def _config(folder: Path, part: str) -> dict[str, Any]:
     file = "scheduler_config.json" if part == "scheduler" else "config.json"
-    config: dict[str, Any] = json.loads((folder / part / file).read_text())
+    config: dict[str, Any] = json.loads((folder / part / file).read_text(encoding="utf-8"))
     return config
 
 

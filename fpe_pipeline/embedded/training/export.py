@@ -11,14 +11,17 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from ...atomic_folder import write_text
 from .. import JUDGE
-from ..card import MEASUREMENTS, write_card
+from ..card import CARD, MEASUREMENTS, render_card
 from ..judge import Judge, save_judge
 from .diffusion import Denoiser, build_scheduler
 from .tokenizer import build_tokenizer
+from .whole_model import whole_model
 
 __all__ = [
     "SIZE_LIMIT",
+    "check_folder",
     "check_size",
     "declare_float32",
     "edit_json",
@@ -50,9 +53,8 @@ def export(
         Bytes written.
 
     Raises:
-        ValueError: the folder is larger than :data:`SIZE_LIMIT`.
+        ValueError: the model is larger than :data:`SIZE_LIMIT`; what the folder held is left as it is.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     pipe = StableDiffusionPipeline(
         vae=half(vae),
         text_encoder=half(denoiser.text_encoder),
@@ -63,24 +65,22 @@ def export(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.save_pretrained(folder, safe_serialization=True)
-    edit_json(folder / "text_encoder" / "config.json", declare_float32)
-    for path in folder.glob("*/config.json"):
-        edit_json(path, forget_origin)
-    # Newer transformers write tokenizer.json alone; older ones read vocab.json and merges.txt.
-    build_tokenizer(folder / "tokenizer")
-    save_judge(judge, folder / JUDGE)
-    write_measurements(folder, measurements)
-    size = folder_bytes(folder)
-    if size > SIZE_LIMIT:
-        raise ValueError(f"{folder} takes {size:,} bytes, more than the {SIZE_LIMIT:,} that may be shipped")
-    return size
+    with whole_model(folder) as written:
+        pipe.save_pretrained(written, safe_serialization=True)
+        edit_json(written / "text_encoder" / "config.json", declare_float32)
+        for path in written.glob("*/config.json"):
+            edit_json(path, forget_origin)
+        # Newer transformers write tokenizer.json alone; older ones read vocab.json and merges.txt.
+        build_tokenizer(written / "tokenizer")
+        save_judge(judge, written / JUDGE)
+        write_measurements(written, measurements)
+        return check_folder(written, folder, SIZE_LIMIT)
 
 
 def write_measurements(folder: Path, measurements: dict[str, object]) -> None:
     """Write the measurements, and the card that shows them, into a model's folder."""
-    (folder / MEASUREMENTS).write_text(json.dumps(measurements, indent=2) + "\n")
-    write_card(folder)
+    write_text(folder / MEASUREMENTS, json.dumps(measurements, indent=2) + "\n")
+    write_text(folder / CARD, render_card(folder))
 
 
 def check_size(*modules: torch.nn.Module) -> None:
@@ -121,6 +121,14 @@ def declare_float32(config: dict[str, Any]) -> None:
 def forget_origin(config: dict[str, Any]) -> None:
     """Drop the folder that a network was loaded from, which means nothing on another machine."""
     config.pop("_name_or_path", None)
+
+
+def check_folder(written: Path, folder: Path, limit: int) -> int:
+    """Bytes of a model that is to become ``folder``; raises ``ValueError`` where they pass the limit."""
+    size = folder_bytes(written)
+    if size > limit:
+        raise ValueError(f"{folder} would take {size:,} bytes, more than the {limit:,} that may be shipped")
+    return size
 
 
 def folder_bytes(folder: Path) -> int:

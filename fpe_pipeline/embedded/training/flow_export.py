@@ -11,17 +11,19 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
+from ...atomic_folder import write_text
 from .. import judge_path
-from ..card import MEASUREMENTS
-from ..flow_card import write_flow_card
+from ..card import CARD, MEASUREMENTS
+from ..flow_card import render_flow_card
 from ..judge import load_judge
 from ..measure import measure_generation
 from .autoencoder import measure_autoencoder, to_tensor
 from .data import SceneCache
-from .export import declare_float32, edit_json, folder_bytes, forget_origin, half
+from .export import check_folder, declare_float32, edit_json, forget_origin, half
 from .flow import FlowDenoiser, build_flow_scheduler
 from .flow_presets import FlowPreset
 from .tokenizer import build_tokenizer
+from .whole_model import whole_model
 
 __all__ = ["FLOW_SIZE_LIMIT", "export_flow", "measure_flow", "measure_renders"]
 
@@ -41,42 +43,39 @@ def export_flow(
         Bytes written.
 
     Raises:
-        ValueError: the folder is larger than :data:`FLOW_SIZE_LIMIT`.
+        ValueError: the model is larger than :data:`FLOW_SIZE_LIMIT`; what the folder held is left as it is.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     autoencoder: Any = half(vae)
     autoencoder.register_to_config(shift_factor=0.0)  # which StableDiffusion3Pipeline adds without asking
-    tokenizer = build_tokenizer(folder / "tokenizer")
-    pipe = StableDiffusion3Pipeline(
-        transformer=half(denoiser.transformer),
-        scheduler=build_flow_scheduler(shift),
-        vae=autoencoder,
-        text_encoder=half(denoiser.text_encoder),
-        tokenizer=tokenizer,
-        text_encoder_2=half(denoiser.text_encoder_2),
-        tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
-    pipe.save_pretrained(folder, safe_serialization=True)
-    for name in ("text_encoder", "text_encoder_2"):
-        edit_json(folder / name / "config.json", declare_float32)
-    for path in folder.glob("*/config.json"):
-        edit_json(path, forget_origin)
-    # Newer transformers write tokenizer.json alone; older ones read vocab.json and merges.txt.
-    for name in ("tokenizer", "tokenizer_2"):
-        build_tokenizer(folder / name)
-    write_flow_measurements(folder, measurements)
-    size = folder_bytes(folder)
-    if size > FLOW_SIZE_LIMIT:
-        raise ValueError(f"{folder} takes {size:,} bytes, more than the {FLOW_SIZE_LIMIT:,} that may be shipped")
-    return size
+    with whole_model(folder) as written:
+        tokenizer = build_tokenizer(written / "tokenizer")
+        pipe = StableDiffusion3Pipeline(
+            transformer=half(denoiser.transformer),
+            scheduler=build_flow_scheduler(shift),
+            vae=autoencoder,
+            text_encoder=half(denoiser.text_encoder),
+            tokenizer=tokenizer,
+            text_encoder_2=half(denoiser.text_encoder_2),
+            tokenizer_2=tokenizer,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+        pipe.save_pretrained(written, safe_serialization=True)
+        for name in ("text_encoder", "text_encoder_2"):
+            edit_json(written / name / "config.json", declare_float32)
+        for path in written.glob("*/config.json"):
+            edit_json(path, forget_origin)
+        # Newer transformers write tokenizer.json alone; older ones read vocab.json and merges.txt.
+        for name in ("tokenizer", "tokenizer_2"):
+            build_tokenizer(written / name)
+        write_flow_measurements(written, measurements)
+        return check_folder(written, folder, FLOW_SIZE_LIMIT)
 
 
 def write_flow_measurements(folder: Path, measurements: dict[str, Any]) -> None:
     """Write the measurements, and the card that shows them, into a model's folder."""
-    (folder / MEASUREMENTS).write_text(json.dumps(measurements, indent=2) + "\n")
-    write_flow_card(folder)
+    write_text(folder / MEASUREMENTS, json.dumps(measurements, indent=2) + "\n")
+    write_text(folder / CARD, render_flow_card(folder))
 
 
 def measure_renders(vae: AutoencoderKL, held: SceneCache, device: str) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+from .whole_model import INDEX
+
 __all__ = ["TimeBox"]
 
 log = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ class TimeBox:
             return
 
         def leave() -> None:
-            exported = (output / "model_index.json").is_file()
+            exported = (output / INDEX).is_file()
             said = f"the model in {output} is whole" if exported else f"no model in {output} yet; run it again to go on"
             log.error("the time is over and something still runs: left; %s", said)
             logging.shutdown()
