@@ -88,6 +88,9 @@ def fit(
 
     Returns:
         Whether the training is finished, and how it went.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of another network.
     """
     device = next(module.parameters()).device
     name = checkpoint.stem if checkpoint is not None else type(module).__name__
@@ -148,10 +151,20 @@ class _State:
         weights = Weights(module)
         if checkpoint is None or not checkpoint.exists():
             return cls(weights, checkpoint)
-        saved = torch.load(checkpoint, map_location=next(module.parameters()).device, weights_only=True)
-        weights.load_state(saved)
-        log.info("%s: continuing from step %d", name, saved["step"])
-        return cls(weights, checkpoint, saved["step"], saved["minutes"], saved["finished"])
+        try:
+            saved = torch.load(checkpoint, map_location=next(module.parameters()).device, weights_only=True)
+            place = saved["step"], saved["minutes"], saved["finished"]
+            weights.load_state(saved)
+        except OSError:
+            raise
+        except Exception as error:  # of the reader, whatever the file holds
+            said = str(error).partition("\n")[0].partition(". ")[0]
+            raise ValueError(
+                f"'{checkpoint}' is damaged or of another network: {said or type(error).__name__}; delete it to train "
+                "this network anew, or choose another work folder"
+            ) from error
+        log.info("%s: continuing from step %d", name, place[0])
+        return cls(weights, checkpoint, *place)
 
     def save(self) -> None:
         if self.checkpoint is None:

@@ -108,11 +108,13 @@ class Weights:
         return {**vectors, "channels_last": self._half}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint, of whichever layout; raises ``RuntimeError`` where it is of another network."""
+        """Continue from a checkpoint, of whichever layout; raises ``ValueError`` where it is of another network."""
         # Files that do not say their layout were written where this one is used.
         layout = state.get("channels_last", self._half)
         for name in _KEPT:
             mine, theirs = getattr(self, name), state[name]
+            if mine.shape != theirs.shape:
+                raise ValueError(f"expected {mine.numel():,} parameters, got {theirs.numel():,}")
             for (_, part), (_, saved) in zip(
                 self._views(self.module, mine), self._views(self.module, theirs, layout), strict=True
             ):

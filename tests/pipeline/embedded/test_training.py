@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from io import BytesIO
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,13 @@ from fpe_pipeline.embedded.training.step import OptimiserStep, Weights
 from fpe_pipeline.embedded.training.timebox import TimeBox
 from fpe_pipeline.embedded.training.train import GRACE, main, train
 from fpe_pipeline.embedded.training.train_flow import main as main_flow
+
+
+def _with(checkpoint, **changes):
+    """A checkpoint's bytes with other entries; without those that are None."""
+    saved = {**torch.load(BytesIO(checkpoint), weights_only=True), **changes}
+    torch.save({name: value for name, value in saved.items() if value is not None}, file := BytesIO())
+    return file.getvalue()
 
 
 class TestLoop:
@@ -51,6 +59,25 @@ class TestLoop:
         done, again = self._run(tmp_path / "whole.pt")
         assert done
         assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+    @pytest.mark.parametrize(
+        ("damage", "said"),
+        [
+            (lambda whole: whole[: len(whole) // 2], "PytorchStreamReader failed"),
+            (lambda whole: b"", "EOFError"),
+            (lambda whole: b"hello", "101"),
+            (lambda whole: _with(whole, step=None), "'step'"),
+            (lambda whole: _with(whole, values=torch.zeros(1)), "expected 5 parameters, got 1"),  # which would fill all
+            (lambda whole: _with(whole, values=torch.zeros(9)), "expected 5 parameters, got 9"),
+        ],
+    )
+    def test_a_checkpoint_that_cannot_be_continued_is_named(self, damage, said, tmp_path):
+        path = tmp_path / "parts.pt"
+        assert self._run(path, stop_after=7)[0] is False
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(ValueError, match=r"is damaged or of another network: .*; delete it to train") as refused:
+            self._run(path)
+        assert str(path) in str(refused.value) and said in str(refused.value)
 
     def test_a_deadline_ends_a_run_with_its_learning_rate_at_the_end(self, tmp_path):
         module, rates = torch.nn.Linear(4, 1), []
