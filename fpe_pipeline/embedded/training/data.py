@@ -20,11 +20,12 @@ import numpy as np
 from ...atomic_folder import write_text
 from ..scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS, Scene, render, sample_scene
 
-__all__ = ["Rendering", "SceneCache", "render_cache", "start_rendering"]
+__all__ = ["Rendering", "SceneCache", "processes", "render_cache", "start_rendering"]
 
 log = logging.getLogger(__name__)
 
 _BLOCK = 64
+_WORKERS = 15
 _ROW = np.dtype(
     [(name, "i4") for name in ("object", "colour", "background", "flip", "seed")]
     + [(name, "f8") for name in ("x", "y", "scale", "angle")]
@@ -139,6 +140,12 @@ class Rendering:
             worker.wait()
 
 
+def processes() -> int:
+    """How many may draw here: one core is left to who asks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_WORKERS, max(1, cores - 1))
+
+
 def render_cache(
     folder: Path, count: int, size: int, *, seed: int = 0, held: bool | None = False, workers: int = 1
 ) -> SceneCache:
@@ -174,7 +181,7 @@ def start_rendering(
     if done.exists():
         return Rendering(_open(folder, count, size, "r"), folder, settings, [])
     cache = _open(folder, count, size, "w+")
-    if workers <= 1 or count <= 4 * _BLOCK:
+    if count <= 4 * _BLOCK:
         for block in range(_blocks(count)):
             _fill(cache, block, seed, held)
         write_text(done, json.dumps(settings))

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from .whole_model import INDEX
 
-__all__ = ["TimeBox"]
+__all__ = ["GRACE", "TimeBox"]
 
 log = logging.getLogger(__name__)
+
+GRACE = 8.0  # seconds beyond the time box before the process is ended
 
 
 class TimeBox:

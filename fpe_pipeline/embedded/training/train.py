@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
 from .arguments import check_device, minutes, seed, threads
-from .data import start_rendering
+from .data import processes, start_rendering
 from .presets import PRESETS, Preset
-from .timebox import TimeBox
+from .timebox import GRACE, TimeBox
 
-__all__ = ["GRACE", "PRESETS", "Preset", "main", "train"]
+__all__ = ["PRESETS", "Preset", "main", "train"]
 
 log = logging.getLogger(__name__)
-
-_WORKERS = 15
-GRACE = 8.0  # seconds beyond the time box before the process is ended
 
 
 def train(
@@ -54,9 +50,8 @@ def train(
         The measurements that were exported, or ``None`` if it left early.
     """
     box = box or TimeBox(None)
-    # One core is left to this process. The scenes are drawn while torch and diffusers are still being imported.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(_WORKERS, max(1, cores - 1))
+    # The scenes are drawn while torch and diffusers are still being imported.
+    workers = processes()
     held = start_rendering(
         work / "held_out", preset.held_out, preset.size, seed=seed + 1, held=True, workers=min(4, workers)
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -13,10 +16,13 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from fpe_pipeline import FreePromptPipeline
 from fpe_pipeline.embedded import EMBEDDED_SD3, embedded_path, judge_path
 from fpe_pipeline.embedded.flow_card import render_flow_card
+from fpe_pipeline.embedded.training.data import render_cache, start_rendering
 from fpe_pipeline.embedded.training.export import folder_bytes
 from fpe_pipeline.embedded.training.flow import StandInAttention, build_transformer
 from fpe_pipeline.embedded.training.flow_export import FLOW_SIZE_LIMIT
 from fpe_pipeline.embedded.training.flow_presets import FLOW_PRESETS
+from fpe_pipeline.embedded.training.flow_stages import kept_latents, posteriors
+from fpe_pipeline.embedded.training.timebox import GRACE, TimeBox
 from fpe_pipeline.embedded.training.train_flow import main, train
 from fpe_pipeline.errors import InputError
 from fpe_pipeline.models.loading import find_model
@@ -69,6 +75,62 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(tmp_path):
     assert "--preset smoke`.\n" in (folder / "MODEL_CARD.md").read_text()
     for path in folder.rglob("*.json"):
         assert "_name_or_path" not in path.read_text(), path
+
+
+@pytest.mark.parametrize(("left", "count"), [(100.0, 200), (30.0, 32)])
+def test_a_time_box_leaves_scenes_undrawn_and_unencoded(left, count, tmp_path, monkeypatch):
+    cache = render_cache(tmp_path / "scenes", 200, 16)
+    asked = []
+    drawn = SimpleNamespace(
+        cache=cache, ready=200, stop=lambda: asked.append("stop"), wait=lambda *count, **limits: asked.append(limits)
+    )
+    stages = "fpe_pipeline.embedded.training.flow_stages"
+    monkeypatch.setattr(f"{stages}.encode_all", lambda vae, images: torch.ones(len(images), 1))
+    box = SimpleNamespace(limited=True, total=100.0, left=left)
+    preset = replace(FLOW_PRESETS["smoke"], scenes=200, size=16)
+    latents, labels = posteriors(preset, torch.nn.Linear(1, 1), drawn, tmp_path / "latents.pt", 0, box)
+    assert asked == [{}, {"seconds": 20.0 if left == 100.0 else 0.0}, "stop"]
+    assert len(latents) == count and np.array_equal(labels, cache.labels[:count])
+
+
+def test_many_scenes_are_drawn_beside_the_process_that_waits_for_them(tmp_path):
+    """Also where one process draws: a time box could not end it."""
+    drawn = start_rendering(tmp_path, 4096, 64, workers=1)
+    assert drawn.ready < 4096
+    drawn.stop()
+
+
+def test_the_command_ends_what_goes_on_beyond_its_time(tmp_path, monkeypatch):
+    guarded = []
+    monkeypatch.setattr(TimeBox, "guard", lambda box, grace, output: guarded.append((box.total, grace, output)))
+    monkeypatch.setattr("fpe_pipeline.embedded.training.train_flow.train", lambda *_, **__: None)
+    assert main(["--preset", "smoke", "--max-minutes", "2", "--output", str(tmp_path)]) == 0
+    assert guarded == [(120, GRACE, tmp_path)]
+
+
+_ABOUT = {"scenes": 8, "size": 64, "seed": 0, "autoencoder": "0123"}
+
+
+class TestKeptLatents:
+    def _keep(self, path, content):
+        torch.save(content, path)
+        return path
+
+    def test_are_served_where_they_are_of_these_scenes(self, tmp_path):
+        both = {"latents": torch.randn(8, 2, 4, 4, 4), "labels": torch.arange(24).view(8, 3)}
+        latents, labels = kept_latents(self._keep(tmp_path / "kept.pt", {**both, "about": _ABOUT}), _ABOUT)
+        assert torch.equal(latents, both["latents"]) and torch.equal(labels, both["labels"])
+
+    @pytest.mark.parametrize("other", [{"seed": 1}, {"scenes": 9}, {"autoencoder": "4567"}])
+    def test_are_refused_where_they_are_of_others(self, tmp_path, other):
+        """A training would go on in pictures, or among latents, that it never saw."""
+        path = self._keep(tmp_path / "kept.pt", {"latents": 0, "labels": 0, "about": {**_ABOUT, **other}})
+        with pytest.raises(ValueError, match=r"kept\.pt holds latents of .*, not of .*: choose another work folder"):
+            kept_latents(path, _ABOUT)
+
+    def test_are_made_anew_where_they_do_not_say_of_what(self, tmp_path):
+        assert kept_latents(self._keep(tmp_path / "kept.pt", torch.zeros(8)), _ABOUT) is None
+        assert kept_latents(tmp_path / "none.pt", _ABOUT) is None
 
 
 def test_a_gpu_that_is_asked_for_has_to_be_there(capsys, monkeypatch):

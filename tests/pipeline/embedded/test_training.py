@@ -19,8 +19,8 @@ from PIL import Image
 from fpe_pipeline.embedded.training.loop import fit
 from fpe_pipeline.embedded.training.presets import PRESETS, Fit, Shares
 from fpe_pipeline.embedded.training.step import OptimiserStep, Weights
-from fpe_pipeline.embedded.training.timebox import TimeBox
-from fpe_pipeline.embedded.training.train import GRACE, main, train
+from fpe_pipeline.embedded.training.timebox import GRACE, TimeBox
+from fpe_pipeline.embedded.training.train import main, train
 from fpe_pipeline.embedded.training.train_flow import main as main_flow
 
 
