@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     for kind in SESSIONS:
         one = commands.add_parser(kind)
         one.add_argument("--out", type=Path, default=folder, help="result folder; default: $OUT, or gpu-results")
-        one.add_argument("--budget", type=float, default=BUDGETS[kind], help="seconds for everything")
+        one.add_argument("--budget", type=_above_0, default=BUDGETS[kind], help="seconds for everything")
         one.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
         one.add_argument("--dry-run", action="store_true", help="the same stages on tiny cases, on a CPU")
         one.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=argparse.SUPPRESS)
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         if kind == "train":
             one.add_argument("--models", default="embedded", help="names of models, joined by commas")
-            one.add_argument("--max-mib", type=float, default=16.0, help="largest file to leave, in MiB")
+            one.add_argument("--max-mib", type=_above_0, default=16.0, help="largest file to leave, in MiB")
     collected = commands.add_parser("collect", help="make files of rows from journals")
     collected.add_argument("out", type=Path)
     ahead = commands.add_parser("programs", help="compile ahead for a chip that is not here")
@@ -65,6 +66,14 @@ def main(argv: list[str] | None = None) -> int:
     return Session(
         options.command, options.out.resolve(), options.budget, device, dry=options.dry_run, options=named, only=only
     ).run()
+
+
+def _above_0(text: str) -> float:
+    """Seconds or sizes: no number would be no limit, and parts of no bytes hold nothing."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
 
 
 def _cuda() -> bool:

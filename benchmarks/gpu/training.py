@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fpe_pipeline.embedded.training.timebox import GRACE
+
 from ..rows import ROOT
 from .records import say
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from .context import Context
 
 PACKING = 15.0  # seconds that are kept for it
+# Of these, for a training to end by itself: its own guard does so GRACE seconds after its time, with its model whole.
+ENDING = GRACE + 3
 CACHES = ("scenes", "held_out", "latents.pt")  # are made again in less time than they take to travel
 
 
@@ -69,7 +73,7 @@ def train_models(context: Context) -> None:
             continue
         say("begin", what=f"training {name}")
         work, output = context.out / f"{name}-work", context.out / f"{name}-model"
-        problem = _train(RECIPES[name].command(work, output, share / 60, context.dry), share + PACKING / 2)
+        problem = _train(RECIPES[name].command(work, output, share / 60, context.dry), share + ENDING)
         if problem:
             say("failure", what=f"training {name}", why=problem)
         packed = [part for folder in (output, work) if folder.exists() for part in pack(folder, context.out, bound)]

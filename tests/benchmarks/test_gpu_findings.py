@@ -5,8 +5,10 @@ import tarfile
 import pytest
 
 from benchmarks.gpu import records
-from benchmarks.gpu.training import pack
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.training import ENDING, PACKING, pack
 from benchmarks.rows import Row
+from fpe_pipeline.embedded.training.timebox import GRACE
 from tests.support.planted_faults import HERE
 
 
@@ -43,3 +45,20 @@ def test_parts_of_an_earlier_archive_do_not_stand_behind_those_of_a_smaller_one(
     whole.write_bytes(b"".join(part.read_bytes() for part in sorted(tmp_path.glob("model.tar.gz*"))))
     with tarfile.open(whole) as archive:
         assert archive.extractfile("model/weights").read() == b"small"
+
+
+@pytest.mark.parametrize("option", ["--max-mib=0", "--max-mib=nan", "--budget=nan", "--budget=-1", "--budget=inf"])
+def test_bounds_are_numbers_above_0(option, tmp_path, capsys, monkeypatch):
+    """Parts of 0 MiB were none, and the archive was deleted; `nan` seconds were no bound."""
+    monkeypatch.setattr("benchmarks.gpu.__main__.Session", pytest.fail)
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--dry-run", "--out", str(tmp_path), option])
+    name, given = option.split("=")
+    assert (
+        left.value.code == 2 and f"argument {name}: expected a number above 0, got {given}" in capsys.readouterr().err
+    )
+
+
+def test_a_training_may_end_by_itself_before_it_is_killed():
+    """At the end of its time it has the grace of its own guard; then there is time left to pack."""
+    assert GRACE < ENDING < PACKING
