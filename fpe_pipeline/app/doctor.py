@@ -119,11 +119,16 @@ def _packages() -> Iterator[Finding]:
         present = [name for name in modules if name not in absent]
         for name in absent:
             yield Finding("packages", name, ABSENT if extra or name == "triton" else BROKEN, "", remedy)
+        unseen = dict.fromkeys(present)
         for name, reason in _lines_of(["-c", _IMPORTS, *present], present, deadline):
+            unseen.pop(name, None)
             version = _version(name)
             wrong = reason or _other_version(name, extra, version)
             again = f"install it anew: pip install --force-reinstall {_distribution(name)}" if reason else remedy
             yield Finding("packages", name, BROKEN if wrong else OK, wrong or version, again if wrong else "")
+        for name in unseen:
+            detail = "not looked at: an import before it crashed, or imports took too long"
+            yield Finding("packages", name, ABSENT, detail, "run fpe doctor again when less is running")
 
 
 def _devices() -> Iterator[Finding]:

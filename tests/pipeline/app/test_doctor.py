@@ -52,6 +52,22 @@ def test_packages(few, broken, capsys):
     assert found["cpu"]["about"] == "devices" and found["torch"]["about"] == "backends"
 
 
+def test_packages_that_there_was_no_time_for_are_said(few, monkeypatch):
+    monkeypatch.setattr(doctor, "IMPORTS", 0.0)
+    unseen = {finding.name: finding for finding in doctor._packages() if "not looked at" in finding.detail}
+    assert set(unseen) == {"numpy", "PIL", "broken_here", "rich"}
+    assert {finding.state for finding in unseen.values()} == {"not here"}
+
+
+def test_packages_behind_one_that_crashes_are_said(few, tmp_path, monkeypatch):
+    (tmp_path / "broken_here.py").write_text("import os; os._exit(9)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(extras, "PIPELINE", ("broken_here", "PIL"))
+    found = {finding.name: finding for finding in doctor._packages()}
+    assert "ended with status 9" in found["broken_here"].detail
+    assert found["PIL"].detail.startswith("not looked at: an import before it crashed")
+
+
 def test_in_words_and_quietly(few, monkeypatch, capsys):
     monkeypatch.setattr(extras, "PIPELINE", ("PIL",))
     assert cli.main(["doctor", "--no-self-test"]) == 0
