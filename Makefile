@@ -20,6 +20,11 @@ GPU_ARGS    ?=
 # So it has to be kept, also where Python is told to keep none, as in images of containers.
 export PYTHONDONTWRITEBYTECODE :=
 
+# Its folder is emptied and removed, so that two words would be two folders, one of them somebody's.
+ifneq ($(words $(VENV)),1)
+  $(error VENV is to be one path without spaces, got "$(VENV)": make VENV=FOLDER ...)
+endif
+
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 INDEX   := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -98,12 +103,15 @@ site: $(STAMP)  ## the documentation as a site, in build/site; nothing is fetche
 	@echo "The site is in build/site/index.html"
 
 clean:  ## remove the environment, caches and outputs
-	rm -rf $(VENV) build dist out gpu-results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	[ ! -f $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
+	rm -rf build dist out gpu-results *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # No prerequisites: the stamps' names hold the checksum of the files that they depend on.
 $(STAMP) $(PICTURES):
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fpe-kernels needs Python 3.10 or newer, but $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
+	@[ -f $(VENV)/pyvenv.cfg ] || $(BIN)/python -c 'import pip' 2>/dev/null || [ -z "$$(ls -A $(VENV) 2>/dev/null)" ] || \
+	  { echo "$(VENV) holds something else than an environment, which would be deleted. Name another folder: make VENV=..." >&2; exit 1; }
 	@echo "Making the environment $(VENV) (once; a few minutes where torch has to be downloaded)"
 	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || \
 	  { echo "Could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }

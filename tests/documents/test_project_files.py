@@ -88,3 +88,28 @@ def test_the_changelog_begins_with_the_version_that_is_being_made():
     assert len(set(versions)) == len(versions)
     sections = re.findall(r"^### (.*)$", text, re.MULTILINE)
     assert set(sections) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_an_environment_takes_nobody_elses_folder(tmp_path):
+    """Its folder is emptied before it is made, and removed by `make clean`."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("all of it")
+
+    def make(target, venv):
+        # A Python that makes no environment, if it comes to that: it empties the folder as venv would.
+        python = tmp_path / "python"
+        python.write_text('#!/bin/sh\n[ "$1" != -m ] || rm -rf "$4"/*\n')
+        python.chmod(0o755)
+        command = ["make", "-n", target] if target == "clean" else ["make", target]
+        options = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}
+        return subprocess.run([*command, f"VENV={venv}", f"PYTHON={python}"], **options)
+
+    refused = make("environment", mine)
+    assert refused.returncode != 0 and "holds something else than an environment" in refused.stderr
+    for target in ("environment", "clean"):
+        refused = make(target, f"{mine} too/venv")
+        assert refused.returncode != 0 and "VENV is to be one path without spaces" in refused.stderr
+    assert f"[ ! -f {mine}/pyvenv.cfg ] || rm -rf {mine}\n" in make("clean", mine).stdout
+    assert (mine / "thesis.txt").read_text() == "all of it"
