@@ -12,6 +12,7 @@ from fpe_pipeline import (
     Edit,
     FreePromptEdit,
     JointProduct,
+    KVEdit,
     MasaCtrlEdit,
     StableFlowEdit,
     editing,
@@ -20,6 +21,7 @@ from tests.support.edited_transformers import EDITS, FAULTS, SOURCE, edited, ref
 from tests.support.edited_z_image import EXACT, MODEL, QUERIES_KEYS, densely, drawn, farthest, taking
 from tests.support.slow_cases import few
 from tests.support.tiny_z_image import (
+    captions,
     dense_z_image,
     draw_z_image,
     tiny_z_image_pipeline,
@@ -134,6 +136,27 @@ def test_other_rules_are_told_apart(tiny, names):
     options = {"lengths": (6, 20)}
     actual, _ = drawn(tiny, FreePromptEdit(0.5), **options)
     assert farthest(actual, densely(tiny, taking(*names), (0, 1), **options)) > 1e-6
+
+
+def test_a_mask_between_captions_of_one_length_beside_negative_ones_of_another(tiny):
+    """The halves of a batch are turned by other angles then; the two rows that a mask mixes are not."""
+    mask, start = torch.zeros(64, 64), draw_z_image(tiny, steps=1).shape[-1]
+    mask[:, :32] = 1  # white: the left half
+    white = mask.unflatten(0, (4, 16)).unflatten(2, (4, 16)).mean((1, 3)).double()
+    given = {"lengths": (40, 40), "negative_prompt_embeds": captions((6, 6), 1)}
+
+    def paste(pipe, index, timestep, tensors):
+        latents = tensors["latents"].clone()
+        latents[1, :, :, : start // 2] = latents[0, :, :, : start // 2]
+        return {"latents": latents}
+
+    def rule(source):
+        return [(1.0, {part: (source, source + 1, white.flatten()) for part in ("k_image", "v_image")})]
+
+    actual, _ = drawn(tiny, KVEdit(mask=mask), **given)
+    expected = densely(tiny, rule, range(4), both=True, callback_on_step_end=paste, **given)
+    assert farthest(actual, expected) <= EXACT
+    assert farthest(actual[1], draw_z_image(tiny, **given)[1]) > 1e-4
 
 
 def test_guidance_that_ends_leaves_the_rows_that_see_their_prompts(tiny):
