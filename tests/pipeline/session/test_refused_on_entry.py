@@ -1,5 +1,7 @@
 """Models and options that would do nothing, or fail inside, are refused on entry with the reason."""
 
+from pathlib import Path
+
 import diffusers
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, PromptToPromptEdit, ddim_scheduler, editing, heat_maps
 from tests.support.silent import SOURCE, TARGET, dense_heat, embedded, noise
+from tests.support.tiny_unets import tiny_unet
 
 PHOTO = Image.new("RGB", (80, 80), (200, 30, 30))
 FAST = {"num_inference_steps": 2, "output_type": "latent"}
@@ -194,3 +197,55 @@ def test_words_of_a_refiner_are_aligned_by_its_second_tokenizer(refiner):
     torch.testing.assert_close(edited[:1], refine(refiner, prompts)[:1], rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="is written for the prompts"), editing(refiner, edit):
         refine(refiner, [SOURCE, "a photo of a green house in the snow"])
+
+
+def with_added_keys():
+    """A UNet as DeepFloyd IF's and Kandinsky 2's are, whose layers hold keys of text and of image."""
+    return tiny_unet(
+        "sd2",
+        down_block_types=("SimpleCrossAttnDownBlock2D", "DownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("UpBlock2D", "SimpleCrossAttnUpBlock2D"),
+        attention_head_dim=4,
+        dtype=torch.float32,
+        upcast_attention=False,
+    )
+
+
+def without_processors():
+    return diffusers.UNet2DModel(
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+def of_a_video():
+    return diffusers.UNet3DConditionModel(
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "why", "said"),
+    [
+        (with_added_keys, ValueError, "added keys and values", "layers with added keys and values"),
+        (without_processors, TypeError, "UNet2DModel without attn_processors", "UNets without `attn_processors`"),
+        (of_a_video, ValueError, "makes videos", "UNets that make videos"),
+    ],
+)
+def test_unets_that_are_refused_stand_among_what_is_refused(make, error, why, said):
+    """The page of models says so of each."""
+    page = (Path(__file__).parents[3] / "docs" / "write-an-adapter.md").read_text(encoding="utf-8")
+    assert said in page.partition("## What is refused")[2].partition("\n## ")[0]
+    words = PromptToPromptEdit([SOURCE, TARGET], embedded().tokenizer, self_replace_steps=0)
+    unet = make()
+    with pytest.raises(error, match=why), editing(unet, words, classifier_free_guidance=False) as session:
+        session.step(0, 1)
+        unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 77, 16))
