@@ -55,6 +55,7 @@ NOT_RUN = {
     "make notebooks": "writes the notebooks; test_notebooks.py runs them",
     "make site": "builds the site; test_site.py does",
     "docker": "needs Docker; tests/integrations reads what it builds from",
+    "mkdir": "makes a folder for Docker",
     "cp -r integrations/comfyui": "needs ComfyUI; tests/integrations runs the nodes",
     "python -m integrations.kernels_hub": "tests/integrations runs it",
     "fpe app": "serves until it is ended; tests/pages visits it",

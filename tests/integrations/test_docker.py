@@ -81,3 +81,13 @@ def test_what_it_runs_is_a_command_of_ours_and_not_as_root(read):
 def test_a_page_in_a_container_is_told_to_listen_beyond_itself(read):
     arguments = json.loads(said(read, "CMD")[0])
     assert arguments[arguments.index("--host") + 1] == "0.0.0.0"
+
+
+def test_a_folder_that_is_lent_to_a_container_can_be_written_to():
+    """Docker makes a missing one as root's, and the container's user is another than the one who runs it."""
+    page = (ROOT / "integrations" / "README.md").read_text(encoding="utf-8")
+    lines = [line[2:] for line in page.splitlines() if line.startswith("$ ")]
+    lent = [line for line in lines if line.startswith("docker run") and " -v " in line]
+    assert lent and all('--user "$(id -u):$(id -g)"' in line for line in lent)
+    assert lines.index("mkdir -p out") < lines.index(lent[0])
+    assert all('-v "$PWD/out:/out"' in line for line in lent)
