@@ -20,7 +20,10 @@ Served = Literal["unet", "transformer"]
 REQUIRED = inspect.Parameter.empty
 # What a method gives its edit itself, of the call that it is made for.
 _OF_THE_CALL = ("prompts", "tokenizer")
-_SERVED: dict[Served, str] = {"unet": "UNets", "transformer": "transformers (Stable Diffusion 3, FLUX.1, Qwen-Image)"}
+_SERVED: dict[Served, str] = {
+    "unet": "UNets",
+    "transformer": "transformers (of --model Stable Diffusion 3 and FLUX.1; in Python see docs/write-an-adapter.md)",
+}
 # Characters of an option's help, after which it ends at the next comma before.
 _LINE = 110
 
