@@ -352,6 +352,7 @@ def test_the_desk_needs_no_gradio():
     assert (
         layout
         == {
+            "choices",
             "events",
             "inside_tab",
             "looks",
