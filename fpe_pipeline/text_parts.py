@@ -14,11 +14,13 @@ class Template(NamedTuple):
     Args:
         before, after: the text on either side.
         dropped: how many tokens, the first ones, the model does not receive.
+        shows: whether pictures stand before the prompt, each of which becomes many tokens.
     """
 
     before: str
     after: str = ""
     dropped: int = 0
+    shows: bool = False
 
 
 class TextPart(NamedTuple):

@@ -2,12 +2,14 @@
 
 The order in a layer is text, image. A prompt is encoded inside a template, of which the first tokens are dropped; texts
 are padded to the longest of the call, and the model receives a mask of what is no padding. Its pipeline guides by a
-second call, in contexts named "cond" and "uncond"; the step is the scheduler's.
+second call, in contexts named "cond" and "uncond"; the step is the scheduler's. In Qwen-Image-Edit tokens of reference
+pictures follow those that are denoised, and the text encoder sees the pictures before the prompt.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +28,7 @@ _PACKED = 2
 
 def _template(pipe: Any, arguments: Mapping[str, Any]) -> Template:
     before, _, after = pipe.prompt_template_encode.partition("{}")
-    return Template(before, after, pipe.prompt_template_encode_start_idx)
+    return Template(before, after, pipe.prompt_template_encode_start_idx, shows=hasattr(pipe, "processor"))
 
 
 class QwenImageAdapter(NamedCallsAdapter):
@@ -45,28 +47,40 @@ class QwenImageAdapter(NamedCallsAdapter):
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
         mask = given.get("encoder_hidden_states_mask")
+        if given.get("additional_t_cond") is not None:
+            raise ValueError(
+                "Qwen-Image-Layered denoises several layers of a picture together, and an edit speaks of one: edit "
+                "with QwenImagePipeline or QwenImageEditPipeline"
+            )
+        height, width, references = _size(given["img_shapes"])
         return ModelCall(
             given["hidden_states"],
             given["timestep"],
-            _size(given["img_shapes"]),
+            (height, width),
             half=self._half(),
             text_lengths=None if mask is None else _lengths(mask),
+            references=references,
             arguments=(args, kwargs),
         )
 
 
-def _size(shapes: Any) -> tuple[int, int]:
-    """(height, width) of the latents, from the (frames, rows, columns) of each row's pictures."""
-    pictures = {tuple(picture) for row in shapes for picture in (row if isinstance(row, list) else [row])}
-    if len(pictures) != 1 or any(len(row) != 1 for row in shapes if isinstance(row, list)):
+def _size(shapes: Any) -> tuple[int, int, int]:
+    """(height, width) of the latents, and tokens of reference pictures, of the pictures in each row.
+
+    Args:
+        shapes: for each row its (frames, rows, columns) of tokens, or a list of them: of the picture that is denoised,
+            and of those that are shown.
+    """
+    rows = {tuple(map(tuple, row)) if isinstance(row, list) else (tuple(row),) for row in shapes}
+    if len(rows) > 1:
         raise ValueError(
-            f"the model got pictures of the sizes {sorted(pictures)}: tokens of a reference picture among them "
-            "(Qwen-Image-Edit) are not described yet; edit with a pipeline that denoises all of its tokens"
+            f"the model got rows of the sizes {sorted(rows)}, and an edit is between rows of one: pass pictures of one "
+            "size for all prompts"
         )
-    ((frames, height, width),) = pictures
+    ((frames, height, width), *shown) = rows.pop()
     if frames != 1:
         raise ValueError(f"the model got {frames} layers of a picture, and an edit speaks of one")
-    return height * _PACKED, width * _PACKED
+    return height * _PACKED, width * _PACKED, sum(math.prod(picture) for picture in shown)
 
 
 @once_a_tensor

@@ -155,14 +155,17 @@ def _within(row: Sequence[int], text: str, template: Template, tokenizer: Any) -
     prompt = short_form(text, tokenizer)
     whole = tokenize(template.before + text + template.after, tokenizer, _ENDLESS)
     start, stop = len(template.before), len(template.before) + len(prompt)
+    dropped = template.dropped
+    if template.shows:  # what follows the pictures is told by its distance from the end
+        dropped = len(whole.spans) - sum(token >= 0 for token in row)
     own = [
-        (place - template.dropped, (max(span[0], start) - start, min(span[1], stop) - start))
+        (place - dropped, (max(span[0], start) - start, min(span[1], stop) - start))
         for place, span in enumerate(whole.spans)
         if span is not None and span[0] < stop and span[1] > start
     ]
     own = [(place, span) for place, span in own if 0 <= place < len(row)]  # the others are truncated
     places = [place for place, _ in own]
-    ids = tuple(whole.ids[place + template.dropped] for place in places)
+    ids = tuple(whole.ids[place + dropped] for place in places)
     if not own or tuple(row[places[0] : places[-1] + 1]) != ids:
         raise ValueError(
             f"the pipeline encodes other tokens than those of the prompt {text!r} in its template, so that its words "

@@ -237,6 +237,8 @@ _FAMILIES: dict[str, type[FlowModel]] = {
     "chroma": _Chroma,
     "z_image": _ZImage,
 }
+#: Pipelines whose models are shown pictures, by what their names begin with.
+_SHOWN = {"FluxKontext": "FLUX.1 Kontext", "QwenImageEdit": "Qwen-Image-Edit", "QwenImageLayered": "Qwen-Image-Layered"}
 #: What families are called in messages.
 _SERVED = "Stable Diffusion 3, FLUX.1, Qwen-Image, Chroma and Z-Image"
 
@@ -274,8 +276,9 @@ def check_served(pipe: Any, family: str) -> None:
         raise TypeError(
             f"real images, recordings and FreePromptPipeline are for {_SERVED}, got {type(pipe).__name__}{where}"
         )
-    if any(kind.__name__.startswith("FluxKontext") for kind in type(pipe).__mro__):
-        raise TypeError(
-            "real images, recordings and FreePromptPipeline hold no reference picture, which is part of every call of "
-            f"FLUX.1 Kontext, got {type(pipe).__name__}{where}"
-        )
+    for name, said in _SHOWN.items():
+        if any(kind.__name__.startswith(name) for kind in type(pipe).__mro__):
+            raise TypeError(
+                "real images, recordings and FreePromptPipeline hold no reference picture, which is part of every call "
+                f"of {said}, got {type(pipe).__name__}{where}"
+            )

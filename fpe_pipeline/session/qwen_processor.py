@@ -20,7 +20,8 @@ class EditQwenProcessor(DispatchedAround):
     """Drop-in processor for the layers of Qwen-Image, wrapped around the one that a layer already has.
 
     With an order it computes the order's products as :class:`.EditJointProcessor` does, from queries and keys after
-    their norms and rotary embedding, each stream's own. Padding of a row's text takes no attention.
+    their norms and rotary embedding, each stream's own. Padding of a row's text takes no attention. Tokens of reference
+    pictures (Qwen-Image-Edit) are a row's own as its text is, before which they stand.
     """
 
     plain = ("QwenDoubleStreamAttnProcessor2_0",)
@@ -44,34 +45,52 @@ class EditQwenProcessor(DispatchedAround):
                 attention_mask,
                 image_rotary_emb,
             )
-        plan = order.plan
-        assert isinstance(plan, JointPlan)
-        check_joint_input(order, hidden_states, encoder_hidden_states, attention_mask)
+        plan, images, references = order.plan, order.site.tokens, order.references
+        assert isinstance(plan, JointPlan) and images is not None
+        image, reference = hidden_states[:, :images], hidden_states[:, images:]
+        check_joint_input(
+            order, hidden_states if reference.shape[1] != references else image, encoder_hidden_states, attention_mask
+        )
         assert encoder_hidden_states is not None
-        places = (None, None) if image_rotary_emb is None else image_rotary_emb
+        turned, text_turned = (None, None) if image_rotary_emb is None else image_rotary_emb
+        own = _project(attn, plan, "text", encoder_hidden_states, text_turned, added=True)
+        if references:
+            shown = None if turned is None else turned[images:]
+            own = _project(attn, plan, "text", reference, shown, added=False).followed_by(own)
+        turned = None if turned is None else turned[:images]
         layer = JointLayer(
-            _project(attn, plan, "image", hidden_states, places[0]).beside("image", order.recorded),
-            _project(attn, plan, "text", encoder_hidden_states, places[1]),
+            _project(attn, plan, "image", image, turned, added=False).beside("image", order.recorded),
+            own,
             (attn.inner_dim // attn.heads) ** -0.5,
             order.backend,
             order.text_lengths,
+            references,
+            references_first=True,
         )
         self.record = joint_record(plan, layer, attn.heads)
         rows, text_rows = joint_rows(order, plan, layer)
         assert text_rows is not None
-        out = attn.to_out[0](merged_heads(rows))
+        out, context = merged_heads(rows), merged_heads(text_rows)
+        out, context = torch.cat([out, context[:, :references]], dim=1), context[:, references:]
+        out = attn.to_out[0](out)
         if len(attn.to_out) > 1:
             out = attn.to_out[1](out)  # dropout
-        return out, attn.to_add_out(merged_heads(text_rows))
+        return out, attn.to_add_out(context)
 
 
-def _project(attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, places: Any) -> SegmentProjections:
-    """The rows of a segment that the plan uses, projected, normed and turned: [rows, H, tokens, D]."""
+def _project(
+    attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, places: Any, *, added: bool
+) -> SegmentProjections:
+    """The rows of a segment that the plan uses, projected, normed and turned: [rows, H, tokens, D].
+
+    Args:
+        added: by the text's weights, and not by the image's.
+    """
     used = [plan.used(part, segment) for part in ("query", "key", "value")]
-    names = ("to_q", "to_k", "to_v") if segment == "image" else ("add_q_proj", "add_k_proj", "add_v_proj")
+    names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
     split = [getattr(attn, name)(take(tokens, rows)) for name, rows in zip(names, used, strict=True)]
     query, key, value = (part.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for part in split)
-    norm_q, norm_k = (attn.norm_q, attn.norm_k) if segment == "image" else (attn.norm_added_q, attn.norm_added_k)
+    norm_q, norm_k = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
     query, key = (query if norm_q is None else norm_q(query)), (key if norm_k is None else norm_k(key))
     if places is not None:
         query, key = (_turned(part, places) for part in (query, key))

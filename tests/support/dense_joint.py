@@ -149,7 +149,11 @@ class DenseKontext(DenseFlux):
 class DenseQwen(DenseJoint):
     """The same in blocks of Qwen-Image: text first, each stream turned by itself, and texts padded at their ends."""
 
-    order = ("text", "image")
+    order = ("text", "image", "reference")
+
+    def __init__(self, rule, keep=None, images=None):
+        super().__init__(rule, keep)
+        self.images = images  # tokens of the image, where those of reference pictures follow them
 
     def __call__(
         self,
@@ -173,7 +177,10 @@ class DenseQwen(DenseJoint):
                     part = apply_rotary_emb_qwen(part.transpose(1, 2), turned[segment], use_real=False).transpose(1, 2)
                 parts[f"{letter}_{segment}"] = part
         self.mask = None if encoder_hidden_states_mask is None else encoder_hidden_states_mask.bool()
-        parts["raw"] = heads(attn, attn.to_q, image)
+        for letter in "qkv" if self.images else "":
+            both, tokens = parts[f"{letter}_image"], self.images
+            parts[f"{letter}_image"], parts[f"{letter}_reference"] = both[:, :, :tokens], both[:, :, tokens:]
+        parts["raw"] = heads(attn, attn.to_q, image[:, : self.images])
         rows = image.shape[0]
         out = torch.stack([self.row(row, rows, parts) for row in range(rows)])
         texts = text.shape[1]
@@ -242,8 +249,8 @@ def existing(parts, order, mask, asking, asked):
     """Which keys exist, where only these of the text do; what is added to scores, where the mask is numbers."""
     if mask is None:
         return None
-    image = torch.ones(parts["k_image"].shape[2], dtype=mask.dtype)
-    asks, exists = (torch.cat([image if part == "image" else mask[row] for part in order]) for row in (asking, asked))
+    whole = {part: torch.ones(parts[f"k_{part}"].shape[2], dtype=mask.dtype) for part in order if f"k_{part}" in parts}
+    asks, exists = (torch.cat([*({**whole, "text": mask[row]}[part] for part in whole)]) for row in (asking, asked))
     return asks[:, None] * exists if mask.is_floating_point() else exists
 
 
@@ -352,7 +359,7 @@ def dense(pipe, rule, *, steps, kinds=("attn",), layers="", keep=None, images=No
 
     def of_family(chosen, name):
         if type(transformer).__name__.startswith("Qwen"):
-            return DenseQwen(chosen, keep)
+            return DenseQwen(chosen, keep, images)
         if type(transformer).__name__.startswith("Flux2") and name.startswith("single"):
             return DenseFlux2Single(chosen, lambda: state["texts"], keep)
         if images is not None:
