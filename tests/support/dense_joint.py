@@ -305,7 +305,7 @@ class Blocks:
 def ranges(parts, order, row):
     """Where a row's image tokens stand, and where its text's do; None for a layer without."""
     places, start = {}, 0
-    for part in order:
+    for part in [one for one in order if f"q_{one}" in parts]:
         places[part] = slice(start, start + parts[f"q_{part}"][row].shape[1])
         start = places[part].stop
     return places["image"], places.get("text")
