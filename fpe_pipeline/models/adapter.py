@@ -74,7 +74,20 @@ class ModelAdapter(ABC):
     word: ClassVar[str]
     #: Whose processors compute its edited layers.
     family: ClassVar[
-        Literal["unet", "sd3", "flux", "flux2", "chroma", "cogvideox", "qwen", "ltx", "lumina2", "wan", "z_image"]
+        Literal[
+            "unet",
+            "sd3",
+            "flux",
+            "flux2",
+            "chroma",
+            "cogvideox",
+            "hunyuan_video",
+            "qwen",
+            "ltx",
+            "lumina2",
+            "wan",
+            "z_image",
+        ]
     ]
     #: Whether its pipelines guide by a call of the model of their own, whose prompts they encode by one of their own.
     guides_apart: ClassVar[bool] = False

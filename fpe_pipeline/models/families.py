@@ -12,6 +12,7 @@ from .cogvideox import CogVideoXAdapter
 from .flux import FluxAdapter
 from .flux2 import Flux2Adapter
 from .hunyuan_dit import HunyuanDiTAdapter
+from .hunyuan_video import HunyuanVideoAdapter
 from .ltx import LTXAdapter
 from .lumina2 import Lumina2Adapter
 from .pixart import PixArtAdapter
@@ -30,6 +31,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "Flux2Transformer2DModel": Flux2Adapter,
     "FluxTransformer2DModel": FluxAdapter,
     "HunyuanDiT2DModel": HunyuanDiTAdapter,
+    "HunyuanVideoTransformer3DModel": HunyuanVideoAdapter,
     "LTXVideoTransformer3DModel": LTXAdapter,
     "Lumina2Transformer2DModel": Lumina2Adapter,
     "PixArtTransformer2DModel": PixArtAdapter,

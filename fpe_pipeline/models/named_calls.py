@@ -23,6 +23,8 @@ _CONDITIONAL_FIRST = frozenset(
         "FluxInpaintPipeline",
         "FluxKontextInpaintPipeline",
         "FluxKontextPipeline",
+        "HunyuanSkyreelsImageToVideoPipeline",
+        "HunyuanVideoImageToVideoPipeline",
         "Lumina2Pipeline",
     }
 )

@@ -13,12 +13,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ..text_parts import Template, TextPart
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
-from .once import once_a_tensor
+from .padding import text_lengths
 from .sites import Site
 
 __all__ = ["QwenImageAdapter"]
@@ -58,7 +56,7 @@ class QwenImageAdapter(NamedCallsAdapter):
             given["timestep"],
             (height, width),
             half=self._half(),
-            text_lengths=None if mask is None else _lengths(mask),
+            text_lengths=None if mask is None else text_lengths(mask),
             references=references,
             arguments=(args, kwargs),
         )
@@ -81,15 +79,3 @@ def _size(shapes: Any) -> tuple[int, int, int]:
     if frames != 1:
         raise ValueError(f"the model got {frames} layers of a picture, and an edit speaks of one")
     return height * _PACKED, width * _PACKED, sum(math.prod(picture) for picture in shown)
-
-
-@once_a_tensor
-def _lengths(mask: torch.Tensor) -> tuple[int, ...] | None:
-    """Text tokens of each row before its padding; None where there is none."""
-    if bool(mask.bool().all()):
-        return None
-    lengths = mask.bool().sum(1)
-    places = torch.arange(mask.shape[1], device=mask.device)
-    if not bool((mask.bool() == (places < lengths[:, None])).all()):
-        raise ValueError("the mask of text tokens leaves out some that are followed by others: pad texts at their end")
-    return tuple(int(length) for length in lengths.tolist())

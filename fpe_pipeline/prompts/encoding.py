@@ -195,7 +195,8 @@ def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments
             masked = zip(calls, received.masks[name], strict=True)
             is_whole = template is None or part.is_padded
             dropped = 0 if template is None else template.dropped
-            own = calls if is_whole else [_without_padding(*call, dropped, length) for call in masked]
+            whole = [call[:, dropped:] for call in calls]
+            own = whole if is_whole else [_without_padding(*call, dropped, length) for call in masked]
             inputs.append(own if part.multiple == 1 else _filled_up(own, part.multiple))
     return EncodedText(getattr(pipe, part.tokenizer, None), tuple(inputs), length, template)
 

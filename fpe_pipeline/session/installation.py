@@ -15,6 +15,7 @@ from .chroma_processor import EditChromaProcessor
 from .cogvideox_processor import EditCogVideoXProcessor, unsupported_cogvideox_reasons
 from .flux2_processor import flux2_processor, unsupported_flux2_reasons
 from .flux_processor import EditFluxProcessor
+from .hunyuan_video_processor import EditHunyuanVideoProcessor
 from .instructions import Order
 from .joint_processor import EditJointProcessor, unsupported_joint_reasons
 from .ltx_processor import EditLTXProcessor
@@ -40,6 +41,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "flux2": (flux2_processor, unsupported_flux2_reasons),
     "chroma": (EditChromaProcessor, EditChromaProcessor.unsupported_reasons),
     "cogvideox": (EditCogVideoXProcessor, unsupported_cogvideox_reasons),
+    "hunyuan_video": (EditHunyuanVideoProcessor, EditHunyuanVideoProcessor.unsupported_reasons),
     "qwen": (EditQwenProcessor, EditQwenProcessor.unsupported_reasons),
     "lumina2": (EditLumina2Processor, unsupported_lumina2_reasons),
     "ltx": (EditLTXProcessor, EditLTXProcessor.unsupported_reasons),

@@ -183,7 +183,7 @@ def _consistedit_mask(model: Model, pipe: Any, prompts: Any, size: Any) -> Case:
 
 def _single(model: Model) -> str:
     """ConsistEdit edits FLUX's single blocks, and all layers of a model that has none."""
-    return "single_transformer_blocks" if model.family in ("flux", "klein", "chroma") else ""
+    return "single_transformer_blocks" if model.family in ("flux", "klein", "chroma", "hunyuan_video") else ""
 
 
 def _all(pipe: Any) -> Any:

@@ -87,19 +87,8 @@ class DenseCogVideoX(DenseFlux):
         return out[:, texts:], out[:, :texts]
 
 
-@contextmanager
-def dense_cogvideox(pipe, rule, *, layers="", fault=None):
-    """A pipeline whose layers with such paths follow ``rule(row, rows)``; shares of a frame's tokens are every frame's.
-
-    Each step is one call of the model.
-    """
-    state, transformer = {"step": -1, "calls": 0, "tokens": 0}, pipe.transformer
-
-    def read(module, args, kwargs):
-        latents = kwargs["hidden_states"]
-        state["calls"] += 1
-        state["step"] = (state["calls"] - 1) % len(pipe.scheduler.timesteps)
-        state["frames"] = latents.shape[1] // (module.config.patch_size_t or 1)
+def over_frames(rule, state):
+    """The rule in which shares of a frame's tokens are every frame's, of which the state says how many there are."""
 
     def spread(given):
         return given.repeat(state["frames"]) if isinstance(given, torch.Tensor) else given
@@ -119,6 +108,24 @@ def dense_cogvideox(pipe, rule, *, layers="", fault=None):
             for weight, sources in terms
         ]
 
+    return of_frames
+
+
+@contextmanager
+def dense_cogvideox(pipe, rule, *, layers="", fault=None):
+    """A pipeline whose layers with such paths follow ``rule(row, rows)``; shares of a frame's tokens are every frame's.
+
+    Each step is one call of the model.
+    """
+    state, transformer = {"step": -1, "calls": 0, "tokens": 0}, pipe.transformer
+
+    def read(module, args, kwargs):
+        latents = kwargs["hidden_states"]
+        state["calls"] += 1
+        state["step"] = (state["calls"] - 1) % len(pipe.scheduler.timesteps)
+        state["frames"] = latents.shape[1] // (module.config.patch_size_t or 1)
+
+    of_frames = over_frames(rule, state)
     before = dict(transformer.attn_processors)
     handle = transformer.register_forward_pre_hook(read, with_kwargs=True)
     made = {name: DenseCogVideoX(of_frames if name.startswith(layers) else _own, None) for name in before}

@@ -9,9 +9,9 @@ from diffusers.pipelines.z_image import pipeline_z_image, pipeline_z_image_img2i
 from transformers import Qwen3Config, Qwen3Model
 
 from tests.support.dense_joint import Blocks, dense_row
-from tests.support.dense_rows import wide
 from tests.support.tiny_language import qwen_tokenizer
 from tests.support.tiny_transformers import ExactEuler, sharpened
+from tests.support.wide_torch import widened
 
 Z_IMAGE = {
     "in_channels": 16,
@@ -97,26 +97,9 @@ def draw_z_image(
 _NARROWING = (pipeline_z_image, pipeline_z_image_img2img, pipeline_z_image_inpaint, transformer_z_image)
 
 
-class _WideTorch:
-    """torch, in which what is called narrow is wide."""
-
-    float32, complex64 = torch.float64, torch.complex128
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-
-@contextmanager
 def wide_z_image():
     """Where diffusers narrows to float32 on the way, what is in float64 stays so."""
-    with wide():
-        for module in _NARROWING:
-            module.torch = _WideTorch()
-        try:
-            yield
-        finally:
-            for module in _NARROWING:
-                module.torch = torch
+    return widened(*_NARROWING)
 
 
 class DenseZImage:

@@ -5,7 +5,6 @@ import torch
 
 from tests.support import edited_transformers
 from tests.support.dense_rows import wide
-from tests.support.edited_cogvideox import COGVIDEOX
 from tests.support.edited_transformers import (
     EDITS,
     FAULTS,
@@ -17,9 +16,10 @@ from tests.support.edited_transformers import (
     shows,
     unedited,
 )
+from tests.support.edited_videos import COGVIDEOX, HUNYUAN_VIDEO
 
 EXACT = 1e-8
-MODELS = {**edited_transformers.MODELS, "CogVideoX": COGVIDEOX}
+MODELS = {**edited_transformers.MODELS, "CogVideoX": COGVIDEOX, "HunyuanVideo": HUNYUAN_VIDEO}
 SIZES = {
     "1 target": (1, (8, 8)),
     "3 targets, not square": (3, (6, 12)),

@@ -150,7 +150,7 @@ def test_the_source_is_the_one_without_an_edit(pipe, dtype):
     own, _ = edited(tiny, OwnMaps())
     plain = draw_cogvideox(tiny, PROMPTS)
     bound = 1e-4 if dtype is torch.float32 else 1e-11
-    assert torch.equal(out[0], own[0]) and farthest(own, plain) <= bound
+    assert farthest(out[0], own[0]) <= bound and farthest(own, plain) <= bound
     idle, _ = edited(tiny, FreePromptEdit(0.0))
     assert torch.equal(idle, plain)
 
