@@ -19,6 +19,7 @@ from tests.support.slow_cases import few
 from tests.support.tiny_chroma import draw_chroma, tiny_chroma_pipeline
 from tests.support.tiny_cogvideox import draw_cogvideox, tiny_cogvideox_pipeline
 from tests.support.tiny_cross import draw_hunyuan, draw_ltx, tiny_hunyuan_pipeline, tiny_ltx_pipeline
+from tests.support.tiny_hunyuan_video import draw_hunyuan_video, tiny_hunyuan_video_pipeline
 from tests.support.tiny_lumina import draw_lumina, tiny_lumina_pipeline
 from tests.support.tiny_transformers import (
     draw,
@@ -30,13 +31,18 @@ from tests.support.tiny_transformers import (
 )
 from tests.support.tiny_wan import draw_wan, tiny_wan_pipeline
 
+PROMPTS = ("a photo of a red car", "a big dog")
 MODELS = {
     "sd3.5": (lambda pipe, dtype: tiny_sd3_pipeline(pipe, "sd3.5", dtype), draw),
     "flux": (tiny_flux_pipeline, draw_flux),
     "chroma": (tiny_chroma_pipeline, draw_chroma),
     "cogvideox": (
         lambda pipe, dtype: tiny_cogvideox_pipeline(pipe, dtype=dtype),
-        lambda pipe, prompts=("a photo of a red car", "a big dog"), **options: draw_cogvideox(pipe, prompts, **options),
+        lambda pipe, **options: draw_cogvideox(pipe, PROMPTS, **options),
+    ),
+    "hunyuan_video": (
+        tiny_hunyuan_video_pipeline,
+        lambda pipe, **options: draw_hunyuan_video(pipe, PROMPTS, **options),
     ),
     "qwen": (lambda pipe, dtype: tiny_qwen_pipeline(dtype), draw_qwen),
     "wan": (lambda pipe, dtype: tiny_wan_pipeline(pipe, 2, dtype), draw_wan),
