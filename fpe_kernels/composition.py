@@ -145,11 +145,11 @@ class LinearMap(MapViews):
             queries: start and stop of the query tokens; None for all.
             keys: start and stop of the key tokens; None for all.
         """
-        part = self if queries is None else self.queries(*queries)
+        part = self if queries is None else self.queries(*indices.check_pair("query tokens", queries))
         if keys is None:
             return part
         tokens = self.shape[3]
-        start, stop = indices.check_range("key tokens", *keys, tokens, empty=True)
+        start, stop = indices.check_range("key tokens", *indices.check_pair("key tokens", keys), tokens, empty=True)
         of_keys = once_for_each(lambda whole: KeyBlock(whole, start, stop))
 
         def change(term: Term, rows: slice) -> Term:

@@ -46,6 +46,13 @@ def check_range(name: str, start: object, stop: object, tokens: int, empty: bool
     return first, last
 
 
+def check_pair(name: str, given: object) -> tuple[int, int | None]:
+    """Return a range of tokens, written as one argument, as its start and its stop."""
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise TypeError(f"a range of {name} is two ints, start and stop, got {given!r}.")
+    return given[0], given[1]
+
+
 def _as_it_varies(entry: int) -> int:
     """``entry`` as an int, unless it is a size that varies where a program is exported."""
     return entry if isinstance(entry, torch.SymInt) else int(entry)

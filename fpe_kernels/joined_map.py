@@ -163,7 +163,7 @@ class JoinedMap(SoftmaxMap, LinearMap):
     def wide_columns(self, index: Tensor) -> Tensor:
         # Which part a position lies in is known on the device: every part gives a column, of zeros where it is no
         # position of its own.
-        columns = None
+        columns = None if self.shape[3] else self._shares()[0].new_zeros((*self.shape[:3], index.numel()))
         for (_, blocks, keys), share in zip(self._ranges(), self._shares(), strict=True):
             if keys.stop == keys.start:
                 continue

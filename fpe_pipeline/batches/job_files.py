@@ -26,6 +26,7 @@ from ..runs.option_files import OPTION_FILES
 from ..runs.settings import DEFAULTS, Settings
 from ..texts import did_you_mean
 from .jobs import BadRow, Job
+from .summary import KINDS
 
 __all__ = ["OF_A_ROW", "read_jobs"]
 
@@ -196,10 +197,13 @@ def _jobs(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any], folder
     mask = said.get("mask")
     if mask is not None:
         mask = tuple(mask) if isinstance(mask, list) else str(_picture(folder, str(mask)))
+    kind = str(said.get("kind", ""))
+    if kind in KINDS:
+        raise InputError(f"kind {kind!r} stands for other rows in the summary: call it something else")
     for number, target in enumerate(targets, start=1):
         settings = Settings.of_model(**{**defaults, **own, "source": source, "targets": [target], "image": image})
         of_several = f"{name}-{number}" if len(targets) > 1 else name
-        yield Job(of_several, settings.with_values(control=False), mask, str(said.get("kind", "")))
+        yield Job(of_several, settings.with_values(control=False), mask, kind)
 
 
 def _check_name(name: str) -> None:

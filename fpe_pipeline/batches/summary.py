@@ -14,10 +14,12 @@ from typing import Any
 from ..atomic_folder import staged
 from ..texts import markdown_table
 
-__all__ = ["Line", "means", "write_summary"]
+__all__ = ["KINDS", "Line", "means", "write_summary"]
 
 _FIGURES = 4
-_ALL = "all"
+_ALL, _NONE = "all", "no kind"
+#: Kinds that the table of means has of its own.
+KINDS = (_ALL, _NONE)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def means(lines: Sequence[Line]) -> dict[str, dict[str, float]]:
     """By kind, and of all, the mean of every measure over the jobs that have it, with their number as ``jobs``."""
     made = [line for line in lines if not line.failed]
     kinds = list(dict.fromkeys(line.kind for line in made))
-    groups = {kind or "no kind": [line for line in made if line.kind == kind] for kind in kinds if len(kinds) > 1}
+    groups = {kind or _NONE: [line for line in made if line.kind == kind] for kind in kinds if len(kinds) > 1}
     return {kind: _means(members) for kind, members in {**groups, _ALL: made}.items() if members}
 
 

@@ -31,7 +31,8 @@ def sweep(settings: Settings, axis: str) -> list[tuple[str, Settings]]:
     usual = FLOW_WINDOW if served == "transformer" else SELF_REPLACE
     if axis == "methods":
         known = methods_of(served)
-        layers = {"levels": None, "max_tokens": None, "layers": None}
+        # Of a UNet each method has layers of its own; on a transformer those that are chosen are the model's.
+        layers = {"levels": None, "max_tokens": None, "layers": plain.layers if served == "transformer" else None}
         return [
             (
                 method.title,

@@ -64,7 +64,9 @@ def _measured(path: Path) -> tuple[int, int]:
     except Image.DecompressionBombError:
         raise InputError(_too_large("far more")) from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"this file is not a picture; pass a {', '.join(FORMATS)} file") from error
+        raise InputError(
+            f"this file is not a picture in a format that is read here; pass a {', '.join(FORMATS)} file"
+        ) from error
     if width * height > MOST_PIXELS:
         raise InputError(_too_large(f"{width} x {height} = {width * height / 1e6:.0f} million"))
     return width, height

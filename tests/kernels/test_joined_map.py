@@ -248,3 +248,17 @@ def test_refused(name: str) -> None:
     call, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_no_column_of_a_map_without_keys() -> None:
+    query = torch.randn(1, 2, 3, 4)
+    assert join([AttentionMap(query, query)] * 2).keys(2, 2).columns([]).shape == (1, 2, 3, 0)
+
+
+@pytest.mark.parametrize("given", [3, slice(0, 2), (0, 1, 2)])
+def test_ranges_of_a_block_are_pairs(given: object) -> None:
+    query = torch.randn(1, 2, 3, 4)
+    with pytest.raises(TypeError, match=r"a range of (query|key) tokens is two ints, start and stop, got"):
+        AttentionMap(query, query).block(given)
+    with pytest.raises(TypeError, match="a range of key tokens is two ints"):
+        AttentionMap(query, query).block(keys=given)

@@ -83,6 +83,7 @@ class TestOurs:
     @pytest.mark.parametrize(
         ("row", "reason"),
         [
+            ({"name": "a", "source": SOURCE, "target": TARGET, "kind": "all"}, "kind 'all' stands for other rows"),
             ({"source": SOURCE}, "the target is missing: expected target or target_prompt or edit_prompt"),
             ({"target": TARGET}, "the source is missing"),
             ({"source": SOURCE, "target": TARGET, "sed": 1}, "nothing by the name of sed; did you mean seed?"),

@@ -7,11 +7,13 @@ import pytest
 from fpe_pipeline.app import cli
 from fpe_pipeline.images.distance import distance
 from fpe_pipeline.runs import run as runs
+from fpe_pipeline.runs.settings import Settings
 from fpe_pipeline.studio import shown
 from fpe_pipeline.studio.copied import as_command, as_python
 from fpe_pipeline.studio.desk import Desk
 from fpe_pipeline.studio.models import Models, choices_of
 from fpe_pipeline.studio.requests import FIELDS, MOST_OPTIONS, defaults
+from fpe_pipeline.studio.sweeps import sweep
 from tests.pipeline.studio.conftest import last
 from tests.support.saved_transformers import saved_transformer
 from tests.support.tiny_cli import OTHER, SOURCE, TARGET
@@ -118,3 +120,11 @@ def test_layers_to_choose_from(desk, family):
     assert choices["transformer 0"] == "transformer_blocks.0"
     assert ("single_transformer 0" in choices) == (family == "flux")
     assert desk.models.family(name) == family
+
+
+def test_a_grid_of_methods_keeps_the_layers_of_a_transformer():
+    chosen = Settings("a red car", ("a blue car",), model="embedded-sd3", layers=("transformer_blocks.0",))
+    runs_of = dict(sweep(chosen, "methods"))
+    assert len(runs_of) > 2 and {one.layers for one in runs_of.values()} == {("transformer_blocks.0",)}
+    unet = Settings("a red car", ("a blue car",), layers=("up_blocks",))
+    assert {one.layers for one in dict(sweep(unet, "methods")).values()} == {None}

@@ -68,7 +68,7 @@ def test_too_many_bytes(tmp_path, saved, monkeypatch):
 def test_no_picture(tmp_path, saved, content):
     path = tmp_path / "file.png"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="not a picture; pass a PNG, JPEG, WEBP"):
+    with pytest.raises(InputError, match="not a picture in a format that is read here; pass a PNG, JPEG, WEBP"):
         admitted_photo(path, saved)
     assert not saved.exists()
 
