@@ -7,6 +7,7 @@ from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video
 from transformers import CLIPTextModel, LlamaConfig, LlamaModel
+from transformers.models.llama import modeling_llama
 
 from tests.support.dense_joint import DenseJoint, heads, linear
 from tests.support.tiny_cogvideox import over_frames
@@ -75,7 +76,7 @@ def draw_hunyuan_video(pipe, prompts, *, steps=4, size=(8, 8), frames=2, guidanc
 
 def wide_hunyuan_video():
     """Where diffusers narrows to float32 on the way, what is in float64 stays so."""
-    return widened(pipeline_hunyuan_video)
+    return widened(pipeline_hunyuan_video, modeling_llama)
 
 
 class DenseHunyuanVideo(DenseJoint):

@@ -10,7 +10,8 @@ from tests.support.dense_rows import wide
 class _WideTorch:
     """torch, in which what is called narrow is wide."""
 
-    float32, complex64 = torch.float64, torch.complex128
+    float = float32 = torch.float64
+    complex64 = torch.complex128
 
     def __getattr__(self, name):
         return getattr(torch, name)
