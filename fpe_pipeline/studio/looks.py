@@ -109,6 +109,7 @@ CSS = """
 .gradio-container button:focus-visible, .gradio-container input:focus-visible,
 .gradio-container textarea:focus-visible, .gradio-container [tabindex]:focus-visible {
   outline: 2px solid var(--fpe-accent); outline-offset: 2px; }
+.gradio-container .cm-line, .gradio-container .cm-line span { color: var(--body-text-color) !important; }
 footer { display: none !important; }
 @media (max-width: 760px) {
   .gradio-container { padding: 0 12px 32px !important; }
@@ -119,6 +120,21 @@ footer { display: none !important; }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
 """
+
+
+#: Gradio puts a picture into a button, and says neither's name to who does not see it.
+SCRIPT = """() => {
+  const names = {
+    "heat": "the picture with its heat; a click asks what a place attends to",
+    "components": "principal components of self-attention",
+    "photo-cut": "the photo",
+    "photo-back": "the photo as it comes back",
+  };
+  const tell = () => Object.entries(names).forEach(([place, name]) =>
+    document.querySelectorAll(`#${place} button:not([aria-label])`).forEach((b) => b.setAttribute("aria-label", name)));
+  new MutationObserver(tell).observe(document.body, {childList: true, subtree: true});
+  tell();
+}"""
 
 
 def theme() -> Any:

@@ -182,8 +182,10 @@ def _photo_tab(desk: Desk, visitor: Any, recipe: Recipe, family: Family) -> Any:
         elem_id="photo-upload",
     )  # fmt: skip
     with gr.Row():
-        photo = gr.Image(label="Photo", interactive=False, buttons=[], height=220, visible=False)
-        back = gr.Image(label="As it comes back", interactive=False, buttons=[], height=220, visible=False)
+        photo = gr.Image(label="Photo", interactive=False, buttons=[], height=220, visible=False, elem_id="photo-cut")
+        back = gr.Image(
+            label="As it comes back", interactive=False, buttons=[], height=220, visible=False, elem_id="photo-back"
+        )
     inversion = AnyOf(**_inversions(family), label=LABELS["inversion"])
     with gr.Row():
         invert = gr.Button("Invert", variant="primary", elem_id="invert")

@@ -84,6 +84,7 @@ def serve(desk: Any, *, host: str = "127.0.0.1", port: int | None = None, block:
         mcp_server=False,
         theme=looks.theme(),
         css=looks.CSS,
+        js=looks.SCRIPT,
         app_kwargs={"middleware": [Middleware(_Headers)], "docs_url": None, "redoc_url": None, "openapi_url": None},
     )
     # While a browser draws the page: what it asks for first is then known. A process that ends waits for this thread,

@@ -78,6 +78,10 @@ def test_generate_compare_look_inside_and_restore(visit, out, tmp_path):
         slider.press("ArrowRight")
     assert page.evaluate("document.querySelector('.fpe-slider').style.getPropertyValue('--cut')") == "50%"
     shoot(page, "generate")
+    page.get_by_role("button", name="Copy as a command or as Python").click()
+    page.locator(".cm-line", has_text="fpe edit").first.wait_for()
+    page.wait_for_timeout(700)
+    assert faults(page) == []
 
     visitor.tab("Compare")
     page.locator("#compare-slider .fpe-slider").wait_for()
@@ -97,6 +101,7 @@ def test_generate_compare_look_inside_and_restore(visit, out, tmp_path):
     page.locator("#heat img").click(position={"x": box["width"] * 0.5, "y": box["height"] * 0.6})
     assert "attends to" in visitor.said("#look-status", "what the place")
     assert page.locator("#report tbody tr").count() == 7
+    assert faults(page) == []
 
     page.locator("#source textarea").fill("something else")
     visitor.tab("History")
@@ -133,6 +138,7 @@ def test_photos_bad_uploads_and_the_servers_files(visit, out, photo, tmp_path, a
     assert not list((out / "results").rglob("passwd*")), "an upload keeps its name"
     page.locator("#invert").click()
     assert "recorded for any number of edits" in visitor.said("#photo-status", " dB;")
+    assert faults(page) == []
     page.locator("#edit").click()
     visitor.said("#photo-status", "done in")
     assert page.locator(".fpe-tiles >> visible=true").locator("img").count() == 4
