@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from ..edits.joint_products import JointPlan
 from .around import ProcessorAround, may_do_more
-from .computing import Rows, take
-from .joint_computing import JointLayer, SegmentProjections
+from .joint_computing import JointLayer
 from .joint_processor import check_joint_input, is_fused, joint_record, joint_rows, merged_heads
+from .joint_projections import segment_projections
 
 __all__ = ["EditCogVideoXProcessor", "unsupported_cogvideox_reasons"]
 
@@ -51,10 +52,13 @@ class EditCogVideoXProcessor(ProcessorAround):
         plan = order.plan
         assert isinstance(plan, JointPlan)
         check_joint_input(order, hidden_states, encoder_hidden_states, attention_mask)
+        turn = None
+        if image_rotary_emb is not None:
+            turn = partial(apply_rotary_emb, freqs_cis=image_rotary_emb, sequence_dim=1)
         fused = is_fused(self.inner)
         layer = JointLayer(
-            _projected(attn, plan, "image", hidden_states, image_rotary_emb, fused),
-            _projected(attn, plan, "text", encoder_hidden_states, None, fused),
+            segment_projections(attn, plan, "image", hidden_states, turn, fused=fused),
+            segment_projections(attn, plan, "text", encoder_hidden_states, fused=fused),
             attn.scale,
             order.backend,
         )
@@ -63,23 +67,3 @@ class EditCogVideoXProcessor(ProcessorAround):
         assert text_rows is not None
         # to_out[1] is dropout
         return tuple(attn.to_out[1](attn.to_out[0](merged_heads(part))) for part in (rows, text_rows))
-
-
-def _projected(
-    attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, places: Any, fused: bool
-) -> SegmentProjections:
-    """The rows of a segment that the plan uses, projected, normed and turned: [rows, H, tokens, D]."""
-    used = [plan.used(part, segment) for part in ("query", "key", "value")]
-    if fused:
-        split = [take(part, rows) for part, rows in zip(attn.to_qkv(tokens).chunk(3, dim=-1), used, strict=True)]
-    else:
-        layers = (attn.to_q, attn.to_k, attn.to_v)
-        split = [layer(take(tokens, rows)) for layer, rows in zip(layers, used, strict=True)]
-    query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in split)
-    query = query if attn.norm_q is None else attn.norm_q(query)
-    key = key if attn.norm_k is None else attn.norm_k(key)
-    if places is not None:
-        query, key = (apply_rotary_emb(part, places) for part in (query, key))
-    # A norm may return a wider type (under autocast), which attention has to narrow again.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    return SegmentProjections(*(Rows(part, rows) for part, rows in zip((query, key, value), used, strict=True)))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
 from ..edits.joint_products import JointPlan
-from .computing import Rows, take
 from .dispatched import DispatchedAround
-from .joint_computing import JointLayer, SegmentProjections
+from .joint_computing import JointLayer
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
+from .joint_projections import segment_projections
 
 __all__ = ["EditHunyuanVideoProcessor"]
 
@@ -41,10 +42,12 @@ class EditHunyuanVideoProcessor(DispatchedAround):
         assert isinstance(plan, JointPlan)
         check_joint_input(order, hidden_states, encoder_hidden_states, None)  # the mask is of padding: text_lengths
         assert encoder_hidden_states is not None
-        has_streams = attn.add_q_proj is not None
+        turn = None
+        if image_rotary_emb is not None:
+            turn = partial(apply_rotary_emb, freqs_cis=image_rotary_emb, sequence_dim=1)
         layer = JointLayer(
-            _projected(attn, plan, "image", hidden_states, image_rotary_emb, added=False),
-            _projected(attn, plan, "text", encoder_hidden_states, None, added=has_streams),
+            segment_projections(attn, plan, "image", hidden_states, turn),
+            segment_projections(attn, plan, "text", encoder_hidden_states, added=attn.add_q_proj is not None),
             attn.scale,
             order.backend,
             order.text_lengths,
@@ -58,24 +61,3 @@ class EditHunyuanVideoProcessor(DispatchedAround):
         if getattr(attn, "to_add_out", None) is not None:
             context = attn.to_add_out(context)
         return out, context
-
-
-def _projected(
-    attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, places: Any, *, added: bool
-) -> SegmentProjections:
-    """The rows of a segment that the plan uses, projected, normed and turned: [rows, H, tokens, D].
-
-    Args:
-        added: by weights of the text's own.
-    """
-    used = [plan.used(part, segment) for part in ("query", "key", "value")]
-    names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
-    split = [getattr(attn, name)(take(tokens, rows)) for name, rows in zip(names, used, strict=True)]
-    query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in split)
-    norm_q, norm_k = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
-    query, key = (query if norm_q is None else norm_q(query)), (key if norm_k is None else norm_k(key))
-    if places is not None:
-        query, key = (apply_rotary_emb(part, places, sequence_dim=1) for part in (query, key))
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm returns a wider type
-    parts = zip((query, key, value), used, strict=True)
-    return SegmentProjections(*(Rows(part.transpose(1, 2), rows) for part, rows in parts))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 
 from ..edits.joint_products import JointPlan
-from .computing import Rows, take
 from .dispatched import DispatchedAround
-from .joint_computing import JointLayer, SegmentProjections
+from .joint_computing import JointLayer
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
+from .joint_projections import segment_projections
 
 __all__ = ["EditQwenProcessor"]
 
@@ -53,13 +55,13 @@ class EditQwenProcessor(DispatchedAround):
         )
         assert encoder_hidden_states is not None
         turned, text_turned = (None, None) if image_rotary_emb is None else image_rotary_emb
-        own = _project(attn, plan, "text", encoder_hidden_states, text_turned, added=True)
+        own = segment_projections(attn, plan, "text", encoder_hidden_states, _turn(text_turned), added=True)
         if references:
             shown = None if turned is None else turned[images:]
-            own = _project(attn, plan, "text", reference, shown, added=False).followed_by(own)
+            own = segment_projections(attn, plan, "text", reference, _turn(shown)).followed_by(own)
         turned = None if turned is None else turned[:images]
         layer = JointLayer(
-            _project(attn, plan, "image", image, turned, added=False).beside("image", order.recorded),
+            segment_projections(attn, plan, "image", image, _turn(turned)).beside("image", order.recorded),
             own,
             (attn.inner_dim // attn.heads) ** -0.5,
             order.backend,
@@ -78,27 +80,6 @@ class EditQwenProcessor(DispatchedAround):
         return out, attn.to_add_out(context)
 
 
-def _project(
-    attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, places: Any, *, added: bool
-) -> SegmentProjections:
-    """The rows of a segment that the plan uses, projected, normed and turned: [rows, H, tokens, D].
-
-    Args:
-        added: by the text's weights, and not by the image's.
-    """
-    used = [plan.used(part, segment) for part in ("query", "key", "value")]
-    names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
-    split = [getattr(attn, name)(take(tokens, rows)) for name, rows in zip(names, used, strict=True)]
-    query, key, value = (part.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for part in split)
-    norm_q, norm_k = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
-    query, key = (query if norm_q is None else norm_q(query)), (key if norm_k is None else norm_k(key))
-    if places is not None:
-        query, key = (_turned(part, places) for part in (query, key))
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm returns a wider type
-    parts = zip((query, key, value), used, strict=True)
-    return SegmentProjections(*(Rows(part.transpose(1, 2), rows) for part, rows in parts))
-
-
-def _turned(part: torch.Tensor, places: Any) -> torch.Tensor:
-    """Queries or keys [rows, N, H, D] turned by their places; of no rows where all are known from a recording."""
-    return apply_rotary_emb_qwen(part, places, use_real=False) if part.shape[0] else part
+def _turn(places: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The rotary embedding of tokens at these places."""
+    return None if places is None else partial(apply_rotary_emb_qwen, freqs_cis=places, use_real=False)

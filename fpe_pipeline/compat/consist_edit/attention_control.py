@@ -90,7 +90,7 @@ class _QuarterSession(EditingSession):
                 f"the original takes a guided batch of sources and as many targets, got {call.rows} rows: leave "
                 'compat="original" out to edit any number of targets of one source, guided or not'
             )
-        sources = (*range(quarter), *range(quarter), *range(2 * quarter, 3 * quarter), *range(2 * quarter, 3 * quarter))
+        sources = tuple(row - quarter * (row // quarter % 2) for row in range(call.rows))
         return BatchRoles(tuple(row >= 2 * quarter for row in range(call.rows)), sources)
 
 

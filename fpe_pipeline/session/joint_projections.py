@@ -1,0 +1,51 @@
+"""Queries, keys and values of one segment of a layer of joint attention, as diffusers' ``Attention`` makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..edits.joint_products import JointPlan
+from .computing import Rows, take
+from .joint_computing import SegmentProjections
+
+__all__ = ["segment_projections"]
+
+
+def segment_projections(
+    attn: Any,
+    plan: JointPlan,
+    segment: Any,
+    tokens: torch.Tensor,
+    turn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    *,
+    added: bool = False,
+    fused: bool = False,
+) -> SegmentProjections:
+    """The rows of a segment that the plan uses, projected, normed and turned: [rows, H, tokens, D].
+
+    Args:
+        attn: the diffusers ``Attention`` module.
+        plan: of the layer.
+        segment: "image" or "text", as whose tokens the plan knows them.
+        tokens: [B, tokens, C].
+        turn: the rotary embedding of queries and keys [rows, tokens, H, D]; None where there is none.
+        added: by the weights of the text's own stream.
+        fused: by projections that were put together.
+    """
+    used = [plan.used(part, segment) for part in ("query", "key", "value")]
+    if fused:
+        split = [take(part, rows) for part, rows in zip(attn.to_qkv(tokens).chunk(3, dim=-1), used, strict=True)]
+    else:
+        names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
+        split = [getattr(attn, name)(take(tokens, rows)) for name, rows in zip(names, used, strict=True)]
+    query, key, value = (part.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for part in split)
+    norm_q, norm_k = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
+    query, key = (query if norm_q is None else norm_q(query)), (key if norm_k is None else norm_k(key))
+    if turn is not None:  # of no rows there is nothing to turn: where all are known from a recording
+        query, key = (turn(part) if part.shape[0] else part for part in (query, key))
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm returns a wider type
+    parts = zip((query, key, value), used, strict=True)
+    return SegmentProjections(*(Rows(part.transpose(1, 2), rows) for part, rows in parts))
