@@ -9,9 +9,9 @@ from diffusers.models import attention_processor as diffusers_processors
 
 from ..edits.joint_products import JointPlan
 from .around import ProcessorAround, may_do_more
-from .computing import Rows, take
 from .instructions import Order
-from .joint_computing import JointLayer, SegmentProjections, evaluate_joint, text_maps
+from .joint_computing import JointLayer, evaluate_joint, text_maps
+from .joint_projections import segment_projections
 from .record import LayerRecord
 
 __all__ = [
@@ -76,10 +76,12 @@ class EditJointProcessor(ProcessorAround):
         assert isinstance(plan, JointPlan)
         check_joint_input(order, hidden_states, encoder_hidden_states, attention_mask)
         fused = is_fused(self.inner)
-        image = _project(attn, plan, "image", hidden_states, fused).beside("image", order.recorded)
+        image = segment_projections(attn, plan, "image", hidden_states, fused=fused).beside("image", order.recorded)
         text = None
         if encoder_hidden_states is not None:
-            text = _project(attn, plan, "text", encoder_hidden_states, fused).beside("text", order.recorded)
+            text = segment_projections(attn, plan, "text", encoder_hidden_states, added=True, fused=fused).beside(
+                "text", order.recorded
+            )
         layer = JointLayer(image, text, image.query.tensor.shape[-1] ** -0.5, order.backend)
         self.record = joint_record(plan, layer, attn.heads)
         rows, text_rows = joint_rows(order, plan, layer)
@@ -96,23 +98,6 @@ def is_fused(processor: Any) -> bool:
     # The class of the processor tells whether fused projections are in use: `attn.fused_projections` stays True after
     # unfusing, and an adapter loaded since then lives in the separate ones.
     return type(processor).__name__.startswith("Fused")
-
-
-def _project(attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, fused: bool) -> SegmentProjections:
-    """The rows of a segment that the plan uses, projected and normed: [rows, H, tokens, D]."""
-    used = [plan.used(part, segment) for part in ("query", "key", "value")]
-    if fused:
-        together = attn.to_qkv if segment == "image" else attn.to_added_qkv
-        split = [take(part, rows) for part, rows in zip(together(tokens).chunk(3, dim=-1), used, strict=True)]
-    else:
-        names = ("to_q", "to_k", "to_v") if segment == "image" else ("add_q_proj", "add_k_proj", "add_v_proj")
-        split = [getattr(attn, name)(take(tokens, rows)) for name, rows in zip(names, used, strict=True)]
-    query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in split)
-    norm_q, norm_k = (attn.norm_q, attn.norm_k) if segment == "image" else (attn.norm_added_q, attn.norm_added_k)
-    # A norm may return a wider type (under autocast), which attention has to narrow again.
-    query = (query if norm_q is None else norm_q(query)).to(value.dtype)
-    key = (key if norm_k is None else norm_k(key)).to(value.dtype)
-    return SegmentProjections(Rows(query, used[0]), Rows(key, used[1]), Rows(value, used[2]))
 
 
 def merged_heads(rows: torch.Tensor) -> torch.Tensor:

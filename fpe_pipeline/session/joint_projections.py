@@ -37,7 +37,8 @@ def segment_projections(
     """
     used = [plan.used(part, segment) for part in ("query", "key", "value")]
     if fused:
-        split = [take(part, rows) for part, rows in zip(attn.to_qkv(tokens).chunk(3, dim=-1), used, strict=True)]
+        together = attn.to_added_qkv if added else attn.to_qkv
+        split = [take(part, rows) for part, rows in zip(together(tokens).chunk(3, dim=-1), used, strict=True)]
     else:
         names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
         split = [getattr(attn, name)(take(tokens, rows)) for name, rows in zip(names, used, strict=True)]
