@@ -15,12 +15,14 @@ class Template(NamedTuple):
         before, after: the text on either side.
         dropped: how many tokens, the first ones, the model does not receive.
         shows: whether pictures stand before the prompt, each of which becomes many tokens.
+        dropped_behind: how many tokens, the last ones behind all padding, the model does not receive.
     """
 
     before: str
     after: str = ""
     dropped: int = 0
     shows: bool = False
+    dropped_behind: int = 0
 
 
 class TextPart(NamedTuple):
@@ -34,6 +36,8 @@ class TextPart(NamedTuple):
         is_padded: whether the model receives as many tokens of every prompt, with padding behind the shorter ones.
             Where it does not, its padding ends with the longest prompt of a call.
         multiple: tokens of every text are filled up to a multiple of this number.
+        one_at_a_time: whether its encoders are called for one text after the other, each of which is then filled up to
+            the length that the pipeline is told.
     """
 
     tokenizer: str
@@ -41,13 +45,14 @@ class TextPart(NamedTuple):
     template: Callable[[Any, Mapping[str, Any]], Template] | None = None
     is_padded: bool = False
     multiple: int = 1
+    one_at_a_time: bool = False
 
 
-def conversation(tokenizer: Any, *, enable_thinking: bool) -> Template:
-    """What a chat template writes around a prompt as what a user says; nothing without a tokenizer."""
+def conversation(tokenizer: Any, *, enable_thinking: bool, instruction: str = "") -> Template:
+    """What a chat template writes around an instruction and a prompt that a user says; nothing without a tokenizer."""
     if tokenizer is None:
         return Template("")
-    said = [{"role": "user", "content": "{}"}]
+    said = [{"role": "user", "content": instruction + "{}"}]
     written = tokenizer.apply_chat_template(
         said, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
     )

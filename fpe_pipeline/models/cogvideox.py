@@ -16,7 +16,16 @@ from .adapter import ModelCall
 from .sites import Site
 from .transformer import TransformerAdapter
 
-__all__ = ["CogVideoXAdapter"]
+__all__ = ["CogVideoXAdapter", "blocks_of_one_stream"]
+
+
+def blocks_of_one_stream(module: Any) -> tuple[Site, ...]:
+    """The layers of a transformer whose blocks have image and text tokens in one set of projections."""
+    patch = int(module.config.patch_size)
+    return tuple(
+        Site(f"transformer_blocks.{index}.attn1", "dual", "joint", index, block.attn1.heads, 0, (), patch=patch)
+        for index, block in enumerate(module.transformer_blocks)
+    )
 
 
 class CogVideoXAdapter(TransformerAdapter):
@@ -26,12 +35,7 @@ class CogVideoXAdapter(TransformerAdapter):
     text_parts = (TextPart("tokenizer", ("text_encoder",)),)
 
     def find_sites(self) -> tuple[Site, ...]:
-        module: Any = self.module
-        patch = int(module.config.patch_size)
-        return tuple(
-            Site(f"transformer_blocks.{index}.attn1", "dual", "joint", index, block.attn1.heads, 0, (), patch=patch)
-            for index, block in enumerate(module.transformer_blocks)
-        )
+        return blocks_of_one_stream(self.module)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments

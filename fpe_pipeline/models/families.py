@@ -9,8 +9,10 @@ import torch
 from .adapter import ModelAdapter, identity
 from .chroma import ChromaAdapter
 from .cogvideox import CogVideoXAdapter
+from .cogview import CogView3PlusAdapter, CogView4Adapter
 from .flux import FluxAdapter
 from .flux2 import Flux2Adapter
+from .flux_kin import BriaAdapter, LongCatImageAdapter, OvisImageAdapter
 from .hunyuan_dit import HunyuanDiTAdapter
 from .hunyuan_video import HunyuanVideoAdapter
 from .ltx import LTXAdapter
@@ -26,17 +28,23 @@ __all__ = ["adapter_of", "edited_model", "register_adapter"]
 
 #: By the name of the class, the adapters of transformers; UNets are told by their blocks.
 _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
+    "BriaTransformer2DModel": BriaAdapter,
     "ChromaTransformer2DModel": ChromaAdapter,
     "CogVideoXTransformer3DModel": CogVideoXAdapter,
+    "CogView3PlusTransformer2DModel": CogView3PlusAdapter,
+    "CogView4Transformer2DModel": CogView4Adapter,
     "Flux2Transformer2DModel": Flux2Adapter,
     "FluxTransformer2DModel": FluxAdapter,
     "HunyuanDiT2DModel": HunyuanDiTAdapter,
     "HunyuanVideoTransformer3DModel": HunyuanVideoAdapter,
     "LTXVideoTransformer3DModel": LTXAdapter,
+    "LongCatImageTransformer2DModel": LongCatImageAdapter,
     "Lumina2Transformer2DModel": Lumina2Adapter,
+    "OvisImageTransformer2DModel": OvisImageAdapter,
     "PixArtTransformer2DModel": PixArtAdapter,
     "QwenImageTransformer2DModel": QwenImageAdapter,
     "SD3Transformer2DModel": SD3Adapter,
+    "SkyReelsV2Transformer3DModel": WanAdapter,
     "WanTransformer3DModel": WanAdapter,
     "ZImageTransformer2DModel": ZImageAdapter,
 }

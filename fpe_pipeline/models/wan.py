@@ -3,6 +3,8 @@
 A layer's maps are those of a UNet's, of one size throughout, and the frames' tokens follow one another. Pipelines guide
 by a second call, in contexts named "cond" and "uncond". Wan 2.2 has two transformers, one for the noisy steps and one
 for those after the boundary; an edit's layers are counted in each of them from 0.
+
+SkyReels-V2's blocks are the same.
 """
 
 from __future__ import annotations
@@ -50,6 +52,11 @@ class WanAdapter(NamedCallsAdapter):
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         module: Any = self.module
         given = inspect.signature(type(module).forward).bind(None, *args, **kwargs).arguments
+        if given.get("enable_diffusion_forcing"):
+            raise ValueError(
+                "with diffusion forcing the frames of a video are at different steps of the run, and an edit's window "
+                "is of steps: use SkyReelsV2Pipeline or SkyReelsV2ImageToVideoPipeline"
+            )
         sample = given["hidden_states"]
         frames, height, width = sample.shape[-3:]
         size = (height, width, frames // module.config.patch_size[0])

@@ -194,8 +194,10 @@ def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments
         if calls:
             masked = zip(calls, received.masks[name], strict=True)
             is_whole = template is None or part.is_padded
-            dropped = 0 if template is None else template.dropped
-            whole = [call[:, dropped:] for call in calls]
+            dropped, behind = (0, 0) if template is None else (template.dropped, template.dropped_behind)
+            whole = [call[:, dropped : call.shape[1] - behind] for call in calls]
+            if part.one_at_a_time:
+                whole = _gathered(whole, length, arguments)
             own = whole if is_whole else [_without_padding(*call, dropped, length) for call in masked]
             inputs.append(own if part.multiple == 1 else _filled_up(own, part.multiple))
     return EncodedText(getattr(pipe, part.tokenizer, None), tuple(inputs), length, template)
@@ -206,6 +208,14 @@ def _without_padding(tokens: torch.Tensor, mask: torch.Tensor | None, dropped: i
     keeps = torch.ones_like(tokens) if mask is None else mask
     rows = [row[kept.bool()][dropped:][: length or None] for row, kept in zip(tokens, keeps, strict=True)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_NONE)
+
+
+def _gathered(calls: Sequence[torch.Tensor], length: int, arguments: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Calls of one text each, filled up to a length: those of the prompts together, then the negative prompts'."""
+    prompt = arguments.get("prompt")
+    count = len(prompt) if isinstance(prompt, list) else 1
+    rows = [torch.nn.functional.pad(call, (0, length - call.shape[1]), value=_NONE) for call in calls]
+    return list(torch.cat(rows).split(count))
 
 
 def _filled_up(calls: Sequence[torch.Tensor], multiple: int) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The attention processor that computes an edit's joint products in the blocks of CogVideoX."""
+"""The attention processors that compute an edit's joint products in the blocks of CogVideoX and CogView."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .joint_computing import JointLayer
 from .joint_processor import check_joint_input, is_fused, joint_record, joint_rows, merged_heads
 from .joint_projections import segment_projections
 
-__all__ = ["EditCogVideoXProcessor", "unsupported_cogvideox_reasons"]
+__all__ = ["EditCogVideoXProcessor", "EditCogView4Processor", "unsupported_cogvideox_reasons"]
 
-_PLAIN = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0")
+_PLAIN = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0", "CogView4AttnProcessor")
 
 
 def unsupported_cogvideox_reasons(attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
-    """Why a layer of CogVideoX cannot be edited; empty where it can.
+    """Why a layer of CogVideoX or CogView cannot be edited; empty where it can.
 
     Args:
         attn: the diffusers ``Attention`` module.
@@ -38,6 +38,9 @@ class EditCogVideoXProcessor(ProcessorAround):
     of the text, from queries and keys after their norms and rotary embedding.
     """
 
+    #: Where the two parts of a number that is turned stand: side by side (-1), or in the halves of a head (-2).
+    parts_at = -1
+
     def __call__(
         self,
         attn: Any,
@@ -54,7 +57,8 @@ class EditCogVideoXProcessor(ProcessorAround):
         check_joint_input(order, hidden_states, encoder_hidden_states, attention_mask)
         turn = None
         if image_rotary_emb is not None:
-            turn = partial(apply_rotary_emb, freqs_cis=image_rotary_emb, sequence_dim=1)
+            told = {"freqs_cis": image_rotary_emb, "use_real_unbind_dim": self.parts_at, "sequence_dim": 1}
+            turn = partial(apply_rotary_emb, **told)
         fused = is_fused(self.inner)
         layer = JointLayer(
             segment_projections(attn, plan, "image", hidden_states, turn, fused=fused),
@@ -67,3 +71,9 @@ class EditCogVideoXProcessor(ProcessorAround):
         assert text_rows is not None
         # to_out[1] is dropout
         return tuple(attn.to_out[1](attn.to_out[0](merged_heads(part))) for part in (rows, text_rows))
+
+
+class EditCogView4Processor(EditCogVideoXProcessor):
+    """The same for the layers of CogView 4."""
+
+    parts_at = -2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -22,14 +22,19 @@ Segment = Literal["image", "text"]
 
 
 class EditFluxProcessor(DispatchedAround):
-    """Drop-in processor for diffusers' ``FluxAttention``, wrapped around the one that a layer already has.
+    """Drop-in processor for diffusers' ``FluxAttention`` and its like, wrapped around the one that a layer already has.
 
     With an order it computes the order's products as :class:`.EditJointProcessor` does, from queries and keys after
     their norms and rotary embedding. A single block's tokens are one tensor, text first. Tokens of a reference picture
     (Kontext) are a row's own as its text is: they go where the row's text goes, and its image asks for both.
     """
 
-    plain = ("FluxAttnProcessor",)
+    plain: ClassVar[tuple[str, ...]] = (
+        "FluxAttnProcessor",
+        "BriaAttnProcessor",
+        "LongCatImageAttnProcessor",
+        "OvisImageAttnProcessor",
+    )
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ from ..models.sites import Site
 from ..shadows import Shadows
 from .around import ProcessorAround
 from .chroma_processor import EditChromaProcessor
-from .cogvideox_processor import EditCogVideoXProcessor, unsupported_cogvideox_reasons
+from .cogvideox_processor import EditCogVideoXProcessor, EditCogView4Processor, unsupported_cogvideox_reasons
 from .flux2_processor import flux2_processor, unsupported_flux2_reasons
 from .flux_processor import EditFluxProcessor
 from .hunyuan_video_processor import EditHunyuanVideoProcessor
@@ -38,9 +38,11 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "unet": (editing_processor, unsupported_reasons),
     "sd3": (EditJointProcessor, unsupported_joint_reasons),
     "flux": (EditFluxProcessor, EditFluxProcessor.unsupported_reasons),
+    "flux_kin": (EditFluxProcessor, EditFluxProcessor.unsupported_reasons),
     "flux2": (flux2_processor, unsupported_flux2_reasons),
     "chroma": (EditChromaProcessor, EditChromaProcessor.unsupported_reasons),
     "cogvideox": (EditCogVideoXProcessor, unsupported_cogvideox_reasons),
+    "cogview4": (EditCogView4Processor, unsupported_cogvideox_reasons),
     "hunyuan_video": (EditHunyuanVideoProcessor, EditHunyuanVideoProcessor.unsupported_reasons),
     "qwen": (EditQwenProcessor, EditQwenProcessor.unsupported_reasons),
     "lumina2": (EditLumina2Processor, unsupported_lumina2_reasons),

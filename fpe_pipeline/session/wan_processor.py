@@ -27,7 +27,7 @@ class EditWanProcessor(DispatchedAround):
     text (image to video) is added as in the unedited layer, each row with its own queries and its own picture.
     """
 
-    plain = ("WanAttnProcessor",)
+    plain = ("WanAttnProcessor", "SkyReelsV2AttnProcessor")
 
     def __call__(
         self,

@@ -62,6 +62,7 @@ class DenseFlux(DenseJoint):
     """The same in blocks of FLUX: text first, and queries and keys turned by their places after their norms."""
 
     order = ("text", "image")
+    parts_at = -1
 
     def __init__(self, rule, texts, keep=None):
         super().__init__(rule, keep)
@@ -89,7 +90,7 @@ class DenseFlux(DenseJoint):
         texts, rows = parts["q_text"].shape[2], len(raw)
         for letter in "qk":
             both = torch.cat([parts[f"{letter}_text"], parts[f"{letter}_image"]], dim=2)
-            both = apply_rotary_emb(both, rotary)
+            both = apply_rotary_emb(both, rotary, use_real_unbind_dim=self.parts_at)
             parts[f"{letter}_text"], parts[f"{letter}_image"] = both[:, :, :texts], both[:, :, texts:]
         parts = {**self.split(parts), "raw": raw}
         return torch.stack([self.row(row, rows, parts) for row in range(rows)])
@@ -365,17 +366,32 @@ def dense(pipe, rule, *, steps, kinds=("attn",), layers="", keep=None, images=No
         if images is not None:
             return DenseKontext(chosen, lambda: state["texts"], images, keep)
         name = type(transformer).__name__
-        in_blocks = DenseChroma if name.startswith("Chroma") else DenseFlux if name.startswith("Flux") else None
+        like_flux = name.startswith(("Flux", "Bria", "LongCat", "Ovis"))
+        in_blocks = DenseChroma if name.startswith("Chroma") else DenseFlux if like_flux else None
         return DenseJoint(chosen, keep) if in_blocks is None else in_blocks(chosen, lambda: state["texts"], keep)
 
-    before = dict(transformer.attn_processors)
     handle = transformer.register_forward_pre_hook(read, with_kwargs=True)
-    transformer.set_attn_processor({name: processor(name) for name in before})
     try:
-        yield state
+        with replaced_processors(transformer, processor):
+            yield state
     finally:
         handle.remove()
-        transformer.set_attn_processor(before)
+
+
+@contextmanager
+def replaced_processors(transformer, make):
+    """Every layer has the processor that is made for its path; not all models of diffusers can be told so."""
+    layers = {
+        f"{name}.processor": module for name, module in transformer.named_modules() if hasattr(module, "set_processor")
+    }
+    before = {name: layer.processor for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.set_processor(make(name))
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.set_processor(before[name])
 
 
 def own(row, rows):

@@ -25,9 +25,9 @@ from fpe_pipeline import (
     editing,
 )
 from fpe_pipeline.prompts.alignment import align_refine, align_replace
-from fpe_pipeline.prompts.words import TokenizedPrompt, tokenize
 from tests.support.dense_joint import Blocks, dense
 from tests.support.flow_pipelines import edited_with, solving
+from tests.support.placed_words import T5, columns, placed
 from tests.support.tiny_chroma import draw_chroma, tiny_chroma_pipeline, tiny_masked_chroma
 from tests.support.tiny_flux2 import CONVERSATION, READ
 from tests.support.tiny_language import draw_prompts, tiny_lumina_that_reads, tiny_qwen_that_reads
@@ -42,7 +42,6 @@ SOURCE = "a photo of a red car on a mountain"
 #: Of as many words as the source, and of other numbers of words.
 SWAPPED = ("a photo of a big car on a mountain", "a photo of a red dog on a house", "a drawing of a red car on a house")
 LONGER = ("a photo of a red car on a snow mountain in winter", "a red car", "a house in winter, a photo of a red dog")
-CLIP, T5 = 77, 12
 _WHOLE = ("q_image", "k_image", "q_text", "k_text", "q_pad", "k_pad")  # Z-Image fills images up
 
 
@@ -183,7 +182,8 @@ def _consistedit_mask(model: Model, pipe: Any, prompts: Any, size: Any) -> Case:
 
 def _single(model: Model) -> str:
     """ConsistEdit edits FLUX's single blocks, and all layers of a model that has none."""
-    return "single_transformer_blocks" if model.family in ("flux", "klein", "chroma", "hunyuan_video") else ""
+    families = ("flux", "klein", "chroma", "hunyuan_video", "ovis", "longcat")
+    return "single_transformer_blocks" if model.family in families else ""
 
 
 def _all(pipe: Any) -> Any:
@@ -358,42 +358,3 @@ def inverted(
     actual = ours(inversion=inversion, target_prompt=list(prompts[1:]), edit=case.edit, **options).images
     noise = inversion.noise.repeat(len(prompts), *[1] * (inversion.noise.ndim - 1))
     return actual, {"held": inversion.latents[:-1].flip(0)[:, 0], "latents": noise, "size": size}
-
-
-def columns(model: Model, pipe: Any, align: Any, prompts: Any, number: int) -> Callable[..., torch.Tensor]:
-    """A target's block over text keys from its source's and its own, by where its encoders have the words."""
-    pairs = list(zip(*(placed(model, pipe, prompts)[which] for which in (0, number)), strict=True))
-    pieces = [align(source, target) for source, target in pairs]
-    mapper = torch.block_diag(*(piece.mapper for piece in pieces))
-    kept = torch.cat([piece.kept for piece in pieces])
-
-    def text(of_source: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        # Keys that a shorter caption does not have at all take no part.
-        first, last = of_source.shape[-1], own.shape[-1]
-        return of_source @ mapper[:first, :last] * kept[:last] + own * (1 - kept[:last])
-
-    return text
-
-
-def placed(model: Model, pipe: Any, prompts: Any) -> list[list[TokenizedPrompt]]:
-    """For each prompt its tokens as each part of the model's text has them, by counting the template's."""
-    if model.family in ("sd3", "flux", "chroma", "cogvideox"):
-        lengths = (CLIP, T5) if model.family == "sd3" else (T5,)
-        return [[tokenize(prompt, pipe.tokenizer, length) for length in lengths] for prompt in prompts]
-    before, after, dropped = model.template(pipe)
-    rows = [pipe.tokenizer(before + prompt + after)["input_ids"][dropped:] for prompt in prompts]
-    # A blank at the end of what stands before belongs to the prompt's first token.
-    first = len(pipe.tokenizer(before.rstrip(" "))["input_ids"]) - dropped
-    longest = model.texts(max(map(len, rows)))
-    out = []
-    for prompt, row in zip(prompts, rows, strict=True):
-        spans, cursor = [], 0
-        for token in pipe.tokenizer.convert_ids_to_tokens(row)[first:]:
-            piece = token.strip("Ġ▁")
-            if cursor == len(prompt):
-                break
-            start = prompt.index(piece, cursor)
-            spans.append((start, start + len(piece)))
-            cursor = start + len(piece)
-        out.append([TokenizedPrompt(prompt, tuple(spans), longest, first)])
-    return out

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 
-from tests.support.dense_joint import DenseFlux, heads, linear
+from tests.support.dense_joint import DenseFlux, heads, linear, replaced_processors
 from tests.support.tiny_transformers import sharpened, tiny_t5
 
 TEXTS = 12
@@ -112,31 +112,33 @@ def over_frames(rule, state):
 
 
 @contextmanager
-def dense_cogvideox(pipe, rule, *, layers="", fault=None):
+def dense_cogvideox(pipe, rule, *, layers="", fault=None, calls=1, made=DenseCogVideoX):
     """A pipeline whose layers with such paths follow ``rule(row, rows)``; shares of a frame's tokens are every frame's.
 
-    Each step is one call of the model.
+    Each step is so many calls of the model.
     """
     state, transformer = {"step": -1, "calls": 0, "tokens": 0}, pipe.transformer
 
     def read(module, args, kwargs):
         latents = kwargs["hidden_states"]
         state["calls"] += 1
-        state["step"] = (state["calls"] - 1) % len(pipe.scheduler.timesteps)
-        state["frames"] = latents.shape[1] // (module.config.patch_size_t or 1)
+        state["step"] = (state["calls"] - 1) // calls % len(pipe.scheduler.timesteps)
+        state["frames"] = 1 if latents.ndim == 4 else latents.shape[1] // (module.config.patch_size_t or 1)
 
     of_frames = over_frames(rule, state)
-    before = dict(transformer.attn_processors)
+
+    def processor(name):
+        follows = name.startswith(layers)
+        dense = made(of_frames if follows else _own, None)
+        dense.fault = fault if follows else None
+        return dense
+
     handle = transformer.register_forward_pre_hook(read, with_kwargs=True)
-    made = {name: DenseCogVideoX(of_frames if name.startswith(layers) else _own, None) for name in before}
-    for name, processor in made.items():
-        processor.fault = fault if name.startswith(layers) else None
-    transformer.set_attn_processor(made)
     try:
-        yield state
+        with replaced_processors(transformer, processor):
+            yield state
     finally:
         handle.remove()
-        transformer.set_attn_processor(before)
 
 
 def _own(row, rows):

@@ -17,9 +17,11 @@ from tests.support.edited_transformers import (
     unedited,
 )
 from tests.support.edited_videos import COGVIDEOX, HUNYUAN_VIDEO
+from tests.support.tiny_cogview import COGVIEW
+from tests.support.tiny_flux_kin import KIN
 
 EXACT = 1e-8
-MODELS = {**edited_transformers.MODELS, "CogVideoX": COGVIDEOX, "HunyuanVideo": HUNYUAN_VIDEO}
+MODELS = {**edited_transformers.MODELS, "CogVideoX": COGVIDEOX, "HunyuanVideo": HUNYUAN_VIDEO, **KIN, **COGVIEW}
 SIZES = {
     "1 target": (1, (8, 8)),
     "3 targets, not square": (3, (6, 12)),
@@ -36,8 +38,13 @@ ALWAYS = {
     ("SD3.5, a layer skipped", "value injection"),
     ("Qwen-Image", "Prompt-to-Prompt, refined"),
     ("Lumina 2", "KV-Edit"),
+    ("Ovis-Image", "Prompt-to-Prompt, refined"),
+    ("LongCat-Image", "KV-Edit"),
+    ("Bria", "ReFlex"),
+    ("CogView 3 Plus", "FPE"),
+    ("CogView 4", "Prompt-to-Prompt, refined"),
 }
-INVERTED = [pair for pair in ALL if MODELS[pair[0]].family in ("sd3", "flux", "qwen")]
+INVERTED = [pair for pair in ALL if MODELS[pair[0]].family in ("sd3", "flux", "qwen") and pair[0] not in KIN]
 ALWAYS_INVERTED = {("FLUX", "KV-Edit")}
 
 

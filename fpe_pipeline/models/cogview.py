@@ -1,0 +1,50 @@
+"""CogView 3 Plus and CogView 4: the layers of CogVideoX for one picture.
+
+CogView 4 turns its image's tokens, and guides by a second call, in contexts named "cond" and "uncond"; its texts are
+padded on the left, to a multiple of 16 tokens. CogView 3 Plus guides in one call of both halves. Padding counts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from ..text_parts import TextPart
+from .adapter import ModelCall
+from .cogvideox import blocks_of_one_stream
+from .named_calls import NamedCallsAdapter
+from .sites import Site
+from .transformer import TransformerAdapter
+
+__all__ = ["CogView3PlusAdapter", "CogView4Adapter"]
+
+
+class CogView3PlusAdapter(TransformerAdapter):
+    """diffusers' ``CogView3PlusTransformer2DModel``."""
+
+    family = "cogvideox"
+    text_parts = (TextPart("tokenizer", ("text_encoder",)),)
+
+    def find_sites(self) -> tuple[Site, ...]:
+        return blocks_of_one_stream(self.module)
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        sample = given["hidden_states"]
+        return ModelCall(sample, given["timestep"], sample.shape[-2:], arguments=(args, kwargs))
+
+
+class CogView4Adapter(NamedCallsAdapter):
+    """diffusers' ``CogView4Transformer2DModel``."""
+
+    family = "cogview4"
+    text_parts = (TextPart("tokenizer", ("text_encoder",)),)
+
+    def find_sites(self) -> tuple[Site, ...]:
+        return blocks_of_one_stream(self.module)
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        sample = given["hidden_states"]
+        return ModelCall(sample, given["timestep"], sample.shape[-2:], half=self._half(), arguments=(args, kwargs))
