@@ -38,6 +38,7 @@ class TextPart(NamedTuple):
         multiple: tokens of every text are filled up to a multiple of this number.
         one_at_a_time: whether its encoders are called for one text after the other, each of which is then filled up to
             the length that the pipeline is told.
+        registers: tokens of the model's own, which it puts before every text.
     """
 
     tokenizer: str
@@ -46,6 +47,7 @@ class TextPart(NamedTuple):
     is_padded: bool = False
     multiple: int = 1
     one_at_a_time: bool = False
+    registers: int = 0
 
 
 def conversation(tokenizer: Any, *, enable_thinking: bool, instruction: str = "") -> Template:

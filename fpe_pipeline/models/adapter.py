@@ -81,6 +81,7 @@ class ModelAdapter(ABC):
             "flux_kin",
             "flux2",
             "chroma",
+            "aura_flow",
             "cogvideox",
             "cogview4",
             "hunyuan_video",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .adapter import ModelAdapter, identity
+from .aura_flow import AuraFlowAdapter
 from .chroma import ChromaAdapter
 from .cogvideox import CogVideoXAdapter
 from .cogview import CogView3PlusAdapter, CogView4Adapter
@@ -14,7 +15,7 @@ from .flux import FluxAdapter
 from .flux2 import Flux2Adapter
 from .flux_kin import BriaAdapter, LongCatImageAdapter, OvisImageAdapter
 from .hunyuan_dit import HunyuanDiTAdapter
-from .hunyuan_video import HunyuanVideoAdapter
+from .hunyuan_video import HunyuanVideo15Adapter, HunyuanVideoAdapter
 from .ltx import LTXAdapter
 from .lumina2 import Lumina2Adapter
 from .pixart import PixArtAdapter
@@ -28,6 +29,7 @@ __all__ = ["adapter_of", "edited_model", "register_adapter"]
 
 #: By the name of the class, the adapters of transformers; UNets are told by their blocks.
 _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
+    "AuraFlowTransformer2DModel": AuraFlowAdapter,
     "BriaTransformer2DModel": BriaAdapter,
     "ChromaTransformer2DModel": ChromaAdapter,
     "CogVideoXTransformer3DModel": CogVideoXAdapter,
@@ -36,6 +38,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "Flux2Transformer2DModel": Flux2Adapter,
     "FluxTransformer2DModel": FluxAdapter,
     "HunyuanDiT2DModel": HunyuanDiTAdapter,
+    "HunyuanVideo15Transformer3DModel": HunyuanVideo15Adapter,
     "HunyuanVideoTransformer3DModel": HunyuanVideoAdapter,
     "LTXVideoTransformer3DModel": LTXAdapter,
     "LongCatImageTransformer2DModel": LongCatImageAdapter,

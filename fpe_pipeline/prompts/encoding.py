@@ -36,12 +36,14 @@ class EncodedText:
             the model receives the embeddings.
         length: tokens of the part where it has no encoder, and zeros stand there.
         template: the text around the prompts; None where they stand alone.
+        registers: tokens of the model's own, which it puts before every text.
     """
 
     tokenizer: Any = field(repr=False, compare=False)
     inputs: tuple[Sequence[torch.Tensor], ...] = field(repr=False)
     length: int = 0
     template: Template | None = None
+    registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments
                 whole = _gathered(whole, length, arguments)
             own = whole if is_whole else [_without_padding(*call, dropped, length) for call in masked]
             inputs.append(own if part.multiple == 1 else _filled_up(own, part.multiple))
-    return EncodedText(getattr(pipe, part.tokenizer, None), tuple(inputs), length, template)
+    return EncodedText(getattr(pipe, part.tokenizer, None), tuple(inputs), length, template, part.registers)
 
 
 def _without_padding(tokens: torch.Tensor, mask: torch.Tensor | None, dropped: int, length: int) -> torch.Tensor:

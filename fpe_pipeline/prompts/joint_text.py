@@ -7,7 +7,7 @@ Qwen-Image, Lumina 2 and Z-Image encode a prompt inside a text of their own, of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -124,7 +124,8 @@ def _part(encoded: EncodedText, texts: Sequence[str]) -> list[TokenizedPrompt] |
             "text encoders that share their tokens receive the words of a prompt at different places: pass one prompt "
             "for all of them (leave prompt_2 and prompt_3 out)"
         )
-    return placed[0]
+    behind = encoded.registers
+    return [replace(prompt, first=prompt.first + behind, length=prompt.length + behind) for prompt in placed[0]]
 
 
 def _templated(

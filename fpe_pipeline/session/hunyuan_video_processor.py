@@ -25,7 +25,7 @@ class EditHunyuanVideoProcessor(DispatchedAround):
     attention.
     """
 
-    plain = ("HunyuanVideoAttnProcessor2_0",)
+    plain = ("HunyuanVideoAttnProcessor2_0", "HunyuanVideo15AttnProcessor2_0")
 
     def __call__(
         self,

@@ -11,6 +11,7 @@ from ..models.adapter import ModelAdapter
 from ..models.sites import Site
 from ..shadows import Shadows
 from .around import ProcessorAround
+from .aura_flow_processor import EditAuraFlowProcessor, unsupported_aura_flow_reasons
 from .chroma_processor import EditChromaProcessor
 from .cogvideox_processor import EditCogVideoXProcessor, EditCogView4Processor, unsupported_cogvideox_reasons
 from .flux2_processor import flux2_processor, unsupported_flux2_reasons
@@ -41,6 +42,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "flux_kin": (EditFluxProcessor, EditFluxProcessor.unsupported_reasons),
     "flux2": (flux2_processor, unsupported_flux2_reasons),
     "chroma": (EditChromaProcessor, EditChromaProcessor.unsupported_reasons),
+    "aura_flow": (EditAuraFlowProcessor, unsupported_aura_flow_reasons),
     "cogvideox": (EditCogVideoXProcessor, unsupported_cogvideox_reasons),
     "cogview4": (EditCogView4Processor, unsupported_cogvideox_reasons),
     "hunyuan_video": (EditHunyuanVideoProcessor, EditHunyuanVideoProcessor.unsupported_reasons),

@@ -182,7 +182,7 @@ def _consistedit_mask(model: Model, pipe: Any, prompts: Any, size: Any) -> Case:
 
 def _single(model: Model) -> str:
     """ConsistEdit edits FLUX's single blocks, and all layers of a model that has none."""
-    families = ("flux", "klein", "chroma", "hunyuan_video", "ovis", "longcat")
+    families = ("flux", "klein", "chroma", "hunyuan_video", "ovis", "longcat", "aura")
     return "single_transformer_blocks" if model.family in families else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ def placed(model: Any, pipe: Any, prompts: Any) -> list[list[TokenizedPrompt]]:
     if model.family in ("sd3", "flux", "chroma", "cogvideox"):
         lengths = (CLIP, T5) if model.family == "sd3" else (T5,)
         return [[tokenize(prompt, pipe.tokenizer, length) for length in lengths] for prompt in prompts]
+    if model.family == "aura":  # behind the model's own tokens
+        known = (tokenize(prompt, pipe.tokenizer, T5) for prompt in prompts)
+        return [[replace(each, first=model.registers, length=T5 + model.registers)] for each in known]
     if model.family == "cogview4":  # alone, behind padding
         longest = model.texts(max(len(pipe.tokenizer(prompt)["input_ids"]) for prompt in prompts))
         return [[tokenize(prompt, pipe.tokenizer, longest)] for prompt in prompts]

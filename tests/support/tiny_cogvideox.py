@@ -120,7 +120,7 @@ def dense_cogvideox(pipe, rule, *, layers="", fault=None, calls=1, made=DenseCog
     state, transformer = {"step": -1, "calls": 0, "tokens": 0}, pipe.transformer
 
     def read(module, args, kwargs):
-        latents = kwargs["hidden_states"]
+        latents = args[0] if args else kwargs["hidden_states"]
         state["calls"] += 1
         state["step"] = (state["calls"] - 1) // calls % len(pipe.scheduler.timesteps)
         state["frames"] = 1 if latents.ndim == 4 else latents.shape[1] // (module.config.patch_size_t or 1)

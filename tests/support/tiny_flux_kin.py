@@ -1,14 +1,12 @@
 """Tiny Ovis-Image, LongCat-Image and Bria pipelines: random weights, scaled so that attention is far from uniform."""
 
-import itertools
-
 import diffusers
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3Config, Qwen3Model
 
 from tests.support.edited_transformers import Model
 from tests.support.tiny_language import qwen_tokenizer
-from tests.support.tiny_transformers import FLUX, ExactEuler, sharpened, tiny_t5, tiny_vae
+from tests.support.tiny_transformers import FLUX, ExactEuler, sharpened, tiny_t5, tiny_vae, told_of_steps
 
 __all__ = ["BRIA", "KIN", "LONGCAT", "OVIS", "TEXTS"]
 
@@ -99,21 +97,9 @@ def draw_ovis(pipe, prompts, **options):
 
 
 def draw_longcat(pipe, prompts, callback_on_step_end=None, **options):
-    """The pipeline itself tells nobody of a step's end."""
     options = {"enable_prompt_rewrite": False, "enable_cfg_renorm": False, **options}
-    if callback_on_step_end is None:
+    with told_of_steps(pipe, callback_on_step_end):
         return _drawn(pipe, prompts, **options)
-    step, ends = pipe.scheduler.step, itertools.count()
-
-    def stepped(*args, **kwargs):
-        (latents,) = step(*args, **kwargs)
-        return (callback_on_step_end(pipe, next(ends), None, {"latents": latents}).get("latents", latents),)
-
-    pipe.scheduler.step = stepped
-    try:
-        return _drawn(pipe, prompts, **options)
-    finally:
-        del pipe.scheduler.step
 
 
 def draw_bria(pipe, prompts, **options):

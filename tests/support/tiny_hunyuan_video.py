@@ -93,14 +93,24 @@ class DenseHunyuanVideo(DenseJoint):
                 turns = segment == "image" and letter != "v"
                 parts[f"{letter}_{segment}"] = apply_rotary_emb(part, image_rotary_emb) if turns else part
         parts["raw"] = heads(attn, attn.to_q, hidden_states)
-        self.mask = attention_mask[:, 0, 0, tokens:]
+        self.mask = self.of_texts(attention_mask, tokens)
         out = torch.stack([self.row(row, len(hidden_states), parts) for row in range(len(hidden_states))])
         image, text = out[:, :tokens], out[:, tokens:]
         return (linear(attn.to_out[0], image), linear(attn.to_add_out, text)) if streams else (image, text)
 
+    def of_texts(self, mask, tokens):
+        return mask[:, 0, 0, tokens:]
+
+
+class DenseHunyuanVideo15(DenseHunyuanVideo):
+    """The same of HunyuanVideo 1.5, whose layers are told of their texts alone."""
+
+    def of_texts(self, mask, tokens):
+        return mask.bool()
+
 
 @contextmanager
-def dense_hunyuan_video(pipe, rule, *, layers="", fault=None):
+def dense_hunyuan_video(pipe, rule, *, layers="", fault=None, dense=DenseHunyuanVideo):
     """A pipeline whose layers with such paths follow ``rule(row, rows)``; shares of a frame's tokens are every frame's.
 
     Each guided step is two calls of the model, of which the first sees the prompts.
@@ -117,13 +127,13 @@ def dense_hunyuan_video(pipe, rule, *, layers="", fault=None):
     blocks = [
         (f"{kind}.{index}", block.attn)
         for kind in ("transformer_blocks", "single_transformer_blocks")
-        for index, block in enumerate(getattr(transformer, kind))
+        for index, block in enumerate(getattr(transformer, kind, ()))
     ]
     before = [layer.processor for _, layer in blocks]
     handle = transformer.register_forward_pre_hook(read, with_kwargs=True)
     for path, layer in blocks:
         follows = path.startswith(layers)
-        made = DenseHunyuanVideo(of_frames if follows else lambda row, rows: None)
+        made = dense(of_frames if follows else lambda row, rows: None)
         made.fault = fault if follows else None
         layer.set_processor(made)
     try:

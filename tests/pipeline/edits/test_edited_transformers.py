@@ -17,11 +17,19 @@ from tests.support.edited_transformers import (
     unedited,
 )
 from tests.support.edited_videos import COGVIDEOX, HUNYUAN_VIDEO
+from tests.support.tiny_aura_flow import AURA_FLOW
 from tests.support.tiny_cogview import COGVIEW
 from tests.support.tiny_flux_kin import KIN
 
 EXACT = 1e-8
-MODELS = {**edited_transformers.MODELS, "CogVideoX": COGVIDEOX, "HunyuanVideo": HUNYUAN_VIDEO, **KIN, **COGVIEW}
+MODELS = {
+    **edited_transformers.MODELS,
+    "CogVideoX": COGVIDEOX,
+    "HunyuanVideo": HUNYUAN_VIDEO,
+    **KIN,
+    **COGVIEW,
+    "AuraFlow": AURA_FLOW,
+}
 SIZES = {
     "1 target": (1, (8, 8)),
     "3 targets, not square": (3, (6, 12)),
@@ -42,6 +50,7 @@ ALWAYS = {
     ("LongCat-Image", "KV-Edit"),
     ("Bria", "ReFlex"),
     ("CogView 3 Plus", "FPE"),
+    ("AuraFlow", "Prompt-to-Prompt, replaced words"),
     ("CogView 4", "Prompt-to-Prompt, refined"),
 }
 INVERTED = [pair for pair in ALL if MODELS[pair[0]].family in ("sd3", "flux", "qwen") and pair[0] not in KIN]

@@ -1,0 +1,54 @@
+"""AuraFlow: dual blocks with a stream of image tokens and one of text tokens, then single blocks with one for both.
+
+The order in a layer is text, image, and before every text stand tokens of the model's own (registers). The batch is
+[unconditional, conditional] in one call, and padding of texts is attended to. The timestep is scaled: the step is the
+scheduler's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from ..text_parts import TextPart
+from .adapter import ModelCall
+from .sites import Place, Site
+from .steps import Step, step_of_scheduler
+from .transformer import TransformerAdapter
+
+__all__ = ["AuraFlowAdapter"]
+
+_BLOCKS: tuple[tuple[Place, str], ...] = (("dual", "joint_transformer_blocks"), ("single", "single_transformer_blocks"))
+
+
+class AuraFlowAdapter(TransformerAdapter):
+    """diffusers' ``AuraFlowTransformer2DModel``."""
+
+    family = "aura_flow"
+
+    def __init__(self, pipe: Any | None, model: Any) -> None:
+        super().__init__(pipe, model)
+        module: Any = self.module
+        self.text_parts = (TextPart("tokenizer", ("text_encoder",), registers=module.register_tokens.shape[1]),)
+
+    def find_sites(self) -> tuple[Site, ...]:
+        module: Any = self.module
+        patch = int(module.config.patch_size)
+        found = [
+            (place, f"{name}.{index}.attn", block.attn.heads)
+            for place, name in _BLOCKS
+            for index, block in enumerate(getattr(module, name))
+        ]
+        return tuple(
+            Site(path, place, "joint", index, heads, 0, (), patch=patch)
+            for index, (place, path, heads) in enumerate(found)
+        )
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        sample = given["hidden_states"]
+        return ModelCall(sample, given["timestep"], sample.shape[-2:], arguments=(args, kwargs))
+
+    def step(self, call: ModelCall) -> Step:
+        return super().step(call) if self.pipe is None else step_of_scheduler(self.pipe.scheduler)
