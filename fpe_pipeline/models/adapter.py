@@ -85,6 +85,7 @@ class ModelAdapter(ABC):
             "cogvideox",
             "cogview4",
             "hunyuan_video",
+            "krea2",
             "qwen",
             "ltx",
             "lumina2",

@@ -16,6 +16,7 @@ from .flux2 import Flux2Adapter
 from .flux_kin import BriaAdapter, LongCatImageAdapter, OvisImageAdapter
 from .hunyuan_dit import HunyuanDiTAdapter
 from .hunyuan_video import HunyuanVideo15Adapter, HunyuanVideoAdapter
+from .krea2 import Krea2Adapter
 from .ltx import LTXAdapter
 from .lumina2 import Lumina2Adapter
 from .pixart import PixArtAdapter
@@ -40,6 +41,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "HunyuanDiT2DModel": HunyuanDiTAdapter,
     "HunyuanVideo15Transformer3DModel": HunyuanVideo15Adapter,
     "HunyuanVideoTransformer3DModel": HunyuanVideoAdapter,
+    "Krea2Transformer2DModel": Krea2Adapter,
     "LTXVideoTransformer3DModel": LTXAdapter,
     "LongCatImageTransformer2DModel": LongCatImageAdapter,
     "Lumina2Transformer2DModel": Lumina2Adapter,

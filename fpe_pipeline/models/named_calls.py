@@ -25,6 +25,7 @@ _CONDITIONAL_FIRST = frozenset(
         "FluxKontextPipeline",
         "HunyuanSkyreelsImageToVideoPipeline",
         "HunyuanVideoImageToVideoPipeline",
+        "Krea2Pipeline",
         "Lumina2Pipeline",
     }
 )

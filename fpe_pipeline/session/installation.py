@@ -19,6 +19,7 @@ from .flux_processor import EditFluxProcessor
 from .hunyuan_video_processor import EditHunyuanVideoProcessor
 from .instructions import Order
 from .joint_processor import EditJointProcessor, unsupported_joint_reasons
+from .krea2_processor import EditKrea2Processor
 from .ltx_processor import EditLTXProcessor
 from .lumina2_processor import EditLumina2Processor, unsupported_lumina2_reasons
 from .processor import SLICED, editing_processor, is_sliced, unsupported_reasons
@@ -46,6 +47,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "cogvideox": (EditCogVideoXProcessor, unsupported_cogvideox_reasons),
     "cogview4": (EditCogView4Processor, unsupported_cogvideox_reasons),
     "hunyuan_video": (EditHunyuanVideoProcessor, EditHunyuanVideoProcessor.unsupported_reasons),
+    "krea2": (EditKrea2Processor, EditKrea2Processor.unsupported_reasons),
     "qwen": (EditQwenProcessor, EditQwenProcessor.unsupported_reasons),
     "lumina2": (EditLumina2Processor, unsupported_lumina2_reasons),
     "ltx": (EditLTXProcessor, EditLTXProcessor.unsupported_reasons),

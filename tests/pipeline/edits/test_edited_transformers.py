@@ -20,6 +20,7 @@ from tests.support.edited_videos import COGVIDEOX, HUNYUAN_VIDEO
 from tests.support.tiny_aura_flow import AURA_FLOW
 from tests.support.tiny_cogview import COGVIEW
 from tests.support.tiny_flux_kin import KIN
+from tests.support.tiny_krea2 import KREA2
 
 EXACT = 1e-8
 MODELS = {
@@ -29,6 +30,7 @@ MODELS = {
     **KIN,
     **COGVIEW,
     "AuraFlow": AURA_FLOW,
+    "Krea 2": KREA2,
 }
 SIZES = {
     "1 target": (1, (8, 8)),
@@ -50,6 +52,7 @@ ALWAYS = {
     ("LongCat-Image", "KV-Edit"),
     ("Bria", "ReFlex"),
     ("CogView 3 Plus", "FPE"),
+    ("Krea 2", "Prompt-to-Prompt, refined"),
     ("AuraFlow", "Prompt-to-Prompt, replaced words"),
     ("CogView 4", "Prompt-to-Prompt, refined"),
 }
