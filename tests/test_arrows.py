@@ -103,6 +103,10 @@ def test_an_import_gone_astray_is_seen(tmp_path):
     assert arrows.astray(tmp_path, ("fpe_kernels",)) == ["fpe_kernels → fpe_kernels.moved"]
 
 
+def test_private_names_stay_in_their_module():
+    assert arrows.private(packages=LISTED) == []
+
+
 def test_no_arrow_but_the_listed_ones(drawn):
     assert crossed(arrows.rooms(drawn)) == []
 

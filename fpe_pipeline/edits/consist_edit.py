@@ -12,7 +12,7 @@ from ..models.steps import Step, StepWindow
 from .base import Windows, check_compat
 from .joint_attention import MaskedJointEdit
 from .joint_products import JointProduct, SegmentRows
-from .masks import _unit
+from .selection import unit_number
 
 __all__ = ["ConsistEdit"]
 
@@ -54,7 +54,7 @@ class ConsistEdit(MaskedJointEdit):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_compat(self.compat)
-        self._normalise(alpha=_unit(self.alpha, "alpha"))
+        self._normalise(alpha=unit_number(self.alpha, "alpha"))
 
     def active(self, step: Step) -> bool:
         return self.mask is not None or self._in_window(step, 1)

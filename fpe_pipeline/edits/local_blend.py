@@ -15,10 +15,10 @@ from ..prompts.encoding import Encoding
 from ..prompts.joint_text import JointPrompt, encoded_prompts
 from ..prompts.words import TokenizedPrompt
 from .base import Edit, Windows, check_compat
-from .masks import _unit, blended_sites
+from .masks import blended_sites
 from .products import Product
 from .prompt_to_prompt import tokenize_prompts
-from .selection import whole_numbers
+from .selection import unit_number, whole_numbers
 from .watchers import HeatCollector, Watcher
 
 __all__ = ["LocalBlend"]
@@ -69,8 +69,8 @@ class LocalBlend(Edit):
         values = {
             "prompts": tuple(prompt.text for prompt in prompts),
             "words": words,
-            "threshold": _unit(self.threshold, "threshold"),
-            "start": _unit(self.start, "start"),
+            "threshold": unit_number(self.threshold, "threshold"),
+            "start": unit_number(self.start, "start"),
             "levels": None if self.levels is None else whole_numbers("levels", self.levels),
             "_tokens": tuple(_tokens_of(prompt, entry) for prompt, entry in zip(prompts, words, strict=True)),
             "_length": prompts[0].length,

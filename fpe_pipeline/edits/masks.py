@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..models.steps import Step, StepWindow
 from ..prompts.encoding import Encoding
 from ..prompts.joint_text import encoded_prompts
 from ..prompts.words import tokenize
-from .selection import LayerSelection, whole_numbers
+from .selection import LayerSelection, unit_number, whole_numbers
 from .watchers import HeatCollector, resize_maps
 
 __all__ = ["MaskImage", "Strength", "WordMask", "blended_sites", "text_sites"]
@@ -70,7 +69,7 @@ class Strength:
     def at(self, site: Site, step: Step, window: StepWindow, compat: str | None = None) -> float:
         """The strength at a site in a step of the window."""
         if self.function is not None:
-            return _unit(self.function(site, step), "the strength that the function gave")
+            return unit_number(self.function(site, step), "the strength that the function gave")
         by_level = dict(self.by_level)
         schedule = by_level.get(site.level, by_level.get(None, (1.0,)))
         steps = window.steps(step.total)
@@ -168,7 +167,7 @@ class WordMask:
 
     def __post_init__(self) -> None:
         if self.threshold is not None:
-            _unit(self.threshold, "threshold")
+            unit_number(self.threshold, "threshold")
         if self.levels is not None:
             object.__setattr__(self, "levels", whole_numbers("levels", self.levels))
         tokenize(self.prompt, self.tokenizer).find(self.word)
@@ -265,17 +264,8 @@ def _schedule(value: Any) -> Schedule:
     if isinstance(value, Sequence) and not isinstance(value, str):
         if not value:
             raise ValueError("expected a strength for at least one step, got an empty sequence")
-        return tuple(_unit(number, "strength") for number in value)
-    return (_unit(value, "strength"),)
-
-
-def _unit(value: Any, name: str) -> float:
-    if hasattr(value, "item"):
-        value = value.item()
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else float("nan")
-    if not 0.0 <= number <= 1.0:
-        raise ValueError(f"expected {name} to be a number in [0, 1], got {value!r}")
-    return number
+        return tuple(unit_number(number, "strength") for number in value)
+    return (unit_number(value, "strength"),)
 
 
 def _mask_values(image: Any) -> torch.Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from ..models.sites import Kind, Site, describe_sites
 
-__all__ = ["LayerSelection", "refuse_transformer", "whole_numbers"]
+__all__ = ["LayerSelection", "refuse_transformer", "unit_number", "whole_numbers"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,16 @@ def whole_numbers(name: str, values: Any, minimum: int = 0) -> tuple[int, ...]:
     if not values:
         raise ValueError(f"expected at least one value for {name}, got none; to edit nothing, use no session")
     return tuple(sorted({int(value) for value in values}))
+
+
+def unit_number(value: Any, name: str) -> float:
+    """A number from 0 to 1; ValueError for anything else."""
+    if hasattr(value, "item"):
+        value = value.item()
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else float("nan")
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"expected {name} to be a number in [0, 1], got {value!r}")
+    return number
 
 
 def _layer_names(layers: Any) -> tuple[str | int, ...]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-__all__ = ["PACKAGES", "astray", "circles", "drawing", "floors", "imports", "modules", "room", "rooms"]
+__all__ = ["PACKAGES", "astray", "circles", "drawing", "floors", "imports", "modules", "private", "room", "rooms"]
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("fpe_kernels", "fpe_pipeline", "benchmarks")
@@ -73,6 +73,18 @@ def astray(root: Path = ROOT, packages: tuple[str, ...] = PACKAGES) -> list[str]
             ours = (target for target in targets if target.partition(".")[0] in packages)
             found += [f"{name} → {target}" for target in ours if target not in every]
     return found
+
+
+def private(root: Path = ROOT, packages: tuple[str, ...] = PACKAGES) -> list[str]:
+    """Imports of names that begin with an underscore, which are for their own module."""
+    return [
+        f"{name} → {alias.name}"
+        for package in packages
+        for name, path in modules(root, package).items()
+        for node in _statements(path.read_text(encoding="utf-8"))[0]
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
 
 
 @functools.cache

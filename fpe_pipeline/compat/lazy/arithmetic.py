@@ -11,7 +11,7 @@ import torch
 from typing_extensions import Self
 
 from .numbers import BLOCK_BYTES, blocks_of_rows, warn_of_numbers
-from .view import MapView, _axes
+from .view import MapView, axes_of
 
 __all__ = ["Arithmetic"]
 
@@ -58,7 +58,7 @@ class Arithmetic(MapView):
             raise ValueError(
                 f"{tuple(other.shape)} does not broadcast with a map of shape {tuple(self.shape)}"
             ) from None
-        axes = _axes(other, tuple(whole))
+        axes = axes_of(other, tuple(whole))
         depth = len(whole) - len(self._grid) - 1
         lead, of_keys = tuple(whole[:depth]), axes[-1] != 1
         of_queries = any(size != 1 for size in axes[depth:-1])

@@ -14,7 +14,7 @@ from fpe_kernels import LinearMap, known_columns
 from .numbers import as_known, converted, entries, warn_of_numbers
 from .storage import Storage
 
-__all__ = ["MapView"]
+__all__ = ["MapView", "axes_of"]
 
 
 class MapView:
@@ -135,7 +135,7 @@ class MapView:
         whole = (*lead, *self._grid, keys)
         try:
             torch.broadcast_shapes(other.shape, whole)
-            if other.numel() == keys or all(size == 1 for size in _axes(other, whole)[len(lead) : -1]):
+            if other.numel() == keys or all(size == 1 for size in axes_of(other, whole)[len(lead) : -1]):
                 columns = other.expand(torch.broadcast_shapes(other.shape, (*lead, *(1,) * len(self._grid), keys)))
                 return self._same_rows(columns.reshape(count, 1, 1, keys), count, queries)
             numbers = other.expand(whole)
@@ -153,7 +153,7 @@ class MapView:
         return torch.ones((1, 1, 1, 1), dtype=storage.dtype, device=storage.device).expand(count, 1, queries, 1)
 
 
-def _axes(tensor: torch.Tensor, whole: tuple[int, ...]) -> tuple[int, ...]:
+def axes_of(tensor: torch.Tensor, whole: tuple[int, ...]) -> tuple[int, ...]:
     """The sizes of a tensor with leading ones, as many as ``whole`` has."""
     return (1,) * (len(whole) - tensor.ndim) + tuple(tensor.shape)
 
