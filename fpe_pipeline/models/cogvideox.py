@@ -7,7 +7,6 @@ two frames of the latents.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +37,7 @@ class CogVideoXAdapter(TransformerAdapter):
         return blocks_of_one_stream(self.module)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        given = self.named(args, kwargs)
         module: Any = self.module
         sample, together = given["hidden_states"], module.config.patch_size_t or 1
         frames, (height, width) = sample.shape[1], sample.shape[-2:]

@@ -8,7 +8,6 @@ In FLUX.1 Kontext tokens of a reference picture follow those that are denoised.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,10 +36,6 @@ class FluxBlocksAdapter(NamedCallsAdapter):
             Site(f"{path}.attn", place, "joint", index, block.attn.heads, 0, (), patch=_PACKED)
             for index, (place, path, block) in enumerate(places)
         )
-
-    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The arguments of a call by their names."""
-        return inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         given = self.named(args, kwargs)

@@ -7,14 +7,13 @@ other, whose prompts the pipeline encodes in a call each; learnt vectors stand i
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from ..text_parts import TextPart
 from .adapter import ModelCall
 from .sites import Site
-from .transformer import TransformerAdapter
+from .transformer import TransformerAdapter, self_and_cross
 
 __all__ = ["HunyuanDiTAdapter"]
 
@@ -27,16 +26,10 @@ class HunyuanDiTAdapter(TransformerAdapter):
     text_parts = (TextPart("tokenizer", ("text_encoder",)), TextPart("tokenizer_2", ("text_encoder_2",)))
 
     def find_sites(self) -> tuple[Site, ...]:
-        sites: list[Site] = []
         module: Any = self.module
-        patch = int(module.config.patch_size)
-        for index, block in enumerate(module.blocks):
-            path = f"blocks.{index}"
-            sites.append(Site(f"{path}.attn1", "single", "self", index, block.attn1.heads, 0, (), patch=patch))
-            sites.append(Site(f"{path}.attn2", "single", "cross", index, block.attn2.heads, 0, (), patch=patch))
-        return tuple(sites)
+        return tuple(self_and_cross("blocks", module.blocks, int(module.config.patch_size)))
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        given = self.named(args, kwargs)
         sample = given["hidden_states"]
         return ModelCall(sample, given["timestep"], (sample.shape[-2], sample.shape[-1]), arguments=(args, kwargs))

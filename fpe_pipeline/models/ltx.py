@@ -7,7 +7,6 @@ picture is part of the video, its tokens have a timestep of their own.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from .adapter import ModelCall
 from .sites import Site
 from .steps import Step, step_of_scheduler
-from .transformer import TransformerAdapter
+from .transformer import TransformerAdapter, self_and_cross
 
 __all__ = ["LTXAdapter"]
 
@@ -26,16 +25,11 @@ class LTXAdapter(TransformerAdapter):
     family = "ltx"
 
     def find_sites(self) -> tuple[Site, ...]:
-        sites: list[Site] = []
         module: Any = self.module
-        for index, block in enumerate(module.transformer_blocks):
-            path = f"transformer_blocks.{index}"
-            sites.append(Site(f"{path}.attn1", "single", "self", index, block.attn1.heads, 0, ()))
-            sites.append(Site(f"{path}.attn2", "single", "cross", index, block.attn2.heads, 0, ()))
-        return tuple(sites)
+        return tuple(self_and_cross("transformer_blocks", module.transformer_blocks))
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        given = self.named(args, kwargs)
         sample = given["hidden_states"]
         size: tuple[Any, ...] = tuple(given.get(name) for name in ("height", "width", "num_frames"))
         if None in size or math.prod(size) != sample.shape[1]:

@@ -7,7 +7,6 @@ by walking its modules. The pipeline guides by a second call, with the prompts f
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +53,7 @@ class Lumina2Adapter(NamedCallsAdapter):
         return tuple(sites)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        given = self.named(args, kwargs)
         sample = given["hidden_states"]
         return ModelCall(
             sample,

@@ -6,13 +6,12 @@ in one call, and the timestep is the scheduler's own.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from .adapter import ModelCall
 from .sites import Site
-from .transformer import TransformerAdapter
+from .transformer import TransformerAdapter, self_and_cross
 
 __all__ = ["PixArtAdapter"]
 
@@ -23,16 +22,10 @@ class PixArtAdapter(TransformerAdapter):
     family = "unet"
 
     def find_sites(self) -> tuple[Site, ...]:
-        sites: list[Site] = []
         module: Any = self.module
-        patch = int(module.config.patch_size)
-        for index, block in enumerate(module.transformer_blocks):
-            path, heads = f"transformer_blocks.{index}", block.attn1.heads
-            sites.append(Site(f"{path}.attn1", "single", "self", index, heads, 0, (), patch=patch))
-            sites.append(Site(f"{path}.attn2", "single", "cross", index, block.attn2.heads, 0, (), patch=patch))
-        return tuple(sites)
+        return tuple(self_and_cross("transformer_blocks", module.transformer_blocks, int(module.config.patch_size)))
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        given = self.named(args, kwargs)
         sample = given["hidden_states"]
         return ModelCall(sample, given["timestep"], (sample.shape[-2], sample.shape[-1]), arguments=(args, kwargs))

@@ -8,7 +8,6 @@ pictures follow those that are denoised, and the text encoder sees the pictures 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -43,7 +42,7 @@ class QwenImageAdapter(NamedCallsAdapter):
         )
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        given = self.named(args, kwargs)
         mask = given.get("encoder_hidden_states_mask")
         if given.get("additional_t_cond") is not None:
             raise ValueError(

@@ -7,7 +7,6 @@ second call of the conditional rows alone, without some of the blocks. SD 3.5 me
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +40,7 @@ class SD3Adapter(TransformerAdapter):
         return tuple(sites)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        given = self.named(args, kwargs)
         sample, skipped = given["hidden_states"], given.get("skip_layers")
         return ModelCall(
             sample,

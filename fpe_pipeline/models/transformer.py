@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .adapter import ModelAdapter, identity
+from .sites import Site
 
-__all__ = ["TransformerAdapter"]
+__all__ = ["TransformerAdapter", "self_and_cross"]
 
 #: By what the names of diffusers' hooks begin with, what they do to a layer.
 _HOOKS = {
@@ -33,6 +36,10 @@ class TransformerAdapter(ModelAdapter):
 
     word = "transformer"
 
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The arguments of a call of the model by their names."""
+        return inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+
     def check(self) -> None:
         """Refuse a model in which layers of some steps are not computed, or not by this process alone."""
         for model in self.models.values():
@@ -54,3 +61,16 @@ class TransformerAdapter(ModelAdapter):
                     "parts of its tokens, so that an edit of the layer would not be what was asked; take it off before "
                     "the session (such as pipe.transformer.disable_cache())"
                 )
+
+
+def self_and_cross(path: str, blocks: Iterable[Any], patch: int = 1) -> Iterator[Site]:
+    """The layers of blocks that attend to the image, ``attn1``, and then to the text, ``attn2``, all of one size.
+
+    Args:
+        path: of the list of blocks.
+        blocks: in execution order.
+        patch: of the sites.
+    """
+    for index, block in enumerate(blocks):
+        yield Site(f"{path}.{index}.attn1", "single", "self", index, block.attn1.heads, 0, (), patch=patch)
+        yield Site(f"{path}.{index}.attn2", "single", "cross", index, block.attn2.heads, 0, (), patch=patch)

@@ -9,13 +9,13 @@ SkyReels-V2's blocks are the same.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from .adapter import ModelCall, identity
 from .named_calls import NamedCallsAdapter
 from .sites import Site
+from .transformer import self_and_cross
 
 __all__ = ["WanAdapter"]
 
@@ -43,15 +43,12 @@ class WanAdapter(NamedCallsAdapter):
         for name, model in self.models.items():
             module: Any = identity(model)
             _, patch, _ = module.config.patch_size
-            for index, block in enumerate(module.blocks):
-                path = f"{name}.blocks.{index}".removeprefix(".")
-                sites.append(Site(f"{path}.attn1", "single", "self", index, block.attn1.heads, 0, (), patch=patch))
-                sites.append(Site(f"{path}.attn2", "single", "cross", index, block.attn2.heads, 0, (), patch=patch))
+            sites += self_and_cross(f"{name}.blocks".removeprefix("."), module.blocks, patch)
         return tuple(sites)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         module: Any = self.module
-        given = inspect.signature(type(module).forward).bind(None, *args, **kwargs).arguments
+        given = self.named(args, kwargs)
         if given.get("enable_diffusion_forcing"):
             raise ValueError(
                 "with diffusion forcing the frames of a video are at different steps of the run, and an edit's window "
