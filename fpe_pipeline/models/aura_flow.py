@@ -7,7 +7,6 @@ scheduler's.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +45,7 @@ class AuraFlowAdapter(TransformerAdapter):
         )
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        given = self.named(args, kwargs)
         sample = given["hidden_states"]
         return ModelCall(sample, given["timestep"], sample.shape[-2:], arguments=(args, kwargs))
 

@@ -6,7 +6,6 @@ padded on the left, to a multiple of 16 tokens. CogView 3 Plus guides in one cal
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +29,7 @@ class CogView3PlusAdapter(TransformerAdapter):
         return blocks_of_one_stream(self.module)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        given = self.named(args, kwargs)
         sample = given["hidden_states"]
         return ModelCall(sample, given["timestep"], sample.shape[-2:], arguments=(args, kwargs))
 
@@ -45,6 +44,6 @@ class CogView4Adapter(NamedCallsAdapter):
         return blocks_of_one_stream(self.module)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        given = self.named(args, kwargs)
         sample = given["hidden_states"]
         return ModelCall(sample, given["timestep"], sample.shape[-2:], half=self._half(), arguments=(args, kwargs))

@@ -88,7 +88,7 @@ class HunyuanVideo15Adapter(NamedCallsAdapter):
         )
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        given = self.named(args, kwargs)
         module: Any = self.module
         sample = given["hidden_states"]
         frames, height, width = sample.shape[-3:]

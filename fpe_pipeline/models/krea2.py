@@ -7,7 +7,6 @@ can be put first. The pipeline guides by a second call, with the prompts first.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +43,7 @@ class Krea2Adapter(NamedCallsAdapter):
         )
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        given = inspect.signature(type(self.module).forward).bind(None, *args, **kwargs).arguments
+        given = self.named(args, kwargs)
         sample, texts = given["hidden_states"], given["encoder_hidden_states"].shape[1]
         first, (height, width) = _grid(given["position_ids"])
         if first < texts or height * width != sample.shape[1]:
