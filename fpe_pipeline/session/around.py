@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 from .instructions import Order
 from .record import LayerRecord
 
-__all__ = ["ProcessorAround", "may_do_more"]
+__all__ = ["AroundPlain", "ProcessorAround", "may_do_more"]
 
 
 def may_do_more(processor: Any) -> str:
@@ -47,6 +47,25 @@ class ProcessorAround:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """What a copy of the layer has, which is in no session: a copy of the processor without the edit."""
         return copy.deepcopy(self.inner, memo)
+
+
+class AroundPlain(ProcessorAround):
+    """A processor around one that is known by the name of its class."""
+
+    plain: ClassVar[tuple[str, ...]] = ()
+    """Names of the processors that do no more than the family's attention, which an edit computes in their stead."""
+
+    @classmethod
+    def unsupported_reasons(cls, attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
+        """Why a layer with this processor cannot be edited; empty where it can.
+
+        Args:
+            attn: the layer.
+            processor: the one it has without the edit.
+            override: further processor classes that an edit may compute in the stead of.
+        """
+        known = type(processor).__name__ in cls.plain or type(processor) in override
+        return [] if known else [may_do_more(processor)]
 
 
 class _SignatureOf:

@@ -7,34 +7,22 @@ from typing import Any
 import torch
 
 from ..edits.joint_products import JointPlan
-from .around import ProcessorAround, may_do_more
+from .around import AroundPlain
 from .joint_computing import JointLayer
 from .joint_processor import check_joint_input, is_fused, joint_record, joint_rows, merged_heads
 from .joint_projections import segment_projections
 
-__all__ = ["EditAuraFlowProcessor", "unsupported_aura_flow_reasons"]
-
-_PLAIN = ("AuraFlowAttnProcessor2_0", "FusedAuraFlowAttnProcessor2_0")
+__all__ = ["EditAuraFlowProcessor"]
 
 
-def unsupported_aura_flow_reasons(attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
-    """Why a layer of AuraFlow cannot be edited; empty where it can.
-
-    Args:
-        attn: the diffusers ``Attention`` module.
-        processor: the processor it has without the edit.
-        override: further processor classes that an edit may compute in the stead of.
-    """
-    known = type(processor).__name__ in _PLAIN or type(processor) in override
-    return [] if known else [may_do_more(processor)]
-
-
-class EditAuraFlowProcessor(ProcessorAround):
+class EditAuraFlowProcessor(AroundPlain):
     """Drop-in processor for the layers of AuraFlow, wrapped around the one that a layer already has.
 
     With an order it computes the order's products as :class:`.EditJointProcessor` does, from queries and keys after
     their norms. A single block's tokens are one tensor, text first.
     """
+
+    plain = ("AuraFlowAttnProcessor2_0", "FusedAuraFlowAttnProcessor2_0")
 
     def __call__(
         self,

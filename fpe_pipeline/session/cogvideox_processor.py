@@ -9,35 +9,22 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
 from ..edits.joint_products import JointPlan
-from .around import ProcessorAround, may_do_more
+from .around import AroundPlain
 from .joint_computing import JointLayer
 from .joint_processor import check_joint_input, is_fused, joint_record, joint_rows, merged_heads
 from .joint_projections import segment_projections
 
-__all__ = ["EditCogVideoXProcessor", "EditCogView4Processor", "unsupported_cogvideox_reasons"]
-
-_PLAIN = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0", "CogView4AttnProcessor")
+__all__ = ["EditCogVideoXProcessor", "EditCogView4Processor"]
 
 
-def unsupported_cogvideox_reasons(attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
-    """Why a layer of CogVideoX or CogView cannot be edited; empty where it can.
-
-    Args:
-        attn: the diffusers ``Attention`` module.
-        processor: the processor it has without the edit.
-        override: further processor classes that an edit may compute in the stead of.
-    """
-    known = type(processor).__name__ in _PLAIN or type(processor) in override
-    return [] if known else [may_do_more(processor)]
-
-
-class EditCogVideoXProcessor(ProcessorAround):
+class EditCogVideoXProcessor(AroundPlain):
     """Drop-in processor for the layers of CogVideoX, wrapped around the one that a layer already has.
 
     With an order it computes the order's products as :class:`.EditJointProcessor` does, of the tokens of all frames and
     of the text, from queries and keys after their norms and rotary embedding.
     """
 
+    plain = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0", "CogView4AttnProcessor")
     #: Where the two parts of a number that is turned stand: side by side (-1), or in the halves of a head (-2).
     parts_at = -1
 

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-from .around import ProcessorAround, may_do_more
+from .around import AroundPlain
 
 __all__ = ["DispatchedAround"]
 
 
-class DispatchedAround(ProcessorAround):
+class DispatchedAround(AroundPlain):
     """Hands on the settings that diffusers finds on a layer's processor."""
-
-    plain: ClassVar[tuple[str, ...]] = ()
-    """Names of the processors that do no more than the family's attention, which an edit computes in their stead."""
 
     @classmethod
     def unsupported_reasons(cls, attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
-        """Why a layer with this processor cannot be edited; empty where it can.
-
-        Args:
-            attn: the layer.
-            processor: the one it has without the edit.
-            override: further processor classes that an edit may compute in the stead of.
-        """
-        reasons = []
-        if type(processor).__name__ not in cls.plain and type(processor) not in override:
-            reasons.append(may_do_more(processor))
+        reasons = super().unsupported_reasons(attn, processor, override)
         if getattr(processor, "_parallel_config", None) is not None:
             reasons.append("context parallelism is on, and an edit needs all tokens of a layer in one process")
         return reasons

@@ -11,9 +11,9 @@ from ..models.adapter import ModelAdapter
 from ..models.sites import Site
 from ..shadows import Shadows
 from .around import ProcessorAround
-from .aura_flow_processor import EditAuraFlowProcessor, unsupported_aura_flow_reasons
+from .aura_flow_processor import EditAuraFlowProcessor
 from .chroma_processor import EditChromaProcessor
-from .cogvideox_processor import EditCogVideoXProcessor, EditCogView4Processor, unsupported_cogvideox_reasons
+from .cogvideox_processor import EditCogVideoXProcessor, EditCogView4Processor
 from .flux2_processor import flux2_processor, unsupported_flux2_reasons
 from .flux_processor import EditFluxProcessor
 from .hunyuan_video_processor import EditHunyuanVideoProcessor
@@ -21,7 +21,7 @@ from .instructions import Order
 from .joint_processor import EditJointProcessor, unsupported_joint_reasons
 from .krea2_processor import EditKrea2Processor
 from .ltx_processor import EditLTXProcessor
-from .lumina2_processor import EditLumina2Processor, unsupported_lumina2_reasons
+from .lumina2_processor import EditLumina2Processor
 from .processor import SLICED, editing_processor, is_sliced, unsupported_reasons
 from .qwen_processor import EditQwenProcessor
 from .record import LayerRecord
@@ -43,13 +43,13 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "flux_kin": (EditFluxProcessor, EditFluxProcessor.unsupported_reasons),
     "flux2": (flux2_processor, unsupported_flux2_reasons),
     "chroma": (EditChromaProcessor, EditChromaProcessor.unsupported_reasons),
-    "aura_flow": (EditAuraFlowProcessor, unsupported_aura_flow_reasons),
-    "cogvideox": (EditCogVideoXProcessor, unsupported_cogvideox_reasons),
-    "cogview4": (EditCogView4Processor, unsupported_cogvideox_reasons),
+    "aura_flow": (EditAuraFlowProcessor, EditAuraFlowProcessor.unsupported_reasons),
+    "cogvideox": (EditCogVideoXProcessor, EditCogVideoXProcessor.unsupported_reasons),
+    "cogview4": (EditCogView4Processor, EditCogView4Processor.unsupported_reasons),
     "hunyuan_video": (EditHunyuanVideoProcessor, EditHunyuanVideoProcessor.unsupported_reasons),
     "krea2": (EditKrea2Processor, EditKrea2Processor.unsupported_reasons),
     "qwen": (EditQwenProcessor, EditQwenProcessor.unsupported_reasons),
-    "lumina2": (EditLumina2Processor, unsupported_lumina2_reasons),
+    "lumina2": (EditLumina2Processor, EditLumina2Processor.unsupported_reasons),
     "ltx": (EditLTXProcessor, EditLTXProcessor.unsupported_reasons),
     "wan": (EditWanProcessor, EditWanProcessor.unsupported_reasons),
     "z_image": (EditZImageProcessor, EditZImageProcessor.unsupported_reasons),

@@ -8,35 +8,25 @@ from typing import Any
 import torch
 
 from ..edits.joint_products import JointPlan
-from .around import ProcessorAround, may_do_more
+from .around import AroundPlain
 from .captions import check_turned, origins_of
 from .computing import Rows, take
 from .joint_computing import JointLayer, SegmentProjections
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
 from .places import turned
 
-__all__ = ["EditLumina2Processor", "projected", "unsupported_lumina2_reasons"]
+__all__ = ["EditLumina2Processor", "projected"]
 
 
-def unsupported_lumina2_reasons(attn: Any, processor: Any, override: tuple[type, ...] = ()) -> list[str]:
-    """Why a layer of Lumina 2 cannot be edited; empty where it can.
-
-    Args:
-        attn: the diffusers ``Attention`` module.
-        processor: the processor it has without the edit.
-        override: further processor classes that an edit may compute in the stead of.
-    """
-    known = type(processor).__name__ == "Lumina2AttnProcessor2_0" or type(processor) in override
-    return [] if known else [may_do_more(processor)]
-
-
-class EditLumina2Processor(ProcessorAround):
+class EditLumina2Processor(AroundPlain):
     """Drop-in processor for the layers of Lumina 2, wrapped around the one that a layer already has.
 
     With an order it computes the order's products as :class:`.EditJointProcessor` does, from queries and keys after
     their norms and rotary embedding; several heads of queries share one of keys and values. Image tokens that stand in
     a row of another caption's length are turned to where that row's image begins.
     """
+
+    plain = ("Lumina2AttnProcessor2_0",)
 
     def __call__(
         self,
