@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 
 from ..edits.joint_products import JointPlan
 from .around import AroundPlain
 from .joint_computing import JointLayer
 from .joint_processor import check_joint_input, is_fused, joint_record, joint_rows, merged_heads
 from .joint_projections import segment_projections
+from .places import by_tables
 
 __all__ = ["EditCogVideoXProcessor", "EditCogView4Processor"]
 
@@ -42,13 +41,11 @@ class EditCogVideoXProcessor(AroundPlain):
         plan = order.plan
         assert isinstance(plan, JointPlan)
         check_joint_input(order, hidden_states, encoder_hidden_states, attention_mask)
-        turn = None
-        if image_rotary_emb is not None:
-            told = {"freqs_cis": image_rotary_emb, "use_real_unbind_dim": self.parts_at, "sequence_dim": 1}
-            turn = partial(apply_rotary_emb, **told)
         fused = is_fused(self.inner)
         layer = JointLayer(
-            segment_projections(attn, plan, "image", hidden_states, turn, fused=fused),
+            segment_projections(
+                attn, plan, "image", hidden_states, by_tables(image_rotary_emb, self.parts_at), fused=fused
+            ),
             segment_projections(attn, plan, "text", encoder_hidden_states, fused=fused),
             attn.scale,
             order.backend,

@@ -10,8 +10,10 @@ from ..edits.joint_products import JointPlan
 from .around import ProcessorAround
 from .computing import take
 from .dispatched import DispatchedAround
-from .flux_processor import EditFluxProcessor, Segment, joint_tokens, turned_rows
+from .flux_processor import EditFluxProcessor, Segment, joint_tokens
 from .joint_computing import SegmentProjections
+from .joint_projections import segment_rows
+from .places import Turn
 
 __all__ = ["EditFlux2Processor", "EditFlux2SingleProcessor", "flux2_processor", "unsupported_flux2_reasons"]
 
@@ -50,10 +52,10 @@ class EditFlux2SingleProcessor(DispatchedAround):
         attended, forward = together[..., :width], attn.mlp_act_fn(together[..., width:])
         texts = hidden_states.shape[1] - order.site.tokens - order.references
 
-        def projected(name: Segment, tokens: torch.Tensor, places: Any, added: bool) -> SegmentProjections:
+        def projected(name: Segment, tokens: torch.Tensor, turn: Turn | None, added: bool) -> SegmentProjections:
             used = [plan.used(part, name) for part in ("query", "key", "value")]
             split = [take(part, rows) for part, rows in zip(tokens.chunk(3, dim=-1), used, strict=True)]
-            return turned_rows(attn, used, split, places, added=added)
+            return segment_rows(attn, used, split, turn)
 
         text, given = attended[:, :texts], attended[:, texts:]
         image, context, self.record = joint_tokens(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 
 from ..edits.joint_products import JointPlan
-from .computing import Rows, take
 from .dispatched import DispatchedAround
 from .instructions import Order
 from .joint_computing import JointLayer, SegmentProjections
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
+from .joint_projections import segment_projections
+from .places import Turn, by_tables
 from .record import LayerRecord
 
-__all__ = ["EditFluxProcessor", "Segment", "joint_tokens", "turned_rows"]
+__all__ = ["EditFluxProcessor", "Segment", "joint_tokens"]
 
 Segment = Literal["image", "text"]
 
@@ -68,9 +68,8 @@ class EditFluxProcessor(DispatchedAround):
             texts = hidden_states.shape[1] - order.site.tokens - order.references
             text, given = hidden_states[:, :texts], hidden_states[:, texts:]
 
-        def projected(name: Segment, tokens: torch.Tensor, places: Any, added: bool) -> SegmentProjections:
-            used = [plan.used(part, name) for part in ("query", "key", "value")]
-            return turned_rows(attn, used, _split(attn, used, tokens, added=added), places, added=added)
+        def projected(name: Segment, tokens: torch.Tensor, turn: Turn | None, added: bool) -> SegmentProjections:
+            return segment_projections(attn, plan, name, tokens, turn, added=added, fused=attn.fused_projections)
 
         out, context, self.record = joint_tokens(
             attn, order, text, given, attention_mask, image_rotary_emb, projected, added=not is_single, seen=seen
@@ -87,7 +86,7 @@ def joint_tokens(
     given: torch.Tensor,
     attention_mask: torch.Tensor | None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None,
-    projected: Callable[[Segment, torch.Tensor, Any, bool], SegmentProjections],
+    projected: Callable[[Segment, torch.Tensor, Turn | None, bool], SegmentProjections],
     *,
     added: bool,
     seen: torch.Tensor | None = None,
@@ -101,8 +100,8 @@ def joint_tokens(
         given: tokens of the image and of reference pictures behind them [B, N + R, C].
         attention_mask: has to be None.
         rotary: of all tokens, text first and references last.
-        projected: makes of a segment's tokens, their places and whether they are the text's own weights' the rows of it
-            that the plan uses.
+        projected: makes of a segment's tokens, what turns them and whether they are the text's own weights' the rows of
+            it that the plan uses.
         added: whether the text has weights of its own.
         seen: as :class:`.JointLayer` has it.
 
@@ -113,12 +112,12 @@ def joint_tokens(
     assert isinstance(plan, JointPlan) and images is not None
     image, reference = given[:, :images], given[:, images:]
     check_joint_input(order, given if reference.shape[1] != references else image, text, attention_mask)
-    places = _places(rotary, text.shape[1], images)
-    own = projected("text", text, places["text"], added)
+    turns = _turns(rotary, text.shape[1], images)
+    own = projected("text", text, turns["text"], added)
     if references:
-        own = own.followed_by(projected("text", reference, places["reference"], False))
+        own = own.followed_by(projected("text", reference, turns["reference"], False))
     layer = JointLayer(
-        projected("image", image, places["image"], False).beside("image", order.recorded),
+        projected("image", image, turns["image"], False).beside("image", order.recorded),
         own.beside("text", order.recorded),
         attn.head_dim**-0.5,
         order.backend,
@@ -134,34 +133,9 @@ def joint_tokens(
     return torch.cat([out, behind], dim=1) if references else out, context, record
 
 
-def _places(rotary: tuple[torch.Tensor, torch.Tensor] | None, texts: int, images: int) -> dict[str, Any]:
+def _turns(rotary: tuple[torch.Tensor, torch.Tensor] | None, texts: int, images: int) -> dict[str, Turn | None]:
     """The rotary embedding of each segment; it comes for all of them, text first and references last."""
     ends = {"text": slice(texts), "image": slice(texts, texts + images), "reference": slice(texts + images, None)}
-    return {name: None if rotary is None else tuple(part[where] for part in rotary) for name, where in ends.items()}
-
-
-def _split(attn: Any, used: Sequence[tuple[int, ...]], tokens: torch.Tensor, *, added: bool) -> list[torch.Tensor]:
-    """The rows of queries, keys and values that are used [rows, tokens, H·D], by the text's own weights or not."""
-    if attn.fused_projections:
-        together = attn.to_added_qkv if added else attn.to_qkv
-        return [take(part, rows) for part, rows in zip(together(tokens).chunk(3, dim=-1), used, strict=True)]
-    names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
-    return [getattr(attn, name)(take(tokens, rows)) for name, rows in zip(names, used, strict=True)]
-
-
-def turned_rows(
-    attn: Any, used: Sequence[tuple[int, ...]], split: Sequence[torch.Tensor], places: Any, *, added: bool
-) -> SegmentProjections:
-    """Rows of queries, keys and values [rows, tokens, H·D], normed and turned: [rows, H, tokens, D]."""
-    query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in split)
-    query, key = (attn.norm_added_q(query), attn.norm_added_k(key)) if added else (attn.norm_q(query), attn.norm_k(key))
-    if places is not None:
-        query, key = (_turned(part, places) for part in (query, key))
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm returns a wider type
-    parts = zip((query, key, value), used, strict=True)
-    return SegmentProjections(*(Rows(part.transpose(1, 2), rows) for part, rows in parts))
-
-
-def _turned(part: torch.Tensor, places: Any) -> torch.Tensor:
-    """Queries or keys [rows, N, H, D] turned by their places; of no rows where all are known from a recording."""
-    return apply_rotary_emb(part, places, sequence_dim=1) if part.shape[0] else part
+    if rotary is None:
+        return dict.fromkeys(ends)
+    return {name: by_tables((rotary[0][where], rotary[1][where])) for name, where in ends.items()}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import apply_rotary_emb
 
 from ..edits.joint_products import JointPlan
 from .dispatched import DispatchedAround
 from .joint_computing import JointLayer
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
 from .joint_projections import segment_projections
+from .places import by_tables
 
 __all__ = ["EditHunyuanVideoProcessor"]
 
@@ -42,11 +41,8 @@ class EditHunyuanVideoProcessor(DispatchedAround):
         assert isinstance(plan, JointPlan)
         check_joint_input(order, hidden_states, encoder_hidden_states, None)  # the mask is of padding: text_lengths
         assert encoder_hidden_states is not None
-        turn = None
-        if image_rotary_emb is not None:
-            turn = partial(apply_rotary_emb, freqs_cis=image_rotary_emb, sequence_dim=1)
         layer = JointLayer(
-            segment_projections(attn, plan, "image", hidden_states, turn),
+            segment_projections(attn, plan, "image", hidden_states, by_tables(image_rotary_emb)),
             segment_projections(attn, plan, "text", encoder_hidden_states, added=attn.add_q_proj is not None),
             attn.scale,
             order.backend,

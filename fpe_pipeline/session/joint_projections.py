@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ import torch
 from ..edits.joint_products import JointPlan
 from .computing import Rows, take
 from .joint_computing import SegmentProjections
+from .places import Turn
 
-__all__ = ["segment_projections"]
+__all__ = ["segment_projections", "segment_rows"]
 
 
 def segment_projections(
@@ -19,7 +20,7 @@ def segment_projections(
     plan: JointPlan,
     segment: Any,
     tokens: torch.Tensor,
-    turn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    turn: Turn | None = None,
     *,
     added: bool = False,
     fused: bool = False,
@@ -31,7 +32,7 @@ def segment_projections(
         plan: of the layer.
         segment: "image" or "text", as whose tokens the plan knows them.
         tokens: [B, tokens, C].
-        turn: the rotary embedding of queries and keys [rows, tokens, H, D]; None where there is none.
+        turn: the rotary embedding of queries and keys; None where there is none.
         added: by the weights of the text's own stream.
         fused: by projections that were put together.
     """
@@ -42,11 +43,29 @@ def segment_projections(
     else:
         names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
         split = [getattr(attn, name)(take(tokens, rows)) for name, rows in zip(names, used, strict=True)]
-    query, key, value = (part.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for part in split)
+    return segment_rows(attn, used, split, turn, added=added)
+
+
+def segment_rows(
+    attn: Any,
+    used: Sequence[tuple[int, ...]],
+    split: Sequence[torch.Tensor],
+    turn: Turn | None = None,
+    *,
+    added: bool = False,
+) -> SegmentProjections:
+    """Queries, keys and values that are projected already [rows, tokens, H·D], normed and turned: [rows, H, tokens, D].
+
+    Args:
+        used: for each of the three, which rows of the batch they are.
+        attn, turn, added: as of :func:`segment_projections`.
+    """
+    dim = attn.head_dim if hasattr(attn, "head_dim") else attn.inner_dim // attn.heads
+    query, key, value = (part.unflatten(-1, (-1, dim)) for part in split)
     norm_q, norm_k = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
     query, key = (query if norm_q is None else norm_q(query)), (key if norm_k is None else norm_k(key))
     if turn is not None:  # of no rows there is nothing to turn: where all are known from a recording
-        query, key = (turn(part) if part.shape[0] else part for part in (query, key))
+        query, key = (turn(part, rows) if rows else part for part, rows in zip((query, key), used[:2], strict=True))
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm returns a wider type
     parts = zip((query, key, value), used, strict=True)
     return SegmentProjections(*(Rows(part.transpose(1, 2), rows) for part, rows in parts))

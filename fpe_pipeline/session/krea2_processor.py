@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from ..edits.joint_products import JointPlan
-from .computing import take
 from .dispatched import DispatchedAround
-from .flux_processor import turned_rows
-from .joint_computing import JointLayer, SegmentProjections
+from .joint_computing import JointLayer
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
+from .joint_projections import segment_projections
+from .places import by_tables
 
 __all__ = ["EditKrea2Processor"]
 
@@ -42,11 +42,11 @@ class EditKrea2Processor(DispatchedAround):
         texts = hidden_states.shape[1] - order.site.tokens
         text, image = hidden_states[:, :texts], hidden_states[:, texts:]
         check_joint_input(order, image, text, None)  # the mask is of padding: text_lengths
-        places = None if image_rotary_emb is None else tuple(part[texts:] for part in image_rotary_emb)
+        places = None if image_rotary_emb is None else (image_rotary_emb[0][texts:], image_rotary_emb[1][texts:])
         counts_first = None if attention_mask is None else _counts_first(attention_mask, texts)
         layer = JointLayer(
-            _projected(attn, plan, "image", image, places),
-            _projected(attn, plan, "text", _ordered(text, counts_first), None),
+            segment_projections(attn, plan, "image", image, by_tables(places)),
+            segment_projections(attn, plan, "text", _ordered(text, counts_first)),
             attn.head_dim**-0.5,
             order.backend,
             order.text_lengths,
@@ -72,11 +72,3 @@ def _counts_first(mask: torch.Tensor, texts: int) -> torch.Tensor:
 def _ordered(tokens: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
     """Tokens [B, T, C] at these places of their row [B, T]."""
     return tokens if places is None else tokens.take_along_dim(places.unsqueeze(-1), dim=1)
-
-
-def _projected(attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, places: Any) -> SegmentProjections:
-    """The rows of a segment that the plan uses, projected, normed and turned: [rows, heads, tokens, D]."""
-    used = [plan.used(part, segment) for part in ("query", "key", "value")]
-    names = ("to_q", "to_k", "to_v")
-    split = [getattr(attn, name)(take(tokens, rows)) for name, rows in zip(names, used, strict=True)]
-    return turned_rows(attn, used, split, places, added=False)

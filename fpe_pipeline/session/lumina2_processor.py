@@ -10,12 +10,12 @@ import torch
 from ..edits.joint_products import JointPlan
 from .around import AroundPlain
 from .captions import check_turned, origins_of
-from .computing import Rows, take
-from .joint_computing import JointLayer, SegmentProjections
+from .joint_computing import JointLayer
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
-from .places import turned
+from .joint_projections import segment_projections
+from .places import by_numbers
 
-__all__ = ["EditLumina2Processor", "projected"]
+__all__ = ["EditLumina2Processor"]
 
 
 class EditLumina2Processor(AroundPlain):
@@ -59,8 +59,10 @@ class EditLumina2Processor(AroundPlain):
             check_turned(plan.products, lengths)
         places = _images(image_rotary_emb, lengths, site.tokens)
         layer = JointLayer(
-            projected(attn, plan, "image", image, places),
-            None if text is None else projected(attn, plan, "text", text, image_rotary_emb[:, :texts]),
+            segment_projections(attn, plan, "image", image, by_numbers(places)),
+            None
+            if text is None
+            else segment_projections(attn, plan, "text", text, by_numbers(image_rotary_emb[:, :texts])),
             attn.scale,
             order.backend,
             None if text is None else lengths,
@@ -88,31 +90,3 @@ def _sequence(text: torch.Tensor, image: torch.Tensor, lengths: Sequence[int]) -
         out[row, length:] = 0
         out[row, length : length + image.shape[1]] = image[row]
     return out
-
-
-def projected(
-    attn: Any, plan: JointPlan, segment: Any, tokens: torch.Tensor, places: torch.Tensor
-) -> SegmentProjections:
-    """The rows of a segment that the plan uses, projected, normed and turned: [rows, heads, tokens, D].
-
-    Args:
-        places: complex numbers of absolute value 1, [B, tokens, D / 2].
-    """
-    used = [plan.used(part, segment) for part in ("query", "key", "value")]
-    split = [getattr(attn, name)(take(tokens, rows)) for name, rows in zip(("to_q", "to_k", "to_v"), used, strict=True)]
-    dim = attn.inner_dim // attn.heads
-    query, key, value = (part.unflatten(-1, (-1, dim)) for part in split)
-    query = query if attn.norm_q is None else attn.norm_q(query)
-    key = key if attn.norm_k is None else attn.norm_k(key)
-    query, key = (
-        turned(part, *_angles(take(places, rows), part.dtype)).to(value.dtype)
-        for part, rows in zip((query, key), used[:2], strict=True)
-    )
-    parts = zip((query, key, value), used, strict=True)
-    return SegmentProjections(*(Rows(part.transpose(1, 2), rows) for part, rows in parts))
-
-
-def _angles(places: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [rows, tokens, 1, D / 2], in at least float32."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return places.real.unsqueeze(2).to(wide), places.imag.unsqueeze(2).to(wide)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Sequence
 
-__all__ = ["turned"]
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+
+from .computing import take
+
+__all__ = ["Turn", "by_numbers", "by_tables", "turned"]
+
+#: Queries or keys [rows, tokens, H, D], of these rows of the batch, turned by their places.
+Turn = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 
 
 def turned(part: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
@@ -17,3 +25,24 @@ def turned(part: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> to
     first, second = part.unflatten(-1, (-1, 2)).unbind(-1)
     pairs = first * cosines - second * sines, first * sines + second * cosines
     return torch.stack(pairs, dim=-1).flatten(-2).to(part.dtype)
+
+
+def by_tables(rotary: tuple[torch.Tensor, torch.Tensor] | None, parts_at: int = -1) -> Turn | None:
+    """By cosines and sines [tokens, D] that all rows share, as diffusers turns; None where there are none.
+
+    Args:
+        parts_at: where the two numbers of a pair stand: side by side (-1), or in the halves of a head (-2).
+    """
+    if rotary is None:
+        return None
+    return lambda part, rows: apply_rotary_emb(part, rotary, use_real_unbind_dim=parts_at, sequence_dim=1)
+
+
+def by_numbers(places: torch.Tensor) -> Turn:
+    """By complex numbers of absolute value 1, [B, tokens, D / 2], each row of the batch by its own."""
+
+    def turn(part: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        wide, own = torch.promote_types(part.dtype, torch.float32), take(places, rows).unsqueeze(2)
+        return turned(part, own.real.to(wide), own.imag.to(wide))
+
+    return turn

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from .dispatched import DispatchedAround
 from .joint_computing import JointLayer
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
 from .joint_projections import segment_projections
+from .places import Turn
 
 __all__ = ["EditQwenProcessor"]
 
@@ -80,6 +79,6 @@ class EditQwenProcessor(DispatchedAround):
         return out, attn.to_add_out(context)
 
 
-def _turn(places: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _turn(places: torch.Tensor | None) -> Turn | None:
     """The rotary embedding of tokens at these places."""
-    return None if places is None else partial(apply_rotary_emb_qwen, freqs_cis=places, use_real=False)
+    return None if places is None else lambda part, rows: apply_rotary_emb_qwen(part, places, use_real=False)

@@ -14,7 +14,8 @@ from .dispatched import DispatchedAround
 from .instructions import Order
 from .joint_computing import JointLayer
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
-from .lumina2_processor import projected
+from .joint_projections import segment_projections
+from .places import by_numbers
 
 __all__ = ["EditZImageProcessor"]
 
@@ -60,8 +61,10 @@ class EditZImageProcessor(DispatchedAround):
             check_turned(plan.products, lengths, mixes=False)
         places = freqs_cis[:, :images]
         layer = JointLayer(
-            projected(attn, plan, "image", hidden_states[:, :images], places).beside("image", order.recorded),
-            None if text is None else projected(attn, plan, "text", text, text_places),
+            segment_projections(attn, plan, "image", hidden_states[:, :images], by_numbers(places)).beside(
+                "image", order.recorded
+            ),
+            None if text is None else segment_projections(attn, plan, "text", text, by_numbers(text_places)),
             attn.scale,
             order.backend,
             lengths if is_ragged or beyond > 0 else None,
