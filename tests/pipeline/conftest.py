@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.dense_rows import wide
 from tests.support.golden_cases import load_pipeline
 from tests.support.tiny_pipelines import tiny_pipeline
 
@@ -15,3 +16,10 @@ def pipe():
 def tiny(pipe):
     """An SD 1.x pipeline with a UNet so small that a call takes tens of milliseconds."""
     return tiny_pipeline(pipe)
+
+
+@pytest.fixture
+def in_float64():
+    """Where diffusers narrows to float32 on the way, what is in float64 stays so."""
+    with wide():
+        yield

@@ -10,17 +10,12 @@ from fpe_pipeline.compat.consist_edit.attention_control import (
 )
 from fpe_pipeline.compat.consist_edit.global_var import GlobalVars
 from fpe_pipeline.compat.consist_edit.solver import register_cog_solver, register_sd3_solver
-from tests.support.dense_rows import wide
 from tests.support.tiny_cogvideox import TEXTS, dense_cogvideox, draw_cogvideox, tiny_cogvideox_pipeline
+
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 PROMPTS = ["a photo of a red car on a mountain", "a photo of a big dog on a mountain"]
 EXACT = 1e-8
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module")

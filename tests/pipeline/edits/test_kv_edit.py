@@ -6,21 +6,16 @@ import torch
 
 from fpe_pipeline import KVEdit, WordMask, editing
 from tests.support.dense_joint import dense
-from tests.support.dense_rows import wide
 from tests.support.flow_pipelines import FAMILIES, MADE, SOURCE, TARGET, edited_with, solving
 from tests.support.slow_cases import few
 from tests.support.tiny_pipelines import tiny_pipeline
 from tests.support.tiny_transformers import draw, draw_flux
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 EXACT = 1e-8
 RUNS = {"sd3": draw, "flux": draw_flux}
 SIZES = {"1 target": {}, "3 targets": {"prompts": 4}, "not square": {"size": (6, 12)}}
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module")

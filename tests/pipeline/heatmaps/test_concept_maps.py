@@ -7,22 +7,17 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from fpe_pipeline import FreePromptEdit, StableFlowEdit, concept_maps, editing, heat_maps
 from tests.support.dense_joint import dense
-from tests.support.dense_rows import wide
 from tests.support.slow_cases import few
 from tests.support.tiny_cross import tiny_ltx_pipeline
 from tests.support.tiny_pipelines import tiny_pipeline
 from tests.support.tiny_transformers import PROMPTS, draw, draw_flux, tiny_flux_pipeline, tiny_sd3_pipeline
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 EXACT = 1e-6  # maps are float32
 CONCEPTS = ["car", "a red mountain", "house"]
 FAMILIES = ["sd3.5", "flux"]
 STEPS, SIZE, GRID = 3, (6, 12), (3, 6)
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module")

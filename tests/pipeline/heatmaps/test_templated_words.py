@@ -6,11 +6,12 @@ from torch.nn import functional as F
 
 from fpe_pipeline import FreePromptEdit, LocalBlend, PromptToPromptEdit, WordMask, editing, heat_maps
 from tests.support.dense_joint import dense
-from tests.support.dense_rows import wide
 from tests.support.edited_transformers import MODELS, placed
 from tests.support.slow_cases import few
 from tests.support.tiny_language import draw_prompts
 from tests.support.tiny_lumina import dense_lumina
+
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 EXACT, HEAT = 1e-8, 1e-6
 FAMILIES = ["Qwen-Image", "Lumina 2"]
@@ -18,12 +19,6 @@ FAMILIES = ["Qwen-Image", "Lumina 2"]
 PROMPTS = ["a photo of a red car on a mountain", "a big dog on a house in winter"]
 GRID, STEPS = (3, 6), 4
 SIZE = {"size": (6, 12)}
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fpe_pipeline import KVEdit, Recording, ValueInjectionEdit
-from tests.support.dense_rows import wide
 from tests.support.flow_pipelines import FAMILIES, MADE, OTHER, SOURCE, TARGET, distance, edited_with, solving
 from tests.support.slow_cases import few
+
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 EXACT = 1e-8
 PLACES = ["device", "cpu", "folder"]
@@ -19,12 +20,6 @@ METHODS = {
     "KV-Edit": ("euler", lambda layers: KVEdit(mask=MASK), {"image-key", "image-value"}),
 }
 LATE = {"sd3": ["transformer_blocks.1", "transformer_blocks.2"], "flux": ["single_transformer_blocks"]}
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module")

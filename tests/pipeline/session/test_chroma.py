@@ -33,10 +33,11 @@ from fpe_pipeline import (
 )
 from fpe_pipeline.models.families import adapter_of
 from tests.support.dense_joint import DenseChroma, dense
-from tests.support.dense_rows import wide
 from tests.support.edited_transformers import EDITS, STEPS, Model, edited, placed, reference, unedited
 from tests.support.tiny_chroma import draw_chroma, tiny_chroma, tiny_chroma_pipeline, tiny_masked_chroma
 from tests.support.tiny_transformers import FLUX
+
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 EXACT, SHOWS, HEAT = 1e-8, 1e-6, 1e-6
 SIZE, GRID, TEXTS = (6, 12), (3, 6), 12
@@ -59,12 +60,6 @@ ALWAYS = {
     ("truth values, guided", "other lengths", "FPE"),
     ("truth values", "other lengths", "ReFlex"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module")

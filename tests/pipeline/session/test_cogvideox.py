@@ -21,18 +21,13 @@ from fpe_pipeline import (
 )
 from fpe_pipeline.models.families import adapter_of
 from fpe_pipeline.session.hooks import SchedulerHook
-from tests.support.dense_rows import wide
 from tests.support.slow_cases import few
 from tests.support.tiny_cogvideox import KINDS, dense_cogvideox, draw_cogvideox, tiny_cogvideox_pipeline
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 EXACT = 1e-8
 PROMPTS = ["a photo of a red car on a mountain", "a photo of a big dog on a mountain", "a red car on a house"]
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module")

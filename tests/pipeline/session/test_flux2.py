@@ -12,7 +12,6 @@ if not hasattr(diffusers, "Flux2KleinKVPipeline"):
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, LocalBlend, PromptToPromptEdit, editing, heat_maps
 from fpe_pipeline.models.families import adapter_of
 from tests.support.dense_joint import dense
-from tests.support.dense_rows import wide
 from tests.support.edited_transformers import (
     EDITS,
     FAULTS,
@@ -33,6 +32,8 @@ from tests.support.tiny_flux2 import (
     tiny_klein_that_reads,
 )
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 EXACT = 1e-8
 MODELS = {
     "dev": Model(lambda pipe: tiny_flux2_pipeline(), draw_flux2, is_guided=False),
@@ -43,12 +44,6 @@ READING = Model(lambda pipe: tiny_klein_that_reads(), draw_flux2, {"guidance_sca
 WORDS = {"Prompt-to-Prompt, replaced words", "Prompt-to-Prompt, refined", "ReFlex"}
 WITHOUT_WORDS = [edit for edit in EDITS if edit not in WORDS]
 SIZE = (6, 12)
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module")

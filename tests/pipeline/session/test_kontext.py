@@ -18,17 +18,12 @@ from fpe_pipeline import (
 )
 from fpe_pipeline.prompts.alignment import align_refine, align_replace, tokenize
 from tests.support.dense_joint import Blocks, dense
-from tests.support.dense_rows import wide
 from tests.support.slow_cases import few
 from tests.support.tiny_transformers import PROMPTS, tiny_flux_pipeline
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 EXACT = 1e-8
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module")

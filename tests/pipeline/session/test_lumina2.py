@@ -13,17 +13,12 @@ from fpe_pipeline import (
     editing,
 )
 from fpe_pipeline.models.families import adapter_of
-from tests.support.dense_rows import wide
 from tests.support.slow_cases import few
 from tests.support.tiny_lumina import dense_lumina, draw_lumina, tiny_lumina_pipeline
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 EXACT = 1e-8
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 
 from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, PromptToPromptEdit, editing, heat_maps
 from fpe_pipeline.models.families import adapter_of
-from tests.support.dense_rows import source_columns, source_maps, source_memory, wide
+from tests.support.dense_rows import source_columns, source_maps, source_memory
 from tests.support.slow_cases import few
 from tests.support.tiny_cross import (
     BERT_TEXTS,
@@ -22,6 +22,8 @@ from tests.support.tiny_cross import (
     tiny_hunyuan_pipeline,
     tiny_ltx_pipeline,
 )
+
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 EXACT = 1e-8
 
@@ -42,12 +44,6 @@ class Model:
     def reference(self, rules, steps, **options):
         with self.dense(self.pipe, rules, steps):
             return self.draw(self.pipe, **options)
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,12 @@ from PIL import Image
 from fpe_pipeline import ConsistEdit, FreePromptEdit, FreePromptPipeline, StableFlowEdit, editing
 from fpe_pipeline.inversion.flow import invert_flow
 from tests.support.dense_joint import dense
-from tests.support.dense_rows import wide
 from tests.support.slow_cases import few
 from tests.support.tiny_lumina import tiny_lumina_pipeline
 from tests.support.tiny_transformers import PROMPTS, draw, tiny_flux_pipeline, tiny_sd3_pipeline
 from tests.support.tiny_wan import tiny_wan_pipeline
+
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 EXACT = 1e-8
 PAINTED = {
@@ -26,12 +27,6 @@ TAKEN = {
     "ConsistEdit": (ConsistEdit(1.0), ("q_image", "k_image"), True),
     "Stable Flow": (StableFlowEdit(layers=range(2)), ("k_image", "v_image"), True),
 }
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.mark.parametrize("edit", few(TAKEN.keys(), "FPE"))

@@ -17,9 +17,11 @@ from fpe_pipeline import (
     heat_maps,
 )
 from fpe_pipeline.models.families import adapter_of
-from tests.support.dense_rows import source_columns, wide
+from tests.support.dense_rows import source_columns
 from tests.support.slow_cases import few
 from tests.support.tiny_wan import PROMPTS, TEXTS, dense_wan, draw_wan, tiny_wan, tiny_wan_pipeline
+
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 EXACT = 1e-8
 SIZES = {
@@ -29,12 +31,6 @@ SIZES = {
     "one frame": {"frames": 1},
     "no guidance": {"guidance_scale": 1.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module", params=few({"one transformer": 1, "two transformers": 2}, "two transformers"))
