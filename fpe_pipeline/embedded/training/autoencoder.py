@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 
 from .images import Images
 from .loop import Fit, Fitted, fit
-from .step import compute
+from .step import compute, entering
 
 __all__ = ["build_autoencoder", "encode_all", "measure_autoencoder", "standardise", "to_tensor", "train_autoencoder"]
 
@@ -60,7 +60,7 @@ def train_autoencoder(
     def loss(network: AutoencoderKL, crops: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, Figures]:
         pixels = crops.float() / 127.5 - 1
         with compute(network):
-            posterior = network.encode(_entering(network, pixels)).latent_dist
+            posterior = network.encode(entering(network, pixels)).latent_dist
             decoded = network.decode(posterior.mean + posterior.std * noise.to(posterior.mean.dtype)).sample.float()
         error = F.mse_loss(decoded, pixels)
         edges = _steps(decoded, 2) - _steps(pixels, 2), _steps(decoded, 3) - _steps(pixels, 3)
@@ -76,12 +76,6 @@ def train_autoencoder(
 def _steps(pixels: torch.Tensor, axis: int) -> torch.Tensor:
     """Differences of neighbours along an axis: what a blurred edge has too little of."""
     return pixels.diff(dim=axis)
-
-
-def _entering(network: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Pictures in the precision of a network and, on a CUDA device, in its layout."""
-    layout = torch.channels_last if pixels.is_cuda else torch.contiguous_format
-    return pixels.to(next(network.parameters()).dtype, memory_format=layout)
 
 
 @torch.no_grad()

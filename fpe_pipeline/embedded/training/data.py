@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from ...atomic_folder import write_text
 from ..scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS, Scene, render, sample_scene
 
-__all__ = ["Rendering", "SceneCache", "processes", "render_cache", "start_rendering"]
+__all__ = ["Rendering", "SceneCache", "drawn_scenes", "render_cache", "start_rendering"]
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,20 @@ class Rendering:
             worker.wait()
 
 
-def processes() -> int:
+@contextmanager
+def drawn_scenes(work: Path, scenes: int, held_out: int, size: int, seed: int) -> Iterator[tuple[Rendering, Rendering]]:
+    """Scenes to train on and held-out ones, drawn below a folder as long as the ``with`` block lasts."""
+    workers = _processes()
+    held = start_rendering(work / "held_out", held_out, size, seed=seed + 1, held=True, workers=min(4, workers))
+    drawn = start_rendering(work / "scenes", scenes, size, seed=seed, workers=workers)
+    try:
+        yield drawn, held
+    finally:
+        held.stop()
+        drawn.stop()
+
+
+def _processes() -> int:
     """How many may draw here: one core is left to who asks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(_WORKERS, max(1, cores - 1))

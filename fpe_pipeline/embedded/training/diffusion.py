@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .captions import Captions
 from .loop import Fit, Fitted, fit
-from .step import compute
+from .step import compute, entering
 from .tokenizer import MAX_LENGTH
 
 __all__ = ["Denoiser", "build_scheduler", "build_text_encoder", "build_unet", "train_diffusion", "warm_text_encoder"]
@@ -184,7 +184,7 @@ def train_diffusion(
         level = kept[timesteps]
         signal, spread = (part.sqrt()[:, None, None, None] for part in (level, 1 - level))
         with compute(network):
-            velocity = network(_entering(network, signal * clean + spread * noise), timesteps, tokens)
+            velocity = network(entering(network, signal * clean + spread * noise), timesteps, tokens)
         error = (velocity.float() - (signal * noise - spread * clean)).square().mean(dim=(1, 2, 3))
         ratio = level / (1 - level)
         # In terms of the clean latent's error the weight is the signal-to-noise ratio, kept within bounds.
@@ -192,9 +192,3 @@ def train_diffusion(
         return (weight * error).mean(), {"noisy half": error[count // 2 :].mean()}
 
     return fit(denoiser, draw, loss, settings, checkpoint, seed=seed, **options)
-
-
-def _entering(network: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """Latents in the precision of a network and, on a CUDA device, in its layout."""
-    layout = torch.channels_last if latents.is_cuda else torch.contiguous_format
-    return latents.to(next(network.parameters()).dtype, memory_format=layout)

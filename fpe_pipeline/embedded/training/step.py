@@ -24,13 +24,19 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["OptimiserStep", "Weights", "compute"]
+__all__ = ["OptimiserStep", "Weights", "compute", "entering"]
 
 log = logging.getLogger(__name__)
 
 _BETAS, _EPSILON = (0.9, 0.99), 1e-8
 _KEPT = ("values", "first", "second", "average")  # in a checkpoint
 _WARM = 3  # steps before a capture: libraries choose and load their kernels in them
+
+
+def entering(network: nn.Module, given: torch.Tensor) -> torch.Tensor:
+    """Pictures or latents in the precision of a network and, on a CUDA device, in its layout."""
+    layout = torch.channels_last if given.is_cuda else torch.contiguous_format
+    return given.to(next(network.parameters()).dtype, memory_format=layout)
 
 
 def compute(network: nn.Module) -> torch.autocast:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from .arguments import check_device, minutes, seed, threads
-from .data import processes, start_rendering
+from .data import drawn_scenes
 from .presets import PRESETS, Preset
 from .timebox import GRACE, TimeBox
 
@@ -51,19 +51,11 @@ def train(
     """
     box = box or TimeBox(None)
     # The scenes are drawn while torch and diffusers are still being imported.
-    workers = processes()
-    held = start_rendering(
-        work / "held_out", preset.held_out, preset.size, seed=seed + 1, held=True, workers=min(4, workers)
-    )
-    drawn = start_rendering(work / "scenes", preset.scenes, preset.size, seed=seed, workers=workers)
-    try:
+    with drawn_scenes(work, preset.scenes, preset.held_out, preset.size, seed) as (drawn, held):
         from .stages import Stages
 
         box.mark("imports")
         return Stages(preset, work, output, report, seed, device, box, stop_after).run(drawn, held)
-    finally:
-        held.stop()
-        drawn.stop()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import check_device, minutes, seed, threads
-from .data import processes, start_rendering
+from .data import drawn_scenes
 from .flow_presets import FLOW_PRESETS, FlowPreset
 from .timebox import GRACE, TimeBox
 
@@ -73,20 +73,12 @@ def train(
     """
     box = box or TimeBox(None)
     # The scenes are drawn while torch and diffusers are still being imported.
-    workers = processes()
-    held = start_rendering(
-        work / "held_out", preset.held_out, preset.size, seed=seed + 1, held=True, workers=min(4, workers)
-    )
-    drawn = start_rendering(work / "scenes", preset.scenes, preset.size, seed=seed, workers=workers)
-    try:
+    with drawn_scenes(work, preset.scenes, preset.held_out, preset.size, seed) as (drawn, held):
         from .flow_stages import run
 
         box.mark("imports")
         options: dict[str, Any] = {"seed": seed, "device": device, "box": box, "stop_after": stop_after}
         return run(preset, work, output, drawn, held, **options)
-    finally:
-        held.stop()
-        drawn.stop()
 
 
 if __name__ == "__main__":
