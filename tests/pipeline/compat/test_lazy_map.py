@@ -10,6 +10,7 @@ import torch
 
 from fpe_kernels import AttentionMap
 from fpe_pipeline.compat.lazy import LazyMap, MapNumbersWarning, numbers
+from tests.support.lazy_maps import plain
 from tests.support.no_matrices import refuse_matrices
 
 BATCH, HEADS, QUERIES, KEYS = 2, 4, 12, 7
@@ -196,12 +197,6 @@ BLOCKS = {
     "maxima by amax": lambda A: A.reshape(ROWS, 3, 4, KEYS).amax(-1, keepdim=True),
     "deviations": lambda A: A.std(-1),
 }
-
-
-def plain(result):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MapNumbersWarning)
-        return result.numbers() if isinstance(result, LazyMap) else result
 
 
 def check(function, monkeypatch):

@@ -1,12 +1,11 @@
 """A lazy map in another dtype: a map of its own, as a tensor's copy is, that is computed in the wider dtype."""
 
-import warnings
-
 import pytest
 import torch
 
 from fpe_kernels import AttentionMap
-from fpe_pipeline.compat.lazy import LazyMap, MapNumbersWarning
+from fpe_pipeline.compat.lazy import LazyMap
+from tests.support.lazy_maps import plain
 
 ROWS, QUERIES, KEYS = 4, 6, 5
 
@@ -24,12 +23,6 @@ def dense():
     """Of the narrow factors, in float64."""
     query, key = (part.double() for part in factors())
     return torch.softmax(query @ key.transpose(-1, -2) / 2, dim=-1).flatten(0, 1)
-
-
-def plain(result):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MapNumbersWarning)
-        return result.numbers() if isinstance(result, LazyMap) else result
 
 
 def cut(A):

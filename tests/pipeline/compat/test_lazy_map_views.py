@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fpe_pipeline.compat.lazy import LazyMap, MapNumbersWarning
-from tests.support.lazy_maps import lazy_map
+from fpe_pipeline.compat.lazy import MapNumbersWarning
+from tests.support.lazy_maps import lazy_map, plain
 from tests.support.no_matrices import refuse_matrices
 
 ROWS, QUERIES, KEYS = 4, 6, 5
@@ -15,12 +15,6 @@ ROWS, QUERIES, KEYS = 4, 6, 5
 
 def lazy():
     return lazy_map(QUERIES, KEYS)
-
-
-def plain(result):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MapNumbersWarning)
-        return result.numbers() if isinstance(result, LazyMap) else result
 
 
 def by_grid(A):
