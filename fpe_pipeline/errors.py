@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -15,6 +17,7 @@ __all__ = [
     "check_generator",
     "check_guidance",
     "check_positive",
+    "refusals",
     "warn_of_size",
 ]
 
@@ -37,6 +40,18 @@ class Lacking(InputError):
     def __init__(self, what: str, advice: str) -> None:
         super().__init__(f"{what}. {advice}")
         self.what = what
+
+
+@contextmanager
+def refusals(*kinds: type[Exception]) -> Iterator[None]:
+    """In a ``with`` block, a ValueError, and an error of these kinds, is raised as an `InputError` in its words."""
+    caught: tuple[type[Exception], ...] = (ValueError, *kinds)
+    try:
+        yield
+    except InputError:
+        raise
+    except caught as error:
+        raise InputError(str(error)) from error
 
 
 class EditWarning(RuntimeWarning):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, refusals
 from ..texts import print_text
 
 __all__ = ["run"]
@@ -72,7 +72,5 @@ def described(method: str) -> str:
     """A method and its options, a line each."""
     from ..edits.registry import find_method
 
-    try:
+    with refusals():
         return find_method(method).describe()
-    except ValueError as error:
-        raise InputError(str(error)) from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..edits.method import Served
 from ..embedded import JUDGE, judge_path
-from ..errors import InputError
+from ..errors import InputError, refusals
 from ..models.loading import EMBEDDED, ModelSource, find_model, pick_dtype
 from ..runs.loading import load_pipeline
 from ..runs.model_defaults import FLOW_INVERSIONS, UNET_INVERSIONS
@@ -77,10 +77,8 @@ class EvaluatedModel:
         """
         from ..embedded.judge import load_judge
 
-        try:
+        with refusals():
             judge = None if self.judge is None else load_judge(self.judge).to(device)
-        except ValueError as error:
-            raise InputError(str(error)) from error
         pipe = load_pipeline(self.source, dtype=pick_dtype("auto", device), device=device, pipeline=pipeline)
         pipe.set_progress_bar_config(disable=True)
         return pipe, judge

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..atomic_folder import staged
-from ..errors import InputError
+from ..errors import refusals
 from ..images.contact_sheet import contact_sheet
 from .making import Loaded, denoised, details_of, filled_in, photo_for, start
 from .picture_record import PHOTO
@@ -106,7 +105,7 @@ def heat_of(settings: Settings, words: Sequence[str], progress: Progress) -> Hea
     """
     (settings.check if settings.targets else settings.check_source)()
     clock = Clock()
-    with at_work(settings, clock=clock) as loaded, _refusals():
+    with at_work(settings, clock=clock) as loaded, refusals():
         pipe = loaded.pipe
         photo = photo_for(pipe, settings)
         # Inverted before anything is read: the way to the noise is no picture.
@@ -145,16 +144,6 @@ def look_into(
     with heat_maps(loaded.pipe, list(words), components=components) as maps:
         run = execute(settings.with_values(control=False), progress=progress, loaded=loaded, name="read")
     return maps, run
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def write_heat(heat: Heat, directory: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..errors import InputError
+from ..errors import InputError, refusals
 from ..images.distance import pixel_hash
 from ..models.loading import find_model, is_embedded, pick_device, scheduler_settings
 from .edit_class import edit_class
@@ -147,11 +147,9 @@ def denoised(settings: Settings, pipe: Any, prompts: list[str], **options: Any) 
     import torch
 
     noise = torch.Generator().manual_seed(settings.seed)
-    try:
+    with refusals(TypeError):
         made: FreePromptPipelineOutput = pipe(prompts, generator=noise, **options)
         return made
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
 
 
 def filled_in(settings: Settings, pipe: FreePromptPipeline, size: tuple[int, int]) -> Settings:
@@ -238,10 +236,8 @@ def edit_of(pipe: FreePromptPipeline, settings: Settings, width: int, height: in
 
     edit = settings.edit(pipe.tokenizer, model_of(pipe))
     latent = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
-    try:
+    with refusals(TypeError):
         edit.select(tuple(site.at(*latent) for site in adapter_of(pipe).sites))
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
     return edit
 
 
@@ -279,7 +275,7 @@ def invert(pipe: FreePromptPipeline, photo: Image.Image, settings: Settings) -> 
     """The settings' picture, cut for the model, inverted by DDIM, or along the flow."""
     pipe.scheduler = solver_of_pictures(pipe)
     method: Any = settings.inversion if is_flow(pipe) else settings.null_text() or settings.inversion
-    try:
+    with refusals(TypeError):
         return pipe.invert(
             photo,
             settings.source,
@@ -289,5 +285,3 @@ def invert(pipe: FreePromptPipeline, photo: Image.Image, settings: Settings) -> 
             height=photo.height,
             width=photo.width,
         )
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..errors import EditWarning, InputError
+from ..errors import EditWarning, refusals
 from ..images.distance import distance
 from .making import Loaded, details_of, edit_of, filled_in, invert, is_flow, photo_for
 from .progress import Progress, show_steps
@@ -127,7 +127,7 @@ def record_source(pipe: Any, settings: Settings, edits: Sequence[Edit], **option
     Raises:
         InputError: a source or edits that cannot be recorded.
     """
-    try:
+    with refusals():
         recording: Recording = pipe.record(
             settings.source,
             edit=list(edits),
@@ -137,10 +137,6 @@ def record_source(pipe: Any, settings: Settings, edits: Sequence[Edit], **option
             **options,
         )
         return recording
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def edited(loaded: Loaded, settings: Settings, recorded: Recorded, progress: Progress, clock: Clock) -> Run:
@@ -173,12 +169,8 @@ def edited(loaded: Loaded, settings: Settings, recorded: Recorded, progress: Pro
 
 
 def _replayed(pipe: Any, settings: Settings, recording: Recording, edit: Edit) -> FreePromptPipelineOutput:
-    try:
+    with refusals():
         made: FreePromptPipelineOutput = pipe.edit(
             recording, list(settings.targets), edit=edit, backend=settings.backend
         )
         return made
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(str(error)) from error

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..atomic_folder import check_writable, staged
-from ..errors import InputError, Lacking
+from ..errors import InputError, Lacking, refusals
 from ..models.loading import find_model
 from .making import details_of, filled_in, solver_of_pictures
 from .model_defaults import check_family
@@ -82,10 +82,8 @@ def check_new(folder: Path, settings: Settings, methods: Sequence[str], precisio
         raise InputError(f"--precision is one of {', '.join(PRECISIONS)}, got '{precision}'")
     source = find_model(settings.model)
     for method in methods:
-        try:
+        with refusals():
             find_method(method)
-        except ValueError as error:
-            raise InputError(str(error)) from error
         check_family(settings.with_values(method=method), source)
     taken = [name for name in (RECORDING, _RECORD) if (folder / name).exists()]
     if taken:

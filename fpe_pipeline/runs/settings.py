@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
-from ..errors import InputError
+from ..errors import InputError, refusals
 from ..models.loading import EMBEDDED, ModelSource, find_model, pick_device, pick_dtype
 from ..texts import check_text
 from .model_defaults import FLOW_WINDOW, UNET_INVERSIONS, check_family, check_source_of, defaults_for
@@ -172,7 +172,7 @@ class Settings(Schema):
         """
         from ..edits.registry import find_method, make_edit
 
-        try:
+        with refusals(TypeError):
             method = find_method(self.method)
             if method.window is None and self.self_replace not in (SELF_REPLACE, FLOW_WINDOW):
                 raise InputError(
@@ -189,8 +189,6 @@ class Settings(Schema):
             if method.aligns and tokenizer is None:
                 return None
             return make_edit(self.method, [self.source, *self.targets], tokenizer, model, **chosen, **self.options)
-        except (TypeError, ValueError) as error:
-            raise InputError(str(error)) from error
 
     def null_text(self) -> NullText | None:
         """The settings of the optimisation, where the picture is inverted by it.
@@ -202,10 +200,8 @@ class Settings(Schema):
 
         if self.inversion != "null-text":
             return None
-        try:
+        with refusals():
             return NullText(self.guidance, inner_steps=self.inner_steps, early_stop=self.early_stop)
-        except ValueError as error:
-            raise InputError(str(error)) from error
 
     def changed(self, **given: Any) -> Settings:
         """These settings with some replaced; a new choice of layers replaces the old one, of whichever kind."""

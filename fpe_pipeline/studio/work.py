@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ..errors import InputError, Lacking, RequestWarning
+from ..errors import InputError, Lacking, RequestWarning, refusals
 from ..models.quiet import only_errors
 from ..runs import run as runs
 from ..runs.heat import look_into
@@ -129,12 +129,8 @@ def _told_as_errors() -> Iterator[None]:
     """What a page cannot show as a warning of the terminal: words that a model does not know stay warnings there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RequestWarning)
-        try:
+        with refusals():
             yield
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(str(error)) from error
 
 
 def _of(settings: Settings) -> tuple[object, ...]:

@@ -10,7 +10,7 @@ from ...edits import Edit, FreePromptEdit
 from ...edits.method import REQUIRED, Method, Served, Unfit
 from ...edits.method_class import names_a_class, origin_of
 from ...edits.registry import find_method, make_edit, methods_of
-from ...errors import InputError
+from ...errors import InputError, refusals
 from ...models.families import adapter_of
 from ...texts import did_you_mean
 from .subjects import Subject
@@ -90,10 +90,8 @@ def _options(method: Method, self_replace: float) -> Callable[[Subject], dict[st
 
 def _class_contender(name: str) -> Contender:
     """An edit's class as a contender, whose name says which version of its file it is."""
-    try:
+    with refusals():
         method, origin = find_method(name), origin_of(name)
-    except ValueError as error:
-        raise InputError(str(error)) from error
     needed = [option.name for option in method.choices if option.default is REQUIRED]
     if needed:
         raise InputError(f"{name} needs {', '.join(needed)}, and a comparison takes its defaults: give them some")
