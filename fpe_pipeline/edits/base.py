@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from ..models.roles import BatchRoles
 from ..models.sites import Site
-from ..models.steps import Step
+from ..models.steps import Step, StepWindow
 from ..prompts.encoding import Encoding
 from ..prompts.words import short_form
 from .joint_products import AnyProduct
@@ -117,6 +117,12 @@ class Edit(ABC):
         width, is left out: () is an edit that leaves everything as it is, and is meant to.
         """
         return (("its active steps", self.active),)
+
+    def _normalise(self, **values: Any) -> None:
+        """Store fields as the edit understands them, so that equal edits compare equal; a window as its fractions."""
+        for name, value in values.items():
+            stored = (value.start, value.stop) if isinstance(value, StepWindow) else value
+            object.__setattr__(self, name, stored)  # the way to do it in a frozen dataclass
 
     def __add__(self, other: Edit) -> CombinedEdit:
         if not isinstance(other, Edit):
@@ -238,7 +244,7 @@ class CombinedEdit(Edit):
             edits += edit.edits if isinstance(edit, CombinedEdit) else [edit]
         if not edits:
             raise ValueError("expected at least one edit to combine")
-        object.__setattr__(self, "edits", tuple(edits))
+        self._normalise(edits=tuple(edits))
 
     def begin(self) -> Edit:
         """What a session asks for the length of its ``with`` block."""

@@ -72,8 +72,8 @@ class FreePromptEdit(SelfAttentionEdit):
         check_compat(self.compat)
         if self.scope not in (None, "image", "joint"):
             raise ValueError(f'expected scope to be "image" or "joint", got {self.scope!r}')
-        window = StepWindow.parse(self.self_replace_steps)
-        self._normalise(self_replace_steps=(window.start, window.stop), strength=Strength.parse(self.strength))
+        window, strength = StepWindow.parse(self.self_replace_steps), Strength.parse(self.strength)
+        self._normalise(self_replace_steps=window, strength=strength)
         if self.mask is not None and not isinstance(self.mask, MaskImage | WordMask | RunningWordMask):
             self._normalise(mask=MaskImage(self.mask))
 

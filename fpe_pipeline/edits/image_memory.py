@@ -50,8 +50,7 @@ class StableFlowEdit(JointAttentionEdit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        window = StepWindow.parse(self.steps)
-        self._normalise(steps=(window.start, window.stop))
+        self._normalise(steps=StepWindow.parse(self.steps))
 
     def active(self, step: Step) -> bool:
         return step in StepWindow(*self.steps)
@@ -107,8 +106,7 @@ class FreeFluxEdit(MaskedJointEdit):
             raise ValueError(
                 "a background is what a mask says: pass mask=, white where the source's picture is to stay as it is"
             )
-        window = StepWindow.parse(_STEPS[self.task] if self.steps is None else self.steps)
-        self._normalise(steps=(window.start, window.stop))
+        self._normalise(steps=StepWindow.parse(_STEPS[self.task] if self.steps is None else self.steps))
 
     def active(self, step: Step) -> bool:
         return step in StepWindow(*self.steps)

@@ -56,11 +56,6 @@ class JointAttentionEdit(Edit):
     def phase(self, step: Step) -> Hashable:
         return (self.active(step),)
 
-    def _normalise(self, **values: Any) -> None:
-        """Store fields as the edit understands them, so that equal edits compare equal."""
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # the way to do it in a frozen dataclass
-
 
 @dataclass(frozen=True)
 class MaskedJointEdit(JointAttentionEdit):

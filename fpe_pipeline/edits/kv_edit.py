@@ -56,8 +56,7 @@ class KVEdit(MaskedJointEdit):
             raise ValueError(
                 "KVEdit keeps the background that a picture says: pass mask=, white where the source stays as it is"
             )
-        window = StepWindow.parse(self.steps)
-        self._normalise(steps=(window.start, window.stop))
+        self._normalise(steps=StepWindow.parse(self.steps))
 
     def active(self, step: Step) -> bool:
         return step in StepWindow(*self.steps)

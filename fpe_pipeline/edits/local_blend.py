@@ -66,17 +66,15 @@ class LocalBlend(Edit):
         words = tuple(_words(entry) for entry in given)
         if len(words) != len(prompts) or not all(words):
             raise ValueError(f"expected a word, or several, for each of {len(prompts)} prompts, got {self.words!r}")
-        values = {
-            "prompts": tuple(prompt.text for prompt in prompts),
-            "words": words,
-            "threshold": unit_number(self.threshold, "threshold"),
-            "start": unit_number(self.start, "start"),
-            "levels": None if self.levels is None else whole_numbers("levels", self.levels),
-            "_tokens": tuple(_tokens_of(prompt, entry) for prompt, entry in zip(prompts, words, strict=True)),
-            "_length": prompts[0].length,
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        self._normalise(
+            prompts=tuple(prompt.text for prompt in prompts),
+            words=words,
+            threshold=unit_number(self.threshold, "threshold"),
+            start=unit_number(self.start, "start"),
+            levels=None if self.levels is None else whole_numbers("levels", self.levels),
+            _tokens=tuple(_tokens_of(prompt, entry) for prompt, entry in zip(prompts, words, strict=True)),
+            _length=prompts[0].length,
+        )
 
     def phase(self, step: Step) -> Hashable:
         return ()

@@ -44,11 +44,12 @@ class PlugAndPlayEdit(SelfAttentionEdit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("attention_steps", "feature_steps"):
-            window = StepWindow.parse(getattr(self, name))
-            self._normalise(**{name: (window.start, window.stop)})
         modules = self.feature_modules
-        self._normalise(feature_modules=(modules,) if isinstance(modules, str) else tuple(modules))
+        self._normalise(
+            attention_steps=StepWindow.parse(self.attention_steps),
+            feature_steps=StepWindow.parse(self.feature_steps),
+            feature_modules=(modules,) if isinstance(modules, str) else tuple(modules),
+        )
 
     def active(self, step: Step) -> bool:
         return step in StepWindow(*self.attention_steps) or step in StepWindow(*self.feature_steps)

@@ -86,10 +86,9 @@ class PromptToPromptEdit(SelfAttentionEdit):
         sources = (0,) * len(prompts) if self.source_of is None else tuple(self.source_of)
         if len(sources) != len(prompts) or not all(0 <= source < len(prompts) for source in sources):
             raise ValueError(f"expected source_of to name a source for each of {len(prompts)} prompts, got {sources}")
-        window = StepWindow.parse(self.self_replace_steps)
         self._normalise(
             prompts=tuple(prompt.text for prompt in prompts),
-            self_replace_steps=(window.start, window.stop),
+            self_replace_steps=StepWindow.parse(self.self_replace_steps),
             cross_replace_steps=_word_windows(self.cross_replace_steps),
             weights=_factors(self.weights),
             source_of=sources,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..models.sites import Kind, Site
 from .base import Edit
@@ -51,8 +50,3 @@ class SelfAttentionEdit(Edit):
 
     def _selection(self, kind: Kind = "self") -> LayerSelection:
         return LayerSelection.parse(kind, levels=self.levels, max_tokens=self.max_tokens, layers=self.layers)
-
-    def _normalise(self, **values: Any) -> None:
-        """Store fields as the edit understands them, so that equal edits compare equal."""
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # the way to do it in a frozen dataclass

@@ -43,8 +43,7 @@ class StyleAlignedEdit(SelfAttentionEdit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        window = StepWindow.parse(self.steps)
-        self._normalise(steps=(window.start, window.stop))
+        self._normalise(steps=StepWindow.parse(self.steps))
         if not isfinite(self.shared_score_shift):
             raise ValueError(f"expected shared_score_shift to be a finite number, got {self.shared_score_shift}")
 

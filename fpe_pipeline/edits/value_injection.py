@@ -47,8 +47,7 @@ class ValueInjectionEdit(SelfAttentionEdit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        window = StepWindow.parse(self.inject_steps)
-        self._normalise(inject_steps=(window.start, window.stop))
+        self._normalise(inject_steps=StepWindow.parse(self.inject_steps))
 
     def active(self, step: Step) -> bool:
         return step in StepWindow(*self.inject_steps)
