@@ -25,7 +25,7 @@ from ..models.steps import run_steps
 from ..prompts.encoding import encoding_tokenizer
 from ..sampling.arguments import check_option_names
 from ..sampling.flow_models import FlowModel
-from ..sampling.flow_sampling import FlowSampling, chosen_flow_edit, flow_start, pipeline_default
+from ..sampling.flow_sampling import FlowSampling, chosen_flow_edit, flow_start
 from ..sampling.noise_schedule import NoiseSchedule
 from ..sampling.step_end import Call
 from ..session.finite import check_latents
@@ -155,14 +155,14 @@ def _source(pipe: Any, model: FlowModel, prompt: Any, inversion: Inversion | Non
         if not isinstance(text, str) and (name, text) != ("negative", None):
             raise TypeError(f"expected one {name} prompt, got {type(text).__name__}")
         check_text(f"the {name} prompt", text or "")
-    guidance = options.get("guidance_scale", pipeline_default(pipe, "guidance_scale")) if model.takes_guidance else 1.0
-    steps = options.get("num_inference_steps", pipeline_default(pipe, "num_inference_steps"))
+    guidance = options.get("guidance_scale", pipe.parent_default("guidance_scale")) if model.takes_guidance else 1.0
+    steps = options.get("num_inference_steps", pipe.parent_default("num_inference_steps"))
     check_guidance(guidance)
     check_positive(num_inference_steps=steps)
     text_length = options.get("max_sequence_length", model.text_length)
     true = None
     if pipe.takes_true_guidance():  # by a second call; what FLUX.1 is told of guidance is one thing more
-        true = options.get("true_cfg_scale", pipeline_default(pipe, "true_cfg_scale"))
+        true = options.get("true_cfg_scale", pipe.parent_default("true_cfg_scale"))
         check_guidance(true)
         is_guided = negative is not None and true > 1
         if not is_guided and (negative is not None or ("true_cfg_scale" in options and true > 1)):

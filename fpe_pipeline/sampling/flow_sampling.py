@@ -6,7 +6,6 @@ diffusers' loop runs unchanged, inside a session and with our tasks at the end o
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,29 +23,23 @@ from ..session.session import EditingSession
 from ..session.shared_noise import shared_latents
 from .arguments import image_size, negative_list
 from .flow_models import FlowModel, flow_model
+from .parent import AroundParent
 from .served_models import check_image_prompts, check_skipped_layers
 from .step_end import Call, StepEnd, Task
 
-__all__ = ["FlowSampling", "chosen_flow_edit", "flow_start", "guidance_of_rows", "pipeline_default", "texts_of_call"]
+__all__ = ["FlowSampling", "chosen_flow_edit", "flow_start", "guidance_of_rows", "texts_of_call"]
 
 #: Prompts of a call beside the first, one for all or a list with one for each.
 _TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
 
-class FlowSampling:
+class FlowSampling(AroundParent):
     """Mixed into a diffusers pipeline of a flow model: its calls run in a session, and end each step with tasks."""
 
-    #: The pipeline of diffusers.
-    parent: ClassVar[type]
     #: The guidance scale up to which a call is not guided.
     unguided: ClassVar[float] = 1.0
     #: Text encoders and the rest, whose precision is checked.
     parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-
-    @property
-    def progress_is_hidden(self) -> bool:
-        """Whether ``set_progress_bar_config(disable=True)`` asked for silence."""
-        return bool(getattr(self, "_progress_bar_config", {}).get("disable"))
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -99,12 +92,6 @@ class FlowSampling:
         with session, watched:
             return super().__call__(return_dict=False, **arguments)[0]  # type: ignore[misc]
 
-    def to_json_string(self) -> str:
-        """The configuration that `save_pretrained` writes; it names diffusers' class, so that diffusers loads it."""
-        config = json.loads(super().to_json_string())  # type: ignore[misc]
-        config["_class_name"] = self.parent.__name__
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
 
 def chosen_flow_edit(edit: Edit | None, self_replace_steps: Any, layers: Any) -> Edit:
     """The edit, or the `FreePromptEdit` that the two arguments describe."""
@@ -116,11 +103,6 @@ def chosen_flow_edit(edit: Edit | None, self_replace_steps: Any, layers: Any) ->
     return edit
 
 
-def pipeline_default(pipe: Any, name: str) -> Any:
-    """What an argument of a call is in diffusers where it is left out."""
-    return inspect.signature(pipe.parent.__call__).parameters[name].default
-
-
 def texts_of_call(pipe: Any, options: Mapping[str, Any], count: int) -> dict[str, list[str]]:
     """Prompts of a call beside the first, each a list with one for each of ``count`` prompts.
 
@@ -130,7 +112,7 @@ def texts_of_call(pipe: Any, options: Mapping[str, Any], count: int) -> dict[str
     texts = {name: negative_list(options.get(name), count, name) for name in _TEXTS}
     _check_options(pipe, options)
     name = "true_cfg_scale" if pipe.takes_true_guidance() else "guidance_scale"
-    scale = options.get(name, pipeline_default(pipe, name))
+    scale = options.get(name, pipe.parent_default(name))
     check_guidance(scale)
     if texts["negative_prompt"] is not None and scale <= pipe.unguided:
         warnings.warn(

@@ -6,8 +6,6 @@ is shared by all prompts, and its step callback is followed by our tasks.
 
 from __future__ import annotations
 
-import inspect
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -19,20 +17,19 @@ from ..prompts.words import short_form
 from ..session.finite_watch import FiniteSteps
 from ..session.session import EditingSession
 from ..session.shared_noise import row_generators
+from .parent import AroundParent
 from .step_end import Call, StepEnd, Task
 from .unet_conditions import UNetConditions
 
 __all__ = ["SamplingPipeline"]
 
 
-class SamplingPipeline(DiffusionPipeline):
+class SamplingPipeline(AroundParent, DiffusionPipeline):
     """A pipeline of diffusers around a UNet whose calls share noise among prompts, and end each step with tasks.
 
     A class derives from this one first and from its pipeline of diffusers second.
     """
 
-    #: The pipeline of diffusers.
-    parent: ClassVar[type]
     #: Text encoders and the rest, whose precision is checked.
     parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
     #: What the UNet is told beside a timestep and text, as its ``addition_embed_type`` says it.
@@ -40,11 +37,6 @@ class SamplingPipeline(DiffusionPipeline):
     #: Texts of a call beside the prompts, one for all or a list with one for each.
     further_texts: ClassVar[tuple[str, ...]] = ()
     _call: Call | None = None
-
-    @classmethod
-    def parent_default(cls, name: str) -> Any:
-        """What an argument of a call is in diffusers where it is left out."""
-        return inspect.signature(cls.parent.__call__).parameters[name].default
 
     def conditions(self, prompt: str, guided: bool, size: tuple[int, int]) -> UNetConditions:
         """What the UNet is told of a prompt, of images of (height, width) pixels.
@@ -75,11 +67,6 @@ class SamplingPipeline(DiffusionPipeline):
         finally:
             if own is not computing:
                 self.vae.to(own)
-
-    @property
-    def progress_is_hidden(self) -> bool:
-        """Whether ``set_progress_bar_config(disable=True)`` asked for silence."""
-        return bool(getattr(self, "_progress_bar_config", {}).get("disable"))
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -150,12 +137,6 @@ class SamplingPipeline(DiffusionPipeline):
             self._call.generators = row_generators(generator, self._call.prompts, self._call.images_per_prompt)
             options["generator"] = self._call.generators
         return options
-
-    def to_json_string(self) -> str:
-        """The configuration that `save_pretrained` writes; it names diffusers' class, so that diffusers loads it."""
-        config = json.loads(super().to_json_string())
-        config["_class_name"] = self.parent.__name__
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 @contextmanager
