@@ -17,10 +17,8 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 
 from fpe_pipeline import (
     ConsistEdit,
-    Edit,
     FreeFluxEdit,
     FreePromptEdit,
-    JointProduct,
     KVEdit,
     LocalBlend,
     ReFlexEdit,
@@ -34,6 +32,7 @@ from fpe_pipeline import (
 from fpe_pipeline.models.families import adapter_of
 from tests.support.dense_joint import DenseChroma, dense
 from tests.support.edited_transformers import EDITS, STEPS, Model, edited, placed, reference, unedited
+from tests.support.own_maps import OwnMaps
 from tests.support.tiny_chroma import draw_chroma, tiny_chroma, tiny_chroma_pipeline, tiny_masked_chroma
 from tests.support.tiny_transformers import FLUX
 
@@ -129,13 +128,6 @@ def test_whether_padding_takes_attention(pipes, model):
     first, second, third = map(run, (embeds, other, counting))
     assert (farthest(first, second) <= EXACT) is (model == "truth values")
     assert farthest(second, third) > SHOWS
-
-
-class OwnMaps(Edit):
-    """Nothing is taken of any row: every row its own map, by the session's processors."""
-
-    def products(self, site, step, roles):
-        return {row: JointProduct.own(row) for row in range(roles.rows)}
 
 
 @pytest.mark.parametrize("model", ["numbers", "truth values"])

@@ -11,9 +11,7 @@ from diffusers import (
 
 from fpe_pipeline import (
     ConsistEdit,
-    Edit,
     FreePromptEdit,
-    JointProduct,
     MasaCtrlEdit,
     WordMask,
     editing,
@@ -21,6 +19,7 @@ from fpe_pipeline import (
 )
 from fpe_pipeline.models.families import adapter_of
 from fpe_pipeline.session.hooks import SchedulerHook
+from tests.support.own_maps import OwnMaps
 from tests.support.slow_cases import few
 from tests.support.tiny_cogvideox import KINDS, dense_cogvideox, draw_cogvideox, tiny_cogvideox_pipeline
 
@@ -129,13 +128,6 @@ def test_fused_projections(pipe):
     assert farthest(edited(tiny, FreePromptEdit(0.5))[0], expected) <= EXACT
     tiny.transformer.unfuse_qkv_projections()
     assert farthest(edited(tiny, FreePromptEdit(0.5))[0], expected) <= EXACT
-
-
-class OwnMaps(Edit):
-    """Every row its own map, computed by the session's processors."""
-
-    def products(self, site, step, roles):
-        return {row: JointProduct.own(row) for row in range(roles.rows)}
 
 
 @pytest.mark.parametrize("dtype", few({"float64": torch.float64, "float32": torch.float32}, "float32"))

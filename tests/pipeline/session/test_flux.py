@@ -8,9 +8,10 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 
-from fpe_pipeline import Edit, FreePromptEdit, JointProduct, MasaCtrlEdit, editing
+from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, editing
 from fpe_pipeline.models.families import adapter_of
 from tests.support.dense_joint import dense
+from tests.support.own_maps import OwnMaps
 from tests.support.tiny_transformers import PROMPTS, draw_flux, tiny_flux, tiny_flux_pipeline
 
 # diffusers turns queries and keys in float32, whatever they are given in: a last bit may fall either way there.
@@ -109,13 +110,6 @@ def test_a_mask_is_a_blend_by_token(flux):
         return [(weight, {"q_image": 0, "k_image": 0}), (1 - weight, {})] if row else None
 
     assert (actual - reference(flux, rule, range(4), size=(6, 12))).abs().max() <= EXACT
-
-
-class OwnMaps(Edit):
-    """Every row its own map, computed by the session's processors."""
-
-    def products(self, site, step, roles):
-        return {row: JointProduct.own(row) for row in range(roles.rows)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

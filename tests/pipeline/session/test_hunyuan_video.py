@@ -6,8 +6,9 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanSkyreelsImageToVideoPipe
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_skyreels_image2video
 from PIL import Image
 
-from fpe_pipeline import ConsistEdit, Edit, FreePromptEdit, JointProduct, MasaCtrlEdit, editing, heat_maps
+from fpe_pipeline import ConsistEdit, FreePromptEdit, MasaCtrlEdit, editing, heat_maps
 from fpe_pipeline.models.families import adapter_of
+from tests.support.own_maps import OwnMaps
 from tests.support.slow_cases import few
 from tests.support.tiny_hunyuan_video import (
     TEXTS,
@@ -78,13 +79,6 @@ def test_targets_are_the_papers(pipe, kind, options):
         assert {path: tuple(at) for path, at in report.layers.items()} == dict.fromkeys(
             [path for path in paths if path.startswith(layers)], steps
         )
-
-
-class OwnMaps(Edit):
-    """Every row its own map, computed by the session's processors."""
-
-    def products(self, site, step, roles):
-        return {row: JointProduct.own(row) for row in range(roles.rows)}
 
 
 @pytest.mark.parametrize("dtype", few({"float64": torch.float64, "float32": torch.float32}, "float32"))

@@ -6,7 +6,6 @@ from diffusers import FluxKontextPipeline
 
 from fpe_pipeline import (
     ConsistEdit,
-    Edit,
     FreePromptEdit,
     JointProduct,
     MasaCtrlEdit,
@@ -18,6 +17,7 @@ from fpe_pipeline import (
 )
 from fpe_pipeline.prompts.alignment import align_refine, align_replace, tokenize
 from tests.support.dense_joint import Blocks, dense
+from tests.support.own_maps import OwnMaps
 from tests.support.slow_cases import few
 from tests.support.tiny_transformers import PROMPTS, tiny_flux_pipeline
 
@@ -125,13 +125,6 @@ def test_true_guidance(kontext, both):
     assert (alone - reference(kontext, QUERIES_KEYS, (0, 1))).abs().max() <= EXACT
     if not both:
         assert (actual - reference(kontext, QUERIES_KEYS, (0, 1), **options)).abs().max() > 1e-6
-
-
-class OwnMaps(Edit):
-    """Every row its own map, computed by the session's processors."""
-
-    def products(self, site, step, roles):
-        return {row: JointProduct.own(row) for row in range(roles.rows)}
 
 
 @pytest.mark.parametrize("dtype", few({"float64": torch.float64, "float32": torch.float32}, "float32"))

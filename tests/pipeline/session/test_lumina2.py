@@ -5,14 +5,13 @@ import torch
 
 from fpe_pipeline import (
     ConsistEdit,
-    Edit,
     FreePromptEdit,
-    JointProduct,
     MasaCtrlEdit,
     StableFlowEdit,
     editing,
 )
 from fpe_pipeline.models.families import adapter_of
+from tests.support.own_maps import OwnMaps
 from tests.support.slow_cases import few
 from tests.support.tiny_lumina import dense_lumina, draw_lumina, tiny_lumina_pipeline
 
@@ -105,13 +104,6 @@ def test_guidance_that_ends(lumina):
     with editing(lumina, FreePromptEdit(0.5)):
         first, second = draw_lumina(lumina), draw_lumina(lumina)
     assert torch.equal(first, second)
-
-
-class OwnMaps(Edit):
-    """Every row its own map, computed by the session's processors."""
-
-    def products(self, site, step, roles):
-        return {row: JointProduct.own(row) for row in range(roles.rows)}
 
 
 @pytest.mark.parametrize("dtype", few({"float64": torch.float64, "float32": torch.float32}, "float32"))

@@ -5,9 +5,7 @@ import torch
 
 from fpe_pipeline import (
     ConsistEdit,
-    Edit,
     FreePromptEdit,
-    JointProduct,
     MasaCtrlEdit,
     PromptToPromptEdit,
     StableFlowEdit,
@@ -16,6 +14,7 @@ from fpe_pipeline import (
 from fpe_pipeline.models.families import adapter_of
 from fpe_pipeline.prompts.encoding import EncodedText, Encoding
 from tests.support.dense_joint import dense
+from tests.support.own_maps import OwnMaps
 from tests.support.tiny_transformers import draw_qwen, tiny_qwen, tiny_qwen_pipeline
 
 # diffusers turns queries and keys in float32, whatever they are given in: a last bit may fall either way there.
@@ -83,13 +82,6 @@ def test_padding_takes_no_attention(qwen):
     assert (actual[0] - plain[0]).abs().max() <= EXACT and (plain[0] - alone[0]).abs().max() <= EXACT
     unpadded, _ = edited(qwen, FreePromptEdit(1.0), lengths=(9, 9, 9, 9))
     assert (actual - unpadded).abs().max() > 20 * EXACT
-
-
-class OwnMaps(Edit):
-    """Every row its own map, computed by the session's processors."""
-
-    def products(self, site, step, roles):
-        return {row: JointProduct.own(row) for row in range(roles.rows)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
