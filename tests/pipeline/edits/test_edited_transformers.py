@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tests.support import edited_transformers
-from tests.support.dense_rows import wide
 from tests.support.edited_transformers import (
     EDITS,
     FAULTS,
@@ -22,6 +21,7 @@ from tests.support.tiny_cogview import COGVIEW
 from tests.support.tiny_flux_kin import KIN
 from tests.support.tiny_krea2 import KREA2
 
+pytestmark = pytest.mark.usefixtures("in_float64")
 EXACT = 1e-8
 MODELS = {
     **edited_transformers.MODELS,
@@ -64,12 +64,6 @@ def cases(pairs, always):
     return [
         pytest.param(*pair, id=" / ".join(pair), marks=() if pair in always else pytest.mark.slow) for pair in pairs
     ]
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module")

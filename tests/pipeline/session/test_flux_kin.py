@@ -12,20 +12,14 @@ if not hasattr(diffusers, "LongCatImagePipeline"):
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, PromptToPromptEdit, concept_maps, editing, heat_maps
 from fpe_pipeline.models.families import adapter_of
 from tests.support.dense_joint import dense
-from tests.support.dense_rows import wide
 from tests.support.edited_transformers import SOURCE, STEPS, placed, unedited
 from tests.support.slow_cases import few
 from tests.support.tiny_flux_kin import KIN, draw_bria, draw_longcat
 
+pytestmark = pytest.mark.usefixtures("in_float64")
 EXACT = 1e-8
 SIZE = (6, 12)
 every_model = pytest.mark.parametrize("name", few(KIN.keys(), "Ovis-Image"))
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module")

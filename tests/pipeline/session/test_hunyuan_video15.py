@@ -11,23 +11,17 @@ from diffusers.guiders import ClassifierFreeGuidance
 
 from fpe_pipeline import FreePromptEdit, PromptToPromptEdit, editing
 from fpe_pipeline.models.families import adapter_of
-from tests.support.dense_rows import wide
 from tests.support.edited_transformers import EDITS, FAULTS, edited, reference, shows, unedited
 from tests.support.slow_cases import few
 from tests.support.tiny_hunyuan_video15 import HUNYUAN_VIDEO15 as MODEL
 from tests.support.tiny_hunyuan_video15 import draw_hunyuan_video15, tiny_hunyuan_video15_pipeline
 
+pytestmark = pytest.mark.usefixtures("in_float64")
 EXACT = 1e-8
 WITHOUT_WORDS = [name for name in EDITS if "Prompt" not in name and name not in ("ReFlex", "KV-Edit")]
 # What a prompt quotes is tokens of their own, before the others.
 PROMPTS = ['a photo of a red car, "winter"', "a big dog", 'a drawing of a red house that says "car"']
 SIZE = (2, 4)
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,11 @@ import torch
 
 from fpe_pipeline import FreePromptEdit, editing, heat_maps
 from fpe_pipeline.models.families import adapter_of
-from tests.support.dense_rows import wide
 from tests.support.tiny_krea2 import KREA2, draw_krea2, tiny_krea2_pipeline
 
+pytestmark = pytest.mark.usefixtures("in_float64")
 PROMPTS = ["a photo of a red car on a mountain", "a big dog on a house in winter"]
 SIZE = (6, 12)
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    with wide():
-        yield
 
 
 @pytest.fixture(scope="module")
