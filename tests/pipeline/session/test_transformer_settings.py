@@ -16,10 +16,15 @@ from diffusers.hooks import (
 
 from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, editing
 from tests.support.slow_cases import few
+from tests.support.tiny_aura_flow import AURA_FLOW
 from tests.support.tiny_chroma import draw_chroma, tiny_chroma_pipeline
 from tests.support.tiny_cogvideox import draw_cogvideox, tiny_cogvideox_pipeline
+from tests.support.tiny_cogview import COGVIEW
 from tests.support.tiny_cross import draw_hunyuan, draw_ltx, tiny_hunyuan_pipeline, tiny_ltx_pipeline
+from tests.support.tiny_flux_kin import KIN
 from tests.support.tiny_hunyuan_video import draw_hunyuan_video, tiny_hunyuan_video_pipeline
+from tests.support.tiny_hunyuan_video15 import HUNYUAN_VIDEO15
+from tests.support.tiny_krea2 import KREA2
 from tests.support.tiny_lumina import draw_lumina, tiny_lumina_pipeline
 from tests.support.tiny_transformers import (
     draw,
@@ -49,6 +54,11 @@ MODELS = {
     "ltx": (tiny_ltx_pipeline, draw_ltx),
     "hunyuan": (tiny_hunyuan_pipeline, draw_hunyuan),
     "lumina": (lambda pipe, dtype: tiny_lumina_pipeline(dtype), draw_lumina),
+}
+_NEWER = {**KIN, **COGVIEW, "aura flow": AURA_FLOW, "hunyuan video 1.5": HUNYUAN_VIDEO15, "krea 2": KREA2}
+MODELS |= {
+    name: (model.make, lambda pipe, run=model.run, **options: run(pipe, PROMPTS, **options))
+    for name, model in _NEWER.items()
 }
 EDIT = FreePromptEdit(0.5)
 CLOSE = 2e-4  # in float32, of latents of a few units
@@ -195,7 +205,9 @@ def test_compiled_blocks(pipe, name):
 
 def _blocks(transformer):
     return next(
-        getattr(transformer, name) for name in ("transformer_blocks", "blocks", "layers") if hasattr(transformer, name)
+        getattr(transformer, name)
+        for name in ("transformer_blocks", "blocks", "layers", "joint_transformer_blocks")
+        if hasattr(transformer, name)
     )
 
 
