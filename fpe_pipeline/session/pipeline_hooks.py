@@ -138,8 +138,9 @@ class _PairedNoise:
         self._shadows.cover("prepare_latents", self._latents)
         self._shadows.cover("prepare_extra_step_kwargs", self._options)
         self._pipe = pipe
-        # Pipelines of flow models hand their generator to no step.
-        self._hands_on = hasattr(pipe, "prepare_extra_step_kwargs")
+        # Whether the pipeline hands its generator to steps: those of flow models do not, and Lumina 2's has the method
+        # for it and does not call it.
+        self._hands_on = False
         self._to_steps = False
 
     def remove(self) -> None:
@@ -147,15 +148,16 @@ class _PairedNoise:
 
     def of_steps(self) -> dict[str, Any]:
         """What a step of the scheduler is to be given beside what the pipeline gives it."""
-        return {"generator": self._generators} if self._to_steps and self._generators is not None else {}
+        given = self._to_steps and not self._hands_on and self._generators is not None
+        return {"generator": self._generators} if given else {}
 
     def _latents(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         signature = inspect.signature(original)
         given = signature.bind(*args, **kwargs)
         layout, generator = self._paired(given.arguments.get("batch_size")), given.arguments.get("generator")
-        self._generators = generator if isinstance(generator, list) and not self._hands_on else None
+        self._generators = generator if isinstance(generator, list) else None
         step = getattr(getattr(self._pipe, "scheduler", None), "step", None)
-        self._to_steps = not self._hands_on and step is not None and "generator" in inspect.signature(step).parameters
+        self._to_steps = step is not None and "generator" in inspect.signature(step).parameters
         draws = "generator" in signature.parameters and given.arguments.get("latents") is None
         if draws and layout is not None and not isinstance(generator, list):  # a list says every row's own
             self._generators = given.arguments["generator"] = paired_generators(generator, *layout)
@@ -168,7 +170,7 @@ class _PairedNoise:
         return original(*given.args, **given.kwargs)
 
     def _options(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        options = original(*args, **kwargs)
+        self._hands_on, options = True, original(*args, **kwargs)
         if self._generators is not None and "generator" in options:
             options["generator"] = self._generators
         return options

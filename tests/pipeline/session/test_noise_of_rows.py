@@ -14,6 +14,7 @@ from PIL import Image
 from fpe_pipeline import BatchRoles, FreePromptEdit, FreePromptPipeline, StyleAlignedEdit, editing, heat_maps
 from tests.support.golden_cases import load_pipeline
 from tests.support.silent import SOURCE, TARGET, embedded
+from tests.support.tiny_language import tiny_lumina_that_reads
 from tests.support.tiny_models import tiny_instruct_pipeline
 from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
 
@@ -110,6 +111,13 @@ class TestStochasticFlow:
         for target in (2, 4, 6):
             torch.testing.assert_close(images[target : target + 2], images[:2], rtol=0, atol=1e-4)
         assert (images[0] - images[1]).abs().max() > 0.1
+
+    def test_a_pipeline_that_has_the_method_for_it_and_does_not_call_it(self):
+        lumina = tiny_lumina_that_reads(torch.float32)
+        lumina.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+        with editing(lumina, FreePromptEdit(1.0)):
+            images = run(lumina, [SOURCE] * 2, steps=3, **self.OPTIONS)
+        torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-4)
 
     def test_a_seed_decides(self, flow):
         with editing(flow, FreePromptEdit(1.0)):
