@@ -59,12 +59,15 @@ class HunyuanVideoAdapter(NamedCallsAdapter):
         module: Any = self.module
         sample = given["hidden_states"]
         frames, height, width = sample.shape[-3:]
+        lengths = text_lengths(given["encoder_attention_mask"])
+        if lengths is not None and len(lengths) == 1:  # one negative prompt stands for all rows
+            lengths *= sample.shape[0]
         return ModelCall(
             sample,
             given["timestep"],
             (height, width, frames // module.config.patch_size_t),
             half=self._half(),
-            text_lengths=text_lengths(given["encoder_attention_mask"]),
+            text_lengths=lengths,
             arguments=(args, kwargs),
         )
 

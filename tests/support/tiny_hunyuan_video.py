@@ -59,11 +59,11 @@ def draw_hunyuan_video(pipe, prompts, *, steps=4, size=(8, 8), frames=2, guidanc
     """Latents [prompts, 16, frames, h, w]; the rows start from the same noise."""
     noise = torch.randn(1, 16, frames, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     options.setdefault("latents", noise.repeat(len(prompts), 1, 1, 1, 1))
+    options.setdefault("negative_prompt", ["a drawing"] * len(prompts))
+    options.setdefault("prompt_template", template_of(pipe))
     return pipe(
         prompt=list(prompts),
-        negative_prompt=["a drawing"] * len(prompts),
         true_cfg_scale=guidance,
-        prompt_template=template_of(pipe),
         height=size[0] * 8,
         width=size[1] * 8,
         num_frames=4 * frames - 3,

@@ -93,6 +93,12 @@ def test_the_source_is_the_one_without_an_edit(pipe, dtype):
     assert torch.equal(idle, plain)
 
 
+def test_one_negative_prompt_for_all_rows(video):
+    edit, each = MasaCtrlEdit(1, layers=range(3)), ["a drawing"] * len(PROMPTS)
+    together, _ = edited(video, edit, negative_prompt="a drawing")
+    assert farthest(together, edited(video, edit, negative_prompt=each)[0]) <= EXACT
+
+
 def test_from_a_picture_by_calls_without_names(pipe):
     """Skyreels' pipeline names no contexts: of a step's two calls the first sees the prompts."""
     torch.manual_seed(0)
