@@ -108,7 +108,7 @@ class Replay(EditingSession):
         for watcher in self._watchers:
             watcher.encoded(encoding)
 
-    def _paired_rows(self, rows: int | None) -> None:
+    def _paired_rows(self, rows: int | None, asked: Encoding | None) -> None:
         """All targets start from the recorded noise, which the call is given."""
 
     def _restore(self) -> None:

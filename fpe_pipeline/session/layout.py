@@ -179,7 +179,7 @@ class CallLayout:
         """The sources of the prompts and images a prompt, where rows of one image are to draw the same noise.
 
         Args:
-            encoding: of the call.
+            encoding: of the call, or what it asks for where it has encoded nothing yet.
             pairs_pixels: whether the edit asks for it.
             rows: of the latents that the pipeline draws; None where that is not known.
 
@@ -198,6 +198,9 @@ class CallLayout:
                     "each row of an image"
                 )
             return None if sources is None else (sources, 1)
-        if encoding.count is None:
+        count, images = encoding.count, self.images or encoding.images
+        if count is None:
             return None
-        return self.source_of or (0,) * encoding.count, self.images or encoding.images or 1
+        if images is None:  # of a call that draws before it encodes, such as HunyuanVideo's from a picture
+            images = self.drawn(encoding, rows).images
+        return self.source_of or (0,) * count, images or 1

@@ -27,8 +27,9 @@ class PipelineHooks:
         pipe: a diffusers pipeline.
         encoded: is shown what the pipeline encodes.
         stepped: takes the scheduler's new latents with the timestep and returns those to go on from.
-        paired: from how many rows the call draws noise for, where it says so, the sources of its prompts and its images
-            a prompt, where rows of one image are to draw the same noise; None where rows draw their own.
+        paired: from how many rows the call draws noise for, where it says so, and what it asks for, where it has
+            encoded nothing yet, the sources of its prompts and its images a prompt, where rows of one image are to draw
+            the same noise; None where rows draw their own.
         called: is told that a call of the pipeline begins.
         watch: of the latents, which is heard before a picture is made of them.
         text_parts: of the text tokens of its transformer, as the adapter says them.
@@ -39,24 +40,31 @@ class PipelineHooks:
         pipe: Any,
         encoded: Callable[[Encoding], None],
         stepped: Callable[[torch.Tensor, Any], torch.Tensor],
-        paired: Callable[[int | None], tuple[Sequence[int], int] | None],
+        paired: Callable[[int | None, Encoding | None], tuple[Sequence[int], int] | None],
         called: Callable[[], None],
         watch: FiniteWatch,
         text_parts: Sequence[TextPart] = (),
     ) -> None:
+        self._asked: Encoding | None = None  # of a call that has encoded nothing yet
+
         def begun(original: Any, *args: Any, **kwargs: Any) -> Any:
             self._hear()
             called()
+            self._asked = Encoding.of(inspect.signature(original).bind(*args, **kwargs).arguments, {})
             return original(*args, **kwargs)
+
+        def encodes(encoding: Encoding) -> None:
+            self._asked = None
+            encoded(encoding)
 
         self._pipe = pipe
         self._is_heard = False  # whether the pipeline has said something since the latest run began
         self._calls = Shadows(pipe)
         # What every call of a diffusers pipeline begins with; its __call__ itself is looked up in the class.
         self._calls.cover("check_inputs", begun)
-        self._encoding = EncodingHook(pipe, self._heard(encoded), text_parts)
+        self._encoding = EncodingHook(pipe, self._heard(encodes), text_parts)
         self._decoder = FiniteDecoder(pipe, watch)
-        self._noise = _PairedNoise(pipe, self._heard(paired))
+        self._noise = _PairedNoise(pipe, self._heard(lambda rows: paired(rows, self._asked)))
         self._stepped = stepped
         self._followed: Any = None
         self._scheduler: SchedulerHook | None = None

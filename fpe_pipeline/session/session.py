@@ -312,13 +312,14 @@ class EditingSession:
         for watcher in self._watchers:
             watcher.encoded(encoding)
 
-    def _paired_rows(self, rows: int | None) -> tuple[Sequence[int], int] | None:
+    def _paired_rows(self, rows: int | None, asked: Encoding | None) -> tuple[Sequence[int], int] | None:
         """The sources of the prompts and images a prompt, where rows of one image are to draw the same noise."""
         if not (self.is_paused or self.adapter.tells_all_it_encodes):
             if not self._clock.is_before_a_run:
                 self._encoded(unread(self._running))
             self._encoding = self._layout.drawn(self._encoding, rows)
-        paired = None if self.is_paused else self._layout.paired(self._encoding, self._running.pairs_pixels, rows)
+        told, pairs = asked or self._encoding, self._running.pairs_pixels
+        paired = None if self.is_paused else self._layout.paired(told, pairs, rows)
         if paired is not None:
             self._report.noise = SHARED_NOISE
         return paired
@@ -331,8 +332,7 @@ class EditingSession:
     def _finish_run(self) -> None:
         """Say what of the edit did nothing in the run that has ended, of which everything is finite."""
         self._finite.settle()
-        seen = self._clock.finish()
-        if not seen:
+        if not (seen := self._clock.finish()):
             return
         blends = any(watcher.blends for watcher in self._watchers)
         self._report.note_idle(type(self.edit).__name__, self._running, seen, blends=blends)
