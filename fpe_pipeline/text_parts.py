@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 __all__ = ["Template", "TextPart", "conversation"]
 
 
@@ -15,14 +17,15 @@ class Template(NamedTuple):
         before, after: the text on either side.
         dropped: how many tokens, the first ones, the model does not receive.
         shows: whether pictures stand before the prompt, each of which becomes many tokens.
-        dropped_behind: how many tokens, the last ones behind all padding, the model does not receive.
+        received: of the tokens [rows, tokens] that the encoder receives, those that the model does; default: all but
+            the dropped ones.
     """
 
     before: str
     after: str = ""
     dropped: int = 0
     shows: bool = False
-    dropped_behind: int = 0
+    received: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 class TextPart(NamedTuple):

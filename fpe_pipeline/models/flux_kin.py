@@ -35,8 +35,8 @@ def _captioned(pipe: Any, arguments: Mapping[str, Any]) -> Template:
     if pipe.tokenizer is None:
         return Template("")
     before, after = pipe.prompt_template_encode_prefix, pipe.prompt_template_encode_suffix
-    lengths = [len(pipe.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (before, after)]
-    return Template(before, after, lengths[0], dropped_behind=lengths[1])
+    first, behind = (len(pipe.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (before, after))
+    return Template(before, after, first, received=lambda tokens: tokens[:, first : tokens.shape[1] - behind])
 
 
 class LongCatImageAdapter(FluxBlocksAdapter):

@@ -28,11 +28,31 @@ __all__ = ["HunyuanVideo15Adapter", "HunyuanVideoAdapter"]
 _GUIDED: dict[str, Half] = {"pred_cond": "conditional", "pred_uncond": "unconditional"}
 
 
+#: The tokens behind a prompt that the pipelines take off a template to see where prompts begin.
+_BEHIND, _BEHIND_A_PICTURE = 2, 5
+#: Tokens that the pipeline that shows a picture leaves out behind prompts: the header of the answer.
+_HEADER = 4
+
+
 def _template(pipe: Any, arguments: Mapping[str, Any]) -> Template:
-    default = inspect.signature(type(pipe).encode_prompt).parameters["prompt_template"].default
-    given = arguments.get("prompt_template", default)
+    parameters = inspect.signature(type(pipe).encode_prompt).parameters
+    given = arguments.get("prompt_template", parameters["prompt_template"].default)
     before, _, after = given["template"].partition("{}")
-    return Template(before, after, given.get("crop_start") or 0)
+    shows, cropped = "image_embed_interleave" in parameters, given.get("crop_start")
+    if cropped is None:  # counted as the pipelines do
+        ids = pipe.tokenizer(given["template"], padding="max_length")["input_ids"]
+        cropped = len(ids) - (_BEHIND_A_PICTURE if shows else _BEHIND)
+    if not shows:
+        return Template(before, after, cropped)
+    # One token of the template is a picture's mark, for which the encoder receives `length` and the model every n-th.
+    start, stop, length = (given.get(f"image_emb_{n}", d) for n, d in (("start", 5), ("end", 581), ("len", 576)))
+    every = arguments.get("image_embed_interleave", parameters["image_embed_interleave"].default)
+    picture = slice(start, stop, every if 0 < every < 6 else 1)
+
+    def received(tokens: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tokens[:, picture], tokens[:, cropped - 1 + length : tokens.shape[1] - _HEADER]], 1)
+
+    return Template(before, after, cropped - len(range(stop)[picture]), received=received)
 
 
 class HunyuanVideoAdapter(NamedCallsAdapter):

@@ -196,8 +196,9 @@ def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments
         if calls:
             masked = zip(calls, received.masks[name], strict=True)
             is_whole = template is None or part.is_padded
-            dropped, behind = (0, 0) if template is None else (template.dropped, template.dropped_behind)
-            whole = [call[:, dropped : call.shape[1] - behind] for call in calls]
+            dropped = 0 if template is None else template.dropped
+            received_of = None if template is None else template.received
+            whole = [call[:, dropped:] if received_of is None else received_of(call) for call in calls]
             if part.one_at_a_time:
                 whole = _gathered(whole, length, arguments)
             own = whole if is_whole else [_without_padding(*call, dropped, length) for call in masked]

@@ -4,7 +4,9 @@ import pytest
 import torch
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video_image2video
 
-from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, editing
+from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, PromptToPromptEdit, editing
+from fpe_pipeline.prompts.joint_text import encoded_prompts
+from fpe_pipeline.prompts.words import tokenize
 from tests.support.slow_cases import few
 from tests.support.tiny_hunyuan_pictures import draw_from_picture, tiny_hunyuan_from_picture
 from tests.support.tiny_hunyuan_video import dense_hunyuan_video, wide_hunyuan_video
@@ -66,3 +68,23 @@ def test_rows_of_one_image_draw_the_same_noise(video):
     with editing(video, FreePromptEdit(1.0), noise="separate"):
         apart = draw_from_picture(video, PROMPTS, steps=1, generator=torch.Generator().manual_seed(3))
     assert farthest(apart[2], apart[0]) > 0.1
+
+
+def test_words_stand_behind_the_picture(video):
+    """A language model looks back alone: of two prompts that differ in a word, texts differ from that word on."""
+    prompts, texts, found = ["a photo of a red car", "a photo of a red dog"], [], []
+
+    class Placed(PromptToPromptEdit):
+        def encoded(self, encoding):
+            found.extend(encoded_prompts(encoding, [tokenize(text, video.tokenizer) for text in prompts]))
+            return super().encoded(encoding)
+
+    hook = video.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: texts.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    with editing(video, Placed(prompts, video.tokenizer, "replace")):
+        draw_from_picture(video, prompts, guidance=1.0, generator=each()[:2])
+    hook.remove()
+    differ = ((texts[0][0] - texts[0][1]).abs() > EXACT).any(-1).nonzero().flatten().tolist()
+    assert found[0].length == texts[0].shape[1]
+    assert found[0].find("car")[0] == found[1].find("dog")[0] == differ[0]

@@ -6,7 +6,7 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanSkyreelsImageToVideoPipe
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_skyreels_image2video
 from PIL import Image
 
-from fpe_pipeline import ConsistEdit, FreePromptEdit, MasaCtrlEdit, editing, heat_maps
+from fpe_pipeline import ConsistEdit, FreePromptEdit, MasaCtrlEdit, PromptToPromptEdit, editing, heat_maps
 from fpe_pipeline.models.families import adapter_of
 from tests.support.own_maps import OwnMaps
 from tests.support.slow_cases import few
@@ -97,6 +97,20 @@ def test_one_negative_prompt_for_all_rows(video):
     edit, each = MasaCtrlEdit(1, layers=range(3)), ["a drawing"] * len(PROMPTS)
     together, _ = edited(video, edit, negative_prompt="a drawing")
     assert farthest(together, edited(video, edit, negative_prompt=each)[0]) <= EXACT
+
+
+def test_a_template_that_does_not_say_where_prompts_begin(pipe):
+    """The pipeline counts its tokens, and takes the last two of them for what stands behind the prompt's place."""
+    tiny = tiny_hunyuan_video_pipeline(pipe)
+    tiny.tokenizer.model_max_length = int(1e30)  # which pads no template
+    said = template_of(tiny)["template"]
+    counted = {"template": said, "crop_start": len(tiny.tokenizer(said)["input_ids"]) - 2}
+
+    def drawn(template):
+        edit = PromptToPromptEdit(PROMPTS[:2], tiny.tokenizer, "refine")
+        return edited(tiny, edit, PROMPTS[:2], prompt_template=template, guidance=1.0)[0]
+
+    assert torch.equal(drawn({"template": said}), drawn(counted))
 
 
 def test_from_a_picture_by_calls_without_names(pipe):
