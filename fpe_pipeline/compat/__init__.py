@@ -7,7 +7,6 @@ originals' own behaviour.
 """
 
 import pkgutil
-from typing import Any
 
 from .diffusers_maps import accelerate
 from .names import unknown_name
@@ -18,9 +17,6 @@ __all__ = ["accelerate", "set_compat"]
 _COMMON = ("controlled", "diffusers_maps", "lazy", "names", "sessions", "switch")
 
 
-def __getattr__(name: str) -> Any:
-    modules = [module.name for module in pkgutil.iter_modules(__path__)]
-    if name in modules:
-        raise AttributeError(name)  # by which `from … import` goes on to import the module
-    tools = [module for module in modules if module not in _COMMON]
-    return unknown_name(__name__, "fpe_pipeline.compat", tools)(name)
+_TOOLS = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _COMMON]
+
+__getattr__ = unknown_name(__name__, "fpe_pipeline.compat", _TOOLS, modules=_TOOLS)

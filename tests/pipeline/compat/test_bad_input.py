@@ -54,7 +54,16 @@ def test_names_that_a_tool_never_had(tool):
             exec(f"from {module.__name__} import {name}x")
     with pytest.raises(ImportError, match=rf"{module.__name__} has .*{module.__all__[0]}"):
         exec(f"from {module.__name__} import something_else_altogether")
-    assert not hasattr(module, "__wrapped__")
+    # What only looks, as pickle does in every module for a function without one, is answered as Python answers.
+    assert not hasattr(module, "__wrapped__") and getattr(module, "something_else_altogether", None) is None
+    with pytest.raises(AttributeError, match=rf"{module.__name__} has .*{module.__all__[0]}"):
+        _ = module.something_else_altogether
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools_as_attributes(tool, monkeypatch):
+    monkeypatch.delattr(compat, tool, raising=False)
+    assert getattr(compat, tool).__name__ == f"fpe_pipeline.compat.{tool}"
 
 
 @pytest.fixture(scope="module")
