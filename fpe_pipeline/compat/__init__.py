@@ -14,7 +14,7 @@ from .switch import set_compat
 
 __all__ = ["accelerate", "set_compat"]
 
-_COMMON = ("controlled", "diffusers_maps", "lazy", "names", "sessions", "switch")
+_COMMON = ("controlled", "diffusers_maps", "given", "lazy", "names", "sessions", "switch")
 
 
 _TOOLS = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _COMMON]

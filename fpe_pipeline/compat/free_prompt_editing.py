@@ -18,8 +18,10 @@ from PIL import Image
 
 from fpe_kernels import shared_attention
 
+from ..errors import check_positive
 from ..sampling.noise_schedule import ddim_inverse_step, require_ddim
 from .controlled import Compat, ControlledLayers, LayerCall, controlled_layers, register_controller
+from .given import window
 from .names import unknown_name
 from .prompt_to_prompt.controllers import AttentionControl, AttentionStore, EmptyControl
 from .prompt_to_prompt.ptp_utils import latent2image, register_attention_control
@@ -47,6 +49,10 @@ class SelfAttentionControlEdit(AttentionControl):
         res: the side of the largest maps that are replaced (the app's third argument); or, where
             ``self_replace_steps`` is left out, that (the notebooks' third argument), and 32².
         self_replace_steps: a share s of the steps for the steps ``[0, int(T·s))``, or a pair.
+
+    Raises:
+        TypeError: no ``self_replace_steps``.
+        ValueError: a number of steps or a side that is none, or shares outside of 0 to 1.
     """
 
     def __init__(self, prompts: Sequence[str], num_steps: int, res: Any = None, self_replace_steps: Any = None) -> None:
@@ -57,9 +63,11 @@ class SelfAttentionControlEdit(AttentionControl):
             raise TypeError("self_replace_steps is missing: the share of the steps in which maps are replaced")
         self.prompts = listed(prompts)
         self.batch_size = len(self.prompts)
-        self.max_tokens = (32 if res is None else int(res)) ** 2
-        window = self_replace_steps if isinstance(self_replace_steps, Sequence) else (0, self_replace_steps)
-        self.num_self_replace = int(num_steps * window[0]), int(num_steps * window[1])
+        side = 32 if res is None else res
+        check_positive(num_steps=num_steps, res=side)
+        self.max_tokens = side**2
+        replaced = window("self_replace_steps", self_replace_steps).steps(num_steps)
+        self.num_self_replace = replaced.start, replaced.stop
 
     def replace_self_attention(self, attn_base: Any, att_replace: Any, place_in_unet: str) -> Any:
         """The targets' maps [targets, heads, N, N] from the source's [heads, N, N]."""

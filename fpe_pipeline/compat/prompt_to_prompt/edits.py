@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ...errors import EditWarning
+from ...errors import EditWarning, check_positive
+from ..given import window
 from ..switch import chosen_compat
 from . import seq_aligner
 from .controllers import KINDS, AttentionStore
@@ -18,6 +19,7 @@ from .local_blend import LocalBlend
 from .word_tokens import (
     Compat,
     WordFactors,
+    cross_windows,
     get_equalizer,
     get_time_words_attention_alpha,
     listed,
@@ -52,6 +54,9 @@ class AttentionControlEdit(AttentionStore, abc.ABC):
             is all that a local blend reads; both for a class of a user's own, and with ``compat="original"``.
         compat: ``"original"`` for the alignments of the authors' code, no word said of words that are in no prompt, and
             both kinds of maps kept.
+
+    Raises:
+        ValueError: fewer than two prompts, a number of steps that is none, or shares outside of 0 to 1.
     """
 
     def __init__(
@@ -69,15 +74,17 @@ class AttentionControlEdit(AttentionStore, abc.ABC):
     ) -> None:
         is_ours = type(self).__module__ == __name__ and chosen_compat(compat) is None
         super().__init__(keeps=keeps if keeps is not None else ("cross",) if is_ours else KINDS)
+        check_positive(num_steps=num_steps)
         self.prompts, self.num_steps = listed(prompts), num_steps
         self.batch_size = len(self.prompts)
         if self.batch_size < 2:
             raise ValueError(f"expected the source prompt and at least one target, got {self.batch_size} prompt(s)")
+        cross_windows(cross_replace_steps)  # refused here, not in the first layer of a run
         self.cross_replace_steps, self.local_blend = cross_replace_steps, local_blend
         self.tokenizer, self.self_tokens, self.compat = tokenizer, self_tokens, chosen_compat(compat)
-        whole = self_replace_steps if isinstance(self_replace_steps, Sequence) else (0, self_replace_steps)
         self._latents_seen = False
-        self.num_self_replace = int(num_steps * whole[0]), int(num_steps * whole[1])
+        replaced = window("self_replace_steps", self_replace_steps).steps(num_steps)
+        self.num_self_replace = replaced.start, replaced.stop
 
     def prepare(self, tokenizer: Any) -> None:
         super().prepare(tokenizer)

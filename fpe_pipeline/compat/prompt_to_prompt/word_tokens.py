@@ -9,7 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ...errors import check_positive
+from ...models.steps import StepWindow
 from ...prompts.words import tokenize
+from ..given import window
 from ..switch import chosen_compat
 from .seq_aligner import get_word_inds
 
@@ -106,7 +109,7 @@ def get_equalizer(
 
 
 def update_alpha_time_word(
-    alpha: torch.Tensor, bounds: float | tuple[float, float], prompt_ind: int, word_inds: Any = None
+    alpha: torch.Tensor, bounds: float | tuple[float, float] | StepWindow, prompt_ind: int, word_inds: Any = None
 ) -> torch.Tensor:
     """Let tokens of a target be the source's in a window of the steps alone, in place.
 
@@ -115,13 +118,26 @@ def update_alpha_time_word(
         bounds: shares of ``alpha``'s rows, the window's begin and end, or its end.
         prompt_ind: the target's number, from 0 on.
         word_inds: the tokens; default: all.
+
+    Raises:
+        ValueError: bounds that are no shares, from 0 to 1.
     """
-    begin, end = (0, bounds) if isinstance(bounds, int | float) else bounds
-    begin, end = int(begin * alpha.shape[0]), int(end * alpha.shape[0])
+    replaced = window("bounds", bounds).steps(alpha.shape[0])
     tokens = torch.arange(alpha.shape[2]) if word_inds is None else torch.as_tensor(np.asarray(word_inds)).long()
     alpha[:, prompt_ind, tokens] = 0
-    alpha[begin:end, prompt_ind, tokens] = 1
+    alpha[replaced.start : replaced.stop, prompt_ind, tokens] = 1
     return alpha
+
+
+def cross_windows(cross_replace_steps: Any) -> dict[str, StepWindow]:
+    """By word, and "default_" for the others, the windows that ``cross_replace_steps`` says.
+
+    Raises:
+        ValueError: one that is no share of the steps, and no begin and end.
+    """
+    if not isinstance(cross_replace_steps, dict):
+        return {"default_": window("cross_replace_steps", cross_replace_steps)}
+    return {word: window(f"cross_replace_steps[{word!r}]", value) for word, value in cross_replace_steps.items()}
 
 
 def get_time_words_attention_alpha(
@@ -141,18 +157,22 @@ def get_time_words_attention_alpha(
         tokenizer: the pipeline's.
         max_num_words: tokens after padding, M.
         compat: ``"original"`` takes no notice of words that are in no target.
+
+    Raises:
+        ValueError: a number of steps that is none, shares outside of 0 to 1, or a word that is in no target.
     """
     compat = chosen_compat(compat)
-    windows = dict(cross_replace_steps) if isinstance(cross_replace_steps, dict) else {"default_": cross_replace_steps}
-    default = windows.pop("default_", (0.0, 1.0))
+    check_positive(num_steps=num_steps)
+    windows = cross_windows(cross_replace_steps)
+    default = windows.pop("default_", StepWindow(0.0, 1.0))
     alpha = torch.zeros(num_steps + 1, len(prompts) - 1, max_num_words)
     for target in range(len(prompts) - 1):
         update_alpha_time_word(alpha, default, target)
-    for word, window in windows.items():
+    for word, replaced in windows.items():
         found = [get_word_inds(prompt, word, tokenizer) for prompt in prompts[1:]]
         if not any(len(tokens) for tokens in found) and compat != "original":
             raise ValueError(f"the word {word!r} of cross_replace_steps is in none of the targets {list(prompts[1:])}")
         for target, tokens in enumerate(found):
             if len(tokens):
-                update_alpha_time_word(alpha, window, target, tokens)
+                update_alpha_time_word(alpha, replaced, target, tokens)
     return alpha[:, :, None, None]

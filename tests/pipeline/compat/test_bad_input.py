@@ -30,7 +30,7 @@ from tests.support.tiny_pipelines import PROMPTS, sample, tiny_pipeline
 from tests.support.tiny_transformers import draw_flux, tiny_flux_pipeline
 
 TWO = PROMPTS[:2]
-COMMON = {"controlled", "diffusers_maps", "lazy", "names", "sessions", "switch"}
+COMMON = {"controlled", "diffusers_maps", "given", "lazy", "names", "sessions", "switch"}
 TOOLS = [module.name for module in pkgutil.iter_modules(compat.__path__) if module.name not in COMMON]
 MODULES = [
     *TOOLS,
