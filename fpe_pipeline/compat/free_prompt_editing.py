@@ -18,10 +18,10 @@ from PIL import Image
 
 from fpe_kernels import shared_attention
 
-from ..errors import check_positive
+from ..errors import check_guidance, check_positive
 from ..sampling.noise_schedule import ddim_inverse_step, require_ddim
 from .controlled import Compat, ControlledLayers, LayerCall, controlled_layers, register_controller
-from .given import window
+from .given import check_count, window
 from .names import unknown_name
 from .prompt_to_prompt.controllers import AttentionControl, AttentionStore, EmptyControl
 from .prompt_to_prompt.ptp_utils import latent2image, register_attention_control
@@ -192,19 +192,27 @@ class FreePromptPipeline(StableDiffusionPipeline):
             ref_intermediate_latents: the source's latents of an inversion, from image to noise, onto which row 0 is put
                 before each step.
             return_intermediates: also give the predictions of the image and the latents of all steps, decoded.
+
+        Raises:
+            TypeError: prompts that are no texts.
+            ValueError: steps or guidance that are no numbers, latents of another size, embeddings or reference latents
+                of another number of steps.
         """
-        prompts = [prompt] * batch_size if isinstance(prompt, str) else list(prompt)
+        check_positive(batch_size=batch_size, num_inference_steps=num_inference_steps)
+        check_guidance(guidance_scale)
+        prompts = [prompt] * batch_size if isinstance(prompt, str) else listed(prompt)
         guided = guidance_scale > 1
         towards, away = self.encode_prompt(
             prompts, self._execution_device, 1, guided, neg_prompt and [neg_prompt] * len(prompts)
         )
         latents = self._start(latents, len(prompts), height, width)
         self.scheduler.set_timesteps(num_inference_steps)
-        if ref_intermediate_latents is not None and len(ref_intermediate_latents) <= num_inference_steps:
-            raise ValueError(
-                f"ref_intermediate_latents has {len(ref_intermediate_latents)} latents for {num_inference_steps} "
-                "steps: pass the list that invert(..., return_intermediates=True) gave, of as many steps"
-            )
+        steps = len(self.scheduler.timesteps)
+        if ref_intermediate_latents is not None:
+            source = "invert(..., return_intermediates=True)"
+            check_count("ref_intermediate_latents", ref_intermediate_latents, steps + 1, "latents", source)
+        if unconditioning is not None:
+            check_count("unconditioning", unconditioning, steps, "embeddings", "null-text inversion")
         trajectory, predictions = [latents], [latents]
         registered = controlled_layers(self)
         with nullcontext() if registered is None else registered.guided_as(guided):

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ...errors import check_generator, check_guidance, check_positive
 from ..controlled import Compat, ControlledLayers, controlled_layers, register_controller
+from ..given import check_count
 from ..names import unknown_name
 from ..switch import chosen_compat
 from .seq_aligner import get_word_inds
@@ -127,12 +129,18 @@ def text2image_ldm_stable(
         latent: the noise [1, C, h, w] or [B, C, h, w]; default: of the model's own size.
         low_resource: as of :func:`diffusion_step`.
         uncond_embeddings: for each step, the unconditional embedding [1, M, C] (null-text inversion).
-        start_time: of the steps, how many of the last ones are run; default: all.
+        start_time: of the steps, how many of the last ones are run; default, and where there are no more: all.
         return_type: "image" for arrays [B, H, W, 3], uint8, else for latents.
-        compat: ``"original"`` runs a controller on from where another run left it, and leaves it registered.
+        compat: ``"original"`` runs a controller on from where another run left it, and leaves it registered; with
+            ``start_time`` it takes the first of the embeddings for the first step that is run.
 
     Returns:
         Images or latents, and the noise that they came from [1, C, h, w].
+
+    Raises:
+        TypeError: prompts that are no texts, a seed as generator.
+        ValueError: a pipeline of several text encoders, steps or guidance that are no numbers, embeddings of another
+            number of steps.
     """
     compat = chosen_compat(compat)
     if getattr(model, "text_encoder_2", None) is not None or getattr(model, "text_encoder", None) is None:
@@ -141,17 +149,26 @@ def text2image_ldm_stable(
             "controller with register_attention_control(model, controller) and call the pipeline itself"
         )
     prompt = listed(prompt)
+    check_positive(num_inference_steps=num_inference_steps)
+    check_guidance(guidance_scale)
+    check_generator(generator)
+    if start_time is not None:
+        check_positive(start_time=start_time)
     towards, away = model.encode_prompt(prompt, model._execution_device, 1, True)
     latent, latents = init_latent(latent, model, None, None, generator, len(prompt))
     model.scheduler.set_timesteps(num_inference_steps)
+    timesteps = model.scheduler.timesteps
+    first = 0 if start_time is None else max(0, len(timesteps) - start_time)
+    if uncond_embeddings is not None:
+        check_count("uncond_embeddings", uncond_embeddings, len(timesteps), "embeddings", "null-text inversion")
+        uncond_embeddings = uncond_embeddings[first if compat is None else 0 :]
     registered = register_attention_control(model, controller, compat)
     if compat is None and hasattr(controller, "reset"):
         controller.reset()
     if controller is not None and not hasattr(controller, "prompts"):
         controller.prompts = prompt
     try:
-        first = 0 if start_time is None else num_inference_steps - start_time
-        for index, t in enumerate(model.scheduler.timesteps[first:]):
+        for index, t in enumerate(timesteps[first:]):
             if uncond_embeddings is not None:
                 away = uncond_embeddings[index].to(towards).expand_as(towards)  # optimised in float32
             context = torch.cat([away, towards])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,8 +22,18 @@ Compat = Literal["original"] | None
 
 
 def listed(prompts: str | Sequence[str]) -> list[str]:
-    """Prompts as a list; a text is one of them, not as many as it has letters."""
-    return [prompts] if isinstance(prompts, str) else list(prompts)
+    """Prompts as a list; a text is one of them, not as many as it has letters.
+
+    Raises:
+        TypeError: something else than a text, or several.
+        ValueError: none.
+    """
+    given = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else prompts
+    if not isinstance(given, list) or not all(isinstance(prompt, str) for prompt in given):
+        raise TypeError(f"expected prompts, a text or a list of texts, got {prompts!r}")
+    if not given:
+        raise ValueError("expected at least one prompt, got none")
+    return given
 
 
 def required(tokenizer: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 
 from fpe_pipeline.compat import free_prompt_editing, prompt_to_prompt
 from fpe_pipeline.compat.prompt_to_prompt import ptp_utils
-from tests.support.tiny_pipelines import PROMPTS
+from tests.support.tiny_pipelines import PROMPTS, shared_noise, tiny_pipeline
 
 TWO = PROMPTS[:2]
 #: What is no share of the steps: the first four, and a third number of a pair, changed what was edited in silence.
@@ -47,3 +47,71 @@ def test_steps_that_are_no_number(steps, pipe):
 def test_a_side_in_the_place_of_the_share():
     with pytest.raises(ValueError, match="res must be a whole number"):
         free_prompt_editing.SelfAttentionControlEdit(TWO, 10, 0.8, 0.4)  # Prompt-to-Prompt's two shares
+
+
+class _Loop:
+    """A tiny pipeline's two loops with lists that belong to steps."""
+
+    def __init__(self, pipe):
+        self.pipe = tiny_pipeline(pipe)
+        own = free_prompt_editing.FreePromptPipeline(**self.pipe.components, requires_safety_checker=False)
+        own.set_progress_bar_config(disable=True)
+        self.own, self.noise = own, shared_noise(1)
+
+    def prompt_to_prompt(self, steps=3, prompts=TWO, **options):
+        options = {"latent": self.noise, "return_type": "latents", **options}
+        return ptp_utils.text2image_ldm_stable(self.pipe, prompts, prompt_to_prompt.EmptyControl(), steps, **options)[0]
+
+    def free_prompt_editing(self, steps=3, prompts=TWO, **options):
+        return self.own(prompts, num_inference_steps=steps, latents=self.noise, **options)
+
+
+@pytest.fixture(scope="module")
+def loop(pipe):
+    return _Loop(pipe)
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_lists_of_other_numbers_of_steps(loop, count):
+    """Too many belong to other timesteps, which was not said; too few were missed after the steps that have one."""
+    embeddings, latents = [torch.zeros(1, 77, 32)] * count, [loop.noise] * count
+    with pytest.raises(ValueError, match=rf"^uncond_embeddings: expected 3 embeddings, got {count} embeddings"):
+        loop.prompt_to_prompt(uncond_embeddings=embeddings)
+    with pytest.raises(ValueError, match=rf"^unconditioning: expected 3 embeddings, got {count} embeddings"):
+        loop.free_prompt_editing(unconditioning=embeddings)
+    with pytest.raises(ValueError, match=rf"^ref_intermediate_latents: expected 4 latents, got {count} latents"):
+        loop.free_prompt_editing(ref_intermediate_latents=latents)
+    with pytest.raises(ValueError, match=r"^uncond_embeddings: expected 3 embeddings, got generator"):
+        loop.prompt_to_prompt(uncond_embeddings=(one for one in embeddings))
+
+
+def test_the_last_steps_are_no_more_than_all(loop):
+    assert torch.equal(loop.prompt_to_prompt(start_time=5), loop.prompt_to_prompt())
+    assert not torch.equal(loop.prompt_to_prompt(start_time=2), loop.prompt_to_prompt())
+    for start_time in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="start_time must be a whole number from 1 on"):
+            loop.prompt_to_prompt(start_time=start_time)
+
+
+def test_the_last_steps_have_their_own_embeddings(loop):
+    embeddings = [torch.full((1, 77, 32), float(number)) for number in range(3)]
+    last = loop.prompt_to_prompt(start_time=1, uncond_embeddings=embeddings)
+    assert torch.equal(last, loop.prompt_to_prompt(start_time=1, uncond_embeddings=embeddings[2:] * 3))
+    first = loop.prompt_to_prompt(start_time=1, uncond_embeddings=embeddings, compat="original")
+    assert torch.equal(first, loop.prompt_to_prompt(start_time=1, uncond_embeddings=embeddings[:1] * 3))
+
+
+@pytest.mark.parametrize("of", ["prompt_to_prompt", "free_prompt_editing"])
+def test_loops_refuse_what_is_no_run(loop, of):
+    run = getattr(loop, of)
+    for steps in (0, -1, 3.0, "3", None):
+        with pytest.raises(ValueError, match="num_inference_steps must be a whole number"):
+            run(steps)
+    for scale in (None, "7.5", float("nan")):
+        with pytest.raises(ValueError, match="guidance_scale must be a finite number"):
+            run(guidance_scale=scale)
+    for prompts in (None, 5, [1, 2], [TWO], ["a", None]):
+        with pytest.raises(TypeError, match="expected prompts, a text or a list of texts, got"):
+            run(prompts=prompts)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        run(prompts=[])
