@@ -11,17 +11,15 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 
 from fpe_kernels import shared_attention
 
 from ..errors import check_guidance, check_positive
 from ..sampling.noise_schedule import ddim_inverse_step, require_ddim
 from .controlled import Compat, ControlledLayers, LayerCall, controlled_layers, register_controller
-from .given import check_count, window
+from .given import check_count, pixels, window
 from .names import unknown_name
 from .prompt_to_prompt.controllers import AttentionControl, AttentionStore, EmptyControl
 from .prompt_to_prompt.ptp_utils import latent2image, register_attention_control
@@ -151,10 +149,8 @@ class FreePromptPipeline(StableDiffusionPipeline):
 
     @torch.no_grad()
     def image2latent(self, image: Any) -> torch.Tensor:
-        """Latents [B, C, h, w] of a picture [B, 3, H, W] in [-1, 1], or of a PIL image."""
-        if isinstance(image, Image.Image):
-            image = torch.from_numpy(np.array(image.convert("RGB"))).float().permute(2, 0, 1)[None] / 127.5 - 1
-        encoded = self.vae.encode(image.to(self._execution_device, self.vae.dtype)).latent_dist.mean
+        """Latents [B, C, h, w] of a picture [B, 3, H, W] in [-1, 1], of a PIL image or of an array [H, W, 3]."""
+        encoded = self.vae.encode(pixels(image).to(self._execution_device, self.vae.dtype)).latent_dist.mean
         return (encoded * self.vae.config.scaling_factor).to(self.unet.dtype)
 
     @torch.no_grad()
@@ -234,20 +230,30 @@ class FreePromptPipeline(StableDiffusionPipeline):
     @torch.no_grad()
     def invert(
         self,
-        image: torch.Tensor,
+        image: Any,
         prompt: str | Sequence[str],
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         return_intermediates: bool = False,
     ) -> tuple[torch.Tensor, Any]:
-        """DDIM inversion of pictures [B, 3, H, W] in [-1, 1]; a registered controller takes no part in it.
+        """DDIM inversion of pictures [B, 3, H, W] in [-1, 1], a PIL image or an array [H, W, 3].
+
+        A registered controller takes no part in it.
 
         Returns:
             The noise [B, C, h, w]; and the latents, or with ``return_intermediates`` the list of those of all steps,
             from image to noise.
+
+        Raises:
+            TypeError: prompts that are no texts, or no picture.
+            ValueError: another scheduler than DDIM, pictures of other shapes or values, steps or guidance that are no
+                numbers.
         """
         require_ddim(self.scheduler, "inversion")
-        prompts = [prompt] * image.shape[0] if isinstance(prompt, str) else list(prompt)
+        check_positive(num_inference_steps=num_inference_steps)
+        check_guidance(guidance_scale)
+        image = pixels(image)
+        prompts = [prompt] * image.shape[0] if isinstance(prompt, str) else listed(prompt)
         if image.shape[0] == 1:
             image = image.expand(len(prompts), -1, -1, -1)
         guided = guidance_scale > 1

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+
+from ..images.load import load_image, to_tensor, upright_size
 from ..models.steps import StepWindow
 
-__all__ = ["check_count", "window"]
+__all__ = ["check_count", "pixels", "window"]
 
 
 def check_count(name: str, given: Any, count: int, what: str, source: str) -> None:
@@ -25,6 +30,32 @@ def check_count(name: str, given: Any, count: int, what: str, source: str) -> No
         raise ValueError(
             f"{name}: expected {count} {what}, got {got}: pass the list that {source} gave, of as many steps"
         )
+
+
+def pixels(image: Any) -> torch.Tensor:
+    """A picture as an autoencoder takes it: [B, 3, H, W] in [-1, 1].
+
+    Args:
+        image: a tensor that is one already; or a PIL image or an array [H, W] or [H, W, 1 | 2 | 3 | 4], uint8, uint16
+            or floats in [0, 1].
+
+    Raises:
+        TypeError: what is no picture.
+        ValueError: a tensor or an array of another shape, or of other values.
+    """
+    if isinstance(image, torch.Tensor):
+        # Resizing may overshoot a little; pictures of 0 to 255 are far beyond.
+        values = f"{image.dtype} from {image.min().item():.4g} to {image.max().item():.4g}" if image.numel() else "none"
+        if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point() or not bool(image.abs().max() < 2):
+            raise ValueError(
+                f"expected an image [B, 3, H, W] in [-1, 1], got a tensor {tuple(image.shape)} with values {values}: "
+                "pass x / 127.5 - 1 of bytes, [None] of a single one"
+            )
+        return image
+    if not isinstance(image, np.ndarray | Image.Image):
+        raise TypeError(f"expected a PIL image, an array or a tensor, got {image!r}: open paths with PIL.Image.open")
+    size: Any = upright_size(image) if isinstance(image, Image.Image) else image.shape[1::-1]
+    return to_tensor(load_image(image, size, multiple=1))
 
 
 def window(name: str, value: Any) -> StepWindow:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from ..errors import check_guidance, check_positive
 from ..sampling.noise_schedule import ddim_inverse_step, require_ddim
 from .controlled import Compat
+from .given import pixels
 from .names import unknown_name
 from .prompt_to_prompt import edits
 from .prompt_to_prompt.edits import AttentionControlEdit
@@ -45,6 +46,7 @@ class DirectInversion:
     """
 
     def __init__(self, model: Any, num_ddim_steps: int) -> None:
+        check_positive(num_ddim_steps=num_ddim_steps)
         self.model, self.num_ddim_steps = model, num_ddim_steps
         self.tokenizer = model.tokenizer
         self.prompt: list[str] | None = None
@@ -62,8 +64,8 @@ class DirectInversion:
         """Invert an image; a registered controller is taken off.
 
         Args:
-            image_gt: an array [H, W, 3], uint8, or a PIL image; a tensor [1, 3, H, W] in [-1, 1]; or latents
-                [1, C, h, w].
+            image_gt: an array [H, W] or [H, W, C], uint8 or floats in [0, 1], or a PIL image; a tensor [1, 3, H, W] in
+                [-1, 1]; or latents [1, C, h, w].
             prompt: the image's, and those of the targets to come.
             guidance_scale: of the edits to come.
 
@@ -72,15 +74,17 @@ class DirectInversion:
             the image (first) to the noise (last); and for each step the offsets [prompts, C, h, w], noisiest first.
 
         Raises:
-            ValueError: another scheduler than DDIM.
-            TypeError: prompts that are no list.
+            ValueError: another scheduler than DDIM, an array or a tensor of other shapes or values, guidance that is no
+                number.
+            TypeError: prompts that are no list, or no picture.
         """
         if isinstance(prompt, str):
             raise TypeError(f"expected a list of prompts, the image's first, got the text {prompt!r}")
         require_ddim(self.scheduler, "direct inversion")
+        check_guidance(guidance_scale)
         register_attention_control(self.model, None)
         device = self.model._execution_device  # of offloaded models, where they compute
-        self.prompt = list(prompt)
+        self.prompt = listed(prompt)
         conditional, unconditional = self.model.encode_prompt(self.prompt, device, 1, True)
         self.context = torch.cat([unconditional, conditional])
         self.scheduler.set_timesteps(self.num_ddim_steps)
@@ -106,11 +110,9 @@ class DirectInversion:
         vae, unet = self.model.vae, self.model.unet
         if isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == unet.config.in_channels:
             return image.to(self.model._execution_device, unet.dtype)
-        if not isinstance(image, torch.Tensor):
-            pixels = torch.from_numpy(np.array(image.convert("RGB") if isinstance(image, Image.Image) else image))
-            image = (pixels[..., :3].float() / 127.5 - 1).permute(2, 0, 1)[None]
-        if image.ndim != 4 or image.shape[:2] != (1, 3):
-            raise ValueError(f"expected an image [1, 3, H, W] in [-1, 1], got a tensor {tuple(image.shape)}")
+        image = pixels(image)
+        if image.shape[0] != 1:
+            raise ValueError(f"expected one image [1, 3, H, W] to invert, got a tensor {tuple(image.shape)}")
         encoded = (
             vae.encode(image.to(self.model._execution_device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
         )

@@ -33,9 +33,7 @@ class MasaCtrlPipeline(FreePromptPipeline):
         names = ("batch_size", "height", "width", "num_inference_steps", "guidance_scale", "eta", "latents")
         return super().__call__(prompt, **_options(args, options, names))
 
-    def invert(
-        self, image: torch.Tensor, prompt: str | Sequence[str], *args: Any, **options: Any
-    ) -> tuple[torch.Tensor, Any]:
+    def invert(self, image: Any, prompt: str | Sequence[str], *args: Any, **options: Any) -> tuple[torch.Tensor, Any]:
         """DDIM inversion; see `FreePromptPipeline`. ``num_inference_steps, guidance_scale, eta,
         return_intermediates`` come in this order."""
         names = ("num_inference_steps", "guidance_scale", "eta", "return_intermediates")

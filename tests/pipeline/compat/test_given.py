@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from fpe_pipeline.compat import free_prompt_editing, prompt_to_prompt
+from fpe_pipeline.compat import free_prompt_editing, pnp_inversion, prompt_to_prompt
 from fpe_pipeline.compat.prompt_to_prompt import ptp_utils
 from tests.support.tiny_pipelines import PROMPTS, shared_noise, tiny_pipeline
 
@@ -115,3 +116,33 @@ def test_loops_refuse_what_is_no_run(loop, of):
             run(prompts=prompts)
     with pytest.raises(ValueError, match="at least one prompt"):
         run(prompts=[])
+
+
+def test_pictures_of_any_kind_are_one_picture(loop):
+    """Floats in [0, 1] were read as bytes, and bytes of a tensor as floats: what was inverted was black, or noise."""
+    picture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    direct, expected = pnp_inversion.DirectInversion(loop.own, 1), torch.from_numpy(picture / 127.5 - 1).float()
+    expected = loop.own.image2latent(expected.permute(2, 0, 1)[None])
+    for given in (picture, picture / 255, (picture / 255).astype(np.float32), Image.fromarray(picture)):
+        latents = direct.invert(given, TWO, 1.0)[2][0], loop.own.invert(given, "", 1)[1], loop.own.image2latent(given)
+        for got in latents:
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ValueError, r"in \[-1, 1\], got a tensor .*uint8"),
+        (torch.full((1, 3, 16, 16), 255.0), ValueError, r"with values torch.float32 from 255 to 255: pass x / 127.5"),
+        (torch.zeros(3, 16, 16), ValueError, r"got a tensor \(3, 16, 16\)"),
+        (np.full((16, 16, 3), -1.0), ValueError, "rescale them"),
+        (np.zeros((1, 16, 16, 3), np.uint8), ValueError, r"expected an array \[H, W\]"),
+        ("photo.jpg", TypeError, "got 'photo.jpg': open paths with PIL.Image.open"),
+        (None, TypeError, "got None"),
+    ],
+)
+def test_what_is_no_picture(loop, given, error, said):
+    with pytest.raises(error, match=said):
+        loop.own.invert(given, "", 1)
+    with pytest.raises(error, match=said):
+        pnp_inversion.DirectInversion(loop.own, 1).invert(given, TWO, 1.0)
