@@ -22,6 +22,7 @@ from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step
 from ..session.session import EditingSession
+from .given import number, numbers
 from .names import unknown_name
 from .sessions import HalvesSession, RegisteredEdit, has_targets
 from .switch import chosen_compat
@@ -90,7 +91,8 @@ def register_non_rigid_attention_control(
 
     Raises:
         TypeError: no pipeline of FLUX.1.
-        ValueError: layers that the transformer has not, or another number of them.
+        ValueError: layers that the transformer has not, or another number of them; layers and steps that are no lists
+            of whole numbers, or negative ones.
     """
     compat = chosen_compat(compat)
     adapter = adapter_of(model)
@@ -100,10 +102,14 @@ def register_non_rigid_attention_control(
         raise ValueError(
             f"expected total_layers to be {len(adapter.sites)}, this transformer's blocks, got {total_layers}"
         )
-    layers = tuple(range(start_layer, total_layers) if layer_idx is None else map(int, layer_idx))
+    start_step, start_layer = number("start_step", start_step), number("start_layer", start_layer)
+    total_layers, total_steps = number("total_layers", total_layers), number("total_steps", total_steps)
+    layers = tuple(range(start_layer, total_layers) if layer_idx is None else numbers("layer_idx", layer_idx))
     if not layers or not all(0 <= layer < total_layers for layer in layers):
         raise ValueError(f"expected layer_idx to be among 0 to {total_layers - 1}, got {list(layers)}")
-    steps = frozenset(range(start_step, total_steps) if step_idx is None else map(int, step_idx))
+    steps = frozenset(range(start_step, total_steps) if step_idx is None else numbers("step_idx", step_idx))
+    if not all(step >= 0 for step in steps):
+        raise ValueError(f"expected steps from 0 on, got {sorted(steps)}")
     edit = _ListedSteps(layers=layers, listed=steps)
     session = (HalvesSession if compat == "original" else EditingSession)(model, edit)
     return RegisteredEdit(session)

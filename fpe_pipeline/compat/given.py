@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from ..images.load import load_image, to_tensor, upright_size
 from ..models.steps import StepWindow
 
-__all__ = ["check_count", "pixels", "window"]
+__all__ = ["check_count", "number", "numbers", "pixels", "window"]
 
 
 def check_count(name: str, given: Any, count: int, what: str, source: str) -> None:
@@ -30,6 +31,30 @@ def check_count(name: str, given: Any, count: int, what: str, source: str) -> No
         raise ValueError(
             f"{name}: expected {count} {what}, got {got}: pass the list that {source} gave, of as many steps"
         )
+
+
+def number(name: str, value: Any) -> int:
+    """A whole number, of NumPy's and PyTorch's too, or written as a float.
+
+    Raises:
+        ValueError: anything else, such as a list, a text, or a fraction.
+    """
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(plain, bool) or not isinstance(plain, int | float) or plain % 1:  # true of NaN and of infinity
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
+    return int(plain)
+
+
+def numbers(name: str, values: Any) -> list[int]:
+    """Whole numbers of a list, a range, a tensor or whatever else can be gone through.
+
+    Raises:
+        ValueError: no list, or others in it.
+    """
+    plain = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(plain, str) or not isinstance(plain, Iterable):
+        raise ValueError(f"{name}: expected a list of whole numbers, got {values!r}: write [{values}] for one of them")
+    return [number(name, value) for value in plain]
 
 
 def pixels(image: Any) -> torch.Tensor:

@@ -181,6 +181,10 @@ def register_attention_control_efficient(
         branches: 3 for batches [source, negative, prompt], 2 for [source, prompt]; each of as many rows.
         compat: "original" injects at timestep 1000 whatever the schedule.
 
+    Raises:
+        TypeError: no model with a UNet.
+        ValueError: no list of timesteps, others than whole numbers from 0 to 1000, or another number of branches.
+
     Returns:
         What restores the UNet: ``.restore()``, or a ``with`` block. `register_conv_control_efficient` on the same model
         returns the same.
@@ -243,12 +247,18 @@ def _register(model: Any, branches: int, **schedules: frozenset[int]) -> Registr
 def _schedule(timesteps: Iterable[Any] | None, compat: str | None) -> frozenset[int]:
     compat = chosen_compat(compat)
     always = (NOISIEST,) if compat == "original" and timesteps is not None else ()
+    if isinstance(timesteps, str) or getattr(timesteps, "ndim", 1) != 1 or not isinstance(timesteps, Iterable | None):
+        raise ValueError(
+            f"expected a list of timesteps, such as scheduler.timesteps[:25], got {timesteps!r}: write [t] "
+            "for one of them"
+        )
     return frozenset((*map(_timestep, () if timesteps is None else timesteps), *always))
 
 
 def _timestep(t: Any) -> int:
-    number = t.item() if hasattr(t, "item") else t
-    if isinstance(number, bool) or not isinstance(number, int | float) or number != int(number):
+    number = t.reshape(-1).tolist() if hasattr(t, "reshape") else [t]
+    number = number[0] if len(number) == 1 else number
+    if isinstance(number, bool) or not isinstance(number, int | float) or number % 1:  # true of NaN and of infinity
         raise ValueError(f"expected a timestep as a whole number, got {t!r}: schedules of this tool are DDIM's")
     if not 0 <= number <= NOISIEST:
         raise ValueError(f"expected a timestep from 0 to {NOISIEST}, got {t!r}")

@@ -23,6 +23,7 @@ from ..sampling.flow_sampling import guidance_of_rows
 from ..sampling.step_end import StepEnd
 from ..session.session import editing
 from ..session.unedited import unedited
+from .given import numbers
 from .names import unknown_name
 from .switch import chosen_compat
 
@@ -67,8 +68,8 @@ class FluxPipeline(DiffusersFluxPipeline):
             diffusers' output; or, of an inversion, latents [1, N, C] after each step, the noise last.
 
         Raises:
-            ValueError: blocks that the transformer has not, several prompts or a scheduler that cannot be followed for
-                an inversion, a list of other steps, or guidance for another number of prompts.
+            ValueError: blocks that the transformer has not or that are no list, several prompts or a scheduler that
+                cannot be followed for an inversion, a list of other steps, or guidance for another number of prompts.
         """
         compat = chosen_compat(compat)
         if invert_image:
@@ -89,7 +90,7 @@ class FluxPipeline(DiffusersFluxPipeline):
         counts = {"mm_copy_blocks": first, "single_copy_blocks": len(self.transformer.single_transformer_blocks)}
         layers: list[int] = []
         for (name, count), blocks in zip(counts.items(), (dual, single), strict=True):
-            chosen = [int(block) for block in blocks or ()]
+            chosen = [] if blocks is None else numbers(name, blocks)
             if not all(0 <= block < count for block in chosen):
                 raise ValueError(f"expected {name} to be among 0 to {count - 1}, this transformer's, got {chosen}")
             layers += [block + (first if name == "single_copy_blocks" else 0) for block in chosen]

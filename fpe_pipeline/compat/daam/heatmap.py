@@ -125,8 +125,14 @@ class GlobalHeatMap:
             offset_idx: added to the positions where the word was found.
 
         Raises:
+            TypeError: a word that is no text, or a position that is no whole number.
             ValueError: the prompt does not hold the word, or has no token there.
         """
+        if not isinstance(word, str) or (word_idx is not None and not hasattr(word_idx, "__index__")):
+            raise TypeError(
+                f"expected word to be a text and word_idx a whole number, got {word!r} and {word_idx!r}: ask "
+                "for each word"
+            )
         if word_idx is None:
             places = [place + offset_idx for place in self._places(word)]
         else:

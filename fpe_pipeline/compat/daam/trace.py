@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from ...heatmaps.watching import watching
 from ...models.sites import Site, attention_sites
 from ...prompts.encoding import encoding_tokenizer
+from ..given import number as whole
+from ..given import numbers
 from ..switch import chosen_compat
 from .collector import HeadHeat
 from .heads import KeptHeads
@@ -146,13 +148,20 @@ class DiffusionHeatMapHooker:
 
         Raises:
             RuntimeError: no call was made, or nothing was read of these factors, head and layer.
-            ValueError: an image that was not made, or a prompt with more tokens than the call's.
+            ValueError: an image that was not made, a prompt with more tokens than the call's, or numbers that are none.
+            TypeError: a prompt that is no text.
         """
+        if prompt is not None and not isinstance(prompt, str):
+            raise TypeError(f"expected prompt to be a text, got {prompt!r}")
+        image = whole("image", image)
+        head_idx = None if head_idx is None else whole("head_idx", head_idx)
+        layer_idx = None if layer_idx is None else whole("layer_idx", layer_idx)
         if not self._heat.images:
             raise RuntimeError("there are no heat maps: call the pipeline in `with trace(pipe) as tc:` first")
         if not 0 <= image < len(self._heat.images):
             raise ValueError(f"expected image to be in 0 to {len(self._heat.images) - 1}, got {image}")
-        wanted = set(_FACTORS if self._original else self._factors()) if factors is None else set(factors)
+        there = _FACTORS if self._original else self._factors()
+        wanted = set(there if factors is None else numbers("factors", factors))
         total, count, size = None, 0, self._view()
         for (factor, layer, head), maps in self._maps(image):
             if factor in wanted and head_idx in (None, head) and layer_idx in (None, layer):

@@ -11,6 +11,7 @@ import torch
 from fpe_kernels import AttentionMap
 
 from ...models.sites import Site
+from ..given import number, numbers
 from ..names import unknown_name
 from .masactrl_utils import AttentionBase, merged
 from .masks import on_grid, save_mask, score_biases
@@ -37,6 +38,9 @@ class MutualSelfAttentionControl(AttentionBase):
         layer_idx, step_idx: the layers and steps themselves, in the place of those.
         total_steps: of the run.
         model_type: "SD" or "SDXL", of whose 16 or 70 layers the original speaks; here the UNet says how many it has.
+
+    Raises:
+        ValueError: steps or layers that are no whole numbers, a negative start or step, or no list.
     """
 
     MODEL_TYPE = {"SD": 16, "SDXL": 70}  # noqa: RUF012  the original's name and value
@@ -51,11 +55,19 @@ class MutualSelfAttentionControl(AttentionBase):
         model_type: str = "SD",
     ) -> None:
         super().__init__()
+        start_step, start_layer = number("start_step", start_step), number("start_layer", start_layer)
+        total_steps = number("total_steps", total_steps)
         self.total_steps, self.total_layers = total_steps, self.MODEL_TYPE.get(model_type, 16)
         self.start_step, self.start_layer = start_step, start_layer
         self._names_layers = layer_idx is not None
-        self.layer_idx = list(range(start_layer, self.total_layers) if layer_idx is None else layer_idx)
-        self.step_idx = list(range(start_step, total_steps) if step_idx is None else step_idx)
+        own = range(start_layer, self.total_layers)
+        self.layer_idx = list(own) if layer_idx is None else numbers("layer_idx", layer_idx)
+        self.step_idx = list(range(start_step, total_steps)) if step_idx is None else numbers("step_idx", step_idx)
+        if min(start_step, start_layer, *self.step_idx) < 0:
+            raise ValueError(
+                f"expected steps and layers from 0 on, got start_step={start_step}, start_layer={start_layer}, "
+                f"step_idx={self.step_idx}"
+            )
 
     def begin(self, sites: Sequence[Site]) -> None:
         """Take the number of layers from the UNet."""
@@ -262,7 +274,10 @@ class MutualSelfAttentionControlMaskAuto(_Masked):
     ) -> None:
         super().__init__(start_step, start_layer, layer_idx, step_idx, total_steps, model_type)
         self.thres, self.mask_save_dir = thres, mask_save_dir
-        self.ref_token_idx, self.cur_token_idx = list(ref_token_idx), list(cur_token_idx)
+        self.ref_token_idx, self.cur_token_idx = (
+            numbers("ref_token_idx", ref_token_idx),
+            numbers("cur_token_idx", cur_token_idx),
+        )
         #: Of the layers that were read in this step: head means of both groups of tokens [rows, N, 2].
         self.cross_attns: list[torch.Tensor] = []
         self._read_grid: tuple[int, int] | None = None

@@ -5,9 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fpe_pipeline.compat import free_prompt_editing, pnp_inversion, prompt_to_prompt
+from fpe_pipeline.compat import daam, free_prompt_editing, masactrl, pnp_diffusers, pnp_inversion, prompt_to_prompt
+from fpe_pipeline.compat.free_flux import register_non_rigid_attention_control
 from fpe_pipeline.compat.prompt_to_prompt import ptp_utils
+from fpe_pipeline.compat.stable_flow import FluxPipeline
 from tests.support.tiny_pipelines import PROMPTS, shared_noise, tiny_pipeline
+from tests.support.tiny_transformers import tiny_flux_pipeline
 
 TWO = PROMPTS[:2]
 #: What is no share of the steps: the first four, and a third number of a pair, changed what was edited in silence.
@@ -146,3 +149,68 @@ def test_what_is_no_picture(loop, given, error, said):
         loop.own.invert(given, "", 1)
     with pytest.raises(error, match=said):
         pnp_inversion.DirectInversion(loop.own, 1).invert(given, TWO, 1.0)
+
+
+def masa(**options):
+    return masactrl.MutualSelfAttentionControl(**options)
+
+
+@pytest.mark.parametrize("value", ["12", 2, ["1"], [0.5], [None], [True], torch.tensor(2)], ids=str)
+def test_lists_of_whole_numbers(loop, value):
+    """A text is no list of its digits, and a fraction is not cut off: both edited other layers or steps, or none."""
+    for name in ("layer_idx", "step_idx"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected a .*whole number"):
+            masa(**{name: value})
+    with pytest.raises(ValueError, match=r"^ref_token_idx: expected a .*whole number"):
+        masactrl.MutualSelfAttentionControlMaskAuto(ref_token_idx=value)
+
+
+def test_lists_of_any_kind():
+    for given in ((1, 2), range(1, 3), torch.tensor([1, 2]), np.array([1.0, 2.0]), (one for one in (1, 2))):
+        assert masa(step_idx=given).step_idx == [1, 2]
+    for wrong in ({"start_step": -1}, {"start_layer": -1}, {"step_idx": [-1]}):
+        with pytest.raises(ValueError, match="from 0 on"):
+            masa(**wrong)
+    with pytest.raises(ValueError, match=r"^start_step: expected a whole number, got 'a'"):
+        masa(start_step="a")
+
+
+def test_blocks_that_are_no_list(pipe):
+    tiny = tiny_flux_pipeline(pipe)
+    own = FluxPipeline(**tiny.components)
+    for wrong in (0, "0", [0.9]):
+        with pytest.raises(ValueError, match=r"^mm_copy_blocks: expected a .*whole number"):
+            own(TWO, mm_copy_blocks=wrong)
+        with pytest.raises(ValueError, match=r"^layer_idx: expected a .*whole number"):
+            register_non_rigid_attention_control(tiny, layer_idx=wrong, total_layers=5)
+        with pytest.raises(ValueError, match=r"^step_idx: expected a .*whole number"):
+            register_non_rigid_attention_control(tiny, step_idx=wrong, total_layers=5)
+    with pytest.raises(ValueError, match="steps from 0 on"):
+        register_non_rigid_attention_control(tiny, step_idx=[-1], total_layers=5)
+
+
+def test_schedules_that_are_no_list(loop):
+    for wrong in (5, torch.tensor(5), "981", torch.zeros(2, 2), np.array(5)):
+        with pytest.raises(ValueError, match=r"expected a list of timesteps, such as scheduler.timesteps\[:25\], got"):
+            pnp_diffusers.register_attention_control_efficient(loop.pipe, wrong)
+    for wrong in (float("nan"), float("inf"), torch.tensor([1, 2])):
+        with pytest.raises(ValueError, match="expected a timestep as a whole number"):
+            pnp_diffusers.register_conv_control_efficient(loop.pipe, [wrong])
+
+
+def test_heat_of_what_is_no_number(loop):
+    with daam.trace(loop.pipe) as tc:
+        loop.pipe(TWO[0], num_inference_steps=1, latents=loop.noise, output_type="latent")
+    for name in ("head_idx", "layer_idx", "image"):
+        with pytest.raises(ValueError, match=f"^{name}: expected a whole number"):
+            tc.compute_global_heat_map(**{name: [0]})
+    for wrong in (4, "12", [0.5]):
+        with pytest.raises(ValueError, match=r"^factors: expected a .*whole number"):
+            tc.compute_global_heat_map(factors=wrong)
+    heat = tc.compute_global_heat_map(factors=torch.tensor([1, 2]))
+    assert torch.equal(heat.heat_maps, tc.compute_global_heat_map(factors=[1, 2]).heat_maps)
+    with pytest.raises(TypeError, match="expected prompt to be a text"):
+        tc.compute_global_heat_map([TWO[0]])
+    for arguments in ((["car"],), (None,), ("car", [3])):
+        with pytest.raises(TypeError, match="expected word to be a text and word_idx a whole number"):
+            heat.compute_word_heat_map(*arguments)
