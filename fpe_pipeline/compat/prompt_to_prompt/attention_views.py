@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..given import number
 from ..lazy import LazyMap
 from .controllers import AttentionStore
 from .ptp_utils import text_under_image, view_images
-from .word_tokens import required
+from .word_tokens import listed, required
 
 __all__ = ["aggregate_attention", "show_cross_attention", "show_self_attention_comp"]
 
@@ -32,18 +33,30 @@ def aggregate_attention(
     Args:
         attention_store: a controller that has seen a run.
         res: the side of the layers' query tokens, or (height, width).
-        from_where: of "down", "mid", "up".
+        from_where: of "down", "mid", "up", one or several.
         is_cross: cross-attention layers, or else self-attention.
         select: the prompt's number.
         prompts: of the run; default: as many as the last batch had.
 
     Raises:
-        ValueError: no layer of that resolution is kept there, or no such prompt.
+        TypeError: no store, or prompts that are no texts.
+        ValueError: no layer of that resolution is kept there, no such place or prompt, or other prompts than the run's.
     """
+    if not hasattr(attention_store, "get_average_attention"):
+        raise TypeError(
+            f"expected a controller that keeps maps, an AttentionStore, got {type(attention_store).__name__}"
+        )
+    from_where = (from_where,) if isinstance(from_where, str) else tuple(from_where or ())
+    if not from_where or not set(from_where) <= {"down", "mid", "up"}:
+        raise ValueError(f'expected from_where to be of "down", "mid" and "up", got {from_where!r}')
+    select = number("select", select)
     size = tuple(res) if isinstance(res, Sequence) else (int(res), int(res))
     kind = "cross" if is_cross else "self"
     averages = attention_store.get_average_attention()
-    count = attention_store.rows if prompts is None else len(prompts)
+    count = attention_store.rows if prompts is None else len(listed(prompts))
+    rows, known = attention_store.rows, len(getattr(attention_store, "prompts", ()))
+    if rows % max(count, 1) or rows == known != count:  # rows or heads of one prompt would count for another
+        raise ValueError(f"expected the prompts of the run, which had {rows} rows, got {count}")
     if not 0 <= select < count:
         raise ValueError(f"select={select} names one of {count} prompts")
     kept = [attn for place in from_where for attn in averages[f"{place}_{kind}"]]
@@ -85,6 +98,7 @@ def show_cross_attention(
     prompts = getattr(attention_store, "prompts", None) if prompts is None else prompts
     if prompts is None:
         raise ValueError("the controller has seen no prompts: pass prompts=")
+    prompts = listed(prompts)
     tokenizer = required(getattr(attention_store, "tokenizer", None) if tokenizer is None else tokenizer)
     attention_maps = aggregate_attention(attention_store, res, from_where, True, select, prompts)
     images = []

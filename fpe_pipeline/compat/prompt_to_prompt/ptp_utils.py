@@ -165,8 +165,8 @@ def text2image_ldm_stable(
     registered = register_attention_control(model, controller, compat)
     if compat is None and hasattr(controller, "reset"):
         controller.reset()
-    if controller is not None and not hasattr(controller, "prompts"):
-        controller.prompts = prompt
+    if controller is not None and getattr(controller, "prompts", None) is getattr(controller, "prompts_of_run", None):
+        controller.prompts = controller.prompts_of_run = prompt  # unless it has prompts of its own
     try:
         for index, t in enumerate(timesteps[first:]):
             if uncond_embeddings is not None:

@@ -214,3 +214,32 @@ def test_heat_of_what_is_no_number(loop):
     for arguments in ((["car"],), (None,), ("car", [3])):
         with pytest.raises(TypeError, match="expected word to be a text and word_idx a whole number"):
             heat.compute_word_heat_map(*arguments)
+
+
+def test_looks_at_what_was_not_seen(loop):
+    store = prompt_to_prompt.AttentionStore()
+    ptp_utils.text2image_ldm_stable(loop.pipe, TWO, store, 1, latent=loop.noise)
+
+    def look(res=4, places=("down", "up"), select=0, prompts=None):
+        return prompt_to_prompt.aggregate_attention(store, res, places, True, select, prompts)
+
+    assert torch.equal(look(places="up").sum(-1), look(places=["up"]).sum(-1))
+    for wrong in ("top", [], None, ["up", "left"]):
+        with pytest.raises(ValueError, match='expected from_where to be of "down", "mid" and "up", got'):
+            look(places=wrong)
+    for wrong in (PROMPTS[:3], PROMPTS[:4], TWO[0]):  # four took heads for prompts, which was not said
+        with pytest.raises(ValueError, match="prompts of the run, which had 2 rows"):
+            look(prompts=wrong)
+    with pytest.raises(ValueError, match=r"^select: expected a whole number"):
+        look(select="0")
+    with pytest.raises(TypeError, match=r"expected a.* AttentionStore"):
+        prompt_to_prompt.aggregate_attention(None, 4, ("up",), True, 0)
+
+
+def test_a_store_that_runs_again_shows_the_later_prompts(loop):
+    store, edit = prompt_to_prompt.AttentionStore(), prompt_to_prompt.AttentionReplace(TWO, 1, 0.8, 0.4)
+    for prompts in (TWO, PROMPTS[2:5]):
+        ptp_utils.text2image_ldm_stable(loop.pipe, prompts, store, 1, latent=loop.noise)
+        assert store.prompts == prompts
+    ptp_utils.text2image_ldm_stable(loop.pipe, tuple(TWO), edit, 1, latent=loop.noise)
+    assert edit.prompts == TWO
