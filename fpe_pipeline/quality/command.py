@@ -15,7 +15,7 @@ from .evaluated import EvaluatedModel
 from .images_command import check_given, run_on_images
 from .intervals import summarise
 from .request import Evaluation
-from .store import ScoreFile, brief, dump, environment, fingerprint, packed
+from .store import ScoreFile, brief, configuration, dump, environment, fingerprint, packed
 from .study.conditions import (
     Condition,
     method_conditions,
@@ -57,7 +57,8 @@ def run(asked: Evaluation, progress: Progress | None = None, *, as_json: bool = 
     check_writable(asked.output)
     conditions = _conditions(asked, model.is_transformer)
     pairs = held_out_pairs(asked.pairs, asked.kinds, asked.seed)
-    settings = {**_settings(asked, conditions), "weights": fingerprint(model.folder)}
+    of_model = {"weights": fingerprint(model.folder), "configuration": configuration(model.folder)}
+    settings = {**_settings(asked, conditions), **of_model}
     # How many pairs are wanted may grow from run to run: the first ones stay the same.
     store = ScoreFile(asked.output / "scores.jsonl", {**settings, "pairs": None})
     done = len(store.rows) // len(conditions)

@@ -19,7 +19,7 @@ from .methods.image_folder import folder_digest, folder_subjects
 from .methods.subjects import GENERATED, HELD_OUT, Subject, generated_subjects, render_subjects
 from .methods.tally import compare
 from .request import Evaluation
-from .store import ScoreFile, brief, dump, environment, fingerprint, packed
+from .store import ScoreFile, brief, configuration, dump, environment, fingerprint, packed
 from .study.pairs import held_out_pairs
 
 __all__ = ["check_given", "run_on_images"]
@@ -83,6 +83,7 @@ def run_on_images(asked: Evaluation, progress: Progress, *, as_json: bool = Fals
         **{name: getattr(asked, name) for name in ("steps", "guidance", "self_replace", "seed", "device")},
         "methods": {contender.name: contender.about for contender in contenders(asked.self_replace, model.served)},
         "weights": fingerprint(model.folder),
+        "configuration": configuration(model.folder),
         **({} if asked.text_tokens is None else {"text_tokens": asked.text_tokens}),
     }
     # Scores of a version that measured other figures are not to be mixed with these.

@@ -12,7 +12,7 @@ from typing import Any
 from ..atomic_folder import staged
 from ..errors import InputError
 
-__all__ = ["ScoreFile", "brief", "dump", "environment", "fingerprint", "packed", "plain", "unpacked"]
+__all__ = ["ScoreFile", "brief", "configuration", "dump", "environment", "fingerprint", "packed", "plain", "unpacked"]
 
 
 class ScoreFile:
@@ -81,6 +81,15 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in _WEIGHTS):
         digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def configuration(folder: Path) -> str:
+    """Of what else a model folder has that decides its pictures: the settings of each part, scheduler and tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "model_index.json", *folder.glob("*/*")]):
+        if path.is_file() and path.suffix not in _WEIGHTS:
+            digest.update(f"{path.relative_to(folder).as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -175,3 +177,25 @@ def test_other_weights_are_another_model(tmp_path, suffix):
         path.write_bytes(content)
         seen.add(fingerprint(tmp_path))
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("changed", ["scheduler/scheduler_config.json", "tokenizer/vocab.json"])
+def test_scores_of_a_model_set_up_otherwise_are_not_continued(tmp_path, monkeypatch, changed):
+    """Another scheduler or vocabulary with the same weights draws other pictures."""
+    model = tmp_path / "model"
+    shutil.copytree(embedded_path("embedded"), model, copy_function=os.symlink)
+
+    def evaluate(pipe, judge, pairs, conditions, *, first, on_chunk, **_):
+        for index, pair in enumerate(pairs, start=first):
+            on_chunk([Score(index, pair.kind, c.name, *6 * [True], 0.5, 30.0) for c in conditions])
+
+    monkeypatch.setattr(command_module, "evaluate", evaluate)
+    monkeypatch.setattr(command_module, "_load", lambda *_: (None, None))
+    arguments = ["--model", str(model), "-o", str(tmp_path / "out")]
+    assert run(evaluation(*arguments, "--pairs", "1")) == 0
+    assert run(evaluation(*arguments, "--pairs", "2")) == 0
+    text = (model / changed).read_text()
+    (model / changed).unlink()
+    (model / changed).write_text(json.dumps(json.loads(text) | {"other": 1}))
+    with pytest.raises(InputError, match="other settings"):
+        run(evaluation(*arguments, "--pairs", "3"))
