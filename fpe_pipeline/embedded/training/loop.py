@@ -26,6 +26,7 @@ __all__ = ["Fit", "Fitted", "fit"]
 log = logging.getLogger(__name__)
 
 _REPORT_SECONDS, _SAVE_SECONDS = 10.0, 30.0
+_LOST = 20  # steps in a row without a finite gradient: single ones are left out, so many end a training
 _AHEAD = 2  # steps that wait on the device: it never idles, and the clock is never far from what it did
 
 
@@ -91,6 +92,7 @@ def fit(
 
     Raises:
         ValueError: the checkpoint is damaged, or of another network.
+        FloatingPointError: the loss has not been finite for many steps; the checkpoint is of before.
     """
     device = next(module.parameters()).device
     name = checkpoint.stem if checkpoint is not None else type(module).__name__
@@ -105,6 +107,7 @@ def fit(
     while not state.finished and (progress := settings.progress(state.step, state.minutes)) < 1.0:
         step = state.step
         if stop_after is not None and step - first >= stop_after:
+            state.check_learns(optimiser, name, step - first)
             state.save()
             return Fitted(False, step, state.minutes, 0.0, figures, optimiser.graphed)
         inputs = draw(step, generator.manual_seed(seed * 1_000_003 + step))
@@ -112,6 +115,7 @@ def fit(
         state.step, state.minutes = step + 1, clock.tick()
         now = time.monotonic()
         if now - reported > _REPORT_SECONDS:
+            state.check_learns(optimiser, name)
             figures = optimiser.figures()
             speed = (state.step - seen) * settings.batch / (now - reported)
             told = _told(figures)
@@ -120,11 +124,13 @@ def fit(
             if on_progress is not None:
                 on_progress(progress, state.weights)
         if now - saved_at > _SAVE_SECONDS:
+            state.check_learns(optimiser, name)
             state.save()
             saved_at = time.monotonic()
     taken = state.step - first
     state.minutes = clock.end() if taken else state.minutes
     if taken or not state.finished:
+        state.check_learns(optimiser, name, taken)
         figures = optimiser.figures() if taken else {}
         state.finished = True
         state.save()
@@ -165,6 +171,18 @@ class _State:
             ) from error
         log.info("%s: continuing from step %d", name, place[0])
         return cls(weights, checkpoint, *place)
+
+    def check_learns(self, optimiser: OptimiserStep, name: str, taken: int = _LOST) -> None:
+        """Raise `FloatingPointError` where the last `_LOST` steps, or all of fewer, have learnt nothing."""
+        lost = optimiser.lost()
+        if not taken or lost < min(_LOST, taken):
+            return
+        kept = f"'{self.checkpoint}' is of before" if self.checkpoint and self.checkpoint.exists() else "none was kept"
+        raise FloatingPointError(
+            f"{name}: the loss or its gradient has not been finite since step {self.step - lost}, nothing is learnt "
+            f"any more; of checkpoints, {kept}: go on with a lower learning rate (presets.py), or look at what it is "
+            "trained on"
+        )
 
     def save(self) -> None:
         if self.checkpoint is None:

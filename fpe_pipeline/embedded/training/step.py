@@ -167,6 +167,7 @@ class OptimiserStep:
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._names: list[str] = []
         self._reported = torch.zeros(0)
+        self._lost = torch.zeros((), device=weights.values.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm, self._capturable = 0, self._cuda
         self._stream = torch.cuda.Stream() if self._cuda else None
@@ -179,6 +180,10 @@ class OptimiserStep:
     def figures(self) -> dict[str, float]:
         """What the loss reported at the last step; waits for it."""
         return dict(zip(self._names, self._reported.tolist(), strict=True))
+
+    def lost(self) -> int:
+        """How many steps up to the last, without one between them, had a gradient that is not finite; waits for it."""
+        return int(self._lost.item())
 
     def __call__(self, step: int, inputs: tuple[torch.Tensor, ...], rate: float, decay: float) -> None:
         """Take step ``step`` (the first is 0) at a learning rate and with a decay of the moving average."""
@@ -237,6 +242,7 @@ class OptimiserStep:
         weights, gradient = self._weights, self._weights.gradient
         rate, first, second, blend = self._numbers.unbind()
         norm = gradient.norm()
+        self._lost.add_(1).mul_(~norm.isfinite())
         # A gradient that is not finite counts as none.
         gradient.nan_to_num_(0.0, 0.0, 0.0)
         gradient.mul_((self._clip / (norm + 1e-6)).nan_to_num(0.0).clamp(max=1.0))

@@ -100,6 +100,26 @@ class TestLoop:
         assert 1 <= time.monotonic() - begun < 2
         assert rates[0] == settings.learning_rate and rates[-1] < 0.1 * settings.learning_rate
 
+    @pytest.mark.parametrize("given", [{}, {"stop_after": 40}, {"stop_after": 3}])
+    def test_a_loss_that_is_lost_ends_a_training_and_keeps_the_checkpoint(self, given, tmp_path):
+        """Single steps that are not finite are left out; a training of nothing else ended as if it had learnt."""
+        path, broken = tmp_path / "unet.pt", set()
+
+        def loss(network, inputs):
+            return network(inputs).square().mean() * (float("nan") if next(steps) in broken else 1.0), {}
+
+        def go_on(**options):
+            module, settings = torch.nn.Linear(4, 1), Fit(steps=80, batch=8, ema=0.9)
+            return fit(module, lambda step, generator: (torch.ones(8, 4),), loss, settings, path, **options)
+
+        steps, broken = iter(range(100)), {3, 5, 6}
+        assert not go_on(stop_after=10)
+        before = path.read_bytes()
+        steps, broken = iter(range(10, 100)), set(range(10, 100))
+        with pytest.raises(FloatingPointError, match=r"unet: the loss.* since step 10, .*unet.pt' is of before"):
+            go_on(**given)
+        assert path.read_bytes() == before
+
     def test_clock_ends_a_run(self):
         settings = Fit(steps=100, batch=1, max_minutes=2.0, tail=0.5)
         assert settings.progress(10, 0.0) == 0.1
