@@ -107,15 +107,13 @@ def fit(
     while not state.finished and (progress := settings.progress(state.step, state.minutes)) < 1.0:
         step = state.step
         if stop_after is not None and step - first >= stop_after:
-            state.check_learns(optimiser, name, step - first)
-            state.save()
+            state.save(optimiser, name, step - first)
             return Fitted(False, step, state.minutes, 0.0, figures, optimiser.graphed)
         inputs = draw(step, generator.manual_seed(seed * 1_000_003 + step))
         optimiser(step, inputs, settings.rate(step, progress), min(settings.ema, (1 + step) / (10 + step)))
         state.step, state.minutes = step + 1, clock.tick()
         now = time.monotonic()
         if now - reported > _REPORT_SECONDS:
-            state.check_learns(optimiser, name)
             figures = optimiser.figures()
             speed = (state.step - seen) * settings.batch / (now - reported)
             told = _told(figures)
@@ -124,16 +122,14 @@ def fit(
             if on_progress is not None:
                 on_progress(progress, state.weights)
         if now - saved_at > _SAVE_SECONDS:
-            state.check_learns(optimiser, name)
-            state.save()
+            state.save(optimiser, name, state.step - first)
             saved_at = time.monotonic()
     taken = state.step - first
     state.minutes = clock.end() if taken else state.minutes
     if taken or not state.finished:
-        state.check_learns(optimiser, name, taken)
         figures = optimiser.figures() if taken else {}
         state.finished = True
-        state.save()
+        state.save(optimiser, name, taken)
     speed = taken * settings.batch / max(1e-9, clock.seconds) if taken else 0.0
     log.info("%s: %d steps in %.2f minutes, %.1f samples/s, %s", name, state.step, state.minutes, speed, _told(figures))
     state.weights.finish()
@@ -172,9 +168,17 @@ class _State:
         log.info("%s: continuing from step %d", name, place[0])
         return cls(weights, checkpoint, *place)
 
-    def check_learns(self, optimiser: OptimiserStep, name: str, taken: int = _LOST) -> None:
+    def save(self, optimiser: OptimiserStep, name: str, taken: int) -> None:
+        """Replace the file, but for weights that ``taken`` steps of a call have left as they were."""
+        self._check_learns(optimiser.lost(), name, taken)
+        if self.checkpoint is None:
+            return
+        place = {"step": self.step, "minutes": self.minutes, "finished": self.finished}
+        with replaced(self.checkpoint) as partial:
+            torch.save({**self.weights.state(), **place}, partial)
+
+    def _check_learns(self, lost: int, name: str, taken: int) -> None:
         """Raise `FloatingPointError` where the last `_LOST` steps, or all of fewer, have learnt nothing."""
-        lost = optimiser.lost()
         if not taken or lost < min(_LOST, taken):
             return
         kept = f"'{self.checkpoint}' is of before" if self.checkpoint and self.checkpoint.exists() else "none was kept"
@@ -183,13 +187,6 @@ class _State:
             f"any more; of checkpoints, {kept}: go on with a lower learning rate (presets.py), or look at what it is "
             "trained on"
         )
-
-    def save(self) -> None:
-        if self.checkpoint is None:
-            return
-        place = {"step": self.step, "minutes": self.minutes, "finished": self.finished}
-        with replaced(self.checkpoint) as partial:
-            torch.save({**self.weights.state(), **place}, partial)
 
 
 def _told(figures: dict[str, float]) -> str:
