@@ -58,6 +58,10 @@ _LAY_BEFORE = {
     "fpe_pipeline/models/embedded": EMBEDDED,
     **{f"fpe_pipeline/models/earlier/{name.replace('-', '_')}": name for name in EARLIER},
 }
+# What diffusers and transformers call weights; shards have their number before or after the variant.
+_WEIGHTS = re.compile(
+    r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?(\.(?P<variant>[a-z]\w*))?(-\d+-of-\d+)?\.(safetensors|bin)"
+)
 _SDXL_PART = "conditioner.embedders.1.model."
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -196,14 +200,25 @@ def load(source: ModelSource, pipeline: Any, *, dtype: torch.dtype, device: str)
         InputError: the hub does not provide it, or the weights cannot be read.
     """
     loader = pipeline.from_single_file if source.kind == "file" else pipeline.from_pretrained
+    options = {"variant": _only_variant(Path(source.location))} if source.kind == "folder" else {}
     try:
         with quiet_libraries():
-            pipe = loader(source.location, torch_dtype=dtype)
+            pipe = loader(source.location, torch_dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         hint = "; a checkpoint file needs its configuration from the hub once" if source.kind == "file" else ""
         raise InputError(f"model '{source.location}' could not be loaded: {reason[0]}{hint}") from error
     return pipe.to(device)
+
+
+def _only_variant(folder: Path) -> str | None:
+    """The variant, such as "fp16", in which a folder has the weights of parts that it has in no other form."""
+    variants = set()
+    for part in folder.iterdir():
+        found = [match for path in part.glob("*") if (match := _WEIGHTS.fullmatch(path.name))]
+        if found and all(match["variant"] for match in found):
+            variants |= {match["variant"] for match in found}
+    return variants.pop() if len(variants) == 1 else None
 
 
 def identity(pipe: Any) -> str:
