@@ -62,6 +62,7 @@ _LAY_BEFORE = {
 _WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?(\.(?P<variant>[a-z]\w*))?(-\d+-of-\d+)?\.(safetensors|bin)"
 )
+_LONGEST_TEXT = 10**6  # tokens; transformers writes 10^30 where nothing says how many a model reads
 _SDXL_PART = "conditioner.embedders.1.model."
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -208,6 +209,7 @@ def load(source: ModelSource, pipeline: Any, *, dtype: torch.dtype, device: str)
         reason = str(error).strip().splitlines() or [type(error).__name__]
         hint = "; a checkpoint file needs its configuration from the hub once" if source.kind == "file" else ""
         raise InputError(f"model '{source.location}' could not be loaded: {reason[0]}{hint}") from error
+    _check_tokenizers(pipe, source.location)
     return pipe.to(device)
 
 
@@ -219,6 +221,23 @@ def _only_variant(folder: Path) -> str | None:
         if found and all(match["variant"] for match in found):
             variants |= {match["variant"] for match in found}
     return variants.pop() if len(variants) == 1 else None
+
+
+def _check_tokenizers(pipe: Any, location: str) -> None:
+    """Raise InputError for tokenizers without words or a length: of a folder that lacks files, or the whole of it,
+    transformers makes one all the same."""
+    for name, tokenizer in pipe.components.items():
+        if tokenizer is None or not name.startswith("tokenizer"):
+            continue
+        lacks = ""
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            lacks = f"words: expected tokenizer.json, or vocab.json and merges.txt, in '{name}'"
+        elif type(tokenizer).__name__.startswith("CLIP") and tokenizer.model_max_length > _LONGEST_TEXT:
+            lacks = f"length: expected tokenizer_config.json with model_max_length in '{name}'"
+        if lacks:
+            raise InputError(
+                f"model '{location}' could not be loaded: its {name} has no {lacks}; copy the whole folder"
+            )
 
 
 def identity(pipe: Any) -> str:

@@ -1,9 +1,10 @@
-"""What people have on their disks for a model: variants of weights."""
+"""What people have on their disks for a model: variants of weights, folders that lack files."""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fpe_pipeline.errors import InputError
 from fpe_pipeline.models.loading import find_model
 from fpe_pipeline.runs.loading import load_pipeline
 from tests.support.tiny_cli import tiny_model_folder
@@ -38,3 +39,18 @@ def test_a_variant_is_loaded_where_there_are_no_ordinary_weights(model):
         path.unlink()
     variant = _load(model).unet.conv_in.weight
     assert variant.dtype == torch.float32 and torch.equal(variant, 2 * weight.half().float())
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("*", "its tokenizer has no words: expected tokenizer.json"),
+        ("tokenizer_config.json", "its tokenizer has no length: expected tokenizer_config.json"),
+    ],
+)
+def test_a_tokenizer_that_lacks_files_is_named(model, lost, said):
+    """Of nothing, transformers makes a tokenizer to which every word is unknown."""
+    for path in (model / "tokenizer").glob(lost):
+        path.unlink()
+    with pytest.raises(InputError, match=f"could not be loaded: {said}"):
+        _load(model)
