@@ -129,6 +129,11 @@ def find_model(model: str) -> ModelSource:
                 f"a model file must end in {' or '.join(SINGLE_FILE_SUFFIXES)}, got '{model}'; "
                 "pass a checkpoint file or a diffusers folder"
             )
+        if _is_lora(path):
+            raise InputError(
+                f"'{model}' is a LoRA, which is added to a model and is none; pass the model that it was made for, and "
+                "in Python add it by pipe.load_lora_weights and edit with `fpe_pipeline.editing(pipe, ...)`"
+            )
         return ModelSource("file", str(path.resolve()), family="sdxl" if holds_sdxl(path) else None)
     for end, name in _LAY_BEFORE.items():
         if path.as_posix().endswith(f"/{end}"):
@@ -152,6 +157,12 @@ def holds_sdxl(path: Any) -> bool:
         return False
     names = _names_in_safetensors(path) if Path(path).suffix == ".safetensors" else _names_in_pickle(path)
     return any(name.startswith(_SDXL_PART) for name in names)
+
+
+def _is_lora(path: Path) -> bool:
+    """Whether a file here holds what is added to the weights of a model rather than those; of safetensors alone."""
+    names = _names_in_safetensors(path) if path.suffix == ".safetensors" else []
+    return sum("lora" in name for name in names) > len(names) / 2
 
 
 def _names_in_safetensors(path: Any) -> list[str]:

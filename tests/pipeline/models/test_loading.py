@@ -1,4 +1,4 @@
-"""What people have on their disks for a model: variants of weights, folders that lack files."""
+"""What people have on their disks for a model: variants of weights, folders that lack files, LoRAs."""
 
 import pytest
 import torch
@@ -54,3 +54,16 @@ def test_a_tokenizer_that_lacks_files_is_named(model, lost, said):
         path.unlink()
     with pytest.raises(InputError, match=f"could not be loaded: {said}"):
         _load(model)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["unet.mid_block.to_q.lora_A.weight", "unet.mid_block.to_q.lora_B.weight"],
+        ["lora_unet_mid_block_to_q.lora_down.weight", "lora_unet_mid_block_to_q.alpha"],
+    ],
+)
+def test_a_lora_is_no_model(tmp_path, names):
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "style.safetensors")
+    with pytest.raises(InputError, match="is a LoRA, which is added to a model"):
+        find_model(str(tmp_path / "style.safetensors"))
