@@ -95,7 +95,8 @@ def fitted_size(
     """(width, height) to cut a picture of size ``given`` to.
 
     Raises:
-        InputError: a side of ``size`` that is no positive multiple.
+        InputError: a side of ``size`` that is no positive multiple, or one that follows from the picture's shape and is
+            none of a model: filled up to its least, a picture of a line becomes thousands of times the model's own.
     """
     for name, side in zip(("width", "height"), size, strict=True):
         if side is not None and (side <= 0 or side % multiple):
@@ -107,6 +108,11 @@ def fitted_size(
         wanted = (width or (height or 0) * aspect, height or (width or 0) / aspect)
     else:
         wanted = (math.sqrt(pixels * aspect), math.sqrt(pixels / aspect))
+    if min(wanted) < multiple / 2:
+        raise InputError(
+            f"a picture of {given[0]}x{given[1]} pixels is too long for its width: at this size its shorter side would "
+            f"be less than half of the {multiple} px that a model takes; cut it, or give both width and height"
+        )
     across, down = (max(1, round(side / multiple)) * multiple for side in wanted)
     return across, down
 

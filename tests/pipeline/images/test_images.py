@@ -171,6 +171,13 @@ class TestSizes:
         with pytest.raises(InputError, match=message):
             fitted_size((64, 64), size, 8, 4096)
 
+    @pytest.mark.parametrize("size", [(None, None), (512, None)])
+    def test_lines_are_no_pictures(self, size):
+        """They became 57244 x 4 pixels of a model of 128 x 128, which ran for hours."""
+        with pytest.raises(InputError, match=r"200000x1 pixels is too long .* cut it, or give both"):
+            fitted_size((200000, 1), size, 4, 128 * 128)
+        assert fitted_size((200000, 1), (512, 8), 4, 128 * 128) == (512, 8)
+
     def test_the_middle_is_kept(self):
         """A white frame around a black middle: what is cut off is the frame on the long sides."""
         image = Image.new("RGB", (100, 40), (255, 255, 255))
