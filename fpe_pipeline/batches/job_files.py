@@ -23,7 +23,7 @@ from typing import Any
 from ..errors import InputError
 from ..lists import OTHER_FIELDS, csv_rows, named_once, read_list
 from ..runs.option_files import OPTION_FILES
-from ..runs.settings import DEFAULTS, Settings
+from ..runs.settings import DEFAULTS, SELECTORS, Settings
 from ..texts import did_you_mean
 from .jobs import BadRow, Job
 from .summary import KINDS
@@ -193,6 +193,8 @@ def _jobs(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any], folder
     own = {setting: _plain(setting, row[setting]) for setting in OF_A_ROW if row.get(setting) is not None}
     if isinstance(own.get("options", {}), dict):
         own["options"] = _joined(defaults, own.get("method"), _placed(folder, own.get("options", {})))
+    if own.keys() & set(SELECTORS):  # a choice of layers takes the place of another, of whichever kind
+        defaults = {name: value for name, value in defaults.items() if name not in SELECTORS}
     image = None if "image" not in said else str(_picture(folder, str(said["image"])))
     mask = said.get("mask")
     if mask is not None:

@@ -21,8 +21,9 @@ from .sentences import Text, sentences
 if TYPE_CHECKING:
     from ..inversion.null_text import NullText
 
-__all__ = ["DEFAULTS", "DTYPE_NAMES", "INVERSIONS", "InversionName", "Schema", "Settings"]
+__all__ = ["DEFAULTS", "DTYPE_NAMES", "INVERSIONS", "SELECTORS", "InversionName", "Schema", "Settings"]
 
+#: Fields that choose layers, one instead of another.
 SELECTORS = ("levels", "max_tokens", "layers")
 SELF_REPLACE = (0.0, 0.8)
 # Those of `fpe_pipeline.inversion`, which is not imported here: it takes seconds that `fpe --help` need not spend.

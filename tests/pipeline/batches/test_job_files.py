@@ -58,6 +58,15 @@ class TestOurs:
         joined = {"start_step": 3, "start_layer": 4}
         assert [job.settings.options for job in jobs] == [{"start_step": 3}, joined, {"start_step": 1}, joined, {}]
 
+    @pytest.mark.parametrize("own", [{"layers": ("up_blocks.1",)}, {"max_tokens": 64}, {"levels": (0,)}])
+    def test_a_choice_of_layers_takes_the_place_of_that_of_all_rows(self, tmp_path, own):
+        """As in `fpe edit --from`: the row was refused for having said two."""
+        row = {"source": SOURCE, "target": TARGET}
+        changed, usual = read(tmp_path, "jobs.json", [{**row, **own}, row], levels=(1,))
+        chosen = {name: getattr(changed.settings, name) for name in ("levels", "max_tokens", "layers")}
+        assert {name: value for name, value in chosen.items() if value is not None} == own
+        assert changed.settings.edit() is not None and usual.settings.levels == (1,)
+
     @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
     def test_a_line_ends_where_json_lines_do(self, tmp_path, mark):
         """Other programs write such characters of a prompt as they are."""
