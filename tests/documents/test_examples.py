@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 FOLDER = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -31,6 +32,18 @@ def test_it_runs(name, tmp_path, monkeypatch, capsys):
     else:
         assert pictures
         assert {path.relative_to(tmp_path).parts[:2] for path in pictures} == {("pictures", name)}
+
+
+@pytest.mark.slow
+def test_a_photo_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (48, 32), "red").save("mine.png")
+    words = ["--photo", "mine.png", "--source", "a red house", "--target", "a blue house"]
+    monkeypatch.setattr(sys, "argv", ["edit_a_photo.py", "pictures", "2", *words])
+    runpy.run_path(str(FOLDER / "edit_a_photo.py"), run_name="__main__")
+    assert "1 edits" in capsys.readouterr().out
+    source = Image.open(tmp_path / "pictures" / "edit_a_photo" / "edits" / "source.png")
+    assert source.width > source.height  # as the photo, and no drawn scene
 
 
 @pytest.mark.parametrize("name", [each for each in SCRIPTS if each not in ("map_algebra", "shared_attention")])
