@@ -90,7 +90,7 @@ def rivals(rows: Sequence[Row], gpu: bool) -> str:
             measured = row is not None and row.median_ms is not None
             cells += [number(row.median_ms) if measured and row else "–", slower(row, own), _peak(row)]
         reason = next((row.reason for row in [absent.get(name), *found] if row is not None and row.reason), "")
-        lines.append([f"`{name}`", *cells, reason.replace("|", "\\|")])
+        lines.append([f"`{name}`", *cells, reason])
     heading = ["provider"]
     for case in headline_cases():
         heading += [f"D = {case.head_dim}: ms", "÷ ours", "peak MB"]

@@ -42,9 +42,16 @@ def check_readable_name(path: Path) -> None:
 
 
 def markdown_table(heading: Sequence[str], lines: Iterable[Sequence[str]], *, words: int = 1) -> str:
-    """Markdown, with the first ``words`` columns to the left and the others, which hold numbers, to the right."""
+    """Markdown, with the first ``words`` columns to the left and the others, which hold numbers, to the right.
+
+    Bars and ends of lines in a cell's text end no cell.
+    """
     rule = [*["---"] * words, *["---:"] * (len(heading) - words)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [heading, rule, *lines])
+    return "\n".join("| " + " | ".join(map(_as_cell, line)) + " |" for line in [heading, rule, *lines])
+
+
+def _as_cell(text: str) -> str:
+    return " ".join(text.split("\n")).replace("|", "\\|")
 
 
 def print_text(text: Any, file: TextIO | None = None) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fpe_pipeline import FreePromptPipeline
 from fpe_pipeline.app.cli import main
+from fpe_pipeline.batches.summary import Line, write_summary
 from fpe_pipeline.errors import InputError
 from tests.support.silent import SOURCE, TARGET, embedded
 
@@ -147,3 +148,12 @@ def test_words_of_a_prompts_file_are_checked_before_anything_is_computed(tmp_pat
     (tmp_path / "prompts.json").write_text(json.dumps([entry]), encoding="utf-8")
     with pytest.raises(InputError, match="target is no text in UTF-8"):
         folder_subjects(tmp_path)
+
+
+def test_what_stands_in_a_table_ends_no_cell(tmp_path):
+    """Such as a kind of edits that is called so, or the reason why one failed."""
+    lines = [Line("a", kind="car|boat"), Line("b", kind="two\nlines"), Line("c", failed="bfloat16 | float16")]
+    write_summary(tmp_path, lines)
+    table = [line for line in (tmp_path / "summary.md").read_text().splitlines() if line.startswith("|")]
+    assert [line.replace(r"\|", "").count("|") for line in table] == 8 * [3]
+    assert r"car\|boat" in table[2] and "two lines" in table[3]

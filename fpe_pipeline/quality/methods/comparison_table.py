@@ -51,7 +51,7 @@ def _cells(entry: Mapping[str, Any] | None) -> list[str]:
     if entry is None:
         return ["0", *("–" for _ in _COLUMNS)]
     if not entry["edits"]:
-        return ["0", "; ".join(entry["reasons"]).replace("|", "\\|"), *("–" for _ in _COLUMNS[1:])]
+        return ["0", "; ".join(entry["reasons"]), *("–" for _ in _COLUMNS[1:])]
     edits = f"{entry['edits']} of {entry['asked']}" if _partly(entry) else str(entry["edits"])
     return [edits, *(cell(entry[figure], figure) for _, figure in _COLUMNS)]
 
