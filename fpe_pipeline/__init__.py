@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .flow_pipeline import (
         FreePromptChromaPipeline,
         FreePromptFluxPipeline,
+        FreePromptLumina2Pipeline,
         FreePromptQwenImagePipeline,
         FreePromptSD3Pipeline,
         FreePromptZImagePipeline,
@@ -69,6 +70,7 @@ _HOME = {
     "FreePromptEdit": "edits",
     "FreePromptChromaPipeline": "flow_pipeline",
     "FreePromptFluxPipeline": "flow_pipeline",
+    "FreePromptLumina2Pipeline": "flow_pipeline",
     "FreePromptPipeline": "pipeline",
     "FreePromptPipelineOutput": "sampling.output",
     "FreePromptQwenImagePipeline": "flow_pipeline",
@@ -128,6 +130,7 @@ __all__ = [
     "FreePromptChromaPipeline",
     "FreePromptEdit",
     "FreePromptFluxPipeline",
+    "FreePromptLumina2Pipeline",
     "FreePromptPipeline",
     "FreePromptPipelineOutput",
     "FreePromptQwenImagePipeline",

@@ -1,5 +1,5 @@
-"""`FreePromptPipeline` for flow models: diffusers' pipelines of Stable Diffusion 3, FLUX.1, Qwen-Image, Chroma and
-Z-Image with an edit from one source prompt to many targets."""
+"""`FreePromptPipeline` for flow models: diffusers' pipelines of Stable Diffusion 3, FLUX.1, Qwen-Image, Chroma,
+Lumina 2 and Z-Image with an edit from one source prompt to many targets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from diffusers import ChromaPipeline, FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline, ZImagePipeline
+from diffusers import (
+    ChromaPipeline,
+    FluxPipeline,
+    Lumina2Pipeline,
+    QwenImagePipeline,
+    StableDiffusion3Pipeline,
+    ZImagePipeline,
+)
 
 from .edits import Edit
 from .edits.base import check_prompts
@@ -34,6 +41,7 @@ __all__ = [
     "FlowEditing",
     "FreePromptChromaPipeline",
     "FreePromptFluxPipeline",
+    "FreePromptLumina2Pipeline",
     "FreePromptQwenImagePipeline",
     "FreePromptSD3Pipeline",
     "FreePromptZImagePipeline",
@@ -49,6 +57,8 @@ class FlowEditing(FlowSampling):
 
     #: What of each row the loop of diffusers keeps beside latents and embeddings, so that none can be dropped from it.
     kept_in_loop: ClassVar[str]
+    #: What a pipeline is told by attributes of its own, beside components.
+    told: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **components: Any) -> Any:
@@ -62,6 +72,8 @@ class FlowEditing(FlowSampling):
         taken, _ = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
         known = {name: part for name, part in pipeline.components.items() if name in taken}
         made: Any = cls(**(known | components))
+        for name in cls.told:
+            setattr(made, name, getattr(pipeline, name, getattr(made, name)))
         return made.to(dtypes[0]) if dtypes else made
 
     @torch.no_grad()
@@ -275,6 +287,20 @@ class FreePromptChromaPipeline(FlowEditing, ChromaPipeline):
     parts = ("transformer", "vae", "text_encoder")
 
 
+class FreePromptLumina2Pipeline(FlowEditing, Lumina2Pipeline):
+    """Edit an image, generated or real, into target prompts, on Lumina 2.
+
+    Made by ``FreePromptPipeline.from_pipe(pipe)`` of a pipeline of diffusers; loads, saves and offloads as that does.
+    Used as `FreePromptSD3Pipeline`; an inversion that is guided is so by the empty prompt, and scaled as the pipeline
+    scales its guidance. Recordings serve edits that take image tokens of the source.
+    """
+
+    parent = Lumina2Pipeline
+    kept_in_loop = "masks of padding"
+    parts = ("transformer", "vae", "text_encoder")
+    told = ("system_prompt",)
+
+
 class FreePromptZImagePipeline(FlowEditing, ZImagePipeline):
     """Edit an image, generated or real, into target prompts, on Z-Image.
 
@@ -295,5 +321,6 @@ FLOW_CLASSES: dict[str, type[FlowEditing]] = {
     "flux": FreePromptFluxPipeline,
     "qwen": FreePromptQwenImagePipeline,
     "chroma": FreePromptChromaPipeline,
+    "lumina2": FreePromptLumina2Pipeline,
     "z_image": FreePromptZImagePipeline,
 }

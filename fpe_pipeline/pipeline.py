@@ -32,6 +32,9 @@ _OF_OTHERS = {
     "FreePromptQwenImagePipeline": "qwen",
     "ChromaPipeline": "chroma",
     "FreePromptChromaPipeline": "chroma",
+    "Lumina2Pipeline": "lumina2",
+    "Lumina2Text2ImgPipeline": "lumina2",  # as diffusers called it once
+    "FreePromptLumina2Pipeline": "lumina2",
     "ZImagePipeline": "z_image",
     "FreePromptZImagePipeline": "z_image",
 }
@@ -69,7 +72,8 @@ class FreePromptPipeline(UNetEditing, StableDiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         """As in diffusers; "embedded" and "embedded-sd3" are the models that come with this package. A saved pipeline
-        of SDXL, Stable Diffusion 3, FLUX.1, Qwen-Image, Chroma or Z-Image is loaded as the class that edits with it."""
+        of SDXL, Stable Diffusion 3, FLUX.1, Qwen-Image, Chroma, Lumina 2 or Z-Image is loaded as the class that edits
+        with it."""
         if isinstance(pretrained_model_name_or_path, str) and is_embedded(pretrained_model_name_or_path):
             pretrained_model_name_or_path = embedded_path(pretrained_model_name_or_path)
         serving: Any = _saved_class(pretrained_model_name_or_path, options)

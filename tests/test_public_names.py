@@ -16,9 +16,9 @@ from tests.support import arrows
 KERNELS = "AttentionMap LinearMap backends beside blend concatenate join known_columns shared_attention stack"
 PIPELINE = (
     "BatchRoles CombinedEdit ConceptMaps ConsistEdit Edit EditingSession Encoding FireFlowScheduler "
-    "FreeFluxEdit FreePromptChromaPipeline FreePromptEdit FreePromptFluxPipeline FreePromptPipeline "
-    "FreePromptPipelineOutput FreePromptQwenImagePipeline FreePromptSD3Pipeline FreePromptXLPipeline "
-    "FreePromptZImagePipeline HeatMaps Injecting Inversion JointProduct KVEdit "
+    "FreeFluxEdit FreePromptChromaPipeline FreePromptEdit FreePromptFluxPipeline FreePromptLumina2Pipeline "
+    "FreePromptPipeline FreePromptPipelineOutput FreePromptQwenImagePipeline FreePromptSD3Pipeline "
+    "FreePromptXLPipeline FreePromptZImagePipeline HeatMaps Injecting Inversion JointProduct KVEdit "
     "LayerSelection LocalBlend MasaCtrlEdit MixedRows ModelCall NullText PlugAndPlayEdit Product "
     "PromptToPromptEdit Prompted RFSolverScheduler ReFlexEdit Recording Remembering SelfAttentionEdit Site "
     "StableFlowEdit Step StepWindow StyleAlignedEdit TransformerAdapter ValueInjectionEdit Watcher Watching "

@@ -121,8 +121,8 @@ def _check_words(edit: Edit, order: Order, words: Words, batch: int) -> None:
     if words == "left out" and ((texts and order.site.kind != "image") or order.columns):
         raise ValueError(
             f"{', '.join(asking)} takes text tokens of the source, which a recording does not hold on models whose "
-            "texts end where they end (Qwen-Image, Z-Image) or are masked there (Chroma): run source and targets "
-            "together, pipe(source, targets, edit=…)"
+            "texts end where they end (Qwen-Image, Z-Image) or are masked there (Chroma, Lumina 2): run source and "
+            "targets together, pipe(source, targets, edit=…)"
         )
     mixes = isinstance(order.plan, JointPlan) and any(term.mixing is not None for term in order.plan.products)
     if words == "unplaced" and (order.columns or (mixes and prompts_of(edit))):

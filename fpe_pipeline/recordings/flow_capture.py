@@ -70,7 +70,13 @@ class JointCapture(Capture):
 
 
 def joint_bytes(
-    contents: Contents, sites: Mapping[str, Site], dim: int, text_tokens: int, itemsize: int, precision: Precision
+    contents: Contents,
+    sites: Mapping[str, Site],
+    dim: int,
+    text_tokens: int,
+    itemsize: int,
+    precision: Precision,
+    key_heads: int | None = None,
 ) -> int:
     """Bytes of all parts of layers of joint attention.
 
@@ -81,6 +87,7 @@ def joint_bytes(
         text_tokens: of a prompt, padding included.
         itemsize: bytes of a number of the model's.
         precision: of the recording.
+        key_heads: of keys and values; None where they are as many as those of queries.
     """
     total = 0
     for path, parts in contents.items():
@@ -88,7 +95,8 @@ def joint_bytes(
         for kept, steps in parts.items():
             segment, _, part = kept.name.partition("-")
             tokens = site.tokens if segment == "image" else text_tokens
-            total += len(steps) * packed_bytes(part, site.heads * (tokens or 0), dim, itemsize, precision)
+            heads = site.heads if part == "query" else key_heads or site.heads
+            total += len(steps) * packed_bytes(part, heads * (tokens or 0), dim, itemsize, precision)
     return total
 
 

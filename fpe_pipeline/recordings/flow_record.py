@@ -91,8 +91,8 @@ def record_flow(
         TypeError: an unknown option.
         ValueError: a scheduler that draws noise in each step, a budget that is too small, layers that match nothing, an
             edit that is written for another source, or takes the source's text tokens where they are masked or of a
-            number of their own (Qwen-Image, Chroma, Z-Image); before any denoising. Values that do not fit a reduced
-            precision.
+            number of their own (Qwen-Image, Chroma, Lumina 2, Z-Image); before any denoising. Values that do not fit a
+            reduced precision.
         InputError: a folder that is not empty or cannot be written.
     """
     model = pipe.flow()
@@ -210,7 +210,7 @@ def _plan(
     itemsize = model.pipe.transformer.dtype.itemsize
     tokens = model.text_tokens(source.text_length)
     by_path = {site.path: site for site in sites}
-    nbytes = joint_bytes(contents, by_path, model.head_dim, tokens, itemsize, precision)
+    nbytes = joint_bytes(contents, by_path, model.head_dim, tokens, itemsize, precision, model.key_heads)
     nbytes += (len(run) + 1) * noise.nbytes
     words = f"in {len(recorded_steps(contents))} of {len(run)} calls of the model, {precision}"
     schedule = NoiseSchedule.of(model.pipe.scheduler)

@@ -18,7 +18,7 @@ Prompt-to-Prompt and ReFlex on a transformer             image queries and keys,
 local blend and masks of a word on a transformer         the same, of all layers of joint attention
 MasaCtrl, as Stable Flow, on a transformer               image keys and values, of the unconditional row too
 value injection                                          values of image and text, of the unconditional row too
-all of these on Qwen-Image, Chroma and Z-Image           image tokens; those that take text tokens are refused
+all of these on Qwen-Image, Chroma, Lumina 2, Z-Image    image tokens; those that take text tokens are refused
 sums of these, edits of your own                         what they name of the source's rows
 =======================================================  ==========================================================
 """

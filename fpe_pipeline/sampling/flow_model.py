@@ -11,7 +11,7 @@ import torch
 
 from .arguments import check_size
 
-__all__ = ["FlowModel", "Latents", "Velocity", "shift_of"]
+__all__ = ["FlowModel", "GuidedByTwoCalls", "Latents", "Velocity", "shift_of"]
 
 Latents = torch.Tensor
 
@@ -67,6 +67,29 @@ class Velocity:
     def _timestep(self, timestep: torch.Tensor, latents: Latents) -> torch.Tensor:
         """The scheduler's timestep as the model takes it [rows]."""
         raise NotImplementedError
+
+
+class GuidedByTwoCalls(Velocity):
+    """A velocity that is guided by a second call, which other text takes.
+
+    Args:
+        towards, away: of the two texts.
+        guidance_scale: how far.
+    """
+
+    def __init__(self, towards: Velocity, away: Velocity, guidance_scale: float) -> None:
+        super().__init__(towards._pipe, towards.conditions, guidance_scale)
+        self._calls = away, towards
+
+    def __call__(self, latents: Latents, sigma: torch.Tensor) -> Latents:
+        away, towards = (velocity(latents, sigma) for velocity in self._calls)
+        self.arguments = self._calls[1].arguments
+        return self._guided(away, towards)
+
+    def _guided(self, away: Latents, towards: Latents) -> Latents:
+        """What the pipeline makes of both [1, …]."""
+        assert self._guidance_scale is not None
+        return away + self._guidance_scale * (towards - away)
 
 
 class FlowModel(ABC):
@@ -136,6 +159,11 @@ class FlowModel(ABC):
     def head_dim(self) -> int:
         """D, of a head of the model's attention."""
         return int(self.pipe.transformer.config.attention_head_dim)
+
+    @property
+    def key_heads(self) -> int | None:
+        """Heads of keys and values; None where they are as many as those of queries."""
+        return None
 
     @property
     def noise_dtype(self) -> torch.dtype:

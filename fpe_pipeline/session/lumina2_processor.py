@@ -59,7 +59,7 @@ class EditLumina2Processor(AroundPlain):
             check_turned(plan.products, lengths)
         places = _images(image_rotary_emb, lengths, site.tokens)
         layer = JointLayer(
-            segment_projections(attn, plan, "image", image, by_numbers(places)),
+            segment_projections(attn, plan, "image", image, by_numbers(places)).beside("image", order.recorded),
             None
             if text is None
             else segment_projections(attn, plan, "text", text, by_numbers(image_rotary_emb[:, :texts])),

@@ -21,6 +21,7 @@ MADE_BY_OTHERS = {"CombinedEdit", "ConceptMaps", "Edit", "HeatMaps", "LinearMap"
     "FireFlowScheduler",
     "FreePromptChromaPipeline",
     "FreePromptFluxPipeline",
+    "FreePromptLumina2Pipeline",
     "FreePromptQwenImagePipeline",
     "FreePromptSD3Pipeline",
     "FreePromptXLPipeline",

@@ -348,11 +348,12 @@ def inverted(
         ours.prompt_template_encode_start_idx = pipe.prompt_template_encode_start_idx
     photo = torch.rand(3, size[0] * 8, size[1] * 8, generator=torch.Generator().manual_seed(3))
     given = {"num_inference_steps": STEPS, "height": size[0] * 8, "width": size[1] * 8}
-    texts = {} if model.family == "qwen" else {"max_sequence_length": T5}
+    texts = {} if model.family in ("qwen", "lumina") else {"max_sequence_length": T5}
     inversion = ours.invert(photo, SOURCE, **given, **texts)
     options = {**_options(model, prompts), **texts, "output_type": "latent"}
-    if model.family == "qwen":
-        options |= {"negative_prompt": "a drawing", "true_cfg_scale": 3.0}
+    if model.family in ("qwen", "lumina"):
+        told = "true_cfg_scale" if model.family == "qwen" else "guidance_scale"
+        options |= {"negative_prompt": "a drawing", told: 3.0}
     if model.is_doubled:
         options["guidance_scale"] = 4.0
     actual = ours(inversion=inversion, target_prompt=list(prompts[1:]), edit=case.edit, **options).images

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from tests.support.tiny_lumina import LUMINA, tiny_lumina_pipeline
-from tests.support.tiny_transformers import QWEN, ExactEuler, tiny_qwen
+from tests.support.tiny_transformers import QWEN, ExactEuler, tiny_qwen, tiny_vae
 
 __all__ = ["draw_prompts", "tiny_lumina_that_reads", "tiny_qwen_that_reads"]
 
@@ -101,7 +101,7 @@ def tiny_qwen_that_reads(dtype=torch.float64, **config):
 
 
 def tiny_lumina_that_reads(dtype=torch.float64, **config):
-    """A Lumina 2 pipeline with an encoder and a tokenizer."""
+    """A Lumina 2 pipeline with an encoder, a tokenizer and an autoencoder."""
     torch.manual_seed(2)
     tokenizer = gemma_tokenizer()
     encoder = Gemma2Model(
@@ -117,7 +117,8 @@ def tiny_lumina_that_reads(dtype=torch.float64, **config):
         )
     )
     other = tiny_lumina_pipeline(dtype, axes_lens=(400, 32, 32), **config)
-    tiny = Lumina2Pipeline(other.transformer, other.scheduler, None, encoder.to(dtype).eval(), tokenizer)
+    parts = other.transformer, other.scheduler, tiny_vae().to(dtype), encoder.to(dtype).eval(), tokenizer
+    tiny = Lumina2Pipeline(*parts)
     tiny.system_prompt = "Write of a photo"
     tiny.set_progress_bar_config(disable=True)
     return tiny

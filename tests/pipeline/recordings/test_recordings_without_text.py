@@ -21,7 +21,7 @@ from fpe_pipeline.recordings.keys import Part
 from tests.support.flow_pipelines import StandIn, distance, solving
 from tests.support.slow_cases import few
 from tests.support.tiny_chroma import tiny_chroma_pipeline
-from tests.support.tiny_language import tiny_qwen_that_reads
+from tests.support.tiny_language import tiny_lumina_that_reads, tiny_qwen_that_reads
 from tests.support.tiny_transformers import tiny_vae
 from tests.support.tiny_z_image import tiny_z_image_that_reads, wide_z_image
 
@@ -29,14 +29,21 @@ from tests.support.tiny_z_image import tiny_z_image_that_reads, wide_z_image
 SOURCE = "a photo of a red car on a mountain, of a big house beside it, and of a dog on a street"
 TARGETS = ["a big dog", "a photo of a big dog on a house in winter"]
 SIZE = {"height": 48, "width": 80}
-EXACT = {"Qwen-Image": 1e-8, "Chroma": 1e-6, "Z-Image": 1e-8}  # diffusers turns queries and keys of Chroma in float32
+# diffusers turns queries and keys of Chroma in float32.
+EXACT = {"Qwen-Image": 1e-8, "Chroma": 1e-6, "Lumina 2": 1e-8, "Z-Image": 1e-8}
 FAMILIES = list(EXACT)
 GUIDED = {
     "Qwen-Image": {"negative_prompt": "a drawing", "true_cfg_scale": 3.0},
     "Chroma": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
+    "Lumina 2": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
     "Z-Image": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
 }
-UNGUIDED = {"Qwen-Image": {}, "Chroma": {"guidance_scale": 1.0}, "Z-Image": {"guidance_scale": 0.0}}
+UNGUIDED = {
+    "Qwen-Image": {},
+    "Chroma": {"guidance_scale": 1.0},
+    "Lumina 2": {"guidance_scale": 1.0},
+    "Z-Image": {"guidance_scale": 0.0},
+}
 WHITE = Image.new("L", (80, 48), 255)
 EDITS = {
     "image maps": FreePromptEdit(0.5),
@@ -57,6 +64,7 @@ def _wide():
 @pytest.fixture(scope="module")
 def pipes(pipe):
     made, stocks = {}, {"Qwen-Image": tiny_qwen_that_reads(), "Chroma": tiny_chroma_pipeline(pipe)}
+    stocks["Lumina 2"] = tiny_lumina_that_reads()
     stocks["Z-Image"] = tiny_z_image_that_reads(vae=tiny_vae().double())
     for family, stock in stocks.items():
         made[family] = tiny = FreePromptPipeline.from_pipe(stock)
@@ -100,7 +108,7 @@ def test_edits_are_those_of_full_runs(pipes, family, edit, guided, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("solver", few(["rf-solver", "fireflow"], "fireflow"))
 def test_guidance_by_solvers_that_call_the_model_within_a_step(pipes, family, solver):
-    """Each of their calls has a guided twin, told apart where a pipeline names neither (Chroma)."""
+    """Each of their calls has a guided twin, told apart where a pipeline names neither (Chroma, Lumina 2)."""
     tiny, options, edit = solving(pipes[family], solver), GUIDED[family], EDITS["both halves"]
     full = tiny(SOURCE, TARGETS, edit=edit, output_type="latent", **run(**options))
     alone = StandIn(tiny)(SOURCE, output_type="latent", **run(**options)).images
@@ -122,6 +130,7 @@ def test_what_is_kept(pipes, family):
     assert both.nbytes - latents == 2 * (recording.nbytes - latents)
     with pytest.raises(ValueError, match=f"more than budget_bytes={recording.nbytes - 1} "):  # counted beforehand
         tiny.record(SOURCE, self_replace_steps=1 / 3, budget_bytes=recording.nbytes - 1, **run(**GUIDED[family]))
+    tiny.record(SOURCE, self_replace_steps=1 / 3, budget_bytes=recording.nbytes, **run(**GUIDED[family]))
 
 
 @pytest.mark.parametrize("family", few(FAMILIES, "Qwen-Image"))

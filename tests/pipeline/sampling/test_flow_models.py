@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift as flux_shift
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift as sd3_shift
 
@@ -9,7 +10,18 @@ from fpe_pipeline import FreePromptPipeline
 from fpe_pipeline.sampling.decoding import decoded
 from fpe_pipeline.sampling.flow_model import shift_of
 from fpe_pipeline.sampling.flow_models import flow_model
-from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
+from tests.support.tiny_chroma import tiny_chroma_pipeline
+from tests.support.tiny_language import tiny_lumina_that_reads
+from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline, tiny_vae
+from tests.support.tiny_z_image import tiny_z_image_that_reads
+
+RUNS = {
+    "SD3": tiny_sd3_pipeline,
+    "FLUX.1": tiny_flux_pipeline,
+    "Chroma": tiny_chroma_pipeline,
+    "Lumina 2": lambda pipe: tiny_lumina_that_reads(),
+    "Z-Image": lambda pipe: tiny_z_image_that_reads(vae=tiny_vae().double()),
+}
 
 
 @pytest.mark.parametrize("shift", [flux_shift, sd3_shift])
@@ -18,6 +30,20 @@ def test_the_shift_is_diffusers(pipe, shift):
     names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
     for tokens in (1, 16, 256, 1024, 4096, 5000):
         assert shift_of(scheduler, tokens) == shift(tokens, *(scheduler.config[name] for name in names))
+
+
+@pytest.mark.parametrize("family", RUNS)
+def test_the_run_is_the_pipelines(pipe, family):
+    """Sigmas too, of schedulers that shift them by the size of an image, or, as Lumina 2's pipeline has it, by its
+    channels."""
+    tiny = FreePromptPipeline.from_pipe(RUNS[family](pipe))
+    tiny.set_progress_bar_config(disable=True)
+    tiny.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    tiny("a cat", num_inference_steps=5, height=96, width=160, output_type="latent", max_sequence_length=80)
+    expected = tiny.scheduler.sigmas
+    tiny.scheduler.set_timesteps(2, mu=0.1)
+    tiny.flow().set_timesteps(5, (96, 160))
+    assert torch.equal(tiny.scheduler.sigmas, expected) and len(expected) == 6
 
 
 @pytest.mark.parametrize("make", [tiny_sd3_pipeline, tiny_flux_pipeline])

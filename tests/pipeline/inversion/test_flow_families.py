@@ -1,4 +1,4 @@
-"""Real images on Chroma and on Z-Image: inverted by the papers' formulas, edited, saved, and what is refused."""
+"""Real images on Chroma, Lumina 2 and Z-Image: inverted by the papers' formulas, edited, saved, and what is refused."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from fpe_pipeline import (
     FreePromptChromaPipeline,
     FreePromptEdit,
+    FreePromptLumina2Pipeline,
     FreePromptPipeline,
     FreePromptZImagePipeline,
     Inversion,
@@ -16,6 +17,7 @@ from fpe_pipeline.errors import EditWarning
 from tests.support.flow_formulas import path_to_noise
 from tests.support.slow_cases import few
 from tests.support.tiny_chroma import tiny_chroma_pipeline
+from tests.support.tiny_language import tiny_lumina_that_reads
 from tests.support.tiny_transformers import ExactEuler, tiny_vae
 from tests.support.tiny_z_image import tiny_z_image_that_reads, wide_z_image
 
@@ -67,6 +69,35 @@ class OnChroma:
         return velocity
 
 
+class OnLumina2:
+    kind = FreePromptLumina2Pipeline
+
+    def __init__(self, pipe):
+        self.options = {"max_sequence_length": 128}
+        self.stock = tiny_lumina_that_reads()
+
+    @staticmethod
+    def start(mean):
+        return mean[None]
+
+    @staticmethod
+    def velocity(tiny, guidance=1.0):
+        towards, away = (
+            tiny._get_gemma_prompt_embeds(text, max_sequence_length=128)
+            for text in (f"Write of a photo <Prompt Start> {SOURCE}", "")
+        )
+
+        def velocity(z, sigma):
+            turned = 1 - (1000 * sigma).expand(1) / 1000
+            given, other = (-tiny.transformer(z, turned, *texts, return_dict=False)[0] for texts in (towards, away))
+            if guidance == 1:
+                return given
+            guided = other + guidance * (given - other)
+            return guided / guided.norm(dim=3, keepdim=True) * given.norm(dim=3, keepdim=True)
+
+        return velocity
+
+
 class OnZImage:
     kind = FreePromptZImagePipeline
 
@@ -95,7 +126,7 @@ def _wide():
         yield
 
 
-@pytest.fixture(scope="module", params=[OnChroma, OnZImage])
+@pytest.fixture(scope="module", params=[OnChroma, OnLumina2, OnZImage])
 def family(request, pipe):
     return request.param(pipe)
 
@@ -134,8 +165,9 @@ def test_the_papers_formulas(tiny, family, photo, solver):
 
 
 @torch.no_grad()
-def test_chromas_guidance_is_by_the_empty_prompt(pipe, photo):
-    family = OnChroma(pipe)
+@pytest.mark.parametrize("family", [OnChroma, OnLumina2])
+def test_guidance_is_by_the_empty_prompt(pipe, family, photo):
+    family = family(pipe)
     tiny = FreePromptPipeline.from_pipe(family.stock)
     tiny.scheduler = ExactEuler(shift=3.0)
     tiny.set_progress_bar_config(disable=True)
@@ -151,7 +183,7 @@ def test_what_holds_the_source(tiny, family, photo, method):
     out = tiny(inversion=inversion, target_prompt=TARGET, self_replace_steps=0.5, **guided, **family.options)
     apart = (out.source - inversion.latents[0]).abs().max()
     assert bool(apart == 0) is (method == "direct")
-    assert (out.targets[0] - out.source[0]).abs().max() > 1e-3
+    assert (out.targets[0] - out.source).abs().max() > 1e-3
     assert out.prompts == (SOURCE, TARGET)
 
 
@@ -165,6 +197,14 @@ def test_a_source_that_is_free_comes_back_as_far_as_the_solver_goes(tiny, family
         return float((out.source - inversion.latents[0]).norm() / inversion.latents[0].norm())
 
     assert distance(12) < 0.75 * distance(3)
+
+
+def test_the_sources_own_prompt_gives_the_source(tiny, family, photo):
+    inversion = tiny.invert(photo, SOURCE, num_inference_steps=2, method="free", **SIZE, **family.options)
+    out = tiny(
+        inversion=inversion, target_prompt=SOURCE, self_replace_steps=0.5, output_type="latent", **family.options
+    )
+    assert (out.targets[0] - out.source).abs().max() <= EXACT
 
 
 @pytest.mark.slow
@@ -214,6 +254,23 @@ def test_embeddings_of_z_image_stand_in_for_prompts():
     assert (tiny(prompt_embeds=encoded, **options).images - expected).abs().max() <= EXACT
 
 
+def test_lumina_2_keeps_the_text_of_its_system():
+    stock = OnLumina2(None).stock
+    stock.system_prompt = "a drawing of"
+    assert FreePromptPipeline.from_pipe(stock).system_prompt == "a drawing of"
+
+
+def test_embeddings_of_lumina_2_come_with_their_masks():
+    tiny = FreePromptPipeline.from_pipe(OnLumina2(None).stock)
+    tiny.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "self_replace_steps": 0.5, "output_type": "latent", **SIZE}
+    options["latents"] = torch.randn(1, 16, 6, 10, dtype=torch.float64)
+    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    encoded = dict(zip(names, tiny.encode_prompt([SOURCE, TARGET], max_sequence_length=128), strict=True))
+    expected = tiny(SOURCE, TARGET, max_sequence_length=128, **options).images
+    assert (tiny(**encoded, **options).images - expected).abs().max() <= EXACT
+
+
 def test_saved_models_load_in_diffusers_and_here(tiny, family, tmp_path):
     tiny.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     tiny.save_pretrained(tmp_path)
@@ -229,6 +286,11 @@ class TestRefusals:
     def test_a_size_between_tokens(self, tiny):
         with pytest.raises(ValueError, match="positive multiple of 16"):
             tiny(SOURCE, TARGET, height=40, width=64)
+
+    def test_a_size_that_lumina_2_has_no_places_for(self):
+        tiny = FreePromptPipeline.from_pipe(OnLumina2(None).stock)
+        with pytest.raises(ValueError, match=r"at most 512 pixels, .* got 528 x 16"):
+            tiny(SOURCE, TARGET, height=528, width=16)
 
     def test_z_images_guidance(self, photo):
         tiny = FreePromptPipeline.from_pipe(OnZImage(None).stock)

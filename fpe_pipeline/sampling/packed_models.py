@@ -1,0 +1,116 @@
+"""Flow models that take latents packed into tokens [B, N, 4 · C]: FLUX.1, which is told its guidance, and those that
+guide by a second call, Qwen-Image and Chroma."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from .flow_model import FlowModel, GuidedByTwoCalls, Latents, Velocity, shift_of
+
+__all__ = ["Chroma", "Flux", "Qwen"]
+
+
+class _FluxVelocity(Velocity):
+    def _timestep(self, timestep: torch.Tensor, latents: Latents) -> torch.Tensor:
+        return timestep.expand(latents.shape[0]).to(latents.dtype) / 1000
+
+
+class Flux(FlowModel):
+    is_packed = True
+
+    @property
+    def multiple(self) -> int:
+        return self.pipe.vae_scale_factor * 2
+
+    def set_timesteps(self, steps: int, size: tuple[int, int]) -> None:
+        self.pipe.scheduler.set_timesteps(
+            sigmas=np.linspace(1.0, 1 / steps, steps),
+            mu=shift_of(self.pipe.scheduler, (size[0] // self.multiple) * (size[1] // self.multiple)),
+            device=self.pipe._execution_device,
+        )
+
+    def latents(self, encoded: Latents) -> Latents:
+        return self.pipe._pack_latents(encoded, *encoded.shape)
+
+    def unpacked(self, latents: Latents, size: tuple[int, int] | None = None) -> Latents:
+        if size is None:
+            raise ValueError("expected the size of the images, which latents packed into tokens do not say, got None")
+        return self.pipe._unpack_latents(latents, *size, self.pipe.vae_scale_factor)
+
+    def channels(self, latent_channels: int) -> int:
+        return 4 * latent_channels
+
+    def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
+        device = self.pipe._execution_device
+        texts, pooled, text_places = self.pipe.encode_prompt(
+            prompt=prompt, prompt_2=None, device=device, max_sequence_length=text_length
+        )
+        grid = (side // self.multiple for side in size)
+        guidance = None
+        if self.pipe.transformer.config.guidance_embeds:
+            guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32)
+        conditions = {
+            "encoder_hidden_states": texts,
+            "pooled_projections": pooled,
+            "txt_ids": text_places,
+            "img_ids": self.pipe._prepare_latent_image_ids(1, *grid, device, texts.dtype),
+            "guidance": guidance,
+        }
+        return _FluxVelocity(self.pipe, conditions, None)
+
+
+class Qwen(Flux):
+    is_padded = False
+    takes_guidance = False
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.pipe.vae.config.z_dim)
+
+    def encoded(self, pixels: torch.Tensor) -> Latents:
+        config = self.pipe.vae.config
+        mean = self.pipe.vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]  # of a video of one frame
+        shift, spread = (mean.new_tensor(each) for each in (config.latents_mean, config.latents_std))
+        return (mean - shift[:, None, None]) / spread[:, None, None]
+
+    def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
+        if guidance_scale > 1:
+            raise ValueError(
+                "Qwen-Image guides by a negative prompt, which an inversion has none of, got "
+                f"guidance_scale={guidance_scale:g}: leave it at 1, and guide the edits with true_cfg_scale"
+            )
+        texts, mask = self.pipe.encode_prompt(
+            prompt=prompt, device=self.pipe._execution_device, max_sequence_length=text_length
+        )
+        conditions = {
+            "encoder_hidden_states": texts,
+            "encoder_hidden_states_mask": mask,
+            "img_shapes": [[(1, *(side // self.multiple for side in size))]],
+            "guidance": None,
+        }
+        return _FluxVelocity(self.pipe, conditions, None)
+
+
+class Chroma(Flux):
+    is_padded = False
+
+    def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
+        guided = guidance_scale > 1
+        device = self.pipe._execution_device
+        texts, places, mask, *away = self.pipe.encode_prompt(
+            prompt, "", device, do_classifier_free_guidance=guided, max_sequence_length=text_length
+        )
+        height, width = (side // self.multiple for side in size)
+        image = {"img_ids": self.pipe._prepare_latent_image_ids(1, height, width, device, texts.dtype)}
+
+        def conditions(texts: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+            seen = self.pipe._prepare_attention_mask(1, height * width, texts.dtype, mask)
+            return {**image, "encoder_hidden_states": texts, "txt_ids": places, "attention_mask": seen}
+
+        towards = _FluxVelocity(self.pipe, conditions(texts, places, mask), None)
+        if not guided:
+            return towards
+        return GuidedByTwoCalls(towards, _FluxVelocity(self.pipe, conditions(*away), None, "uncond"), guidance_scale)
