@@ -8,13 +8,14 @@ import fpe_kernels
 
 from ..edits import Edit
 from ..edits.base import begun, feature_modules_of, parts_of, prompts_of, watchers_of
+from ..edits.watchers import HeatCollector
 from ..models.adapter import ModelAdapter
 from ..models.precision import check_precision
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..prompts.encoding import Encoding
 
-__all__ = ["check_backend", "check_entry", "check_selects", "unread"]
+__all__ = ["check_backend", "check_entry", "check_selects", "check_words", "unread"]
 
 
 def check_entry(
@@ -42,8 +43,7 @@ def check_entry(
             "not modular, such as diffusers.DiffusionPipeline.from_pretrained gives"
         )
     adapter.check()
-    if adapter.words_refused and any(prompts_of(part) for part in parts_of(begun(edit))):
-        raise ValueError(adapter.words_refused)
+    check_words(adapter, edit)
     for name, model in adapter.models.items():
         check_precision(name or adapter.word.lower(), model)
     if roles is not None and any(given is not None for given in layout):
@@ -56,6 +56,16 @@ def check_entry(
     if noise not in (None, "shared", "separate"):
         raise ValueError(f'expected noise to be "shared" or "separate", got {noise!r}')
     check_backend(backend)
+
+
+def check_words(adapter: ModelAdapter, edit: Edit) -> None:
+    """Raise ValueError for an edit that looks for words in a model among whose text tokens none is looked for."""
+    if not adapter.words_refused:
+        return
+    running = begun(edit)
+    reads = any(isinstance(watcher, HeatCollector) for watcher in watchers_of(running))  # masks of words
+    if reads or any(prompts_of(part) for part in parts_of(running)):
+        raise ValueError(adapter.words_refused)
 
 
 def check_selects(edit: Edit, sites: tuple[Site, ...]) -> None:

@@ -9,7 +9,16 @@ import torch
 if not hasattr(diffusers, "Flux2KleinKVPipeline"):
     pytest.skip("this diffusers has no FLUX.2 [klein]", allow_module_level=True)
 
-from fpe_pipeline import FreePromptEdit, FreePromptPipeline, LocalBlend, PromptToPromptEdit, editing, heat_maps
+from fpe_pipeline import (
+    ConsistEdit,
+    FreePromptEdit,
+    LocalBlend,
+    MasaCtrlEdit,
+    PromptToPromptEdit,
+    WordMask,
+    editing,
+    heat_maps,
+)
 from fpe_pipeline.models.families import adapter_of
 from tests.support.dense_joint import dense
 from tests.support.edited_transformers import (
@@ -227,7 +236,13 @@ class TestRefused:
         tiny, message = pipes["dev"], "FLUX.2's prompts stand in a conversation"
         prompts = [SOURCE, "a photo of a big car on a mountain"]
         blend = FreePromptEdit(0.5) + LocalBlend(prompts, pipe.tokenizer, (["car"], ["car"]))
-        for edit in (PromptToPromptEdit(prompts, pipe.tokenizer), blend):
+        mask = WordMask(SOURCE, "car", pipe.tokenizer)
+        masked = (
+            FreePromptEdit(0.5, mask=mask),
+            ConsistEdit(0.5, mask=mask),
+            MasaCtrlEdit(0) + FreePromptEdit(mask=mask),
+        )
+        for edit in (PromptToPromptEdit(prompts, pipe.tokenizer), blend, *masked):
             with pytest.raises(ValueError, match=message):
                 editing(tiny, edit)
         with pytest.raises(ValueError, match=message), heat_maps(tiny, ["car"]):
@@ -240,10 +255,6 @@ class TestRefused:
             draw_flux2(tiny, [SOURCE, LONGER[0]])
         with pytest.raises(ValueError, match="keeps keys and values of its reference pictures"):
             adapter_of(tiny).read((), {"kv_cache_mode": "cached"})
-
-    def test_the_pipeline_with_real_images(self, pipes):
-        with pytest.raises(TypeError, match="Flux2Pipeline"):
-            FreePromptPipeline.from_pipe(pipes["dev"])
 
     def test_layers_that_were_found_for_flux1(self, pipes):
         from fpe_pipeline import StableFlowEdit
