@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         FreePromptSD3Pipeline,
         FreePromptZImagePipeline,
     )
+    from .flux2_pipeline import FreePromptFlux2KleinPipeline, FreePromptFlux2Pipeline
     from .heatmaps.concept_maps import ConceptMaps, concept_maps
     from .heatmaps.heat_maps import HeatMaps, heat_maps
     from .inversion.null_text import NullText
@@ -69,6 +70,8 @@ _HOME = {
     "FreeFluxEdit": "edits",
     "FreePromptEdit": "edits",
     "FreePromptChromaPipeline": "flow_pipeline",
+    "FreePromptFlux2KleinPipeline": "flux2_pipeline",
+    "FreePromptFlux2Pipeline": "flux2_pipeline",
     "FreePromptFluxPipeline": "flow_pipeline",
     "FreePromptLumina2Pipeline": "flow_pipeline",
     "FreePromptPipeline": "pipeline",
@@ -129,6 +132,8 @@ __all__ = [
     "FreeFluxEdit",
     "FreePromptChromaPipeline",
     "FreePromptEdit",
+    "FreePromptFlux2KleinPipeline",
+    "FreePromptFlux2Pipeline",
     "FreePromptFluxPipeline",
     "FreePromptLumina2Pipeline",
     "FreePromptPipeline",

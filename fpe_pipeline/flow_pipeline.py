@@ -69,8 +69,9 @@ class FlowEditing(FlowSampling):
             **components: in the place of the pipeline's, and ``dtype`` to cast all of them to.
         """
         dtypes = [components.pop(name) for name in ("dtype", "torch_dtype") if name in components]
-        taken, _ = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
+        taken, settings = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
         known = {name: part for name, part in pipeline.components.items() if name in taken}
+        known |= {name: pipeline.config[name] for name in settings if name in pipeline.config}
         made: Any = cls(**(known | components))
         for name in cls.told:
             setattr(made, name, getattr(pipeline, name, getattr(made, name)))
@@ -111,12 +112,13 @@ class FlowEditing(FlowSampling):
             generator: one, or a list of k. Prompts share its noise, also that which stochastic samplers add in each
                 step.
             latents: noise of one row for everything, k rows with one an image, or prompts · k in the order of the
-                images, where rows of the same image must be equal: [rows, C, h, w], or of FLUX.1 as diffusers packs
-                them, [rows, tokens, 4 · C], with `height` and `width`.
+                images, where rows of the same image must be equal: [rows, C, h, w], of FLUX.2 [rows, 4 · C, h / 2,
+                w / 2], or of FLUX.1 as diffusers packs them, [rows, tokens, 4 · C], with `height` and `width`.
             **options: what else the diffusers pipeline takes: `height` and `width` (pixels, multiples of those across
-                a token), `num_inference_steps`, `guidance_scale` (of FLUX.1 a list, too, with one for each prompt, the
-                source's first), `negative_prompt`, `prompt_2`, `max_sequence_length`, `output_type`, `return_dict`,
-                `callback_on_step_end` and so on. Texts are one for all prompts, or a list with one for each.
+                a token), `num_inference_steps`, `guidance_scale` (of FLUX.1 and FLUX.2 [dev] a list, too, with one for
+                each prompt, the source's first), `negative_prompt`, `prompt_2`, `max_sequence_length`, `output_type`,
+                `return_dict`, `callback_on_step_end` and so on. Texts are one for all prompts, or a list with one for
+                each.
 
         Raises:
             TypeError: an unknown option, or prompts that are not text.
@@ -132,7 +134,8 @@ class FlowEditing(FlowSampling):
             )
             check_flow_inversion(inversion, model)
             prompt = inversion.prompt if prompt is None and options.get("prompt_embeds") is None else prompt
-            options, latents = with_size_of(inversion, options), inversion.noise
+            options = with_size_of(inversion, options)
+            latents = model.taken(inversion.noise, (options["height"], options["width"]))
         prompts = prompt_list(prompt, target_prompt, options.get("prompt_embeds"))
         # Embeddings are a tensor, or Z-Image's list of one a caption.
         call = Call(len(prompts) or len(options["prompt_embeds"]), num_images_per_prompt)
@@ -193,8 +196,21 @@ class FlowEditing(FlowSampling):
         return editing(self, edit, images_per_prompt=call.images_per_prompt, noise="separate", backend=backend)
 
     def _guided(self, arguments: dict[str, Any], call: Call) -> AbstractContextManager[Any]:
-        """What tells the model its guidance, beside ``arguments`` of the parent's call, which may change."""
-        return nullcontext()
+        """What tells the model a guidance for each prompt, beside ``arguments`` of the parent's call, which may change.
+
+        Raises:
+            ValueError: another number of them than of prompts, or a model that is not told its guidance.
+        """
+        scales = arguments.get("guidance_scale")
+        if not isinstance(scales, Sequence):
+            return nullcontext()
+        if len(scales) != call.prompts:
+            raise ValueError(
+                f"expected one guidance_scale, or one for each of the {call.prompts} prompts (the source's first), got "
+                f"{len(scales)}"
+            )
+        arguments["guidance_scale"] = scales[-1]
+        return guidance_of_rows(self, scales, call.images_per_prompt)
 
     def _check_source_can_be_dropped(self, call: Call, options: Mapping[str, Any]) -> None:
         """Raise ValueError where source rows would stay behind in the loop."""
@@ -247,18 +263,6 @@ class FreePromptFluxPipeline(FlowEditing, FluxPipeline):
 
     parent = FluxPipeline
     kept_in_loop = "pooled embeddings and guidance"
-
-    def _guided(self, arguments: dict[str, Any], call: Call) -> AbstractContextManager[Any]:
-        scales = arguments.get("guidance_scale")
-        if not isinstance(scales, Sequence):
-            return nullcontext()
-        if len(scales) != call.prompts:
-            raise ValueError(
-                f"expected one guidance_scale, or one for each of the {call.prompts} prompts (the source's first), got "
-                f"{len(scales)}"
-            )
-        arguments["guidance_scale"] = scales[-1]
-        return guidance_of_rows(self, scales, call.images_per_prompt)
 
 
 class FreePromptQwenImagePipeline(FlowEditing, QwenImagePipeline):

@@ -11,6 +11,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 
 from .embedded import embedded_path
 from .models.families import adapter_of
+from .models.flux2 import is_klein
 from .models.loading import holds_sdxl, is_embedded
 from .sampling.arguments import check_size
 from .sampling.output import FreePromptPipelineOutput
@@ -30,6 +31,10 @@ _OF_OTHERS = {
     "FreePromptFluxPipeline": "flux",
     "QwenImagePipeline": "qwen",
     "FreePromptQwenImagePipeline": "qwen",
+    "Flux2Pipeline": "flux2",
+    "FreePromptFlux2Pipeline": "flux2",
+    "Flux2KleinPipeline": "flux2_klein",
+    "FreePromptFlux2KleinPipeline": "flux2_klein",
     "ChromaPipeline": "chroma",
     "FreePromptChromaPipeline": "chroma",
     "Lumina2Pipeline": "lumina2",
@@ -72,8 +77,8 @@ class FreePromptPipeline(UNetEditing, StableDiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         """As in diffusers; "embedded" and "embedded-sd3" are the models that come with this package. A saved pipeline
-        of SDXL, Stable Diffusion 3, FLUX.1, Qwen-Image, Chroma, Lumina 2 or Z-Image is loaded as the class that edits
-        with it."""
+        of SDXL, Stable Diffusion 3, FLUX.1, FLUX.2, Qwen-Image, Chroma, Lumina 2 or Z-Image is loaded as the class that
+        edits with it."""
         if isinstance(pretrained_model_name_or_path, str) and is_embedded(pretrained_model_name_or_path):
             pretrained_model_name_or_path = embedded_path(pretrained_model_name_or_path)
         serving: Any = _saved_class(pretrained_model_name_or_path, options)
@@ -107,6 +112,10 @@ def _class_for(family: str) -> type:
         from .xl_pipeline import FreePromptXLPipeline
 
         return FreePromptXLPipeline
+    if family in ("flux2", "flux2_klein"):
+        from .flux2_pipeline import FLUX2_CLASSES
+
+        return FLUX2_CLASSES[family]
     from .flow_pipeline import FLOW_CLASSES
 
     return FLOW_CLASSES[family]
@@ -127,7 +136,7 @@ def _class_of(pipeline: Any) -> type | None:
     from .sampling.flow_models import check_served
 
     check_served(pipeline, family)
-    return _class_for(family)
+    return _class_for("flux2_klein" if is_klein(pipeline) else family)
 
 
 def _saved_class(pretrained: Any, options: Mapping[str, Any]) -> type | None:

@@ -15,15 +15,15 @@ from tests.support import arrows
 
 KERNELS = "AttentionMap LinearMap backends beside blend concatenate join known_columns shared_attention stack"
 PIPELINE = (
-    "BatchRoles CombinedEdit ConceptMaps ConsistEdit Edit EditingSession Encoding FireFlowScheduler "
-    "FreeFluxEdit FreePromptChromaPipeline FreePromptEdit FreePromptFluxPipeline FreePromptLumina2Pipeline "
-    "FreePromptPipeline FreePromptPipelineOutput FreePromptQwenImagePipeline FreePromptSD3Pipeline "
-    "FreePromptXLPipeline FreePromptZImagePipeline HeatMaps Injecting Inversion JointProduct KVEdit "
-    "LayerSelection LocalBlend MasaCtrlEdit MixedRows ModelCall NullText PlugAndPlayEdit Product "
-    "PromptToPromptEdit Prompted RFSolverScheduler ReFlexEdit Recording Remembering SelfAttentionEdit Site "
-    "StableFlowEdit Step StepWindow StyleAlignedEdit TransformerAdapter ValueInjectionEdit Watcher Watching "
-    "WordMask attention_sites concept_maps ddim_scheduler editing flow_scheduler heat_maps make_edit "
-    "register_adapter"
+    "BatchRoles CombinedEdit ConceptMaps ConsistEdit Edit EditingSession Encoding FireFlowScheduler FreeFluxEdit "
+    "FreePromptChromaPipeline FreePromptEdit FreePromptFlux2KleinPipeline FreePromptFlux2Pipeline "
+    "FreePromptFluxPipeline FreePromptLumina2Pipeline FreePromptPipeline FreePromptPipelineOutput "
+    "FreePromptQwenImagePipeline FreePromptSD3Pipeline FreePromptXLPipeline FreePromptZImagePipeline HeatMaps "
+    "Injecting Inversion JointProduct KVEdit LayerSelection LocalBlend MasaCtrlEdit MixedRows ModelCall NullText "
+    "PlugAndPlayEdit Product PromptToPromptEdit Prompted RFSolverScheduler ReFlexEdit Recording Remembering "
+    "SelfAttentionEdit Site StableFlowEdit Step StepWindow StyleAlignedEdit TransformerAdapter ValueInjectionEdit "
+    "Watcher Watching WordMask attention_sites concept_maps ddim_scheduler editing flow_scheduler heat_maps "
+    "make_edit register_adapter"
 )
 TESTING = "TOLERANCE DenseLayer Difference EditCheck check_edit tiny_unet words_tokenizer"
 COMMANDS = ("app", "batch", "demo", "doctor", "edit", "evaluate", "heatmap", "info", "invert")

@@ -25,6 +25,7 @@ from ..images.load import load_image, to_tensor
 from ..models.adapter import identity
 from ..models.flow_solvers import Solver, flow_nodes, require_flow, solver_of
 from ..models.steps import Step
+from ..prompts.encoding import encoding_tokenizer
 from ..prompts.words import warn_of_unknown_words
 from ..sampling.flow_models import FlowModel, Velocity, flow_model
 from ..sampling.noise_schedule import NoiseSchedule
@@ -87,7 +88,7 @@ def invert_flow(
     size = picture.size[::-1]
     model.check_size(size)
     warn_of_size(size, model.native_size)
-    warn_of_unknown_words([prompt], pipe.tokenizer)
+    warn_of_unknown_words([prompt], encoding_tokenizer(pipe))
     model.set_timesteps(int(num_inference_steps), size)
     nodes, steps = flow_nodes(pipe.scheduler).cpu(), int(num_inference_steps)
     text_length = max_sequence_length or model.text_length

@@ -14,7 +14,7 @@ from ..text_parts import Template, TextPart, conversation
 from .adapter import ModelCall
 from .flux import FluxBlocksAdapter
 
-__all__ = ["Flux2Adapter"]
+__all__ = ["Flux2Adapter", "is_klein"]
 
 _KLEIN = "Flux2Klein"
 
@@ -24,6 +24,11 @@ def _conversation(pipe: Any, arguments: Mapping[str, Any]) -> Template:
     return conversation(pipe.tokenizer, enable_thinking=False)
 
 
+def is_klein(pipe: Any) -> bool:
+    """Whether a pipeline is of FLUX.2 [klein], and not of [dev]."""
+    return any(kind.__name__.startswith(_KLEIN) for kind in type(pipe).__mro__)
+
+
 class Flux2Adapter(FluxBlocksAdapter):
     """diffusers' ``Flux2Transformer2DModel``."""
 
@@ -31,7 +36,7 @@ class Flux2Adapter(FluxBlocksAdapter):
 
     def __init__(self, pipe: Any | None, model: Any) -> None:
         super().__init__(pipe, model)
-        if any(kind.__name__.startswith(_KLEIN) for kind in type(pipe).__mro__):
+        if is_klein(pipe):
             self.text_parts = (TextPart("tokenizer", ("text_encoder",), _conversation, is_padded=True),)
         else:
             self.words_refused = (

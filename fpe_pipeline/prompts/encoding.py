@@ -171,11 +171,13 @@ class EncodingHook:
 def encoding_tokenizer(pipe: Any) -> Any:
     """The tokenizer whose tokens a pipeline's cross-attention sees; None where it has none.
 
-    Pipelines with two have one vocabulary in both, and refiners have the second alone.
+    Pipelines with two have one vocabulary in both, and refiners have the second alone. In FLUX.2 [dev] it is part of a
+    processor, which reads pictures too.
     """
     for name in ("tokenizer", "tokenizer_2"):
-        if getattr(pipe, name, None) is not None:
-            return getattr(pipe, name)
+        found = getattr(pipe, name, None)
+        if found is not None:
+            return found.tokenizer if hasattr(found, "image_processor") else found
     return None
 
 

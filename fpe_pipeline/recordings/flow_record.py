@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..edits import Edit
 from ..edits.base import check_prompts
@@ -28,6 +27,7 @@ from ..sampling.flow_models import FlowModel
 from ..sampling.flow_sampling import FlowSampling, chosen_flow_edit, flow_start
 from ..sampling.noise_schedule import NoiseSchedule
 from ..sampling.step_end import Call
+from ..session.entry import check_words
 from ..session.finite import check_latents
 from ..texts import check_text, print_text
 from .contents import Words, recorded_steps, source_needs
@@ -106,7 +106,8 @@ def record_flow(
         check_inversion_options(inversion, {"latents": latents}, negative, steps, is_flow=True)
         check_flow_inversion(inversion, model)
         prompt = inversion.prompt if prompt is None else prompt
-        options, latents = with_size_of(inversion, options), inversion.noise
+        options = with_size_of(inversion, options)
+        latents = model.taken(inversion.noise, (options["height"], options["width"]))
     source = _source(pipe, model, prompt, inversion, options)
     given = edit if isinstance(edit, Sequence) else (edit,)
     if not given:
@@ -114,6 +115,7 @@ def record_flow(
     edits = [chosen_flow_edit(one, self_replace_steps, layers) for one in given]
     for one in edits:
         check_prompts(one, [source.prompt], encoding_tokenizer(pipe))
+        check_words(adapter_of(pipe), one)
     check_placement(placement)
     check_latents(latents)
     plan = _plan(model, source, edits, _noise(model, latents, options), precision)
@@ -126,7 +128,7 @@ def record_flow(
 def _options(pipe: FlowSampling, model: FlowModel) -> frozenset[str]:
     """Arguments of a call that a recording takes."""
     left_out = frozenset() if model.takes_guidance else {"guidance_scale"}
-    return (_OPTIONS - left_out) | (pipe.parent_options() & {"true_cfg_scale"})
+    return ((_OPTIONS | {"true_cfg_scale"}) - left_out) & pipe.parent_options()
 
 
 @dataclass(frozen=True)
@@ -172,22 +174,20 @@ def _source(pipe: Any, model: FlowModel, prompt: Any, inversion: Inversion | Non
             )
         true = true if is_guided else 1.0
     else:
-        is_guided = guidance > pipe.unguided
+        is_guided = pipe.is_guided_at(guidance)
     return _Source(prompt, negative, guidance, int(steps), text_length, is_guided, inversion, true)
 
 
 def _noise(
     model: FlowModel, latents: torch.Tensor | None, options: dict[str, Any]
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The latents of one row that were given, or noise of the size that was asked for, and that size in pixels."""
+    """The latents of one row that were given, or noise of the size that was asked for, as the model takes them, and
+    that size in pixels."""
     start = flow_start(model, Call(1, 1), latents, options.get("height"), options.get("width"))
-    size, device, dtype = (start["height"], start["width"]), model.pipe._execution_device, model.noise_dtype
+    size = start["height"], start["width"]
     if latents is None:
-        grid = (side // model.pipe.vae_scale_factor for side in size)
-        shape = (1, model.latent_channels, *grid)
-        drawn = randn_tensor(shape, generator=options.get("generator"), device=device, dtype=dtype)
-        return model.latents(drawn), size
-    return start["latents"].to(device, dtype), size
+        return model.held(model.drawn(size, options.get("generator"))), size
+    return model.held(start["latents"].to(model.pipe._execution_device, model.noise_dtype)), size
 
 
 def _plan(
@@ -233,7 +233,7 @@ def _run(
         **dict(zip(("height", "width"), plan.size or (), strict=True)),
         "num_inference_steps": source.steps,
         "max_sequence_length": source.text_length,
-        "latents": plan.noise,
+        "latents": model.taken(plan.noise, plan.size or (0, 0)),
         "callback_on_step_end": kept,
         "output_type": "latent",
     }

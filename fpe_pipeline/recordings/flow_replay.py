@@ -45,7 +45,8 @@ def edit_flow(
         target_prompt: one or more prompts.
         edit: any that needs no more of the source than was recorded; default: Free-Prompt-Editing as recorded.
         self_replace_steps: of the default edit; fewer steps than were recorded.
-        guidance_scale: of the targets on FLUX.1 dev, one for all or a list with one for each; default: the recording's.
+        guidance_scale: of the targets on FLUX.1 dev and FLUX.2 dev, one for all or a list with one for each; default:
+            the recording's.
         output_type: "pil", "np", "pt" or "latent".
         backend: attention backend.
 
@@ -56,7 +57,7 @@ def edit_flow(
     Raises:
         ValueError: a recording of another model or schedule, one that lacks what the edit needs, an edit that is
             written for other prompts or takes text tokens that are not recorded, a guidance that the model is not told
-            (all but FLUX.1 dev); before any denoising.
+            (all but those two); before any denoising.
         InputError: a folder, or a file of it, that is not what was recorded.
     """
     targets, recording = target_list(target_prompt), loaded_recording(recording)
@@ -64,11 +65,13 @@ def edit_flow(
     guided_rows = _guided(pipe, model, guidance_scale, len(targets))
     size, text_length = _check_recording(model, recording)
     chosen = replayed_edit(recording, edit, self_replace_steps, targets, encoding_tokenizer(pipe))
-    scale = recording.true_cfg_scale or 0.0 if pipe.takes_true_guidance() else recording.guidance_scale
+    is_guided = pipe.is_guided_at(recording.guidance_scale)
+    if pipe.takes_true_guidance():
+        is_guided = (recording.true_cfg_scale or 0.0) > 1
     words: Words = ("placed" if recording.source_text else "unplaced") if model.is_padded else "left out"
     grid = (size[0] // model.pipe.vae_scale_factor, size[1] // model.pipe.vae_scale_factor)
-    replay = Replay(pipe, chosen, recording, len(targets), scale > pipe.unguided, backend, grid, words)
-    noise = recording.latents[0]
+    replay = Replay(pipe, chosen, recording, len(targets), is_guided, backend, grid, words)
+    noise = model.taken(recording.latents[0], size)
     arguments = {
         "prompt": list(targets),  # Z-Image's pipeline writes into the list
         "height": size[0],

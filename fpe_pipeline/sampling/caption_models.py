@@ -49,6 +49,9 @@ class Lumina2(FlowModel):
     def multiple(self) -> int:
         return int(self.pipe.vae_scale_factor * self.pipe.transformer.config.patch_size)
 
+    def cast(self, latents: Latents) -> Latents:
+        return latents.to(self.noise_dtype)  # the pipeline hands them to the model as they come
+
     @property
     def longest(self) -> int | None:
         return int(min(self.pipe.transformer.config.axes_lens[1:]) * self.multiple)

@@ -26,8 +26,8 @@ def decoded(pipe: Any, latents: torch.Tensor, size: tuple[int, int] | None = Non
     """Latents as a pipeline's callback or a recording has them, as pictures.
 
     Args:
-        pipe: a pipeline of Stable Diffusion, SDXL or FLUX.1; its autoencoder's dtype decides the arithmetic.
-        latents: [images, C, h, w], or of FLUX.1 [images, tokens, 4 · C].
+        pipe: a pipeline of Stable Diffusion, SDXL or a flow model; its autoencoder's dtype decides the arithmetic.
+        latents: [images, C, h, w], or of FLUX.1 and others [images, tokens, 4 · C].
         size: (height, width) of the pictures in pixels, which latents that are packed into tokens do not say.
 
     Raises:
@@ -39,7 +39,7 @@ def decoded(pipe: Any, latents: torch.Tensor, size: tuple[int, int] | None = Non
     with computing as vae:
         given = latents.to(vae.dtype)
         mean, std = _moments(vae, given)
-        pixels = vae.decode(given * std / vae.config.scaling_factor + mean, return_dict=False)[0]
+        pixels = vae.decode(given * std / vae.config.get("scaling_factor", 1.0) + mean, return_dict=False)[0]
     pictures: list[Image.Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
     return pictures
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from .arguments import check_size
 
@@ -141,7 +142,7 @@ class FlowModel(ABC):
     def set_timesteps(self, steps: int, size: tuple[int, int]) -> None:
         """Set the scheduler to the run that the pipeline makes of an image of (height, width) pixels."""
 
-    #: Whether latents are packed into tokens.
+    #: Whether latents are packed into tokens where the pipeline's call takes them.
     is_packed: ClassVar[bool] = False
 
     #: Whether every prompt has as many tokens of text, and none of them masked; of others recordings hold none.
@@ -149,6 +150,11 @@ class FlowModel(ABC):
 
     #: Whether the pipeline takes a ``guidance_scale`` that does something.
     takes_guidance: ClassVar[bool] = True
+
+    @property
+    def latent_pixels(self) -> int:
+        """Pixels across one of the latents [B, C, h, w] that the pipeline's call takes."""
+        return int(self.pipe.vae_scale_factor)
 
     @property
     def latent_channels(self) -> int:
@@ -190,6 +196,24 @@ class FlowModel(ABC):
             size: (height, width) of the images in pixels; needed where latents are packed.
         """
         return latents
+
+    def drawn(self, size: tuple[int, int], generator: Any = None) -> Latents:
+        """Noise of an image of (height, width) pixels, as the pipeline draws it and its call takes it."""
+        shape = (1, self.latent_channels, *(side // self.pipe.vae_scale_factor for side in size))
+        noise = randn_tensor(shape, generator, self.pipe._execution_device, self.noise_dtype)
+        return self.latents(noise)
+
+    def cast(self, latents: Latents) -> Latents:
+        """Latents of any dtype as the pipeline's call takes them; most pipelines convert them themselves."""
+        return latents
+
+    def held(self, latents: Latents) -> Latents:
+        """Latents [B, …] as the pipeline's call takes them, as its scheduler and its model do."""
+        return latents
+
+    def taken(self, held: Latents, size: tuple[int, int]) -> Latents:
+        """The inverse of :meth:`held`, of images of (height, width) pixels."""
+        return held
 
     def channels(self, latent_channels: int) -> int:
         """Channels of what the model takes, of latents of so many."""

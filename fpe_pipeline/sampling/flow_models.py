@@ -12,7 +12,7 @@ import torch
 from ..models.families import adapter_of
 from .caption_models import Lumina2, ZImage
 from .flow_model import FlowModel, Latents, Velocity, shift_of
-from .packed_models import Chroma, Flux, Qwen
+from .packed_models import Chroma, Flux, Flux2, Qwen
 
 __all__ = ["FlowModel", "Velocity", "check_served", "flow_model", "is_flow_model"]
 
@@ -60,6 +60,7 @@ class _SD3(FlowModel):
 _FAMILIES: dict[str, type[FlowModel]] = {
     "sd3": _SD3,
     "flux": Flux,
+    "flux2": Flux2,
     "qwen": Qwen,
     "chroma": Chroma,
     "lumina2": Lumina2,
@@ -68,7 +69,7 @@ _FAMILIES: dict[str, type[FlowModel]] = {
 #: Pipelines whose models are shown pictures, by what their names begin with.
 _SHOWN = {"FluxKontext": "FLUX.1 Kontext", "QwenImageEdit": "Qwen-Image-Edit", "QwenImageLayered": "Qwen-Image-Layered"}
 #: What families are called in messages.
-_SERVED = "Stable Diffusion 3, FLUX.1, Qwen-Image, Chroma, Lumina 2 and Z-Image"
+_SERVED = "Stable Diffusion 3, FLUX.1, FLUX.2, Qwen-Image, Chroma, Lumina 2 and Z-Image"
 
 
 def is_flow_model(pipe: Any) -> bool:

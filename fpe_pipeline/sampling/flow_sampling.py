@@ -51,6 +51,10 @@ class FlowSampling(AroundParent):
         """The arguments of a call in diffusers."""
         return frozenset(inspect.signature(cls.parent.__call__).parameters) - {"self"}
 
+    def is_guided_at(self, scale: float) -> bool:
+        """Whether calls with this ``guidance_scale`` have rows that do not see their prompts."""
+        return scale > self.unguided
+
     @classmethod
     def takes_true_guidance(cls) -> bool:
         """Whether calls are guided by a negative prompt and ``true_cfg_scale``, and not by their ``guidance_scale``."""
@@ -112,8 +116,11 @@ def texts_of_call(pipe: Any, options: Mapping[str, Any], count: int) -> dict[str
     texts = {name: negative_list(options.get(name), count, name) for name in _TEXTS}
     _check_options(pipe, options)
     name = "true_cfg_scale" if pipe.takes_true_guidance() else "guidance_scale"
-    scale = options.get(name, pipe.parent_default(name))
-    check_guidance(scale)
+    given = options.get(name, pipe.parent_default(name))
+    scales = given if isinstance(given, list | tuple) else [given]
+    for scale in scales:
+        check_guidance(scale)
+    scale = max(scales, default=pipe.unguided)
     if texts["negative_prompt"] is not None and scale <= pipe.unguided:
         warnings.warn(
             f"the negative prompt does nothing at {name}={scale:g}, which switches guidance off",
@@ -146,17 +153,16 @@ def flow_start(
         ValueError: a size between tokens, or latents of another one.
     """
     packed = latents is not None and model.is_packed
-    factor = model.pipe.vae_scale_factor
     if packed and (height is None or width is None):
         raise ValueError("latents that are packed into tokens do not say their image's size: pass height and width")
-    size = image_size(model.native_size, factor, height, width, None if packed else latents)
+    size = image_size(model.native_size, model.latent_pixels, height, width, None if packed else latents)
     model.check_size(size)
     start: dict[str, Any] = {"height": size[0], "width": size[1]}
     tokens = (size[0] // model.multiple) * (size[1] // model.multiple) if packed else None
     channels = model.pipe.transformer.config.in_channels
     shared = shared_latents(latents, call.prompts, call.images_per_prompt, channels, tokens)
     if shared is not None:
-        start["latents"] = torch.cat([shared] * call.prompts)
+        start["latents"] = model.cast(torch.cat([shared] * call.prompts))
     return start
 
 
@@ -177,7 +183,7 @@ def guidance_of_rows(pipe: Any, scales: Sequence[float], images: int) -> Iterato
     """Tell a guidance-distilled transformer in a block the guidance of each prompt's rows.
 
     Args:
-        pipe: of FLUX.1.
+        pipe: of a flow model.
         scales: one a prompt.
         images: images a prompt.
 
@@ -186,7 +192,7 @@ def guidance_of_rows(pipe: Any, scales: Sequence[float], images: int) -> Iterato
     """
     if not pipe.transformer.config.get("guidance_embeds"):
         raise ValueError(
-            f"a guidance for each prompt is for transformers that are told it, as FLUX.1 dev; this "
+            f"a guidance for each prompt is for transformers that are told it, as FLUX.1 dev and FLUX.2 dev; this "
             f"{type(pipe.transformer).__name__} is not: pass one number"
         )
     for scale in scales:

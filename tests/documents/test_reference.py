@@ -20,6 +20,8 @@ NOT_YET = {"make_edit"}  # says what it returns in its first line
 MADE_BY_OTHERS = {"CombinedEdit", "ConceptMaps", "Edit", "HeatMaps", "LinearMap", "FreePromptPipeline"} | {
     "FireFlowScheduler",
     "FreePromptChromaPipeline",
+    "FreePromptFlux2KleinPipeline",
+    "FreePromptFlux2Pipeline",
     "FreePromptFluxPipeline",
     "FreePromptLumina2Pipeline",
     "FreePromptQwenImagePipeline",

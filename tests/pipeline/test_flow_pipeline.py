@@ -237,7 +237,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="one for each of the 2 prompts"):
             pipes["flux"](SOURCE, TARGET, guidance_scale=[1.0, 2.0, 3.0], **FAST, **SIZE)
         schnell = FreePromptPipeline.from_pipe(tiny_flux_pipeline(pipe, guidance_embeds=False))
-        with pytest.raises(ValueError, match=r"FLUX\.1 dev; this FluxTransformer2DModel is not"):
+        with pytest.raises(ValueError, match=r"FLUX\.2 dev; this FluxTransformer2DModel is not"):
             schnell(SOURCE, TARGET, guidance_scale=[1.0, 2.0], **FAST, **SIZE)
 
     def test_models_that_take_more_than_latents(self, pipe):

@@ -60,6 +60,43 @@ def tiny_klein_that_reads(dtype=torch.float64, **config):
     return tiny_klein_pipeline(dtype, encoder=encoder.to(dtype).eval(), tokenizer=tokenizer, **config)
 
 
+class Processor:
+    """What FLUX.2 [dev] has in the place of a tokenizer: it holds one, and reads pictures too."""
+
+    image_processor = None
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def apply_chat_template(self, conversations, **options):
+        said = [[{**turn, "content": turn["content"][0]["text"]} for turn in one] for one in conversations]
+        options["return_tensors"] = "pt"
+        return self.tokenizer.apply_chat_template(said, **options)
+
+
+def tiny_flux2_that_encodes(name="Flux2Pipeline", dtype=torch.float64, **settings):
+    """FLUX.2 [dev] or [klein] whose encoder is as deep as the pipeline's own choice of layers asks for, with an
+    autoencoder that has seen something.
+
+    Args:
+        settings: of the pipeline, such as ``is_distilled``.
+    """
+    torch.manual_seed(2)
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = _CHAT
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 30, "head_dim": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    encoder = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=512, **size, **heads))
+    tiny = tiny_flux2_pipeline(dtype, name, encoder.to(dtype).eval(), tokenizer, joint_attention_dim=24)
+    if name == "Flux2Pipeline":
+        tiny.tokenizer, tiny.system_message = Processor(tokenizer), "Write"
+    statistics = tiny.vae.bn
+    statistics.running_mean.normal_(0, 0.1)
+    statistics.running_var.uniform_(0.1, 0.5)
+    tiny.register_to_config(**settings)
+    return tiny
+
+
 def embedded(texts, dtype):
     """Embeddings [prompts, tokens, 32] of texts, the same for equal ones."""
     return torch.stack(

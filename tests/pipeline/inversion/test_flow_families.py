@@ -271,6 +271,16 @@ def test_embeddings_of_lumina_2_come_with_their_masks():
     assert (tiny(**encoded, **options).images - expected).abs().max() <= EXACT
 
 
+def test_lumina_2_in_bfloat16(photo):
+    """Its pipeline hands latents to the model as they come, and those of an inversion are float32."""
+    tiny = FreePromptPipeline.from_pipe(tiny_lumina_that_reads(torch.bfloat16))
+    tiny.set_progress_bar_config(disable=True)
+    inversion = tiny.invert(photo, SOURCE, num_inference_steps=2, max_sequence_length=128, **SIZE)
+    out = tiny(inversion=inversion, target_prompt=TARGET, output_type="latent")
+    assert inversion.latents.dtype == torch.float32 and out.images.dtype == torch.bfloat16
+    assert torch.equal(out.source, inversion.latents[0, 0].bfloat16())
+
+
 def test_saved_models_load_in_diffusers_and_here(tiny, family, tmp_path):
     tiny.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     tiny.save_pretrained(tmp_path)

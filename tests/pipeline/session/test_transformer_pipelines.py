@@ -11,7 +11,6 @@ from fpe_pipeline import ConsistEdit, FreePromptEdit, FreePromptPipeline, Stable
 from fpe_pipeline.inversion.flow import invert_flow
 from tests.support.dense_joint import dense
 from tests.support.slow_cases import few
-from tests.support.tiny_lumina import tiny_lumina_pipeline
 from tests.support.tiny_transformers import PROMPTS, draw, tiny_flux_pipeline, tiny_sd3_pipeline
 from tests.support.tiny_wan import tiny_wan_pipeline
 
@@ -83,10 +82,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message), editing(tiny, FreePromptEdit()):
             draw(tiny)
 
-    @pytest.mark.parametrize("name", ["Lumina 2", "Wan"])
-    def test_conveniences_of_other_families(self, pipe, name):
-        tiny = tiny_lumina_pipeline() if name == "Lumina 2" else tiny_wan_pipeline(pipe)
-        message = r"Qwen-Image, Chroma and Z-Image, got \w+Pipeline; put `with editing\(pipe, edit\):`"
+    def test_conveniences_of_other_families(self, pipe):
+        tiny = tiny_wan_pipeline(pipe)
+        message = r"Chroma, Lumina 2 and Z-Image, got \w+Pipeline; put `with editing\(pipe, edit\):`"
         with pytest.raises(TypeError, match=message):
             FreePromptPipeline.from_pipe(tiny)
         with pytest.raises(TypeError, match=message):
