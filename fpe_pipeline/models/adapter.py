@@ -143,6 +143,18 @@ class ModelAdapter(ABC):
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         """What a call with these arguments is."""
 
+    def longer_texts(self, kwargs: Mapping[str, Any], tokens: Mapping[bool, int]) -> dict[str, Any]:
+        """What of a call's named arguments gives its texts at least so many tokens, by padding that is masked.
+
+        Args:
+            kwargs: of the call.
+            tokens: of calls that see their prompts (True), and of those that do not.
+
+        Returns:
+            New values of some arguments; none where texts are as long, or padding has no place behind them.
+        """
+        return {}
+
     def step(self, call: ModelCall) -> Step:
         """The step of the scheduler's run that a call belongs to.
 

@@ -12,6 +12,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch.nn import functional
+
 from ..text_parts import Template, TextPart
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
@@ -59,6 +62,17 @@ class QwenImageAdapter(NamedCallsAdapter):
             references=references,
             arguments=(args, kwargs),
         )
+
+    def longer_texts(self, kwargs: Mapping[str, Any], tokens: Mapping[bool, int]) -> dict[str, Any]:
+        texts, mask = kwargs["encoder_hidden_states"], kwargs.get("encoder_hidden_states_mask")
+        beyond = tokens.get(self._half() != "unconditional", 0) - texts.shape[1]
+        if beyond <= 0:
+            return {}
+        mask = texts.new_ones(texts.shape[:2], dtype=torch.long) if mask is None else mask
+        return {
+            "encoder_hidden_states": functional.pad(texts, (0, 0, 0, beyond)),
+            "encoder_hidden_states_mask": functional.pad(mask, (0, beyond)),
+        }
 
 
 def _size(shapes: Any) -> tuple[int, int, int]:

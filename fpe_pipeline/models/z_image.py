@@ -24,7 +24,7 @@ from .sites import Kind, Site
 from .steps import Step, step_of_scheduler
 from .transformer import TransformerAdapter
 
-__all__ = ["ZImageAdapter"]
+__all__ = ["ZImageAdapter", "filled_up"]
 
 #: What layers attend to, by where they stand in the model; captions alone (context_refiner) are no edit's.
 _KINDS: dict[str, Kind] = {"layers": "joint", "noise_refiner": "image"}
@@ -101,4 +101,9 @@ class ZImageAdapter(TransformerAdapter):
 
 def _lengths(captions: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """Text tokens of each row before padding that nobody attends to."""
-    return tuple(-(-len(caption) // _MULTIPLE) * _MULTIPLE for caption in captions)
+    return tuple(filled_up(len(caption)) for caption in captions)
+
+
+def filled_up(tokens: int) -> int:
+    """How many tokens the model makes of so many of an image or of a caption."""
+    return -(-tokens // _MULTIPLE) * _MULTIPLE

@@ -19,7 +19,7 @@ from ..shadows import Shadows
 from ..text_parts import Template, TextPart
 from .words import TokenizedPrompt
 
-__all__ = ["EncodedText", "Encoding", "EncodingHook", "encoding_tokenizer"]
+__all__ = ["EncodedText", "Encoding", "EncodingHook", "encoding_tokenizer", "filled"]
 
 Inputs = dict[str, list[torch.Tensor]]
 #: In the place of a token that there is not, in rows of which others are longer.
@@ -37,6 +37,7 @@ class EncodedText:
         length: tokens of the part where it has no encoder, and zeros stand there.
         template: the text around the prompts; None where they stand alone.
         registers: tokens of the model's own, which it puts before every text.
+        ends: whether texts end where they end, with padding behind those that are shorter than the longest of a call.
     """
 
     tokenizer: Any = field(repr=False, compare=False)
@@ -44,6 +45,7 @@ class EncodedText:
     length: int = 0
     template: Template | None = None
     registers: int = 0
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,8 @@ def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments
                 whole = _gathered(whole, length, arguments)
             own = whole if is_whole else [_without_padding(*call, dropped, length) for call in masked]
             inputs.append(own if part.multiple == 1 else _filled_up(own, part.multiple))
-    return EncodedText(getattr(pipe, part.tokenizer, None), tuple(inputs), length, template, part.registers)
+    ends = template is not None and not part.is_padded
+    return EncodedText(getattr(pipe, part.tokenizer, None), tuple(inputs), length, template, part.registers, ends)
 
 
 def _without_padding(tokens: torch.Tensor, mask: torch.Tensor | None, dropped: int, length: int) -> torch.Tensor:
@@ -226,7 +229,12 @@ def _gathered(calls: Sequence[torch.Tensor], length: int, arguments: Mapping[str
 def _filled_up(calls: Sequence[torch.Tensor], multiple: int) -> list[torch.Tensor]:
     """The same as wide as the widest, filled up to a multiple: rows of all calls stand in one batch."""
     width = -(-max(call.shape[1] for call in calls) // multiple) * multiple
-    return [torch.nn.functional.pad(call, (0, width - call.shape[1]), value=_NONE) for call in calls]
+    return [filled(call, width) for call in calls]
+
+
+def filled(tokens: torch.Tensor, width: int) -> torch.Tensor:
+    """Token numbers [rows, tokens] with as many places more as make them so wide, in which no token is."""
+    return torch.nn.functional.pad(tokens, (0, width - tokens.shape[1]), value=_NONE)
 
 
 @contextmanager

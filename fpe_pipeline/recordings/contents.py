@@ -21,7 +21,7 @@ from .precision import Precision, packed_bytes
 
 __all__ = ["Words", "check_held", "contents_bytes", "recorded_steps", "source_needs"]
 
-#: Of a source's text tokens in joint attention: it is known which words they are, or not, or they are not recorded.
+#: Of a source's text tokens in joint attention: it is known which words they are, or not.
 Words = Literal["placed", "unplaced", "left out"]
 _MAP = frozenset({"query", "key", "logsumexp"})
 
@@ -64,7 +64,7 @@ def source_needs(
         words: what is known of the source's text tokens in joint attention.
 
     Raises:
-        ValueError: an edit that takes text tokens of joint attention where they are left out.
+        ValueError: an edit that asks for the source's map as an operator in joint attention.
         Lacking: one that places words there, where they are not known.
     """
     found: dict[str, dict[Part, set[int]]] = {}
@@ -107,8 +107,7 @@ def _reads(
 def _check_words(edit: Edit, order: Order, words: Words, batch: int) -> None:
     """Refuse an edit of joint attention that takes of the source's words what a recording does not have.
 
-    Text tokens of a number of their own would have to be padded and masked beside those of other prompts. And words are
-    placed among the tokens of several text encoders, of which recordings of an earlier version say nothing.
+    Words are placed among the tokens of text encoders, of which recordings of an earlier version say nothing.
     """
     if any(row >= batch for row in order.maps):
         raise ValueError(
@@ -120,9 +119,8 @@ def _check_words(edit: Edit, order: Order, words: Words, batch: int) -> None:
     texts = any(part.startswith("text-") for parts in order.plan.reads.values() for part in parts)
     if words == "left out" and ((texts and order.site.kind != "image") or order.columns):
         raise ValueError(
-            f"{', '.join(asking)} takes text tokens of the source, which a recording does not hold on models whose "
-            "texts end where they end (Qwen-Image, Z-Image) or are masked there (Chroma, Lumina 2): run source and "
-            "targets together, pipe(source, targets, edit=…)"
+            f"{', '.join(asking)} takes text tokens of the source, which a recording does not hold on Lumina 2, whose "
+            "texts are masked where they end: run source and targets together, pipe(source, targets, edit=…)"
         )
     mixes = isinstance(order.plan, JointPlan) and any(term.mixing is not None for term in order.plan.products)
     if words == "unplaced" and (order.columns or (mixes and prompts_of(edit))):

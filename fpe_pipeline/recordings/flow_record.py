@@ -33,6 +33,7 @@ from ..texts import check_text, print_text
 from .contents import Words, recorded_steps, source_needs
 from .fingerprint import fingerprint
 from .flow_capture import JointCapture, joint_bytes
+from .keys import Part
 from .plan import KeptLatents, Plan, new_store
 from .precision import Precision
 from .record_request import check_placement
@@ -90,9 +91,8 @@ def record_flow(
     Raises:
         TypeError: an unknown option.
         ValueError: a scheduler that draws noise in each step, a budget that is too small, layers that match nothing, an
-            edit that is written for another source, or takes the source's text tokens where they are masked or of a
-            number of their own (Qwen-Image, Chroma, Lumina 2, Z-Image); before any denoising. Values that do not fit a
-            reduced precision.
+            edit that is written for another source, or takes the source's text tokens on Lumina 2; before any
+            denoising. Values that do not fit a reduced precision.
         InputError: a folder that is not empty or cannot be written.
     """
     model = pipe.flow()
@@ -143,6 +143,11 @@ class _Source:
     is_guided: bool
     inversion: Inversion | None
     true_cfg_scale: float | None = None
+
+    @property
+    def away(self) -> str:
+        """What unconditional rows see."""
+        return self.negative_prompt or ""
 
 
 def flow_sites(model: FlowModel, size: tuple[int, int]) -> tuple[Site, ...]:
@@ -200,16 +205,22 @@ def _plan(
     noise, size = start
     model.set_timesteps(source.steps, size)
     sites, run, adapter = flow_sites(model, size), run_steps(model.pipe.scheduler), adapter_of(model.pipe)
-    texts: Words = "placed" if model.is_padded else "left out"
-    of_rows: dict[str, bool] = {
+    of_rows: dict[str, Any] = {
         "guided": source.is_guided,
         "apart": adapter.guides_apart,
         "prompts_first": adapter.prompts_first,
     }
-    contents = source_needs(edits, sites, run, **of_rows, words=texts)
+    words: Words = "placed" if model.keeps_text else "left out"
+    contents = source_needs(edits, sites, run, **of_rows, words=words)
     itemsize = model.pipe.transformer.dtype.itemsize
-    tokens = model.text_tokens(source.text_length)
     by_path = {site.path: site for site in sites}
+
+    def tokens(part: Part) -> int:
+        if part.name not in model.trimmed:
+            return model.text_tokens(source.text_length)
+        prompt = source.prompt if part.conditional else source.away
+        return model.own_text_tokens(prompt, source.text_length) + model.filling_tokens(size)
+
     nbytes = joint_bytes(contents, by_path, model.head_dim, tokens, itemsize, precision, model.key_heads)
     nbytes += (len(run) + 1) * noise.nbytes
     words = f"in {len(recorded_steps(contents))} of {len(run)} calls of the model, {precision}"
@@ -246,7 +257,8 @@ def _run(
     call, weights = Call(1, 1), fingerprint(pipe)
     followed = Followed.of(pipe, call, source.inversion)
     with store.all_or_nothing():
-        capture = JointCapture(pipe, plan.contents, store, precision, backend)
+        tokens = model.text_tokens(source.text_length)
+        capture = JointCapture(pipe, plan.contents, store, precision, backend, model.trimmed, tokens)
         with capture, followed.source:
             pipe._sample(call, nullcontext(), (), arguments)
         return plan.recording(
@@ -260,5 +272,7 @@ def _run(
             error=capture.error,
             size=plan.size,
             text_length=source.text_length,
-            source_text=capture.source_text if model.is_padded else {},
+            source_text=capture.source_text,
+            text_lengths=capture.text_lengths,
+            origins=capture.origins,
         )

@@ -56,8 +56,8 @@ def edit_flow(
 
     Raises:
         ValueError: a recording of another model or schedule, one that lacks what the edit needs, an edit that is
-            written for other prompts or takes text tokens that are not recorded, a guidance that the model is not told
-            (all but those two); before any denoising.
+            written for other prompts, a guidance that the model is not told (all but FLUX.1 dev and FLUX.2 dev), maps
+            over texts of other lengths where a run of source and targets together refuses them; before any denoising.
         InputError: a folder, or a file of it, that is not what was recorded.
     """
     targets, recording = target_list(target_prompt), loaded_recording(recording)
@@ -68,7 +68,7 @@ def edit_flow(
     is_guided = pipe.is_guided_at(recording.guidance_scale)
     if pipe.takes_true_guidance():
         is_guided = (recording.true_cfg_scale or 0.0) > 1
-    words: Words = ("placed" if recording.source_text else "unplaced") if model.is_padded else "left out"
+    words: Words = ("placed" if recording.source_text else "unplaced") if model.keeps_text else "left out"
     grid = (size[0] // model.pipe.vae_scale_factor, size[1] // model.pipe.vae_scale_factor)
     replay = Replay(pipe, chosen, recording, len(targets), is_guided, backend, grid, words)
     noise = model.taken(recording.latents[0], size)

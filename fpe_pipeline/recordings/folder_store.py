@@ -26,10 +26,10 @@ from .store import Layout, MapStore, TensorPlace
 
 __all__ = ["FileStore"]
 
-FORMAT = 6
+FORMAT = 7
 # 3 has a digest of the noise levels in place of the levels; up to 4, latents of a loop that may be inside of a step;
-# up to 5, of a source on a transformer no tokens.
-READABLE = (3, 4, 5, FORMAT)
+# up to 5, of a source on a transformer no tokens; up to 6, none on one whose texts are of several lengths.
+READABLE = (3, 4, 5, 6, FORMAT)
 INDEX = "index.json"
 LATENTS = "latents.safetensors"
 _STEP = "step-"

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Contents", "Part", "TensorKey", "Tensors"]
+__all__ = ["HALVES", "Contents", "Part", "TensorKey", "Tensors"]
 
-_CONDITIONAL = {True: "conditional", False: "unconditional"}
+#: What the two rows of a source are called.
+HALVES = {True: "conditional", False: "unconditional"}
 
 
 class Part(NamedTuple):
@@ -24,15 +25,15 @@ class Part(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        return f"{_CONDITIONAL[self.conditional]} {self.name}"
+        return f"{HALVES[self.conditional]} {self.name}"
 
     @classmethod
     def parse(cls, text: str) -> Part:
         """The part that a text names."""
         half, _, name = text.partition(" ")
-        if half not in _CONDITIONAL.values() or not name:
+        if half not in HALVES.values() or not name:
             raise ValueError(f"expected a part as 'conditional query', got {text!r}")
-        return cls(half == _CONDITIONAL[True], name)
+        return cls(half == HALVES[True], name)
 
 
 class TensorKey(NamedTuple):

@@ -18,7 +18,7 @@ Prompt-to-Prompt and ReFlex on a transformer             image queries and keys,
 local blend and masks of a word on a transformer         the same, of all layers of joint attention
 MasaCtrl, as Stable Flow, on a transformer               image keys and values, of the unconditional row too
 value injection                                          values of image and text, of the unconditional row too
-all of these on Qwen-Image, Chroma, Lumina 2, Z-Image    image tokens; those that take text tokens are refused
+all of these on Lumina 2                                 image tokens; those that take text tokens are refused
 sums of these, edits of your own                         what they name of the source's rows
 =======================================================  ==========================================================
 """
@@ -26,6 +26,7 @@ sums of these, edits of your own                         what they name of the s
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from ..models.flow_solvers import FireFlowScheduler
 from ..sampling.noise_schedule import NoiseSchedule
 from .contents import recorded_steps
 from .folder_store import FileStore
-from .keys import Contents
+from .keys import HALVES, Contents
 from .precision import Precision
 from .source_text import SourceText, is_source_text
 from .store import MapStore
@@ -45,6 +46,8 @@ __all__ = ["Recording"]
 
 #: The first format whose latents are those at the ends of steps, whatever a solver's loop holds.
 _AT_NODES = 5
+#: What the names of origins begin with in a folder.
+_ORIGIN = "origin-"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +76,12 @@ class Recording:
         size: (height, width) in pixels, on a transformer; None on a UNet, whose latents say it.
         text_length: tokens of T5, on a transformer.
         true_cfg_scale: of FLUX.1 and Qwen-Image, beside a negative prompt.
-        source_text: on Stable Diffusion 3 and FLUX.1, what the text encoders received, by part of the text; empty in
-            recordings of an earlier version, which serve no edit that places words.
+        source_text: on a transformer, what the text encoders received, by part of the text; empty in recordings of an
+            earlier version, which serve no edit that places words.
+        text_lengths: on a transformer, tokens of the source's text that are no padding, of its "conditional" and
+            "unconditional" row; empty in recordings of an earlier version.
+        origins: where an image's place follows the length of its text (Z-Image), what the image tokens of these rows
+            were turned by in common, of which they are kept without: cosines and sines [D / 2, 2].
     """
 
     prompt: str
@@ -95,6 +102,8 @@ class Recording:
     text_length: int | None = None
     true_cfg_scale: float | None = None
     source_text: SourceText = field(default_factory=dict, repr=False)
+    text_lengths: Mapping[str, int] = field(default_factory=dict)
+    origins: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         return (
@@ -135,13 +144,15 @@ class Recording:
             latents=tensors["latents"],
             unconditional=tensors.get("unconditional"),
             source_text={name: tokens for name, tokens in tensors.items() if is_source_text(name)},
+            origins={half: tensors[f"{_ORIGIN}{half}"] for half in HALVES.values() if f"{_ORIGIN}{half}" in tensors},
             **values,
         )
 
     def save(self, store: FileStore) -> None:
         """Finish the folder that `load` reads: what belongs to no step, and the index."""
         names = ("latents",) if self.unconditional is None else ("latents", "unconditional")
-        store.write_latents({name: getattr(self, name) for name in names} | dict(self.source_text))
-        apart = ("store", "latents", "unconditional", "contents", "source_text")
+        origins = {f"{_ORIGIN}{half}": origin for half, origin in self.origins.items()}
+        store.write_latents({name: getattr(self, name) for name in names} | dict(self.source_text) | origins)
+        apart = ("store", "latents", "unconditional", "contents", "source_text", "origins")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in apart}
         store.finish(self.contents, values | {"schedule": dataclasses.asdict(self.schedule)})

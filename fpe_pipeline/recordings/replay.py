@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..edits import Edit
-from ..edits.base import encoded_edit, feature_modules_of, parts_of
+from ..edits.base import encoded_edit, feature_modules_of, parts_of, prompts_of
+from ..edits.watchers import Watcher
 from ..models.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..models.steps import Step, run_steps
@@ -16,7 +17,8 @@ from ..prompts.encoding import Encoding
 from ..session.known_rows import Packed, RecordedLayer, unpack
 from ..session.session import EditingSession
 from .contents import Words, check_held, source_needs
-from .keys import Contents, Part, TensorKey
+from .keys import HALVES, Contents, Part, TensorKey
+from .padded_texts import pad_texts
 from .recording import Recording
 from .requirements import UNWATCHED
 from .source_text import with_source
@@ -77,6 +79,24 @@ class Replay(EditingSession):
         self.needed = needs(edit)
         check_held(edit, self.needed, recording.contents)
         self._has_placed = False  # the words of the pipeline call's prompts
+        self._lengths = {half == HALVES[True]: length for half, length in recording.text_lengths.items()}
+        self._origins = {
+            half == HALVES[True]: torch.view_as_complex(origin) for half, origin in recording.origins.items()
+        }
+        self._instructor.recorded_lengths = self._lengths
+        self._unpad: Callable[[], None] | None = None
+
+    def _install(self, watchers: Sequence[Watcher]) -> None:
+        super()._install(watchers)
+        words = bool(self._watchers or prompts_of(self.edit))
+        if words or any(_is_text(part.name) for parts in self.needed.values() for part in parts):
+            self._unpad = pad_texts(self.adapter, self._lengths)
+
+    def _take_off(self) -> None:
+        super()._take_off()
+        if self._unpad is not None:
+            self._unpad()
+            self._unpad = None
 
     def after_step(self, latents: torch.Tensor) -> torch.Tensor:
         """As the session's; blends see the source's latents of the recorded run behind the targets'."""
@@ -142,7 +162,22 @@ class Replay(EditingSession):
             for path, known in found.items()
             if path in feature_modules_of(self._running)
         }
-        return {path: RecordedLayer(known, _in_words(known, roles)) for path, known in found.items()}
+        self._origins = {half: origin.to(self._device) for half, origin in self._origins.items()}  # once a run
+        of_text = [
+            {row: told[half] for half, row in rows.items() if half in told} for told in (self._lengths, self._origins)
+        ]
+        return {
+            path: RecordedLayer(known, _in_words(known, roles), *(of_text if _holds_text(known) else ()))
+            for path, known in found.items()
+        }
+
+
+def _is_text(part: str) -> bool:
+    return part.startswith("text-")
+
+
+def _holds_text(known: Mapping[int, Packed]) -> bool:
+    return any(_is_text(name) for packed in known.values() for name in packed)
 
 
 def _in_words(known: Mapping[int, Packed], roles: BatchRoles) -> str:

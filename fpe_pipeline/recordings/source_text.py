@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..prompts.encoding import EncodedText, Encoding
+from ..prompts.encoding import EncodedText, Encoding, filled
 
 __all__ = ["SourceText", "is_source_text", "source_text", "with_source"]
 
@@ -30,7 +30,8 @@ def source_text(encoding: Encoding) -> dict[str, torch.Tensor]:
 def with_source(encoding: Encoding, prompt: str, text: SourceText) -> Encoding:
     """A call of targets alone as if it had encoded their source before them.
 
-    Its number of prompts is left open: the source has no row in the batch.
+    Its number of prompts is left open: the source has no row in the batch. Texts that end where they end become as long
+    as the longest.
 
     Args:
         encoding: of the call.
@@ -41,6 +42,8 @@ def with_source(encoding: Encoding, prompt: str, text: SourceText) -> Encoding:
         ValueError: the pipeline encodes in other parts, or texts of another length, than when it was recorded.
     """
     own = _named(encoding.texts)
+    if own.keys() == text.keys():
+        own, text = _of_one_length(encoding.texts, own, text)
     widths, recorded = ({name: tokens.shape[1] for name, tokens in one.items()} for one in (own, text))
     if widths != recorded:
         raise ValueError(
@@ -63,6 +66,23 @@ def _named(texts: Sequence[EncodedText]) -> dict[str, torch.Tensor]:
         for encoder, calls in enumerate(encoded.inputs)
         for call, tokens in enumerate(calls)
     }
+
+
+def _of_one_length(
+    texts: Sequence[EncodedText], own: Mapping[str, torch.Tensor], source: SourceText
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Both with all calls of a part as long as the longest, where its texts end where they end."""
+    ends = [name for part, encoded in enumerate(texts) if encoded.ends for name in own if _is_of(name, part)]
+    widths = {name: max(tokens[name].shape[1] for tokens in (own, source)) for name in ends}
+
+    def longer(tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: given if name not in widths else filled(given, widths[name]) for name, given in tokens.items()}
+
+    return longer(own), longer(source)
+
+
+def _is_of(name: str, part: int) -> bool:
+    return name.startswith(f"{_TEXT}-{part}-")
 
 
 def _calls(tokens: Mapping[str, torch.Tensor], part: int, encoder: int) -> list[Any]:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..models.z_image import filled_up
+from ..text_parts import conversation
 from .flow_model import FlowModel, GuidedByTwoCalls, Latents, Velocity, shift_of
 
 __all__ = ["Lumina2", "ZImage"]
@@ -33,7 +35,7 @@ class _NormedGuidance(GuidedByTwoCalls):
 
 
 class Lumina2(FlowModel):
-    is_padded = False
+    keeps_text = False
 
     @property
     def head_dim(self) -> int:
@@ -89,7 +91,16 @@ class _ZImageVelocity(Velocity):
 
 
 class ZImage(FlowModel):
-    is_padded = False
+    trimmed = frozenset({"text-query", "text-key", "text-value"})  # beyond its filled-up text no edit reaches
+
+    def own_text_tokens(self, prompt: str, text_length: int) -> int:
+        said = conversation(self.pipe.tokenizer, enable_thinking=True)
+        tokens = self.pipe.tokenizer(said.before + prompt + said.after)["input_ids"]
+        return filled_up(min(len(tokens), text_length))
+
+    def filling_tokens(self, size: tuple[int, int]) -> int:
+        tokens = (size[0] // self.multiple) * (size[1] // self.multiple)
+        return filled_up(tokens) - tokens
 
     @property
     def native_size(self) -> tuple[int, int]:

@@ -116,8 +116,16 @@ class FlowModel(ABC):
         return int(inspect.signature(pipeline.__call__).parameters["max_sequence_length"].default)
 
     def text_tokens(self, text_length: int) -> int:
-        """Tokens of a prompt in joint attention, with so many of T5."""
+        """Tokens of a prompt in joint attention, with so many of T5 and with padding."""
         return text_length
+
+    def own_text_tokens(self, prompt: str, text_length: int) -> int:
+        """Those of them that are no padding, where texts end where they end."""
+        return self.text_tokens(text_length)
+
+    def filling_tokens(self, size: tuple[int, int]) -> int:
+        """Tokens beside the text's that fill up an image of (height, width) pixels and are attended to."""
+        return 0
 
     @property
     @abstractmethod
@@ -145,8 +153,11 @@ class FlowModel(ABC):
     #: Whether latents are packed into tokens where the pipeline's call takes them.
     is_packed: ClassVar[bool] = False
 
-    #: Whether every prompt has as many tokens of text, and none of them masked; of others recordings hold none.
-    is_padded: ClassVar[bool] = True
+    #: Parts of text tokens that recordings hold without the padding behind them.
+    trimmed: ClassVar[frozenset[str]] = frozenset()
+
+    #: Whether recordings hold text tokens of the source.
+    keeps_text: ClassVar[bool] = True
 
     #: Whether the pipeline takes a ``guidance_scale`` that does something.
     takes_guidance: ClassVar[bool] = True

@@ -139,8 +139,12 @@ class Flux2(Flux):
 
 
 class Qwen(Flux):
-    is_padded = False
+    trimmed = frozenset({"text-key"})  # what asks, and values, an edit may take of padding too
     takes_guidance = False
+
+    def own_text_tokens(self, prompt: str, text_length: int) -> int:
+        tokens = self.pipe.tokenizer(self.pipe.prompt_template_encode.format(prompt))["input_ids"]
+        return min(len(tokens) - self.pipe.prompt_template_encode_start_idx, text_length)
 
     @property
     def latent_channels(self) -> int:
@@ -171,8 +175,6 @@ class Qwen(Flux):
 
 
 class Chroma(Flux):
-    is_padded = False
-
     def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
         guided = guidance_scale > 1
         device = self.pipe._execution_device

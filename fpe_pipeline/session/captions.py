@@ -13,7 +13,7 @@ from ..models.sites import Site
 from ..models.steps import Step
 from .instructions import Order
 
-__all__ = ["check_captions", "check_turned", "origins_of"]
+__all__ = ["check_captions", "check_turned", "origins_of", "stands_of"]
 
 
 def origins_of(order: Order, places: torch.Tensor) -> torch.Tensor | None:
@@ -27,14 +27,24 @@ def origins_of(order: Order, places: torch.Tensor) -> torch.Tensor | None:
         places: of the rows' image tokens, complex [rows, tokens, D / 2].
 
     Returns:
-        Complex [rows, D / 2]; None where all stand in one place.
+        Complex [rows, D / 2], and behind them where images stand beside recorded texts (:func:`stands_of`); None where
+        all stand in one place.
     """
     assert order.text_lengths is not None
     recorded = 0 if order.recorded is None else max(order.recorded.rows) + 1 - len(places)
     if len(set(order.text_lengths)) == 1 and not recorded and order.receive is None:
         return None
     origins = places[:, 0]
-    return torch.cat([origins, origins.new_ones(recorded, origins.shape[1])])
+    known = () if order.recorded is None else [origin[None].to(origins) for origin in order.recorded.origins.values()]
+    return torch.cat([origins, origins.new_ones(recorded, origins.shape[1]), *known])
+
+
+def stands_of(order: Order) -> dict[int, int]:
+    """Of recorded rows whose text is known, which of :func:`origins_of` an image stands at that looks at the text."""
+    if order.recorded is None:
+        return {}
+    first = max(order.recorded.rows) + 1
+    return {row: first + index for index, row in enumerate(order.recorded.origins)}
 
 
 def check_captions(

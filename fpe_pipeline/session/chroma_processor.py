@@ -40,5 +40,16 @@ class EditChromaProcessor(EditFluxProcessor):
             assert order.site.tokens is not None
             # Of the last query, which is the image's: one for each key that is none of the padding.
             seen = attention_mask[:, 0, -1, : attention_mask.shape[-1] - order.site.tokens]
-            seen = seen.expand(order.plan.rows, -1)
+            seen = _with_recorded(seen.expand(order.plan.rows, -1), order)
         return super().edited(attn, order, hidden_states, encoder_hidden_states, None, image_rotary_emb, seen)
+
+
+def _with_recorded(seen: torch.Tensor, order: Order) -> torch.Tensor:
+    """The same of the batch's texts [rows, T] and of those that a recording holds, which follow them."""
+    known = {} if order.recorded is None else order.recorded.text_lengths
+    if not known:
+        return seen
+    rows, tokens = seen.shape
+    places = torch.arange(tokens, device=seen.device)  # where it is needed: nothing is copied there
+    beside = [places < known.get(row, tokens) for row in range(rows, max(known) + 1)]
+    return torch.cat([seen, torch.stack(beside).to(seen)])

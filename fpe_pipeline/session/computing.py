@@ -39,6 +39,11 @@ class Rows:
         index = self.rows.index(row)
         return self.tensor[index : index + 1]
 
+    def within(self, tokens: slice) -> Rows:
+        """These tokens of the same rows."""
+        recorded = {row: tensor[:, :, tokens] for row, tensor in self.recorded.items()}
+        return Rows(self.tensor[:, :, tokens], self.rows, recorded)
+
     def concatenated(self, groups: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """For each group of rows, their tokens one after the other: [len(groups), H, len(group)·M, E]."""
         if all(len(group) == 1 for group in groups):

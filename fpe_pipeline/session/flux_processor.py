@@ -121,7 +121,7 @@ def joint_tokens(
         own.beside("text", order.recorded),
         attn.head_dim**-0.5,
         order.backend,
-        order.text_lengths,
+        order.lengths(text.shape[1]) if seen is None else None,
         references,
         seen=seen,
     )

@@ -67,6 +67,15 @@ class Order:
     text_lengths: tuple[int, ...] | None = None
     references: int = 0
 
+    def lengths(self, tokens: int) -> tuple[int, ...] | None:
+        """As `text_lengths`, in a layer of so many text tokens, with the recorded rows after those of the batch."""
+        known = {} if self.recorded is None else self.recorded.text_lengths
+        if not known:
+            return self.text_lengths
+        of_batch = self.text_lengths or (tokens,) * self.plan.rows
+        lengths = (*of_batch, *(known.get(row, tokens) for row in range(len(of_batch), max(known) + 1)))
+        return lengths if self.text_lengths is not None or set(lengths) != {tokens} else None
+
     @property
     def row_plan(self) -> ProductPlan:
         """The plan of a layer whose rows have one kind of tokens."""

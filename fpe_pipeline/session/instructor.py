@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from ..edits import Edit
 from ..edits.base import parts_of
@@ -28,6 +29,9 @@ class Instructor:
         check: raises for sites that cannot be computed.
         backend: of the attention.
     """
+
+    #: Text tokens of recorded rows, of those that see their prompts (True) and of the others.
+    recorded_lengths: Mapping[bool, int] = MappingProxyType({})
 
     def __init__(self, sites: tuple[Site, ...], check: Callable[[tuple[Site, ...]], None], backend: str) -> None:
         self.selected = SelectedSites(sites, check)
@@ -92,7 +96,8 @@ class Instructor:
         """
         if call.text_lengths is not None:
             parts = [(part, self._computed(part, call)) for part in parts_of(edit)]
-            check_captions(parts, step, roles, call.text_lengths, not call.attends_to_padding)
+            beside = (self.recorded_lengths.get(half, 0) for half in roles.conditional[roles.batch :])
+            check_captions(parts, step, roles, (*call.text_lengths, *beside), not call.attends_to_padding)
 
     def _computed(self, who: Edit | Watcher, call: ModelCall) -> tuple[Site, ...]:
         sites = self.selected.of(who, call.size)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from ..edits.joint_products import JointPlan, JointProduct, MixedRows
 from .computing import Rows, take
 from .known_rows import RecordedLayer
 from .places import turned
-from .segment_rows import column_values, mixed, tokens_of, values_of
+from .segment_rows import as_long, column_values, mixed, tokens_of, values_of
 
 __all__ = ["JointLayer", "JointOutput", "SegmentProjections", "evaluate_joint", "text_maps"]
 
@@ -44,14 +44,31 @@ class SegmentProjections(NamedTuple):
             *(Rows(torch.cat([a.tensor, b.tensor], dim=2), a.rows) for a, b in zip(self, other, strict=True))
         )
 
-    def beside(self, segment: str, recorded: RecordedLayer | None) -> SegmentProjections:
-        """The same, and the rows beside the batch that a recording knows."""
+    def beside(self, segment: str, recorded: RecordedLayer | None, *, ends: bool = False) -> SegmentProjections:
+        """The same, and the rows beside the batch that a recording knows.
+
+        Args:
+            segment: "image" or "text".
+            recorded: of the layer; None for no rows.
+            ends: whether texts end where they end: those of a recording become as long as the batch's, by padding or
+                without some of it.
+        """
         if recorded is None:
             return self
         known = recorded.unpacked(self.value.tensor.dtype)
         parts = zip(("query", "key", "value"), self, strict=True)
         return SegmentProjections(
-            *(Rows(rows.tensor, rows.rows, known.get(f"{segment}-{part}", {})) for part, rows in parts)
+            *(
+                Rows(
+                    rows.tensor,
+                    rows.rows,
+                    {
+                        row: as_long(tokens, rows.tensor.shape[2]) if ends else tokens
+                        for row, tokens in known.get(f"{segment}-{part}", {}).items()
+                    },
+                )
+                for part, rows in parts
+            )
         )
 
 
@@ -64,14 +81,18 @@ class JointLayer:
         text: of the text's tokens; None in a layer that has none.
         scale: what scores are multiplied with.
         backend: of the maps.
-        text_lengths: for each row of the batch, its text tokens before padding; None where none is padding.
+        text_lengths: for each row of the batch, and after them each recorded one, its text tokens before padding; None
+            where none is padding.
         references: how many of the text's tokens are each row's own beside its image and its text: those of a reference
             picture, or padding of the image that is attended to.
         references_first: whether they stand before the text and not behind it, where the padding of texts may follow.
         origins: where rotary embeddings follow the text's length, for each row of the batch, and after them each
             recorded one, what its image's tokens are turned by in common, as complex numbers [rows, D / 2].
-        seen: [rows, T], one for each text token of a row and zero for its padding, where padding takes some attention:
-            from queries that are no padding e times less than scores give it. None where there is no such padding.
+        stands: of recorded rows, which of the origins image tokens have that stand in such a row's place, beside its
+            text: its own are kept at another.
+        seen: [rows, T], of the same rows one for each text token and zero for padding, where padding takes some
+            attention: from queries that are no padding e times less than scores give it. None where there is no such
+            padding.
     """
 
     image: SegmentProjections
@@ -83,6 +104,7 @@ class JointLayer:
     origins: torch.Tensor | None = None
     seen: torch.Tensor | None = None
     references_first: bool = False
+    stands: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def text_tokens(self) -> tuple[int, int]:
@@ -143,6 +165,7 @@ class JointLayer:
     def _moved(self, rows: Rows, named: Sequence[tuple[Any, Any]]) -> torch.Tensor:
         tokens = tokens_of(rows, [row for row, _ in named])
         places = [place.kept if isinstance(place, MixedRows) else place for _, place in named]
+        places = [self.stands.get(place, place) for place in places]
         if self.origins is None or all(row == place for (row, _), place in zip(named, places, strict=True)):
             return tokens
         return self._turned(tokens, self.origins[[row for row, _ in named]].conj() * self.origins[places])
@@ -172,7 +195,7 @@ class JointLayer:
             return torch.cat([image, values_of(self.text.value, texts, mixings)], dim=2)
         given, (start, stop) = self.text.value, self.text_tokens
         beside = slice(start) if self.references_first else slice(stop, None)
-        text, picture = (replace(given, tensor=given.tensor[:, :, where]) for where in (slice(start, stop), beside))
+        text, picture = (given.within(where) for where in (slice(start, stop), beside))
         read, seen = values_of(text, texts, mixings), values_of(picture, [term.reference_row for term in terms])
         return torch.cat([image, seen, read] if self.references_first else [image, read, seen], dim=2)
 

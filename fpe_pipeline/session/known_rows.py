@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,10 +29,15 @@ class RecordedLayer:
         rows: by the number of the row, its packed parts: "query", "key", "value" [1, H, N | M, D | E] and, where query
             and key make a map, "logsumexp" [1, H, N].
         parts: what there is, in words.
+        text_lengths: by the number of the row, its text tokens before padding in joint attention, where that is known.
+        origins: where rotary embeddings follow the text's length, what the row's image tokens were turned by in common,
+            complex [D / 2]; they are kept without it, and its text tokens as they were.
     """
 
     rows: Mapping[int, Packed]
     parts: str = ""
+    text_lengths: Mapping[int, int] = field(default_factory=dict)
+    origins: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     def unpacked(self, dtype: torch.dtype) -> dict[str, dict[int, torch.Tensor]]:
         """The tensors in ``dtype``, by part and row."""

@@ -61,10 +61,10 @@ class EditQwenProcessor(DispatchedAround):
         turned = None if turned is None else turned[:images]
         layer = JointLayer(
             segment_projections(attn, plan, "image", image, _turn(turned)).beside("image", order.recorded),
-            own,
+            own.beside("text", order.recorded, ends=True),
             (attn.inner_dim // attn.heads) ** -0.5,
             order.backend,
-            order.text_lengths,
+            order.lengths(encoder_hidden_states.shape[1]),
             references,
             references_first=True,
         )

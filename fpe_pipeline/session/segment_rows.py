@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch.nn import functional
 
 from ..edits.joint_products import JointProduct, MixedRows
 from .computing import Rows
 
-__all__ = ["column_values", "mixed", "tokens_of", "values_of"]
+__all__ = ["as_long", "column_values", "mixed", "tokens_of", "values_of"]
+
+
+def as_long(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """Text tokens [1, H, T, D] with zeros behind them, or without some of their padding: [1, H, count, D]."""
+    have = tokens.shape[2]
+    return functional.pad(tokens, (0, 0, 0, count - have)) if have < count else tokens[:, :, :count]
 
 
 def tokens_of(rows: Rows, named: Sequence[int | MixedRows]) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..edits.joint_products import JointPlan
-from .captions import check_turned, origins_of
+from .captions import check_turned, origins_of, stands_of
 from .dispatched import DispatchedAround
 from .instructions import Order
 from .joint_computing import JointLayer
@@ -50,27 +50,33 @@ class EditZImageProcessor(DispatchedAround):
                 f"and {'no' if freqs_cis is None else 'a'} rotary embedding, as diffusers' model does not"
             )
         lengths = order.text_lengths if site.kind == "joint" else (0,) * plan.rows
-        images, is_ragged = site.tokens, len(set(lengths)) > 1
+        images, with_recorded = site.tokens, lengths
+        if site.kind == "joint":
+            with_recorded = order.lengths(max(lengths)) or lengths
+        is_ragged = len(set(with_recorded)) > 1
         _check_sequence(order, hidden_states, attention_mask, lengths)
         text, text_places = None if site.kind == "image" else hidden_states[:, images:], freqs_cis[:, images:]
-        beyond = 0 if text is None else _worded(order, plan) - max(lengths)
-        if text is not None and beyond > 0:  # of negative prompts, which have left the batch
+        beyond = 0 if text is None else max(_worded(order, plan), *with_recorded) - max(lengths)
+        if text is not None and beyond > 0:  # of negative prompts, which have left the batch, or of a recorded source
             text, text_places = (pad(part, (0, 0, 0, beyond)) for part in (text, text_places))
         check_joint_input(order, hidden_states[:, :images], text, None)
         if is_ragged:
-            check_turned(plan.products, lengths, mixes=False)
+            check_turned(plan.products, with_recorded, mixes=False)
         places = freqs_cis[:, :images]
+        own = None if text is None else segment_projections(attn, plan, "text", text, by_numbers(text_places))
+        own = None if own is None else own.beside("text", order.recorded, ends=True)
         layer = JointLayer(
             segment_projections(attn, plan, "image", hidden_states[:, :images], by_numbers(places)).beside(
                 "image", order.recorded
             ),
-            None if text is None else segment_projections(attn, plan, "text", text, by_numbers(text_places)),
+            own,
             attn.scale,
             order.backend,
-            lengths if is_ragged or beyond > 0 else None,
+            with_recorded if is_ragged or beyond > 0 else None,
             references=order.references,
             origins=origins_of(order, places),
             references_first=True,
+            stands=stands_of(order),
         )
         self.record = joint_record(plan, layer, attn.heads)
         rows, text_rows = joint_rows(order, plan, layer)

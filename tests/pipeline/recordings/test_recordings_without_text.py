@@ -1,13 +1,11 @@
-"""Recordings on models whose texts are masked or end where they end: image tokens alone, and what that refuses."""
+"""Recordings on models whose texts are masked or end where they end, for edits that take image tokens alone."""
 
 import pytest
-import torch
 from PIL import Image
 
 from fpe_pipeline import (
     ConsistEdit,
     FreePromptEdit,
-    FreePromptPipeline,
     KVEdit,
     MasaCtrlEdit,
     PromptToPromptEdit,
@@ -20,30 +18,13 @@ from fpe_pipeline.errors import Lacking
 from fpe_pipeline.recordings.keys import Part
 from tests.support.flow_pipelines import StandIn, distance, solving
 from tests.support.slow_cases import few
-from tests.support.tiny_chroma import tiny_chroma_pipeline
-from tests.support.tiny_language import tiny_lumina_that_reads, tiny_qwen_that_reads
-from tests.support.tiny_transformers import tiny_vae
-from tests.support.tiny_z_image import tiny_z_image_that_reads, wide_z_image
+from tests.support.texts_that_end import EXACT, GUIDED, UNGUIDED, made, run
+from tests.support.tiny_z_image import wide_z_image
 
 # Of other lengths, also once Z-Image has filled them up.
 SOURCE = "a photo of a red car on a mountain, of a big house beside it, and of a dog on a street"
 TARGETS = ["a big dog", "a photo of a big dog on a house in winter"]
-SIZE = {"height": 48, "width": 80}
-# diffusers turns queries and keys of Chroma in float32.
-EXACT = {"Qwen-Image": 1e-8, "Chroma": 1e-6, "Lumina 2": 1e-8, "Z-Image": 1e-8}
 FAMILIES = list(EXACT)
-GUIDED = {
-    "Qwen-Image": {"negative_prompt": "a drawing", "true_cfg_scale": 3.0},
-    "Chroma": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
-    "Lumina 2": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
-    "Z-Image": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
-}
-UNGUIDED = {
-    "Qwen-Image": {},
-    "Chroma": {"guidance_scale": 1.0},
-    "Lumina 2": {"guidance_scale": 1.0},
-    "Z-Image": {"guidance_scale": 0.0},
-}
 WHITE = Image.new("L", (80, 48), 255)
 EDITS = {
     "image maps": FreePromptEdit(0.5),
@@ -63,25 +44,7 @@ def _wide():
 
 @pytest.fixture(scope="module")
 def pipes(pipe):
-    made, stocks = {}, {"Qwen-Image": tiny_qwen_that_reads(), "Chroma": tiny_chroma_pipeline(pipe)}
-    stocks["Lumina 2"] = tiny_lumina_that_reads()
-    stocks["Z-Image"] = tiny_z_image_that_reads(vae=tiny_vae().double())
-    for family, stock in stocks.items():
-        made[family] = tiny = FreePromptPipeline.from_pipe(stock)
-        if family == "Qwen-Image":  # of the tiny tokenizer
-            tiny.prompt_template_encode_start_idx = stock.prompt_template_encode_start_idx
-        tiny.set_progress_bar_config(disable=True)
-    return {family: solving(tiny, "euler") for family, tiny in made.items()}
-
-
-def run(**options):
-    return {
-        "num_inference_steps": 3,
-        "max_sequence_length": 80,
-        "generator": torch.Generator().manual_seed(2),
-        **SIZE,
-        **options,
-    }
+    return {family: made(family, pipe) for family in FAMILIES}
 
 
 def edited(tiny, recording, edit=None):
@@ -124,7 +87,7 @@ def test_what_is_kept(pipes, family):
     tiny = pipes[family]
     recording = tiny.record(SOURCE, self_replace_steps=1 / 3, **run(**GUIDED[family]))
     kept = {Part(True, "image-query"): (0,), Part(True, "image-key"): (0,)}
-    assert all(dict(parts) == kept for parts in recording.contents.values()) and not recording.source_text
+    assert all(dict(parts) == kept for parts in recording.contents.values())
     both = tiny.record(SOURCE, edit=FreePromptEdit(1 / 3, both_halves=True), **run(**GUIDED[family]))
     latents = recording.latents.nbytes
     assert both.nbytes - latents == 2 * (recording.nbytes - latents)
@@ -148,7 +111,6 @@ def test_half_precision_says_what_it_costs(pipes, family):
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize(
         "make",
         [
@@ -156,23 +118,18 @@ class TestRefusals:
             lambda tokenizer: ValueInjectionEdit(0.5, layers=[1]),
             lambda tokenizer: PromptToPromptEdit([SOURCE, TARGETS[1]], tokenizer, align="refine"),
             lambda tokenizer: ReFlexEdit([SOURCE, TARGETS[1]], tokenizer, layers=[1]),
+            lambda tokenizer: FreePromptEdit(0.5, mask=WordMask(SOURCE, "car", tokenizer)),
         ],
-        ids=["whole maps", "values of text", "words", "blocks of the map"],
+        ids=["whole maps", "values of text", "words", "blocks of the map", "a mask of a word"],
     )
-    def test_text_tokens_of_the_source(self, pipes, family, make):
-        tiny = pipes[family]
+    def test_text_tokens_of_lumina_2(self, pipes, make):
+        tiny = pipes["Lumina 2"]
         edit = make(tiny.tokenizer)
         with pytest.raises(ValueError, match=f"{type(edit).__name__} takes text tokens of the source, which .* not"):
             tiny.record(SOURCE, edit=edit, **run())
         recording = tiny.record(SOURCE, self_replace_steps=1 / 3, **run())
         with pytest.raises(ValueError, match="takes text tokens of the source"):
             tiny.edit(recording, TARGETS[1], edit=edit)
-
-    def test_heat_of_words(self, pipes):
-        tiny = pipes["Qwen-Image"]
-        edit = FreePromptEdit(0.5, mask=WordMask(SOURCE, "car", tiny.tokenizer))
-        with pytest.raises(ValueError, match="FreePromptEdit takes text tokens of the source"):
-            tiny.record(SOURCE, edit=edit, **run())
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_more_than_was_recorded(self, pipes, family):

@@ -1,0 +1,56 @@
+"""Pipelines of models whose texts end where they end or are masked there, and the options of their runs."""
+
+import torch
+
+from fpe_pipeline import FreePromptPipeline
+from tests.support.flow_pipelines import solving
+from tests.support.tiny_chroma import tiny_chroma_pipeline
+from tests.support.tiny_language import tiny_lumina_that_reads, tiny_qwen_that_reads
+from tests.support.tiny_transformers import tiny_vae
+from tests.support.tiny_z_image import tiny_z_image_that_reads
+
+__all__ = ["EXACT", "FAMILIES", "GUIDED", "SIZE", "UNGUIDED", "made", "run"]
+
+SIZE = {"height": 48, "width": 80}
+# diffusers turns queries and keys of Chroma in float32.
+EXACT = {"Qwen-Image": 1e-8, "Chroma": 1e-6, "Lumina 2": 1e-8, "Z-Image": 1e-8}
+#: Of which recordings hold text tokens.
+FAMILIES = ["Qwen-Image", "Chroma", "Z-Image"]
+GUIDED = {
+    "Qwen-Image": {"negative_prompt": "a drawing", "true_cfg_scale": 3.0},
+    "Chroma": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
+    "Lumina 2": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
+    "Z-Image": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
+}
+UNGUIDED = {
+    "Qwen-Image": {},
+    "Chroma": {"guidance_scale": 1.0},
+    "Lumina 2": {"guidance_scale": 1.0},
+    "Z-Image": {"guidance_scale": 0.0},
+}
+
+
+def made(family, pipe):
+    """Our pipeline of a family; ``pipe`` has the tokenizer that Chroma's uses."""
+    stocks = {
+        "Qwen-Image": tiny_qwen_that_reads,
+        "Chroma": lambda: tiny_chroma_pipeline(pipe),
+        "Lumina 2": tiny_lumina_that_reads,
+        "Z-Image": lambda: tiny_z_image_that_reads(vae=tiny_vae().double()),
+    }
+    stock = stocks[family]()
+    tiny = FreePromptPipeline.from_pipe(stock)
+    if family == "Qwen-Image":  # of the tiny tokenizer
+        tiny.prompt_template_encode_start_idx = stock.prompt_template_encode_start_idx
+    tiny.set_progress_bar_config(disable=True)
+    return solving(tiny, "euler")
+
+
+def run(**options):
+    return {
+        "num_inference_steps": 3,
+        "max_sequence_length": 80,
+        "generator": torch.Generator().manual_seed(2),
+        **SIZE,
+        **options,
+    }
