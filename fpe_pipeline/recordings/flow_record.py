@@ -210,8 +210,8 @@ def _plan(
         "apart": adapter.guides_apart,
         "prompts_first": adapter.prompts_first,
     }
-    words: Words = "placed" if model.keeps_text else "left out"
-    contents = source_needs(edits, sites, run, **of_rows, words=words)
+    kept: Words = "placed" if model.keeps_text else "left out"
+    contents = source_needs(edits, sites, run, **of_rows, words=kept)
     itemsize = model.pipe.transformer.dtype.itemsize
     by_path = {site.path: site for site in sites}
 
