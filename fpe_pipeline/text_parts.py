@@ -42,6 +42,7 @@ class TextPart(NamedTuple):
         one_at_a_time: whether its encoders are called for one text after the other, each of which is then filled up to
             the length that the pipeline is told.
         registers: tokens of the model's own, which it puts before every text.
+        quotes: the encoder that reads what prompts quote, whose tokens then stand before these.
     """
 
     tokenizer: str
@@ -51,6 +52,7 @@ class TextPart(NamedTuple):
     multiple: int = 1
     one_at_a_time: bool = False
     registers: int = 0
+    quotes: str | None = None
 
 
 def conversation(tokenizer: Any, *, enable_thinking: bool, instruction: str = "") -> Template:

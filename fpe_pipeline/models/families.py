@@ -15,7 +15,8 @@ from .flux import FluxAdapter
 from .flux2 import Flux2Adapter
 from .flux_kin import BriaAdapter, LongCatImageAdapter, OvisImageAdapter
 from .hunyuan_dit import HunyuanDiTAdapter
-from .hunyuan_video import HunyuanVideo15Adapter, HunyuanVideoAdapter
+from .hunyuan_guided import HunyuanImageAdapter, HunyuanVideo15Adapter
+from .hunyuan_video import HunyuanVideoAdapter
 from .krea2 import Krea2Adapter
 from .ltx import LTXAdapter
 from .lumina2 import Lumina2Adapter
@@ -39,6 +40,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "Flux2Transformer2DModel": Flux2Adapter,
     "FluxTransformer2DModel": FluxAdapter,
     "HunyuanDiT2DModel": HunyuanDiTAdapter,
+    "HunyuanImageTransformer2DModel": HunyuanImageAdapter,
     "HunyuanVideo15Transformer3DModel": HunyuanVideo15Adapter,
     "HunyuanVideoTransformer3DModel": HunyuanVideoAdapter,
     "Krea2Transformer2DModel": Krea2Adapter,

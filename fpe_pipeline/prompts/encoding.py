@@ -37,6 +37,7 @@ class EncodedText:
         length: tokens of the part where it has no encoder, and zeros stand there.
         template: the text around the prompts; None where they stand alone.
         registers: tokens of the model's own, which it puts before every text.
+        has_quotes: whether prompts quote something, whose tokens stand before these.
         ends: whether texts end where they end, with padding behind those that are shorter than the longest of a call.
     """
 
@@ -46,6 +47,7 @@ class EncodedText:
     template: Template | None = None
     registers: int = 0
     ends: bool = False
+    has_quotes: bool = False
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,9 @@ def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments
             own = whole if is_whole else [_without_padding(*call, dropped, length) for call in masked]
             inputs.append(own if part.multiple == 1 else _filled_up(own, part.multiple))
     ends = template is not None and not part.is_padded
-    return EncodedText(getattr(pipe, part.tokenizer, None), tuple(inputs), length, template, part.registers, ends)
+    has_quotes = part.quotes is not None and bool(received.tokens.get(part.quotes))
+    tokenizer = getattr(pipe, part.tokenizer, None)
+    return EncodedText(tokenizer, tuple(inputs), length, template, part.registers, ends, has_quotes)
 
 
 def _without_padding(tokens: torch.Tensor, mask: torch.Tensor | None, dropped: int, length: int) -> torch.Tensor:

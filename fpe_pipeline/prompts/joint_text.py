@@ -112,6 +112,12 @@ def aligned(
 def _part(encoded: EncodedText, texts: Sequence[str]) -> list[TokenizedPrompt] | list[int]:
     if not encoded.inputs:
         return [encoded.length] * len(texts)
+    if encoded.has_quotes:
+        raise ValueError(
+            "prompts quote something, whose tokens this model puts before those of the prompt, so that no word is "
+            "found: write prompts without quotation marks, or use an edit that looks for no words, such as "
+            "FreePromptEdit, ConsistEdit or MasaCtrlEdit"
+        )
     if encoded.template is not None:
         return _templated(encoded.inputs[0], texts, encoded.template, encoded.tokenizer)
     placed: list[list[TokenizedPrompt]] = []

@@ -24,7 +24,7 @@ class EditHunyuanVideoProcessor(DispatchedAround):
     attention.
     """
 
-    plain = ("HunyuanVideoAttnProcessor2_0", "HunyuanVideo15AttnProcessor2_0")
+    plain = ("HunyuanVideoAttnProcessor2_0", "HunyuanVideo15AttnProcessor2_0", "HunyuanImageAttnProcessor")
 
     def __call__(
         self,

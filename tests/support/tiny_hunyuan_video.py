@@ -121,7 +121,8 @@ def dense_hunyuan_video(pipe, rule, *, layers="", fault=None, dense=DenseHunyuan
         index = pipe.scheduler.step_index
         state["step"] = (pipe.scheduler.begin_index or 0) if index is None else index
         state["calls"] += 1
-        state["frames"] = kwargs["hidden_states"].shape[2]
+        latents = kwargs["hidden_states"]
+        state["frames"] = latents.shape[2] if latents.ndim == 5 else 1
 
     of_frames = over_frames(rule, state)
     blocks = [

@@ -22,8 +22,8 @@ from tests.support.tiny_cogvideox import draw_cogvideox, tiny_cogvideox_pipeline
 from tests.support.tiny_cogview import COGVIEW
 from tests.support.tiny_cross import draw_hunyuan, draw_ltx, tiny_hunyuan_pipeline, tiny_ltx_pipeline
 from tests.support.tiny_flux_kin import KIN
+from tests.support.tiny_hunyuan_guided import HUNYUAN_IMAGE, HUNYUAN_VIDEO15
 from tests.support.tiny_hunyuan_video import draw_hunyuan_video, tiny_hunyuan_video_pipeline
-from tests.support.tiny_hunyuan_video15 import HUNYUAN_VIDEO15
 from tests.support.tiny_krea2 import KREA2
 from tests.support.tiny_lumina import draw_lumina, tiny_lumina_pipeline
 from tests.support.tiny_transformers import (
@@ -55,7 +55,14 @@ MODELS = {
     "hunyuan": (tiny_hunyuan_pipeline, draw_hunyuan),
     "lumina": (lambda pipe, dtype: tiny_lumina_pipeline(dtype), draw_lumina),
 }
-_NEWER = {**KIN, **COGVIEW, "aura flow": AURA_FLOW, "hunyuan video 1.5": HUNYUAN_VIDEO15, "krea 2": KREA2}
+_NEWER = {
+    **KIN,
+    **COGVIEW,
+    "aura flow": AURA_FLOW,
+    "hunyuan video 1.5": HUNYUAN_VIDEO15,
+    "hunyuan image": HUNYUAN_IMAGE,
+    "krea 2": KREA2,
+}
 MODELS |= {
     name: (model.make, lambda pipe, run=model.run, **options: run(pipe, PROMPTS, **options))
     for name, model in _NEWER.items()

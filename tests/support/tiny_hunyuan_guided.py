@@ -1,4 +1,4 @@
-"""Tiny HunyuanVideo 1.5 pipelines, and their layers written out densely."""
+"""Tiny HunyuanVideo 1.5 and HunyuanImage 2.1 pipelines, and their layers written out densely."""
 
 import diffusers
 import torch
@@ -11,7 +11,9 @@ from tests.support.tiny_hunyuan_video import DenseHunyuanVideo15, dense_hunyuan_
 from tests.support.tiny_language import qwen_tokenizer
 from tests.support.tiny_transformers import ExactEuler, sharpened, told_of_steps
 
-__all__ = ["HUNYUAN_VIDEO15"]
+__all__ = ["HUNYUAN_IMAGE", "HUNYUAN_VIDEO15"]
+
+TEXT, QUOTED, PICTURE = 60, 12, 3  # tokens that the models receive of each
 
 _SIZE = {
     "in_channels": 65,
@@ -51,7 +53,7 @@ def tiny_hunyuan_video15_pipeline(pipe=None, dtype=torch.float64, guidance=3.0):
     )
     tiny.system_message = "a photo"
     tiny.prompt_template_encode_start_idx = len(tokenizer("<|im_start|>a photo<|im_end|>\n<|im_start|>")["input_ids"])
-    tiny.tokenizer_max_length, tiny.tokenizer_2_max_length, tiny.vision_num_semantic_tokens = 24, 12, 3
+    tiny.tokenizer_max_length, tiny.tokenizer_2_max_length, tiny.vision_num_semantic_tokens = TEXT, QUOTED, PICTURE
     tiny.set_progress_bar_config(disable=True)
     return tiny
 
@@ -81,5 +83,77 @@ class _HunyuanVideo15(Model):
     def dense(self, pipe, rule, layers, fault):
         return dense_hunyuan_video(pipe, rule, layers=layers, fault=fault, dense=DenseHunyuanVideo15)
 
+    def template(self, pipe):
+        return f"<|im_start|>{pipe.system_message}<|im_end|>\n<|im_start|>", "", pipe.prompt_template_encode_start_idx
+
+    def texts(self, longest):
+        return TEXT + QUOTED + PICTURE
+
 
 HUNYUAN_VIDEO15 = _HunyuanVideo15(tiny_hunyuan_video15_pipeline, draw_hunyuan_video15, family="hunyuan_video15")
+
+
+_IMAGE = {name: size for name, size in _SIZE.items() if name not in ("image_embed_dim", "in_channels", "out_channels")}
+_IMAGE |= {"in_channels": 8, "out_channels": 8, "num_layers": 1, "num_single_layers": 2, "rope_axes_dim": (8, 8)}
+
+
+def tiny_hunyuan_image_pipeline(pipe=None, dtype=torch.float64, guider=None):
+    """A HunyuanImage 2.1 pipeline whose texts are short."""
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 1, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    glyphs = T5Config(vocab_size=400, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    tiny = diffusers.HunyuanImagePipeline(
+        text_encoder=Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(vocab_size=len(tokenizer), **text)).to(dtype).eval(),
+        tokenizer=tokenizer,
+        transformer=sharpened(diffusers.HunyuanImageTransformer2DModel(**_IMAGE)).to(dtype).eval(),
+        vae=None,
+        scheduler=ExactEuler(),
+        text_encoder_2=T5EncoderModel(glyphs).to(dtype).eval(),
+        tokenizer_2=ByT5Tokenizer(),
+        guider=guider or ClassifierFreeGuidance(guidance_scale=3.0),
+    )
+    tiny.prompt_template_encode = "<|im_start|>a photo<|im_end|>\n<|im_start|>{}<|im_end|>"
+    before = tiny.prompt_template_encode.partition("{}")[0]
+    tiny.prompt_template_encode_start_idx = len(tokenizer(before)["input_ids"])
+    tiny.tokenizer_max_length, tiny.tokenizer_2_max_length = TEXT, QUOTED
+    tiny.set_progress_bar_config(disable=True)
+    return tiny
+
+
+def draw_hunyuan_image(pipe, prompts, *, steps=4, size=(8, 8), seed=0, **options):
+    """Latents [prompts, 8, h, w]; the rows start from the same noise."""
+    noise = torch.randn(1, 8, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    options.setdefault("latents", noise.repeat(len(prompts), 1, 1, 1))
+    return pipe(
+        list(prompts),
+        negative_prompt=["a drawing"] * len(prompts),
+        height=size[0] * 32,
+        width=size[1] * 32,
+        num_inference_steps=steps,
+        output_type="latent",
+        **options,
+    ).images
+
+
+class DenseHunyuanImage(DenseHunyuanVideo15):
+    """Layers are told of the image's keys too."""
+
+    def of_texts(self, mask, tokens):
+        return mask[:, 0, 0, tokens:].bool()
+
+
+class _HunyuanImage(_HunyuanVideo15):
+    def dense(self, pipe, rule, layers, fault):
+        return dense_hunyuan_video(pipe, rule, layers=layers, fault=fault, dense=DenseHunyuanImage)
+
+    def template(self, pipe):
+        before, _, after = pipe.prompt_template_encode.partition("{}")
+        return before, after, pipe.prompt_template_encode_start_idx
+
+    def texts(self, longest):
+        return TEXT + QUOTED
+
+
+HUNYUAN_IMAGE = _HunyuanImage(tiny_hunyuan_image_pipeline, draw_hunyuan_image, family="hunyuan_video")
