@@ -19,6 +19,8 @@ _CONDITIONAL_FIRST = frozenset(
         "ChromaImg2ImgPipeline",
         "ChromaInpaintPipeline",
         "ChromaPipeline",
+        "CogView4ControlPipeline",
+        "FluxControlNetPipeline",
         "FluxImg2ImgPipeline",
         "FluxInpaintPipeline",
         "FluxKontextInpaintPipeline",
@@ -27,6 +29,7 @@ _CONDITIONAL_FIRST = frozenset(
         "HunyuanVideoImageToVideoPipeline",
         "Krea2Pipeline",
         "Lumina2Pipeline",
+        "WanVideoToVideoPipeline",
     }
 )
 _HALVES: dict[str, Half] = {"cond": "conditional", "uncond": "unconditional"}

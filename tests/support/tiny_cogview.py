@@ -32,27 +32,33 @@ def tiny_cogview3_pipeline(pipe, dtype=torch.float64):
     return tiny
 
 
-def tiny_cogview4_pipeline(pipe=None, dtype=torch.float64):
+def tiny_cogview4_pipeline(pipe=None, dtype=torch.float64, kind=diffusers.CogView4Pipeline, vae=None, **config):
     """A CogView 4 pipeline, whose tokenizer pads on the left."""
     torch.manual_seed(0)
     tokenizer = qwen_tokenizer()
     tokenizer.padding_side = "left"
     size = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
-    model = diffusers.CogView4Transformer2DModel(**_SIZE, rope_axes_dim=(16, 16))
+    model = diffusers.CogView4Transformer2DModel(**_SIZE, rope_axes_dim=(16, 16), **config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(f"{part}." in name for part in ("norm1.linear", "to_v", "to_out.0")):  # so that layers say something
                 parameter.mul_(4)
-    tiny = diffusers.CogView4Pipeline(
+    tiny = kind(
         tokenizer=tokenizer,
         text_encoder=GlmModel(GlmConfig(vocab_size=len(tokenizer), **size, **heads)).to(dtype).eval(),
-        vae=None,
+        vae=vae,
         transformer=sharpened(model).to(dtype).eval(),
         scheduler=ExactEuler(),
     )
     tiny.set_progress_bar_config(disable=True)
     return tiny
+
+
+def tiny_cogview4_control_pipeline(vae):
+    """A CogView 4 pipeline whose transformer receives a control picture beside the latents."""
+    made = {"kind": diffusers.CogView4ControlPipeline, "in_channels": 32, "out_channels": 16}
+    return tiny_cogview4_pipeline(vae=vae, **made)
 
 
 def draw_cogview(pipe, prompts, *, steps=4, size=(8, 8), guidance=3.0, seed=0, **options):
