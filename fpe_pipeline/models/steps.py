@@ -131,17 +131,24 @@ def locate_step(scheduler: Any, timestep: Any) -> Step:
     return _step_of_call(scheduler, call, len(timesteps))
 
 
-def step_of_scheduler(scheduler: Any) -> Step:
+def step_of_scheduler(scheduler: Any, timestep: torch.Tensor | None = None) -> Step:
     """The step that ``scheduler`` is at, for models whose timestep is not the scheduler's own.
 
+    Args:
+        scheduler: a diffusers scheduler whose ``set_timesteps`` has run.
+        timestep: what the model receives, where that is the scheduler's own: it says where a run starts of which the
+            scheduler was told nothing. Of several numbers the largest is meant; the others are of what is known.
+
     Raises:
-        ValueError: no schedule yet, or one whose steps are over.
+        ValueError: no schedule yet, one whose steps are over, or a first timestep that is not in it.
     """
     timesteps = getattr(scheduler, "timesteps", None)
     calls = 0 if timesteps is None else len(timesteps)
     call = getattr(scheduler, "step_index", None)
     if call is None:  # before its first step
-        call = getattr(scheduler, "begin_index", None) or 0
+        call = getattr(scheduler, "begin_index", None)
+    if call is None:
+        call = 0 if timestep is None or not calls else _index_by_value(scheduler, timesteps, timestep.max())
     if call >= calls:
         raise ValueError(
             f"{type(scheduler).__name__} is at step {call} of {calls}: call set_timesteps first, and in a sampling "

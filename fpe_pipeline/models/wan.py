@@ -15,6 +15,7 @@ from typing import Any
 from .adapter import ModelCall, identity
 from .named_calls import NamedCallsAdapter
 from .sites import Site
+from .steps import Step, step_of_scheduler
 from .transformer import self_and_cross
 
 __all__ = ["WanAdapter"]
@@ -45,6 +46,10 @@ class WanAdapter(NamedCallsAdapter):
             _, patch, _ = module.config.patch_size
             sites += self_and_cross(f"{name}.blocks".removeprefix("."), module.blocks, patch)
         return tuple(sites)
+
+    def step(self, call: ModelCall) -> Step:
+        # The pipeline that begins with a video tells the scheduler nothing of where it starts.
+        return super().step(call) if self.pipe is None else step_of_scheduler(self.pipe.scheduler, call.timestep)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         module: Any = self.module

@@ -1,0 +1,73 @@
+"""Wan from a video, by its own autoencoder."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanVideoToVideoPipeline
+from PIL import Image
+
+from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, editing
+from tests.support.tiny_wan import PROMPTS, TEXTS, dense_wan, tiny_wan_pipeline
+
+pytestmark = pytest.mark.usefixtures("in_float64")
+
+EXACT = 1e-8
+SIZE = {"height": 32, "width": 32, "max_sequence_length": TEXTS, "output_type": "latent"}
+PICTURE = Image.radial_gradient("L").convert("RGB").resize((32, 32))
+
+
+def autoencoder():
+    torch.manual_seed(0)
+    size = {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    return AutoencoderKLWan(**size, temperal_downsample=[False, True, True]).double().eval()
+
+
+def generators(rows):
+    return [torch.Generator().manual_seed(3) for _ in range(rows)]
+
+
+def farthest(one, other):
+    return float((one - other).abs().max())
+
+
+@pytest.fixture(scope="module")
+def wan(pipe):
+    tiny = tiny_wan_pipeline(pipe, kind=WanVideoToVideoPipeline)
+    tiny.register_modules(vae=autoencoder())
+    tiny.vae_scale_factor_temporal, tiny.vae_scale_factor_spatial = 4, 8
+    return tiny
+
+
+class TestFromAVideo:
+    @pytest.fixture(autouse=True)
+    def _texts_as_they_are(self, monkeypatch):
+        monkeypatch.setattr("diffusers.pipelines.wan.pipeline_wan_video2video.prompt_clean", str)  # which needs ftfy
+
+    def run(self, wan, generator, guidance=4.0):
+        """The last three steps of five."""
+        given = {"video": [PICTURE] * 5, "prompt": PROMPTS[:2], "strength": 0.6, "num_inference_steps": 5}
+        return wan(**given, generator=generator, guidance_scale=guidance, **SIZE).frames
+
+    @pytest.mark.parametrize("guidance", [1.0, 4.0])
+    def test_steps_are_of_the_whole_schedule(self, wan, guidance):
+        """The pipeline starts part-way, and does not tell its scheduler where."""
+        with editing(wan, MasaCtrlEdit(3, start_layer=0)) as session:
+            late = self.run(wan, torch.Generator().manual_seed(3), guidance)
+        assert {tuple(steps) for steps in session.report().layers.values()} == {(3, 4)}
+        with editing(wan, FreePromptEdit(0.6)) as session:
+            early = self.run(wan, torch.Generator().manual_seed(3), guidance)
+        assert {tuple(steps) for steps in session.report().layers.values()} == {(2,)}
+        plain = self.run(wan, generators(2), guidance)
+        assert max(farthest(late[0], plain[0]), farthest(early[0], plain[0])) <= EXACT
+        assert min(farthest(late[1], plain[1]), farthest(early[1], plain[1])) > 1e-3
+
+    def test_the_first_call_of_a_step_sees_the_prompts(self, wan):
+        with editing(wan, FreePromptEdit(1.0)):
+            actual = self.run(wan, torch.Generator().manual_seed(3))
+        followed = {}
+        with dense_wan(wan, followed, range(5)) as state:
+
+            def rule(row, rows, map_of, value):
+                return map_of(0, 0) @ value[row] if row and state["calls"] % 2 else None
+
+            followed["attn1"] = rule
+            assert farthest(actual, self.run(wan, generators(2))) <= EXACT
