@@ -103,6 +103,8 @@ class ModelAdapter(ABC):
     prompts_first: ClassVar[bool] = False
     #: Whether every call of its pipelines encodes, embeddings too, and tells its encoder of the images a prompt.
     tells_all_it_encodes: ClassVar[bool] = True
+    #: Whether its pipelines repeat a picture for every row themselves, where each row has a generator.
+    repeats_pictures: ClassVar[bool] = False
     #: The parts of the text that its layers see, in order, where there are several or attention is joint.
     text_parts: tuple[TextPart, ...] = ()
     #: Why no word is looked for among its text tokens; empty where words are.

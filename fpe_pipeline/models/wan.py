@@ -27,6 +27,7 @@ class WanAdapter(NamedCallsAdapter):
     """diffusers' ``WanTransformer3DModel``, and the second one of a pipeline that has two."""
 
     family = "wan"
+    repeats_pictures = True
 
     @property
     def models(self) -> Mapping[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from ..models.adapter import ModelAdapter
 from ..prompts.encoding import Encoding, EncodingHook
 from ..shadows import Shadows
-from ..text_parts import TextPart
 from .finite_watch import FiniteDecoder, FiniteWatch
 from .hooks import SchedulerHook
 from .shared_noise import paired_generators
@@ -24,7 +24,7 @@ class PipelineHooks:
     """Hands on a pipeline's prompts, its latents after every step, and the noise that it draws.
 
     Args:
-        pipe: a diffusers pipeline.
+        adapter: of the model, with the diffusers pipeline around it.
         encoded: is shown what the pipeline encodes.
         stepped: takes the scheduler's new latents with the timestep and returns those to go on from.
         paired: from how many rows the call draws noise for, where it says so, and what it asks for, where it has
@@ -32,19 +32,18 @@ class PipelineHooks:
             the same noise; None where rows draw their own.
         called: is told that a call of the pipeline begins.
         watch: of the latents, which is heard before a picture is made of them.
-        text_parts: of the text tokens of its transformer, as the adapter says them.
     """
 
     def __init__(
         self,
-        pipe: Any,
+        adapter: ModelAdapter,
         encoded: Callable[[Encoding], None],
         stepped: Callable[[torch.Tensor, Any], torch.Tensor],
         paired: Callable[[int | None, Encoding | None], tuple[Sequence[int], int] | None],
         called: Callable[[], None],
         watch: FiniteWatch,
-        text_parts: Sequence[TextPart] = (),
     ) -> None:
+        pipe = adapter.pipe
         self._asked: Encoding | None = None  # of a call that has encoded nothing yet
 
         def begun(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,9 +61,9 @@ class PipelineHooks:
         self._calls = Shadows(pipe)
         # What every call of a diffusers pipeline begins with; its __call__ itself is looked up in the class.
         self._calls.cover("check_inputs", begun)
-        self._encoding = EncodingHook(pipe, self._heard(encodes), text_parts)
+        self._encoding = EncodingHook(pipe, self._heard(encodes), adapter.text_parts)
         self._decoder = FiniteDecoder(pipe, watch)
-        self._noise = _PairedNoise(pipe, self._heard(lambda rows: paired(rows, self._asked)))
+        self._noise = _PairedNoise(adapter, self._heard(lambda rows: paired(rows, self._asked)))
         self._stepped = stepped
         self._followed: Any = None
         self._scheduler: SchedulerHook | None = None
@@ -139,13 +138,14 @@ def _calling_pipeline() -> Any | None:
 class _PairedNoise:
     """Rows of one image draw the same noise: at the start, where no latents are given, and in every stochastic step."""
 
-    def __init__(self, pipe: Any, paired: Callable[[int | None], tuple[Sequence[int], int] | None]) -> None:
+    def __init__(self, adapter: ModelAdapter, paired: Callable[[int | None], tuple[Sequence[int], int] | None]) -> None:
         self._paired = paired
         self._generators: list[torch.Generator] | None = None
-        self._shadows = Shadows(pipe)
+        self._repeats_pictures = adapter.repeats_pictures
+        self._shadows = Shadows(adapter.pipe)
         self._shadows.cover("prepare_latents", self._latents)
         self._shadows.cover("prepare_extra_step_kwargs", self._options)
-        self._pipe = pipe
+        self._pipe = adapter.pipe
         # Whether the pipeline hands its generator to steps: those of flow models do not, and Lumina 2's has the method
         # for it and does not call it.
         self._hands_on = False
@@ -169,7 +169,7 @@ class _PairedNoise:
         draws = "generator" in signature.parameters and given.arguments.get("latents") is None
         if draws and layout is not None and not isinstance(generator, list):  # a list says every row's own
             self._generators = given.arguments["generator"] = paired_generators(generator, *layout)
-            for name in ("image", "video"):
+            for name in () if self._repeats_pictures else ("image", "video"):
                 shown = given.arguments.get(name)
                 if isinstance(shown, torch.Tensor) and len(self._generators) % max(shown.shape[0], 1) == 0:
                     # Some pipelines look for a generator's own picture, and find none where one stands for all rows.

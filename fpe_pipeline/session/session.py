@@ -170,13 +170,12 @@ class EditingSession:
             self._before_call,
             self._after_call,
             lambda: PipelineHooks(
-                self.pipe,
+                self.adapter,
                 self._encoded,
                 self._after_scheduler_step,
                 self._paired_rows,
                 self._called,
                 self._finite,
-                self.adapter.text_parts,
             ),
         )
         for watcher in watchers:

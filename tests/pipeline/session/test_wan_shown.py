@@ -1,12 +1,18 @@
-"""Wan from a video, by its own autoencoder."""
+"""Wan from a video or a picture, and SkyReels-V2 from a picture, by their own autoencoders."""
 
+from importlib import import_module
+from types import SimpleNamespace
+
+import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanVideoToVideoPipeline
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanVideoToVideoPipeline
 from PIL import Image
 
 from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, editing
-from tests.support.tiny_wan import PROMPTS, TEXTS, dense_wan, tiny_wan_pipeline
+from tests.support.slow_cases import few
+from tests.support.tiny_transformers import ExactEuler, sharpened, tiny_t5
+from tests.support.tiny_wan import PROMPTS, TEXTS, WAN, dense_wan, tiny_wan_pipeline
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 
@@ -71,3 +77,57 @@ class TestFromAVideo:
 
             followed["attn1"] = rule
             assert farthest(actual, self.run(wan, generators(2))) <= EXACT
+
+
+def wan_from_a_picture(pipe, monkeypatch):
+    monkeypatch.setattr("diffusers.pipelines.wan.pipeline_wan_i2v.prompt_clean", str)
+    given = {"image_encoder": None, "image_processor": None}
+    tiny = tiny_wan_pipeline(pipe, kind=WanImageToVideoPipeline, given=given, in_channels=36)
+    tiny.register_modules(vae=autoencoder())
+    tiny.vae_scale_factor_temporal, tiny.vae_scale_factor_spatial = 4, 8
+    return tiny
+
+
+def skyreels_from_a_picture(pipe, monkeypatch):
+    module = import_module("diffusers.pipelines.skyreels_v2.pipeline_skyreels_v2_i2v")
+    monkeypatch.setattr(module, "ftfy", SimpleNamespace(fix_text=str), raising=False)
+    torch.manual_seed(0)
+    config = {**WAN, "in_channels": 36, "image_dim": 8, "added_kv_proj_dim": 24}
+    tiny = diffusers.SkyReelsV2ImageToVideoPipeline(
+        tokenizer=pipe.tokenizer,
+        text_encoder=tiny_t5(pipe.tokenizer).double(),
+        image_encoder=None,
+        image_processor=None,
+        transformer=sharpened(diffusers.SkyReelsV2Transformer3DModel(**config)).double().eval(),
+        vae=autoencoder(),
+        scheduler=ExactEuler(),
+    )
+    seen = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    tiny.encode_image = lambda *args, **kwargs: seen
+    tiny.set_progress_bar_config(disable=True)
+    return tiny
+
+
+SHOWN = {"Wan": wan_from_a_picture, "SkyReels-V2": skyreels_from_a_picture}
+
+
+@pytest.mark.parametrize("name", few(SHOWN.keys(), "Wan", "SkyReels-V2"))
+def test_a_picture_is_repeated_once(pipe, monkeypatch, name):
+    """Rows of one video draw the same noise, beside one picture that the pipeline itself repeats."""
+    tiny = SHOWN[name](pipe, monkeypatch)
+
+    def run(generator):
+        given = {"image": PICTURE, "prompt": PROMPTS[:3], "num_frames": 5, "num_inference_steps": 2}
+        return tiny(**given, generator=generator, **SIZE).frames
+
+    with editing(tiny, FreePromptEdit(1.0)) as session:
+        actual = run(torch.Generator().manual_seed(3))
+    assert "draw the same noise" in session.report().noise and len(session.report().layers) == 2
+    followed = {}
+    with dense_wan(tiny, followed, range(2)) as state:
+
+        def rule(row, rows, map_of, value):
+            return map_of(0, 0) @ value[row] if row and state["calls"] % 2 else None
+
+        followed["attn1"] = rule
+        assert farthest(actual, run(generators(3))) <= EXACT
