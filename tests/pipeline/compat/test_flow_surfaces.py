@@ -1,5 +1,6 @@
 """What Stable Flow's, FreeFlux's and ConsistEdit's surfaces do beside the originals' own cases."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline as DiffusersFlux
@@ -188,6 +189,24 @@ class TestConsistEdit:
             with pytest.raises(NotImplementedError, match="FreePromptPipeline"):
                 flux.invert(PROMPTS[:1])
         assert seen == [(0, 0), (1, 1), (2, 2)]
+
+    def test_settings_that_nothing_would_come_of(self):
+        """A typo edited nothing, and so did NaN and what was set on an instance; the rest failed in the first call."""
+        with pytest.raises(AttributeError, match=r"no 'TEST_QK_STEPS'.* did you mean TEST_QK_STEP\? "):
+            GlobalVars.TEST_QK_STEPS = 2
+        with pytest.raises(AttributeError, match=r"write GlobalVars\.TEST_QK_STEP = 2"):
+            GlobalVars().TEST_QK_STEP = 2
+        for wrong in ("2", None, float("nan"), -1, True, [2]):
+            with pytest.raises(ValueError, match="expected TEST_QK_STEP to be a number of steps from 0 on"):
+                GlobalVars.TEST_QK_STEP = wrong
+        for mask in (torch.ones(4), torch.zeros(1), np.ones((2, 2))):
+            with pytest.raises(AttributeError, match="MASK is not served: masks are made by ConsistEdit"):
+                GlobalVars.MASK = mask
+        assert GlobalVars.TEST_QK_STEP == 0
+        for steps in (2.5, np.int64(2), torch.tensor(2)):
+            GlobalVars.TEST_QK_STEP = steps
+            assert steps == GlobalVars.TEST_QK_STEP
+        GlobalVars.CUR_ATT_LAYER = 0  # which the original counts
 
     def test_bad_input(self, flux, sd3):
         with pytest.raises(TypeError, match="expected a pipeline of Stable Diffusion 3"):
