@@ -19,11 +19,10 @@ from fpe_kernels import shared_attention
 from ..errors import check_guidance, check_positive
 from ..sampling.noise_schedule import ddim_inverse_step, require_ddim
 from .controlled import Compat, ControlledLayers, LayerCall, controlled_layers, register_controller
-from .given import check_count, pixels, window
+from .given import check_count, listed, pixels, window
 from .names import unknown_name
 from .prompt_to_prompt.controllers import AttentionControl, AttentionStore, EmptyControl
 from .prompt_to_prompt.ptp_utils import latent2image, register_attention_control
-from .prompt_to_prompt.word_tokens import listed
 from .switch import chosen_compat
 
 __all__ = [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from ..images.load import load_image, to_tensor, upright_size
 from ..models.steps import StepWindow
 
-__all__ = ["check_count", "number", "numbers", "pixels", "window"]
+__all__ = ["check_count", "check_made", "factor", "listed", "number", "numbers", "pixels", "shown", "window"]
 
 
 def check_count(name: str, given: Any, count: int, what: str, source: str) -> None:
@@ -33,6 +34,29 @@ def check_count(name: str, given: Any, count: int, what: str, source: str) -> No
         )
 
 
+def check_made(what: str, given: Any) -> None:
+    """Raise TypeError for what cannot be called, and for a class, which would make another of itself with each map."""
+    if isinstance(given, type):
+        raise TypeError(f"expected {what}, got the class {given.__name__} itself: make one, {given.__name__}(…)")
+    if not callable(given):
+        raise TypeError(f"expected {what}, got {type(given).__name__}")
+
+
+def listed(prompts: str | Sequence[str]) -> list[str]:
+    """Prompts as a list; a text is one of them, not as many as it has letters.
+
+    Raises:
+        TypeError: something else than a text, or several.
+        ValueError: none.
+    """
+    given = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else prompts
+    if not isinstance(given, list) or not all(isinstance(prompt, str) for prompt in given):
+        raise TypeError(f"expected prompts, a text or a list of texts, got {prompts!r}")
+    if not given:
+        raise ValueError("expected at least one prompt, got none")
+    return given
+
+
 def number(name: str, value: Any) -> int:
     """A whole number, of NumPy's and PyTorch's too, or written as a float.
 
@@ -43,6 +67,18 @@ def number(name: str, value: Any) -> int:
     if isinstance(plain, bool) or not isinstance(plain, int | float) or plain % 1:  # true of NaN and of infinity
         raise ValueError(f"{name}: expected a whole number, got {value!r}")
     return int(plain)
+
+
+def factor(name: str, value: Any) -> float:
+    """A finite number, of NumPy's and PyTorch's too.
+
+    Raises:
+        ValueError: anything else, such as a list, a text, or NaN.
+    """
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(plain, bool) or not isinstance(plain, int | float) or not math.isfinite(plain):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return float(plain)
 
 
 def numbers(name: str, values: Any) -> list[int]:
@@ -81,6 +117,28 @@ def pixels(image: Any) -> torch.Tensor:
         raise TypeError(f"expected a PIL image, an array or a tensor, got {image!r}: open paths with PIL.Image.open")
     size: Any = upright_size(image) if isinstance(image, Image.Image) else image.shape[1::-1]
     return to_tensor(load_image(image, size, multiple=1))
+
+
+def shown(image: Any) -> np.ndarray:
+    """A picture as it is looked at: [H, W, 3], uint8.
+
+    Args:
+        image: a PIL image, an array [H, W] or [H, W, 1 | 2 | 3 | 4], or a tensor [C, H, W]: uint8, uint16 or floats in
+            [0, 1].
+
+    Raises:
+        TypeError: what is no picture.
+        ValueError: another shape, or other values.
+    """
+    if isinstance(image, torch.Tensor) and image.ndim == 3 and image.shape[0] > 4 >= image.shape[2]:
+        image = image.cpu().numpy()  # [H, W, C], as arrays are
+    if not isinstance(image, np.ndarray | torch.Tensor | Image.Image):
+        raise TypeError(f"expected a PIL image, an array or a tensor, got {image!r}: open paths with PIL.Image.open")
+    if isinstance(image, torch.Tensor):
+        size: Any = tuple(image.shape[:-3:-1])
+    else:
+        size = upright_size(image) if isinstance(image, Image.Image) else image.shape[1::-1]
+    return np.asarray(load_image(image, size, multiple=1))
 
 
 def window(name: str, value: Any) -> StepWindow:

@@ -15,12 +15,11 @@ import torch
 from ..errors import check_guidance, check_positive
 from ..sampling.noise_schedule import ddim_inverse_step, require_ddim
 from .controlled import Compat
-from .given import pixels
+from .given import listed, pixels
 from .names import unknown_name
 from .prompt_to_prompt import edits
 from .prompt_to_prompt.edits import AttentionControlEdit
 from .prompt_to_prompt.ptp_utils import diffusion_step, init_latent, latent2image, register_attention_control
-from .prompt_to_prompt.word_tokens import listed
 from .switch import chosen_compat
 
 __all__ = [

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..given import number
+from ..given import listed, number
 from ..lazy import LazyMap
 from .controllers import AttentionStore
 from .ptp_utils import text_under_image, view_images
-from .word_tokens import listed, required
+from .word_tokens import required
 
 __all__ = ["aggregate_attention", "show_cross_attention", "show_self_attention_comp"]
 

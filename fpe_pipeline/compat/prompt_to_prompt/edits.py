@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from ...errors import EditWarning, check_positive
-from ..given import window
+from ..given import listed, window
 from ..switch import chosen_compat
 from . import seq_aligner
 from .controllers import KINDS, AttentionStore
@@ -22,7 +22,6 @@ from .word_tokens import (
     cross_windows,
     get_equalizer,
     get_time_words_attention_alpha,
-    listed,
     required,
     tokens_of_words,
 )
@@ -267,6 +266,10 @@ def make_controller(
         equilizer_params: ``{"words": …, "values": …}``: factors of words of the first target.
         num_steps: of the run.
         options: as of :class:`AttentionControlEdit`.
+
+    Raises:
+        ValueError: ``equilizer_params`` without its two entries or with others, and what :class:`LocalBlend`,
+            :func:`get_equalizer` and :class:`AttentionControlEdit` refuse.
     """
     compat, tokenizer = options.get("compat"), options.get("tokenizer")
     blend = None
@@ -279,5 +282,10 @@ def make_controller(
     controller = kind(*arguments, blend, **options)
     if equilizer_params is None:
         return controller
+    if not isinstance(equilizer_params, Mapping) or set(equilizer_params) != {"words", "values"}:
+        raise ValueError(
+            f'equilizer_params: expected {{"words": …, "values": …}}, words of the first target and a factor for each, '
+            f"got {equilizer_params!r}"
+        )
     factors = get_equalizer(prompts[1], equilizer_params["words"], equilizer_params["values"], tokenizer, compat)
     return AttentionReweight(*arguments, factors, blend, controller, **options)

@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ...errors import check_generator, check_guidance, check_positive
 from ..controlled import Compat, ControlledLayers, controlled_layers, register_controller
-from ..given import check_count
+from ..given import check_count, listed
 from ..names import unknown_name
 from ..switch import chosen_compat
 from .seq_aligner import get_word_inds
-from .word_tokens import get_time_words_attention_alpha, listed, update_alpha_time_word
+from .word_tokens import get_time_words_attention_alpha, update_alpha_time_word
 
 __all__ = [
     "diffusion_step",

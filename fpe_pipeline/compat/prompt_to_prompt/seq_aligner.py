@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from ...prompts.alignment import Alignment, align_refine, align_replace
 from ...prompts.words import TokenizedPrompt, tokenize
+from ..given import number
 from ..names import unknown_name
 from ..switch import chosen_compat
 
@@ -92,13 +93,19 @@ def get_word_inds(text: str, word_place: int | str | Sequence[int], tokenizer: A
         text: a prompt.
         word_place: the word, or its number, or several.
         tokenizer: the pipeline's.
+
+    Raises:
+        ValueError: numbers that are none of a word of the text.
     """
     words = tokenize(text, tokenizer).spaced_words
     if isinstance(word_place, str):
         chosen = [word for word in words if word.text == word_place]
     else:
-        places = [word_place] if isinstance(word_place, int) else word_place
-        chosen = [words[place] for place in places]
+        places = [word_place] if not isinstance(word_place, Iterable) else word_place
+        numbered = [number("word_place", place) for place in places]
+        if not all(-len(words) <= place < len(words) for place in numbered):
+            raise ValueError(f"word_place: expected numbers of the {len(words)} words of {text!r}, got {word_place!r}")
+        chosen = [words[place] for place in numbered]
     return np.array([token for word in chosen for token in word.tokens], dtype=np.int64)
 
 

@@ -12,28 +12,13 @@ import torch
 from ...errors import check_positive
 from ...models.steps import StepWindow
 from ...prompts.words import tokenize
-from ..given import window
+from ..given import factor, number, window
 from ..switch import chosen_compat
 from .seq_aligner import get_word_inds
 
 __all__ = ["Compat", "WordFactors", "get_equalizer", "get_time_words_attention_alpha", "update_alpha_time_word"]
 
 Compat = Literal["original"] | None
-
-
-def listed(prompts: str | Sequence[str]) -> list[str]:
-    """Prompts as a list; a text is one of them, not as many as it has letters.
-
-    Raises:
-        TypeError: something else than a text, or several.
-        ValueError: none.
-    """
-    given = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else prompts
-    if not isinstance(given, list) or not all(isinstance(prompt, str) for prompt in given):
-        raise TypeError(f"expected prompts, a text or a list of texts, got {prompts!r}")
-    if not given:
-        raise ValueError("expected at least one prompt, got none")
-    return given
 
 
 def required(tokenizer: Any) -> Any:
@@ -100,7 +85,7 @@ class WordFactors:
 def get_equalizer(
     text: str,
     word_select: int | str | Sequence[int | str],
-    values: Sequence[float],
+    values: float | Sequence[float],
     tokenizer: Any = None,
     compat: Compat = None,
 ) -> torch.Tensor | WordFactors:
@@ -109,12 +94,24 @@ def get_equalizer(
     Args:
         text: the target prompt.
         word_select: words of it, or their numbers.
-        values: one for all of them, one a word, or for a single word several, a target each.
+        values: one for all of them, also without a list, one a word, or for a single word several, a target each.
         tokenizer: the pipeline's; without it the factors wait for the controller that takes them to be registered.
         compat: ``"original"`` takes no notice of words that are not in the text.
+
+    Raises:
+        ValueError: no word or no value, another number of values than of words, values that are no finite numbers, a
+            word, or a number of one, that the text has not.
     """
-    words = (word_select,) if isinstance(word_select, int | str) else tuple(word_select)
-    factors = WordFactors(text, words, tuple(float(value) for value in values))
+    chosen = word_select.tolist() if hasattr(word_select, "tolist") else word_select
+    if isinstance(chosen, str) or not isinstance(chosen, Iterable):
+        chosen = (chosen,)
+    words = tuple(word if isinstance(word, str) else number("word_select", word) for word in chosen)
+    given = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        given = (given,)
+    factors = WordFactors(text, words, tuple(factor("values", value) for value in given))
+    if not words or not factors.values:
+        raise ValueError(f"expected words and a factor for them, got word_select={word_select!r} and values={values!r}")
     return factors if tokenizer is None else factors.tensor(tokenizer, chosen_compat(compat))
 
 

@@ -1,0 +1,41 @@
+"""Tool by tool, what is passed by mistake: read as it was meant, or refused with what was expected and what came."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fpe_pipeline.compat import prompt_to_prompt
+from tests.support.tiny_pipelines import PROMPTS, tiny_pipeline
+
+TWO = PROMPTS[:2]
+
+
+@pytest.fixture(scope="module")
+def unet(pipe):
+    return tiny_pipeline(pipe)
+
+
+@pytest.fixture(scope="module")
+def image():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8))
+
+
+def test_factors_of_words(unet):
+    def factors(words, values):
+        return prompt_to_prompt.get_equalizer(TWO[1], words, values, unet.tokenizer)
+
+    word = TWO[1].split()[2]
+    expected = factors(2, [3.0])
+    assert (expected == 3).any()
+    for words, values in ((word, 3.0), (np.int64(2), [3.0]), (word, torch.tensor(3.0)), ([torch.tensor(2)], (3,))):
+        assert torch.equal(factors(words, values), expected)
+    for values in ([], "3", ["3"], None, float("nan"), [None]):
+        with pytest.raises(ValueError, match=r"^values: expected a finite number|^expected words and a factor"):
+            factors(word, values)
+    for words in (99, [99], True, 1.5, None, []):
+        with pytest.raises(ValueError, match=r"^word_(select|place): expected .*number|^expected words and a factor"):
+            factors(words, [3.0])
+    for wrong in ({"words": (word,)}, {"word": (word,), "values": [3]}, ["blue", 3]):
+        with pytest.raises(ValueError, match=r'^equilizer_params: expected {"words": …, "values": …}'):
+            prompt_to_prompt.make_controller(TWO, False, 0.8, 0.4, None, wrong)
