@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ...edits.selection import unit_number
+from ...errors import check_positive
+from ..given import listed
 from ..lazy import LazyMap
 from ..switch import chosen_compat
 from .word_tokens import Compat, tokens_of_words
@@ -31,10 +34,14 @@ class LocalBlend:
         threshold: share of the largest value.
         substruct_words: as ``words``, for regions that are cut out of the mask.
         start_blend: the share of the steps, at the beginning, after which nothing is blended.
-        th: thresholds of the words and of those that are cut out; default: ``threshold`` for both.
+        th: thresholds of the words and of those that are cut out, or one for both; default: ``threshold``.
         num_steps: of the run, which ``start_blend`` is a share of.
         tokenizer: the pipeline's; default: that of the pipeline where the controller is registered.
         compat: ``"original"`` takes no notice of words that are in no prompt.
+
+    Raises:
+        ValueError: no words for each prompt, thresholds or ``start_blend`` outside of 0 to 1, a number of steps that is
+            none; later, a word that is not in its prompt.
     """
 
     def __init__(
@@ -45,16 +52,35 @@ class LocalBlend:
         *,
         substruct_words: Sequence[str | Sequence[str]] | None = None,
         start_blend: float = 0.0,
-        th: tuple[float, float] | None = None,
+        th: float | tuple[float, float] | None = None,
         num_steps: int = 50,
         tokenizer: Any = None,
         compat: Compat = None,
     ) -> None:
-        self.prompts, self.words, self.substruct_words = list(prompts), words, substruct_words
-        self.th = (threshold, threshold) if th is None else tuple(th)
-        self.start_blend, self.tokenizer = int(start_blend * num_steps), tokenizer
-        self.compat = chosen_compat(compat)
+        self.compat, self.prompts = chosen_compat(compat), listed(prompts)
+        self.words = self._of_prompts("words", words, may_lack=self.compat == "original")
+        self.substruct_words = (
+            None if substruct_words is None else self._of_prompts("substruct_words", substruct_words, may_lack=True)
+        )
+        self.th = _thresholds(threshold if th is None else th)
+        check_positive(num_steps=num_steps)
+        self.start_blend, self.tokenizer = int(unit_number(start_blend, "start_blend") * num_steps), tokenizer
         self.counter = 0
+
+    def _of_prompts(self, name: str, words: Any, *, may_lack: bool) -> list[list[str]]:
+        """For each prompt its words; refused here, not in the first step of a run."""
+        plain = words.tolist() if hasattr(words, "tolist") else words
+        given = [] if isinstance(plain, str) or not isinstance(plain, Sequence) else plain
+        lists = [[one] if isinstance(one, str) else one for one in given]
+        if len(lists) != len(self.prompts) or not all(
+            isinstance(one, Sequence) and (one or may_lack) and all(isinstance(word, str) for word in one)
+            for one in lists
+        ):
+            raise ValueError(
+                f"{name}: expected words for each of {len(self.prompts)} prompts, a text or a list of texts each, got "
+                f"{words!r}"
+            )
+        return [list(one) for one in lists]
 
     def prepare(self, tokenizer: Any) -> None:
         """Take the tokenizer of the pipeline where none was passed."""
@@ -74,12 +100,9 @@ class LocalBlend:
         """The same for what is cut out; None where nothing is."""
         return None if self.substruct_words is None else self._columns(self.substruct_words)
 
-    def _columns(self, words: Sequence[str | Sequence[str]]) -> torch.Tensor:
-        if len(words) != len(self.prompts):
-            raise ValueError(f"expected words for each of {len(self.prompts)} prompts, got {words!r}")
+    def _columns(self, words: Sequence[Sequence[str]]) -> torch.Tensor:
         rows = []
-        for prompt, given in zip(self.prompts, words, strict=True):
-            chosen = [given] if isinstance(given, str) else given
+        for prompt, chosen in zip(self.prompts, words, strict=True):
             length, tokens = tokens_of_words(prompt, chosen, self.tokenizer, self.compat)
             row = torch.zeros(length)
             row[[token for found in tokens for token in found]] = 1.0
@@ -122,6 +145,17 @@ class LocalBlend:
         mask = F.interpolate(heat, size=x_t.shape[-2:])
         mask = mask / mask.amax((2, 3), keepdim=True) > self.th[0 if use_pool else 1]
         return mask[:1] | mask
+
+
+def _thresholds(given: Any) -> tuple[float, float]:
+    """Of the words, and of those that are cut out."""
+    plain = given.tolist() if hasattr(given, "tolist") else given
+    both = list(plain) if isinstance(plain, list | tuple) else [plain] * 2
+    if len(both) != 2:
+        raise ValueError(
+            f"th: expected two thresholds, of words and of substruct_words, or one for both, got {given!r}"
+        )
+    return unit_number(both[0], "threshold"), unit_number(both[1], "threshold")
 
 
 def _read_size(x_t: torch.Tensor) -> tuple[int, int]:

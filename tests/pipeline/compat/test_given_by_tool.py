@@ -39,3 +39,24 @@ def test_factors_of_words(unet):
     for wrong in ({"words": (word,)}, {"word": (word,), "values": [3]}, ["blue", 3]):
         with pytest.raises(ValueError, match=r'^equilizer_params: expected {"words": …, "values": …}'):
             prompt_to_prompt.make_controller(TWO, False, 0.8, 0.4, None, wrong)
+
+
+def test_blends_that_are_none():
+    def blend(words=("photo", "photo"), **options):
+        return prompt_to_prompt.LocalBlend(TWO, words, **options)
+
+    assert blend().th == (0.3, 0.3) and blend(th=0.2).th == (0.2, 0.2)
+    assert blend(th=torch.tensor([0.25, 0.5])).th == (0.25, 0.5)
+    for wrong in ("photo", ["photo"], [["photo"], [5]], ["photo", None], [[], []], None):
+        with pytest.raises(ValueError, match=r"^words: expected words for each of 2 prompts"):
+            blend(wrong)
+    for wrong in ("photo", ["photo"], [["photo"], [5]]):
+        with pytest.raises(ValueError, match=r"^substruct_words: expected words for each of 2 prompts"):
+            blend(substruct_words=wrong)
+    assert blend(substruct_words=[["photo"], []]).substruct_words == [["photo"], []]
+    for wrong in ({"th": ("0.3", 0.3)}, {"th": (0.3,)}, {"threshold": 30}, {"threshold": float("nan")}, {"th": "0.3"}):
+        with pytest.raises(ValueError, match=r"expected (two )?threshold"):
+            blend(**wrong)
+    for wrong in ({"start_blend": 2}, {"start_blend": "0.2"}, {"num_steps": 0}):
+        with pytest.raises(ValueError, match=r"expected start_blend to be a number in \[0, 1\]|num_steps must be"):
+            blend(**wrong)
