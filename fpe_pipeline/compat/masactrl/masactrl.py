@@ -10,11 +10,12 @@ import torch
 
 from fpe_kernels import AttentionMap
 
+from ...edits.selection import unit_number
 from ...models.sites import Site
 from ..given import number, numbers
 from ..names import unknown_name
 from .masactrl_utils import AttentionBase, merged
-from .masks import on_grid, save_mask, score_biases
+from .masks import on_grid, read_masks, save_mask, score_biases
 
 __all__ = [
     "MutualSelfAttentionControl",
@@ -208,9 +209,14 @@ class MutualSelfAttentionControlMask(_Masked):
     """With masks of the object, in the source and in the targets.
 
     Args:
-        mask_s, mask_t: [h, w], 1 on the object and 0 elsewhere; of several targets ``mask_t`` may be [targets, h, w].
+        mask_s, mask_t: [h, w], 1 on the object and 0 elsewhere, tensors, arrays, PIL images or paths; of several
+            targets ``mask_t`` may be [targets, h, w], or a list.
         mask_save_dir: where both are saved as pictures.
         start_step, start_layer, layer_idx, step_idx, total_steps, model_type: as `MutualSelfAttentionControl`.
+
+    Raises:
+        ValueError: one mask without the other, or masks of other shapes or values.
+        TypeError: what is no mask.
     """
 
     def __init__(
@@ -220,18 +226,19 @@ class MutualSelfAttentionControlMask(_Masked):
         layer_idx: Sequence[int] | None = None,
         step_idx: Sequence[int] | None = None,
         total_steps: int = 50,
-        mask_s: torch.Tensor | None = None,
-        mask_t: torch.Tensor | None = None,
+        mask_s: Any = None,
+        mask_t: Any = None,
         mask_save_dir: str | None = None,
         model_type: str = "SD",
     ) -> None:
         super().__init__(start_step, start_layer, layer_idx, step_idx, total_steps, model_type)
         if (mask_s is None) != (mask_t is None):
             raise ValueError("expected mask_s and mask_t, got one of them: the original returns rows that do not fit")
-        self.mask_s, self.mask_t = mask_s, mask_t
-        if mask_save_dir is not None and mask_s is not None and mask_t is not None:
-            save_mask(mask_s, f"{mask_save_dir}/mask_s.png")
-            save_mask(mask_t if mask_t.ndim == 2 else mask_t[0], f"{mask_save_dir}/mask_t.png")
+        self.mask_s = None if mask_s is None else read_masks("mask_s", mask_s)
+        self.mask_t = None if mask_t is None else read_masks("mask_t", mask_t, several=True)
+        if mask_save_dir is not None and self.mask_s is not None and self.mask_t is not None:
+            save_mask(self.mask_s, f"{mask_save_dir}/mask_s.png")
+            save_mask(self.mask_t if self.mask_t.ndim == 2 else self.mask_t[0], f"{mask_save_dir}/mask_t.png")
 
     def source_mask(self, grid: tuple[int, int]) -> torch.Tensor | None:
         return None if self.mask_s is None else on_grid(self.mask_s, grid)
@@ -273,7 +280,7 @@ class MutualSelfAttentionControlMaskAuto(_Masked):
         model_type: str = "SD",
     ) -> None:
         super().__init__(start_step, start_layer, layer_idx, step_idx, total_steps, model_type)
-        self.thres, self.mask_save_dir = thres, mask_save_dir
+        self.thres, self.mask_save_dir = unit_number(thres, "thres"), mask_save_dir
         self.ref_token_idx, self.cur_token_idx = (
             numbers("ref_token_idx", ref_token_idx),
             numbers("cur_token_idx", cur_token_idx),

@@ -10,7 +10,43 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-__all__ = ["on_grid", "save_mask", "score_biases"]
+from ...edits.masks import MaskImage
+
+__all__ = ["on_grid", "read_masks", "save_mask", "score_biases"]
+
+#: What is a mask by itself where a list of several is taken.
+_ONE = (str, Path, Image.Image, np.ndarray, torch.Tensor)
+
+
+def read_masks(name: str, given: Any, *, several: bool = False) -> torch.Tensor:
+    """A mask [h, w], or where there may be several also [masks, h, w]; float32 in [0, 1].
+
+    Args:
+        name: of the argument.
+        given: an array, a tensor or nested lists of truth values, of whole numbers 0 and 1, of bytes to 255 or of
+            floats in [0, 1]; the path of a picture, or a PIL image. Several: a list of such, or an array of three axes.
+        several: whether there may be more than one.
+
+    Raises:
+        ValueError: another shape, or values outside of these, NaN too.
+        TypeError: anything else.
+    """
+    if several and isinstance(given, list | tuple) and given and isinstance(given[0], _ONE):
+        masks = [read_masks(f"{name}[{place}]", one) for place, one in enumerate(given)]
+        if len({one.shape for one in masks}) > 1:
+            raise ValueError(f"{name}: expected masks of one size, got {[tuple(one.shape) for one in masks]}")
+        return torch.stack(masks)
+    try:
+        if isinstance(given, str | Path | Image.Image):
+            return MaskImage(given).values.float()
+        values = given if isinstance(given, torch.Tensor) else torch.as_tensor(np.asarray(given))
+        if not values.is_floating_point() and bool(((values == 0) | (values == 1)).all()):
+            values = values.bool()  # which in bytes would be nearly black
+        if several and values.ndim == 3 and len(values):
+            return torch.stack([MaskImage(one).values.float() for one in values])
+        return MaskImage(values).values.float()
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def on_grid(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

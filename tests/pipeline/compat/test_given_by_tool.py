@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fpe_pipeline.compat import prompt_to_prompt
+from fpe_pipeline.compat import masactrl, prompt_to_prompt
 from tests.support.tiny_pipelines import PROMPTS, tiny_pipeline
 
 TWO = PROMPTS[:2]
@@ -19,6 +19,53 @@ def unet(pipe):
 @pytest.fixture(scope="module")
 def image():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8))
+
+
+def masked(mask_s, mask_t=None):
+    return masactrl.MutualSelfAttentionControlMask(mask_s=mask_s, mask_t=mask_s if mask_t is None else mask_t)
+
+
+def test_masks_of_any_kind_are_one_mask(tmp_path):
+    """Bytes to 255 were factors of 255 in the targets, without a word; other kinds failed in the first layer."""
+    ones = torch.zeros(4, 6)
+    ones[:2] = 1
+    grey = (ones * 255).byte()
+    picture = Image.fromarray(grey.numpy())
+    picture.save(tmp_path / "mask.png")
+    bits = (ones.bool(), ones.byte(), ones.long(), ones.numpy(), ones.tolist(), ones[None])
+    for given in (ones, *bits, grey, grey.numpy(), picture, tmp_path / "mask.png", str(tmp_path / "mask.png")):
+        mask = masked(given, ones).mask_s
+        assert mask.dtype == torch.float32 and torch.equal(mask, ones)
+        assert torch.equal(
+            masked(ones, [given if not isinstance(given, list) else ones] * 2).mask_t, ones.expand(2, 4, 6)
+        )
+    assert torch.equal(masked(ones, torch.stack([ones, 1 - ones])).mask_t[1], 1 - ones)
+    assert torch.equal(masked(ones * 0.5).mask_s, ones * 0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        (torch.full((4, 4), float("nan")), ValueError, r"^mask_s: expected mask values in \[0, 1\]"),
+        (torch.full((4, 4), 255.0), ValueError, r"^mask_s: expected mask values in \[0, 1\]"),
+        (torch.zeros(2, 4, 4), ValueError, r"^mask_s: expected a mask \[height, width\], got shape \(2, 4, 4\)"),
+        (torch.zeros(1, 1, 4, 4), ValueError, r"^mask_s: expected a mask \[height, width\]"),
+        (np.full((4, 4), 3), ValueError, "^mask_s: expected a mask of bools, 8-bit integers or floats"),
+        ("no.png", ValueError, "^mask_s: .*no.png"),
+        (object(), TypeError, "^mask_s: "),
+    ],
+)
+def test_what_is_no_mask(given, error, said):
+    with pytest.raises(error, match=said):
+        masked(given, torch.zeros(4, 4))
+    with pytest.raises(ValueError, match=r"^mask_t: expected masks of one size"):
+        masked(torch.zeros(4, 4), [torch.zeros(4, 4), torch.zeros(4, 5)])
+
+
+@pytest.mark.parametrize("thres", ["0.1", None, float("nan"), 2.0, [0.1]], ids=str)
+def test_thresholds_that_are_no_share(thres):
+    with pytest.raises(ValueError, match=r"expected thres to be a number in \[0, 1\]"):
+        masactrl.MutualSelfAttentionControlMaskAuto(thres=thres)
 
 
 def test_factors_of_words(unet):
