@@ -27,6 +27,7 @@ from ..session.computing import Rows
 from ..session.installation import NO_ORDERS, LayerProcessors
 from ..session.instructions import Order
 from ..session.session import session_of
+from .given import check_made
 from .lazy import LazyMap
 from .lazy.numbers import forget_lines
 from .switch import chosen_compat
@@ -253,10 +254,12 @@ def register_controller(
 
     Returns:
         What restores the layers: by ``restore()``, or as a ``with`` block.
+
+    Raises:
+        TypeError: no controller, or the class of one.
     """
     compat = chosen_compat(compat)
-    if not callable(controller):
-        raise TypeError(f"expected a controller(attn, is_cross, place_in_unet), got {type(controller).__name__}")
+    check_made("a controller(attn, is_cross, place_in_unet)", controller)
     prepare = getattr(controller, "prepare", None)
     if prepare is not None:
         prepare(encoding_tokenizer(pipe))

@@ -9,6 +9,7 @@ import torch
 
 from ...models.sites import Site
 from ..controlled import Compat, ControlledLayers, LayerCall
+from ..given import check_made
 from ..lazy import LazyMap
 from ..names import unknown_name
 from ..switch import chosen_compat
@@ -170,12 +171,12 @@ def regiter_attention_editor_diffusers(
         What puts the layers back as they were: ``.restore()``, or a ``with`` block.
 
     Raises:
-        TypeError: no editor.
-        ValueError: layers that the UNet has not, or a UNet that another tool or session edits.
+        TypeError: no editor, or the class of one.
+        ValueError: layers that the UNet has not, a backend that is not known, or a UNet that another tool or session
+            edits.
     """
     compat = chosen_compat(compat)
-    if not callable(editor):
-        raise TypeError(f"expected an editor, an AttentionBase, got {type(editor).__name__}")
+    check_made("an editor, an AttentionBase", editor)
 
     def compute(call: LayerCall) -> torch.Tensor:
         query, key, value = (part.flatten(0, 1) for part in (call.query, call.key, call.value))

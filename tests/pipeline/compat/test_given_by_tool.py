@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from fpe_pipeline.compat import masactrl, prompt_to_prompt
+from fpe_pipeline.compat.prompt_to_prompt import ptp_utils
 from tests.support.tiny_pipelines import PROMPTS, tiny_pipeline
 
 TWO = PROMPTS[:2]
@@ -66,6 +67,15 @@ def test_what_is_no_mask(given, error, said):
 def test_thresholds_that_are_no_share(thres):
     with pytest.raises(ValueError, match=r"expected thres to be a number in \[0, 1\]"):
         masactrl.MutualSelfAttentionControlMaskAuto(thres=thres)
+
+
+def test_classes_in_the_place_of_what_they_make(unet):
+    before = dict(unet.unet.attn_processors)
+    with pytest.raises(TypeError, match=r"got the class AttentionReplace itself: make one, AttentionReplace\(…\)"):
+        ptp_utils.register_attention_control(unet, prompt_to_prompt.AttentionReplace)
+    with pytest.raises(TypeError, match=r"an AttentionBase, got the class MutualSelfAttentionControl"):
+        masactrl.regiter_attention_editor_diffusers(unet, masactrl.MutualSelfAttentionControl)
+    assert unet.unet.attn_processors == before
 
 
 def test_factors_of_words(unet):
