@@ -24,6 +24,7 @@ from ..models.families import adapter_of
 from ..models.sites import Site
 from ..prompts.encoding import encoding_tokenizer
 from ..session.computing import Rows
+from ..session.entry import check_backend
 from ..session.installation import NO_ORDERS, LayerProcessors
 from ..session.instructions import Order
 from ..session.session import session_of
@@ -100,7 +101,8 @@ class ControlledLayers:
 
     Raises:
         ValueError: a UNet in an editing session, a model that is no UNet, layers whose processors do more than
-            attention.
+            attention, a backend that is not known.
+        RuntimeError: a backend that cannot run here.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class ControlledLayers:
             raise ValueError(
                 "this UNet is in an editing session: leave it before registering another tool's controller"
             )
+        check_backend(backend)
         self._adapter.check()
         self.guided, self._compute, self._backend, self._before = guided, compute, backend, before
         self._sites = tuple(site for site in self._adapter.sites if site.kind in kinds)

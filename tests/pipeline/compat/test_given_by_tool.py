@@ -78,6 +78,17 @@ def test_classes_in_the_place_of_what_they_make(unet):
     assert unet.unet.attn_processors == before
 
 
+def test_backends_that_are_not_known(unet):
+    """They were found out in the first layer of a run, or never where no layer multiplies."""
+    before = dict(unet.unet.attn_processors)
+    for wrong in ("cuda", "", None):
+        with pytest.raises(ValueError, match=r'unknown backend .*: expected "auto" or one of'):
+            ptp_utils.register_attention_control(unet, prompt_to_prompt.AttentionStore(), backend=wrong)
+        with pytest.raises(ValueError, match=r"unknown backend"):
+            masactrl.regiter_attention_editor_diffusers(unet, masactrl.AttentionBase(), backend=wrong)
+    assert unet.unet.attn_processors == before
+
+
 def test_factors_of_words(unet):
     def factors(words, values):
         return prompt_to_prompt.get_equalizer(TWO[1], words, values, unet.tokenizer)
