@@ -14,13 +14,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ...errors import EditWarning
+from ..given import listed
 from ..lazy import LazyMap
 
 __all__ = ["save_attention_maps"]
 
 
 def save_attention_maps(
-    attn_maps: Mapping[int | float, Mapping[str, LazyMap]],
+    attn_maps: Mapping[int | float, Mapping[str, LazyMap | torch.Tensor]],
     tokenizer: Any,
     prompts: str | Sequence[str],
     base_dir: str | Path = "attn_maps",
@@ -30,7 +31,7 @@ def save_attention_maps(
     heads, and in ``base_dir/batch-<n>/`` the mean over all timesteps and layers, as large as the first layer.
 
     Args:
-        attn_maps: what `init_pipeline` keeps.
+        attn_maps: what `init_pipeline` keeps, lazy or as tensors [rows, heads, h, w, tokens].
         tokenizer: the pipeline's, whose tokens the maps' columns are. Where they are another's, as of FLUX.1 those of
             ``tokenizer_2``, that one is taken, with a warning.
         prompts: of the call.
@@ -38,11 +39,18 @@ def save_attention_maps(
         unconditional: whether the first half of the rows is unconditional, and left out.
 
     Raises:
-        ValueError: no maps, or maps of other rows than there are prompts.
+        ValueError: no maps, no prompts, or maps of other rows than there are prompts.
+        TypeError: maps that are not by timestep and layer, what is no tokenizer, no text or no truth value.
     """
-    if not attn_maps:
-        raise ValueError("there are no maps: call a pipeline after init_pipeline(pipe), then save them")
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise TypeError(
+            f"expected the pipeline's tokenizer, pipe.tokenizer, of FLUX.1 pipe.tokenizer_2, got "
+            f"{type(tokenizer).__name__}"
+        )
+    if not isinstance(unconditional, bool):
+        raise TypeError(f"expected unconditional to be True or False, got {unconditional!r}")
+    _check(attn_maps)
+    prompts = listed(prompts)
     keys = min(view.shape[-1] for layers in attn_maps.values() for view in layers.values())
     own = getattr(attn_maps, "tokenizer", None)
     if own is not None and _ids(own, prompts, keys) != _ids(tokenizer, prompts, keys):
@@ -68,6 +76,19 @@ def save_attention_maps(
     _save(Path(base_dir), tokens, [total / count for total in totals])
 
 
+def _check(attn_maps: Any) -> None:
+    """Refuse what is not maps by timestep and layer."""
+    if isinstance(attn_maps, Mapping) and not attn_maps:
+        raise ValueError("there are no maps: call a pipeline after init_pipeline(pipe), then save them")
+    layers = list(attn_maps.values()) if isinstance(attn_maps, Mapping) else [attn_maps]
+    views = [view for one in layers for view in (one.values() if isinstance(one, Mapping) else [None])]
+    if not views or not all(isinstance(view, LazyMap | torch.Tensor) and view.ndim == 5 for view in views):
+        raise TypeError(
+            "expected attn_maps as init_pipeline keeps them, {timestep: {layer: map [rows, heads, h, w, tokens]}}, got "
+            f"{type(attn_maps).__name__} of {type(layers[0]).__name__}: pass one timestep's as {{timestep: layers}}"
+        )
+
+
 def _ids(tokenizer: Any, prompts: Sequence[str], keys: int) -> list[list[int]]:
     """Token numbers of prompts, without padding, as far as there are columns of them."""
     length = min(int(tokenizer.model_max_length), keys)
@@ -75,7 +96,7 @@ def _ids(tokenizer: Any, prompts: Sequence[str], keys: int) -> list[list[int]]:
     return ids
 
 
-def _heats(view: LazyMap, counts: Sequence[int], unconditional: bool) -> list[torch.Tensor]:
+def _heats(view: LazyMap | torch.Tensor, counts: Sequence[int], unconditional: bool) -> list[torch.Tensor]:
     """For each prompt [tokens, h, w], float32: sums over heads of the columns of its tokens."""
     rows, _, height, width, keys = view.shape
     first = rows // 2 if unconditional else 0
@@ -87,6 +108,9 @@ def _heats(view: LazyMap, counts: Sequence[int], unconditional: bool) -> list[to
     columns = torch.eye(keys, max(counts), dtype=view.dtype)
     heats = []
     for row, count in enumerate(counts, first):
+        if isinstance(view, torch.Tensor):
+            heats.append(view[row, ..., :count].float().sum(0).permute(2, 0, 1).cpu())
+            continue
         operator = view[row].operator  # [H, 1, N, M]
         heat = operator @ columns[:, :count].expand(operator.shape[0], 1, keys, count)
         heats.append(heat.float().sum((0, 1)).T.reshape(count, height, width))

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fpe_pipeline.compat import masactrl, prompt_to_prompt
+from fpe_pipeline.compat import attention_map_diffusers, masactrl, prompt_to_prompt
 from fpe_pipeline.compat.prompt_to_prompt import ptp_utils
-from tests.support.tiny_pipelines import PROMPTS, tiny_pipeline
+from tests.support.tiny_pipelines import PROMPTS, shared_noise, tiny_pipeline
 
 TWO = PROMPTS[:2]
 
@@ -128,3 +128,32 @@ def test_blends_that_are_none():
     for wrong in ({"start_blend": 2}, {"start_blend": "0.2"}, {"num_steps": 0}):
         with pytest.raises(ValueError, match=r"expected start_blend to be a number in \[0, 1\]|num_steps must be"):
             blend(**wrong)
+
+
+def test_saved_maps_that_are_none(unet, tmp_path):
+    with attention_map_diffusers.watched_pipeline(unet):
+        unet(TWO, num_inference_steps=1, latents=shared_noise(2), output_type="latent")
+    maps, tokenizer = attention_map_diffusers.attn_maps, unet.tokenizer
+
+    def save(given=maps, tokenizer=tokenizer, prompts=TWO, folder="maps", **options):
+        attention_map_diffusers.save_attention_maps(given, tokenizer, prompts, tmp_path / folder, **options)
+
+    save()
+    save({step: {path: view.numbers() for path, view in layers.items()} for step, layers in maps.items()}, folder="own")
+    files = sorted(path.relative_to(tmp_path / "maps") for path in (tmp_path / "maps").rglob("*.png"))
+    assert files
+    for file in files:
+        lazy, plain = (np.asarray(Image.open(tmp_path / folder / file)).astype(int) for folder in ("maps", "own"))
+        assert abs(lazy - plain).max() <= 1
+    layers = next(iter(maps.values()))
+    for wrong in (layers, next(iter(layers.values())), [layers], {1: {"layer": torch.zeros(2, 3)}}):
+        with pytest.raises(TypeError, match=r"expected attn_maps as init_pipeline keeps them, \{timestep: "):
+            save(wrong)
+    for wrong in (unet, None, TWO):
+        with pytest.raises(TypeError, match=r"expected the pipeline's tokenizer, pipe.tokenizer, .* got"):
+            save(tokenizer=wrong)
+    for wrong in ([], None):
+        with pytest.raises((TypeError, ValueError), match=r"expected (at least one )?prompt"):
+            save(prompts=wrong)
+    with pytest.raises(TypeError, match=r"expected unconditional to be True or False, got 'False'"):
+        save(unconditional="False")
