@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
+from numbers import Real
 
 from ...edits.base import Edit
 from ...edits.products import Product
@@ -31,7 +32,7 @@ class StyleAlignedArgs:
         only_self_level: the share of self-attention layers that is left alone, from 0 to 1, spread evenly.
 
     Raises:
-        ValueError: numbers that are not finite, or a level outside [0, 1].
+        ValueError: numbers that are none or not finite, a level outside [0, 1], switches that are not True or False.
     """
 
     share_group_norm: bool = True
@@ -47,8 +48,12 @@ class StyleAlignedArgs:
 
     def __post_init__(self) -> None:
         for name in ("shared_score_scale", "shared_score_shift", "only_self_level"):
-            if not isfinite(getattr(self, name)):
-                raise InputError(f"expected {name} to be a finite number, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value):
+                raise InputError(f"expected {name} to be a finite number, got {value!r}")
+        for name, default in ((field.name, field.default) for field in fields(self)):
+            if isinstance(default, bool) and not isinstance(getattr(self, name), bool):
+                raise InputError(f"expected {name} to be True or False, got {getattr(self, name)!r}")
         if not 0 <= self.only_self_level <= 1:
             raise InputError(f"expected only_self_level to be in [0, 1], got {self.only_self_level!r}")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fpe_pipeline.compat import attention_map_diffusers, masactrl, prompt_to_prompt
+from fpe_pipeline.compat import attention_map_diffusers, masactrl, prompt_to_prompt, style_aligned
 from fpe_pipeline.compat.prompt_to_prompt import ptp_utils
 from tests.support.tiny_pipelines import PROMPTS, shared_noise, tiny_pipeline
 
@@ -157,3 +157,15 @@ def test_saved_maps_that_are_none(unet, tmp_path):
             save(prompts=wrong)
     with pytest.raises(TypeError, match=r"expected unconditional to be True or False, got 'False'"):
         save(unconditional="False")
+
+
+def test_switches_and_numbers_of_style():
+    for name in ("shared_score_scale", "shared_score_shift", "only_self_level"):
+        for wrong in ("0.7", None, True, float("nan")):
+            with pytest.raises(ValueError, match=f"expected {name} to be a finite number"):
+                style_aligned.StyleAlignedArgs(**{name: wrong})
+    for name in ("share_attention", "adain_queries", "full_attention_share"):
+        for wrong in ("False", None, 0):  # the text counted as True
+            with pytest.raises(ValueError, match=f"expected {name} to be True or False"):
+                style_aligned.StyleAlignedArgs(**{name: wrong})
+    assert style_aligned.StyleAlignedArgs(shared_score_shift=np.float32(0.5)).shared_score_shift == 0.5
