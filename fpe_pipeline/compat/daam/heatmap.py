@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from ...heatmaps.views import overlay
+from ..given import factor
 
 __all__ = ["GlobalHeatMap", "RawHeatMapCollection", "WordHeatMap"]
 
@@ -51,15 +53,25 @@ class WordHeatMap:
         Args:
             image: a PIL image.
             absolute: leave values as they are; by default they are spread over 0 to 1.
-            threshold: 1 above it and 0 elsewhere.
+            threshold: 1 above it and 0 elsewhere; DAAM's own code (compat="original") passes over 0.
             plot: draw it too, with ``plot_options`` of `plot_overlay`.
+
+        Raises:
+            TypeError: no PIL image.
+            ValueError: a threshold that is no number.
         """
+        if not isinstance(image, Image.Image):
+            raise TypeError(
+                f"expected image to be a PIL image, got {type(image).__name__}: open paths with PIL.Image.open, and "
+                "make one of an array [H, W, 3] of bytes with PIL.Image.fromarray"
+            )
+        threshold = None if threshold is None else factor("threshold", threshold)
         width, height = image.size
         size = (width, height) if self._swaps else (height, width)
         heat = F.interpolate(self.heatmap[None, None].detach().float(), size=size, mode="bicubic")[0, 0].cpu()
         if not absolute:
             heat = (heat - heat.min()) / (heat.max() - heat.min() + _TINY)
-        if threshold:
+        if threshold is not None and (threshold or not self._swaps):
             heat = (heat > threshold).float()
         if plot:
             self.plot_overlay(image, **plot_options)
@@ -80,9 +92,12 @@ class WordHeatMap:
 
         Returns:
             The PIL image. matplotlib is not needed where ``ax`` is None.
+
+        Raises:
+            TypeError: no PIL image.
         """
-        width, height = image.size
         heat = self.expand_as(image, **expand_options)
+        width, height = image.size
         heat = heat.T if self._swaps else heat
         share = heat.numpy() if color_normalize else np.clip(heat.numpy(), 0.0, 1.0)
         drawn = overlay(share, image, 0.6 if color_normalize else 0.6 * float(share.max()))

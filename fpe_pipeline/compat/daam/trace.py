@@ -251,7 +251,14 @@ trace = DiffusionHeatMapHooker
 
 def set_seed(seed: int) -> torch.Generator:
     """Seed Python's, NumPy's and PyTorch's random numbers, and return a generator of that seed where pictures are
-    computed: on CUDA where there is it."""
+    computed: on CUDA where there is it.
+
+    Raises:
+        ValueError: a seed that is no whole number, of NumPy's and PyTorch's too, or not from 0 to 2**32 - 1.
+    """
+    seed = whole("seed", seed)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected a whole number from 0 to {2**32 - 1}, which NumPy takes, got {seed}")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fpe_pipeline.compat import attention_map_diffusers, masactrl, prompt_to_prompt, style_aligned
+from fpe_pipeline.compat import attention_map_diffusers, daam, masactrl, prompt_to_prompt, style_aligned
 from fpe_pipeline.compat.prompt_to_prompt import ptp_utils
 from tests.support.tiny_pipelines import PROMPTS, shared_noise, tiny_pipeline
 
@@ -169,3 +169,19 @@ def test_switches_and_numbers_of_style():
             with pytest.raises(ValueError, match=f"expected {name} to be True or False"):
                 style_aligned.StyleAlignedArgs(**{name: wrong})
     assert style_aligned.StyleAlignedArgs(shared_score_shift=np.float32(0.5)).shared_score_shift == 0.5
+
+
+def test_heat_on_what_is_no_picture(image):
+    heat = daam.heatmap.WordHeatMap(torch.tensor([[0.0, 1.0], [1.0, 3.0]]))
+    for wrong in ("photo.png", np.asarray(image), torch.zeros(3, 8, 8), None, (64, 64)):
+        for look in (heat.expand_as, heat.plot_overlay):
+            with pytest.raises(TypeError, match=r"expected image to be a PIL image, got .* PIL.Image.fromarray"):
+                look(wrong)
+    with pytest.raises(ValueError, match=r"^threshold: expected a finite number, got '0.5'"):
+        heat.expand_as(image, threshold="0.5")
+    assert set(heat.expand_as(image, threshold=0).unique().tolist()) == {0.0, 1.0}  # it was taken for none
+    for seed in (5, np.int64(5), torch.tensor(5), 5.0):
+        assert daam.set_seed(seed).initial_seed() == 5
+    for wrong in ("5", None, -1, 0.5, 2**32):
+        with pytest.raises(ValueError, match=r"^seed: expected a whole number"):
+            daam.set_seed(wrong)
