@@ -17,6 +17,7 @@ import torch
 from diffusers import FluxPipeline as DiffusersFluxPipeline
 
 from ..edits.image_memory import StableFlowEdit
+from ..errors import check_generator, check_guidance, check_positive
 from ..models.flow_solvers import flow_nodes, require_flow, solver_of
 from ..sampling.flow_models import flow_model
 from ..sampling.flow_sampling import guidance_of_rows
@@ -69,9 +70,13 @@ class FluxPipeline(DiffusersFluxPipeline):
 
         Raises:
             ValueError: blocks that the transformer has not or that are no list, several prompts or a scheduler that
-                cannot be followed for an inversion, a list of other steps, or guidance for another number of prompts.
+                cannot be followed for an inversion, a list of other steps or of other latents, or guidance that is no
+                number, or for another number of prompts.
+            TypeError: inverted latents that are no tensors, or a seed as generator.
         """
         compat = chosen_compat(compat)
+        prompt = list(prompt) if isinstance(prompt, tuple) else prompt  # diffusers takes lists alone
+        check_generator(options.get("generator"))
         if invert_image:
             return self._inverted(prompt, *arguments, **options)
         layers = self._copied(mm_copy_blocks, single_copy_blocks)
@@ -81,7 +86,8 @@ class FluxPipeline(DiffusersFluxPipeline):
             if layers and rows > 1:
                 around.enter_context(editing(self, StableFlowEdit(layers=layers)))
             if inverted_latent_list is not None:
-                options |= self._following(_Followed(tuple(inverted_latent_list), compat), options)
+                followed = _Followed(_as_latents(inverted_latent_list), compat)
+                options |= self._following(followed, options)
             return super().__call__(prompt, *arguments, **options)
 
     def _copied(self, dual: Iterable[int] | None, single: Iterable[int] | None) -> tuple[int, ...]:
@@ -98,8 +104,10 @@ class FluxPipeline(DiffusersFluxPipeline):
 
     def _guided(self, options: dict[str, Any], rows: int) -> AbstractContextManager[Any]:
         """What tells the transformer a guidance for each prompt; diffusers' call gets one of them."""
-        scales = options.get("guidance_scale")
-        if not isinstance(scales, Sequence):
+        scales = options.get("guidance_scale", 3.5)
+        scales = scales.tolist() if hasattr(scales, "tolist") else scales
+        if isinstance(scales, str) or not isinstance(scales, Sequence):
+            check_guidance(scales)
             return nullcontext()
         if len(scales) != rows:
             raise ValueError(f"expected one guidance_scale, or one for each of the {rows} prompts, got {len(scales)}")
@@ -138,6 +146,10 @@ class FluxPipeline(DiffusersFluxPipeline):
                 f"expected one prompt and the packed latents [1, N, C] of one image to invert, got {len(prompts)} "
                 f"prompts and latents {None if latents is None else tuple(latents.shape)}"
             )
+        if not isinstance(latents, torch.Tensor):
+            raise TypeError(f"expected latents to be a tensor [1, N, C], got {type(latents).__name__}")
+        check_positive(num_inference_steps=num_inference_steps)
+        check_guidance(guidance_scale)
         require_flow(self.scheduler, "inversion")
         if solver_of(self.scheduler) != "euler":
             raise ValueError(
@@ -148,8 +160,12 @@ class FluxPipeline(DiffusersFluxPipeline):
         native = model.native_size
         size = height or native[0], width or native[1]
         tokens = (size[0] // model.multiple) * (size[1] // model.multiple)
-        if latents.shape[1] != tokens:
-            raise ValueError(f"expected {tokens} tokens of latents for {size[0]} × {size[1]}, got {latents.shape[1]}")
+        expected = (1, tokens, self.transformer.config.in_channels)
+        if tuple(latents.shape) != expected:
+            raise ValueError(
+                f"expected packed latents {expected} for {size[0]} × {size[1]}: {tokens} tokens of latents, got "
+                f"{tuple(latents.shape)}"
+            )
         model.set_timesteps(num_inference_steps, size)
         nodes = flow_nodes(self.scheduler).cpu()
         latents = latents.to(self._execution_device)
@@ -191,8 +207,26 @@ class _Followed:
         else:
             return  # to the image itself, which no inversion gives
         latents = tensors["latents"].clone()
+        if tuple(known.shape) != (1, *latents.shape[1:]):
+            raise ValueError(
+                f"inverted_latent_list: expected latents {(1, *latents.shape[1:])}, got {tuple(known.shape)}: pass "
+                "what an inversion of the same height and width gave"
+            )
         latents[0] = known[0].to(latents)
         tensors["latents"] = latents
+
+
+def _as_latents(given: Any) -> tuple[torch.Tensor, ...]:
+    """An inversion's latents; TypeError for what is none."""
+    if isinstance(given, torch.Tensor) and given.ndim == 3:
+        given = given[:, None]  # a stack of [N, C]
+    latents = tuple(given) if isinstance(given, Iterable) else ()
+    if not latents or not all(isinstance(one, torch.Tensor) for one in latents):
+        raise TypeError(
+            "expected inverted_latent_list to be the tensors [1, N, C] that a call with invert_image=True gave, got "
+            f"{type(given).__name__}"
+        )
+    return latents
 
 
 def _count(prompt: Any, options: dict[str, Any]) -> int:

@@ -7,7 +7,9 @@ from PIL import Image
 
 from fpe_pipeline.compat import attention_map_diffusers, daam, masactrl, prompt_to_prompt, style_aligned
 from fpe_pipeline.compat.prompt_to_prompt import ptp_utils
+from fpe_pipeline.compat.stable_flow import FluxPipeline
 from tests.support.tiny_pipelines import PROMPTS, shared_noise, tiny_pipeline
+from tests.support.tiny_transformers import tiny_flux_pipeline
 
 TWO = PROMPTS[:2]
 
@@ -185,3 +187,42 @@ def test_heat_on_what_is_no_picture(image):
     for wrong in ("5", None, -1, 0.5, 2**32):
         with pytest.raises(ValueError, match=r"^seed: expected a whole number"):
             daam.set_seed(wrong)
+
+
+def test_what_stable_flow_is_given(pipe):
+    own = FluxPipeline(**tiny_flux_pipeline(pipe).components)
+    own.set_progress_bar_config(disable=True)
+    options = {"height": 32, "width": 48, "num_inference_steps": 1, "max_sequence_length": 16, "output_type": "latent"}
+    tokens = 32 * 48 // (2 * own.vae_scale_factor) ** 2
+    latents = torch.randn(1, tokens, own.transformer.config.in_channels, dtype=torch.float64)
+
+    def draw(prompts=TWO, **given):
+        return own(prompts, **{"latents": latents.expand(len(prompts), -1, -1), **options, **given}).images
+
+    def invert(**given):
+        return own(TWO[0], invert_image=True, **{"latents": latents, **options, **given})
+
+    plain = draw(mm_copy_blocks=[0])
+    assert torch.equal(draw(tuple(TWO), mm_copy_blocks=[0]), plain)
+    for scales in ([3.5, 3.5], np.array([3.5, 3.5]), torch.tensor([3.5, 3.5])):
+        torch.testing.assert_close(draw(mm_copy_blocks=[0], guidance_scale=scales), plain)
+    for wrong in (None, "1", float("nan")):
+        for call in (draw, invert):
+            with pytest.raises(ValueError, match=r"guidance_scale must be a finite number, got"):
+                call(guidance_scale=wrong)
+    with pytest.raises(ValueError, match=r"guidance_scale must be a finite number"):
+        invert(guidance_scale=[1.0])
+    with pytest.raises(TypeError, match=r"expected generator to be a torch.Generator, got 5"):
+        draw(generator=5)
+    for wrong in ("2", 0, None):
+        with pytest.raises(ValueError, match=r"num_inference_steps must be a whole number"):
+            invert(num_inference_steps=wrong)
+    with pytest.raises(TypeError, match=r"expected latents to be a tensor \[1, N, C\], got ndarray"):
+        invert(latents=latents.numpy())
+    with pytest.raises(ValueError, match=r"expected packed latents"):
+        invert(latents=latents[..., :3])
+    for wrong in ([latents.numpy()], 5, "latents"):
+        with pytest.raises(TypeError, match=r"expected inverted_latent_list to be the tensors"):
+            draw(inverted_latent_list=wrong)
+    with pytest.raises(ValueError, match=r"inverted_latent_list: expected latents .*of the same height and width"):
+        draw(inverted_latent_list=[latents[:, :2]], compat="original")
