@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ...errors import check_generator, check_guidance, check_positive
 from ..controlled import Compat, ControlledLayers, controlled_layers, register_controller
-from ..given import check_count, listed
+from ..given import check_count, listed, shown
 from ..names import unknown_name
 from ..switch import chosen_compat
 from .seq_aligner import get_word_inds
@@ -214,16 +214,36 @@ def text_under_image(image: np.ndarray, text: str, text_color: tuple[int, int, i
     return np.concatenate([image[..., :3], np.asarray(band)])
 
 
+def _pictures(given: Any) -> list[np.ndarray]:
+    """Each [H, W, 3], uint8."""
+    if isinstance(given, Image.Image):
+        given = [given]
+    elif isinstance(given, np.ndarray | torch.Tensor):
+        given = list(given) if given.ndim == 4 else [given]
+    elif isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"expected pictures: PIL images, arrays or tensors, got {given!r}")
+    pictures = [shown(image) for image in given]
+    if len({picture.shape for picture in pictures}) != 1:
+        sizes = [picture.shape[:2] for picture in pictures]
+        raise ValueError(f"expected one or more pictures of one height and width, got {sizes}")
+    return pictures
+
+
 def view_images(images: Any, num_rows: int = 1, offset_ratio: float = 0.02) -> Image.Image:
     """Pictures of one size in rows, shown where a notebook runs.
 
     Args:
-        images: a list of arrays [H, W, 3], uint8, or one [B, H, W, 3] or [H, W, 3].
+        images: a PIL image, an array [H, W, 3] or [H, W], uint8 or floats in [0, 1], or a tensor [3, H, W]; a list of
+            them, or an array [B, H, W, 3].
         num_rows: rows of the picture.
         offset_ratio: the gap between them, as a share of their height.
+
+    Raises:
+        ValueError: no pictures, pictures of several sizes or of other shapes or values, rows that are no number.
+        TypeError: what is no picture.
     """
-    if isinstance(images, np.ndarray):
-        images = [images] if images.ndim == 3 else list(images)
+    check_positive(num_rows=num_rows)
+    images = _pictures(images)
     columns = -(-len(images) // num_rows)
     height, width = images[0].shape[:2]
     gap = int(height * offset_ratio)
@@ -231,7 +251,7 @@ def view_images(images: Any, num_rows: int = 1, offset_ratio: float = 0.02) -> I
     sheet = Image.new("RGB", size, "white")
     for place, image in enumerate(images):
         row, column = divmod(place, columns)
-        sheet.paste(Image.fromarray(image.astype(np.uint8)), (column * (width + gap), row * (height + gap)))
+        sheet.paste(Image.fromarray(image), (column * (width + gap), row * (height + gap)))
     try:
         from IPython.core.getipython import get_ipython
         from IPython.display import display

@@ -226,3 +226,24 @@ def test_what_stable_flow_is_given(pipe):
             draw(inverted_latent_list=wrong)
     with pytest.raises(ValueError, match=r"inverted_latent_list: expected latents .*of the same height and width"):
         draw(inverted_latent_list=[latents[:, :2]], compat="original")
+
+
+def test_pictures_side_by_side(image):
+    """Floats in [0, 1] were black."""
+    pixels = np.asarray(image)
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    for given in (pixels, pixels / 255, tensor, tensor / 255, image, torch.from_numpy(pixels.copy())):
+        assert np.array_equal(np.asarray(ptp_utils.view_images(given)), pixels)
+        beside = np.asarray(ptp_utils.view_images([given, given]))
+        assert np.array_equal(beside[:, :16], pixels) and np.array_equal(beside[:, -16:], pixels)
+    batch = torch.stack([tensor, tensor]) / 255
+    assert np.array_equal(np.asarray(ptp_utils.view_images(batch)), beside)
+    for wrong in ([], [image, image.rotate(90, expand=True)]):
+        with pytest.raises(ValueError, match=r"expected one or more pictures of one height and width"):
+            ptp_utils.view_images(wrong)
+    for wrong in (None, "a.png", ["a.png"], 5):
+        with pytest.raises(TypeError, match=r"expected (pictures|a PIL image)"):
+            ptp_utils.view_images(wrong)
+    for rows in (0, 1.5, "1"):
+        with pytest.raises(ValueError, match=r"num_rows must be a whole number"):
+            ptp_utils.view_images([image], num_rows=rows)
