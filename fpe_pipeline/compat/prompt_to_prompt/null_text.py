@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ...images.load import load_image
 from ...inversion.null_text import NullText
 from ...inversion.trajectory import Inversion
 from ...pipeline import FreePromptPipeline
+from ..given import numbers, shown
 from .ptp_utils import latent2image, register_attention_control
 
 __all__ = ["NullInversion"]
@@ -59,12 +60,16 @@ class NullInversion:
         Returns:
             (the picture as it was encoded, as the autoencoder gives it back), both [H, W, 3], uint8; the noise
             [1, C, h, w]; and for each step an unconditional embedding [1, M, C].
+
+        Raises:
+            ValueError: offsets that are no four pixel counts from 0 on, or that leave nothing of the picture.
         """
+        picture = _cut(image_path, offsets)
         register_attention_control(self.model, None)
         pipe = FreePromptPipeline.from_pipe(self.model)
         pipe.set_progress_bar_config(disable=not verbose)
         height, width = pipe.native_size
-        picture = load_image(_cut(image_path, offsets), (width, height), multiple=pipe.vae_scale_factor)
+        picture = load_image(picture, (width, height), multiple=pipe.vae_scale_factor)
         settings = NullText(self.guidance_scale, num_inner_steps, early_stop_epsilon)
         self.prompt = prompt
         self.inversion = pipe.invert(
@@ -77,9 +82,19 @@ class NullInversion:
 
 
 def _cut(image: Any, offsets: tuple[int, int, int, int]) -> Any:
-    left, right, top, bottom = offsets
-    if not any(offsets):
+    cut = numbers("offsets", offsets)
+    if len(cut) != 4 or min(cut) < 0:
+        raise ValueError(
+            "offsets: expected the pixels that are cut off at the left, right, top and bottom, from 0 on, got "
+            f"{offsets!r}"
+        )
+    if not any(cut):
         return image
+    left, right, top, bottom = cut
     opened = Image.open(image) if isinstance(image, str | Path) else image
-    opened = opened if isinstance(opened, Image.Image) else Image.fromarray(np.asarray(opened))
+    opened = ImageOps.exif_transpose(opened) if isinstance(opened, Image.Image) else Image.fromarray(shown(opened))
+    if left + right >= opened.width or top + bottom >= opened.height:
+        raise ValueError(
+            f"offsets={tuple(cut)} cut off all of a picture of {opened.width} x {opened.height} pixels (width x height)"
+        )
     return opened.crop((left, top, opened.width - right, opened.height - bottom))

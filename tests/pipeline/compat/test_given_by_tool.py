@@ -247,3 +247,18 @@ def test_pictures_side_by_side(image):
     for rows in (0, 1.5, "1"):
         with pytest.raises(ValueError, match=r"num_rows must be a whole number"):
             ptp_utils.view_images([image], num_rows=rows)
+
+
+def test_offsets_of_pictures(image, monkeypatch):
+    """Negative ones put black around the picture in silence."""
+    from fpe_pipeline.compat.prompt_to_prompt.null_text import NullInversion, _cut
+
+    for wrong in ((-5, 0, 0, 0), (1, 1), 5, None, ("1", 0, 0, 0), (0.5, 0, 0, 0), (8, 8, 0, 0), (0, 0, 30, 0)):
+        with pytest.raises(ValueError, match=r"^offsets(:|=)"):
+            NullInversion(None).invert(image, "", offsets=wrong)
+    pixels = np.asarray(image)
+    assert np.array_equal(np.asarray(_cut(pixels, (1, 2, 3, 4))), pixels[3:-4, 1:-2])
+    assert np.array_equal(np.asarray(_cut(pixels / 255, (1, 2, 3, 4))), pixels[3:-4, 1:-2])
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # stored on its side: the right way up its left is cut, not its top
+    assert np.array_equal(np.asarray(_cut(turned, np.array([1, 2, 3, 4]))), pixels[3:-4, 1:-2])
