@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["check_readable_name", "check_text", "did_you_mean", "markdown_table", "print_text"]
+__all__ = ["check_no_address", "check_readable_name", "check_text", "did_you_mean", "markdown_table", "print_text"]
 
 
 def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
@@ -39,6 +40,12 @@ def check_readable_name(path: Path) -> None:
             f"{str(path)!a} has a name that is no UTF-8, which the libraries for tensor files cannot open; rename "
             "it, or link to it by another name"
         ) from None
+
+
+def check_no_address(path: str | Path) -> None:
+    """Raise ValueError for an address on the web in the place of a path; `Path` makes one slash of two."""
+    if re.match(r"(https?|s3|gs|ftp):/", str(path), re.IGNORECASE):
+        raise ValueError(f"'{path}' is an address, and nothing is fetched: download the picture and pass its path")
 
 
 def markdown_table(heading: Sequence[str], lines: Iterable[Sequence[str]], *, words: int = 1) -> str:

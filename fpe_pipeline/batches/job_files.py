@@ -20,11 +20,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, refusals
 from ..lists import OTHER_FIELDS, csv_rows, named_once, read_list
 from ..runs.option_files import OPTION_FILES
 from ..runs.settings import DEFAULTS, SELECTORS, Settings
-from ..texts import did_you_mean
+from ..texts import check_no_address, did_you_mean
 from .jobs import BadRow, Job
 from .summary import KINDS
 
@@ -255,6 +255,8 @@ _FLOATS = ("guidance", "inversion_guidance", "early_stop")
 
 def _picture(folder: Path, name: str) -> Path:
     """Where a picture of that name is: in the folder, or there by its last part where class folders were left out."""
+    with refusals():
+        check_no_address(name)
     path = folder / name
     flat = folder / Path(name).name
     return (flat if not path.exists() and flat.exists() else path).resolve()

@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import InputError
+from ..errors import InputError, refusals
+from ..texts import check_no_address
 
 __all__ = ["fitted_size", "load_image", "to_tensor", "upright_size"]
 
@@ -70,12 +71,14 @@ def load_image(
         pixels: width × height where neither side is given.
 
     Raises:
-        InputError: no such file, not a picture, a damaged one, one too large to unpack, values or shapes that are no
-            picture, a size that is no multiple.
+        InputError: no such file, an address, not a picture, a damaged one, one too large to unpack, values or shapes
+            that are no picture, a size that is no multiple.
     """
     name = f"'{image}'" if isinstance(image, str | Path) else "the image"
     opened = image
     if isinstance(image, str | Path):
+        with refusals():
+            check_no_address(image)
         with _decoding(name):
             opened = Image.open(image)
     elif isinstance(image, torch.Tensor | np.ndarray):

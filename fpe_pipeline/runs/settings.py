@@ -7,6 +7,7 @@ the value itself is checked where settings are made, the rest by `Settings.check
 from __future__ import annotations
 
 import json
+import os.path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -256,6 +257,12 @@ class Settings(Schema):
     def _check_image(self) -> None:
         from ..images.load import load_image
 
+        assert self.image is not None
+        if os.path.exists(self.image) and not (os.path.isfile(self.image) or os.path.isdir(self.image)):
+            raise InputError(
+                f"'{self.image}' is a pipe or a device, which can be read once: expected a file, which is read again "
+                "once the model is loaded and when the run is repeated; save the picture and pass its path"
+            )
         if self.inversion in ("null-text", "negative-prompt"):
             if self.guidance <= 1:
                 raise InputError(

@@ -1,6 +1,8 @@
 """`fpe edit --image`: a picture in, its edits out, and a record that repeats them bit for bit."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +130,7 @@ def test_a_picture_needs_no_words(edit, tmp_path):
     [
         (["--image", "nowhere.png"], "cannot read 'nowhere.png'"),
         (["--image", __file__], "is not a picture"),
+        (["--image", "https://a.org/b.png"], "download the picture and pass its path"),
         (["--inversion", "edict"], "inversion must be one of ddim, direct, null-text, negative-prompt"),
         (["--inversion", "null-text", "--guidance", "1"], "lives in the unconditional half"),
         (["--inversion", "negative-prompt", "--negative", "boats"], "leave --negative out"),
@@ -145,6 +148,19 @@ def test_refusals_before_loading(edit, tmp_path, capsys, monkeypatch, options, m
     assert cli.main([*edit, *options, "-o", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="needs pipes with names, as shells give them")
+def test_a_pipe_is_refused_by_what_it_is(edit, photo, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "load_pipeline", lambda *a, **k: pytest.fail("weights were loaded before the checks"))
+    end, begin = os.pipe()
+    try:
+        os.write(begin, photo.read_bytes())
+        os.close(begin)
+        assert cli.main([*edit, "--image", f"/dev/fd/{end}", "-o", str(tmp_path / "out")]) == 2
+    finally:
+        os.close(end)
+    assert "is a pipe or a device, which can be read once: expected a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

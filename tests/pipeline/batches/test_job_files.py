@@ -104,6 +104,7 @@ class TestOurs:
             ({"source": SOURCE, "target": TARGET, "name": "\u0301"}, "expected letters, digits"),
             ({"source": SOURCE, "target": TARGET, "name": "é" * 120}, "expected 200 bytes at most, got 240"),
             ({"source": SOURCE, "target": TARGET, "name": "good"}, "taken by a row before it"),
+            ({"image": "https://a.org/b.png", "target": TARGET}, "download the picture and pass its path"),
             ([1], r"expected names with values, got \[1\]"),
             ("}", "no JSON"),
         ],
