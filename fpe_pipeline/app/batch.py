@@ -13,7 +13,7 @@ from ..batches.request import BatchRequest, Weights
 from ..runs.progress import progress_for
 from ..runs.settings import Settings
 from .console import report, say
-from .options import chosen, field
+from .options import at_home, chosen, field
 from .setting_options import BACKEND, DEVICE, DTYPE, IN_WORDS, JSON, QUIET, TRACEBACK, setting
 
 __all__ = ["EXAMPLES", "batch"]
@@ -36,7 +36,9 @@ _LIST, _JOBS, _WORK, _MEASURES = "List", "Jobs that do not say otherwise", "Work
 
 
 def batch(
-    jobs: Annotated[Path, typer.Argument(help=BatchRequest.about("jobs"), metavar="LIST", show_default=False)],
+    jobs: Annotated[
+        Path, typer.Argument(help=BatchRequest.about("jobs"), metavar="LIST", show_default=False, callback=at_home)
+    ],
     images: Annotated[Path | None, _of("images", panel=_LIST, note="default: the list's own", metavar="DIR")] = None,
     output: Annotated[
         Path | None, _of("output", "-o", "--output", panel=_LIST, note="default: out/batch", metavar="DIR")

@@ -13,7 +13,7 @@ from ..runs.progress import progress_for
 from ..runs.settings import Settings
 from .console import report, say
 from .edit import check_optimisation
-from .options import chosen, flag
+from .options import at_home, chosen, flag
 from .setting_options import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK, setting
 
 __all__ = ["EXAMPLES", "invert"]
@@ -30,7 +30,9 @@ _PICTURE, _KEPT, _SAMPLING = "Picture", "What is kept", "Sampling"
 
 
 def invert(
-    image: Annotated[str, typer.Argument(help="path of a picture", metavar="PICTURE", show_default=False)],
+    image: Annotated[
+        str, typer.Argument(help="path of a picture", metavar="PICTURE", show_default=False, callback=at_home)
+    ],
     prompt: Annotated[
         str | None,
         flag("--prompt", "--source", panel=_PICTURE, text="what the picture shows; may be left out", metavar="TEXT"),

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import json
 import math
+import os.path
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
 
+from ..runs.option_files import OPTION_FILES
 from ..runs.settings import Schema
 
-__all__ = ["as_integers", "as_layers", "as_name_and_value", "as_size", "as_window", "chosen", "field", "flag", "prose"]
+__all__ = [
+    "as_integers",
+    "as_layers",
+    "as_name_and_value",
+    "as_size",
+    "as_window",
+    "at_home",
+    "chosen",
+    "field",
+    "flag",
+    "prose",
+]
+
+#: What the help calls paths, and what may be one.
+_PLACES = ("DIR", "FILE", "PATH", "WHICH")
 
 
 def field(schema: type[Schema], name: str, *flags: str, panel: str, note: str = "", **options: Any) -> Any:
@@ -28,12 +46,31 @@ def field(schema: type[Schema], name: str, *flags: str, panel: str, note: str = 
         note = f"default: {default:g}" if isinstance(default, float) else f"default: {default}"
     help_text = schema.about(name) + (f" ({note})" if note else "")
     names = flags or (f"--{name.replace('_', '-')}",)
+    options.setdefault("callback", _callback(options.get("metavar", "")))
     return typer.Option(*names, help=_plain(help_text), rich_help_panel=panel, show_default=False, **options)
 
 
 def flag(*flags: str, panel: str, text: str, metavar: str = "") -> Any:
     """An option that fills in no field."""
-    return typer.Option(*flags, help=_plain(text), rich_help_panel=panel, show_default=False, metavar=metavar)
+    return typer.Option(
+        *flags,
+        help=_plain(text),
+        rich_help_panel=panel,
+        show_default=False,
+        metavar=metavar,
+        callback=_callback(metavar),
+    )
+
+
+def at_home(value: Any) -> Any:
+    """A path, or several, with the home folder for ``~``, which shells leave in quotes and after ``--name=``."""
+    if isinstance(value, list | tuple):
+        return [at_home(each) for each in value]
+    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
+
+
+def _callback(metavar: str) -> Callable[[Any], Any] | None:
+    return at_home if metavar in _PLACES else None
 
 
 def chosen(**values: Any) -> dict[str, Any]:
@@ -91,4 +128,4 @@ def as_name_and_value(text: str) -> tuple[str, Any]:
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
-        return name, value  # a bare word is text
+        return name, at_home(value) if name in OPTION_FILES else value  # a bare word is text

@@ -14,6 +14,7 @@ one spelling, and are read as they are:
 from __future__ import annotations
 
 import json
+import os.path
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -257,6 +258,7 @@ def _picture(folder: Path, name: str) -> Path:
     """Where a picture of that name is: in the folder, or there by its last part where class folders were left out."""
     with refusals():
         check_no_address(name)
+    name = os.path.expanduser(name)
     path = folder / name
     flat = folder / Path(name).name
     return (flat if not path.exists() and flat.exists() else path).resolve()

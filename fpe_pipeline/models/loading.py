@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os.path
 import pickle
 import re
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def find_model(model: str) -> ModelSource:
     """
     if is_embedded(model):
         return _folder(_embedded_folder(model))
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # which leaves "~nobody" as it is
     try:
         check_readable_name(path)
     except ValueError as error:

@@ -42,6 +42,7 @@ class TestRefusals:
         [
             (["--model", "./nowhere"], "neither a folder nor a file"),
             (["--model", "nowhere"], "neither a folder nor a file"),
+            (["--model", "~nobodyatall/x"], "neither a folder nor a file"),
             (["--model", "."], "no model_index.json"),
             (["--model", __file__], "must end in .safetensors or .ckpt"),
             (["--size", "64"], "expected WIDTHxHEIGHT"),
@@ -112,6 +113,20 @@ class TestRefusals:
         (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage")
         assert cli.main([*edit, "--model", str(folder), "-o", str(tmp_path / "out")]) == 2
         assert "could not be loaded" in one_error(capsys)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="home folders of POSIX")
+def test_the_home_folder_where_shells_leave_its_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    places = ["~/jobs.jsonl", "--output=~/out", "--images=~/in", "--clip", "~/clip", "--option", "mask=~/mask.png"]
+    request = commands.parsed(["batch", *places, "--negative", "~/no/place"]).args[0]
+    home = Path("/home/me")
+    assert (request.jobs, request.output, request.images) == (home / "jobs.jsonl", home / "out", home / "in")
+    assert request.weights.clip == "/home/me/clip"
+    assert request.defaults == {"options": {"mask": "/home/me/mask.png"}, "negative": "~/no/place"}
+    given, record, output, *_ = commands.parsed(["edit", "--from=~/run.json", "--image=~/a.png", "-o", "~/out"]).args
+    assert (given["image"], record, output) == ("/home/me/a.png", home / "run.json", home / "out")
+    assert commands.parsed(["app", "--model=~/a", "--model", "b"]).args[0] == ("/home/me/a", "b")
 
 
 class TestFailures:

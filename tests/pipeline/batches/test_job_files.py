@@ -47,6 +47,11 @@ class TestOurs:
         assert jobs[0].settings.options == {"mask": jobs[0].mask, "alpha": 1}
         assert jobs[0].mask == str(tmp_path / "m.png") and jobs[1].settings.options == {"mask": [1]}
 
+    def test_a_picture_in_the_home_folder(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        (job,) = read(tmp_path, "jobs.jsonl", json.dumps({"image": "~/a.png", "target": TARGET}))
+        assert job.settings.image == str(tmp_path / "home" / "a.png")
+
     def test_options_of_a_row_join_those_of_all_rows(self, tmp_path):
         """Of the same method: what another one has, nobody said."""
         row = {"source": SOURCE, "target": TARGET}
