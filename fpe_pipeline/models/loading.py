@@ -143,7 +143,7 @@ def find_model(model: str) -> ModelSource:
         return ModelSource("hub", model)
     raise InputError(
         f"model '{model}' is neither a folder nor a file here, nor a hub name of the form owner/model; "
-        f"check the path, or leave --model out for the {EMBEDDED} model"
+        f"pass --model with the path where it lies, or --model {EMBEDDED}"
     )
 
 
@@ -333,7 +333,8 @@ def _folder(path: Path) -> ModelSource:
     if name not in PIPELINE_CLASSES:
         raise InputError(
             f"expected a pipeline of Stable Diffusion 1.x, 2.x, XL or 3, or of FLUX.1, '{path}' holds a {name}; "
-            "load it with diffusers and edit with `fpe_pipeline.editing(pipe, ...)`"
+            "in Python, FreePromptPipeline.from_pretrained loads FLUX.2, Qwen-Image, Chroma, Lumina 2 and Z-Image as "
+            "well, and `with fpe_pipeline.editing(pipe, ...)` edits what diffusers loads"
         )
     family = PIPELINE_CLASSES[name]
     channels = _config(path, "vae").get("block_out_channels")
