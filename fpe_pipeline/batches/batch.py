@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_folder import check_writable
+from ..errors import InputError
 from ..models.loading import EMBEDDED, pick_device
 from ..runs.progress import Progress
 from ..runs.repeatable import threads_for
@@ -94,6 +95,7 @@ def plan(request: BatchRequest) -> Batch:
     entries = read_jobs(request.jobs, defaults, request.images)
     check_writable(request.output)
     jobs = [entry for entry in entries if isinstance(entry, Job)]
+    _check_optimisation(request, jobs)
     failed = {entry.name: entry.reason for entry in entries if isinstance(entry, BadRow)}
     stamp = model_stamp(request.defaults.get("model", EMBEDDED)) + request.weights.model_dump_json()
     groups, unreadable = groups_of(jobs, request.at_once, stamp)
@@ -147,6 +149,17 @@ def run(
                 done += 1
                 progress.tell("jobs", done, total)
     return _finished(batch, failed, kept, unwritten, say)
+
+
+def _check_optimisation(request: BatchRequest, jobs: list[Job]) -> None:
+    """Raise InputError for settings of null-text inversion of which no job would make use."""
+    asked = {"inner_steps", "early_stop"} & request.defaults.keys()
+    of_null_text = [job for job in jobs if job.settings.image is not None and job.settings.inversion == "null-text"]
+    if asked and jobs and not of_null_text:
+        raise InputError(
+            "--inner-steps and --early-stop are null-text inversion's, and the list inverts no picture by it; pass "
+            "--inversion null-text as well, or leave them out"
+        )
 
 
 def _finished(

@@ -252,6 +252,20 @@ def test_the_command(made, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_settings_of_an_optimisation_that_no_row_asks_for(model, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "target": "a blue car"}
+    request = BatchRequest(
+        jobs=written(tmp_path / "jobs.jsonl", [row]),
+        output=tmp_path / "out",
+        defaults={"model": str(model), "inner_steps": 3},
+    )
+    with pytest.raises(InputError, match="the list inverts no picture by it; pass --inversion null-text"):
+        plan(request)
+    written(request.jobs, [row, {**row, "name": "one", "inversion": "null-text"}])
+    assert len(plan(request).tasks) == 2
+
+
 def test_ray_that_is_missing(made, monkeypatch):
     from fpe_pipeline.batches import workers
 
