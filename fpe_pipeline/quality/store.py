@@ -74,13 +74,16 @@ def plain(value: Any) -> Any:
 
 #: How files of weights end that a pipeline is loaded from.
 _WEIGHTS = (".safetensors", ".bin")
+_PIECE = 2**20  # bytes
 
 
 def fingerprint(folder: Path) -> str:
-    """Of the weights in a model folder."""
+    """Of the weights in a model folder, read a piece at a time: a file may be larger than the memory."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in _WEIGHTS):
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
     return digest.hexdigest()[:16]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -177,6 +178,16 @@ def test_other_weights_are_another_model(tmp_path, suffix):
         path.write_bytes(content)
         seen.add(fingerprint(tmp_path))
     assert len(seen) == 2
+
+
+def test_weights_are_read_a_piece_at_a_time(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(2**24))
+    tracemalloc.start()
+    try:
+        fingerprint(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("changed", ["scheduler/scheduler_config.json", "tokenizer/vocab.json"])
