@@ -51,8 +51,9 @@ def replaced(path: str | Path) -> Iterator[Path]:
     # Of the process: two that write the same file each write their own.
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield partial
-        _bring_in({partial: path})
+        with _naming(path):
+            yield partial
+            _bring_in({partial: path})
     finally:
         partial.unlink(missing_ok=True)
 
@@ -89,11 +90,12 @@ def staged(directory: Path) -> Iterator[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".fpe-", dir=directory))
     try:
-        yield stage
-        # The record of a run comes last: where it is, its images are.
-        paths = sorted(stage.iterdir(), key=lambda path: path.name == "run.json")
-        _check_names(directory, [path.name for path in paths])
-        _bring_in({path: directory / path.name for path in paths})
+        with _naming(directory):
+            yield stage
+            # The record of a run comes last: where it is, its images are.
+            paths = sorted(stage.iterdir(), key=lambda path: path.name == "run.json")
+            _check_names(directory, [path.name for path in paths])
+            _bring_in({path: directory / path.name for path in paths})
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         with contextlib.suppress(OSError):  # someone else's files are there by now
@@ -101,6 +103,17 @@ def staged(directory: Path) -> Iterator[Path]:
                 folder.rmdir()
         raise
     shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _naming(place: Path) -> Iterator[None]:
+    """Have errors of writing name the place: where a disk is full, the system does not say which."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(place)) from error
 
 
 def _lives(process: int) -> bool:

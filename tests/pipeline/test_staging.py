@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ def folder(tmp_path):
 def test_files_are_replaced_and_others_left_alone(folder):
     write(folder)
     assert content(folder) == {**dict.fromkeys(NAMES, "new"), "notes.txt": "old"}
+
+
+def test_a_full_disk_is_named_by_the_folder(tmp_path):
+    """What the system says of a write that fails names no file."""
+    folder = tmp_path / "full"
+    with pytest.raises(OSError, match=re.escape(f"no space: '{folder}'")), staged(folder):
+        raise FULL
+    with pytest.raises(OSError, match=re.escape(f"no space: '{folder / 'a.txt'}'")), replaced(folder / "a.txt"):
+        raise FULL
 
 
 def test_a_folder_in_the_place_of_a_file(folder):
