@@ -78,5 +78,8 @@ def test_pictures_without_a_record_are_refused(tmp_path, capsys):
         assert is_picture(path)
         assert cli.main(["edit", "--from", str(path), "-o", str(tmp_path / "out")]) == 2
         assert reason in one_error(capsys)
+    Image.new("RGB", (8, 8)).save(tmp_path / "bare.jpg")  # what becomes of a PNG that was sent on
+    with pytest.raises(InputError, match="a picture in another format keeps no record; pass the PNG as fpe wrote it"):
+        runs.read_record(tmp_path / "bare.jpg")
     with pytest.raises(InputError, match="is not a run record"):
         runs.read_record(_with_text(tmp_path / "text.png", "not JSON"))
