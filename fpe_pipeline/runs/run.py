@@ -147,8 +147,8 @@ def read_record(path: Path) -> tuple[Settings, dict[str, Any]]:
         ) from error
     except UnicodeDecodeError as error:
         raise InputError(
-            f"'{path}' is no text and no PNG: a picture in another format keeps no record; pass the PNG as fpe wrote it, "
-            "or the run.json beside it"
+            f"'{path}' is no text and no PNG: a picture in another format keeps no record; pass the PNG as fpe wrote "
+            "it, or the run.json beside it"
         ) from error
     except (ValueError, RecursionError) as error:  # no JSON, or lists in lists without an end
         raise InputError(f"'{path}' is not a run record: {error}; pass the run.json of an earlier run") from error

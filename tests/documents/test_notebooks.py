@@ -51,6 +51,16 @@ def test_there_are_these():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 class TestAsSaved:
+    def test_a_cell_that_is_run_again_finds_what_it_found(self, path):
+        """Whatever cells were run since: a name that another cell reads is given by one cell alone."""
+        bound, read_elsewhere = [], set()
+        for code in code_of(path):
+            names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+            own = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+            bound += own
+            read_elsewhere |= {name.id for name in names if isinstance(name.ctx, ast.Load)} - own
+        assert not [name for name in read_elsewhere if bound.count(name) > 1]
+
     def test_it_is_whole_and_was_run_in_order(self, path):
         notebook = read(path)
         nbformat.validate(notebook)
