@@ -30,6 +30,7 @@ class ScoreFile:
         self._path = path
         self._settings = json.loads(json.dumps(settings))
         self.rows: list[dict[str, Any]] = []
+        self._left = _size(path)  # bytes, as this run left it
         if not path.exists():
             return
         try:
@@ -46,12 +47,22 @@ class ScoreFile:
             self._rewrite()
 
     def add(self, *rows: dict[str, Any]) -> None:
-        """Keep scores, in the file too."""
+        """Keep scores, in the file too.
+
+        Raises:
+            InputError: another run has written to the file since this one did: the scores of both would count.
+        """
+        if _size(self._path) != self._left:
+            raise InputError(
+                f"another run writes to {self._path}: expected a folder for one run at a time; wait until that one "
+                "ends and run this one again, which continues it, or choose another output folder"
+            )
         new = [] if self._path.exists() else [self._settings]
         self.rows += rows
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in (*new, *rows))
+        self._left = _size(self._path)
 
     def keep(self, count: int) -> None:
         """Forget all but the first ``count`` scores, in the file too."""
@@ -63,6 +74,12 @@ class ScoreFile:
         with staged(self._path.parent) as stage:
             lines = [json.dumps(row) + "\n" for row in (self._settings, *self.rows)]
             (stage / self._path.name).write_text("".join(lines), encoding="utf-8")
+        self._left = _size(self._path)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def plain(value: Any) -> Any:

@@ -27,7 +27,7 @@ from fpe_pipeline.quality import (
     sweep_conditions,
 )
 from fpe_pipeline.quality import command as command_module
-from fpe_pipeline.quality.store import dump, fingerprint, packed, unpacked
+from fpe_pipeline.quality.store import ScoreFile, dump, fingerprint, packed, unpacked
 from fpe_pipeline.quality.study.report import plot, table
 from fpe_pipeline.quality.study.scores import Score
 from tests.support.tiny_cli import evaluation
@@ -178,6 +178,19 @@ def test_other_weights_are_another_model(tmp_path, suffix):
         path.write_bytes(content)
         seen.add(fingerprint(tmp_path))
     assert len(seen) == 2
+
+
+def test_two_runs_into_one_folder_do_not_mix_their_scores(tmp_path):
+    first, second = (ScoreFile(tmp_path / "scores.jsonl", {"steps": 2}) for _ in range(2))
+    first.add({"pair": 0})
+    with pytest.raises(InputError, match=r"another run writes to .* wait until that one ends and run this one again"):
+        second.add({"pair": 0})
+    first.add({"pair": 1})
+    again = ScoreFile(tmp_path / "scores.jsonl", {"steps": 2})
+    assert again.rows == [{"pair": 0}, {"pair": 1}]
+    again.keep(1)
+    again.add({"pair": 1})
+    assert again.rows == ScoreFile(tmp_path / "scores.jsonl", {"steps": 2}).rows
 
 
 def test_weights_are_read_a_piece_at_a_time(tmp_path):
