@@ -42,7 +42,6 @@ class TestRefusals:
         [
             (["--model", "./nowhere"], "neither a folder nor a file"),
             (["--model", "nowhere"], "neither a folder nor a file"),
-            (["--model", "~nobodyatall/x"], "neither a folder nor a file"),
             (["--model", "."], "no model_index.json"),
             (["--model", __file__], "must end in .safetensors or .ckpt"),
             (["--size", "64"], "expected WIDTHxHEIGHT"),
@@ -62,6 +61,7 @@ class TestRefusals:
             (["--device", "abacus"], "device 'abacus' is not available here"),
             (["--backend", "cudnn"], "attention backend 'cudnn' cannot be used here: there are auto, triton"),
             (["--self-replay", "0.8"], "there is no option --self-replay; did you mean --self-replace? (see fpe edit"),
+            (["--model", "~nobodyatall/x"], "neither a folder nor a file"),
         ],
     )
     def test_before_loading(self, edit, tmp_path, capsys, no_loading, options, message):
