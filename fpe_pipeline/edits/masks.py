@@ -88,7 +88,8 @@ class MaskImage:
 
     Args:
         image: the path of a picture, or a PIL image (both taken as grey, turned the right way up), or an array or
-            tensor [h, w]: bool, 8-bit integers, or floats in [0, 1].
+            tensor [h, w]: bool, integers of 0 and 1 alone, 8-bit integers, or floats in [0, 1]. A picture of 0 and 1
+            alone, as tools for segmentation write it, is no nearly black one.
 
     Raises:
         ValueError: another shape or values outside [0, 1], a picture with transparent parts, which do not say whether
@@ -279,6 +280,8 @@ def _mask_values(image: Any) -> torch.Tensor:
         if isinstance(image, np.ndarray):  # of which torch takes neither flipped views nor the other order of bytes
             image = image.astype(image.dtype.newbyteorder("="), order="C")
         values = torch.as_tensor(image).detach().cpu()
+        if not values.is_floating_point() and bool(((values == 0) | (values == 1)).all()):
+            values = values.bool()
         if not values.is_floating_point() and values.dtype not in (torch.bool, torch.uint8):
             raise ValueError(f"expected a mask of bools, 8-bit integers or floats in [0, 1], got {values.dtype}")
         values = values.double() / (255.0 if values.dtype == torch.uint8 else 1.0)
@@ -314,4 +317,6 @@ def _grey_values(image: Image.Image) -> torch.Tensor:
     largest = 1.0 if image.mode == "F" else 65535.0 if image.mode.startswith("I") else 255.0
     if largest == 255.0:
         image = image.convert("L")
+        if image.getextrema()[1] == 1:
+            largest = 1.0
     return torch.from_numpy(np.asarray(image).astype(np.float64) / largest)

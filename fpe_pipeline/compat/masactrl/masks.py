@@ -40,8 +40,6 @@ def read_masks(name: str, given: Any, *, several: bool = False) -> torch.Tensor:
         if isinstance(given, str | Path | Image.Image):
             return MaskImage(given).values.float()
         values = given if isinstance(given, torch.Tensor) else torch.as_tensor(np.asarray(given))
-        if not values.is_floating_point() and bool(((values == 0) | (values == 1)).all()):
-            values = values.bool()  # which in bytes would be nearly black
         if several and values.ndim == 3 and len(values):
             return torch.stack([MaskImage(one).values.float() for one in values])
         return MaskImage(values).values.float()

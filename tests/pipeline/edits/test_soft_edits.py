@@ -95,8 +95,25 @@ def test_a_token_takes_the_mean_of_its_part():
         np.array([[True, False]])[:, ::-1],
         np.array([[0, 1]], dtype=">f4"),
         torch.tensor([[[0.0, 1.0]]]),
+        np.array([[0, 1]], dtype=np.uint8),  # a 255th of each edit was made, without a word
+        torch.tensor([[0, 1]], dtype=torch.uint8),
+        torch.tensor([[0, 1]]),
+        Image.fromarray(np.array([[0, 1]], dtype=np.uint8)),
     ],
-    ids=["8-bit", "16-bit", "1-bit", "lab", "bools", "flipped", "big-endian", "channel"],
+    ids=[
+        "8-bit",
+        "16-bit",
+        "1-bit",
+        "lab",
+        "bools",
+        "flipped",
+        "big-endian",
+        "channel",
+        "0-and-1",
+        "0-and-1-tensor",
+        "0-and-1-wide",
+        "0-and-1-picture",
+    ],
 )
 def test_masks_of_every_kind(image):
     assert MaskImage(image).values.tolist() == [[0.0, 1.0]]
@@ -158,7 +175,7 @@ def test_masks_of_no_kind(mask):
         (np.full((4, 4), 2.0), r"in \[0, 1\], got 2 to 2"),
         (np.full((4, 4), np.nan), r"in \[0, 1\]"),
         (np.zeros((4, 4, 3)), r"\[height, width\]"),
-        (np.zeros((4, 4), dtype=np.int64), "8-bit integers"),
+        (np.full((4, 4), 2, dtype=np.int64), "8-bit integers"),
     ],
 )
 def test_masks_that_are_none(mask, message):
