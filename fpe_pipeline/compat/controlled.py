@@ -88,7 +88,8 @@ class ControlledLayers:
     """The UNet's attention layers, computed by ``compute`` in every call until :meth:`restore` or the end of ``with``.
 
     What stood there before comes back, the same objects, after an exception too. Installing on a UNet that is
-    controlled already takes the earlier one off first, as registering anew does in the originals.
+    controlled already takes the earlier one off first, as registering anew does in the originals. A call whose layers
+    other processors computed, such as ``pipe.fuse_qkv_projections()`` puts there, ends with a RuntimeWarning.
 
     Args:
         pipe: a diffusers pipeline with a UNet, or a UNet.
@@ -140,6 +141,8 @@ class ControlledLayers:
             self._layers.check(self._sites, ())
             hook = torch.compiler.disable(lambda module, args, kwargs: self._give(args, kwargs))
             self._handles.append(self._adapter.model.register_forward_pre_hook(hook, with_kwargs=True))
+            ended = torch.compiler.disable(lambda *call: self._layers.warn_of_bypassed(stacklevel=4))
+            self._handles.append(self._adapter.model.register_forward_hook(ended))
         except BaseException:
             self.restore()
             raise

@@ -1,5 +1,7 @@
 """Tool by tool, what is passed by mistake: read as it was meant, or refused with what was expected and what came."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -262,3 +264,28 @@ def test_offsets_of_pictures(image, monkeypatch):
     turned = image.transpose(Image.Transpose.ROTATE_90)
     turned.getexif()[0x0112] = 6  # stored on its side: the right way up its left is cut, not its top
     assert np.array_equal(np.asarray(_cut(turned, np.array([1, 2, 3, 4]))), pixels[3:-4, 1:-2])
+
+
+@pytest.mark.parametrize("tool", ["prompt_to_prompt", "masactrl"])
+def test_processors_that_others_put_in_the_place(unet, tool):
+    """The call was not edited, and nothing was said before the layers were restored."""
+    editor, register = {
+        "prompt_to_prompt": (prompt_to_prompt.AttentionStore(), ptp_utils.register_attention_control),
+        "masactrl": (masactrl.AttentionBase(), masactrl.regiter_attention_editor_diffusers),
+    }[tool]
+
+    def draw():
+        unet(TWO, num_inference_steps=1, latents=shared_noise(2), output_type="latent")
+
+    registered = register(unet, editor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw()
+    unet.fuse_qkv_projections()
+    try:
+        with pytest.warns(RuntimeWarning, match=r"computed without their editing processor.*attn1"):
+            draw()
+        with pytest.warns(RuntimeWarning, match=r"were replaced during"):
+            registered.restore()
+    finally:
+        unet.unfuse_qkv_projections()
