@@ -18,7 +18,7 @@ from .named_calls import NamedCallsAdapter
 from .once import once_a_tensor
 from .sites import Kind, Site
 
-__all__ = ["Lumina2Adapter"]
+__all__ = ["Lumina2Adapter", "template"]
 
 #: What layers attend to, by where they stand in the model; captions alone (context_refiner) are no edit's.
 _KINDS: dict[str, Kind] = {"layers": "joint", "noise_refiner": "image"}
@@ -28,7 +28,8 @@ _KINDS: dict[str, Kind] = {"layers": "joint", "noise_refiner": "image"}
 _BEGINNING = " <Prompt Start> "
 
 
-def _template(pipe: Any, arguments: Mapping[str, Any]) -> Template:
+def template(pipe: Any, arguments: Mapping[str, Any]) -> Template:
+    """What the pipeline writes around a prompt; a negative prompt stands alone."""
     given = arguments.get("system_prompt")
     return Template((pipe.system_prompt if given is None else given) + _BEGINNING)
 
@@ -38,7 +39,7 @@ class Lumina2Adapter(NamedCallsAdapter):
 
     family = "lumina2"
     turns_by_caption = True
-    text_parts = (TextPart("tokenizer", ("text_encoder",), _template),)
+    text_parts = (TextPart("tokenizer", ("text_encoder",), template),)
 
     def find_sites(self) -> tuple[Site, ...]:
         module: Any = self.module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -19,10 +19,8 @@ from ..session.instructions import Order, make_orders
 from .keys import Contents, Part
 from .precision import Precision, packed_bytes
 
-__all__ = ["Words", "check_held", "contents_bytes", "recorded_steps", "source_needs"]
+__all__ = ["check_held", "contents_bytes", "recorded_steps", "source_needs"]
 
-#: Of a source's text tokens in joint attention: it is known which words they are, or not.
-Words = Literal["placed", "unplaced", "left out"]
 _MAP = frozenset({"query", "key", "logsumexp"})
 
 
@@ -49,7 +47,7 @@ def source_needs(
     guided: bool,
     apart: bool = False,
     prompts_first: bool = False,
-    words: Words = "placed",
+    placed: bool = True,
 ) -> Contents:
     """What edits need of their source beside a batch of targets.
 
@@ -61,7 +59,7 @@ def source_needs(
         guided: whether there are unconditional rows.
         apart: whether those are in a call of their own.
         prompts_first: whether they come after those that see their prompts.
-        words: what is known of the source's text tokens in joint attention.
+        placed: whether it is known which words the source's text tokens are, in joint attention.
 
     Raises:
         ValueError: an edit that asks for the source's map as an operator in joint attention.
@@ -73,14 +71,14 @@ def source_needs(
         both = guided and not apart
         roles = BatchRoles.from_recording(count, classifier_free_guidance=both, prompts_first=prompts_first)
         for rows in (roles, roles.all_unconditional()) if guided and apart else (roles,):
-            for read in _reads(edit, sites, steps, rows, words):
+            for read in _reads(edit, sites, steps, rows, placed):
                 part = Part(rows.conditional[read.row], read.name)
                 found.setdefault(read.path, {}).setdefault(part, set()).add(read.step)
     return {path: {part: tuple(sorted(at)) for part, at in parts.items()} for path, parts in found.items()}
 
 
 def _reads(
-    edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: BatchRoles, words: Words
+    edit: Edit, sites: tuple[Site, ...], steps: Sequence[Step], roles: BatchRoles, placed: bool
 ) -> Iterator[_Read]:
     """Everything that is read of rows beside the batch."""
     running, place = begun(edit), Place(Placement(), torch.device("cpu"), torch.float64)
@@ -92,7 +90,7 @@ def _reads(
         orders = make_orders(chosen if active else (), watching, step, roles, "auto", place)
         for path, order in orders.items():
             if order.site.is_joint:
-                _check_words(edit, order, words, roles.batch)
+                _check_words(edit, order, placed, roles.batch)
             for row, parts in order.plan.reads.items():
                 # A product names rows of text too where the layer has none.
                 held = (name for name in parts if order.site.kind != "image" or not name.startswith("text-"))
@@ -104,7 +102,7 @@ def _reads(
             yield from (_Read(path, row, "feature", index) for row in sources.values() if row >= roles.batch)
 
 
-def _check_words(edit: Edit, order: Order, words: Words, batch: int) -> None:
+def _check_words(edit: Edit, order: Order, placed: bool, batch: int) -> None:
     """Refuse an edit of joint attention that takes of the source's words what a recording does not have.
 
     Words are placed among the tokens of text encoders, of which recordings of an earlier version say nothing.
@@ -116,14 +114,8 @@ def _check_words(edit: Edit, order: Order, words: Words, batch: int) -> None:
             "targets, edit=…)"
         )
     asking = [type(part).__name__ for part in parts_of(edit) if prompts_of(part)] or [type(edit).__name__]
-    texts = any(part.startswith("text-") for parts in order.plan.reads.values() for part in parts)
-    if words == "left out" and ((texts and order.site.kind != "image") or order.columns):
-        raise ValueError(
-            f"{', '.join(asking)} takes text tokens of the source, which a recording does not hold on Lumina 2, whose "
-            "texts are masked where they end: run source and targets together, pipe(source, targets, edit=…)"
-        )
     mixes = isinstance(order.plan, JointPlan) and any(term.mixing is not None for term in order.plan.products)
-    if words == "unplaced" and (order.columns or (mixes and prompts_of(edit))):
+    if not placed and (order.columns or (mixes and prompts_of(edit))):
         raise Lacking(
             f"{', '.join(asking)} looks for words among the tokens of text, and the recording, of an earlier version, "
             "does not hold where those of the source are",

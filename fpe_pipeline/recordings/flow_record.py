@@ -30,7 +30,7 @@ from ..sampling.step_end import Call
 from ..session.entry import check_words
 from ..session.finite import check_latents
 from ..texts import check_text, print_text
-from .contents import Words, recorded_steps, source_needs
+from .contents import recorded_steps, source_needs
 from .fingerprint import fingerprint
 from .flow_capture import JointCapture, joint_bytes
 from .keys import Part
@@ -91,8 +91,7 @@ def record_flow(
     Raises:
         TypeError: an unknown option.
         ValueError: a scheduler that draws noise in each step, a budget that is too small, layers that match nothing, an
-            edit that is written for another source, or takes the source's text tokens on Lumina 2; before any
-            denoising. Values that do not fit a reduced precision.
+            edit that is written for another source; before any denoising. Values that do not fit a reduced precision.
         InputError: a folder that is not empty or cannot be written.
     """
     model = pipe.flow()
@@ -210,8 +209,7 @@ def _plan(
         "apart": adapter.guides_apart,
         "prompts_first": adapter.prompts_first,
     }
-    kept: Words = "placed" if model.keeps_text else "left out"
-    contents = source_needs(edits, sites, run, **of_rows, words=kept)
+    contents = source_needs(edits, sites, run, **of_rows)
     itemsize = model.pipe.transformer.dtype.itemsize
     by_path = {site.path: site for site in sites}
 
@@ -219,7 +217,8 @@ def _plan(
         if part.name not in model.trimmed:
             return model.text_tokens(source.text_length)
         prompt = source.prompt if part.conditional else source.away
-        return model.own_text_tokens(prompt, source.text_length) + model.filling_tokens(size)
+        own = model.own_text_tokens(prompt, source.text_length, conditional=part.conditional)
+        return own + model.filling_tokens(size)
 
     nbytes = joint_bytes(contents, by_path, model.head_dim, tokens, itemsize, precision, model.key_heads)
     nbytes += (len(run) + 1) * noise.nbytes

@@ -16,7 +16,6 @@ from ..sampling.flow_models import FlowModel
 from ..sampling.flow_sampling import FlowSampling, guidance_of_rows
 from ..sampling.output import FreePromptPipelineOutput
 from ..sampling.step_end import Call
-from .contents import Words
 from .fingerprint import fingerprint
 from .recording import Recording
 from .replay import Replay
@@ -68,9 +67,8 @@ def edit_flow(
     is_guided = pipe.is_guided_at(recording.guidance_scale)
     if pipe.takes_true_guidance():
         is_guided = (recording.true_cfg_scale or 0.0) > 1
-    words: Words = ("placed" if recording.source_text else "unplaced") if model.keeps_text else "left out"
     grid = (size[0] // model.pipe.vae_scale_factor, size[1] // model.pipe.vae_scale_factor)
-    replay = Replay(pipe, chosen, recording, len(targets), is_guided, backend, grid, words)
+    replay = Replay(pipe, chosen, recording, len(targets), is_guided, backend, grid, bool(recording.source_text))
     noise = model.taken(recording.latents[0], size)
     arguments = {
         "prompt": list(targets),  # Z-Image's pipeline writes into the list

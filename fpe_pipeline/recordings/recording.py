@@ -18,7 +18,6 @@ Prompt-to-Prompt and ReFlex on a transformer             image queries and keys,
 local blend and masks of a word on a transformer         the same, of all layers of joint attention
 MasaCtrl, as Stable Flow, on a transformer               image keys and values, of the unconditional row too
 value injection                                          values of image and text, of the unconditional row too
-all of these on Lumina 2                                 image tokens; those that take text tokens are refused
 sums of these, edits of your own                         what they name of the source's rows
 =======================================================  ==========================================================
 """
@@ -80,7 +79,7 @@ class Recording:
             earlier version, which serve no edit that places words.
         text_lengths: on a transformer, tokens of the source's text that are no padding, of its "conditional" and
             "unconditional" row; empty in recordings of an earlier version.
-        origins: where an image's place follows the length of its text (Z-Image), what the image tokens of these rows
+        origins: where an image's place follows the length of its text (Lumina 2, Z-Image), what image tokens of these rows
             were turned by in common, of which they are kept without: cosines and sines [D / 2, 2].
     """
 

@@ -16,7 +16,7 @@ from ..models.steps import Step, run_steps
 from ..prompts.encoding import Encoding
 from ..session.known_rows import Packed, RecordedLayer, unpack
 from ..session.session import EditingSession
-from .contents import Words, check_held, source_needs
+from .contents import check_held, source_needs
 from .keys import HALVES, Contents, Part, TensorKey
 from .padded_texts import pad_texts
 from .recording import Recording
@@ -37,7 +37,7 @@ class Replay(EditingSession):
         guided: whether there are unconditional rows; in a call of their own where the model's pipeline guides so.
         backend: of the attention.
         size: (height, width) of the latents, where they are packed; default: what their shape says.
-        words: what the recording knows of the source's text tokens in joint attention.
+        placed: whether the recording knows which words the source's text tokens are, in joint attention.
 
     Attributes:
         needed: what the edit takes of the source.
@@ -57,7 +57,7 @@ class Replay(EditingSession):
         guided: bool,
         backend: str,
         size: tuple[int, int] | None = None,
-        words: Words = "placed",
+        placed: bool = True,
     ) -> None:
         super().__init__(pipe, edit, backend=backend)
         self._recording = recording
@@ -73,7 +73,7 @@ class Replay(EditingSession):
 
         def needs(of: Edit) -> Contents:
             of_rows: dict[str, Any] = {"targets": targets, "guided": guided, "apart": apart, "prompts_first": first}
-            return source_needs([of], sites, run, **of_rows, words=words)
+            return source_needs([of], sites, run, **of_rows, placed=placed)
 
         self._needs = needs
         self.needed = needs(edit)

@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..models import lumina2
 from ..models.z_image import filled_up
 from ..text_parts import conversation
 from .flow_model import FlowModel, GuidedByTwoCalls, Latents, Velocity, shift_of
 
 __all__ = ["Lumina2", "ZImage"]
+
+#: Of text tokens, all of which end with their own: no edit reaches beyond.
+_TEXTS = frozenset({"text-query", "text-key", "text-value"})
 
 
 class _Lumina2Velocity(Velocity):
@@ -35,7 +39,11 @@ class _NormedGuidance(GuidedByTwoCalls):
 
 
 class Lumina2(FlowModel):
-    keeps_text = False
+    trimmed = _TEXTS
+
+    def own_text_tokens(self, prompt: str, text_length: int, *, conditional: bool = True) -> int:
+        written = lumina2.template(self.pipe, {}).before + prompt if conditional else prompt
+        return min(len(self.pipe.tokenizer(written)["input_ids"]), text_length)
 
     @property
     def head_dim(self) -> int:
@@ -91,9 +99,9 @@ class _ZImageVelocity(Velocity):
 
 
 class ZImage(FlowModel):
-    trimmed = frozenset({"text-query", "text-key", "text-value"})  # beyond its filled-up text no edit reaches
+    trimmed = _TEXTS
 
-    def own_text_tokens(self, prompt: str, text_length: int) -> int:
+    def own_text_tokens(self, prompt: str, text_length: int, *, conditional: bool = True) -> int:
         said = conversation(self.pipe.tokenizer, enable_thinking=True)
         tokens = self.pipe.tokenizer(said.before + prompt + said.after)["input_ids"]
         return filled_up(min(len(tokens), text_length))

@@ -119,8 +119,8 @@ class FlowModel(ABC):
         """Tokens of a prompt in joint attention, with so many of T5 and with padding."""
         return text_length
 
-    def own_text_tokens(self, prompt: str, text_length: int) -> int:
-        """Those of them that are no padding, where texts end where they end."""
+    def own_text_tokens(self, prompt: str, text_length: int, *, conditional: bool = True) -> int:
+        """Those of them that are no padding, where texts end where they end; of a negative prompt, or a prompt."""
         return self.text_tokens(text_length)
 
     def filling_tokens(self, size: tuple[int, int]) -> int:
@@ -155,9 +155,6 @@ class FlowModel(ABC):
 
     #: Parts of text tokens that recordings hold without the padding behind them.
     trimmed: ClassVar[frozenset[str]] = frozenset()
-
-    #: Whether recordings hold text tokens of the source.
-    keeps_text: ClassVar[bool] = True
 
     #: Whether the pipeline takes a ``guidance_scale`` that does something.
     takes_guidance: ClassVar[bool] = True

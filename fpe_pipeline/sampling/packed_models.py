@@ -142,7 +142,7 @@ class Qwen(Flux):
     trimmed = frozenset({"text-key"})  # what asks, and values, an edit may take of padding too
     takes_guidance = False
 
-    def own_text_tokens(self, prompt: str, text_length: int) -> int:
+    def own_text_tokens(self, prompt: str, text_length: int, *, conditional: bool = True) -> int:
         tokens = self.pipe.tokenizer(self.pipe.prompt_template_encode.format(prompt))["input_ids"]
         return min(len(tokens) - self.pipe.prompt_template_encode_start_idx, text_length)
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..edits import Edit
-from ..edits.joint_products import JointProduct
+from ..edits.joint_products import JointPlan, JointProduct
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step
 from .instructions import Order
 
-__all__ = ["check_captions", "check_turned", "origins_of", "stands_of"]
+__all__ = ["check_captions", "check_turned", "lengths_asked", "origins_of", "stands_of"]
 
 
 def origins_of(order: Order, places: torch.Tensor) -> torch.Tensor | None:
@@ -45,6 +45,21 @@ def stands_of(order: Order) -> dict[int, int]:
         return {}
     first = max(order.recorded.rows) + 1
     return {row: first + index for index, row in enumerate(order.recorded.origins)}
+
+
+def lengths_asked(order: Order, lengths: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """What an order needs of texts in a layer whose captions have these lengths.
+
+    Returns:
+        The lengths with those of recorded rows behind them, and by how many tokens the longest caption of the batch is
+        shorter than a recorded one, or than the texts among which words were placed (of prompts that have left it).
+    """
+    assert isinstance(order.plan, JointPlan)
+    longest = max(lengths)
+    known = order.lengths(longest) or tuple(lengths)
+    mixings = (term.mixing for term in order.plan.products if term.mixing is not None)
+    words = (given.shape[0] for given in (*order.columns.values(), *mixings))
+    return known, max((*known, *words)) - longest
 
 
 def check_captions(

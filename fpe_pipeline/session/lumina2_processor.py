@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from ..edits.joint_products import JointPlan
 from .around import AroundPlain
-from .captions import check_turned, origins_of
+from .captions import check_turned, lengths_asked, origins_of, stands_of
 from .joint_computing import JointLayer
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
 from .joint_projections import segment_projections
@@ -50,29 +51,32 @@ class EditLumina2Processor(AroundPlain):
                 f"{'no' if image_rotary_emb is None else 'a'} rotary embedding, as diffusers' model does not"
             )
         lengths = order.text_lengths if site.kind == "joint" else (0,) * plan.rows
+        with_recorded, beyond = lengths_asked(order, lengths) if site.kind == "joint" else (lengths, 0)
         texts, rest = max(lengths), hidden_states.shape[1] - site.tokens
         # What follows a shorter caption stands for its padding, which nobody attends to.
-        text = hidden_states[:, :texts] if site.kind == "joint" else None
+        text, text_places = None if site.kind == "image" else hidden_states[:, :texts], image_rotary_emb[:, :texts]
+        if text is not None and beyond > 0:  # of a recorded source
+            text, text_places = (pad(part, (0, 0, 0, beyond)) for part in (text, text_places))
         image = hidden_states[:, texts:] if rest != texts else _images(hidden_states, lengths, site.tokens)
         check_joint_input(order, image, text, None)
-        if len(set(lengths)) > 1:
-            check_turned(plan.products, lengths)
+        if len(set(with_recorded)) > 1:
+            check_turned(plan.products, with_recorded)
         places = _images(image_rotary_emb, lengths, site.tokens)
+        own = None if text is None else segment_projections(attn, plan, "text", text, by_numbers(text_places))
         layer = JointLayer(
             segment_projections(attn, plan, "image", image, by_numbers(places)).beside("image", order.recorded),
-            None
-            if text is None
-            else segment_projections(attn, plan, "text", text, by_numbers(image_rotary_emb[:, :texts])),
+            None if own is None else own.beside("text", order.recorded, ends=True),
             attn.scale,
             order.backend,
-            None if text is None else lengths,
+            None if own is None else with_recorded,
             origins=origins_of(order, places),
+            stands=stands_of(order),
         )
         self.record = joint_record(plan, layer, attn.heads)
         rows, text_rows = joint_rows(order, plan, layer)
         out = merged_heads(rows)
         if text_rows is not None:
-            out = _sequence(merged_heads(text_rows), out, lengths)
+            out = _sequence(merged_heads(text_rows)[:, :texts], out, lengths)
         return attn.to_out[1](attn.to_out[0](out))  # to_out[1] is dropout
 
 

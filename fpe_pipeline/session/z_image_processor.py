@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..edits.joint_products import JointPlan
-from .captions import check_turned, origins_of, stands_of
+from .captions import check_turned, lengths_asked, origins_of, stands_of
 from .dispatched import DispatchedAround
 from .instructions import Order
 from .joint_computing import JointLayer
@@ -50,13 +50,11 @@ class EditZImageProcessor(DispatchedAround):
                 f"and {'no' if freqs_cis is None else 'a'} rotary embedding, as diffusers' model does not"
             )
         lengths = order.text_lengths if site.kind == "joint" else (0,) * plan.rows
-        images, with_recorded = site.tokens, lengths
-        if site.kind == "joint":
-            with_recorded = order.lengths(max(lengths)) or lengths
+        images = site.tokens
+        with_recorded, beyond = lengths_asked(order, lengths) if site.kind == "joint" else (lengths, 0)
         is_ragged = len(set(with_recorded)) > 1
         _check_sequence(order, hidden_states, attention_mask, lengths)
         text, text_places = None if site.kind == "image" else hidden_states[:, images:], freqs_cis[:, images:]
-        beyond = 0 if text is None else max(_worded(order, plan), *with_recorded) - max(lengths)
         if text is not None and beyond > 0:  # of negative prompts, which have left the batch, or of a recorded source
             text, text_places = (pad(part, (0, 0, 0, beyond)) for part in (text, text_places))
         check_joint_input(order, hidden_states[:, :images], text, None)
@@ -85,12 +83,6 @@ class EditZImageProcessor(DispatchedAround):
             out = torch.cat([out, merged_heads(text_rows)], dim=1)[:, : hidden_states.shape[1]]
         out = attn.to_out[0](out)
         return attn.to_out[1](out) if len(attn.to_out) > 1 else out  # dropout
-
-
-def _worded(order: Order, plan: JointPlan) -> int:
-    """Text tokens among which an order's words were placed; 0 where it has none."""
-    mixings = (term.mixing for term in plan.products if term.mixing is not None)
-    return max((given.shape[0] for given in (*order.columns.values(), *mixings)), default=0)
 
 
 def _check_sequence(

@@ -14,8 +14,7 @@ __all__ = ["EXACT", "FAMILIES", "GUIDED", "SIZE", "UNGUIDED", "made", "run"]
 SIZE = {"height": 48, "width": 80}
 # diffusers turns queries and keys of Chroma in float32.
 EXACT = {"Qwen-Image": 1e-8, "Chroma": 1e-6, "Lumina 2": 1e-8, "Z-Image": 1e-8}
-#: Of which recordings hold text tokens.
-FAMILIES = ["Qwen-Image", "Chroma", "Z-Image"]
+FAMILIES = list(EXACT)
 GUIDED = {
     "Qwen-Image": {"negative_prompt": "a drawing", "true_cfg_scale": 3.0},
     "Chroma": {"negative_prompt": "a drawing", "guidance_scale": 3.0},

@@ -8,23 +8,18 @@ from fpe_pipeline import (
     FreePromptEdit,
     KVEdit,
     MasaCtrlEdit,
-    PromptToPromptEdit,
     Recording,
-    ReFlexEdit,
-    ValueInjectionEdit,
-    WordMask,
 )
 from fpe_pipeline.errors import Lacking
 from fpe_pipeline.recordings.keys import Part
 from tests.support.flow_pipelines import StandIn, distance, solving
 from tests.support.slow_cases import few
-from tests.support.texts_that_end import EXACT, GUIDED, UNGUIDED, made, run
+from tests.support.texts_that_end import EXACT, FAMILIES, GUIDED, UNGUIDED, made, run
 from tests.support.tiny_z_image import wide_z_image
 
 # Of other lengths, also once Z-Image has filled them up.
 SOURCE = "a photo of a red car on a mountain, of a big house beside it, and of a dog on a street"
 TARGETS = ["a big dog", "a photo of a big dog on a house in winter"]
-FAMILIES = list(EXACT)
 WHITE = Image.new("L", (80, 48), 255)
 EDITS = {
     "image maps": FreePromptEdit(0.5),
@@ -111,26 +106,6 @@ def test_half_precision_says_what_it_costs(pipes, family):
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(
-        "make",
-        [
-            lambda tokenizer: FreePromptEdit(0.5, scope="joint"),
-            lambda tokenizer: ValueInjectionEdit(0.5, layers=[1]),
-            lambda tokenizer: PromptToPromptEdit([SOURCE, TARGETS[1]], tokenizer, align="refine"),
-            lambda tokenizer: ReFlexEdit([SOURCE, TARGETS[1]], tokenizer, layers=[1]),
-            lambda tokenizer: FreePromptEdit(0.5, mask=WordMask(SOURCE, "car", tokenizer)),
-        ],
-        ids=["whole maps", "values of text", "words", "blocks of the map", "a mask of a word"],
-    )
-    def test_text_tokens_of_lumina_2(self, pipes, make):
-        tiny = pipes["Lumina 2"]
-        edit = make(tiny.tokenizer)
-        with pytest.raises(ValueError, match=f"{type(edit).__name__} takes text tokens of the source, which .* not"):
-            tiny.record(SOURCE, edit=edit, **run())
-        recording = tiny.record(SOURCE, self_replace_steps=1 / 3, **run())
-        with pytest.raises(ValueError, match="takes text tokens of the source"):
-            tiny.edit(recording, TARGETS[1], edit=edit)
-
     @pytest.mark.parametrize("family", FAMILIES)
     def test_more_than_was_recorded(self, pipes, family):
         tiny = pipes[family]

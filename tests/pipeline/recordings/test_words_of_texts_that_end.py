@@ -22,10 +22,9 @@ from fpe_pipeline.recordings import padded_texts
 from fpe_pipeline.recordings.keys import Part
 from tests.support.flow_pipelines import distance, solving
 from tests.support.slow_cases import few
-from tests.support.texts_that_end import GUIDED, UNGUIDED, made, run
+from tests.support.texts_that_end import FAMILIES, GUIDED, UNGUIDED, made, run
 from tests.support.tiny_z_image import wide_z_image
 
-FAMILIES = ["Qwen-Image", "Chroma", "Z-Image"]
 EXACT = 1e-12  # within rounding, in float64
 SOURCE = "a photo of a red car on a mountain"
 SHORT, LONG = "a red car", "a photo of a big red car on a mountain in winter"
@@ -86,8 +85,8 @@ EDITS = {
     "all of the source": looking,
 }
 #: Tokens of the source's text that are no padding, and of its recorded keys.
-LENGTHS = {"Qwen-Image": 21, "Chroma": 12, "Z-Image": 32}
-KEYS = {"Qwen-Image": 21, "Chroma": 80, "Z-Image": 32 + 17}  # that fill up the image's 15
+LENGTHS = {"Qwen-Image": 21, "Chroma": 12, "Lumina 2": 16, "Z-Image": 32}
+KEYS = {"Qwen-Image": 21, "Chroma": 80, "Lumina 2": 16, "Z-Image": 32 + 17}  # that fill up the image's 15
 TARGETS = {"shorter": [SHORT], "longer": [LONG], "as long": [EQUAL], "of all lengths": [SHORT, EQUAL, LONG]}
 
 
@@ -112,6 +111,11 @@ def tiny(pipes, family):
     return solving(pipes[family], "euler")
 
 
+def taken(family, edit, targets):
+    """Targets that a full run takes: Lumina 2 applies a map to texts of as many tokens alone."""
+    return [EQUAL] if family == "Lumina 2" and edit in (whole_maps, values_of_text) else targets
+
+
 def edited(tiny, recording, edit, targets):
     return tiny.edit(recording, targets, edit=edit, output_type="latent").images
 
@@ -121,7 +125,7 @@ def edited(tiny, recording, edit, targets):
 @pytest.mark.parametrize("guided", few({"guided": True, "unguided": False}, "guided"))
 def test_edits_are_those_of_full_runs(tiny, family, edit, targets, guided, tmp_path):
     """Made before the targets were known, written and read again."""
-    options = (GUIDED if guided else UNGUIDED)[family]
+    options, targets = (GUIDED if guided else UNGUIDED)[family], taken(family, edit, targets)
     written = edit(tiny.tokenizer, targets)
     full = tiny(SOURCE, targets, edit=written, output_type="latent", **run(**options)).images
     tiny.record(SOURCE, edit=edit(tiny.tokenizer, [SOURCE]), placement=tmp_path / "kept", **run(**options))
@@ -173,11 +177,12 @@ def test_what_is_kept(tiny, family, placement):
 
 @pytest.mark.parametrize("edit", few(EDITS, "refine", "whole maps"))
 def test_half_precision(tiny, family, edit):
-    written, options = edit(tiny.tokenizer, [LONG]), GUIDED[family]
-    full = tiny(SOURCE, [LONG], edit=written, output_type="latent", **run(**options)).images
+    options, targets = GUIDED[family], taken(family, edit, [LONG])
+    written = edit(tiny.tokenizer, targets)
+    full = tiny(SOURCE, targets, edit=written, output_type="latent", **run(**options)).images
     half = tiny.record(SOURCE, edit=written, precision="half", **run(**options))
     assert 1e-6 < half.error < 1e-2
-    assert EXACT < distance(edited(tiny, half, written, [LONG]), full[1:]) < 5e-2
+    assert EXACT < distance(edited(tiny, half, written, targets), full[1:]) < 5e-2
 
 
 def test_a_recording_for_words_serves_other_edits(tiny, family):
@@ -236,10 +241,12 @@ def test_masks_of_truth_values(pipes, edit, monkeypatch):
 
 
 FILLED = "a photo of a red car on a mountain, of a big house beside it, and of a dog on a street"  # to 64 tokens
+TURNED = {"Lumina 2": {SOURCE: 16, FILLED: 46}, "Z-Image": {SOURCE: 32, FILLED: 64}}
 
 
-class TestFilledUp:
-    """Z-Image's texts, to multiples of 32 tokens, behind which its images stand at other places."""
+@pytest.mark.parametrize("family", list(TURNED))
+class TestTextsThatTurnImages:
+    """Those of Lumina 2 and of Z-Image, filled up to multiples of 32 tokens, behind which an image stands elsewhere."""
 
     @pytest.mark.parametrize(
         "make", few({"where the car is": where_the_car_is, "all of the source": looking}, "all of the source")
@@ -248,8 +255,8 @@ class TestFilledUp:
     @pytest.mark.parametrize(
         "texts", few({"longer": (SOURCE, FILLED), "shorter": (FILLED, SHORT)}, "longer", "shorter")
     )
-    def test_words_of_another_number(self, pipes, make, guided, texts, tmp_path):
-        tiny, options = solving(pipes["Z-Image"], "euler"), (GUIDED if guided else UNGUIDED)["Z-Image"]
+    def test_words_of_another_number(self, tiny, family, make, guided, texts, tmp_path):
+        options = (GUIDED if guided else UNGUIDED)[family]
         source, target = texts
         written = make(tiny.tokenizer, [target], source)
         options = {**options, "max_sequence_length": 96}
@@ -257,11 +264,11 @@ class TestFilledUp:
         tiny.record(source, edit=written, placement=tmp_path / "kept", **(run() | options))
         recording = Recording.load(tmp_path / "kept")
         assert distance(edited(tiny, recording, written, [target, SOURCE]), full[1:]) <= EXACT
-        assert recording.text_lengths["conditional"] == {SOURCE: 32, FILLED: 64}[source]
+        assert recording.text_lengths["conditional"] == TURNED[family][source]
 
     @pytest.mark.parametrize("edit", few(EDITS, "refine", "whole maps"))
-    def test_beside_a_longer_negative_prompt(self, pipes, edit):
-        tiny, targets = solving(pipes["Z-Image"], "euler"), [SHORT]
+    def test_beside_a_longer_negative_prompt(self, tiny, family, edit):
+        targets = taken(family, edit, [SHORT])
         options = {**run(), "negative_prompt": FILLED, "guidance_scale": 3.0, "max_sequence_length": 96}
         written = edit(tiny.tokenizer, targets)
         full = tiny(SOURCE, targets, edit=written, output_type="latent", **options).images
@@ -269,18 +276,26 @@ class TestFilledUp:
         recording = tiny.record(SOURCE, edit=written, **options)
         assert distance(edited(tiny, recording, written, targets), full[1:]) <= EXACT
 
-    @pytest.mark.parametrize("make", [refined, whole_maps], ids=["words", "whole maps"])
-    def test_what_is_refused_of_full_runs_is_refused(self, pipes, make, monkeypatch):
-        """Maps over texts of other lengths, before anything is denoised."""
-        tiny, options = pipes["Z-Image"], {**UNGUIDED["Z-Image"], "max_sequence_length": 96}
-        written = make(tiny.tokenizer, [FILLED])
-        recording = tiny.record(SOURCE, edit=written, **(run() | options))
-        monkeypatch.setattr(tiny.transformer, "forward", lambda *args, **kwargs: pytest.fail("it ran"))
-        said = "a caption of 32 tokens stand for|the 32 tokens of one row's caption is applied to the 64"
-        with pytest.raises(ValueError, match=said):
-            tiny(SOURCE, [FILLED], edit=written, **(run() | options))
-        with pytest.raises(ValueError, match=said):
-            edited(tiny, recording, written, [FILLED])
+
+REFUSED = {
+    "words of texts that are filled up": ("Z-Image", refined, "a caption of 32 tokens stand for those of one of 64"),
+    "maps, filled up": ("Z-Image", whole_maps, "the 32 tokens of one row's caption is applied to the 64"),
+    "maps": ("Lumina 2", whole_maps, "the 16 tokens of one row's caption is applied to the 46"),
+    "values": ("Lumina 2", values_of_text, "the 46 tokens of one row's caption is applied to the 16"),
+}
+
+
+@pytest.mark.parametrize(("family", "make", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_of_full_runs_is_refused(tiny, family, make, said, monkeypatch):
+    """Maps over texts of other lengths, before anything is denoised."""
+    options = {**UNGUIDED[family], "max_sequence_length": 96}
+    written = make(tiny.tokenizer, [FILLED])
+    recording = tiny.record(SOURCE, edit=written, **(run() | options))
+    monkeypatch.setattr(tiny.transformer, "forward", lambda *args, **kwargs: pytest.fail("it ran"))
+    with pytest.raises(ValueError, match=said):
+        tiny(SOURCE, [FILLED], edit=written, **(run() | options))
+    with pytest.raises(ValueError, match=said):
+        edited(tiny, recording, written, [FILLED])
 
 
 class TestPaddedTexts:
