@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Template", "TextPart", "conversation"]
+__all__ = ["Template", "TextPart", "conversation", "plain_tokenizer"]
 
 
 class Template(NamedTuple):
@@ -53,6 +53,11 @@ class TextPart(NamedTuple):
     one_at_a_time: bool = False
     registers: int = 0
     quotes: str | None = None
+
+
+def plain_tokenizer(found: Any) -> Any:
+    """A pipeline's tokenizer; the one inside of it where it is a processor, which reads pictures too."""
+    return found.tokenizer if hasattr(found, "image_processor") and hasattr(found, "tokenizer") else found
 
 
 def conversation(tokenizer: Any, *, enable_thinking: bool, instruction: str = "") -> Template:

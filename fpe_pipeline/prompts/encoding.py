@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from ..shadows import Shadows
-from ..text_parts import Template, TextPart
+from ..text_parts import Template, TextPart, plain_tokenizer
 from .words import TokenizedPrompt
 
 __all__ = ["EncodedText", "Encoding", "EncodingHook", "encoding_tokenizer", "filled"]
@@ -181,7 +182,7 @@ def encoding_tokenizer(pipe: Any) -> Any:
     for name in ("tokenizer", "tokenizer_2"):
         found = getattr(pipe, name, None)
         if found is not None:
-            return found.tokenizer if hasattr(found, "image_processor") else found
+            return plain_tokenizer(found)
     return None
 
 
@@ -204,15 +205,21 @@ def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments
             is_whole = template is None or part.is_padded
             dropped = 0 if template is None else template.dropped
             received_of = None if template is None else template.received
-            whole = [call[:, dropped:] if received_of is None else received_of(call) for call in calls]
+            begun = itertools.starmap(_begun, zip(calls, received.masks[name], strict=True))
+            whole = [call[:, dropped:] if received_of is None else received_of(call) for call in begun]
             if part.one_at_a_time:
                 whole = _gathered(whole, length, arguments)
             own = whole if is_whole else [_without_padding(*call, dropped, length) for call in masked]
             inputs.append(own if part.multiple == 1 else _filled_up(own, part.multiple))
     ends = template is not None and not part.is_padded
     has_quotes = part.quotes is not None and bool(received.tokens.get(part.quotes))
-    tokenizer = getattr(pipe, part.tokenizer, None)
+    tokenizer = plain_tokenizer(getattr(pipe, part.tokenizer, None))
     return EncodedText(tokenizer, tuple(inputs), length, template, part.registers, ends, has_quotes)
+
+
+def _begun(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Token numbers [rows, tokens] without those of padding that stands before a text."""
+    return tokens if mask is None or mask.shape != tokens.shape else tokens.masked_fill(mask.cumsum(1) == 0, _NONE)
 
 
 def _without_padding(tokens: torch.Tensor, mask: torch.Tensor | None, dropped: int, length: int) -> torch.Tensor:

@@ -165,6 +165,7 @@ def _within(row: Sequence[int], text: str, template: Template, tokenizer: Any) -
     dropped = template.dropped
     if template.shows:  # what follows the pictures is told by its distance from the end
         dropped = len(whole.spans) - sum(token >= 0 for token in row)
+    dropped -= next((place for place, token in enumerate(row) if token >= 0), 0)  # behind padding
     own = [
         (place - dropped, (max(span[0], start) - start, min(span[1], stop) - start))
         for place, span in enumerate(whole.spans)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import RequestWarning
+from ..text_parts import plain_tokenizer
 
 __all__ = ["TokenizedPrompt", "Word", "short_form", "tokenize", "unknown_words", "warn_of_unknown_words"]
 
@@ -149,14 +150,15 @@ def tokenize(prompt: str, tokenizer: Any, length: int | None = None) -> Tokenize
 
     Args:
         prompt: the text.
-        tokenizer: a pipeline's ``tokenizer``. Without offsets (slow tokenizers), tokens are located by decoding
-            them one after the other.
+        tokenizer: a pipeline's ``tokenizer``, or the processor that holds one. Without offsets (slow tokenizers),
+            tokens are located by decoding them one after the other.
         length: tokens after padding. Default: ``tokenizer.model_max_length``, as pipelines pad; where a tokenizer
             states no limit, or one of a language model, what pipelines take at most.
 
     Raises:
         TypeError: no tokenizer.
     """
+    tokenizer = plain_tokenizer(tokenizer)
     if not callable(tokenizer):
         raise TypeError(
             f"expected a tokenizer to find words with, such as pipe.tokenizer, got {type(tokenizer).__name__}"

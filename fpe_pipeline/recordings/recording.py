@@ -79,8 +79,8 @@ class Recording:
             earlier version, which serve no edit that places words.
         text_lengths: on a transformer, tokens of the source's text that are no padding, of its "conditional" and
             "unconditional" row; empty in recordings of an earlier version.
-        origins: where an image's place follows the length of its text (Lumina 2, Z-Image), what image tokens of these rows
-            were turned by in common, of which they are kept without: cosines and sines [D / 2, 2].
+        origins: where an image's place follows the length of its text (Lumina 2, Z-Image), what the image tokens of
+            these rows were turned by in common, of which they are kept without: cosines and sines [D / 2, 2].
     """
 
     prompt: str

@@ -29,7 +29,7 @@ from tests.support.dense_joint import Blocks, dense
 from tests.support.flow_pipelines import edited_with, solving
 from tests.support.placed_words import T5, columns, placed
 from tests.support.tiny_chroma import draw_chroma, tiny_chroma_pipeline, tiny_masked_chroma
-from tests.support.tiny_flux2 import CONVERSATION, READ
+from tests.support.tiny_flux2 import CONVERSATION, INSTRUCTION, READ
 from tests.support.tiny_language import draw_prompts, tiny_lumina_that_reads, tiny_qwen_that_reads
 from tests.support.tiny_lumina import dense_lumina
 from tests.support.tiny_transformers import draw, draw_flux, tiny_flux_pipeline, tiny_sd3_pipeline
@@ -82,11 +82,12 @@ class Model:
         """The text before and after a prompt, and how many of its first tokens the model does not receive."""
         if self.family == "qwen":
             return *pipe.prompt_template_encode.split("{}"), pipe.prompt_template_encode_start_idx
-        said = CONVERSATION if self.family == "klein" else f"{pipe.system_prompt} <Prompt Start> {{}}"
-        return *said.split("{}"), 0
+        said = {"klein": CONVERSATION, "flux2": INSTRUCTION}.get(self.family)
+        before, _, after = (said or f"{pipe.system_prompt} <Prompt Start> {{}}").rpartition("{}")
+        return before, after, 0
 
     def texts(self, longest: int) -> int:
-        return READ if self.family == "klein" else longest  # that the model receives
+        return READ if self.family in ("klein", "flux2") else longest  # that the model receives
 
 
 def _sd3(shape: str) -> Callable[[Any], Any]:
@@ -182,7 +183,7 @@ def _consistedit_mask(model: Model, pipe: Any, prompts: Any, size: Any) -> Case:
 
 def _single(model: Model) -> str:
     """ConsistEdit edits FLUX's single blocks, and all layers of a model that has none."""
-    families = ("flux", "klein", "chroma", "hunyuan_video", "ovis", "longcat", "aura")
+    families = ("flux", "flux2", "klein", "chroma", "hunyuan_video", "ovis", "longcat", "aura")
     return "single_transformer_blocks" if model.family in families else ""
 
 

@@ -42,19 +42,21 @@ def placed(model: Any, pipe: Any, prompts: Any) -> list[list[TokenizedPrompt]]:
         longest = model.texts(max(len(pipe.tokenizer(prompt)["input_ids"]) for prompt in prompts))
         return [[tokenize(prompt, pipe.tokenizer, longest)] for prompt in prompts]
     before, after, dropped = model.template(pipe)
-    rows = [pipe.tokenizer(before + prompt + after)["input_ids"][dropped:] for prompt in prompts]
+    tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)  # which a processor has
+    rows = [tokenizer(before + prompt + after)["input_ids"][dropped:] for prompt in prompts]
     # A blank at the end of what stands before belongs to the prompt's first token.
-    first = len(pipe.tokenizer(before.rstrip(" "))["input_ids"]) - dropped
+    first = len(tokenizer(before.rstrip(" "))["input_ids"]) - dropped
     longest = model.texts(max(map(len, rows)))
     out = []
     for prompt, row in zip(prompts, rows, strict=True):
         spans, cursor = [], 0
-        for token in pipe.tokenizer.convert_ids_to_tokens(row)[first:]:
+        for token in tokenizer.convert_ids_to_tokens(row)[first:]:
             piece = token.strip("Ġ▁")
             if cursor == len(prompt):
                 break
             start = prompt.index(piece, cursor)
             spans.append((start, start + len(piece)))
             cursor = start + len(piece)
-        out.append([TokenizedPrompt(prompt, tuple(spans), longest, first)])
+        padding = longest - len(row) if tokenizer.padding_side == "left" else 0
+        out.append([TokenizedPrompt(prompt, tuple(spans), longest, padding + first)])
     return out

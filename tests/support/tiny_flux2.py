@@ -2,6 +2,7 @@
 
 import diffusers
 import torch
+from tokenizers import processors
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.support.tiny_language import qwen_tokenizer
@@ -18,6 +19,13 @@ _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+#: The same of [dev], whose system speaks first; its tokenizer begins every text.
+INSTRUCTION = "[SYSTEM_PROMPT]Write of {}[/SYSTEM_PROMPT][INST]{}[/INST]"
+_TURNS = ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"]
+_INSTRUCTED = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}[SYSTEM_PROMPT]{{ message.content }}"
+    "[/SYSTEM_PROMPT]{% else %}[INST]{{ message.content }}[/INST]{% endif %}{% endfor %}"
 )
 
 
@@ -54,10 +62,40 @@ def tiny_klein_that_reads(dtype=torch.float64, **config):
     torch.manual_seed(2)
     tokenizer = qwen_tokenizer()
     tokenizer.chat_template = _CHAT
-    size = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    encoder = _encoder(tokenizer, 32, 1).to(dtype).eval()
+    return tiny_klein_pipeline(dtype, encoder=encoder, tokenizer=tokenizer, **config)
+
+
+def tiny_dev_that_reads(dtype=torch.float64, padding_side="left", **config):
+    """FLUX.2 [dev] with an encoder and a processor."""
+    torch.manual_seed(2)
+    tokenizer = _instructed_tokenizer()
+    tokenizer.padding_side = padding_side
+    tiny = tiny_flux2_pipeline(
+        dtype, encoder=_encoder(tokenizer, 32, 1).to(dtype).eval(), tokenizer=tokenizer, **config
+    )
+    return _processed(tiny)
+
+
+def _instructed_tokenizer():
+    tokenizer = qwen_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": _TURNS})
+    begins = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=begins)
+    tokenizer.chat_template = _INSTRUCTED
+    return tokenizer
+
+
+def _encoder(tokenizer, width, layers):
+    size = {"hidden_size": width, "intermediate_size": width // 2, "num_hidden_layers": layers, "head_dim": width // 4}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    encoder = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=512, **size, **heads))
-    return tiny_klein_pipeline(dtype, encoder=encoder.to(dtype).eval(), tokenizer=tokenizer, **config)
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=512, **size, **heads))
+
+
+def _processed(tiny):
+    """A pipeline that has its tokenizer inside a processor, and something to say before a prompt."""
+    tiny.tokenizer, tiny.system_message = Processor(tiny.tokenizer), "Write of {}"
+    return tiny
 
 
 class Processor:
@@ -82,14 +120,12 @@ def tiny_flux2_that_encodes(name="Flux2Pipeline", dtype=torch.float64, **setting
         settings: of the pipeline, such as ``is_distilled``.
     """
     torch.manual_seed(2)
-    tokenizer = qwen_tokenizer()
-    tokenizer.chat_template = _CHAT
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 30, "head_dim": 4}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    encoder = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=512, **size, **heads))
-    tiny = tiny_flux2_pipeline(dtype, name, encoder.to(dtype).eval(), tokenizer, joint_attention_dim=24)
-    if name == "Flux2Pipeline":
-        tiny.tokenizer, tiny.system_message = Processor(tokenizer), "Write"
+    is_dev = name == "Flux2Pipeline"
+    tokenizer = _instructed_tokenizer() if is_dev else qwen_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template or _CHAT
+    encoder = _encoder(tokenizer, 8, 30).to(dtype).eval()
+    tiny = tiny_flux2_pipeline(dtype, name, encoder, tokenizer, joint_attention_dim=24)
+    tiny = _processed(tiny) if is_dev else tiny
     statistics = tiny.vae.bn
     statistics.running_mean.normal_(0, 0.1)
     statistics.running_var.uniform_(0.1, 0.5)

@@ -1,4 +1,4 @@
-"""FLUX.2 [dev] and [klein]: every edit that looks for no word, against dense layers, to 1e-8 in float64."""
+"""FLUX.2 [dev] and [klein]: every edit, against dense layers, to 1e-8 in float64."""
 
 import itertools
 
@@ -10,10 +10,8 @@ if not hasattr(diffusers, "Flux2KleinKVPipeline"):
     pytest.skip("this diffusers has no FLUX.2 [klein]", allow_module_level=True)
 
 from fpe_pipeline import (
-    ConsistEdit,
     FreePromptEdit,
     LocalBlend,
-    MasaCtrlEdit,
     PromptToPromptEdit,
     WordMask,
     editing,
@@ -36,6 +34,7 @@ from tests.support.edited_transformers import (
 from tests.support.tiny_flux2 import (
     draw_flux2,
     embedded,
+    tiny_dev_that_reads,
     tiny_flux2_pipeline,
     tiny_klein_pipeline,
     tiny_klein_that_reads,
@@ -49,7 +48,13 @@ MODELS = {
     "klein": Model(lambda pipe: tiny_klein_pipeline(), draw_flux2, {"negative": "a drawing"}),
     "klein, distilled": Model(lambda pipe: tiny_klein_pipeline(), draw_flux2, {"guidance_scale": 1.0}, is_guided=False),
 }
-READING = Model(lambda pipe: tiny_klein_that_reads(), draw_flux2, {"guidance_scale": 3.0}, family="klein")
+READING = {
+    "klein": Model(lambda pipe: tiny_klein_that_reads(), draw_flux2, {"guidance_scale": 3.0}, family="klein"),
+    "dev": Model(lambda pipe: tiny_dev_that_reads(), draw_flux2, is_guided=False, family="flux2"),
+    "dev, padded behind": Model(
+        lambda pipe: tiny_dev_that_reads(padding_side="right"), draw_flux2, is_guided=False, family="flux2"
+    ),
+}
 WORDS = {"Prompt-to-Prompt, replaced words", "Prompt-to-Prompt, refined", "ReFlex"}
 WITHOUT_WORDS = [edit for edit in EDITS if edit not in WORDS]
 SIZE = (6, 12)
@@ -91,38 +96,58 @@ def test_targets_are_the_papers(pipes, model, edit):
 
 @pytest.fixture(scope="module")
 def reading():
-    return tiny_klein_that_reads()
+    return {name: of.make(None) for name, of in READING.items()}
 
 
+@pytest.mark.parametrize("model", READING)
 @pytest.mark.parametrize(
     "edit", [pytest.param(each, marks=() if "refined" in each else pytest.mark.slow) for each in sorted(WORDS)]
 )
-def test_words_of_klein_are_found_in_its_conversation(reading, edit):
-    make, texts = EDITS[edit]
+def test_words_are_found_in_a_conversation(reading, model, edit):
+    pipe, of, (make, texts) = reading[model], READING[model], EDITS[edit]
     prompts = (SOURCE, *texts[:2])
-    case = make(READING, reading, prompts, SIZE)
-    actual = edited(reading, READING, case, prompts, size=SIZE)
-    assert farthest(actual, reference(reading, READING, case, prompts, size=SIZE)) <= EXACT
-    assert farthest(actual, draw_flux2(reading, prompts, size=SIZE, **READING.options)) > 1e-4
-    wrong = reference(reading, READING, case, prompts, "a step off", size=SIZE)
+    case = make(of, pipe, prompts, SIZE)
+    actual = edited(pipe, of, case, prompts, size=SIZE)
+    assert farthest(actual, reference(pipe, of, case, prompts, size=SIZE)) <= EXACT
+    assert farthest(actual, draw_flux2(pipe, prompts, size=SIZE, **of.options)) > 1e-4
+    wrong = reference(pipe, of, case, prompts, "a step off", size=SIZE)
     assert farthest(actual, wrong) > 1e3 * EXACT
 
 
-def test_heat_of_a_word_is_in_its_own_columns(reading):
+@pytest.mark.parametrize("model", READING)
+def test_heat_of_a_word_is_in_its_own_columns(reading, model):
     """The share that its tokens have of the map that is written out."""
+    pipe, of = reading[model], READING[model]
     prompts, sums = [SOURCE, "a big dog on a house in winter"], []
 
     def keep(row, rows, block):
-        if state["calls"] % 2 and row == 1:
+        if of.roles(row, rows, state["calls"], 2)[2] and row == 1:
             sums.append(block.mean(0))
 
-    with heat_maps(reading, ["car", "dog"]) as maps:
-        draw_flux2(reading, prompts, size=SIZE, guidance_scale=3.0)
-    with dense(reading, lambda row, rows: None, steps=range(STEPS), keep=keep) as state:
-        draw_flux2(reading, prompts, size=SIZE, guidance_scale=3.0)
-    ((dog,),) = [placed(READING, reading, prompts)[1][0].find("dog")]
-    expected = (sum(sums) / len(sums))[:, dog].reshape(3, 6)
-    assert farthest(torch.as_tensor(maps.word("dog", 1)), expected) <= 1e-6
+    with heat_maps(pipe, ["car", "dog"]) as maps:
+        draw_flux2(pipe, prompts, size=SIZE, **of.options)
+    with dense(pipe, lambda row, rows: None, steps=range(STEPS), keep=keep) as state:
+        draw_flux2(pipe, prompts, size=SIZE, **of.options)
+    ((dog,),) = [placed(of, pipe, prompts)[1][0].find("dog")]
+    heat = (sum(sums) / len(sums))[:, dog - 1 : dog + 2].unflatten(0, (3, 6))
+    assert farthest(torch.as_tensor(maps.word("dog", 1)), heat[..., 1]) <= 1e-6
+    assert all(farthest(heat[..., 1], heat[..., beside]) > 1e-5 for beside in (0, 2))
+
+
+@pytest.mark.parametrize("model", ["klein", "dev"])
+def test_masks_and_blends_of_words(reading, model):
+    """Of the word's own columns: a mask of another word is another edit, and so is a blend."""
+    pipe, prompts = reading[model], [SOURCE, "a photo of a big car on a mountain"]
+
+    def drawn(edit):
+        with editing(pipe, edit):
+            return draw_flux2(pipe, prompts, size=SIZE, **READING[model].options)
+
+    masked = [drawn(FreePromptEdit(1.0, mask=WordMask(SOURCE, word, pipe.tokenizer, 0.5))) for word in ("car", "on")]
+    blends = [LocalBlend(prompts, pipe.tokenizer, [word] * 2, 0.5, start=0.3) for word in ("car", "on")]
+    blended = [drawn(FreePromptEdit(1.0) + blend) for blend in blends]
+    for one, other in (masked, blended):
+        assert farthest(one[0], other[0]) <= EXACT and farthest(one[1], other[1]) > 1e-4
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -231,22 +256,26 @@ def test_a_compiled_transformer():
 
 
 class TestRefused:
-    def test_words(self, pipes, pipe):
-        """The prompts of [dev] stand in a conversation, of which no adapter says where their words are."""
-        tiny, message = pipes["dev"], "FLUX.2's prompts stand in a conversation"
-        prompts = [SOURCE, "a photo of a big car on a mountain"]
-        blend = FreePromptEdit(0.5) + LocalBlend(prompts, pipe.tokenizer, (["car"], ["car"]))
-        mask = WordMask(SOURCE, "car", pipe.tokenizer)
-        masked = (
-            FreePromptEdit(0.5, mask=mask),
-            ConsistEdit(0.5, mask=mask),
-            MasaCtrlEdit(0) + FreePromptEdit(mask=mask),
-        )
-        for edit in (PromptToPromptEdit(prompts, pipe.tokenizer), blend, *masked):
-            with pytest.raises(ValueError, match=message):
-                editing(tiny, edit)
-        with pytest.raises(ValueError, match=message), heat_maps(tiny, ["car"]):
-            draw_flux2(tiny, prompts)
+    def test_words_of_embeddings(self, pipes, pipe):
+        prompts, message = [SOURCE, "a photo of a big car on a mountain"], "pass prompts and not embeddings"
+        for edit in (
+            PromptToPromptEdit(prompts, pipe.tokenizer),
+            FreePromptEdit(mask=WordMask(SOURCE, "car", pipe.tokenizer)),
+        ):
+            with pytest.raises(ValueError, match=message), editing(pipes["dev"], edit):
+                draw_flux2(pipes["dev"], prompts)
+
+    def test_a_conversation_that_another_tokenizer_wrote(self, reading):
+        tiny, prompts = reading["dev"], [SOURCE, "a photo of a big car on a mountain"]
+        edit = PromptToPromptEdit(prompts, tiny.tokenizer)
+        said = tiny.tokenizer.apply_chat_template
+        with pytest.MonkeyPatch.context() as within:
+            within.setattr(tiny, "system_message", "Draw of {}")
+            within.setattr(
+                tiny.tokenizer, "apply_chat_template", lambda given, **options: said(given[:1] * len(given), **options)
+            )
+            with pytest.raises(ValueError, match="encodes other tokens than those of the prompt"), editing(tiny, edit):
+                draw_flux2(tiny, prompts, size=SIZE)
 
     def test_keys_and_values_that_are_kept_from_step_to_step(self):
         tiny = tiny_flux2_pipeline(name="Flux2KleinKVPipeline")
