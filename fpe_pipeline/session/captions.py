@@ -80,7 +80,8 @@ def check_captions(
             nobody attends to.
 
     Raises:
-        ValueError: a map over one row's text applied to another's, where the captions of the two differ in length.
+        ValueError: a map over one row's text applied to another's, where the captions of the two differ in length; text
+            tokens of a row that ask in the place of more of another's.
     """
     if len(set(lengths)) == 1:
         return
@@ -88,17 +89,18 @@ def check_captions(
         for site in (site for site in sites if site.kind == "joint"):
             for phase in edit.phases(step.total):
                 then = Step(phase.start, step.total)
-                for given in edit.products(site, then, roles).values() if edit.active(then) else ():
-                    check_turned(given if isinstance(given, Sequence) else (given,), lengths, mixes)
+                for row, given in edit.products(site, then, roles).items() if edit.active(then) else ():
+                    terms = given if isinstance(given, Sequence) else (given,)
+                    check_turned([(row, term) for term in terms], lengths, mixes)
             break  # the layers of a step are asked the same
 
 
-def check_turned(terms: Iterable[object], lengths: Sequence[int], mixes: bool = True) -> None:
-    """Raise ValueError for a term that captions of these lengths cannot serve."""
-    for term in terms:
+def check_turned(terms: Iterable[tuple[int, object]], lengths: Sequence[int], mixes: bool = True) -> None:
+    """Raise ValueError for a row's term that captions of these lengths cannot serve."""
+    for row, term in terms:
         if not isinstance(term, JointProduct):
             continue
-        keys, values = term.key.text, term.value.text
+        queries, keys, values = term.query.text, term.key.text, term.value.text
         if keys is not None and values is not None and lengths[keys] != lengths[values]:
             if term.mixing is not None and not mixes:
                 raise ValueError(
@@ -111,3 +113,9 @@ def check_turned(terms: Iterable[object], lengths: Sequence[int], mixes: bool = 
                     "of another's: write prompts of as many tokens, or use an edit of image tokens (FreePromptEdit "
                     'with scope="image") or of words (PromptToPromptEdit)'
                 )
+        if queries is not None and term.concerns("text") and lengths[queries] < lengths[row]:
+            raise ValueError(
+                f"the {lengths[queries]} tokens of one row's caption ask in the place of the {lengths[row]} of "
+                "another's: write prompts of as many tokens, or let text tokens ask for themselves, as in "
+                "JointProduct((s, t), …)"
+            )

@@ -60,7 +60,7 @@ class EditLumina2Processor(AroundPlain):
         image = hidden_states[:, texts:] if rest != texts else _images(hidden_states, lengths, site.tokens)
         check_joint_input(order, image, text, None)
         if len(set(with_recorded)) > 1:
-            check_turned(plan.products, with_recorded)
+            check_turned(plan.terms, with_recorded)
         places = _images(image_rotary_emb, lengths, site.tokens)
         own = None if text is None else segment_projections(attn, plan, "text", text, by_numbers(text_places))
         layer = JointLayer(

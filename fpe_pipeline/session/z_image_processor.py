@@ -59,7 +59,7 @@ class EditZImageProcessor(DispatchedAround):
             text, text_places = (pad(part, (0, 0, 0, beyond)) for part in (text, text_places))
         check_joint_input(order, hidden_states[:, :images], text, None)
         if is_ragged:
-            check_turned(plan.products, with_recorded, mixes=False)
+            check_turned(plan.terms, with_recorded, mixes=False)
         places = freqs_cis[:, :images]
         own = None if text is None else segment_projections(attn, plan, "text", text, by_numbers(text_places))
         own = None if own is None else own.beside("text", order.recorded, ends=True)

@@ -56,6 +56,18 @@ class LooksAtTheSource(JointAttentionEdit):
         return {t: JointProduct((t, t), (s, s), (s, s)) for s, t in roles.pairs(conditional=None)}
 
 
+@dataclasses.dataclass(frozen=True)
+class AsksAsTheSource(JointAttentionEdit):
+    """A target's own text is asked by the source's image and text."""
+
+    def products(self, site, step, roles):
+        return {t: JointProduct((s, s), (t, t), (t, t)) for s, t in roles.pairs(conditional=None)}
+
+
+def asking(tokenizer, targets, source=SOURCE):
+    return AsksAsTheSource(layers=[0])
+
+
 def looking(tokenizer, targets, source=SOURCE):
     return LooksAtTheSource(layers=[1])
 
@@ -266,6 +278,14 @@ class TestTextsThatTurnImages:
         assert distance(edited(tiny, recording, written, [target, SOURCE]), full[1:]) <= EXACT
         assert recording.text_lengths["conditional"] == TURNED[family][source]
 
+    def test_queries_of_a_longer_text(self, tiny, family):
+        options = {**run(**UNGUIDED[family]), "max_sequence_length": 96}
+        written = asking(tiny.tokenizer, [SHORT])
+        full = tiny(FILLED, [SHORT], edit=written, output_type="latent", **options).images
+        options["generator"].manual_seed(2)
+        recording = tiny.record(FILLED, edit=written, **options)
+        assert distance(edited(tiny, recording, written, [SHORT]), full[1:]) <= EXACT
+
     @pytest.mark.parametrize("edit", few(EDITS, "refine", "whole maps"))
     def test_beside_a_longer_negative_prompt(self, tiny, family, edit):
         targets = taken(family, edit, [SHORT])
@@ -282,6 +302,8 @@ REFUSED = {
     "maps, filled up": ("Z-Image", whole_maps, "the 32 tokens of one row's caption is applied to the 64"),
     "maps": ("Lumina 2", whole_maps, "the 16 tokens of one row's caption is applied to the 46"),
     "values": ("Lumina 2", values_of_text, "the 46 tokens of one row's caption is applied to the 16"),
+    "queries": ("Lumina 2", asking, "the 16 tokens of one row's caption ask in the place of the 46 of another's"),
+    "queries, filled up": ("Z-Image", asking, "the 32 tokens of one row's caption ask in the place of the 64"),
 }
 
 
