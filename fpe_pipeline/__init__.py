@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .models.steps import Step, StepWindow
     from .models.transformer import TransformerAdapter
     from .pipeline import FreePromptPipeline
+    from .pixart_pipeline import FreePromptPixArtAlphaPipeline, FreePromptPixArtSigmaPipeline
     from .prompts.encoding import Encoding
     from .recordings.recording import Recording
     from .sampling.noise_schedule import ddim_scheduler
@@ -76,6 +77,8 @@ _HOME = {
     "FreePromptLumina2Pipeline": "flow_pipeline",
     "FreePromptPipeline": "pipeline",
     "FreePromptPipelineOutput": "sampling.output",
+    "FreePromptPixArtAlphaPipeline": "pixart_pipeline",
+    "FreePromptPixArtSigmaPipeline": "pixart_pipeline",
     "FreePromptQwenImagePipeline": "flow_pipeline",
     "FreePromptSD3Pipeline": "flow_pipeline",
     "FreePromptXLPipeline": "xl_pipeline",
@@ -138,6 +141,8 @@ __all__ = [
     "FreePromptLumina2Pipeline",
     "FreePromptPipeline",
     "FreePromptPipelineOutput",
+    "FreePromptPixArtAlphaPipeline",
+    "FreePromptPixArtSigmaPipeline",
     "FreePromptQwenImagePipeline",
     "FreePromptSD3Pipeline",
     "FreePromptXLPipeline",

@@ -98,19 +98,22 @@ class EditRequest:
         check_embeddings(count, negative_prompt_embeds=self.negative_prompt_embeds)
         pooled = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         check_embeddings(count, "channels", **{name: self.options.get(name) for name in pooled})
-        edit = chosen_edit(self.edit, self.self_replace_steps, self.levels, self.max_tokens, self.layers, pipe.unet)
+        edit = chosen_edit(self.edit, self.self_replace_steps, self.levels, self.max_tokens, self.layers, pipe.denoiser)
         self._check(pipe, edit, prompts, count, guidance_scale)
         further = {name: negative_list(self.options.get(name), count, name) for name in pipe.further_texts}
-        images, channels = self.num_images_per_prompt, pipe.unet.config.in_channels
+        images, channels = self.num_images_per_prompt, pipe.denoiser.config.in_channels
         latents = shared_latents(self.latents, count, images, channels)
-        height, width = image_size(pipe.native_size, pipe.vae_scale_factor, self.height, self.width, latents)
+        height, width = image_size(
+            pipe.native_size, pipe.vae_scale_factor, self.height, self.width, latents, pipe.pixel_multiple
+        )
         if count == 1:  # a session warns of those that it watches
             warn_of_unknown_words(prompts, pipe.tokenizer)
         if self.inversion is not None:
-            check_guided_inversion(pipe.unet, self.inversion.method)
+            check_guided_inversion(pipe, self.inversion.method)
             self.inversion.check(pipe.scheduler, guidance_scale)
             assert latents is not None
-            latents = latents.to(pipe.unet.dtype)  # an image may be inverted in another; diffusers keeps what it gets
+            # An image may be inverted in another; diffusers keeps what it gets.
+            latents = latents.to(pipe.denoiser.dtype)
         call = Call(count, images)
         followed = Followed.of(pipe, call, self.inversion)
         arguments = {

@@ -56,7 +56,7 @@ class FlowEditing(FlowSampling):
     """Edits of images, generated or real, mixed into a diffusers pipeline of a flow model."""
 
     #: What of each row the loop of diffusers keeps beside latents and embeddings, so that none can be dropped from it.
-    kept_in_loop: ClassVar[str]
+    kept_in_loop: ClassVar[str | None] = None
     #: What a pipeline is told by attributes of its own, beside components.
     told: ClassVar[tuple[str, ...]] = ()
 
@@ -214,10 +214,7 @@ class FlowEditing(FlowSampling):
 
     def _check_source_can_be_dropped(self, call: Call, options: Mapping[str, Any]) -> None:
         """Raise ValueError where source rows would stay behind in the loop."""
-        raise ValueError(
-            f"keep_source=False cannot drop the source's rows from {self.parent.__name__}'s loop, which keeps "
-            f"{self.kept_in_loop} to itself: use keep_source=True"
-        )
+        check_source_can_be_dropped(self, call.prompts, dict(options))
 
 
 class FreePromptSD3Pipeline(FlowEditing, StableDiffusion3Pipeline):
@@ -245,7 +242,7 @@ class FreePromptSD3Pipeline(FlowEditing, StableDiffusion3Pipeline):
     _optional_components: ClassVar = [*StableDiffusion3Pipeline._optional_components, "text_encoder_3", "tokenizer_3"]
 
     def _check_source_can_be_dropped(self, call: Call, options: Mapping[str, Any]) -> None:
-        check_source_can_be_dropped(self, call.prompts, dict(options))
+        super()._check_source_can_be_dropped(call, options)
         if options.get("skip_guidance_layers") is not None:
             raise ValueError(
                 "keep_source=False cannot drop the source's rows from the calls of skip-layer guidance, whose "

@@ -42,6 +42,10 @@ _OF_OTHERS = {
     "FreePromptLumina2Pipeline": "lumina2",
     "ZImagePipeline": "z_image",
     "FreePromptZImagePipeline": "z_image",
+    "PixArtAlphaPipeline": "pixart_alpha",
+    "FreePromptPixArtAlphaPipeline": "pixart_alpha",
+    "PixArtSigmaPipeline": "pixart_sigma",
+    "FreePromptPixArtSigmaPipeline": "pixart_sigma",
 }
 
 
@@ -77,8 +81,8 @@ class FreePromptPipeline(UNetEditing, StableDiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         """As in diffusers; "embedded" and "embedded-sd3" are the models that come with this package. A saved pipeline
-        of SDXL, Stable Diffusion 3, FLUX.1, FLUX.2, Qwen-Image, Chroma, Lumina 2 or Z-Image is loaded as the class that
-        edits with it."""
+        of SDXL, PixArt, Stable Diffusion 3, FLUX.1, FLUX.2, Qwen-Image, Chroma, Lumina 2 or Z-Image is loaded as the
+        class that edits with it."""
         if isinstance(pretrained_model_name_or_path, str) and is_embedded(pretrained_model_name_or_path):
             pretrained_model_name_or_path = embedded_path(pretrained_model_name_or_path)
         serving: Any = _saved_class(pretrained_model_name_or_path, options)
@@ -116,6 +120,10 @@ def _class_for(family: str) -> type:
         from .flux2_pipeline import FLUX2_CLASSES
 
         return FLUX2_CLASSES[family]
+    if family in ("pixart_alpha", "pixart_sigma"):
+        from .pixart_pipeline import PIXART_CLASSES
+
+        return PIXART_CLASSES[family]
     from .flow_pipeline import FLOW_CLASSES
 
     return FLOW_CLASSES[family]
@@ -133,6 +141,10 @@ def _class_of(pipeline: Any) -> type | None:
     if getattr(pipeline, "transformer", None) is None:
         return None
     family = adapter_of(pipeline).family
+    named = (_OF_OTHERS.get(kind.__name__, "") for kind in type(pipeline).__mro__)
+    pixart = next((name for name in named if name.startswith("pixart")), None)
+    if pixart is not None:
+        return _class_for(pixart)
     from .sampling.flow_models import check_served
 
     check_served(pipeline, family)

@@ -1,4 +1,5 @@
-"""What `FreePromptPipeline` is around any UNet: an edit from one source prompt to many targets.
+"""What `FreePromptPipeline` is around any UNet, and around a transformer with such layers: an edit from one source
+prompt to many targets.
 
 The parent's sampling loop runs unchanged inside an editing session. What is added here happens at the parent's own
 extension points: the noise that it prepares is shared by all prompts, the scheduler's steps hold the source to an
@@ -31,7 +32,7 @@ _ADOPTING = ContextVar("adopting", default=False)
 
 
 class UNetEditing(SamplingPipeline):
-    """Edits of images, generated or real, on a pipeline of diffusers around a UNet."""
+    """Edits of images, generated or real, on a pipeline of diffusers around a UNet or a model with such layers."""
 
     @classmethod
     def parent_options(cls) -> frozenset[str]:
@@ -42,9 +43,10 @@ class UNetEditing(SamplingPipeline):
     def from_pipe(cls, pipeline: Any, **components: Any) -> Any:
         """As in diffusers, but modules keep their dtypes; a model that this class does not serve is refused with the
         way to edit it."""
-        unet, vae = (components.get(name, getattr(pipeline, name, None)) for name in ("unet", "vae"))
-        if unet is not None and vae is not None:
-            check_model(unet, vae, cls.added_conditions)
+        names = (cls.denoiser_name, "vae")
+        model, vae = (components.get(name, getattr(pipeline, name, None)) for name in names)
+        if model is not None and vae is not None:
+            check_model(model, vae, cls.added_conditions)
         if {"dtype", "torch_dtype"} & components.keys():
             return super().from_pipe(pipeline, **components)
         # diffusers' from_pipe casts to float32, and what it casts are the caller's own modules.

@@ -18,6 +18,7 @@ PIPELINE = (
     "BatchRoles CombinedEdit ConceptMaps ConsistEdit Edit EditingSession Encoding FireFlowScheduler FreeFluxEdit "
     "FreePromptChromaPipeline FreePromptEdit FreePromptFlux2KleinPipeline FreePromptFlux2Pipeline "
     "FreePromptFluxPipeline FreePromptLumina2Pipeline FreePromptPipeline FreePromptPipelineOutput "
+    "FreePromptPixArtAlphaPipeline FreePromptPixArtSigmaPipeline "
     "FreePromptQwenImagePipeline FreePromptSD3Pipeline FreePromptXLPipeline FreePromptZImagePipeline HeatMaps "
     "Injecting Inversion JointProduct KVEdit LayerSelection LocalBlend MasaCtrlEdit MixedRows ModelCall NullText "
     "PlugAndPlayEdit Product PromptToPromptEdit Prompted RFSolverScheduler ReFlexEdit Recording Remembering "

@@ -40,6 +40,7 @@ def check_inversion_options(
     taken = ["latents", "timesteps", "sigmas", "mu"]
     if inversion.unconditional is not None or inversion.method == "negative-prompt":
         taken += ["negative_prompt_embeds", "negative_prompt_2", "negative_pooled_prompt_embeds"]
+        taken += ["max_sequence_length", "clean_caption"]  # the source's prompt is to be encoded as it was
         if negative_prompt is not None:
             raise ValueError(
                 f"{inversion.method!r} inversion puts its own embeddings in place of the negative prompt; leave "

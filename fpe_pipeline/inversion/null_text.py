@@ -69,18 +69,18 @@ class NullText:
 
     def check(self, pipe: SamplingPipeline) -> None:
         """Raise ValueError where gradients through this pipeline's UNet would be of no use."""
-        if pipe.unet.dtype == torch.float16:
+        if pipe.denoiser.dtype == torch.float16:
             raise ValueError(
                 "null-text optimisation takes gradients through the UNet, which vanish in float16; load the model in "
                 "float32 or bfloat16, or invert by 'direct', which optimises nothing"
             )
-        if stored_in_float8(pipe.unet):
+        if stored_in_float8(pipe.denoiser):
             raise ValueError(
                 "null-text optimisation takes gradients through the UNet, whose weights are stored in float8 and cast "
                 "back before the gradients need them; load the UNet in float32 or bfloat16, or invert by 'direct', "
                 "which optimises nothing"
             )
-        if any(parameter.is_inference() for parameter in pipe.unet.parameters()):
+        if any(parameter.is_inference() for parameter in pipe.denoiser.parameters()):
             raise ValueError(
                 "null-text optimisation takes gradients through the UNet, whose weights were made under "
                 "torch.inference_mode() and allow none; load the model outside of it, or invert by 'direct'"
@@ -104,7 +104,7 @@ def optimise_unconditional(
     empty, conditional = conditions.halves()
     start = empty.states
     embedding = start.detach().to(torch.promote_types(start.dtype, torch.float32))
-    with _differentiable(pipe.unet, settings), pipe.progress_bar(total=len(timesteps)) as bar:
+    with _differentiable(pipe.denoiser, settings), pipe.progress_bar(total=len(timesteps)) as bar:
         for index, timestep in enumerate(timesteps):
             with torch.no_grad():
                 towards = _predict(pipe, sample, timestep, conditional)
@@ -159,7 +159,7 @@ def _optimise_step(
 def _predict(
     pipe: SamplingPipeline, sample: torch.Tensor, timestep: torch.Tensor, conditions: UNetConditions
 ) -> torch.Tensor:
-    return conditions.with_states(conditions.states.to(sample.dtype)).predict(pipe.unet, sample, timestep)
+    return conditions.with_states(conditions.states.to(sample.dtype)).predict(pipe.denoiser, sample, timestep)
 
 
 def _step(

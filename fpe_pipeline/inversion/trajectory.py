@@ -240,7 +240,7 @@ def invert(
     require_ddim(pipe.scheduler, "inversion")
 
     picture = load_image(
-        image, (width, height), multiple=pipe.vae_scale_factor, pixels=pipe.native_size[0] * pipe.native_size[1]
+        image, (width, height), multiple=pipe.pixel_multiple, pixels=pipe.native_size[0] * pipe.native_size[1]
     )
     warn_of_size(picture.size[::-1], pipe.native_size)
     warn_of_unknown_words([prompt], pipe.tokenizer)
@@ -265,7 +265,7 @@ def _chosen_method(
     name: Method = "null-text" if null_text is not None else cast(Method, method)
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)} or a NullText, got {method!r}")
-    check_guided_inversion(pipe.unet, name)
+    check_guided_inversion(pipe, name)
     if null_text is not None:
         null_text.check(pipe)
         if guidance_scale > 1:
@@ -288,11 +288,11 @@ def _to_noise(
     with pipe.progress_bar(total=len(timesteps)) as bar:
         for index, timestep in enumerate(reversed(timesteps)):
             sample = latents[-1]
-            prediction = _guided(conditions.predict(pipe.unet, sample, timestep), guidance_scale)
+            prediction = _guided(conditions.predict(pipe.denoiser, sample, timestep), guidance_scale)
             latents.append(ddim_inverse_step(pipe.scheduler, prediction, int(timestep), sample))
             if not is_finite(latents[-1]):
-                given = (sample.expand(len(conditions.states), -1, -1, -1), timestep, conditions.states)
-                refuse_step(Step(index, len(timesteps)), identity(pipe.unet), given)
+                given = conditions.call(sample, timestep)
+                refuse_step(Step(index, len(timesteps)), identity(pipe.denoiser), *given)
             bar.update()
             if callback is not None:
                 callback(index, len(timesteps), latents[-1])
@@ -304,7 +304,7 @@ def encode_image(pipe: SamplingPipeline, image: Image.Image) -> torch.Tensor:
     with pipe.computing_autoencoder() as vae:
         pixels = to_tensor(image).to(pipe._execution_device, vae.dtype)
         mean = vae.encode(pixels).latent_dist.mean
-    return scaled_latents(pipe.vae, mean).to(pipe.unet.dtype)
+    return scaled_latents(pipe.vae, mean).to(pipe.denoiser.dtype)
 
 
 def _guided(predicted: torch.Tensor, guidance_scale: float) -> torch.Tensor:

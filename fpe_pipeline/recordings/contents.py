@@ -11,8 +11,9 @@ from ..edits import Edit
 from ..edits.base import begun, features_of, parts_of, prompts_of, watchers_of
 from ..edits.joint_products import JointPlan
 from ..errors import Lacking
+from ..models.families import adapter_of
 from ..models.roles import BatchRoles
-from ..models.sites import Site, attention_sites, feature_shape
+from ..models.sites import Site, feature_shape
 from ..models.steps import Step
 from ..session.device_copies import Place, Placement
 from ..session.instructions import Order, make_orders
@@ -124,21 +125,21 @@ def _check_words(edit: Edit, order: Order, placed: bool, batch: int) -> None:
 
 
 def contents_bytes(
-    contents: Contents, unet: Any, size: tuple[int, int], text_tokens: int, itemsize: int, precision: Precision
+    contents: Contents, model: Any, size: tuple[int, int], text_tokens: int, itemsize: int, precision: Precision
 ) -> int:
     """Bytes of all parts on latents of ``size`` (height, width), at ``itemsize`` bytes a number of the model's."""
-    sites = {site.path: site.at(*size) for site in attention_sites(unet)}
+    sites = {site.path: site.at(*size) for site in adapter_of(model).sites}
     total = 0
     for path, parts in contents.items():
         for part, steps in parts.items():
             if part.name == "feature":
-                channels, height, width = feature_shape(unet, path, *size)
+                channels, height, width = feature_shape(model, path, *size)
                 tokens, dim = height * width, channels
             else:
                 site = sites[path]
                 text = site.kind == "cross" and part.name in ("key", "value")
                 tokens = site.heads * (text_tokens if text else cast(int, site.tokens))
-                dim = unet.get_submodule(path).inner_dim // site.heads
+                dim = model.get_submodule(path).inner_dim // site.heads
             total += len(steps) * packed_bytes(part.name, tokens, dim, itemsize, precision)
     return total
 

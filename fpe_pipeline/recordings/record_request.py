@@ -121,7 +121,7 @@ class RecordRequest:
         prompt, steps, inversion = self.prompt, self.num_inference_steps, self.inversion
         if inversion is not None:
             check_inversion_options(inversion, {"latents": self.latents}, self.negative_prompt, steps)
-            check_guided_inversion(pipe.unet, inversion.method)
+            check_guided_inversion(pipe, inversion.method)
             inversion.check(pipe.scheduler, scale)
             prompt = inversion.prompt if prompt is None else prompt
             steps = inversion.steps
@@ -136,7 +136,7 @@ class RecordRequest:
         given = self.edit if isinstance(self.edit, Sequence) else (self.edit,)
         if not given:
             raise ValueError("expected an edit to record for, or several, got none: leave edit out for its default")
-        steps, unet = self.self_replace_steps, pipe.unet
+        steps, unet = self.self_replace_steps, pipe.denoiser
         edits = [chosen_edit(one, steps, self.levels, self.max_tokens, self.layers, unet) for one in given]
         for one in edits:
             check_prompts(one, [source.prompt], pipe.tokenizer)
@@ -144,16 +144,16 @@ class RecordRequest:
 
     def noise(self, pipe: SamplingPipeline, source: Source) -> torch.Tensor:
         """The latents [1, C, h, w] to start from, given or of the size that was asked for, on the run's device."""
-        device, dtype, factor = pipe._execution_device, pipe.unet.dtype, pipe.vae_scale_factor
+        device, dtype, factor = pipe._execution_device, pipe.denoiser.dtype, pipe.vae_scale_factor
         latents = self.latents if source.inversion is None else source.inversion.noise
         check_latents(latents)
-        size = image_size(pipe.native_size, factor, self.height, self.width, latents)
+        size = image_size(pipe.native_size, factor, self.height, self.width, latents, pipe.pixel_multiple)
         if latents is None:
-            shape = (1, pipe.unet.config.in_channels, *(side // factor for side in size))
+            shape = (1, pipe.denoiser.config.in_channels, *(side // factor for side in size))
             latents = randn_tensor(shape, generator=self.generator, device=device, dtype=dtype)
         if latents.ndim != 4 or latents.shape[0] != 1:
             raise ValueError(f"a recording holds one image: expected latents [1, C, h, w], got {list(latents.shape)}")
-        shared_latents(latents, 1, 1, pipe.unet.config.in_channels)  # refuses another number of channels
+        shared_latents(latents, 1, 1, pipe.denoiser.config.in_channels)  # refuses another number of channels
         return latents.to(device, dtype)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,8 @@ import torch
 
 from ..edits import Edit
 from ..inversion.follow import Followed
-from ..models.sites import Site, attention_sites
+from ..models.families import adapter_of
+from ..models.sites import Site
 from ..models.steps import run_steps
 from ..sampling.arguments import check_option_names
 from ..sampling.noise_schedule import NoiseSchedule
@@ -113,6 +114,7 @@ def _plan(pipe: SamplingPipeline, source: Source, request: RecordRequest) -> Pla
     pipe.scheduler.set_timesteps(source.steps, device=noise.device)
     sites, calls = _sites(pipe, size), len(pipe.scheduler.timesteps)
     contents = source_needs(edits, sites, run_steps(pipe.scheduler), guided=is_guided(pipe, source.guidance_scale))
+    _check_masks(pipe, edits, sites, contents)
     nbytes = _bytes(pipe, contents, size, calls, request.precision)
     if source.inversion is not None and source.inversion.unconditional is not None:
         nbytes += source.inversion.unconditional.nbytes
@@ -163,12 +165,24 @@ def _run(
         )
 
 
+def _check_masks(pipe: SamplingPipeline, edits: Sequence[Edit], sites: Sequence[Site], contents: Contents) -> None:
+    """Refuse to record layers that attend to text through a mask, which recordings do not hold."""
+    masked = [site.path for site in sites if pipe.masks_text and site.kind == "cross" and site.path in contents]
+    if masked:
+        names = ", ".join(type(one).__name__ for one in edits)
+        raise ValueError(
+            f"{names} takes of the source its attention to text in {masked[0]}, which {pipe.parent.__name__} masks "
+            "behind each text's end, and recordings hold no masks: run source and targets together, pipe(source, "
+            "targets, edit=…), or record for an edit of self-attention alone"
+        )
+
+
 def _sites(pipe: SamplingPipeline, size: tuple[int, int]) -> tuple[Site, ...]:
-    return tuple(site.at(*size) for site in attention_sites(pipe.unet))
+    return tuple(site.at(*size) for site in adapter_of(pipe).sites)
 
 
 def _bytes(pipe: SamplingPipeline, contents: Contents, size: tuple[int, int], steps: int, precision: Precision) -> int:
     """Parts of layers, and the latents before and after every step."""
-    tokens, itemsize = pipe.tokenizer.model_max_length, pipe.unet.dtype.itemsize
-    latents = (steps + 1) * pipe.unet.config.in_channels * size[0] * size[1] * itemsize
-    return latents + contents_bytes(contents, pipe.unet, size, tokens, itemsize, precision)
+    tokens, itemsize = pipe.text_tokens, pipe.denoiser.dtype.itemsize
+    latents = (steps + 1) * pipe.denoiser.config.in_channels * size[0] * size[1] * itemsize
+    return latents + contents_bytes(contents, pipe.denoiser, size, tokens, itemsize, precision)

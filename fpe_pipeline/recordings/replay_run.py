@@ -74,7 +74,7 @@ def _check_run(pipe: SamplingPipeline, recording: Recording) -> None:
     if here != recording.model:
         raise ValueError(
             f"the recording is of another model: {recording.model[:12]}… there and {here[:12]}… here; "
-            + _which_model(recording.model, type(pipe), pipe.unet.dtype)
+            + _which_model(recording.model, type(pipe), pipe.denoiser.dtype)
         )
     check_deterministic(pipe.scheduler)
     pipe.scheduler.set_timesteps(recording.steps)

@@ -15,7 +15,7 @@ UNWATCHED = (
 
 def is_guided(pipe: Any, guidance_scale: float) -> bool:
     """Whether a run at this scale has unconditional rows; a UNet that takes the scale itself has none."""
-    return guidance_scale > 1 and pipe.unet.config.time_cond_proj_dim is None
+    return guidance_scale > 1 and pipe.denoiser.config.get("time_cond_proj_dim") is None
 
 
 def check_deterministic(scheduler: Any) -> None:

@@ -129,19 +129,24 @@ def chosen_edit(
     return edit
 
 
-def check_size(height: int, width: int, factor: int) -> None:
-    """Raise ValueError for sides that are no positive multiple of ``factor`` pixels."""
+def check_size(height: int, width: int, factor: int, stands_for: str = "one latent pixel") -> None:
+    """Raise ValueError for sides that are no positive multiple of ``factor`` pixels, which something stands for."""
     for name, side in (("height", height), ("width", width)):
         if side <= 0 or side % factor:
             nearest = max(1, round(side / factor)) * factor
             raise ValueError(
-                f"{name} must be a positive multiple of {factor} pixels, which one latent pixel stands for; "
+                f"{name} must be a positive multiple of {factor} pixels, which {stands_for} stands for; "
                 f"got {side}, the nearest is {nearest}"
             )
 
 
 def image_size(
-    native: tuple[int, int], factor: int, height: int | None, width: int | None, latents: torch.Tensor | None
+    native: tuple[int, int],
+    factor: int,
+    height: int | None,
+    width: int | None,
+    latents: torch.Tensor | None,
+    multiple: int | None = None,
 ) -> tuple[int, int]:
     """Height and width in pixels; the parent ignores one given without the other, and sizes against latents.
 
@@ -150,6 +155,10 @@ def image_size(
         factor: pixels a latent pixel.
         height, width: what was asked for.
         latents: [..., h, w] to start from.
+        multiple: pixels that a token of the model's stands for, where that is more than one latent pixel.
+
+    Raises:
+        ValueError: a size that is none of the latents', or no multiple.
     """
     grid = (native[0] // factor, native[1] // factor) if latents is None else tuple(latents.shape[-2:])
     size = (
@@ -163,6 +172,9 @@ def image_size(
             f"(height x width), got {' and '.join(f'{name} {side}' for name, side in asked.items())}; leave "
             f"{' and '.join(asked)} out, or pass latents of that size"
         )
-    check_size(*size, factor)
+    if multiple in (None, factor):
+        check_size(*size, factor)
+    else:
+        check_size(*size, multiple, "one token of the model")
     warn_of_size(size, native)
     return size

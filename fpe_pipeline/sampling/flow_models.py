@@ -103,7 +103,8 @@ def check_served(pipe: Any, family: str) -> None:
     where = "; put `with editing(pipe, edit):` around its calls, which edits what they generate"
     if family not in _FAMILIES:
         raise TypeError(
-            f"real images, recordings and FreePromptPipeline are for {_SERVED}, got {type(pipe).__name__}{where}"
+            f"real images, recordings and FreePromptPipeline are for PixArt, {_SERVED}, got "
+            f"{type(pipe).__name__}{where}"
         )
     for name, said in _SHOWN.items():
         if any(kind.__name__.startswith(name) for kind in type(pipe).__mro__):

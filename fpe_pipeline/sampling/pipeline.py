@@ -1,4 +1,5 @@
-"""diffusers' pipelines around a UNet with what every run of ours needs of them: under inversion and recordings too.
+"""diffusers' pipelines around a UNet, or a transformer with a UNet's kinds of layers, with what every run of ours needs
+of them: under inversion and recordings too.
 
 The parent's sampling loop runs unchanged. What is added happens at its own extension points: the noise that it prepares
 is shared by all prompts, and its step callback is followed by our tasks.
@@ -25,21 +26,44 @@ __all__ = ["SamplingPipeline"]
 
 
 class SamplingPipeline(AroundParent, DiffusionPipeline):
-    """A pipeline of diffusers around a UNet whose calls share noise among prompts, and end each step with tasks.
+    """A pipeline of diffusers whose calls share noise among prompts, and end each step with tasks.
 
     A class derives from this one first and from its pipeline of diffusers second.
     """
 
+    #: The component that predicts noise.
+    denoiser_name: ClassVar[str] = "unet"
     #: Text encoders and the rest, whose precision is checked.
     parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
     #: What the UNet is told beside a timestep and text, as its ``addition_embed_type`` says it.
     added_conditions: ClassVar[str | None] = None
     #: Texts of a call beside the prompts, one for all or a list with one for each.
     further_texts: ClassVar[tuple[str, ...]] = ()
+    #: What of each row the parent's loop gives its callback no access to, in words; None where it gives all.
+    kept_in_loop: ClassVar[str | None] = None
+    #: Whether attention to text is masked where texts end.
+    masks_text: ClassVar[bool] = False
     _call: Call | None = None
 
+    @property
+    def denoiser(self) -> Any:
+        """The model that predicts noise."""
+        return getattr(self, self.denoiser_name)
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Of what the sides of images are multiples, in pixels."""
+        factor: int = self.vae_scale_factor
+        return factor
+
+    @property
+    def text_tokens(self) -> int:
+        """Of a prompt, with its padding."""
+        tokens: int = self.tokenizer.model_max_length
+        return tokens
+
     def conditions(self, prompt: str, guided: bool, size: tuple[int, int]) -> UNetConditions:
-        """What the UNet is told of a prompt, of images of (height, width) pixels.
+        """What the model is told of a prompt, of images of (height, width) pixels.
 
         Args:
             prompt: of one image.
@@ -50,7 +74,7 @@ class SamplingPipeline(AroundParent, DiffusionPipeline):
 
     def unconditional_options(self, embeddings: torch.Tensor) -> dict[str, Any]:
         """The options of a call that put embeddings [prompts, tokens, channels] into its unconditional half."""
-        return {"negative_prompt_embeds": embeddings.to(self.unet.dtype)}
+        return {"negative_prompt_embeds": embeddings.to(self.denoiser.dtype)}
 
     @property
     def autoencoder_dtype(self) -> torch.dtype:
@@ -70,8 +94,8 @@ class SamplingPipeline(AroundParent, DiffusionPipeline):
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of the images that the UNet was trained for."""
-        sample = self.unet.config.sample_size
+        """(height, width) in pixels of the images that the model was trained for."""
+        sample = self.denoiser.config.sample_size
         grid = (sample, sample) if isinstance(sample, int) else tuple(sample)
         return grid[0] * self.vae_scale_factor, grid[1] * self.vae_scale_factor
 
@@ -96,15 +120,22 @@ class SamplingPipeline(AroundParent, DiffusionPipeline):
         try:
             watched = nullcontext() if isinstance(session, EditingSession) else FiniteSteps(self)
             with session, watched, _text_model_found(self.text_encoder):
-                images, *censored = super().__call__(
-                    return_dict=False,
-                    callback_on_step_end=callback_on_step_end,
-                    callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
-                    **arguments,
+                images, *censored = self._loop(
+                    callback_on_step_end, list(callback_on_step_end_tensor_inputs), arguments
                 )
             return images, censored[0] if censored else None
         finally:
             self._call = None
+
+    def _loop(self, callback: Any, tensor_inputs: list[str], arguments: dict[str, Any]) -> tuple[Any, ...]:
+        """The parent's call; ``callback`` takes and gives the tensors of its loop at the end of each step."""
+        made: tuple[Any, ...] = super().__call__(
+            return_dict=False,
+            callback_on_step_end=callback,
+            callback_on_step_end_tensor_inputs=tensor_inputs,
+            **arguments,
+        )
+        return made
 
     def maybe_convert_prompt(self, prompt: Any, tokenizer: Any) -> Any:
         """Tokens of several vectors written out, as diffusers does, and once where the caller did it already."""

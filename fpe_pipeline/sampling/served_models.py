@@ -49,7 +49,7 @@ def check_model(unet: Any, vae: Any, added: str | None = None) -> None:
         raise ValueError(f"expected a UNet whose conditions are {taken}, got one with {', '.join(further)}: {hint}")
     if unet.config.in_channels != vae.config.latent_channels:
         raise ValueError(
-            f"expected a UNet that takes the {vae.config.latent_channels} channels of the autoencoder's latents, "
+            f"expected a model that takes the {vae.config.latent_channels} channels of the autoencoder's latents, "
             f"got one that takes {unet.config.in_channels}, as inpainting (9) and InstructPix2Pix (8) do: {hint}"
         )
 
@@ -57,7 +57,7 @@ def check_model(unet: Any, vae: Any, added: str | None = None) -> None:
 def check_without_image_prompts(pipe: Any, what: str) -> None:
     """Raise ValueError where an IP-Adapter is loaded; ``what`` cannot take its image prompts."""
     # `load_ip_adapter` sets the attribute and leaves the entry of the same name as it was.
-    if getattr(pipe.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj":
+    if getattr(pipe.denoiser.config, "encoder_hid_dim_type", None) == "ip_image_proj":
         raise ValueError(
             f"{what} takes no image prompts, and the UNet has an IP-Adapter: take it off with "
             "pipe.unload_ip_adapter(), or edit generated images with pipe(source, targets, ip_adapter_image=…)"
@@ -66,13 +66,20 @@ def check_without_image_prompts(pipe: Any, what: str) -> None:
 
 def check_pipeline(pipe: Any) -> None:
     """Raise ValueError for a pipeline whose parts `FreePromptPipeline` cannot serve."""
-    check_model(pipe.unet, pipe.vae, pipe.added_conditions)
+    check_model(pipe.denoiser, pipe.vae, pipe.added_conditions)
     for name in pipe.parts:
         check_precision(name, getattr(pipe, name, None))
 
 
-def check_guided_inversion(unet: Any, method: str) -> None:
-    """Raise ValueError where a method of inversion lives in an unconditional half that the UNet does not have."""
+def check_guided_inversion(pipe: Any, method: str) -> None:
+    """Raise ValueError where a method of inversion lives in an unconditional half that the model does not have, or that
+    its pipeline gives no access to."""
+    if method == "null-text" and pipe.kept_in_loop is not None:
+        raise ValueError(
+            f"null-text inversion gives every step an unconditional embedding of its own, and {pipe.parent.__name__}'s "
+            f"loop keeps {pipe.kept_in_loop} to itself: invert by 'direct', 'ddim' or 'negative-prompt'"
+        )
+    unet = pipe.denoiser
     if method in ("negative-prompt", "null-text") and unet.config.get("time_cond_proj_dim") is not None:
         raise ValueError(
             f"{method} inversion lives in the unconditional half of classifier-free guidance, and this UNet has none: "
@@ -93,7 +100,7 @@ def check_options(pipe: Any, guidance_scale: float, negative: bool, options: dic
     Raises:
         ValueError: an option that this pipeline cannot serve.
     """
-    if negative and pipe.unet.config.get("time_cond_proj_dim") is not None:
+    if negative and pipe.denoiser.config.get("time_cond_proj_dim") is not None:
         raise ValueError(
             "a negative prompt acts in the unconditional half of classifier-free guidance, and this UNet has none: it "
             "was distilled to take the guidance scale itself; leave negative_prompt out"
@@ -110,7 +117,7 @@ def check_options(pipe: Any, guidance_scale: float, negative: bool, options: dic
             f"eta={options['eta']} is DDIM's, and {type(pipe.scheduler).__name__} takes none: leave it out, or set a "
             "scheduler that takes it"
         )
-    check_image_prompts(options, getattr(pipe.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj")
+    check_image_prompts(options, getattr(pipe.denoiser.config, "encoder_hid_dim_type", None) == "ip_image_proj")
     if options.get("clip_skip") is not None:
         _check_clip_skip(pipe, options["clip_skip"])
 

@@ -116,6 +116,11 @@ class DropSource:
 def check_source_can_be_dropped(pipe: Any, prompts: int, options: dict[str, Any]) -> None:
     """Raise where keep_source=False would leave source rows behind that the parent gives no access to."""
     hint = "use keep_source=True"
+    if pipe.kept_in_loop is not None:
+        raise ValueError(
+            f"keep_source=False cannot drop the source's rows from {pipe.parent.__name__}'s loop, which keeps "
+            f"{pipe.kept_in_loop} to itself: {hint}"
+        )
     if prompts == 1:
         raise ValueError("keep_source=False needs at least one target prompt beside the source, got none")
     if options.get("ip_adapter_image") is not None or options.get("ip_adapter_image_embeds") is not None:

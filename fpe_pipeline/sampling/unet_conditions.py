@@ -1,4 +1,5 @@
-"""What a UNet is told of a prompt beside latents and a timestep, outside its pipeline's loop."""
+"""What a UNet, or a transformer that is called as one, is told of a prompt beside latents and a timestep, outside its
+pipeline's loop."""
 
 from __future__ import annotations
 
@@ -17,20 +18,24 @@ class UNetConditions:
 
     Args:
         states: ``encoder_hidden_states`` [rows, tokens, channels].
-        added: ``added_cond_kwargs`` of the UNet's calls, each [rows, …]; none where it takes text alone.
+        added: ``added_cond_kwargs`` of the model's calls, each [rows, …]; none where it takes text alone.
+        mask: ``encoder_attention_mask`` [rows, tokens], 1 where a token is no padding; None where every token counts.
     """
 
     states: torch.Tensor
     added: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    mask: torch.Tensor | None = None
 
     def repeated(self, rows: int) -> UNetConditions:
         """Those of one row for so many."""
         added = {name: part.expand(rows, *part.shape[1:]) for name, part in self.added.items()}
-        return UNetConditions(self.states.expand(rows, -1, -1), added)
+        mask = None if self.mask is None else self.mask.expand(rows, -1)
+        return UNetConditions(self.states.expand(rows, -1, -1), added, mask)
 
     def to(self, device: Any) -> UNetConditions:
         """The same on another device."""
-        return UNetConditions(self.states.to(device), {name: part.to(device) for name, part in self.added.items()})
+        added = {name: part.to(device) for name, part in self.added.items()}
+        return UNetConditions(self.states.to(device), added, None if self.mask is None else self.mask.to(device))
 
     def with_states(self, states: torch.Tensor) -> UNetConditions:
         """The same beside other text embeddings, of as many rows."""
@@ -38,13 +43,22 @@ class UNetConditions:
 
     def halves(self) -> tuple[UNetConditions, UNetConditions]:
         """The unconditional row's, and the conditional row's."""
-        states = self.states.chunk(2)
+        states, masks = self.states.chunk(2), (None, None) if self.mask is None else self.mask.chunk(2)
         added = [{name: part.chunk(2)[half] for name, part in self.added.items()} for half in range(2)]
-        return UNetConditions(states[0], added[0]), UNetConditions(states[1], added[1])
+        return UNetConditions(states[0], added[0], masks[0]), UNetConditions(states[1], added[1], masks[1])
 
-    def predict(self, unet: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """The prediction [rows, C, h, w] for latents [1, C, h, w], which every row receives."""
-        rows = sample.expand(self.states.shape[0], -1, -1, -1)
-        added = {"added_cond_kwargs": dict(self.added)} if self.added else {}
-        predicted: torch.Tensor = unet(rows, timestep, encoder_hidden_states=self.states, return_dict=False, **added)[0]
-        return predicted
+    def call(self, sample: torch.Tensor, timestep: torch.Tensor) -> tuple[tuple[torch.Tensor], dict[str, Any]]:
+        """Arguments of the model's call for latents [1, C, h, w], which every row receives: by place and by name."""
+        rows = self.states.shape[0]
+        named: dict[str, Any] = {"timestep": timestep.expand(rows), "encoder_hidden_states": self.states}
+        if self.added:
+            named["added_cond_kwargs"] = dict(self.added)
+        if self.mask is not None:
+            named["encoder_attention_mask"] = self.mask
+        return (sample.expand(rows, -1, -1, -1),), named
+
+    def predict(self, model: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """The prediction [rows, C, h, w] for latents [1, C, h, w], without a variance that the model may add to it."""
+        latents, named = self.call(sample, timestep)
+        predicted: torch.Tensor = model(*latents, **named, return_dict=False)[0]
+        return predicted[:, : sample.shape[1]]

@@ -24,6 +24,8 @@ MADE_BY_OTHERS = {"CombinedEdit", "ConceptMaps", "Edit", "HeatMaps", "LinearMap"
     "FreePromptFlux2Pipeline",
     "FreePromptFluxPipeline",
     "FreePromptLumina2Pipeline",
+    "FreePromptPixArtAlphaPipeline",
+    "FreePromptPixArtSigmaPipeline",
     "FreePromptQwenImagePipeline",
     "FreePromptSD3Pipeline",
     "FreePromptXLPipeline",
