@@ -17,6 +17,7 @@ class Template(NamedTuple):
         before, after: the text on either side.
         dropped: how many tokens, the first ones, the model does not receive.
         shows: whether pictures stand before the prompt, each of which becomes many tokens.
+        replaced: the number of a token that pictures become, in whose place the model has tokens of its own.
         received: of the tokens [rows, tokens] that the encoder receives, those that the model does; default: all but
             the dropped ones.
     """
@@ -25,6 +26,7 @@ class Template(NamedTuple):
     after: str = ""
     dropped: int = 0
     shows: bool = False
+    replaced: int | None = None
     received: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 

@@ -35,6 +35,10 @@ class ModelCall:
             that is denoised and are each row's own.
         attends_to_padding: whether texts end in padding that is attended to, so that of texts of several lengths some
             have tokens that others have not.
+        shown: of reference pictures that stand among the text's tokens and not behind the image's, the first token of
+            each and the one behind its last.
+        keeps_texts: whether text tokens look at no image and are computed once for all steps, so that no edit changes
+            what they become.
         arguments: positional and keyword arguments of the call.
     """
 
@@ -46,6 +50,8 @@ class ModelCall:
     text_lengths: tuple[int, ...] | None = None
     references: int = 0
     attends_to_padding: bool = False
+    shown: tuple[tuple[int, int], ...] = ()
+    keeps_texts: bool = False
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = field(default=((), {}), repr=False)
 
     @property
@@ -87,6 +93,7 @@ class ModelAdapter(ABC):
             "hunyuan_video",
             "krea2",
             "qwen",
+            "qwen21",
             "ltx",
             "lumina2",
             "wan",

@@ -22,6 +22,7 @@ from .ltx import LTXAdapter
 from .lumina2 import Lumina2Adapter
 from .pixart import PixArtAdapter
 from .qwen import QwenImageAdapter
+from .qwen21 import QwenImage21Adapter
 from .sd3 import SD3Adapter
 from .unet import UNetAdapter
 from .wan import WanAdapter
@@ -49,6 +50,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "Lumina2Transformer2DModel": Lumina2Adapter,
     "OvisImageTransformer2DModel": OvisImageAdapter,
     "PixArtTransformer2DModel": PixArtAdapter,
+    "QwenImage21Transformer2DModel": QwenImage21Adapter,
     "QwenImageTransformer2DModel": QwenImageAdapter,
     "SD3Transformer2DModel": SD3Adapter,
     "SkyReelsV2Transformer3DModel": WanAdapter,

@@ -176,10 +176,10 @@ class EncodingHook:
 def encoding_tokenizer(pipe: Any) -> Any:
     """The tokenizer whose tokens a pipeline's cross-attention sees; None where it has none.
 
-    Pipelines with two have one vocabulary in both, and refiners have the second alone. In FLUX.2 [dev] it is part of a
-    processor, which reads pictures too.
+    Pipelines with two have one vocabulary in both, and refiners have the second alone. In FLUX.2 [dev] and Qwen-Image
+    2.1 it is part of a processor, which reads pictures too.
     """
-    for name in ("tokenizer", "tokenizer_2"):
+    for name in ("tokenizer", "tokenizer_2", "processor"):
         found = getattr(pipe, name, None)
         if found is not None:
             return plain_tokenizer(found)
@@ -209,7 +209,8 @@ def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments
             whole = [call[:, dropped:] if received_of is None else received_of(call) for call in begun]
             if part.one_at_a_time:
                 whole = _gathered(whole, length, arguments)
-            own = whole if is_whole else [_without_padding(*call, dropped, length) for call in masked]
+            leaves = None if template is None else template.replaced
+            own = whole if is_whole else [_without_padding(*call, dropped, length, leaves) for call in masked]
             inputs.append(own if part.multiple == 1 else _filled_up(own, part.multiple))
     ends = template is not None and not part.is_padded
     has_quotes = part.quotes is not None and bool(received.tokens.get(part.quotes))
@@ -222,10 +223,15 @@ def _begun(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return tokens if mask is None or mask.shape != tokens.shape else tokens.masked_fill(mask.cumsum(1) == 0, _NONE)
 
 
-def _without_padding(tokens: torch.Tensor, mask: torch.Tensor | None, dropped: int, length: int) -> torch.Tensor:
-    """[rows, tokens of the longest]: those that are no padding, without the first ones, at most ``length``."""
+def _without_padding(
+    tokens: torch.Tensor, mask: torch.Tensor | None, dropped: int, length: int, replaced: int | None
+) -> torch.Tensor:
+    """[rows, tokens of the longest]: those that are no padding, without the first ones, at most ``length``, and without
+    any of the number ``replaced``."""
     keeps = torch.ones_like(tokens) if mask is None else mask
     rows = [row[kept.bool()][dropped:][: length or None] for row, kept in zip(tokens, keeps, strict=True)]
+    if replaced is not None:
+        rows = [row[row != replaced] for row in rows]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_NONE)
 
 

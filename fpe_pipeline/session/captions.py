@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from ..edits import Edit
-from ..edits.joint_products import JointPlan, JointProduct
+from ..edits.joint_products import AnyProduct, JointPlan, JointProduct
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step
 from .instructions import Order
 
-__all__ = ["check_captions", "check_turned", "lengths_asked", "origins_of", "stands_of"]
+__all__ = ["check_captions", "check_turned", "lengths_asked", "origins_of", "products_of_a_run", "stands_of"]
 
 
 def origins_of(order: Order, places: torch.Tensor) -> torch.Tensor | None:
@@ -85,13 +85,27 @@ def check_captions(
     """
     if len(set(lengths)) == 1:
         return
+    for given in products_of_a_run(parts, step, roles):
+        for row, terms in given.items():
+            check_turned([(row, term) for term in terms], lengths, mixes)
+
+
+def products_of_a_run(
+    parts: Iterable[tuple[Edit, Sequence[Site]]], step: Step, roles: BatchRoles
+) -> Iterator[dict[int, Sequence[AnyProduct]]]:
+    """What parts of an edit ask of joint attention at any of a run's steps, as the terms of each row.
+
+    Args:
+        parts: of the edit, each with its sites.
+        step: of a call, of which the schedule's length is taken.
+        roles: of the call's rows.
+    """
     for edit, sites in parts:
         for site in (site for site in sites if site.kind == "joint"):
             for phase in edit.phases(step.total):
                 then = Step(phase.start, step.total)
-                for row, given in edit.products(site, then, roles).items() if edit.active(then) else ():
-                    terms = given if isinstance(given, Sequence) else (given,)
-                    check_turned([(row, term) for term in terms], lengths, mixes)
+                given = edit.products(site, then, roles) if edit.active(then) else {}
+                yield {row: terms if isinstance(terms, Sequence) else (terms,) for row, terms in given.items()}
             break  # the layers of a step are asked the same
 
 

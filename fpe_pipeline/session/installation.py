@@ -23,6 +23,7 @@ from .krea2_processor import EditKrea2Processor
 from .ltx_processor import EditLTXProcessor
 from .lumina2_processor import EditLumina2Processor
 from .processor import SLICED, editing_processor, is_sliced, unsupported_reasons
+from .qwen21_processor import EditQwen21Processor, qwen21_processor
 from .qwen_processor import EditQwenProcessor
 from .record import LayerRecord
 from .wan_processor import EditWanProcessor
@@ -49,6 +50,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "hunyuan_video": (EditHunyuanVideoProcessor, EditHunyuanVideoProcessor.unsupported_reasons),
     "krea2": (EditKrea2Processor, EditKrea2Processor.unsupported_reasons),
     "qwen": (EditQwenProcessor, EditQwenProcessor.unsupported_reasons),
+    "qwen21": (qwen21_processor, EditQwen21Processor.unsupported_reasons),
     "lumina2": (EditLumina2Processor, EditLumina2Processor.unsupported_reasons),
     "ltx": (EditLTXProcessor, EditLTXProcessor.unsupported_reasons),
     "wan": (EditWanProcessor, EditWanProcessor.unsupported_reasons),

@@ -51,6 +51,7 @@ class Order:
         observe: is shown a layer of joint attention and what its image tokens [B, H, N, E] have become.
         text_lengths: for each row, its text tokens before padding in joint attention; None where none is padding.
         references: tokens of reference pictures, which follow the image's.
+        shown: where these stand among the text's tokens instead, the first of each and the one behind its last.
     """
 
     site: Site
@@ -66,6 +67,7 @@ class Order:
     observe: Callable[[JointLayer, torch.Tensor], None] | None = None
     text_lengths: tuple[int, ...] | None = None
     references: int = 0
+    shown: tuple[tuple[int, int], ...] = ()
 
     def lengths(self, tokens: int) -> tuple[int, ...] | None:
         """As `text_lengths`, in a layer of so many text tokens, with the recorded rows after those of the batch."""
@@ -101,6 +103,7 @@ def make_orders(
     recorded: Mapping[str, RecordedLayer] | None = None,
     text_lengths: tuple[int, ...] | None = None,
     references: int = 0,
+    shown: tuple[tuple[int, int], ...] = (),
 ) -> dict[str, Order]:
     """Orders by layer path; layers without one are left to the processor that they had.
 
@@ -111,6 +114,7 @@ def make_orders(
         recorded: by layer path, where the roles have recorded rows.
         text_lengths: of each row's text in joint attention, where some of it is padding.
         references: tokens of reference pictures in joint attention.
+        shown: where they stand among the text's tokens, if they do.
     """
     asked: dict[str, tuple[Site, list[Edit]]] = {}
     for edit, selected in edits:
@@ -138,6 +142,7 @@ def make_orders(
                 observe=wanted.observe if wanted.observed else None,
                 text_lengths=text_lengths,
                 references=references,
+                shown=shown,
             )
     return orders
 

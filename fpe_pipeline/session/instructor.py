@@ -12,9 +12,10 @@ from ..models.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step
-from .captions import check_captions
+from .captions import check_captions, products_of_a_run
 from .device_copies import Place, Placement
 from .instructions import Order, StandingOrders, make_orders
+from .kept_texts import check_kept
 from .known_rows import RecordedLayer
 from .selected_sites import SelectedSites
 
@@ -72,7 +73,7 @@ class Instructor:
             place = Place(self._placement, sample.device, sample.dtype)
             edited = [] if edit is None else [(part, self._computed(part, call)) for part in parts_of(edit)]
             watched = [(watcher, self._computed(watcher, call)) for watcher in watchers]
-            context = (step, roles, self.backend, place, recorded, call.text_lengths, call.references)
+            context = (step, roles, self.backend, place, recorded, call.text_lengths, call.references, call.shown)
             return make_orders(edited, watched, *context)
 
         if watchers or recorded is not None or edit is None:
@@ -83,19 +84,24 @@ class Instructor:
             call.left_out,
             call.text_lengths,
             call.references,
+            call.shown,
             sample.device,
             sample.dtype,
         )
         return self._standing.orders(edit.phase(step), circumstances, made)
 
     def check(self, edit: Edit, call: ModelCall, step: Step, roles: BatchRoles) -> None:
-        """Refuse what the edit would ask of captions of other lengths at any step of the run that begins.
+        """Refuse what the edit would ask of texts at any step of the run that begins.
 
         Raises:
-            ValueError: something that a model whose images are turned by their captions cannot compute.
+            ValueError: something that a model whose images are turned by their captions cannot compute, or one whose
+                texts are computed once.
         """
-        if call.text_lengths is not None:
-            parts = [(part, self._computed(part, call)) for part in parts_of(edit)]
+        parts = [(part, self._computed(part, call)) for part in parts_of(edit)]
+        if call.keeps_texts:
+            for given in products_of_a_run(parts, step, roles):
+                check_kept((row, term) for row, terms in given.items() for term in terms)
+        elif call.text_lengths is not None:
             beside = (self.recorded_lengths.get(half, 0) for half in roles.conditional[roles.batch :])
             check_captions(parts, step, roles, (*call.text_lengths, *beside), not call.attends_to_padding)
 

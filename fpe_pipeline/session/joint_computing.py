@@ -90,6 +90,7 @@ class JointLayer:
             recorded one, what its image's tokens are turned by in common, as complex numbers [rows, D / 2].
         stands: of recorded rows, which of the origins image tokens have that stand in such a row's place, beside its
             text: its own are kept at another.
+        text_asks: whether text tokens look at anything here; where they do not, what they become is not computed.
         seen: [rows, T], of the same rows one for each text token and zero for padding, where padding takes some
             attention: from queries that are no padding e times less than scores give it. None where there is no such
             padding.
@@ -105,6 +106,7 @@ class JointLayer:
     seen: torch.Tensor | None = None
     references_first: bool = False
     stands: Mapping[int, int] = field(default_factory=dict)
+    text_asks: bool = True
 
     @property
     def text_tokens(self) -> tuple[int, int]:
@@ -218,7 +220,7 @@ class JointOutput(NamedTuple):
 
     Args:
         image: [rows, H, N, E].
-        text: [rows, H, T, E]; None where there is no text.
+        text: [rows, H, T, E]; None where there is no text, or none that asks.
         heat: for each row of the columns that were asked, the edited map of its image queries over text keys, times
             them: [H, N, C].
     """
@@ -246,7 +248,7 @@ def evaluate_joint(
     read = dict(enumerate(wide)) | dict(zip(plan.watched, products[of_batch:], strict=True))
     heat = {row: read[row][..., dim : dim + given.shape[-1]] for row, given in columns.items()}
     image = wide[..., :dim] if heat else wide
-    if layer.text is None:
+    if layer.text is None or not layer.text_asks:
         return JointOutput(image, None, heat)
     return JointOutput(
         image, _summed(plan, "text", _text_rows([term for _, term in plan.terms_of("text")], layer)), heat

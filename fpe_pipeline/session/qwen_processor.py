@@ -14,7 +14,7 @@ from .joint_processor import check_joint_input, joint_record, joint_rows, merged
 from .joint_projections import segment_projections
 from .places import Turn
 
-__all__ = ["EditQwenProcessor"]
+__all__ = ["EditQwenProcessor", "qwen_turn"]
 
 
 class EditQwenProcessor(DispatchedAround):
@@ -54,13 +54,13 @@ class EditQwenProcessor(DispatchedAround):
         )
         assert encoder_hidden_states is not None
         turned, text_turned = (None, None) if image_rotary_emb is None else image_rotary_emb
-        own = segment_projections(attn, plan, "text", encoder_hidden_states, _turn(text_turned), added=True)
+        own = segment_projections(attn, plan, "text", encoder_hidden_states, qwen_turn(text_turned), added=True)
         if references:
             shown = None if turned is None else turned[images:]
-            own = segment_projections(attn, plan, "text", reference, _turn(shown)).followed_by(own)
+            own = segment_projections(attn, plan, "text", reference, qwen_turn(shown)).followed_by(own)
         turned = None if turned is None else turned[:images]
         layer = JointLayer(
-            segment_projections(attn, plan, "image", image, _turn(turned)).beside("image", order.recorded),
+            segment_projections(attn, plan, "image", image, qwen_turn(turned)).beside("image", order.recorded),
             own.beside("text", order.recorded, ends=True),
             (attn.inner_dim // attn.heads) ** -0.5,
             order.backend,
@@ -79,6 +79,6 @@ class EditQwenProcessor(DispatchedAround):
         return out, attn.to_add_out(context)
 
 
-def _turn(places: torch.Tensor | None) -> Turn | None:
-    """The rotary embedding of tokens at these places."""
+def qwen_turn(places: torch.Tensor | None) -> Turn | None:
+    """The rotary embedding of tokens at these places, complex [tokens, D / 2], that all rows share."""
     return None if places is None else lambda part, rows: apply_rotary_emb_qwen(part, places, use_real=False)

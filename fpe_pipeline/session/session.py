@@ -354,7 +354,7 @@ class EditingSession:
             self._hooks.check_caller()
             for watcher in self._watchers:
                 watcher.begin()
-            if self.adapter.turns_by_caption:
+            if self.adapter.turns_by_caption or call.keeps_texts:
                 self._instructor.check(self._running, call, step, self._read_roles(call))
         self._clock.note()
         active = self._running.active(step)

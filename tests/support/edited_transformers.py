@@ -86,6 +86,13 @@ class Model:
         before, _, after = (said or f"{pipe.system_prompt} <Prompt Start> {{}}").rpartition("{}")
         return before, after, 0
 
+    def tokenizer(self, pipe: Any) -> Any:
+        return pipe.tokenizer
+
+    def fits(self, size: tuple[int, int]) -> tuple[int, int]:
+        """A size of latents that the model makes, near another."""
+        return size
+
     def texts(self, longest: int) -> int:
         return READ if self.family in ("klein", "flux2") else longest  # that the model receives
 
@@ -243,14 +250,16 @@ def _words(align: Any, image_steps: Any, text_steps: Any) -> Callable[..., Calla
 
 def _p2p(kind: str, align: Any) -> Callable[..., Case]:
     def case(model: Model, pipe: Any, prompts: Any, size: Any) -> Case:
-        edit = PromptToPromptEdit(prompts, pipe.tokenizer, kind, cross_replace_steps=0.6, self_replace_steps=0.25)
+        edit = PromptToPromptEdit(
+            prompts, model.tokenizer(pipe), kind, cross_replace_steps=0.6, self_replace_steps=0.25
+        )
         return Case(edit, _words(align, (0,), (0, 1, 2))(model, pipe, prompts))
 
     return case
 
 
 def _reflex(model: Model, pipe: Any, prompts: Any, size: Any) -> Case:
-    edit = ReFlexEdit(prompts, pipe.tokenizer, text_steps=3, image_steps=2, layers=_all(pipe))
+    edit = ReFlexEdit(prompts, model.tokenizer(pipe), text_steps=3, image_steps=2, layers=_all(pipe))
     return Case(edit, _words(align_refine, (0, 1), (0, 1, 2))(model, pipe, prompts))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fpe_pipeline.prompts.words import TokenizedPrompt, tokenize
+from fpe_pipeline.text_parts import plain_tokenizer
 
 __all__ = ["CLIP", "T5", "columns", "placed"]
 
@@ -42,7 +43,7 @@ def placed(model: Any, pipe: Any, prompts: Any) -> list[list[TokenizedPrompt]]:
         longest = model.texts(max(len(pipe.tokenizer(prompt)["input_ids"]) for prompt in prompts))
         return [[tokenize(prompt, pipe.tokenizer, longest)] for prompt in prompts]
     before, after, dropped = model.template(pipe)
-    tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)  # which a processor has
+    tokenizer = plain_tokenizer(model.tokenizer(pipe))
     rows = [tokenizer(before + prompt + after)["input_ids"][dropped:] for prompt in prompts]
     # A blank at the end of what stands before belongs to the prompt's first token.
     first = len(tokenizer(before.rstrip(" "))["input_ids"]) - dropped

@@ -26,6 +26,7 @@ from tests.support.tiny_hunyuan_guided import HUNYUAN_IMAGE, HUNYUAN_VIDEO15
 from tests.support.tiny_hunyuan_video import draw_hunyuan_video, tiny_hunyuan_video_pipeline
 from tests.support.tiny_krea2 import KREA2
 from tests.support.tiny_lumina import draw_lumina, tiny_lumina_pipeline
+from tests.support.tiny_qwen21 import draw_qwen21, tiny_qwen21_pipeline
 from tests.support.tiny_transformers import (
     draw,
     draw_flux,
@@ -54,6 +55,11 @@ MODELS = {
     "ltx": (tiny_ltx_pipeline, draw_ltx),
     "hunyuan": (tiny_hunyuan_pipeline, draw_hunyuan),
     "lumina": (lambda pipe, dtype: tiny_lumina_pipeline(dtype), draw_lumina),
+    # Without guidance, as is its default: the model reads a layout token by token, which is long to compile.
+    "qwen 2.1": (
+        tiny_qwen21_pipeline,
+        lambda pipe, **options: draw_qwen21(pipe, PROMPTS, steps=2, guidance=1.0, **options),
+    ),
 }
 _NEWER = {
     **KIN,
