@@ -20,6 +20,7 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    PixArtAlphaPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
 )
@@ -34,6 +35,7 @@ from fpe_pipeline.unet_editing import UNetEditing
 from tests.support.free_prompt_pipelines import free_prompt_xl_pipeline
 from tests.support.golden_cases import load_pipeline
 from tests.support.tiny_pipelines import tiny_pipeline
+from tests.support.tiny_pixart import tiny_pixart_pipeline
 from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +147,15 @@ def flux_stand_in(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def pixart_stand_in(tmp_path_factory):
+    """A folder of a model as PixArt is, of three blocks."""
+    folder = tmp_path_factory.mktemp("models") / "pixart"
+    tiny = tiny_pixart_pipeline(load_pipeline(), "alpha", torch.float32, sample_size=16, use_additional_conditions=True)
+    tiny.save_pretrained(folder)
+    return folder
+
+
 def of_few_steps(method):
     """A method of a pipeline, whose own number of steps is small."""
 
@@ -158,7 +169,7 @@ def of_few_steps(method):
 
 
 @pytest.fixture
-def workplace(stand_in, xl_stand_in, transformer_stand_in, flux_stand_in, tmp_path, monkeypatch):
+def workplace(stand_in, xl_stand_in, transformer_stand_in, flux_stand_in, pixart_stand_in, tmp_path, monkeypatch):
     """A folder with photos and a list of edits, on a machine with a hub and a GPU, as documents assume."""
     load, move = DiffusionPipeline.from_pretrained.__func__, DiffusionPipeline.to
     look = DiffusionPipeline.load_config.__func__
@@ -168,6 +179,7 @@ def workplace(stand_in, xl_stand_in, transformer_stand_in, flux_stand_in, tmp_pa
         if not isinstance(name, str) or name.count("/") != 1 or Path(name).exists():
             return name
         known = {StableDiffusion3Pipeline: transformer_stand_in, FluxPipeline: flux_stand_in}
+        known[PixArtAlphaPipeline] = pixart_stand_in
         unet = xl_stand_in if "-xl-" in name else stand_in
         return next((folder for parent, folder in known.items() if issubclass(kind, parent)), unet)
 
