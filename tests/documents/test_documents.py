@@ -151,7 +151,9 @@ def flux_stand_in(tmp_path_factory):
 def pixart_stand_in(tmp_path_factory):
     """A folder of a model as PixArt is, of three blocks."""
     folder = tmp_path_factory.mktemp("models") / "pixart"
-    tiny = tiny_pixart_pipeline(load_pipeline(), "alpha", torch.float32, sample_size=16, use_additional_conditions=True)
+    tiny = tiny_pixart_pipeline(
+        load_pipeline(), "alpha", torch.float32, sample_size=16, use_additional_conditions=False
+    )
     tiny.save_pretrained(folder)
     return folder
 

@@ -21,6 +21,7 @@ from fpe_pipeline import (
     editing,
 )
 from fpe_pipeline.inversion.trajectory import encode_image
+from tests.support.slow_cases import few
 from tests.support.tiny_pixart import dense_pixart, source_maps, tiny_pixart_pipeline
 
 EXACT = 1e-9
@@ -243,7 +244,7 @@ class TestRecorded:
     @pytest.mark.parametrize(
         "edit", [FreePromptEdit(0.8), MasaCtrlEdit(1, start_layer=1)], ids=lambda edit: type(edit).__name__
     )
-    @pytest.mark.parametrize("guidance", [4.5, 1.0])
+    @pytest.mark.parametrize("guidance", few({"guided": 4.5, "unguided": 1.0}, "guided"))
     def test_a_replay_is_the_full_run(self, tiny, edit, guidance):
         told = {"num_inference_steps": STEPS, "guidance_scale": guidance, "latents": start()}
         recording = tiny.record(SOURCE, edit=edit, **told)

@@ -25,9 +25,7 @@ QUOTED = ['a photo of a red car, "winter"', "a big dog", 'a drawing of a red hou
 SIZE = (2, 4)
 NAMES = [name for name in EDITS if name != "KV-Edit"]  # whose reference pastes tokens of 2 × 2 latents
 ALWAYS = {
-    ("HunyuanVideo 1.5", "FPE"),
     ("HunyuanVideo 1.5", "Prompt-to-Prompt, refined"),
-    ("HunyuanImage", "ConsistEdit, a mask"),
     ("HunyuanImage", "ReFlex"),
 }
 CASES = [

@@ -320,7 +320,7 @@ class TestRefusals:
         )
 
     def test_conveniences(self, qwen):
-        with pytest.raises(TypeError, match=r"are for Stable Diffusion 3, .* got QwenImage21Pipeline"):
+        with pytest.raises(TypeError, match=r"are for PixArt, Stable Diffusion 3, .* got QwenImage21Pipeline"):
             FreePromptPipeline.from_pipe(qwen)
 
     def test_words_of_embeddings(self, qwen):
