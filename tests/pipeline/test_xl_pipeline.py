@@ -160,6 +160,7 @@ class TestGenerated:
         with pytest.raises(ValueError, match=r"receive other words, .*one prompt for both \(leave prompt_2 out\)"):
             tiny(SOURCE, TARGET, edit=edit, prompt_2=["ducks", "of rubber ducks"], latents=start(), **FAST)
 
+    @pytest.mark.slow
     def test_image_prompts_and_adapters_of_weights(self, pipe):
         """IP-Adapter's of two images, and a LoRA of the UNet: as diffusers' own pipeline takes them."""
         tiny = free_prompt_xl_pipeline(pipe, torch.float32)
@@ -208,6 +209,7 @@ class TestRealImages:
         assert torch.equal(made[0], other[0])  # the source is the picture
         assert distance(made[1], other[1]) > 1e-4
 
+    @pytest.mark.slow
     def test_null_text_comes_closer_to_the_picture(self, tiny, photo):
         inversion = inverted(tiny, photo, NullText(inner_steps=6))
         optimised = tiny(inversion=inversion, guidance_scale=7.5, output_type="latent").images

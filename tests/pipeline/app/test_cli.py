@@ -99,6 +99,7 @@ class TestEdit:
         assert (settings.guidance, settings.backend) == (1.0, "reference")
         assert Image.open(tmp_path / "target-1.png").size == (80, 48)
 
+    @pytest.mark.slow
     def test_a_second_run_replaces_the_first(self, edit, made, tmp_path):
         first = (made / "target-1.png").read_bytes()
         assert cli.main([*edit, "--seed", "1", "-o", str(tmp_path)]) == 0
@@ -140,6 +141,7 @@ class TestFromRecord:
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
         assert threads_for(model, device) is None
 
+    @pytest.mark.slow
     def test_threads_of_the_record(self, made, tmp_path):
         record = json.loads((made / "run.json").read_text())
         before = torch.get_num_threads()

@@ -47,6 +47,7 @@ def test_a_picture_is_edited_and_its_record_repeats_it(folder, tmp_path, capsys)
     assert "bit for bit" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_photo_and_its_recording(folder, photo, tmp_path):
     model = ["--model", folder, "--steps", 3]
     sources = [

@@ -64,6 +64,7 @@ def test_a_picture_of_a_prompt(options, model, tmp_path, capsys):
     assert reds[0].shape == reds[1].shape and (reds[0] != reds[1]).any()
 
 
+@pytest.mark.slow
 def test_pictures_of_an_earlier_run(made, tmp_path, capsys):
     arguments = ["heatmap", "--from", str(made / "target-2.png"), "--word", "car", "--word", "boat", "--quiet"]
     assert cli.main([*arguments, "--json", "-o", str(tmp_path)]) == 0

@@ -51,6 +51,7 @@ def test_files_and_how_exactly_the_picture_comes_back(inverted):
     assert Recording.load(inverted / "recording").prompt == SOURCE
 
 
+@pytest.mark.slow
 def test_edits_from_it_are_those_of_the_picture(inverted, photo, options, tmp_path, monkeypatch):
     moved = tmp_path / "moved"
     shutil.copytree(inverted, moved)

@@ -220,6 +220,7 @@ def denoised(pipe, inversion, prompt=PROMPTS[0], **options):
 
 
 @pytest.mark.parametrize("family", few(FAMILIES, "sd3"))
+@pytest.mark.slow
 def test_second_order_follows_the_image_better(pipes, photo, family):
     """At as many steps, there and back.
 

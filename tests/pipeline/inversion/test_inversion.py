@@ -57,6 +57,7 @@ def test_a_step_back_undoes_a_step(prediction, spacing):
         assert distance(scheduler.step(again, timestep, noisier).prev_sample, sample) <= 1e-5
 
 
+@pytest.mark.slow
 def test_what_an_inversion_holds(tiny, inversions):
     for method, inversion in inversions.items():
         assert inversion.method == method

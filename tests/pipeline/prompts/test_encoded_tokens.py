@@ -58,6 +58,7 @@ def test_heat_beside_two_of_them(toys):
     assert heat_error(toys, prompt, ["<toy>", "<cat-toy>", "beach"], texts) < 1e-5
 
 
+@pytest.mark.slow
 def test_alignment_beside_a_token_of_several_vectors(toys):
     """The prompts as users write them and with all vectors written out make one edit, of either call."""
     prompts = [TOY, "a photo of a <toy> on the red beach"]

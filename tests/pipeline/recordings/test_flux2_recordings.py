@@ -109,6 +109,7 @@ def test_guidance_by_solvers_that_call_the_model_within_a_step(pipes, solver):
         solving(tiny, "euler")
 
 
+@pytest.mark.slow
 def test_of_a_real_image(pipes):
     """The source is the image's own trajectory; a replay starts from its noise."""
     tiny, photo = pipes["klein"], torch.rand(3, 48, 80, generator=torch.Generator().manual_seed(3))
@@ -132,6 +133,7 @@ def test_what_is_kept(pipes, model):
     tiny.record(SOURCE, edit=edit, budget_bytes=recording.nbytes, **run(model))
 
 
+@pytest.mark.slow
 def test_a_guidance_for_each_target(pipes):
     tiny, scales = pipes["dev"], [1.0, 5.0]
     recording = tiny.record(SOURCE, self_replace_steps=1 / 3, **run("dev"))

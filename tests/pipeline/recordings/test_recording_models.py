@@ -33,6 +33,7 @@ def refused(tiny, recorded):
 
 
 class TestSwitches:
+    @pytest.mark.slow
     def test_adapters(self, pipe, tiny):
         peft = pytest.importorskip("peft")
         donor = tiny_pipeline(pipe)

@@ -41,6 +41,7 @@ def test_several_images_a_prompt(pipe, kind, guidance):
     torch.testing.assert_close(together, torch.stack([one[0], two[0], one[1], two[1]]), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_images_with_sources_of_their_own(pipe):
     prompts = [SOURCE, TARGET, "a photo of a green house in the snow", "a photo of a green house in the desert"]
 

@@ -65,6 +65,7 @@ def test_heat(pipe):
     torch.testing.assert_close(torch.tensor(maps.word("car")), right, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_heat_of_several_prompts_and_images(pipe):
     """Against runs that keep the unconditional rows to the end, where rows never move."""
     read = []
@@ -77,6 +78,7 @@ def test_heat_of_several_prompts_and_images(pipe):
         torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_components(pipe):
     read = []
     for cut in (True, False):

@@ -102,6 +102,7 @@ def test_without_guidance(pipes, name):
         pipe.guider = before
 
 
+@pytest.mark.slow
 def test_guided_as_pictures_are(pipes):
     """By what its authors guide by, which calls the model as plain guidance does."""
     pipe, model = pipes["HunyuanImage"], HUNYUAN_IMAGE

@@ -181,6 +181,7 @@ def another_photo(tmp_path):
     return str(path)
 
 
+@pytest.mark.slow
 def test_looking_inside_shows_the_photo_of_the_result_after_another_was_dropped(
     desk, visitor, values, photo, another_photo
 ):
