@@ -7,6 +7,7 @@ padded on the left, to a multiple of 16 tokens. CogView 3 Plus guides in one cal
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..text_parts import TextPart
@@ -19,10 +20,7 @@ from .transformer import TransformerAdapter
 __all__ = ["CogView3PlusAdapter", "CogView4Adapter"]
 
 
-class CogView3PlusAdapter(TransformerAdapter):
-    """diffusers' ``CogView3PlusTransformer2DModel``."""
-
-    family = "cogvideox"
+class _OnePictureAdapter(TransformerAdapter):
     text_parts = (TextPart("tokenizer", ("text_encoder",)),)
 
     def find_sites(self) -> tuple[Site, ...]:
@@ -34,16 +32,16 @@ class CogView3PlusAdapter(TransformerAdapter):
         return ModelCall(sample, given["timestep"], sample.shape[-2:], arguments=(args, kwargs))
 
 
-class CogView4Adapter(NamedCallsAdapter):
+class CogView3PlusAdapter(_OnePictureAdapter):
+    """diffusers' ``CogView3PlusTransformer2DModel``."""
+
+    family = "cogvideox"
+
+
+class CogView4Adapter(NamedCallsAdapter, _OnePictureAdapter):
     """diffusers' ``CogView4Transformer2DModel``."""
 
     family = "cogview4"
-    text_parts = (TextPart("tokenizer", ("text_encoder",)),)
-
-    def find_sites(self) -> tuple[Site, ...]:
-        return blocks_of_one_stream(self.module)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        given = self.named(args, kwargs)
-        sample = given["hidden_states"]
-        return ModelCall(sample, given["timestep"], sample.shape[-2:], half=self._half(), arguments=(args, kwargs))
+        return replace(super().read(args, kwargs), half=self._half())
