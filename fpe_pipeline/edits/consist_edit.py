@@ -12,7 +12,7 @@ from ..models.steps import Step, StepWindow
 from .base import Windows, check_compat
 from .joint_attention import MaskedJointEdit
 from .joint_products import JointProduct, SegmentRows
-from .selection import unit_number
+from .selection import truth_value, unit_number
 
 __all__ = ["ConsistEdit"]
 
@@ -54,7 +54,8 @@ class ConsistEdit(MaskedJointEdit):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_compat(self.compat)
-        self._normalise(alpha=unit_number(self.alpha, "alpha"))
+        both = truth_value(self.both_halves, "both_halves")
+        self._normalise(alpha=unit_number(self.alpha, "alpha"), both_halves=both)
 
     def active(self, step: Step) -> bool:
         return self.mask is not None or self._in_window(step, 1)

@@ -14,7 +14,7 @@ from .base import Windows, check_compat
 from .joint_products import JointProduct, SegmentRows
 from .masks import MaskImage, RunningWordMask, Shares, Strength, WordMask
 from .products import Product
-from .selection import LayerSelection
+from .selection import LayerSelection, truth_value
 from .self_attention import SelfAttentionEdit
 from .watchers import Watcher
 
@@ -73,7 +73,8 @@ class FreePromptEdit(SelfAttentionEdit):
         if self.scope not in (None, "image", "joint"):
             raise ValueError(f'expected scope to be "image" or "joint", got {self.scope!r}')
         window, strength = StepWindow.parse(self.self_replace_steps), Strength.parse(self.strength)
-        self._normalise(self_replace_steps=window, strength=strength)
+        both = truth_value(self.both_halves, "both_halves")
+        self._normalise(self_replace_steps=window, strength=strength, both_halves=both)
         if self.mask is not None and not isinstance(self.mask, MaskImage | WordMask | RunningWordMask):
             self._normalise(mask=MaskImage(self.mask))
 

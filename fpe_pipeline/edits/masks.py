@@ -18,7 +18,7 @@ from ..models.steps import Step, StepWindow
 from ..prompts.encoding import Encoding
 from ..prompts.joint_text import encoded_prompts
 from ..prompts.words import tokenize
-from .selection import LayerSelection, unit_number, whole_numbers
+from .selection import LayerSelection, truth_value, unit_number, whole_numbers
 from .watchers import HeatCollector, resize_maps
 
 __all__ = ["MaskImage", "Strength", "WordMask", "blended_sites", "text_sites"]
@@ -171,6 +171,7 @@ class WordMask:
             unit_number(self.threshold, "threshold")
         if self.levels is not None:
             object.__setattr__(self, "levels", whole_numbers("levels", self.levels))
+        object.__setattr__(self, "invert", truth_value(self.invert, "invert"))
         tokenize(self.prompt, self.tokenizer).find(self.word)
 
     def begin(self) -> RunningWordMask:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..models.sites import Kind, Site, describe_sites
 
-__all__ = ["LayerSelection", "refuse_transformer", "unit_number", "whole_numbers"]
+__all__ = ["LayerSelection", "refuse_transformer", "truth_value", "unit_number", "whole_numbers"]
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,15 @@ def unit_number(value: Any, name: str) -> float:
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"expected {name} to be a number in [0, 1], got {value!r}")
     return number
+
+
+def truth_value(value: Any, name: str) -> bool:
+    """True or False, also NumPy's or PyTorch's; ValueError for anything else, such as a text, which would count as
+    True."""
+    stored = value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+    if not isinstance(stored, bool):
+        raise ValueError(f"expected {name} to be True or False, got {value!r}")
+    return stored
 
 
 def _layer_names(layers: Any) -> tuple[str | int, ...]:

@@ -12,6 +12,7 @@ from ..models.sites import Site
 from ..models.steps import Step, StepWindow
 from .base import Windows
 from .products import Product
+from .selection import truth_value
 from .self_attention import SelfAttentionEdit
 
 __all__ = ["StyleAlignedEdit"]
@@ -43,7 +44,8 @@ class StyleAlignedEdit(SelfAttentionEdit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._normalise(steps=StepWindow.parse(self.steps))
+        normalise = truth_value(self.normalise, "normalise")
+        self._normalise(steps=StepWindow.parse(self.steps), normalise=normalise)
         if not isfinite(self.shared_score_shift):
             raise ValueError(f"expected shared_score_shift to be a finite number, got {self.shared_score_shift}")
 
