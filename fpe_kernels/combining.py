@@ -183,7 +183,10 @@ def stack(maps: Sequence[LinearMap]) -> LinearMap:
 
 
 def check_maps(name: str, maps: Sequence[object]) -> None:
-    """Refuse an empty list, and what is no map."""
+    """Refuse what is no list of maps, an empty one, and what is no map."""
+    # A map is a sequence of its batch rows: taken for one of maps, its rows would be put together.
+    if isinstance(maps, LinearMap) or not isinstance(maps, Sequence):
+        raise TypeError(f"{name} takes a list of maps, got {type(maps).__name__}: write {name}([first, second]).")
     if not maps:
         raise ValueError(f"{name}([]) has no map; pass at least one.")
     for candidate in maps:

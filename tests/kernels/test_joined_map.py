@@ -209,6 +209,14 @@ def test_joined_maps_compile_into_one_graph_with_gradients(backend) -> None:
 TEXT, IMAGE, VALUE = parts()
 REFUSED = {
     "no maps to join": (lambda: join([]), ValueError, r"join\(\[\]\) has no map"),
+    "a map, whose rows are maps": (
+        lambda: join(TEXT),
+        TypeError,
+        r"join takes a list of maps, got AttentionMap: ",
+    ),
+    "a map beside nothing": (lambda: beside(TEXT), TypeError, r"beside takes a list of maps, got AttentionMap"),
+    "a map on nothing": (lambda: stack(TEXT), TypeError, r"stack takes a list of maps, got AttentionMap"),
+    "maps one by one": (lambda: concatenate(iter([TEXT])), TypeError, r"concatenate takes a list of maps, got list_it"),
     "a tensor to join": (lambda: join([TEXT, VALUE]), TypeError, r"join takes maps .*got Tensor"),
     "other batch rows": (lambda: join([TEXT, IMAGE]), ValueError, r"agree in \[B, H, N\]: got \[3, .*A\.take\(index\)"),
     "other queries": (lambda: join([TEXT, TEXT.queries(1, 3)]), ValueError, r"agree in \[B, H, N\].*A\.queries"),
