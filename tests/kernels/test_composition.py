@@ -59,7 +59,6 @@ def test_gradients_of_edits(name: str, backend_name: str) -> None:
 
 
 @pytest.mark.parametrize("backend_name", ["reference", "torch"])
-@pytest.mark.slow
 def test_combinations_compile_into_one_graph_with_gradients(backend_name: str) -> None:
     t = Tensors.make(torch.float64)
     leaves = [t.q_src, t.k_src, t.q_tgt, t.k_tgt, t.v_tgt, t.mask]

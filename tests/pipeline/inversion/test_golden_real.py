@@ -61,7 +61,6 @@ def inversions(fpe):
 
 
 @pytest.mark.parametrize("name", REAL)
-@pytest.mark.slow
 def test_inverted_latents(inversions, name):
     case = load_case(name)
     assert list(reversed(inversions[name].schedule.timesteps)) == case.settings["inversion_timesteps"]
