@@ -58,6 +58,7 @@ def test_gradients_of_edits(name: str, backend_name: str) -> None:
             assert_within_budget(grad, exact, exact, torch.float64, magnitude, scores=100.0, name=field)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend_name", ["reference", "torch"])
 def test_combinations_compile_into_one_graph_with_gradients(backend_name: str) -> None:
     t = Tensors.make(torch.float64)

@@ -222,6 +222,7 @@ class TestRealImages:
         free = tiny(SOURCE, latents=inversion.noise, guidance_scale=1.0, **FAST).images[0]
         assert distance(guided, free) <= 1e-7
 
+    @pytest.mark.slow
     def test_it_is_kept_in_a_file(self, tiny, photo, tmp_path):
         inversion = inverted(tiny, photo, quick("null-text"))
         loaded = Inversion.load(inversion.save(tmp_path / "photo.safetensors"))
@@ -243,6 +244,7 @@ class TestRealImages:
         assert half.vae.dtype == torch.float16 and inversion.latents.dtype == torch.float16
         assert pictures[0].size == (32, 24)
 
+    @pytest.mark.slow
     def test_latents_by_the_autoencoders_moments(self, tiny, photo):
         """As Playground 2.5's: what diffusers' loop decodes is what was encoded."""
         plain = inverted(tiny, photo)

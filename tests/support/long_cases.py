@@ -1,9 +1,9 @@
-"""Cases that `make test` leaves to `make test-all`: of a test with many, the longer three quarters.
+"""Cases that `make test` leaves to `make test-all`: of a test with many, the longer five sixths.
 
     python -m pytest -m "not slow and not gpu" --durations=0 -vv > durations.txt
     python -m tests.support.long_cases durations.txt
 
-writes the list anew from what was measured, on top of the marks in the tests. At least a quarter of every test's cases
+writes the list anew from what was measured, on top of the marks in the tests. At least a sixth of every test's cases
 stay, so that nothing is left to the long run alone; where backends are cases, so does the one that is interpreted.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 LIST = Path(__file__).with_name("long_cases.txt")
 LEAST = 0.1  # seconds, below which a case is worth running whatever others do
-SHARE = 4  # of so many cases one stays
+SHARE = 6  # of so many cases one stays
 #: Of which no case says what another does: each is a document, a script or a machine.
 APART = ("tests/documents/", "tests/integrations/")
 _TIME = re.compile(r"([\d.]+)s (?:call|setup|teardown)\s+(\S+?::.*)")

@@ -33,6 +33,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_a_thread_inside_computes_alone_and_others_keep_their_number() -> None:
     out = in_two_threads(
         "import torch, threading\n"
@@ -215,6 +216,7 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     assert out == "0\n"
 
 
+@pytest.mark.slow
 def test_a_forked_process_does_not_wait_for_the_openmp_threads_of_its_parent() -> None:
     out = in_two_threads(
         "import os, signal\n"

@@ -187,6 +187,7 @@ class TestFromRecord:
         assert f"target-1.png (how far is not known: {tmp_path / 'target-1.png'} cannot be read)" in error
         assert "source.png" not in error
 
+    @pytest.mark.slow
     def test_another_model_is_refused_unless_asked_for(self, made, model, tmp_path, capsys):
         record = json.loads((made / "run.json").read_text())
         record["model"]["identity_sha256"] = "0" * 64

@@ -43,6 +43,7 @@ def test_any_picture_repeats_the_run_to_the_bit(made, name, tmp_path, capsys):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_options_beside_a_picture_replace_its_settings(made, tmp_path):
     arguments = ["edit", "--from", str(made / "target-1.png"), "--self-replace", "0.3", "--quiet"]
     assert cli.main([*arguments, "-o", str(tmp_path)]) == 0

@@ -118,6 +118,7 @@ def test_an_error_of_size_speaks_of_what_was_passed(asked, named, unnamed):
     assert unnamed not in str(caught.value).split("got")[1]
 
 
+@pytest.mark.slow
 def test_a_size_at_which_layers_are_large_needs_no_choice_of_layers(tmp_path, capfd):
     """At 160 x 160 pixels the embedded model's largest layers have 1600 tokens, above the limit that the user did not
     set."""

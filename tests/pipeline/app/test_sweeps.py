@@ -78,6 +78,7 @@ def test_two_axes_on_the_command_line(model, tmp_path, capsys, monkeypatch):
     assert sheet.width > 2 * 128 and sheet.height > 2 * 128
 
 
+@pytest.mark.slow
 def test_true_and_false_are_what_an_option_takes_them_for(one, tmp_path):
     one = [*one, "--method", "style-aligned"]
     assert cli.main([*one, "--sweep", "normalise=false,true", "-o", str(tmp_path / "all")]) == 0
@@ -87,6 +88,7 @@ def test_true_and_false_are_what_an_option_takes_them_for(one, tmp_path):
     assert distance(first, alone).levels <= 1 < distance(first, second).levels
 
 
+@pytest.mark.slow
 def test_values_that_are_paths_or_written_alike_stay_in_the_folder(one, tmp_path):
     (tmp_path / "masks").mkdir()
     for name, left in (("a", 0), ("b", 32)):

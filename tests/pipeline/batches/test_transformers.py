@@ -33,6 +33,7 @@ def small(monkeypatch):
     make_flux_small(monkeypatch)
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_single_edits(transformer, family, tmp_path, monkeypatch):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "photo.png")
     rows = [{"name": colour, "source": SOURCE, "target": SOURCE.replace("red", colour)} for colour in COLOURS]

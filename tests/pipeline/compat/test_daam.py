@@ -66,6 +66,7 @@ def test_is_what_daam_computes(pipes, name, no_whole_maps, monkeypatch):
     assert misses(tc, latents, case)["global"] > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planted", ["the unconditional half", "means over steps"])
 def test_another_reading_is_seen(pipes, planted, monkeypatch):
     name = "daam_sd15"

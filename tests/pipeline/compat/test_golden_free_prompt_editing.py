@@ -75,6 +75,7 @@ def check(original, name, kind=SelfAttentionControlEdit, compat=None):
         compare(case, "image", images[-len(expected) :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few(CASES, "fpe_fake_2p_sr04"))
 def test_both_copies(original, name):
     check(original, name)

@@ -80,6 +80,7 @@ def test_a_wrong_variant_is_seen(pipe, case, inverted, wrong):
         compare(case, "latents", edited(pipe, case, inverted, **wrong), SHARE)
 
 
+@pytest.mark.slow
 def test_other_self_thresholds_are_seen(pipe, case, inverted, monkeypatch):
     monkeypatch.setattr(pnp_inversion, "SELF_TOKENS", 8**2)
     with pytest.raises(AssertionError, match="of its tolerance"):

@@ -72,6 +72,7 @@ class DropColumns(AttentionStore):
         return attn
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::fpe_pipeline.compat.lazy.MapNumbersWarning")
 def test_the_store(pipe):
     check(pipe, "p2p_store", AttentionStore())

@@ -238,6 +238,7 @@ class DenseEverything(Counting):
         return maps
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::fpe_pipeline.compat.lazy.MapNumbersWarning")
 def test_a_users_own(eight_heads, embedded_words):
     close(*both(eight_heads, Everything(), DenseEverything(PROMPTS), embedded_words(PROMPTS)))

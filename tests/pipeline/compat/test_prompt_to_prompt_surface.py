@@ -100,6 +100,7 @@ def test_the_original_runs_on_from_where_it_was_and_stays(pipe):
     assert unedited(pipe.unet)
 
 
+@pytest.mark.slow
 def test_halves_one_after_the_other_are_halves_together(pipe):
     together = run(pipe, AttentionReplace(PROMPTS, 2, 1.0, 0.5))
     apart = run(pipe, AttentionReplace(PROMPTS, 2, 1.0, 0.5), low_resource=True)
@@ -207,6 +208,7 @@ def test_maps_asked_for_before_or_after_their_steps(pipe):
         aggregate_attention(store, 16, ("up",), True, 0)
 
 
+@pytest.mark.slow
 def test_what_is_held_is_never_more_than_the_matrix(pipe):
     store = AttentionStore()
     kinds = set()
@@ -300,6 +302,7 @@ def test_null_text_inversion(pipe):
     assert np.array_equal(image, source_image().numpy()) and back.shape == image.shape
 
 
+@pytest.mark.slow
 def test_embeddings_of_an_inversion_in_half_precision(pipe):
     """They are optimised in float32, whatever the model computes in."""
     half = type(pipe)(**copy.deepcopy(pipe.components)).to(torch.bfloat16)

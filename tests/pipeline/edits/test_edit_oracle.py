@@ -222,6 +222,7 @@ def memory(site, step, roles, layer: DenseLayer):
     return out
 
 
+@pytest.mark.slow
 def test_an_equation_of_ones_own():
     check_edit(Memory())
     check = check_edit(Memory(), expected=memory, targets=2, steps=4)

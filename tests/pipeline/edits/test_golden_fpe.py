@@ -84,6 +84,7 @@ def test_latents(golden_run, name, backend):
         assert distance(torch.stack(run.latents), case.tensors["out.trajectory"]) <= case.atol("trajectory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_report_is_the_window(golden_run, name):
     case = load_case(name)

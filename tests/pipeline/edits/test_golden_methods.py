@@ -71,6 +71,7 @@ def test_local_blend(pipe):
     check(case, trajectory)
 
 
+@pytest.mark.slow
 def test_replaced_steps_are_the_originals(pipe):
     case = load_case("p2p_replace")
     _, session = run(pipe, case, edit_of(case, pipe.tokenizer))

@@ -58,6 +58,7 @@ class TestConsistEdit:
         case = load_dropin("consistedit_sd3")
         assert miss(case, drawn(sd3, case, wrong)) > 20
 
+    @pytest.mark.slow
     def test_flux_counts_steps_twice_in_the_original(self, flux):
         case = load_dropin("consistedit_flux")
         assert miss(case, drawn(flux, case, ConsistEdit(case.settings["alpha"], compat="original"))) <= 1

@@ -268,6 +268,7 @@ def test_a_run_says_whose_edit_it_was_and_is_repeated(place, capsys):
     assert cli.main([*again, "--method", LATE, "--steps", "1", "--option", "first=0"]) == 0
 
 
+@pytest.mark.slow
 def test_a_record_whose_class_is_gone(place, capsys, monkeypatch, tmp_path_factory):
     assert command(place / "out", "--method", LATE, "--option", "first=1") == 0
     for name in ("others.edits", "others"):

@@ -48,6 +48,7 @@ def by_command(name, folder, *more):
 QUICK = ("masactrl",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in methods_of("unet")]
 )

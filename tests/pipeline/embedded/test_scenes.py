@@ -74,6 +74,7 @@ class TestScenes:
         with pytest.raises(ValueError, match="choose another folder"):
             render_cache(tmp_path / "a", 3, 32, seed=6)
 
+    @pytest.mark.slow
     def test_workers_draw_the_same_scenes_and_say_how_far_they_are(self, tmp_path):
         count = 300  # more than one process is started for
         alone = render_cache(tmp_path / "a", count, 16, seed=5)

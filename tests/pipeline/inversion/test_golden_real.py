@@ -60,6 +60,7 @@ def inversions(fpe):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_inverted_latents(inversions, name):
     case = load_case(name)

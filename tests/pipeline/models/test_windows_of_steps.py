@@ -57,6 +57,7 @@ def run(pipe, edit, steps=10):
             hook.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # diffusers' KDPM2 with NumPy 2
 @pytest.mark.parametrize("share", [0.3, pytest.param(0.8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(

@@ -47,11 +47,13 @@ def heat_error(pipe, prompt, words, texts, **options):
     return max(error.abs().max().item() for error in errors)
 
 
+@pytest.mark.slow
 def test_heat_around_a_token_of_several_vectors(toys):
     texts = [["photo</w>"], ["<toy>", "<toy>_1", "<toy>_2"], ["beach</w>"]]
     assert heat_error(toys, TOY, ["photo", "<toy>", "beach"], texts) < 1e-5
 
 
+@pytest.mark.slow
 def test_heat_beside_two_of_them(toys):
     prompt = "a <toy> and a <cat-toy> and a <toy> on the beach"
     texts = [["<toy>", "<toy>_1", "<toy>_2"], ["<cat-toy>"], ["beach</w>"]]

@@ -203,6 +203,7 @@ def test_weights_are_read_a_piece_at_a_time(tmp_path):
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["scheduler/scheduler_config.json", "tokenizer/vocab.json"])
 def test_scores_of_a_model_set_up_otherwise_are_not_continued(tmp_path, monkeypatch, changed):
     """Another scheduler or vocabulary with the same weights draws other pictures."""

@@ -106,6 +106,7 @@ def test_targets_on_flux_have_a_guidance_of_their_own(pipes, scales):
         tiny.edit(recording, [TARGET, OTHER], guidance_scale=[1.0, 2.0, 3.0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", few(SOLVERS, "euler"))
 @pytest.mark.parametrize("edit", few(EDITS, "both halves"))
 def test_negative_prompts_on_flux(pipes, edit, solver, tmp_path):

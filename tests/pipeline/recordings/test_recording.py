@@ -206,6 +206,7 @@ class TestBudget:
             tiny.record(SOURCE, budget_bytes=1000, placement=tmp_path / "r", **RUN)
         assert not (tmp_path / "r").exists()
 
+    @pytest.mark.slow
     def test_everything_counts(self, tiny):
         """Latents and a null-text inversion's embeddings too."""
         photo = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))

@@ -86,6 +86,7 @@ class TestSameModel:
         tiny.unfuse_qkv_projections(vae=False)
         assert torch.equal(edited(tiny, recorded), expected)
 
+    @pytest.mark.slow
     def test_sequential_offloading(self, tiny):
         """As ``enable_sequential_cpu_offload``: a weight is nowhere but while its own module runs."""
         accelerate = pytest.importorskip("accelerate")

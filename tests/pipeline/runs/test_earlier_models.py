@@ -53,6 +53,7 @@ class TestRuns:
         assert made["model"]["identity_sha256"] == before["model"]["identity_sha256"]
         assert made["settings"] == before["settings"] | {"model": "embedded-80"}
 
+    @pytest.mark.slow
     def test_what_is_made_with_it_by_name_repeats_too(self, tmp_path, capsys):
         options = ["--source", SOURCE, "--target", TARGET, "--steps", "1", "--no-control", "--model", "embedded-80"]
         assert cli.main(["edit", *options, "--quiet", "-o", str(tmp_path / "a")]) == 0
@@ -61,6 +62,7 @@ class TestRuns:
         assert again(tmp_path / "a" / "run.json", tmp_path / "b") == 0
         assert "bit for bit" in capsys.readouterr().err
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
         [pytest.param(["--dtype", "bfloat16"], marks=pytest.mark.slow), ["--device", "cpu"], ["--guidance", "3"]],

@@ -55,6 +55,7 @@ def test_several_images_with_sources_of_their_own(pipe):
     torch.testing.assert_close(together, right, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_heat_of_several_images_of_one_prompt(pipe):
     def read(latents, images):
         with heat_maps(pipe, ["car"]) as maps:

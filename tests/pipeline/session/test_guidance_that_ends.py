@@ -110,6 +110,7 @@ def test_a_layout_that_was_written_down(pipe):
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_through_the_pipeline():
     pipe = embedded(FreePromptPipeline)
     images = []

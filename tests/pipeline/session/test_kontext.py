@@ -106,6 +106,7 @@ def test_other_rules_are_told_apart(kontext, wrong):
     assert (actual - reference(kontext, QUERIES_KEYS, (1, 2))).abs().max() > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both", few({"conditional": False, "both": True}, "conditional"))
 def test_true_guidance(kontext, both):
     """The pipeline names no contexts; its first call of a step sees the prompts."""

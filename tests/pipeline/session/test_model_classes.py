@@ -137,6 +137,7 @@ class TestLora:
         assert (half - loaded).abs().max() > 1e-3
         assert (half - without).abs().max() > 1e-3
 
+    @pytest.mark.slow
     def test_fused(self, tiny):
         """With its weights merged, the adapter is in the dense mathematics too."""
         with editing(tiny, EVERYWHERE):

@@ -73,6 +73,7 @@ def test_several_images_have_noise_of_their_own(pipe, starts, seed):
     assert not torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_sources_of_their_own(pipe, starts):
     with editing(pipe, FreePromptEdit(1.0), source_of=(0, 0, 2, 2)):
         run(pipe, [*PROMPTS, *OTHERS])

@@ -134,6 +134,7 @@ def test_an_autoencoder_that_overflows():
         assert not pipe.vae.decoder._forward_hooks
 
 
+@pytest.mark.slow
 def test_inversions():
     photo = Image.fromarray((np.random.default_rng(0).random((80, 80, 3)) * 255).astype("uint8"))
     for method in ("ddim", "null-text"):

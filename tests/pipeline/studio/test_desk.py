@@ -103,6 +103,7 @@ def test_cancel(desk, visitor, values):
     assert "nothing is running" in desk.cancel(visitor) and "nothing is running" in desk.cancel(None)
 
 
+@pytest.mark.slow
 def test_a_grid_that_is_cancelled_shows_its_pictures_and_says_where_they_are(desk, visitor, values):
     for each in desk.grid(visitor, "strengths", *values(targets=TARGET, steps=2)):
         end = each
@@ -193,6 +194,7 @@ def test_looking_inside_shows_the_photo_of_the_result_after_another_was_dropped(
     assert distance(look.images[0], made.run.source).levels <= 2
 
 
+@pytest.mark.slow
 def test_a_photo_that_is_dropped_while_another_is_inverted(desk, visitor, values, photo, another_photo):
     desk.receive_photo(visitor, photo)
     for each in desk.invert(visitor, "direct", *values(steps=6)):
@@ -330,6 +332,7 @@ class TestVisitors:
         assert kept() is None and visitor.results == [] and not list(visitor.folder.glob("upload*"))
         assert visitor.folder.joinpath("001", "target-1.png").exists()
 
+    @pytest.mark.slow
     def test_results_are_bounded(self, tmp_path, desk, values, visitor, monkeypatch):
         monkeypatch.setattr("fpe_pipeline.studio.visitors.MOST_RESULTS", 2)
         for seed in range(3):

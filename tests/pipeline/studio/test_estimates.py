@@ -44,6 +44,7 @@ def test_maps_are_counted_and_not_held(pace):
     assert large.peak < 5 * small.peak, "and memory does not"
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_every_part(pipe, pace):
     modules = (pipe.unet, pipe.vae, pipe.text_encoder)
     parameters = sum(p.nbytes for module in modules for p in module.parameters())

@@ -13,6 +13,7 @@ from tests.pipeline.studio.conftest import last
 pytest.importorskip("gradio")
 
 
+@pytest.mark.slow
 def test_a_result_is_chosen_by_its_number_whatever_was_made_meanwhile(desk, visitor, values):
     from fpe_pipeline.studio.page import build
 
@@ -67,6 +68,7 @@ def test_words_to_choose_from_are_those_of_the_model(desk, values):
     assert words.visible is False and shown == [False, True], "the second is the embedded model"
 
 
+@pytest.mark.slow
 def test_pictures_that_are_chosen_to_be_compared_stay(desk, visitor, values):
     from fpe_pipeline.studio.page import build
 

@@ -80,6 +80,7 @@ def test_grids(desk, visitor, values, axis):
         assert {"Free-Prompt-Editing", "ConsistEdit"} <= titles and "Plug-and-Play" not in titles
 
 
+@pytest.mark.slow
 def test_a_photo(desk, visitor, values, photo):
     desk.receive_photo(visitor, photo)
     inverted = last(desk.invert(visitor, "direct", *values())).made.recorded

@@ -44,6 +44,7 @@ def test_generate_look_and_repeat(desk, tmp_path):
     assert settings.with_values(control=True) == made.run.settings
 
 
+@pytest.mark.slow
 def test_a_photo(desk, photo):
     visitor = desk.arrive()
     desk.receive_photo(visitor, photo)
