@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from ..errors import InputError
 from ..runs.progress import progress_for
-from ..runs.settings import Settings
+from ..runs.settings import OF_NULL_TEXT, Settings
 from .console import report, say
 from .options import chosen, flag
 from .setting_options import BACKEND, DEVICE, DTYPE, IN_WORDS, JSON, QUIET, TRACEBACK, setting
@@ -241,7 +241,7 @@ def _settings(given: dict[str, Any], path: Path | None) -> tuple[Settings, dict[
 
 def check_optimisation(settings: Settings, given: dict[str, Any]) -> None:
     """Raise InputError for settings of null-text inversion beside another one."""
-    if {"inner_steps", "early_stop"} & given.keys() and (settings.image is None or settings.inversion != "null-text"):
+    if OF_NULL_TEXT & given.keys() and not settings.optimises:
         raise InputError("--inner-steps and --early-stop are null-text inversion's; pass --inversion null-text as well")
 
 

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..models.loading import EMBEDDED, pick_device
 from ..runs.progress import Progress
 from ..runs.repeatable import threads_for
-from ..runs.settings import Settings
+from ..runs.settings import OF_NULL_TEXT, Settings
 from .encoders import check_weights
 from .job_files import read_jobs
 from .jobs import BadRow, Job
@@ -153,9 +153,7 @@ def run(
 
 def _check_optimisation(request: BatchRequest, jobs: list[Job]) -> None:
     """Raise InputError for settings of null-text inversion of which no job would make use."""
-    asked = {"inner_steps", "early_stop"} & request.defaults.keys()
-    of_null_text = [job for job in jobs if job.settings.image is not None and job.settings.inversion == "null-text"]
-    if asked and jobs and not of_null_text:
+    if OF_NULL_TEXT & request.defaults.keys() and jobs and not any(job.settings.optimises for job in jobs):
         raise InputError(
             "--inner-steps and --early-stop are null-text inversion's, and the list inverts no picture by it; pass "
             "--inversion null-text as well, or leave them out"

@@ -24,7 +24,7 @@ from typing import Any
 from ..errors import InputError, refusals
 from ..lists import OTHER_FIELDS, csv_rows, named_once, read_list
 from ..runs.option_files import OPTION_FILES
-from ..runs.settings import DEFAULTS, SELECTORS, Settings
+from ..runs.settings import DEFAULTS, OF_NULL_TEXT, SELECTORS, Settings
 from ..texts import check_no_address, did_you_mean
 from .jobs import BadRow, Job
 from .summary import KINDS
@@ -205,6 +205,11 @@ def _jobs(name: str, row: Mapping[str, Any], defaults: Mapping[str, Any], folder
         raise InputError(f"kind {kind!r} stands for other rows in the summary: call it something else")
     for number, target in enumerate(targets, start=1):
         settings = Settings.of_model(**{**defaults, **own, "source": source, "targets": [target], "image": image})
+        if OF_NULL_TEXT & own.keys() and not settings.optimises:
+            raise InputError(
+                "inner_steps and early_stop are null-text inversion's, by which this row inverts no picture: say an "
+                "image and an inversion of null-text as well, or leave them out"
+            )
         of_several = f"{name}-{number}" if len(targets) > 1 else name
         yield Job(of_several, settings.with_values(control=False), mask, kind)
 

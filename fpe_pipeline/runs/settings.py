@@ -22,10 +22,12 @@ from .sentences import Text, sentences
 if TYPE_CHECKING:
     from ..inversion.null_text import NullText
 
-__all__ = ["DEFAULTS", "DTYPE_NAMES", "INVERSIONS", "SELECTORS", "InversionName", "Schema", "Settings"]
+__all__ = ["DEFAULTS", "DTYPE_NAMES", "INVERSIONS", "OF_NULL_TEXT", "SELECTORS", "InversionName", "Schema", "Settings"]
 
 #: Fields that choose layers, one instead of another.
 SELECTORS = ("levels", "max_tokens", "layers")
+#: Fields of null-text inversion alone.
+OF_NULL_TEXT = {"inner_steps", "early_stop"}
 SELF_REPLACE = (0.0, 0.8)
 # Those of `fpe_pipeline.inversion`, which is not imported here: it takes seconds that `fpe --help` need not spend.
 # UNets have the first four, transformers "direct" and the last two.
@@ -191,6 +193,11 @@ class Settings(Schema):
             if method.aligns and tokenizer is None:
                 return None
             return make_edit(self.method, [self.source, *self.targets], tokenizer, model, **chosen, **self.options)
+
+    @property
+    def optimises(self) -> bool:
+        """Whether a picture is inverted by null-text inversion, whose alone `OF_NULL_TEXT` are."""
+        return self.image is not None and self.inversion == "null-text"
 
     def null_text(self) -> NullText | None:
         """The settings of the optimisation, where the picture is inverted by it.

@@ -15,6 +15,7 @@ from fpe_pipeline.atomic_folder import replaced
 from fpe_pipeline.batches import batch as batches
 from fpe_pipeline.batches import making, results
 from fpe_pipeline.batches.batch import plan
+from fpe_pipeline.batches.job_files import read_jobs
 from fpe_pipeline.batches.request import BatchRequest
 from fpe_pipeline.errors import InputError
 from fpe_pipeline.images.distance import distance, pixel_hash
@@ -264,6 +265,16 @@ def test_settings_of_an_optimisation_that_no_row_asks_for(model, tmp_path):
         plan(request)
     written(request.jobs, [row, {**row, "name": "one", "inversion": "null-text"}])
     assert len(plan(request).tasks) == 2
+
+
+def test_a_rows_own_settings_of_an_optimisation_that_it_does_not_ask_for(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "target": "a blue car", "inner_steps": 3}
+    rows = [row, {**row, "inversion": "null-text"}, {"source": SOURCE, "target": "a blue car", "early_stop": 0.1}]
+    first, optimised, generated = read_jobs(written(tmp_path / "jobs.jsonl", rows), {})
+    assert optimised.settings.inner_steps == 3
+    for refused in (first, generated):
+        assert "are null-text inversion's, by which this row inverts no picture" in refused.reason
 
 
 def test_ray_that_is_missing(made, monkeypatch):
