@@ -14,6 +14,7 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
+from fpe_pipeline import cli as public_cli
 from fpe_pipeline.app import cli, commands
 from fpe_pipeline.models import loading
 from fpe_pipeline.runs import run as runs
@@ -159,6 +160,13 @@ class TestFailures:
         monkeypatch.setattr(commands, "parsed", mock.Mock(side_effect=error))
         assert cli.main(["edit", "--help"]) == code
         assert capsys.readouterr() == ("", message)
+
+    def test_ctrl_c_while_the_command_itself_is_imported(self, capsys, monkeypatch):
+        interrupted = mock.Mock(find_spec=mock.Mock(side_effect=KeyboardInterrupt))
+        monkeypatch.delitem(sys.modules, cli.__name__)
+        monkeypatch.setattr(sys, "meta_path", [interrupted])
+        assert public_cli.main(["info"]) == 130
+        assert capsys.readouterr() == ("", "fpe: interrupted\n")
 
     @pytest.mark.slow
     @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
