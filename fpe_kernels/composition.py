@@ -198,7 +198,8 @@ class LinearMap(MapViews):
                 [N] for one of every query pixel does; dtype of the map or of its statistics (float32).
         """
         if isinstance(weight, (int, float)) and not isinstance(weight, bool):
-            return self._with_terms(lambda term, rows: replace(term, number=term.number * float(weight)))
+            number = validation.finite_number("weight", weight)
+            return self._with_terms(lambda term, rows: replace(term, number=term.number * number))
         checked = validation.check_row_weight(weight, self, self.shape)
         return self._with_terms(lambda term, rows: term.weighted(some_rows(checked, rows)))
 
@@ -209,7 +210,7 @@ class LinearMap(MapViews):
             weight: a number, or a tensor that broadcasts to [B, H, M], as [M] for one of every word does.
         """
         if isinstance(weight, Real) and not isinstance(weight, bool):
-            return self.scale_rows(float(weight))
+            return self.scale_rows(validation.finite_number("weight", weight))
         checked = validation.check_column_weight(weight, self, self.shape)
         return self._with_terms(lambda term, rows: term.followed_by(Diagonal(some_rows(checked, rows).unsqueeze(-1))))
 

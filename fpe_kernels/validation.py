@@ -183,7 +183,8 @@ def check_row_weight(weight: object, like: Placed, shape: Sequence[int]) -> Tens
             )
         # By fills: a copy from the host would not go into a CUDA graph.
         dtype, device = accumulator_dtype(like.dtype), like.device
-        return torch.cat([torch.full((1, 1, 1), float(entry), dtype=dtype, device=device) for entry in weight])
+        finite = [finite_number(f"weight[{position}]", entry) for position, entry in enumerate(weight)]
+        return torch.cat([torch.full((1, 1, 1), entry, dtype=dtype, device=device) for entry in finite])
     checked = _check_broadcast("weight", weight, "B, H, N", shape[:3], like)
     if checked.dtype not in (like.dtype, accumulator_dtype(like.dtype)):
         raise TypeError(
@@ -269,6 +270,15 @@ def check_bias(bias: object, query: Tensor, key: Tensor) -> Tensor | None:
     return bias.reshape(axes)
 
 
+def finite_number(name: str, number: object) -> float:
+    """A real number as a float; ValueError for NaN, infinities and numbers beyond any float."""
+    # Comparisons are false for NaN, and can be traced where torch.compile makes a symbol of a number that varies.
+    if not -_LARGEST <= cast(float, number) <= _LARGEST:
+        got = number if isinstance(number, float) else f"a number of type {type(number).__name__} beyond any float"
+        raise ValueError(f"{name} must be finite, got {got}.")
+    return float(cast(float, number))
+
+
 def check_scale(scale: object, head_dim: int) -> float:
     """Return the softmax scale; None means ``head_dim ** -0.5``."""
     if scale is None:
@@ -276,11 +286,7 @@ def check_scale(scale: object, head_dim: int) -> float:
         return factor
     if not isinstance(scale, Real):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}.")
-    # Comparisons are false for NaN, and can be traced where torch.compile makes a symbol of a scale that varies.
-    if not -_LARGEST <= cast(float, scale) <= _LARGEST:
-        got = scale if isinstance(scale, float) else f"a number of type {type(scale).__name__} beyond any float"
-        raise ValueError(f"scale must be finite, got {got}.")
-    return float(scale)
+    return finite_number("scale", scale)
 
 
 def check_logsumexp(logsumexp: object, query: Tensor) -> Tensor:

@@ -49,6 +49,12 @@ REFUSED = {
     "scale is a tensor": (lambda: AttentionMap(Q, K, scale=Q[0, 0, 0, 0]), TypeError, r"scale must be a number"),
     "scale is NaN": (lambda: AttentionMap(Q, K, scale=float("nan")), ValueError, r"scale must be finite, got nan"),
     "scale is infinite": (lambda: AttentionMap(Q, K, scale=float("inf")), ValueError, r"scale must be finite, got inf"),
+    "times NaN": (lambda: AttentionMap(Q, K) * float("nan"), ValueError, r"weight must be finite, got nan"),
+    "a factor of a row that is infinite": (
+        lambda: AttentionMap(Q, K).scale_rows([1.0, float("inf")]),
+        ValueError,
+        r"weight\[1\] must be finite, got inf",
+    ),
     "bias is a list": (lambda: AttentionMap(Q, K, bias=[0.0]), TypeError, r"bias must be a torch\.Tensor or None"),
     "bias is a mask": (
         lambda: AttentionMap(Q, K, bias=torch.ones(5, 7, dtype=torch.bool)),

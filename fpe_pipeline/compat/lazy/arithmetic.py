@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
+from math import isfinite, prod
 from numbers import Real
 from typing import Any
 
@@ -49,6 +49,8 @@ class Arithmetic(MapView):
             what = "the product of two maps, entry by entry"
             return self.numbers(what) * other.numbers(what)
         if isinstance(other, Real):
+            if not isfinite(other):  # which no map is times; a tensor is
+                return self.numbers("the product with a number that is not finite") * other
             return self._made(self.operator.scale_rows(float(other)), tuple(self._index.shape))
         if not isinstance(other, torch.Tensor):
             return NotImplemented

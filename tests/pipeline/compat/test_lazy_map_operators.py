@@ -27,6 +27,7 @@ NUMBERS = {
     "a rounded quotient by name": lambda A: torch.div(A, 0.1, rounding_mode="floor"),
     "a remainder": lambda A: A % 0.1,
     "the larger of two": lambda A: torch.max(A, A * 2),
+    "times no finite number": lambda A: (A * float("inf")).isinf().double(),
     "a norm": torch.norm,
     "a norm over keys": lambda A: torch.norm(A, dim=-1),
     "stacked behind the keys": lambda A: torch.stack([A, A], -1),
