@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, get_args
 
 from ..models.sites import Kind, Site, describe_sites
 
@@ -35,8 +35,11 @@ class LayerSelection:
         """A selection from what users write: a single value, or any iterable of them.
 
         Raises:
-            ValueError: more than one condition, an empty one, or values that cannot be levels, counts or layers.
+            ValueError: no such kind, more than one condition, an empty one, or values that cannot be levels, counts or
+                layers.
         """
+        if not isinstance(kind, str) or kind not in get_args(Kind):
+            raise ValueError(f"expected a kind of attention, {', '.join(get_args(Kind))}, got {kind!r}")
         given = {"levels": levels, "max_tokens": max_tokens, "layers": layers}
         named = [name for name, value in given.items() if value is not None]
         if len(named) > 1:

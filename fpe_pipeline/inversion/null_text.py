@@ -18,11 +18,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from ..errors import check_guidance, check_positive
 from ..models.precision import stored_in_float8
 from ..sampling.pipeline import SamplingPipeline
 from ..sampling.unet_conditions import UNetConditions
@@ -57,15 +59,15 @@ class NullText:
     on_step: Callable[[int, int, int, float], None] | None = None
 
     def __post_init__(self) -> None:
-        if not 1 < self.guidance_scale < float("inf"):
+        check_guidance(self.guidance_scale)
+        check_positive(inner_steps=self.inner_steps)
+        if not self.guidance_scale > 1:
             raise ValueError(
                 f"without guidance there is no unconditional half to optimise: guidance_scale must be above 1, "
                 f"got {self.guidance_scale}"
             )
-        if self.inner_steps < 1 or not self.early_stop >= 0:
-            raise ValueError(
-                f"expected inner_steps from 1 on and early_stop from 0 on, got {self.inner_steps} and {self.early_stop}"
-            )
+        if not isinstance(self.early_stop, Real) or not 0 <= self.early_stop < math.inf:
+            raise ValueError(f"early_stop must be a finite number from 0 on, got {self.early_stop!r}")
 
     def check(self, pipe: SamplingPipeline) -> None:
         """Raise ValueError where gradients through this pipeline's UNet would be of no use."""

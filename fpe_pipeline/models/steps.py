@@ -59,10 +59,12 @@ class StepWindow:
     stop: float
 
     def __post_init__(self) -> None:
-        for name, fraction in (("start", self.start), ("stop", self.stop)):
+        for name in ("start", "stop"):
+            fraction = _fraction(getattr(self, name))
             # Written so that NaN, which compares false with everything, fails too.
             if not 0.0 <= fraction <= 1.0:
                 raise ValueError(f"expected the window's {name} to be a fraction of the run in [0, 1], got {fraction}")
+            object.__setattr__(self, name, fraction)
         if self.start > self.stop:
             raise ValueError(f"expected a window with start <= stop, got ({self.start}, {self.stop})")
 
@@ -83,8 +85,8 @@ class StepWindow:
         if isinstance(value, Sequence) and not isinstance(value, str):
             if len(value) != 2:
                 raise ValueError(f"expected a number s or a pair (start, stop), got {len(value)} values: {value!r}")
-            return cls(_fraction(value[0]), _fraction(value[1]))
-        return cls(0.0, _fraction(value))
+            return cls(*value)
+        return cls(0.0, value)
 
     def steps(self, total: int) -> range:
         """The active steps of a run of ``total`` steps."""

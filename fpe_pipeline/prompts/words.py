@@ -159,7 +159,8 @@ def tokenize(prompt: str, tokenizer: Any, length: int | None = None) -> Tokenize
         TypeError: no tokenizer.
     """
     tokenizer = plain_tokenizer(tokenizer)
-    if not callable(tokenizer):
+    # A pipeline is callable as well, and its own name for the tokenizer is what is meant.
+    if not callable(tokenizer) or not hasattr(tokenizer, "model_max_length"):
         raise TypeError(
             f"expected a tokenizer to find words with, such as pipe.tokenizer, got {type(tokenizer).__name__}"
         )

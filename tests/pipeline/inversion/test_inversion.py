@@ -294,7 +294,14 @@ class TestRefusals:
         with pytest.raises(TypeError, match=r"what pipe\.invert returns"):
             tiny(inversion=torch.zeros(1), target_prompt=TARGET)
 
-    @pytest.mark.parametrize("settings", [{"guidance_scale": 1}, {"inner_steps": 0}, {"early_stop": float("nan")}])
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"guidance_scale": 1}, {"guidance_scale": "7"}, {"inner_steps": 0}, {"inner_steps": 1.5},
+            {"early_stop": float("nan")}, {"early_stop": "1e-5"},
+        ],
+        ids=str,
+    )  # fmt: skip
     def test_of_null_text_settings(self, settings):
         with pytest.raises(ValueError, match="got"):
             NullText(**settings)

@@ -44,6 +44,12 @@ def test_what_is_not_a_window_is_refused(value):
         StepWindow.parse(value)
 
 
+@pytest.mark.parametrize("ends", [("0", 1), (0, None), (0, True)], ids=repr)
+def test_ends_that_are_no_fractions_are_refused(ends):
+    with pytest.raises(ValueError, match="expected a fraction of the run"):
+        StepWindow(*ends)
+
+
 def test_truncation_is_the_original_one():
     assert StepWindow.parse(0.58).steps(50) == range(28)  # 0.58 · 50 is 28.999…
     assert StepWindow.parse((0.29, 0.8)).steps(100) == range(28, 80)

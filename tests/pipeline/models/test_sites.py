@@ -149,6 +149,11 @@ def test_cross_attention_can_be_selected_too(pipe):
     assert [site.path for site in chosen] == ["mid_block.attentions.0.transformer_blocks.0.attn2"]
 
 
+def test_another_kind_of_attention_is_refused():
+    with pytest.raises(ValueError, match="expected a kind of attention, self, cross, joint, image, got 'slef'"):
+        LayerSelection.parse("slef")
+
+
 def test_edits_are_values():
     assert FreePromptEdit(0.8) == FreePromptEdit((0, 0.8)) == FreePromptEdit([0, 0.8])
     assert hash(FreePromptEdit(layers=["a", 1])) == hash(FreePromptEdit(layers=("a", 1)))

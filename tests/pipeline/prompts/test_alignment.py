@@ -176,3 +176,12 @@ def test_prompts_that_cannot_be_aligned(tokenizer):
         align_refine(one, other)
     with pytest.raises(ValueError, match="use one tokenizer"):
         align_refine(one, tokenize("a car", tokenizer, 10))
+
+
+def test_a_pipeline_is_no_tokenizer():
+    class Pipeline:
+        def __call__(self, prompt):
+            raise AssertionError("not to be run")
+
+    with pytest.raises(TypeError, match=r"such as pipe\.tokenizer, got Pipeline"):
+        tokenize("a cat", Pipeline())
