@@ -141,16 +141,16 @@ class _Blend(HeatCollector):
         return out
 
     def _mask(self, image: tuple[int, int], latents: torch.Tensor) -> torch.Tensor | None:
-        """Where the words are, at the latents' resolution, [1, h, w] or [tokens, 1] where the latents are packed; None
-        where nothing was read of an image."""
+        """Where the words are, at the resolution of latents [rows, C, h, w] or [rows, C, 1, h, w], as [1, h, w], or as
+        [tokens, 1] of packed ones [rows, tokens, C]; None where nothing was read of an image."""
         heat = self.heat(image)
         if heat is None:
             return None
         heat = torch.nn.functional.max_pool2d(heat[None], 3, stride=1, padding=1)
-        if latents.ndim == 4:
+        if latents.ndim > 3:
             heat = torch.nn.functional.interpolate(heat, size=latents.shape[-2:])
         mask = heat[0] / heat.amax() > self._edit.threshold
-        return mask if latents.ndim == 4 else mask.reshape(-1, 1)  # a packed latent is a token of the layers
+        return mask if latents.ndim > 3 else mask.reshape(-1, 1)  # a packed latent is a token of the layers
 
 
 def _words(entry: Any) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from ..models.sites import Site
 from ..models.steps import Step
 from ..prompts.encoding import Encoding
 
-__all__ = ["HeatCollector", "Watcher", "check_one_frame", "check_same_images", "resize_maps"]
+__all__ = ["HeatCollector", "Watcher", "blended", "check_one_frame", "check_same_images", "resize_maps"]
 
 Image = tuple[int, int]  # of which prompt, and which of its images
 
@@ -82,6 +82,16 @@ class Watcher:
     def blend(self, latents: torch.Tensor, step: Step, roles: BatchRoles) -> torch.Tensor:
         """The latents [conditional rows, C, h, w] that the next step starts from."""
         return latents
+
+
+def blended(
+    watchers: Sequence[Watcher], latents: torch.Tensor, step: Step, roles: BatchRoles, channels_last: bool
+) -> torch.Tensor:
+    """The latents of a step's end that watchers hand on, each from what the one before it made of them."""
+    latents = latents.movedim(-1, 1) if channels_last else latents
+    for watcher in (watcher for watcher in watchers if watcher.blends):
+        latents = watcher.blend(latents, step, roles)
+    return latents.movedim(1, -1) if channels_last else latents
 
 
 class HeatCollector(Watcher):

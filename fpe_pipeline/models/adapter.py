@@ -25,7 +25,8 @@ class ModelCall:
     """What one call of a model says of itself.
 
     Args:
-        sample: the latents, as the model receives them: [B, C, h, w], [B, C, frames, h, w] or tokens [B, N, C].
+        sample: the latents, as the model receives them: [B, C, h, w], [B, C, frames, h, w], [B, frames, h, w, C]
+            or tokens [B, N, C].
         timestep: as the model receives it.
         size: (height, width) of the latents, or (height, width, frames) of a video's, as :meth:`.Site.at` takes them.
         half: which rows are in the batch.
@@ -91,6 +92,7 @@ class ModelAdapter(ABC):
             "cogvideox",
             "cogview4",
             "hunyuan_video",
+            "kandinsky5",
             "krea2",
             "qwen",
             "qwen21",
@@ -112,6 +114,8 @@ class ModelAdapter(ABC):
     tells_all_it_encodes: ClassVar[bool] = True
     #: Whether its pipelines repeat a picture for every row themselves, where each row has a generator.
     repeats_pictures: ClassVar[bool] = False
+    #: Whether its latents have their channels last, [B, frames, h, w, C].
+    channels_last: ClassVar[bool] = False
     #: The parts of the text that its layers see, in order, where there are several or attention is joint.
     text_parts: tuple[TextPart, ...] = ()
     #: Why no word is looked for among its text tokens; empty where words are.

@@ -17,6 +17,7 @@ from .flux_kin import BriaAdapter, LongCatImageAdapter, OvisImageAdapter
 from .hunyuan_dit import HunyuanDiTAdapter
 from .hunyuan_guided import HunyuanImageAdapter, HunyuanVideo15Adapter
 from .hunyuan_video import HunyuanVideoAdapter
+from .kandinsky5 import Kandinsky5Adapter
 from .krea2 import Krea2Adapter
 from .ltx import LTXAdapter
 from .lumina2 import Lumina2Adapter
@@ -44,6 +45,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "HunyuanImageTransformer2DModel": HunyuanImageAdapter,
     "HunyuanVideo15Transformer3DModel": HunyuanVideo15Adapter,
     "HunyuanVideoTransformer3DModel": HunyuanVideoAdapter,
+    "Kandinsky5Transformer3DModel": Kandinsky5Adapter,
     "Krea2Transformer2DModel": Krea2Adapter,
     "LTXVideoTransformer3DModel": LTXAdapter,
     "LongCatImageTransformer2DModel": LongCatImageAdapter,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .adapter import ModelAdapter, identity
-from .sites import Site
+from .sites import Kind, Site
 
 __all__ = ["TransformerAdapter", "self_and_cross"]
 
@@ -63,14 +63,20 @@ class TransformerAdapter(ModelAdapter):
                 )
 
 
-def self_and_cross(path: str, blocks: Iterable[Any], patch: int = 1) -> Iterator[Site]:
-    """The layers of blocks that attend to the image, ``attn1``, and then to the text, ``attn2``, all of one size.
+def self_and_cross(
+    path: str, blocks: Iterable[Any], patch: int = 1, names: tuple[str, str] = ("attn1", "attn2")
+) -> Iterator[Site]:
+    """The layers of blocks that attend to the image and then to the text, all of one size.
 
     Args:
         path: of the list of blocks.
         blocks: in execution order.
         patch: of the sites.
+        names: of a block's layers.
     """
+    kinds: tuple[Kind, Kind] = ("self", "cross")
     for index, block in enumerate(blocks):
-        yield Site(f"{path}.{index}.attn1", "single", "self", index, block.attn1.heads, 0, (), patch=patch)
-        yield Site(f"{path}.{index}.attn2", "single", "cross", index, block.attn2.heads, 0, (), patch=patch)
+        for kind, name in zip(kinds, names, strict=True):
+            layer = getattr(block, name)
+            heads = layer.heads if hasattr(layer, "heads") else layer.num_heads
+            yield Site(f"{path}.{index}.{name}", "single", kind, index, heads, 0, (), patch=patch)

@@ -19,6 +19,7 @@ from .flux_processor import EditFluxProcessor
 from .hunyuan_video_processor import EditHunyuanVideoProcessor
 from .instructions import Order
 from .joint_processor import EditJointProcessor, unsupported_joint_reasons
+from .kandinsky5_processor import EditKandinsky5Processor
 from .krea2_processor import EditKrea2Processor
 from .ltx_processor import EditLTXProcessor
 from .lumina2_processor import EditLumina2Processor
@@ -48,6 +49,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "cogvideox": (EditCogVideoXProcessor, EditCogVideoXProcessor.unsupported_reasons),
     "cogview4": (EditCogView4Processor, EditCogView4Processor.unsupported_reasons),
     "hunyuan_video": (EditHunyuanVideoProcessor, EditHunyuanVideoProcessor.unsupported_reasons),
+    "kandinsky5": (EditKandinsky5Processor, EditKandinsky5Processor.unsupported_reasons),
     "krea2": (EditKrea2Processor, EditKrea2Processor.unsupported_reasons),
     "qwen": (EditQwenProcessor, EditQwenProcessor.unsupported_reasons),
     "qwen21": (qwen21_processor, EditQwen21Processor.unsupported_reasons),

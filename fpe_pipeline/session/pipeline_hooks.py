@@ -53,8 +53,9 @@ class PipelineHooks:
             return original(*args, **kwargs)
 
         def encodes(encoding: Encoding) -> None:
-            self._asked = None
-            encoded(encoding)
+            asked, self._asked = self._asked, None
+            if adapter.tells_all_it_encodes or asked is None or asked.prompts is not None:
+                encoded(encoding)  # and not negative prompts alone, beside embeddings
 
         self._pipe = pipe
         self._is_heard = False  # whether the pipeline has said something since the latest run began

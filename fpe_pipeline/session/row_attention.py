@@ -59,7 +59,13 @@ def check_rows(order: Order, hidden_states: torch.Tensor, contexts: Sequence[tor
 
 
 def projected(
-    attn: Any, plan: ProductPlan, queries: tuple[int, ...], tokens: torch.Tensor, context: torch.Tensor, fused: bool
+    attn: Any,
+    plan: ProductPlan,
+    queries: tuple[int, ...],
+    tokens: torch.Tensor,
+    context: torch.Tensor,
+    fused: bool,
+    names: tuple[str, str, str] = ("to_q", "to_k", "to_v"),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values of the rows that are used, heads in one dimension: [rows, N | M, H·D].
 
@@ -72,15 +78,17 @@ def projected(
         tokens: what asks [B, N, C].
         context: what is asked [B, M, C'], the same object in self-attention.
         fused: whether the layer's fused projections are in use.
+        names: of the layer's projections of queries, keys and values.
     """
     if fused and context is tokens:
         query, key, value = attn.to_qkv(tokens).chunk(3, dim=-1)
         return take(query, queries), take(key, plan.keys), take(value, plan.values)
-    query = attn.to_q(take(tokens, queries))
+    to_query, to_key, to_value = (getattr(attn, name) for name in names)
+    query = to_query(take(tokens, queries))
     if fused:
         key, value = attn.to_kv(context).chunk(2, dim=-1)
         return query, take(key, plan.keys), take(value, plan.values)
-    return query, attn.to_k(take(context, plan.keys)), attn.to_v(take(context, plan.values))
+    return query, to_key(take(context, plan.keys)), to_value(take(context, plan.values))
 
 
 def of_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from ..edits import Edit, base
 from ..edits.registry import require_edit
-from ..edits.watchers import Watcher
+from ..edits.watchers import Watcher, blended
 from ..errors import EditWarning
 from ..models.adapter import ModelCall, identity
 from ..models.families import adapter_of, edited_model
@@ -250,8 +250,7 @@ class EditingSession:
         """
         step, roles = self._clock.step, self._now.roles
         if step is not None and roles is not None:
-            for watcher in (watcher for watcher in self._watchers if watcher.blends):
-                latents = watcher.blend(latents, step, roles)
+            latents = blended(self._watchers, latents, step, roles, self.adapter.channels_last)
         return latents
 
     def _after_scheduler_step(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
@@ -314,7 +313,7 @@ class EditingSession:
     def _paired_rows(self, rows: int | None, asked: Encoding | None) -> tuple[Sequence[int], int] | None:
         """The sources of the prompts and images a prompt, where rows of one image are to draw the same noise."""
         if not (self.is_paused or self.adapter.tells_all_it_encodes):
-            if not self._clock.is_before_a_run:
+            if self._encoding.count is None or not self._clock.is_before_a_run:
                 self._encoded(unread(self._running))
             self._encoding = self._layout.drawn(self._encoding, rows)
         told, pairs = asked or self._encoding, self._running.pairs_pixels

@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from fpe_pipeline.prompts.alignment import align_replace, tokenize
 
+#: Of layers, by what their paths end with in most families: self- and cross-attention.
+KINDS = ("attn1", "attn2")
+
 
 class DenseRows:
     """A processor that writes every map out.
@@ -64,8 +67,8 @@ class DenseRows:
 
 
 @contextmanager
-def dense_rows(models, make, rules, steps, step_of):
-    """Layers by the end of their path, "attn1" and "attn2", whose rows follow a rule at some steps.
+def dense_rows(models, make, rules, steps, step_of, names=KINDS, within=""):
+    """Layers by their kind, "attn1" of image tokens and "attn2" of text, whose rows follow a rule at some steps.
 
     Args:
         models: the transformers of a pipeline.
@@ -73,6 +76,8 @@ def dense_rows(models, make, rules, steps, step_of):
         rules: by kind of layer.
         steps: those in which the rules hold, or for each kind of layer its own.
         step_of: the step of the call that is about to be made.
+        names: what the paths of the two kinds end with.
+        within: what they begin with.
     """
     state, restore = {"step": -1, "calls": 0, "model": None}, []
 
@@ -89,9 +94,10 @@ def dense_rows(models, make, rules, steps, step_of):
 
     for model in models:
         for name, module in model.named_modules():
-            if name.endswith((".attn1", ".attn2")):
+            end = name.rpartition(".")[2]
+            if end in names and name.startswith(within):
                 restore.append((module.set_processor, module.processor))
-                module.set_processor(make(follow(name.rpartition(".")[2])))
+                module.set_processor(make(follow(KINDS[names.index(end)])))
         restore.append((lambda hook: hook.remove(), model.register_forward_pre_hook(note)))
     try:
         yield state

@@ -116,11 +116,11 @@ def tiny_qwen(dtype=torch.float64, **config):
     return sharpened(QwenImageTransformer2DModel(**{**QWEN, **config})).to(dtype).eval()
 
 
-def sharpened(transformer):
-    """With attention that is far from uniform."""
+def sharpened(transformer, names=SHARPENED):
+    """With attention that is far from uniform, by the parts of its layers that have these names."""
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
-            if any(f".{part}." in name for part in SHARPENED):
+            if any(f".{part}." in name for part in names):
                 parameter.mul_(2.5)
     return transformer
 

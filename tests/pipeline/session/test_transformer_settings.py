@@ -24,6 +24,7 @@ from tests.support.tiny_cross import draw_hunyuan, draw_ltx, tiny_hunyuan_pipeli
 from tests.support.tiny_flux_kin import KIN
 from tests.support.tiny_hunyuan_guided import HUNYUAN_IMAGE, HUNYUAN_VIDEO15
 from tests.support.tiny_hunyuan_video import draw_hunyuan_video, tiny_hunyuan_video_pipeline
+from tests.support.tiny_kandinsky5 import draw_kandinsky5, tiny_kandinsky5_pipeline
 from tests.support.tiny_krea2 import KREA2
 from tests.support.tiny_lumina import draw_lumina, tiny_lumina_pipeline
 from tests.support.tiny_qwen21 import draw_qwen21, tiny_qwen21_pipeline
@@ -55,6 +56,7 @@ MODELS = {
     "ltx": (tiny_ltx_pipeline, draw_ltx),
     "hunyuan": (tiny_hunyuan_pipeline, draw_hunyuan),
     "lumina": (lambda pipe, dtype: tiny_lumina_pipeline(dtype), draw_lumina),
+    "kandinsky 5": (tiny_kandinsky5_pipeline, draw_kandinsky5),
     # Without guidance, as is its default: the model reads a layout token by token, which is long to compile.
     "qwen 2.1": (
         tiny_qwen21_pipeline,
@@ -175,7 +177,8 @@ def test_adapters(pipe, name):
     """LoRA in every projection: edits are those of the adapted weights, apart and fused."""
     model = Model(pipe, name, torch.float64)
     before = model.run()
-    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+    projections = ["to_q", "to_k", "to_v", "to_out.0", "to_query", "to_key", "to_value"]
+    config = peft.LoraConfig(r=2, target_modules=projections, init_lora_weights=False)
     adapted = []
     for transformer in model.transformers:
         torch.manual_seed(3)
@@ -219,13 +222,13 @@ def test_compiled_blocks(pipe, name):
 def _blocks(transformer):
     return next(
         getattr(transformer, name)
-        for name in ("transformer_blocks", "blocks", "layers", "joint_transformer_blocks")
+        for name in ("transformer_blocks", "visual_transformer_blocks", "blocks", "layers", "joint_transformer_blocks")
         if hasattr(transformer, name)
     )
 
 
 def _layers(name):
-    return {"start_layer": 0} if name in ("wan", "ltx", "hunyuan") else {"layers": range(2)}
+    return {"start_layer": 0} if name in ("wan", "ltx", "hunyuan", "kandinsky 5") else {"layers": range(2)}
 
 
 @pytest.mark.slow
