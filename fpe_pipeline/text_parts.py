@@ -20,6 +20,7 @@ class Template(NamedTuple):
         replaced: the number of a token that pictures become, in whose place the model has tokens of its own.
         received: of the tokens [rows, tokens] that the encoder receives, those that the model does; default: all but
             the dropped ones.
+        lowers: whether prompts are encoded in small letters, without blanks around them.
     """
 
     before: str
@@ -28,6 +29,7 @@ class Template(NamedTuple):
     shows: bool = False
     replaced: int | None = None
     received: Callable[[torch.Tensor], torch.Tensor] | None = None
+    lowers: bool = False
 
 
 class TextPart(NamedTuple):

@@ -98,6 +98,7 @@ class ModelAdapter(ABC):
             "qwen21",
             "ltx",
             "lumina2",
+            "sana",
             "wan",
             "z_image",
         ]

@@ -24,6 +24,7 @@ from .lumina2 import Lumina2Adapter
 from .pixart import PixArtAdapter
 from .qwen import QwenImageAdapter
 from .qwen21 import QwenImage21Adapter
+from .sana import SanaAdapter
 from .sd3 import SD3Adapter
 from .unet import UNetAdapter
 from .wan import WanAdapter
@@ -55,6 +56,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "QwenImage21Transformer2DModel": QwenImage21Adapter,
     "QwenImageTransformer2DModel": QwenImageAdapter,
     "SD3Transformer2DModel": SD3Adapter,
+    "SanaTransformer2DModel": SanaAdapter,
     "SkyReelsV2Transformer3DModel": WanAdapter,
     "WanTransformer3DModel": WanAdapter,
     "ZImageTransformer2DModel": ZImageAdapter,

@@ -172,6 +172,8 @@ def _step_of_call(scheduler: Any, call: int, calls: int) -> Step:
     or its first three by four each (Runge-Kutta, N + 9).
     """
     total = getattr(scheduler, "num_inference_steps", None)
+    if type(scheduler).__name__ == "SCMScheduler":  # whose schedule ends with a time at which there is nothing to do
+        calls -= 1
     said = getattr(scheduler, "steps_of_calls", ())  # by our own schedulers of flow models
     if said and total is not None:
         return Step(said[call], total, call, calls)

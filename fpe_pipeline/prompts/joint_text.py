@@ -159,6 +159,7 @@ def _within(row: Sequence[int], text: str, template: Template, tokenizer: Any) -
     A tokenizer may make another token of a prompt's beginning where a text precedes it, so that it is told by its place
     in the whole text and not by its tokens.
     """
+    text = text.lower().strip() if template.lowers else text
     prompt = short_form(text, tokenizer)
     whole = tokenize(template.before + text + template.after, tokenizer, _ENDLESS)
     start, stop = len(template.before), len(template.before) + len(prompt)

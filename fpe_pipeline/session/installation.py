@@ -27,6 +27,7 @@ from .processor import SLICED, editing_processor, is_sliced, unsupported_reasons
 from .qwen21_processor import EditQwen21Processor, qwen21_processor
 from .qwen_processor import EditQwenProcessor
 from .record import LayerRecord
+from .sana_processor import EditSanaProcessor
 from .wan_processor import EditWanProcessor
 from .z_image_processor import EditZImageProcessor
 
@@ -55,6 +56,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "qwen21": (qwen21_processor, EditQwen21Processor.unsupported_reasons),
     "lumina2": (EditLumina2Processor, EditLumina2Processor.unsupported_reasons),
     "ltx": (EditLTXProcessor, EditLTXProcessor.unsupported_reasons),
+    "sana": (EditSanaProcessor, EditSanaProcessor.unsupported_reasons),
     "wan": (EditWanProcessor, EditWanProcessor.unsupported_reasons),
     "z_image": (EditZImageProcessor, EditZImageProcessor.unsupported_reasons),
 }

@@ -8,6 +8,7 @@ import torch
 
 from .computing import Rows, mask_bias, take
 from .dispatched import DispatchedAround
+from .instructions import Order
 from .places import turned
 from .row_attention import attended, check_rows, merged, of_heads, projected
 
@@ -35,12 +36,25 @@ class EditLTXProcessor(DispatchedAround):
         order = self.order
         if order is None:
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
+        return self._edited(order, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+    def _edited(
+        self,
+        order: Order,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Any:
+        """What a layer with an order becomes, behind its last projection."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         check_rows(order, hidden_states, [context])
         plan = order.row_plan
         # Fused projections are made and then not used by diffusers' processor.
         query, key, value = projected(attn, plan, plan.queries, hidden_states, context, fused=False)
-        query, key = attn.norm_q(query), attn.norm_k(key)
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
         if image_rotary_emb is not None:
             # Cosines and sines of every row's places [B, N, H·D], each angle twice.
             cosines, sines = (table[..., ::2] for table in image_rotary_emb)
