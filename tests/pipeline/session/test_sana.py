@@ -64,8 +64,8 @@ def edited(pipe, edit, **options):
     return out, session.report()
 
 
-def reference(pipe, rule, steps, **options):
-    with dense_sana(pipe, {"attn2": rule}, steps):
+def reference(pipe, rule, within, **options):
+    with dense_sana(pipe, {"attn2": rule}, within):
         return draw(pipe, **options)
 
 
@@ -96,7 +96,7 @@ CALLS = {
     "3 targets": ("sana", {"prompts": 4}),
     "no guidance": ("sana", {"guidance_scale": 1.0}),
     "no instruction": ("sana", {"complex_human_instruction": None}),
-    "Sprint": ("sprint", {"prompts": 3, "steps": 5}),
+    "Sprint": ("sprint", {"prompts": 3}),
 }
 
 
