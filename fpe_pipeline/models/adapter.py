@@ -91,6 +91,7 @@ class ModelAdapter(ABC):
             "aura_flow",
             "cogvideox",
             "cogview4",
+            "hidream",
             "hunyuan_video",
             "kandinsky5",
             "krea2",
@@ -211,7 +212,8 @@ def model_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any,
     def given(place: int, *names: str) -> Any:
         return args[place] if len(args) > place else next((kwargs[name] for name in names if name in kwargs), None)
 
-    return given(0, "sample", "hidden_states", "x"), given(2, "encoder_hidden_states", "cap_feats")
+    texts = ("encoder_hidden_states", "encoder_hidden_states_t5", "cap_feats")
+    return given(0, "sample", "hidden_states", "x"), given(2, *texts)
 
 
 def is_guided(pipe: Any | None, encoded: bool | None = None) -> bool:

@@ -12,13 +12,11 @@ from typing import Any
 
 from ..text_parts import TextPart
 from .adapter import ModelCall
-from .sites import Place, Site
+from .sites import Site, dual_and_single
 from .steps import Step, step_of_scheduler
 from .transformer import TransformerAdapter
 
 __all__ = ["AuraFlowAdapter"]
-
-_BLOCKS: tuple[tuple[Place, str], ...] = (("dual", "joint_transformer_blocks"), ("single", "single_transformer_blocks"))
 
 
 class AuraFlowAdapter(TransformerAdapter):
@@ -33,16 +31,7 @@ class AuraFlowAdapter(TransformerAdapter):
 
     def find_sites(self) -> tuple[Site, ...]:
         module: Any = self.module
-        patch = int(module.config.patch_size)
-        found = [
-            (place, f"{name}.{index}.attn", block.attn.heads)
-            for place, name in _BLOCKS
-            for index, block in enumerate(getattr(module, name))
-        ]
-        return tuple(
-            Site(path, place, "joint", index, heads, 0, (), patch=patch)
-            for index, (place, path, heads) in enumerate(found)
-        )
+        return dual_and_single(module, int(module.config.patch_size), dual="joint_transformer_blocks")
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         given = self.named(args, kwargs)

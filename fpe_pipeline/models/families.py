@@ -14,6 +14,7 @@ from .cogview import CogView3PlusAdapter, CogView4Adapter
 from .flux import FluxAdapter
 from .flux2 import Flux2Adapter
 from .flux_kin import BriaAdapter, LongCatImageAdapter, OvisImageAdapter
+from .hidream import HiDreamImageAdapter
 from .hunyuan_dit import HunyuanDiTAdapter
 from .hunyuan_guided import HunyuanImageAdapter, HunyuanVideo15Adapter
 from .hunyuan_video import HunyuanVideoAdapter
@@ -42,6 +43,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "CogView4Transformer2DModel": CogView4Adapter,
     "Flux2Transformer2DModel": Flux2Adapter,
     "FluxTransformer2DModel": FluxAdapter,
+    "HiDreamImageTransformer2DModel": HiDreamImageAdapter,
     "HunyuanDiT2DModel": HunyuanDiTAdapter,
     "HunyuanImageTransformer2DModel": HunyuanImageAdapter,
     "HunyuanVideo15Transformer3DModel": HunyuanVideo15Adapter,

@@ -17,7 +17,7 @@ from ..text_parts import TextPart
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
 from .once import once_a_tensor
-from .sites import Place, Site
+from .sites import Site, dual_and_single
 
 __all__ = ["FluxAdapter", "FluxBlocksAdapter"]
 
@@ -28,14 +28,7 @@ class FluxBlocksAdapter(NamedCallsAdapter):
     """A transformer of dual and single blocks that is told the places of its tokens."""
 
     def find_sites(self) -> tuple[Site, ...]:
-        module: Any = self.module
-        dual, single = module.transformer_blocks, module.single_transformer_blocks
-        places: list[tuple[Place, str, Any]] = [("dual", f"transformer_blocks.{i}", b) for i, b in enumerate(dual)]
-        places += [("single", f"single_transformer_blocks.{i}", b) for i, b in enumerate(single)]
-        return tuple(
-            Site(f"{path}.attn", place, "joint", index, block.attn.heads, 0, (), patch=_PACKED)
-            for index, (place, path, block) in enumerate(places)
-        )
+        return dual_and_single(self.module, _PACKED)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         given = self.named(args, kwargs)

@@ -15,10 +15,9 @@ from torch.nn.functional import pad
 
 from ..text_parts import Template, TextPart
 from .adapter import Half, ModelCall
-from .hunyuan_video import dual_and_single
 from .named_calls import NamedCallsAdapter
 from .once import once_a_tensor
-from .sites import Site
+from .sites import Site, dual_and_single
 
 __all__ = ["HunyuanImageAdapter", "HunyuanVideo15Adapter"]
 

@@ -17,9 +17,9 @@ from ..text_parts import Template, TextPart
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
 from .padding import text_lengths
-from .sites import Place, Site
+from .sites import Site, dual_and_single
 
-__all__ = ["HunyuanVideoAdapter", "dual_and_single"]
+__all__ = ["HunyuanVideoAdapter"]
 
 
 #: The tokens behind a prompt that the pipelines take off a template to see where prompts begin.
@@ -47,19 +47,6 @@ def _template(pipe: Any, arguments: Mapping[str, Any]) -> Template:
         return torch.cat([tokens[:, picture], tokens[:, cropped - 1 + length : tokens.shape[1] - _HEADER]], 1)
 
     return Template(before, after, cropped - len(range(stop)[picture]), received=received)
-
-
-def dual_and_single(module: Any, patch: int) -> tuple[Site, ...]:
-    """The layers of a transformer of dual blocks and, behind them, of single ones, if it has any."""
-    kinds: tuple[tuple[Place, str], ...] = (("dual", "transformer_blocks"), ("single", "single_transformer_blocks"))
-    found = [
-        (place, f"{name}.{index}.attn", block.attn.heads)
-        for place, name in kinds
-        for index, block in enumerate(getattr(module, name, ()))
-    ]
-    return tuple(
-        Site(path, place, "joint", index, heads, 0, (), patch=patch) for index, (place, path, heads) in enumerate(found)
-    )
 
 
 class HunyuanVideoAdapter(NamedCallsAdapter):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-__all__ = ["Place", "Site", "attention_sites", "describe_sites", "feature_shape"]
+__all__ = ["Place", "Site", "attention_sites", "describe_sites", "dual_and_single", "feature_shape"]
 
 Place = Literal["down", "mid", "up", "dual", "single"]
 Kind = Literal["self", "cross", "joint", "image"]
@@ -102,6 +102,32 @@ def attention_sites(unet: Any) -> tuple[Site, ...]:
             sites.append(Site(path, place, kind, counts[kind], attention.heads, len(downsampling), downsampling))
             counts[kind] += 1
     return tuple(sites)
+
+
+def dual_and_single(
+    module: Any,
+    patch: int,
+    dual: str = "transformer_blocks",
+    single: str = "single_transformer_blocks",
+    layer: str = "attn",
+) -> tuple[Site, ...]:
+    """The layers of a transformer of dual blocks and, behind them, of single ones, if it has any.
+
+    Args:
+        module: the transformer.
+        patch: of the sites.
+        dual, single: the names of its lists of blocks.
+        layer: the path of a block's layer of joint attention in it.
+    """
+    kinds: tuple[tuple[Place, str], ...] = (("dual", dual), ("single", single))
+    found = [
+        (place, f"{name}.{index}.{layer}", block.get_submodule(layer).heads)
+        for place, name in kinds
+        for index, block in enumerate(getattr(module, name, ()))
+    ]
+    return tuple(
+        Site(path, place, "joint", index, heads, 0, (), patch=patch) for index, (place, path, heads) in enumerate(found)
+    )
 
 
 def describe_sites(sites: tuple[Site, ...]) -> str:

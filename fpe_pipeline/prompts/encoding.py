@@ -259,7 +259,7 @@ def _received_by(pipe: Any) -> Iterator[_Received]:
     """What the pipeline's text encoders receive in a block."""
     received = _Received()
     handles = []
-    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"):
         encoder = getattr(pipe, name, None)
         if isinstance(encoder, torch.nn.Module):
             kept = received.tokens.setdefault(name, []), received.masks.setdefault(name, [])

@@ -16,6 +16,7 @@ from .chroma_processor import EditChromaProcessor
 from .cogvideox_processor import EditCogVideoXProcessor, EditCogView4Processor
 from .flux2_processor import flux2_processor, unsupported_flux2_reasons
 from .flux_processor import EditFluxProcessor
+from .hidream_processor import EditHiDreamProcessor
 from .hunyuan_video_processor import EditHunyuanVideoProcessor
 from .instructions import Order
 from .joint_processor import EditJointProcessor, unsupported_joint_reasons
@@ -49,6 +50,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "aura_flow": (EditAuraFlowProcessor, EditAuraFlowProcessor.unsupported_reasons),
     "cogvideox": (EditCogVideoXProcessor, EditCogVideoXProcessor.unsupported_reasons),
     "cogview4": (EditCogView4Processor, EditCogView4Processor.unsupported_reasons),
+    "hidream": (EditHiDreamProcessor, EditHiDreamProcessor.unsupported_reasons),
     "hunyuan_video": (EditHunyuanVideoProcessor, EditHunyuanVideoProcessor.unsupported_reasons),
     "kandinsky5": (EditKandinsky5Processor, EditKandinsky5Processor.unsupported_reasons),
     "krea2": (EditKrea2Processor, EditKrea2Processor.unsupported_reasons),

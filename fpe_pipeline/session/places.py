@@ -9,7 +9,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from .computing import take
 
-__all__ = ["Turn", "by_numbers", "by_tables", "turned"]
+__all__ = ["Turn", "by_matrices", "by_numbers", "by_tables", "turned"]
 
 #: Queries or keys [rows, tokens, H, D], of these rows of the batch, turned by their places.
 Turn = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
@@ -44,5 +44,16 @@ def by_numbers(places: torch.Tensor) -> Turn:
     def turn(part: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         wide, own = torch.promote_types(part.dtype, torch.float32), take(places, rows).unsqueeze(2)
         return turned(part, own.real.to(wide), own.imag.to(wide))
+
+    return turn
+
+
+def by_matrices(places: torch.Tensor) -> Turn:
+    """By matrices of rotation [tokens, pairs, 2, 2] that all rows share; numbers of a head behind these pairs stay."""
+    cosines, sines = (places[:, None, :, which, 0] for which in (0, 1))
+    first = 2 * places.shape[1]
+
+    def turn(part: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        return torch.cat([turned(part[..., :first], cosines, sines), part[..., first:]], dim=-1)
 
     return turn

@@ -36,6 +36,9 @@ def placed(model: Any, pipe: Any, prompts: Any) -> list[list[TokenizedPrompt]]:
     if model.family in ("sd3", "flux", "chroma", "cogvideox"):
         lengths = (CLIP, T5) if model.family == "sd3" else (T5,)
         return [[tokenize(prompt, pipe.tokenizer, length) for length in lengths] for prompt in prompts]
+    if model.family == "hidream":  # of T5, and of Llama twice
+        readers = (pipe.tokenizer_3, pipe.tokenizer_4, pipe.tokenizer_4)
+        return [[tokenize(prompt, reader, model.texts(0)) for reader in readers] for prompt in prompts]
     if model.family == "aura":  # behind the model's own tokens
         known = (tokenize(prompt, pipe.tokenizer, T5) for prompt in prompts)
         return [[replace(each, first=model.registers, length=T5 + model.registers)] for each in known]

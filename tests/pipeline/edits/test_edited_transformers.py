@@ -17,6 +17,7 @@ from tests.support.edited_videos import COGVIDEOX, HUNYUAN_VIDEO
 from tests.support.tiny_aura_flow import AURA_FLOW
 from tests.support.tiny_cogview import COGVIEW
 from tests.support.tiny_flux_kin import KIN
+from tests.support.tiny_hidream import HIDREAM
 from tests.support.tiny_krea2 import KREA2
 from tests.support.tiny_qwen21 import QWEN21
 
@@ -29,6 +30,7 @@ MODELS = {
     **KIN,
     **COGVIEW,
     "AuraFlow": AURA_FLOW,
+    "HiDream-I1": HIDREAM,
     "Krea 2": KREA2,
     **QWEN21,
 }
@@ -56,6 +58,7 @@ ALWAYS = {
     ("CogView 3 Plus", "FPE"),
     ("Krea 2", "Prompt-to-Prompt, refined"),
     ("AuraFlow", "Prompt-to-Prompt, replaced words"),
+    ("HiDream-I1", "Prompt-to-Prompt, replaced words"),
     ("CogView 4", "Prompt-to-Prompt, refined"),
     ("Qwen-Image 2.1", "Prompt-to-Prompt, refined"),
 }

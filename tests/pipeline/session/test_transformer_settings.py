@@ -22,6 +22,7 @@ from tests.support.tiny_cogvideox import draw_cogvideox, tiny_cogvideox_pipeline
 from tests.support.tiny_cogview import COGVIEW
 from tests.support.tiny_cross import draw_hunyuan, draw_ltx, tiny_hunyuan_pipeline, tiny_ltx_pipeline
 from tests.support.tiny_flux_kin import KIN
+from tests.support.tiny_hidream import HIDREAM
 from tests.support.tiny_hunyuan_guided import HUNYUAN_IMAGE, HUNYUAN_VIDEO15
 from tests.support.tiny_hunyuan_video import draw_hunyuan_video, tiny_hunyuan_video_pipeline
 from tests.support.tiny_kandinsky5 import draw_kandinsky5, tiny_kandinsky5_pipeline
@@ -67,6 +68,7 @@ _NEWER = {
     **KIN,
     **COGVIEW,
     "aura flow": AURA_FLOW,
+    "hidream": HIDREAM,
     "hunyuan video 1.5": HUNYUAN_VIDEO15,
     "hunyuan image": HUNYUAN_IMAGE,
     "krea 2": KREA2,
@@ -222,7 +224,14 @@ def test_compiled_blocks(pipe, name):
 def _blocks(transformer):
     return next(
         getattr(transformer, name)
-        for name in ("transformer_blocks", "visual_transformer_blocks", "blocks", "layers", "joint_transformer_blocks")
+        for name in (
+            "transformer_blocks",
+            "visual_transformer_blocks",
+            "blocks",
+            "layers",
+            "joint_transformer_blocks",
+            "double_stream_blocks",
+        )
         if hasattr(transformer, name)
     )
 
