@@ -39,6 +39,11 @@ if TYPE_CHECKING:
         FreePromptZImagePipeline,
     )
     from .flux2_pipeline import FreePromptFlux2KleinPipeline, FreePromptFlux2Pipeline
+    from .flux_kin_pipeline import (
+        FreePromptBriaPipeline,
+        FreePromptLongCatImagePipeline,
+        FreePromptOvisImagePipeline,
+    )
     from .heatmaps.concept_maps import ConceptMaps, concept_maps
     from .heatmaps.heat_maps import HeatMaps, heat_maps
     from .inversion.null_text import NullText
@@ -70,11 +75,14 @@ _HOME = {
     "FireFlowScheduler": "models.flow_solvers",
     "FreeFluxEdit": "edits",
     "FreePromptEdit": "edits",
+    "FreePromptBriaPipeline": "flux_kin_pipeline",
     "FreePromptChromaPipeline": "flow_pipeline",
     "FreePromptFlux2KleinPipeline": "flux2_pipeline",
     "FreePromptFlux2Pipeline": "flux2_pipeline",
     "FreePromptFluxPipeline": "flow_pipeline",
+    "FreePromptLongCatImagePipeline": "flux_kin_pipeline",
     "FreePromptLumina2Pipeline": "flow_pipeline",
+    "FreePromptOvisImagePipeline": "flux_kin_pipeline",
     "FreePromptPipeline": "pipeline",
     "FreePromptPipelineOutput": "sampling.output",
     "FreePromptPixArtAlphaPipeline": "pixart_pipeline",
@@ -133,12 +141,15 @@ __all__ = [
     "Encoding",
     "FireFlowScheduler",
     "FreeFluxEdit",
+    "FreePromptBriaPipeline",
     "FreePromptChromaPipeline",
     "FreePromptEdit",
     "FreePromptFlux2KleinPipeline",
     "FreePromptFlux2Pipeline",
     "FreePromptFluxPipeline",
+    "FreePromptLongCatImagePipeline",
     "FreePromptLumina2Pipeline",
+    "FreePromptOvisImagePipeline",
     "FreePromptPipeline",
     "FreePromptPipelineOutput",
     "FreePromptPixArtAlphaPipeline",

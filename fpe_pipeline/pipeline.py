@@ -35,6 +35,12 @@ _OF_OTHERS = {
     "FreePromptFlux2Pipeline": "flux2",
     "Flux2KleinPipeline": "flux2_klein",
     "FreePromptFlux2KleinPipeline": "flux2_klein",
+    "OvisImagePipeline": "ovis",
+    "FreePromptOvisImagePipeline": "ovis",
+    "LongCatImagePipeline": "longcat",
+    "FreePromptLongCatImagePipeline": "longcat",
+    "BriaPipeline": "bria",
+    "FreePromptBriaPipeline": "bria",
     "ChromaPipeline": "chroma",
     "FreePromptChromaPipeline": "chroma",
     "Lumina2Pipeline": "lumina2",
@@ -81,8 +87,8 @@ class FreePromptPipeline(UNetEditing, StableDiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         """As in diffusers; "embedded" and "embedded-sd3" are the models that come with this package. A saved pipeline
-        of SDXL, PixArt, Stable Diffusion 3, FLUX.1, FLUX.2, Qwen-Image, Chroma, Lumina 2 or Z-Image is loaded as the
-        class that edits with it."""
+        of SDXL, PixArt, Stable Diffusion 3, FLUX.1, FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, Chroma,
+        Lumina 2 or Z-Image is loaded as the class that edits with it."""
         if isinstance(pretrained_model_name_or_path, str) and is_embedded(pretrained_model_name_or_path):
             pretrained_model_name_or_path = embedded_path(pretrained_model_name_or_path)
         serving: Any = _saved_class(pretrained_model_name_or_path, options)
@@ -120,6 +126,10 @@ def _class_for(family: str) -> type:
         from .flux2_pipeline import FLUX2_CLASSES
 
         return FLUX2_CLASSES[family]
+    if family in ("ovis", "longcat", "bria"):
+        from .flux_kin_pipeline import FLUX_KIN_CLASSES
+
+        return FLUX_KIN_CLASSES[family]
     if family in ("pixart_alpha", "pixart_sigma"):
         from .pixart_pipeline import PIXART_CLASSES
 
@@ -140,7 +150,7 @@ def _class_of(pipeline: Any) -> type | None:
         return _class_for("sdxl") if unet.config.get("addition_embed_type") == "text_time" else None
     if getattr(pipeline, "transformer", None) is None:
         return None
-    family = adapter_of(pipeline).family
+    family = adapter_of(pipeline).kind
     named = (_OF_OTHERS.get(kind.__name__, "") for kind in type(pipeline).__mro__)
     pixart = next((name for name in named if name.startswith("pixart")), None)
     if pixart is not None:

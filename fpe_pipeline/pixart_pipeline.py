@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 
+from .sampling.step_end import told_of_steps
 from .sampling.unet_conditions import UNetConditions
-from .session.hooks import SchedulerHook
 from .unet_editing import UNetEditing
 
 __all__ = ["PIXART_CLASSES", "FreePromptPixArtAlphaPipeline", "FreePromptPixArtSigmaPipeline"]
@@ -51,31 +51,10 @@ class _PixArtEditing(UNetEditing):
         return {}
 
     def _loop(self, callback: Any, tensor_inputs: list[str], arguments: dict[str, Any]) -> tuple[Any, ...]:
-        """The parent's call. Its loop has no ``callback_on_step_end``: the scheduler's steps make that up for latents,
-        after whatever else holds or blends them."""
-        tensor_inputs = getattr(callback, "tensor_inputs", tensor_inputs)  # a callback of diffusers says what it needs
-        if set(tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got "
-                f"{tensor_inputs}: {self.parent.__name__}'s loop keeps {self.kept_in_loop} to itself, leave them out"
-            )
-        arguments = self._of_parent(arguments)
-        steps = 0
-
-        def end(latents: torch.Tensor, timestep: Any) -> torch.Tensor:
-            nonlocal steps
-            given = dict.fromkeys(tensor_inputs, latents)
-            changed: torch.Tensor = callback(self, steps, timestep, given).get("latents", latents)
-            steps += 1
-            return changed
-
-        hook = None if callback is None else SchedulerHook(self.scheduler, end)
-        try:
-            made: tuple[Any, ...] = self.parent.__call__(self, return_dict=False, **arguments)
+        """The parent's call, whose loop has no ``callback_on_step_end``."""
+        with told_of_steps(self, callback, tensor_inputs):
+            made: tuple[Any, ...] = self.parent.__call__(self, return_dict=False, **self._of_parent(arguments))
             return made
-        finally:
-            if hook is not None:
-                hook.remove(expected=False)
 
     def _of_parent(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a call as the parent takes them.

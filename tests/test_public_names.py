@@ -17,8 +17,10 @@ from tests.support import arrows
 KERNELS = "AttentionMap LinearMap backends beside blend concatenate join known_columns shared_attention stack"
 PIPELINE = (
     "BatchRoles CombinedEdit ConceptMaps ConsistEdit Edit EditingSession Encoding FireFlowScheduler FreeFluxEdit "
+    "FreePromptBriaPipeline "
     "FreePromptChromaPipeline FreePromptEdit FreePromptFlux2KleinPipeline FreePromptFlux2Pipeline "
     "FreePromptFluxPipeline FreePromptLumina2Pipeline FreePromptPipeline FreePromptPipelineOutput "
+    "FreePromptLongCatImagePipeline FreePromptOvisImagePipeline "
     "FreePromptPixArtAlphaPipeline FreePromptPixArtSigmaPipeline "
     "FreePromptQwenImagePipeline FreePromptSD3Pipeline FreePromptXLPipeline FreePromptZImagePipeline HeatMaps "
     "Injecting Inversion JointProduct KVEdit LayerSelection LocalBlend MasaCtrlEdit MixedRows ModelCall NullText "

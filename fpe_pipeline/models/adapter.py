@@ -127,6 +127,11 @@ class ModelAdapter(ABC):
         self.pipe, self.model = pipe, model
 
     @property
+    def kind(self) -> str:
+        """By which conveniences its pipelines are served: those of its family, unless other runs share its layers."""
+        return self.family
+
+    @property
     def module(self) -> torch.nn.Module:
         """The model itself, without a wrapper."""
         return identity(self.model)

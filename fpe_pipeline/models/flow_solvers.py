@@ -89,6 +89,10 @@ class _MidpointScheduler(FlowMatchEulerDiscreteScheduler):
         """Whether a call is at the node that its step starts from."""
         raise NotImplementedError
 
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        """The sample itself: Bria's pipeline asks schedulers that are not of diffusers' own class."""
+        return sample
+
     def scale_noise(self, sample: torch.Tensor, timestep: Any, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Refused: a run that starts part-way counts timesteps, of which a step has more than one here."""
         raise ValueError(

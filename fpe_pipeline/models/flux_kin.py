@@ -27,6 +27,7 @@ class OvisImageAdapter(FluxBlocksAdapter):
     """diffusers' ``OvisImageTransformer2DModel``."""
 
     family = "flux_kin"
+    kind = "ovis"
     text_parts = (TextPart("tokenizer", ("text_encoder",), _described, is_padded=True),)
 
 
@@ -43,6 +44,7 @@ class LongCatImageAdapter(FluxBlocksAdapter):
     """diffusers' ``LongCatImageTransformer2DModel``; in LongCat-Image-Edit the words stand behind a picture."""
 
     family = "flux_kin"
+    kind = "longcat"
     text_parts = (TextPart("tokenizer", ("text_encoder",), _captioned, is_padded=True),)
 
     def __init__(self, pipe: Any | None, model: Any) -> None:
@@ -58,6 +60,7 @@ class BriaAdapter(FluxBlocksAdapter):
     """diffusers' ``BriaTransformer2DModel``."""
 
     family = "flux_kin"
+    kind = "bria"
     guides_apart = False
     text_parts = (TextPart("tokenizer", ("text_encoder",), one_at_a_time=True),)
 

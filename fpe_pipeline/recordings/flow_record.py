@@ -151,8 +151,7 @@ class _Source:
 
 def flow_sites(model: FlowModel, size: tuple[int, int]) -> tuple[Site, ...]:
     """The layers of a pipeline's transformer for an image of (height, width) pixels."""
-    height, width = (side // model.pipe.vae_scale_factor for side in size)
-    return tuple(site.at(height, width) for site in adapter_of(model.pipe).sites)
+    return tuple(site.at(*model.latent_size(size)) for site in adapter_of(model.pipe).sites)
 
 
 def _source(pipe: Any, model: FlowModel, prompt: Any, inversion: Inversion | None, options: dict[str, Any]) -> _Source:

@@ -67,7 +67,7 @@ def edit_flow(
     is_guided = pipe.is_guided_at(recording.guidance_scale)
     if pipe.takes_true_guidance():
         is_guided = (recording.true_cfg_scale or 0.0) > 1
-    grid = (size[0] // model.pipe.vae_scale_factor, size[1] // model.pipe.vae_scale_factor)
+    grid = model.latent_size(size)
     replay = Replay(pipe, chosen, recording, len(targets), is_guided, backend, grid, bool(recording.source_text))
     noise = model.taken(recording.latents[0], size)
     arguments = {

@@ -63,9 +63,9 @@ class Recording:
         window: (first, last) step, as fractions of the run, of the plain `FreePromptEdit` that it was made for; None
             where it was made for others alone.
         paths: the layers of that edit.
-        latents: [steps + 1, 1, C, h, w], from the noise that all start from to the source's last latent; of FLUX.1,
-            Qwen-Image and Chroma packed, as [steps + 1, 1, tokens, 4 · C], and with solvers that call the model between
-            steps one a call: those at the end of a step where the call ends one.
+        latents: [steps + 1, 1, C, h, w], from the noise that all start from to the source's last latent; of FLUX.1, its
+            kin, Qwen-Image and Chroma packed, as [steps + 1, 1, tokens, 4 · C], and with solvers that call the model
+            between steps one a call: those at the end of a step where the call ends one.
         model: fingerprint of the weights and configurations that made it.
         precision: "exact", "half" or "int8-keys".
         error: largest relative error, over all recorded layers and steps, that the precision makes in the source's own

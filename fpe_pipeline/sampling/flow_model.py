@@ -164,6 +164,11 @@ class FlowModel(ABC):
         """Pixels across one of the latents [B, C, h, w] that the pipeline's call takes."""
         return int(self.pipe.vae_scale_factor)
 
+    def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the autoencoder's latents of an image of (height, width) pixels."""
+        factor = int(self.pipe.vae_scale_factor)
+        return size[0] // factor, size[1] // factor
+
     @property
     def latent_channels(self) -> int:
         """Channels of the autoencoder's latents."""
@@ -207,7 +212,7 @@ class FlowModel(ABC):
 
     def drawn(self, size: tuple[int, int], generator: Any = None) -> Latents:
         """Noise of an image of (height, width) pixels, as the pipeline draws it and its call takes it."""
-        shape = (1, self.latent_channels, *(side // self.pipe.vae_scale_factor for side in size))
+        shape = (1, self.latent_channels, *self.latent_size(size))
         noise = randn_tensor(shape, generator, self.pipe._execution_device, self.noise_dtype)
         return self.latents(noise)
 

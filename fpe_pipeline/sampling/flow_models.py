@@ -12,6 +12,7 @@ import torch
 from ..models.families import adapter_of
 from .caption_models import Lumina2, ZImage
 from .flow_model import FlowModel, Latents, Velocity, shift_of
+from .kin_models import Bria, LongCat, Ovis
 from .packed_models import Chroma, Flux, Flux2, Qwen
 
 __all__ = ["FlowModel", "Velocity", "check_served", "flow_model", "is_flow_model"]
@@ -61,20 +62,30 @@ _FAMILIES: dict[str, type[FlowModel]] = {
     "sd3": _SD3,
     "flux": Flux,
     "flux2": Flux2,
+    "ovis": Ovis,
+    "longcat": LongCat,
+    "bria": Bria,
     "qwen": Qwen,
     "chroma": Chroma,
     "lumina2": Lumina2,
     "z_image": ZImage,
 }
 #: Pipelines whose models are shown pictures, by what their names begin with.
-_SHOWN = {"FluxKontext": "FLUX.1 Kontext", "QwenImageEdit": "Qwen-Image-Edit", "QwenImageLayered": "Qwen-Image-Layered"}
+_SHOWN = {
+    "FluxKontext": "FLUX.1 Kontext",
+    "LongCatImageEdit": "LongCat-Image-Edit",
+    "QwenImageEdit": "Qwen-Image-Edit",
+    "QwenImageLayered": "Qwen-Image-Layered",
+}
 #: What families are called in messages.
-_SERVED = "Stable Diffusion 3, FLUX.1, FLUX.2, Qwen-Image, Chroma, Lumina 2 and Z-Image"
+_SERVED = (
+    "Stable Diffusion 3, FLUX.1, FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, Chroma, Lumina 2 and Z-Image"
+)
 
 
 def is_flow_model(pipe: Any) -> bool:
     """Whether a pipeline's model is one of those that are described here."""
-    return getattr(pipe, "transformer", None) is not None and adapter_of(pipe).family in _FAMILIES
+    return getattr(pipe, "transformer", None) is not None and adapter_of(pipe).kind in _FAMILIES
 
 
 def flow_model(pipe: Any) -> FlowModel:
@@ -83,7 +94,7 @@ def flow_model(pipe: Any) -> FlowModel:
     Raises:
         TypeError: a pipeline without one, with one of a family that no adapter describes, or that is not served here.
     """
-    family = adapter_of(pipe).family
+    family = adapter_of(pipe).kind
     if getattr(pipe, "transformer", None) is None:
         raise TypeError(
             f"expected a pipeline of {_SERVED}, got {type(pipe).__name__} with its "

@@ -94,7 +94,11 @@ class FlowSampling(AroundParent):
             arguments = {**arguments, **names}
         watched = nullcontext() if isinstance(session, EditingSession) else FiniteSteps(self)
         with session, watched:
-            return super().__call__(return_dict=False, **arguments)[0]  # type: ignore[misc]
+            return self._loop(arguments)
+
+    def _loop(self, arguments: dict[str, Any]) -> Any:
+        """The images of the parent's call."""
+        return super().__call__(return_dict=False, **arguments)[0]  # type: ignore[misc]
 
 
 def chosen_flow_edit(edit: Edit | None, self_replace_steps: Any, layers: Any) -> Edit:

@@ -16,10 +16,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..models.flux2 import is_klein
 from .flow_model import FlowModel, GuidedByTwoCalls, Latents, Velocity, shift_of
 
-__all__ = ["Chroma", "Flux", "Flux2", "Qwen"]
+__all__ = ["Chroma", "Flux", "Flux2", "FluxVelocity", "Qwen"]
 
 
-class _FluxVelocity(Velocity):
+class FluxVelocity(Velocity):
     def _timestep(self, timestep: torch.Tensor, latents: Latents) -> torch.Tensor:
         return timestep.expand(latents.shape[0]).to(latents.dtype) / 1000
 
@@ -65,7 +65,7 @@ class Flux(FlowModel):
             "img_ids": self.pipe._prepare_latent_image_ids(1, *grid, device, texts.dtype),
             "guidance": guidance,
         }
-        return _FluxVelocity(self.pipe, conditions, None)
+        return FluxVelocity(self.pipe, conditions, None)
 
 
 class Flux2(Flux):
@@ -133,9 +133,9 @@ class Flux2(Flux):
                 "leave it at 1"
             )
         elif guidance_scale > 1:
-            away = _FluxVelocity(pipe, conditions(""), None, "uncond")
-            return GuidedByTwoCalls(_FluxVelocity(pipe, conditions(prompt), None), away, guidance_scale)
-        return _FluxVelocity(pipe, conditions(prompt), None)
+            away = FluxVelocity(pipe, conditions(""), None, "uncond")
+            return GuidedByTwoCalls(FluxVelocity(pipe, conditions(prompt), None), away, guidance_scale)
+        return FluxVelocity(pipe, conditions(prompt), None)
 
 
 class Qwen(Flux):
@@ -171,7 +171,7 @@ class Qwen(Flux):
             "img_shapes": [[(1, *(side // self.multiple for side in size))]],
             "guidance": None,
         }
-        return _FluxVelocity(self.pipe, conditions, None)
+        return FluxVelocity(self.pipe, conditions, None)
 
 
 class Chroma(Flux):
@@ -188,7 +188,7 @@ class Chroma(Flux):
             seen = self.pipe._prepare_attention_mask(1, height * width, texts.dtype, mask)
             return {**image, "encoder_hidden_states": texts, "txt_ids": places, "attention_mask": seen}
 
-        towards = _FluxVelocity(self.pipe, conditions(texts, places, mask), None)
+        towards = FluxVelocity(self.pipe, conditions(texts, places, mask), None)
         if not guided:
             return towards
-        return GuidedByTwoCalls(towards, _FluxVelocity(self.pipe, conditions(*away), None, "uncond"), guidance_scale)
+        return GuidedByTwoCalls(towards, FluxVelocity(self.pipe, conditions(*away), None, "uncond"), guidance_scale)

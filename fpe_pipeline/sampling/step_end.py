@@ -6,7 +6,9 @@ are pure of one another and run in the order given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +17,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from ..edits import Edit
 from ..models.steps import run_steps
+from ..session.hooks import SchedulerHook
 from ..session.session import session_of
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
     "StepEnd",
     "Task",
     "check_source_can_be_dropped",
+    "told_of_steps",
 ]
 
 
@@ -113,6 +117,41 @@ class DropSource:
             session.source_dropped()
 
 
+@contextmanager
+def told_of_steps(pipe: Any, callback: Any, tensor_inputs: Sequence[str]) -> Iterator[None]:
+    """Make up ``callback_on_step_end``, for latents alone, in a block around a loop of diffusers that has none.
+
+    The scheduler's steps tell it of them, after whatever else holds or blends their latents.
+
+    Args:
+        pipe: whose loop.
+        callback: as diffusers' loops take it; None for nothing.
+        tensor_inputs: the names of the tensors that it asks for.
+
+    Raises:
+        ValueError: other names than latents.
+    """
+    tensor_inputs = getattr(callback, "tensor_inputs", tensor_inputs)  # a callback of diffusers says what it needs
+    if set(tensor_inputs) - set(pipe._callback_tensor_inputs):
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs must be among {pipe._callback_tensor_inputs}, got {tensor_inputs}: "
+            f"{pipe.parent.__name__}'s loop keeps {pipe.kept_in_loop} to itself, leave them out"
+        )
+    steps = itertools.count()
+
+    def end(latents: torch.Tensor, timestep: Any) -> torch.Tensor:
+        given = dict.fromkeys(tensor_inputs, latents)
+        changed: torch.Tensor = callback(pipe, next(steps), timestep, given).get("latents", latents)
+        return changed
+
+    hook = None if callback is None else SchedulerHook(pipe.scheduler, end, every_call=True)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove(expected=False)
+
+
 def check_source_can_be_dropped(pipe: Any, prompts: int, options: dict[str, Any]) -> None:
     """Raise where keep_source=False would leave source rows behind that the parent gives no access to."""
     hint = "use keep_source=True"
@@ -136,8 +175,9 @@ def check_source_can_be_dropped(pipe: Any, prompts: int, options: dict[str, Any]
 
 
 def _without_rows(value: Any, rows: int, first: int) -> Any:
-    """A scheduler's attribute without the first rows of what it remembers of each image: 4-D tensors of `rows`."""
-    if isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[0] == rows:
+    """A scheduler's attribute without the first rows of what it remembers of each image: tensors of `rows` in 4-D, or
+    in 3-D where latents are packed into tokens."""
+    if isinstance(value, torch.Tensor) and value.ndim in (3, 4) and value.shape[0] == rows:
         return value[first:]
     if isinstance(value, list) and any(isinstance(item, torch.Tensor) for item in value):
         return [_without_rows(item, rows, first) for item in value]

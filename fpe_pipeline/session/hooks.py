@@ -67,6 +67,7 @@ class SchedulerHook:
         scheduler: whose steps.
         change: takes new latents and the timestep, and returns the latents to go on from.
         options: further keyword arguments of a step, where its caller leaves them out.
+        every_call: pass on what each call of the method gives, in the middle of a solver's step too.
     """
 
     def __init__(
@@ -74,11 +75,13 @@ class SchedulerHook:
         scheduler: Any,
         change: Callable[[torch.Tensor, Any], torch.Tensor],
         options: Callable[[], Mapping[str, Any]] = dict,
+        *,
+        every_call: bool = False,
     ) -> None:
         self.calls = 0
         self.change, self.options = change, options
         self._scheduler = scheduler
-        self._nodes: list[Any] | None = getattr(scheduler, "node_hooks", None)
+        self._nodes: list[Any] | None = None if every_call else getattr(scheduler, "node_hooks", None)
         self._shadow: Any = None
         if self._nodes is not None:
             self._nodes.append(self.pass_through)

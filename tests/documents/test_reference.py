@@ -19,11 +19,14 @@ MEMBERS = [(f"{name}.{member.name}", member) for name, found in CLASSES for memb
 NOT_YET = {"make_edit"}  # says what it returns in its first line
 MADE_BY_OTHERS = {"CombinedEdit", "ConceptMaps", "Edit", "HeatMaps", "LinearMap", "FreePromptPipeline"} | {
     "FireFlowScheduler",
+    "FreePromptBriaPipeline",
     "FreePromptChromaPipeline",
     "FreePromptFlux2KleinPipeline",
     "FreePromptFlux2Pipeline",
     "FreePromptFluxPipeline",
+    "FreePromptLongCatImagePipeline",
     "FreePromptLumina2Pipeline",
+    "FreePromptOvisImagePipeline",
     "FreePromptPixArtAlphaPipeline",
     "FreePromptPixArtSigmaPipeline",
     "FreePromptQwenImagePipeline",

@@ -34,6 +34,7 @@ SHARED = {
     "fpe_pipeline.atomic_folder": "ground",
     "fpe_pipeline.flow_pipeline": "pipeline",
     "fpe_pipeline.flux2_pipeline": "pipeline",
+    "fpe_pipeline.flux_kin_pipeline": "pipeline",
     "fpe_pipeline.pixart_pipeline": "pipeline",
     "fpe_pipeline.unet_editing": "pipeline",
     "fpe_pipeline.xl_pipeline": "pipeline",

@@ -50,7 +50,7 @@ class StandIn:
     """Calls ours as diffusers' own pipeline."""
 
     def __init__(self, tiny):
-        self.tiny, self.transformer = tiny, tiny.transformer
+        self.tiny, self.transformer, self.scheduler = tiny, tiny.transformer, tiny.scheduler
 
     def __call__(self, *args, **kwargs):
         return self.tiny.parent.__call__(self.tiny, *args, **kwargs)

@@ -12,6 +12,7 @@ from fpe_pipeline.sampling.flow_model import shift_of
 from fpe_pipeline.sampling.flow_models import flow_model
 from tests.support.tiny_chroma import tiny_chroma_pipeline
 from tests.support.tiny_flux2 import tiny_flux2_that_encodes
+from tests.support.tiny_flux_kin import KIN
 from tests.support.tiny_language import tiny_lumina_that_reads
 from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline, tiny_vae
 from tests.support.tiny_z_image import tiny_z_image_that_reads
@@ -21,6 +22,7 @@ RUNS = {
     "FLUX.1": tiny_flux_pipeline,
     "FLUX.2 dev": lambda pipe: tiny_flux2_that_encodes(),
     "FLUX.2 klein": lambda pipe: tiny_flux2_that_encodes("Flux2KleinPipeline"),
+    **{name: model.make for name, model in KIN.items()},
     "Chroma": tiny_chroma_pipeline,
     "Lumina 2": lambda pipe: tiny_lumina_that_reads(),
     "Z-Image": lambda pipe: tiny_z_image_that_reads(vae=tiny_vae().double()),
