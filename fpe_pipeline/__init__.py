@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from .pipeline import FreePromptPipeline
     from .pixart_pipeline import FreePromptPixArtAlphaPipeline, FreePromptPixArtSigmaPipeline
     from .prompts.encoding import Encoding
+    from .qwen21_pipeline import FreePromptQwenImage21Pipeline
     from .recordings.recording import Recording
     from .sampling.noise_schedule import ddim_scheduler
     from .sampling.output import FreePromptPipelineOutput
@@ -87,6 +88,7 @@ _HOME = {
     "FreePromptPipelineOutput": "sampling.output",
     "FreePromptPixArtAlphaPipeline": "pixart_pipeline",
     "FreePromptPixArtSigmaPipeline": "pixart_pipeline",
+    "FreePromptQwenImage21Pipeline": "qwen21_pipeline",
     "FreePromptQwenImagePipeline": "flow_pipeline",
     "FreePromptSD3Pipeline": "flow_pipeline",
     "FreePromptXLPipeline": "xl_pipeline",
@@ -154,6 +156,7 @@ __all__ = [
     "FreePromptPipelineOutput",
     "FreePromptPixArtAlphaPipeline",
     "FreePromptPixArtSigmaPipeline",
+    "FreePromptQwenImage21Pipeline",
     "FreePromptQwenImagePipeline",
     "FreePromptSD3Pipeline",
     "FreePromptXLPipeline",

@@ -170,6 +170,12 @@ class FlowEditing(FlowSampling):
         options: dict[str, Any],
     ) -> dict[str, Any]:
         """What the parent's call takes; raises ValueError where it cannot be served."""
+        if options.get("image") is not None:
+            raise ValueError(
+                "image= shows the model a reference picture, which neither a real image's inversion nor a recording "
+                "holds: leave it out and invert the picture that is to be edited, or put `with editing(pipe, edit):` "
+                f"around calls of {self.parent.__name__}, in which reference pictures stay each row's own"
+            )
         if prompts:
             check_prompts(edit, prompts, encoding_tokenizer(self))
         check_positive(num_images_per_prompt=call.images_per_prompt)

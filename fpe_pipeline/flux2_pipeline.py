@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 
-from .edits import Edit
 from .flow_pipeline import FlowEditing
-from .sampling.flow_models import FlowModel
-from .sampling.step_end import Call
 
 __all__ = ["FLUX2_CLASSES", "FreePromptFlux2KleinPipeline", "FreePromptFlux2Pipeline"]
 
@@ -18,24 +12,6 @@ __all__ = ["FLUX2_CLASSES", "FreePromptFlux2KleinPipeline", "FreePromptFlux2Pipe
 class _Flux2Editing(FlowEditing):
     kept_in_loop = "places of tokens"
     parts = ("transformer", "vae", "text_encoder")
-
-    def _arguments(
-        self,
-        model: FlowModel,
-        call: Call,
-        edit: Edit,
-        prompts: list[str],
-        latents: torch.Tensor | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        options: dict[str, Any],
-    ) -> dict[str, Any]:
-        if options.get("image") is not None:
-            raise ValueError(
-                "image= shows the model a reference picture, which neither a real image's inversion nor a recording "
-                "holds: leave it out and invert the picture that is to be edited, or put `with editing(pipe, edit):` "
-                f"around calls of {self.parent.__name__}, in which reference pictures stay each row's own"
-            )
-        return super()._arguments(model, call, edit, prompts, latents, generator, options)
 
 
 class FreePromptFlux2Pipeline(_Flux2Editing, Flux2Pipeline):

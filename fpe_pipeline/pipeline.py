@@ -31,6 +31,8 @@ _OF_OTHERS = {
     "FreePromptFluxPipeline": "flux",
     "QwenImagePipeline": "qwen",
     "FreePromptQwenImagePipeline": "qwen",
+    "QwenImage21Pipeline": "qwen21",
+    "FreePromptQwenImage21Pipeline": "qwen21",
     "Flux2Pipeline": "flux2",
     "FreePromptFlux2Pipeline": "flux2",
     "Flux2KleinPipeline": "flux2_klein",
@@ -87,8 +89,8 @@ class FreePromptPipeline(UNetEditing, StableDiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         """As in diffusers; "embedded" and "embedded-sd3" are the models that come with this package. A saved pipeline
-        of SDXL, PixArt, Stable Diffusion 3, FLUX.1, FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, Chroma,
-        Lumina 2 or Z-Image is loaded as the class that edits with it."""
+        of SDXL, PixArt, Stable Diffusion 3, FLUX.1, FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, Qwen-Image
+        2.1, Chroma, Lumina 2 or Z-Image is loaded as the class that edits with it."""
         if isinstance(pretrained_model_name_or_path, str) and is_embedded(pretrained_model_name_or_path):
             pretrained_model_name_or_path = embedded_path(pretrained_model_name_or_path)
         serving: Any = _saved_class(pretrained_model_name_or_path, options)
@@ -126,6 +128,10 @@ def _class_for(family: str) -> type:
         from .flux2_pipeline import FLUX2_CLASSES
 
         return FLUX2_CLASSES[family]
+    if family == "qwen21":
+        from .qwen21_pipeline import FreePromptQwenImage21Pipeline
+
+        return FreePromptQwenImage21Pipeline
     if family in ("ovis", "longcat", "bria"):
         from .flux_kin_pipeline import FLUX_KIN_CLASSES
 

@@ -22,6 +22,7 @@ PIPELINE = (
     "FreePromptFluxPipeline FreePromptLumina2Pipeline FreePromptPipeline FreePromptPipelineOutput "
     "FreePromptLongCatImagePipeline FreePromptOvisImagePipeline "
     "FreePromptPixArtAlphaPipeline FreePromptPixArtSigmaPipeline "
+    "FreePromptQwenImage21Pipeline "
     "FreePromptQwenImagePipeline FreePromptSD3Pipeline FreePromptXLPipeline FreePromptZImagePipeline HeatMaps "
     "Injecting Inversion JointProduct KVEdit LayerSelection LocalBlend MasaCtrlEdit MixedRows ModelCall NullText "
     "PlugAndPlayEdit Product PromptToPromptEdit Prompted RFSolverScheduler ReFlexEdit Recording Remembering "

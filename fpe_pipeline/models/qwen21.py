@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from ..text_parts import Template, TextPart
 from .adapter import ModelCall
@@ -30,7 +31,8 @@ _TOKENS_A_SLOT = 4
 def _template(pipe: Any, arguments: Mapping[str, Any]) -> Template:
     before, _, after = pipe.prompt_template_t2i.partition("{}")
     # What the pipeline writes before pictures is told apart from a prompt by the distance from the end.
-    return Template(before, after, pipe._drop_idx, shows=True, replaced=pipe._img_token_id)
+    padded = getattr(pipe, "padded_tokens", 0)  # of our pipeline, in a call that is told of them
+    return Template(before, after, pipe._drop_idx, shows=True, replaced=pipe._img_token_id, at_least=padded)
 
 
 class QwenImage21Adapter(NamedCallsAdapter):
@@ -63,6 +65,19 @@ class QwenImage21Adapter(NamedCallsAdapter):
             keeps_texts=True,
             arguments=(args, kwargs),
         )
+
+    def longer_texts(self, kwargs: Mapping[str, Any], tokens: Mapping[bool, int]) -> dict[str, Any]:
+        texts, mask = kwargs["encoder_hidden_states"], kwargs.get("encoder_hidden_states_mask")
+        slots, count = kwargs["img_mask"], texts.shape[1]
+        beyond = tokens.get(self._half() != "unconditional", 0) - count
+        if beyond <= 0:
+            return {}
+        mask = texts.new_ones(texts.shape[:2], dtype=torch.long) if mask is None else mask
+        return {
+            "encoder_hidden_states": functional.pad(texts, (0, 0, 0, beyond)),
+            "encoder_hidden_states_mask": functional.pad(mask, (0, beyond)),
+            "img_mask": torch.cat([functional.pad(slots[:, :count], (0, beyond)), slots[:, count:]], dim=1),
+        }
 
 
 @once_a_tensor

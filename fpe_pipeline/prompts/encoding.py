@@ -211,6 +211,8 @@ def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments
                 whole = _gathered(whole, length, arguments)
             leaves = None if template is None else template.replaced
             own = whole if is_whole else [_without_padding(*call, dropped, length, leaves) for call in masked]
+            if template is not None and template.at_least:
+                own = [filled(call, max(call.shape[1], template.at_least)) for call in own]
             inputs.append(own if part.multiple == 1 else _filled_up(own, part.multiple))
     ends = template is not None and not part.is_padded
     has_quotes = part.quotes is not None and bool(received.tokens.get(part.quotes))

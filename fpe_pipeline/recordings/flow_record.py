@@ -164,7 +164,7 @@ def _source(pipe: Any, model: FlowModel, prompt: Any, inversion: Inversion | Non
     steps = options.get("num_inference_steps", pipe.parent_default("num_inference_steps"))
     check_guidance(guidance)
     check_positive(num_inference_steps=steps)
-    text_length = options.get("max_sequence_length", model.text_length)
+    text_length = options.get("max_sequence_length") or model.text_length or model.own_text_tokens(prompt, 0)
     true = None
     if pipe.takes_true_guidance():  # by a second call; what FLUX.1 is told of guidance is one thing more
         true = options.get("true_cfg_scale", pipe.parent_default("true_cfg_scale"))
@@ -209,6 +209,7 @@ def _plan(
         "prompts_first": adapter.prompts_first,
     }
     contents = source_needs(edits, sites, run, **of_rows)
+    model.check_recorded({part.name for parts in contents.values() for part in parts})
     itemsize = model.pipe.transformer.dtype.itemsize
     by_path = {site.path: site for site in sites}
 

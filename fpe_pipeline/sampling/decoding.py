@@ -40,6 +40,8 @@ def decoded(pipe: Any, latents: torch.Tensor, size: tuple[int, int] | None = Non
         given = latents.to(vae.dtype)
         mean, std = _moments(vae, given)
         pixels = vae.decode(given * std / vae.config.get("scaling_factor", 1.0) + mean, return_dict=False)[0]
+        if pixels.ndim == 5:  # a video of one frame
+            pixels = pixels[:, :, 0]
     pictures: list[Image.Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
     return pictures
 
@@ -50,4 +52,5 @@ def _moments(vae: Any, latents: torch.Tensor) -> tuple[Any, Any]:
     mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
     if mean is None or std is None:
         return config.get("shift_factor") or 0.0, 1.0
-    return latents.new_tensor(mean).view(1, -1, 1, 1), latents.new_tensor(std).view(1, -1, 1, 1)
+    shape = (1, -1, *[1] * (latents.ndim - 2))
+    return latents.new_tensor(mean).view(shape), latents.new_tensor(std).view(shape)

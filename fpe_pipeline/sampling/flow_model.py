@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -111,7 +112,7 @@ class FlowModel(ABC):
 
     @property
     def text_length(self) -> int:
-        """Tokens of T5 that the pipeline takes by default."""
+        """Tokens of T5 that the pipeline takes by default; 0 where a text has as many as it has."""
         pipeline = getattr(self.pipe, "parent", type(self.pipe))  # ours say of these options what diffusers' says
         return int(inspect.signature(pipeline.__call__).parameters["max_sequence_length"].default)
 
@@ -127,10 +128,20 @@ class FlowModel(ABC):
         """Tokens beside the text's that fill up an image of (height, width) pixels and are attended to."""
         return 0
 
+    def check_texts(self, prompts: Sequence[str], text_length: int) -> None:  # noqa: B027  most are cut
+        """Raise ValueError for prompts that do not go into so many tokens and that the pipeline does not cut."""
+
+    def check_recorded(self, parts: Collection[str]) -> None:  # noqa: B027
+        """Raise ValueError for parts of tokens, such as "text-query", that the model does not compute."""
+
     @property
     @abstractmethod
     def multiple(self) -> int:
-        """Pixels across a token."""
+        """Pixels of which an image's sides are multiples: those across a token, or across several."""
+
+    def tokens(self, size: tuple[int, int]) -> int:
+        """Tokens of an image of (height, width) pixels."""
+        return (size[0] // self.multiple) * (size[1] // self.multiple)
 
     @property
     def longest(self) -> int | None:

@@ -13,7 +13,7 @@ from ..models.families import adapter_of
 from .caption_models import Lumina2, ZImage
 from .flow_model import FlowModel, Latents, Velocity, shift_of
 from .kin_models import Bria, LongCat, Ovis
-from .packed_models import Chroma, Flux, Flux2, Qwen
+from .packed_models import Chroma, Flux, Flux2, Qwen, Qwen21
 
 __all__ = ["FlowModel", "Velocity", "check_served", "flow_model", "is_flow_model"]
 
@@ -66,6 +66,7 @@ _FAMILIES: dict[str, type[FlowModel]] = {
     "longcat": LongCat,
     "bria": Bria,
     "qwen": Qwen,
+    "qwen21": Qwen21,
     "chroma": Chroma,
     "lumina2": Lumina2,
     "z_image": ZImage,
@@ -79,7 +80,8 @@ _SHOWN = {
 }
 #: What families are called in messages.
 _SERVED = (
-    "Stable Diffusion 3, FLUX.1, FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, Chroma, Lumina 2 and Z-Image"
+    "Stable Diffusion 3, FLUX.1, FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, Qwen-Image 2.1, Chroma, Lumina 2 "
+    "and Z-Image"
 )
 
 

@@ -162,7 +162,7 @@ def flow_start(
     size = image_size(model.native_size, model.latent_pixels, height, width, None if packed else latents)
     model.check_size(size)
     start: dict[str, Any] = {"height": size[0], "width": size[1]}
-    tokens = (size[0] // model.multiple) * (size[1] // model.multiple) if packed else None
+    tokens = model.tokens(size) if packed else None
     channels = model.pipe.transformer.config.in_channels
     shared = shared_latents(latents, call.prompts, call.images_per_prompt, channels, tokens)
     if shared is not None:

@@ -7,16 +7,20 @@ of them are laid behind one another as channels; so its pipelines' calls take th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..models.families import adapter_of
 from ..models.flux2 import is_klein
+from ..text_parts import plain_tokenizer
 from .flow_model import FlowModel, GuidedByTwoCalls, Latents, Velocity, shift_of
 
-__all__ = ["Chroma", "Flux", "Flux2", "FluxVelocity", "Qwen"]
+__all__ = ["Chroma", "Flux", "Flux2", "FluxVelocity", "Qwen", "Qwen21"]
 
 
 class FluxVelocity(Velocity):
@@ -31,10 +35,14 @@ class Flux(FlowModel):
     def multiple(self) -> int:
         return self.pipe.vae_scale_factor * 2
 
+    def sigmas(self, steps: int) -> Any:
+        """σ of so many steps' beginnings, before the scheduler shifts them."""
+        return np.linspace(1.0, 1 / steps, steps)
+
     def set_timesteps(self, steps: int, size: tuple[int, int]) -> None:
         self.pipe.scheduler.set_timesteps(
-            sigmas=np.linspace(1.0, 1 / steps, steps),
-            mu=shift_of(self.pipe.scheduler, (size[0] // self.multiple) * (size[1] // self.multiple)),
+            sigmas=self.sigmas(steps),
+            mu=shift_of(self.pipe.scheduler, self.tokens(size)),
             device=self.pipe._execution_device,
         )
 
@@ -157,11 +165,7 @@ class Qwen(Flux):
         return (mean - shift[:, None, None]) / spread[:, None, None]
 
     def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
-        if guidance_scale > 1:
-            raise ValueError(
-                "Qwen-Image guides by a negative prompt, which an inversion has none of, got "
-                f"guidance_scale={guidance_scale:g}: leave it at 1, and guide the edits with true_cfg_scale"
-            )
+        _refuse_guidance(guidance_scale)
         texts, mask = self.pipe.encode_prompt(
             prompt=prompt, device=self.pipe._execution_device, max_sequence_length=text_length
         )
@@ -172,6 +176,87 @@ class Qwen(Flux):
             "guidance": None,
         }
         return FluxVelocity(self.pipe, conditions, None)
+
+
+def _refuse_guidance(scale: float) -> None:
+    if scale > 1:
+        raise ValueError(
+            "Qwen-Image guides by a negative prompt, which an inversion has none of, got "
+            f"guidance_scale={scale:g}: leave it at 1, and guide the edits with true_cfg_scale"
+        )
+
+
+class _Qwen21Velocity(FluxVelocity):
+    def _predicted(self) -> Latents:
+        return super()._predicted()[:, -self.arguments["hidden_states"].shape[1] :]  # behind those of the text
+
+
+class Qwen21(Qwen):
+    """A token is one latent of its autoencoder's, which has transparency; four of them are one of its encoder's."""
+
+    text_length = 0
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        side = self.pipe.parent_default("output_resolution")
+        return side, side
+
+    @property
+    def multiple(self) -> int:
+        return 2 * int(self.pipe.vae_scale_factor)
+
+    def tokens(self, size: tuple[int, int]) -> int:
+        return math.prod(self.latent_size(size))
+
+    def channels(self, latent_channels: int) -> int:
+        return latent_channels
+
+    def own_text_tokens(self, prompt: str, text_length: int, *, conditional: bool = True) -> int:
+        tokenizer = plain_tokenizer(self.pipe.processor)
+        return len(tokenizer(self.pipe.prompt_template_t2i.format(prompt or " "))["input_ids"]) - self.pipe._drop_idx
+
+    def check_texts(self, prompts: Sequence[str], text_length: int) -> None:
+        for prompt in prompts if text_length else ():
+            tokens = self.own_text_tokens(prompt, text_length)
+            if tokens > text_length:
+                raise ValueError(
+                    f"expected prompts of at most {text_length} tokens, behind which images stand in this run, as a "
+                    f"recording or max_sequence_length says, got {prompt!r} of {tokens}: record or invert with "
+                    f"max_sequence_length={tokens} or more, or leave it out of the call"
+                )
+
+    def check_recorded(self, parts: Collection[str]) -> None:
+        if "text-query" in parts:
+            raise ValueError(
+                "the edit changes what text tokens become, and in this model they look at no image and are computed "
+                'once for all steps: use an edit of image tokens or of words, such as FreePromptEdit(scope="image"), '
+                "ConsistEdit or PromptToPromptEdit"
+            )
+
+    def encoded(self, pixels: torch.Tensor) -> Latents:
+        return super().encoded(torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1))  # opaque
+
+    def sigmas(self, steps: int) -> Any:
+        told = self.pipe.config.sample_sigmas
+        if told is not None and len(told) != steps:
+            raise ValueError(
+                f"this model has sigmas of its own (sample_sigmas), which make {len(told)} steps, got {steps}: pass "
+                f"num_inference_steps={len(told)}"
+            )
+        return super().sigmas(steps) if told is None else list(told)
+
+    def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
+        _refuse_guidance(guidance_scale)
+        self.check_texts([prompt], text_length)
+        texts, mask, slots = self.pipe.encode_prompt(prompt, device=self.pipe._execution_device)
+        conditions = {
+            "encoder_hidden_states": texts,
+            "encoder_hidden_states_mask": mask,
+            "img_shapes": [[(1, *self.latent_size(size))]],
+            "img_mask": torch.cat([slots, slots.new_ones(1, self.tokens(size) // 4)], dim=1),
+        }
+        longer = adapter_of(self.pipe).longer_texts(conditions, {True: text_length})
+        return _Qwen21Velocity(self.pipe, conditions | longer, None)
 
 
 class Chroma(Flux):

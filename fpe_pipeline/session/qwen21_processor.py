@@ -74,14 +74,14 @@ class EditQwen21Processor(DispatchedAround):
         key, value = (_shown_first(part, order.shown).transpose(1, 2) for part in layer_cache.get())
         check_joint_input(order, image, key, None)  # the mask is of padding: text_lengths
         every = tuple(range(plan.rows))
+        turn = qwen_turn(None if rotary_emb is None else rotary_emb[before:])
+        text = SegmentProjections(Rows(key[:0], ()), Rows(key, every), Rows(value, every))
         layer = JointLayer(
-            segment_projections(
-                attn, plan, "image", image, qwen_turn(None if rotary_emb is None else rotary_emb[before:])
-            ),
-            SegmentProjections(Rows(key[:0], ()), Rows(key, every), Rows(value, every)),
+            segment_projections(attn, plan, "image", image, turn).beside("image", order.recorded),
+            text.beside("text", order.recorded, ends=True),
             (attn.inner_dim // attn.heads) ** -0.5,
             order.backend,
-            order.text_lengths,
+            order.lengths(key.shape[2]),
             order.references,
             references_first=True,
             text_asks=False,

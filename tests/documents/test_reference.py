@@ -29,6 +29,7 @@ MADE_BY_OTHERS = {"CombinedEdit", "ConceptMaps", "Edit", "HeatMaps", "LinearMap"
     "FreePromptOvisImagePipeline",
     "FreePromptPixArtAlphaPipeline",
     "FreePromptPixArtSigmaPipeline",
+    "FreePromptQwenImage21Pipeline",
     "FreePromptQwenImagePipeline",
     "FreePromptSD3Pipeline",
     "FreePromptXLPipeline",

@@ -36,6 +36,7 @@ SHARED = {
     "fpe_pipeline.flux2_pipeline": "pipeline",
     "fpe_pipeline.flux_kin_pipeline": "pipeline",
     "fpe_pipeline.pixart_pipeline": "pipeline",
+    "fpe_pipeline.qwen21_pipeline": "pipeline",
     "fpe_pipeline.unet_editing": "pipeline",
     "fpe_pipeline.xl_pipeline": "pipeline",
     "fpe_pipeline.cli": "app",

@@ -6,6 +6,7 @@ from PIL import Image
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, FreePromptQwenImagePipeline, Inversion, flow_scheduler
 from fpe_pipeline.inversion.flow import invert_flow
+from fpe_pipeline.sampling.decoding import decoded
 from tests.support.dense_rows import wide
 from tests.support.flow_formulas import path_to_noise
 from tests.support.slow_cases import few
@@ -97,6 +98,8 @@ def test_pictures_and_files(stock, tiny, photo, tmp_path):
     out, again = (tiny(inversion=one, target_prompt=TARGET, **options) for one in (inversion, loaded))
     assert [image.size for image in out.images] == [(80, 48)] * 2
     assert out.images[1].tobytes() == again.images[1].tobytes()
+    (picture,) = decoded(tiny, inversion.latents[0], (48, 80))
+    assert picture.tobytes() == out.images[0].tobytes()
     options |= {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
     generated = tiny(SOURCE, TARGET, **options, **SIZE)
     assert generated.source.size == (80, 48) and generated.report.layers

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from fpe_pipeline import (
     FreePromptEdit,
-    FreePromptPipeline,
     LocalBlend,
     MasaCtrlEdit,
     PromptToPromptEdit,
@@ -318,10 +317,6 @@ class TestRefusals:
         assert not steps and all(
             type(block.attn.processor) is QwenImage21AttnProcessor for block in qwen.transformer.transformer_blocks
         )
-
-    def test_conveniences(self, qwen):
-        with pytest.raises(TypeError, match=r"are for PixArt, Stable Diffusion 3, .* got QwenImage21Pipeline"):
-            FreePromptPipeline.from_pipe(qwen)
 
     def test_words_of_embeddings(self, qwen):
         given, mask, _ = qwen.encode_prompt(PROMPTS)
