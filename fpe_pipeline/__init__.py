@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .extras import PIPELINE, hint
 
 if TYPE_CHECKING:
+    from .cogview_pipeline import FreePromptCogView4Pipeline
     from .edits import (
         CombinedEdit,
         ConsistEdit,
@@ -78,6 +79,7 @@ _HOME = {
     "FreePromptEdit": "edits",
     "FreePromptBriaPipeline": "flux_kin_pipeline",
     "FreePromptChromaPipeline": "flow_pipeline",
+    "FreePromptCogView4Pipeline": "cogview_pipeline",
     "FreePromptFlux2KleinPipeline": "flux2_pipeline",
     "FreePromptFlux2Pipeline": "flux2_pipeline",
     "FreePromptFluxPipeline": "flow_pipeline",
@@ -145,6 +147,7 @@ __all__ = [
     "FreeFluxEdit",
     "FreePromptBriaPipeline",
     "FreePromptChromaPipeline",
+    "FreePromptCogView4Pipeline",
     "FreePromptEdit",
     "FreePromptFlux2KleinPipeline",
     "FreePromptFlux2Pipeline",

@@ -18,7 +18,8 @@ KERNELS = "AttentionMap LinearMap backends beside blend concatenate join known_c
 PIPELINE = (
     "BatchRoles CombinedEdit ConceptMaps ConsistEdit Edit EditingSession Encoding FireFlowScheduler FreeFluxEdit "
     "FreePromptBriaPipeline "
-    "FreePromptChromaPipeline FreePromptEdit FreePromptFlux2KleinPipeline FreePromptFlux2Pipeline "
+    "FreePromptChromaPipeline FreePromptEdit FreePromptFlux2KleinPipeline FreePromptFlux2Pipeline ""FreePromptChromaPipeline FreePromptCogView4Pipeline "
+    "FreePromptEdit FreePromptFlux2KleinPipeline FreePromptFlux2Pipeline "
     "FreePromptFluxPipeline FreePromptLumina2Pipeline FreePromptPipeline FreePromptPipelineOutput "
     "FreePromptLongCatImagePipeline FreePromptOvisImagePipeline "
     "FreePromptPixArtAlphaPipeline FreePromptPixArtSigmaPipeline "

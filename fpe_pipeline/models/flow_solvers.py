@@ -51,6 +51,7 @@ class _MidpointScheduler(FlowMatchEulerDiscreteScheduler):
     solver: ClassVar[Solver]
 
     sigmas: torch.Tensor
+    timesteps: torch.Tensor
 
     # From the signature, diffusers reads what is configured.
     @functools.wraps(FlowMatchEulerDiscreteScheduler.__init__)  # type: ignore[misc]
@@ -72,17 +73,25 @@ class _MidpointScheduler(FlowMatchEulerDiscreteScheduler):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
-        """As in diffusers, for so many steps; ``timesteps``, of which the middles would not be known, are refused."""
-        if timesteps is not None:
+        """As in diffusers, for so many steps; ``timesteps`` alone, of which the σ between are not known, are refused.
+
+        Beside ``sigmas`` they are what the model is told at the nodes (CogView 4's are not shifted as σ is), and at the
+        middle of a step what is half-way, down to 0 at the last node.
+        """
+        if timesteps is not None and sigmas is None:
             raise ValueError(f"{type(self).__name__} calls the model between its timesteps too: pass sigmas instead")
-        super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu)
+        both = {} if timesteps is None else {"timesteps": timesteps}
+        super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, **both)
         self.nodes, self._node = self.sigmas.cpu(), None
-        calls = self._calls((self.nodes[:-1] + self.nodes[1:]) / 2).to(device)
+        calls = self._calls(self.nodes).to(device)
+        told = self.timesteps.cpu()
         self.timesteps = calls * self.config.num_train_timesteps
+        if both:
+            self.timesteps = self._calls(torch.cat([told, told.new_zeros(1)])).to(device)
         self.sigmas = torch.cat([calls, self.sigmas[-1:]])
 
-    def _calls(self, middles: torch.Tensor) -> torch.Tensor:
-        """σ of the model's calls; sets which steps they belong to."""
+    def _calls(self, nodes: torch.Tensor) -> torch.Tensor:
+        """What the model's calls are at, of numbers at the nodes; sets which steps they belong to."""
         raise NotImplementedError
 
     def _opens(self, call: int) -> bool:
@@ -128,7 +137,7 @@ class _MidpointScheduler(FlowMatchEulerDiscreteScheduler):
         if self.step_index is None:
             self._init_step_index(timestep)
         call, velocity = self.step_index, model_output
-        wide = torch.promote_types(sample.dtype, torch.float32)
+        wide = torch.promote_types(torch.promote_types(sample.dtype, velocity.dtype), torch.float32)
         step = self.steps_of_calls[call]
         if self._opens(call):
             self._node = sample.to(wide)
@@ -176,9 +185,10 @@ class RFSolverScheduler(_MidpointScheduler):
 
     solver = "rf-solver"
 
-    def _calls(self, middles: torch.Tensor) -> torch.Tensor:
+    def _calls(self, nodes: torch.Tensor) -> torch.Tensor:
+        middles = _middles(nodes)
         self.steps_of_calls = tuple(call // 2 for call in range(2 * len(middles)))
-        return torch.stack([self.nodes[:-1], middles], dim=1).flatten()
+        return torch.stack([nodes[:-1], middles], dim=1).flatten()
 
     def _opens(self, call: int) -> bool:
         return call % 2 == 0
@@ -193,12 +203,17 @@ class FireFlowScheduler(_MidpointScheduler):
 
     solver = "fireflow"
 
-    def _calls(self, middles: torch.Tensor) -> torch.Tensor:
+    def _calls(self, nodes: torch.Tensor) -> torch.Tensor:
+        middles = _middles(nodes)
         self.steps_of_calls = (0, *range(len(middles)))
-        return torch.cat([self.nodes[:1], middles])
+        return torch.cat([nodes[:1], middles])
 
     def _opens(self, call: int) -> bool:
         return call == 0
+
+
+def _middles(nodes: torch.Tensor) -> torch.Tensor:
+    return (nodes[:-1] + nodes[1:]) / 2
 
 
 _SCHEDULERS: dict[str, type[FlowMatchEulerDiscreteScheduler]] = {

@@ -56,7 +56,8 @@ def edit_flow(
     Raises:
         ValueError: a recording of another model or schedule, one that lacks what the edit needs, an edit that is
             written for other prompts, a guidance that the model is not told (all but FLUX.1 dev and FLUX.2 dev), maps
-            over texts of other lengths where a run of source and targets together refuses them; before any denoising.
+            over texts of other lengths where a run of source and targets together refuses them, targets beside which
+            the source's text would be padded further (CogView 4); before any denoising.
         InputError: a folder, or a file of it, that is not what was recorded.
     """
     targets, recording = target_list(target_prompt), loaded_recording(recording)
@@ -85,7 +86,7 @@ def edit_flow(
         arguments["negative_prompt"] = [recording.negative_prompt] * len(targets)
     if recording.true_cfg_scale is not None:
         arguments["true_cfg_scale"] = recording.true_cfg_scale
-    with guided_rows:
+    with guided_rows, model.beside(recording.prompt, targets, text_length):
         images = pipe._sample(Call(len(targets), 1), replay, (), arguments)
     return replayed_output(images, None, replay, recording, targets)
 

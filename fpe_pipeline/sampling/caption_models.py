@@ -14,7 +14,7 @@ import torch
 from ..models import lumina2
 from ..models.z_image import filled_up
 from ..text_parts import conversation
-from .flow_model import FlowModel, GuidedByTwoCalls, Latents, Velocity, shift_of
+from .flow_model import FlowModel, GuidedByTwoCalls, Latents, Velocity, check_unguided, shift_of
 
 __all__ = ["Lumina2", "ZImage"]
 
@@ -135,11 +135,7 @@ class ZImage(FlowModel):
         )
 
     def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
-        if guidance_scale != 1:
-            raise ValueError(
-                "inversion on Z-Image, whose pipeline counts guidance from 0 where others count it from 1, is without, "
-                f"got guidance_scale={guidance_scale:g}: leave it at 1, and guide the edits with guidance_scale"
-            )
+        check_unguided(guidance_scale, "Z-Image")
         captions, _ = self.pipe.encode_prompt(
             [prompt], self.pipe._execution_device, False, max_sequence_length=text_length
         )

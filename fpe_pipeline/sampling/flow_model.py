@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .arguments import check_size
 
-__all__ = ["FlowModel", "GuidedByTwoCalls", "Latents", "Velocity", "shift_of"]
+__all__ = ["FlowModel", "GuidedByTwoCalls", "Latents", "Velocity", "check_unguided", "shift_of"]
 
 Latents = torch.Tensor
 
@@ -42,7 +42,7 @@ class Velocity:
             latents: as the model takes them.
             sigma: a number in [0, 1], of the scheduler's dtype, on the CPU.
         """
-        timestep = (sigma * self._pipe.scheduler.config.num_train_timesteps).to(latents.device)
+        timestep = self._told(sigma).to(latents.device)
         rows = 1 if self._guidance_scale is None else 2
         self.arguments = self._given(latents.expand(rows, *latents.shape[1:]), timestep)
         with self._named_call():
@@ -51,6 +51,11 @@ class Velocity:
             return predicted
         away, towards = predicted.chunk(2)
         return away + self._guidance_scale * (towards - away)
+
+    def _told(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The scheduler's timestep at σ."""
+        timestep: torch.Tensor = sigma * self._pipe.scheduler.config.num_train_timesteps
+        return timestep
 
     def _given(self, latents: Latents, timestep: torch.Tensor) -> dict[str, Any]:
         """What the model is called with, for latents [rows, …] and the scheduler's timestep."""
@@ -123,6 +128,11 @@ class FlowModel(ABC):
     def own_text_tokens(self, prompt: str, text_length: int, *, conditional: bool = True) -> int:
         """Those of them that are no padding, where texts end where they end; of a negative prompt, or a prompt."""
         return self.text_tokens(text_length)
+
+    def beside(self, source: str, targets: Sequence[str], text_length: int) -> AbstractContextManager[None]:
+        """What gives the texts of targets, which are encoded alone in a block, the tokens that they have beside their
+        source's; ValueError where the source's would have others beside theirs."""
+        return nullcontext()
 
     def filling_tokens(self, size: tuple[int, int]) -> int:
         """Tokens beside the text's that fill up an image of (height, width) pixels and are attended to."""
@@ -246,6 +256,15 @@ class FlowModel(ABC):
     @abstractmethod
     def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
         """The velocity with a prompt, of images of (height, width) pixels."""
+
+
+def check_unguided(guidance_scale: float, name: str) -> None:
+    """Raise ValueError for a guided inversion on a model, of this name, whose pipeline counts guidance from 0."""
+    if guidance_scale != 1:
+        raise ValueError(
+            f"inversion on {name}, whose pipeline counts guidance from 0 where others count it from 1, is without, got "
+            f"guidance_scale={guidance_scale:g}: leave it at 1, and guide the edits with guidance_scale"
+        )
 
 
 def shift_of(scheduler: Any, tokens: int) -> float:

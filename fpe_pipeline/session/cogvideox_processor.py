@@ -42,11 +42,12 @@ class EditCogVideoXProcessor(AroundPlain):
         assert isinstance(plan, JointPlan)
         check_joint_input(order, hidden_states, encoder_hidden_states, attention_mask)
         fused = is_fused(self.inner)
+        turn = by_tables(image_rotary_emb, self.parts_at)
+        image = segment_projections(attn, plan, "image", hidden_states, turn, fused=fused)
+        text = segment_projections(attn, plan, "text", encoder_hidden_states, fused=fused)
         layer = JointLayer(
-            segment_projections(
-                attn, plan, "image", hidden_states, by_tables(image_rotary_emb, self.parts_at), fused=fused
-            ),
-            segment_projections(attn, plan, "text", encoder_hidden_states, fused=fused),
+            image.beside("image", order.recorded),
+            text.beside("text", order.recorded),
             attn.scale,
             order.backend,
         )

@@ -21,6 +21,7 @@ MADE_BY_OTHERS = {"CombinedEdit", "ConceptMaps", "Edit", "HeatMaps", "LinearMap"
     "FireFlowScheduler",
     "FreePromptBriaPipeline",
     "FreePromptChromaPipeline",
+    "FreePromptCogView4Pipeline",
     "FreePromptFlux2KleinPipeline",
     "FreePromptFlux2Pipeline",
     "FreePromptFluxPipeline",

@@ -3,14 +3,15 @@
 import diffusers
 import torch
 from diffusers import CogVideoXDDIMScheduler
+from tokenizers import processors
 from transformers import GlmConfig, GlmModel
 
 from tests.support.edited_transformers import Model
 from tests.support.tiny_cogvideox import DenseCogVideoX, dense_cogvideox
 from tests.support.tiny_language import qwen_tokenizer
-from tests.support.tiny_transformers import ExactEuler, sharpened, tiny_t5
+from tests.support.tiny_transformers import ExactEuler, sharpened, tiny_t5, tiny_vae
 
-__all__ = ["COGVIEW", "COGVIEW3", "COGVIEW4"]
+__all__ = ["COGVIEW", "COGVIEW3", "COGVIEW4", "tiny_cogview4_that_reads"]
 
 TEXTS = 12  # that CogView 3 Plus receives
 _SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "time_embed_dim": 16, "text_embed_dim": 32}
@@ -52,6 +53,18 @@ def tiny_cogview4_pipeline(pipe=None, dtype=torch.float64, kind=diffusers.CogVie
         scheduler=ExactEuler(),
     )
     tiny.set_progress_bar_config(disable=True)
+    return tiny
+
+
+def tiny_cogview4_that_reads():
+    """A CogView 4 pipeline with an autoencoder, whose texts begin with a token of their own, as GLM's do."""
+    vae = tiny_vae().double()
+    vae.register_to_config(shift_factor=None)  # of which the pipeline would take no notice
+    tiny = tiny_cogview4_pipeline(vae=vae)
+    tokenizer = tiny.tokenizer
+    begins = [("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>"))]
+    made = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=begins)
+    tokenizer.backend_tokenizer.post_processor = made
     return tiny
 
 

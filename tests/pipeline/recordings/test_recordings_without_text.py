@@ -14,7 +14,7 @@ from fpe_pipeline.errors import Lacking
 from fpe_pipeline.recordings.keys import Part
 from tests.support.flow_pipelines import StandIn, distance, solving
 from tests.support.slow_cases import few
-from tests.support.texts_that_end import EXACT, FAMILIES, GUIDED, UNGUIDED, made, run
+from tests.support.texts_that_end import CASES, EXACT, FAMILIES, GUIDED, UNGUIDED, made, run
 from tests.support.tiny_z_image import wide_z_image
 
 # Of other lengths, also once Z-Image has filled them up.
@@ -63,7 +63,7 @@ def test_edits_are_those_of_full_runs(pipes, family, edit, guided, tmp_path):
     assert {part.name.split("-")[0] for parts in recording.contents.values() for part in parts} == {"image"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 @pytest.mark.parametrize("solver", few(["rf-solver", "fireflow"], "fireflow"))
 def test_guidance_by_solvers_that_call_the_model_within_a_step(pipes, family, solver):
     """Each of their calls has a guided twin, told apart where a pipeline names neither (Chroma, Lumina 2)."""
@@ -76,7 +76,7 @@ def test_guidance_by_solvers_that_call_the_model_within_a_step(pipes, family, so
     assert distance(replayed.images, full.images[1:]) <= EXACT[family]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_what_is_kept(pipes, family):
     """Queries and keys of image tokens, of the step that is replaced; guidance is by a call of its own."""
     tiny = pipes[family]
@@ -106,7 +106,7 @@ def test_half_precision_says_what_it_costs(pipes, family):
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", CASES)
     def test_more_than_was_recorded(self, pipes, family):
         tiny = pipes[family]
         recording = tiny.record(SOURCE, self_replace_steps=1 / 3, **run(**UNGUIDED[family]))

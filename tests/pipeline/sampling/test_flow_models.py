@@ -11,6 +11,7 @@ from fpe_pipeline.sampling.decoding import decoded
 from fpe_pipeline.sampling.flow_model import shift_of
 from fpe_pipeline.sampling.flow_models import flow_model
 from tests.support.tiny_chroma import tiny_chroma_pipeline
+from tests.support.tiny_cogview import tiny_cogview4_that_reads
 from tests.support.tiny_flux2 import tiny_flux2_that_encodes
 from tests.support.tiny_flux_kin import KIN
 from tests.support.tiny_language import tiny_lumina_that_reads
@@ -28,6 +29,7 @@ RUNS = {
     "Chroma": tiny_chroma_pipeline,
     "Lumina 2": lambda pipe: tiny_lumina_that_reads(),
     "Z-Image": lambda pipe: tiny_z_image_that_reads(vae=tiny_vae().double()),
+    "CogView 4": lambda pipe: tiny_cogview4_that_reads(),
 }
 
 

@@ -1,0 +1,209 @@
+"""Real images and generated ones on CogView 4: inverted by the papers' formulas, edited, saved, and what is refused."""
+
+from itertools import pairwise
+from typing import ClassVar
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+from fpe_pipeline import FreePromptCogView4Pipeline, FreePromptEdit, FreePromptPipeline, Inversion, editing
+from fpe_pipeline.sampling.decoding import decoded
+from tests.support.flow_formulas import path_to_noise
+from tests.support.flow_pipelines import distance, solving
+from tests.support.slow_cases import few
+from tests.support.tiny_cogview import tiny_cogview4_control_pipeline, tiny_cogview4_that_reads
+from tests.support.tiny_transformers import ExactEuler, tiny_vae
+
+EXACT = 1e-8
+SOURCE, TARGET = "a photo of a red car on a mountain", "a photo of a big dog on a house in winter"
+SIZE, STEPS = {"height": 48, "width": 80}, 3
+SOLVERS = ["euler", "rf-solver", "fireflow"]
+SHIFT = 3.0
+
+
+def guided_by(scale, towards, away):
+    """(z, σ) ↦ the velocity, of two of them."""
+    if scale is None:
+        return towards
+    return lambda z, sigma: away(z, sigma) + scale * (towards(z, sigma) - away(z, sigma))
+
+
+class OnCogView4:
+    kind = FreePromptCogView4Pipeline
+    options: ClassVar = {"max_sequence_length": 20}
+    calls = (1.0, 0.5, 0.001)  # σ before they are shifted; the model is told these, in thousandths
+
+    def __init__(self, pipe):
+        self.stock = tiny_cogview4_that_reads()
+
+    @staticmethod
+    def start(mean, config):
+        return mean[None] * config.scaling_factor
+
+    @staticmethod
+    def velocity(tiny, guidance=None):
+        towards, away = (
+            tiny.encode_prompt(text, None, False, max_sequence_length=20, dtype=torch.float64)[0]
+            for text in (SOURCE, "")
+        )
+        nodes = [*map(shifted, OnCogView4.calls), 0.0]
+        told = [1000.0, 500.0, 1.0, 0.0]
+        nodes += [(now + then) / 2 for now, then in pairwise(nodes)]
+        told += [(now + then) / 2 for now, then in pairwise(told)]
+
+        def of(texts):
+            sizes = {name: torch.tensor([[48.0, 80.0]]) for name in ("original_size", "target_size")}
+
+            def velocity(z, sigma):
+                nearest = min(range(len(nodes)), key=lambda place: abs(nodes[place] - sigma))
+                return tiny.transformer(
+                    z,
+                    encoder_hidden_states=texts,
+                    timestep=torch.tensor([told[nearest]]),
+                    crop_coords=torch.zeros(1, 2).double(),
+                    **{name: size.double() for name, size in sizes.items()},
+                ).sample
+
+            return velocity
+
+        return guided_by(guidance, of(towards), of(away))
+
+
+def shifted(share):
+    return SHIFT * share / (1 + (SHIFT - 1) * share)
+
+
+FAMILIES = {"CogView 4": OnCogView4}
+
+
+@pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES)
+def family(request, pipe):
+    return request.param(pipe)
+
+
+@pytest.fixture
+def tiny(family):
+    made = FreePromptPipeline.from_pipe(family.stock)
+    made.set_progress_bar_config(disable=True)
+    assert type(made) is family.kind
+    return solving(made, "euler")
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return torch.rand(3, 48, 80, generator=torch.Generator().manual_seed(3)).permute(1, 2, 0).numpy()
+
+
+def path(tiny, family, photo, solver, velocity):
+    """The latents at every node, by the papers' formulas."""
+    pixels = (torch.from_numpy(photo * 255).round().float() / 127.5 - 1).permute(2, 0, 1)[None].double()
+    mean = tiny.vae.encode(pixels).latent_dist.mean[0]
+    nodes = ExactEuler(shift=SHIFT)
+    nodes.set_timesteps(sigmas=list(family.calls))
+    z = family.start(mean - (tiny.vae.config.get("shift_factor") or 0.0), tiny.vae.config)
+    return path_to_noise(z, velocity, nodes.sigmas, solver)
+
+
+def inverted(tiny, family, photo, **options):
+    return tiny.invert(photo, SOURCE, **({"num_inference_steps": STEPS} | SIZE | family.options | options))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("solver", few(SOLVERS, "fireflow"))
+def test_the_papers_formulas(tiny, family, photo, solver):
+    inversion = inverted(solving(tiny, solver), family, photo)
+    assert distance(inversion.latents, path(tiny, family, photo, solver, family.velocity(tiny))) <= EXACT
+
+
+@torch.no_grad()
+def test_guidance_is_by_the_empty_prompt(tiny, family, photo):
+    expected = path(tiny, family, photo, "euler", family.velocity(tiny, 3.0))
+    assert distance(inverted(tiny, family, photo, guidance_scale=3.0).latents, expected) <= EXACT
+
+
+@pytest.mark.parametrize("method", few(["direct", "reference", "free"]))
+def test_what_holds_the_source(tiny, family, photo, method):
+    inversion = inverted(tiny, family, photo, method=method)
+    guided = {"negative_prompt": "a drawing", "guidance_scale": 3.0, "output_type": "latent"}
+    out = tiny(inversion=inversion, target_prompt=TARGET, self_replace_steps=0.5, **guided, **family.options)
+    assert bool(distance(out.source, inversion.latents[0]) == 0) is (method == "direct")
+    assert distance(out.targets[0], out.source) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_source_that_is_free_comes_back_as_far_as_the_solver_goes(tiny, family, photo):
+    """Unguided, more steps bring the reconstruction nearer: what is solved there and back is one equation."""
+    unguided = {"guidance_scale": tiny.unguided, "output_type": "latent", **family.options}
+
+    def apart(steps):
+        inversion = inverted(tiny, family, photo, num_inference_steps=steps, method="free")
+        out = tiny(inversion=inversion, target_prompt=TARGET, self_replace_steps=0.0, **unguided)
+        return float((out.source - inversion.latents[0]).norm() / inversion.latents[0].norm())
+
+    assert apart(12) < 0.75 * apart(3)
+
+
+@pytest.mark.parametrize("solver", few(SOLVERS, "rf-solver"))
+@pytest.mark.parametrize("guided", few({"guided": True, "unguided": False}, "guided"))
+def test_it_is_what_editing_makes_of_the_pipeline_of_diffusers(tiny, family, solver, guided):
+    edit, stock = FreePromptEdit(0.5, both_halves=True), family.stock
+    options = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 3.0 if guided else tiny.unguided}
+    options |= SIZE | family.options
+    out = solving(tiny, solver)(SOURCE, TARGET, edit=edit, generator=torch.Generator().manual_seed(5), **options)
+    before, stock.scheduler = stock.scheduler, tiny.scheduler
+    try:
+        with editing(stock, edit):
+            noise = [torch.Generator().manual_seed(5) for _ in range(2)]
+            expected = stock([SOURCE, TARGET], generator=noise, **options).images
+    finally:
+        stock.scheduler = before
+    assert distance(out.images, expected) <= EXACT
+
+
+@pytest.mark.slow
+def test_pictures_and_files(tiny, family, photo, tmp_path):
+    inversion = inverted(tiny, family, photo, num_inference_steps=2)
+    loaded = Inversion.load(inversion.save(tmp_path / "inversion.safetensors"))
+    options = {"self_replace_steps": 0.5, "negative_prompt": "a drawing", **family.options}
+    out, again, latents = (
+        tiny(inversion=one, target_prompt=TARGET, output_type=kind, **options).images
+        for one, kind in ((inversion, "pil"), (loaded, "pil"), (inversion, "latent"))
+    )
+    assert [image.size for image in out] == [(80, 48)] * 2
+    pictures = [image.tobytes() for image in out]
+    assert pictures == [image.tobytes() for image in again]
+    assert pictures == [image.tobytes() for image in decoded(tiny, latents, (48, 80))]
+
+
+@pytest.mark.slow
+def test_saved_models_load_in_diffusers_and_here(tiny, family, tmp_path):
+    tiny.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    tiny.save_pretrained(tmp_path)
+    assert type(FreePromptPipeline.from_pretrained(tmp_path)) is family.kind
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is family.kind.parent
+
+
+class TestRefusals:
+    def test_a_size_between_tokens(self, tiny):
+        with pytest.raises(ValueError, match="positive multiple of 16"):
+            tiny(SOURCE, TARGET, height=40, width=64)
+
+    def test_control_models(self):
+        control = FreePromptPipeline.from_pipe(tiny_cogview4_control_pipeline(tiny_vae().double()))
+        with pytest.raises(ValueError, match="as inpainting and control models do"):
+            control(SOURCE, TARGET)
+
+
+@pytest.mark.parametrize("solver", few(["rf-solver", "fireflow"], "rf-solver"))
+def test_the_pipeline_of_diffusers_goes_by_solvers_that_call_the_model_within_a_step(solver):
+    """CogView 4's model is told timesteps that are not shifted as σ is: in the middle of a step what is half-way."""
+    stock = solving(tiny_cogview4_that_reads(), solver)
+    stock("a cat", num_inference_steps=3, guidance_scale=1.0, output_type="latent", **SIZE)
+    told = {"rf-solver": [1000.0, 750.0, 500.0, 250.5, 1.0, 0.5], "fireflow": [1000.0, 750.0, 250.5, 0.5]}[solver]
+    a, b, c, end = nodes = [*map(shifted, OnCogView4.calls), 0.0]
+    middles = [(a + b) / 2, (b + c) / 2, (c + end) / 2]
+    calls = {"rf-solver": [a, middles[0], b, middles[1], c, middles[2]], "fireflow": [a, *middles]}[solver]
+    assert stock.scheduler.timesteps.tolist() == told
+    assert stock.scheduler.sigmas.tolist() == pytest.approx([*calls, end])
+    assert stock.scheduler.nodes.tolist() == pytest.approx(nodes)
