@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .heatmaps.heat_maps import HeatMaps, heat_maps
     from .inversion.null_text import NullText
     from .inversion.trajectory import Inversion
+    from .krea2_pipeline import FreePromptKrea2Pipeline
     from .models.adapter import ModelCall
     from .models.families import register_adapter
     from .models.flow_solvers import FireFlowScheduler, RFSolverScheduler, flow_scheduler
@@ -83,7 +84,7 @@ _HOME = {
     "FreePromptFlux2KleinPipeline": "flux2_pipeline",
     "FreePromptFlux2Pipeline": "flux2_pipeline",
     "FreePromptFluxPipeline": "flow_pipeline",
-    "FreePromptLongCatImagePipeline": "flux_kin_pipeline",
+    "FreePromptLongCatImagePipeline": "flux_kin_pipeline""FreePromptKrea2Pipeline": "krea2_pipeline",
     "FreePromptLumina2Pipeline": "flow_pipeline",
     "FreePromptOvisImagePipeline": "flux_kin_pipeline",
     "FreePromptPipeline": "pipeline",
@@ -152,7 +153,7 @@ __all__ = [
     "FreePromptFlux2KleinPipeline",
     "FreePromptFlux2Pipeline",
     "FreePromptFluxPipeline",
-    "FreePromptLongCatImagePipeline",
+    "FreePromptLongCatImagePipeline""FreePromptKrea2Pipeline",
     "FreePromptLumina2Pipeline",
     "FreePromptOvisImagePipeline",
     "FreePromptPipeline",

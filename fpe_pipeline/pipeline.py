@@ -50,6 +50,8 @@ _OF_OTHERS = {
     "FreePromptLumina2Pipeline": "lumina2",
     "ZImagePipeline": "z_image",
     "FreePromptZImagePipeline": "z_image",
+    "Krea2Pipeline": "krea2",
+    "FreePromptKrea2Pipeline": "krea2",
     "CogView4Pipeline": "cogview4",
     "FreePromptCogView4Pipeline": "cogview4",
     "PixArtAlphaPipeline": "pixart_alpha",
@@ -92,8 +94,8 @@ class FreePromptPipeline(UNetEditing, StableDiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         """As in diffusers; "embedded" and "embedded-sd3" are the models that come with this package. A saved pipeline
         of SDXL, PixArt, Stable Diffusion 3, FLUX.1, FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, Qwen-Image
-        2.1, Chroma, Lumina 2, Z-Image or CogView 4 is
-        loaded as the class that edits with it."""
+        2.1, Chroma, Lumina 2, Z-Image, CogView 4 or Krea 2
+        is loaded as the class that edits with it."""
         if isinstance(pretrained_model_name_or_path, str) and is_embedded(pretrained_model_name_or_path):
             pretrained_model_name_or_path = embedded_path(pretrained_model_name_or_path)
         serving: Any = _saved_class(pretrained_model_name_or_path, options)
@@ -143,6 +145,10 @@ def _class_for(family: str) -> type:
         from .pixart_pipeline import PIXART_CLASSES
 
         return PIXART_CLASSES[family]
+    if family == "krea2":
+        from .krea2_pipeline import KREA2_CLASSES
+
+        return KREA2_CLASSES[family]
     if family == "cogview4":
         from .cogview_pipeline import COGVIEW_CLASSES
 

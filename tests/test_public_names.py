@@ -18,9 +18,9 @@ KERNELS = "AttentionMap LinearMap backends beside blend concatenate join known_c
 PIPELINE = (
     "BatchRoles CombinedEdit ConceptMaps ConsistEdit Edit EditingSession Encoding FireFlowScheduler FreeFluxEdit "
     "FreePromptBriaPipeline "
-    "FreePromptChromaPipeline FreePromptEdit FreePromptFlux2KleinPipeline FreePromptFlux2Pipeline ""FreePromptChromaPipeline FreePromptCogView4Pipeline "
-    "FreePromptEdit FreePromptFlux2KleinPipeline FreePromptFlux2Pipeline "
-    "FreePromptFluxPipeline FreePromptLumina2Pipeline FreePromptPipeline FreePromptPipelineOutput "
+    "FreePromptChromaPipeline FreePromptEdit FreePromptFlux2KleinPipeline FreePromptFlux2Pipeline ""FreePromptChromaPipeline FreePromptCogView4Pipeline ""FreePromptChromaPipeline FreePromptCogView4Pipeline FreePromptEdit FreePromptFlux2KleinPipeline "
+    "FreePromptFlux2Pipeline FreePromptFluxPipeline FreePromptKrea2Pipeline FreePromptLumina2Pipeline "
+    "FreePromptPipeline FreePromptPipelineOutput "
     "FreePromptLongCatImagePipeline FreePromptOvisImagePipeline "
     "FreePromptPixArtAlphaPipeline FreePromptPixArtSigmaPipeline "
     "FreePromptQwenImage21Pipeline "

@@ -13,7 +13,7 @@ from ..models.families import adapter_of
 from .caption_models import Lumina2, ZImage
 from .cogview_model import CogView4
 from .flow_model import FlowModel, Latents, Velocity, shift_of
-from .kin_models import Bria, LongCat, Ovis
+from .kin_models import Bria, LongCat, Oviskrea2_model import Krea2
 from .packed_models import Chroma, Flux, Flux2, Qwen, Qwen21
 
 __all__ = ["FlowModel", "Velocity", "check_served", "flow_model", "is_flow_model"]
@@ -72,6 +72,7 @@ _FAMILIES: dict[str, type[FlowModel]] = {
     "lumina2": Lumina2,
     "z_image": ZImage,
     "cogview4": CogView4,
+    "krea2": Krea2,
 }
 #: Pipelines whose models are shown pictures, by what their names begin with.
 _SHOWN = {
@@ -84,7 +85,7 @@ _SHOWN = {
 _SERVED = (
     "Stable Diffusion 3, FLUX.1, FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, Qwen-Image 2.1, Chroma, Lumina 2 "
     "and Z-Image"
-)"Stable Diffusion 3, FLUX.1, FLUX.2, Qwen-Image, Chroma, Lumina 2, Z-Image and CogView 4"
+)"Stable Diffusion 3, FLUX.1, FLUX.2, Qwen-Image, Chroma, Lumina 2, Z-Image and CogView 4""Stable Diffusion 3, FLUX.1, FLUX.2, Qwen-Image, Chroma, Lumina 2, Z-Image, CogView 4 and Krea 2"
 
 
 def is_flow_model(pipe: Any) -> bool:

@@ -20,7 +20,7 @@ from ..models.flux2 import is_klein
 from ..text_parts import plain_tokenizer
 from .flow_model import FlowModel, GuidedByTwoCalls, Latents, Velocity, shift_of
 
-__all__ = ["Chroma", "Flux", "Flux2", "FluxVelocity", "Qwen", "Qwen21"]
+__all__ = ["Chroma", "CodedAsVideos", "Flux", "Flux2", "FluxVelocity", "Qwen", "Qwen21"]
 
 
 class FluxVelocity(Velocity):
@@ -146,13 +146,8 @@ class Flux2(Flux):
         return FluxVelocity(pipe, conditions(prompt), None)
 
 
-class Qwen(Flux):
-    trimmed = frozenset({"text-key"})  # what asks, and values, an edit may take of padding too
-    takes_guidance = False
-
-    def own_text_tokens(self, prompt: str, text_length: int, *, conditional: bool = True) -> int:
-        tokens = self.pipe.tokenizer(self.pipe.prompt_template_encode.format(prompt))["input_ids"]
-        return min(len(tokens) - self.pipe.prompt_template_encode_start_idx, text_length)
+class CodedAsVideos(Flux):
+    """Latents of an autoencoder of videos, to which a picture is one of one frame."""
 
     @property
     def latent_channels(self) -> int:
@@ -160,9 +155,18 @@ class Qwen(Flux):
 
     def encoded(self, pixels: torch.Tensor) -> Latents:
         config = self.pipe.vae.config
-        mean = self.pipe.vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]  # of a video of one frame
+        mean = self.pipe.vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]
         shift, spread = (mean.new_tensor(each) for each in (config.latents_mean, config.latents_std))
         return (mean - shift[:, None, None]) / spread[:, None, None]
+
+
+class Qwen(CodedAsVideos):
+    trimmed = frozenset({"text-key"})  # what asks, and values, an edit may take of padding too
+    takes_guidance = False
+
+    def own_text_tokens(self, prompt: str, text_length: int, *, conditional: bool = True) -> int:
+        tokens = self.pipe.tokenizer(self.pipe.prompt_template_encode.format(prompt))["input_ids"]
+        return min(len(tokens) - self.pipe.prompt_template_encode_start_idx, text_length)
 
     def velocity(self, prompt: str, guidance_scale: float, size: tuple[int, int], text_length: int) -> Velocity:
         _refuse_guidance(guidance_scale)

@@ -45,11 +45,11 @@ class EditKrea2Processor(DispatchedAround):
         places = None if image_rotary_emb is None else (image_rotary_emb[0][texts:], image_rotary_emb[1][texts:])
         counts_first = None if attention_mask is None else _counts_first(attention_mask, texts)
         layer = JointLayer(
-            segment_projections(attn, plan, "image", image, by_tables(places)),
-            segment_projections(attn, plan, "text", _ordered(text, counts_first)),
+            segment_projections(attn, plan, "image", image, by_tables(places)).beside("image", order.recorded),
+            segment_projections(attn, plan, "text", _ordered(text, counts_first)).beside("text", order.recorded),
             attn.head_dim**-0.5,
             order.backend,
-            order.text_lengths,
+            order.lengths(texts),
         )
         self.record = joint_record(plan, layer, attn.num_heads)
         rows, text_rows = joint_rows(order, plan, layer)

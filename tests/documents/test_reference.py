@@ -25,7 +25,7 @@ MADE_BY_OTHERS = {"CombinedEdit", "ConceptMaps", "Edit", "HeatMaps", "LinearMap"
     "FreePromptFlux2KleinPipeline",
     "FreePromptFlux2Pipeline",
     "FreePromptFluxPipeline",
-    "FreePromptLongCatImagePipeline",
+    "FreePromptLongCatImagePipeline""FreePromptKrea2Pipeline",
     "FreePromptLumina2Pipeline",
     "FreePromptOvisImagePipeline",
     "FreePromptPixArtAlphaPipeline",

@@ -1,5 +1,6 @@
 """Pipelines of models whose texts end where they end or are masked there, and the options of their runs."""
 
+import diffusers
 import torch
 
 from fpe_pipeline import FreePromptPipeline
@@ -16,6 +17,8 @@ __all__ = ["CASES", "EXACT", "FAMILIES", "GUIDED", "SIZE", "UNGUIDED", "made", "
 SIZE = {"height": 48, "width": 80}
 # diffusers turns queries and keys of Chroma in float32.
 EXACT = {"Qwen-Image": 1e-8, "Chroma": 1e-6, "Lumina 2": 1e-8, "Z-Image": 1e-8, "CogView 4": 1e-8}
+if hasattr(diffusers, "Krea2Pipeline"):
+    EXACT["Krea 2"] = 1e-8
 FAMILIES = list(EXACT)
 #: Of tests of which few run by default.
 CASES = few(FAMILIES, "Qwen-Image", "Chroma", "Lumina 2", "Z-Image")
@@ -25,6 +28,7 @@ GUIDED = {
     "Lumina 2": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
     "Z-Image": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
     "CogView 4": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
+    "Krea 2": {"negative_prompt": "a drawing", "guidance_scale": 3.0},
 }
 UNGUIDED = {
     "Qwen-Image": {},
@@ -32,6 +36,7 @@ UNGUIDED = {
     "Lumina 2": {"guidance_scale": 1.0},
     "Z-Image": {"guidance_scale": 0.0},
     "CogView 4": {"guidance_scale": 1.0},
+    "Krea 2": {"guidance_scale": 0.0},
 }
 
 
@@ -43,6 +48,7 @@ def made(family, pipe):
         "Lumina 2": tiny_lumina_that_reads,
         "Z-Image": lambda: tiny_z_image_that_reads(vae=tiny_vae().double()),
         "CogView 4": tiny_cogview4_that_reads,
+        "Krea 2": _krea2,
     }
     stock = stocks[family]()
     tiny = FreePromptPipeline.from_pipe(stock)
@@ -50,6 +56,12 @@ def made(family, pipe):
         tiny.prompt_template_encode_start_idx = stock.prompt_template_encode_start_idx
     tiny.set_progress_bar_config(disable=True)
     return solving(tiny, "euler")
+
+
+def _krea2():
+    from tests.support.tiny_krea2 import tiny_krea2_pipeline  # of a transformers that has its encoder
+
+    return tiny_krea2_pipeline()
 
 
 def run(**options):

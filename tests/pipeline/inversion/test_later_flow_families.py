@@ -1,8 +1,9 @@
-"""Real images and generated ones on CogView 4: inverted by the papers' formulas, edited, saved, and what is refused."""
+"""Real images on CogView 4 and Krea 2: inverted by the papers' formulas, edited, saved, and what is refused."""
 
 from itertools import pairwise
 from typing import ClassVar
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -38,8 +39,9 @@ class OnCogView4:
         self.stock = tiny_cogview4_that_reads()
 
     @staticmethod
-    def start(mean, config):
-        return mean[None] * config.scaling_factor
+    def start(vae, pixels):
+        """Latents as the model takes them."""
+        return vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
 
     @staticmethod
     def velocity(tiny, guidance=None):
@@ -70,11 +72,45 @@ class OnCogView4:
         return guided_by(guidance, of(towards), of(away))
 
 
+class OnKrea2:
+    options: ClassVar = {"max_sequence_length": 40}
+    calls = (1.0, 2 / 3, 1 / 3)
+
+    def __init__(self, pipe):
+        from fpe_pipeline import FreePromptKrea2Pipeline
+        from tests.support.tiny_krea2 import tiny_krea2_pipeline
+
+        self.kind, self.stock = FreePromptKrea2Pipeline, tiny_krea2_pipeline()
+
+    @staticmethod
+    def start(vae, pixels):
+        """2 x 2 to a token, normalised by channel, of a video of one frame."""
+        mean = vae.encode(pixels[:, :, None]).latent_dist.mean[0, :, 0]
+        parts = zip(mean, vae.config.latents_mean, vae.config.latents_std, strict=True)
+        latents = torch.stack([(part - shift) / spread for part, shift, spread in parts])
+        return latents.reshape(16, 3, 2, 5, 2).permute(1, 3, 0, 2, 4).reshape(1, 15, 64)
+
+    @staticmethod
+    def velocity(tiny):
+        texts, mask = tiny.get_text_hidden_states(SOURCE, max_sequence_length=40)
+        grid = torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(5.0), indexing="ij"), -1).reshape(15, 2)
+        places = torch.cat([torch.zeros(40, 3), torch.nn.functional.pad(grid, (1, 0))])
+
+        def velocity(z, sigma):
+            timestep = (1000 * sigma / 1000).expand(1).double()
+            given = {"encoder_hidden_states": texts, "encoder_attention_mask": mask, "position_ids": places}
+            return tiny.transformer(z, timestep=timestep, **given).sample
+
+        return velocity
+
+
 def shifted(share):
     return SHIFT * share / (1 + (SHIFT - 1) * share)
 
 
 FAMILIES = {"CogView 4": OnCogView4}
+if hasattr(diffusers, "Krea2Pipeline"):
+    FAMILIES["Krea 2"] = OnKrea2
 
 
 @pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES)
@@ -98,11 +134,9 @@ def photo():
 def path(tiny, family, photo, solver, velocity):
     """The latents at every node, by the papers' formulas."""
     pixels = (torch.from_numpy(photo * 255).round().float() / 127.5 - 1).permute(2, 0, 1)[None].double()
-    mean = tiny.vae.encode(pixels).latent_dist.mean[0]
     nodes = ExactEuler(shift=SHIFT)
     nodes.set_timesteps(sigmas=list(family.calls))
-    z = family.start(mean - (tiny.vae.config.get("shift_factor") or 0.0), tiny.vae.config)
-    return path_to_noise(z, velocity, nodes.sigmas, solver)
+    return path_to_noise(family.start(tiny.vae, pixels), velocity, nodes.sigmas, solver)
 
 
 def inverted(tiny, family, photo, **options):
@@ -117,7 +151,11 @@ def test_the_papers_formulas(tiny, family, photo, solver):
 
 
 @torch.no_grad()
-def test_guidance_is_by_the_empty_prompt(tiny, family, photo):
+@pytest.mark.parametrize("family", [OnCogView4])
+def test_guidance_is_by_the_empty_prompt(pipe, family, photo):
+    family = family(pipe)
+    tiny = solving(FreePromptPipeline.from_pipe(family.stock), "euler")
+    tiny.set_progress_bar_config(disable=True)
     expected = path(tiny, family, photo, "euler", family.velocity(tiny, 3.0))
     assert distance(inverted(tiny, family, photo, guidance_scale=3.0).latents, expected) <= EXACT
 
@@ -184,7 +222,25 @@ def test_saved_models_load_in_diffusers_and_here(tiny, family, tmp_path):
     assert type(DiffusionPipeline.from_pretrained(tmp_path)) is family.kind.parent
 
 
+@pytest.mark.skipif("Krea 2" not in FAMILIES, reason="this diffusers has no Krea 2")
+def test_krea_2_keeps_the_text_around_its_prompts():
+    stock = OnKrea2(None).stock
+    made = FreePromptPipeline.from_pipe(stock)
+    assert made.prompt_template_encode_prefix == stock.prompt_template_encode_prefix
+    assert made.prompt_template_encode_start_idx == stock.prompt_template_encode_start_idx
+
+
 class TestRefusals:
+    def test_a_source_that_is_dropped(self, tiny):
+        with pytest.raises(ValueError, match="cannot drop the source's rows"):
+            tiny(SOURCE, TARGET, keep_source=False)
+
+    @pytest.mark.skipif("Krea 2" not in FAMILIES, reason="this diffusers has no Krea 2")
+    def test_krea_2s_guidance(self, photo):
+        tiny = FreePromptPipeline.from_pipe(OnKrea2(None).stock)
+        with pytest.raises(ValueError, match=r"counts guidance from 0 .* got guidance_scale=3: leave it at 1"):
+            inverted(tiny, OnKrea2, photo, guidance_scale=3.0)
+
     def test_a_size_between_tokens(self, tiny):
         with pytest.raises(ValueError, match="positive multiple of 16"):
             tiny(SOURCE, TARGET, height=40, width=64)

@@ -1,5 +1,6 @@
 """What a flow model's run is made of outside its pipeline: the shift of its σ, latents and pictures."""
 
+import diffusers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -31,6 +32,16 @@ RUNS = {
     "Z-Image": lambda pipe: tiny_z_image_that_reads(vae=tiny_vae().double()),
     "CogView 4": lambda pipe: tiny_cogview4_that_reads(),
 }
+if hasattr(diffusers, "Krea2Pipeline"):
+    RUNS |= {"Krea 2": lambda pipe: krea2(), "Krea 2, distilled": lambda pipe: krea2(is_distilled=True)}
+
+
+def krea2(**settings):
+    from tests.support.tiny_krea2 import tiny_krea2_pipeline  # of a transformers that has its encoder
+
+    made = tiny_krea2_pipeline()
+    made.register_to_config(**settings)
+    return made
 
 
 @pytest.mark.parametrize("shift", [flux_shift, sd3_shift])
