@@ -43,6 +43,8 @@ class TextPart(NamedTuple):
         is_padded: whether the model receives as many tokens of every prompt, with padding behind the shorter ones.
             Where it does not, its padding ends with the longest prompt of a call.
         multiple: tokens of every text are filled up to a multiple of this number.
+        in_one_batch: whether the texts of all calls of an encoder stand in one batch, in which shorter ones are filled
+            up to the longest; so they do where there is a multiple.
         one_at_a_time: whether its encoders are called for one text after the other, each of which is then filled up to
             the length that the pipeline is told.
         registers: tokens of the model's own, which it puts before every text.
@@ -54,6 +56,7 @@ class TextPart(NamedTuple):
     template: Callable[[Any, Mapping[str, Any]], Template] | None = None
     is_padded: bool = False
     multiple: int = 1
+    in_one_batch: bool = False
     one_at_a_time: bool = False
     registers: int = 0
     quotes: str | None = None

@@ -89,6 +89,7 @@ class ModelAdapter(ABC):
             "flux2",
             "chroma",
             "aura_flow",
+            "bria_fibo",
             "cogvideox",
             "cogview4",
             "hidream",

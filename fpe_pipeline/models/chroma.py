@@ -18,7 +18,7 @@ import torch
 from ..text_parts import TextPart
 from .adapter import ModelCall
 from .flux import FluxBlocksAdapter
-from .once import once_a_tensor
+from .padding import lengths_before_images
 
 __all__ = ["ChromaAdapter"]
 
@@ -38,60 +38,6 @@ class ChromaAdapter(FluxBlocksAdapter):
         mask = given.get("attention_mask")
         if mask is None:
             return call
-        lengths = _checked(mask, given["encoder_hidden_states"].shape[1], call)
+        lengths = lengths_before_images(mask, given["encoder_hidden_states"].shape[1], *call.sample.shape[:2])
         # Where the mask is numbers, each layer is told them and no key is left out.
         return replace(call, text_lengths=lengths) if mask.dtype == torch.bool else call
-
-
-def _checked(mask: torch.Tensor, texts: int, call: ModelCall) -> tuple[int, ...] | None:
-    """Text tokens of each row that the mask leaves in; None where it leaves out nothing.
-
-    Args:
-        mask: of text tokens and then image tokens, [rows or 1, T + N].
-        texts: T.
-        call: the call.
-
-    Raises:
-        ValueError: a mask of another shape or dtype, or one that leaves out anything but the ends of texts.
-    """
-    shape, tokens = tuple(mask.shape), texts + call.sample.shape[1]
-    if shape not in ((call.rows, tokens), (1, tokens)):
-        raise ValueError(
-            f"expected a mask [{call.rows}, {tokens}] of text and image tokens, got one of {list(shape)}: append ones "
-            "for the image's tokens to the mask of the texts, as diffusers' pipelines do"
-        )
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(
-            f"expected a mask of truth values or floating-point ones and zeros, got {mask.dtype}: convert it"
-        )
-    found = _zeros(mask)
-    if any(begin < end != texts for begin, end in found):
-        raise ValueError(
-            "the mask leaves out other tokens than the last ones of texts, such as tokens of the image or text that is "
-            "followed by text that counts: pad texts at their ends, and leave image tokens in"
-        )
-    if all(begin == end for begin, end in found):
-        return None
-    lengths = tuple(begin if begin < end else texts for begin, end in found)
-    return lengths * (call.rows // len(lengths))
-
-
-@once_a_tensor
-def _zeros(mask: torch.Tensor) -> tuple[tuple[int, int], ...]:
-    """Of each row of a mask [rows, tokens], where its zeros begin and end; (0, 0) where there are none.
-
-    Raises:
-        ValueError: numbers other than ones and zeros, or zeros in more than one place.
-    """
-    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError("expected a mask of ones and zeros, got other numbers: pass truth values")
-    found = []
-    for row in mask.tolist():
-        zeros = [place for place, value in enumerate(row) if not value]
-        if zeros and zeros[-1] - zeros[0] + 1 != len(zeros):
-            raise ValueError(
-                "the mask of tokens has holes: it leaves out some in more than one place of a row; pad texts at their "
-                "ends"
-            )
-        found.append((zeros[0], zeros[-1] + 1) if zeros else (0, 0))
-    return tuple(found)

@@ -13,7 +13,7 @@ from .cogvideox import CogVideoXAdapter
 from .cogview import CogView3PlusAdapter, CogView4Adapter
 from .flux import FluxAdapter
 from .flux2 import Flux2Adapter
-from .flux_kin import BriaAdapter, LongCatImageAdapter, OvisImageAdapter
+from .flux_kin import BriaAdapter, BriaFiboAdapter, LongCatImageAdapter, OvisImageAdapter
 from .hidream import HiDreamImageAdapter
 from .hunyuan_dit import HunyuanDiTAdapter
 from .hunyuan_guided import HunyuanImageAdapter, HunyuanVideo15Adapter
@@ -36,6 +36,7 @@ __all__ = ["adapter_of", "edited_model", "register_adapter"]
 #: By the name of the class, the adapters of transformers; UNets are told by their blocks.
 _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "AuraFlowTransformer2DModel": AuraFlowAdapter,
+    "BriaFiboTransformer2DModel": BriaFiboAdapter,
     "BriaTransformer2DModel": BriaAdapter,
     "ChromaTransformer2DModel": ChromaAdapter,
     "CogVideoXTransformer3DModel": CogVideoXAdapter,

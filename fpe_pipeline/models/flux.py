@@ -9,7 +9,7 @@ In FLUX.1 Kontext tokens of a reference picture follow those that are denoised.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,14 +21,15 @@ from .sites import Site, dual_and_single
 
 __all__ = ["FluxAdapter", "FluxBlocksAdapter"]
 
-_PACKED = 2
-
 
 class FluxBlocksAdapter(NamedCallsAdapter):
     """A transformer of dual and single blocks that is told the places of its tokens."""
 
+    #: Latents across a token.
+    patch: ClassVar[int] = 2
+
     def find_sites(self) -> tuple[Site, ...]:
-        return dual_and_single(self.module, _PACKED)
+        return dual_and_single(self.module, self.patch)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         given = self.named(args, kwargs)
@@ -37,7 +38,7 @@ class FluxBlocksAdapter(NamedCallsAdapter):
         return ModelCall(
             sample,
             given["timestep"],
-            (height, width),
+            (height * self.patch, width * self.patch),
             half=self._half(),
             references=references,
             arguments=(args, kwargs),
@@ -53,7 +54,7 @@ class FluxAdapter(FluxBlocksAdapter):
 
 @once_a_tensor
 def _size(places: torch.Tensor) -> tuple[int, int, int]:
-    """(height, width) of the latents, and how many tokens of reference pictures follow theirs.
+    """Rows and columns of the image's tokens, and how many tokens of reference pictures follow them.
 
     Args:
         places: of the image tokens [N, 3 | 4], or the same for each row: (picture, row, column, …).
@@ -71,4 +72,4 @@ def _size(places: torch.Tensor) -> tuple[int, int, int]:
             f"the model got {tokens} tokens of the picture that it denoises, in {height} rows and {width} columns: "
             "its grid has to be whole, and its tokens those before any of a reference picture"
         )
-    return height * _PACKED, width * _PACKED, len(pictures) - tokens
+    return height, width, len(pictures) - tokens

@@ -1,20 +1,28 @@
-"""Models whose blocks are FLUX.1's, and what differs around them: Ovis-Image, LongCat-Image and Bria 3.
+"""Models whose blocks are FLUX.1's, and what differs around them: Ovis-Image, LongCat-Image, Bria 3 and FIBO.
 
 Ovis-Image and LongCat-Image encode prompts with a language model, inside a text of their own, and guide by a second
-call. Bria encodes one prompt at a time with T5, fills it up with zeros, and guides in one call of both halves. None of
-them masks its padding.
+call. Bria 3 encodes one prompt at a time with T5, fills it up with zeros, and guides in one call of both halves. None
+of these masks its padding.
+
+FIBO guides in one call too. Half of each text token's numbers are, in every block, those of another layer of its
+language model. A token of its image is one latent, or as many as its pipeline packs. Its padding is masked, and where a
+batch has some every layer is told so. Tokens of reference pictures follow the image's (FIBO Edit).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from ..text_parts import Template, TextPart, conversation
-from .adapter import Half
-from .flux import FluxBlocksAdapter
+import torch
 
-__all__ = ["BriaAdapter", "LongCatImageAdapter", "OvisImageAdapter"]
+from ..text_parts import Template, TextPart, conversation
+from .adapter import Half, ModelCall
+from .flux import FluxBlocksAdapter
+from .padding import lengths_before_images
+
+__all__ = ["BriaAdapter", "BriaFiboAdapter", "LongCatImageAdapter", "OvisImageAdapter"]
 
 
 def _described(pipe: Any, arguments: Mapping[str, Any]) -> Template:
@@ -56,13 +64,38 @@ class LongCatImageAdapter(FluxBlocksAdapter):
             )
 
 
-class BriaAdapter(FluxBlocksAdapter):
+class _GuidedInOneCall(FluxBlocksAdapter):
+    guides_apart = False
+
+    def _half(self) -> Half:
+        return "as guided"
+
+
+class BriaAdapter(_GuidedInOneCall):
     """diffusers' ``BriaTransformer2DModel``."""
 
     family = "flux_kin"
     kind = "bria"
-    guides_apart = False
-    text_parts = (TextPart("tokenizer", ("text_encoder",), one_at_a_time=True),)
+    guides_aparttext_parts = (TextPart("tokenizer", ("text_encoder",), one_at_a_time=True),)
 
-    def _half(self) -> Half:
-        return "as guided"
+
+class BriaFiboAdapter(_GuidedInOneCall):
+    """diffusers' ``BriaFiboTransformer2DModel``."""
+
+    family = "bria_fibo"
+    patch = 1
+    text_parts = (TextPart("tokenizer", ("text_encoder",), in_one_batch=True),)
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        call, given = super().read(args, kwargs), self.named(args, kwargs)
+        mask = (given.get("joint_attention_kwargs") or {}).get("attention_mask")
+        if mask is None:
+            return call
+        if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
+            raise ValueError(
+                f"expected a mask of truth values [rows, 1, 1, tokens], got {mask.dtype} {list(mask.shape)}: what each "
+                "token looks at by itself is no padding of texts, and an edit does not know it; call the pipeline of "
+                "diffusers 0.42 or a later one"
+            )
+        texts = given["encoder_hidden_states"].shape[1]
+        return replace(call, text_lengths=lengths_before_images(mask[:, 0, 0], texts, *call.sample.shape[:2]))

@@ -92,6 +92,8 @@ class Encoding:
             count = len(embeddings)
         images = arguments.get("num_images_per_prompt", arguments.get("num_videos_per_prompt"))
         guided = arguments.get("do_classifier_free_guidance")
+        if guided is None and "guidance_scale" in arguments:  # which Bria FIBO is told in its place
+            guided = arguments["guidance_scale"] > 1
         return cls(prompts, count, images, None if guided is None else bool(guided), inputs, texts=texts)
 
     def joined(self, later: Encoding) -> Encoding:
@@ -213,7 +215,7 @@ def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments
             own = whole if is_whole else [_without_padding(*call, dropped, length, leaves) for call in masked]
             if template is not None and template.at_least:
                 own = [filled(call, max(call.shape[1], template.at_least)) for call in own]
-            inputs.append(own if part.multiple == 1 else _filled_up(own, part.multiple))
+            inputs.append(_filled_up(own, part.multiple) if part.in_one_batch or part.multiple > 1 else own)
     ends = template is not None and not part.is_padded
     has_quotes = part.quotes is not None and bool(received.tokens.get(part.quotes))
     tokenizer = plain_tokenizer(getattr(pipe, part.tokenizer, None))

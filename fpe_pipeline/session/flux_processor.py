@@ -12,7 +12,7 @@ from .dispatched import DispatchedAround
 from .instructions import Order
 from .joint_computing import JointLayer, SegmentProjections
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
-from .joint_projections import segment_projections
+from .joint_projections import head_dim, segment_projections
 from .places import Turn, by_tables
 from .record import LayerRecord
 
@@ -114,22 +114,23 @@ def joint_tokens(
     check_joint_input(order, given if reference.shape[1] != references else image, text, attention_mask)
     turns = _turns(rotary, text.shape[1], images)
     own = projected("text", text, turns["text"], added)
-    if references:
-        own = own.followed_by(projected("text", reference, turns["reference"], False))
+    if references:  # before the text, behind whose end its padding may be
+        own = projected("text", reference, turns["reference"], False).followed_by(own)
     layer = JointLayer(
         projected("image", image, turns["image"], False).beside("image", order.recorded),
         own.beside("text", order.recorded),
-        attn.head_dim**-0.5,
+        head_dim(attn) ** -0.5,
         order.backend,
         order.lengths(text.shape[1]) if seen is None else None,
         references,
         seen=seen,
+        references_first=True,
     )
     record = joint_record(plan, layer, attn.heads)
     rows, text_rows = joint_rows(order, plan, layer)
     assert text_rows is not None
     out, context = merged_heads(rows), merged_heads(text_rows)
-    context, behind = context[:, : text.shape[1]], context[:, text.shape[1] :]
+    behind, context = context[:, :references], context[:, references:]
     return torch.cat([out, behind], dim=1) if references else out, context, record
 
 

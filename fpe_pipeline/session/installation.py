@@ -12,6 +12,7 @@ from ..models.sites import Site
 from ..shadows import Shadows
 from .around import ProcessorAround
 from .aura_flow_processor import EditAuraFlowProcessor
+from .bria_fibo_processor import EditBriaFiboProcessor
 from .chroma_processor import EditChromaProcessor
 from .cogvideox_processor import EditCogVideoXProcessor, EditCogView4Processor
 from .flux2_processor import flux2_processor, unsupported_flux2_reasons
@@ -48,6 +49,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "flux2": (flux2_processor, unsupported_flux2_reasons),
     "chroma": (EditChromaProcessor, EditChromaProcessor.unsupported_reasons),
     "aura_flow": (EditAuraFlowProcessor, EditAuraFlowProcessor.unsupported_reasons),
+    "bria_fibo": (EditBriaFiboProcessor, EditBriaFiboProcessor.unsupported_reasons),
     "cogvideox": (EditCogVideoXProcessor, EditCogVideoXProcessor.unsupported_reasons),
     "cogview4": (EditCogView4Processor, EditCogView4Processor.unsupported_reasons),
     "hidream": (EditHiDreamProcessor, EditHiDreamProcessor.unsupported_reasons),

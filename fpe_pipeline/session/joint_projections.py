@@ -12,7 +12,12 @@ from .computing import Rows, take
 from .joint_computing import SegmentProjections
 from .places import Turn
 
-__all__ = ["segment_projections", "segment_rows"]
+__all__ = ["head_dim", "segment_projections", "segment_rows"]
+
+
+def head_dim(attn: Any) -> int:
+    """Numbers of each head of a layer."""
+    return int(attn.head_dim if hasattr(attn, "head_dim") else attn.inner_dim // attn.heads)
 
 
 def segment_projections(
@@ -60,8 +65,7 @@ def segment_rows(
         used: for each of the three, which rows of the batch they are.
         attn, turn, added: as of :func:`segment_projections`.
     """
-    dim = attn.head_dim if hasattr(attn, "head_dim") else attn.inner_dim // attn.heads
-    query, key, value = (part.unflatten(-1, (-1, dim)) for part in split)
+    query, key, value = (part.unflatten(-1, (-1, head_dim(attn))) for part in split)
     norm_q, norm_k = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
     query, key = (query if norm_q is None else norm_q(query)), (key if norm_k is None else norm_k(key))
     if turn is not None:  # of no rows there is nothing to turn: where all are known from a recording

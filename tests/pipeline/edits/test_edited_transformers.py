@@ -15,6 +15,7 @@ from tests.support.edited_transformers import (
 )
 from tests.support.edited_videos import COGVIDEOX, HUNYUAN_VIDEO
 from tests.support.tiny_aura_flow import AURA_FLOW
+from tests.support.tiny_bria_fibo import FIBO
 from tests.support.tiny_cogview import COGVIEW
 from tests.support.tiny_flux_kin import KIN
 from tests.support.tiny_hidream import HIDREAM
@@ -30,6 +31,7 @@ MODELS = {
     **KIN,
     **COGVIEW,
     "AuraFlow": AURA_FLOW,
+    "Bria FIBO": FIBO,
     "HiDream-I1": HIDREAM,
     "Krea 2": KREA2,
     **QWEN21,
@@ -55,6 +57,7 @@ ALWAYS = {
     ("Ovis-Image", "Prompt-to-Prompt, refined"),
     ("LongCat-Image", "KV-Edit"),
     ("Bria", "ReFlex"),
+    ("Bria FIBO", "Prompt-to-Prompt, refined"),
     ("CogView 3 Plus", "FPE"),
     ("Krea 2", "Prompt-to-Prompt, refined"),
     ("AuraFlow", "Prompt-to-Prompt, replaced words"),

@@ -17,6 +17,7 @@ from diffusers.hooks import (
 from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, editing
 from tests.support.slow_cases import few
 from tests.support.tiny_aura_flow import AURA_FLOW
+from tests.support.tiny_bria_fibo import FIBO
 from tests.support.tiny_chroma import draw_chroma, tiny_chroma_pipeline
 from tests.support.tiny_cogvideox import draw_cogvideox, tiny_cogvideox_pipeline
 from tests.support.tiny_cogview import COGVIEW
@@ -68,6 +69,7 @@ _NEWER = {
     **KIN,
     **COGVIEW,
     "aura flow": AURA_FLOW,
+    "bria fibo": FIBO,
     "hidream": HIDREAM,
     "hunyuan video 1.5": HUNYUAN_VIDEO15,
     "hunyuan image": HUNYUAN_IMAGE,
