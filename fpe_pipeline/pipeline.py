@@ -94,8 +94,7 @@ class FreePromptPipeline(UNetEditing, StableDiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         """As in diffusers; "embedded" and "embedded-sd3" are the models that come with this package. A saved pipeline
         of SDXL, PixArt, Stable Diffusion 3, FLUX.1, FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, Qwen-Image
-        2.1, Chroma, Lumina 2, Z-Image, CogView 4 or Krea 2
-        is loaded as the class that edits with it."""
+        2.1, Chroma, Lumina 2, Z-Image, CogView 4 or Krea 2 is loaded as the class that edits with it."""
         if isinstance(pretrained_model_name_or_path, str) and is_embedded(pretrained_model_name_or_path):
             pretrained_model_name_or_path = embedded_path(pretrained_model_name_or_path)
         serving: Any = _saved_class(pretrained_model_name_or_path, options)

@@ -20,7 +20,8 @@ class Template(NamedTuple):
         replaced: the number of a token that pictures become, in whose place the model has tokens of its own.
         received: of the tokens [rows, tokens] that the encoder receives, those that the model does; default: all but
             the dropped ones.
-        lowers: whether prompts are encoded in small letters, without blanks around themat_least: tokens to which shorter texts are padded, where they end where they end.
+        lowers: whether prompts are encoded in small letters, without blanks around them.
+        at_least: tokens to which shorter texts are padded, where they end where they end.
     """
 
     before: str
@@ -29,7 +30,8 @@ class Template(NamedTuple):
     shows: bool = False
     replaced: int | None = None
     received: Callable[[torch.Tensor], torch.Tensor] | None = None
-    lowers: bool = Falseat_least: int = 0
+    lowers: bool = False
+    at_least: int = 0
 
 
 class TextPart(NamedTuple):

@@ -76,7 +76,7 @@ class BriaAdapter(_GuidedInOneCall):
 
     family = "flux_kin"
     kind = "bria"
-    guides_aparttext_parts = (TextPart("tokenizer", ("text_encoder",), one_at_a_time=True),)
+    text_parts = (TextPart("tokenizer", ("text_encoder",), one_at_a_time=True),)
 
 
 class BriaFiboAdapter(_GuidedInOneCall):

@@ -334,9 +334,8 @@ def _folder(path: Path) -> ModelSource:
         raise InputError(
             f"expected a pipeline of Stable Diffusion 1.x, 2.x, XL or 3, or of FLUX.1, '{path}' holds a {name}; "
             "in Python, FreePromptPipeline.from_pretrained loads FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, "
-            "Qwen-Image 2.1, Chroma, Lumina 2 and Z-Image as well, and `with fpe_pipeline.editing(pipe, ...)` edits "
-            "what diffusers loads""in Python, FreePromptPipeline.from_pretrained loads FLUX.2, Qwen-Image, Chroma, Lumina 2, Z-Image and "
-            "others as well, and `with fpe_pipeline.editing(pipe, ...)` edits what diffusers loads"
+            "Qwen-Image 2.1, Chroma, Lumina 2, Z-Image, CogView 4 and Krea 2 as well, and `with "
+            "fpe_pipeline.editing(pipe, ...)` edits what diffusers loads"
         )
     family = PIPELINE_CLASSES[name]
     channels = _config(path, "vae").get("block_out_channels")

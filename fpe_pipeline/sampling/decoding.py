@@ -40,8 +40,6 @@ def decoded(pipe: Any, latents: torch.Tensor, size: tuple[int, int] | None = Non
         given = latents.to(vae.dtype)
         mean, std = _moments(vae, given)
         pixels = vae.decode(given * std / vae.config.get("scaling_factor", 1.0) + mean, return_dict=False)[0]
-        if pixels.ndim == 5:  # a video of one frame
-            pixels = pixels[:, :, 0]
     pixels = pixels[:, :, 0] if pixels.ndim == 5 else pixels  # of a video of one frame
     pictures: list[Image.Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
     return pictures
@@ -53,6 +51,5 @@ def _moments(vae: Any, latents: torch.Tensor) -> tuple[Any, Any]:
     mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
     if mean is None or std is None:
         return config.get("shift_factor") or 0.0, 1.0
-    shape =by_channel = 1, -1, *[1] * (latents.ndim - 2)
-    return (1, -1, *[1] * (latents.ndim - 2by_channel))
-    return latents.new_tensor(mean).view(shape), latents.new_tensor(std).view(shapeby_channel)
+    by_channel = 1, -1, *[1] * (latents.ndim - 2)
+    return latents.new_tensor(mean).view(by_channel), latents.new_tensor(std).view(by_channel)

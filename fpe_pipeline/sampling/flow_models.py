@@ -13,7 +13,8 @@ from ..models.families import adapter_of
 from .caption_models import Lumina2, ZImage
 from .cogview_model import CogView4
 from .flow_model import FlowModel, Latents, Velocity, shift_of
-from .kin_models import Bria, LongCat, Oviskrea2_model import Krea2
+from .kin_models import Bria, LongCat, Ovis
+from .krea2_model import Krea2
 from .packed_models import Chroma, Flux, Flux2, Qwen, Qwen21
 
 __all__ = ["FlowModel", "Velocity", "check_served", "flow_model", "is_flow_model"]
@@ -83,9 +84,9 @@ _SHOWN = {
 }
 #: What families are called in messages.
 _SERVED = (
-    "Stable Diffusion 3, FLUX.1, FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, Qwen-Image 2.1, Chroma, Lumina 2 "
-    "and Z-Image"
-)"Stable Diffusion 3, FLUX.1, FLUX.2, Qwen-Image, Chroma, Lumina 2, Z-Image and CogView 4""Stable Diffusion 3, FLUX.1, FLUX.2, Qwen-Image, Chroma, Lumina 2, Z-Image, CogView 4 and Krea 2"
+    "Stable Diffusion 3, FLUX.1, FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, Qwen-Image 2.1, Chroma, "
+    "Lumina 2, Z-Image, CogView 4 and Krea 2"
+)
 
 
 def is_flow_model(pipe: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Krea 2 as a flow model: packed latents, texts that are padded in their middle, and a guidance that is counted from 0."""
+"""Krea 2 as a flow model: packed latents, texts that are padded in their middle, and guidance counted from 0."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class TestRefusals:
         assert cli.main([*edit, "--model", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
         error = one_error(capsys)
         assert f"holds a {name}" in error
-        assert "FreePromptPipeline.from_pretrained loads FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, ""from_pretrained loads FLUX.2, Qwen-Image, Chroma, Lumina 2, Z-Image and others" in error
+        assert "FreePromptPipeline.from_pretrained loads FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, " in error
 
     def test_damaged_weights(self, edit, model, tmp_path, capsys):
         folder = tmp_path / "model"

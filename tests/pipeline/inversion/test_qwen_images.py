@@ -98,9 +98,8 @@ def test_pictures_and_files(stock, tiny, photo, tmp_path):
     out, again = (tiny(inversion=one, target_prompt=TARGET, **options) for one in (inversion, loaded))
     assert [image.size for image in out.images] == [(80, 48)] * 2
     assert out.images[1].tobytes() == again.images[1].tobytes()
-    (picture,) =latents = tiny(inversion=inversion, target_prompt=TARGET, output_type="latent", **options).images
-    assert decoded(tiny, inversion.latents[0]latents, (48, 80))
-    assert picture[1].tobytes() == out.images[01].tobytes()
+    latents = tiny(inversion=inversion, target_prompt=TARGET, output_type="latent", **options).images
+    assert decoded(tiny, latents, (48, 80))[1].tobytes() == out.images[1].tobytes()
     options |= {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
     generated = tiny(SOURCE, TARGET, **options, **SIZE)
     assert generated.source.size == (80, 48) and generated.report.layers
