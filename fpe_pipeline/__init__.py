@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .extras import PIPELINE, hint
 
 if TYPE_CHECKING:
+    from .aura_flow_pipeline import FreePromptAuraFlowPipeline
     from .cogview_pipeline import FreePromptCogView4Pipeline
     from .edits import (
         CombinedEdit,
@@ -79,6 +80,7 @@ _HOME = {
     "FreeFluxEdit": "edits",
     "FreePromptEdit": "edits",
     "FreePromptBriaPipeline": "flux_kin_pipeline",
+    "FreePromptAuraFlowPipeline": "aura_flow_pipeline",
     "FreePromptChromaPipeline": "flow_pipeline",
     "FreePromptCogView4Pipeline": "cogview_pipeline",
     "FreePromptFlux2KleinPipeline": "flux2_pipeline",
@@ -148,6 +150,7 @@ __all__ = [
     "FireFlowScheduler",
     "FreeFluxEdit",
     "FreePromptBriaPipeline",
+    "FreePromptAuraFlowPipeline",
     "FreePromptChromaPipeline",
     "FreePromptCogView4Pipeline",
     "FreePromptEdit",

@@ -50,6 +50,8 @@ _OF_OTHERS = {
     "FreePromptLumina2Pipeline": "lumina2",
     "ZImagePipeline": "z_image",
     "FreePromptZImagePipeline": "z_image",
+    "AuraFlowPipeline": "aura_flow",
+    "FreePromptAuraFlowPipeline": "aura_flow",
     "Krea2Pipeline": "krea2",
     "FreePromptKrea2Pipeline": "krea2",
     "CogView4Pipeline": "cogview4",
@@ -94,7 +96,7 @@ class FreePromptPipeline(UNetEditing, StableDiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         """As in diffusers; "embedded" and "embedded-sd3" are the models that come with this package. A saved pipeline
         of SDXL, PixArt, Stable Diffusion 3, FLUX.1, FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, Qwen-Image
-        2.1, Chroma, Lumina 2, Z-Image, CogView 4 or Krea 2 is loaded as the class that edits with it."""
+        2.1, Chroma, Lumina 2, Z-Image, CogView 4, Krea 2 or AuraFlow is loaded as the class that edits with it."""
         if isinstance(pretrained_model_name_or_path, str) and is_embedded(pretrained_model_name_or_path):
             pretrained_model_name_or_path = embedded_path(pretrained_model_name_or_path)
         serving: Any = _saved_class(pretrained_model_name_or_path, options)
@@ -148,6 +150,10 @@ def _class_for(family: str) -> type:
         from .krea2_pipeline import KREA2_CLASSES
 
         return KREA2_CLASSES[family]
+    if family == "aura_flow":
+        from .aura_flow_pipeline import AURA_FLOW_CLASSES
+
+        return AURA_FLOW_CLASSES[family]
     if family == "cogview4":
         from .cogview_pipeline import COGVIEW_CLASSES
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..models.families import adapter_of
+from .aura_flow_model import AuraFlow
 from .caption_models import Lumina2, ZImage
 from .cogview_model import CogView4
 from .flow_model import FlowModel, Latents, Velocity, shift_of
@@ -74,6 +75,7 @@ _FAMILIES: dict[str, type[FlowModel]] = {
     "z_image": ZImage,
     "cogview4": CogView4,
     "krea2": Krea2,
+    "aura_flow": AuraFlow,
 }
 #: Pipelines whose models are shown pictures, by what their names begin with.
 _SHOWN = {
@@ -85,7 +87,7 @@ _SHOWN = {
 #: What families are called in messages.
 _SERVED = (
     "Stable Diffusion 3, FLUX.1, FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, Qwen-Image 2.1, Chroma, "
-    "Lumina 2, Z-Image, CogView 4 and Krea 2"
+    "Lumina 2, Z-Image, CogView 4, Krea 2 and AuraFlow"
 )
 
 

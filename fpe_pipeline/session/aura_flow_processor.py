@@ -43,9 +43,10 @@ class EditAuraFlowProcessor(AroundPlain):
             text, image = hidden_states[:, :texts], hidden_states[:, texts:]
         check_joint_input(order, image, text, None)
         fused = is_fused(self.inner)
+        own = segment_projections(attn, plan, "text", text, added=not is_single, fused=fused)
         layer = JointLayer(
-            segment_projections(attn, plan, "image", image, fused=fused),
-            segment_projections(attn, plan, "text", text, added=not is_single, fused=fused),
+            segment_projections(attn, plan, "image", image, fused=fused).beside("image", order.recorded),
+            own.beside("text", order.recorded),
             attn.scale,
             order.backend,
         )

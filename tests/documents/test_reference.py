@@ -20,6 +20,7 @@ NOT_YET = {"make_edit"}  # says what it returns in its first line
 MADE_BY_OTHERS = {"CombinedEdit", "ConceptMaps", "Edit", "HeatMaps", "LinearMap", "FreePromptPipeline"} | {
     "FireFlowScheduler",
     "FreePromptBriaPipeline",
+    "FreePromptAuraFlowPipeline",
     "FreePromptChromaPipeline",
     "FreePromptCogView4Pipeline",
     "FreePromptFlux2KleinPipeline",

@@ -33,6 +33,7 @@ SHARED = {
     "fpe_pipeline.extras": "ground",
     "fpe_pipeline.atomic_folder": "ground",
     "fpe_pipeline.krea2_pipeline": "pipeline",
+    "fpe_pipeline.aura_flow_pipeline": "pipeline",
     "fpe_pipeline.cogview_pipeline": "pipeline",
     "fpe_pipeline.flow_pipeline": "pipeline",
     "fpe_pipeline.flux2_pipeline": "pipeline",

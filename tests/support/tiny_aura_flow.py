@@ -8,9 +8,9 @@ from tests.support.dense_joint import DenseFlux, heads, linear
 from tests.support.edited_transformers import Model
 from tests.support.placed_words import T5
 from tests.support.tiny_cogvideox import dense_cogvideox
-from tests.support.tiny_transformers import ExactEuler, sharpened
+from tests.support.tiny_transformers import ExactEuler, sharpened, tiny_vae
 
-__all__ = ["AURA_FLOW"]
+__all__ = ["AURA_FLOW", "tiny_aura_flow_that_encodes"]
 
 _SIZE = {
     "sample_size": 16,
@@ -28,11 +28,11 @@ _LOUDER = ("to_q", "to_k", "add_q_proj", "add_k_proj", "to_v", "add_v_proj", "to
 _LOUDER += ("context_embedder",)
 
 
-def tiny_aura_flow_pipeline(pipe, dtype=torch.float64):
+def tiny_aura_flow_pipeline(pipe, dtype=torch.float64, vae=None, **config):
     """An AuraFlow pipeline; its tokenizer is that of ``pipe``."""
     torch.manual_seed(0)
     text = T5Config(vocab_size=len(pipe.tokenizer), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    model = sharpened(AuraFlowTransformer2DModel(**_SIZE))
+    model = sharpened(AuraFlowTransformer2DModel(**_SIZE, **config))
     with torch.no_grad():  # its norms have no weights that could do so
         for name, parameter in model.named_parameters():
             if any(f"{part}." in f".{name}" for part in _LOUDER):
@@ -40,12 +40,19 @@ def tiny_aura_flow_pipeline(pipe, dtype=torch.float64):
     tiny = AuraFlowPipeline(
         tokenizer=pipe.tokenizer,
         text_encoder=UMT5EncoderModel(text).to(dtype).eval(),
-        vae=None,
+        vae=vae,
         transformer=model.to(dtype).eval(),
         scheduler=ExactEuler(),
     )
     tiny.set_progress_bar_config(disable=True)
     return tiny
+
+
+def tiny_aura_flow_that_encodes(pipe):
+    """An AuraFlow pipeline with an autoencoder; its tokenizer is that of ``pipe``."""
+    vae = tiny_vae().double()
+    vae.register_to_config(shift_factor=None)  # of which the pipeline would take no notice
+    return tiny_aura_flow_pipeline(pipe, vae=vae, in_channels=16, out_channels=16)
 
 
 def draw_aura_flow(pipe, prompts, *, steps=4, size=(8, 8), guidance=3.0, seed=0, **options):

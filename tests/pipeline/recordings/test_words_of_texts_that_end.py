@@ -97,8 +97,8 @@ EDITS = {
     "all of the source": looking,
 }
 #: Tokens of the source's text that are no padding, and of its recorded keys; 17 of Z-Image's fill up the image's 15.
-LENGTHS = {"Qwen-Image": 21, "Chroma": 12, "Lumina 2": 16, "Z-Image": 32, "CogView 4": 16, "Krea 2": 21}
-KEYS = {"Qwen-Image": 21, "Chroma": 80, "Lumina 2": 16, "Z-Image": 32 + 17, "CogView 4": 16, "Krea 2": 80}
+LENGTHS = {"Qwen-Image": 21, "Chroma": 12, "Lumina 2": 16, "Z-Image": 32, "CogView 4": 16, "Krea 2": 21, "AuraFlow": 88}
+KEYS = LENGTHS | {"Chroma": 80, "Z-Image": 32 + 17, "Krea 2": 80}
 TARGETS = {"shorter": [SHORT], "longer": [LONG], "as long": [EQUAL], "of all lengths": [SHORT, EQUAL, LONG]}
 
 
