@@ -32,6 +32,11 @@ class FreePromptOvisImagePipeline(FlowEditing, OvisImagePipeline):
     parts = ("transformer", "vae", "text_encoder")
     told = ("system_prompt", "user_prompt_begin_id")
 
+    def _loop(self, arguments: dict[str, Any]) -> Any:
+        # The parent's default is an empty prompt, which it refuses beside embeddings.
+        embedded = arguments.get("negative_prompt_embeds") is not None
+        return super()._loop({"negative_prompt": None, **arguments} if embedded else arguments)
+
 
 class FreePromptLongCatImagePipeline(FlowEditing, LongCatImagePipeline):
     """Edit an image, generated or real, into target prompts, on LongCat-Image.

@@ -255,6 +255,17 @@ def test_rows_of_the_source_are_dropped_from_bria(stocks, solver, guidance):
     assert distance(dropped.images, kept.images[1:]) <= EXACT
 
 
+@pytest.mark.parametrize("name", ["Ovis-Image", "Bria"])
+def test_embeddings_stand_in_for_prompts(stocks, name):
+    tiny = made(stocks, name)
+    noise = torch.randn(1, 15, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    options = {"num_inference_steps": 2, "latents": noise, "self_replace_steps": 0.5, **SIZE, "output_type": "latent"}
+    expected = tiny(SOURCE, TARGET, max_sequence_length=TEXTS, **GUIDED, **options).images
+    texts, away, *_ = tiny.encode_prompt([SOURCE, TARGET], negative_prompt=["a drawing"] * 2, max_sequence_length=TEXTS)
+    given = {"prompt_embeds": texts, "negative_prompt_embeds": away, "guidance_scale": 3.0}
+    assert distance(tiny(**given, **options).images, expected) <= EXACT
+
+
 class TestLongCat:
     def test_texts_are_as_long_as_a_call_says(self, stocks):
         tiny = made(stocks, "LongCat-Image")

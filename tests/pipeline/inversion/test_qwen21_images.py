@@ -163,6 +163,14 @@ def test_pictures_and_files(tiny, photo, tmp_path):
     assert picture.tobytes() == out.images[0].tobytes()
 
 
+def test_a_saved_pipeline_is_loaded_as_ours(tiny, tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text(tiny.to_json_string())
+    loads = classmethod(lambda kind, folder: (kind, folder))  # the tiny processor is no file's
+    monkeypatch.setattr(FreePromptQwenImage21Pipeline, "from_pretrained", loads)
+    assert FreePromptPipeline.from_pretrained(tmp_path) == (FreePromptQwenImage21Pipeline, tmp_path)
+    assert tiny.load_config(tmp_path)["_class_name"] == "QwenImage21Pipeline"
+
+
 def test_sigmas_of_the_models_own(stock, photo):
     tiny = ours(stock)
     tiny.register_to_config(sample_sigmas=[1.0, 0.7, 0.2])
