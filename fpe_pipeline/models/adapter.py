@@ -92,6 +92,7 @@ class ModelAdapter(ABC):
             "bria_fibo",
             "cogvideox",
             "cogview4",
+            "glm_image",
             "hidream",
             "hunyuan_video",
             "kandinsky5",

@@ -10,7 +10,7 @@ from .adapter import ModelAdapter, identity
 from .aura_flow import AuraFlowAdapter
 from .chroma import ChromaAdapter
 from .cogvideox import CogVideoXAdapter
-from .cogview import CogView3PlusAdapter, CogView4Adapter
+from .cogview import CogView3PlusAdapter, CogView4Adapter, GlmImageAdapter
 from .flux import FluxAdapter
 from .flux2 import Flux2Adapter
 from .flux_kin import BriaAdapter, BriaFiboAdapter, LongCatImageAdapter, OvisImageAdapter
@@ -44,6 +44,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "CogView4Transformer2DModel": CogView4Adapter,
     "Flux2Transformer2DModel": Flux2Adapter,
     "FluxTransformer2DModel": FluxAdapter,
+    "GlmImageTransformer2DModel": GlmImageAdapter,
     "HiDreamImageTransformer2DModel": HiDreamImageAdapter,
     "HunyuanDiT2DModel": HunyuanDiTAdapter,
     "HunyuanImageTransformer2DModel": HunyuanImageAdapter,

@@ -25,6 +25,7 @@ _CONDITIONAL_FIRST = frozenset(
         "FluxInpaintPipeline",
         "FluxKontextInpaintPipeline",
         "FluxKontextPipeline",
+        "GlmImagePipeline",
         "HunyuanSkyreelsImageToVideoPipeline",
         "HunyuanVideoImageToVideoPipeline",
         "Kandinsky5I2IPipeline",

@@ -1,19 +1,20 @@
-"""The attention processors that compute an edit's joint products in the blocks of CogVideoX and CogView."""
+"""The attention processors that compute an edit's joint products in the blocks of CogVideoX, CogView and GLM-Image."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from ..edits.joint_products import JointPlan
 from .around import AroundPlain
+from .dispatched import DispatchedAround
 from .joint_computing import JointLayer
 from .joint_processor import check_joint_input, is_fused, joint_record, joint_rows, merged_heads
 from .joint_projections import segment_projections
 from .places import by_tables
 
-__all__ = ["EditCogVideoXProcessor", "EditCogView4Processor"]
+__all__ = ["EditCogVideoXProcessor", "EditCogView4Processor", "EditGlmImageProcessor"]
 
 
 class EditCogVideoXProcessor(AroundPlain):
@@ -23,7 +24,11 @@ class EditCogVideoXProcessor(AroundPlain):
     of the text, from queries and keys after their norms and rotary embedding.
     """
 
-    plain = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0", "CogView4AttnProcessor")
+    plain: ClassVar[tuple[str, ...]] = (
+        "CogVideoXAttnProcessor2_0",
+        "FusedCogVideoXAttnProcessor2_0",
+        "CogView4AttnProcessor",
+    )
     #: Where the two parts of a number that is turned stand: side by side (-1), or in the halves of a head (-2).
     parts_at = -1
 
@@ -62,3 +67,21 @@ class EditCogView4Processor(EditCogVideoXProcessor):
     """The same for the layers of CogView 4."""
 
     parts_at = -2
+
+
+class EditGlmImageProcessor(DispatchedAround, EditCogView4Processor):
+    """The same for the layers of GLM-Image, in calls that keep no keys and values."""
+
+    plain = ("GlmImageAttnProcessor",)
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+        kv_cache: Any = None,
+    ) -> Any:
+        given = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        return self.inner(*given, kv_cache) if self.order is None else super().__call__(*given)

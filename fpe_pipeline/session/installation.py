@@ -14,7 +14,7 @@ from .around import ProcessorAround
 from .aura_flow_processor import EditAuraFlowProcessor
 from .bria_fibo_processor import EditBriaFiboProcessor
 from .chroma_processor import EditChromaProcessor
-from .cogvideox_processor import EditCogVideoXProcessor, EditCogView4Processor
+from .cogvideox_processor import EditCogVideoXProcessor, EditCogView4Processor, EditGlmImageProcessor
 from .flux2_processor import flux2_processor, unsupported_flux2_reasons
 from .flux_processor import EditFluxProcessor
 from .hidream_processor import EditHiDreamProcessor
@@ -52,6 +52,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "bria_fibo": (EditBriaFiboProcessor, EditBriaFiboProcessor.unsupported_reasons),
     "cogvideox": (EditCogVideoXProcessor, EditCogVideoXProcessor.unsupported_reasons),
     "cogview4": (EditCogView4Processor, EditCogView4Processor.unsupported_reasons),
+    "glm_image": (EditGlmImageProcessor, EditGlmImageProcessor.unsupported_reasons),
     "hidream": (EditHiDreamProcessor, EditHiDreamProcessor.unsupported_reasons),
     "hunyuan_video": (EditHunyuanVideoProcessor, EditHunyuanVideoProcessor.unsupported_reasons),
     "kandinsky5": (EditKandinsky5Processor, EditKandinsky5Processor.unsupported_reasons),

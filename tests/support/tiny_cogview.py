@@ -11,7 +11,7 @@ from tests.support.tiny_cogvideox import DenseCogVideoX, dense_cogvideox
 from tests.support.tiny_language import qwen_tokenizer
 from tests.support.tiny_transformers import ExactEuler, sharpened, tiny_t5, tiny_vae
 
-__all__ = ["COGVIEW", "COGVIEW3", "COGVIEW4", "tiny_cogview4_that_reads"]
+__all__ = ["COGVIEW", "COGVIEW3", "COGVIEW4", "DenseCogView4", "tiny_cogview4_that_reads"]
 
 TEXTS = 12  # that CogView 3 Plus receives
 _SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "time_embed_dim": 16, "text_embed_dim": 32}
@@ -92,7 +92,7 @@ def draw_cogview(pipe, prompts, *, steps=4, size=(8, 8), guidance=3.0, seed=0, *
     ).images
 
 
-class _DenseCogView4(DenseCogVideoX):
+class DenseCogView4(DenseCogVideoX):
     parts_at = -2
 
 
@@ -101,7 +101,7 @@ class _CogView(Model):
 
     def dense(self, pipe, rule, layers, fault):
         calls = 1 if self.is_doubled else 2
-        made = DenseCogVideoX if self.is_doubled else _DenseCogView4
+        made = DenseCogVideoX if self.is_doubled else DenseCogView4
         return dense_cogvideox(pipe, rule, layers=layers, fault=fault, calls=calls, made=made)
 
 

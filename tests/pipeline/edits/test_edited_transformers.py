@@ -18,6 +18,7 @@ from tests.support.tiny_aura_flow import AURA_FLOW
 from tests.support.tiny_bria_fibo import FIBO
 from tests.support.tiny_cogview import COGVIEW
 from tests.support.tiny_flux_kin import KIN
+from tests.support.tiny_glm_image import GLM_IMAGE
 from tests.support.tiny_hidream import HIDREAM
 from tests.support.tiny_krea2 import KREA2
 from tests.support.tiny_qwen21 import QWEN21
@@ -32,6 +33,7 @@ MODELS = {
     **COGVIEW,
     "AuraFlow": AURA_FLOW,
     "Bria FIBO": FIBO,
+    "GLM-Image": GLM_IMAGE,
     "HiDream-I1": HIDREAM,
     "Krea 2": KREA2,
     **QWEN21,
@@ -49,6 +51,8 @@ REFUSED = {
 }
 # Text tokens look at no image there, and stay what they are.
 UNSERVED = {(model, edit) for model in QWEN21 for edit in ("FPE, the whole map", "value injection")}
+# Its text tokens are no words of a prompt.
+UNSERVED |= {("GLM-Image", edit) for edit in EDITS if edit.startswith(("Prompt-to-Prompt", "ReFlex"))}
 ALL = [(model, edit) for model in MODELS for edit in EDITS if (model, edit) not in REFUSED.keys() | UNSERVED]
 ALWAYS = {
     ("SD3.5, a layer skipped", "value injection"),
@@ -61,6 +65,7 @@ ALWAYS = {
     ("CogView 3 Plus", "FPE"),
     ("Krea 2", "Prompt-to-Prompt, refined"),
     ("AuraFlow", "Prompt-to-Prompt, replaced words"),
+    ("GLM-Image", "FPE, the whole map"),
     ("HiDream-I1", "Prompt-to-Prompt, replaced words"),
     ("CogView 4", "Prompt-to-Prompt, refined"),
     ("Qwen-Image 2.1", "Prompt-to-Prompt, refined"),

@@ -23,6 +23,7 @@ from tests.support.tiny_cogvideox import draw_cogvideox, tiny_cogvideox_pipeline
 from tests.support.tiny_cogview import COGVIEW
 from tests.support.tiny_cross import draw_hunyuan, draw_ltx, tiny_hunyuan_pipeline, tiny_ltx_pipeline
 from tests.support.tiny_flux_kin import KIN
+from tests.support.tiny_glm_image import GLM_IMAGE
 from tests.support.tiny_hidream import HIDREAM
 from tests.support.tiny_hunyuan_guided import HUNYUAN_IMAGE, HUNYUAN_VIDEO15
 from tests.support.tiny_hunyuan_video import draw_hunyuan_video, tiny_hunyuan_video_pipeline
@@ -70,6 +71,7 @@ _NEWER = {
     **COGVIEW,
     "aura flow": AURA_FLOW,
     "bria fibo": FIBO,
+    "glm image": GLM_IMAGE,
     "hidream": HIDREAM,
     "hunyuan video 1.5": HUNYUAN_VIDEO15,
     "hunyuan image": HUNYUAN_IMAGE,
