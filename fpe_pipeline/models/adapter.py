@@ -101,6 +101,7 @@ class ModelAdapter(ABC):
             "qwen21",
             "ltx",
             "lumina2",
+            "mochi",
             "sana",
             "wan",
             "z_image",

@@ -15,11 +15,11 @@ from .adapter import ModelCall
 from .sites import Site
 from .transformer import TransformerAdapter
 
-__all__ = ["CogVideoXAdapter", "blocks_of_one_stream"]
+__all__ = ["CogVideoXAdapter", "joint_layers"]
 
 
-def blocks_of_one_stream(module: Any) -> tuple[Site, ...]:
-    """The layers of a transformer whose blocks have image and text tokens in one set of projections."""
+def joint_layers(module: Any) -> tuple[Site, ...]:
+    """The layers, ``attn1``, of a transformer whose every block attends to image and text tokens together."""
     patch = int(module.config.patch_size)
     return tuple(
         Site(f"transformer_blocks.{index}.attn1", "dual", "joint", index, block.attn1.heads, 0, (), patch=patch)
@@ -34,7 +34,7 @@ class CogVideoXAdapter(TransformerAdapter):
     text_parts = (TextPart("tokenizer", ("text_encoder",)),)
 
     def find_sites(self) -> tuple[Site, ...]:
-        return blocks_of_one_stream(self.module)
+        return joint_layers(self.module)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         given = self.named(args, kwargs)

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..text_parts import TextPart
 from .adapter import ModelCall
-from .cogvideox import blocks_of_one_stream
+from .cogvideox import joint_layers
 from .named_calls import NamedCallsAdapter
 from .sites import Site
 from .transformer import TransformerAdapter
@@ -28,7 +28,7 @@ class _OnePictureAdapter(TransformerAdapter):
     text_parts = (TextPart("tokenizer", ("text_encoder",)),)
 
     def find_sites(self) -> tuple[Site, ...]:
-        return blocks_of_one_stream(self.module)
+        return joint_layers(self.module)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         given = self.named(args, kwargs)

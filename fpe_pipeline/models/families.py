@@ -22,6 +22,7 @@ from .kandinsky5 import Kandinsky5Adapter
 from .krea2 import Krea2Adapter
 from .ltx import LTXAdapter
 from .lumina2 import Lumina2Adapter
+from .mochi import MochiAdapter
 from .pixart import PixArtAdapter
 from .qwen import QwenImageAdapter
 from .qwen21 import QwenImage21Adapter
@@ -55,6 +56,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "LTXVideoTransformer3DModel": LTXAdapter,
     "LongCatImageTransformer2DModel": LongCatImageAdapter,
     "Lumina2Transformer2DModel": Lumina2Adapter,
+    "MochiTransformer3DModel": MochiAdapter,
     "OvisImageTransformer2DModel": OvisImageAdapter,
     "PixArtTransformer2DModel": PixArtAdapter,
     "QwenImage21Transformer2DModel": QwenImage21Adapter,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -11,7 +11,7 @@ from .dispatched import DispatchedAround
 from .joint_computing import JointLayer
 from .joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
 from .joint_projections import segment_projections
-from .places import by_tables
+from .places import Turn, by_tables
 
 __all__ = ["EditHunyuanVideoProcessor"]
 
@@ -24,7 +24,15 @@ class EditHunyuanVideoProcessor(DispatchedAround):
     attention.
     """
 
-    plain = ("HunyuanVideoAttnProcessor2_0", "HunyuanVideo15AttnProcessor2_0", "HunyuanImageAttnProcessor")
+    plain: ClassVar[tuple[str, ...]] = (
+        "HunyuanVideoAttnProcessor2_0",
+        "HunyuanVideo15AttnProcessor2_0",
+        "HunyuanImageAttnProcessor",
+    )
+
+    def turn(self, places: Any) -> Turn | None:
+        """The rotary embedding of image tokens, from what a layer receives of their places."""
+        return by_tables(places)
 
     def __call__(
         self,
@@ -42,9 +50,9 @@ class EditHunyuanVideoProcessor(DispatchedAround):
         check_joint_input(order, hidden_states, encoder_hidden_states, None)  # the mask is of padding: text_lengths
         assert encoder_hidden_states is not None
         layer = JointLayer(
-            segment_projections(attn, plan, "image", hidden_states, by_tables(image_rotary_emb)),
+            segment_projections(attn, plan, "image", hidden_states, self.turn(image_rotary_emb)),
             segment_projections(attn, plan, "text", encoder_hidden_states, added=attn.add_q_proj is not None),
-            attn.scale,
+            (attn.inner_dim // attn.heads) ** -0.5,
             order.backend,
             order.text_lengths,
         )

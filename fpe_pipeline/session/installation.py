@@ -25,6 +25,7 @@ from .kandinsky5_processor import EditKandinsky5Processor
 from .krea2_processor import EditKrea2Processor
 from .ltx_processor import EditLTXProcessor
 from .lumina2_processor import EditLumina2Processor
+from .mochi_processor import EditMochiProcessor
 from .processor import SLICED, editing_processor, is_sliced, unsupported_reasons
 from .qwen21_processor import EditQwen21Processor, qwen21_processor
 from .qwen_processor import EditQwenProcessor
@@ -60,6 +61,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "qwen": (EditQwenProcessor, EditQwenProcessor.unsupported_reasons),
     "qwen21": (qwen21_processor, EditQwen21Processor.unsupported_reasons),
     "lumina2": (EditLumina2Processor, EditLumina2Processor.unsupported_reasons),
+    "mochi": (EditMochiProcessor, EditMochiProcessor.unsupported_reasons),
     "ltx": (EditLTXProcessor, EditLTXProcessor.unsupported_reasons),
     "sana": (EditSanaProcessor, EditSanaProcessor.unsupported_reasons),
     "wan": (EditWanProcessor, EditWanProcessor.unsupported_reasons),
@@ -96,7 +98,7 @@ class LayerProcessors:
         layers = {site.path: self._layer(site.path) for site in sites if site.path not in self._installed}
         for layer in layers.values():
             while isinstance(layer.processor, ProcessorAround) and layer.processor.is_over:
-                layer.set_processor(layer.processor.inner)
+                _put(layer, layer.processor.inner)
         taken = [path for path, layer in layers.items() if isinstance(layer.processor, ProcessorAround)]
         if taken:
             raise RuntimeError(
@@ -105,7 +107,7 @@ class LayerProcessors:
             )
         for path, layer in layers.items():
             self._installed[path] = around(layer.processor)
-            layer.set_processor(self._installed[path])
+            _put(layer, self._installed[path])
         if self._shadows is None:
             self._shadows = Shadows(self._adapter.pipe)
             self._shadows.cover("unload_ip_adapter", self._stand_aside)
@@ -117,14 +119,14 @@ class LayerProcessors:
         around, _ = _PROCESSORS[self._family]
         ours = {path: own for path, own in self._installed.items() if self._layer(path).processor is own}
         for path, own in ours.items():
-            self._layer(path).set_processor(own.inner)
+            _put(self._layer(path), own.inner)
         try:
             unload()
         finally:
             for path, own in ours.items():
                 layer = self._layer(path)
                 self._installed[path] = own if layer.processor is own.inner else around(layer.processor)
-                layer.set_processor(self._installed[path])
+                _put(layer, self._installed[path])
             self.give(NO_ORDERS)
 
     def check(self, sites: Iterable[Site], override: tuple[type, ...]) -> None:
@@ -191,7 +193,7 @@ class LayerProcessors:
             layer = self._layer(path)
             processor.is_over = True
             if layer.processor is processor:
-                layer.set_processor(processor.inner)
+                _put(layer, processor.inner)
             elif layer.processor is not processor.inner:
                 foreign.append(f"{path} ({type(layer.processor).__name__})")
         self._installed, self._found = {}, {}
@@ -210,6 +212,14 @@ class LayerProcessors:
         if path not in self._found:  # by name takes a microsecond for each of its parts
             self._found[path] = self._adapter.layer(path)
         return self._found[path]
+
+
+def _put(layer: Any, processor: Any) -> None:
+    """Give a layer a processor; Mochi's have no method for it."""
+    if hasattr(layer, "set_processor"):
+        layer.set_processor(processor)
+    else:
+        layer.processor = processor
 
 
 def _refuse(reasons: Mapping[str, str]) -> None:

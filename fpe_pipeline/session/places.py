@@ -9,7 +9,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from .computing import take
 
-__all__ = ["Turn", "by_matrices", "by_numbers", "by_tables", "turned"]
+__all__ = ["Turn", "by_heads", "by_matrices", "by_numbers", "by_tables", "turned"]
 
 #: Queries or keys [rows, tokens, H, D], of these rows of the batch, turned by their places.
 Turn = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
@@ -36,6 +36,14 @@ def by_tables(rotary: tuple[torch.Tensor, torch.Tensor] | None, parts_at: int = 
     if rotary is None:
         return None
     return lambda part, rows: apply_rotary_emb(part, rotary, use_real_unbind_dim=parts_at, sequence_dim=1)
+
+
+def by_heads(rotary: tuple[torch.Tensor, torch.Tensor] | None) -> Turn | None:
+    """By cosines and sines [tokens, H, D / 2] of each head's own angles, which all rows share; None where there are
+    none."""
+    if rotary is None:
+        return None
+    return lambda part, rows: turned(part, *rotary)
 
 
 def by_numbers(places: torch.Tensor) -> Turn:

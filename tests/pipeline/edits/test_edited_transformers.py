@@ -21,6 +21,7 @@ from tests.support.tiny_flux_kin import KIN
 from tests.support.tiny_glm_image import GLM_IMAGE
 from tests.support.tiny_hidream import HIDREAM
 from tests.support.tiny_krea2 import KREA2
+from tests.support.tiny_mochi import MOCHI
 from tests.support.tiny_qwen21 import QWEN21
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -36,6 +37,7 @@ MODELS = {
     "GLM-Image": GLM_IMAGE,
     "HiDream-I1": HIDREAM,
     "Krea 2": KREA2,
+    **MOCHI,
     **QWEN21,
 }
 SIZES = {
@@ -64,6 +66,7 @@ ALWAYS = {
     ("Bria FIBO", "Prompt-to-Prompt, refined"),
     ("CogView 3 Plus", "FPE"),
     ("Krea 2", "Prompt-to-Prompt, refined"),
+    ("Mochi", "Prompt-to-Prompt, refined"),
     ("AuraFlow", "Prompt-to-Prompt, replaced words"),
     ("GLM-Image", "FPE, the whole map"),
     ("HiDream-I1", "Prompt-to-Prompt, replaced words"),

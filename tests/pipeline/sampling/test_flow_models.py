@@ -40,6 +40,8 @@ def krea2(**settings):
     made = tiny_krea2_pipeline()
     made.register_to_config(**settings)
     return made
+
+
 if hasattr(diffusers, "QwenImage21Pipeline"):  # and a transformers that has its encoder
     from tests.support.tiny_qwen21 import tiny_qwen21_pipeline
 

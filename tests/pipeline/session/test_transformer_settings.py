@@ -30,6 +30,7 @@ from tests.support.tiny_hunyuan_video import draw_hunyuan_video, tiny_hunyuan_vi
 from tests.support.tiny_kandinsky5 import draw_kandinsky5, tiny_kandinsky5_pipeline
 from tests.support.tiny_krea2 import KREA2
 from tests.support.tiny_lumina import draw_lumina, tiny_lumina_pipeline
+from tests.support.tiny_mochi import MOCHI
 from tests.support.tiny_qwen21 import draw_qwen21, tiny_qwen21_pipeline
 from tests.support.tiny_transformers import (
     draw,
@@ -76,6 +77,7 @@ _NEWER = {
     "hunyuan video 1.5": HUNYUAN_VIDEO15,
     "hunyuan image": HUNYUAN_IMAGE,
     "krea 2": KREA2,
+    "mochi": MOCHI["Mochi"],
 }
 MODELS |= {
     name: (model.make, lambda pipe, run=model.run, **options: run(pipe, PROMPTS, **options))
@@ -104,7 +106,7 @@ class Model:
         return out
 
     def attentions(self):
-        return [m for model in self.transformers for m in model.modules() if hasattr(m, "set_processor")]
+        return [m for model in self.transformers for m in model.modules() if hasattr(m, "processor")]
 
 
 @some_models
