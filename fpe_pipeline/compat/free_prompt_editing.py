@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -141,7 +141,7 @@ def _is_own(controller: Any) -> bool:
 
 
 class FreePromptPipeline(StableDiffusionPipeline):
-    """The repository's pipeline: DDIM sampling of several prompts, and DDIM inversion.
+    """The repository's pipeline: sampling of several prompts, and DDIM inversion.
 
     It loads as any diffusers pipeline does; its calls take and give what the original's do.
     """
@@ -175,13 +175,13 @@ class FreePromptPipeline(StableDiffusionPipeline):
         ref_intermediate_latents: Sequence[torch.Tensor] | None = None,
         return_intermediates: bool = False,
     ) -> Any:
-        """Images [prompts, 3, H, W] in [0, 1], by DDIM.
+        """Images [prompts, 3, H, W] in [0, 1], by the pipeline's scheduler.
 
         Args:
             prompt: the source prompt and its targets; or one, ``batch_size`` times.
             height, width: pixels; default: those of ``latents``, or the model's own.
             num_inference_steps, guidance_scale: of the run; up to 1 there is no unconditional half.
-            latents: the noise, [1 | prompts, C, h, w].
+            latents: the noise, [1 | prompts, C, h, w], of variance 1.
             unconditioning: for each step, the unconditional embedding [1, M, C] (null-text inversion).
             neg_prompt: for all prompts.
             ref_intermediate_latents: the source's latents of an inversion, from image to noise, onto which row 0 is put
@@ -191,7 +191,8 @@ class FreePromptPipeline(StableDiffusionPipeline):
         Raises:
             TypeError: prompts that are no texts.
             ValueError: steps or guidance that are no numbers, latents of another size, embeddings or reference latents
-                of another number of steps.
+                of another number of steps, or with another scheduler than DDIM, which gave them; predictions that the
+                scheduler does not give.
         """
         check_positive(batch_size=batch_size, num_inference_steps=num_inference_steps)
         check_guidance(guidance_scale)
@@ -203,6 +204,9 @@ class FreePromptPipeline(StableDiffusionPipeline):
         latents = self._start(latents, len(prompts), height, width)
         self.scheduler.set_timesteps(num_inference_steps)
         steps = len(self.scheduler.timesteps)
+        latents = latents * self.scheduler.init_noise_sigma  # of some schedulers it depends on the steps
+        if ref_intermediate_latents is not None or unconditioning is not None:
+            require_ddim(self.scheduler, "following an inversion")
         if ref_intermediate_latents is not None:
             source = "invert(..., return_intermediates=True)"
             check_count("ref_intermediate_latents", ref_intermediate_latents, steps + 1, "latents", source)
@@ -219,8 +223,9 @@ class FreePromptPipeline(StableDiffusionPipeline):
                 noise = self._noise(latents, t, towards, away if guided else None, guidance_scale)
                 step = self.scheduler.step(noise, t, latents)
                 latents = step.prev_sample
-                trajectory.append(latents)
-                predictions.append(step.pred_original_sample)
+                if return_intermediates:
+                    trajectory.append(latents)
+                    predictions.append(self._predicted(step))
         image = self.latent2image(latents, return_type="pt")
         if not return_intermediates:
             return image
@@ -266,6 +271,17 @@ class FreePromptPipeline(StableDiffusionPipeline):
                 trajectory.append(ddim_inverse_step(self.scheduler, noise, int(t), trajectory[-1]))
         return trajectory[-1], trajectory if return_intermediates else trajectory[0]
 
+    def _predicted(self, step: Any) -> torch.Tensor:
+        """The image that a step of the scheduler foresees."""
+        predicted = getattr(step, "pred_original_sample", None)
+        if predicted is None:
+            raise ValueError(
+                "return_intermediates=True shows the image that each step foresees, which "
+                f"{type(self.scheduler).__name__} does not say: set "
+                "pipe.scheduler = fpe_pipeline.ddim_scheduler(pipe.scheduler), or leave it out"
+            )
+        return cast(torch.Tensor, predicted)
+
     def _noise(
         self,
         latents: torch.Tensor,
@@ -274,6 +290,7 @@ class FreePromptPipeline(StableDiffusionPipeline):
         away: torch.Tensor | None,
         guidance_scale: float,
     ) -> torch.Tensor:
+        latents = self.scheduler.scale_model_input(latents, t)
         if away is None:
             return self.unet(latents, t, encoder_hidden_states=towards).sample
         batch, context = torch.cat([latents] * 2), torch.cat([away, towards])

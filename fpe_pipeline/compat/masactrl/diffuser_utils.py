@@ -16,13 +16,13 @@ __getattr__ = unknown_name(__name__, "diffuser_utils", __all__)
 
 
 class MasaCtrlPipeline(FreePromptPipeline):
-    """The repository's pipeline: DDIM sampling of several prompts, and DDIM inversion.
+    """The repository's pipeline: sampling of several prompts, and DDIM inversion.
 
     Free-Prompt-Editing's is made of it, and both take the same arguments but for ``eta``, which has to be 0.
     """
 
     def __call__(self, prompt: str | Sequence[str], *args: Any, **options: Any) -> Any:
-        """Images [prompts, 3, H, W] in [0, 1], by DDIM; see `FreePromptPipeline` for the other arguments.
+        """Images [prompts, 3, H, W] in [0, 1]; see `FreePromptPipeline` for the other arguments.
 
         Args:
             prompt: the source prompt and its targets.
