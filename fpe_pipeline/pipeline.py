@@ -13,54 +13,13 @@ from .embedded import embedded_path
 from .models.families import adapter_of
 from .models.flux2 import is_klein
 from .models.loading import holds_sdxl, is_embedded
+from .models.served_families import FAMILY_OF
 from .sampling.arguments import check_size
 from .sampling.output import FreePromptPipelineOutput
 from .sampling.unet_conditions import UNetConditions
 from .unet_editing import UNetEditing
 
 __all__ = ["FreePromptPipeline", "FreePromptPipelineOutput"]
-
-#: Pipelines around other models, as diffusers saves them and as ours save them, by family. Their modules, a second's
-#: import, are imported with the first of them.
-_OF_OTHERS = {
-    "StableDiffusionXLPipeline": "sdxl",
-    "FreePromptXLPipeline": "sdxl",
-    "StableDiffusion3Pipeline": "sd3",
-    "FreePromptSD3Pipeline": "sd3",
-    "FluxPipeline": "flux",
-    "FreePromptFluxPipeline": "flux",
-    "QwenImagePipeline": "qwen",
-    "FreePromptQwenImagePipeline": "qwen",
-    "QwenImage21Pipeline": "qwen21",
-    "FreePromptQwenImage21Pipeline": "qwen21",
-    "Flux2Pipeline": "flux2",
-    "FreePromptFlux2Pipeline": "flux2",
-    "Flux2KleinPipeline": "flux2_klein",
-    "FreePromptFlux2KleinPipeline": "flux2_klein",
-    "OvisImagePipeline": "ovis",
-    "FreePromptOvisImagePipeline": "ovis",
-    "LongCatImagePipeline": "longcat",
-    "FreePromptLongCatImagePipeline": "longcat",
-    "BriaPipeline": "bria",
-    "FreePromptBriaPipeline": "bria",
-    "ChromaPipeline": "chroma",
-    "FreePromptChromaPipeline": "chroma",
-    "Lumina2Pipeline": "lumina2",
-    "Lumina2Text2ImgPipeline": "lumina2",  # as diffusers called it once
-    "FreePromptLumina2Pipeline": "lumina2",
-    "ZImagePipeline": "z_image",
-    "FreePromptZImagePipeline": "z_image",
-    "AuraFlowPipeline": "aura_flow",
-    "FreePromptAuraFlowPipeline": "aura_flow",
-    "Krea2Pipeline": "krea2",
-    "FreePromptKrea2Pipeline": "krea2",
-    "CogView4Pipeline": "cogview4",
-    "FreePromptCogView4Pipeline": "cogview4",
-    "PixArtAlphaPipeline": "pixart_alpha",
-    "FreePromptPixArtAlphaPipeline": "pixart_alpha",
-    "PixArtSigmaPipeline": "pixart_sigma",
-    "FreePromptPixArtSigmaPipeline": "pixart_sigma",
-}
 
 
 class FreePromptPipeline(UNetEditing, StableDiffusionPipeline):
@@ -125,7 +84,7 @@ class FreePromptPipeline(UNetEditing, StableDiffusionPipeline):
 
 
 def _class_for(family: str) -> type:
-    """The class that edits with a family's models."""
+    """The class that edits with a family's models; its module, a second's import, is imported with the first."""
     if family == "sdxl":
         from .xl_pipeline import FreePromptXLPipeline
 
@@ -175,7 +134,7 @@ def _class_of(pipeline: Any) -> type | None:
     if getattr(pipeline, "transformer", None) is None:
         return None
     family = adapter_of(pipeline).kind
-    named = (_OF_OTHERS.get(kind.__name__, "") for kind in type(pipeline).__mro__)
+    named = (FAMILY_OF.get(kind.__name__, "") for kind in type(pipeline).__mro__)
     pixart = next((name for name in named if name.startswith("pixart")), None)
     if pixart is not None:
         return _class_for(pixart)
@@ -199,5 +158,5 @@ def _saved_class(pretrained: Any, options: Mapping[str, Any]) -> type | None:
         )
     except (OSError, ValueError):
         return None  # which from_pretrained says better
-    family = _OF_OTHERS.get(str(config.get("_class_name", "")))
-    return None if family is None else _class_for(family)
+    family = FAMILY_OF.get(str(config.get("_class_name", "")), "unet")
+    return None if family == "unet" else _class_for(family)

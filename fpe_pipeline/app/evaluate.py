@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from typer.core import TyperCommand
 
+from ..models.served_families import FLOW_INVERSIONS
 from ..quality.request import KINDS, Evaluation
-from ..runs.model_defaults import FLOW_INVERSIONS
 from ..runs.progress import progress_for
 from ..runs.settings import INVERSIONS
 from .options import chosen, field

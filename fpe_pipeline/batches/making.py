@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import EditWarning, RequestWarning
+from ..errors import EditWarning, InputError, RequestWarning
 from ..images.distance import pixel_hash
 from ..models.loading import find_model, identity, pick_device, pick_dtype
 from ..models.quiet import only_errors
@@ -99,8 +99,9 @@ class Maker:
     def __init__(self, settings: Settings, weights: Weights) -> None:
         self.device = pick_device(settings.device)
         with only_errors():
-            dtype = pick_dtype(settings.dtype, self.device)
-            pipe = load_pipeline(find_model(settings.model), dtype=dtype, device=self.device)
+            source = find_model(settings.model)
+            dtype = pick_dtype(settings.dtype, self.device, source)
+            pipe = load_pipeline(source, dtype=dtype, device=self.device)
             pipe.set_progress_bar_config(disable=True)
             self.loaded = Loaded(pipe, identity(pipe))
             self.encoders = Encoders(weights, self.device)
@@ -176,7 +177,7 @@ class Maker:
         return masks, refused
 
     def _recorded(self, source: _Source, units: Sequence[Unit]) -> _Source:
-        """The source recorded for all units, where its scheduler lets it; else it is made beside each of them."""
+        """The source recorded for all units, where model and scheduler let it; else it is made beside each of them."""
         pipe, settings = self.loaded.pipe, source.settings
         if source.photo is None:
             try:
@@ -201,6 +202,9 @@ class Maker:
             edits = [edit_of(pipe, unit.settings, *source.size) for unit in units]
             recording = record_source(pipe, settings, edits, **options)
             return replace(source, recording=recording, image=source_of(pipe, recording, source.size))
+        except InputError as error:  # edits of what a recording of this model does not hold
+            logger.warning("the source is made again for every unit: %s", error)
+            return source
         finally:
             pipe.scheduler = scheduler
 

@@ -7,22 +7,22 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from ..models.served_families import Served, titles
 from ..texts import did_you_mean
 from .base import Edit
 
 __all__ = ["REQUIRED", "Make", "Method", "Option", "Served", "Unfit", "Wanted", "argument_help"]
 
 Make = Callable[..., Edit]
-Served = Literal["unet", "transformer"]
 #: The default of an option that has none.
 REQUIRED = inspect.Parameter.empty
 # What a method gives its edit itself, of the call that it is made for.
 _OF_THE_CALL = ("prompts", "tokenizer")
 _SERVED: dict[Served, str] = {
     "unet": "UNets",
-    "transformer": "transformers (of --model Stable Diffusion 3 and FLUX.1; in Python see docs/write-an-adapter.md)",
+    "transformer": f"transformers (of --model {titles('transformer')}; in Python see docs/write-an-adapter.md)",
 }
 # Characters of an option's help, after which it ends at the next comma before.
 _LINE = 110

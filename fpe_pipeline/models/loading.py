@@ -12,14 +12,16 @@ import math
 import os.path
 import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..embedded import EARLIER, EMBEDDED, EMBEDDED_SD3, NAMES, embedded_path
 from ..errors import InputError
+from ..text_parts import plain_tokenizer
 from ..texts import check_readable_name
 from .quiet import quiet_libraries
+from .served_families import FAMILIES, FAMILY_OF, Family, ServedFamily, family_of, titles
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +31,6 @@ __all__ = [
     "EMBEDDED",
     "EMBEDDED_SD3",
     "NAMES",
-    "Family",
     "ModelSource",
     "find_model",
     "holds_sdxl",
@@ -42,18 +43,7 @@ __all__ = [
 ]
 
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
-#: What a pipeline denoises with: a UNet, SDXL's or another, or a transformer of Stable Diffusion 3's or FLUX.1's kind.
-Family = Literal["unet", "sdxl", "sd3", "flux"]
-PIPELINE_CLASSES: dict[str, Family] = {
-    "StableDiffusionPipeline": "unet",
-    "FreePromptPipeline": "unet",
-    "StableDiffusionXLPipeline": "sdxl",
-    "FreePromptXLPipeline": "sdxl",
-    "StableDiffusion3Pipeline": "sd3",
-    "FluxPipeline": "flux",
-}
 _TRAINING = ", or train it with `python -m fpe_pipeline.embedded.training.train_flow`"
-_FLUX_PATCH = 2  # latents across a token, which FLUX.1's pipeline packs itself
 # Folders of earlier versions, which records made with `--model FOLDER` name.
 _LAY_BEFORE = {
     "fpe_pipeline/models/embedded": EMBEDDED,
@@ -77,17 +67,24 @@ class ModelSource:
         location: a path, or a hub's name.
         vae_factor: image pixels that sizes are multiples of; None where only loading the weights would tell.
         family: what it denoises with; None where only loading the weights would tell.
+        is_distilled: whether it says that it does without guidance.
     """
 
     kind: str
     location: str
     vae_factor: int | None = None
     family: Family | None = None
+    is_distilled: bool = False
 
     @property
-    def is_transformer(self) -> bool:
-        """Whether it is known to denoise with a transformer."""
-        return self.family in ("sd3", "flux")
+    def served(self) -> ServedFamily:
+        """What is known of its family; where only loading the weights would tell that, of Stable Diffusion's UNets."""
+        return FAMILIES[self.family or "unet"]
+
+    def told_by(self, pipe: Any) -> ModelSource:
+        """The same with what the loaded pipeline says of it."""
+        family = family_of(pipe)
+        return replace(self, family=family, is_distilled=FAMILIES[family].is_distilled(pipe.config))
 
     def check_size(self, size: tuple[int, int] | None) -> None:
         """Raise `InputError` for a (width, height) in pixels that this model's autoencoder cannot make."""
@@ -100,7 +97,7 @@ class ModelSource:
             )
             raise InputError(
                 f"width and height must be positive multiples of {self.vae_factor} px for this model's "
-                f"{'tokens' if self.is_transformer else 'autoencoder'}, "
+                f"{'autoencoder' if self.served.patch == 1 else 'tokens'}, "
                 f"got {size[0]}x{size[1]}; use {down[0]}x{down[1]} or {up[0]}x{up[1]}"
             )
 
@@ -238,9 +235,10 @@ def _only_variant(folder: Path) -> str | None:
 def _check_tokenizers(pipe: Any, location: str) -> None:
     """Raise InputError for tokenizers without words or a length: of a folder that lacks files, or the whole of it,
     transformers makes one all the same."""
-    for name, tokenizer in pipe.components.items():
-        if tokenizer is None or not name.startswith("tokenizer"):
+    for name, part in pipe.components.items():
+        if part is None or not name.startswith("tokenizer"):
             continue
+        tokenizer = plain_tokenizer(part)
         lacks = ""
         if len(tokenizer) <= len(tokenizer.all_special_ids):
             lacks = f"words: expected tokenizer.json, or vocab.json and merges.txt, in '{name}'"
@@ -267,7 +265,7 @@ def identity(pipe: Any) -> str:
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     digest.update(json.dumps(scheduler_settings(pipe), sort_keys=True, default=str).encode())
     if pipe.tokenizer is not None:
-        digest.update(json.dumps(pipe.tokenizer.get_vocab(), sort_keys=True).encode())
+        digest.update(json.dumps(plain_tokenizer(pipe.tokenizer).get_vocab(), sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -297,8 +295,13 @@ def pick_device(device: str) -> str:
     return str(wanted)
 
 
-def pick_dtype(dtype: str, device: str) -> torch.dtype:
-    """The dtype of all weights: "auto" is float16 on CUDA, float32 elsewhere.
+def pick_dtype(dtype: str, device: str, source: ModelSource | None = None) -> torch.dtype:
+    """The dtype of all weights: "auto" is the family's on CUDA, float32 elsewhere.
+
+    Args:
+        dtype: one of :data:`DTYPES`, or "auto".
+        device: that they are on.
+        source: of the model; None for what holds for most.
 
     Raises:
         InputError: not one of float32, float16, bfloat16, auto.
@@ -306,7 +309,8 @@ def pick_dtype(dtype: str, device: str) -> torch.dtype:
     import torch
 
     if dtype == "auto":
-        return torch.float16 if device.startswith("cuda") else torch.float32
+        served = FAMILIES["unet"] if source is None else source.served
+        dtype = served.cuda_dtype if device.startswith("cuda") else "float32"
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)} or auto, got '{dtype}'")
     return getattr(torch, dtype)
@@ -329,19 +333,34 @@ def _folder(path: Path) -> ModelSource:
             f"'{path}' is not a diffusers pipeline folder: it has no model_index.json; "
             "pass the folder that save_pretrained wrote, or a .safetensors file"
         )
-    name = _json(index).get("_class_name")
-    if name not in PIPELINE_CLASSES:
+    said = _json(index)
+    name = said.get("_class_name")
+    if name not in FAMILY_OF:
         raise InputError(
-            f"expected a pipeline of Stable Diffusion 1.x, 2.x, XL or 3, or of FLUX.1, '{path}' holds a {name}; "
-            "in Python, FreePromptPipeline.from_pretrained loads FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, "
-            "Qwen-Image 2.1, Chroma, Lumina 2, Z-Image, CogView 4 and Krea 2 as well, and `with "
-            "fpe_pipeline.editing(pipe, ...)` edits what diffusers loads"
+            f"expected a text-to-image pipeline of {titles()}, '{path}' holds a {name}; in Python, "
+            "`with fpe_pipeline.editing(pipe, ...)` edits what diffusers loads"
         )
-    family = PIPELINE_CLASSES[name]
-    channels = _config(path, "vae").get("block_out_channels")
-    patch = {"sd3": _config(path, "transformer").get("patch_size", 1), "flux": _FLUX_PATCH}.get(family, 1)
-    factor = patch * 2 ** (len(channels) - 1) if channels else None
-    return ModelSource("folder", str(path.resolve()), factor, family)
+    family = FAMILY_OF[name]
+    served = FAMILIES[family]
+    factor = _pixels_across(path, served.patch)
+    return ModelSource("folder", str(path.resolve()), factor, family, served.is_distilled(said))
+
+
+def _pixels_across(path: Path, patch: int | str) -> int | None:
+    """Image pixels across a token, or across a latent pixel of a UNet; None where a folder does not say it.
+
+    Args:
+        path: of the folder.
+        patch: of its family.
+    """
+    vae = _config(path, "vae")
+    halvings = vae.get("temperal_downsample")  # of Qwen-Image's autoencoder, as diffusers spells it
+    if halvings is None and vae.get("block_out_channels"):
+        halvings = vae["block_out_channels"][1:]
+    if isinstance(patch, str):
+        patch = _config(path, "transformer").get(patch, 1)
+        patch = patch[0] if isinstance(patch, list) else patch
+    return None if halvings is None else patch * 2 ** len(halvings)
 
 
 def _config(path: Path, part: str) -> dict[str, Any]:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..edits.method import Served
 from ..embedded import JUDGE, judge_path
 from ..errors import InputError, refusals
 from ..models.loading import EMBEDDED, ModelSource, find_model, pick_dtype
+from ..models.served_families import Served
 from ..runs.loading import load_pipeline
-from ..runs.model_defaults import FLOW_INVERSIONS, UNET_INVERSIONS
 
 __all__ = ["EvaluatedModel"]
 
@@ -51,18 +50,18 @@ class EvaluatedModel:
 
     @property
     def is_transformer(self) -> bool:
-        """Whether it denoises with a transformer."""
-        return self.source.is_transformer
+        """Whether it is a flow's, which denoises with a transformer."""
+        return self.source.served.is_flow
 
     @property
     def served(self) -> Served:
         """What methods call its kind."""
-        return "transformer" if self.is_transformer else "unet"
+        return self.source.served.kind
 
     @property
     def inversions(self) -> tuple[str, ...]:
         """How it inverts pictures, first the default."""
-        return FLOW_INVERSIONS if self.is_transformer else UNET_INVERSIONS
+        return self.source.served.inversions
 
     def check_text_tokens(self, count: int | None) -> None:
         """Raise InputError where a number of text tokens is said and the model has a UNet."""
@@ -79,6 +78,8 @@ class EvaluatedModel:
 
         with refusals():
             judge = None if self.judge is None else load_judge(self.judge).to(device)
-        pipe = load_pipeline(self.source, dtype=pick_dtype("auto", device), device=device, pipeline=pipeline)
+        pipe = load_pipeline(
+            self.source, dtype=pick_dtype("auto", device, self.source), device=device, pipeline=pipeline
+        )
         pipe.set_progress_bar_config(disable=True)
         return pipe, judge

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..atomic_folder import check_writable, staged
 from ..errors import InputError
+from ..runs.model_defaults import check_guidance_of
 from ..runs.progress import Progress
 from ..texts import print_text
 from .evaluated import EvaluatedModel
@@ -62,6 +63,7 @@ def run_on_images(asked: Evaluation, progress: Progress, *, as_json: bool = Fals
     own = asked.images not in (GENERATED, HELD_OUT)
     model = EvaluatedModel.find(asked.model, judged=not own)
     model.check_text_tokens(asked.text_tokens)
+    check_guidance_of(str(asked.model), model.source, asked.guidance)
     methods = chosen(asked.methods or (), asked.self_replace, model.served)
     if asked.sweep:
         raise InputError("--sweep varies one method on generated images: leave it out, or leave out --images")

@@ -14,6 +14,7 @@ from PIL import Image
 from ..errors import InputError, refusals
 from ..images.distance import pixel_hash
 from ..models.loading import find_model, is_embedded, pick_device, scheduler_settings
+from ..models.served_families import FAMILIES, family_of
 from .edit_class import edit_class
 from .model_defaults import check_family
 from .option_files import option_files, with_places
@@ -34,14 +35,15 @@ __all__ = [
     "denoised",
     "details_of",
     "edit_of",
-    "family_of",
     "filled_in",
+    "guided",
     "invert",
     "is_flow",
     "made_by",
     "model_of",
     "photo_for",
     "pinned",
+    "pixels_across",
     "size_of",
     "solver_of_pictures",
     "start",
@@ -85,7 +87,7 @@ def made_by(
         logger.warning(cut)
     photo = photo_for(pipe, settings)
     _check_expected(settings, loaded.identity, expected[0], photo, expected[1])
-    check_family(settings, find_model(settings.model), family_of(pipe))
+    check_family(settings, find_model(settings.model).told_by(pipe))
     edit = edit_of(pipe, settings, *size_of(pipe, settings, photo))
     started = start(settings, loaded, photo, progress, clock)
 
@@ -128,8 +130,7 @@ def start(
         "height": height,
         "width": width,
         "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
-        "negative_prompt": settings.negative,
+        **guided(pipe, settings),
     }
     if photo is None:
         return options
@@ -208,7 +209,7 @@ def _check_expected(
 
 def cut_prompts(pipe: Any, settings: Settings) -> str:
     """Which prompts are longer than the model reads, in one line, where one tokenizer says that; "" where none is."""
-    if _reads_t5(pipe):
+    if is_flow(pipe) or _reads_t5(pipe):
         return ""
     tokenizer = pipe.tokenizer
     room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
@@ -226,8 +227,8 @@ def photo_for(pipe: FreePromptPipeline, settings: Settings) -> Image.Image | Non
     if settings.image is None:
         return None
     pixels = pipe.native_size[0] * pipe.native_size[1]
-    multiple = pipe.flow().multiple if is_flow(pipe) else pipe.vae_scale_factor
-    return load_image(settings.image, settings.size or (None, None), multiple=multiple, pixels=pixels)
+    size = settings.size or (None, None)
+    return load_image(settings.image, size, multiple=pixels_across(pipe), pixels=pixels)
 
 
 def edit_of(pipe: FreePromptPipeline, settings: Settings, width: int, height: int) -> Edit:
@@ -249,11 +250,15 @@ def solver_of_pictures(pipe: Any) -> Any:
     return pipe.scheduler if is_flow(pipe) else ddim_scheduler(pipe.scheduler)
 
 
-def family_of(pipe: Any) -> Any:
-    """The kind of model of a loaded pipeline."""
-    from ..models.families import adapter_of
+def guided(pipe: Any, settings: Settings) -> dict[str, Any]:
+    """Options of a pipeline's call that say how strongly, and by what, the settings have it guided."""
+    return FAMILIES[family_of(pipe)].told(settings.guidance, settings.negative)
 
-    return "sdxl" if getattr(pipe, "added_conditions", None) else adapter_of(pipe).family
+
+def pixels_across(pipe: Any) -> int:
+    """Of what the sides of a pipeline's images are multiples, px."""
+    multiple: int = pipe.flow().multiple if is_flow(pipe) else pipe.pixel_multiple
+    return multiple
 
 
 def _reads_t5(pipe: Any) -> bool:
@@ -263,12 +268,12 @@ def _reads_t5(pipe: Any) -> bool:
 
 def model_of(pipe: Any) -> Any:
     """The UNet or transformer that a pipeline denoises with."""
-    return pipe.transformer if is_flow(pipe) else pipe.unet
+    return getattr(pipe, "unet", None) or pipe.transformer
 
 
 def is_flow(pipe: Any) -> bool:
-    """Whether a pipeline is one of those around transformers."""
-    return getattr(pipe, "unet", None) is None
+    """Whether a pipeline takes noise away along a flow, and not by DDIM."""
+    return FAMILIES[family_of(pipe)].is_flow
 
 
 def invert(pipe: FreePromptPipeline, photo: Image.Image, settings: Settings) -> Inversion:

@@ -3,47 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 from ..errors import InputError
-from ..models.loading import Family, ModelSource, find_model
+from ..models.loading import ModelSource, find_model
+from ..models.served_families import FAMILIES, Served
 
 __all__ = [
-    "FLOW_INVERSIONS",
-    "FLOW_WINDOW",
-    "UNET_INVERSIONS",
     "Asked",
     "check_family",
+    "check_guidance_of",
     "check_source_of",
     "default_in_words",
     "defaults_for",
-    "inversions_of",
-    "served_by",
 ]
 
-_OfUNets = Literal["ddim", "direct", "null-text", "negative-prompt"]
-_OfFlows = Literal["direct", "reference", "free"]
-#: How models of each kind invert pictures, the default first; those of `fpe_pipeline.inversion`, which takes seconds to
-#: import.
-UNET_INVERSIONS: tuple[_OfUNets, ...] = get_args(_OfUNets)
-FLOW_INVERSIONS: tuple[_OfFlows, ...] = get_args(_OfFlows)
-#: The steps in which Shin et al. replace maps of joint attention.
-FLOW_WINDOW = (0.0, 0.2)
-_FLOW = {"self_replace": FLOW_WINDOW, "inversion": "direct", "steps": 28}
-_DEFAULTS: dict[Family, dict[str, Any]] = {
-    "unet": {},
-    "sdxl": {"guidance": 5.0},
-    "sd3": {**_FLOW, "guidance": 7.0},
-    "flux": {**_FLOW, "guidance": 3.5},
-}
-_WORDS: dict[Family, str] = {
-    "unet": "a UNet",
-    "sdxl": "a UNet of SDXL's kind",
-    "sd3": "a transformer of Stable Diffusion 3's kind",
-    "flux": "a transformer of FLUX.1's kind",
-}
-_SHORT: dict[Family, str] = {"sdxl": "SDXL", "sd3": "Stable Diffusion 3", "flux": "FLUX.1"}
-_KINDS = {"unet": "UNets", "transformer": "transformers"}
+_KINDS: dict[Served, str] = {"unet": "UNets", "transformer": "transformers"}
 # Settings that choose a UNet's layers.
 _OF_UNETS = ("levels", "max_tokens")
 
@@ -61,6 +36,8 @@ class Asked(Protocol):
     def inversion(self) -> str: ...
     @property
     def negative(self) -> str | None: ...
+    @property
+    def guidance(self) -> float: ...
 
 
 def defaults_for(model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,8 +56,9 @@ def defaults_for(model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if model is None:
         return {}
-    family = find_model(model).family or "unet"
-    own = {name: value for name, value in _DEFAULTS[family].items() if name not in given}
+    source = find_model(model)
+    usual = {**source.served.defaults, **(source.served.of_distilled if source.is_distilled else {})}
+    own = {name: value for name, value in usual.items() if name not in given}
     if not own:
         return {}
     from ..edits.registry import METHODS  # with torch, which refusals do without
@@ -93,66 +71,62 @@ def defaults_for(model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def default_in_words(name: str, usual: float) -> str:
     """What a setting is where nothing is said, as help says it: ``usual``, then that of the models which differ."""
-    others: dict[float, list[str]] = {}
-    for family, model in _SHORT.items():
-        if name in _DEFAULTS[family]:
-            value = _DEFAULTS[family][name]
-            others.setdefault(value[1] if isinstance(value, tuple) else value, []).append(model)
-    told = ", ".join(f"{' and '.join(models)}: {value:g}" for value, models in others.items())
+    others: dict[float, dict[str, None]] = {}
+    for served in FAMILIES.values():
+        value = served.defaults.get(name, usual)
+        value = value[1] if isinstance(value, tuple) else value
+        if value != usual:
+            others.setdefault(value, {})[served.title] = None
+    told = "; ".join(f"{', '.join(models)}: {value:g}" for value, models in others.items())
     return f"default: {usual:g}" + (f"; {told}" if told else "")
 
 
-def served_by(family: Family) -> Literal["unet", "transformer"]:
-    """What methods call a kind of model."""
-    return "unet" if family in ("unet", "sdxl") else "transformer"
-
-
-def inversions_of(family: Family) -> tuple[str, ...]:
-    """How a kind of model inverts pictures, the default first."""
-    return UNET_INVERSIONS if served_by(family) == "unet" else FLOW_INVERSIONS
-
-
-def check_family(settings: Asked, source: ModelSource, family: Family | None = None) -> None:
+def check_family(settings: Asked, source: ModelSource) -> None:
     """Raise InputError for what a kind of model cannot be asked for.
 
     Args:
         settings: of the run.
-        source: where its model is.
-        family: where loading has told what ``source`` does not say.
+        source: of its model; of one whose family only loading tells, nothing is known yet.
     """
     from ..edits.registry import find_method, methods_of
 
-    family = family or source.family
-    if family is None:
+    if source.family is None:
         return
-    model, kind = f"model '{settings.model}'", served_by(family)
+    model, served = f"model '{settings.model}'", source.served
     method = find_method(settings.method)
-    if kind not in method.serves:
+    if served.kind not in method.serves:
         raise InputError(
             f"{settings.method} edits {' and '.join(_KINDS[each] for each in method.serves)}, and {model} is "
-            f"{_WORDS[family]}; its methods are {', '.join(methods_of(kind))}"
+            f"{served.words}; its methods are {', '.join(methods_of(served.kind))}"
         )
     asked = [name for name in _OF_UNETS if getattr(settings, name) is not None]
-    if asked and kind != "unet":
+    if asked and not served.is_unet:
         raise InputError(
             f"{' and '.join(f'--{name}' for name in asked).replace('_', '-')} choose layers of a UNet, and {model} is "
-            f"{_WORDS[family]}, all of whose layers are of one size; choose with --layers"
+            f"{served.words}, all of whose layers are of one size; choose with --layers"
         )
-    check_source_of(settings, source, family)
+    check_source_of(settings, source)
 
 
-def check_source_of(settings: Asked, source: ModelSource, family: Family | None = None) -> None:
+def check_source_of(settings: Asked, source: ModelSource) -> None:
     """The same of what decides the source, whatever it is edited by."""
-    family = family or source.family
-    if family is None:
+    if source.family is None:
         return
-    model, known = f"model '{settings.model}'", inversions_of(family)
-    if settings.image is not None and settings.inversion not in known:
+    model, served = f"model '{settings.model}'", source.served
+    if settings.image is not None and settings.inversion not in served.inversions:
         raise InputError(
-            f"inversion {settings.inversion} is not one of {model}, {_WORDS[family]}; it has {', '.join(known)}"
+            f"inversion {settings.inversion} is not one of {model}, {served.words}; it has "
+            f"{', '.join(served.inversions)}"
         )
-    if family == "flux" and settings.negative is not None:
+    if served.no_negative is not None and settings.negative is not None:
+        raise InputError(f"{model} is {served.words}, {served.no_negative}; leave --negative out")
+    check_guidance_of(settings.model, source, settings.guidance)
+
+
+def check_guidance_of(model: str, source: ModelSource, guidance: float) -> None:
+    """Raise InputError for guidance that a model, by its name and what is known of it, would take no notice of."""
+    if source.is_distilled and guidance > source.served.unguided:
         raise InputError(
-            f"{model} is {_WORDS[family]}, which is told its guidance and has no unconditional half; leave --negative "
-            "out"
+            f"model '{model}' was distilled to be without guidance, and would take no notice of --guidance "
+            f"{guidance:g}; leave it out"
         )

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..errors import EditWarning, refusals
 from ..images.distance import distance
-from .making import Loaded, details_of, edit_of, filled_in, invert, is_flow, photo_for
+from .making import Loaded, details_of, edit_of, filled_in, guided, invert, is_flow, photo_for
 from .progress import Progress, show_steps
 from .repeatable import Clock
 from .result import Run
@@ -110,12 +110,12 @@ def check_recordable(pipe: Any) -> None:
 
 def wide_edits(pipe: Any, settings: Settings) -> list[Edit]:
     """What is recorded before anybody knows the targets: every step of Free-Prompt-Editing and, of a source that has
-    words, of Prompt-to-Prompt."""
+    words, of Prompt-to-Prompt, where attention to text can be recorded."""
     from ..edits.registry import make_edit
 
     twice = [settings.source, settings.source]
     edits = [make_edit("fpe", twice, pipe.tokenizer, pipe, self_replace_steps=1.0)]
-    if settings.source.strip():
+    if settings.source.strip() and not getattr(pipe, "masks_text", False):
         whole = {"cross_replace_steps": 1.0, "self_replace_steps": 1.0}
         edits.append(make_edit("p2p-replace", twice, pipe.tokenizer, pipe, **whole))
     return edits
@@ -131,9 +131,8 @@ def record_source(pipe: Any, settings: Settings, edits: Sequence[Edit], **option
         recording: Recording = pipe.record(
             settings.source,
             edit=list(edits),
-            guidance_scale=settings.guidance,
-            negative_prompt=settings.negative,
             backend=settings.backend,
+            **guided(pipe, settings),
             **options,
         )
         return recording

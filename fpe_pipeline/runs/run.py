@@ -94,9 +94,11 @@ def at_work(settings: Settings, loaded: Loaded | None = None, clock: Clock | Non
     device = pick_device(settings.device)
     with only_errors(), pinned(settings, device):
         if loaded is None:
-            location, dtype = find_model(settings.model), pick_dtype(settings.dtype, device)
+            location = find_model(settings.model)
             with (clock or Clock()).measure("load"):
-                made: FreePromptPipeline = load_pipeline(location, dtype=dtype, device=device)
+                made: FreePromptPipeline = load_pipeline(
+                    location, dtype=pick_dtype(settings.dtype, device, location), device=device
+                )
             loaded = Loaded(made, identity(made))
         pipe = loaded.pipe
         scheduler = pipe.scheduler

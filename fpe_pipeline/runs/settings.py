@@ -15,8 +15,9 @@ from typing_extensions import Self
 
 from ..errors import InputError, refusals
 from ..models.loading import EMBEDDED, ModelSource, find_model, pick_device, pick_dtype
+from ..models.served_families import FLOW_WINDOW, SHORT_WINDOW, UNET_INVERSIONS
 from ..texts import check_text
-from .model_defaults import FLOW_WINDOW, UNET_INVERSIONS, check_family, check_source_of, defaults_for
+from .model_defaults import check_family, check_source_of, defaults_for
 from .sentences import Text, sentences
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class Settings(Schema):
 
         with refusals(TypeError):
             method = find_method(self.method)
-            if method.window is None and self.self_replace not in (SELF_REPLACE, FLOW_WINDOW):
+            if method.window is None and self.self_replace not in (SELF_REPLACE, FLOW_WINDOW, SHORT_WINDOW):
                 raise InputError(
                     f"--self-replace is Free-Prompt-Editing's window; give {self.method} its own by --option, such as "
                     "--option self_replace_steps=0.4 or --option start_step=4"

@@ -135,7 +135,8 @@ def sweep(settings: Settings, axes: Sequence[Axis], directory: Path, progress: P
 
     device = pick_device(settings.device)
     with only_errors(), pinned(settings, device):
-        pipe = load_pipeline(find_model(settings.model), dtype=pick_dtype(settings.dtype, device), device=device)
+        source = find_model(settings.model)
+        pipe = load_pipeline(source, dtype=pick_dtype(settings.dtype, device, source), device=device)
         loaded = Loaded(pipe, identity(pipe))
         if settings.image is not None and not {axis.name for axis in axes} & {*_OF_AN_INVERSION}:
             loaded = replace(loaded, inversion=_inverted(pipe, settings, progress))

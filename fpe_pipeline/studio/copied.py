@@ -37,12 +37,10 @@ def as_command(settings: Settings, photo: str = "photo.png") -> str:
 
 def as_python(settings: Settings, photo: str = "photo.png") -> str:
     """The same run by :class:`~fpe_pipeline.FreePromptPipeline`."""
-    call = {
-        "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
-        "negative_prompt": settings.negative,
-    }
-    solver = settings.image is not None and not find_model(settings.model).is_transformer
+    served = find_model(settings.model).served
+    told = served.told(settings.guidance, settings.negative)
+    call = {"num_inference_steps": settings.steps, **told}
+    solver = settings.image is not None and not served.is_flow
     optimised = settings.null_text() if settings.image is not None else None
     names = ["FreePromptPipeline", *(["NullText"] if optimised else []), *(["ddim_scheduler"] if solver else [])]
     names.append("make_edit")
@@ -71,9 +69,7 @@ def as_python(settings: Settings, photo: str = "photo.png") -> str:
         guided = "" if settings.inversion_guidance == 1 else f", guidance_scale={settings.inversion_guidance!r}"
         steps = f"num_inference_steps={settings.steps}{guided}"
         lines.append(f"inversion = pipe.invert({photo!r}, source, {steps}, method={method}{size})")
-        call = {"inversion": "inversion", "guidance_scale": settings.guidance}
-        if settings.negative is not None:
-            call["negative_prompt"] = settings.negative
+        call = {"inversion": "inversion", **told}
     else:
         if settings.size:
             call |= {"width": settings.size[0], "height": settings.size[1]}

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..runs.making import is_flow, model_of
+from ..models.served_families import FAMILIES, family_of
+from ..runs.making import is_flow, model_of, pixels_across
 from ..runs.settings import Settings
 from ..session.report import size_in_words
 from .shapes import Cost, Shapes
@@ -54,8 +55,8 @@ class ModelPace:
     def __init__(self, pipe: Any) -> None:
         self._shapes = Shapes(pipe)
         self._native: tuple[int, int] = pipe.native_size[::-1]
-        self._multiple: int = pipe.flow().multiple if is_flow(pipe) else pipe.vae_scale_factor
-        self._has_halves = not (is_flow(pipe) and pipe.flow().is_packed)  # else the model is told its guidance
+        self._multiple = pixels_across(pipe)
+        self._served = FAMILIES[family_of(pipe)]
         self._seconds_per_flop = self._tried(pipe)
 
     def of(self, settings: Settings) -> Estimate | None:
@@ -83,7 +84,8 @@ class ModelPace:
 
     def _costs(self, settings: Settings, size: tuple[int, int]) -> tuple[Cost, Cost, Cost]:
         """Of a step of the edit, a step without control, and the decoding of one run's images."""
-        targets, halves = len(settings.targets), 2 if settings.guidance > 1 and self._has_halves else 1
+        is_guided = self._served.guides and settings.guidance > self._served.unguided
+        targets, halves = len(settings.targets), 2 if is_guided else 1
         free = self._shapes.step(halves * targets, size) if settings.control else Cost(0, 0, 0)
         return self._shapes.step(halves * (1 + targets), size), free, self._shapes.decode(1 + targets, size)
 

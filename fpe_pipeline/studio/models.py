@@ -18,10 +18,11 @@ from typing import Any
 from ..embedded.scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS
 from ..errors import InputError
 from ..models.families import adapter_of
-from ..models.loading import EMBEDDED, Family, find_model, identity, is_embedded, pick_device, pick_dtype
+from ..models.loading import EMBEDDED, find_model, identity, is_embedded, pick_device, pick_dtype
+from ..models.served_families import FAMILIES, Family, family_of
 from ..models.twins import twin
 from ..runs.loading import load_pipeline
-from ..runs.making import Loaded, family_of, is_flow
+from ..runs.making import Loaded
 from ..runs.repeatable import arithmetic, repeatable, set_arithmetic, threads_for
 from .estimates import ModelPace
 from .watched import Watched
@@ -154,8 +155,7 @@ class Models:
         """The kind of a model; of one that only loading tells, a UNet until it was loaded."""
         kept = self._loaded
         if kept is not None and kept[0] == name:
-            found: Family = family_of(kept[1].pipe)
-            return found
+            return family_of(kept[1].pipe)
         return find_model(name).family or "unet"
 
     def layers(self, name: str) -> list[str]:
@@ -194,7 +194,8 @@ class Models:
             standing.thread.join()
         self._standing.clear()
         _free(self.device)
-        pipe = load_pipeline(find_model(name), dtype=pick_dtype(self.dtype, self.device), device=self.device)
+        source = find_model(name)
+        pipe = load_pipeline(source, dtype=pick_dtype(self.dtype, self.device, source), device=self.device)
         self._loaded = (name, Loaded(pipe, identity(pipe)))
         self._layers[name] = choices_of(pipe)
         return self._loaded[1]
@@ -213,7 +214,8 @@ def choices_of(pipe: Any) -> list[tuple[str, str]]:
     """The layers that a model's edits can be chosen by, as (label, name): a UNet's levels, then blocks."""
     height, width = (side // pipe.vae_scale_factor for side in pipe.native_size)
     sites = [site.at(height, width) for site in adapter_of(pipe).sites]
-    if is_flow(pipe):
+    if not FAMILIES[family_of(pipe)].is_unet:
+        sites = [site for site in sites if site.kind != "cross"]
         paths = dict.fromkeys(site.path.rpartition(".")[0] for site in sites)
         return [(path.replace("_blocks.", " "), path) for path in paths]
     sites = [site for site in sites if site.kind == "self"]

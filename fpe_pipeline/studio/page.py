@@ -7,8 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..models.loading import Family
-from ..runs.model_defaults import inversions_of
+from ..models.served_families import FAMILIES, Family
 from ..runs.settings import Settings
 from . import recipe as recipes
 from . import shown
@@ -109,7 +108,7 @@ def _of_model(desk: Desk, model: str, method: str) -> list[Any]:
 
 
 def _inversions(family: Family, chosen: str = "direct") -> dict[str, Any]:
-    known = list(inversions_of(family))
+    known = list(FAMILIES[family].inversions)
     return {"choices": known, "value": chosen if chosen in known else "direct"}
 
 

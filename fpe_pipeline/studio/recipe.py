@@ -11,8 +11,7 @@ import gradio as gr
 
 from ..edits.method import REQUIRED
 from ..edits.registry import METHODS, methods_of
-from ..models.loading import Family
-from ..runs.model_defaults import served_by
+from ..models.served_families import FAMILIES, Family
 from ..runs.settings import Settings
 from .choices import AnyOf, ManyOf
 from .labels import LABELS
@@ -103,7 +102,7 @@ class Recipe:
 
 def model_changed(model: str, family: Family, layers: list[tuple[str, str]], method: str) -> list[Any]:
     """What another model makes of the fields that are a model's own, in the order of `Recipe.of_the_model`."""
-    start, names = defaults(model=model), methods_of(served_by(family))
+    start, names = defaults(model=model), methods_of(FAMILIES[family].kind)
     if method in names:
         kept: list[Any] = [gr.skip()] * (1 + MOST_OPTIONS)
     else:
@@ -120,7 +119,7 @@ def model_changed(model: str, family: Family, layers: list[tuple[str, str]], met
 
 
 def _titles(family: Family) -> list[tuple[str, str]]:
-    return [(method.title, name) for name, method in methods_of(served_by(family)).items()]
+    return [(method.title, name) for name, method in methods_of(FAMILIES[family].kind).items()]
 
 
 def build(

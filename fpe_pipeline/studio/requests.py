@@ -67,7 +67,7 @@ class Limits:
     targets: int = 8
     letters: int = 2000
     pixels: int = 2048 * 2048
-    guidance: tuple[float, float] = (1.0, 20.0)
+    guidance: tuple[float, float] = (0.0, 20.0)
 
 
 def fields_read(values: Sequence[Any]) -> tuple[str, dict[str, Any]]:

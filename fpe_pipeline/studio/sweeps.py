@@ -6,7 +6,7 @@ from ..edits.method import REQUIRED
 from ..edits.registry import METHODS, methods_of
 from ..errors import InputError
 from ..models.loading import find_model
-from ..runs.model_defaults import FLOW_WINDOW, served_by
+from ..runs.model_defaults import defaults_for
 from ..runs.settings import SELF_REPLACE, Settings
 
 __all__ = ["AXES", "sweep"]
@@ -27,12 +27,12 @@ def sweep(settings: Settings, axis: str) -> list[tuple[str, Settings]]:
         InputError: another axis, or a method that has no window.
     """
     plain = settings.changed(control=False)
-    served = served_by(find_model(settings.model).family or "unet")
-    usual = FLOW_WINDOW if served == "transformer" else SELF_REPLACE
+    served = find_model(settings.model).served
+    usual = defaults_for(settings.model, {}).get("self_replace", SELF_REPLACE)
     if axis == "methods":
-        known = methods_of(served)
+        known = methods_of(served.kind)
         # Of a UNet each method has layers of its own; on a transformer those that are chosen are the model's.
-        layers = {"levels": None, "max_tokens": None, "layers": plain.layers if served == "transformer" else None}
+        layers = {"levels": None, "max_tokens": None, "layers": None if served.is_unet else plain.layers}
         return [
             (
                 method.title,

@@ -11,9 +11,10 @@ from typing import Any
 
 from ..errors import InputError, Lacking, RequestWarning, refusals
 from ..models.quiet import only_errors
+from ..models.served_families import FAMILIES, family_of
 from ..runs import run as runs
 from ..runs.heat import look_into
-from ..runs.making import Loaded, cut_prompts, edit_of, is_flow, pinned, solver_of_pictures
+from ..runs.making import Loaded, cut_prompts, edit_of, pinned, solver_of_pictures
 from ..runs.progress import show_steps
 from ..runs.recorded import Recorded, edited, invert_and_record, record_source, wide_edits
 from ..runs.repeatable import Clock
@@ -109,7 +110,7 @@ def look_inside(models: Models, visitor: Visitor, result: Result, watched: Watch
     with models.use(settings.model, watched) as loaded, _told_as_errors():
         if settings.image is not None and inverted is not None and inverted.of == _of(settings):
             loaded = replace(loaded, inversion=inverted.recorded.inversion)
-        components = 0 if is_flow(loaded.pipe) else COMPONENTS
+        components = COMPONENTS if FAMILIES[family_of(loaded.pipe)].is_unet else 0
         maps, run = look_into(settings, loaded, words, watched, components)
     visitor.look = Look(maps, tuple(words), (run.source, *run.edited))
     return visitor.look

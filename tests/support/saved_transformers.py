@@ -1,19 +1,57 @@
-"""Tiny transformers as folders, as the command, batches and the page load them."""
+"""Tiny pipelines of every family as folders, as the command, batches and the page load them."""
 
 import functools
 
+import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
+from fpe_pipeline.models.served_families import FAMILIES
+from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline, tiny_vae
 
-_MADE = {"sd3": tiny_sd3_pipeline, "flux": tiny_flux_pipeline}
+#: Families of transformers whose pipelines this diffusers has.
+SAVED = [name for name, served in FAMILIES.items() if not served.is_unet and hasattr(diffusers, served.classes[0])]
+_F32 = torch.float32
 
 
-def saved_transformer(pipe, family, folder):
-    """Save a pipeline of a family, "sd3" or "flux", with a scheduler that diffusers loads; its folder."""
-    stock = _MADE[family](pipe, dtype=torch.float32)
-    stock.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+def _made(pipe, family):
+    """The pipeline of a family; modules of newer classes are imported here, which older diffusers lack."""
+    if family in ("sd3", "flux"):
+        return {"sd3": tiny_sd3_pipeline, "flux": tiny_flux_pipeline}[family](pipe, dtype=_F32)
+    if family == "chroma":
+        from tests.support.tiny_chroma import tiny_chroma_pipeline
+
+        return tiny_chroma_pipeline(pipe, dtype=_F32)
+    if family in ("qwen", "lumina2"):
+        from tests.support.tiny_language import tiny_lumina_that_reads, tiny_qwen_that_reads
+
+        return {"qwen": tiny_qwen_that_reads, "lumina2": tiny_lumina_that_reads}[family](dtype=_F32)
+    if family == "z_image":
+        from tests.support.tiny_z_image import tiny_z_image_that_reads
+
+        return tiny_z_image_that_reads(dtype=_F32, vae=tiny_vae())
+    if family.startswith("pixart"):
+        from tests.support.tiny_pixart import tiny_pixart_pipeline
+
+        tiny = tiny_pixart_pipeline(pipe, family.removeprefix("pixart_"), dtype=_F32)
+        tiny.vae.register_to_config(shift_factor=None)  # which its pipeline would not take off
+        return tiny
+    from tests.support.tiny_flux2 import tiny_flux2_that_encodes, with_a_plain_tokenizer
+
+    tiny = tiny_flux2_that_encodes(FAMILIES[family].classes[0], dtype=_F32)
+    return with_a_plain_tokenizer(tiny) if family == "flux2" else tiny
+
+
+def saved_transformer(pipe, family, folder, **config):
+    """Save a pipeline of a family with a scheduler that diffusers loads; its folder.
+
+    Args:
+        config: of the pipeline, such as ``is_distilled``.
+    """
+    stock = _made(pipe, family)
+    stock.register_to_config(**config)
+    if FAMILIES[family].is_flow:
+        stock.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     stock.save_pretrained(folder)
     return folder
 

@@ -161,3 +161,12 @@ def draw_flux2(pipe, prompts, *, steps=4, size=(8, 8), seed=0, negative=None, la
         output_type="latent",
         **options,
     ).images
+
+
+def with_a_plain_tokenizer(tiny):
+    """A pipeline of [dev] with the tokenizer alone in the place of its processor, which transformers could not load
+    without torchvision."""
+    tokenizer = tiny.tokenizer.tokenizer
+    tokenizer.chat_template = tokenizer.chat_template.replace("message.content", "message.content[0].text")
+    tiny.register_modules(tokenizer=tokenizer)
+    return tiny

@@ -17,7 +17,10 @@ from ...embedded.measure import noise
 from ...images.load import load_image
 from ...inversion.null_text import NullText
 from ...inversion.trajectory import Inversion, Method
+from ...models.served_families import FAMILIES, family_of
 from ...runs.settings import DEFAULTS
+from ...sampling.decoding import decoded
+from ...sampling.flow_models import is_flow_model
 from ..similarity import iou, psnr
 from ..store import plain
 from .contenders import Contender, Unfit
@@ -145,7 +148,8 @@ class _Drawing:
         **options: Any,
     ) -> None:
         self._pipe, self._subject = pipe, subject
-        self._options: dict[str, Any] = {"guidance_scale": guidance, "output_type": "np", **options}
+        told = FAMILIES[family_of(pipe)].told(guidance, None)
+        self._options: dict[str, Any] = {**told, "output_type": "np", **options}
         self.inversion: Inversion | None = None
         self.inversion_seconds: float | None = None
         if origin == GENERATED:
@@ -164,7 +168,7 @@ class _Drawing:
             self.inversion, self.inversion_seconds = (inversions or LatestInversions()).of(subject, origin, invert)
             self._source = {**self._options, "inversion": self.inversion}
         self._alone = {**self._options, "num_inference_steps": steps}
-        if getattr(pipe, "unet", None) is None:  # whose latents may be tokens, which do not say the size
+        if is_flow_model(pipe):  # whose latents may be tokens, which do not say the size
             width, height = self._size()
             self._alone |= {"height": height, "width": width}
             if self.inversion is None:
@@ -190,23 +194,19 @@ class _Drawing:
 
     def autoencoded(self, inversion: Inversion) -> np.ndarray:
         """What the autoencoder alone gives back of the real image."""
-        vae = self._pipe.vae
-        with torch.no_grad():
-            latents = inversion.latents[0]
-            if latents.ndim == 3:
-                width, height = inversion.image.size
-                latents = self._pipe._unpack_latents(latents, height, width, self._pipe.vae_scale_factor)
-            latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-            image = vae.decode(latents, return_dict=False)[0]
-        return _eight_bit(self._pipe.image_processor.postprocess(image, output_type="np")[0])
+        (image,) = decoded(self._pipe, inversion.latents[0], inversion.image.size[::-1])
+        return np.asarray(image)
 
     def _noise(self, seed: int) -> torch.Tensor:
-        pipe, unet = self._pipe, getattr(self._pipe, "unet", None)
-        width, height = (side // pipe.vae_scale_factor for side in self._size())
-        latents = noise((pipe.vae.config.latent_channels, height, width), [seed])
-        if unet is not None:
-            return latents.to(pipe.device, unet.dtype)
-        return pipe.flow().latents(latents).to(pipe.device, pipe.transformer.dtype)
+        pipe = self._pipe
+        if not is_flow_model(pipe):
+            width, height = (side // pipe.vae_scale_factor for side in self._size())
+            return noise((pipe.vae.config.latent_channels, height, width), [seed]).to(pipe.device, pipe.denoiser.dtype)
+        flow = pipe.flow()
+        width, height = (side // flow.latent_pixels for side in self._size())
+        channels = flow.latent_channels if flow.is_packed else flow.channels(flow.latent_channels)
+        latents = noise((channels, height, width), [seed])
+        return (flow.latents(latents) if flow.is_packed else latents).to(pipe.device, pipe.transformer.dtype)
 
     def _size(self) -> tuple[int, int]:
         """(width, height) of the pictures in pixels."""

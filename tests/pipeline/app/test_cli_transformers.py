@@ -176,15 +176,17 @@ def test_what_an_evaluation_of_a_transformer_is_refused(more, reason, folders, t
 
 
 @pytest.mark.parametrize("command", ["edit", "batch", "evaluate", "heatmap", "invert"])
-def test_help_says_what_transformers_take_where_nothing_is_said(command, capsys, monkeypatch):
+def test_help_says_what_models_take_where_nothing_is_said(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     assert cli.main([command, "--help"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "FLUX.1: " in line]
-    own = {"steps": ("28", "28"), "guidance": ("7", "3.5")}
+    lines = [line for line in capsys.readouterr().out.splitlines() if "default: " in line and "FLUX.1" in line]
+    own = {
+        "steps": "default: 50; PixArt: 20; Stable Diffusion 3, FLUX.1: 28; Chroma: 35; Lumina 2: 30)",
+        "guidance": "SDXL, Chroma, Z-Image: 5; PixArt: 4.5; Stable Diffusion 3: 7; FLUX.1: 3.5; FLUX.2, Qwen-Image, ",
+    }
     if command not in ("heatmap", "invert"):
-        own["self-replace"] = ("0.2", "0.2")
+        own["self-replace"] = "Stable Diffusion 3, FLUX.1, FLUX.2, Qwen-Image, Chroma, Lumina 2, Z-Image: 0.2"
     assert len(lines) == len(own)
-    for name, (sd3, flux) in own.items():
-        assert defaults_for("embedded-sd3", {})[name.replace("-", "_")] in (float(sd3), (0.0, float(sd3)))
-        told = f"Stable Diffusion 3 and FLUX.1: {sd3}" if sd3 == flux else f"Stable Diffusion 3: {sd3}, FLUX.1: {flux}"
+    for name, told in own.items():
         assert any(f"--{name} " in line and told in line for line in lines), name
+    assert defaults_for("embedded-sd3", {})["guidance"] == 7.0

@@ -76,3 +76,21 @@ def test_jobs_that_read_the_heat_of_words_stand_beside_others(transformer, tmp_p
     finished = batch(jobs, tmp_path / "out", said, defaults={"model": str(transformer), "steps": 1})
     assert finished.failed.keys() == {"senseless"} and len(said) == 1
     assert len(list((tmp_path / "out").rglob("regional*.png"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen", "pixart_sigma"])
+def test_further_families_share_a_source_where_it_can_be_recorded(family, pipe, tmp_path, monkeypatch, caplog):
+    folder = saved_transformer(pipe, family, tmp_path / "model")
+    row = {"source": SOURCE, "target": "a photo of a red boat", "size": [48, 64], "guidance": 3.0}
+    rows = [{**row, "name": "maps", "self_replace": [0.0, 0.5]}, {**row, "name": "words", "method": "p2p-replace"}]
+    jobs = written(tmp_path / "jobs.jsonl", rows)
+    finished = batch(jobs, tmp_path / "out", [], defaults={"model": str(folder), "steps": 3})
+    assert finished.failed == {}
+    # Of PixArt a recording holds no attention to text.
+    assert ("made again for every unit" in caplog.text) == (family == "pixart_sigma")
+    for path in (tmp_path / "out" / each for each in pictures(tmp_path / "out")):
+        if path.stem in ("maps", "words"):
+            with Image.open(path) as made:
+                single = runs.execute(runs.read_record(path)[0])
+                assert distance(single.edited[0], made).levels <= LEVELS, path.stem

@@ -178,12 +178,12 @@ def test_models_of_a_method_are_those_that_the_command_takes(capsys, tmp_path):
     """Others, which are edited in Python, are named by a page, and not as if `--model` took them."""
     assert cli.main(["info", "--method", "masactrl"]) == 0
     (served,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  of ")]
-    assert "of --model Stable Diffusion 3 and FLUX.1;" in served
-    (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImagePipeline"}')
+    assert "of --model Stable Diffusion 3, FLUX.1, " in served
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Krea2Pipeline"}')
     assert (
         cli.main(["edit", "--model", str(tmp_path), "--source", "a", "--target", "b", "-o", str(tmp_path / "o")]) == 2
     )
-    assert "holds a QwenImagePipeline" in capsys.readouterr().err and "Qwen" not in served
+    assert "holds a Krea2Pipeline" in capsys.readouterr().err and "Krea" not in served
 
 
 def test_help_is_read_of_docstrings():

@@ -253,7 +253,7 @@ class TestRestore:
             ({"options": {"mask": "/etc/passwd"}}, "a file of the server"),
             ({"steps": 10**6}, "at most 200 steps"),
             ({"steps": "many"}, "does not hold settings"),
-            ({"guidance": 0.5}, "guidance from 1 (none) to 20, got 0.5"),
+            ({"guidance": -0.5}, "guidance from 0 (none) to 20, got -0.5"),
             ({"seed": 2**62 + 1}, "below 9,007,199,254,740,992 only, got seed 4611686018427387905"),
             ({"layers": [0, 1]}, "offers the layers level 0, level 1, level 2, level 3, down_blocks.0,"),
             ({"layers": ["up_blocks.1.attentions.0"]}, "these settings have up_blocks.1.attentions.0; repeat"),

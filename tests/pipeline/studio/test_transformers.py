@@ -129,3 +129,25 @@ def test_a_grid_of_methods_keeps_the_layers_of_a_transformer():
     assert len(runs_of) > 2 and {one.layers for one in runs_of.values()} == {("transformer_blocks.0",)}
     unet = Settings("a red car", ("a blue car",), layers=("up_blocks",))
     assert {one.layers for one in dict(sweep(unet, "methods")).values()} == {None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("further", ["qwen", "z_image", "pixart_sigma"])
+def test_further_families_on_the_page(further, pipe, photo, tmp_path):
+    folder = str(saved_transformer(pipe, further, tmp_path / "model"))
+    desk = Desk(Models((folder,), device="cpu"), tmp_path / "out")
+    visitor = desk.arrive()
+    fields = defaults((SOURCE, TARGET), folder) | {"steps": 3, "size": "48 x 64", "self_replace": [0.0, 0.5]}
+    values = [folder, *(fields[name] for name in FIELDS), *[""] * MOST_OPTIONS]
+    made = last(desk.generate(visitor, True, *values)).made
+    again = runs.execute(made.run.settings)
+    assert [distance(*pair).levels for pair in zip(made.run.edited, again.edited, strict=True)] == [0]
+    assert last(desk.look(visitor)).made.maps.word("car").max() > 0
+    named = "true_cfg_scale=4.0, negative_prompt=''" if further == "qwen" else "guidance_scale="
+    assert named in as_python(made.run.settings)
+    desk.receive_photo(visitor, photo)
+    inverted = last(desk.invert(visitor, "direct", *values)).made.recorded
+    assert inverted.psnr == distance(inverted.cut, inverted.back).psnr
+    edited = last(desk.edit(visitor, "direct", *values)).made
+    whole = runs.execute(edited.run.settings)
+    assert distance(edited.run.edited[0], whole.edited[0]).levels <= 3

@@ -1,0 +1,194 @@
+"""The families of models that `FreePromptPipeline` serves, and what they differ in before any weights are read.
+
+A new family is one entry of :data:`FAMILIES`: whoever loads a model, fills in what was not said or refuses what cannot
+be asked for reads it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+__all__ = [
+    "FAMILIES",
+    "FAMILY_OF",
+    "FLOW_INVERSIONS",
+    "FLOW_WINDOW",
+    "SHORT_WINDOW",
+    "UNET_INVERSIONS",
+    "Family",
+    "Served",
+    "ServedFamily",
+    "family_of",
+    "titles",
+]
+
+Family = Literal[
+    "unet", "sdxl", "pixart_alpha", "pixart_sigma", "sd3", "flux", "flux2", "flux2_klein", "qwen", "chroma", "lumina2",
+    "z_image",
+]  # fmt: skip
+#: By which layers a model is edited: self- and cross-attention, or joint attention. Methods say which they serve.
+Served = Literal["unet", "transformer"]
+
+_OfUNets = Literal["ddim", "direct", "null-text", "negative-prompt"]
+_OfFlows = Literal["direct", "reference", "free"]
+#: How models of each kind invert pictures, the default first; those of `fpe_pipeline.inversion`, which takes seconds to
+#: import.
+UNET_INVERSIONS: tuple[_OfUNets, ...] = get_args(_OfUNets)
+FLOW_INVERSIONS: tuple[_OfFlows, ...] = get_args(_OfFlows)
+#: The steps in which Shin et al. replace maps of joint attention.
+FLOW_WINDOW = (0.0, 0.2)
+#: Of runs so short that a fifth of their steps is none.
+SHORT_WINDOW = (0.0, 0.25)
+
+
+@dataclass(frozen=True)
+class ServedFamily:
+    """What a family's models have in common.
+
+    Args:
+        title: what lists of families call it.
+        words: what its models are, after "is".
+        classes: pipelines by the names that diffusers saves; those of this package save the same.
+        defaults: of a run, where they are not those of Stable Diffusion with a UNet: ``steps``, ``guidance``.
+        kind: by which layers it is edited.
+        is_flow: whether its noise is taken away along a flow, and not by DDIM.
+        is_unet: whether its layers are of several sizes, and edits choose among levels.
+        inversions: of pictures, the default first.
+        patch: latent pixels across a token: a number, or the entry of the transformer's configuration that says it.
+        guidance: what its calls name the guidance.
+        unguided: the guidance up to which there is none.
+        guides: whether guidance is by rows, or calls, that do not see their prompts; else the model is told it.
+        no_negative: why there is no negative prompt, after what the model is; None where there is one.
+        distilled: the entry of a pipeline's configuration that says that a model does without guidance.
+        of_distilled: defaults of such models.
+        cuda_dtype: in which it runs on GPUs where nothing is said; others overflow in float16.
+    """
+
+    title: str
+    words: str
+    classes: tuple[str, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    kind: Served = "unet"
+    is_flow: bool = False
+    is_unet: bool = False
+    inversions: tuple[str, ...] = UNET_INVERSIONS
+    patch: int | str = 1
+    guidance: Literal["guidance_scale", "true_cfg_scale"] = "guidance_scale"
+    unguided: float = 1.0
+    guides: bool = True
+    no_negative: str | None = None
+    distilled: str | None = None
+    of_distilled: Mapping[str, Any] = field(default_factory=dict)
+    cuda_dtype: Literal["float16", "bfloat16"] = "float16"
+
+    def is_distilled(self, config: Mapping[str, Any]) -> bool:
+        """Whether a pipeline's configuration says that its model does without guidance."""
+        return self.distilled is not None and bool(config.get(self.distilled))
+
+    def told(self, guidance: float, negative: str | None) -> dict[str, Any]:
+        """Options of a call: how strongly it is guided, and by what it is guided away.
+
+        Where guidance is by a negative prompt alone, the empty one stands for none, as in other families.
+        """
+        if negative is None and self.guidance == "true_cfg_scale" and guidance > self.unguided:
+            negative = ""
+        return {self.guidance: guidance} | ({} if negative is None else {"negative_prompt": negative})
+
+
+def _flow(title: str, *classes: str, **different: Any) -> ServedFamily:
+    defaults = {"self_replace": FLOW_WINDOW, "inversion": "direct", "steps": 28, **different.pop("defaults")}
+    given = {"words": f"a transformer of {title}'s kind", "inversions": FLOW_INVERSIONS, **different}
+    return ServedFamily(title, classes=classes, defaults=defaults, kind="transformer", is_flow=True, **given)
+
+
+def _pixart(name: str) -> ServedFamily:
+    return ServedFamily(
+        "PixArt",
+        "a transformer of PixArt's kind",
+        (f"PixArt{name}Pipeline",),
+        {"steps": 20, "guidance": 4.5},
+        inversions=tuple(each for each in UNET_INVERSIONS if each != "null-text"),
+        patch="patch_size",
+    )
+
+
+_TOLD = "which is told its guidance and has no unconditional half"
+#: The families by name.
+FAMILIES: dict[Family, ServedFamily] = {
+    "unet": ServedFamily("Stable Diffusion 1.x and 2.x", "a UNet", ("StableDiffusionPipeline",), is_unet=True),
+    "sdxl": ServedFamily(
+        "SDXL", "a UNet of SDXL's kind", ("StableDiffusionXLPipeline",), {"guidance": 5.0}, is_unet=True
+    ),
+    "pixart_alpha": _pixart("Alpha"),
+    "pixart_sigma": _pixart("Sigma"),
+    "sd3": _flow("Stable Diffusion 3", "StableDiffusion3Pipeline", defaults={"guidance": 7.0}, patch="patch_size"),
+    "flux": _flow("FLUX.1", "FluxPipeline", defaults={"guidance": 3.5}, patch=2, guides=False, no_negative=_TOLD),
+    "flux2": _flow(
+        "FLUX.2",
+        "Flux2Pipeline",
+        defaults={"steps": 50, "guidance": 4.0},
+        patch=2,
+        guides=False,
+        no_negative=_TOLD,
+        cuda_dtype="bfloat16",
+    ),
+    "flux2_klein": _flow(
+        "FLUX.2",
+        "Flux2KleinPipeline",
+        defaults={"steps": 50, "guidance": 4.0},
+        patch=2,
+        no_negative="which is guided by the empty prompt alone",
+        distilled="is_distilled",
+        of_distilled={"steps": 4, "guidance": 1.0, "self_replace": SHORT_WINDOW},
+        cuda_dtype="bfloat16",
+    ),
+    "qwen": _flow(
+        "Qwen-Image",
+        "QwenImagePipeline",
+        defaults={"steps": 50, "guidance": 4.0},
+        patch=2,
+        guidance="true_cfg_scale",
+        cuda_dtype="bfloat16",
+    ),
+    "chroma": _flow(
+        "Chroma", "ChromaPipeline", defaults={"steps": 35, "guidance": 5.0}, patch=2, cuda_dtype="bfloat16"
+    ),
+    "lumina2": _flow(
+        "Lumina 2",
+        "Lumina2Pipeline",
+        "Lumina2Text2ImgPipeline",  # as diffusers called it once
+        defaults={"steps": 30, "guidance": 4.0},
+        patch="patch_size",
+        cuda_dtype="bfloat16",
+    ),
+    "z_image": _flow(
+        "Z-Image",
+        "ZImagePipeline",
+        defaults={"steps": 50, "guidance": 5.0},
+        patch="all_patch_size",
+        unguided=0.0,
+        cuda_dtype="bfloat16",
+    ),
+}  # fmt: skip
+#: The family of a pipeline by the name of its class, as diffusers or this package calls it.
+FAMILY_OF: dict[str, Family] = {name: family for family, served in FAMILIES.items() for name in served.classes}
+FAMILY_OF |= {
+    "FreePromptPipeline": "unet",
+    "FreePromptXLPipeline": "sdxl",
+    "FreePromptSD3Pipeline": "sd3",
+    **{f"FreePrompt{name}": family for name, family in FAMILY_OF.items() if not name.startswith("StableDiffusion")},
+}
+
+
+def family_of(pipe: Any) -> Family:
+    """The family of a loaded pipeline, of diffusers' or of this package's."""
+    return next(FAMILY_OF[kind.__name__] for kind in type(pipe).__mro__ if kind.__name__ in FAMILY_OF)
+
+
+def titles(kind: Served | None = None) -> str:
+    """What the families of a kind, or all of them, are called, in a sentence."""
+    found = dict.fromkeys(served.title for served in FAMILIES.values() if kind in (None, served.kind))
+    *most, last = found
+    return f"{', '.join(most)} and {last}"
