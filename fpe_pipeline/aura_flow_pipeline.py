@@ -6,7 +6,7 @@ from diffusers import AuraFlowPipeline
 
 from .flow_pipeline import FlowEditing
 
-__all__ = ["AURA_FLOW_CLASSES", "FreePromptAuraFlowPipeline"]
+__all__ = ["FreePromptAuraFlowPipeline"]
 
 
 class FreePromptAuraFlowPipeline(FlowEditing, AuraFlowPipeline):
@@ -18,7 +18,3 @@ class FreePromptAuraFlowPipeline(FlowEditing, AuraFlowPipeline):
 
     parent = AuraFlowPipeline
     parts = ("transformer", "vae", "text_encoder")
-
-
-#: By family.
-AURA_FLOW_CLASSES: dict[str, type[FlowEditing]] = {"aura_flow": FreePromptAuraFlowPipeline}

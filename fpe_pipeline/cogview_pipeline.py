@@ -6,7 +6,7 @@ from diffusers import CogView4Pipeline
 
 from .flow_pipeline import FlowEditing
 
-__all__ = ["COGVIEW_CLASSES", "FreePromptCogView4Pipeline"]
+__all__ = ["FreePromptCogView4Pipeline"]
 
 
 class FreePromptCogView4Pipeline(FlowEditing, CogView4Pipeline):
@@ -22,7 +22,3 @@ class FreePromptCogView4Pipeline(FlowEditing, CogView4Pipeline):
     parent = CogView4Pipeline
     kept_in_loop = "sizes of images"
     parts = ("transformer", "vae", "text_encoder")
-
-
-#: By family.
-COGVIEW_CLASSES: dict[str, type[FlowEditing]] = {"cogview4": FreePromptCogView4Pipeline}

@@ -37,7 +37,6 @@ from .session.session import EditingSession, editing
 from .session.shared_noise import row_generators
 
 __all__ = [
-    "FLOW_CLASSES",
     "FlowEditing",
     "FreePromptChromaPipeline",
     "FreePromptFluxPipeline",
@@ -320,14 +319,3 @@ class FreePromptZImagePipeline(FlowEditing, ZImagePipeline):
     kept_in_loop = "captions"
     parts = ("transformer", "vae", "text_encoder")
     unguided = 0.0
-
-
-#: By family.
-FLOW_CLASSES: dict[str, type[FlowEditing]] = {
-    "sd3": FreePromptSD3Pipeline,
-    "flux": FreePromptFluxPipeline,
-    "qwen": FreePromptQwenImagePipeline,
-    "chroma": FreePromptChromaPipeline,
-    "lumina2": FreePromptLumina2Pipeline,
-    "z_image": FreePromptZImagePipeline,
-}

@@ -6,7 +6,7 @@ from diffusers import Flux2KleinPipeline, Flux2Pipeline
 
 from .flow_pipeline import FlowEditing
 
-__all__ = ["FLUX2_CLASSES", "FreePromptFlux2KleinPipeline", "FreePromptFlux2Pipeline"]
+__all__ = ["FreePromptFlux2KleinPipeline", "FreePromptFlux2Pipeline"]
 
 
 class _Flux2Editing(FlowEditing):
@@ -42,10 +42,3 @@ class FreePromptFlux2KleinPipeline(_Flux2Editing, Flux2KleinPipeline):
     def is_guided_at(self, scale: float) -> bool:
         """Whether calls with this ``guidance_scale`` have rows that do not see their prompts."""
         return scale > self.unguided and not self.config.is_distilled
-
-
-#: By family.
-FLUX2_CLASSES: dict[str, type[FlowEditing]] = {
-    "flux2": FreePromptFlux2Pipeline,
-    "flux2_klein": FreePromptFlux2KleinPipeline,
-}

@@ -12,7 +12,6 @@ from .sampling.kin_models import reading
 from .sampling.step_end import Call, told_of_steps
 
 __all__ = [
-    "FLUX_KIN_CLASSES",
     "FreePromptBriaPipeline",
     "FreePromptLongCatImagePipeline",
     "FreePromptOvisImagePipeline",
@@ -110,11 +109,3 @@ class FreePromptBriaPipeline(FlowEditing, BriaPipeline):
                 f"got {negative}: give the source one too, or leave out all of them"
             )
         return super()._loop(arguments)
-
-
-#: By family.
-FLUX_KIN_CLASSES: dict[str, type[FlowEditing]] = {
-    "ovis": FreePromptOvisImagePipeline,
-    "longcat": FreePromptLongCatImagePipeline,
-    "bria": FreePromptBriaPipeline,
-}

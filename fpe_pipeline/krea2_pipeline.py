@@ -6,7 +6,7 @@ from diffusers import Krea2Pipeline
 
 from .flow_pipeline import FlowEditing
 
-__all__ = ["KREA2_CLASSES", "FreePromptKrea2Pipeline"]
+__all__ = ["FreePromptKrea2Pipeline"]
 
 
 class FreePromptKrea2Pipeline(FlowEditing, Krea2Pipeline):
@@ -27,7 +27,3 @@ class FreePromptKrea2Pipeline(FlowEditing, Krea2Pipeline):
         "prompt_template_encode_start_idx",
         "prompt_template_encode_num_suffix_tokens",
     )
-
-
-#: By family.
-KREA2_CLASSES: dict[str, type[FlowEditing]] = {"krea2": FreePromptKrea2Pipeline}

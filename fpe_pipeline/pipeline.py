@@ -4,7 +4,7 @@ the way to the classes that are the same around other models."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -13,7 +13,7 @@ from .embedded import embedded_path
 from .models.families import adapter_of
 from .models.flux2 import is_klein
 from .models.loading import holds_sdxl, is_embedded
-from .models.served_families import FAMILY_OF
+from .models.served_families import FAMILIES, FAMILY_OF, Family
 from .sampling.arguments import check_size
 from .sampling.output import FreePromptPipelineOutput
 from .sampling.unet_conditions import UNetConditions
@@ -54,8 +54,7 @@ class FreePromptPipeline(UNetEditing, StableDiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
         """As in diffusers; "embedded" and "embedded-sd3" are the models that come with this package. A saved pipeline
-        of SDXL, PixArt, Stable Diffusion 3, FLUX.1, FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, Qwen-Image
-        2.1, Chroma, Lumina 2, Z-Image, CogView 4, Krea 2 or AuraFlow is loaded as the class that edits with it."""
+        of SDXL, or of a transformer that is served, is loaded as the class that edits with it."""
         if isinstance(pretrained_model_name_or_path, str) and is_embedded(pretrained_model_name_or_path):
             pretrained_model_name_or_path = embedded_path(pretrained_model_name_or_path)
         serving: Any = _saved_class(pretrained_model_name_or_path, options)
@@ -85,41 +84,10 @@ class FreePromptPipeline(UNetEditing, StableDiffusionPipeline):
 
 def _class_for(family: str) -> type:
     """The class that edits with a family's models; its module, a second's import, is imported with the first."""
-    if family == "sdxl":
-        from .xl_pipeline import FreePromptXLPipeline
+    import fpe_pipeline
 
-        return FreePromptXLPipeline
-    if family in ("flux2", "flux2_klein"):
-        from .flux2_pipeline import FLUX2_CLASSES
-
-        return FLUX2_CLASSES[family]
-    if family == "qwen21":
-        from .qwen21_pipeline import FreePromptQwenImage21Pipeline
-
-        return FreePromptQwenImage21Pipeline
-    if family in ("ovis", "longcat", "bria"):
-        from .flux_kin_pipeline import FLUX_KIN_CLASSES
-
-        return FLUX_KIN_CLASSES[family]
-    if family in ("pixart_alpha", "pixart_sigma"):
-        from .pixart_pipeline import PIXART_CLASSES
-
-        return PIXART_CLASSES[family]
-    if family == "krea2":
-        from .krea2_pipeline import KREA2_CLASSES
-
-        return KREA2_CLASSES[family]
-    if family == "aura_flow":
-        from .aura_flow_pipeline import AURA_FLOW_CLASSES
-
-        return AURA_FLOW_CLASSES[family]
-    if family == "cogview4":
-        from .cogview_pipeline import COGVIEW_CLASSES
-
-        return COGVIEW_CLASSES[family]
-    from .flow_pipeline import FLOW_CLASSES
-
-    return FLOW_CLASSES[family]
+    made: type = getattr(fpe_pipeline, FAMILIES[cast(Family, family)].public_name)
+    return made
 
 
 def _class_of(pipeline: Any) -> type | None:

@@ -12,7 +12,7 @@ from .sampling.step_end import told_of_steps
 from .sampling.unet_conditions import UNetConditions
 from .unet_editing import UNetEditing
 
-__all__ = ["PIXART_CLASSES", "FreePromptPixArtAlphaPipeline", "FreePromptPixArtSigmaPipeline"]
+__all__ = ["FreePromptPixArtAlphaPipeline", "FreePromptPixArtSigmaPipeline"]
 
 
 class _PixArtEditing(UNetEditing):
@@ -119,10 +119,3 @@ class FreePromptPixArtSigmaPipeline(_PixArtEditing, PixArtSigmaPipeline):
     """
 
     parent = PixArtSigmaPipeline
-
-
-#: By family.
-PIXART_CLASSES: dict[str, type[UNetEditing]] = {
-    "pixart_alpha": FreePromptPixArtAlphaPipeline,
-    "pixart_sigma": FreePromptPixArtSigmaPipeline,
-}

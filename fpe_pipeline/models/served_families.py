@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 Family = Literal[
-    "unet", "sdxl", "pixart_alpha", "pixart_sigma", "sd3", "flux", "flux2", "flux2_klein", "qwen", "chroma", "lumina2",
-    "z_image",
+    "unet", "sdxl", "pixart_alpha", "pixart_sigma", "sd3", "flux", "flux2", "flux2_klein", "ovis", "longcat", "bria",
+    "qwen", "qwen21", "chroma", "lumina2", "z_image", "cogview4", "krea2", "aura_flow",
 ]  # fmt: skip
 #: By which layers a model is edited: self- and cross-attention, or joint attention. Methods say which they serve.
 Served = Literal["unet", "transformer"]
@@ -82,6 +82,12 @@ class ServedFamily:
     distilled: str | None = None
     of_distilled: Mapping[str, Any] = field(default_factory=dict)
     cuda_dtype: Literal["float16", "bfloat16"] = "float16"
+
+    @property
+    def public_name(self) -> str:
+        """Of the class of this package that edits with its models."""
+        name = self.classes[0].replace("StableDiffusion3", "SD3").replace("StableDiffusion", "")
+        return f"FreePrompt{name}"
 
     def is_distilled(self, config: Mapping[str, Any]) -> bool:
         """Whether a pipeline's configuration says that its model does without guidance."""
@@ -144,10 +150,25 @@ FAMILIES: dict[Family, ServedFamily] = {
         of_distilled={"steps": 4, "guidance": 1.0, "self_replace": SHORT_WINDOW},
         cuda_dtype="bfloat16",
     ),
+    "ovis": _flow(
+        "Ovis-Image", "OvisImagePipeline", defaults={"steps": 50, "guidance": 5.0}, patch=2, cuda_dtype="bfloat16"
+    ),
+    "longcat": _flow(
+        "LongCat-Image", "LongCatImagePipeline", defaults={"steps": 50, "guidance": 4.5}, patch=2, cuda_dtype="bfloat16"
+    ),
+    "bria": _flow("Bria", "BriaPipeline", defaults={"steps": 30, "guidance": 5.0}, patch=2, cuda_dtype="bfloat16"),
     "qwen": _flow(
         "Qwen-Image",
         "QwenImagePipeline",
         defaults={"steps": 50, "guidance": 4.0},
+        patch=2,
+        guidance="true_cfg_scale",
+        cuda_dtype="bfloat16",
+    ),
+    "qwen21": _flow(
+        "Qwen-Image 2.1",
+        "QwenImage21Pipeline",
+        defaults={"steps": 40, "guidance": 1.0},
         patch=2,
         guidance="true_cfg_scale",
         cuda_dtype="bfloat16",
@@ -171,15 +192,25 @@ FAMILIES: dict[Family, ServedFamily] = {
         unguided=0.0,
         cuda_dtype="bfloat16",
     ),
-}  # fmt: skip
+    "cogview4": _flow(
+        "CogView 4",
+        "CogView4Pipeline",
+        defaults={"steps": 50, "guidance": 5.0},
+        patch="patch_size",
+        cuda_dtype="bfloat16",
+    ),
+    "krea2": _flow("Krea 2", "Krea2Pipeline", defaults={"guidance": 4.5}, patch=2, unguided=0.0, cuda_dtype="bfloat16"),
+    "aura_flow": _flow(
+        "AuraFlow",
+        "AuraFlowPipeline",
+        defaults={"steps": 50, "guidance": 3.5},
+        patch="patch_size",
+        cuda_dtype="bfloat16",
+    ),
+}
 #: The family of a pipeline by the name of its class, as diffusers or this package calls it.
 FAMILY_OF: dict[str, Family] = {name: family for family, served in FAMILIES.items() for name in served.classes}
-FAMILY_OF |= {
-    "FreePromptPipeline": "unet",
-    "FreePromptXLPipeline": "sdxl",
-    "FreePromptSD3Pipeline": "sd3",
-    **{f"FreePrompt{name}": family for name, family in FAMILY_OF.items() if not name.startswith("StableDiffusion")},
-}
+FAMILY_OF |= {served.public_name: family for family, served in FAMILIES.items()}
 
 
 def family_of(pipe: Any) -> Family:

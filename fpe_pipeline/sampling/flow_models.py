@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..models.families import adapter_of
+from ..models.served_families import titles
 from .aura_flow_model import AuraFlow
 from .caption_models import Lumina2, ZImage
 from .cogview_model import CogView4
@@ -84,11 +85,6 @@ _SHOWN = {
     "QwenImageEdit": "Qwen-Image-Edit",
     "QwenImageLayered": "Qwen-Image-Layered",
 }
-#: What families are called in messages.
-_SERVED = (
-    "Stable Diffusion 3, FLUX.1, FLUX.2, Ovis-Image, LongCat-Image, Bria, Qwen-Image, Qwen-Image 2.1, Chroma, "
-    "Lumina 2, Z-Image, CogView 4, Krea 2 and AuraFlow"
-)
 
 
 def is_flow_model(pipe: Any) -> bool:
@@ -105,7 +101,7 @@ def flow_model(pipe: Any) -> FlowModel:
     family = adapter_of(pipe).kind
     if getattr(pipe, "transformer", None) is None:
         raise TypeError(
-            f"expected a pipeline of {_SERVED}, got {type(pipe).__name__} with its "
+            f"expected a pipeline of {titles('transformer')}, got {type(pipe).__name__} with its "
             f"{type(pipe.unet).__name__}, whose steps are no flow: use FreePromptPipeline"
         )
     check_served(pipe, family)
@@ -122,7 +118,7 @@ def check_served(pipe: Any, family: str) -> None:
     where = "; put `with editing(pipe, edit):` around its calls, which edits what they generate"
     if family not in _FAMILIES:
         raise TypeError(
-            f"real images, recordings and FreePromptPipeline are for PixArt, {_SERVED}, got "
+            f"real images, recordings and FreePromptPipeline are for PixArt, {titles('transformer')}, got "
             f"{type(pipe).__name__}{where}"
         )
     for name, said in _SHOWN.items():
