@@ -214,8 +214,8 @@ FAMILY_OF |= {served.public_name: family for family, served in FAMILIES.items()}
 
 
 def family_of(pipe: Any) -> Family:
-    """The family of a loaded pipeline, of diffusers' or of this package's."""
-    return next(FAMILY_OF[kind.__name__] for kind in type(pipe).__mro__ if kind.__name__ in FAMILY_OF)
+    """The family of a loaded pipeline, of diffusers' or of this package's; of another one that of UNets."""
+    return next((FAMILY_OF[kind.__name__] for kind in type(pipe).__mro__ if kind.__name__ in FAMILY_OF), "unet")
 
 
 def titles(kind: Served | None = None) -> str:

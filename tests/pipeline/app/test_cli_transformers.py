@@ -177,7 +177,7 @@ def test_what_an_evaluation_of_a_transformer_is_refused(more, reason, folders, t
 
 @pytest.mark.parametrize("command", ["edit", "batch", "evaluate", "heatmap", "invert"])
 def test_help_says_what_models_take_where_nothing_is_said(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "500")
     assert cli.main([command, "--help"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "default: " in line and "FLUX.1" in line]
     own = {

@@ -31,7 +31,7 @@ def run(*arguments):
 
 def test_it_is_found_by_its_kind(folder):
     found = find_model(str(folder))
-    assert (found.family, found.is_transformer, found.vae_factor) == ("sdxl", False, 2)
+    assert (found.family, found.served.is_unet, found.vae_factor) == ("sdxl", True, 2)
 
 
 def test_a_picture_is_edited_and_its_record_repeats_it(folder, tmp_path, capsys):

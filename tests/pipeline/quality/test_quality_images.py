@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -109,12 +110,12 @@ class FakePipe:
     def __init__(self):
         self.device, self.tokenizer = torch.device("cpu"), None
         self.vae_scale_factor, self.native_size = 4, (8, 8)
-        self.unet = SimpleNamespace(config=SimpleNamespace(in_channels=4, sample_size=64), dtype=torch.float32)
+        self.denoiser = SimpleNamespace(config=SimpleNamespace(in_channels=4, sample_size=64), dtype=torch.float32)
         self.calls = []
         # Gives back a picture that is everywhere 20 grey levels from the black one that it is asked of.
-        config = SimpleNamespace(scaling_factor=2.0, shift_factor=None, latent_channels=4)
-        self.vae = SimpleNamespace(config=config, decode=lambda latents, **_: [latents])
-        decoded = np.full((1, 8, 8, 3), 20 / 255)
+        config = FrozenDict(scaling_factor=2.0, shift_factor=None, latent_channels=4)
+        self.vae = SimpleNamespace(config=config, dtype=torch.float32, decode=lambda latents, **_: [latents])
+        decoded = [Image.new("RGB", (8, 8), (20, 20, 20))]
         self.image_processor = SimpleNamespace(postprocess=lambda image, output_type: decoded)
 
     def __call__(self, prompt, targets=(), **options):
