@@ -16,7 +16,7 @@ ALLOWED = {
     "fpe_pipeline.prompts": "ground",
     "fpe_pipeline.edits": "ground images models prompts fpe_kernels",
     "fpe_pipeline.session": "ground models prompts edits fpe_kernels",
-    "fpe_pipeline.heatmaps": "ground models prompts edits session fpe_kernels",
+    "fpe_pipeline.heatmaps": "ground images models prompts edits session fpe_kernels",
     "fpe_pipeline.testing": "embedded models edits session fpe_kernels",
     "fpe_pipeline.sampling": "ground images models prompts edits session",
     "fpe_pipeline.inversion": "ground images models prompts session sampling",

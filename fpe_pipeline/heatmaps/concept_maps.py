@@ -107,8 +107,8 @@ class ConceptMaps:
         index: np.ndarray = self._reader.shares(image).argmax(0).cpu().numpy()
         return index
 
-    def overlay(self, share: np.ndarray, image: Image.Image, strength: float = 0.6) -> Image.Image:
-        """The image with a map laid over it, from transparent (its least) to red (its most)."""
+    def overlay(self, share: np.ndarray, image: Any, strength: float = 0.6) -> Image.Image:
+        """The image (PIL, array or tensor) with a map laid over it, from transparent (its least) to red (its most)."""
         return overlay(share, image, strength)
 
 

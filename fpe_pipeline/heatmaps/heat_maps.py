@@ -152,8 +152,8 @@ class HeatMaps:
         kept, grid = self._watcher.kept(image)
         return _array(principal_components(kept, self.components).reshape(self.components, *grid))
 
-    def overlay(self, heat: np.ndarray, image: Image.Image, strength: float = 0.6) -> Image.Image:
-        """The image with a map laid over it, from transparent (its least) to red (its most)."""
+    def overlay(self, heat: np.ndarray, image: Any, strength: float = 0.6) -> Image.Image:
+        """The image (PIL, array or tensor) with a map laid over it, from transparent (its least) to red (its most)."""
         return overlay(heat, image, strength)
 
 

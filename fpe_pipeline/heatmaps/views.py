@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from fpe_kernels import LinearMap
+
+from ..errors import InputError
+from ..images.load import from_array
 
 __all__ = ["overlay", "principal_components"]
 
@@ -65,22 +69,27 @@ def principal_components(maps: Sequence[LinearMap], count: int) -> torch.Tensor:
     return signed
 
 
-def overlay(heat: np.ndarray, image: Image.Image, strength: float = 0.6) -> Image.Image:
+def overlay(heat: np.ndarray, image: Any, strength: float = 0.6) -> Image.Image:
     """An image with a map [h, w] laid over it, from transparent (its least) to red (its most).
 
     Args:
         heat: any finite numbers or truth values, of the image's proportions.
-        image: any mode.
+        image: a PIL image of any mode, or what pipelines give of one: an array [H, W, C] or a tensor [C, H, W] or
+            [1, C, H, W] in [0, 1].
         strength: opacity of the largest value, in [0, 1].
 
     Raises:
-        ValueError: a map of another rank, or a strength outside [0, 1].
+        ValueError: a map of another rank, a strength outside [0, 1], or what is no picture, such as latents.
     """
     heat = np.asarray(heat, dtype=np.float64)  # differences of small integers would wrap, and of truth values are none
     if heat.ndim != 2 or not np.isfinite(heat).all():
         raise ValueError(f"expected a map [height, width] of finite numbers, got shape {heat.shape}")
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"expected strength to be in [0, 1], got {strength}")
+    if isinstance(image, np.ndarray | torch.Tensor):
+        image = from_array(image)
+    elif not isinstance(image, Image.Image):
+        raise InputError(f"expected a PIL image, an array or a tensor of one image, got {type(image).__name__}")
     spread = float(heat.max() - heat.min())
     share = (heat - heat.min()) / spread if spread > 0 else np.zeros_like(heat)
     opacity = Image.fromarray((255 * strength * share).round().astype(np.uint8)).resize(

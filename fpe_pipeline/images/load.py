@@ -30,7 +30,7 @@ from PIL import Image, UnidentifiedImageError
 from ..errors import InputError, refusals
 from ..texts import check_no_address
 
-__all__ = ["fitted_size", "load_image", "to_tensor", "upright_size"]
+__all__ = ["fitted_size", "from_array", "load_image", "to_tensor", "upright_size"]
 
 # Pillow's own bound against files that unpack to more memory than a machine has.
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)
@@ -82,7 +82,7 @@ def load_image(
         with _decoding(name):
             opened = Image.open(image)
     elif isinstance(image, torch.Tensor | np.ndarray):
-        opened = _from_array(image)
+        opened = from_array(image)
     elif not isinstance(image, Image.Image):
         raise InputError(f"expected a path, a PIL image, an array or a tensor, got {type(image).__name__}")
     try:
@@ -207,7 +207,7 @@ def _reduced(image: Image.Image, factor: int) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        return _from_array(np.asarray(image)).convert("RGB")
+        return from_array(np.asarray(image)).convert("RGB")
     if image.mode == "La":  # grey, already multiplied by its transparency: Pillow converts it one step at a time
         image = image.convert("LA")
     if image.has_transparency_data:
@@ -217,7 +217,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _from_array(values: Any) -> Image.Image:
+def from_array(values: Any) -> Image.Image:
     """A PIL image of an array [H, W] or [H, W, C], or of a tensor [C, H, W] or [1, C, H, W]."""
     given = f"{type(values).__name__} of {values.dtype} and shape {list(values.shape)}"
     if isinstance(values, torch.Tensor):

@@ -210,6 +210,16 @@ def test_an_overlay_is_strongest_where_the_heat_is():
     assert picture.getpixel((61, 16)) == (220, 20, 20)
     for alike in (heat > 1, np.where(heat > 1, 127, -128).astype(np.int8), heat.astype(int)):
         assert overlay(alike, Image.new("L", (64, 32), 255), 1.0).tobytes() == picture.tobytes()
-    for bad in ({"strength": 2.0}, {"heat": heat[0]}, {"heat": heat * np.nan}):
+    white = np.ones((32, 64, 3), np.float32)
+    for same in (white, torch.ones(1, 3, 32, 64), torch.ones(3, 32, 64).bfloat16()):
+        assert overlay(heat, same, 1.0).tobytes() == picture.tobytes()
+    latents = torch.rand(2, 4, 32, 64)
+    for bad in (
+        {"image": latents},
+        {"image": [picture]},
+        {"strength": 2.0},
+        {"heat": heat[0]},
+        {"heat": heat * np.nan},
+    ):
         with pytest.raises(ValueError, match="expected"):
             overlay(**{"heat": heat, "image": picture, **bad})
