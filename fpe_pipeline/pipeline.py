@@ -4,6 +4,7 @@ the way to the classes that are the same around other models."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, ClassVar, cast
 
 import torch
@@ -20,6 +21,22 @@ from .sampling.unet_conditions import UNetConditions
 from .unet_editing import UNetEditing
 
 __all__ = ["FreePromptPipeline", "FreePromptPipelineOutput"]
+
+#: Beginnings of the modules in which families' classes are, where that is not the one of most transformers.
+_MODULES = {
+    "sdxl": "xl",
+    "pixart_alpha": "pixart",
+    "pixart_sigma": "pixart",
+    "flux2": "flux2",
+    "flux2_klein": "flux2",
+    "ovis": "flux_kin",
+    "longcat": "flux_kin",
+    "bria": "flux_kin",
+    "qwen21": "qwen21",
+    "cogview4": "cogview",
+    "krea2": "krea2",
+    "aura_flow": "aura_flow",
+}
 
 
 class FreePromptPipeline(UNetEditing, StableDiffusionPipeline):
@@ -84,9 +101,8 @@ class FreePromptPipeline(UNetEditing, StableDiffusionPipeline):
 
 def _class_for(family: str) -> type:
     """The class that edits with a family's models; its module, a second's import, is imported with the first."""
-    import fpe_pipeline
-
-    made: type = getattr(fpe_pipeline, FAMILIES[cast(Family, family)].public_name)
+    module = import_module(f".{_MODULES.get(family, 'flow')}_pipeline", __package__)
+    made: type = getattr(module, FAMILIES[cast(Family, family)].public_name)
     return made
 
 
