@@ -68,7 +68,8 @@ def run_recordings(
     dtype: str = "auto",
 ) -> list[Row]:
     """All rows of some cases, by one model; stops where no time is left."""
-    from fpe_pipeline.models.loading import find_model, pick_dtype
+    from fpe_pipeline.models.loading import pick_dtype
+    from fpe_pipeline.models.sources import find_model
     from fpe_pipeline.runs.loading import load_pipeline
     from fpe_pipeline.sampling.noise_schedule import ddim_scheduler
 

@@ -13,8 +13,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from .embedded import embedded_path
 from .models.families import adapter_of
 from .models.flux2 import is_klein
-from .models.loading import holds_sdxl, is_embedded
 from .models.served_families import FAMILIES, FAMILY_OF, Family
+from .models.sources import holds_sdxl, is_embedded
 from .sampling.arguments import check_size
 from .sampling.output import FreePromptPipelineOutput
 from .sampling.unet_conditions import UNetConditions

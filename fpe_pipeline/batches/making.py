@@ -18,8 +18,9 @@ from PIL import Image
 
 from ..errors import EditWarning, InputError, RequestWarning
 from ..images.distance import pixel_hash
-from ..models.loading import find_model, identity, pick_device, pick_dtype
+from ..models.loading import identity, pick_device, pick_dtype
 from ..models.quiet import only_errors
+from ..models.sources import find_model
 from ..runs import run as runs
 from ..runs.loading import load_pipeline
 from ..runs.making import Loaded, details_of, edit_of, filled_in, invert, photo_for, pinned, solver_of_pictures

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..models.loading import find_model
+from ..models.sources import find_model
 from ..runs.edit_class import edit_class
 from ..runs.option_files import option_files
 from ..runs.settings import Settings

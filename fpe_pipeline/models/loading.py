@@ -1,201 +1,30 @@
-"""Finding, loading and identifying the model of a run.
-
-A model is an embedded one, one before it, a diffusers folder, a single-file checkpoint, or a name on the Hugging Face
-hub. What can be checked without reading weights is checked first, so that a typo costs no loading.
-"""
+"""Loading and identifying the model of a run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os.path
-import pickle
 import re
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..embedded import EARLIER, EMBEDDED, EMBEDDED_SD3, NAMES, embedded_path
 from ..errors import InputError
 from ..text_parts import plain_tokenizer
-from ..texts import check_readable_name
 from .quiet import quiet_libraries
-from .served_families import FAMILIES, FAMILY_OF, Family, ServedFamily, family_of, titles
+from .served_families import FAMILIES
+from .sources import ModelSource
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "EARLIER",
-    "EMBEDDED",
-    "EMBEDDED_SD3",
-    "NAMES",
-    "ModelSource",
-    "find_model",
-    "holds_sdxl",
-    "identity",
-    "is_embedded",
-    "load",
-    "pick_device",
-    "pick_dtype",
-    "replaced_models",
-]
+__all__ = ["identity", "load", "pick_device", "pick_dtype", "scheduler_settings"]
 
-SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
-_TRAINING = ", or train it with `python -m fpe_pipeline.embedded.training.train_flow`"
-# Folders of earlier versions, which records made with `--model FOLDER` name.
-_LAY_BEFORE = {
-    "fpe_pipeline/models/embedded": EMBEDDED,
-    **{f"fpe_pipeline/models/earlier/{name.replace('-', '_')}": name for name in EARLIER},
-}
 # What diffusers and transformers call weights; shards have their number before or after the variant.
 _WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?(\.(?P<variant>[a-z]\w*))?(-\d+-of-\d+)?\.(safetensors|bin)"
 )
 _LONGEST_TEXT = 10**6  # tokens; transformers writes 10^30 where nothing says how many a model reads
-_SDXL_PART = "conditioner.embedders.1.model."
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model comes from.
-
-    Args:
-        kind: "folder", "file" or "hub".
-        location: a path, or a hub's name.
-        vae_factor: image pixels that sizes are multiples of; None where only loading the weights would tell.
-        family: what it denoises with; None where only loading the weights would tell.
-        is_distilled: whether it says that it does without guidance.
-    """
-
-    kind: str
-    location: str
-    vae_factor: int | None = None
-    family: Family | None = None
-    is_distilled: bool = False
-
-    @property
-    def served(self) -> ServedFamily:
-        """What is known of its family; where only loading the weights would tell that, of Stable Diffusion's UNets."""
-        return FAMILIES[self.family or "unet"]
-
-    def told_by(self, pipe: Any) -> ModelSource:
-        """The same with what the loaded pipeline says of it."""
-        family = family_of(pipe)
-        return replace(self, family=family, is_distilled=FAMILIES[family].is_distilled(pipe.config))
-
-    def check_size(self, size: tuple[int, int] | None) -> None:
-        """Raise `InputError` for a (width, height) in pixels that this model's autoencoder cannot make."""
-        if size is None or self.vae_factor is None:
-            return
-        if any(side <= 0 or side % self.vae_factor for side in size):
-            down, up = (
-                [max(1, rounding(side / self.vae_factor)) * self.vae_factor for side in size]
-                for rounding in (math.floor, math.ceil)
-            )
-            raise InputError(
-                f"width and height must be positive multiples of {self.vae_factor} px for this model's "
-                f"{'autoencoder' if self.served.patch == 1 else 'tokens'}, "
-                f"got {size[0]}x{size[1]}; use {down[0]}x{down[1]} or {up[0]}x{up[1]}"
-            )
-
-
-def find_model(model: str) -> ModelSource:
-    """Resolve a model name without loading weights.
-
-    Args:
-        model: "embedded", "embedded-sd3" or an earlier one's name such as "embedded-80", a diffusers folder, a
-            .safetensors or .ckpt file, or a hub name such as "owner/model".
-
-    Raises:
-        InputError: nothing of that name is here and it cannot be a hub name, or it is another kind of model.
-    """
-    if is_embedded(model):
-        return _folder(_embedded_folder(model))
-    path = Path(os.path.expanduser(model))  # which leaves "~nobody" as it is
-    try:
-        check_readable_name(path)
-    except ValueError as error:
-        raise InputError(f"model {error}") from None
-    if path.is_dir():
-        return _folder(path)
-    if path.is_file():
-        if path.suffix not in SINGLE_FILE_SUFFIXES:
-            raise InputError(
-                f"a model file must end in {' or '.join(SINGLE_FILE_SUFFIXES)}, got '{model}'; "
-                "pass a checkpoint file or a diffusers folder"
-            )
-        if _is_lora(path):
-            raise InputError(
-                f"'{model}' is a LoRA, which is added to a model and is none; pass the model that it was made for, and "
-                "in Python add it by pipe.load_lora_weights and edit with `fpe_pipeline.editing(pipe, ...)`"
-            )
-        return ModelSource("file", str(path.resolve()), family="sdxl" if holds_sdxl(path) else None)
-    for end, name in _LAY_BEFORE.items():
-        if path.as_posix().endswith(f"/{end}"):
-            return find_model(name)
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
-        return ModelSource("hub", model)
-    raise InputError(
-        f"model '{model}' is neither a folder nor a file here, nor a hub name of the form owner/model; "
-        f"pass --model with the path where it lies, or --model {EMBEDDED}"
-    )
-
-
-def is_embedded(model: str) -> bool:
-    """Whether a name is that of an embedded model or of one before it, rather than a path or a hub's name."""
-    return model in NAMES
-
-
-def holds_sdxl(path: Any) -> bool:
-    """Whether a file here is a checkpoint of SDXL, as its second text encoder tells; no weights are read."""
-    if Path(path).suffix not in SINGLE_FILE_SUFFIXES or not Path(path).is_file():
-        return False
-    names = _names_in_safetensors(path) if Path(path).suffix == ".safetensors" else _names_in_pickle(path)
-    return any(name.startswith(_SDXL_PART) for name in names)
-
-
-def _is_lora(path: Path) -> bool:
-    """Whether a file here holds what is added to the weights of a model rather than those; of safetensors alone."""
-    names = _names_in_safetensors(path) if path.suffix == ".safetensors" else []
-    return sum("lora" in name for name in names) > len(names) / 2
-
-
-def _names_in_safetensors(path: Any) -> list[str]:
-    """What a file's tensors are called; none where it cannot be read, which loading says better."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError):
-        return []
-
-
-def _names_in_pickle(path: Any) -> list[str]:
-    """The same of a checkpoint that torch wrote, whose tensors may lie in a dictionary of their own."""
-    import torch
-
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
-        return []
-    found = found.get("state_dict", found) if isinstance(found, dict) else {}
-    return [str(name) for name in found]
-
-
-def replaced_models(model: str) -> list[str]:
-    """What lay before where a model lies, newest first: names for "embedded", folders for its folder, else nothing."""
-    if model == EMBEDDED:
-        return list(EARLIER)
-    try:
-        if find_model(model) != find_model(EMBEDDED):
-            return []
-    except InputError:
-        return []
-    return [find_model(name).location for name in EARLIER]
 
 
 def load(source: ModelSource, pipeline: Any, *, dtype: torch.dtype, device: str) -> Any:
@@ -314,63 +143,3 @@ def pick_dtype(dtype: str, device: str, source: ModelSource | None = None) -> to
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)} or auto, got '{dtype}'")
     return getattr(torch, dtype)
-
-
-def _embedded_folder(name: str) -> Path:
-    try:
-        return Path(embedded_path(name))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"this installation has no {'embedded model' if name == EMBEDDED else name}; pass --model with a diffusers "
-            f"folder or a checkpoint file{_TRAINING if name == EMBEDDED_SD3 else ''}"
-        ) from error
-
-
-def _folder(path: Path) -> ModelSource:
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise InputError(
-            f"'{path}' is not a diffusers pipeline folder: it has no model_index.json; "
-            "pass the folder that save_pretrained wrote, or a .safetensors file"
-        )
-    said = _json(index)
-    name = said.get("_class_name")
-    if name not in FAMILY_OF:
-        raise InputError(
-            f"expected a text-to-image pipeline of {titles()}, '{path}' holds a {name}; in Python, "
-            "`with fpe_pipeline.editing(pipe, ...)` edits what diffusers loads"
-        )
-    family = FAMILY_OF[name]
-    served = FAMILIES[family]
-    factor = _pixels_across(path, served.patch)
-    return ModelSource("folder", str(path.resolve()), factor, family, served.is_distilled(said))
-
-
-def _pixels_across(path: Path, patch: int | str) -> int | None:
-    """Image pixels across a token, or across a latent pixel of a UNet; None where a folder does not say it.
-
-    Args:
-        path: of the folder.
-        patch: of its family.
-    """
-    vae = _config(path, "vae")
-    halvings = vae.get("temperal_downsample")  # of Qwen-Image's autoencoder, as diffusers spells it
-    if halvings is None and vae.get("block_out_channels"):
-        halvings = vae["block_out_channels"][1:]
-    if isinstance(patch, str):
-        patch = _config(path, "transformer").get(patch, 1)
-        patch = patch[0] if isinstance(patch, list) else patch
-    return None if halvings is None else patch * 2 ** len(halvings)
-
-
-def _config(path: Path, part: str) -> dict[str, Any]:
-    """The settings of a part of a pipeline's folder; {} where it has none."""
-    config = path / part / "config.json"
-    return _json(config) if config.is_file() else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"'{path}' is not valid JSON: {error}; the model folder is damaged") from error

@@ -11,7 +11,8 @@ import torch
 from ..edits import Edit
 from ..embedded import EARLIER, EMBEDDED
 from ..errors import InputError
-from ..models.loading import find_model, load
+from ..models.loading import load
+from ..models.sources import find_model
 from ..sampling.output import FreePromptPipelineOutput
 from ..sampling.pipeline import SamplingPipeline
 from ..sampling.served_models import check_pipeline, check_without_image_prompts

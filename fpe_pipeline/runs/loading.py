@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..models.loading import ModelSource, load
+from ..models.loading import load
 from ..models.quiet import quiet_libraries
+from ..models.sources import ModelSource
 
 if TYPE_CHECKING:
     import torch

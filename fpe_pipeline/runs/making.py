@@ -13,8 +13,9 @@ from PIL import Image
 
 from ..errors import InputError, refusals
 from ..images.distance import pixel_hash
-from ..models.loading import find_model, is_embedded, pick_device, scheduler_settings
+from ..models.loading import pick_device, scheduler_settings
 from ..models.served_families import FAMILIES, family_of
+from ..models.sources import find_model, is_embedded
 from .edit_class import edit_class
 from .model_defaults import check_family
 from .option_files import option_files, with_places

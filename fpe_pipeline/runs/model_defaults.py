@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ..errors import InputError
-from ..models.loading import ModelSource, find_model
 from ..models.served_families import FAMILIES, Served
+from ..models.sources import ModelSource, find_model
 
 __all__ = [
     "Asked",

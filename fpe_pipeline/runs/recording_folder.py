@@ -25,7 +25,7 @@ from PIL import Image
 
 from ..atomic_folder import check_writable, staged
 from ..errors import InputError, Lacking, refusals
-from ..models.loading import find_model
+from ..models.sources import find_model
 from .making import details_of, filled_in, solver_of_pictures
 from .model_defaults import check_family
 from .picture_record import PHOTO, png_info

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
-from ..models.loading import is_embedded
+from ..models.sources import is_embedded
 
 __all__ = ["Clock", "arithmetic", "machine", "repeatable", "set_arithmetic", "threads_for", "versions"]
 

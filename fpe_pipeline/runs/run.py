@@ -18,8 +18,9 @@ from ..atomic_folder import staged
 from ..errors import InputError
 from ..images.distance import distance, pixel_hash
 from ..images.side_by_side import side_by_side
-from ..models.loading import find_model, identity, pick_device, pick_dtype, replaced_models
+from ..models.loading import identity, pick_device, pick_dtype
 from ..models.quiet import only_errors
+from ..models.sources import find_model, replaced_models
 from .loading import load_pipeline, pipeline_class
 from .making import Loaded, made_by, pinned
 from .picture_record import PHOTO, is_picture, picture_text, png_info, with_photo_beside

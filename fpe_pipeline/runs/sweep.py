@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..atomic_folder import staged
 from ..errors import InputError
-from ..models.loading import find_model, identity, pick_device, pick_dtype
+from ..models.loading import identity, pick_device, pick_dtype
 from ..models.quiet import only_errors
+from ..models.sources import find_model
 from ..texts import did_you_mean
 from .loading import load_pipeline
 from .making import Loaded, invert, photo_for, pinned, solver_of_pictures

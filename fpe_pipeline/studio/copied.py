@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from ..edits.registry import METHODS
-from ..models.loading import find_model
+from ..models.sources import find_model
 from ..runs.settings import DEFAULTS, Settings
 
 __all__ = ["as_command", "as_python"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..edits.method import REQUIRED
 from ..edits.registry import METHODS, methods_of
 from ..errors import InputError
-from ..models.loading import find_model
+from ..models.sources import find_model
 from ..runs.model_defaults import defaults_for
 from ..runs.settings import SELF_REPLACE, Settings
 

@@ -21,7 +21,7 @@ from fpe_pipeline import (
     editing,
 )
 from fpe_pipeline.inversion.trajectory import METHODS, encode_image
-from fpe_pipeline.models.loading import find_model, holds_sdxl
+from fpe_pipeline.models.sources import find_model, holds_sdxl
 from fpe_pipeline.sampling.decoding import decoded
 from tests.support.free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_xl_pipeline, noise
 from tests.support.tiny_models import add_image_prompts, image_embeds

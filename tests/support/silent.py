@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch.nn import functional as F
 
-from fpe_pipeline.models.loading import find_model
+from fpe_pipeline.models.sources import find_model
 from fpe_pipeline.runs.loading import load_pipeline
 
 SOURCE, TARGET = "a photo of a red car on the beach", "a photo of a blue car on the beach"

@@ -12,8 +12,9 @@ from fpe_pipeline import FreePromptPipeline, ddim_scheduler, make_edit
 from fpe_pipeline.app import cli
 from fpe_pipeline.images.distance import distance
 from fpe_pipeline.models import loading
-from fpe_pipeline.models.loading import find_model, pick_dtype
+from fpe_pipeline.models.loading import pick_dtype
 from fpe_pipeline.models.served_families import FAMILIES, FAMILY_OF
+from fpe_pipeline.models.sources import find_model
 from fpe_pipeline.runs.settings import Settings
 from tests.support.saved_transformers import SAVED, saved_transformer
 from tests.support.tiny_cli import OTHER, SOURCE, one_error, refuse_loading

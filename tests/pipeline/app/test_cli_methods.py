@@ -12,7 +12,7 @@ from fpe_pipeline.app import cli
 from fpe_pipeline.edits.registry import methods_of
 from fpe_pipeline.errors import InputError
 from fpe_pipeline.images.distance import distance
-from fpe_pipeline.models.loading import find_model
+from fpe_pipeline.models.sources import find_model
 from fpe_pipeline.runs import run as runs
 from fpe_pipeline.runs.loading import load_pipeline
 from fpe_pipeline.runs.settings import Settings

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fpe_pipeline import cli as public_cli
 from fpe_pipeline.app import cli, commands
-from fpe_pipeline.models import loading
+from fpe_pipeline.models import loading, sources
 from fpe_pipeline.runs import run as runs
 from fpe_pipeline.runs.loading import load_pipeline
 from tests.support.tiny_cli import SOURCE, edit_arguments, one_error, refuse_loading, tiny_model_folder
@@ -219,11 +219,11 @@ class TestIdentity:
 
     @pytest.fixture
     def loaded(self, model):
-        return load_pipeline(loading.find_model(str(model)), dtype=torch.float32, device="cpu")
+        return load_pipeline(sources.find_model(str(model)), dtype=torch.float32, device="cpu")
 
     def test_of_the_same_model_elsewhere(self, loaded, tmp_path):
         loaded.save_pretrained(tmp_path)
-        again = load_pipeline(loading.find_model(str(tmp_path)), dtype=torch.float32, device="cpu")
+        again = load_pipeline(sources.find_model(str(tmp_path)), dtype=torch.float32, device="cpu")
         assert loading.identity(again) == loading.identity(loaded)
 
     def test_of_other_weights_schedulers_and_dtypes(self, loaded):

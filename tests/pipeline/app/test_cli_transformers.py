@@ -9,7 +9,7 @@ from PIL import Image
 
 from fpe_pipeline.app import cli
 from fpe_pipeline.images.distance import distance
-from fpe_pipeline.models.loading import find_model
+from fpe_pipeline.models.sources import find_model
 from fpe_pipeline.runs.model_defaults import defaults_for
 from fpe_pipeline.runs.settings import Settings
 from tests.support.saved_transformers import make_flux_small, saved_transformer

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from fpe_pipeline.app import cli
-from fpe_pipeline.models.loading import find_model
+from fpe_pipeline.models.sources import find_model
 from tests.support.free_prompt_pipelines import free_prompt_xl_pipeline
 from tests.support.tiny_cli import SOURCE, TARGET, one_error, refuse_loading
 

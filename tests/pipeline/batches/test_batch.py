@@ -19,7 +19,7 @@ from fpe_pipeline.batches.job_files import read_jobs
 from fpe_pipeline.batches.request import BatchRequest
 from fpe_pipeline.errors import InputError
 from fpe_pipeline.images.distance import distance, pixel_hash
-from fpe_pipeline.models.loading import find_model
+from fpe_pipeline.models.sources import find_model
 from fpe_pipeline.runs import run as runs
 from fpe_pipeline.runs.making import Loaded
 from fpe_pipeline.runs.settings import Settings

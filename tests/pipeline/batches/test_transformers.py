@@ -7,7 +7,7 @@ from PIL import Image
 
 from fpe_pipeline.batches import making
 from fpe_pipeline.images.distance import distance
-from fpe_pipeline.models.loading import find_model
+from fpe_pipeline.models.sources import find_model
 from fpe_pipeline.runs import run as runs
 from fpe_pipeline.runs.making import Loaded
 from tests.pipeline.batches.conftest import batch, pictures, written

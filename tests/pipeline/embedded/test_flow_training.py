@@ -25,7 +25,7 @@ from fpe_pipeline.embedded.training.flow_stages import kept_latents, posteriors
 from fpe_pipeline.embedded.training.timebox import GRACE, TimeBox
 from fpe_pipeline.embedded.training.train_flow import main, train
 from fpe_pipeline.errors import InputError
-from fpe_pipeline.models.loading import find_model
+from fpe_pipeline.models.sources import find_model
 
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 

@@ -1,12 +1,18 @@
-"""What people have on their disks for a model: variants of weights, folders that lack files, LoRAs."""
+"""What people have on their disks for a model, and on the hub: variants of weights, folders that lack files, LoRAs."""
+
+import functools
+import json
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from fpe_pipeline.errors import InputError
-from fpe_pipeline.models.loading import find_model
+from fpe_pipeline.models import sources
+from fpe_pipeline.models.sources import find_model
 from fpe_pipeline.runs.loading import load_pipeline
+from fpe_pipeline.runs.settings import Settings
 from tests.support.tiny_cli import tiny_model_folder
 
 
@@ -67,3 +73,50 @@ def test_a_lora_is_no_model(tmp_path, names):
     save_file({name: torch.zeros(1) for name in names}, tmp_path / "style.safetensors")
     with pytest.raises(InputError, match="is a LoRA, which is added to a model"):
         find_model(str(tmp_path / "style.safetensors"))
+
+
+class TestOnTheHub:
+    @pytest.fixture
+    def hub(self, tmp_path, monkeypatch):
+        """A hub that gives what pipelines say of themselves, and counts how often it is asked."""
+        asked = []
+
+        def snapshot_download(name, allow_patterns):
+            asked.append(name)
+            folder = tmp_path / name
+            if not folder.is_dir():
+                raise LocalEntryNotFoundError(f"no {name} here")
+            assert allow_patterns == ["model_index.json", "*/config.json"], "weights would be fetched"
+            return str(folder)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        monkeypatch.setattr(sources, "_without_weights", functools.cache(sources._without_weights.__wrapped__))
+        return tmp_path, asked
+
+    @staticmethod
+    def put(hub, name, kind, **parts):
+        for part, said in {"model_index.json": {"_class_name": kind}, **parts}.items():
+            path = hub[0] / name / part
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(said))
+
+    def test_its_defaults_and_sizes_are_known_before_weights_are_fetched(self, hub):
+        self.put(hub, "owner/picture", "QwenImagePipeline", **{"vae/config.json": {"temperal_downsample": [0, 1, 1]}})
+        settings = Settings.of_model(source="a car", targets=("a bus",), model="owner/picture")
+        assert (settings.steps, settings.guidance, settings.self_replace) == (50, 4.0, (0.0, 0.2))
+        source = find_model("owner/picture")
+        assert (source.kind, source.location, source.family) == ("hub", "owner/picture", "qwen")
+        with pytest.raises(InputError, match="positive multiples of 16 px"):
+            source.check_size((40, 64))
+        assert hub[1] == ["owner/picture"]
+
+    def test_what_is_not_served_is_refused_before_weights_are_fetched(self, hub):
+        self.put(hub, "owner/video", "WanPipeline")
+        with pytest.raises(InputError, match="'owner/video' holds a WanPipeline"):
+            find_model("owner/video")
+
+    def test_of_what_it_does_not_have_loading_tells(self, hub):
+        self.put(hub, "owner/lora", "", **{"adapter_config.json": {}})
+        (hub[0] / "owner/lora/model_index.json").unlink()
+        for name in ("owner/nothing", "owner/lora"):
+            assert find_model(name) == sources.ModelSource("hub", name)

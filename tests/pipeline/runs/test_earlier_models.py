@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from fpe_pipeline import FreePromptPipeline, Recording
 from fpe_pipeline.app import cli
 from fpe_pipeline.embedded import EARLIER, embedded_path
-from fpe_pipeline.models import loading
+from fpe_pipeline.models import sources
 from fpe_pipeline.quality.evaluated import EvaluatedModel
 from fpe_pipeline.runs import run as runs
 from fpe_pipeline.runs.repeatable import threads_for
@@ -122,7 +122,7 @@ class TestNames:
     @pytest.mark.parametrize("name", EARLIER)
     def test_earlier_models_are_whole_and_are_found(self, name):
         folder = embedded_path(name)
-        assert loading.find_model(name) == loading.find_model(str(folder))
+        assert sources.find_model(name) == sources.find_model(str(folder))
         assert EvaluatedModel.find(Path(name), judged=True).folder == folder
         assert f'embedded_path("{name}")' in (folder / "MODEL_CARD.md").read_text()
 
@@ -138,8 +138,8 @@ class TestNames:
 
     def test_a_copy_elsewhere_has_replaced_nothing(self, tmp_path):
         shutil.copytree(embedded_path(), tmp_path / "copy")
-        assert loading.replaced_models(str(tmp_path / "copy")) == []
-        assert loading.replaced_models("embedded") == list(EARLIER)
+        assert sources.replaced_models(str(tmp_path / "copy")) == []
+        assert sources.replaced_models("embedded") == list(EARLIER)
 
 
 def test_the_embedded_model_is_another_one():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from fpe_pipeline import FreePromptPipeline, Recording
 from fpe_pipeline.cli import main
-from fpe_pipeline.models.loading import find_model
+from fpe_pipeline.models.sources import find_model
 from fpe_pipeline.runs.run import read_record
 
 DATA = Path(__file__).parents[2] / "data" / "embedded_128"
