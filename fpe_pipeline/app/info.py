@@ -47,9 +47,8 @@ def _found() -> dict[str, Any]:
     from fpe_kernels import backends
 
     from ..edits.registry import METHODS
-    from ..embedded import NAMES
     from ..embedded.scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS
-    from ..models.sources import find_model
+    from ..models.sources import NAMES, find_model
     from ..runs.repeatable import versions
 
     cuda = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 from .. import extras
-from ..embedded import EMBEDDED
 from ..errors import InputError
+from ..models.sources import EMBEDDED
 from .console import report, say
 from .options import chosen, flag
 from .setting_options import BACKEND, DEVICE, DTYPE, JSON, QUIET, TRACEBACK

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_folder import check_writable
-from ..embedded import EMBEDDED
 from ..errors import InputError
 from ..models.loading import pick_device
+from ..models.sources import EMBEDDED
 from ..runs.progress import Progress
 from ..runs.repeatable import threads_for
 from ..runs.settings import OF_NULL_TEXT, Settings

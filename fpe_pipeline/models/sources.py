@@ -21,7 +21,17 @@ from ..errors import InputError
 from ..texts import check_readable_name
 from .served_families import FAMILIES, FAMILY_OF, Family, ServedFamily, family_of, titles
 
-__all__ = ["ModelSource", "find_model", "holds_sdxl", "is_embedded", "replaced_models"]
+__all__ = [
+    "EARLIER",
+    "EMBEDDED",
+    "EMBEDDED_SD3",
+    "NAMES",
+    "ModelSource",
+    "find_model",
+    "holds_sdxl",
+    "is_embedded",
+    "replaced_models",
+]
 
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 _TRAINING = ", or train it with `python -m fpe_pipeline.embedded.training.train_flow`"

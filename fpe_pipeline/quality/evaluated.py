@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..embedded import EMBEDDED, JUDGE, judge_path
+from ..embedded import JUDGE, judge_path
 from ..errors import InputError, refusals
 from ..models.loading import pick_dtype
 from ..models.served_families import Served
-from ..models.sources import ModelSource, find_model
+from ..models.sources import EMBEDDED, ModelSource, find_model
 from ..runs.loading import load_pipeline
 
 __all__ = ["EvaluatedModel"]

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
-from ..embedded import EMBEDDED
 from ..errors import InputError, refusals
 from ..models.loading import pick_device, pick_dtype
 from ..models.served_families import FLOW_WINDOW, SHORT_WINDOW, UNET_INVERSIONS
-from ..models.sources import ModelSource, find_model
+from ..models.sources import EMBEDDED, ModelSource, find_model
 from ..texts import check_text
 from .model_defaults import check_family, check_source_of, defaults_for
 from .sentences import Text, sentences

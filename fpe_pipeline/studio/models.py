@@ -15,13 +15,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..embedded import EMBEDDED
 from ..embedded.scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS
 from ..errors import InputError
 from ..models.families import adapter_of
 from ..models.loading import identity, pick_device, pick_dtype
 from ..models.served_families import FAMILIES, Family, family_of
-from ..models.sources import find_model, is_embedded
+from ..models.sources import EMBEDDED, find_model, is_embedded
 from ..models.twins import twin
 from ..runs.loading import load_pipeline
 from ..runs.making import Loaded
