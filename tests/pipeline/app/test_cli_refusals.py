@@ -264,7 +264,7 @@ class TestOtherCommands:
             assert name in out
 
     def test_demo(self, model, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(loading, "_embedded_folder", lambda name: model)
+        monkeypatch.setattr(sources, "_embedded_folder", lambda name: model)
         assert cli.main(["demo", "--steps", "1", "--quiet", "-o", str(tmp_path)]) == 0
         paths = capsys.readouterr().out.splitlines()
         assert paths[0] == str(tmp_path / "demo.png")
@@ -277,6 +277,6 @@ class TestOtherCommands:
         def absent(name):
             raise FileNotFoundError(name)
 
-        monkeypatch.setattr(loading, "embedded_path", absent)
+        monkeypatch.setattr(sources, "embedded_path", absent)
         assert cli.main(["demo", "-o", str(tmp_path / "out")]) == 2
         assert "no embedded model; pass --model" in one_error(capsys)
