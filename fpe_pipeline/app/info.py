@@ -1,4 +1,5 @@
-"""`fpe info`: versions, devices, attention backends, the embedded models and their words, and the methods."""
+"""`fpe info`: versions, devices, attention backends, the embedded models and their words, what other models are served
+and what they take where nothing is said, and the methods."""
 
 from __future__ import annotations
 
@@ -36,6 +37,10 @@ def run(method: str | None = None, *, as_json: bool = False) -> None:
         print_text(f"  {name:<14}{location}")
     for title, names in found["words"].items():
         print(f"  {title:<12}{', '.join(names)}")
+    print("other models, with what they take where nothing is said")
+    for name, own in found["families"].items():
+        said = f"steps {own['steps']}, guidance {own['guidance']:g}, self-replace {own['self_replace'][1]:g}"
+        print(f"  {name:<28}{said}; inverted by {', '.join(own['inversions'])}")
     print("methods (fpe info --method NAME says what their options do)")
     for name, entry in found["methods"].items():
         print(f"  {name:<16}{entry['title']}: {', '.join(entry['options'])}")
@@ -64,8 +69,25 @@ def _found() -> dict[str, Any]:
         "backends": backends(),
         "models": models,
         "words": {"objects": list(OBJECTS), "colours": list(COLOURS), "backgrounds": list(BACKGROUNDS)},
+        "families": _families(),
         "methods": {name: {"title": entry.title, "options": list(entry.options)} for name, entry in METHODS.items()},
     }
+
+
+def _families() -> dict[str, dict[str, Any]]:
+    """By what a kind of model is called, what a run of one takes where nothing is said."""
+    from ..models.served_families import FAMILIES
+    from ..runs.settings import DEFAULTS
+
+    found = {}
+    for served in FAMILIES.values():
+        kinds = {served.title: {}, f"{served.title}, distilled": served.of_distilled}
+        for title, distilled in kinds.items():
+            if title not in found and (distilled or not title.endswith("distilled")):
+                own = {**served.defaults, **distilled}
+                usual = {name: own.get(name, getattr(DEFAULTS, name)) for name in ("steps", "guidance", "self_replace")}
+                found[title] = {**usual, "inversions": list(served.inversions)}
+    return found
 
 
 def described(method: str) -> str:

@@ -12,7 +12,7 @@ __all__ = ["BACKEND", "DEVICE", "DTYPE", "IN_WORDS", "JSON", "QUIET", "TRACEBACK
 
 #: Defaults that some models have of their own.
 IN_WORDS = {
-    name: default_in_words(name, usual)
+    name: default_in_words(usual)
     for name, usual in (("steps", DEFAULTS.steps), ("guidance", DEFAULTS.guidance), ("self_replace", SELF_REPLACE[1]))
 }
 
@@ -42,7 +42,7 @@ _WRITTEN: dict[str, dict[str, Any]] = {
     "device": {"metavar": "NAME", "note": "default: cuda where there is one, else cpu"},
     "dtype": {
         "metavar": "NAME",
-        "note": f"{', '.join(DTYPE_NAMES)}; default: float16 on cuda, else float32",
+        "note": f"{', '.join(DTYPE_NAMES)}; default: float16, or bfloat16 where that overflows, on cuda, else float32",
         "autocompletion": lambda: DTYPE_NAMES,
     },
     "backend": {"metavar": "NAME", "note": "`fpe info` lists them; default: auto"},

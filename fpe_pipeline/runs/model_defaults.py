@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ..errors import InputError
-from ..models.served_families import FAMILIES, Served
+from ..models.served_families import Served
 from ..models.sources import ModelSource, find_model
 
 __all__ = [
@@ -69,16 +69,9 @@ def defaults_for(model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def default_in_words(name: str, usual: float) -> str:
-    """What a setting is where nothing is said, as help says it: ``usual``, then that of the models which differ."""
-    others: dict[float, dict[str, None]] = {}
-    for served in FAMILIES.values():
-        value = served.defaults.get(name, usual)
-        value = value[1] if isinstance(value, tuple) else value
-        if value != usual:
-            others.setdefault(value, {})[served.title] = None
-    told = "; ".join(f"{', '.join(models)}: {value:g}" for value, models in others.items())
-    return f"default: {usual:g}" + (f"; {told}" if told else "")
+def default_in_words(usual: float) -> str:
+    """What a setting is where nothing is said, as help says it: of Stable Diffusion, and who says those of others."""
+    return f"default: {usual:g}, or the model's own: fpe info lists them"
 
 
 def check_family(settings: Asked, source: ModelSource) -> None:

@@ -179,14 +179,18 @@ def test_what_an_evaluation_of_a_transformer_is_refused(more, reason, folders, t
 def test_help_says_what_models_take_where_nothing_is_said(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")
     assert cli.main([command, "--help"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "default: " in line and "FLUX.1" in line]
-    own = {
-        "steps": "default: 50; PixArt: 20; Stable Diffusion 3, FLUX.1: 28; Chroma: 35; Lumina 2: 30)",
-        "guidance": "SDXL, Chroma, Z-Image: 5; PixArt: 4.5; Stable Diffusion 3: 7; FLUX.1: 3.5; FLUX.2, Qwen-Image, ",
-    }
+    lines = [line for line in capsys.readouterr().out.splitlines() if "or the model's own: fpe info lists them" in line]
+    own = {"steps": "default: 50, ", "guidance": "default: 7.5, "}
     if command not in ("heatmap", "invert"):
-        own["self-replace"] = "Stable Diffusion 3, FLUX.1, FLUX.2, Qwen-Image, Chroma, Lumina 2, Z-Image: 0.2"
+        own["self-replace"] = "default: 0.8, "
     assert len(lines) == len(own)
     for name, told in own.items():
         assert any(f"--{name} " in line and told in line for line in lines), name
+
+
+def test_info_says_what_models_take_where_nothing_is_said(capsys):
+    assert cli.main(["info"]) == 0
+    told = capsys.readouterr().out
+    assert "  Stable Diffusion 3          steps 28, guidance 7, self-replace 0.2; inverted by direct, ref" in told
+    assert "  PixArt                      steps 20, guidance 4.5, self-replace 0.8; inverted by ddim, direct, " in told
     assert defaults_for("embedded-sd3", {})["guidance"] == 7.0

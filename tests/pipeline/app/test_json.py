@@ -53,6 +53,9 @@ def test_what_there_is(capsys):
     assert cli.main(["info", "--json"]) == 0
     found, _ = said(capsys)
     assert found["backends"]["torch"] == "available" and "fpe" in found["methods"] and found["versions"]["torch"]
+    steps = {title: own["steps"] for title, own in found["families"].items()}
+    assert steps.items() >= {"SDXL": 50, "FLUX.1": 28, "PixArt": 20}.items()
+    assert found["families"]["FLUX.2, distilled"]["guidance"] == 1 < found["families"]["FLUX.2"]["guidance"]
     assert cli.main(["info", "--method", "masactrl", "--json"]) == 0
     assert "start_step" in said(capsys)[0]["text"]
 

@@ -179,11 +179,11 @@ def test_models_of_a_method_are_those_that_the_command_takes(capsys, tmp_path):
     assert cli.main(["info", "--method", "masactrl"]) == 0
     (served,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  of ")]
     assert "of --model Stable Diffusion 3, FLUX.1, " in served
-    (tmp_path / "model_index.json").write_text('{"_class_name": "Krea2Pipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "MochiPipeline"}')
     assert (
         cli.main(["edit", "--model", str(tmp_path), "--source", "a", "--target", "b", "-o", str(tmp_path / "o")]) == 2
     )
-    assert "holds a Krea2Pipeline" in capsys.readouterr().err and "Krea" not in served
+    assert "holds a MochiPipeline" in capsys.readouterr().err and "Mochi" not in served
 
 
 def test_help_is_read_of_docstrings():
