@@ -20,7 +20,7 @@ from diffusers import (
 from .edits import Edit
 from .edits.base import check_prompts
 from .errors import check_generator, check_positive
-from .inversion.flow import check_flow_inversion, invert_flow, with_size_of
+from .inversion.flow import check_flow_inversion, invert_flow, warn_of_other_texts, with_size_of
 from .inversion.follow import Followed, check_inversion_options
 from .inversion.trajectory import Inversion
 from .prompts.encoding import encoding_tokenizer
@@ -136,6 +136,8 @@ class FlowEditing(FlowSampling):
             options = with_size_of(inversion, options)
             latents = model.taken(inversion.noise, (options["height"], options["width"]))
         prompts = prompt_list(prompt, target_prompt, options.get("prompt_embeds"))
+        if inversion is not None and prompts:
+            warn_of_other_texts(inversion, model, prompts, options.get("max_sequence_length"))
         # Embeddings are a tensor, or Z-Image's list of one a caption.
         call = Call(len(prompts) or len(options["prompt_embeds"]), num_images_per_prompt)
         edit = chosen_flow_edit(edit, self_replace_steps, layers)

@@ -14,13 +14,14 @@ the source against it while it is denoised again:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
 
-from ..errors import check_guidance, check_positive, warn_of_size
+from ..errors import EditWarning, check_guidance, check_positive, warn_of_size
 from ..images.load import load_image, to_tensor
 from ..models.adapter import identity
 from ..models.flow_solvers import Solver, flow_nodes, require_flow, solver_of
@@ -35,7 +36,7 @@ from ..texts import check_text
 from .null_text import NullText
 from .trajectory import METHODS, Inversion
 
-__all__ = ["FLOW_METHODS", "FlowMethod", "check_flow_inversion", "invert_flow", "with_size_of"]
+__all__ = ["FLOW_METHODS", "FlowMethod", "check_flow_inversion", "invert_flow", "warn_of_other_texts", "with_size_of"]
 
 FlowMethod = Literal["direct", "reference", "free"]
 FLOW_METHODS: tuple[FlowMethod, ...] = get_args(FlowMethod)
@@ -130,6 +131,17 @@ def with_size_of(inversion: Inversion, options: dict[str, Any]) -> dict[str, Any
     if inversion.text_length is not None and options.get("max_sequence_length") is None:
         run["max_sequence_length"] = inversion.text_length  # padding takes attention too
     return {**options, **run}
+
+
+def warn_of_other_texts(
+    inversion: Inversion, model: FlowModel, prompts: Sequence[str], max_sequence_length: int | None
+) -> None:
+    """Warn where an inverted image is denoised beside texts that change what the model sees of it."""
+    lengths = inversion.text_length or model.text_length, max_sequence_length or model.text_length
+    apart = model.seen_apart(inversion.prompt, lengths[0], prompts, lengths[1])
+    if apart is not None:
+        held = "it comes back less exactly than it could" if inversion.method == "free" else "it is held all the same"
+        warnings.warn(f"the image {apart}; {held}", EditWarning, stacklevel=4)
 
 
 def _check(pipe: Any, prompt: Any, method: Any) -> None:

@@ -40,6 +40,16 @@ class CogView4(FlowModel):
         tokens = min(len(self.pipe.tokenizer(prompt)["input_ids"]), text_length)
         return -(-tokens // _FILLED) * _FILLED
 
+    def seen_apart(self, inverted: str, length: int, prompts: Sequence[str], text_length: int) -> str | None:
+        alone = self.own_text_tokens(inverted, length)
+        beside = max(self.own_text_tokens(prompt, text_length) for prompt in prompts)
+        if beside == alone:
+            return None
+        return (
+            f"was inverted with {alone} text tokens and is denoised with {beside}, padding among them, to which the "
+            "model attends: invert with a prompt of about the targets' length"
+        )
+
     @contextmanager
     def beside(self, source: str, targets: Sequence[str], text_length: int) -> Iterator[None]:
         longest = self.own_text_tokens(source, text_length)

@@ -138,6 +138,18 @@ class FlowModel(ABC):
         """Tokens beside the text's that fill up an image of (height, width) pixels and are attended to."""
         return 0
 
+    def seen_apart(self, inverted: str, length: int, prompts: Sequence[str], text_length: int) -> str | None:
+        """What differs between an image whose prompt stood alone while it was inverted and the same beside others,
+        after "it"; None of most models, whose texts do not change one another.
+
+        Args:
+            inverted: the prompt of an inversion.
+            length: the tokens that texts had then, as `text_length` counts them.
+            prompts: of a call, its source's among them.
+            text_length: the tokens that texts have in the call.
+        """
+        return None
+
     def check_texts(self, prompts: Sequence[str], text_length: int) -> None:  # noqa: B027  most are cut
         """Raise ValueError for prompts that do not go into so many tokens and that the pipeline does not cut."""
 

@@ -219,6 +219,16 @@ class Qwen21(Qwen):
         tokenizer = plain_tokenizer(self.pipe.processor)
         return len(tokenizer(self.pipe.prompt_template_t2i.format(prompt or " "))["input_ids"]) - self.pipe._drop_idx
 
+    def seen_apart(self, inverted: str, length: int, prompts: Sequence[str], text_length: int) -> str | None:
+        alone = length or self.own_text_tokens(inverted, 0)
+        beside = text_length or max(self.own_text_tokens(prompt, 0) for prompt in prompts)
+        if beside == alone:
+            return None
+        return (
+            f"was inverted behind {alone} text tokens and is denoised behind {beside}, so that it stands elsewhere: "
+            f"invert with max_sequence_length={max(alone, beside)}, which the call then takes over"
+        )
+
     def check_texts(self, prompts: Sequence[str], text_length: int) -> None:
         for prompt in prompts if text_length else ():
             tokens = self.own_text_tokens(prompt, text_length)

@@ -1,5 +1,6 @@
 """Real images on CogView 4, Krea 2 and AuraFlow: the papers' formulas, edits, files, and what is refused."""
 
+import warnings
 from itertools import pairwise
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from fpe_pipeline import (
     Inversion,
     editing,
 )
+from fpe_pipeline.errors import EditWarning
 from fpe_pipeline.sampling.decoding import decoded
 from tests.support.flow_formulas import path_to_noise
 from tests.support.flow_pipelines import distance, solving
@@ -299,6 +301,20 @@ def test_krea_2_keeps_the_text_around_its_prompts():
     made = FreePromptPipeline.from_pipe(stock)
     assert made.prompt_template_encode_prefix == stock.prompt_template_encode_prefix
     assert made.prompt_template_encode_start_idx == stock.prompt_template_encode_start_idx
+
+
+def test_a_longer_target_changes_cogview_4s_text_of_an_inverted_image_and_that_is_said(pipe, photo):
+    tiny = solving(FreePromptPipeline.from_pipe(OnCogView4(pipe).stock), "euler")
+    tiny.set_progress_bar_config(disable=True)
+    inversion = tiny.invert(photo, SOURCE, num_inference_steps=1, **SIZE)
+    options = {"self_replace_steps": 1.0, "output_type": "latent"}
+    with pytest.warns(
+        EditWarning, match="with 16 text tokens and is denoised with 48, padding .* it is held all the same"
+    ):
+        tiny(inversion=inversion, target_prompt=" ".join([TARGET] * 3), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EditWarning)
+        tiny(inversion=inversion, target_prompt=TARGET, **options)
 
 
 class TestRefusals:

@@ -1,6 +1,7 @@
 """Real images on Qwen-Image 2.1: inverted by the papers' formulas, edited, saved, decoded, and what is refused."""
 
 import dataclasses
+import warnings
 
 import diffusers
 import pytest
@@ -10,6 +11,7 @@ if not hasattr(diffusers, "QwenImage21Pipeline"):
     pytest.skip("this diffusers has no Qwen-Image 2.1", allow_module_level=True)
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, Inversion, editing, flow_scheduler
+from fpe_pipeline.errors import EditWarning
 from fpe_pipeline.qwen21_pipeline import FreePromptQwenImage21Pipeline
 from fpe_pipeline.sampling.decoding import decoded
 from tests.support import edited_transformers
@@ -94,6 +96,21 @@ def test_what_holds_the_source(tiny, photo, method):
     assert (distance(out.source, inversion.latents[0]) == 0) is (method == "direct")
     assert distance(out.targets[0], out.source) > 1e-3
     assert out.prompts == (SOURCE, TARGET)
+
+
+def test_a_longer_target_moves_an_inverted_image_and_that_is_said(tiny, photo):
+    longer = " ".join([TARGET] * 2)
+    options = {"target_prompt": longer, "self_replace_steps": 1.0, "output_type": "latent"}
+    alone, padded = (
+        tiny.invert(photo, SOURCE, num_inference_steps=1, method="free", **SIZE, **lengths)
+        for lengths in ({}, {"max_sequence_length": 60})
+    )
+    with pytest.warns(EditWarning, match="stands elsewhere: invert with max_sequence_length=.* less exactly than it"):
+        tiny(inversion=alone, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EditWarning)
+        tiny(inversion=padded, **options)
+        tiny(inversion=alone, **options | {"target_prompt": SOURCE})
 
 
 def test_a_source_that_is_free_comes_back_as_far_as_the_solver_goes(tiny, photo):
