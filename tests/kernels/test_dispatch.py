@@ -158,6 +158,7 @@ def test_backends_do_not_import_one_another() -> None:
             assert not [found for found in imports_of(source) if found.startswith(others)], source
 
 
+@pytest.mark.slow
 def test_the_import_costs_little_more_than_torch() -> None:
     """The compiler and triton are imported by what needs them: each takes as long as torch itself."""
     code = "import sys, torch; before = set(sys.modules); import fpe_kernels; print(*sorted(set(sys.modules) - before))"

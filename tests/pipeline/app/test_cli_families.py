@@ -110,6 +110,7 @@ def test_pictures_are_those_of_the_call_in_python(family, folder_of, tmp_path, c
     assert "bit for bit" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", few("qwen"))
 def test_a_photo_is_edited_as_in_python_and_from_its_recording(family, folder_of, photo, tmp_path):
     folder, tiny = folder_of(family), served(folder_of(family))

@@ -135,6 +135,7 @@ SLOW = ("deleted", "damaged", "no line", "its source")
 DAMAGE = ["half a line", *(pytest.param(damage, marks=pytest.mark.slow) for damage in SLOW)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_what_is_damaged_is_made_again_to_the_same_bytes(made, tmp_path, damage):
     out = tmp_path / "out"

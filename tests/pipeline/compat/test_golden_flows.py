@@ -90,6 +90,7 @@ class TestStableFlow:
         ).images
         return case.miss("inverted_list", torch.stack(inverted)), case.miss("latents", out), out, packed, inverted
 
+    @pytest.mark.slow
     def test_a_real_image(self, flux):
         inversion, edit, *_ = self.real(flux, "original")
         assert inversion <= 1

@@ -58,6 +58,7 @@ def test_the_edit(pipe, case, inverted):
     assert all(pipe.unet.attn_processors[name] is processor for name, processor in before.items())
 
 
+@pytest.mark.slow
 def test_the_source_is_the_image(pipe, case, inverted):
     distance = (edited(pipe, case, inverted)[:1] - case.tensors["out.latent0"]).abs().max()
     assert distance <= SHARE * case.settings["suggested_atol"]["latents"]

@@ -204,6 +204,7 @@ def test_a_level_below_one_layer():
         left_alone(9, 0.05, "original")
 
 
+@pytest.mark.slow
 def test_the_pipeline_is_left_as_it_was(eight):
     before = dict(eight.unet.attn_processors)
     norms = {name: vars(module).get("forward") for name, module in eight.unet.named_modules()}

@@ -146,6 +146,7 @@ def test_what_holds_the_source(inverted, model, method):
     assert out.prompts == (SOURCE, TARGET)
 
 
+@pytest.mark.slow
 def test_a_source_that_is_free_comes_back_as_far_as_the_solver_goes(inverted):
     def distance(steps):
         tiny, inversion = inverted("klein", num_inference_steps=steps, method="free")
@@ -183,6 +184,7 @@ def test_edits_are_those_of_dense_layers_around_a_source_that_is_held(inverted, 
     assert (actual - late).abs().max() > 1e-5
 
 
+@pytest.mark.slow
 def test_what_a_mask_keeps_is_the_picture(inverted):
     tiny, inversion = inverted("klein")
     mask = Image.new("L", (80, 48), 0)
@@ -231,6 +233,7 @@ def test_pictures_and_files(inverted, tmp_path):
     assert picture.tobytes() == out.images[0].tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", few(["klein", "klein, distilled"], "klein, distilled"))
 def test_saved_models_load_in_diffusers_and_here(stocks, model, tmp_path):
     tiny = ours(stocks[model])

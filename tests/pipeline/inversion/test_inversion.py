@@ -189,6 +189,7 @@ def test_schedulers_without_noise_levels(tiny, monkeypatch):
 
 
 class TestNullText:
+    @pytest.mark.slow
     def test_under_inference_mode(self, tiny, photo):
         settings = NullText(inner_steps=2)
         with torch.inference_mode():

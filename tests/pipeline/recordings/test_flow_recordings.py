@@ -189,6 +189,7 @@ def test_what_fireflow_left_in_an_earlier_format_is_refused(pipes, tmp_path, mon
         Recording.load(tmp_path / "fireflow")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "edit",
     [
@@ -221,6 +222,7 @@ def test_guidance(pipes, family):
 
 
 class TestBytes:
+    @pytest.mark.slow
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("edit", ["image maps", "whole maps", "keys and values", "values"])
     def test_they_are_counted_beforehand(self, pipes, family, edit, monkeypatch):
@@ -243,6 +245,7 @@ class TestBytes:
         assert all(kept == parts for kept in recording.contents.values())
         assert recording.store.nbytes == 5 * 2 * 2 * 15 * 16 * 8
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("family", FAMILIES)
     def test_half_precision(self, pipes, family):
         tiny = solving(pipes[family], "euler")
@@ -351,6 +354,7 @@ class TestRefusals:
             plan_joint_products({0: JointProduct.own(2)}, 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projections_that_are_fused_later(pipe, family):
     """Copies of the projections, of image and text, stay behind on Stable Diffusion 3 when they are parted."""

@@ -91,6 +91,7 @@ def test_what_is_kept(pipes, family):
     tiny.record(SOURCE, self_replace_steps=1 / 3, budget_bytes=recording.nbytes, **run(**GUIDED[family]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", few(FAMILIES, "Qwen-Image"))
 def test_half_precision_says_what_it_costs(pipes, family):
     tiny = pipes[family]

@@ -190,6 +190,7 @@ def test_what_is_kept(tiny, family, placement):
     assert tiny.record(SOURCE, edit=edits, budget_bytes=needed, **run(**options)).nbytes == needed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", few(EDITS, "refine"))
 def test_half_precision(tiny, family, edit):
     options, targets = GUIDED[family], taken(family, edit, [LONG])

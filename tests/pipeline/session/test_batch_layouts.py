@@ -66,6 +66,7 @@ def test_heat_of_several_images_of_one_prompt(pipe):
     torch.testing.assert_close(torch.stack(together), torch.stack([one, two]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_embeddings_in_place_of_prompts(pipe):
     embeddings = pipe.encode_prompt(PROMPTS, "cpu", 1, True, negative_prompt=["", ""])
     named = {"prompt_embeds": embeddings[0], "negative_prompt_embeds": embeddings[1]}

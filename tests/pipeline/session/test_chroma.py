@@ -247,6 +247,7 @@ class TestWords:
         assert farthest(actual, expected("car")) <= 10 * HEAT  # the heat is float32, and steps pass its rounding on
         assert farthest(actual, expected("photo")) > 100 * HEAT
 
+    @pytest.mark.slow
     def test_a_local_blend(self, of):
         model, tiny = of
         blend = LocalBlend(self.PROMPTS, tiny.tokenizer, ["car", "dog"], 0.9)

@@ -29,6 +29,7 @@ def test_a_picture_of_the_page_is_that_of_the_command(desk, visitor, values):
     assert [pixel_hash(image) for image in again.edited] == [pixel_hash(image) for image in made.run.edited]
 
 
+@pytest.mark.slow
 def test_progress_and_previews(desk, visitor, values):
     told = list(desk.generate(visitor, True, *values(steps=12)))
     assert "<progress" in told[1].status and any(len(each.preview) == 2 for each in told)
@@ -138,6 +139,7 @@ def test_a_run_that_waits_for_its_turn_can_be_cancelled(desk, visitor, values):
     assert visitor.take_back() and not visitor.may_begin("grid") and visitor.may_begin("grid")
 
 
+@pytest.mark.slow
 def test_a_photo_is_inverted_once_and_edited_from_its_recording(desk, visitor, values, photo, monkeypatch):
     said, shown_photo = desk.receive_photo(visitor, photo)
     assert "72 × 64" in said and shown_photo.size == (72, 64)
@@ -341,6 +343,7 @@ class TestVisitors:
         assert isinstance(visitor, Visitor)
 
 
+@pytest.mark.slow
 def test_the_desk_needs_no_gradio():
     """Everything but the layout is tested without a browser, and without the page's library."""
     drawn, reached, ahead = arrows.imports(), set(), {"fpe_pipeline.studio.desk"}

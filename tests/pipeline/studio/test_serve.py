@@ -81,6 +81,7 @@ def test_refusals(arguments, said, tmp_path, capsys):
     assert said in one_error(capsys)
 
 
+@pytest.mark.slow
 def test_port_0_is_any_free_one(models, tmp_path):
     page = serve(Desk(models, tmp_path), port=0, block=False)
     try:

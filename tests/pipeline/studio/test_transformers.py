@@ -46,6 +46,7 @@ def values(desk):
     return changed
 
 
+@pytest.mark.slow
 def test_generate_compare_and_look_at_words(desk, visitor, values, family, tmp_path):
     told = list(desk.generate(visitor, True, *values(seed=3, steps=5)))
     made = told[-1].made
