@@ -85,7 +85,8 @@ def check_option_names(options: Mapping[str, Any], own: Iterable[str], parents: 
     if not unknown:
         return
     hint = did_you_mean(unknown, known)
-    raise TypeError(f"unknown option {', '.join(unknown)}; {hint}There are {', '.join(sorted(known))}")
+    listed = f"{'There' if hint else 'there'} are {', '.join(sorted(known))}"
+    raise TypeError(f"unknown option {', '.join(unknown)}; {hint}{listed}")
 
 
 def _refuse_pictures(text: Any) -> None:
