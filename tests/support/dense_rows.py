@@ -140,21 +140,43 @@ def source_columns(prompts, tokenizer, lengths: int | Iterable[int], doubled=Tru
     return rule
 
 
+_OF_TORCH = torch.Tensor.float, torch.Tensor.to
+
+
 @contextmanager
 def wide():
     """Where diffusers narrows to float32 on the way, what is in float64 stays so: rules can be told to 1e-8.
 
-    Whole numbers become float64 too, for the products of places with frequencies that some versions make of them.
+    Whole numbers become float64 too, for the products of places with frequencies that some versions make of them, and
+    so do the frequencies [rows, pairs, 1], which some versions narrow by `to`.
     """
-    narrow = torch.Tensor.float
+    narrow, to = torch.Tensor.float, torch.Tensor.to
 
     def kept(self, *given, **options):
         if self.dtype is torch.float64:
             return self
         return narrow(self, *given, **options) if self.is_floating_point() else self.double()
 
-    torch.Tensor.float = kept
+    def moved(self, *given, **options):
+        are_frequencies = self.ndim == 3 and self.shape[-1] == 1 and self.is_floating_point()
+        if are_frequencies and options.keys() == {"dtype", "device"} and options["dtype"] is torch.float32:
+            options["dtype"] = torch.float64
+        return to(self, *given, **options)
+
+    torch.Tensor.float, torch.Tensor.to = kept, moved
     try:
         yield
     finally:
-        torch.Tensor.float = narrow
+        torch.Tensor.float, torch.Tensor.to = narrow, to
+
+
+@contextmanager
+def narrow():
+    """As torch has it, also inside of `wide`: for what is computed in float32, where some versions' products of places
+    with frequencies are of one dtype."""
+    before = torch.Tensor.float, torch.Tensor.to
+    torch.Tensor.float, torch.Tensor.to = _OF_TORCH
+    try:
+        yield
+    finally:
+        torch.Tensor.float, torch.Tensor.to = before
