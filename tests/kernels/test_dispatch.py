@@ -141,6 +141,7 @@ def test_only_its_backend_imports_triton() -> None:
     assert any("triton" in imports_of(path) for path in (ROOT / triton).glob("*.py"))
 
 
+@pytest.mark.slow
 def test_the_pipeline_knows_no_backend() -> None:
     # `from fpe_kernels import backends` is the function; what lies below that name is not for the pipeline.
     found = offenders("fpe_pipeline", ("triton", "fpe_kernels.backends"))

@@ -34,6 +34,7 @@ def latin(folder, name):
     return os.fsdecode(os.path.join(os.fsencode(folder), name))
 
 
+@pytest.mark.slow
 def test_a_picture_whose_name_is_no_utf8(tmp_path):
     path, out, again = (latin(tmp_path, name) for name in (b"caf\xe9.png", b"o\xfct", b"again"))
     Image.new("RGB", (80, 80), (200, 30, 30)).save(path)

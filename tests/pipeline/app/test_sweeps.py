@@ -105,6 +105,7 @@ def test_values_that_are_paths_or_written_alike_stay_in_the_folder(one, tmp_path
     assert len({json.dumps(json.loads(path.read_text())["settings"]) for path in records}) == 4
 
 
+@pytest.mark.slow
 def test_a_run_of_a_sweep_is_the_run_alone(one, tmp_path):
     assert cli.main([*one, "--sweep", "self-replace=0.5,1", "-o", str(tmp_path / "swept")]) == 0
     assert cli.main([*one, "--self-replace", "0.5", "--no-control", "-o", str(tmp_path / "alone")]) == 0

@@ -141,6 +141,7 @@ class _Turned:
         return _Turned(self.view.mean(axis))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 def test_any_prompts_heads_and_proportions(pipe, guidance_scale, no_whole_maps, tmp_path):
     eight = tiny_pipeline(pipe, block_out_channels=(16, 32, 32), attention_head_dim=8)

@@ -83,6 +83,7 @@ def test_dropped_columns(pipe):
     check(pipe, "p2p_custom_dropcolumn", DropColumns())
 
 
+@pytest.mark.slow
 def test_a_power_says_which_line_asked(pipe):
     with pytest.warns(MapNumbersWarning) as told:
         check(pipe, "p2p_custom_power", Power())

@@ -249,6 +249,7 @@ def test_another_of_a_users_own_is_seen(eight_heads, embedded_words):
     seen(*both(eight_heads, Otherwise(), DenseEverything(PROMPTS), embedded_words(PROMPTS)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::fpe_pipeline.compat.lazy.MapNumbersWarning")
 def test_the_store(eight_heads, embedded_words):
     store, dense, words = AttentionStore(), Counting(PROMPTS), embedded_words(PROMPTS)

@@ -89,6 +89,7 @@ def test_the_originals_mappers(pipe):
         seq_aligner.get_mapper(*PROMPTS, pipe.tokenizer, max_len=32)
 
 
+@pytest.mark.slow
 def test_the_original_runs_on_from_where_it_was_and_stays(pipe):
     controller = AttentionReplace(PROMPTS, 2, 1.0, 1.0)
     first = run(pipe, controller)

@@ -80,6 +80,7 @@ def test_a_pipeline_is_left_alone(pipe):
         check_edit(edit, tiny)
 
 
+@pytest.mark.slow
 def test_sdxl(pipe):
     check_edit(MasaCtrlEdit(1, layers="up_blocks"), tiny_sdxl_pipeline(pipe), steps=3)
 

@@ -213,6 +213,7 @@ def test_soft_products_are_described():
     assert product.describe() == "0.25 A(q 2, k 2) @ v 3"
 
 
+@pytest.mark.slow
 def test_the_heat_of_a_word_is_a_mask(pipe):
     tiny = tiny_pipeline(pipe)
     plain, unedited = FreePromptEdit(1.0, **EVERYWHERE), FreePromptEdit(0.0, **EVERYWHERE)

@@ -158,6 +158,7 @@ def test_edits_of_prompts_in_a_template():
     torch.testing.assert_close(run(templated, prompts), run(plain, written), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_word_mask_in_a_template():
     plain, templated = embedded(), embedded(Templated)
     prompts = [SOURCE, TARGET]

@@ -89,6 +89,7 @@ class TestRuns:
         assert again(tmp_path / "run.json", tmp_path / "out") == 2
         assert "model 'embedded' is not the one of the record" in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_records_of_the_embedded_model_of_today_stay_with_it(self, tmp_path, capsys):
         options = ["--source", SOURCE, "--target", TARGET, "--steps", "1", "--no-control", "--size", "32x32"]
         assert cli.main(["edit", *options, "--quiet", "-o", str(tmp_path / "a")]) == 0

@@ -156,6 +156,7 @@ def test_model_offloading(pipe):
     hook.remove()
 
 
+@pytest.mark.slow
 def test_sequential_offloading(pipe):
     """As ``enable_sequential_cpu_offload``: a weight is nowhere but while its own module runs, adapters' too."""
     accelerate = pytest.importorskip("accelerate")

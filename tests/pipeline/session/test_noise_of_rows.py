@@ -63,6 +63,7 @@ def test_the_edit_is_that_of_shared_latents(pipe):
     torch.testing.assert_close(drawn, given, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, None])
 def test_several_images_have_noise_of_their_own(pipe, starts, seed):
     with editing(pipe, FreePromptEdit(1.0)):

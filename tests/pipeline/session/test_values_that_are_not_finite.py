@@ -49,6 +49,7 @@ def test_the_step_and_the_layer(step, value):
     assert len(made) == step
 
 
+@pytest.mark.slow
 def test_a_source_alone_and_heat_maps():
     for kind in (FreePromptPipeline, StableDiffusionPipeline):
         pipe = embedded(kind)

@@ -79,6 +79,7 @@ def test_what_cannot_be_made_has_no_estimate(desk, values):
     assert desk.estimate(*unloaded) == ""
 
 
+@pytest.mark.slow
 def test_whoever_asks_while_a_model_is_used_does_not_wait_for_long(tiny_folder):
     alone = models_module.Models((tiny_folder,), device="cpu")
     with alone.use(tiny_folder):

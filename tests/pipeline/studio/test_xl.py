@@ -54,6 +54,7 @@ def test_a_photo(desk, photo):
     assert made.run.photo.size == made.run.source.size
 
 
+@pytest.mark.slow
 def test_the_decoder_is_counted_in_the_dtype_in_which_it_computes(pipe):
     tiny = free_prompt_xl_pipeline(pipe)
     half, brain, whole = (
