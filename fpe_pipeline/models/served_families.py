@@ -105,7 +105,12 @@ class ServedFamily:
 
 def _flow(title: str, *classes: str, **different: Any) -> ServedFamily:
     defaults = {"self_replace": FLOW_WINDOW, "inversion": "direct", "steps": 28, **different.pop("defaults")}
-    given = {"words": f"a transformer of {title}'s kind", "inversions": FLOW_INVERSIONS, **different}
+    given = {
+        "words": f"a transformer of {title}'s kind",
+        "inversions": FLOW_INVERSIONS,
+        "cuda_dtype": "bfloat16",
+        **different,
+    }
     return ServedFamily(title, classes=classes, defaults=defaults, kind="transformer", is_flow=True, **given)
 
 
@@ -129,16 +134,24 @@ FAMILIES: dict[Family, ServedFamily] = {
     ),
     "pixart_alpha": _pixart("Alpha"),
     "pixart_sigma": _pixart("Sigma"),
-    "sd3": _flow("Stable Diffusion 3", "StableDiffusion3Pipeline", defaults={"guidance": 7.0}, patch="patch_size"),
-    "flux": _flow("FLUX.1", "FluxPipeline", defaults={"guidance": 3.5}, patch=2, guides=False, no_negative=_TOLD),
-    "flux2": _flow(
-        "FLUX.2",
-        "Flux2Pipeline",
-        defaults={"steps": 50, "guidance": 4.0},
+    "sd3": _flow(
+        "Stable Diffusion 3",
+        "StableDiffusion3Pipeline",
+        defaults={"guidance": 7.0},
+        patch="patch_size",
+        cuda_dtype="float16",
+    ),
+    "flux": _flow(
+        "FLUX.1",
+        "FluxPipeline",
+        defaults={"guidance": 3.5},
         patch=2,
         guides=False,
         no_negative=_TOLD,
-        cuda_dtype="bfloat16",
+        cuda_dtype="float16",
+    ),
+    "flux2": _flow(
+        "FLUX.2", "Flux2Pipeline", defaults={"steps": 50, "guidance": 4.0}, patch=2, guides=False, no_negative=_TOLD
     ),
     "flux2_klein": _flow(
         "FLUX.2",
@@ -148,22 +161,12 @@ FAMILIES: dict[Family, ServedFamily] = {
         no_negative="which is guided by the empty prompt alone",
         distilled="is_distilled",
         of_distilled={"steps": 4, "guidance": 1.0, "self_replace": SHORT_WINDOW},
-        cuda_dtype="bfloat16",
     ),
-    "ovis": _flow(
-        "Ovis-Image", "OvisImagePipeline", defaults={"steps": 50, "guidance": 5.0}, patch=2, cuda_dtype="bfloat16"
-    ),
-    "longcat": _flow(
-        "LongCat-Image", "LongCatImagePipeline", defaults={"steps": 50, "guidance": 4.5}, patch=2, cuda_dtype="bfloat16"
-    ),
-    "bria": _flow("Bria", "BriaPipeline", defaults={"steps": 30, "guidance": 5.0}, patch=2, cuda_dtype="bfloat16"),
+    "ovis": _flow("Ovis-Image", "OvisImagePipeline", defaults={"steps": 50, "guidance": 5.0}, patch=2),
+    "longcat": _flow("LongCat-Image", "LongCatImagePipeline", defaults={"steps": 50, "guidance": 4.5}, patch=2),
+    "bria": _flow("Bria", "BriaPipeline", defaults={"steps": 30, "guidance": 5.0}, patch=2),
     "qwen": _flow(
-        "Qwen-Image",
-        "QwenImagePipeline",
-        defaults={"steps": 50, "guidance": 4.0},
-        patch=2,
-        guidance="true_cfg_scale",
-        cuda_dtype="bfloat16",
+        "Qwen-Image", "QwenImagePipeline", defaults={"steps": 50, "guidance": 4.0}, patch=2, guidance="true_cfg_scale"
     ),
     "qwen21": _flow(
         "Qwen-Image 2.1",
@@ -171,42 +174,21 @@ FAMILIES: dict[Family, ServedFamily] = {
         defaults={"steps": 40, "guidance": 1.0},
         patch=2,
         guidance="true_cfg_scale",
-        cuda_dtype="bfloat16",
     ),
-    "chroma": _flow(
-        "Chroma", "ChromaPipeline", defaults={"steps": 35, "guidance": 5.0}, patch=2, cuda_dtype="bfloat16"
-    ),
+    "chroma": _flow("Chroma", "ChromaPipeline", defaults={"steps": 35, "guidance": 5.0}, patch=2),
     "lumina2": _flow(
         "Lumina 2",
         "Lumina2Pipeline",
         "Lumina2Text2ImgPipeline",  # as diffusers called it once
         defaults={"steps": 30, "guidance": 4.0},
         patch="patch_size",
-        cuda_dtype="bfloat16",
     ),
     "z_image": _flow(
-        "Z-Image",
-        "ZImagePipeline",
-        defaults={"steps": 50, "guidance": 5.0},
-        patch="all_patch_size",
-        unguided=0.0,
-        cuda_dtype="bfloat16",
+        "Z-Image", "ZImagePipeline", defaults={"steps": 50, "guidance": 5.0}, patch="all_patch_size", unguided=0.0
     ),
-    "cogview4": _flow(
-        "CogView 4",
-        "CogView4Pipeline",
-        defaults={"steps": 50, "guidance": 5.0},
-        patch="patch_size",
-        cuda_dtype="bfloat16",
-    ),
-    "krea2": _flow("Krea 2", "Krea2Pipeline", defaults={"guidance": 4.5}, patch=2, unguided=0.0, cuda_dtype="bfloat16"),
-    "aura_flow": _flow(
-        "AuraFlow",
-        "AuraFlowPipeline",
-        defaults={"steps": 50, "guidance": 3.5},
-        patch="patch_size",
-        cuda_dtype="bfloat16",
-    ),
+    "cogview4": _flow("CogView 4", "CogView4Pipeline", defaults={"steps": 50, "guidance": 5.0}, patch="patch_size"),
+    "krea2": _flow("Krea 2", "Krea2Pipeline", defaults={"guidance": 4.5}, patch=2, unguided=0.0),
+    "aura_flow": _flow("AuraFlow", "AuraFlowPipeline", defaults={"steps": 50, "guidance": 3.5}, patch="patch_size"),
 }
 #: The family of a pipeline by the name of its class, as diffusers or this package calls it.
 FAMILY_OF: dict[str, Family] = {name: family for family, served in FAMILIES.items() for name in served.classes}
