@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 from ..images.load import load_image, to_tensor, upright_size
 from ..models.steps import StepWindow
 
-__all__ = ["check_count", "check_made", "factor", "listed", "number", "numbers", "pixels", "shown", "window"]
+__all__ = ["check_count", "check_made", "factor", "folder", "listed", "number", "numbers", "pixels", "shown", "window"]
 
 
 def check_count(name: str, given: Any, count: int, what: str, source: str) -> None:
@@ -40,6 +42,17 @@ def check_made(what: str, given: Any) -> None:
         raise TypeError(f"expected {what}, got the class {given.__name__} itself: make one, {given.__name__}(…)")
     if not callable(given):
         raise TypeError(f"expected {what}, got {type(given).__name__}")
+
+
+def folder(name: str, value: Any) -> Path | None:
+    """Where to write, or None; a number in its place would be a folder of that name.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if value is None or isinstance(value, str | PathLike):
+        return None if value is None else Path(value)
+    raise ValueError(f"{name}: expected a folder's path or None, got {value!r}")
 
 
 def listed(prompts: str | Sequence[str]) -> list[str]:

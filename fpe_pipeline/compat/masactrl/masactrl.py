@@ -12,7 +12,7 @@ from fpe_kernels import AttentionMap
 
 from ...edits.selection import unit_number
 from ...models.sites import Site
-from ..given import number, numbers
+from ..given import folder, number, numbers
 from ..names import unknown_name
 from .masactrl_utils import AttentionBase, merged
 from .masks import on_grid, read_masks, save_mask, score_biases
@@ -236,9 +236,10 @@ class MutualSelfAttentionControlMask(_Masked):
             raise ValueError("expected mask_s and mask_t, got one of them: the original returns rows that do not fit")
         self.mask_s = None if mask_s is None else read_masks("mask_s", mask_s)
         self.mask_t = None if mask_t is None else read_masks("mask_t", mask_t, several=True)
-        if mask_save_dir is not None and self.mask_s is not None and self.mask_t is not None:
-            save_mask(self.mask_s, f"{mask_save_dir}/mask_s.png")
-            save_mask(self.mask_t if self.mask_t.ndim == 2 else self.mask_t[0], f"{mask_save_dir}/mask_t.png")
+        kept = folder("mask_save_dir", mask_save_dir)
+        if kept is not None and self.mask_s is not None and self.mask_t is not None:
+            save_mask(self.mask_s, kept / "mask_s.png")
+            save_mask(self.mask_t if self.mask_t.ndim == 2 else self.mask_t[0], kept / "mask_t.png")
 
     def source_mask(self, grid: tuple[int, int]) -> torch.Tensor | None:
         return None if self.mask_s is None else on_grid(self.mask_s, grid)
@@ -280,7 +281,7 @@ class MutualSelfAttentionControlMaskAuto(_Masked):
         model_type: str = "SD",
     ) -> None:
         super().__init__(start_step, start_layer, layer_idx, step_idx, total_steps, model_type)
-        self.thres, self.mask_save_dir = unit_number(thres, "thres"), mask_save_dir
+        self.thres, self.mask_save_dir = unit_number(thres, "thres"), folder("mask_save_dir", mask_save_dir)
         self.ref_token_idx, self.cur_token_idx = (
             numbers("ref_token_idx", ref_token_idx),
             numbers("cur_token_idx", cur_token_idx),
@@ -345,5 +346,5 @@ class MutualSelfAttentionControlMaskAuto(_Masked):
         share = on_grid(share.reshape(self._read_grid), grid)
         if self.mask_save_dir is not None:
             name = f"mask_{'s' if group == 'ref' else 't'}_{self.cur_step}_{self.cur_att_layer}.png"
-            save_mask(share.reshape(grid), f"{self.mask_save_dir}/{name}")
+            save_mask(share.reshape(grid), self.mask_save_dir / name)
         return (share >= self.thres).to(share)

@@ -49,6 +49,20 @@ def test_steps_that_are_no_number(steps, pipe):
         ptp_utils.get_time_words_attention_alpha(TWO, steps, 0.8, pipe.tokenizer)
 
 
+@pytest.mark.parametrize("value", [5, 0.1, True, ["masks"]], ids=str)
+def test_folders_that_are_no_paths(value, tmp_path, monkeypatch):
+    """Made by mistake, one called 5 was filled with masks."""
+    monkeypatch.chdir(tmp_path)
+    mask = np.ones((4, 4))
+    with pytest.raises(ValueError, match=r"^mask_save_dir: expected a folder's path or None, got "):
+        masactrl.MutualSelfAttentionControlMaskAuto(mask_save_dir=value)
+    with pytest.raises(ValueError, match=r"^mask_save_dir: expected a folder's path or None, got "):
+        masactrl.MutualSelfAttentionControlMask(mask_s=mask, mask_t=mask, mask_save_dir=value)
+    assert not list(tmp_path.iterdir())
+    masactrl.MutualSelfAttentionControlMask(mask_s=mask, mask_t=mask, mask_save_dir=tmp_path / "kept")
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
 def test_a_side_in_the_place_of_the_share():
     with pytest.raises(ValueError, match="res must be a whole number"):
         free_prompt_editing.SelfAttentionControlEdit(TWO, 10, 0.8, 0.4)  # Prompt-to-Prompt's two shares
