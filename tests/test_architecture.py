@@ -36,7 +36,15 @@ def test_every_question_names_a_room_and_a_test():
 #: What lies at the top beside files that are told by their names: whatever else is there was left by a run.
 FOLDERS = {".ci", ".github", "benchmarks", "docs", "examples", "fpe_kernels", "fpe_pipeline"}
 FOLDERS |= {"integrations", "notebooks", "tests"}
-FILES = {".gitignore", ".pre-commit-config.yaml", "LICENSE", "Makefile", "constraints.txt", "pyproject.toml", "setup.py"}
+FILES = {
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    "LICENSE",
+    "Makefile",
+    "constraints.txt",
+    "pyproject.toml",
+    "setup.py",
+}
 FILES |= {f"{name}.md" for name in ("CHANGELOG", "CODE_OF_CONDUCT", "CONTRIBUTING", "README", "SECURITY")}
 FILES |= {"CITATION.cff"}
 

@@ -87,6 +87,7 @@ class ModelAdapter(ABC):
             "flux",
             "flux_kin",
             "flux2",
+            "flux3",
             "chroma",
             "aura_flow",
             "bria_fibo",

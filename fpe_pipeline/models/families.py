@@ -13,6 +13,7 @@ from .cogvideox import CogVideoXAdapter
 from .cogview import CogView3PlusAdapter, CogView4Adapter, GlmImageAdapter
 from .flux import FluxAdapter
 from .flux2 import Flux2Adapter
+from .flux3 import Flux3Adapter
 from .flux_kin import BriaAdapter, BriaFiboAdapter, LongCatImageAdapter, OvisImageAdapter
 from .hidream import HiDreamImageAdapter
 from .hunyuan_dit import HunyuanDiTAdapter
@@ -23,6 +24,7 @@ from .krea2 import Krea2Adapter
 from .ltx import LTXAdapter
 from .lumina2 import Lumina2Adapter
 from .mochi import MochiAdapter
+from .modular import by_guider, is_modular
 from .pixart import PixArtAdapter
 from .qwen import QwenImageAdapter
 from .qwen21 import QwenImage21Adapter
@@ -44,6 +46,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "CogView3PlusTransformer2DModel": CogView3PlusAdapter,
     "CogView4Transformer2DModel": CogView4Adapter,
     "Flux2Transformer2DModel": Flux2Adapter,
+    "Flux3Transformer2DModel": Flux3Adapter,
     "FluxTransformer2DModel": FluxAdapter,
     "GlmImageTransformer2DModel": GlmImageAdapter,
     "HiDreamImageTransformer2DModel": HiDreamImageAdapter,
@@ -92,7 +95,7 @@ def adapter_of(pipe: Any) -> ModelAdapter:
     module = identity(model)
     family = _family(module)
     if family is not None:
-        return family(around, model)
+        return _called_by(around, family)(around, model)
     if (around is not None and getattr(around, "unet", None) is None) or _is_transformer(module):
         raise TypeError(
             f"{type(module).__name__} is a transformer that no adapter describes yet; there are adapters of UNets, "
@@ -101,7 +104,7 @@ def adapter_of(pipe: Any) -> ModelAdapter:
             f"whose processors compute the layers (family); register_adapter({type(module).__name__!r}, …) makes it "
             "known: see docs/write-an-adapter.md"
         )
-    return UNetAdapter(around, model)
+    return _called_by(around, UNetAdapter)(around, model)
 
 
 def register_adapter(model: str, adapter: type[ModelAdapter]) -> type[ModelAdapter]:
@@ -130,6 +133,10 @@ def register_adapter(model: str, adapter: type[ModelAdapter]) -> type[ModelAdapt
         )
     _TRANSFORMERS[model] = adapter
     return adapter
+
+
+def _called_by(pipe: Any, family: type[ModelAdapter]) -> type[ModelAdapter]:
+    return by_guider(family) if is_modular(pipe) else family
 
 
 def _family(module: torch.nn.Module) -> type[ModelAdapter] | None:

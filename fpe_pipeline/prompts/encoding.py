@@ -20,7 +20,7 @@ from ..shadows import Shadows
 from ..text_parts import Template, TextPart, plain_tokenizer
 from .words import TokenizedPrompt
 
-__all__ = ["EncodedText", "Encoding", "EncodingHook", "encoding_tokenizer", "filled"]
+__all__ = ["EncodedText", "Encoding", "EncodingHook", "encoding_tokenizer", "filled", "received_by", "text_of_parts"]
 
 Inputs = dict[str, list[torch.Tensor]]
 #: In the place of a token that there is not, in rows of which others are longer.
@@ -159,12 +159,12 @@ class EncodingHook:
             for name in ("prompt", "negative_prompt"):
                 if isinstance(given.get(name), list):
                     bound.arguments[name] = list(given[name])
-            with _received_by(pipe) as received:
+            with received_by(pipe) as received:
                 encoded = original(*bound.args, **bound.kwargs)
             default = signature.parameters.get("max_sequence_length")
-            length = given.get("max_sequence_length", 0 if default is None else default.default)
-            texts = tuple(_text(pipe, part, received, length, given) for part in parts)
-            receive(Encoding.of(given, received.tokens, texts))
+            if default is not None:
+                given.setdefault("max_sequence_length", default.default)
+            receive(Encoding.of(given, received.tokens, text_of_parts(pipe, parts, received, given)))
             return encoded
 
         self._shadows = Shadows(pipe)
@@ -194,6 +194,21 @@ class _Received:
 
     tokens: Inputs = field(default_factory=dict)
     masks: dict[str, list[torch.Tensor | None]] = field(default_factory=dict)
+
+
+def text_of_parts(
+    pipe: Any, parts: Sequence[TextPart], received: _Received, arguments: Mapping[str, Any]
+) -> tuple[EncodedText, ...]:
+    """The parts of a transformer's text tokens, as the encoders received them.
+
+    Args:
+        pipe: the pipeline.
+        parts: of the text tokens of its transformer.
+        received: by its encoders.
+        arguments: by name, of what encoded the prompts.
+    """
+    length = arguments.get("max_sequence_length") or 0
+    return tuple(_text(pipe, part, received, length, arguments) for part in parts)
 
 
 def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments: Mapping[str, Any]) -> EncodedText:
@@ -259,7 +274,7 @@ def filled(tokens: torch.Tensor, width: int) -> torch.Tensor:
 
 
 @contextmanager
-def _received_by(pipe: Any) -> Iterator[_Received]:
+def received_by(pipe: Any) -> Iterator[_Received]:
     """What the pipeline's text encoders receive in a block."""
     received = _Received()
     handles = []

@@ -30,18 +30,12 @@ def check_entry(
 
     Raises:
         TypeError: no edit.
-        ValueError: videos and panoramas, modular pipelines, words of a model in whose text none is looked for, a model
+        ValueError: videos and panoramas, words of a model in whose text none is looked for, a model
             in float8, an unknown backend or noise, two layouts, or one that the pipeline's calls do not have.
         RuntimeError: a backend that cannot run here.
     """
     if not isinstance(edit, Edit):
         raise TypeError(f"expected an Edit, such as FreePromptEdit(), got {type(edit).__name__}")
-    if any(kind.__name__ == "ModularPipeline" for kind in type(adapter.pipe).__mro__):
-        raise ValueError(
-            f"{type(adapter.pipe).__name__} is a modular pipeline, whose guider calls the model for the prompts and "
-            "for the negative ones, and says of neither call which it is: edit a pipeline of the same parts that is "
-            "not modular, such as diffusers.DiffusionPipeline.from_pretrained gives"
-        )
     adapter.check()
     check_words(adapter, edit)
     for name, model in adapter.models.items():

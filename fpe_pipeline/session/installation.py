@@ -16,6 +16,7 @@ from .bria_fibo_processor import EditBriaFiboProcessor
 from .chroma_processor import EditChromaProcessor
 from .cogvideox_processor import EditCogVideoXProcessor, EditCogView4Processor, EditGlmImageProcessor
 from .flux2_processor import flux2_processor, unsupported_flux2_reasons
+from .flux3_processor import EditFlux3Processor
 from .flux_processor import EditFluxProcessor
 from .hidream_processor import EditHiDreamProcessor
 from .hunyuan_video_processor import EditHunyuanVideoProcessor
@@ -48,6 +49,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "flux": (EditFluxProcessor, EditFluxProcessor.unsupported_reasons),
     "flux_kin": (EditFluxProcessor, EditFluxProcessor.unsupported_reasons),
     "flux2": (flux2_processor, unsupported_flux2_reasons),
+    "flux3": (EditFlux3Processor, EditFlux3Processor.unsupported_reasons),
     "chroma": (EditChromaProcessor, EditChromaProcessor.unsupported_reasons),
     "aura_flow": (EditAuraFlowProcessor, EditAuraFlowProcessor.unsupported_reasons),
     "bria_fibo": (EditBriaFiboProcessor, EditBriaFiboProcessor.unsupported_reasons),

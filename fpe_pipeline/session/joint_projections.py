@@ -29,6 +29,7 @@ def segment_projections(
     *,
     added: bool = False,
     fused: bool = False,
+    wide: bool = False,
 ) -> SegmentProjections:
     """The rows of a segment that the plan uses, projected, normed and turned: [rows, H, tokens, D].
 
@@ -40,6 +41,7 @@ def segment_projections(
         turn: the rotary embedding of queries and keys; None where there is none.
         added: by the weights of the text's own stream.
         fused: by projections that were put together.
+        wide: as of :func:`segment_rows`.
     """
     used = [plan.used(part, segment) for part in ("query", "key", "value")]
     if fused:
@@ -48,7 +50,7 @@ def segment_projections(
     else:
         names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
         split = [getattr(attn, name)(take(tokens, rows)) for name, rows in zip(names, used, strict=True)]
-    return segment_rows(attn, used, split, turn, added=added)
+    return segment_rows(attn, used, split, turn, added=added, wide=wide)
 
 
 def segment_rows(
@@ -58,18 +60,22 @@ def segment_rows(
     turn: Turn | None = None,
     *,
     added: bool = False,
+    wide: bool = False,
 ) -> SegmentProjections:
     """Queries, keys and values that are projected already [rows, tokens, H·D], normed and turned: [rows, H, tokens, D].
 
     Args:
         used: for each of the three, which rows of the batch they are.
         attn, turn, added: as of :func:`segment_projections`.
+        wide: whether queries and keys are normed and turned in float32 at least.
     """
     query, key, value = (part.unflatten(-1, (-1, head_dim(attn))) for part in split)
+    if wide:
+        query, key = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (query, key))
     norm_q, norm_k = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
     query, key = (query if norm_q is None else norm_q(query)), (key if norm_k is None else norm_k(key))
     if turn is not None:  # of no rows there is nothing to turn: where all are known from a recording
         query, key = (turn(part, rows) if rows else part for part, rows in zip((query, key), used[:2], strict=True))
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm returns a wider type
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast too a norm returns a wider type
     parts = zip((query, key, value), used, strict=True)
     return SegmentProjections(*(Rows(part.transpose(1, 2), rows) for part, rows in parts))

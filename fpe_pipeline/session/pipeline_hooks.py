@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from ..models.adapter import ModelAdapter
+from ..models.modular import is_modular
 from ..prompts.encoding import Encoding, EncodingHook
 from ..shadows import Shadows
 from .finite_watch import FiniteDecoder, FiniteWatch
 from .hooks import SchedulerHook
+from .modular_calls import ModularCalls
 from .shared_noise import paired_generators
 
 __all__ = ["PipelineHooks"]
@@ -62,6 +64,8 @@ class PipelineHooks:
         self._calls = Shadows(pipe)
         # What every call of a diffusers pipeline begins with; its __call__ itself is looked up in the class.
         self._calls.cover("check_inputs", begun)
+        heard = self._heard(called), self._heard(encoded), paired
+        self._modular = ModularCalls(adapter, *heard) if is_modular(pipe) else None
         self._encoding = EncodingHook(pipe, self._heard(encodes), adapter.text_parts)
         self._decoder = FiniteDecoder(pipe, watch)
         self._noise = _PairedNoise(adapter, self._heard(lambda rows: paired(rows, self._asked)))
@@ -115,6 +119,8 @@ class PipelineHooks:
     def remove(self, *, expected: bool) -> None:
         """Leave the pipeline as it was found; warn where steps of its scheduler were ``expected`` and none was made."""
         self._calls.remove()
+        if self._modular is not None:
+            self._modular.remove()
         self._encoding.remove()
         self._decoder.remove()
         self._noise.remove()
@@ -130,7 +136,7 @@ def _calling_pipeline() -> Any | None:
     while frame is not None:
         # By name first: asking a frame for its locals makes it hold them until it ends.
         own = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
-        if isinstance(own, DiffusionPipeline):
+        if isinstance(own, DiffusionPipeline) or is_modular(own):
             return own
         frame = frame.f_back
     return None

@@ -141,16 +141,6 @@ def test_caches(pipe):
         editing(tiny, FreePromptEdit())
 
 
-def test_modular_pipelines(sd3):
-    """Their guider calls the model for each half of the rows, and the negative prompts' would be edited as well."""
-    from diffusers.modular_pipelines import SequentialPipelineBlocks, StableDiffusion3ModularPipeline
-
-    modular = StableDiffusion3ModularPipeline(SequentialPipelineBlocks())
-    modular.transformer, modular.scheduler = sd3.transformer, sd3.scheduler
-    with pytest.raises(ValueError, match="StableDiffusion3ModularPipeline is a modular pipeline, whose guider"):
-        editing(modular, FreePromptEdit())
-
-
 def test_one_prompt_alone(sd3):
     with pytest.raises(ValueError, match="holds no target"), editing(sd3, FreePromptEdit()):
         draw(sd3, prompts=1)

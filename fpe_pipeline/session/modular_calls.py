@@ -1,0 +1,97 @@
+"""Calls of a modular pipeline, which has no methods to listen to: what it is asked stands in its blocks' state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..models.adapter import ModelAdapter
+from ..prompts.encoding import Encoding, received_by, text_of_parts
+from .shared_noise import paired_generators
+
+__all__ = ["ModularCalls"]
+
+
+class ModularCalls:
+    """Hands on what a modular pipeline is asked and encodes, and has rows of one image draw the same noise.
+
+    Args:
+        adapter: of the model, with the pipeline around it.
+        called: is told that a call of the pipeline begins.
+        encoded: is shown what the call has encoded, before the model is called for the first time.
+        paired: as `PipelineHooks` takes it.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        called: Callable[[], None],
+        encoded: Callable[[Encoding], None],
+        paired: Callable[[int | None, Encoding | None], tuple[Sequence[int], int] | None],
+    ) -> None:
+        self._adapter = adapter
+        self._called, self._encoded, self._paired = called, encoded, paired
+        self._pending: Callable[[], Encoding] | None = None  # of a call that has not come to the model yet
+        pipe: Any = adapter.pipe
+        self._pipe, self._covered = pipe, _Blocks(pipe._blocks, self._run)
+        pipe._blocks = self._covered
+        tell = torch.compiler.disable(self._tell)
+        # Before the session's own hooks, which ask what was encoded.
+        self._handles = [model.register_forward_pre_hook(tell, prepend=True) for model in adapter.models.values()]
+
+    def remove(self) -> None:
+        """Leave the pipeline as it was found."""
+        for handle in self._handles:
+            handle.remove()
+        if self._pipe._blocks is self._covered:
+            self._pipe._blocks = self._covered.original
+
+    def _run(self, blocks: Any, pipe: Any, state: Any) -> Any:
+        """The blocks, with generators that the rows of one image share."""
+        values = dict(state.values)
+        self._called()
+        layout, generator = self._paired(None, Encoding.of(values, {})), values.get("generator")
+        draws = "generator" in values and values.get("latents") is None
+        if draws and layout is not None and not isinstance(generator, list):  # a list says every row's own
+            state.set("generator", paired_generators(generator, *layout))
+        parts = () if self._adapter.words_refused else self._adapter.text_parts
+        with received_by(pipe) as received:
+            self._pending = lambda: Encoding.of(values, received.tokens, text_of_parts(pipe, parts, received, values))
+            try:
+                return blocks(pipe, state)
+            finally:
+                self._pending = None
+
+    def _tell(self, *_: Any) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._encoded(pending())
+
+
+class _Blocks:
+    """What stands in the place of blocks: all that they are, run by another function.
+
+    Args:
+        original: the blocks.
+        run: is called with them, and with what they are called with.
+    """
+
+    def __init__(self, original: Any, run: Callable[[Any, Any, Any], Any]) -> None:
+        self.original, self._run = original, run
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.original)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)
+
+    def __call__(self, pipe: Any, state: Any) -> Any:
+        return self._run(self.original, pipe, state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """What ``pipe.blocks`` gives, and what a copy of the pipeline has: the blocks themselves."""
+        return copy.deepcopy(self.original, memo)
