@@ -68,6 +68,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "SanaTransformer2DModel": SanaAdapter,
     "SkyReelsV2Transformer3DModel": WanAdapter,
     "WanTransformer3DModel": WanAdapter,
+    "WanVACETransformer3DModel": WanAdapter,
     "ZImageTransformer2DModel": ZImageAdapter,
 }
 
