@@ -101,6 +101,7 @@ class ModelAdapter(ABC):
             "qwen",
             "qwen21",
             "ltx",
+            "ltx2",
             "lumina2",
             "mochi",
             "sana",

@@ -22,6 +22,7 @@ from .hunyuan_video import HunyuanVideoAdapter
 from .kandinsky5 import Kandinsky5Adapter
 from .krea2 import Krea2Adapter
 from .ltx import LTXAdapter
+from .ltx2 import LTX2Adapter
 from .lumina2 import Lumina2Adapter
 from .mochi import MochiAdapter
 from .modular import by_guider, is_modular
@@ -56,6 +57,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "HunyuanVideoTransformer3DModel": HunyuanVideoAdapter,
     "Kandinsky5Transformer3DModel": Kandinsky5Adapter,
     "Krea2Transformer2DModel": Krea2Adapter,
+    "LTX2VideoTransformer3DModel": LTX2Adapter,
     "LTXVideoTransformer3DModel": LTXAdapter,
     "LongCatImageTransformer2DModel": LongCatImageAdapter,
     "Lumina2Transformer2DModel": Lumina2Adapter,

@@ -24,6 +24,7 @@ from .instructions import Order
 from .joint_processor import EditJointProcessor, unsupported_joint_reasons
 from .kandinsky5_processor import EditKandinsky5Processor
 from .krea2_processor import EditKrea2Processor
+from .ltx2_processor import EditLTX2Processor
 from .ltx_processor import EditLTXProcessor
 from .lumina2_processor import EditLumina2Processor
 from .mochi_processor import EditMochiProcessor
@@ -65,6 +66,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "lumina2": (EditLumina2Processor, EditLumina2Processor.unsupported_reasons),
     "mochi": (EditMochiProcessor, EditMochiProcessor.unsupported_reasons),
     "ltx": (EditLTXProcessor, EditLTXProcessor.unsupported_reasons),
+    "ltx2": (EditLTX2Processor, EditLTX2Processor.unsupported_reasons),
     "sana": (EditSanaProcessor, EditSanaProcessor.unsupported_reasons),
     "wan": (EditWanProcessor, EditWanProcessor.unsupported_reasons),
     "z_image": (EditZImageProcessor, EditZImageProcessor.unsupported_reasons),

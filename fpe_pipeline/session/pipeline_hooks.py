@@ -151,6 +151,7 @@ class _PairedNoise:
         self._repeats_pictures = adapter.repeats_pictures
         self._shadows = Shadows(adapter.pipe)
         self._shadows.cover("prepare_latents", self._latents)
+        self._shadows.cover("prepare_audio_latents", self._latents)  # of sound beside a video
         self._shadows.cover("prepare_extra_step_kwargs", self._options)
         self._pipe = adapter.pipe
         # Whether the pipeline hands its generator to steps: those of flow models do not, and Lumina 2's has the method
