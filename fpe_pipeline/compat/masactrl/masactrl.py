@@ -165,9 +165,12 @@ class _Masked(MutualSelfAttentionControl):
         source = self.source_mask(grid)
         if source is None:
             return self.attn_batch(q, key, value, *rest, **kwargs)
+        targets = q.shape[0] // num_heads - 1
+        self.check_targets(targets)
         out = [self.attn_batch(q[:num_heads], key, value, *rest, **kwargs)]
+        if targets == 0:  # a call of one prompt, which no map of no query rows is asked for
+            return out[0]
         biases = score_biases(source.to(q.device), self.compat)
-        self.check_targets(q.shape[0] // num_heads - 1)
         inside, outside = (self._branch(q[num_heads:], key, value, rest, bias, kwargs) for bias in biases)
         for target, (object_, around) in enumerate(zip(inside, outside, strict=True)):
             share = self.target_mask(grid, target).to(q)[:, None]

@@ -159,6 +159,21 @@ def test_what_cannot_be_asked(eight, masa):
         from fpe_pipeline.compat.masactrl import MutualSelfAttention  # noqa: F401
 
 
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+@pytest.mark.parametrize(
+    "editor",
+    [
+        lambda: MutualSelfAttentionControlMask(**WINDOW, mask_s=MASK, mask_t=MASK),
+        lambda: MutualSelfAttentionControlMaskAuto(**WINDOW),
+    ],
+    ids=["mask", "auto"],
+)
+def test_one_prompt_is_left_as_it_is(eight, editor, guidance_scale):
+    plain = sample(eight, 1, guidance_scale=guidance_scale)
+    with regiter_attention_editor_diffusers(eight, editor()):
+        torch.testing.assert_close(sample(eight, 1, guidance_scale=guidance_scale), plain, rtol=0, atol=1e-4)
+
+
 def test_arguments_come_in_masactrls_order(masa):
     noise = torch.randn(1, 4, 8, 8)
     prompts = ["a cat", "a dog"]
