@@ -84,9 +84,20 @@ class MapStore(ABC):
     """Tensors by step and key; the step after the one that was read is fetched ahead."""
 
     def __init__(self) -> None:
+        self._begin_reading()
+
+    def _begin_reading(self) -> None:
         self._ahead: tuple[int, torch.device, Future[_Loaded]] | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fpe-recording")
         self._streams: dict[torch.device, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a pickle take: all but what fetches steps ahead, which is of this process."""
+        return {name: part for name, part in vars(self).items() if name not in ("_ahead", "_worker", "_streams")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin_reading()
 
     @abstractmethod
     def write(self, step: int, tensors: Tensors) -> None:
@@ -148,6 +159,14 @@ class MemoryStore(MapStore):
         self._pinned = device.type == "cpu" and torch.cuda.is_available()
         self._steps: dict[int, tuple[torch.Tensor, Layout[TensorKey]]] = {}
         self._views: dict[int, Tensors] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As of every store; the views are made anew, as a pickle would hold the bytes of each of them once more."""
+        return super().__getstate__() | {"_views": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._views = {step: layout.views(block) for step, (block, layout) in self._steps.items()}
 
     def write(self, step: int, tensors: Tensors) -> None:
         layout = Layout.of(tensors)

@@ -1,7 +1,9 @@
 """Folders of recordings: whatever is not exactly what was written is refused, and a failure leaves nothing behind."""
 
+import copy
 import json
 import os
+import pickle
 import random
 import shutil
 
@@ -34,10 +36,10 @@ def original(tiny, tmp_path_factory):
 
 @pytest.fixture
 def folder(original, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(original, copy)
-    Recording.load(copy)
-    return copy
+    copied = tmp_path / "copy"
+    shutil.copytree(original, copied)
+    Recording.load(copied)
+    return copied
 
 
 def edited(tiny, recorded):
@@ -213,6 +215,15 @@ class TestDamage:
         (folder / STEP).unlink()
         with pytest.raises(InputError, match=f"{STEP}' cannot be read: .*; record it again"):
             edited(tiny, recorded)
+
+    @pytest.mark.parametrize("placement", ["cpu", "folder"])
+    def test_copies_and_pickles_serve_as_the_recording_does(self, tiny, folder, placement):
+        recorded = Recording.load(folder) if placement == "folder" else tiny.record(SOURCE, placement="cpu", **RUN)
+        expected, kept = edited(tiny, recorded), pickle.dumps(recorded)
+        assert len(kept) < recorded.nbytes + 20_000  # what is in memory once, of what is in files nothing
+        for other in (copy.deepcopy(recorded), pickle.loads(kept)):
+            assert torch.equal(edited(tiny, other), expected)
+        assert torch.equal(edited(tiny, recorded), expected)
 
 
 def _garble(path, seed=1):
