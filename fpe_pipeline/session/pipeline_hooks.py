@@ -111,9 +111,10 @@ class PipelineHooks:
         self._is_heard = False
         if caller is not None and caller is not self._pipe:
             name, own = type(caller).__name__, type(self._pipe).__name__
+            which = f"another {name}" if name == own else f"a {name}"
             raise RuntimeError(
-                f"the session is of a {own}, and a {name} calls the model that they share, of whose prompts, images "
-                f"and guidance a session of the {own} is told nothing: open the session on the {name}"
+                f"the session is of a {own}, and {which} calls the model that they share, of whose prompts, images "
+                "and guidance the session is told nothing: open the session on the pipeline that is called"
             )
 
     def remove(self, *, expected: bool) -> None:

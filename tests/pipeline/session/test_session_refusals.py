@@ -67,6 +67,12 @@ def test_another_pipeline_of_the_same_model(pipe):
     with editing(other, FPE) as session:
         other(PROMPTS[:2], **picture)
     assert session.report().layers
+    twin = type(tiny)(**tiny.components, requires_safety_checker=False)
+    message = (
+        "of a StableDiffusionPipeline, and another StableDiffusionPipeline calls .* on the pipeline that is called"
+    )
+    with pytest.raises(RuntimeError, match=message), editing(tiny, FPE):
+        sample(twin)
 
 
 def test_outside_the_window_any_batch_will_do(tiny):
