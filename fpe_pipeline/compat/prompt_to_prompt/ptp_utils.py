@@ -138,9 +138,9 @@ def text2image_ldm_stable(
         Images or latents, and the noise that they came from [1, C, h, w].
 
     Raises:
-        TypeError: prompts that are no texts, a seed as generator.
-        ValueError: a pipeline of several text encoders, steps or guidance that are no numbers, embeddings of another
-            number of steps.
+        TypeError: prompts that are no texts, a seed or several generators, a noise that is no tensor.
+        ValueError: a pipeline of several text encoders, steps or guidance that are no numbers, a noise of other rows or
+            channels, embeddings of another number of steps.
     """
     compat = chosen_compat(compat)
     if getattr(model, "text_encoder_2", None) is not None or getattr(model, "text_encoder", None) is None:
@@ -151,7 +151,6 @@ def text2image_ldm_stable(
     prompt = listed(prompt)
     check_positive(num_inference_steps=num_inference_steps)
     check_guidance(guidance_scale)
-    check_generator(generator)
     if start_time is not None:
         check_positive(start_time=start_time)
     towards, away = model.encode_prompt(prompt, model._execution_device, 1, True)
@@ -187,8 +186,25 @@ def init_latent(
     generator: torch.Generator | None,
     batch_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One noise [1, C, h, w], drawn where none is passed, and the same for each of the batch [B, C, h, w]."""
+    """One noise [1, C, h, w], drawn where none is passed, and the same for each of the batch [B, C, h, w].
+
+    Raises:
+        TypeError: a noise that is no tensor, a seed or several generators.
+        ValueError: a noise of other rows or channels.
+    """
     channels, size = model.unet.config.in_channels, model.unet.config.sample_size
+    check_generator(generator)
+    if isinstance(generator, list | tuple):
+        raise TypeError(f"expected one generator, of the noise of all prompts, got a {type(generator).__name__}")
+    if latent is not None and not isinstance(latent, torch.Tensor):
+        raise TypeError(f"expected latent to be a tensor [1, {channels}, h, w], got {type(latent).__name__}")
+    if latent is not None and (
+        latent.ndim != 4 or latent.shape[0] not in (1, batch_size) or latent.shape[1] != channels
+    ):
+        raise ValueError(
+            f"expected a latent [1, {channels}, h, w], or one for each of {batch_size} prompts, got "
+            f"{list(latent.shape)}"
+        )
     if latent is None:
         sides = [size if side is None else side // model.vae_scale_factor for side in (height, width)]
         latent = torch.randn((1, channels, *sides), generator=generator, dtype=torch.float32)

@@ -47,6 +47,23 @@ def run(pipe, controller, prompts=PROMPTS, steps=2, latent=None, **options):
     )[0]
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"latent": torch.zeros(3, 4, 16, 16)}, ValueError, r"latent \[1, 4, h, w\], or one for each of 2 prompts, got \[3"),
+        ({"latent": torch.zeros(4, 16, 16)}, ValueError, r"got \[4, 16, 16\]"),
+        ({"latent": np.zeros((1, 4, 16, 16))}, TypeError, "expected latent to be a tensor .* got ndarray"),
+        ({"latent": None, "generator": [torch.Generator()] * 2}, TypeError, "one generator, .* got a list"),
+    ],
+    ids=["rows", "axes", "array", "generators"],
+)
+def test_a_noise_that_cannot_be(pipe, given, error, said):
+    for loop in (ptp_utils.text2image_ldm_stable, direct_inversion_p2p_guidance_forward):
+        options = {"add_offset": False} if loop is direct_inversion_p2p_guidance_forward else {}
+        with pytest.raises(error, match=said):
+            loop(pipe, PROMPTS, None, num_inference_steps=2, **options, **given)
+
+
 SLOW = pytest.mark.slow  # as edits, the same cases are run by default
 
 
