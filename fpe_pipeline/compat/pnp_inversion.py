@@ -19,7 +19,13 @@ from .given import listed, pixels
 from .names import unknown_name
 from .prompt_to_prompt import edits
 from .prompt_to_prompt.edits import AttentionControlEdit
-from .prompt_to_prompt.ptp_utils import diffusion_step, init_latent, latent2image, register_attention_control
+from .prompt_to_prompt.ptp_utils import (
+    diffusion_step,
+    init_latent,
+    latent2image,
+    register_attention_control,
+    warn_of_prompts,
+)
 from .switch import chosen_compat
 
 __all__ = [
@@ -220,6 +226,8 @@ def direct_inversion_p2p_guidance_forward(
     context = torch.cat([away, towards])
     latent, latents = init_latent(latent, model, None, None, generator, len(prompt))
     model.scheduler.set_timesteps(num_inference_steps)
+    if compat is None:
+        warn_of_prompts(controller, prompt)
     registered = register_attention_control(model, controller, compat)
     try:
         for index, t in enumerate(model.scheduler.timesteps):

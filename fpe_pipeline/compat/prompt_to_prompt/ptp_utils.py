@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ...errors import check_generator, check_guidance, check_positive
+from ...errors import EditWarning, check_generator, check_guidance, check_positive
 from ..controlled import Compat, ControlledLayers, controlled_layers, register_controller
 from ..given import check_count, listed, shown
 from ..names import unknown_name
@@ -161,6 +162,8 @@ def text2image_ldm_stable(
     if uncond_embeddings is not None:
         check_count("uncond_embeddings", uncond_embeddings, len(timesteps), "embeddings", "null-text inversion")
         uncond_embeddings = uncond_embeddings[first if compat is None else 0 :]
+    if compat is None:
+        warn_of_prompts(controller, prompt)
     registered = register_attention_control(model, controller, compat)
     if compat is None and hasattr(controller, "reset"):
         controller.reset()
@@ -176,6 +179,18 @@ def text2image_ldm_stable(
         if registered is not None and compat is None:
             registered.restore()
     return (latent2image(model.vae, latents) if return_type == "image" else latents), latent
+
+
+def warn_of_prompts(controller: Any, prompts: Sequence[str]) -> None:
+    """Say so where an edit's words are those of other prompts than the run's; other numbers of prompts are refused."""
+    made_for = getattr(controller, "prompts", None)
+    if hasattr(controller, "cross_replace_steps") and made_for is not None and list(made_for) != list(prompts):
+        warnings.warn(
+            f"the controller is made for {list(made_for)}, whose words it aligns, and the run has {list(prompts)}: "
+            "make a controller with the prompts of the call",
+            EditWarning,
+            stacklevel=4,  # the caller of a loop, which torch.no_grad wraps
+        )
 
 
 def init_latent(

@@ -29,6 +29,7 @@ from fpe_pipeline.compat.prompt_to_prompt import (
     show_cross_attention,
     show_self_attention_comp,
 )
+from fpe_pipeline.errors import EditWarning
 from tests.support.dropin_cases import compare
 from tests.support.golden_cases import load_case, source_image
 from tests.support.tiny_pipelines import unedited
@@ -50,7 +51,7 @@ def run(pipe, controller, prompts=PROMPTS, steps=2, latent=None, **options):
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
-        ({"latent": torch.zeros(3, 4, 16, 16)}, ValueError, r"latent \[1, 4, h, w\], or one for each of 2 prompts, got \[3"),
+        ({"latent": torch.zeros(3, 4, 16, 16)}, ValueError, r"\[1, 4, h, w\], or one for each of 2 prompts, got \[3"),
         ({"latent": torch.zeros(4, 16, 16)}, ValueError, r"got \[4, 16, 16\]"),
         ({"latent": np.zeros((1, 4, 16, 16))}, TypeError, "expected latent to be a tensor .* got ndarray"),
         ({"latent": None, "generator": [torch.Generator()] * 2}, TypeError, "one generator, .* got a list"),
@@ -62,6 +63,24 @@ def test_a_noise_that_cannot_be(pipe, given, error, said):
         options = {"add_offset": False} if loop is direct_inversion_p2p_guidance_forward else {}
         with pytest.raises(error, match=said):
             loop(pipe, PROMPTS, None, num_inference_steps=2, **options, **given)
+
+
+def test_a_controller_for_other_prompts_is_told_of(pipe):
+    """Its words would be aligned at the places where the other prompts have them."""
+    loops = (
+        lambda *given: run(pipe, *given),
+        lambda controller, prompts: direct_inversion_p2p_guidance_forward(
+            pipe, prompts, controller, noise(16, 16), 2, add_offset=False
+        ),
+    )
+    for loop in loops:
+        with pytest.warns(EditWarning, match="controller is made for .*squirrel.* and the run has .*lion") as told:
+            loop(AttentionReplace(PROMPTS, 2, 0.8, 0.4), PROMPTS[::-1])
+        assert [warning.filename for warning in told if warning.category is EditWarning] == [__file__]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", EditWarning)
+            loop(AttentionReplace(PROMPTS, 2, 0.8, 0.4), PROMPTS)
+            loop(AttentionStore(), PROMPTS)
 
 
 SLOW = pytest.mark.slow  # as edits, the same cases are run by default
