@@ -1,7 +1,8 @@
 """The `fpe` command: a demo, edits of generated images, and what this installation can do.
 
 Paths of results go to standard output, one a line, or with --json one object; progress and errors go to standard error.
-Exit codes: 0 done, 1 failed while running, 2 the request cannot be served as it stands, 130 interrupted.
+Exit codes: 0 done, 1 failed while running, 2 the request cannot be served as it stands, 130 interrupted, 128 and its
+number where another signal ended it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from .. import extras
+from .. import endings, extras
 from ..errors import InputError
 from ..texts import print_text
 from .console import open_streams, quiet_imports, say, warnings_on_stderr
@@ -37,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fpe: error: {extras.hint(absent)}", file=sys.stderr)
         return 2
     try:
-        return _done(arguments)
-    except KeyboardInterrupt:  # also while the command line is read, for which packages are imported
-        print("fpe: interrupted", file=sys.stderr)
-        return 130
+        with endings.orderly():
+            return _done(arguments)
+    except KeyboardInterrupt as interruption:  # also while the command line is read, for which packages are imported
+        return endings.tell(interruption, "fpe")
     except BrokenPipeError:
         sys.stderr.close()  # the reader of standard output has gone; Python would report it once more at exit
         return 1

@@ -76,6 +76,7 @@ def check_new(folder: Path, settings: Settings, methods: Sequence[str], precisio
             does not have.
     """
     from ..edits.registry import find_method
+    from ..recordings.folder_store import INDEX
     from ..recordings.precision import PRECISIONS
 
     if precision not in PRECISIONS:
@@ -86,6 +87,11 @@ def check_new(folder: Path, settings: Settings, methods: Sequence[str], precisio
             find_method(method)
         check_family(settings.with_values(method=method), source)
     taken = [name for name in (RECORDING, _RECORD) if (folder / name).exists()]
+    if taken == [RECORDING] and not (folder / RECORDING / INDEX).exists():
+        raise InputError(
+            f"'{folder / RECORDING}' is a recording that was not finished, as another command writes it or as one left "
+            "it that was killed; delete it, or pass a new folder with -o"
+        )
     if taken:
         raise InputError(f"'{folder}' holds {' and '.join(taken)} already; pass a new folder with -o")
     check_writable(folder)

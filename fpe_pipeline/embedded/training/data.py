@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -250,6 +251,8 @@ def _drawn_blocks(folder: Path, settings: dict[str, int], workers: int, index: i
 
 
 if __name__ == "__main__":
-    # One worker of `start_rendering`: FOLDER SETTINGS WORKERS INDEX; says each block that it has drawn.
+    # One worker of `start_rendering`: FOLDER SETTINGS WORKERS INDEX; says each block that it has drawn. Ctrl-C reaches
+    # all processes of a terminal, and the one that asked ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for drawn_block in _drawn_blocks(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])):
         print(drawn_block, flush=True)

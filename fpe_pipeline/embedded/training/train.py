@@ -13,6 +13,7 @@ import logging
 import sys
 from pathlib import Path
 
+from ... import endings
 from .arguments import check_device, minutes, seed, threads
 from .data import drawn_scenes
 from .presets import PRESETS, Preset
@@ -81,7 +82,11 @@ def main(argv: list[str] | None = None) -> int:
     work = args.work or Path("runs") / args.preset
     output, report = args.output or work / "model", args.report or work / "report"
     box.guard(GRACE, output)
-    train(PRESETS[args.preset], work, output, report=report, seed=args.seed, device=device, box=box)
+    try:
+        with endings.orderly():
+            train(PRESETS[args.preset], work, output, report=report, seed=args.seed, device=device, box=box)
+    except KeyboardInterrupt as interruption:
+        return endings.tell(interruption, parser.prog, "; run it again to go on")
     box.release()
     return 0
 

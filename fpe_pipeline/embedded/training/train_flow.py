@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ... import endings
 from .arguments import check_device, minutes, seed, threads
 from .data import drawn_scenes
 from .flow_presets import FLOW_PRESETS, FlowPreset
@@ -42,7 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     work = args.work or Path("runs") / f"flow-{args.preset}"
     output = args.output or work / "model"
     box.guard(GRACE, output)
-    train(FLOW_PRESETS[args.preset], work, output, seed=args.seed, device=args.device, box=box)
+    try:
+        with endings.orderly():
+            train(FLOW_PRESETS[args.preset], work, output, seed=args.seed, device=args.device, box=box)
+    except KeyboardInterrupt as interruption:
+        return endings.tell(interruption, parser.prog, "; run it again to go on")
     box.release()
     return 0
 

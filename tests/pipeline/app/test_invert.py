@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +134,14 @@ def test_refusals_before_weights_are_read(more, reason, photo, inverted, model, 
     assert cli.main(["invert", *(names.get(word, word) for word in more), "--model", model]) == 2
     assert reason in one_error(capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recording_that_was_killed_is_called_so(photo, model, tmp_path, monkeypatch, capsys):
+    refuse_loading(monkeypatch)
+    Path(tmp_path, "out", "recording").mkdir(parents=True)
+    Path(tmp_path, "out", "recording", "step-0000.safetensors").write_bytes(b"")
+    assert cli.main(["invert", str(photo), "--model", model, "-o", str(tmp_path / "out")]) == 2
+    assert "is a recording that was not finished" in (said := one_error(capsys)) and "delete it" in said
 
 
 @pytest.mark.parametrize(

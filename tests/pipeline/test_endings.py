@@ -1,0 +1,83 @@
+"""Ends that are asked for by signals: one line, an exit code that shells know, and nothing half made."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from fpe_pipeline.app import cli
+from fpe_pipeline.embedded.training import data, train, train_flow
+from fpe_pipeline.endings import Ended, orderly
+from fpe_pipeline.runs import run as runs
+from tests.support.tiny_cli import edit_arguments, tiny_model_folder
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+ENDS = [("SIGTERM", 143), ("SIGHUP", 129)]
+
+
+def _send(name):
+    assert signal.getsignal(signal.Signals[name]) is not signal.SIG_DFL  # or the test run would end here
+    signal.raise_signal(signal.Signals[name])
+
+
+@pytest.mark.parametrize("name, code", ENDS)
+def test_a_command_that_a_signal_ends(name, code, tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(signal.Signals[name])
+    edit = edit_arguments(tiny_model_folder(tmp_path / "tiny"))
+    monkeypatch.setattr(runs, "load_pipeline", lambda *_, **__: _send(name))
+    assert cli.main([*edit, "-o", str(tmp_path / "out")]) == code
+    assert capsys.readouterr() == ("", f"fpe: ended by {name}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    assert signal.getsignal(signal.Signals[name]) == before
+
+
+@pytest.mark.parametrize("name, code", ENDS)
+@pytest.mark.parametrize("module", [train, train_flow])
+def test_a_training_that_a_signal_ends(module, name, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "train", lambda *_, **__: _send(name))
+    assert module.main(["--preset", "smoke", "--work", str(tmp_path)]) == code
+    assert capsys.readouterr().err.endswith(f": ended by {name}; run it again to go on\n")
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    for name, _ in ENDS:
+        with pytest.raises(Ended), orderly():
+            try:
+                _send(name)
+            finally:
+                assert signal.getsignal(signal.Signals[name]) is signal.SIG_DFL
+
+
+def test_a_signal_that_the_caller_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        with orderly():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_another_ctrl_c_while_python_ends_is_no_traceback():
+    code = (
+        "import atexit, signal, sys\n"
+        "from fpe_pipeline.endings import tell\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "atexit.register(signal.raise_signal, signal.SIGINT)\n"
+        "sys.exit(tell(KeyboardInterrupt(), 'fpe'))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGINT and ended.stderr == "fpe: interrupted\n"
+
+
+def test_ctrl_c_leaves_those_that_draw_scenes_to_their_training(tmp_path):
+    drawing = data.start_rendering(tmp_path, 100_000, 32, workers=1)
+    (worker,) = drawing._workers
+    try:
+        drawing.wait(1)
+        worker.send_signal(signal.SIGINT)
+        assert drawing.wait(drawing.ready + 64) and worker.poll() is None
+    finally:
+        drawing.stop()
