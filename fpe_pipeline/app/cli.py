@@ -7,6 +7,7 @@ number where another signal ended it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import traceback
@@ -72,5 +73,7 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
 def _said(reason: str, code: int, arguments: Sequence[str]) -> int:
     print_text(f"fpe: error: {reason}", sys.stderr)
     if "--json" in arguments:
-        print_text(json.dumps({"error": reason, "exit_code": code}))
+        with contextlib.suppress(OSError):  # it may be what went wrong: a full disk, a reader that has gone
+            print_text(json.dumps({"error": reason, "exit_code": code}))
+            sys.stdout.flush()
     return code

@@ -191,6 +191,14 @@ class TestFailures:
         assert "Traceback" not in rest
         assert not (tmp_path / "out").exists()
 
+    def test_an_output_that_is_full_is_one_line_with_json_too(self, capsys, monkeypatch):
+        full = mock.Mock(
+            encoding="utf-8", errors="strict", write=mock.Mock(side_effect=OSError(28, "No space left on device"))
+        )
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["info", "--json"]) == 1
+        assert capsys.readouterr().err == "fpe: error: [Errno 28] No space left on device\n"
+
     def test_traceback_on_request(self, edit, tmp_path, capsys, monkeypatch):
         def fail(*args, **kwargs):
             raise RuntimeError("out of memory")
