@@ -24,6 +24,11 @@ _WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?(\.(?P<variant>[a-z]\w*))?(-\d+-of-\d+)?\.(safetensors|bin)"
 )
 _LONGEST_TEXT = 10**6  # tokens; transformers writes 10^30 where nothing says how many a model reads
+# What an error of loading may come of, by where the model is.
+_HINTS = {
+    "file": "; a checkpoint file needs its configuration from the hub once",
+    "hub": "; where it was not fetched from the hub to its end, run this again while the hub can be reached",
+}
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -45,8 +50,9 @@ def load(source: ModelSource, pipeline: Any, *, dtype: torch.dtype, device: str)
             pipe = loader(source.location, torch_dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        hint = "; a checkpoint file needs its configuration from the hub once" if source.kind == "file" else ""
-        raise InputError(f"model '{source.location}' could not be loaded: {reason[0]}{hint}") from error
+        raise InputError(
+            f"model '{source.location}' could not be loaded: {reason[0]}{_HINTS.get(source.kind, '')}"
+        ) from error
     _check_tokenizers(pipe, source.location)
     return pipe.to(device)
 

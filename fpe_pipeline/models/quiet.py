@@ -38,6 +38,8 @@ def quiet_libraries() -> Iterator[None]:
         with only_errors(), warnings.catch_warnings():
             # diffusers renamed torch_dtype to dtype; the versions that this package supports take the old name.
             warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch_dtype.*")
+            # An argument of diffusers' to the hub, which is said with each model that is fetched.
+            warnings.filterwarnings("ignore", category=UserWarning, message=".*local_dir_use_symlinks.*")
             yield
     finally:
         for log in bars:

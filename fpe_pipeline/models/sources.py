@@ -96,7 +96,8 @@ def find_model(model: str) -> ModelSource:
             .safetensors or .ckpt file, or a hub name such as "owner/model".
 
     Raises:
-        InputError: nothing of that name is here and it cannot be a hub name, or it is another kind of model.
+        InputError: nothing of that name is here and it cannot be a hub name, the hub does not give what such a model
+            says of itself, or it is another kind of model.
     """
     if is_embedded(model):
         return _folder(_embedded_folder(model))
@@ -123,10 +124,7 @@ def find_model(model: str) -> ModelSource:
         if path.as_posix().endswith(f"/{end}"):
             return find_model(name)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
-        folder = _without_weights(model)
-        if folder is None or not (folder / _INDEX).is_file():
-            return ModelSource("hub", model)  # whose loading says what is wrong
-        return replace(_folder(folder, model), kind="hub", location=model)
+        return replace(_folder(_without_weights(model), model), kind="hub", location=model)
     raise InputError(
         f"model '{model}' is neither a folder nor a file here, nor a hub name of the form owner/model; "
         f"pass --model with the path where it lies, or --model {EMBEDDED}"
@@ -198,9 +196,12 @@ def _embedded_folder(name: str) -> Path:
 
 
 @functools.cache
-def _without_weights(model: str) -> Path | None:
-    """The folder, here, of a model on the hub with what it says of itself, which is some kilobytes; None where the hub,
-    or what was fetched from it before, does not have it."""
+def _without_weights(model: str) -> Path:
+    """The folder, here, of a model on the hub with what it says of itself, which is some kilobytes.
+
+    Raises:
+        InputError: neither the hub, nor what was fetched from it before, has it.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -208,11 +209,28 @@ def _without_weights(model: str) -> Path | None:
     disable_progress_bars()
     try:
         return Path(snapshot_download(model, allow_patterns=[_INDEX, "*/config.json"]))
-    except (OSError, ValueError):
-        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"model '{model}' is no folder here, and {_why_not(error, model)}") from error
     finally:
         if shown:
             enable_progress_bars()
+
+
+def _why_not(error: Exception, model: str) -> str:
+    """Why the hub does not give a model, and what to do."""
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    page = f"{ENDPOINT}/{model}"
+    if isinstance(error, GatedRepoError):  # which is a RepositoryNotFoundError too
+        return f"the hub gives it to those alone who have accepted its terms: do so at {page}, then `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the hub has none of that name, or a private one: look for {page}, or `hf auth login`"
+    if isinstance(error, LocalEntryNotFoundError):
+        reason = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else f"{ENDPOINT} does not answer"
+        return f"it was not fetched from the hub before, which cannot be asked: {reason}; pass --model with a folder"
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return f"the hub does not give it: {said[0]}; try again, or pass --model with a folder"
 
 
 def _folder(path: Path, name: str | None = None) -> ModelSource:

@@ -2,10 +2,12 @@
 
 import functools
 import json
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from fpe_pipeline.errors import InputError
@@ -115,8 +117,35 @@ class TestOnTheHub:
         with pytest.raises(InputError, match="'owner/video' holds a WanPipeline"):
             find_model("owner/video")
 
-    def test_of_what_it_does_not_have_loading_tells(self, hub):
+    def test_what_is_no_pipeline_is_refused(self, hub):
         self.put(hub, "owner/lora", "", **{"adapter_config.json": {}})
         (hub[0] / "owner/lora/model_index.json").unlink()
-        for name in ("owner/nothing", "owner/lora"):
-            assert find_model(name) == sources.ModelSource("hub", name)
+        with pytest.raises(InputError, match="'owner/lora' is not a diffusers pipeline folder"):
+            find_model("owner/lora")
+
+    @pytest.mark.parametrize(
+        ("kind", "said"),
+        [
+            (RepositoryNotFoundError, "the hub has none of that name, or a private one: look for .*/owner/nothing"),
+            (GatedRepoError, "who have accepted its terms: do so at .*/owner/nothing, then `hf auth login`"),
+            (LocalEntryNotFoundError, "was not fetched from the hub before, .* does not answer; pass --model with"),
+            (OSError, "the hub does not give it: it is lost; try again"),
+        ],
+    )
+    def test_what_it_does_not_give_is_refused_with_what_to_do(self, hub, monkeypatch, kind, said):
+        error = kind.__new__(kind, "it is lost")  # those of an answer of the hub's would be made of the answer
+        monkeypatch.setattr("huggingface_hub.snapshot_download", mock.Mock(side_effect=error))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        with pytest.raises(InputError, match=f"model 'owner/nothing' is no folder here, and .*{said}"):
+            find_model("owner/nothing")
+
+    def test_without_the_network_is_said(self, hub, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(InputError, match="cannot be asked: HF_HUB_OFFLINE is set; pass --model with a folder"):
+            find_model("owner/nothing")
+
+    def test_one_that_was_fetched_in_part_says_how_it_becomes_whole(self, hub):
+        self.put(hub, "owner/picture", "StableDiffusionPipeline")
+        pipeline = SimpleNamespace(from_pretrained=mock.Mock(side_effect=OSError("no weights here")))
+        with pytest.raises(InputError, match=r"no weights here; where it was not fetched .* run this again"):
+            load_pipeline(find_model("owner/picture"), pipeline=pipeline, dtype=torch.float32, device="cpu")
