@@ -92,15 +92,16 @@ def _serve(
     check_writable(output)
     from ..studio.desk import Desk
     from ..studio.models import Models
-    from ..studio.serve import serve
+    from ..studio.serve import serve, until_ended
 
     pages = output.resolve() / _PAGES
-    served = serve(Desk(Models(models, **machine), pages), host=host, port=port, block=False)
+    desk = Desk(Models(models, **machine), pages)
+    served = serve(desk, host=host, port=port, block=False)
     if as_json:
         report([], True, url=served.local_url)
     else:
         report([served.local_url], False)
     if not quiet:
         say("Ctrl-C ends it")
-    served.block_thread()
+    until_ended(served, desk)
     return 0

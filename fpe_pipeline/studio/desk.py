@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from PIL import Image
 
@@ -46,10 +47,19 @@ class Desk:
     models: Models
     root: Path
     limits: Limits = field(default_factory=Limits)
+    # Those that a page still has: by their folders, as visitors are equal to one another by what they hold.
+    _visitors: WeakValueDictionary[Path, Visitor] = field(default_factory=WeakValueDictionary, repr=False)
 
     def arrive(self) -> Visitor:
         """A page is opened."""
-        return Visitor(self.root)
+        visitor = Visitor(self.root)
+        self._visitors[visitor.folder] = visitor
+        return visitor
+
+    def close(self) -> None:
+        """The server ends, with every page that is open: their uploads are removed as those of a closed page are."""
+        for visitor in list(self._visitors.values()):
+            visitor.close()
 
     def settings(self, values: Sequence[Any], image: Path | None = None) -> Settings:
         """What the fields ask for, within the limits.

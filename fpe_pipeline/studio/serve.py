@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 from ..errors import InputError
 from .uploads import MOST_BYTES
 
-__all__ = ["HEADERS", "serve"]
+__all__ = ["HEADERS", "serve", "until_ended"]
 
 #: What a browser may load: the page's own files, and pictures that stand in the page itself. Gradio's page has scripts
 #: and styles in its text.
@@ -91,6 +93,29 @@ def serve(desk: Any, *, host: str = "127.0.0.1", port: int | None = None, block:
     # for seconds: one that Python stops inside of torch aborts the process.
     threading.Thread(target=desk.first_estimate, name="fpe-estimate").start()
     return page
+
+
+def until_ended(page: Any, desk: Any) -> None:
+    """Stay until Ctrl-C or a signal ends the page, and leave nothing of what was uploaded.
+
+    Gradio's own waiting writes a sentence to standard output, where results go, and leaves open pages as they are.
+
+    Args:
+        page: of :func:`serve`, which did not block.
+        desk: whose page it is.
+    """
+    try:
+        while page.is_running:
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        pass  # which is how a page is ended
+    finally:
+        desk.close()
+        # Open pages hold their connections, and what was shown is removed when the last is gone: each that is cut off
+        # would be an error of the server's, with a traceback.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        page.server.config.timeout_graceful_shutdown = 1  # seconds
+        page.close(verbose=False)
 
 
 def keep_to_itself(root: Path) -> None:

@@ -4,6 +4,7 @@ import re
 import socket
 import urllib.error
 import urllib.request
+from unittest import mock
 
 import pytest
 from PIL import Image
@@ -15,7 +16,7 @@ from fpe_pipeline.runs.settings import Settings
 from fpe_pipeline.studio.desk import Desk
 from fpe_pipeline.studio.models import Models
 from fpe_pipeline.studio.requests import FIELDS
-from fpe_pipeline.studio.serve import HEADERS, serve
+from fpe_pipeline.studio.serve import HEADERS, serve, until_ended
 from tests.support.tiny_cli import SOURCE, TARGET, one_error
 
 pytest.importorskip("gradio")
@@ -88,6 +89,17 @@ def test_port_0_is_any_free_one(models, tmp_path):
         assert answer(page.local_url)[0] == 200 and not page.local_url.endswith(":0/")
     finally:
         page.close()
+
+
+def test_the_end_of_the_server_removes_what_was_uploaded(desk, photo, capsys):
+    visitor, page = desk.arrive(), mock.Mock(is_running=True)
+    desk.receive_photo(visitor, photo)
+    assert list(desk.root.rglob("upload-*.png"))
+    with mock.patch("time.sleep", side_effect=KeyboardInterrupt):  # Ctrl-C, and what SIGTERM becomes
+        until_ended(page, desk)
+    assert not list(desk.root.rglob("upload-*.png"))
+    page.close.assert_called_once_with(verbose=False)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_port_that_is_taken(tmp_path, capsys):
