@@ -23,10 +23,10 @@ from ..models.adapter import ModelAdapter, is_guided
 from ..models.families import adapter_of
 from ..models.sites import Site
 from ..prompts.encoding import encoding_tokenizer
-from ..session.computing import Rows
 from ..session.entry import check_backend
 from ..session.installation import NO_ORDERS, LayerProcessors
-from ..session.instructions import Order
+from ..session.layers.computing import Rows
+from ..session.layers.instructions import Order
 from ..session.session import session_of
 from .given import check_made
 from .lazy import LazyMap

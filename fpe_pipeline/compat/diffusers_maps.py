@@ -22,8 +22,8 @@ from fpe_kernels import AttentionMap
 
 from ..models.adapter import identity
 from ..models.families import edited_model
-from ..session.around import ProcessorAround
 from ..session.entry import check_backend
+from ..session.layers.around import ProcessorAround
 from .lazy import LazyMap
 from .lazy.numbers import MapNumbersWarning
 

@@ -20,7 +20,7 @@ from ..models.steps import Step, StepWindow
 from ..prompts.encoding import Encoding, EncodingHook, encoding_tokenizer
 from ..prompts.joint_text import JointPrompt, encoded_prompts
 from ..prompts.words import TokenizedPrompt, tokenize
-from ..session.joint_computing import JointLayer
+from ..session.layers.joint_computing import JointLayer
 from ..session.unedited import unedited
 from ..texts import check_text
 from .concept_stream import ConceptStream

@@ -10,7 +10,7 @@ import torch
 from fpe_kernels import join
 
 from ..models.adapter import identity
-from ..session.joint_computing import JointLayer
+from ..session.layers.joint_computing import JointLayer
 
 __all__ = ["ConceptStream"]
 

@@ -19,9 +19,9 @@ from ..models.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step
-from ..session.computing import Rows
-from ..session.instructions import Order
-from ..session.known_rows import Packed, unpack
+from ..session.layers.computing import Rows
+from ..session.layers.instructions import Order
+from ..session.layers.known_rows import Packed, unpack
 from ..session.session import EditingSession
 from .keys import Contents, Part, TensorKey, Tensors
 from .precision import HALF_LIMIT, Precision, half_reach, pack

@@ -15,8 +15,8 @@ from ..models.families import adapter_of
 from ..models.roles import BatchRoles
 from ..models.sites import Site, feature_shape
 from ..models.steps import Step
-from ..session.device_copies import Place, Placement
-from ..session.instructions import Order, make_orders
+from ..session.layers.device_copies import Place, Placement
+from ..session.layers.instructions import Order, make_orders
 from .keys import Contents, Part
 from .precision import Precision, packed_bytes
 

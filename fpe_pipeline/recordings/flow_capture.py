@@ -16,10 +16,10 @@ from ..models.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step
-from ..session.computing import Rows
-from ..session.instructions import Order
-from ..session.joint_computing import JointLayer, JointOutput, SegmentProjections, evaluate_joint
-from ..session.known_rows import Packed, unpack
+from ..session.layers.computing import Rows
+from ..session.layers.instructions import Order
+from ..session.layers.joint_computing import JointLayer, JointOutput, SegmentProjections, evaluate_joint
+from ..session.layers.known_rows import Packed, unpack
 from .capture import Capture
 from .contents import Contents
 from .keys import HALVES, Part

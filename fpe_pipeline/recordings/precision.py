@@ -20,7 +20,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ..session.known_rows import Packed
+from ..session.layers.known_rows import Packed
 
 __all__ = [
     "HALF_LIMIT",

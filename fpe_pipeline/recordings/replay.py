@@ -14,7 +14,7 @@ from ..models.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..models.steps import Step, run_steps
 from ..prompts.encoding import Encoding
-from ..session.known_rows import Packed, RecordedLayer, unpack
+from ..session.layers.known_rows import Packed, RecordedLayer, unpack
 from ..session.session import EditingSession
 from .contents import check_held, source_needs
 from .keys import HALVES, Contents, Part, TensorKey

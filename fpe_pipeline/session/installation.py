@@ -10,31 +10,31 @@ from typing import Any
 from ..models.adapter import ModelAdapter
 from ..models.sites import Site
 from ..shadows import Shadows
-from .around import ProcessorAround
-from .aura_flow_processor import EditAuraFlowProcessor
-from .bria_fibo_processor import EditBriaFiboProcessor
-from .chroma_processor import EditChromaProcessor
-from .cogvideox_processor import EditCogVideoXProcessor, EditCogView4Processor, EditGlmImageProcessor
-from .flux2_processor import flux2_processor, unsupported_flux2_reasons
-from .flux3_processor import EditFlux3Processor
-from .flux_processor import EditFluxProcessor
-from .hidream_processor import EditHiDreamProcessor
-from .hunyuan_video_processor import EditHunyuanVideoProcessor
-from .instructions import Order
-from .joint_processor import EditJointProcessor, unsupported_joint_reasons
-from .kandinsky5_processor import EditKandinsky5Processor
-from .krea2_processor import EditKrea2Processor
-from .ltx2_processor import EditLTX2Processor
-from .ltx_processor import EditLTXProcessor
-from .lumina2_processor import EditLumina2Processor
-from .mochi_processor import EditMochiProcessor
-from .processor import SLICED, editing_processor, is_sliced, unsupported_reasons
-from .qwen21_processor import EditQwen21Processor, qwen21_processor
-from .qwen_processor import EditQwenProcessor
-from .record import LayerRecord
-from .sana_processor import EditSanaProcessor
-from .wan_processor import EditWanProcessor
-from .z_image_processor import EditZImageProcessor
+from .layers.around import ProcessorAround
+from .layers.instructions import Order
+from .layers.joint_processor import EditJointProcessor, unsupported_joint_reasons
+from .layers.record import LayerRecord
+from .processors.aura_flow import EditAuraFlowProcessor
+from .processors.bria_fibo import EditBriaFiboProcessor
+from .processors.chroma import EditChromaProcessor
+from .processors.cogvideox import EditCogVideoXProcessor, EditCogView4Processor, EditGlmImageProcessor
+from .processors.flux import EditFluxProcessor
+from .processors.flux2 import flux2_processor, unsupported_flux2_reasons
+from .processors.flux3 import EditFlux3Processor
+from .processors.hidream import EditHiDreamProcessor
+from .processors.hunyuan_video import EditHunyuanVideoProcessor
+from .processors.kandinsky5 import EditKandinsky5Processor
+from .processors.krea2 import EditKrea2Processor
+from .processors.ltx import EditLTXProcessor
+from .processors.ltx2 import EditLTX2Processor
+from .processors.lumina2 import EditLumina2Processor
+from .processors.mochi import EditMochiProcessor
+from .processors.qwen import EditQwenProcessor
+from .processors.qwen21 import EditQwen21Processor, qwen21_processor
+from .processors.sana import EditSanaProcessor
+from .processors.unet import SLICED, editing_processor, is_sliced, unsupported_reasons
+from .processors.wan import EditWanProcessor
+from .processors.z_image import EditZImageProcessor
 
 __all__ = ["NO_ORDERS", "LayerProcessors"]
 

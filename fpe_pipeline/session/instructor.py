@@ -12,11 +12,11 @@ from ..models.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step
-from .captions import check_captions, products_of_a_run
-from .device_copies import Place, Placement
-from .instructions import Order, StandingOrders, make_orders
-from .kept_texts import check_kept
-from .known_rows import RecordedLayer
+from .layers.captions import check_captions, products_of_a_run
+from .layers.device_copies import Place, Placement
+from .layers.instructions import Order, StandingOrders, make_orders
+from .layers.kept_texts import check_kept
+from .layers.known_rows import RecordedLayer
 from .selected_sites import SelectedSites
 
 __all__ = ["Instructor"]

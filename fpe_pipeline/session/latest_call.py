@@ -8,7 +8,7 @@ from typing import Any
 
 from ..models.adapter import ModelCall
 from ..models.roles import BatchRoles
-from .known_rows import RecordedLayer
+from .layers.known_rows import RecordedLayer
 
 __all__ = ["NO_CALL", "LatestCall"]
 

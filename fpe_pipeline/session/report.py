@@ -11,9 +11,9 @@ from ..models.steps import Step
 
 if TYPE_CHECKING:
     from ..edits import Edit
-    from .instructions import Order
-    from .known_rows import RecordedLayer
-    from .record import LayerRecord
+    from .layers.instructions import Order
+    from .layers.known_rows import RecordedLayer
+    from .layers.record import LayerRecord
 
 __all__ = ["EditReport", "LayerMemory", "Replayed", "ranges", "size_in_words"]
 

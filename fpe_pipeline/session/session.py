@@ -26,10 +26,10 @@ from .entry import check_entry, check_selects, unread
 from .finite import refuse_step
 from .finite_watch import FiniteWatch
 from .installation import NO_ORDERS, LayerProcessors
-from .instructions import Order
 from .instructor import Instructor
-from .known_rows import RecordedLayer
 from .latest_call import NO_CALL, LatestCall
+from .layers.instructions import Order
+from .layers.known_rows import RecordedLayer
 from .layout import SHARED_NOISE, CallLayout
 from .model_hooks import ModelHooks
 from .pipeline_hooks import PipelineHooks

@@ -6,8 +6,8 @@ from torch._dynamo.testing import CompileCounter
 
 from fpe_pipeline import FreePromptEdit, JointProduct, MixedRows, editing
 from fpe_pipeline.edits.joint_products import plan_joint_products
-from fpe_pipeline.session.computing import Rows
-from fpe_pipeline.session.joint_computing import JointLayer, SegmentProjections, evaluate_joint
+from fpe_pipeline.session.layers.computing import Rows
+from fpe_pipeline.session.layers.joint_computing import JointLayer, SegmentProjections, evaluate_joint
 from tests.support.tiny_transformers import draw, draw_flux, tiny_flux_pipeline, tiny_sd3_pipeline
 
 MODELS = {

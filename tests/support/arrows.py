@@ -22,7 +22,12 @@ PACKAGES = ("fpe_kernels", "fpe_pipeline", "benchmarks")
 #: Modules that hold the public names of a package and import them on first use.
 TABLES = ("fpe_pipeline",)
 #: Folders inside a room that are rooms of their own.
-INNER = ("fpe_pipeline.embedded.training", "fpe_kernels.backends.triton")
+INNER = (
+    "fpe_pipeline.embedded.training",
+    "fpe_pipeline.session.layers",
+    "fpe_pipeline.session.processors",
+    "fpe_kernels.backends.triton",
+)
 #: Modules beside the folders that share a room.
 SHARED = {
     "fpe_pipeline.errors": "ground",

@@ -6,8 +6,8 @@ from torch import nn
 
 from fpe_pipeline.edits.products import plan_products
 from fpe_pipeline.models.sites import Site
-from fpe_pipeline.session.instructions import Order
-from fpe_pipeline.session.processor import EditAttnProcessor
+from fpe_pipeline.session.layers.instructions import Order
+from fpe_pipeline.session.processors.unet import EditAttnProcessor
 
 GRID = (3, 4)
 

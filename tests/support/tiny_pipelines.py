@@ -11,7 +11,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from fpe_pipeline.session.processor import EditAttnProcessor
+from fpe_pipeline.session.processors.unet import EditAttnProcessor
 from tests.support.tiny_unets import tiny_unet
 
 PROMPTS = ["a photo of a red car", "a photo of a blue car", "a drawing of a car", "a green car", "a car at night"]

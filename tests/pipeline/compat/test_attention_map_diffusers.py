@@ -16,7 +16,7 @@ from fpe_pipeline.compat.attention_map_diffusers import (
 )
 from fpe_pipeline.compat.attention_map_diffusers.collector import TextMaps
 from fpe_pipeline.errors import EditWarning
-from fpe_pipeline.session import joint_computing
+from fpe_pipeline.session.layers import joint_computing
 from tests.support.dropin import load_dropin, load_dropin_pipeline, rounded_frequencies
 from tests.support.tiny_language import gemma_tokenizer
 from tests.support.tiny_pipelines import PROMPTS, sample, tiny_pipeline, unedited

@@ -21,7 +21,8 @@ from fpe_pipeline import (
 from fpe_pipeline.edits import SelfAttentionEdit, WordMask
 from fpe_pipeline.edits.products import MapSpec
 from fpe_pipeline.edits.registry import methods_of
-from fpe_pipeline.session import computing, hooks
+from fpe_pipeline.session import hooks
+from fpe_pipeline.session.layers import computing
 from fpe_pipeline.testing import TOLERANCE, DenseLayer, check_edit, tiny_unet, words_tokenizer
 from fpe_pipeline.testing.dense import WRITTEN_OUT
 from tests.support.tiny_pipelines import tiny_pipeline, tiny_sdxl_pipeline

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fpe_pipeline import BatchRoles, Edit, Product, editing
 from fpe_pipeline.edits.products import MapSpec, plan_products
 from fpe_pipeline.edits.selection import LayerSelection
-from fpe_pipeline.session.computing import Projections, Rows, evaluate, row_maps
+from fpe_pipeline.session.layers.computing import Projections, Rows, evaluate, row_maps
 from tests.support.dense import DenseEditProcessor, dense_attention, own, replaced
 from tests.support.edited_layer import attention, install, random, run
 from tests.support.tiny_unets import tiny_unet, unet_inputs

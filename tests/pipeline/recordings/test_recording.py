@@ -22,7 +22,7 @@ from fpe_pipeline.recordings.keys import Part, TensorKey
 from fpe_pipeline.recordings.precision import PRECISIONS, pack
 from fpe_pipeline.recordings.record_run import estimate
 from fpe_pipeline.recordings.store import MemoryStore
-from fpe_pipeline.session.known_rows import unpack
+from fpe_pipeline.session.layers.known_rows import unpack
 from tests.support.free_prompt_pipelines import OTHER, SOURCE, TARGET, distance, free_prompt_pipeline, noise
 
 STEPS = 4

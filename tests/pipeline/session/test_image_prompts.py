@@ -15,9 +15,9 @@ from fpe_pipeline.edits import Edit
 from fpe_pipeline.edits.products import plan_products
 from fpe_pipeline.edits.selection import LayerSelection
 from fpe_pipeline.models.sites import Site
-from fpe_pipeline.session.image_prompts import split_image_prompts
-from fpe_pipeline.session.instructions import Order
-from fpe_pipeline.session.processor import editing_processor
+from fpe_pipeline.session.layers.image_prompts import split_image_prompts
+from fpe_pipeline.session.layers.instructions import Order
+from fpe_pipeline.session.processors.unet import editing_processor
 from tests.support.dense import dense_attention, own
 from tests.support.tiny_models import EVERYWHERE, add_image_prompts, check_edit, draw, image_embeds
 from tests.support.tiny_pipelines import PROMPTS, tiny_pipeline, unedited

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fpe_pipeline import BatchRoles, editing
-from fpe_pipeline.session.processor import EditAttnProcessor
+from fpe_pipeline.session.processors.unet import EditAttnProcessor
 from tests.support.tiny_models import (
     EVERYWHERE,
     check_edit,

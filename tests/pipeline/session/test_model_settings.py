@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor
 
 from fpe_pipeline import FreePromptEdit, PromptToPromptEdit, editing, heat_maps
-from fpe_pipeline.session.processor import EditAttnProcessor, is_sliced
+from fpe_pipeline.session.processors.unet import EditAttnProcessor, is_sliced
 from tests.support.tiny_models import EVERYWHERE, add_image_prompts, check_edit, check_restored, draw, image_embeds
 from tests.support.tiny_pipelines import PROMPTS, shared_noise, tiny_pipeline, unedited
 

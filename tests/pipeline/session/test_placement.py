@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpe_pipeline import FreePromptEdit, LocalBlend, Product, PromptToPromptEdit, editing
-from fpe_pipeline.session.device_copies import Place, Placement
+from fpe_pipeline.session.layers.device_copies import Place, Placement
 from tests.support.tiny_pipelines import PROMPTS, sample
 
 CPU = torch.device("cpu")

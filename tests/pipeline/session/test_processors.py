@@ -12,8 +12,8 @@ from diffusers.models.attention_processor import (
 
 from fpe_pipeline import BatchRoles, Product
 from fpe_pipeline.edits.products import plan_products
-from fpe_pipeline.session.computing import Projections, Rows, evaluate, take
-from fpe_pipeline.session.processor import EditAttnProcessor, unsupported_reasons
+from fpe_pipeline.session.layers.computing import Projections, Rows, evaluate, take
+from fpe_pipeline.session.processors.unet import EditAttnProcessor, unsupported_reasons
 from tests.support.dense import dense_attention, own, replaced
 from tests.support.edited_layer import GRID, attention, install, random, run
 

@@ -11,7 +11,7 @@ from fpe_pipeline.edits.base import begun, features_of, parts_of
 from fpe_pipeline.errors import EditWarning
 from fpe_pipeline.models.sites import attention_sites
 from fpe_pipeline.models.steps import Step
-from fpe_pipeline.session.instructions import Order
+from fpe_pipeline.session.layers.instructions import Order
 from tests.support.edited_layer import GRID, attention, install, random, run
 from tests.support.edited_layer import order as order_of
 from tests.support.tiny_models import draw
