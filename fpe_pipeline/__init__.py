@@ -51,13 +51,13 @@ if TYPE_CHECKING:
     from .inversion.null_text import NullText
     from .inversion.trajectory import Inversion
     from .krea2_pipeline import FreePromptKrea2Pipeline
-    from .models.adapter import ModelCall
-    from .models.families import register_adapter
+    from .models.adapters.adapter import ModelCall
+    from .models.adapters.families import register_adapter
+    from .models.adapters.transformer import TransformerAdapter
     from .models.flow_solvers import FireFlowScheduler, RFSolverScheduler, flow_scheduler
     from .models.roles import BatchRoles
     from .models.sites import Site, attention_sites
     from .models.steps import Step, StepWindow
-    from .models.transformer import TransformerAdapter
     from .pipeline import FreePromptPipeline
     from .pixart_pipeline import FreePromptPixArtAlphaPipeline, FreePromptPixArtSigmaPipeline
     from .prompts.encoding import Encoding
@@ -108,7 +108,7 @@ _HOME = {
     "LocalBlend": "edits",
     "MasaCtrlEdit": "edits",
     "MixedRows": "edits.joint_products",
-    "ModelCall": "models.adapter",
+    "ModelCall": "models.adapters.adapter",
     "NullText": "inversion.null_text",
     "PlugAndPlayEdit": "edits",
     "Product": "edits.products",
@@ -124,7 +124,7 @@ _HOME = {
     "Step": "models.steps",
     "StepWindow": "models.steps",
     "StyleAlignedEdit": "edits",
-    "TransformerAdapter": "models.transformer",
+    "TransformerAdapter": "models.adapters.transformer",
     "ValueInjectionEdit": "edits",
     "Watcher": "edits.watchers",
     "Watching": "edits.base",
@@ -136,7 +136,7 @@ _HOME = {
     "flow_scheduler": "models.flow_solvers",
     "heat_maps": "heatmaps.heat_maps",
     "make_edit": "edits.registry",
-    "register_adapter": "models.families",
+    "register_adapter": "models.adapters.families",
 }
 
 __all__ = [

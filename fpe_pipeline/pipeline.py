@@ -11,8 +11,8 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from .embedded import embedded_path
-from .models.families import adapter_of
-from .models.flux2 import is_klein
+from .models.adapters.families import adapter_of
+from .models.adapters.flux2 import is_klein
 from .models.served_families import FAMILIES, FAMILY_OF, Family
 from .models.sources import holds_sdxl, is_embedded
 from .sampling.arguments import check_size

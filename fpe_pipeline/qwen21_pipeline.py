@@ -7,7 +7,7 @@ from typing import Any
 from diffusers import QwenImage21Pipeline
 
 from .flow_pipeline import FlowEditing
-from .models.families import adapter_of
+from .models.adapters.families import adapter_of
 from .recordings.padded_texts import pad_texts
 
 __all__ = ["FreePromptQwenImage21Pipeline"]

@@ -13,25 +13,28 @@ ALLOWED = {
     "fpe_pipeline.ground": "",
     "fpe_pipeline.images": "ground",
     "fpe_pipeline.models": "embedded ground",
+    "fpe_pipeline.models.adapters": "ground models",
     "fpe_pipeline.prompts": "ground",
-    "fpe_pipeline.edits": "ground images models prompts fpe_kernels",
+    "fpe_pipeline.edits": "ground images models models.adapters prompts fpe_kernels",
     "fpe_pipeline.session.layers": "edits models fpe_kernels",
     "fpe_pipeline.session.processors": "edits session.layers fpe_kernels",
-    "fpe_pipeline.session": "ground models prompts edits session.layers session.processors fpe_kernels",
-    "fpe_pipeline.heatmaps": "ground images models prompts edits session session.layers fpe_kernels",
-    "fpe_pipeline.testing": "embedded models edits session fpe_kernels",
-    "fpe_pipeline.sampling": "ground images models prompts edits session",
-    "fpe_pipeline.inversion": "ground images models prompts session sampling",
-    "fpe_pipeline.recordings": "embedded ground models prompts edits session session.layers sampling inversion "
-    "fpe_kernels",
+    "fpe_pipeline.session": "ground models models.adapters prompts edits session.layers session.processors fpe_kernels",
+    "fpe_pipeline.heatmaps": "ground images models models.adapters prompts edits session session.layers fpe_kernels",
+    "fpe_pipeline.testing": "embedded models models.adapters edits session fpe_kernels",
+    "fpe_pipeline.sampling": "ground images models models.adapters prompts edits session",
+    "fpe_pipeline.inversion": "ground images models models.adapters prompts session sampling",
+    "fpe_pipeline.recordings": "embedded ground models models.adapters prompts edits session session.layers sampling "
+    "inversion fpe_kernels",
     "fpe_pipeline.edit_request": "ground edits inversion prompts sampling session",
-    "fpe_pipeline.pipeline": "embedded ground models prompts edits session sampling inversion recordings edit_request",
-    "fpe_pipeline.compat": "ground images models prompts edits session session.layers heatmaps sampling inversion "
+    "fpe_pipeline.pipeline": "embedded ground models models.adapters prompts edits session sampling inversion "
+    "recordings edit_request",
+    "fpe_pipeline.compat": "ground images models models.adapters prompts edits session session.layers heatmaps "
+    "sampling inversion pipeline fpe_kernels",
+    "fpe_pipeline.runs": "ground images models models.adapters edits session heatmaps sampling inversion recordings "
     "pipeline fpe_kernels",
-    "fpe_pipeline.runs": "ground images models edits session heatmaps sampling inversion recordings pipeline "
+    "fpe_pipeline.quality": "embedded ground images models models.adapters edits session sampling inversion runs "
     "fpe_kernels",
-    "fpe_pipeline.quality": "embedded ground images models edits session sampling inversion runs fpe_kernels",
-    "fpe_pipeline.studio": "embedded ground images models edits session heatmaps sampling runs",
+    "fpe_pipeline.studio": "embedded ground images models models.adapters edits session heatmaps sampling runs",
     "fpe_pipeline.batches": "ground images models runs",
     "fpe_pipeline.app": "batches embedded ground images models edits runs quality studio testing fpe_kernels",
     "fpe_pipeline.embedded.training": "embedded ground images quality",
@@ -62,7 +65,7 @@ ALLOWED = {
     "fpe_kernels.known_columns": "precision validation indices normal_form composition",
     "fpe_kernels": "dispatch composition attention_map combining joined_map known_columns",
 }
-FLOORS = {"fpe_pipeline": 13}  # two of them a session's own, beneath it
+FLOORS = {"fpe_pipeline": 14}  # three of them rooms inside of rooms
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ import torch
 from fpe_kernels import AttentionMap
 
 from ..edits.products import plan_products
-from ..models.adapter import ModelAdapter, is_guided
-from ..models.families import adapter_of
+from ..models.adapters.adapter import ModelAdapter, is_guided
+from ..models.adapters.families import adapter_of
 from ..models.sites import Site
 from ..prompts.encoding import encoding_tokenizer
 from ..session.entry import check_backend

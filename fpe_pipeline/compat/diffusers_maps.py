@@ -20,8 +20,8 @@ from diffusers.models.attention_processor import Attention
 
 from fpe_kernels import AttentionMap
 
-from ..models.adapter import identity
-from ..models.families import edited_model
+from ..models.adapters.adapter import identity
+from ..models.adapters.families import edited_model
 from ..session.entry import check_backend
 from ..session.layers.around import ProcessorAround
 from .lazy import LazyMap

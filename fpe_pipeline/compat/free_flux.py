@@ -17,7 +17,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from ..edits.base import Products, Windows
 from ..edits.image_memory import FreeFluxEdit
-from ..models.families import adapter_of
+from ..models.adapters.families import adapter_of
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step

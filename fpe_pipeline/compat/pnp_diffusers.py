@@ -22,7 +22,7 @@ from ..edits.base import Features, Windows
 from ..edits.plug_and_play import PlugAndPlayEdit
 from ..edits.products import Product
 from ..edits.self_attention import SelfAttentionEdit
-from ..models.adapter import ModelCall, identity
+from ..models.adapters.adapter import ModelCall, identity
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ..models.adapter import ModelCall
+from ..models.adapters.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..session.session import EditingSession
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..models.families import adapter_of
+from ..models.adapters.families import adapter_of
 from ..models.sites import attention_sites
 from ..texts import did_you_mean
 from .base import Edit, check_whole

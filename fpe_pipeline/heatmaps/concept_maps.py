@@ -12,8 +12,8 @@ from PIL import Image
 
 from ..edits.selection import LayerSelection
 from ..edits.watchers import Watcher, check_same_images
-from ..models.adapter import ModelAdapter, identity
-from ..models.families import adapter_of
+from ..models.adapters.adapter import ModelAdapter, identity
+from ..models.adapters.families import adapter_of
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step, StepWindow

@@ -9,7 +9,7 @@ import torch
 
 from fpe_kernels import join
 
-from ..models.adapter import identity
+from ..models.adapters.adapter import identity
 from ..session.layers.joint_computing import JointLayer
 
 __all__ = ["ConceptStream"]

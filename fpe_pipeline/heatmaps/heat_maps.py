@@ -15,7 +15,7 @@ from fpe_kernels import LinearMap
 from ..edits.masks import text_sites
 from ..edits.selection import LayerSelection, whole_numbers
 from ..edits.watchers import HeatCollector, Watcher, check_one_frame, check_same_images, resize_maps
-from ..models.families import adapter_of
+from ..models.adapters.families import adapter_of
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step, StepWindow

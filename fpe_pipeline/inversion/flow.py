@@ -23,7 +23,7 @@ import torch
 
 from ..errors import EditWarning, check_guidance, check_positive, warn_of_size
 from ..images.load import load_image, to_tensor
-from ..models.adapter import identity
+from ..models.adapters.adapter import identity
 from ..models.flow_solvers import Solver, flow_nodes, require_flow, solver_of
 from ..models.steps import Step
 from ..prompts.encoding import encoding_tokenizer

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from ..atomic_folder import replaced
 from ..errors import InputError, check_guidance, check_positive, warn_of_size
 from ..images.load import load_image, to_tensor
-from ..models.adapter import identity
+from ..models.adapters.adapter import identity
 from ..models.steps import Step
 from ..prompts.words import warn_of_unknown_words
 from ..sampling.decoding import scaled_latents

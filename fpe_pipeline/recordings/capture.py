@@ -15,7 +15,7 @@ from ..edits import Edit
 from ..edits.base import Features, Windows
 from ..edits.products import Product, plan_products
 from ..edits.watchers import Watcher
-from ..models.adapter import ModelCall
+from ..models.adapters.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step

@@ -11,7 +11,7 @@ from ..edits import Edit
 from ..edits.base import begun, features_of, parts_of, prompts_of, watchers_of
 from ..edits.joint_products import JointPlan
 from ..errors import Lacking
-from ..models.families import adapter_of
+from ..models.adapters.families import adapter_of
 from ..models.roles import BatchRoles
 from ..models.sites import Site, feature_shape
 from ..models.steps import Step

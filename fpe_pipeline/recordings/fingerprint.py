@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..models.adapter import identity
+from ..models.adapters.adapter import identity
 
 __all__ = ["fingerprint"]
 

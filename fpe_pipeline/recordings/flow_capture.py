@@ -12,7 +12,7 @@ import torch
 from ..edits import Edit
 from ..edits.joint_products import JointPlan, plan_joint_products
 from ..edits.watchers import Watcher
-from ..models.adapter import ModelCall
+from ..models.adapters.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step

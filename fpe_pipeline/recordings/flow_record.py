@@ -17,7 +17,7 @@ from ..errors import check_generator, check_guidance, check_positive
 from ..inversion.flow import check_flow_inversion, with_size_of
 from ..inversion.follow import Followed, check_inversion_options
 from ..inversion.trajectory import Inversion
-from ..models.families import adapter_of
+from ..models.adapters.families import adapter_of
 from ..models.flow_solvers import require_flow
 from ..models.sites import Site
 from ..models.steps import run_steps

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..models.adapter import ModelAdapter
+from ..models.adapters.adapter import ModelAdapter
 
 __all__ = ["pad_texts"]
 

@@ -11,7 +11,7 @@ import torch
 
 from ..edits import Edit
 from ..inversion.follow import Followed
-from ..models.families import adapter_of
+from ..models.adapters.families import adapter_of
 from ..models.sites import Site
 from ..models.steps import run_steps
 from ..sampling.arguments import check_option_names

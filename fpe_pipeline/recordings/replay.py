@@ -10,7 +10,7 @@ import torch
 from ..edits import Edit
 from ..edits.base import encoded_edit, feature_modules_of, parts_of, prompts_of
 from ..edits.watchers import Watcher
-from ..models.adapter import ModelCall
+from ..models.adapters.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..models.steps import Step, run_steps
 from ..prompts.encoding import Encoding

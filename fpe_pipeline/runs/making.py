@@ -234,7 +234,7 @@ def photo_for(pipe: FreePromptPipeline, settings: Settings) -> Image.Image | Non
 
 def edit_of(pipe: FreePromptPipeline, settings: Settings, width: int, height: int) -> Edit:
     """The settings' edit; words and layers that it cannot serve are refused here, before a picture is inverted."""
-    from ..models.families import adapter_of
+    from ..models.adapters.families import adapter_of
 
     edit = settings.edit(pipe.tokenizer, model_of(pipe))
     latent = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models import lumina2
-from ..models.z_image import filled_up
+from ..models.adapters import lumina2
+from ..models.adapters.z_image import filled_up
 from ..text_parts import conversation
 from .flow_model import FlowModel, GuidedByTwoCalls, Latents, Velocity, check_unguided, shift_of
 

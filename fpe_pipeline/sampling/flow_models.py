@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..models.families import adapter_of
+from ..models.adapters.families import adapter_of
 from ..models.served_families import titles
 from .aura_flow_model import AuraFlow
 from .caption_models import Lumina2, ZImage

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..models.families import adapter_of
-from ..models.flux2 import is_klein
+from ..models.adapters.families import adapter_of
+from ..models.adapters.flux2 import is_klein
 from ..text_parts import plain_tokenizer
 from .flow_model import FlowModel, GuidedByTwoCalls, Latents, Velocity, shift_of
 

@@ -9,7 +9,7 @@ import fpe_kernels
 from ..edits import Edit
 from ..edits.base import begun, feature_modules_of, parts_of, prompts_of, watchers_of
 from ..edits.watchers import HeatCollector
-from ..models.adapter import ModelAdapter
+from ..models.adapters.adapter import ModelAdapter
 from ..models.precision import check_precision
 from ..models.roles import BatchRoles
 from ..models.sites import Site

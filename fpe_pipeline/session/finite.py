@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..models.adapter import model_inputs
+from ..models.adapters.adapter import model_inputs
 from ..models.steps import Step
 
 __all__ = ["can_be_asked", "check_latents", "first_bad_layer", "is_finite", "refuse_step"]

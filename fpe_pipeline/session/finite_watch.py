@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..models.adapter import identity
-from ..models.families import edited_model
+from ..models.adapters.adapter import identity
+from ..models.adapters.families import edited_model
 from ..models.steps import locate_step
 from .finite import can_be_asked, first_bad_layer, is_finite, refuse_step
 from .hooks import SchedulerHook

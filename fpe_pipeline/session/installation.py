@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from ..models.adapter import ModelAdapter
+from ..models.adapters.adapter import ModelAdapter
 from ..models.sites import Site
 from ..shadows import Shadows
 from .layers.around import ProcessorAround

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from ..edits import Edit
 from ..edits.base import parts_of
 from ..edits.watchers import Watcher
-from ..models.adapter import ModelCall
+from ..models.adapters.adapter import ModelCall
 from ..models.roles import BatchRoles
 from ..models.sites import Site
 from ..models.steps import Step

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..models.adapter import ModelCall
+from ..models.adapters.adapter import ModelCall
 from ..models.roles import BatchRoles
 from .layers.known_rows import RecordedLayer
 

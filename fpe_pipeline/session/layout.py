@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from ..models.adapter import Half, ModelAdapter, is_guided
+from ..models.adapters.adapter import Half, ModelAdapter, is_guided
 from ..models.roles import BatchRoles
 from ..prompts.encoding import Encoding
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..models.adapter import ModelAdapter
+from ..models.adapters.adapter import ModelAdapter
 from .hooks import FeatureHooks
 from .pipeline_hooks import PipelineHooks
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..models.adapter import ModelAdapter
+from ..models.adapters.adapter import ModelAdapter
 from ..prompts.encoding import Encoding, received_by, text_of_parts
 from .shared_noise import paired_generators
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..models.adapter import ModelAdapter
-from ..models.modular import is_modular
+from ..models.adapters.adapter import ModelAdapter
+from ..models.adapters.modular import is_modular
 from ..prompts.encoding import Encoding, EncodingHook
 from ..shadows import Shadows
 from .finite_watch import FiniteDecoder, FiniteWatch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..models.adapter import ModelAdapter, ModelCall
+from ..models.adapters.adapter import ModelAdapter, ModelCall
 from ..models.steps import Step
 
 __all__ = ["RunClock"]

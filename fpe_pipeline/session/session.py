@@ -16,8 +16,8 @@ from ..edits import Edit, base
 from ..edits.registry import require_edit
 from ..edits.watchers import Watcher, blended
 from ..errors import EditWarning
-from ..models.adapter import ModelCall, identity
-from ..models.families import adapter_of, edited_model
+from ..models.adapters.adapter import ModelCall, identity
+from ..models.adapters.families import adapter_of, edited_model
 from ..models.roles import BatchRoles
 from ..models.steps import Step
 from ..prompts.encoding import Encoding, encoding_tokenizer

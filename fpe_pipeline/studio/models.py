@@ -17,7 +17,7 @@ from typing import Any
 
 from ..embedded.scenes.scenes import BACKGROUNDS, COLOURS, OBJECTS
 from ..errors import InputError
-from ..models.families import adapter_of
+from ..models.adapters.families import adapter_of
 from ..models.loading import identity, pick_device, pick_dtype
 from ..models.served_families import FAMILIES, Family, family_of
 from ..models.sources import EMBEDDED, find_model, is_embedded

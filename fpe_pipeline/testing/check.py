@@ -12,8 +12,8 @@ import torch
 from ..edits import Edit
 from ..edits.base import prompts_of
 from ..edits.registry import require_edit
-from ..models.adapter import identity
-from ..models.families import edited_model
+from ..models.adapters.adapter import identity
+from ..models.adapters.families import edited_model
 from ..models.roles import BatchRoles
 from ..models.sites import attention_sites
 from ..models.steps import Step

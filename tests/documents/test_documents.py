@@ -31,6 +31,7 @@ import fpe_kernels
 import fpe_pipeline
 from fpe_pipeline.app import cli
 from fpe_pipeline.app.commands import parsed
+from fpe_pipeline.models import sources
 from fpe_pipeline.unet_editing import UNetEditing
 from tests.support.free_prompt_pipelines import free_prompt_xl_pipeline
 from tests.support.golden_cases import load_pipeline
@@ -204,6 +205,7 @@ def workplace(stand_in, xl_stand_in, transformer_stand_in, flux_stand_in, pixart
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(DiffusionPipeline, "load_config", classmethod(load_config))
     monkeypatch.setattr(DiffusionPipeline, "to", to)
+    monkeypatch.setattr(sources, "_without_weights", lambda name: stand_in)  # what the hub says of a model
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)

@@ -24,6 +24,7 @@ TABLES = ("fpe_pipeline",)
 #: Folders inside a room that are rooms of their own.
 INNER = (
     "fpe_pipeline.embedded.training",
+    "fpe_pipeline.models.adapters",
     "fpe_pipeline.session.layers",
     "fpe_pipeline.session.processors",
     "fpe_kernels.backends.triton",

@@ -198,7 +198,7 @@ def _single(model: Model) -> str:
 
 def _all(pipe: Any) -> Any:
     """A name for all layers of joint attention."""
-    from fpe_pipeline.models.families import adapter_of
+    from fpe_pipeline.models.adapters.families import adapter_of
 
     return [site.index for site in adapter_of(pipe).sites if site.kind == "joint"]
 

@@ -8,8 +8,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ...heatmaps.watching import watching
-from ...models.adapter import identity
-from ...models.families import adapter_of
+from ...models.adapters.adapter import identity
+from ...models.adapters.families import adapter_of
 from ..sessions import leave
 from ..switch import chosen_compat
 from .collector import Maps, TextMaps

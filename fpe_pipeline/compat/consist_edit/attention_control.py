@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from ...edits.base import Products, Windows
 from ...edits.consist_edit import ConsistEdit
-from ...models.adapter import ModelCall
-from ...models.families import adapter_of
+from ...models.adapters.adapter import ModelCall
+from ...models.adapters.families import adapter_of
 from ...models.roles import BatchRoles
 from ...models.sites import Site
 from ...models.steps import Step

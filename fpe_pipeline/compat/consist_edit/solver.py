@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-from ...models.families import adapter_of
+from ...models.adapters.families import adapter_of
 from ...sampling.step_end import StepEnd
 from ..names import unknown_name
 from .global_var import GlobalVars

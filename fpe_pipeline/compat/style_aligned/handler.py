@@ -8,8 +8,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ...models.adapter import ModelCall, identity, is_guided
-from ...models.families import adapter_of
+from ...models.adapters.adapter import ModelCall, identity, is_guided
+from ...models.adapters.families import adapter_of
 from ...models.roles import BatchRoles
 from ...session.session import EditingSession
 from ..sessions import leave

@@ -11,7 +11,7 @@ from ...edits.method import REQUIRED, Method, Served, Unfit
 from ...edits.method_class import names_a_class, origin_of
 from ...edits.registry import find_method, make_edit, methods_of
 from ...errors import InputError, refusals
-from ...models.families import adapter_of
+from ...models.adapters.families import adapter_of
 from ...texts import did_you_mean
 from .subjects import Subject
 

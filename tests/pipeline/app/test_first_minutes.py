@@ -101,5 +101,9 @@ def test_what_an_index_is_told(url, monkeypatch):
     assert "## Measured" in text and all(link.startswith(("https://", "#")) for link in links)
     assert ("![" in text) == bool(url)
     for link in (link for link in links if not link.startswith("#")):
-        path = link.removeprefix(f"{url}/raw/v{told['version']}/").removeprefix(f"{url}/blob/v{told['version']}/")
+        path = (
+            link.partition("#")[0]
+            .removeprefix(f"{url}/raw/v{told['version']}/")
+            .removeprefix(f"{url}/blob/v{told['version']}/")
+        )
         assert not url or (ROOT / path).exists(), link

@@ -125,7 +125,7 @@ def test_of_inverted_images_and_their_recordings(pipe, family, solver):
 
 
 def _sites(tiny):
-    from fpe_pipeline.models.families import adapter_of
+    from fpe_pipeline.models.adapters.families import adapter_of
 
     return adapter_of(tiny).sites
 

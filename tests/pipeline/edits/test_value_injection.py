@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fpe_pipeline import ValueInjectionEdit, editing
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.dense_joint import dense
 from tests.support.flow_pipelines import EXACT, FAMILIES, MADE, SOURCE, TARGET, edited_with, solving
 from tests.support.tiny_pipelines import tiny_pipeline

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fpe_pipeline import FreePromptEdit, ModelCall, TransformerAdapter, editing, register_adapter
-from fpe_pipeline.models import families
+from fpe_pipeline.models.adapters import families
 
 
 class OtherTransformer(torch.nn.Module):

@@ -5,7 +5,7 @@ import weakref
 
 import torch
 
-from fpe_pipeline.models.once import once_a_tensor
+from fpe_pipeline.models.adapters.once import once_a_tensor
 
 
 def test_a_tensor_is_read_once_until_it_is_written_to_and_is_not_kept():

@@ -9,7 +9,7 @@ if not hasattr(diffusers, "BriaFiboPipeline"):
     pytest.skip("this diffusers has no Bria FIBO", allow_module_level=True)
 
 from fpe_pipeline import FreePromptEdit, editing, heat_maps
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.tiny_bria_fibo import dense_fibo, draw_fibo, tiny_fibo_pipeline
 
 pytestmark = pytest.mark.usefixtures("in_float64")

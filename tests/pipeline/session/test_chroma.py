@@ -29,7 +29,7 @@ from fpe_pipeline import (
     editing,
     heat_maps,
 )
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.dense_joint import DenseChroma, dense
 from tests.support.edited_transformers import EDITS, STEPS, Model, edited, placed, reference, unedited
 from tests.support.own_maps import OwnMaps

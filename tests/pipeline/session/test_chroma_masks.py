@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fpe_pipeline import FreePromptEdit, editing
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.tiny_chroma import tiny_chroma
 
 TEXTS = 12

@@ -17,7 +17,7 @@ from fpe_pipeline import (
     editing,
     heat_maps,
 )
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from fpe_pipeline.session.hooks import SchedulerHook
 from tests.support.own_maps import OwnMaps
 from tests.support.slow_cases import few

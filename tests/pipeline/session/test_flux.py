@@ -9,7 +9,7 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 
 from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, editing
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.dense_joint import dense
 from tests.support.own_maps import OwnMaps
 from tests.support.tiny_transformers import PROMPTS, draw_flux, tiny_flux, tiny_flux_pipeline

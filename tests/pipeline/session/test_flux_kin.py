@@ -12,7 +12,7 @@ if not hasattr(diffusers, "LongCatImagePipeline"):
     pytest.skip("this diffusers has no LongCat-Image", allow_module_level=True)
 
 from fpe_pipeline import FreePromptEdit, PromptToPromptEdit, concept_maps, editing, heat_maps
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.dense_joint import dense
 from tests.support.dense_rows import narrow
 from tests.support.edited_transformers import SOURCE, STEPS, placed, unedited

@@ -10,7 +10,7 @@ if not hasattr(diffusers, "GlmImagePipeline"):
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 
 from fpe_pipeline import FreePromptEdit, PromptToPromptEdit, editing, heat_maps
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.tiny_glm_image import draw_glm_image, tiny_glm_image_pipeline
 
 pytestmark = pytest.mark.usefixtures("in_float64")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fpe_pipeline import FreePromptEdit, PromptToPromptEdit, editing, heat_maps
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.edited_transformers import placed
 from tests.support.tiny_hidream import HIDREAM, TEXTS, dense_hidream, draw_hidream, tiny_hidream_pipeline
 

@@ -12,7 +12,7 @@ if not hasattr(diffusers, "HunyuanVideo15Pipeline") or not hasattr(diffusers, "H
 from diffusers.guiders import AdaptiveProjectedMixGuidance, ClassifierFreeGuidance
 
 from fpe_pipeline import FreePromptEdit, PromptToPromptEdit, editing, heat_maps
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.edited_transformers import EDITS, FAULTS, LONGER, SOURCE, edited, placed, reference, shows, unedited
 from tests.support.slow_cases import few
 from tests.support.tiny_hunyuan_guided import HUNYUAN_IMAGE, HUNYUAN_VIDEO15

@@ -7,7 +7,7 @@ from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_skyreels_image2vi
 from PIL import Image
 
 from fpe_pipeline import ConsistEdit, FreePromptEdit, MasaCtrlEdit, PromptToPromptEdit, editing, heat_maps
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.own_maps import OwnMaps
 from tests.support.slow_cases import few
 from tests.support.tiny_hunyuan_video import (

@@ -222,7 +222,7 @@ class TestImageMemory:
         assert farthest(actual, by_layers(models, "sd3", rule, [0])) <= EXACT["sd3"]
 
     def test_the_authors_layers(self):
-        from fpe_pipeline.models.families import adapter_of
+        from fpe_pipeline.models.adapters.families import adapter_of
 
         sites = adapter_of(tiny_flux(torch.float32, num_layers=19, num_single_layers=38)).sites
         vital = [site.path for site in StableFlowEdit().select(sites)]

@@ -18,7 +18,7 @@ from fpe_pipeline import (
     editing,
 )
 from fpe_pipeline.edits.joint_products import plan_joint_products
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.tiny_pipelines import sample
 from tests.support.tiny_transformers import draw, tiny_sd3, tiny_sd3_pipeline
 

@@ -207,7 +207,7 @@ class TestReFlex:
         assert farthest(actual, expected) <= EXACT["flux"]
 
     def test_the_authors_layers(self, pipe):
-        from fpe_pipeline.models.families import adapter_of
+        from fpe_pipeline.models.adapters.families import adapter_of
 
         sites = adapter_of(tiny_flux(torch.float32, num_layers=19, num_single_layers=38)).sites
         prompts = [SOURCE, SWAPPED[0]]

@@ -9,7 +9,7 @@ if not hasattr(diffusers, "Kandinsky5T2IPipeline"):
     pytest.skip("this diffusers has no pictures of Kandinsky 5", allow_module_level=True)
 
 from fpe_pipeline import FreePromptEdit, LocalBlend, MasaCtrlEdit, PromptToPromptEdit, WordMask, editing, heat_maps
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from fpe_pipeline.prompts.alignment import align_refine
 from tests.support.placed_words import columns, placed
 from tests.support.slow_cases import few

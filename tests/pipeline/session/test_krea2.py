@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fpe_pipeline import FreePromptEdit, editing, heat_maps
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.tiny_krea2 import KREA2, draw_krea2, tiny_krea2_pipeline
 
 pytestmark = pytest.mark.usefixtures("in_float64")

@@ -10,7 +10,7 @@ from fpe_pipeline import (
     StableFlowEdit,
     editing,
 )
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.own_maps import OwnMaps
 from tests.support.slow_cases import few
 from tests.support.tiny_lumina import dense_lumina, draw_lumina, tiny_lumina_pipeline

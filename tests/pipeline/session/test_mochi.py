@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from fpe_pipeline import ConsistEdit, FreePromptEdit, LocalBlend, editing, heat_maps
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.placed_words import placed
 from tests.support.slow_cases import few
 from tests.support.tiny_mochi import MOCHI, draw_mochi, tiny_mochi_pipeline

@@ -156,7 +156,7 @@ def _once_more(module, args, kwargs):
 def test_another_modular_pipeline_with_the_model(pipe):
     one, twin, _, call = TWINS["sdxl"](pipe)
     other = modular("StableDiffusionXLAutoBlocks", one)
-    message = "a StableDiffusionXLModularPipeline calls the model that they share"
+    message = "another StableDiffusionXLModularPipeline calls the model that they share"
     with editing(twin, FreePromptEdit(0.5)):
         last_latents(twin, **call)
         with pytest.raises(RuntimeError, match=message):

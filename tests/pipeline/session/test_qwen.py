@@ -11,7 +11,7 @@ from fpe_pipeline import (
     StableFlowEdit,
     editing,
 )
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from fpe_pipeline.prompts.encoding import EncodedText, Encoding
 from tests.support.dense_joint import dense
 from tests.support.own_maps import OwnMaps

@@ -23,7 +23,7 @@ from fpe_pipeline import (
     editing,
     heat_maps,
 )
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from fpe_pipeline.prompts.alignment import align_refine
 from tests.support.dense_joint import Blocks, dense
 from tests.support.dense_rows import wide

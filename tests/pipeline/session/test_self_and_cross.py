@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, PromptToPromptEdit, editing, heat_maps
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.dense_rows import source_columns, source_maps, source_memory
 from tests.support.slow_cases import few
 from tests.support.tiny_cross import (

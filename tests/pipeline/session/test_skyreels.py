@@ -11,7 +11,7 @@ if not hasattr(diffusers, "SkyReelsV2Pipeline"):
     pytest.skip("this diffusers has no SkyReels-V2", allow_module_level=True)
 
 from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, PromptToPromptEdit, editing
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.dense_rows import source_columns, wide
 from tests.support.tiny_transformers import ExactEuler, sharpened, tiny_t5
 from tests.support.tiny_wan import PROMPTS, TEXTS, WAN, dense_wan, draw_wan

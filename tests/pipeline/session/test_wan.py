@@ -16,7 +16,7 @@ from fpe_pipeline import (
     editing,
     heat_maps,
 )
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.dense_rows import source_columns
 from tests.support.slow_cases import few
 from tests.support.tiny_wan import PROMPTS, TEXTS, dense_wan, draw_wan, tiny_wan, tiny_wan_pipeline

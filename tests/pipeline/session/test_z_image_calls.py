@@ -15,7 +15,7 @@ from fpe_pipeline import (
     editing,
     heat_maps,
 )
-from fpe_pipeline.models.families import adapter_of
+from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.edited_transformers import SOURCE, placed
 from tests.support.edited_z_image import EXACT, MODEL, QUERIES_KEYS, densely, drawn, farthest
 from tests.support.tiny_transformers import tiny_vae

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ..text_parts import Template, TextPart
+from ...text_parts import Template, TextPart
+from ..sites import Site
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
 from .once import once_a_tensor
 from .padding import text_lengths
-from .sites import Site
 
 __all__ = ["QwenImage21Adapter"]
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..text_parts import TextPart
+from ...text_parts import TextPart
+from ..sites import Site, dual_and_single
+from ..steps import Step, step_of_scheduler
 from .adapter import ModelCall
-from .sites import Site, dual_and_single
-from .steps import Step, step_of_scheduler
 from .transformer import TransformerAdapter
 
 __all__ = ["AuraFlowAdapter"]

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ..text_parts import Template, TextPart
+from ...text_parts import Template, TextPart
+from ..sites import Site
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
 from .padding import text_lengths
-from .sites import Site
 
 __all__ = ["QwenImageAdapter"]
 

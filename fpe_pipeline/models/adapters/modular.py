@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from ..shadows import Shadows
+from ...shadows import Shadows
 from .adapter import Half, ModelAdapter, ModelCall
 
 __all__ = ["by_guider", "is_modular"]

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..text_parts import TextPart
+from ...text_parts import TextPart
+from ..sites import Site
 from .adapter import ModelCall
 from .cogvideox import joint_layers
 from .named_calls import NamedCallsAdapter
-from .sites import Site
 from .transformer import TransformerAdapter
 
 __all__ = ["CogView3PlusAdapter", "CogView4Adapter", "GlmImageAdapter"]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..sites import Site
 from .adapter import ModelCall
-from .sites import Site
 from .transformer import TransformerAdapter, self_and_cross
 
 __all__ = ["PixArtAdapter"]

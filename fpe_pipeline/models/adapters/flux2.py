@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..text_parts import Template, TextPart, conversation, plain_tokenizer
+from ...text_parts import Template, TextPart, conversation, plain_tokenizer
 from .adapter import ModelCall
 from .flux import FluxBlocksAdapter
 

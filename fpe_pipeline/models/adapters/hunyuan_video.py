@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from ..text_parts import Template, TextPart
+from ...text_parts import Template, TextPart
+from ..sites import Site, dual_and_single
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
 from .padding import text_lengths
-from .sites import Site, dual_and_single
 
 __all__ = ["HunyuanVideoAdapter"]
 

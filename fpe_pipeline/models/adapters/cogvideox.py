@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..text_parts import TextPart
+from ...text_parts import TextPart
+from ..sites import Site
 from .adapter import ModelCall
-from .sites import Site
 from .transformer import TransformerAdapter
 
 __all__ = ["CogVideoXAdapter", "joint_layers"]

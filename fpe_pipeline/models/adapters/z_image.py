@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from ..text_parts import Template, TextPart, conversation
+from ...text_parts import Template, TextPart, conversation
+from ..sites import Kind, Site
+from ..steps import Step, step_of_scheduler
 from .adapter import ModelCall
-from .sites import Kind, Site
-from .steps import Step, step_of_scheduler
 from .transformer import TransformerAdapter
 
 __all__ = ["ZImageAdapter", "filled_up"]

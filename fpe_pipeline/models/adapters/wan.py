@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..sites import Site
+from ..steps import Step, step_of_scheduler
 from .adapter import ModelCall, identity
 from .named_calls import NamedCallsAdapter
-from .sites import Site
-from .steps import Step, step_of_scheduler
 from .transformer import self_and_cross
 
 __all__ = ["WanAdapter"]

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..text_parts import TextPart
+from ...text_parts import TextPart
+from ..sites import Site, dual_and_single
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
 from .once import once_a_tensor
-from .sites import Site, dual_and_single
 
 __all__ = ["FluxAdapter", "FluxBlocksAdapter"]
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..text_parts import TextPart
+from ...text_parts import TextPart
+from ..sites import Site
+from ..steps import Step, step_of_scheduler
 from .adapter import ModelCall
 from .cogvideox import joint_layers
 from .padding import text_lengths
-from .sites import Site
-from .steps import Step, step_of_scheduler
 from .transformer import TransformerAdapter
 
 __all__ = ["MochiAdapter"]

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from ..text_parts import Template, TextPart
+from ...text_parts import Template, TextPart
+from ..sites import Site, dual_and_single
 from .adapter import Half, ModelCall
 from .named_calls import NamedCallsAdapter
 from .once import once_a_tensor
-from .sites import Site, dual_and_single
 
 __all__ = ["HunyuanImageAdapter", "HunyuanVideo15Adapter"]
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ..text_parts import Template, TextPart
+from ...text_parts import Template, TextPart
+from ..sites import Site
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
 from .once import once_a_tensor
-from .sites import Site
 
 __all__ = ["Krea2Adapter"]
 

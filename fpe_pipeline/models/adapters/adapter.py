@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..text_parts import TextPart
-from .sites import Site
-from .steps import Step, locate_step
+from ...text_parts import TextPart
+from ..sites import Site
+from ..steps import Step, locate_step
 
 __all__ = ["Half", "ModelAdapter", "ModelCall", "identity", "is_guided", "model_inputs"]
 

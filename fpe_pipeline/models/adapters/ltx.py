@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..sites import Site
+from ..steps import Step, step_of_scheduler
 from .adapter import ModelCall
-from .sites import Site
-from .steps import Step, step_of_scheduler
 from .transformer import TransformerAdapter, self_and_cross
 
 __all__ = ["LTXAdapter"]

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..text_parts import Template, TextPart
+from ...text_parts import Template, TextPart
+from ..sites import Site
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
-from .sites import Site
 from .transformer import self_and_cross
 
 __all__ = ["Kandinsky5Adapter"]

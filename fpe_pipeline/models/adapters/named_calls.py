@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..shadows import Shadows
+from ...shadows import Shadows
+from ..steps import Step, step_of_scheduler
 from .adapter import Half, ModelCall, identity
-from .steps import Step, step_of_scheduler
 from .transformer import TransformerAdapter
 
 __all__ = ["NamedCallsAdapter"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..text_parts import Template, TextPart, conversation
+from ...text_parts import Template, TextPart, conversation
 from .adapter import Half, ModelCall
 from .flux import FluxBlocksAdapter
 from .padding import lengths_before_images

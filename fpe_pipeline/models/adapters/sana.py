@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ..text_parts import Template, TextPart
+from ...text_parts import Template, TextPart
+from ..sites import Site
+from ..steps import Step, step_of_scheduler
 from .adapter import Half, ModelCall
-from .sites import Site
-from .steps import Step, step_of_scheduler
 from .transformer import TransformerAdapter, self_and_cross
 
 __all__ = ["SanaAdapter"]

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from ..sites import Site, dual_and_single
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
 from .once import once_a_tensor
-from .sites import Site, dual_and_single
 
 __all__ = ["Flux3Adapter"]
 

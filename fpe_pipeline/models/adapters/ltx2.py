@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..sites import Site
 from .adapter import Half, ModelCall
 from .named_calls import NamedCallsAdapter
-from .sites import Site
 from .transformer import self_and_cross
 
 __all__ = ["LTX2Adapter"]

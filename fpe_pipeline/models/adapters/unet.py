@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from ..sites import Site, attention_sites
 from .adapter import ModelAdapter, ModelCall
-from .sites import Site, attention_sites
 
 __all__ = ["UNetAdapter"]
 

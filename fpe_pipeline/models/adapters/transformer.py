@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from ..sites import Kind, Site
 from .adapter import ModelAdapter, identity
-from .sites import Kind, Site
 
 __all__ = ["TransformerAdapter", "self_and_cross"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..text_parts import TextPart
+from ...text_parts import TextPart
 from .adapter import ModelCall
 from .flux import FluxBlocksAdapter
 from .padding import lengths_before_images

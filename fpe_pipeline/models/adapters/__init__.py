@@ -1,0 +1,1 @@
+"""What an edit has to know of a model: one module for each family, told by the class of its model."""
