@@ -21,6 +21,7 @@ from fpe_kernels import AttentionMap
 from ..edits.products import plan_products
 from ..models.adapters.adapter import ModelAdapter, is_guided
 from ..models.adapters.families import adapter_of
+from ..models.adapters.modular import is_modular
 from ..models.sites import Site
 from ..prompts.encoding import encoding_tokenizer
 from ..session.entry import check_backend
@@ -116,6 +117,12 @@ class ControlledLayers:
         before: Callable[[Any], None] | None = None,
         kinds: tuple[str, ...] = ("self", "cross"),
     ) -> None:
+        if is_modular(pipe):
+            raise ValueError(
+                f"{type(pipe).__name__} is a modular pipeline, whose guider calls the model for each half of the rows, "
+                "and code written for this tool expects both in one call: pass an ordinary pipeline of the same parts, "
+                "such as FreePromptPipeline.from_pipe(pipe)"
+            )
         self._adapter: ModelAdapter = adapter_of(pipe)
         if self._adapter.family != "unet":
             raise ValueError(

@@ -227,6 +227,11 @@ def _embedded(pipe: Any, adapter: ModelAdapter, names: tuple[str, ...]) -> torch
     tokenizer = encoding_tokenizer(pipe)
     if adapter.pipe is None or tokenizer is None:
         raise ValueError("concepts are encoded by the pipeline: pass one with its text encoders and tokenizers")
+    if not hasattr(pipe, "encode_prompt"):
+        raise ValueError(
+            f"{type(pipe).__name__} encodes prompts in its blocks, where concepts cannot be encoded: read them around "
+            "an ordinary pipeline of the same parts, such as FreePromptPipeline.from_pipe(pipe)"
+        )
     seen: list[Encoding] = []
     hook = EncodingHook(pipe, seen.append, adapter.text_parts)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ class ModularCalls:
         layout, generator = self._paired(None, Encoding.of(values, {})), values.get("generator")
         draws = "generator" in values and values.get("latents") is None
         if draws and layout is not None and not isinstance(generator, list):  # a list says every row's own
+            self._check_picture(values)
             state.set("generator", paired_generators(generator, *layout))
         parts = () if self._adapter.words_refused else self._adapter.text_parts
         with received_by(pipe) as received:
@@ -64,6 +65,15 @@ class ModularCalls:
                 return blocks(pipe, state)
             finally:
                 self._pending = None
+
+    def _check_picture(self, values: Mapping[str, Any]) -> None:
+        """Raise ValueError for a picture that a generator encodes, of which there would have to be one a row."""
+        if values.get("image") is not None:
+            raise ValueError(
+                f"{type(self._pipe).__name__} is given a picture, and encodes it by the generators that draw noise: "
+                "pass a list of generators, one a row, with the same seed for rows of one image (and as many pictures, "
+                'where its blocks ask for one a prompt), or say editing(..., noise="separate")'
+            )
 
     def _tell(self, *_: Any) -> None:
         pending, self._pending = self._pending, None

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import PerturbedAttentionGuidance
+from PIL import Image
 
 from fpe_pipeline import (
     ConsistEdit,
@@ -14,9 +15,11 @@ from fpe_pipeline import (
     LocalBlend,
     MasaCtrlEdit,
     PromptToPromptEdit,
+    concept_maps,
     editing,
     heat_maps,
 )
+from fpe_pipeline.compat.prompt_to_prompt import AttentionReplace, ptp_utils
 from tests.support.modular_twins import GUIDANCE, OF_WORDS, PROMPTS, SIZE, TWINS, last_latents, modular
 
 TOLERANCE = 1e-4
@@ -174,6 +177,32 @@ def test_blocks_are_what_they_were(pipe):
         with pytest.raises(TypeError, match="unsupported operand"):
             twin(**call | {"num_inference_steps": "fifty"}, output="latents")
     assert twin._blocks is blocks
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+def test_from_a_picture(pipe, name):
+    """Its noise is each row's own generator's, of which the session makes none: the same encodes the picture."""
+    _, twin, _, call = TWINS[name](pipe)
+    call = call | {"image": [Image.radial_gradient("L").convert("RGB").resize((64, 64))] * 2, "strength": 0.5}
+    with editing(twin, FreePromptEdit(1.0)) as session:
+        with pytest.raises(ValueError, match="pass a list of generators, one a row, with the same seed"):
+            last_latents(twin, **call)
+        edited = last_latents(twin, [torch.Generator().manual_seed(0) for _ in PROMPTS], **call)
+    assert "steps 2-3" in session.explain()
+    plain = last_latents(twin, [torch.Generator().manual_seed(0) for _ in PROMPTS], **call)
+    assert torch.equal(edited[0], plain[0]) or (edited[0] - plain[0]).abs().max() < TOLERANCE
+    assert (edited[1] - plain[1]).abs().max() > TOLERANCE
+
+
+def test_other_tools(pipe):
+    """What is written for ordinary pipelines says how to get one."""
+    flux, sdxl = (TWINS[name](pipe)[1] for name in ("flux", "sdxl"))
+    message = "encodes prompts in its blocks, where concepts cannot"
+    with pytest.raises(ValueError, match=message), concept_maps(flux, ["car", "sky"]):
+        pass
+    controller = AttentionReplace(PROMPTS, 4, 0.8, 0.4, tokenizer=pipe.tokenizer)
+    with pytest.raises(ValueError, match="whose guider calls the model for each half of the rows, and code written"):
+        ptp_utils.register_attention_control(sdxl, controller)
 
 
 @pytest.mark.parametrize("name", ["flux", "sdxl"])
