@@ -26,7 +26,7 @@ def tiny_flux3(dtype=torch.float32, **config):
     return sharpened(Flux3Transformer2DModel(**size)).to(dtype).eval()
 
 
-def tiny_flux3_pipeline(guidance=4.0, distilled=False):
+def tiny_flux3_pipeline(guidance=4.0, distilled=False, dtype=torch.float32):
     """A modular pipeline without encoders and decoder; the distilled one has no guider."""
     blocks = (modular_pipelines.Flux3DistilledAutoBlocks if distilled else modular_pipelines.Flux3AutoBlocks)()
     for name in ("prompt_upsampler", "text_encoder", "vae_encoder", "decode"):
@@ -34,7 +34,7 @@ def tiny_flux3_pipeline(guidance=4.0, distilled=False):
     pipe = blocks.init_pipeline()
     parts = {} if distilled else {"guider": ClassifierFreeGuidance(guidance_scale=guidance)}
     pipe.update_components(
-        transformer=tiny_flux3(flow_map=distilled), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts
+        transformer=tiny_flux3(dtype, flow_map=distilled), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -43,7 +43,7 @@ def tiny_flux3_pipeline(guidance=4.0, distilled=False):
 def draw_flux3(pipe, rows=2, *, steps=4, size=(8, 12), shown=False, generator=None, **options):
     """Packed latents for so many texts, which start from the same noise."""
     given = torch.Generator().manual_seed(1)
-    texts = torch.randn(2, rows, TEXT, 32, generator=given)
+    texts = torch.randn(2, rows, TEXT, 32, generator=given).to(pipe.transformer.dtype)
     options |= {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
     if not hasattr(pipe, "guider"):
         options.pop("negative_prompt_embeds")

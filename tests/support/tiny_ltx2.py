@@ -63,7 +63,7 @@ def tiny_ltx2_pipeline(dtype=torch.float64, **config):
 def draw_ltx2(pipe, rows=2, *, guidance_scale=4.0, generator=None, **options):
     """Latents of a video of three frames, and of its sound, for so many texts."""
     draw = torch.Generator().manual_seed(1)
-    texts = torch.randn(2, rows, TEXTS, 12, generator=draw, dtype=torch.float64)
+    texts = torch.randn(2, rows, TEXTS, 12, generator=draw, dtype=torch.float64).to(pipe.transformer.dtype)
     mask = torch.ones(rows, TEXTS, dtype=torch.int64)
     options = {"guidance_scale": guidance_scale, "audio_guidance_scale": guidance_scale, **options}
     return pipe(
