@@ -23,15 +23,15 @@ from fpe_pipeline.compat.prompt_to_prompt import AttentionReplace, ptp_utils
 from tests.support.modular_twins import GUIDANCE, OF_WORDS, PROMPTS, SIZE, TWINS, last_latents, modular
 
 TOLERANCE = 1e-4
-FAST = ("flux", "sdxl", "qwen", "wan2.2")
+FAST = ("flux", "sdxl")
 
 
 def words(pipe):
     return PromptToPromptEdit(PROMPTS, pipe.tokenizer, cross_replace_steps=0.6, self_replace_steps=0.4)
 
 
-def models(names):
-    return [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
+def models(names, fast=FAST):
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
 
 
 def held(twins, edit):
@@ -66,7 +66,7 @@ def test_words(pipe, name):
     assert (found[1] - unedited[1]).abs().max() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["qwen", "klein", "z_image"])
+@pytest.mark.parametrize("name", models(["qwen", "klein", "z_image"], fast=("klein",)))
 def test_words_inside_a_text_of_the_blocks_own(pipe, name):
     twin = TWINS[name](pipe)[1]
     with pytest.raises(ValueError, match="encode prompts inside a text of their own, in which no word"):
@@ -179,7 +179,7 @@ def test_blocks_are_what_they_were(pipe):
     assert twin._blocks is blocks
 
 
-@pytest.mark.parametrize("name", ["flux", "sdxl"])
+@pytest.mark.parametrize("name", ["flux", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_from_a_picture(pipe, name):
     """Its noise is each row's own generator's, of which the session makes none: the same encodes the picture."""
     _, twin, _, call = TWINS[name](pipe)
@@ -205,7 +205,7 @@ def test_other_tools(pipe):
         ptp_utils.register_attention_control(sdxl, controller)
 
 
-@pytest.mark.parametrize("name", ["flux", "sdxl"])
+@pytest.mark.parametrize("name", ["flux", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_the_pipeline_takes_their_parts(pipe, name):
     one, twin, _, _ = TWINS[name](pipe)
     pictures = []
