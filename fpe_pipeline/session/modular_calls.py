@@ -36,8 +36,9 @@ class ModularCalls:
         self._called, self._encoded, self._paired = called, encoded, paired
         self._pending: Callable[[], Encoding] | None = None  # of a call that has not come to the model yet
         pipe: Any = adapter.pipe
-        self._pipe, self._covered = pipe, _Blocks(pipe._blocks, self._run)
-        pipe._blocks = self._covered
+        self._name = "_blocks" if hasattr(pipe, "_blocks") else "blocks"  # as in diffusers 0.35
+        self._pipe, self._covered = pipe, _Blocks(getattr(pipe, self._name), self._run)
+        setattr(pipe, self._name, self._covered)
         tell = torch.compiler.disable(self._tell)
         # Before the session's own hooks, which ask what was encoded.
         self._handles = [model.register_forward_pre_hook(tell, prepend=True) for model in adapter.models.values()]
@@ -46,8 +47,8 @@ class ModularCalls:
         """Leave the pipeline as it was found."""
         for handle in self._handles:
             handle.remove()
-        if self._pipe._blocks is self._covered:
-            self._pipe._blocks = self._covered.original
+        if getattr(self._pipe, self._name) is self._covered:
+            setattr(self._pipe, self._name, self._covered.original)
 
     def _run(self, blocks: Any, pipe: Any, state: Any) -> Any:
         """The blocks, with generators that the rows of one image share."""
