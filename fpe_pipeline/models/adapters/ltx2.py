@@ -7,12 +7,12 @@ layers and by streams that do not see one another are calls of their own, of the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..sites import Site
 from .adapter import Half, ModelCall
+from .ltx import size_of_tokens
 from .named_calls import NamedCallsAdapter
 from .transformer import self_and_cross
 
@@ -37,15 +37,8 @@ class LTX2Adapter(NamedCallsAdapter):
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         given = self.named(args, kwargs)
-        sample = given["hidden_states"]
-        size: tuple[Any, ...] = tuple(given.get(name) for name in ("height", "width", "num_frames"))
-        if None in size or math.prod(size) != sample.shape[1]:
-            raise ValueError(
-                f"the model got {sample.shape[1]} tokens for (height, width, frames) = {size}: tokens of given frames "
-                "among them (LTX2ConditionPipeline) are not described yet; edit with LTX2Pipeline or "
-                "LTX2ImageToVideoPipeline"
-            )
-        return ModelCall(sample, given["timestep"], size, half=self._half(), arguments=(args, kwargs))
+        size = size_of_tokens(given, "LTX2")
+        return ModelCall(given["hidden_states"], given["timestep"], size, half=self._half(), arguments=(args, kwargs))
 
     def _half(self) -> Half:
         return "conditional" if self._context in _ALONE else "as guided"
