@@ -47,23 +47,31 @@ class _GuiderCalls(ModelAdapter):
                 "looked for: use an edit that looks for none, such as FreePromptEdit, ConsistEdit or MasaCtrlEdit, or "
                 "a pipeline of the same parts that is not modular"
             )
+        self._listened: dict[int, tuple[Any, Shadows]] = {}  # guiders, and what covers their methods
         self._guider: Any = None  # the one that prepared the call under way
         self._unguided = 0  # calls since the scheduler's latest step that no guider prepared
 
     def follow(self) -> Callable[[], None]:
         """Listen to which guider prepares a call of the model; what is returned ends it."""
         leave = super().follow()
-        followed = [self._followed(guider) for guider in _guiders(self.pipe)]
+        self._listen_to_guiders()
         self._guider, self._unguided = None, 0
 
         def end() -> None:
-            for shadows in followed:
+            for _, shadows in self._listened.values():
                 shadows.remove()
+            self._listened = {}
             leave()
 
         return end
 
-    def _followed(self, guider: Any) -> Shadows:
+    def _listen_to_guiders(self) -> None:
+        """Listen to those guiders of the pipeline that are not listened to yet."""
+        for guider in _guiders(self.pipe):
+            if id(guider) not in self._listened:
+                self._listened[id(guider)] = guider, self._covered(guider)
+
+    def _covered(self, guider: Any) -> Shadows:
         def prepare_models(original: Any, *args: Any, **kwargs: Any) -> Any:
             self._guider = guider
             return original(*args, **kwargs)
@@ -79,6 +87,7 @@ class _GuiderCalls(ModelAdapter):
 
     def called(self) -> None:
         super().called()
+        self._listen_to_guiders()  # one may have been put into the pipeline since
         self._guider, self._unguided = None, 0
 
     def stepped(self) -> None:

@@ -123,6 +123,17 @@ def test_guidance_that_ends(pipe):
     assert "row 1 = A(q 0, k 0) @ v 1" in session.explain()
 
 
+def test_a_guider_that_comes_later(pipe):
+    """Into a session, which listens to it from the next call on, and leaves both as they were."""
+    _, twin, _, call = TWINS["sdxl"](pipe)
+    with editing(twin, FreePromptEdit(0.5)):
+        expected = last_latents(twin, **call)
+        first = twin.guider
+        twin.update_components(guider=first.new())
+        assert torch.equal(last_latents(twin, **call), expected)
+    assert not {"prepare_models", "cleanup_models"} & {*vars(first), *vars(twin.guider)}
+
+
 def test_a_guider_with_further_conditions(pipe):
     _, twin, _, call = TWINS["sdxl"](pipe)
     layers = {"fqn": "mid_block.attentions.0.transformer_blocks", "indices": [0]}
