@@ -54,7 +54,7 @@ def align_replace(source: TokenizedPrompt, target: TokenizedPrompt, compat: str 
             _share(mapper, before.tokens, after.tokens)
         _pair_rest(mapper, source, target)
         lost = mapper.sum(1) == 0  # padding that the target has less of, and words that it was truncated before
-        mapper[lost, 0 if target.first and not target.after else -1] = 1.0
+        mapper[lost, 0 if target.first and not target.after else (target.attended or target.length) - 1] = 1.0
     return Alignment(mapper, torch.ones(target.length, dtype=torch.float64))
 
 

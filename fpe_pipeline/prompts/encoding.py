@@ -40,6 +40,8 @@ class EncodedText:
         registers: tokens of the model's own, which it puts before every text.
         has_quotes: whether prompts quote something, whose tokens stand before these.
         ends: whether texts end where they end, with padding behind those that are shorter than the longest of a call.
+        multiple: of each text, tokens up to the next multiple of this number are attended to; 1 where all of a row are,
+            or the others are masked.
     """
 
     tokenizer: Any = field(repr=False, compare=False)
@@ -49,6 +51,7 @@ class EncodedText:
     registers: int = 0
     ends: bool = False
     has_quotes: bool = False
+    multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments
     ends = template is not None and not part.is_padded
     has_quotes = part.quotes is not None and bool(received.tokens.get(part.quotes))
     tokenizer = plain_tokenizer(getattr(pipe, part.tokenizer, None))
-    return EncodedText(tokenizer, tuple(inputs), length, template, part.registers, ends, has_quotes)
+    return EncodedText(tokenizer, tuple(inputs), length, template, part.registers, ends, has_quotes, part.multiple)
 
 
 def _begun(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -119,7 +119,7 @@ def _part(encoded: EncodedText, texts: Sequence[str]) -> list[TokenizedPrompt] |
             "FreePromptEdit, ConsistEdit or MasaCtrlEdit"
         )
     if encoded.template is not None:
-        return _templated(encoded.inputs[0], texts, encoded.template, encoded.tokenizer)
+        return _templated(encoded.inputs[0], texts, encoded.template, encoded.tokenizer, encoded.multiple)
     placed: list[list[TokenizedPrompt]] = []
     for batches in encoded.inputs:
         length = int(batches[0].shape[-1])
@@ -135,7 +135,7 @@ def _part(encoded: EncodedText, texts: Sequence[str]) -> list[TokenizedPrompt] |
 
 
 def _templated(
-    batches: Sequence[torch.Tensor], texts: Sequence[str], template: Template, tokenizer: Any
+    batches: Sequence[torch.Tensor], texts: Sequence[str], template: Template, tokenizer: Any, multiple: int
 ) -> list[TokenizedPrompt]:
     """Prompts where one of a text encoder's calls received them inside a template; ValueError where none did."""
     first: ValueError | None = None
@@ -143,7 +143,8 @@ def _templated(
         if len(batch) == len(texts):
             try:
                 return [
-                    _within(row, text, template, tokenizer) for row, text in zip(batch.tolist(), texts, strict=True)
+                    _within(row, text, template, tokenizer, multiple)
+                    for row, text in zip(batch.tolist(), texts, strict=True)
                 ]
             except ValueError as error:
                 first = first or error
@@ -153,7 +154,7 @@ def _templated(
     )
 
 
-def _within(row: Sequence[int], text: str, template: Template, tokenizer: Any) -> TokenizedPrompt:
+def _within(row: Sequence[int], text: str, template: Template, tokenizer: Any, multiple: int) -> TokenizedPrompt:
     """A prompt among the tokens that the model receives of it, by the template's text around it.
 
     A tokenizer may make another token of a prompt's beginning where a text precedes it, so that it is told by its place
@@ -181,7 +182,9 @@ def _within(row: Sequence[int], text: str, template: Template, tokenizer: Any) -
             "cannot be told from its keys: was it changed on the way, or tokenized by another tokenizer?"
         )
     added = tuple(token for token in whole.added if token in prompt)
-    return TokenizedPrompt(prompt, tuple(span for _, span in own), len(row), places[0], ids, added)
+    count = sum(token >= 0 for token in row)  # filled up by itself, whatever the longest text of the batch is
+    attended = 0 if multiple == 1 else -(-count // multiple) * multiple
+    return TokenizedPrompt(prompt, tuple(span for _, span in own), len(row), places[0], ids, added, attended)
 
 
 def _length(part: TokenizedPrompt | int) -> int:

@@ -44,6 +44,7 @@ class TokenizedPrompt:
         first: the position of the first of the tokens; before it there is padding, or a template.
         ids: the tokens' numbers in the vocabulary; empty where they are not known.
         added: tokens of the text that were added to the tokenizer (textual inversion): each is one word.
+        attended: tokens up to the last one that the model attends to, padding included; 0 for all of ``length``.
     """
 
     text: str
@@ -52,6 +53,7 @@ class TokenizedPrompt:
     first: int = 0
     ids: tuple[int, ...] = field(default=(), compare=False)
     added: tuple[str, ...] = field(default=(), compare=False)
+    attended: int = 0
 
     @property
     def words(self) -> tuple[Word, ...]:
@@ -66,7 +68,7 @@ class TokenizedPrompt:
     @property
     def after(self) -> range:
         """Positions behind the prompt's tokens, nearest first: padding, or the end of a template."""
-        return range(self.first + len(self.spans), self.length)
+        return range(self.first + len(self.spans), self.attended or self.length)
 
     @property
     def before(self) -> range:

@@ -169,6 +169,21 @@ class TestWords:
         handle.remove()
         assert not computed  # it is said before anything is
 
+    @pytest.mark.parametrize("align", ["replace", "refine"])
+    def test_negative_prompts_of_another_length(self, reading, align):
+        """Words do not stand for tokens that only a longer text of the batch has."""
+        prompts = ["a photo of a red car", "a photo of a blue car"]  # "blue" is spelt in more tokens
+        edit = PromptToPromptEdit(prompts, reading.tokenizer, align, cross_replace_steps=1.0, self_replace_steps=0.0)
+        predictions = []
+        for negative in ("a drawing", "a drawing, " * 6):
+            seen = []
+            handle = reading.transformer.register_forward_hook(lambda *call, seen=seen: seen.append(call[2][0]))
+            with editing(reading, edit):
+                draw_z_image(reading, prompts, negative=negative)
+            handle.remove()
+            predictions.append(torch.stack(seen[0][:2]))  # of the prompts, before guidance mixes the halves
+        assert farthest(*predictions) <= EXACT
+
     def test_the_callers_prompts_stay_as_they_are(self, reading):
         prompts = [SOURCE, "a photo of a big car on a mountain"]
         known, negative = list(prompts), ["a drawing"] * 2
