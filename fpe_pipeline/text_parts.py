@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Template", "TextPart", "conversation", "plain_tokenizer"]
+__all__ = ["Template", "TextPart", "conversation", "plain_tokenizer", "said"]
 
 
 class Template(NamedTuple):
@@ -63,6 +63,30 @@ class TextPart(NamedTuple):
     one_at_a_time: bool = False
     registers: int = 0
     quotes: str | None = None
+
+
+def said(pipe: Any, name: str) -> Any:
+    """What a pipeline says of the text around its prompts: it itself, or a block of it where it is modular.
+
+    Args:
+        pipe: the pipeline.
+        name: of an attribute.
+
+    Raises:
+        AttributeError: nothing of the pipeline has it.
+    """
+    blocks = getattr(pipe, "_blocks", None) or getattr(pipe, "blocks", None)
+    for place in (pipe, *_with_inner(blocks)):
+        if hasattr(place, name):
+            return getattr(place, name)
+    raise AttributeError(f"nothing of {type(pipe).__name__} says {name}")
+
+
+def _with_inner(blocks: Any) -> Iterator[Any]:
+    """Blocks and those inside of them."""
+    yield from () if blocks is None else (blocks,)
+    for inner in getattr(blocks, "sub_blocks", {}).values():
+        yield from _with_inner(inner)
 
 
 def plain_tokenizer(found: Any) -> Any:

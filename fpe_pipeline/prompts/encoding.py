@@ -200,7 +200,12 @@ class _Received:
 
 
 def text_of_parts(
-    pipe: Any, parts: Sequence[TextPart], received: _Received, arguments: Mapping[str, Any]
+    pipe: Any,
+    parts: Sequence[TextPart],
+    received: _Received,
+    arguments: Mapping[str, Any],
+    *,
+    fills_apart: bool = False,
 ) -> tuple[EncodedText, ...]:
     """The parts of a transformer's text tokens, as the encoders received them.
 
@@ -209,12 +214,20 @@ def text_of_parts(
         parts: of the text tokens of its transformer.
         received: by its encoders.
         arguments: by name, of what encoded the prompts.
+        fills_apart: whether the texts of each call of an encoder stand in a batch of their own.
     """
     length = arguments.get("max_sequence_length") or 0
-    return tuple(_text(pipe, part, received, length, arguments) for part in parts)
+    return tuple(_text(pipe, part, received, length, arguments, fills_apart) for part in parts)
 
 
-def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments: Mapping[str, Any]) -> EncodedText:
+def _text(
+    pipe: Any,
+    part: TextPart,
+    received: _Received,
+    length: int,
+    arguments: Mapping[str, Any],
+    fills_apart: bool,
+) -> EncodedText:
     """A part of a transformer's text as the encoders received it; where it has none it is of this length."""
     template = None if part.template is None else part.template(pipe, arguments)
     inputs: list[Sequence[torch.Tensor]] = []
@@ -233,7 +246,10 @@ def _text(pipe: Any, part: TextPart, received: _Received, length: int, arguments
             own = whole if is_whole else [_without_padding(*call, dropped, length, leaves) for call in masked]
             if template is not None and template.at_least:
                 own = [filled(call, max(call.shape[1], template.at_least)) for call in own]
-            inputs.append(_filled_up(own, part.multiple) if part.in_one_batch or part.multiple > 1 else own)
+            if part.in_one_batch or part.multiple > 1:
+                batches = [[call] for call in own] if fills_apart else [own]
+                own = [call for batch in batches for call in _filled_up(batch, part.multiple)]
+            inputs.append(own)
     ends = template is not None and not part.is_padded
     has_quotes = part.quotes is not None and bool(received.tokens.get(part.quotes))
     tokenizer = plain_tokenizer(getattr(pipe, part.tokenizer, None))

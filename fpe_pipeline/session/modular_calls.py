@@ -52,7 +52,10 @@ class ModularCalls:
 
     def _run(self, blocks: Any, pipe: Any, state: Any) -> Any:
         """The blocks, with generators that the rows of one image share."""
-        values = dict(state.values)
+        for name in ("prompt", "negative_prompt"):
+            if isinstance(texts := state.values.get(name), list):
+                state.set(name, list(texts))  # Z-Image writes its template into the very list, which is the caller's
+        values = {name: list(value) if isinstance(value, list) else value for name, value in state.values.items()}
         self._called()
         layout, generator = self._paired(None, Encoding.of(values, {})), values.get("generator")
         draws = "generator" in values and values.get("latents") is None
@@ -61,7 +64,9 @@ class ModularCalls:
             state.set("generator", paired_generators(generator, *layout))
         parts = () if self._adapter.words_refused else self._adapter.text_parts
         with received_by(pipe) as received:
-            self._pending = lambda: Encoding.of(values, received.tokens, text_of_parts(pipe, parts, received, values))
+            self._pending = lambda: Encoding.of(
+                values, received.tokens, text_of_parts(pipe, parts, received, values, fills_apart=True)
+            )
             try:
                 return blocks(pipe, state)
             finally:

@@ -7,11 +7,12 @@ from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler, m
 from diffusers.modular_pipelines.wan import encoders
 
 from tests.support.tiny_cross import tiny_ltx_pipeline
-from tests.support.tiny_flux2 import embedded, tiny_klein_pipeline
+from tests.support.tiny_flux2 import embedded, tiny_flux2_that_encodes, tiny_klein_pipeline
+from tests.support.tiny_language import tiny_qwen_that_reads
 from tests.support.tiny_pipelines import tiny_sdxl_pipeline
 from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_qwen_pipeline, tiny_sd3_pipeline
 from tests.support.tiny_wan import tiny_wan_pipeline
-from tests.support.tiny_z_image import captions, tiny_z_image_pipeline
+from tests.support.tiny_z_image import captions, tiny_z_image_pipeline, tiny_z_image_that_reads
 
 PROMPTS = ["a photo of a red car", "a photo of a blue car"]
 SIZE = {"num_inference_steps": 4, "height": 64, "width": 64}
@@ -38,27 +39,27 @@ def _with_euler(pipe, **options):
 
 def sd3_twins(pipe):
     one = _with_euler(tiny_sd3_pipeline(pipe, dtype=torch.float32))
-    both = SIZE | {"prompt": PROMPTS, "negative_prompt": "", "max_sequence_length": 16}
+    both = SIZE | {"prompt": list(PROMPTS), "negative_prompt": "", "max_sequence_length": 16}
     return one, modular("StableDiffusion3AutoBlocks", one), both | {"guidance_scale": GUIDANCE}, both
 
 
 def flux_twins(pipe):
     one = _with_euler(tiny_flux_pipeline(pipe, torch.float32))
-    both = SIZE | {"prompt": PROMPTS, "max_sequence_length": 16}
+    both = SIZE | {"prompt": list(PROMPTS), "max_sequence_length": 16}
     return one, modular("FluxAutoBlocks", one, guiders=()), both, both
 
 
 def sdxl_twins(pipe):
     one = tiny_sdxl_pipeline(pipe)
     one.set_progress_bar_config(disable=True)
-    both = SIZE | {"prompt": PROMPTS}
+    both = SIZE | {"prompt": list(PROMPTS)}
     return one, modular("StableDiffusionXLAutoBlocks", one), both | {"guidance_scale": GUIDANCE}, both
 
 
 def wan_twins(pipe, transformers=1):
     encoders.ftfy = types.SimpleNamespace(fix_text=str)  # a package that the blocks ask for in any case
     one = _with_euler(tiny_wan_pipeline(pipe, transformers, torch.float32))
-    both = SIZE | {"prompt": PROMPTS, "negative_prompt": "", "num_frames": 9, "max_sequence_length": 512}
+    both = SIZE | {"prompt": list(PROMPTS), "negative_prompt": "", "num_frames": 9, "max_sequence_length": 512}
     if transformers == 1:
         twin = modular("WanBlocks", one)
     else:
@@ -72,7 +73,7 @@ def ltx_twins(pipe):
     one = _with_euler(
         tiny_ltx_pipeline(pipe, torch.float32), use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05
     )
-    both = SIZE | {"prompt": PROMPTS, "negative_prompt": "", "num_frames": 17, "max_sequence_length": 16}
+    both = SIZE | {"prompt": list(PROMPTS), "negative_prompt": "", "num_frames": 17, "max_sequence_length": 16}
     return one, modular("LTXAutoBlocks", one), both | {"guidance_scale": GUIDANCE}, both
 
 
@@ -103,6 +104,36 @@ def z_image_twins(pipe):
     return one, twin, both | {"guidance_scale": GUIDANCE - 1}, both
 
 
+def _with_inner(blocks):
+    yield blocks
+    for inner in getattr(blocks, "sub_blocks", {}).values():
+        yield from _with_inner(inner)
+
+
+def reading_qwen_twins(pipe):
+    one = _with_euler(tiny_qwen_that_reads(torch.float32))
+    twin = modular("QwenImageAutoBlocks", one)
+    for block in _with_inner(twin._blocks):
+        if hasattr(block, "prompt_template_encode_start_idx"):  # as long as the tiny tokenizer makes it
+            block.prompt_template_encode_start_idx = one.prompt_template_encode_start_idx
+    both = SIZE | {"prompt": list(PROMPTS), "negative_prompt": ["a drawing"] * 2, "max_sequence_length": 60}
+    return one, twin, both | {"true_cfg_scale": GUIDANCE}, both
+
+
+def reading_klein_twins(pipe):
+    one = tiny_flux2_that_encodes("Flux2KleinPipeline", torch.float32)
+    one = _with_euler(one, use_dynamic_shifting=True)
+    both = SIZE | {"prompt": list(PROMPTS), "max_sequence_length": 60}
+    return one, modular("Flux2KleinBaseAutoBlocks", one), both | {"guidance_scale": GUIDANCE}, both
+
+
+def reading_z_image_twins(pipe):
+    """Its negative prompts are filled up to another length than its prompts, with which they do not share a call."""
+    one = _with_euler(tiny_z_image_that_reads(torch.float32))
+    both = SIZE | {"prompt": list(PROMPTS), "negative_prompt": ["a drawing, " * 6] * 2, "max_sequence_length": 128}
+    return one, modular("ZImageAutoBlocks", one), both | {"guidance_scale": GUIDANCE - 1}, both
+
+
 #: Ordinary pipelines and modular ones of the same parts, with what calls of each take.
 TWINS = {
     "sd3": sd3_twins,
@@ -115,8 +146,12 @@ TWINS = {
     "klein": klein_twins,
     "z_image": z_image_twins,
 }
-#: Those whose prompts stand alone, so that words are found.
-OF_WORDS = ("sd3", "flux", "sdxl", "wan", "wan2.2", "ltx")
+#: Those that read prompts, of which words are found.
+OF_WORDS = {name: TWINS[name] for name in ("sd3", "flux", "sdxl", "wan", "wan2.2", "ltx")} | {
+    "qwen": reading_qwen_twins,
+    "klein": reading_klein_twins,
+    "z_image": reading_z_image_twins,
+}
 
 
 def last_latents(pipe, generator=None, **call):

@@ -41,15 +41,25 @@ class _GuiderCalls(ModelAdapter):
 
     def __init__(self, pipe: Any, model: Any) -> None:
         super().__init__(pipe, model)
-        if any(part.template is not None for part in self.text_parts):
+        if not self._tells_templates():
             self.words_refused = (
-                f"the blocks of {type(pipe).__name__} encode prompts inside a text of their own, in which no word is "
-                "looked for: use an edit that looks for none, such as FreePromptEdit, ConsistEdit or MasaCtrlEdit, or "
+                f"the blocks of {type(pipe).__name__} do not say what text they encode prompts in, so that no word is "
+                "found there: use an edit that looks for none, such as FreePromptEdit, ConsistEdit or MasaCtrlEdit, or "
                 "a pipeline of the same parts that is not modular"
             )
         self._listened: dict[int, tuple[Any, Shadows]] = {}  # guiders, and what covers their methods
         self._guider: Any = None  # the one that prepared the call under way
         self._unguided = 0  # calls since the scheduler's latest step that no guider prepared
+
+    def _tells_templates(self) -> bool:
+        """Whether it can be read what stands around the prompts; blocks say so in other places than pipelines do."""
+        try:
+            for part in self.text_parts:
+                if part.template is not None:
+                    part.template(self.pipe, {})
+        except AttributeError:
+            return False
+        return True
 
     def follow(self) -> Callable[[], None]:
         """Listen to which guider prepares a call of the model; what is returned ends it."""

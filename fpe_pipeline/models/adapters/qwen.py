@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ...text_parts import Template, TextPart
+from ...text_parts import Template, TextPart, said
 from ..sites import Site
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
@@ -27,8 +27,9 @@ _PACKED = 2
 
 
 def _template(pipe: Any, arguments: Mapping[str, Any]) -> Template:
-    before, _, after = pipe.prompt_template_encode.partition("{}")
-    return Template(before, after, pipe.prompt_template_encode_start_idx, shows=hasattr(pipe, "processor"))
+    before, _, after = said(pipe, "prompt_template_encode").partition("{}")
+    dropped = said(pipe, "prompt_template_encode_start_idx")
+    return Template(before, after, dropped, shows=hasattr(pipe, "processor"))
 
 
 class QwenImageAdapter(NamedCallsAdapter):
