@@ -17,6 +17,15 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
 ENDS = [("SIGTERM", 143), ("SIGHUP", 129)]
 
 
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal():
+    """Signals do what they do by default, whatever started the tests: nohup and CI runners ignore some."""
+    before = {name: signal.signal(signal.Signals[name], signal.SIG_DFL) for name, _ in ENDS}
+    yield
+    for name, handler in before.items():
+        signal.signal(signal.Signals[name], handler)
+
+
 def _send(name):
     assert signal.getsignal(signal.Signals[name]) is not signal.SIG_DFL  # or the test run would end here
     signal.raise_signal(signal.Signals[name])

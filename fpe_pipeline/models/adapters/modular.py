@@ -18,6 +18,8 @@ __all__ = ["by_guider", "is_modular"]
 
 #: What guiders that guide by the prompts and by negative ones call their predictions.
 _PREDICTIONS = ["pred_cond", "pred_uncond"]
+#: Families of which blocks encode prompts inside the same text as pipelines do, and place them alike.
+_ENCODE_ALIKE = ("flux2", "qwen", "z_image")
 
 
 def is_modular(pipe: Any) -> bool:
@@ -53,10 +55,12 @@ class _GuiderCalls(ModelAdapter):
 
     def _tells_templates(self) -> bool:
         """Whether it can be read what stands around the prompts; blocks say so in other places than pipelines do."""
+        templates = [part.template for part in self.text_parts if part.template is not None]
+        if templates and self.family not in _ENCODE_ALIKE:
+            return False
         try:
-            for part in self.text_parts:
-                if part.template is not None:
-                    part.template(self.pipe, {})
+            for template in templates:
+                template(self.pipe, {})
         except AttributeError:
             return False
         return True
