@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from .products import Product
+from .products import Product, are_alike
 
 __all__ = ["AnyProduct", "JointPlan", "JointProduct", "MixedRows", "SegmentRows", "plan_joint_products"]
 
@@ -84,6 +84,9 @@ class JointProduct:
     mixing: torch.Tensor | None = None
     outputs: Literal["all", "image", "text"] = "all"
     reference: int | Literal["text"] | None = "text"
+
+    def __eq__(self, other: object) -> bool:
+        return are_alike(self, other) if isinstance(other, JointProduct) else NotImplemented
 
     def __post_init__(self) -> None:
         for name in ("query", "key", "value"):

@@ -5,14 +5,26 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from numbers import Real
 from typing import Any
 
 import torch
 
-__all__ = ["AttentionCall", "MapSpec", "Product", "ProductPlan", "plan_products"]
+__all__ = ["AttentionCall", "MapSpec", "Product", "ProductPlan", "are_alike", "plan_products"]
+
+
+def are_alike(one: Any, other: Any) -> bool:
+    """Whether two instances of a dataclass have the same fields, and the very same tensors.
+
+    What a tensor's ``==`` gives is no answer; from Python 3.13 on dataclasses ask for it even of a tensor and itself.
+    """
+    for name in (field.name for field in fields(one)):
+        pair = getattr(one, name), getattr(other, name)
+        if pair[0] is not pair[1] and (any(isinstance(each, torch.Tensor) for each in pair) or pair[0] != pair[1]):
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,9 @@ class Product:
     scale: float = 1.0
     styled: tuple[str, ...] = ("query", "key")
     scales: tuple[float, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return are_alike(self, other) if isinstance(other, Product) else NotImplemented
 
     def __post_init__(self) -> None:
         # Plans are looked up by products, so that lists, which have no hash, become tuples.

@@ -8,12 +8,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fpe_pipeline import BatchRoles, Edit, Product, editing
+from fpe_pipeline.edits.joint_products import JointProduct, SegmentRows
 from fpe_pipeline.edits.products import MapSpec, plan_products
 from fpe_pipeline.edits.selection import LayerSelection
 from fpe_pipeline.session.layers.computing import Projections, Rows, evaluate, row_maps
 from tests.support.dense import DenseEditProcessor, dense_attention, own, replaced
 from tests.support.edited_layer import attention, install, random, run
 from tests.support.tiny_unets import tiny_unet, unet_inputs
+
+FIRST = SegmentRows(0, 0)
 
 
 def test_rows_that_share_a_map_are_computed_together():
@@ -28,6 +31,23 @@ def test_rows_that_share_a_map_are_computed_together():
 def test_maps_over_different_numbers_of_keys_need_calls_of_their_own():
     plan = plan_products({1: Product(1, (0, 1), (0, 1))}, 2)
     assert [call.rows for call in plan.calls] == [(0,), (1,)]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda tensor: Product(0, (0,), (1,), weight=tensor),
+        lambda tensor: Product(0, (0,), (1,), mixing=tensor),
+        lambda tensor: JointProduct(FIRST, FIRST, FIRST, weight=tensor),
+    ],
+    ids=["weight", "mixing", "joint"],
+)
+def test_products_with_the_very_same_tensor_are_equal(made):
+    """Plans are looked up by them; a tensor's own ``==`` is no answer, nor are two tensors one."""
+    tensor, other = torch.rand(3, 3), torch.rand(3, 3)
+    assert made(tensor) == made(tensor) and hash(made(tensor)) == hash(made(tensor))
+    assert made(tensor) != made(other) and made(tensor) != made(tensor.clone())
+    assert made(tensor) != made(0.5) and made(0.5) == made(0.5) != tensor
 
 
 @pytest.mark.parametrize(
