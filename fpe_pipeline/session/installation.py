@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from ..models.adapters.adapter import ModelAdapter
+from ..models.adapters.adapter import ModelAdapter, is_compiled
 from ..models.sites import Site
 from ..shadows import Shadows
 from .layers.around import ProcessorAround
@@ -32,6 +32,7 @@ from .processors.mochi import EditMochiProcessor
 from .processors.qwen import EditQwenProcessor
 from .processors.qwen21 import EditQwen21Processor, qwen21_processor
 from .processors.sana import EditSanaProcessor
+from .processors.straight import straighten, unstraighten
 from .processors.unet import SLICED, editing_processor, is_sliced, unsupported_reasons
 from .processors.wan import EditWanProcessor
 from .processors.z_image import EditZImageProcessor
@@ -90,6 +91,7 @@ class LayerProcessors:
         self._found: dict[str, Any] = {}  # the layers themselves, of those installed
         self.orders: Mapping[str, Order] = NO_ORDERS
         self._working: list[tuple[str, ProcessorAround, Any]] = []  # paths, processors and layers that have an order
+        self._straight: dict[str, Any] = {}  # layers that nobody edits, which are computed in less of the host's time
         self._shadows: Shadows | None = None
 
     def wrap(self, sites: Sequence[Site]) -> None:
@@ -103,6 +105,7 @@ class LayerProcessors:
         for layer in layers.values():
             while isinstance(layer.processor, ProcessorAround) and layer.processor.is_over:
                 _put(layer, layer.processor.inner)
+            unstraighten(layer)
         taken = [path for path, layer in layers.items() if isinstance(layer.processor, ProcessorAround)]
         if taken:
             raise RuntimeError(
@@ -115,7 +118,15 @@ class LayerProcessors:
         if self._shadows is None:
             self._shadows = Shadows(self._adapter.pipe)
             self._shadows.cover("unload_ip_adapter", self._stand_aside)
+            self._straighten()
         self.give(NO_ORDERS)
+
+    def _straighten(self) -> None:
+        """Have the layers beside those in less of the host's time; those of a compiled UNet take none of it."""
+        if self._family != "unet" or is_compiled(self._adapter.model):
+            return
+        beside = {site.path: self._layer(site.path) for site in self._adapter.sites if site.path not in self._installed}
+        self._straight = {path: layer for path, layer in beside.items() if straighten(layer)}
 
     def _stand_aside(self, unload: Callable[[], None]) -> None:
         """Take an image prompt's adapter off, which makes every layer a processor of its present one's class: of its
@@ -200,7 +211,9 @@ class LayerProcessors:
                 _put(layer, processor.inner)
             elif layer.processor is not processor.inner:
                 foreign.append(f"{path} ({type(layer.processor).__name__})")
-        self._installed, self._found = {}, {}
+        for layer in self._straight.values():
+            unstraighten(layer)
+        self._installed, self._found, self._straight = {}, {}, {}
         if self._shadows is not None:
             self._shadows.remove()
             self._shadows = None

@@ -14,7 +14,7 @@ from ...text_parts import TextPart
 from ..sites import Site
 from ..steps import Step, locate_step
 
-__all__ = ["Half", "ModelAdapter", "ModelCall", "identity", "is_guided", "model_inputs"]
+__all__ = ["Half", "ModelAdapter", "ModelCall", "identity", "is_compiled", "is_guided", "model_inputs"]
 
 #: Which rows a call holds: as the pipeline's guidance says, those that see their prompts, or those that do not.
 Half = Literal["as guided", "conditional", "unconditional"]
@@ -214,6 +214,12 @@ def _nothing() -> None:
 def identity(model: Any) -> torch.nn.Module:
     """The module itself, without the wrapper of ``torch.compile``."""
     return getattr(model, "_orig_mod", model)
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether ``torch.compile`` computes a model or some of its blocks."""
+    module = identity(model)
+    return module is not model or any(part._compiled_call_impl is not None for part in module.modules())
 
 
 def model_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -1,9 +1,13 @@
-"""A replaced self-attention layer as one call of shared attention, in a straight line.
+"""Layers that are the common case, computed in a straight line: a replaced self-attention layer, and an unedited one.
 
-Most edited layers are this: every row of the batch is a map of some row times the values of some row, nothing is
-weighed, mixed or added, and nobody reads along. A short layer takes less time on a GPU than Python takes to arrange the
-general case (:mod:`.computing`), which computes the same to the bit. So what follows from the plan alone (which rows,
-as slices) is worked out once for the plan, and a call is the tensor operations and nothing else.
+Most edited layers are one call of shared attention: every row of the batch is a map of some row times the values of
+some row, nothing is weighed, mixed or added, and nobody reads along. A short layer takes less time on a GPU than Python
+takes to arrange the general case (:mod:`.computing`), which computes the same to the bit. So what follows from the plan
+alone (which rows, as slices) is worked out once for the plan, and a call is the tensor operations and nothing else.
+
+The same holds for the layers beside them, which diffusers computes: most are projections around attention, and the
+questions that its processor asks of every layer take longer than that. They are the same operations, but for a division
+by 1 that is left out.
 """
 
 from __future__ import annotations
@@ -12,13 +16,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from fpe_kernels import shared_attention
 
 from ...edits.products import ProductPlan
 from .record import LayerRecord
 
-__all__ = ["StraightLine", "straight_line"]
+__all__ = ["StraightLine", "is_straight", "straight_line", "unedited_layer"]
 
 
 def straight_line(plan: ProductPlan, tokens: int | None, backend: str) -> StraightLine | None:
@@ -63,14 +68,9 @@ class StraightLine:
         """
         return (
             context is None
-            and mask is None
-            and hidden_states.ndim == 3
+            and is_straight(attn, hidden_states, mask)
             and hidden_states.shape[0] == self._rows
             and hidden_states.shape[1] == self._tokens
-            and attn.spatial_norm is None
-            and attn.group_norm is None
-            and attn.norm_q is None
-            and attn.norm_k is None
         )
 
     def __call__(self, attn: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, LayerRecord]:
@@ -93,13 +93,54 @@ class StraightLine:
         )
         itemsize = dtype.itemsize
         held = tokens * itemsize * (queries * query.shape[2] + keys * key.shape[2] + values * width)
-        project, dropout = attn.to_out
-        out = dropout(project(out.transpose(1, 2).reshape(self._rows, tokens, width)))
-        if attn.residual_connection:
-            out = out + hidden_states
-        if attn.rescale_output_factor != 1.0:
-            out = out / attn.rescale_output_factor
+        out = _finished(attn, out.transpose(1, 2).reshape(self._rows, tokens, width), hidden_states)
         return out, LayerRecord("", itemsize, held, self._rows * heads * tokens * tokens * itemsize)
+
+
+def is_straight(attn: Any, hidden_states: torch.Tensor, mask: Any) -> bool:
+    """Whether a layer is nothing but projections around attention.
+
+    Args:
+        attn: the diffusers ``Attention``.
+        hidden_states: [B, N, C].
+        mask: what it receives as one, which has to be None.
+    """
+    return (
+        mask is None
+        and hidden_states.ndim == 3
+        and attn.spatial_norm is None
+        and attn.group_norm is None
+        and attn.norm_cross is None
+        and attn.norm_q is None
+        and attn.norm_k is None
+    )
+
+
+def unedited_layer(attn: Any, hidden_states: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+    """A layer that :func:`is_straight`, as ``AttnProcessor2_0`` computes it, to the bit.
+
+    Args:
+        attn: the diffusers ``Attention``.
+        hidden_states: [B, N, C].
+        context: [B, M, C'] that it attends to; its own tokens where None.
+    """
+    seen = hidden_states if context is None else context
+    query, key, value = attn.to_q(hidden_states), attn.to_k(seen), attn.to_v(seen)
+    batch, heads, width = seen.shape[0], attn.heads, key.shape[-1]
+    split = (batch, -1, heads, width // heads)
+    out = functional.scaled_dot_product_attention(
+        query.view(split).transpose(1, 2), key.view(split).transpose(1, 2), value.view(split).transpose(1, 2)
+    )
+    return _finished(attn, out.transpose(1, 2).reshape(batch, -1, width).to(query.dtype), hidden_states)
+
+
+def _finished(attn: Any, out: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """The layer's output from its attention's."""
+    project, dropout = attn.to_out
+    out = dropout(project(out))
+    if attn.residual_connection:
+        out = out + residual
+    return out if attn.rescale_output_factor == 1.0 else out / attn.rescale_output_factor
 
 
 def runs(rows: Sequence[int], batch: int) -> tuple[slice, ...]:

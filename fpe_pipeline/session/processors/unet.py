@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.models import attention_processor as diffusers_processors
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 from ...edits.products import ProductPlan
 from ..layers.around import ProcessorAround, may_do_more
@@ -16,6 +17,8 @@ from ..layers.instructions import Order
 from ..layers.places import turned
 from ..layers.record import LayerRecord
 from ..layers.row_attention import attended, check_rows, merged, of_heads, projected
+from ..layers.straight_line import unedited_layer
+from .straight import StraightAttnProcessor, goes_straight
 
 __all__ = ["SLICED", "EditAttnProcessor", "Order", "editing_processor", "is_sliced", "unsupported_reasons"]
 
@@ -90,6 +93,7 @@ class EditAttnProcessor(ProcessorAround):
         named = inspect.signature(inner.__call__).parameters
         self._inner_takes_temb = "temb" in named
         self._is_plain = type(inner) in _PLAIN and type(inner) not in _FUSED and "image_rotary_emb" not in named
+        self._is_default = type(inner) is AttnProcessor2_0
 
     def __call__(
         self,
@@ -106,6 +110,8 @@ class EditAttnProcessor(ProcessorAround):
             self.record = LayerRecord(skipped="a guider replaces the layer's attention by its values")
             order = None
         if order is None:
+            if self._is_default and goes_straight(attn, hidden_states, attention_mask, kwargs):
+                return unedited_layer(attn, hidden_states, encoder_hidden_states)
             if self._inner_takes_temb:
                 kwargs["temb"] = temb
             return self.inner(
@@ -245,7 +251,7 @@ def _register() -> None:
     except ImportError:  # diffusers before 0.34
         return
     metadata = AttentionProcessorRegistry.get(diffusers_processors.AttnProcessor2_0)
-    for processor in (EditAttnProcessor, _EditAttnModule, *_AROUND.values()):
+    for processor in (EditAttnProcessor, _EditAttnModule, StraightAttnProcessor, *_AROUND.values()):
         AttentionProcessorRegistry.register(processor, metadata)
 
 
