@@ -109,7 +109,7 @@ clean:  ## remove the environment, caches and outputs
 
 # No prerequisites: the stamps' names hold the checksum of the files that they depend on.
 $(STAMP) $(PICTURES):
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fpe-kernels needs Python 3.10 or newer, but $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fpe-kernels needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 	@[ -f $(VENV)/pyvenv.cfg ] || $(BIN)/python -c 'import pip' 2>/dev/null || [ -z "$$(ls -A $(VENV) 2>/dev/null)" ] || \
 	  { echo "$(VENV) holds something else than an environment, which would be deleted. Name another folder: make VENV=..." >&2; exit 1; }
 	@echo "Making the environment $(VENV) (once; a few minutes where torch has to be downloaded)"

@@ -28,7 +28,9 @@ def description() -> str:
 # Triton publishes wheels for Linux only; elsewhere the `torch` backend serves.
 TRITON = "triton>=3.4; platform_system == 'Linux'"
 
-PIPELINE = ["diffusers>=0.35", "transformers>=4.51", "safetensors>=0.4", "pillow>=10.1", "numpy>=1.26"]
+# The oldest that pass the tests. Before 5.6 transformers' CLIP looks for names that the embedded weights do not have,
+# and would draw them at random; before 0.39 diffusers' Qwen-Image attends to padding, which an edit would not.
+PIPELINE = ["diffusers>=0.41", "transformers>=5.6", "safetensors>=0.4", "pillow>=10.1", "numpy>=1.26"]
 # What the `fpe` command is read and answered with; typer has its own option parser from 0.29 on.
 PIPELINE += ["typer>=0.29", "rich>=13.7", "pydantic>=2.7"]
 # The page.
@@ -70,10 +72,10 @@ setup(
         "triton",
     ],
     project_urls={"Source": URL, "Changelog": f"{URL}/blob/v{VERSION}/CHANGELOG.md"} if URL else {},
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["fpe_kernels*", "fpe_pipeline*"]),
     package_data={"fpe_kernels": ["py.typed"], "fpe_pipeline": ["py.typed", *WEIGHTS]},
-    install_requires=["torch>=2.6", TRITON],
+    install_requires=["torch>=2.8", TRITON],
     extras_require={
         "pipeline": PIPELINE,
         "app": PIPELINE + APP,

@@ -344,8 +344,8 @@ def _evaluated(
     finished: Callable[[Term, Tensor], Tensor],
 ) -> Tensor:
     """One call of ``of_map`` for each distinct map; its results, ``finished``, summed by block and stacked."""
-    starts = starts_of(blocks)
-    parts = [operand[start : start + block.rows] for start, block in zip(starts, blocks, strict=False)]
+    *starts, _ = starts_of(blocks)
+    parts = [operand[start : start + block.rows] for start, block in zip(starts, blocks, strict=True)]
     terms = [(number, term) for number, block in enumerate(blocks) for term in block.terms]
     sums: list[Tensor | None] = [None] * len(blocks)
     for group in terms_by_map([term for _, term in terms]):

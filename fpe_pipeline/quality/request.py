@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field
-from typing_extensions import Self
 
 from ..runs.model_defaults import defaults_for
 from ..runs.sentences import Text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -77,7 +77,7 @@ class Run:
         """The content of `run.json`."""
         return {
             "format": RECORD_FORMAT,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "settings": self.settings.model_dump(),
             **self.details,
             "images": {

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import os.path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from typing_extensions import Self
 
 from ..errors import InputError, refusals
 from ..models.loading import pick_device, pick_dtype

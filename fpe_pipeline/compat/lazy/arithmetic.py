@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import isfinite, prod
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 import torch
-from typing_extensions import Self
 
 from .numbers import BLOCK_BYTES, blocks_of_rows, warn_of_numbers
 from .view import MapView, axes_of

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from math import prod
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 import torch
-from typing_extensions import Self
 
 from fpe_kernels import LinearMap, known_columns, stack
 

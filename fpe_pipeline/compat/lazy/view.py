@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from math import prod
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 import torch
-from typing_extensions import Self
 
 from fpe_kernels import LinearMap, known_columns
 

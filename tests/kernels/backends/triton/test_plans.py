@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from fpe_kernels import shared_attention
+from fpe_kernels.backends.triton import plans
 from fpe_kernels.backends.triton.launch import product_precision
 
 
@@ -27,6 +29,15 @@ def test_a_planned_call_makes_the_launches_that_it_would_make_anew() -> None:
     done = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert done.stdout.count("check_") == 6
+
+
+def test_what_an_older_triton_does_not_know_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.4, the oldest that is served, has neither setting; every launch asks for them."""
+    old = SimpleNamespace(runtime=SimpleNamespace(debug=True), compilation=SimpleNamespace())
+    monkeypatch.setattr(plans, "triton", SimpleNamespace(knobs=old))
+    assert plans.compiler_settings() == (True, None, None)
+    old.compilation.instrumentation_mode = "consan"
+    assert plans.compiler_settings() == (True, "consan", None)
 
 
 @pytest.fixture
