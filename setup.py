@@ -28,9 +28,10 @@ def description() -> str:
 # Triton publishes wheels for Linux only; elsewhere the `torch` backend serves.
 TRITON = "triton>=3.4; platform_system == 'Linux'"
 
-# The oldest that pass the tests. Before 5.6 transformers' CLIP looks for names that the embedded weights do not have,
-# and would draw them at random; before 0.39 diffusers' Qwen-Image attends to padding, which an edit would not.
-PIPELINE = ["diffusers>=0.41", "transformers>=5.6", "safetensors>=0.4", "pillow>=10.1", "numpy>=1.26"]
+# Older ones are wrong without a word. Before 5.6 transformers' CLIP looks for names that the embedded weights do not
+# have, and draws them at random; before 0.39 diffusers' Qwen-Image attends to padding, which an edit would not (0.41 is
+# the first that has most models); before 12.0 Pillow makes what is transparent in grey pictures of a palette black.
+PIPELINE = ["diffusers>=0.41", "transformers>=5.6", "safetensors>=0.4", "pillow>=12.0", "numpy>=1.26"]
 # What the `fpe` command is read and answered with; typer has its own option parser from 0.29 on.
 PIPELINE += ["typer>=0.29", "rich>=13.7", "pydantic>=2.7"]
 # The page.
