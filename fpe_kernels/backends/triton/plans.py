@@ -130,9 +130,8 @@ def _key(plan: Plan, tensors: Tensors, settings: Hashable) -> tuple[tuple[Hashab
 def compiler_settings() -> tuple[Any, ...]:
     """Besides layouts, what Triton compiles by."""
     runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
-    # Triton 3.4 knows neither of the last two.
-    further = (compilation, "instrumentation_mode"), (runtime, "add_stages_inspection_hook")
-    return runtime.debug, *(getattr(knobs, name, None) for knobs, name in further)
+    mode = getattr(compilation, "instrumentation_mode", None)  # Triton 3.4 has neither this nor the following
+    return runtime.debug, mode, getattr(runtime, "add_stages_inspection_hook", None)
 
 
 def current_stream() -> int:
