@@ -136,7 +136,7 @@ def unedited_layer(attn: Any, hidden_states: torch.Tensor, context: torch.Tensor
 
 def _finished(attn: Any, out: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """The layer's output from its attention's."""
-    project, dropout = attn.to_out
+    project, dropout, *_ = attn.to_out  # of which diffusers calls no more
     out = dropout(project(out))
     if attn.residual_connection:
         out = out + residual
