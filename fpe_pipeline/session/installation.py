@@ -117,7 +117,8 @@ class LayerProcessors:
             _put(layer, self._installed[path])
         if self._shadows is None:
             self._shadows = Shadows(self._adapter.pipe)
-            self._shadows.cover("unload_ip_adapter", self._stand_aside)
+            for name in ("load_ip_adapter", "unload_ip_adapter"):
+                self._shadows.cover(name, self._stand_aside)
             self._straighten()
         self.give(NO_ORDERS)
 
@@ -128,15 +129,15 @@ class LayerProcessors:
         beside = {site.path: self._layer(site.path) for site in self._adapter.sites if site.path not in self._installed}
         self._straight = {path: layer for path, layer in beside.items() if straighten(layer)}
 
-    def _stand_aside(self, unload: Callable[[], None]) -> None:
-        """Take an image prompt's adapter off, which makes every layer a processor of its present one's class: of its
-        own, and of ours none, which stand around the new ones afterwards."""
+    def _stand_aside(self, change: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Put an image prompt's adapter on or take it off, which makes every layer a processor of its present one's
+        class: of its own, and of ours none, which stand around the new ones afterwards."""
         around, _ = _PROCESSORS[self._family]
         ours = {path: own for path, own in self._installed.items() if self._layer(path).processor is own}
         for path, own in ours.items():
             _put(self._layer(path), own.inner)
         try:
-            unload()
+            return change(*args, **kwargs)
         finally:
             for path, own in ours.items():
                 layer = self._layer(path)

@@ -19,7 +19,7 @@ from fpe_pipeline.session.layers.image_prompts import split_image_prompts
 from fpe_pipeline.session.layers.instructions import Order
 from fpe_pipeline.session.processors.unet import editing_processor
 from tests.support.dense import dense_attention, own
-from tests.support.tiny_models import EVERYWHERE, add_image_prompts, check_edit, draw, image_embeds
+from tests.support.tiny_models import EVERYWHERE, IMAGE_WIDTH, add_image_prompts, check_edit, draw, image_embeds
 from tests.support.tiny_pipelines import PROMPTS, tiny_pipeline, unedited
 
 GRID, HEADS = (3, 4), 2
@@ -146,6 +146,23 @@ class TestLayer:
 EMBEDS = {"ip_adapter_image_embeds": image_embeds(1, 2), "steps": 2}
 
 
+def adapter_file(unet, tokens=4):
+    """What the file of an IP-Adapter for a UNet of Stable Diffusion's kind holds; layers are counted by odd numbers."""
+    width, weights = unet.config.cross_attention_dim, {}
+    layers = [unet.get_submodule(name.removesuffix(".processor")) for name in unet.attn_processors]
+    for place, layer in enumerate(layer for layer in layers if layer.is_cross_attention):
+        for seed, name in enumerate(("to_k_ip", "to_v_ip")):
+            weight = random(layer.inner_dim, width, seed=2 * place + seed)
+            weights[f"{2 * place + 1}.{name}.weight"] = weight.float() / 4
+    projection = {
+        "proj.weight": random(tokens * width, IMAGE_WIDTH).float(),
+        "proj.bias": torch.zeros(tokens * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    return {"image_proj": projection, "ip_adapter": weights}
+
+
 class TestPipeline:
     def test_self_attention_beside_image_prompts(self, tiny):
         edited = check_edit(tiny, **EMBEDS)
@@ -238,3 +255,27 @@ class TestPipeline:
         assert unedited(tiny.unet)
         assert {type(processor) for processor in tiny.unet.attn_processors.values()} == {AttnProcessor2_0}
         assert "unload_ip_adapter" not in vars(tiny)
+
+    @pytest.mark.parametrize("of_words", [False, True])
+    def test_an_adapter_is_loaded_inside_a_session(self, pipe, of_words):
+        """Of a file's weights: layers that are edited and layers beside them, of which diffusers asks the class."""
+        tiny = tiny_pipeline(pipe)
+        edit = PromptToPromptEdit(PROMPTS[:3], pipe.tokenizer, align="refine") if of_words else FreePromptEdit()
+        weights, embeds = adapter_file(tiny.unet), {"ip_adapter_image_embeds": image_embeds(1)}
+        file = {"subfolder": "", "weight_name": "", "image_encoder_folder": None}
+        with editing(tiny, edit):
+            without = draw(tiny)
+            tiny.load_ip_adapter(weights, **file)
+            within = draw(tiny, **embeds)
+        assert unedited(tiny.unet)
+        kinds = [type(own) for own in tiny.unet.attn_processors.values()]
+        assert set(kinds) == {AttnProcessor2_0, IPAdapterAttnProcessor2_0}
+        with editing(tiny, edit) as session:
+            assert torch.equal(draw(tiny, **embeds), within)
+            with pytest.raises(KeyError, match="to_k_ip"):  # in the middle, with the layers' processors at hand
+                tiny.load_ip_adapter({**weights, "ip_adapter": {}}, **file)
+            tiny.load_ip_adapter(weights, **file)
+            assert torch.equal(draw(tiny, **embeds), within)
+        assert session.report().layers
+        assert (within - without).abs().max() > 1e-3
+        assert not {"load_ip_adapter", "unload_ip_adapter"} & set(vars(tiny))
