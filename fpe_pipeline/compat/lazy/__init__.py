@@ -1,6 +1,6 @@
 """An attention map that code written for the matrix can work on, without the matrix."""
 
 from .lazy_map import LazyMap
-from .numbers import MapNumbersWarning
+from .numbers import MapNumbersWarning, summable
 
-__all__ = ["LazyMap", "MapNumbersWarning"]
+__all__ = ["LazyMap", "MapNumbersWarning", "summable"]

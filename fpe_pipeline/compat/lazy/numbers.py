@@ -12,7 +12,15 @@ import torch
 
 from fpe_kernels import LinearMap, known_columns
 
-__all__ = ["MapNumbersWarning", "as_known", "blocks_of_rows", "converted", "entries", "warn_of_numbers"]
+__all__ = [
+    "MapNumbersWarning",
+    "as_known",
+    "blocks_of_rows",
+    "converted",
+    "entries",
+    "summable",
+    "warn_of_numbers",
+]
 
 _HERE = str(Path(__file__).resolve().parents[1])
 _LIBRARIES = (_HERE, str(Path(torch.__file__).resolve().parent))
@@ -24,6 +32,13 @@ _told: set[tuple[str, int]] = set()
 
 class MapNumbersWarning(RuntimeWarning):
     """A line of a user's code needs the numbers of an attention map, which are then written out for that layer."""
+
+
+def summable(attn: Any) -> Any:
+    """A map, or a tensor, as maps of many steps are added to it: in half precision each addition would round it, by
+    more as it grows, so that it is in float32 at the least.
+    """
+    return attn.to(torch.promote_types(attn.dtype, torch.float32))
 
 
 def warn_of_numbers(operation: str, shape: tuple[int, ...], dtype: torch.dtype, nbytes: int | None = None) -> None:

@@ -10,7 +10,7 @@ import torch
 from ...models.sites import Site
 from ..controlled import Compat, ControlledLayers, LayerCall
 from ..given import check_made
-from ..lazy import LazyMap
+from ..lazy import LazyMap, summable
 from ..names import unknown_name
 from ..switch import chosen_compat
 from .scores import LazyScores
@@ -103,7 +103,7 @@ class AttentionBase:
 
 
 class AttentionStore(AttentionBase):
-    """Sums the maps of steps between two.
+    """Sums the maps of steps between two; of half precision in float32, which adds without rounding.
 
     Args:
         res: kept as it is.
@@ -122,8 +122,11 @@ class AttentionStore(AttentionBase):
     def after_step(self) -> None:
         if self.min_step < self.cur_step < self.max_step:
             self.valid_steps += 1
-            if not self.self_attns:
+            if not self.self_attns and self.compat == "original":
                 self.self_attns, self.cross_attns = self.self_attns_step, self.cross_attns_step
+            elif not self.self_attns:
+                self.self_attns = [summable(attention) for attention in self.self_attns_step]
+                self.cross_attns = [summable(attention) for attention in self.cross_attns_step]
             else:
                 for sums, maps in ((self.self_attns, self.self_attns_step), (self.cross_attns, self.cross_attns_step)):
                     for index, attention in enumerate(maps):

@@ -6,7 +6,9 @@ import abc
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from ..lazy import LazyMap
+import torch
+
+from ..lazy import LazyMap, summable
 
 __all__ = ["AttentionControl", "AttentionStore", "EmptyControl", "SpatialReplace"]
 
@@ -141,7 +143,7 @@ class AttentionStore(AttentionControl):
 
     Attributes:
         step_store: by "<place>_<self | cross>", the maps of the step under way.
-        attention_store: the same, summed over the steps that have ended.
+        attention_store: the same, summed over the steps that have ended; sums of half precision in float32.
     """
 
     def __init__(self, max_tokens: int = MOST_TOKENS, keeps: Sequence[str] = KINDS) -> None:
@@ -150,6 +152,7 @@ class AttentionStore(AttentionControl):
         self.step_store = self.get_empty_store()
         self.attention_store: dict[str, list[LazyMap]] = {}
         self._latest: Any = None
+        self._dtype = torch.float32  # of the model
 
     @staticmethod
     def get_empty_store() -> dict[str, list[LazyMap]]:
@@ -159,6 +162,7 @@ class AttentionStore(AttentionControl):
     def forward(self, attn: Any, is_cross: bool, place_in_unet: str) -> Any:
         """The map, which is kept."""
         kind = "cross" if is_cross else "self"
+        self._dtype = attn.dtype
         if attn.shape[1] <= self.max_tokens and kind in self.keeps:
             self.step_store[f"{place_in_unet}_{kind}"].append(attn)
             self._latest = attn
@@ -178,7 +182,9 @@ class AttentionStore(AttentionControl):
         """Add the step's maps to the sums."""
         if not self.attention_store:
             self.attention_store = {
-                key: [_kept(attn.clone()) for attn in maps] if key.endswith(self.keeps) else _NotKept(key, self)
+                key: [_kept(summable(attn.clone())) for attn in maps]
+                if key.endswith(self.keeps)
+                else _NotKept(key, self)
                 for key, maps in self.step_store.items()
             }
         else:
@@ -200,7 +206,7 @@ class AttentionStore(AttentionControl):
                 "no map is kept: no step has ended since the controller was made or reset, or it was never registered"
             )
         return {
-            key: maps if isinstance(maps, _NotKept) else [total / self.cur_step for total in maps]
+            key: maps if isinstance(maps, _NotKept) else [(total / self.cur_step).to(self._dtype) for total in maps]
             for key, maps in self.attention_store.items()
         }
 

@@ -7,6 +7,7 @@ import torch
 
 from fpe_kernels import AttentionMap
 from fpe_pipeline.compat.lazy import LazyMap
+from fpe_pipeline.compat.masactrl import masactrl_utils
 from fpe_pipeline.compat.prompt_to_prompt import (
     AttentionRefine,
     AttentionReplace,
@@ -152,3 +153,33 @@ def test_edits_keep_what_a_blend_reads(pipe):
 def test_kinds_that_do_not_exist():
     with pytest.raises(ValueError, match=r'"cross" and "self", got \(\'words\',\)'):
         AttentionStore(keeps=("words",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("keys", [QUERIES, 3])
+@pytest.mark.parametrize("tensors", [False, True])
+def test_sums_of_many_steps_in_half_precision(dtype, keys, tensors):
+    """Each addition in half precision would round the sum, the same way more often than not as it grows."""
+    store, editor, total = AttentionStore(), masactrl_utils.AttentionStore(), 0
+    store.rows, editor.num_att_layers = 2, 1
+    for step in range(60):
+        query, key = (part.to(dtype) for part in layer(step, 2, keys, rows=2)[2])
+        attention = LazyMap(AttentionMap(query, key, backend="reference"))
+        attention = written(attention) if tensors else attention
+        total += torch.softmax(query.double() @ key.double().transpose(-1, -2) * WIDTH**-0.5, dim=-1).flatten(0, 1)
+        store.forward(attention, False, "up")
+        store.layer_ends()
+        store.between_steps()
+        store.cur_step += 1
+        editor.self_attns_step.append(attention)
+        editor.cur_step = step + 1
+        editor.after_step()
+    mean = store.get_average_attention()["up_self"][0]
+    rounding = torch.finfo(dtype).eps
+    assert mean.dtype == dtype
+    torch.testing.assert_close(written(mean).double(), total / 60, rtol=2 * rounding, atol=rounding / 16)
+    for kept in (store.attention_store["up_self"][0], editor.self_attns[0]):
+        assert kept.dtype == torch.float32
+        error = written(kept).double() / total - 1
+        assert error.abs().max() < rounding  # of one of the maps
+        assert error.mean().abs() < rounding / 16
