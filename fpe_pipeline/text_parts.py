@@ -52,6 +52,8 @@ class TextPart(NamedTuple):
             the length that the pipeline is told.
         registers: tokens of the model's own, which it puts before every text.
         quotes: the encoder that reads what prompts quote, whose tokens then stand before these.
+        reads: the path of what of an encoder receives the numbers of its tokens, where a pipeline calls parts of it
+            one by one; padding, of number 0, then stands before texts.
     """
 
     tokenizer: str
@@ -63,6 +65,7 @@ class TextPart(NamedTuple):
     one_at_a_time: bool = False
     registers: int = 0
     quotes: str | None = None
+    reads: str = ""
 
 
 def said(pipe: Any, name: str) -> Any:

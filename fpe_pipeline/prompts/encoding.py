@@ -95,7 +95,8 @@ class Encoding:
             count = len(embeddings)
         images = arguments.get("num_images_per_prompt", arguments.get("num_videos_per_prompt"))
         guided = arguments.get("do_classifier_free_guidance")
-        if guided is None and "guidance_scale" in arguments:  # which Bria FIBO is told in its place
+        # Which Bria FIBO is told in its place; Ideogram 4 is told None where it has a scale for every step.
+        if guided is None and arguments.get("guidance_scale") is not None:
             guided = arguments["guidance_scale"] > 1
         return cls(prompts, count, images, None if guided is None else bool(guided), inputs, texts=texts)
 
@@ -162,7 +163,7 @@ class EncodingHook:
             for name in ("prompt", "negative_prompt"):
                 if isinstance(given.get(name), list):
                     bound.arguments[name] = list(given[name])
-            with received_by(pipe) as received:
+            with received_by(pipe, parts) as received:
                 encoded = original(*bound.args, **bound.kwargs)
             default = signature.parameters.get("max_sequence_length")
             if default is not None:
@@ -293,21 +294,41 @@ def filled(tokens: torch.Tensor, width: int) -> torch.Tensor:
 
 
 @contextmanager
-def received_by(pipe: Any) -> Iterator[_Received]:
-    """What the pipeline's text encoders receive in a block."""
+def received_by(pipe: Any, parts: Sequence[TextPart] = ()) -> Iterator[_Received]:
+    """What the pipeline's text encoders receive in a block.
+
+    Args:
+        pipe: the pipeline.
+        parts: of the text tokens of its transformer, which say of what is called in an encoder's stead.
+    """
+    reads = {name: part.reads for part in parts for name in part.encoders if part.reads}
     received = _Received()
     handles = []
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"):
         encoder = getattr(pipe, name, None)
         if isinstance(encoder, torch.nn.Module):
             kept = received.tokens.setdefault(name, []), received.masks.setdefault(name, [])
-            keep = torch.compiler.disable(functools.partial(_keep_input, *kept))
-            handles.append(encoder.register_forward_pre_hook(keep, with_kwargs=True))
+            keep = functools.partial(_keep_begun if name in reads else _keep_input, *kept)
+            reader = encoder.get_submodule(reads.get(name, ""))
+            handles.append(reader.register_forward_pre_hook(torch.compiler.disable(keep), with_kwargs=True))
     try:
         yield received
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _keep_begun(
+    batches: list[torch.Tensor],
+    masks: list[torch.Tensor | None],
+    module: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Of what has no mask beside its numbers, the first of which that is not 0 begins the text."""
+    given = args[0] if args else kwargs["input"]
+    batches.append(given.detach())
+    masks.append(((given != 0).cumsum(1) > 0).to(given.dtype))
 
 
 def _keep_input(

@@ -23,6 +23,7 @@ from .processors.flux2 import flux2_processor, unsupported_flux2_reasons
 from .processors.flux3 import EditFlux3Processor
 from .processors.hidream import EditHiDreamProcessor
 from .processors.hunyuan_video import EditHunyuanVideoProcessor
+from .processors.ideogram4 import EditIdeogram4Processor
 from .processors.kandinsky5 import EditKandinsky5Processor
 from .processors.krea2 import EditKrea2Processor
 from .processors.ltx import EditLTXProcessor
@@ -60,6 +61,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "glm_image": (EditGlmImageProcessor, EditGlmImageProcessor.unsupported_reasons),
     "hidream": (EditHiDreamProcessor, EditHiDreamProcessor.unsupported_reasons),
     "hunyuan_video": (EditHunyuanVideoProcessor, EditHunyuanVideoProcessor.unsupported_reasons),
+    "ideogram4": (EditIdeogram4Processor, EditIdeogram4Processor.unsupported_reasons),
     "kandinsky5": (EditKandinsky5Processor, EditKandinsky5Processor.unsupported_reasons),
     "krea2": (EditKrea2Processor, EditKrea2Processor.unsupported_reasons),
     "qwen": (EditQwenProcessor, EditQwenProcessor.unsupported_reasons),

@@ -63,7 +63,7 @@ class ModularCalls:
             self._check_picture(values)
             state.set("generator", paired_generators(generator, *layout))
         parts = () if self._adapter.words_refused else self._adapter.text_parts
-        with received_by(pipe) as received:
+        with received_by(pipe, self._adapter.text_parts) as received:
             self._pending = lambda: Encoding.of(
                 values, received.tokens, text_of_parts(pipe, parts, received, values, fills_apart=True)
             )

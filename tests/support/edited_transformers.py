@@ -294,6 +294,9 @@ def shows(fault: str, model: Model, edit: str) -> bool:
         return edit not in _WHOLE_SEQUENCE
     if fault == "before places":
         return model.norms and edit not in _OWN_QUERIES
+    if model.family == "ideogram4" and edit.startswith("Prompt-to-Prompt"):
+        # Its other half reads no text: while only the first step's images are edited, all of its rows are alike.
+        return fault != "the other half"
     return fault != "the other half" or model.is_guided
 
 

@@ -8,6 +8,7 @@ from diffusers.modular_pipelines.wan import encoders
 
 from tests.support.tiny_cross import tiny_ltx_pipeline
 from tests.support.tiny_flux2 import embedded, tiny_flux2_that_encodes, tiny_klein_pipeline
+from tests.support.tiny_ideogram4 import tiny_ideogram4_pipeline
 from tests.support.tiny_language import tiny_qwen_that_reads
 from tests.support.tiny_pipelines import tiny_sdxl_pipeline
 from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_qwen_pipeline, tiny_sd3_pipeline
@@ -134,6 +135,13 @@ def reading_z_image_twins(pipe):
     return one, modular("ZImageAutoBlocks", one), both | {"guidance_scale": GUIDANCE - 1}, both
 
 
+def ideogram4_twins(pipe):
+    """Guided by a model of their own, at a scale for every step."""
+    one = _with_euler(tiny_ideogram4_pipeline(dtype=torch.float32))
+    both = SIZE | {"prompt": list(PROMPTS), "max_sequence_length": 40, "guidance_schedule": [GUIDANCE] * 4}
+    return one, modular("Ideogram4AutoBlocks", one, guiders=()), both, both
+
+
 #: Ordinary pipelines and modular ones of the same parts, with what calls of each take.
 TWINS = {
     "sd3": sd3_twins,
@@ -145,9 +153,10 @@ TWINS = {
     "qwen": qwen_twins,
     "klein": klein_twins,
     "z_image": z_image_twins,
+    "ideogram4": ideogram4_twins,
 }
 #: Those that read prompts, of which words are found.
-OF_WORDS = {name: TWINS[name] for name in ("sd3", "flux", "sdxl", "wan", "wan2.2", "ltx")} | {
+OF_WORDS = {name: TWINS[name] for name in ("sd3", "flux", "sdxl", "wan", "wan2.2", "ltx", "ideogram4")} | {
     "qwen": reading_qwen_twins,
     "klein": reading_klein_twins,
     "z_image": reading_z_image_twins,

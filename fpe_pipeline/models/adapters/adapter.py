@@ -96,6 +96,7 @@ class ModelAdapter(ABC):
             "glm_image",
             "hidream",
             "hunyuan_video",
+            "ideogram4",
             "kandinsky5",
             "krea2",
             "qwen",
@@ -111,6 +112,8 @@ class ModelAdapter(ABC):
     ]
     #: Whether its pipelines guide by a call of the model of their own, whose prompts they encode by one of their own.
     guides_apart: ClassVar[bool] = False
+    #: Whether each call holds rows of one half and shows of which, whoever makes it.
+    shows_half: ClassVar[bool] = False
     #: Whether its pipelines encode each part of the text by a call of its own.
     encodes_in_parts: ClassVar[bool] = False
     #: Whether the place of its image's tokens, and with it their rotary embedding, follows the length of the caption.

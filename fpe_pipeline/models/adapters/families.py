@@ -19,6 +19,7 @@ from .hidream import HiDreamImageAdapter
 from .hunyuan_dit import HunyuanDiTAdapter
 from .hunyuan_guided import HunyuanImageAdapter, HunyuanVideo15Adapter
 from .hunyuan_video import HunyuanVideoAdapter
+from .ideogram4 import Ideogram4Adapter
 from .kandinsky5 import Kandinsky5Adapter
 from .krea2 import Krea2Adapter
 from .ltx import LTXAdapter
@@ -55,6 +56,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "HunyuanImageTransformer2DModel": HunyuanImageAdapter,
     "HunyuanVideo15Transformer3DModel": HunyuanVideo15Adapter,
     "HunyuanVideoTransformer3DModel": HunyuanVideoAdapter,
+    "Ideogram4Transformer2DModel": Ideogram4Adapter,
     "Kandinsky5Transformer3DModel": Kandinsky5Adapter,
     "Krea2Transformer2DModel": Krea2Adapter,
     "LTX2VideoTransformer3DModel": LTX2Adapter,

@@ -1,7 +1,8 @@
 """diffusers' modular pipelines: blocks with a common state, and a guider that calls the model once for each condition.
 
 A call of the model holds rows of one half, and the guider says of which: its first condition is that of the prompts.
-Pipelines without a guider, which are distilled or read their guidance as a number, call it for the prompts alone.
+Pipelines without a guider, which are distilled or read their guidance as a number, call it for the prompts alone;
+Ideogram 4's guide by a model of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["by_guider", "is_modular"]
 #: What guiders that guide by the prompts and by negative ones call their predictions.
 _PREDICTIONS = ["pred_cond", "pred_uncond"]
 #: Families of which blocks encode prompts inside the same text as pipelines do, and place them alike.
-_ENCODE_ALIKE = ("flux2", "qwen", "z_image")
+_ENCODE_ALIKE = ("flux2", "ideogram4", "qwen", "z_image")
 
 
 def is_modular(pipe: Any) -> bool:
@@ -109,7 +110,8 @@ class _GuiderCalls(ModelAdapter):
         self._unguided = 0
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        return replace(super().read(args, kwargs), half=self._condition())  # type: ignore[safe-super]
+        call = super().read(args, kwargs)  # type: ignore[safe-super]
+        return call if self.shows_half else replace(call, half=self._condition())
 
     def _half(self) -> Half:
         return "as guided"  # the guider says it, once for each call (`read`)

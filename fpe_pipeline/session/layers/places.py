@@ -9,7 +9,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from .computing import take
 
-__all__ = ["Turn", "by_heads", "by_matrices", "by_numbers", "by_tables", "turned"]
+__all__ = ["Turn", "by_heads", "by_matrices", "by_numbers", "by_tables", "by_tables_of_rows", "turned"]
 
 #: Queries or keys [rows, tokens, H, D], of these rows of the batch, turned by their places.
 Turn = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
@@ -36,6 +36,18 @@ def by_tables(rotary: tuple[torch.Tensor, torch.Tensor] | None, parts_at: int = 
     if rotary is None:
         return None
     return lambda part, rows: apply_rotary_emb(part, rotary, use_real_unbind_dim=parts_at, sequence_dim=1)
+
+
+def by_tables_of_rows(cosines: torch.Tensor, sines: torch.Tensor) -> Turn:
+    """By cosines and sines [B, tokens, D], each row of the batch by its own; the two numbers of a pair stand in the
+    halves of a head."""
+
+    def turn(part: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        first, second = part.chunk(2, dim=-1)
+        across = torch.cat([-second, first], dim=-1)
+        return part * take(cosines, rows).unsqueeze(2) + across * take(sines, rows).unsqueeze(2)
+
+    return turn
 
 
 def by_heads(rotary: tuple[torch.Tensor, torch.Tensor] | None) -> Turn | None:

@@ -20,6 +20,7 @@ from tests.support.tiny_cogview import COGVIEW
 from tests.support.tiny_flux_kin import KIN
 from tests.support.tiny_glm_image import GLM_IMAGE
 from tests.support.tiny_hidream import HIDREAM
+from tests.support.tiny_ideogram4 import IDEOGRAM4
 from tests.support.tiny_krea2 import KREA2
 from tests.support.tiny_mochi import MOCHI
 from tests.support.tiny_qwen21 import QWEN21
@@ -36,6 +37,7 @@ MODELS = {
     "Bria FIBO": FIBO,
     "GLM-Image": GLM_IMAGE,
     "HiDream-I1": HIDREAM,
+    "Ideogram 4": IDEOGRAM4,
     "Krea 2": KREA2,
     **MOCHI,
     **QWEN21,
@@ -71,6 +73,8 @@ ALWAYS = {
     ("GLM-Image", "FPE, the whole map"),
     ("HiDream-I1", "Prompt-to-Prompt, replaced words"),
     ("CogView 4", "Prompt-to-Prompt, refined"),
+    ("Ideogram 4", "FPE"),
+    ("Ideogram 4", "Prompt-to-Prompt, refined"),
     ("Qwen-Image 2.1", "Prompt-to-Prompt, refined"),
 }
 INVERTED = [pair for pair in ALL if MODELS[pair[0]].family in ("sd3", "flux", "qwen", "lumina") and pair[0] not in KIN]

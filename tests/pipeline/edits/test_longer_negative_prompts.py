@@ -21,7 +21,10 @@ LONG = "a drawing of a big red house and a dog on a snow mountain in winter"
 NEGATIVES = {"longer": [LONG] * 4, "of each length": [LONG, "a", "a drawing", "a red car"]}
 EDITS = ("FPE", "Prompt-to-Prompt, replaced words", "Prompt-to-Prompt, refined", "ReFlex", "value injection")
 # Guided without a negative prompt, or by its embeddings, or not at all.
-UNTOLD = {name for name in MODELS if not MODELS[name].is_guided or MODELS[name].family == "sd3"} | {"GLM-Image"}
+UNTOLD = {name for name in MODELS if not MODELS[name].is_guided or MODELS[name].family == "sd3"} | {
+    "GLM-Image",
+    "Ideogram 4",
+}
 PAIRS = [
     (model, edit)
     for model in MODELS

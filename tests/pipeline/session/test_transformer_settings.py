@@ -28,6 +28,7 @@ from tests.support.tiny_glm_image import GLM_IMAGE
 from tests.support.tiny_hidream import HIDREAM
 from tests.support.tiny_hunyuan_guided import HUNYUAN_IMAGE, HUNYUAN_VIDEO15
 from tests.support.tiny_hunyuan_video import draw_hunyuan_video, tiny_hunyuan_video_pipeline
+from tests.support.tiny_ideogram4 import IDEOGRAM4
 from tests.support.tiny_kandinsky5 import draw_kandinsky5, tiny_kandinsky5_pipeline
 from tests.support.tiny_krea2 import KREA2
 from tests.support.tiny_ltx2 import draw_ltx2, tiny_ltx2_pipeline
@@ -80,6 +81,7 @@ _NEWER = {
     "hidream": HIDREAM,
     "hunyuan video 1.5": HUNYUAN_VIDEO15,
     "hunyuan image": HUNYUAN_IMAGE,
+    "ideogram 4": IDEOGRAM4,
     "krea 2": KREA2,
     "mochi": MOCHI["Mochi"],
 }
@@ -100,7 +102,9 @@ class Model:
 
     @property
     def transformers(self):
-        found = (getattr(self.pipe, name, None) for name in ("transformer", "transformer_2"))
+        found = (
+            getattr(self.pipe, name, None) for name in ("transformer", "transformer_2", "unconditional_transformer")
+        )
         return [model for model in found if model is not None]
 
     def run(self, edit=EDIT):
