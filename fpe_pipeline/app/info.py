@@ -81,10 +81,12 @@ def _families() -> dict[str, dict[str, Any]]:
 
     found = {}
     for served in FAMILIES.values():
-        kinds = {served.title: {}, f"{served.title}, distilled": served.of_distilled}
-        for title, distilled in kinds.items():
-            if title not in found and (distilled or not title.endswith("distilled")):
-                own = {**served.defaults, **distilled}
+        kinds = {", distilled": served.of_distilled, ", Turbo": served.of_turbo}
+        kinds = {"": {}, **{kind: of_it for kind, of_it in kinds.items() if of_it}}
+        for kind, of_it in kinds.items():
+            title = served.title + kind
+            if title not in found:
+                own = {**served.defaults, **of_it}
                 usual = {name: own.get(name, getattr(DEFAULTS, name)) for name in ("steps", "guidance", "self_replace")}
                 found[title] = {**usual, "inversions": list(served.inversions)}
     return found

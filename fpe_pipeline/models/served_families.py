@@ -6,9 +6,10 @@ be asked for reads it there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 __all__ = [
     "FAMILIES",
@@ -17,6 +18,7 @@ __all__ = [
     "FLOW_WINDOW",
     "SHORT_WINDOW",
     "UNET_INVERSIONS",
+    "Distilled",
     "Family",
     "Served",
     "ServedFamily",
@@ -43,6 +45,26 @@ FLOW_WINDOW = (0.0, 0.2)
 SHORT_WINDOW = (0.0, 0.25)
 
 
+class Distilled(NamedTuple):
+    """How a model says that it was distilled to do without guidance.
+
+    Args:
+        part: of the pipeline whose configuration says it; "" for the pipeline's own.
+        entry: of that.
+        value: of the entry.
+        hears_guidance: whether its pipeline guides it all the same where it is told to.
+    """
+
+    part: str
+    entry: str
+    value: bool = True
+    hears_guidance: bool = False
+
+
+#: In what a model is called, that it was distilled to few steps without guidance.
+_TURBO = re.compile(r"(?<![a-z])turbo(?![a-z])", re.IGNORECASE)
+
+
 @dataclass(frozen=True)
 class ServedFamily:
     """What a family's models have in common.
@@ -61,8 +83,9 @@ class ServedFamily:
         unguided: the guidance up to which there is none.
         guides: whether guidance is by rows, or calls, that do not see their prompts; else the model is told it.
         no_negative: why there is no negative prompt, after what the model is; None where there is one.
-        distilled: the entry of a pipeline's configuration that says that a model does without guidance.
+        distilled: how models say that they do without guidance; None where there are none, or none that say it.
         of_distilled: defaults of such models.
+        of_turbo: defaults of models that are called "Turbo", which say it nowhere else.
         cuda_dtype: in which it runs on GPUs where nothing is said; others overflow in float16.
     """
 
@@ -79,8 +102,9 @@ class ServedFamily:
     unguided: float = 1.0
     guides: bool = True
     no_negative: str | None = None
-    distilled: str | None = None
+    distilled: Distilled | None = None
     of_distilled: Mapping[str, Any] = field(default_factory=dict)
+    of_turbo: Mapping[str, Any] = field(default_factory=dict)
     cuda_dtype: Literal["float16", "bfloat16"] = "float16"
 
     @property
@@ -89,9 +113,20 @@ class ServedFamily:
         name = self.classes[0].replace("StableDiffusion3", "SD3").replace("StableDiffusion", "")
         return f"FreePrompt{name}"
 
-    def is_distilled(self, config: Mapping[str, Any]) -> bool:
-        """Whether a pipeline's configuration says that its model does without guidance."""
-        return self.distilled is not None and bool(config.get(self.distilled))
+    def is_distilled(self, config_of: Callable[[str], Mapping[str, Any]]) -> bool:
+        """Whether a model says that it does without guidance.
+
+        Args:
+            config_of: the configuration of a part of its pipeline; of "", the pipeline's own.
+        """
+        said = self.distilled
+        return said is not None and config_of(said.part).get(said.entry) is said.value
+
+    def is_turbo(self, name: str) -> bool:
+        """Whether a model is called "Turbo": a hub's name, or the last part of a path."""
+        return (
+            bool(self.of_turbo) and _TURBO.search(name.rstrip("/\\").replace("\\", "/").rpartition("/")[2]) is not None
+        )
 
     def told(self, guidance: float, negative: str | None) -> dict[str, Any]:
         """Options of a call: how strongly it is guided, and by what it is guided away.
@@ -139,6 +174,7 @@ FAMILIES: dict[Family, ServedFamily] = {
         "StableDiffusion3Pipeline",
         defaults={"guidance": 7.0},
         patch="patch_size",
+        of_turbo={"steps": 4, "guidance": 0.0, "self_replace": SHORT_WINDOW},
         cuda_dtype="float16",
     ),
     "flux": _flow(
@@ -148,6 +184,8 @@ FAMILIES: dict[Family, ServedFamily] = {
         patch=2,
         guides=False,
         no_negative=_TOLD,
+        distilled=Distilled("transformer", "guidance_embeds", False),
+        of_distilled={"steps": 4, "guidance": 0.0, "self_replace": SHORT_WINDOW},
         cuda_dtype="float16",
     ),
     "flux2": _flow(
@@ -159,7 +197,7 @@ FAMILIES: dict[Family, ServedFamily] = {
         defaults={"steps": 50, "guidance": 4.0},
         patch=2,
         no_negative="which is guided by the empty prompt alone",
-        distilled="is_distilled",
+        distilled=Distilled("", "is_distilled"),
         of_distilled={"steps": 4, "guidance": 1.0, "self_replace": SHORT_WINDOW},
     ),
     "ovis": _flow("Ovis-Image", "OvisImagePipeline", defaults={"steps": 50, "guidance": 5.0}, patch=2),
@@ -184,10 +222,23 @@ FAMILIES: dict[Family, ServedFamily] = {
         patch="patch_size",
     ),
     "z_image": _flow(
-        "Z-Image", "ZImagePipeline", defaults={"steps": 50, "guidance": 5.0}, patch="all_patch_size", unguided=0.0
+        "Z-Image",
+        "ZImagePipeline",
+        defaults={"steps": 50, "guidance": 5.0},
+        patch="all_patch_size",
+        unguided=0.0,
+        of_turbo={"steps": 9, "guidance": 0.0, "self_replace": SHORT_WINDOW},
     ),
     "cogview4": _flow("CogView 4", "CogView4Pipeline", defaults={"steps": 50, "guidance": 5.0}, patch="patch_size"),
-    "krea2": _flow("Krea 2", "Krea2Pipeline", defaults={"guidance": 4.5}, patch=2, unguided=0.0),
+    "krea2": _flow(
+        "Krea 2",
+        "Krea2Pipeline",
+        defaults={"guidance": 4.5},
+        patch=2,
+        unguided=0.0,
+        distilled=Distilled("", "is_distilled", hears_guidance=True),
+        of_distilled={"steps": 8, "guidance": 0.0, "self_replace": SHORT_WINDOW},
+    ),
     "aura_flow": _flow("AuraFlow", "AuraFlowPipeline", defaults={"steps": 50, "guidance": 3.5}, patch="patch_size"),
 }
 #: The family of a pipeline by the name of its class, as diffusers or this package calls it.

@@ -12,6 +12,7 @@ import math
 import os.path
 import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class ModelSource:
         vae_factor: image pixels that sizes are multiples of; None where only loading the weights would tell.
         family: what it denoises with; None where only loading the weights would tell.
         is_distilled: whether it says that it does without guidance.
+        is_turbo: whether it is called so, which says the same where models say it nowhere else.
     """
 
     kind: str
@@ -61,6 +63,14 @@ class ModelSource:
     vae_factor: int | None = None
     family: Family | None = None
     is_distilled: bool = False
+    is_turbo: bool = False
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Of a run, where they are not those of Stable Diffusion with a UNet."""
+        served = self.served
+        own = served.of_distilled if self.is_distilled else served.of_turbo if self.is_turbo else {}
+        return {**served.defaults, **own}
 
     @property
     def served(self) -> ServedFamily:
@@ -70,7 +80,12 @@ class ModelSource:
     def told_by(self, pipe: Any) -> ModelSource:
         """The same with what the loaded pipeline says of it."""
         family = family_of(pipe)
-        return replace(self, family=family, is_distilled=FAMILIES[family].is_distilled(pipe.config))
+
+        def config_of(part: str) -> Mapping[str, Any]:
+            config: Mapping[str, Any] = getattr(pipe, part).config if part else pipe.config
+            return config
+
+        return replace(self, family=family, is_distilled=FAMILIES[family].is_distilled(config_of))
 
     def check_size(self, size: tuple[int, int] | None) -> None:
         """Raise `InputError` for a (width, height) in pixels that this model's autoencoder cannot make."""
@@ -251,7 +266,8 @@ def _folder(path: Path, name: str | None = None) -> ModelSource:
     family = FAMILY_OF[kind]
     served = FAMILIES[family]
     factor = _pixels_across(path, served.patch)
-    return ModelSource("folder", str(path.resolve()), factor, family, served.is_distilled(said))
+    is_distilled = served.is_distilled(lambda part: _config(path, part) if part else said)
+    return ModelSource("folder", str(path.resolve()), factor, family, is_distilled, served.is_turbo(called))
 
 
 def _pixels_across(path: Path, patch: int | str) -> int | None:

@@ -56,9 +56,7 @@ def defaults_for(model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if model is None:
         return {}
-    source = find_model(model)
-    usual = {**source.served.defaults, **(source.served.of_distilled if source.is_distilled else {})}
-    own = {name: value for name, value in usual.items() if name not in given}
+    own = {name: value for name, value in find_model(model).defaults.items() if name not in given}
     if not own:
         return {}
     from ..edits.registry import METHODS  # with torch, which refusals do without
@@ -118,6 +116,9 @@ def check_source_of(settings: Asked, source: ModelSource) -> None:
 
 def check_guidance_of(model: str, source: ModelSource, guidance: float) -> None:
     """Raise InputError for guidance that a model, by its name and what is known of it, would take no notice of."""
+    said = source.served.distilled
+    if said is None or said.hears_guidance:
+        return
     if source.is_distilled and guidance > source.served.unguided:
         raise InputError(
             f"model '{model}' was distilled to be without guidance, and would take no notice of --guidance "

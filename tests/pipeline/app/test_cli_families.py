@@ -10,6 +10,7 @@ from PIL import Image
 
 from fpe_pipeline import FreePromptPipeline, ddim_scheduler, make_edit
 from fpe_pipeline.app import cli
+from fpe_pipeline.errors import InputError
 from fpe_pipeline.images.distance import distance
 from fpe_pipeline.models import loading
 from fpe_pipeline.models.loading import pick_dtype
@@ -227,6 +228,46 @@ def test_defaults_are_the_familys_own(family, steps, guidance, window, inversion
     assert (made.steps, made.guidance, made.self_replace[1], made.inversion) == (steps, guidance, window, inversion)
     swapped = Settings.of_model(source=SOURCE, targets=(TARGET,), model=str(folder), method="masactrl")
     assert swapped.check().family == family  # a window of Free-Prompt-Editing's is none of another method
+
+
+@pytest.mark.parametrize(
+    "family, name, transformer, config, steps, guidance, window",
+    [
+        ("flux", "dev", {"guidance_embeds": True}, {}, 28, 3.5, 0.2),
+        ("flux", "schnell", {"guidance_embeds": False}, {}, 4, 0.0, 0.25),
+        ("krea2", "raw", {}, {"is_distilled": False}, 28, 4.5, 0.2),
+        ("krea2", "tdm", {}, {"is_distilled": True}, 8, 0.0, 0.25),
+        ("z_image", "Z-Image-Turbo", {}, {}, 9, 0.0, 0.25),
+        ("z_image", "z_image_turbo_bf16", {}, {}, 9, 0.0, 0.25),
+        ("z_image", "turbocharged", {}, {}, 50, 5.0, 0.2),
+        ("sd3", "stable-diffusion-3.5-large-turbo", {}, {}, 4, 0.0, 0.25),
+        ("sd3", "stable-diffusion-3.5-large", {}, {}, 28, 7.0, 0.2),
+        ("qwen", "a-turbo", {}, {}, 50, 4.0, 0.2),  # of which there is none that diffusers loads as a pipeline
+    ],
+)
+def test_defaults_of_models_that_were_distilled(
+    family, name, transformer, config, steps, guidance, window, tmp_path, monkeypatch
+):
+    folder = described(tmp_path / "turbo" / name, family, **config)
+    said = folder / "transformer" / "config.json"
+    said.write_text(json.dumps({**json.loads(said.read_text()), **transformer}))
+    monkeypatch.chdir(folder.parent)
+    for model in (str(folder), f"{folder}/", folder.name):
+        made = Settings.of_model(source=SOURCE, targets=(TARGET,), model=model)
+        assert (made.steps, made.guidance, made.self_replace) == (steps, guidance, (0.0, window))
+        assert made.check().family == family
+    own = Settings.of_model(source=SOURCE, targets=(TARGET,), model=str(folder), steps=30)
+    assert (own.steps, own.guidance) == (30, guidance)
+
+
+def test_guidance_that_a_distilled_model_would_hear(tmp_path):
+    """Krea 2's guides all the same; FLUX.1 [schnell] takes no notice."""
+    krea = described(tmp_path / "krea", "krea2", is_distilled=True)
+    Settings.of_model(source=SOURCE, targets=(TARGET,), model=str(krea), guidance=2.0).check()
+    flux = described(tmp_path / "flux", "flux")
+    (flux / "transformer" / "config.json").write_text('{"guidance_embeds": false}')
+    with pytest.raises(InputError, match=r"was distilled to be without guidance, .* --guidance 2; leave it out"):
+        Settings.of_model(source=SOURCE, targets=(TARGET,), model=str(flux), guidance=2.0).check()
 
 
 def test_undistilled_klein_is_guided(tmp_path):
