@@ -16,6 +16,7 @@ from .layers.joint_processor import EditJointProcessor, unsupported_joint_reason
 from .layers.record import LayerRecord
 from .processors.aura_flow import EditAuraFlowProcessor
 from .processors.bria_fibo import EditBriaFiboProcessor
+from .processors.bria_fibo2 import EditBriaFibo2Processor
 from .processors.chroma import EditChromaProcessor
 from .processors.cogvideox import EditCogVideoXProcessor, EditCogView4Processor, EditGlmImageProcessor
 from .processors.flux import EditFluxProcessor
@@ -56,6 +57,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "chroma": (EditChromaProcessor, EditChromaProcessor.unsupported_reasons),
     "aura_flow": (EditAuraFlowProcessor, EditAuraFlowProcessor.unsupported_reasons),
     "bria_fibo": (EditBriaFiboProcessor, EditBriaFiboProcessor.unsupported_reasons),
+    "bria_fibo2": (EditBriaFibo2Processor, EditBriaFibo2Processor.unsupported_reasons),
     "cogvideox": (EditCogVideoXProcessor, EditCogVideoXProcessor.unsupported_reasons),
     "cogview4": (EditCogView4Processor, EditCogView4Processor.unsupported_reasons),
     "glm_image": (EditGlmImageProcessor, EditGlmImageProcessor.unsupported_reasons),

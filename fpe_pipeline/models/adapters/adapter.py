@@ -91,6 +91,7 @@ class ModelAdapter(ABC):
             "chroma",
             "aura_flow",
             "bria_fibo",
+            "bria_fibo2",
             "cogvideox",
             "cogview4",
             "glm_image",

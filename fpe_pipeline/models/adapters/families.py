@@ -8,6 +8,7 @@ import torch
 
 from .adapter import ModelAdapter, identity
 from .aura_flow import AuraFlowAdapter
+from .bria_fibo2 import BriaFibo2Adapter
 from .chroma import ChromaAdapter
 from .cogvideox import CogVideoXAdapter
 from .cogview import CogView3PlusAdapter, CogView4Adapter, GlmImageAdapter
@@ -41,6 +42,7 @@ __all__ = ["adapter_of", "edited_model", "register_adapter"]
 #: By the name of the class, the adapters of transformers; UNets are told by their blocks.
 _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "AuraFlowTransformer2DModel": AuraFlowAdapter,
+    "BriaFibo2Transformer2DModel": BriaFibo2Adapter,
     "BriaFiboTransformer2DModel": BriaFiboAdapter,
     "BriaTransformer2DModel": BriaAdapter,
     "ChromaTransformer2DModel": ChromaAdapter,

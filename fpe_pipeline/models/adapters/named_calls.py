@@ -16,6 +16,7 @@ __all__ = ["NamedCallsAdapter"]
 #: Pipelines that name no contexts, and call the model with the prompts first and then with the negative ones.
 _CONDITIONAL_FIRST = frozenset(
     {
+        "BriaFibo2Pipeline",
         "ChromaImg2ImgPipeline",
         "ChromaInpaintPipeline",
         "ChromaPipeline",

@@ -17,7 +17,9 @@ __all__ = ["head_dim", "segment_projections", "segment_rows"]
 
 def head_dim(attn: Any) -> int:
     """Numbers of each head of a layer."""
-    return int(attn.head_dim if hasattr(attn, "head_dim") else attn.inner_dim // attn.heads)
+    if hasattr(attn, "head_dim"):
+        return int(attn.head_dim)
+    return int((attn.inner_dim if hasattr(attn, "inner_dim") else attn.to_q.out_features) // attn.heads)
 
 
 def segment_projections(

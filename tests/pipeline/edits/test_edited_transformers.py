@@ -16,6 +16,7 @@ from tests.support.edited_transformers import (
 from tests.support.edited_videos import COGVIDEOX, HUNYUAN_VIDEO
 from tests.support.tiny_aura_flow import AURA_FLOW
 from tests.support.tiny_bria_fibo import FIBO
+from tests.support.tiny_bria_fibo2 import FIBO2
 from tests.support.tiny_cogview import COGVIEW
 from tests.support.tiny_flux_kin import KIN
 from tests.support.tiny_glm_image import GLM_IMAGE
@@ -35,6 +36,7 @@ MODELS = {
     **COGVIEW,
     "AuraFlow": AURA_FLOW,
     "Bria FIBO": FIBO,
+    "Bria FIBO 2": FIBO2,
     "GLM-Image": GLM_IMAGE,
     "HiDream-I1": HIDREAM,
     "Ideogram 4": IDEOGRAM4,
@@ -55,8 +57,13 @@ REFUSED = {
 }
 # Text tokens look at no image there, and stay what they are.
 UNSERVED = {(model, edit) for model in QWEN21 for edit in ("FPE, the whole map", "value injection")}
-# Its text tokens are no words of a prompt.
-UNSERVED |= {("GLM-Image", edit) for edit in EDITS if edit.startswith(("Prompt-to-Prompt", "ReFlex"))}
+# Their text tokens are no words of a prompt.
+UNSERVED |= {
+    (model, edit)
+    for model in ("Bria FIBO 2", "GLM-Image")
+    for edit in EDITS
+    if edit.startswith(("Prompt-to-Prompt", "ReFlex"))
+}
 ALL = [(model, edit) for model in MODELS for edit in EDITS if (model, edit) not in REFUSED.keys() | UNSERVED]
 ALWAYS = {
     ("SD3.5, a layer skipped", "value injection"),
@@ -71,6 +78,7 @@ ALWAYS = {
     ("Mochi", "Prompt-to-Prompt, refined"),
     ("AuraFlow", "Prompt-to-Prompt, replaced words"),
     ("GLM-Image", "FPE, the whole map"),
+    ("Bria FIBO 2", "FPE, the whole map"),
     ("HiDream-I1", "Prompt-to-Prompt, replaced words"),
     ("CogView 4", "Prompt-to-Prompt, refined"),
     ("Ideogram 4", "FPE"),

@@ -22,6 +22,7 @@ NEGATIVES = {"longer": [LONG] * 4, "of each length": [LONG, "a", "a drawing", "a
 EDITS = ("FPE", "Prompt-to-Prompt, replaced words", "Prompt-to-Prompt, refined", "ReFlex", "value injection")
 # Guided without a negative prompt, or by its embeddings, or not at all.
 UNTOLD = {name for name in MODELS if not MODELS[name].is_guided or MODELS[name].family == "sd3"} | {
+    "Bria FIBO 2",
     "GLM-Image",
     "Ideogram 4",
 }

@@ -18,6 +18,7 @@ from fpe_pipeline import FreePromptEdit, MasaCtrlEdit, editing
 from tests.support.slow_cases import few
 from tests.support.tiny_aura_flow import AURA_FLOW
 from tests.support.tiny_bria_fibo import FIBO
+from tests.support.tiny_bria_fibo2 import FIBO2
 from tests.support.tiny_chroma import draw_chroma, tiny_chroma_pipeline
 from tests.support.tiny_cogvideox import draw_cogvideox, tiny_cogvideox_pipeline
 from tests.support.tiny_cogview import COGVIEW
@@ -77,6 +78,7 @@ _NEWER = {
     **COGVIEW,
     "aura flow": AURA_FLOW,
     "bria fibo": FIBO,
+    "bria fibo 2": FIBO2,
     "glm image": GLM_IMAGE,
     "hidream": HIDREAM,
     "hunyuan video 1.5": HUNYUAN_VIDEO15,
