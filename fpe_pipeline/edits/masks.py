@@ -187,8 +187,13 @@ class RunningWordMask:
         self.collector = _SourceHeat(mask)
 
     def weights(self, site: Site, roles: BatchRoles, source: int) -> torch.Tensor:
-        """[N], for the tokens of a site."""
+        """[N], for the tokens of a site.
+
+        Raises:
+            ValueError: a source of another prompt than the mask's, in which its word is not known.
+        """
         assert site.grid is not None
+        self.collector.check(roles.prompt_of(source))
         heat = self.collector.heat(roles.image_of(source))
         if heat is None:
             return torch.ones(site.tokens or 0, dtype=torch.float64)
@@ -204,23 +209,45 @@ class RunningWordMask:
 
 
 class _SourceHeat(HeatCollector):
-    """Heat of one word in every source row."""
+    """Heat of one word in the rows of sources that have its prompt."""
 
     def __init__(self, mask: WordMask) -> None:
         self._mask, self._prompt = mask, tokenize(mask.prompt, mask.tokenizer)
+        self._prompts: tuple[str, ...] | None = None  # of the call; None where it is not known, of a model alone
         tokens = self._prompt.find(mask.word)
         super().__init__([[tokens]], self._prompt.length, lambda sites: blended_sites(sites, mask.levels))
 
     def encoded(self, encoding: Encoding) -> None:
-        if encoding.prompts is not None:
-            prompts = [tokenize(prompt, self._mask.tokenizer) for prompt in encoding.prompts]
-            source = encoded_prompts(encoding, prompts)[0]
-            if source.text == self._prompt.text:
-                self.watch_tokens([[source.find(self._mask.word)]], source.length)
+        if encoding.prompts is None:
+            return
+        prompts = [tokenize(prompt, self._mask.tokenizer) for prompt in encoding.prompts]
+        placed = encoded_prompts(encoding, prompts)
+        own = [prompt for prompt in placed if prompt.text == self._prompt.text]
+        if not own:
+            raise ValueError(
+                f"the mask of {self._mask.word!r} is written for the source prompt {self._mask.prompt!r}, got "
+                f"{list(encoding.prompts)}: write it for the source of the call"
+            )
+        self.watch_tokens([[prompt.find(self._mask.word)] if prompt in own else () for prompt in placed], own[0].length)
+        self._prompts = encoding.prompts
+
+    def check(self, prompt: int) -> None:
+        """Raise ValueError for a source whose prompt is not the mask's, where the word's places are another's."""
+        if self._column(prompt) is None:
+            raise ValueError(
+                f"the mask of {self._mask.word!r} is written for the source prompt {self._mask.prompt!r}, and prompt "
+                f"{prompt + 1} of {list(self._prompts or ())} is a source too: edit its targets in a call of their own"
+            )
 
     def columns(self, site: Site, step: Step, roles: BatchRoles) -> Mapping[int, torch.Tensor]:
-        (column,) = self._columns
-        return {} if column is None else dict.fromkeys(roles.sources, column)
+        of_rows = {row: self._column(roles.prompt_of(row)) for row in roles.sources}
+        return {row: column for row, column in of_rows.items() if column is not None}
+
+    def _column(self, prompt: int) -> torch.Tensor | None:
+        """Where the word is in a prompt of the call; None in those that are not the mask's."""
+        if self._prompts is None:
+            return self._columns[0]
+        return self._columns[prompt] if prompt < len(self._columns) else None
 
 
 def _shares(weights: torch.Tensor) -> Shares:

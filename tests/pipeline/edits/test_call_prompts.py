@@ -1,6 +1,8 @@
 """Edits that are written for some prompts, called with others: refused before anything is denoised."""
 
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 
 from fpe_pipeline import FreePromptEdit, LocalBlend, PromptToPromptEdit, WordMask, editing
 from tests.support.free_prompt_pipelines import OTHER, SOURCE, TARGET, free_prompt_pipeline, noise
@@ -67,3 +69,37 @@ def test_a_mask_serves_any_target(tiny):
     edit = FreePromptEdit(mask=WordMask(SOURCE, "ducks", tiny.tokenizer))
     assert tiny(SOURCE, [TARGET, OTHER], edit=edit, **RUN).report.layers
     assert editing(tiny, edit)
+
+
+class TestMasksInASessionOfDiffusersPipeline:
+    """A word stands in other places of another prompt, where it would be the mask of another word."""
+
+    @staticmethod
+    def mask(tiny):
+        return FreePromptEdit(1.0, mask=WordMask(SOURCE, "ducks", tiny.tokenizer, threshold=0.9))
+
+    def test_of_another_source(self, tiny, unet_must_not_run):
+        message = r"mask of 'ducks' is written for the source prompt .*, got .*red cars"
+        with pytest.raises(ValueError, match=message), editing(tiny, self.mask(tiny)):
+            called(tiny, [OTHER, TARGET])
+
+    def test_of_one_source_of_two(self, tiny):
+        message = r"mask of 'ducks' .*, and prompt 3 of .* is a source too"
+        with (
+            pytest.raises(ValueError, match=message),
+            editing(tiny, self.mask(tiny), source_of=(0, 0, 2, 2)),
+        ):
+            called(tiny, [SOURCE, TARGET, OTHER, SWAPPED])
+
+    def test_wherever_its_source_stands(self, tiny):
+        with editing(tiny, self.mask(tiny)):
+            first = called(tiny, [SOURCE, TARGET])
+        with editing(tiny, self.mask(tiny), source_of=(1, 1)):
+            last = called(tiny, [TARGET, SOURCE])
+        torch.testing.assert_close(last.flip(0), first, rtol=0, atol=1e-4)
+
+
+def called(tiny, prompts):
+    """The latents of the ordinary pipeline's call, of one prompt after the other."""
+    call = {**RUN, "latents": noise().repeat(len(prompts), 1, 1, 1)}
+    return StableDiffusionPipeline.__call__(tiny, prompts, **call).images
