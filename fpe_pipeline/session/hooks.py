@@ -119,20 +119,25 @@ class SchedulerHook:
 
 def _shadow_step(scheduler: Any) -> _ShadowStep:
     """Cover a scheduler's ``step`` by one that shows its latents to every one of its ``hooks``."""
-    scheduler.step = shadow = _ShadowStep(scheduler.step, vars(scheduler).get("step"))
+    scheduler.step = shadow = _ShadowStep(scheduler, scheduler.step, vars(scheduler).get("step"))
     return shadow
 
 
 class _ShadowStep:
     """A scheduler's ``step`` that shows its latents to hooks.
 
+    Pipelines of few steps (LCM's, Sana-Sprint's) make the picture of the last step's denoised sample, which there is
+    what the new latents are, and stands beside them: it is changed with them.
+
     Args:
+        scheduler: the scheduler.
         original: the method that it covers.
         shadowed: the same where it covered another one of the instance.
     """
 
-    def __init__(self, original: Callable[..., Any], shadowed: Any) -> None:
+    def __init__(self, scheduler: Any, original: Callable[..., Any], shadowed: Any) -> None:
         functools.update_wrapper(self, original)
+        self._scheduler = scheduler
         self.original, self.shadowed = original, shadowed
         named = list(inspect.signature(original).parameters)
         self._place = named.index("timestep") if "timestep" in named else 1  # CogVideoX's DPM-Solver++ has it third
@@ -143,13 +148,24 @@ class _ShadowStep:
         for hook in tuple(self.hooks):
             kwargs = {**hook.options(), **kwargs}
         output = self.original(*args, **kwargs)
-        latents = output[0] if isinstance(output, tuple) else output.prev_sample
+        given = latents = output[0] if isinstance(output, tuple) else output.prev_sample
         for hook in tuple(self.hooks):
             latents = hook.pass_through(latents, timestep)
+        if latents is given:
+            return output
         if isinstance(output, tuple):
-            return (latents, *output[1:])
+            return (latents, *(latents if self._is_same(other, given) else other for other in output[1:]))
+        if self._is_same(getattr(output, "denoised", None), given):
+            output.denoised = latents
         output.prev_sample = latents
         return output
+
+    def _is_same(self, other: Any, latents: torch.Tensor) -> bool:
+        """Whether what stands beside the new latents is these: only at the end of a run are numbers asked for."""
+        if other is latents or not isinstance(other, torch.Tensor) or other.shape != latents.shape:
+            return other is latents
+        steps, index = getattr(self._scheduler, "timesteps", ()), getattr(self._scheduler, "step_index", None)
+        return index is not None and index >= len(steps) - 1 and torch.equal(other, latents)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """What a copy of the scheduler has: the method itself, of the copy."""
