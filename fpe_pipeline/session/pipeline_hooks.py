@@ -17,7 +17,7 @@ from ..shadows import Shadows
 from .finite_watch import FiniteDecoder, FiniteWatch
 from .hooks import SchedulerHook
 from .modular_calls import ModularCalls
-from .shared_noise import paired_generators
+from .shared_noise import level, paired_generators
 
 __all__ = ["PipelineHooks"]
 
@@ -144,15 +144,22 @@ def _calling_pipeline() -> Any | None:
 
 
 class _PairedNoise:
-    """Rows of one image draw the same noise: at the start, where no latents are given, and in every stochastic step."""
+    """Rows of one image draw the same noise: at the start, where no latents are given, and in every stochastic step.
+
+    So do pictures that a pipeline encodes by its generator beside the latents, as inpainting does under its mask.
+    """
 
     def __init__(self, adapter: ModelAdapter, paired: Callable[[int | None], tuple[Sequence[int], int] | None]) -> None:
         self._paired = paired
         self._generators: list[torch.Generator] | None = None
+        self._shared: tuple[Sequence[int], int] | None = None  # what they were made of; None where they are not ours
+        self._is_level = True
         self._repeats_pictures = adapter.repeats_pictures
         self._shadows = Shadows(adapter.pipe)
         self._shadows.cover("prepare_latents", self._latents)
         self._shadows.cover("prepare_audio_latents", self._latents)  # of sound beside a video
+        self._shadows.cover("prepare_mask_latents", self._picture)
+        self._shadows.cover("_encode_vae_image", self._picture)
         self._shadows.cover("prepare_extra_step_kwargs", self._options)
         self._pipe = adapter.pipe
         # Whether the pipeline hands its generator to steps: those of flow models do not, and Lumina 2's has the method
@@ -165,6 +172,9 @@ class _PairedNoise:
 
     def of_steps(self) -> dict[str, Any]:
         """What a step of the scheduler is to be given beside what the pipeline gives it."""
+        if not self._is_level and self._shared is not None and self._generators is not None:
+            level(self._generators, *self._shared)  # what drew in between drew from the caller's generator alone
+            self._is_level = True
         given = self._to_steps and not self._hands_on and self._generators is not None
         return {"generator": self._generators} if given else {}
 
@@ -172,18 +182,30 @@ class _PairedNoise:
         signature = inspect.signature(original)
         given = signature.bind(*args, **kwargs)
         layout, generator = self._paired(given.arguments.get("batch_size")), given.arguments.get("generator")
-        self._generators = generator if isinstance(generator, list) else None
+        self._generators, self._shared = (generator if isinstance(generator, list) else None), None
         step = getattr(getattr(self._pipe, "scheduler", None), "step", None)
         self._to_steps = step is not None and "generator" in inspect.signature(step).parameters
         draws = "generator" in signature.parameters and given.arguments.get("latents") is None
         if draws and layout is not None and not isinstance(generator, list):  # a list says every row's own
             self._generators = given.arguments["generator"] = paired_generators(generator, *layout)
+            self._shared, self._is_level = layout, False
             for name in () if self._repeats_pictures else ("image", "video"):
                 shown = given.arguments.get(name)
                 if isinstance(shown, torch.Tensor) and len(self._generators) % max(shown.shape[0], 1) == 0:
                     # Some pipelines look for a generator's own picture, and find none where one stands for all rows.
                     repeats = len(self._generators) // shown.shape[0]
                     given.arguments[name] = shown.repeat(repeats, *[1] * (shown.ndim - 1))
+        return original(*given.args, **given.kwargs)
+
+    def _picture(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        signature = inspect.signature(original)
+        given = signature.bind(*args, **kwargs)
+        shown = next((given.arguments[name] for name in ("masked_image", "image") if name in given.arguments), None)
+        generator = given.arguments.get("generator")
+        pictures = shown.shape[0] if isinstance(shown, torch.Tensor) else 0
+        draws = "generator" in signature.parameters and not isinstance(generator, list)
+        if self._shared is not None and pictures > 1 and draws:
+            given.arguments["generator"] = paired_generators(generator, (0,) * pictures, 1)
         return original(*given.args, **given.kwargs)
 
     def _options(self, original: Any, *args: Any, **kwargs: Any) -> Any:

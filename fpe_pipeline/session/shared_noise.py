@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["paired_generators", "row_generators", "shared_latents"]
+__all__ = ["level", "paired_generators", "row_generators", "shared_latents"]
 
 
 def shared_latents(
@@ -73,6 +73,19 @@ def paired_generators(
     rows = [own[sources.index(source) * images + image] for source in source_of for image in range(images)]
     last = {id(each): row for row, each in enumerate(rows)}
     return [each if last[id(each)] == row else _copy(each) for row, each in enumerate(rows)]
+
+
+def level(generators: Sequence[torch.Generator], source_of: Sequence[int], images: int) -> None:
+    """Bring generators that :func:`paired_generators` made to where the last row's of the same image is.
+
+    That is the caller's own where there is one source and one image, from which a pipeline may draw in between, as
+    where it encodes the picture under a mask.
+    """
+    rows = [(source, image) for source in source_of for image in range(images)]
+    last = dict(zip(rows, generators, strict=True))
+    for row, generator in zip(rows, generators, strict=True):
+        if generator is not last[row]:
+            generator.set_state(last[row].get_state())
 
 
 def _own_generators(generator: torch.Generator | list[torch.Generator] | None, count: int) -> list[torch.Generator]:

@@ -8,6 +8,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
 )
 from PIL import Image
 
@@ -17,6 +18,7 @@ from tests.support.silent import SOURCE, TARGET, embedded
 from tests.support.tiny_language import tiny_lumina_that_reads
 from tests.support.tiny_models import tiny_instruct_pipeline
 from tests.support.tiny_transformers import tiny_flux_pipeline, tiny_sd3_pipeline
+from tests.support.tiny_unets import tiny_unet
 
 PROMPTS = [SOURCE, TARGET]
 OTHERS = ["a photo of a green house in the snow", "a photo of a green house in the desert"]
@@ -160,6 +162,28 @@ def test_image_to_image(pipe, starts):
     with editing(img2img, FreePromptEdit(1.0)):
         run(img2img, image=Image.new("RGB", (80, 80), (200, 30, 30)), strength=1.0)
     assert torch.equal(starts[0][0], starts[0][1])
+
+
+@pytest.mark.parametrize("seed", [0, None])
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("pictures", [1, 3], ids=["one picture", "a picture a row"])
+def test_inpainting_by_stochastic_steps(pipe, channels, pictures, seed):
+    """The picture under the mask is encoded by noise that rows share too, and steps draw the same after it."""
+    width = pipe.text_encoder.config.hidden_size
+    parts = {**pipe.components, "scheduler": EulerAncestralDiscreteScheduler()}
+    parts["unet"] = tiny_unet("sd1", torch.float32, cross_attention_dim=width, in_channels=channels)
+    inpaint = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    inpaint.set_progress_bar_config(disable=True)
+    image, mask = Image.radial_gradient("L").convert("RGB").resize((64, 64)), torch.zeros(1, 1, 64, 64)
+    mask[..., 32:] = 1
+    options = {"image": [image] * pictures, "mask_image": mask, "height": 64, "width": 64, "steps": 3}
+    with editing(inpaint, FreePromptEdit(1.0)):
+        images = run(inpaint, [SOURCE, TARGET, SOURCE], seed=seed, **options)
+    torch.testing.assert_close(images[0], images[2], rtol=0, atol=1e-4)
+    assert (images[0] - images[1]).abs().max() > 1e-2
+    with editing(inpaint, FreePromptEdit(1.0), noise="separate"):
+        apart = run(inpaint, [SOURCE, TARGET, SOURCE], seed=seed, **options)
+    assert (apart[0] - apart[2]).abs().max() > 0.1
 
 
 @pytest.mark.slow
