@@ -75,6 +75,5 @@ def tell(interruption: KeyboardInterrupt, by: str, more: str = "") -> int:
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     number = interruption.number if isinstance(interruption, Ended) else int(signal.SIGINT)
     what = f"ended by {signal.Signals(number).name}" if isinstance(interruption, Ended) else "interrupted"
-    with contextlib.suppress(OSError):  # of a terminal that was closed
-        print_text(f"{by}: {what}{more}", sys.stderr)
+    print_text(f"{by}: {what}{more}", sys.stderr)
     return 128 + number

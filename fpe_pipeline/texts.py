@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["check_no_address", "check_readable_name", "check_text", "did_you_mean", "markdown_table", "print_text"]
+__all__ = [
+    "check_no_address",
+    "check_readable_name",
+    "check_text",
+    "did_you_mean",
+    "markdown_table",
+    "print_text",
+    "unheard",
+]
 
 
 def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
@@ -61,14 +70,41 @@ def _as_cell(text: str) -> str:
     return " ".join(text.split("\n")).replace("|", "\\|")
 
 
-def print_text(text: Any, file: TextIO | None = None) -> None:
+@contextlib.contextmanager
+def unheard(stream: TextIO, *lost: type[OSError]) -> Iterator[None]:
+    """Go on where nobody takes what the block writes to a stream, which then leads nowhere.
+
+    A run is owed its pictures and its exit code, whether or not somebody still reads what it says. The stream keeps
+    what it could not write and tries again when Python ends, so it is its handle that is led elsewhere.
+
+    Args:
+        stream: standard output or standard error.
+        lost: the errors that mean that nobody does.
+    """
+    try:
+        yield
+    except lost:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it has no handle
+            handle = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(handle, stream.fileno())
+            os.close(handle)
+
+
+def print_text(text: Any, file: TextIO | None = None, *, flush: bool = False) -> None:
     """Write a line, whatever the output can encode: results exist by then, and their names are owed to the caller.
 
     What the output cannot encode goes as the bytes that the file system has for it, which is what a program that reads
-    the line needs; where names are no bytes, as escapes.
+    the line needs; where names are no bytes, as escapes. A reader that has gone costs nothing, nor does whatever keeps
+    standard error from being written.
     """
     file = sys.stdout if file is None else file
-    line = f"{text}\n"
+    with unheard(file, OSError if file is sys.stderr else BrokenPipeError):
+        _write(f"{text}\n", file)
+        if flush:
+            file.flush()
+
+
+def _write(line: str, file: TextIO) -> None:
     encoding = getattr(file, "encoding", None) or "utf-8"
     try:
         line.encode(encoding, getattr(file, "errors", None) or "strict")

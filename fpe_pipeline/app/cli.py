@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from .. import endings, extras
 from ..errors import InputError
-from ..texts import print_text
+from ..texts import print_text, unheard
 from .console import open_streams, quiet_imports, say, warnings_on_stderr
 
 __all__ = ["NEED_PICTURES", "main"]
@@ -36,16 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     asks_for_help = not arguments or {"-h", "--help"} & set(arguments)
     needs = extras.PIPELINE if arguments[:1] and arguments[0] in NEED_PICTURES and not asks_for_help else extras.COMMAND
     if absent := extras.missing(needs):
-        print(f"fpe: error: {extras.hint(absent)}", file=sys.stderr)
+        print_text(f"fpe: error: {extras.hint(absent)}", sys.stderr)
         return 2
     try:
         with endings.orderly():
             return _done(arguments)
     except KeyboardInterrupt as interruption:  # also while the command line is read, for which packages are imported
         return endings.tell(interruption, "fpe")
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of standard output has gone; Python would report it once more at exit
-        return 1
     except Exception as error:
         return _failed(error, arguments)
 
@@ -58,9 +55,14 @@ def _done(arguments: Sequence[str]) -> int:
     except Refusal as error:
         return _said(str(error), 2, arguments)
     except SystemExit as leave:  # completions are written
+        if isinstance(leave.__context__, BrokenPipeError):  # rich's, of help that nobody reads on
+            return 0
         return leave.code if isinstance(leave.code, int) else 2
     with warnings_on_stderr(say):
-        return run() or 0
+        code = run() or 0
+    with unheard(sys.stdout, BrokenPipeError):
+        sys.stdout.flush()
+    return code
 
 
 def _failed(error: Exception, arguments: Sequence[str]) -> int:
@@ -73,7 +75,6 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
 def _said(reason: str, code: int, arguments: Sequence[str]) -> int:
     print_text(f"fpe: error: {reason}", sys.stderr)
     if "--json" in arguments:
-        with contextlib.suppress(OSError):  # it may be what went wrong: a full disk, a reader that has gone
-            print_text(json.dumps({"error": reason, "exit_code": code}))
-            sys.stdout.flush()
+        with contextlib.suppress(OSError):  # it may be what went wrong: a full disk
+            print_text(json.dumps({"error": reason, "exit_code": code}), flush=True)
     return code

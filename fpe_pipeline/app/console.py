@@ -20,8 +20,7 @@ __all__ = ["open_streams", "print_paths", "quiet_imports", "report", "say", "war
 def print_paths(paths: Iterable[Path]) -> None:
     """Paths of results on standard output, one a line."""
     for path in paths:
-        print_text(path)
-    sys.stdout.flush()
+        print_text(path, flush=True)
 
 
 def report(paths: Iterable[Path], as_json: bool, **more: Any) -> None:
@@ -29,8 +28,7 @@ def report(paths: Iterable[Path], as_json: bool, **more: Any) -> None:
     if not as_json:
         print_paths(paths)
         return
-    print_text(json.dumps({**more, "files": [str(path) for path in paths]}, indent=2, allow_nan=False))
-    sys.stdout.flush()
+    print_text(json.dumps({**more, "files": [str(path) for path in paths]}, indent=2, allow_nan=False), flush=True)
 
 
 def say(text: str) -> None:

@@ -99,11 +99,11 @@ def _run(self_test: bool, as_json: bool, quiet: bool) -> int:
             about = finding.about
             print_text(about)
         remedy = f"; {finding.remedy}" if finding.remedy else ""
-        print_text(f"  {finding.state:<9} {finding.name}{': ' if finding.detail else ''}{finding.detail}{remedy}")
-        sys.stdout.flush()
+        detail = f"{': ' if finding.detail else ''}{finding.detail}"
+        print_text(f"  {finding.state:<9} {finding.name}{detail}{remedy}", flush=True)
     broken = [finding.name for finding in found if finding.state == BROKEN]
     if as_json:
-        print(json.dumps({"ok": not broken, "findings": [asdict(finding) for finding in found]}, indent=2))
+        print_text(json.dumps({"ok": not broken, "findings": [asdict(finding) for finding in found]}, indent=2))
     else:
         print_text(f"broken: {', '.join(broken)}" if broken else "what is installed works")
     return 1 if broken else 0

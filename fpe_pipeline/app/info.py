@@ -27,23 +27,23 @@ def run(method: str | None = None, *, as_json: bool = False) -> None:
         print_text(json.dumps(found, indent=2))
         return
     for name, version in found["versions"].items():
-        print(f"{name:<14}{version or 'not installed'}")
-    print(f"{'devices':<14}{', '.join(found['devices'])}")
-    print("backends")
+        print_text(f"{name:<14}{version or 'not installed'}")
+    print_text(f"{'devices':<14}{', '.join(found['devices'])}")
+    print_text("backends")
     for name, state in found["backends"].items():
-        print(f"  {name:<12}{state}")
-    print("models")
+        print_text(f"  {name:<12}{state}")
+    print_text("models")
     for name, location in found["models"].items():
         print_text(f"  {name:<14}{location}")
     for title, names in found["words"].items():
-        print(f"  {title:<12}{', '.join(names)}")
-    print("other models, with what they take where nothing is said")
+        print_text(f"  {title:<12}{', '.join(names)}")
+    print_text("other models, with what they take where nothing is said")
     for name, own in found["families"].items():
         said = f"steps {own['steps']}, guidance {own['guidance']:g}, self-replace {own['self_replace'][1]:g}"
-        print(f"  {name:<28}{said}; inverted by {', '.join(own['inversions'])}")
-    print("methods (fpe info --method NAME says what their options do)")
+        print_text(f"  {name:<28}{said}; inverted by {', '.join(own['inversions'])}")
+    print_text("methods (fpe info --method NAME says what their options do)")
     for name, entry in found["methods"].items():
-        print(f"  {name:<16}{entry['title']}: {', '.join(entry['options'])}")
+        print_text(f"  {name:<16}{entry['title']}: {', '.join(entry['options'])}")
 
 
 def _found() -> dict[str, Any]:

@@ -75,7 +75,7 @@ def run(asked: Evaluation, progress: Progress | None = None, *, as_json: bool = 
         (stage / "evaluation.json").write_text(dump(result), encoding="utf-8")
         (stage / "table.md").write_text(rendered, encoding="utf-8")
         if importlib.util.find_spec("matplotlib") is None:
-            print("fpe: no plot.png, which needs matplotlib: pip install matplotlib", file=sys.stderr)
+            print_text("fpe: no plot.png, which needs matplotlib: pip install matplotlib", sys.stderr)
         else:
             plot(summary, stage / "plot.png", f"{asked.steps} steps, guidance {asked.guidance:g}, 95 % intervals")
     print_text(brief(result) if as_json else rendered.removesuffix("\n"))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..texts import print_text
+from ..texts import print_text, unheard
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -54,13 +54,15 @@ class Bars(Progress):
         self._tasks: dict[str, Any] = {}
 
     def __exit__(self, *_: object) -> None:
-        self._shown.stop()
+        with unheard(sys.stderr, OSError):
+            self._shown.stop()
 
     def tell(self, title: str, done: int, total: int) -> None:
-        self._shown.start()
-        if done == 0 or title not in self._tasks:
-            self._tasks[title] = self._shown.add_task(title, total=total)
-        self._shown.update(self._tasks[title], completed=done, total=total, refresh=done == total)
+        with unheard(sys.stderr, OSError):  # of a terminal that was closed under a run that goes on
+            self._shown.start()
+            if done == 0 or title not in self._tasks:
+                self._tasks[title] = self._shown.add_task(title, total=total)
+            self._shown.update(self._tasks[title], completed=done, total=total, refresh=done == total)
 
 
 class Lines(Progress):
@@ -84,8 +86,7 @@ class Lines(Progress):
             time_said = f" in {_seconds(spent)}"
         else:
             time_said = f", {_seconds(spent / made * (total - done))} left" if made else ""
-        print_text(f"fpe: {title} {done}/{total}{time_said}", sys.stderr)
-        sys.stderr.flush()
+        print_text(f"fpe: {title} {done}/{total}{time_said}", sys.stderr, flush=True)
 
 
 def progress_for(*, quiet: bool) -> Progress:
