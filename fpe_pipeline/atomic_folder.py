@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
-__all__ = ["check_writable", "clear_left", "replaced", "staged", "write_text"]
+__all__ = ["check_writable", "clear_left", "replaced", "save_tensors", "staged", "write_text"]
 
 #: What file systems answer that cannot bring a folder to the disk.
 _NOT_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP)
@@ -69,6 +71,20 @@ def clear_left(folder: Path) -> None:
             continue
         with contextlib.suppress(OSError):  # it has become what it was to be, or Windows knows that it is open
             partial.unlink()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; what the disk answers is an `OSError`, as of other files."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -29,9 +29,8 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..atomic_folder import replaced
+from ..atomic_folder import replaced, save_tensors
 from ..errors import InputError, check_guidance, check_positive, warn_of_size
 from ..images.load import load_image, to_tensor
 from ..models.adapters.adapter import identity
@@ -115,7 +114,7 @@ class Inversion:
         }
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with replaced(path) as partial:
-            save_file(contiguous, partial, metadata={"fpe_inversion": json.dumps(values)})
+            save_tensors(partial, contiguous, {"fpe_inversion": json.dumps(values)})
         return Path(path)
 
     @classmethod

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..atomic_folder import replaced, write_text
+from ..atomic_folder import replaced, save_tensors, write_text
 from ..errors import InputError
 from ..texts import check_readable_name
 from .keys import Contents, Part, TensorKey, Tensors
@@ -160,7 +159,7 @@ class FileStore(MapStore):
         ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         self._written.append(name)
         with replaced(self.folder / name) as partial:
-            save_file(ready, partial)
+            save_tensors(partial, ready)
             block = _mapped(partial)
             self._files[name] = {
                 "bytes": block.numel(),

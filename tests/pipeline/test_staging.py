@@ -157,7 +157,7 @@ def test_one_file_on_a_full_disk(tmp_path, monkeypatch, writer, name, number):
     before = path.read_bytes()
     if name is None:
         monkeypatch.setattr(Path, "write_text", half_of_it)
-        monkeypatch.setattr(trajectory, "save_file", lambda tensors, path, metadata: half_of_it(path, "new"))
+        monkeypatch.setattr(trajectory, "save_tensors", lambda path, tensors, metadata: half_of_it(path, "new"))
     else:
         fail(monkeypatch, name, number, FULL)
     with pytest.raises(OSError, match="no space"):
@@ -184,6 +184,23 @@ def test_a_recording_on_a_full_disk_leaves_no_folder(tmp_path, monkeypatch):
         monkeypatch.undo()
         store.discard()
         assert content(tmp_path) == {}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no limit of what a process writes")
+def test_tensors_that_the_disk_does_not_take_are_an_error_of_the_disk(tmp_path):
+    """The library that writes them has an error of its own, which names no file."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    store = FileStore.create(tmp_path / "recording")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(f"'{store.folder / 'latents.safetensors'}'")) as raised:
+            store.write_latents({"latents": torch.zeros(1 << 16)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.errno == errno.EFBIG
+    assert content(store.folder) == {}
 
 
 def test_two_processes_write_one_file_each_its_own(tmp_path):
