@@ -34,6 +34,9 @@ def check_writable(directory: Path) -> None:
             raise NotADirectoryError(f"'{existing}' is a link to nothing")
         if not existing.is_dir():
             raise NotADirectoryError(f"'{existing}' is a file")
+        for missing in (directory, *(existing / name for name in directory.parts[len(existing.parts) :])):
+            with contextlib.suppress(FileNotFoundError):
+                missing.lstat()  # says where a name is too long for the file system
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import rows as rows_module
 from fpe_pipeline import Inversion
-from fpe_pipeline.atomic_folder import replaced, staged, write_text
+from fpe_pipeline.atomic_folder import check_writable, replaced, staged, write_text
 from fpe_pipeline.errors import InputError
 from fpe_pipeline.inversion import trajectory
 from fpe_pipeline.recordings.folder_store import FileStore
@@ -201,6 +201,18 @@ def test_tensors_that_the_disk_does_not_take_are_an_error_of_the_disk(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert raised.value.errno == errno.EFBIG
     assert content(store.folder) == {}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="says of such names that they are none")
+@pytest.mark.parametrize("name", ["n" * 300, "new/" + "n" * 300, f"{'n' * 300}/new", "n/" * 4000])
+def test_a_name_that_the_file_system_does_not_take_is_refused_before_anything_is_made(tmp_path, monkeypatch, name):
+    with pytest.raises(InputError, match=r"cannot write into .*: File name too long; pass another folder with -o"):
+        check_writable(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="File name too long"):
+        check_writable(Path(name))
+    check_writable(Path("new/../newer"))
+    assert content(tmp_path) == {}
 
 
 def test_two_processes_write_one_file_each_its_own(tmp_path):
