@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .staging import BEFORE, clear_stages, new_stage
 
 __all__ = ["check_writable", "clear_left", "replaced", "save_tensors", "staged", "write_text"]
 
@@ -107,7 +108,8 @@ def staged(directory: Path) -> Iterator[Path]:
     """
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".fpe-", dir=directory))
+    clear_stages(directory)
+    stage, lock = new_stage(directory)
     try:
         with _naming(directory):
             yield stage
@@ -116,12 +118,15 @@ def staged(directory: Path) -> Iterator[Path]:
             _check_names(directory, [path.name for path in paths])
             _bring_in({path: directory / path.name for path in paths})
     except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(stage, ignore_errors=True)  # before the folders that hold it
         with contextlib.suppress(OSError):  # someone else's files are there by now
             for folder in made:
                 folder.rmdir()
         raise
-    shutil.rmtree(stage, ignore_errors=True)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 @contextlib.contextmanager
@@ -159,7 +164,7 @@ def _check_names(directory: Path, names: list[str]) -> None:
 
 def _bring_in(destinations: Mapping[Path, Path]) -> None:
     """Rename files to their destinations, on the disk; an error puts back those that were there before."""
-    before = {path: path.with_name(f"{path.name}.before") for path in destinations}
+    before = {path: path.with_name(f"{path.name}{BEFORE}") for path in destinations}
     try:
         for path in destinations:
             _to_disk(path)

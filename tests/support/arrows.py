@@ -38,6 +38,7 @@ SHARED = {
     "fpe_pipeline.texts": "ground",
     "fpe_pipeline.extras": "ground",
     "fpe_pipeline.atomic_folder": "ground",
+    "fpe_pipeline.staging": "ground",
     "fpe_pipeline.endings": "ground",
     "fpe_pipeline.krea2_pipeline": "pipeline",
     "fpe_pipeline.aura_flow_pipeline": "pipeline",
