@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -78,12 +79,18 @@ def clear_left(folder: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; what the disk answers is an `OSError`, as of other files."""
+    """Write a safetensors file as other files are written.
+
+    The library has an error of its own for what the disk answers, and gives its files to their owner alone.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    with path.open("ab"):
+        mode = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(dict(tensors), path, metadata=metadata)
+        path.chmod(mode)
     except SafetensorError as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:

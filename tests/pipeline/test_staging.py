@@ -186,6 +186,19 @@ def test_a_recording_on_a_full_disk_leaves_no_folder(tmp_path, monkeypatch):
         assert content(tmp_path) == {}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has other rights")
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_tensors_are_for_whom_other_files_are(tmp_path, mask):
+    """A recording on a shared disk is read by a colleague, who could read its pictures and index alone."""
+    before = os.umask(mask)
+    try:
+        FileStore.create(tmp_path).write_latents({"latents": torch.zeros(4)})
+        inversion(tmp_path / "kept.safetensors", "a cat")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~mask}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="has no limit of what a process writes")
 def test_tensors_that_the_disk_does_not_take_are_an_error_of_the_disk(tmp_path):
     """The library that writes them has an error of its own, which names no file."""
