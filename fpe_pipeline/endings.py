@@ -11,12 +11,12 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .texts import print_text
 
-__all__ = ["Ended", "orderly", "tell"]
+__all__ = ["Ended", "orderly", "put_off", "tell"]
 
 #: What job queues, containers and closed terminals send; Windows has no SIGHUP.
 _SENT = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -56,6 +56,37 @@ def orderly() -> Iterator[None]:
         yield
     finally:
         _leave_to_system(taken)
+
+
+@contextlib.contextmanager
+def put_off() -> Iterator[Callable[[], bool]]:
+    """Have Ctrl-C, and a signal that :func:`orderly` answers, wait until the block ends, and then do what they do.
+
+    A second one of a kind does it at once.
+
+    Yields:
+        Whether one has come, for the block to end early: between two steps rather than within one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came: list[int] = []
+    answers = {number: answer for number in (signal.SIGINT, *_SENT) if callable(answer := signal.getsignal(number))}
+
+    def wait(number: int, frame: Any) -> None:
+        signal.signal(number, answers[number])
+        came.append(number)
+
+    try:
+        for number in answers:
+            signal.signal(number, wait)
+        yield lambda: bool(came)
+    finally:
+        for number, answer in answers.items():
+            if signal.getsignal(number) is wait:
+                signal.signal(number, answer)
+    if came:
+        answers[came[0]](came[0], None)
 
 
 def _leave_to_system(numbers: list[signal.Signals]) -> None:

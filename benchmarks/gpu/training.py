@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fpe_pipeline import endings
 from fpe_pipeline.embedded.training.timebox import GRACE
 
 from ..rows import ROOT
@@ -85,10 +86,15 @@ def train_models(context: Context) -> None:
 def _train(command: list[str], seconds: float) -> str:
     """What went wrong; "" for nothing."""
     begun = time.monotonic()
-    try:
-        status = subprocess.run(command, cwd=ROOT, timeout=seconds, check=False).returncode
-    except subprocess.TimeoutExpired:
-        return f"killed after {time.monotonic() - begun:.0f} s: it did not end by itself; its checkpoints stay"
+    with endings.orderly(), subprocess.Popen(command, cwd=ROOT) as process:
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return f"killed after {time.monotonic() - begun:.0f} s: it did not end by itself; its checkpoints stay"
+        except KeyboardInterrupt:  # of the stage's processes together: the training keeps its last step, and ends
+            process.wait()
+            raise
     return f"exit status {status}" if status else ""
 
 

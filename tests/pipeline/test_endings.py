@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from fpe_pipeline.app import cli
 from fpe_pipeline.embedded.training import data, train, train_flow
-from fpe_pipeline.endings import Ended, orderly
+from fpe_pipeline.endings import Ended, orderly, put_off
 from fpe_pipeline.runs import run as runs
 from tests.support.tiny_cli import edit_arguments, tiny_model_folder
 
@@ -90,3 +91,36 @@ def test_ctrl_c_leaves_those_that_draw_scenes_to_their_training(tmp_path):
         assert drawing.wait(drawing.ready + 64) and worker.poll() is None
     finally:
         drawing.stop()
+
+
+class TestPutOff:
+    def test_the_first_signal_waits_for_the_end_of_the_block(self):
+        did = []
+        with pytest.raises(Ended) as raised, orderly(), put_off() as ended:
+            assert not ended()
+            signal.raise_signal(signal.SIGTERM)
+            assert ended()
+            did.append("the rest of the block")
+        assert did and raised.value.number == signal.SIGTERM
+
+    def test_a_second_one_does_not(self):
+        with pytest.raises(KeyboardInterrupt), put_off():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("went on")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_what_nobody_answers_ends_the_process_as_before(self):
+        before = signal.getsignal(signal.SIGTERM)
+        with put_off() as ended:
+            assert signal.getsignal(signal.SIGTERM) is before
+        assert not ended()
+
+    def test_other_threads_hear_no_signals(self):
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(self._heard).result() is False
+
+    @staticmethod
+    def _heard():
+        with put_off() as ended:
+            return ended()

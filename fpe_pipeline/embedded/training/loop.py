@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ... import endings
 from ...atomic_folder import replaced
 from .presets import Fit
 from .step import OptimiserStep, Weights
@@ -73,7 +74,8 @@ def fit(
     """Train ``module`` in place, continuing from ``checkpoint`` if it exists.
 
     The random generator of step ``i`` is seeded from ``seed`` and ``i``, so a resumed run draws what an uninterrupted
-    one would have drawn and ends with the same weights.
+    one would have drawn and ends with the same weights. Ctrl-C, and a signal that is answered like it, waits for the
+    step under way and is raised when the checkpoint is written.
 
     Args:
         module: what holds every trained parameter, float32; at the end it holds the averaged weights.
@@ -94,6 +96,22 @@ def fit(
         ValueError: the checkpoint is damaged, or of another network.
         FloatingPointError: the loss has not been finite for many steps; the checkpoint is of before.
     """
+    with endings.put_off() as ended:
+        return _fit(module, draw, loss, settings, checkpoint, seed, stop_after, deadline, on_progress, ended)
+
+
+def _fit(
+    module: nn.Module,
+    draw: Draw,
+    loss: Loss,
+    settings: Fit,
+    checkpoint: Path | None,
+    seed: int,
+    stop_after: int | None,
+    deadline: float,
+    on_progress: Callable[[float, Weights], None] | None,
+    ended: Callable[[], bool],
+) -> Fitted:
     device = next(module.parameters()).device
     name = checkpoint.stem if checkpoint is not None else type(module).__name__
     state = _State.of(module, checkpoint, name)
@@ -106,7 +124,7 @@ def fit(
     figures: dict[str, float] = {}
     while not state.finished and (progress := settings.progress(state.step, state.minutes)) < 1.0:
         step = state.step
-        if stop_after is not None and step - first >= stop_after:
+        if ended() or (stop_after is not None and step - first >= stop_after):
             state.save(optimiser, name, step - first)
             return Fitted(False, step, state.minutes, 0.0, figures, optimiser.graphed)
         inputs = draw(step, generator.manual_seed(seed * 1_000_003 + step))

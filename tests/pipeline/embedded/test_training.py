@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fpe_pipeline import endings
 from fpe_pipeline.embedded.training.loop import fit
 from fpe_pipeline.embedded.training.presets import PRESETS, Fit, Shares
 from fpe_pipeline.embedded.training.step import OptimiserStep, Weights
@@ -52,6 +54,28 @@ class TestLoop:
         assert self._run(tmp_path / "parts.pt", stop_after=7)[0] is False
         done, resumed = self._run(tmp_path / "parts.pt")
         assert done
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("at", [0, 7, 19])
+    def test_an_interrupted_run_loses_no_step(self, tmp_path, monkeypatch, number, at):
+        """The signal comes within a step, whose half would be neither in the checkpoint nor made anew."""
+        _, whole = self._run(tmp_path / "whole.pt")
+        publish, published = Weights.publish, []
+
+        def interrupted(weights):
+            publish(weights)
+            published.append(None)
+            if len(published) == at + 1:
+                signal.raise_signal(number)
+
+        monkeypatch.setattr(Weights, "publish", interrupted)
+        with pytest.raises(KeyboardInterrupt), endings.orderly():
+            self._run(tmp_path / "parts.pt")
+        assert len(published) == at + 1
+        assert torch.load(tmp_path / "parts.pt", weights_only=True)["step"] == at + 1
+        done, resumed = self._run(tmp_path / "parts.pt")
+        assert done and len(published) == 20 + 1  # at the load
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
     def test_a_finished_training_stays_finished(self, tmp_path):
