@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import socket
@@ -10,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..errors import InputError
 from .uploads import MOST_BYTES
@@ -46,6 +48,53 @@ class _Headers:
             await send(message)
 
         await self.app(scope, receive, sent if scope["type"] == "http" else send)
+
+
+class _OwnNames:
+    """Answers who asks for this machine by its own name or a number, where it is served to this machine alone.
+
+    A page elsewhere can have its own name lead here after it was loaded; the browser then takes both for one site, and
+    lets that page read this one.
+    """
+
+    def __init__(self, app: Any, host: str) -> None:
+        self.app, self._host = app, host
+
+    async def __call__(
+        self,
+        scope: MutableMapping[str, Any],
+        receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
+        send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
+    ) -> None:
+        if scope["type"] == "http" and _is_loopback(self._host):
+            from starlette.responses import PlainTextResponse
+
+            asked = _named(dict(scope["headers"]).get(b"host", b"").decode("latin-1"))
+            if asked not in (self._host, "localhost") and not _is_number(asked):
+                said = f"this page is served to this machine alone, as localhost and not as {asked!a}"
+                await PlainTextResponse(f"{said}; --host serves it to others", 403)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def _named(host: str) -> str:
+    """What a Host header names, without its port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_number(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or (_is_number(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def serve(desk: Any, *, host: str = "127.0.0.1", port: int | None = None, block: bool = True) -> Any:
@@ -87,7 +136,12 @@ def serve(desk: Any, *, host: str = "127.0.0.1", port: int | None = None, block:
         theme=looks.theme(),
         css=looks.CSS,
         js=looks.SCRIPT,
-        app_kwargs={"middleware": [Middleware(_Headers)], "docs_url": None, "redoc_url": None, "openapi_url": None},
+        app_kwargs={
+            "middleware": [Middleware(_Headers), Middleware(_OwnNames, host=host)],
+            "docs_url": None,
+            "redoc_url": None,
+            "openapi_url": None,
+        },
     )
     # While a browser draws the page: what it asks for first is then known. A process that ends waits for this thread,
     # for seconds: one that Python stops inside of torch aborts the process.

@@ -51,6 +51,17 @@ def test_headers_and_nothing_from_elsewhere(address):
     assert "googleapis" not in text and "gstatic" not in text
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost:80", 200), ("127.0.0.1", 200), ("[::1]:7860", 200), ("elsewhere.example:7860", 403), ("[", 403)],
+)
+def test_a_page_elsewhere_whose_name_leads_here_reads_nothing(address, host, status):
+    """A browser takes it for the same site: what is served to this machine alone goes by this machine's names."""
+    for path in ("", "config", "gradio_api/info"):
+        given, headers, _ = answer(urllib.request.Request(f"{address}{path}", headers={"Host": host}))
+        assert given == status and headers["referrer-policy"] == "no-referrer"
+
+
 def test_only_its_own_output_is_served(address, root, tmp_path):
     own, other = root / "token" / "001" / "target-1.png", tmp_path / "secret.png"
     own.parent.mkdir(parents=True)
