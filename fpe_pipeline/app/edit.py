@@ -199,10 +199,11 @@ def _run(
 
 
 def _swept(settings: Settings, said: list[str], images: int | None, output: Path, quiet: bool, as_json: bool) -> int:
-    from ..runs.sweep import Axis, check_sweep, parsed_axis, sweep
+    from ..runs.sweep import Axis, check_number, check_sweep, parsed_axis, sweep
 
     axes = [parsed_axis(text) for text in said]
     if images is not None:
+        check_number(images)
         axes.append(Axis("seed", tuple(range(settings.seed, settings.seed + images))))
     check_sweep(settings, axes)
     with progress_for(quiet=quiet) as progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from .result import Run
 
-__all__ = ["Axis", "check_sweep", "parsed_axis", "sweep"]
+__all__ = ["Axis", "check_number", "check_sweep", "parsed_axis", "sweep"]
 
 #: Settings that a sweep may go over, and what their values are.
 _SETTINGS: dict[str, type[Any]] = {
@@ -45,6 +46,8 @@ _SETTINGS: dict[str, type[Any]] = {
 _OF_AN_INVERSION = ("guidance", "inversion_guidance", "early_stop", "steps", "inner_steps", "inversion")
 #: What JSON has beside numbers and texts.
 _WORDS = {"true": True, "false": False, "null": None}
+#: Runs of a sweep, whose pictures stay in memory for one sheet of them.
+_MOST = 1000
 _RANGE = re.compile(r"([^:]+):([^:]+):(\d+)")
 
 
@@ -105,6 +108,12 @@ def parsed_axis(text: str) -> Axis:
     return Axis(name, tuple(dict.fromkeys(values)))
 
 
+def check_number(runs: int) -> None:
+    """Raise InputError for more runs than a sheet can show, before they are written out."""
+    if runs > _MOST:
+        raise InputError(f"a sheet is of {_MOST} runs at most, got {runs}; ask for fewer, or list them for fpe batch")
+
+
 def check_sweep(settings: Settings, axes: Sequence[Axis]) -> None:
     """Check every run of a sweep before weights are read.
 
@@ -113,6 +122,7 @@ def check_sweep(settings: Settings, axes: Sequence[Axis]) -> None:
     """
     if not 1 <= len(axes) <= 2 or len({axis.name for axis in axes}) < len(axes):
         raise InputError("a contact sheet has columns and rows: sweep over one setting or over two")
+    check_number(math.prod(len(axis.values) for axis in axes))
     if settings.image is not None and any(axis.name == "seed" for axis in axes):
         raise InputError("a real picture brings its own noise, so seeds change nothing: leave --images and seeds out")
     for _, run in _runs(settings, axes):
@@ -200,6 +210,7 @@ def _between(said: re.Match[str], text: str) -> list[Any]:
     first, last, number = _number(said[1].strip()), _number(said[2].strip()), int(said[3])
     if isinstance(first, str) or isinstance(last, str) or number < 2:
         raise InputError(f"expected two numbers and how many values, two or more, such as 0.2:1.0:5, got '{text}'")
+    check_number(number)
     values = [first + (last - first) * index / (number - 1) for index in range(number)]
     # Ends of few digits have values of few digits between them: 0.6, and not 0.6000000000000001.
     values = [float(f"{value:.10g}") for value in values]

@@ -133,6 +133,9 @@ def test_a_photo_is_inverted_once_unless_its_inversion_changes(one, tmp_path, mo
     ("arguments", "reason"),
     [
         (["--images", "0"], "--images takes a whole number from 1 on, got 0"),
+        (["--images", "9999999999"], "a sheet is of 1000 runs at most, got 9999999999; ask for fewer"),
+        (["--sweep", "self-replace=0.4:1:9999999999"], "a sheet is of 1000 runs at most"),
+        (["--images", "40", "--sweep", "self-replace=0.4:1:30"], "1000 runs at most, got 1200"),
         (["--images", "2", "--sweep", "seed=1,2"], "sweep over one setting or over two"),
         (["--sweep", "seed=1,2", "--sweep", "steps=1,2", "--sweep", "guidance=1,2"], "over one setting or over two"),
         (["--sweep", "no_such=1,2"], "no_such"),
