@@ -31,6 +31,7 @@ from .processors.ltx import EditLTXProcessor
 from .processors.ltx2 import EditLTX2Processor
 from .processors.lumina2 import EditLumina2Processor
 from .processors.mochi import EditMochiProcessor
+from .processors.nucleus import EditNucleusProcessor
 from .processors.qwen import EditQwenProcessor
 from .processors.qwen21 import EditQwen21Processor, qwen21_processor
 from .processors.sana import EditSanaProcessor
@@ -66,6 +67,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "ideogram4": (EditIdeogram4Processor, EditIdeogram4Processor.unsupported_reasons),
     "kandinsky5": (EditKandinsky5Processor, EditKandinsky5Processor.unsupported_reasons),
     "krea2": (EditKrea2Processor, EditKrea2Processor.unsupported_reasons),
+    "nucleus": (EditNucleusProcessor, EditNucleusProcessor.unsupported_reasons),
     "qwen": (EditQwenProcessor, EditQwenProcessor.unsupported_reasons),
     "qwen21": (qwen21_processor, EditQwen21Processor.unsupported_reasons),
     "lumina2": (EditLumina2Processor, EditLumina2Processor.unsupported_reasons),

@@ -106,6 +106,7 @@ class ModelAdapter(ABC):
             "ltx2",
             "lumina2",
             "mochi",
+            "nucleus",
             "sana",
             "wan",
             "z_image",

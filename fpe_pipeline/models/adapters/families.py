@@ -28,6 +28,7 @@ from .ltx2 import LTX2Adapter
 from .lumina2 import Lumina2Adapter
 from .mochi import MochiAdapter
 from .modular import by_guider, is_modular
+from .nucleus import NucleusImageAdapter
 from .pixart import PixArtAdapter
 from .qwen import QwenImageAdapter
 from .qwen21 import QwenImage21Adapter
@@ -66,6 +67,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "LongCatImageTransformer2DModel": LongCatImageAdapter,
     "Lumina2Transformer2DModel": Lumina2Adapter,
     "MochiTransformer3DModel": MochiAdapter,
+    "NucleusMoEImageTransformer2DModel": NucleusImageAdapter,
     "OvisImageTransformer2DModel": OvisImageAdapter,
     "PixArtTransformer2DModel": PixArtAdapter,
     "QwenImage21Transformer2DModel": QwenImage21Adapter,

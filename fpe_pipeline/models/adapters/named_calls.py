@@ -35,6 +35,7 @@ _CONDITIONAL_FIRST = frozenset(
         "Kandinsky5T2VPipeline",
         "Krea2Pipeline",
         "Lumina2Pipeline",
+        "NucleusMoEImagePipeline",
         "WanVideoToVideoPipeline",
     }
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from ..layers.joint_computing import JointLayer
 from ..layers.joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
 from ..layers.joint_projections import segment_projections
 from ..layers.places import by_tables_of_rows
+from ..layers.text_order import last_first
 
 __all__ = ["EditIdeogram4Processor"]
 
@@ -50,7 +50,7 @@ class EditIdeogram4Processor(DispatchedAround):
             layer = JointLayer(image, None, attn.head_dim**-0.5, order.backend)
         else:
             first = texts - max(lengths)
-            read = _counts_first(lengths, hidden_states.device)
+            read = last_first(lengths, hidden_states.device).unsqueeze(-1)
             window = (part[:, first:texts].take_along_dim(read, 1) for part in (hidden_states, cosines, sines))
             tokens, *turns = window
             text = segment_projections(attn, plan, "text", tokens, by_tables_of_rows(*turns))
@@ -62,15 +62,3 @@ class EditIdeogram4Processor(DispatchedAround):
             context = merged_heads(text_rows).take_along_dim(read.argsort(1), 1)
             merged = pad(torch.cat([context, merged], dim=1), (0, 0, first, 0))
         return attn.to_out[0](merged)  # type: ignore[no-any-return]
-
-
-def _counts_first(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Of each row the places of its text's last tokens, those that count before padding: [B, longest, 1].
-
-    Args:
-        lengths: of each row, how many of the tokens count, which are the last ones.
-        device: to be on.
-    """
-    longest = max(lengths)
-    begins = longest - torch.tensor(lengths, device=device)[:, None]
-    return ((begins + torch.arange(longest, device=device)) % longest).unsqueeze(-1)

@@ -12,6 +12,7 @@ from ..layers.joint_computing import JointLayer
 from ..layers.joint_processor import check_joint_input, joint_record, joint_rows, merged_heads
 from ..layers.joint_projections import segment_projections
 from ..layers.places import by_tables
+from ..layers.text_order import counts_first
 
 __all__ = ["EditKrea2Processor"]
 
@@ -43,10 +44,10 @@ class EditKrea2Processor(DispatchedAround):
         text, image = hidden_states[:, :texts], hidden_states[:, texts:]
         check_joint_input(order, image, text, None)  # the mask is of padding: text_lengths
         places = None if image_rotary_emb is None else (image_rotary_emb[0][texts:], image_rotary_emb[1][texts:])
-        counts_first = None if attention_mask is None else _counts_first(attention_mask, texts)
+        read = None if attention_mask is None else counts_first(attention_mask[:, 0, 0, :texts])
         layer = JointLayer(
             segment_projections(attn, plan, "image", image, by_tables(places)).beside("image", order.recorded),
-            segment_projections(attn, plan, "text", _ordered(text, counts_first)).beside("text", order.recorded),
+            segment_projections(attn, plan, "text", _ordered(text, read)).beside("text", order.recorded),
             attn.head_dim**-0.5,
             order.backend,
             order.lengths(texts),
@@ -54,19 +55,9 @@ class EditKrea2Processor(DispatchedAround):
         self.record = joint_record(plan, layer, attn.num_heads)
         rows, text_rows = joint_rows(order, plan, layer)
         assert text_rows is not None
-        context = _ordered(merged_heads(text_rows), None if counts_first is None else counts_first.argsort(1))
+        context = _ordered(merged_heads(text_rows), None if read is None else read.argsort(1))
         out = torch.cat([context, merged_heads(rows)], dim=1) * torch.sigmoid(attn.to_gate(hidden_states))
         return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]  # the second is dropout
-
-
-def _counts_first(mask: torch.Tensor, texts: int) -> torch.Tensor:
-    """Of each row the places of its text tokens [B, T], those that count before the others, each in their order.
-
-    Args:
-        mask: of the keys of text and image tokens [B, 1, 1, T + N], true where they count.
-        texts: T.
-    """
-    return (~mask[:, 0, 0, :texts].bool()).to(torch.uint8).argsort(dim=1, stable=True)
 
 
 def _ordered(tokens: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:

@@ -24,6 +24,7 @@ from tests.support.tiny_hidream import HIDREAM
 from tests.support.tiny_ideogram4 import IDEOGRAM4
 from tests.support.tiny_krea2 import KREA2
 from tests.support.tiny_mochi import MOCHI
+from tests.support.tiny_nucleus import NUCLEUS
 from tests.support.tiny_qwen21 import QWEN21
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -42,6 +43,7 @@ MODELS = {
     "Ideogram 4": IDEOGRAM4,
     "Krea 2": KREA2,
     **MOCHI,
+    "Nucleus-Image": NUCLEUS,
     **QWEN21,
 }
 SIZES = {
@@ -84,6 +86,7 @@ ALWAYS = {
     ("Ideogram 4", "FPE"),
     ("Ideogram 4", "Prompt-to-Prompt, refined"),
     ("Qwen-Image 2.1", "Prompt-to-Prompt, refined"),
+    ("Nucleus-Image", "Prompt-to-Prompt, replaced words"),
 }
 INVERTED = [pair for pair in ALL if MODELS[pair[0]].family in ("sd3", "flux", "qwen", "lumina") and pair[0] not in KIN]
 ALWAYS_INVERTED = {("FLUX", "KV-Edit")}

@@ -35,6 +35,7 @@ from tests.support.tiny_krea2 import KREA2
 from tests.support.tiny_ltx2 import draw_ltx2, tiny_ltx2_pipeline
 from tests.support.tiny_lumina import draw_lumina, tiny_lumina_pipeline
 from tests.support.tiny_mochi import MOCHI
+from tests.support.tiny_nucleus import NUCLEUS
 from tests.support.tiny_qwen21 import draw_qwen21, tiny_qwen21_pipeline
 from tests.support.tiny_transformers import (
     draw,
@@ -86,6 +87,7 @@ _NEWER = {
     "ideogram 4": IDEOGRAM4,
     "krea 2": KREA2,
     "mochi": MOCHI["Mochi"],
+    "nucleus": NUCLEUS,
 }
 MODELS |= {
     name: (model.make, lambda pipe, run=model.run, **options: run(pipe, PROMPTS, **options))
