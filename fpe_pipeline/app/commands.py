@@ -68,6 +68,8 @@ def _what_is_wrong(error: Any) -> str:
         return f"there is no option {error.option_name}{meant(error.option_name, known)}"
     message = " ".join(error.message.split()).rstrip(".")
     option = getattr(error, "param", None)
+    if option is not None and not message:  # of an argument that is not there, whose name in Python is all that is said
+        return f"{option.metavar} is missing: {' '.join(option.help.split())}"
     if option is None:
         return message
     if isinstance(error.__cause__, ValidationError):

@@ -39,6 +39,17 @@ def no_loading(monkeypatch):
 
 class TestRefusals:
     @pytest.mark.parametrize(
+        ("command", "message"),
+        [
+            ("invert", "PICTURE is missing: path of a picture (see fpe invert --help)"),
+            ("batch", "LIST is missing: list of edits: .jsonl, .csv, .json or .yaml (see fpe batch --help)"),
+        ],
+    )
+    def test_an_argument_that_is_not_there(self, capsys, command, message):
+        assert cli.main([command]) == 2
+        assert one_error(capsys) == f"fpe: error: {message}\n"
+
+    @pytest.mark.parametrize(
         ("options", "message"),
         [
             (["--model", "./nowhere"], "neither a folder nor a file"),
