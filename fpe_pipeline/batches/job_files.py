@@ -50,6 +50,7 @@ OF_A_ROW = (
 _BESIDE = ("editing_instruction", "blended_word", "source_id", "target_id", "is_test", "image_id", "")
 #: As JSON, Python and spreadsheets write it.
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
+_SUFFIXES = (".jsonl", ".csv", ".json", ".yaml", ".yml")
 _PAPER_PROMPT = "a photo of a {}"
 _PIE_FOLDER = "annotation_images"
 _NAME = re.compile(r"[\w.+-]+")
@@ -96,6 +97,8 @@ def read_jobs(path: Path, defaults: Mapping[str, Any], images: Path | None = Non
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Each row with its name, where it has one; a line of JSON lines that is none becomes a row that says so."""
     suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise InputError(f"expected a list of edits in .jsonl, .csv, .json or .yaml, got '{path}'")
     try:
         text = read_list(path)
         if suffix == ".jsonl":
@@ -105,10 +108,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             given = [{_NOT_A_ROW: OTHER_FIELDS} if row is None else _uncsv(row) for row in csv_rows(text)]
         elif suffix == ".json":
             given = json.loads(text, object_pairs_hook=named_once)
-        elif suffix in (".yaml", ".yml"):
-            given = _of_yaml(text)
         else:
-            raise InputError(f"expected a list of edits in .jsonl, .csv, .json or .yaml, got '{path}'")
+            given = _of_yaml(text)
     except InputError:
         raise
     except OSError as error:

@@ -201,6 +201,12 @@ class TestOurs:
         with pytest.raises(InputError, match="No such file"):
             read_jobs(tmp_path / "missing.json", {})
 
+    def test_a_picture_is_no_list_in_another_encoding(self, tmp_path):
+        (tmp_path / "photo.png").write_bytes(b"\x89PNG")
+        for path in (tmp_path / "photo.png", tmp_path):
+            with pytest.raises(InputError, match=r"expected a list of edits in \.jsonl, \.csv"):
+                read_jobs(path, {})
+
 
 class TestPublished:
     def test_cars_of_the_paper(self, tmp_path):
