@@ -188,4 +188,5 @@ def _checked_port(host: str, port: int | None) -> int | None:
         with socket.create_server((host, port or 0)) as tried:
             return tried.getsockname()[1] if port == 0 else port
     except (OSError, OverflowError) as error:
-        raise InputError(f"cannot listen at {host}:{port}: {error}; pass another --port or --host") from error
+        place = host if port is None else f"{host}:{port}"
+        raise InputError(f"cannot listen at {place}: {error}; pass another --port or --host") from error

@@ -83,7 +83,7 @@ def test_no_page_of_the_interface_is_offered(address):
     ("arguments", "said"),
     [
         (["--model", "./nothing-here"], "neither a folder nor a file"),
-        (["--host", "203.0.113.7"], "cannot listen at 203.0.113.7"),
+        (["--host", "203.0.113.7"], "cannot listen at 203.0.113.7: "),
         (["--port", "70000"], "cannot listen at"),
         (["--dtype", "int8"], "dtype must be one of"),
     ],
