@@ -7,9 +7,11 @@ picture is made again, to the same bytes; killed within a line, the line is none
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,12 @@ class Results:
         entry["pixels_sha256"] = made.pixels
         if unit is not None:
             entry |= {"job": made.name, "unit": unit.digest, "seconds": made.seconds, "measures": made.measures}
+        try:
+            os.fsencode(file)
+        except UnicodeEncodeError:
+            coding = sys.getfilesystemencoding()
+            said = f"the system's locale names files in {coding}, which does not have {file!r}; set LC_ALL=C.UTF-8"
+            raise OSError(errno.EILSEQ, said) from None
         with replaced(self.folder / file) as partial:
             partial.write_bytes(made.png)
         self._append(json.dumps(entry, allow_nan=False) + "\n")

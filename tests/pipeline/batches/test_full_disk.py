@@ -114,3 +114,18 @@ def test_every_line_of_the_manifest_is_a_line(jobs, tmp_path):
     finished = batch(jobs, out)
     assert 0 < finished.kept < JOBS and finished.failed == {}
     assert (out / "manifest.jsonl").read_text() == text and len(manifest(out)) == JOBS + 2
+
+
+def test_a_name_that_the_locale_cannot_spell_costs_its_job_alone(tmp_path, monkeypatch):
+    """As under LC_ALL=en_US.ISO-8859-1."""
+    monkeypatch.setattr(workers, "Maker", StandIn)
+
+    def encode(name, real=os.fsencode):
+        str(name).encode("ascii")
+        return real(name)
+
+    monkeypatch.setattr(os, "fsencode", encode)
+    rows = [{"name": name, "source": "s", "target": "t"} for name in ("1", "\u0662", "3")]
+    finished = batch(written(tmp_path / "jobs.jsonl", rows), tmp_path / "out")
+    assert list(finished.failed) == ["\u0662"] and "set LC_ALL=C.UTF-8" in finished.failed["\u0662"]
+    assert len(pictures(tmp_path / "out")) == 3
