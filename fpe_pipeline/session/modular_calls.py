@@ -23,6 +23,7 @@ class ModularCalls:
         called: is told that a call of the pipeline begins.
         encoded: is shown what the call has encoded, before the model is called for the first time.
         paired: as `PipelineHooks` takes it.
+        drawn: is told what the rows of a call draw from, as `_PairedNoise.take`.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class ModularCalls:
         called: Callable[[], None],
         encoded: Callable[[Encoding], None],
         paired: Callable[[int | None, Encoding | None], tuple[Sequence[int], int] | None],
+        drawn: Callable[..., None],
     ) -> None:
         self._adapter = adapter
-        self._called, self._encoded, self._paired = called, encoded, paired
+        self._called, self._encoded, self._paired, self._drawn = called, encoded, paired, drawn
         self._pending: Callable[[], Encoding] | None = None  # of a call that has not come to the model yet
         pipe: Any = adapter.pipe
         self._name = "_blocks" if hasattr(pipe, "_blocks") else "blocks"  # as in diffusers 0.35
@@ -58,10 +60,13 @@ class ModularCalls:
         values = {name: list(value) if isinstance(value, list) else value for name, value in state.values.items()}
         self._called()
         layout, generator = self._paired(None, Encoding.of(values, {})), values.get("generator")
+        self._drawn(generator if isinstance(generator, list) else None)
         draws = "generator" in values and values.get("latents") is None
         if draws and layout is not None and not isinstance(generator, list):  # a list says every row's own
             self._check_picture(values)
-            state.set("generator", paired_generators(generator, *layout))
+            made = paired_generators(generator, *layout)
+            state.set("generator", made)
+            self._drawn(made, layout)  # for the scheduler's steps, to which most blocks hand no generator
         parts = () if self._adapter.words_refused else self._adapter.text_parts
         with received_by(pipe, self._adapter.text_parts) as received:
             self._pending = lambda: Encoding.of(

@@ -65,7 +65,9 @@ class PipelineHooks:
         # What every call of a diffusers pipeline begins with; its __call__ itself is looked up in the class.
         self._calls.cover("check_inputs", begun)
         heard = self._heard(called), self._heard(encoded), paired
-        self._modular = ModularCalls(adapter, *heard) if is_modular(pipe) else None
+        self._modular = (
+            ModularCalls(adapter, *heard, lambda *drawn: self._noise.take(*drawn)) if is_modular(pipe) else None
+        )
         self._encoding = EncodingHook(pipe, self._heard(encodes), adapter.text_parts)
         self._decoder = FiniteDecoder(pipe, watch)
         self._noise = _PairedNoise(adapter, self._heard(lambda rows: paired(rows, self._asked)))
@@ -170,6 +172,17 @@ class _PairedNoise:
     def remove(self) -> None:
         self._shadows.remove()
 
+    def take(self, generators: list[torch.Generator] | None, shared: tuple[Sequence[int], int] | None = None) -> None:
+        """Take note of what the rows of a call draw from.
+
+        Args:
+            generators: of the rows; None where there is one for all of them, or none.
+            shared: as `paired_generators` was given it for them; None where they are the caller's.
+        """
+        self._generators, self._shared, self._is_level = generators, shared, False
+        step = getattr(getattr(self._pipe, "scheduler", None), "step", None)
+        self._to_steps = step is not None and "generator" in inspect.signature(step).parameters
+
     def of_steps(self) -> dict[str, Any]:
         """What a step of the scheduler is to be given beside what the pipeline gives it."""
         if not self._is_level and self._shared is not None and self._generators is not None:
@@ -182,18 +195,16 @@ class _PairedNoise:
         signature = inspect.signature(original)
         given = signature.bind(*args, **kwargs)
         layout, generator = self._paired(given.arguments.get("batch_size")), given.arguments.get("generator")
-        self._generators, self._shared = (generator if isinstance(generator, list) else None), None
-        step = getattr(getattr(self._pipe, "scheduler", None), "step", None)
-        self._to_steps = step is not None and "generator" in inspect.signature(step).parameters
+        self.take(generator if isinstance(generator, list) else None)
         draws = "generator" in signature.parameters and given.arguments.get("latents") is None
         if draws and layout is not None and not isinstance(generator, list):  # a list says every row's own
-            self._generators = given.arguments["generator"] = paired_generators(generator, *layout)
-            self._shared, self._is_level = layout, False
+            given.arguments["generator"] = made = paired_generators(generator, *layout)
+            self.take(made, layout)
             for name in () if self._repeats_pictures else ("image", "video"):
                 shown = given.arguments.get(name)
-                if isinstance(shown, torch.Tensor) and len(self._generators) % max(shown.shape[0], 1) == 0:
+                if isinstance(shown, torch.Tensor) and len(made) % max(shown.shape[0], 1) == 0:
                     # Some pipelines look for a generator's own picture, and find none where one stands for all rows.
-                    repeats = len(self._generators) // shown.shape[0]
+                    repeats = len(made) // shown.shape[0]
                     given.arguments[name] = shown.repeat(repeats, *[1] * (shown.ndim - 1))
         return original(*given.args, **given.kwargs)
 

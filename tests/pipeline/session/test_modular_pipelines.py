@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from diffusers import PerturbedAttentionGuidance
+from diffusers import FlowMatchEulerDiscreteScheduler, PerturbedAttentionGuidance
 from PIL import Image
 
 from fpe_pipeline import (
@@ -111,6 +111,27 @@ def test_several_images_of_a_prompt_start_alike(pipe):
     handle.remove()
     first = starts[0]
     assert first.shape[0] == 4 and torch.equal(first[:2], first[2:]) and not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("name", models([name for name in OF_WORDS if name != "sdxl"]))
+def test_stochastic_steps_draw_alike(pipe, name):
+    """Blocks of flow models hand no generator to their scheduler's steps; a seed decides all the same."""
+    _, twin, _, call = OF_WORDS[name](pipe)
+    twin.update_components(scheduler=FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+    call = {**call, "prompt": [PROMPTS[0], PROMPTS[1], PROMPTS[0]], "output_type": "latent"}
+    call.pop("latents", None)
+    if isinstance(call.get("negative_prompt"), list):
+        call["negative_prompt"] = call["negative_prompt"][:1] * 3
+
+    def drawn(seed, **options):
+        with editing(twin, FreePromptEdit(1.0), **options):
+            return twin(**call, generator=torch.Generator().manual_seed(seed), output="latents")
+
+    first, apart = drawn(0), drawn(0, noise="separate")
+    torch.testing.assert_close(first[0], first[2], rtol=0, atol=TOLERANCE)
+    assert (first[0] - first[1]).abs().max() > 100 * TOLERANCE
+    assert torch.equal(drawn(0), first) and (drawn(1) - first).abs().max() > 0.1
+    assert (apart[0] - apart[2]).abs().max() > 0.1
 
 
 def test_guidance_that_ends(pipe):
