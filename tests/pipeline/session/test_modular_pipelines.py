@@ -1,6 +1,7 @@
 """Edits of diffusers' modular pipelines are those of the ordinary ones that have the same parts."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from fpe_pipeline import (
     LocalBlend,
     MasaCtrlEdit,
     PromptToPromptEdit,
+    WordMask,
     concept_maps,
     editing,
     heat_maps,
 )
 from fpe_pipeline.compat.prompt_to_prompt import AttentionReplace, ptp_utils
+from fpe_pipeline.prompts.encoding import encoding_tokenizer
 from tests.support.modular_twins import GUIDANCE, OF_WORDS, PROMPTS, SIZE, TWINS, last_latents, modular
 
 TOLERANCE = 1e-4
@@ -89,14 +92,36 @@ def test_other_edits(pipe, name, edit):
     held(TWINS[name](pipe), edit)
 
 
-def test_where_words_act(pipe):
-    one, twin, call, modular_call = TWINS["sdxl"](pipe)
+#: Heat is of one picture.
+PICTURES = [name for name in OF_WORDS if not name.startswith(("wan", "ltx"))]
+
+
+@pytest.mark.parametrize("name", models(PICTURES, fast=("flux", "sdxl", "z_image")))
+def test_where_words_act(pipe, name):
+    one, twin, call, modular_call = OF_WORDS[name](pipe)
     seen = []
     for each, given in ((one, call), (twin, modular_call)):
-        with heat_maps(each, ["car"]) as maps:
-            last_latents(each, **given)
-        seen.append(maps.word("car", 1))
-    np.testing.assert_allclose(seen[1], seen[0], rtol=0, atol=TOLERANCE)
+        with heat_maps(each, ["car", "red"]) as maps:
+            last_latents(each, **copy.deepcopy(given))
+        seen.append(np.stack([maps.word("car"), maps.word("car", 1), maps.word("red")]))
+    np.testing.assert_allclose(seen[1], seen[0], rtol=0, atol=TOLERANCE / 10)
+    assert min(np.abs(seen[0][0] - other).max() for other in seen[0][1:]) > TOLERANCE / 5
+
+
+@pytest.mark.parametrize("name", models([name for name in PICTURES if name != "sdxl"], fast=("flux", "z_image")))
+def test_words_that_weigh_and_places_that_are_kept(pipe, name):
+    """The re-weighted word, latents that a blend of words keeps, and a mask of one, are the ordinary pipeline's."""
+    twins, edits = OF_WORDS[name](pipe), []
+    tokenizer = encoding_tokenizer(twins[0])
+    weighed = PromptToPromptEdit(PROMPTS, tokenizer, "refine", weights={"blue": 4.0})
+    for edit in (
+        weighed,
+        weighed + LocalBlend(PROMPTS, tokenizer, ["car", "car"], 0.8, start=0.2),
+        FreePromptEdit(0.8, mask=WordMask(PROMPTS[0], "car", tokenizer, threshold=0.8)),
+    ):
+        edits.append(held(twins, lambda _, edit=edit: edit)[0])
+    apart = [(first - second).abs().max() for first, second in itertools.pairwise(edits)]
+    assert min(apart) > 5 * TOLERANCE
 
 
 def test_several_images_of_a_prompt_start_alike(pipe):
