@@ -52,6 +52,7 @@ class PipelineHooks:
             self._hear()
             called()
             self._asked = Encoding.of(inspect.signature(original).bind(*args, **kwargs).arguments, {})
+            self._noise.begins()
             return original(*args, **kwargs)
 
         def encodes(encoding: Encoding) -> None:
@@ -148,7 +149,8 @@ def _calling_pipeline() -> Any | None:
 class _PairedNoise:
     """Rows of one image draw the same noise: at the start, where no latents are given, and in every stochastic step.
 
-    So do pictures that a pipeline encodes by its generator beside the latents, as inpainting does under its mask.
+    So do pictures that a pipeline encodes by its generator beside the latents, as inpainting does under its mask, and
+    before them, as FLUX.1's control models do.
     """
 
     def __init__(self, adapter: ModelAdapter, paired: Callable[[int | None], tuple[Sequence[int], int] | None]) -> None:
@@ -157,12 +159,16 @@ class _PairedNoise:
         self._shared: tuple[Sequence[int], int] | None = None  # what they were made of; None where they are not ours
         self._is_level = True
         self._repeats_pictures = adapter.repeats_pictures
+        self._tells_all = adapter.tells_all_it_encodes
+        self._is_before = False  # whether a call has begun, and has prepared no latents yet
         self._shadows = Shadows(adapter.pipe)
         self._shadows.cover("prepare_latents", self._latents)
         self._shadows.cover("prepare_audio_latents", self._latents)  # of sound beside a video
         self._shadows.cover("prepare_mask_latents", self._picture)
         self._shadows.cover("_encode_vae_image", self._picture)
         self._shadows.cover("prepare_extra_step_kwargs", self._options)
+        self._encoder = Shadows(getattr(adapter.pipe, "vae", None))
+        self._encoder.cover("encode", self._distribution)
         self._pipe = adapter.pipe
         # Whether the pipeline hands its generator to steps: those of flow models do not, and Lumina 2's has the method
         # for it and does not call it.
@@ -170,7 +176,12 @@ class _PairedNoise:
         self._to_steps = False
 
     def remove(self) -> None:
+        self._encoder.remove()
         self._shadows.remove()
+
+    def begins(self) -> None:
+        """A call of the pipeline begins."""
+        self._is_before = True
 
     def take(self, generators: list[torch.Generator] | None, shared: tuple[Sequence[int], int] | None = None) -> None:
         """Take note of what the rows of a call draw from.
@@ -179,7 +190,7 @@ class _PairedNoise:
             generators: of the rows; None where there is one for all of them, or none.
             shared: as `paired_generators` was given it for them; None where they are the caller's.
         """
-        self._generators, self._shared, self._is_level = generators, shared, False
+        self._generators, self._shared, self._is_level, self._is_before = generators, shared, False, False
         step = getattr(getattr(self._pipe, "scheduler", None), "step", None)
         self._to_steps = step is not None and "generator" in inspect.signature(step).parameters
 
@@ -218,6 +229,21 @@ class _PairedNoise:
         if self._shared is not None and pictures > 1 and draws:
             given.arguments["generator"] = paired_generators(generator, (0,) * pictures, 1)
         return original(*given.args, **given.kwargs)
+
+    def _distribution(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        encoded = original(*args, **kwargs)
+        found = getattr(encoded, "latent_dist", None)
+        if self._is_before and self._tells_all and found is not None:
+            sample = found.sample
+            found.sample = lambda generator=None: sample(self._of_rows(generator, found.mean.shape[0]))
+        return encoded
+
+    def _of_rows(self, generator: Any, pictures: int) -> Any:
+        """The generators of a picture for each row, where there is one generator for all of them."""
+        layout = None if isinstance(generator, list) else self._paired(None)
+        if layout is None or pictures != len(layout[0]) * layout[1]:
+            return generator
+        return paired_generators(generator, *layout)
 
     def _options(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         self._hands_on, options = True, original(*args, **kwargs)

@@ -187,6 +187,30 @@ def test_inpainting_by_stochastic_steps(pipe, channels, pictures, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, None])
+def test_a_control_picture_is_encoded_alike_for_rows_of_one_image(pipe, seed):
+    """FLUX.1's control models encode it by the caller's generator before they prepare latents."""
+    from diffusers import FluxControlPipeline
+
+    tiny = tiny_flux_pipeline(pipe, torch.float32, FluxControlPipeline, in_channels=128, out_channels=64)
+    seen, encode = [], tiny.vae.encode
+    handle = tiny.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].clone()), with_kwargs=True
+    )
+    size = {"height": 64, "width": 64, "max_sequence_length": 12}
+    for images in (1, 2):
+        with editing(tiny, FreePromptEdit(1.0)):
+            run(tiny, [SOURCE] * 2, seed, images, control_image=Image.new("RGB", (64, 64)), **size)
+        sources, targets = seen[0].chunk(2)
+        assert torch.equal(sources, targets)
+        assert images == 1 or not torch.equal(sources[0], sources[1])
+        seen.clear()
+    assert tiny.vae.encode == encode
+    run(tiny, [SOURCE] * 2, seed, control_image=Image.new("RGB", (64, 64)), **size)
+    assert not torch.equal(seen[0][0, :, 64:], seen[0][1, :, 64:])
+    handle.remove()
+
+
 def test_rows_that_are_kept_apart(pipe, starts):
     run(pipe)
     with editing(pipe, FreePromptEdit(1.0), noise="separate") as session:
