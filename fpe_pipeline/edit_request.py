@@ -29,7 +29,7 @@ from .sampling.served_models import (
 )
 from .sampling.step_end import Call, DropSource, Task, check_source_can_be_dropped
 from .session.finite import check_latents
-from .session.session import EditingSession, editing
+from .session.session import EditingSession, editing, session_of
 from .session.shared_noise import shared_latents
 
 __all__ = ["EditPlan", "EditRequest"]
@@ -106,7 +106,7 @@ class EditRequest:
         height, width = image_size(
             pipe.native_size, pipe.vae_scale_factor, self.height, self.width, latents, pipe.pixel_multiple
         )
-        if count == 1:  # a session warns of those that it watches
+        if count == 1 and session_of(pipe) is None:  # a session warns of those that it watches
             warn_of_unknown_words(prompts, pipe.tokenizer)
         if self.inversion is not None:
             check_guided_inversion(pipe, self.inversion.method)

@@ -33,7 +33,7 @@ from .sampling.flow_sampling import FlowSampling, chosen_flow_edit, flow_start, 
 from .sampling.output import FreePromptPipelineOutput
 from .sampling.step_end import Call, DropSource, check_source_can_be_dropped
 from .session.finite import check_latents
-from .session.session import EditingSession, editing
+from .session.session import EditingSession, editing, session_of
 from .session.shared_noise import row_generators
 
 __all__ = [
@@ -184,9 +184,9 @@ class FlowEditing(FlowSampling):
         check_latents(latents)
         texts = texts_of_call(self, options, call.prompts)
         start = flow_start(model, call, latents, options.get("height"), options.get("width"))
-        if call.prompts == 1:  # a session warns of those that it watches
+        if call.prompts == 1 and session_of(self) is None:  # a session warns of those that it watches
             warn_of_unknown_words(prompts, encoding_tokenizer(self))
-        else:
+        if call.prompts > 1:
             call.generators = row_generators(generator, call.prompts, call.images_per_prompt)
         return {
             **options,
