@@ -85,13 +85,14 @@ class LayerProcessors:
 
     Args:
         adapter: of the model whose layers they are.
+        changed: is told that layers have other processors than they had, which may not be of those that can be edited.
 
     Attributes:
         orders: of the latest call.
     """
 
-    def __init__(self, adapter: ModelAdapter) -> None:
-        self._adapter = adapter
+    def __init__(self, adapter: ModelAdapter, changed: Callable[[], None]) -> None:
+        self._adapter, self._changed = adapter, changed
         self._family = adapter.family
         self._installed: dict[str, ProcessorAround] = {}
         self._found: dict[str, Any] = {}  # the layers themselves, of those installed
@@ -150,6 +151,7 @@ class LayerProcessors:
                 self._installed[path] = own if layer.processor is own.inner else around(layer.processor)
                 _put(layer, self._installed[path])
             self.give(NO_ORDERS)
+            self._changed()
 
     def check(self, sites: Iterable[Site], override: tuple[type, ...]) -> None:
         """Raise ValueError, with the reasons, where layers cannot be edited."""

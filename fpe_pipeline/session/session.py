@@ -103,7 +103,7 @@ class EditingSession:
         check_selects(edit, self.sites)
         self._layout = CallLayout(self.adapter, images_per_prompt, source_of, classifier_free_guidance, roles, noise)
         self._clock = RunClock(self.adapter)
-        self._layers = LayerProcessors(self.adapter)
+        self._layers = LayerProcessors(self.adapter, lambda: self._instructor.begin())
         check = self._layers.check
         self._instructor = Instructor(self.sites, lambda sites: check(sites, override_processors), backend)
         self._hooks: ModelHooks | None = None

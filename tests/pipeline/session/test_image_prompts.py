@@ -21,6 +21,7 @@ from fpe_pipeline.session.processors.unet import editing_processor
 from tests.support.dense import dense_attention, own
 from tests.support.tiny_models import EVERYWHERE, IMAGE_WIDTH, add_image_prompts, check_edit, draw, image_embeds
 from tests.support.tiny_pipelines import PROMPTS, tiny_pipeline, unedited
+from tests.support.tiny_transformers import draw_flux, tiny_flux_pipeline
 
 GRID, HEADS = (3, 4), 2
 SITE = Site("mid_block.attentions.0.transformer_blocks.0.attn2", "mid", "cross", 0, HEADS, 0, (), GRID)
@@ -279,3 +280,26 @@ class TestPipeline:
         assert session.report().layers
         assert (within - without).abs().max() > 1e-3
         assert not {"load_ip_adapter", "unload_ip_adapter"} & set(vars(tiny))
+
+    def test_an_adapter_that_no_edit_describes_is_loaded_inside_a_session(self, pipe):
+        """FLUX's, whose layers were edited before: they are refused as they are where it was loaded before."""
+        tiny = tiny_flux_pipeline(pipe, torch.float32)
+        config, width, weights = tiny.transformer.config, tiny.transformer.config.joint_attention_dim, {}
+        for block in range(config.num_layers):
+            for name in ("to_k_ip", "to_v_ip"):
+                weights[f"{block}.{name}.weight"] = random(tiny.transformer.inner_dim, width).float()
+                weights[f"{block}.{name}.bias"] = torch.zeros(tiny.transformer.inner_dim)
+        projection = {"proj.weight": random(4 * width, IMAGE_WIDTH).float(), "proj.bias": torch.zeros(4 * width)}
+        projection |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+        with editing(tiny, FreePromptEdit(1.0)):
+            edited = draw_flux(tiny, steps=1)
+            tiny.load_ip_adapter(
+                {"image_proj": projection, "ip_adapter": weights},
+                weight_name="",
+                subfolder="",
+                image_encoder_pretrained_model_name_or_path=None,
+            )
+            with pytest.raises(ValueError, match="FluxIPAdapterAttnProcessor"):
+                draw_flux(tiny, steps=1)
+            tiny.unload_ip_adapter()
+            assert torch.equal(draw_flux(tiny, steps=1), edited)
