@@ -140,7 +140,7 @@ class ControlledLayers:
         earlier = controlled_layers(pipe)
         if earlier is not None:
             earlier.restore()
-        self._layers = LayerProcessors(self._adapter)
+        self._layers = LayerProcessors(self._adapter, lambda: self._layers.check(self._sites, ()))
         self._layers.wrap(self._sites)
         self._handles: list[Any] = []
         self._is_paused = False
