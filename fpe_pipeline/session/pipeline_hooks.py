@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.adapters.adapter import ModelAdapter
 from ..models.adapters.modular import is_modular
@@ -232,18 +234,21 @@ class _PairedNoise:
 
     def _distribution(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         encoded = original(*args, **kwargs)
-        found = getattr(encoded, "latent_dist", None)
-        if self._is_before and self._tells_all and found is not None:
-            sample = found.sample
-            found.sample = lambda generator=None: sample(self._of_rows(generator, found.mean.shape[0]))
+        found: Any = getattr(encoded, "latent_dist", None)
+        if self._is_before and self._tells_all and hasattr(found, "std"):
+            found.sample = functools.partial(self._drawn, found, found.sample)
         return encoded
 
-    def _of_rows(self, generator: Any, pictures: int) -> Any:
-        """The generators of a picture for each row, where there is one generator for all of them."""
+    def _drawn(self, found: Any, sample: Any, generator: Any = None) -> torch.Tensor:
+        """A sample of a picture for each row, whose noise is that of its source, which draws what it always does."""
         layout = None if isinstance(generator, list) else self._paired(None)
-        if layout is None or pictures != len(layout[0]) * layout[1]:
-            return generator
-        return paired_generators(generator, *layout)
+        if layout is None or len(found.mean) != len(layout[0]) * layout[1]:
+            drawn: torch.Tensor = sample(generator)
+            return drawn
+        (sources, images), given = layout, found.parameters
+        noise = randn_tensor(found.mean.shape, generator=generator, device=given.device, dtype=given.dtype)
+        rows = [source * images + image for source in sources for image in range(images)]
+        return found.mean + found.std * noise[rows]  # type: ignore[no-any-return]
 
     def _options(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         self._hands_on, options = True, original(*args, **kwargs)
