@@ -19,6 +19,7 @@ from fpe_pipeline import (
 )
 from fpe_pipeline.models.adapters.families import adapter_of
 from tests.support.dense_joint import dense
+from tests.support.dense_rows import narrow
 from tests.support.edited_transformers import (
     EDITS,
     FAULTS,
@@ -248,11 +249,12 @@ def test_fused_projections_of_dual_blocks(pipes):
 @pytest.mark.slow
 def test_a_compiled_transformer():
     pipe = tiny_flux2_pipeline(torch.float32)
-    with editing(pipe, FreePromptEdit(0.5)):
-        expected = draw_flux2(pipe, (SOURCE, LONGER[0]))
-    pipe.transformer.compile(backend="eager", fullgraph=True)
-    with editing(pipe, FreePromptEdit(0.5)):
-        assert farthest(draw_flux2(pipe, (SOURCE, LONGER[0])), expected) <= 1e-5
+    with narrow():  # the compiler reads PyTorch's own methods
+        with editing(pipe, FreePromptEdit(0.5)):
+            expected = draw_flux2(pipe, (SOURCE, LONGER[0]))
+        pipe.transformer.compile(backend="eager", fullgraph=True)
+        with editing(pipe, FreePromptEdit(0.5)):
+            assert farthest(draw_flux2(pipe, (SOURCE, LONGER[0])), expected) <= 1e-5
 
 
 class TestRefused:
