@@ -198,6 +198,7 @@ class _PairedNoise:
 
     def of_steps(self) -> dict[str, Any]:
         """What a step of the scheduler is to be given beside what the pipeline gives it."""
+        self._is_before = False
         if not self._is_level and self._shared is not None and self._generators is not None:
             level(self._generators, *self._shared)  # what drew in between drew from the caller's generator alone
             self._is_level = True
