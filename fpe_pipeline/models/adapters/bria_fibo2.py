@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ...text_parts import TextPart
 from ..sites import Kind, Site
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
-from .once import once_a_tensor
+from .padding import counted_tokens
 
 __all__ = ["BriaFibo2Adapter"]
 
@@ -48,7 +46,7 @@ class BriaFibo2Adapter(NamedCallsAdapter):
         given = self.named(args, kwargs)
         sample, patch = given["hidden_states"], self.sites[0].patch
         mask = given.get("encoder_attention_mask")
-        gist = () if mask is None else self._gist_tokens(_lengths(mask))
+        gist = () if mask is None else self._gist_tokens(counted_tokens(mask))
         shown = (picture.shape[-2:] for picture in given.get("context_latents") or ())
         return ModelCall(
             sample,
@@ -75,9 +73,3 @@ class BriaFibo2Adapter(NamedCallsAdapter):
                 config.gist_max_text_len,
             )
         )
-
-
-@once_a_tensor
-def _lengths(mask: torch.Tensor) -> tuple[int, ...]:
-    """Text tokens of each row that count."""
-    return tuple(map(int, mask.sum(1).tolist()))

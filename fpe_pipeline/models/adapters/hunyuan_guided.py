@@ -18,6 +18,7 @@ from ..sites import Site, dual_and_single
 from .adapter import Half, ModelCall
 from .named_calls import NamedCallsAdapter
 from .once import once_a_tensor
+from .padding import counted_tokens
 
 __all__ = ["HunyuanImageAdapter", "HunyuanVideo15Adapter"]
 
@@ -123,12 +124,7 @@ def _lengths_together(given: Mapping[str, Any], shown: int) -> tuple[int, ...]:
         shown: tokens of a picture.
     """
     masks = (given["encoder_attention_mask"], given.get("encoder_attention_mask_2"))
-    return tuple(shown + sum(parts) for parts in zip(*(_counts(m) for m in masks if m is not None), strict=True))
-
-
-@once_a_tensor
-def _counts(mask: torch.Tensor) -> tuple[int, ...]:
-    return tuple(int(count) for count in mask.bool().sum(1).tolist())
+    return tuple(shown + sum(parts) for parts in zip(*(counted_tokens(m) for m in masks if m is not None), strict=True))
 
 
 @once_a_tensor

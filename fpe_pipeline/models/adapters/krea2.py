@@ -17,6 +17,7 @@ from ..sites import Site
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
 from .once import once_a_tensor
+from .padding import counted_tokens
 
 __all__ = ["Krea2Adapter"]
 
@@ -58,7 +59,7 @@ class Krea2Adapter(NamedCallsAdapter):
             given["timestep"],
             (height * patch, width * patch),
             half=self._half(),
-            text_lengths=None if mask is None else _lengths(mask),
+            text_lengths=None if mask is None else counted_tokens(mask),
             arguments=(args, kwargs),
         )
 
@@ -74,9 +75,3 @@ def _grid(places: torch.Tensor) -> tuple[int, tuple[int, int]]:
     first = int(away[0]) if len(away) else len(places)
     height, width = (int(side) + 1 for side in places.amax(0).tolist()[1:])
     return first, (height, width)
-
-
-@once_a_tensor
-def _lengths(mask: torch.Tensor) -> tuple[int, ...]:
-    """Text tokens of each row that count."""
-    return tuple(map(int, mask.sum(1).tolist()))

@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ...text_parts import Template, TextPart
 from ..sites import Kind, Site
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
-from .once import once_a_tensor
+from .padding import counted_tokens
 
 __all__ = ["Lumina2Adapter", "template"]
 
@@ -61,12 +59,6 @@ class Lumina2Adapter(NamedCallsAdapter):
             given["timestep"],
             (sample.shape[-2], sample.shape[-1]),
             half=self._half(),
-            text_lengths=_lengths(given["encoder_attention_mask"]),
+            text_lengths=counted_tokens(given["encoder_attention_mask"]),
             arguments=(args, kwargs),
         )
-
-
-@once_a_tensor
-def _lengths(mask: torch.Tensor) -> tuple[int, ...]:
-    """Text tokens of each row before its padding."""
-    return tuple(map(int, mask.sum(1).tolist()))

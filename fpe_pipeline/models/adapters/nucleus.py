@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ...text_parts import Template, TextPart
 from ..sites import Site
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
-from .once import once_a_tensor
+from .padding import counted_tokens
 
 __all__ = ["NucleusImageAdapter"]
 
@@ -55,12 +53,6 @@ class NucleusImageAdapter(NamedCallsAdapter):
             given["timestep"],
             (height * patch, width * patch),
             half=self._half(),
-            text_lengths=None if mask is None else _lengths(mask),
+            text_lengths=None if mask is None else counted_tokens(mask),
             arguments=(args, kwargs),
         )
-
-
-@once_a_tensor
-def _lengths(mask: torch.Tensor) -> tuple[int, ...]:
-    """Text tokens of each row that count."""
-    return tuple(map(int, mask.sum(1).tolist()))

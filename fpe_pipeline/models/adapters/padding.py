@@ -6,7 +6,13 @@ import torch
 
 from .once import once_a_tensor
 
-__all__ = ["lengths_before_images", "text_lengths"]
+__all__ = ["counted_tokens", "lengths_before_images", "text_lengths"]
+
+
+@once_a_tensor
+def counted_tokens(mask: torch.Tensor) -> tuple[int, ...]:
+    """Text tokens of each row that count, of a mask [rows, tokens] that is 0 for padding, wherever that stands."""
+    return tuple(map(int, mask.bool().sum(1).tolist()))
 
 
 @once_a_tensor
