@@ -43,8 +43,9 @@ def values(tiny_folder):
 
 @pytest.fixture
 def photo(tmp_path):
-    path = tmp_path / "../../etc" / "passwd.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "sent" / "from").mkdir(parents=True)  # so that it leads to no folder that other tests share
+    path = tmp_path / "sent" / "from" / "../../etc" / "passwd.png"
+    path.parent.mkdir()
     Image.linear_gradient("L").resize((72, 64)).convert("RGB").save(path)
     return str(path)
 
