@@ -122,5 +122,5 @@ def check_guidance_of(model: str, source: ModelSource, guidance: float) -> None:
     if source.is_distilled and guidance > source.served.unguided:
         raise InputError(
             f"model '{model}' was distilled to be without guidance, and would take no notice of --guidance "
-            f"{guidance:g}; leave it out"
+            f"{guidance:g}; leave it out, or pass --guidance {source.served.unguided:g} where an earlier run brings it"
         )

@@ -103,7 +103,7 @@ class AttentionBase:
 
 
 class AttentionStore(AttentionBase):
-    """Sums the maps of steps between two; of half precision in float32, which adds without rounding.
+    """Sums the maps of steps between two; of half precision in float32.
 
     Args:
         res: kept as it is.

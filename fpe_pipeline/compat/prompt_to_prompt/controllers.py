@@ -162,7 +162,6 @@ class AttentionStore(AttentionControl):
     def forward(self, attn: Any, is_cross: bool, place_in_unet: str) -> Any:
         """The map, which is kept."""
         kind = "cross" if is_cross else "self"
-        self._dtype = attn.dtype
         if attn.shape[1] <= self.max_tokens and kind in self.keeps:
             self.step_store[f"{place_in_unet}_{kind}"].append(attn)
             self._latest = attn
@@ -180,6 +179,7 @@ class AttentionStore(AttentionControl):
 
     def between_steps(self) -> None:
         """Add the step's maps to the sums."""
+        self._dtype = next((attn.dtype for maps in self.step_store.values() for attn in maps), self._dtype)
         if not self.attention_store:
             self.attention_store = {
                 key: [_kept(summable(attn.clone())) for attn in maps]

@@ -183,3 +183,20 @@ def test_sums_of_many_steps_in_half_precision(dtype, keys, tensors):
         error = written(kept).double() / total - 1
         assert error.abs().max() < rounding  # of one of the maps
         assert error.mean().abs() < rounding / 16
+
+
+def test_a_store_that_keeps_maps_in_its_own_way_averages_them_in_their_dtype():
+    class Own(AttentionStore):
+        def forward(self, attn, is_cross, place_in_unet):
+            self.step_store[f"{place_in_unet}_self"].append(attn)
+            return attn
+
+    store, (view, matrix, _) = Own(keeps=("cross", "self")), layer(0, 1)
+    store.rows = 2
+    for _ in range(2):
+        store.forward(view[2:], False, "up")
+        store.between_steps()
+        store.cur_step += 1
+    mean = store.get_average_attention()["up_self"][0]
+    assert mean.dtype == torch.float64
+    torch.testing.assert_close(written(mean), matrix, rtol=0, atol=1e-14)
