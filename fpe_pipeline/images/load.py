@@ -30,7 +30,7 @@ from PIL import Image, UnidentifiedImageError
 from ..errors import InputError, refusals
 from ..texts import check_no_address
 
-__all__ = ["fitted_size", "from_array", "load_image", "to_tensor", "upright_size"]
+__all__ = ["check_openable", "fitted_size", "from_array", "load_image", "to_tensor", "upright_size"]
 
 # Pillow's own bound against files that unpack to more memory than a machine has.
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)
@@ -118,6 +118,16 @@ def fitted_size(
         )
     across, down = (max(1, round(side / multiple)) * multiple for side in wanted)
     return across, down
+
+
+def check_openable(size: tuple[int, int]) -> None:
+    """Raise `InputError` for a (width, height) in pixels that could be made, if at all, and never opened again."""
+    if size[0] * size[1] > PIXEL_LIMIT:
+        side = math.isqrt(PIXEL_LIMIT)
+        raise InputError(
+            f"pictures have at most {PIXEL_LIMIT} pixels, some {side}x{side}, beyond which Pillow opens none; "
+            f"got {size[0]}x{size[1]}; pass a smaller size"
+        )
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -112,8 +112,19 @@ def find_model(model: str) -> ModelSource:
 
     Raises:
         InputError: nothing of that name is here and it cannot be a hub name, the hub does not give what such a model
-            says of itself, or it is another kind of model.
+            says of itself, it is another kind of model, or this user may not read it.
     """
+    try:
+        return _found(model)
+    except PermissionError as error:
+        raise InputError(
+            f"model '{model}' must lie where this user may read it, got '{error.filename}': {error.strerror}; "
+            "change its permissions or those of a folder above it, or pass another model"
+        ) from error
+
+
+def _found(model: str) -> ModelSource:
+    """What `find_model` returns, and what the system raises."""
     if is_embedded(model):
         return _folder(_embedded_folder(model))
     path = Path(os.path.expanduser(model))  # which leaves "~nobody" as it is
@@ -137,7 +148,7 @@ def find_model(model: str) -> ModelSource:
         return ModelSource("file", str(path.resolve()), family="sdxl" if holds_sdxl(path) else None)
     for end, name in _LAY_BEFORE.items():
         if path.as_posix().endswith(f"/{end}"):
-            return find_model(name)
+            return _found(name)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
         return replace(_folder(_without_weights(model), model), kind="hub", location=model)
     raise InputError(

@@ -254,6 +254,10 @@ class Settings(Schema):
         source = find_model(self.model)
         check_source_of(self, source)
         source.check_size(self.size)
+        if self.size is not None:
+            from ..images.load import check_openable
+
+            check_openable(self.size)
         return source
 
     def _check_source_text(self) -> None:

@@ -108,13 +108,13 @@ def serve(desk: Any, *, host: str = "127.0.0.1", port: int | None = None, block:
     Returns:
         Gradio's blocks, with ``local_url``; ``close()`` ends it.
     """
+    port = _checked_port(host, port)  # before a folder is made
     keep_to_itself(desk.root)
     from starlette.middleware import Middleware
 
     from . import looks
     from .page import build
 
-    port = _checked_port(host, port)
     page = build(desk)
     page.queue(max_size=32, default_concurrency_limit=4, api_open=False)
     page.launch(

@@ -59,6 +59,7 @@ class TestRefusals:
             (["--size", "64"], "expected WIDTHxHEIGHT"),
             (["--size", "60x64"], "use 56x64 or 64x64"),
             (["--size", "0x64"], "positive multiples of 8"),
+            (["--size", "100000x100000"], "at most 178956970 pixels"),
             (["--self-replace", "nan"], "expected one fraction"),
             (["--self-replace", "0.5,0.6,0.7"], "expected one fraction"),
             (["--self-replace", "0.8,0.1"], "start <= stop"),

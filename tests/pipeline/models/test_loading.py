@@ -1,5 +1,6 @@
 """What people have on their disks for a model, and on the hub: variants of weights, folders that lack files, LoRAs."""
 
+import errno
 import functools
 import json
 from types import SimpleNamespace
@@ -75,6 +76,15 @@ def test_a_lora_is_no_model(tmp_path, names):
     save_file({name: torch.zeros(1) for name in names}, tmp_path / "style.safetensors")
     with pytest.raises(InputError, match="is a LoRA, which is added to a model"):
         find_model(str(tmp_path / "style.safetensors"))
+
+
+def test_a_folder_that_this_user_may_not_read_is_refused_by_name(model, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(sources.Path, "is_file", refuse)  # whoever runs the tests may read everything
+    with pytest.raises(InputError, match=r"may read it, got '.*model_index\.json': Permission denied; change its"):
+        find_model(str(model))
 
 
 class TestOnTheHub:
