@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -36,6 +38,21 @@ def pytest_collection_finish() -> None:
     """What was imported for all tests stays until the last: no garbage collection has to look through it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def answered_signals() -> Iterator[None]:
+    """Signals do what they do in a terminal, here and in processes that are started, even where whoever started the
+    tests has them ignored: a script in the background (``make test &``), ``nohup``."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, answer in before.items():
+            signal.signal(number, answer)
 
 
 @dataclass(frozen=True)

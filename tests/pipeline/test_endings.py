@@ -14,7 +14,10 @@ from fpe_pipeline.endings import Ended, orderly, put_off
 from fpe_pipeline.runs import run as runs
 from tests.support.tiny_cli import edit_arguments, tiny_model_folder
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals"),
+    pytest.mark.usefixtures("answered_signals"),
+]
 ENDS = [("SIGTERM", 143), ("SIGHUP", 129)]
 
 

@@ -56,6 +56,7 @@ class TestLoop:
         assert done
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
+    @pytest.mark.usefixtures("answered_signals")
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     @pytest.mark.parametrize("at", [0, 7, 19])
     def test_an_interrupted_run_loses_no_step(self, tmp_path, monkeypatch, number, at):
