@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Template", "TextPart", "conversation", "plain_tokenizer", "said"]
+__all__ = ["Template", "TextPart", "conversation", "inner_blocks", "plain_tokenizer", "said"]
 
 
 class Template(NamedTuple):
@@ -50,6 +50,7 @@ class TextPart(NamedTuple):
             up to the longest; so they do where there is a multiple.
         one_at_a_time: whether its encoders are called for one text after the other, each of which is then filled up to
             the length that the pipeline is told.
+        keeps_length: whether such texts keep the length that their encoder receives.
         registers: tokens of the model's own, which it puts before every text.
         quotes: the encoder that reads what prompts quote, whose tokens then stand before these.
         reads: the path of what of an encoder receives the numbers of its tokens, where a pipeline calls parts of it
@@ -63,6 +64,7 @@ class TextPart(NamedTuple):
     multiple: int = 1
     in_one_batch: bool = False
     one_at_a_time: bool = False
+    keeps_length: bool = False
     registers: int = 0
     quotes: str | None = None
     reads: str = ""
@@ -78,11 +80,15 @@ def said(pipe: Any, name: str) -> Any:
     Raises:
         AttributeError: nothing of the pipeline has it.
     """
-    blocks = getattr(pipe, "_blocks", None) or getattr(pipe, "blocks", None)
-    for place in (pipe, *_with_inner(blocks)):
+    for place in (pipe, *inner_blocks(pipe)):
         if hasattr(place, name):
             return getattr(place, name)
     raise AttributeError(f"nothing of {type(pipe).__name__} says {name}")
+
+
+def inner_blocks(pipe: Any) -> Iterator[Any]:
+    """The blocks of a modular pipeline, those inside of others too; none of an ordinary one."""
+    return _with_inner(getattr(pipe, "_blocks", None) or getattr(pipe, "blocks", None))
 
 
 def _with_inner(blocks: Any) -> Iterator[Any]:
@@ -97,13 +103,17 @@ def plain_tokenizer(found: Any) -> Any:
     return found.tokenizer if hasattr(found, "image_processor") and hasattr(found, "tokenizer") else found
 
 
-def conversation(tokenizer: Any, *, enable_thinking: bool, instruction: str = "") -> Template:
-    """What a chat template writes around an instruction and a prompt that a user says; nothing without a tokenizer."""
+def conversation(tokenizer: Any, *, instruction: str = "", **options: Any) -> Template:
+    """What a chat template writes around an instruction and a prompt that a user says; nothing without a tokenizer.
+
+    Args:
+        tokenizer: of the pipeline.
+        instruction: said before the prompt.
+        options: of the chat template, such as ``enable_thinking``.
+    """
     if tokenizer is None:
         return Template("")
     said = [{"role": "user", "content": instruction + "{}"}]
-    written = tokenizer.apply_chat_template(
-        said, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
-    )
+    written = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **options)
     before, _, after = written.partition("{}")
     return Template(before, after)

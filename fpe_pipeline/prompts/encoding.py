@@ -242,7 +242,7 @@ def _text(
             begun = itertools.starmap(_begun, zip(calls, received.masks[name], strict=True))
             whole = [call[:, dropped:] if received_of is None else received_of(call) for call in begun]
             if part.one_at_a_time:
-                whole = _gathered(whole, length, arguments)
+                whole = _gathered(whole, 0 if part.keeps_length else length, arguments)
             leaves = None if template is None else template.replaced
             own = whole if is_whole else [_without_padding(*call, dropped, length, leaves) for call in masked]
             if template is not None and template.at_least:
@@ -275,11 +275,11 @@ def _without_padding(
 
 
 def _gathered(calls: Sequence[torch.Tensor], length: int, arguments: Mapping[str, Any]) -> list[torch.Tensor]:
-    """Calls of one text each, filled up to a length: those of the prompts together, then the negative prompts'."""
+    """Calls of one text each, filled up to a length or to the longest: those of the prompts, then the negative ones."""
     prompt = arguments.get("prompt")
     count = len(prompt) if isinstance(prompt, list) else 1
-    rows = [torch.nn.functional.pad(call, (0, length - call.shape[1]), value=_NONE) for call in calls]
-    return list(torch.cat(rows).split(count))
+    batches = filter(None, (calls[:count], calls[count:]))
+    return [torch.cat([filled(call, max(length, *(c.shape[1] for c in batch))) for call in batch]) for batch in batches]
 
 
 def _filled_up(calls: Sequence[torch.Tensor], multiple: int) -> list[torch.Tensor]:

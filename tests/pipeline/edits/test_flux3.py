@@ -2,12 +2,31 @@
 
 import pytest
 import torch
+from diffusers import modular_pipelines
 
-from fpe_pipeline import ConsistEdit, FreePromptEdit, MasaCtrlEdit, PromptToPromptEdit, StableFlowEdit, editing
-from tests.support.tiny_flux3 import dense_flux3, draw_flux3, tiny_flux3, tiny_flux3_pipeline
+from fpe_pipeline import (
+    ConsistEdit,
+    FreePromptEdit,
+    MasaCtrlEdit,
+    PromptToPromptEdit,
+    StableFlowEdit,
+    editing,
+    heat_maps,
+)
+from fpe_pipeline.errors import EditWarning
+from tests.support.tiny_flux3 import (
+    FLUX3,
+    dense_flux3,
+    draw_flux3,
+    draw_flux3_prompts,
+    tiny_flux3,
+    tiny_flux3_pipeline,
+    tiny_flux3_that_reads,
+)
 
 TOLERANCE = 2e-4
 STEPS = 2  # of four
+CALL = {"height": 64, "width": 64}
 OWN = [f"mode_blocks.image.{index}.attn" for index in range(2)]
 COMMON = [f"single_transformer_blocks.{index}.attn" for index in range(3)]
 
@@ -118,6 +137,123 @@ def test_the_model_alone():
         model(**given | {"img_ids": places[:20].roll(1, 0) * torch.tensor([1, 1, 1, 1]) % 5})
 
 
-def test_words(pipe):
-    with pytest.raises(ValueError, match=r"FLUX\.3's blocks encode one prompt a call"):
+def test_words_of_blocks_without_an_encoder(pipe):
+    with pytest.raises(ValueError, match="do not say what text they encode prompts in"):
         editing(tiny_flux3_pipeline(), PromptToPromptEdit(["a cat", "a dog"], pipe.tokenizer))
+
+
+class TestListsOfPrompts:
+    """Blocks of diffusers encode one prompt a call; the edits of them are with those of other models."""
+
+    @pytest.fixture(scope="class", params=[False, True], ids=["guided", "distilled"])
+    def reads(self, request):
+        return tiny_flux3_that_reads(dtype=torch.float32, distilled=request.param)
+
+    def test_are_what_each_prompt_is_alone(self, reads):
+        """Row by row, with the negative prompt's embeddings too, and several images of a prompt."""
+        both = ["a photo of a red car", "a photo of a blue car"]
+        seen = []
+        handle = reads.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+        )
+        options = {"steps": 1, "num_images_per_prompt": 2}
+        if hasattr(reads, "guider"):
+            options["negative_prompt"] = "a drawing"
+        try:
+            with editing(reads, FreePromptEdit(0.5)):
+                draw_flux3_prompts(reads, both, latents=torch.zeros(4, 16, 4, 4), **options)
+            together, seen[:] = list(seen), []
+            for prompt in both:
+                reads(
+                    prompt=prompt,
+                    text_encoder_out_layers=(1, 2),
+                    num_inference_steps=1,
+                    output="latents",
+                    **CALL | {name: value for name, value in options.items() if name != "steps"},
+                )
+        finally:
+            handle.remove()
+        calls = len(together)
+        assert calls == len(seen) // 2 == (2 if hasattr(reads, "guider") else 1)
+        for call in range(calls):
+            torch.testing.assert_close(together[call], torch.cat([seen[call], seen[calls + call]]), rtol=0, atol=1e-5)
+
+    def test_are_one_prompts_business_again_after_the_session(self, reads):
+        blocks = reads._blocks.sub_blocks["text_encoder"]
+        with editing(reads, FreePromptEdit(0.5)):
+            assert {"check_inputs", "_get_qwen3_vl_prompt_embeds"} <= vars(blocks).keys()
+        assert not {"check_inputs", "_get_qwen3_vl_prompt_embeds"} & vars(blocks).keys()
+        with pytest.raises(ValueError, match="batched prompts are not supported"):
+            reads(prompt=["a car", "a dog"], **CALL)
+
+    def test_padding_that_a_longer_prompt_adds_is_told(self, reads):
+        longer = ["a red car", "a photo of a red car on a snow mountain in winter, a photo of a red dog"]
+        with (
+            editing(reads, FreePromptEdit(0.5)),
+            pytest.warns(EditWarning, match=r"padded to 40 tokens, .* prompts \[0\] have fewer alone"),
+        ):
+            draw_flux3_prompts(reads, longer, steps=1)
+
+    def test_are_cut_where_the_call_says(self, reads):
+        """Windows end there too, as those of one prompt do."""
+        with editing(reads, FreePromptEdit(1.0), noise="separate") as session:
+            draw_flux3_prompts(reads, ["a red car on a mountain in winter"] * 2, steps=1, max_sequence_length=12)
+        assert "single_transformer_blocks.2.attn" in session.explain()
+
+    @pytest.mark.parametrize(
+        ("prompts", "negative", "said"),
+        [
+            (["a car", 3], None, "prompt must be texts, or a list of them"),
+            ([], None, "prompt must be texts"),
+            (["a car", "a dog"], ["a"], "got 2 prompts and 1 negative ones"),
+            (["a car", "a dog"], 3, "negative_prompt must be a text or a list of them, got int"),
+        ],
+    )
+    def test_that_do_not_go_together_are_refused(self, prompts, negative, said):
+        reads = tiny_flux3_that_reads(dtype=torch.float32)
+        with editing(reads, FreePromptEdit(0.5)), pytest.raises(ValueError, match=said):
+            reads(prompt=prompts, negative_prompt=negative, **CALL)
+
+
+def test_negative_prompts_of_each_row():
+    reads = tiny_flux3_that_reads(dtype=torch.float32)
+    prompts, drawings = ["a photo of a red car", "a photo of a blue car"], ["a drawing", "a house"]
+    with editing(reads, FreePromptEdit(0.5)):
+        one = draw_flux3_prompts(reads, prompts, negative_prompt="a drawing")
+        same = draw_flux3_prompts(reads, prompts, negative_prompt=["a drawing"] * 2)
+        others = draw_flux3_prompts(reads, prompts, negative_prompt=drawings)
+    torch.testing.assert_close(same, one, rtol=0, atol=1e-5)
+    torch.testing.assert_close(others[0], one[0], rtol=0, atol=1e-5)
+    assert (others[1] - one[1]).abs().max() > 1e-3
+
+
+def test_an_upsampler_writes_each_prompt_anew():
+    blocks = modular_pipelines.Flux3AutoBlocks()
+    upsampling = blocks.init_pipeline()
+    given = tiny_flux3_that_reads(dtype=torch.float32).components
+    upsampling.update_components(**{name: part for name, part in given.items() if part is not None})
+    with editing(upsampling, FreePromptEdit(0.5)), pytest.raises(ValueError, match=r"sub_blocks\.pop\(.prompt_ups"):
+        upsampling(prompt=["a car", "a dog"], **CALL)
+
+
+def test_heat_of_a_word():
+    """In its own columns of the joint map, between those of the conversation around the prompt."""
+    reads = tiny_flux3_that_reads()
+    prompts = ["a photo of a red car", "a photo of a red dog in winter"]
+    with heat_maps(reads, ["dog", "winter"]) as maps:
+        draw_flux3_prompts(reads, prompts, steps=1)
+    before, after, _ = FLUX3.template(reads)
+    read, kept = FLUX3.tokenizer(reads), []
+    tokens = read.convert_ids_to_tokens(read(f"{before}{prompts[1]}{after}")["input_ids"])
+    with FLUX3.dense(reads, lambda row, rows: None, "", None) as state:
+        for block in reads.transformer.single_transformer_blocks:
+            block.attn.processor.keep = lambda row, rows, seen: (
+                kept.append(seen) if row and state["calls"] == 1 else None
+            )
+        draw_flux3_prompts(reads, prompts, steps=1)
+    heat = torch.stack([seen.mean(0) for seen in kept]).mean(0)
+    for word in ("dog", "winter"):
+        (place,) = [number for number, token in enumerate(tokens) if token.strip("Ġ") == word]
+        found = torch.as_tensor(maps.word(word, 1))
+        assert abs(found - heat[:, place].reshape(4, 4)).max() <= 1e-6
+    assert len(kept) == 3

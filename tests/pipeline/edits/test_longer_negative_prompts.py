@@ -20,9 +20,10 @@ pytestmark = pytest.mark.usefixtures("in_float64")
 LONG = "a drawing of a big red house and a dog on a snow mountain in winter"
 NEGATIVES = {"longer": [LONG] * 4, "of each length": [LONG, "a", "a drawing", "a red car"]}
 EDITS = ("FPE", "Prompt-to-Prompt, replaced words", "Prompt-to-Prompt, refined", "ReFlex", "value injection")
-# Guided without a negative prompt, or by its embeddings, or not at all.
+# Guided without a negative prompt, or by its embeddings, or not at all; FLUX.3's negative prompts have tests of theirs.
 UNTOLD = {name for name in MODELS if not MODELS[name].is_guided or MODELS[name].family == "sd3"} | {
     "Bria FIBO 2",
+    "FLUX.3",
     "GLM-Image",
     "Ideogram 4",
 }
