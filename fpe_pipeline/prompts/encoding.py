@@ -25,6 +25,9 @@ __all__ = ["EncodedText", "Encoding", "EncodingHook", "encoding_tokenizer", "fil
 Inputs = dict[str, list[torch.Tensor]]
 #: In the place of a token that there is not, in rows of which others are longer.
 _NONE = -1
+_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+#: Of what comes after encoders and has tokens of its own; it takes them by name.
+_TARGETS = ("target_input_ids", "target_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -304,7 +307,7 @@ def received_by(pipe: Any, parts: Sequence[TextPart] = ()) -> Iterator[_Received
     reads = {name: part.reads for part in parts for name in part.encoders if part.reads}
     received = _Received()
     handles = []
-    for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"):
+    for name in dict.fromkeys((*_ENCODERS, *(name for part in parts for name in part.encoders))):
         encoder = getattr(pipe, name, None)
         if isinstance(encoder, torch.nn.Module):
             kept = received.tokens.setdefault(name, []), received.masks.setdefault(name, [])
@@ -338,6 +341,8 @@ def _keep_input(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
+    if _TARGETS[0] in kwargs:
+        args, kwargs = (), dict(zip(("input_ids", "attention_mask"), map(kwargs.get, _TARGETS), strict=True))
     given = kwargs.get("input_ids", args[0] if args else None)
     if isinstance(given, torch.Tensor) and given.ndim == 2 and not given.is_floating_point():
         batches.append(given.detach())

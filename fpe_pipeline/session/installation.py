@@ -19,6 +19,7 @@ from .processors.bria_fibo import EditBriaFiboProcessor
 from .processors.bria_fibo2 import EditBriaFibo2Processor
 from .processors.chroma import EditChromaProcessor
 from .processors.cogvideox import EditCogVideoXProcessor, EditCogView4Processor, EditGlmImageProcessor
+from .processors.cosmos import EditCosmosProcessor
 from .processors.flux import EditFluxProcessor
 from .processors.flux2 import flux2_processor, unsupported_flux2_reasons
 from .processors.flux3 import EditFlux3Processor
@@ -61,6 +62,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "bria_fibo2": (EditBriaFibo2Processor, EditBriaFibo2Processor.unsupported_reasons),
     "cogvideox": (EditCogVideoXProcessor, EditCogVideoXProcessor.unsupported_reasons),
     "cogview4": (EditCogView4Processor, EditCogView4Processor.unsupported_reasons),
+    "cosmos": (EditCosmosProcessor, EditCosmosProcessor.unsupported_reasons),
     "glm_image": (EditGlmImageProcessor, EditGlmImageProcessor.unsupported_reasons),
     "hidream": (EditHiDreamProcessor, EditHiDreamProcessor.unsupported_reasons),
     "hunyuan_video": (EditHunyuanVideoProcessor, EditHunyuanVideoProcessor.unsupported_reasons),

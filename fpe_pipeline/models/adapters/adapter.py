@@ -94,6 +94,7 @@ class ModelAdapter(ABC):
             "bria_fibo2",
             "cogvideox",
             "cogview4",
+            "cosmos",
             "glm_image",
             "hidream",
             "hunyuan_video",

@@ -12,6 +12,7 @@ from .bria_fibo2 import BriaFibo2Adapter
 from .chroma import ChromaAdapter
 from .cogvideox import CogVideoXAdapter
 from .cogview import CogView3PlusAdapter, CogView4Adapter, GlmImageAdapter
+from .cosmos import CosmosAdapter
 from .flux import FluxAdapter
 from .flux2 import Flux2Adapter
 from .flux3 import Flux3Adapter
@@ -50,6 +51,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "CogVideoXTransformer3DModel": CogVideoXAdapter,
     "CogView3PlusTransformer2DModel": CogView3PlusAdapter,
     "CogView4Transformer2DModel": CogView4Adapter,
+    "CosmosTransformer3DModel": CosmosAdapter,
     "Flux2Transformer2DModel": Flux2Adapter,
     "Flux3Transformer2DModel": Flux3Adapter,
     "FluxTransformer2DModel": FluxAdapter,

@@ -20,7 +20,7 @@ __all__ = ["by_guider", "is_modular"]
 #: What guiders that guide by the prompts and by negative ones call their predictions.
 _PREDICTIONS = ["pred_cond", "pred_uncond"]
 #: Families of which blocks encode prompts inside the same text as pipelines do, and place them alike.
-_ENCODE_ALIKE = ("flux2", "flux3", "ideogram4", "qwen", "z_image")
+_ENCODE_ALIKE = ("cosmos", "flux2", "flux3", "ideogram4", "qwen", "z_image")
 
 
 def is_modular(pipe: Any) -> bool:

@@ -21,6 +21,7 @@ _CONDITIONAL_FIRST = frozenset(
         "ChromaInpaintPipeline",
         "ChromaPipeline",
         "CogView4ControlPipeline",
+        "Cosmos2TextToImagePipeline",
         "FluxControlNetPipeline",
         "FluxImg2ImgPipeline",
         "FluxInpaintPipeline",

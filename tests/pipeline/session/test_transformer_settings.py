@@ -22,6 +22,7 @@ from tests.support.tiny_bria_fibo2 import FIBO2
 from tests.support.tiny_chroma import draw_chroma, tiny_chroma_pipeline
 from tests.support.tiny_cogvideox import draw_cogvideox, tiny_cogvideox_pipeline
 from tests.support.tiny_cogview import COGVIEW
+from tests.support.tiny_cosmos import draw_cosmos, tiny_cosmos_pipeline
 from tests.support.tiny_cross import draw_hunyuan, draw_ltx, tiny_hunyuan_pipeline, tiny_ltx_pipeline
 from tests.support.tiny_flux3 import draw_flux3, tiny_flux3_pipeline
 from tests.support.tiny_flux_kin import KIN
@@ -66,6 +67,7 @@ MODELS = {
     "ltx 2": (lambda pipe, dtype: tiny_ltx2_pipeline(dtype), lambda pipe: draw_ltx2(pipe)[0]),
     "flux 3": (lambda pipe, dtype: tiny_flux3_pipeline(dtype=dtype), draw_flux3),
     "hunyuan": (tiny_hunyuan_pipeline, draw_hunyuan),
+    "cosmos": (tiny_cosmos_pipeline, draw_cosmos),
     "lumina": (lambda pipe, dtype: tiny_lumina_pipeline(dtype), draw_lumina),
     "kandinsky 5": (tiny_kandinsky5_pipeline, draw_kandinsky5),
     # Without guidance, as is its default: the model reads a layout token by token, which is long to compile.

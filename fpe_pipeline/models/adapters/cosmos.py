@@ -1,0 +1,53 @@
+"""Cosmos Predict 2 and 2.5, and Anima, which is made of it: blocks of self-attention over all tokens of a picture or a
+video, and of cross-attention over text, whose padding is zeros that are attended to.
+
+Pipelines guide by a second call, after the one that sees the prompts; diffusers calls Anima from modular pipelines.
+Anima's text tokens are T5's, which another model has read beside what a language model made of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...text_parts import Template, TextPart
+from ..sites import Site
+from .adapter import ModelCall
+from .named_calls import NamedCallsAdapter
+from .transformer import self_and_cross
+
+__all__ = ["CosmosAdapter"]
+
+
+def _padded(pipe: Any, arguments: Mapping[str, Any]) -> Template:
+    """Nothing around a prompt; shorter texts are padded to what the conditioner says."""
+    return Template("", at_least=pipe.text_conditioner.config.min_sequence_length)
+
+
+class CosmosAdapter(NamedCallsAdapter):
+    """diffusers' ``CosmosTransformer3DModel``."""
+
+    family = "cosmos"
+
+    def __init__(self, pipe: Any | None, model: Any) -> None:
+        super().__init__(pipe, model)
+        if hasattr(pipe, "text_conditioner"):
+            self.text_parts = (TextPart("t5_tokenizer", ("text_conditioner",), _padded),)
+        elif pipe is not None and "T5" not in type(getattr(pipe, "text_encoder", None)).__name__:
+            self.words_refused = (
+                f"{type(pipe).__name__} encodes prompts inside a conversation that it does not tell, so that no word "
+                "is found there: use an edit that looks for none, such as FreePromptEdit or MasaCtrlEdit"
+            )
+
+    def find_sites(self) -> tuple[Site, ...]:
+        module: Any = self.module
+        _, patch, _ = module.config.patch_size
+        return tuple(self_and_cross("transformer_blocks", module.transformer_blocks, patch))
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        given = self.named(args, kwargs)
+        module: Any = self.module
+        sample = given["hidden_states"]
+        frames, height, width = sample.shape[-3:]
+        size = (height, width, frames // module.config.patch_size[0])
+        return ModelCall(sample, given["timestep"], size, half=self._half(), arguments=(args, kwargs))
