@@ -42,6 +42,7 @@ _LAY_BEFORE = {
     **{f"fpe_pipeline/models/earlier/{name.replace('-', '_')}": name for name in EARLIER},
 }
 _INDEX = "model_index.json"
+_MODULAR = "modular_model_index.json"
 _SDXL_PART = "conditioner.embedders.1.model."
 
 
@@ -234,7 +235,7 @@ def _without_weights(model: str) -> Path:
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        return Path(snapshot_download(model, allow_patterns=[_INDEX, "*/config.json"]))
+        return Path(snapshot_download(model, allow_patterns=[_INDEX, _MODULAR, "*/config.json"]))
     except (OSError, ValueError) as error:
         raise InputError(f"model '{model}' is no folder here, and {_why_not(error, model)}") from error
     finally:
@@ -263,6 +264,11 @@ def _folder(path: Path, name: str | None = None) -> ModelSource:
     """What a pipeline's folder says of its model, which messages call by a name, or by its path."""
     index, called = path / _INDEX, name or str(path)
     if not index.is_file():
+        if (path / _MODULAR).is_file():
+            raise InputError(
+                f"'{called}' holds a modular pipeline (it has {_MODULAR}), expected an ordinary one with {_INDEX}; in "
+                "Python, `with fpe_pipeline.editing(pipe, ...)` edits what diffusers' ModularPipeline loads"
+            )
         raise InputError(
             f"'{called}' is not a diffusers pipeline folder: it has no {_INDEX}; "
             "pass the folder that save_pretrained wrote, or a .safetensors file"

@@ -98,7 +98,7 @@ class TestOnTheHub:
             folder = tmp_path / name
             if not folder.is_dir():
                 raise LocalEntryNotFoundError(f"no {name} here")
-            assert allow_patterns == ["model_index.json", "*/config.json"], "weights would be fetched"
+            assert allow_patterns == ["model_index.json", "modular_model_index.json", "*/config.json"], "weights would be fetched"
             return str(folder)
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -126,6 +126,12 @@ class TestOnTheHub:
         self.put(hub, "owner/video", "WanPipeline")
         with pytest.raises(InputError, match="'owner/video' holds a WanPipeline"):
             find_model("owner/video")
+
+    def test_modular_pipelines_are_refused_with_what_edits_them(self, hub):
+        self.put(hub, "owner/blocks", "")
+        (hub[0] / "owner/blocks/model_index.json").rename(hub[0] / "owner/blocks/modular_model_index.json")
+        with pytest.raises(InputError, match=r"holds a modular pipeline .*with fpe_pipeline\.editing\(pipe"):
+            find_model("owner/blocks")
 
     def test_what_is_no_pipeline_is_refused(self, hub):
         self.put(hub, "owner/lora", "", **{"adapter_config.json": {}})
