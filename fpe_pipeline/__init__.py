@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     )
     from .heatmaps.concept_maps import ConceptMaps, concept_maps
     from .heatmaps.heat_maps import HeatMaps, heat_maps
+    from .ideogram4_pipeline import FreePromptIdeogram4Pipeline
     from .inversion.null_text import NullText
     from .inversion.trajectory import Inversion
     from .krea2_pipeline import FreePromptKrea2Pipeline
@@ -86,6 +87,7 @@ _HOME = {
     "FreePromptFlux2KleinPipeline": "flux2_pipeline",
     "FreePromptFlux2Pipeline": "flux2_pipeline",
     "FreePromptFluxPipeline": "flow_pipeline",
+    "FreePromptIdeogram4Pipeline": "ideogram4_pipeline",
     "FreePromptKrea2Pipeline": "krea2_pipeline",
     "FreePromptLongCatImagePipeline": "flux_kin_pipeline",
     "FreePromptLumina2Pipeline": "flow_pipeline",
@@ -157,6 +159,7 @@ __all__ = [
     "FreePromptFlux2KleinPipeline",
     "FreePromptFlux2Pipeline",
     "FreePromptFluxPipeline",
+    "FreePromptIdeogram4Pipeline",
     "FreePromptKrea2Pipeline",
     "FreePromptLongCatImagePipeline",
     "FreePromptLumina2Pipeline",

@@ -35,6 +35,7 @@ _MODULES = {
     "qwen21": "qwen21",
     "cogview4": "cogview",
     "krea2": "krea2",
+    "ideogram4": "ideogram4",
     "aura_flow": "aura_flow",
 }
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import InputError
 from ..runs.progress import progress_for
 from ..runs.settings import Settings
 from .console import report, say
@@ -98,7 +99,12 @@ def _run(
 
     settings = Settings.of_model(targets=(), **given)
     check_optimisation(settings, given)
-    settings.check_source()
+    source = settings.check_source()
+    if not source.served.is_recorded:
+        raise InputError(
+            f"model '{settings.model}' is {source.served.words}, of which nothing is recorded; edit the picture "
+            "itself: fpe edit --image …"
+        )
     check_new(output, settings, methods, precision)
     with progress_for(quiet=quiet) as progress:
         kept = record_into(output, settings, progress, methods=methods, precision=precision)

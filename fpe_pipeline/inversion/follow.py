@@ -37,7 +37,7 @@ def check_inversion_options(
             f"the image was inverted by {inversion.method!r} with {inversion.schedule.scheduler}, on a "
             f"{where[is_flow]}, and this pipeline has a {where[not is_flow]}: invert the image again with it"
         )
-    taken = ["latents", "timesteps", "sigmas", "mu"]
+    taken = ["latents", "timesteps", "sigmas", "mu", "std"]
     if inversion.unconditional is not None or inversion.method == "negative-prompt":
         taken += ["negative_prompt_embeds", "negative_prompt_2", "negative_pooled_prompt_embeds"]
         taken += ["max_sequence_length", "clean_caption"]  # the source's prompt is to be encoded as it was

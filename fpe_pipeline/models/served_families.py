@@ -29,6 +29,7 @@ __all__ = [
 Family = Literal[
     "unet", "sdxl", "pixart_alpha", "pixart_sigma", "sd3", "flux", "flux2", "flux2_klein", "ovis", "longcat", "bria",
     "qwen", "qwen21", "chroma", "lumina2", "z_image", "cogview4", "krea2", "aura_flow",
+    "ideogram4",
 ]  # fmt: skip
 #: By which layers a model is edited: self- and cross-attention, or joint attention. Methods say which they serve.
 Served = Literal["unet", "transformer"]
@@ -87,6 +88,7 @@ class ServedFamily:
         of_distilled: defaults of such models.
         of_turbo: defaults of models that are called "Turbo", which say it nowhere else.
         cuda_dtype: in which it runs on GPUs where nothing is said; others overflow in float16.
+        is_recorded: whether what a run computes of its source can be kept, for edits that are known later.
     """
 
     title: str
@@ -106,6 +108,7 @@ class ServedFamily:
     of_distilled: Mapping[str, Any] = field(default_factory=dict)
     of_turbo: Mapping[str, Any] = field(default_factory=dict)
     cuda_dtype: Literal["float16", "bfloat16"] = "float16"
+    is_recorded: bool = True
 
     @property
     def public_name(self) -> str:
@@ -240,6 +243,14 @@ FAMILIES: dict[Family, ServedFamily] = {
         of_distilled={"steps": 8, "guidance": 0.0, "self_replace": SHORT_WINDOW},
     ),
     "aura_flow": _flow("AuraFlow", "AuraFlowPipeline", defaults={"steps": 50, "guidance": 3.5}, patch="patch_size"),
+    "ideogram4": _flow(
+        "Ideogram 4",
+        "Ideogram4Pipeline",
+        defaults={"steps": 48, "guidance": 7.0},
+        patch=2,
+        no_negative="which is guided by a model of its own that sees no text",
+        is_recorded=False,
+    ),
 }
 #: The family of a pipeline by the name of its class, as diffusers or this package calls it.
 FAMILY_OF: dict[str, Family] = {name: family for family, served in FAMILIES.items() for name in served.classes}

@@ -15,6 +15,7 @@ from .aura_flow_model import AuraFlow
 from .caption_models import Lumina2, ZImage
 from .cogview_model import CogView4
 from .flow_model import FlowModel, Latents, Velocity, shift_of
+from .ideogram4_model import Ideogram4
 from .kin_models import Bria, LongCat, Ovis
 from .krea2_model import Krea2
 from .packed_models import Chroma, Flux, Flux2, Qwen, Qwen21
@@ -76,6 +77,7 @@ _FAMILIES: dict[str, type[FlowModel]] = {
     "z_image": ZImage,
     "cogview4": CogView4,
     "krea2": Krea2,
+    "ideogram4": Ideogram4,
     "aura_flow": AuraFlow,
 }
 #: Pipelines whose models are shown pictures, by what their names begin with.

@@ -117,7 +117,7 @@ class TestRefusals:
         assert f"holds a {name}" in error
         assert (
             "FLUX.1, FLUX.2, " in error
-            and "CogView 4, Krea 2 and AuraFlow, " in error
+            and "Krea 2, AuraFlow and Ideogram 4, " in error
             and "editing(pipe, ...)" in error
         )
 

@@ -1,17 +1,12 @@
-"""Real images on CogView 4, Krea 2 and AuraFlow: the papers' formulas, edits, files, and what is refused."""
+"""Real images on CogView 4, Krea 2, AuraFlow, Ideogram 4: the papers' formulas, edits, files, and what is refused."""
 
 import warnings
-from itertools import pairwise
-from typing import ClassVar
 
-import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from fpe_pipeline import (
-    FreePromptAuraFlowPipeline,
-    FreePromptCogView4Pipeline,
     FreePromptEdit,
     FreePromptPipeline,
     Inversion,
@@ -21,143 +16,26 @@ from fpe_pipeline.errors import EditWarning
 from fpe_pipeline.sampling.decoding import decoded
 from tests.support.flow_formulas import path_to_noise
 from tests.support.flow_pipelines import distance, solving
+from tests.support.pictures_of_flows import (
+    FAMILIES,
+    NARROW,
+    SIZE,
+    SOURCE,
+    STEPS,
+    TARGET,
+    OnAuraFlow,
+    OnCogView4,
+    OnIdeogram4,
+    OnKrea2,
+    shifted,
+)
 from tests.support.slow_cases import few
-from tests.support.tiny_aura_flow import tiny_aura_flow_that_encodes
 from tests.support.tiny_cogview import tiny_cogview4_control_pipeline, tiny_cogview4_that_reads
 from tests.support.tiny_transformers import ExactEuler, tiny_vae
+from tests.support.wide_torch import widened
 
 EXACT = 1e-8
-SOURCE, TARGET = "a photo of a red car on a mountain", "a photo of a big dog on a house in winter"
-SIZE, STEPS = {"height": 48, "width": 80}, 3
 SOLVERS = ["euler", "rf-solver", "fireflow"]
-SHIFT = 3.0
-
-
-def guided_by(scale, towards, away):
-    """(z, σ) ↦ the velocity, of two of them."""
-    if scale is None:
-        return towards
-    return lambda z, sigma: away(z, sigma) + scale * (towards(z, sigma) - away(z, sigma))
-
-
-class OnCogView4:
-    kind = FreePromptCogView4Pipeline
-    options: ClassVar = {"max_sequence_length": 20}
-    calls = (1.0, 0.5, 0.001)  # σ before they are shifted; the model is told these, in thousandths
-
-    def __init__(self, pipe):
-        self.stock = tiny_cogview4_that_reads()
-
-    @classmethod
-    def run(cls, scheduler):
-        scheduler.set_timesteps(sigmas=list(cls.calls))
-
-    @staticmethod
-    def start(vae, pixels):
-        """Latents as the model takes them."""
-        return vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
-
-    @staticmethod
-    def velocity(tiny, guidance=None):
-        towards, away = (
-            tiny.encode_prompt(text, None, False, max_sequence_length=20, dtype=torch.float64)[0]
-            for text in (SOURCE, "")
-        )
-        nodes = [*map(shifted, OnCogView4.calls), 0.0]
-        told = [1000.0, 500.0, 1.0, 0.0]
-        nodes += [(now + then) / 2 for now, then in pairwise(nodes)]
-        told += [(now + then) / 2 for now, then in pairwise(told)]
-
-        def of(texts):
-            sizes = {name: torch.tensor([[48.0, 80.0]]) for name in ("original_size", "target_size")}
-
-            def velocity(z, sigma):
-                nearest = min(range(len(nodes)), key=lambda place: abs(nodes[place] - sigma))
-                return tiny.transformer(
-                    z,
-                    encoder_hidden_states=texts,
-                    timestep=torch.tensor([told[nearest]]),
-                    crop_coords=torch.zeros(1, 2).double(),
-                    **{name: size.double() for name, size in sizes.items()},
-                ).sample
-
-            return velocity
-
-        return guided_by(guidance, of(towards), of(away))
-
-
-class OnAuraFlow:
-    kind = FreePromptAuraFlowPipeline
-    options: ClassVar = {"max_sequence_length": 20}
-
-    def __init__(self, pipe):
-        self.stock = tiny_aura_flow_that_encodes(pipe)
-
-    @staticmethod
-    def run(scheduler):
-        """σ is the scheduler's own."""
-        scheduler.set_timesteps(STEPS)
-
-    @staticmethod
-    def start(vae, pixels):
-        return vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
-
-    @staticmethod
-    def velocity(tiny, guidance=None):
-        towards, away = (tiny.encode_prompt(text, None, False, max_sequence_length=20)[0] for text in (SOURCE, ""))
-
-        def of(texts):
-            def velocity(z, sigma):
-                timestep = (1000 * sigma / 1000).expand(1).double()
-                return tiny.transformer(z, encoder_hidden_states=texts, timestep=timestep).sample
-
-            return velocity
-
-        return guided_by(guidance, of(towards), of(away))
-
-
-class OnKrea2:
-    options: ClassVar = {"max_sequence_length": 40}
-
-    def __init__(self, pipe):
-        from fpe_pipeline import FreePromptKrea2Pipeline
-        from tests.support.tiny_krea2 import tiny_krea2_pipeline
-
-        self.kind, self.stock = FreePromptKrea2Pipeline, tiny_krea2_pipeline()
-
-    @staticmethod
-    def run(scheduler):
-        scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3])
-
-    @staticmethod
-    def start(vae, pixels):
-        """2 x 2 to a token, normalised by channel, of a video of one frame."""
-        mean = vae.encode(pixels[:, :, None]).latent_dist.mean[0, :, 0]
-        parts = zip(mean, vae.config.latents_mean, vae.config.latents_std, strict=True)
-        latents = torch.stack([(part - shift) / spread for part, shift, spread in parts])
-        return latents.reshape(16, 3, 2, 5, 2).permute(1, 3, 0, 2, 4).reshape(1, 15, 64)
-
-    @staticmethod
-    def velocity(tiny):
-        texts, mask = tiny.get_text_hidden_states(SOURCE, max_sequence_length=40)
-        grid = torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(5.0), indexing="ij"), -1).reshape(15, 2)
-        places = torch.cat([torch.zeros(40, 3), torch.nn.functional.pad(grid, (1, 0))])
-
-        def velocity(z, sigma):
-            timestep = (1000 * sigma / 1000).expand(1).double()
-            given = {"encoder_hidden_states": texts, "encoder_attention_mask": mask, "position_ids": places}
-            return tiny.transformer(z, timestep=timestep, **given).sample
-
-        return velocity
-
-
-def shifted(share):
-    return SHIFT * share / (1 + (SHIFT - 1) * share)
-
-
-FAMILIES = {"CogView 4": OnCogView4, "AuraFlow": OnAuraFlow}
-if hasattr(diffusers, "Krea2Pipeline"):
-    FAMILIES["Krea 2"] = OnKrea2
 
 
 @pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES)
@@ -173,6 +51,13 @@ def tiny(family):
     return solving(made, "euler")
 
 
+@pytest.fixture(autouse=True)
+def in_float64():
+    """Where Ideogram 4's pipeline narrows to float32."""
+    with widened(*NARROW):
+        yield
+
+
 @pytest.fixture(scope="module")
 def photo():
     return torch.rand(3, 48, 80, generator=torch.Generator().manual_seed(3)).permute(1, 2, 0).numpy()
@@ -181,7 +66,7 @@ def photo():
 def path(tiny, family, photo, solver, velocity):
     """The latents at every node, by the papers' formulas."""
     pixels = (torch.from_numpy(photo * 255).round().float() / 127.5 - 1).permute(2, 0, 1)[None].double()
-    nodes = ExactEuler(shift=SHIFT)
+    nodes = ExactEuler(shift=tiny.scheduler.config.shift)
     family.run(nodes)
     return path_to_noise(family.start(tiny.vae, pixels), velocity, nodes.sigmas, solver)
 
@@ -198,8 +83,8 @@ def test_the_papers_formulas(tiny, family, photo, solver):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [OnCogView4, OnAuraFlow])
-def test_guidance_is_by_the_empty_prompt(pipe, family, photo):
+@pytest.mark.parametrize("family", [each for each in FAMILIES.values() if each is not OnKrea2])
+def test_guidance_is_by_the_empty_prompt_or_by_a_model_of_its_own(pipe, family, photo):
     family = family(pipe)
     tiny = solving(FreePromptPipeline.from_pipe(family.stock), "euler")
     tiny.set_progress_bar_config(disable=True)
@@ -210,8 +95,9 @@ def test_guidance_is_by_the_empty_prompt(pipe, family, photo):
 @pytest.mark.parametrize("method", few(["direct", "reference", "free"]))
 def test_what_holds_the_source(tiny, family, photo, method):
     inversion = inverted(tiny, family, photo, method=method)
-    guided = {"negative_prompt": "a drawing", "guidance_scale": 3.0, "output_type": "latent"}
-    out = tiny(inversion=inversion, target_prompt=TARGET, self_replace_steps=0.5, **guided, **family.options)
+    guided = getattr(family, "guided", {"negative_prompt": "a drawing", "guidance_scale": 3.0}) | family.options
+    options = {"self_replace_steps": 0.5, "output_type": "latent", **guided}
+    out = tiny(inversion=inversion, target_prompt=TARGET, **options)
     assert bool(distance(out.source, inversion.latents[0]) == 0) is (method == "direct")
     assert distance(out.targets[0], out.source) > 1e-3
 
@@ -240,7 +126,8 @@ def test_it_is_what_editing_makes_of_the_pipeline_of_diffusers(tiny, family, sol
     try:
         with editing(stock, edit):
             noise = [torch.Generator().manual_seed(5) for _ in range(2)]
-            expected = stock([SOURCE, TARGET], generator=noise, **options).images
+            told = getattr(family, "told_by_calls", lambda options, solver: options)(options, solver)
+            expected = stock([SOURCE, TARGET], generator=noise, **told).images
     finally:
         stock.scheduler = before
     assert distance(out.images, expected) <= EXACT
@@ -250,7 +137,8 @@ def test_it_is_what_editing_makes_of_the_pipeline_of_diffusers(tiny, family, sol
 def test_pictures_and_files(tiny, family, photo, tmp_path):
     inversion = inverted(tiny, family, photo, num_inference_steps=2)
     loaded = Inversion.load(inversion.save(tmp_path / "inversion.safetensors"))
-    options = {"self_replace_steps": 0.5, "negative_prompt": "a drawing", **family.options}
+    guided = getattr(family, "guided", {"negative_prompt": "a drawing"})
+    options = {"self_replace_steps": 0.5, **guided, **family.options}
     out, again, latents = (
         tiny(inversion=one, target_prompt=TARGET, output_type=kind, **options).images
         for one, kind in ((inversion, "pil"), (loaded, "pil"), (inversion, "latent"))
@@ -357,3 +245,39 @@ def test_the_pipeline_of_diffusers_goes_by_solvers_that_call_the_model_within_a_
     assert stock.scheduler.timesteps.tolist() == told
     assert stock.scheduler.sigmas.tolist() == pytest.approx([*calls, end])
     assert stock.scheduler.nodes.tolist() == pytest.approx(nodes)
+
+
+@pytest.mark.skipif("Ideogram 4" not in FAMILIES, reason="this diffusers has no Ideogram 4")
+class TestIdeogram4:
+    @pytest.fixture(scope="class")
+    def ideogram(self):
+        made = FreePromptPipeline.from_pipe(OnIdeogram4(None).stock)
+        made.set_progress_bar_config(disable=True)
+        return solving(made, "fireflow")
+
+    def test_a_guidance_for_each_step(self, ideogram):
+        """Of diffusers, and of solvers that call the model within steps; the default is of 48 steps."""
+        options = {"num_inference_steps": 3, "max_sequence_length": 40, "output_type": "latent", **SIZE}
+
+        def drawn(**guidance):
+            return ideogram(SOURCE, generator=torch.Generator().manual_seed(5), **options, **guidance).source
+
+        constant, falling = drawn(guidance_scale=3.0), drawn(guidance_schedule=[7.0, 3.0, 3.0])
+        assert distance(constant, drawn(guidance_schedule=(3.0, 3.0, 3.0))) <= EXACT
+        assert distance(constant, falling) > 1e-3
+        with pytest.raises(ValueError, match=r"must have length `num_inference_steps` \(3\)"):
+            drawn()
+        with pytest.raises(ValueError, match="Only one of"):
+            drawn(guidance_scale=3.0, guidance_schedule=[3.0] * 3)
+
+    def test_what_is_refused(self, ideogram, photo):
+        options = {"num_inference_steps": 3, "max_sequence_length": 40, **SIZE}
+        with pytest.raises(ValueError, match=r"rewrite them by pipe\.upsample_prompt"):
+            ideogram(SOURCE, TARGET, guidance_scale=3.0, prompt_upsampling=True, **options)
+        with pytest.raises(ValueError, match="got Ideogram 4, which guides by a model without: edit the prompt"):
+            ideogram.record(SOURCE, guidance_scale=3.0, **options)
+        inversion = ideogram.invert(photo, SOURCE, **options)
+        with pytest.raises(ValueError, match="the inversion decides std"):
+            ideogram(inversion=inversion, target_prompt=TARGET, guidance_scale=3.0, std=1.0)
+        with pytest.raises(TypeError, match="negative_prompt"):
+            ideogram(SOURCE, TARGET, guidance_scale=3.0, negative_prompt="a drawing", **options)

@@ -98,7 +98,8 @@ class TestOnTheHub:
             folder = tmp_path / name
             if not folder.is_dir():
                 raise LocalEntryNotFoundError(f"no {name} here")
-            assert allow_patterns == ["model_index.json", "modular_model_index.json", "*/config.json"], "weights would be fetched"
+            told = ["model_index.json", "modular_model_index.json", "*/config.json"]
+            assert allow_patterns == told, "weights would be fetched"
             return str(folder)
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)

@@ -48,6 +48,14 @@ if hasattr(diffusers, "QwenImage21Pipeline"):  # and a transformers that has its
     RUNS["Qwen-Image 2.1"] = tiny_qwen21_pipeline
 
 
+if hasattr(diffusers, "Ideogram4Pipeline"):
+    from tests.support.tiny_ideogram4 import tiny_ideogram4_pipeline
+
+    RUNS["Ideogram 4"] = tiny_ideogram4_pipeline
+#: Whose pipeline's own guidance is of another number of steps, and which shift σ themselves.
+GUIDED = {"Ideogram 4": {"guidance_scale": 3.0}}
+
+
 @pytest.mark.parametrize("shift", [flux_shift, sd3_shift])
 def test_the_shift_is_diffusers(pipe, shift):
     scheduler = tiny_flux_pipeline(pipe).scheduler
@@ -62,8 +70,15 @@ def test_the_run_is_the_pipelines(pipe, family):
     channels."""
     tiny = FreePromptPipeline.from_pipe(RUNS[family](pipe))
     tiny.set_progress_bar_config(disable=True)
-    tiny.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    tiny("a cat", num_inference_steps=5, height=96, width=160, output_type="latent", max_sequence_length=80)
+    tiny.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=family not in GUIDED)
+    options = {
+        "num_inference_steps": 5,
+        "height": 96,
+        "width": 160,
+        "max_sequence_length": 80,
+        **GUIDED.get(family, {}),
+    }
+    tiny("a cat", output_type="latent", **options)
     expected = tiny.scheduler.sigmas
     tiny.scheduler.set_timesteps(2, mu=0.1)
     tiny.flow().set_timesteps(5, (96, 160))

@@ -1,0 +1,214 @@
+"""CogView 4, Krea 2, AuraFlow, Ideogram 4 for tests of real images: their runs, latents and velocities, written out."""
+
+import inspect
+import math
+from itertools import pairwise
+from typing import ClassVar
+
+import diffusers
+import torch
+
+from fpe_pipeline import FreePromptAuraFlowPipeline, FreePromptCogView4Pipeline
+from tests.support.tiny_aura_flow import tiny_aura_flow_that_encodes
+from tests.support.tiny_cogview import tiny_cogview4_that_reads
+
+__all__ = ["FAMILIES", "NARROW", "SIZE", "SOURCE", "STEPS", "TARGET", "OnAuraFlow", "OnCogView4", "OnKrea2"]
+__all__ += ["OnIdeogram4", "shifted"]
+
+SOURCE, TARGET = "a photo of a red car on a mountain", "a photo of a big dog on a house in winter"
+SIZE, STEPS = {"height": 48, "width": 80}, 3
+SHIFT = 3.0
+
+
+def guided_by(scale, towards, away):
+    """(z, σ) ↦ the velocity, of two of them."""
+    if scale is None:
+        return towards
+    return lambda z, sigma: away(z, sigma) + scale * (towards(z, sigma) - away(z, sigma))
+
+
+class OnCogView4:
+    kind = FreePromptCogView4Pipeline
+    options: ClassVar = {"max_sequence_length": 20}
+    calls = (1.0, 0.5, 0.001)  # σ before they are shifted; the model is told these, in thousandths
+
+    def __init__(self, pipe):
+        self.stock = tiny_cogview4_that_reads()
+
+    @classmethod
+    def run(cls, scheduler):
+        scheduler.set_timesteps(sigmas=list(cls.calls))
+
+    @staticmethod
+    def start(vae, pixels):
+        """Latents as the model takes them."""
+        return vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+
+    @staticmethod
+    def velocity(tiny, guidance=None):
+        towards, away = (
+            tiny.encode_prompt(text, None, False, max_sequence_length=20, dtype=torch.float64)[0]
+            for text in (SOURCE, "")
+        )
+        nodes = [*map(shifted, OnCogView4.calls), 0.0]
+        told = [1000.0, 500.0, 1.0, 0.0]
+        nodes += [(now + then) / 2 for now, then in pairwise(nodes)]
+        told += [(now + then) / 2 for now, then in pairwise(told)]
+
+        def of(texts):
+            sizes = {name: torch.tensor([[48.0, 80.0]]) for name in ("original_size", "target_size")}
+
+            def velocity(z, sigma):
+                nearest = min(range(len(nodes)), key=lambda place: abs(nodes[place] - sigma))
+                return tiny.transformer(
+                    z,
+                    encoder_hidden_states=texts,
+                    timestep=torch.tensor([told[nearest]]),
+                    crop_coords=torch.zeros(1, 2).double(),
+                    **{name: size.double() for name, size in sizes.items()},
+                ).sample
+
+            return velocity
+
+        return guided_by(guidance, of(towards), of(away))
+
+
+class OnAuraFlow:
+    kind = FreePromptAuraFlowPipeline
+    options: ClassVar = {"max_sequence_length": 20}
+
+    def __init__(self, pipe):
+        self.stock = tiny_aura_flow_that_encodes(pipe)
+
+    @staticmethod
+    def run(scheduler):
+        """σ is the scheduler's own."""
+        scheduler.set_timesteps(STEPS)
+
+    @staticmethod
+    def start(vae, pixels):
+        return vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+
+    @staticmethod
+    def velocity(tiny, guidance=None):
+        towards, away = (tiny.encode_prompt(text, None, False, max_sequence_length=20)[0] for text in (SOURCE, ""))
+
+        def of(texts):
+            def velocity(z, sigma):
+                timestep = (1000 * sigma / 1000).expand(1).double()
+                return tiny.transformer(z, encoder_hidden_states=texts, timestep=timestep).sample
+
+            return velocity
+
+        return guided_by(guidance, of(towards), of(away))
+
+
+class OnKrea2:
+    options: ClassVar = {"max_sequence_length": 40}
+
+    def __init__(self, pipe):
+        from fpe_pipeline import FreePromptKrea2Pipeline
+        from tests.support.tiny_krea2 import tiny_krea2_pipeline
+
+        self.kind, self.stock = FreePromptKrea2Pipeline, tiny_krea2_pipeline()
+
+    @staticmethod
+    def run(scheduler):
+        scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3])
+
+    @staticmethod
+    def start(vae, pixels):
+        """2 x 2 to a token, normalised by channel, of a video of one frame."""
+        mean = vae.encode(pixels[:, :, None]).latent_dist.mean[0, :, 0]
+        parts = zip(mean, vae.config.latents_mean, vae.config.latents_std, strict=True)
+        latents = torch.stack([(part - shift) / spread for part, shift, spread in parts])
+        return latents.reshape(16, 3, 2, 5, 2).permute(1, 3, 0, 2, 4).reshape(1, 15, 64)
+
+    @staticmethod
+    def velocity(tiny):
+        texts, mask = tiny.get_text_hidden_states(SOURCE, max_sequence_length=40)
+        grid = torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(5.0), indexing="ij"), -1).reshape(15, 2)
+        places = torch.cat([torch.zeros(40, 3), torch.nn.functional.pad(grid, (1, 0))])
+
+        def velocity(z, sigma):
+            timestep = (1000 * sigma / 1000).expand(1).double()
+            given = {"encoder_hidden_states": texts, "encoder_attention_mask": mask, "position_ids": places}
+            return tiny.transformer(z, timestep=timestep, **given).sample
+
+        return velocity
+
+
+class OnIdeogram4:
+    """Guided by a model of its own that sees no text, from the same latents."""
+
+    options: ClassVar = {"max_sequence_length": 40}
+    guided: ClassVar = {"guidance_scale": 3.0}
+
+    def __init__(self, pipe):
+        from fpe_pipeline import FreePromptIdeogram4Pipeline
+        from tests.support.tiny_ideogram4 import tiny_ideogram4_pipeline
+
+        self.kind, self.stock = FreePromptIdeogram4Pipeline, tiny_ideogram4_pipeline()
+        seen, generator = self.stock.vae.bn, torch.Generator().manual_seed(7)
+        seen.running_mean.copy_(torch.randn(16, generator=generator) * 0.1)
+        seen.running_var.copy_(torch.rand(16, generator=generator) + 0.1)
+
+    @staticmethod
+    def told_by_calls(options, solver):
+        """What diffusers' pipeline, which counts calls, takes for the same; it looks at how many steps there are."""
+
+        class OfCalls(list):
+            def __len__(self):
+                return 2 if inspect.stack()[1].function == "check_inputs" else super().__len__()
+
+        calls = {"euler": 2, "rf-solver": 4, "fireflow": 3}[solver]
+        return options | {"guidance_scale": None, "guidance_schedule": OfCalls([options["guidance_scale"]] * calls)}
+
+    @staticmethod
+    def run(scheduler):
+        """Quantiles of a normal distribution that is wider in larger images, in log-odds."""
+        normal = torch.distributions.Normal(math.log(48 * 80 / 512**2) / 2, 1.5)
+        odds = [9.0, *normal.icdf(torch.tensor([2 / 3, 1 / 3], dtype=torch.float64)).tolist()]
+        scheduler.set_timesteps(sigmas=torch.tensor(odds, dtype=torch.float64).sigmoid().to(torch.float32).tolist())
+
+    @staticmethod
+    def start(vae, pixels):
+        """2 x 2 to a token, place by place, normalised by what the autoencoder saw."""
+        mean = vae.encode(pixels).latent_dist.mean.reshape(4, 3, 2, 5, 2)
+        tokens = torch.stack([mean[:, :, up, :, left] for up in (0, 1) for left in (0, 1)]).reshape(16, 15).T
+        return ((tokens - vae.bn.running_mean) / (vae.bn.running_var + vae.config.batch_norm_eps).sqrt())[None]
+
+    @staticmethod
+    def velocity(tiny, guidance=None):
+        texts, places, segments, kinds = tiny.encode_prompt(SOURCE, 3, 5, 40, torch.device("cpu"))
+
+        def of(model, texts, since):
+            given = {"encoder_hidden_states": texts.double(), "position_ids": places[:, since:]}
+            given |= {"segment_ids": segments[:, since:], "indicator": kinds[:, since:]}
+
+            def velocity(z, sigma):
+                sequence = torch.nn.functional.pad(z, (0, 0, 40 - since, 0))
+                timestep = (1 - 1000 * sigma / 1000).expand(1).double()
+                return -model(sequence, timestep=timestep, **given).sample[:, 40 - since :]
+
+            return velocity
+
+        towards = of(tiny.transformer, texts, 0)
+        return guided_by(guidance, towards, of(tiny.unconditional_transformer, torch.zeros_like(texts[:, 40:]), 40))
+
+
+def shifted(share):
+    return SHIFT * share / (1 + (SHIFT - 1) * share)
+
+
+FAMILIES = {"CogView 4": OnCogView4, "AuraFlow": OnAuraFlow}
+if hasattr(diffusers, "Krea2Pipeline"):
+    FAMILIES["Krea 2"] = OnKrea2
+
+
+NARROW = ()
+if hasattr(diffusers, "Ideogram4Pipeline"):
+    from diffusers.models.transformers import transformer_ideogram4
+    from diffusers.pipelines.ideogram4 import pipeline_ideogram4
+
+    FAMILIES["Ideogram 4"], NARROW = OnIdeogram4, (pipeline_ideogram4, transformer_ideogram4)
