@@ -39,10 +39,11 @@ def product(
     known: bool = False,
     bias: tuple[int, ...] | None = None,
     weight: tuple[int, ...] | None = None,
+    value_dim: int | None = None,
 ) -> Call:
-    maps = 1 + max(map_index)
+    maps, columns = 1 + max(map_index), dim if value_dim is None else value_dim
     query, key = heads_split(maps, queries, dim, offset), heads_split(maps, keys, dim, offset)
-    value, out = heads_split(len(map_index), keys, dim), heads_split(len(map_index), queries, dim)
+    value, out = heads_split(len(map_index), keys, columns), heads_split(len(map_index), queries, columns)
     rest = torch.empty(maps, HEADS, queries), known, None if weight is None else torch.empty(weight)
     full_bias = None if bias is None else torch.empty(bias, dtype=torch.half)
     return lambda: backend.apply(Maps(query, key, full_bias, map_index, 0.1), value, out, *rest)
@@ -169,6 +170,11 @@ def check_the_kernel_for_hopper() -> None:
         first, second = launched(product((0,) * 5, dim=64))
         assert (first.arguments["BRANCHES"], first.arguments["KNOWN"]) == (3, False)
         assert (second.arguments["BRANCHES"], second.arguments["KNOWN"]) == (2, True)
+        # Values side by side that take two launches: the second reads them from a column on.
+        first, second = product((0,), dim=64, value_dim=384), product((0,), dim=64, value_dim=384)
+        whole, rest = launched(first)
+        assert rest.arguments["value_0"][0] == whole.arguments["value_0"][0] + 320 * 2
+        assert planned(second) == anew(second) != [whole, rest]
         odd = product(dim=40, offset=1)
         refused = launched(odd)  # no descriptor holds it: as if the kernel had not been asked for
         rows_256 = configs.Config(256, 64, 4, 3, gluon=True)

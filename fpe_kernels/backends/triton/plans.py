@@ -37,24 +37,28 @@ class Step:
     launch: Callable[..., None]  # on a stream
     arguments: tuple[Any, ...]
     addresses: tuple[tuple[int, int, int], ...]  # place among the arguments, place among the tensors, bytes from it
-    boxes: tuple[tuple[int, int], ...]  # place of a descriptor that lacks its tensor, place of that tensor
+    boxes: tuple[tuple[int, int, int], ...]  # place of a descriptor without its tensor, that tensor's, elements from it
 
     def __call__(self, tensors: Sequence[Tensor | None], addresses: Sequence[int], stream: int) -> None:
         arguments = list(self.arguments)
         for place, source, offset in self.addresses:
             arguments[place] = addresses[source] + offset
-        for place, source in self.boxes:
-            arguments[place] = _describing(arguments[place], tensors[source])
+        for place, source, offset in self.boxes:
+            arguments[place] = _describing(arguments[place], tensors[source], offset)
         self.launch(stream, *arguments)
 
 
-def _describing(kept: Any, tensor: Tensor | None) -> Any:
-    """A descriptor like ``kept``, of ``tensor``: what it says of the layout was checked when the first was made.
+def _describing(kept: Any, tensor: Tensor | None, offset: int = 0) -> Any:
+    """A descriptor like ``kept``, of ``tensor`` from ``offset`` elements on: what it says of the layout was checked
+    when the first was made.
 
     One of its own for each call: threads may be launching the same step, and a kept one would keep its tensor alive.
     """
     made = object.__new__(type(kept))
     made.__dict__.update(kept.__dict__)
+    if tensor is not None and offset:
+        # Where it starts is all that a launch asks of it.
+        tensor = tensor.as_strided((1,), (1,), int(tensor.storage_offset()) + offset)
     made.base = tensor
     return made
 
@@ -183,11 +187,9 @@ def _step(launch: Launch, compiled: Any, tensors: Tensors) -> Step | None:
             if name not in launch.boxes:
                 addresses.append((place, source, offset))
                 arguments.append(None)
-            elif offset == 0:
-                boxes.append((place, source))
-                arguments.append(_describing(launch.argument(name, tensor), None))
             else:
-                return None
+                boxes.append((place, source, offset // tensor.element_size()))
+                arguments.append(_describing(launch.argument(name, tensor), None))
     run = _launcher(compiled, launch.programs)
     return Step(launch.kernel, run, tuple(arguments), tuple(addresses), tuple(boxes))
 

@@ -27,7 +27,7 @@ def ready_call(
     tensors = ApplyTensors(query, key, value, None, out, logsumexp)
     settings = ApplySettings(map_index, scale, None, False, configs.one_launch, configs.apply_config)
     steps = plans.known(plan, tensors, settings)
-    described = {place for step in steps for _, place in step.boxes}
+    described = {place for step in steps for _, place, _ in step.boxes}
     return None if not steps or _LOGSUMEXP in described else ReadyProduct(query, key, value, out, steps)
 
 
