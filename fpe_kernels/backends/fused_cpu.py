@@ -23,6 +23,7 @@ _SMALL_MAP, _SMALL_MAP_OF_THREADS = 1_000_000, 8_000_000
 _LEAST_KEYS = 16
 
 _flash: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_by_name: Callable[[], bool] = torch.backends.cuda.flash_sdp_enabled  # PyTorch's setting for this operator, on CPUs too
 
 
 class Run(NamedTuple):
@@ -88,9 +89,12 @@ def product(run: Run, query: Tensor, key: Tensor, value: Tensor, scale: float) -
 def whole_product(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """The products of the only map with all rows [rows, heads, N, D].
 
-    The operator's other name, for which Python does less: in a small map that counts.
+    By the operator's other name, for which Python does less: in a small map that counts. Where the user has turned it
+    off, in a block of ``sdpa_kernel`` say, that name stands for another operator, or for none.
     """
     rows = value.shape[0], -1, -1, -1
+    if not _by_name():
+        return _flash(query.expand(rows), key.expand(rows), value, scale=scale)[0]
     return F.scaled_dot_product_attention(query.expand(rows), key.expand(rows), value, scale=scale)
 
 

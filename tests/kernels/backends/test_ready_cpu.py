@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fpe_kernels import AttentionMap, ready, shared_attention, validation
@@ -65,6 +66,14 @@ def test_the_second_call_gives_the_bits_of_the_first_without_its_checks(
         assert (out.shape, out.stride(), out.dtype) == (expected.shape, expected.stride(), expected.dtype)
         assert not out.requires_grad
     assert found[0].data_ptr() != found[1].data_ptr()
+
+
+@pytest.mark.parametrize("allowed", [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION], ids=str)
+def test_what_pytorch_may_use_for_its_own_attention_changes_nothing(allowed: SDPBackend) -> None:
+    given = operands((0,), 300, 300, 40)
+    expected = shared_attention(*given, (0,))
+    with sdpa_kernel(allowed):
+        assert torch.equal(shared_attention(*given, (0,)), expected)
 
 
 def test_what_needs_the_dispatcher_is_not_ready() -> None:
