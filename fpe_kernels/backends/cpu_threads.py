@@ -213,7 +213,8 @@ def _openmp() -> str:
         LookupError: if there is none or more than one: which of them PyTorch calls is not known then.
     """
     maps = Path("/proc/self/maps")
-    lines = maps.read_text(encoding="utf-8").splitlines() if maps.exists() else []
+    # Names of files are bytes: one that is not UTF-8 is nobody's fault, whoever has mapped it.
+    lines = os.fsdecode(maps.read_bytes()).splitlines() if maps.exists() else []
     names = ("libgomp", "libomp", "libiomp")
     paths = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
     found = {path for path in paths if Path(path).name.startswith(names)}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +56,16 @@ def test_a_thread_inside_computes_alone_and_others_keep_their_number() -> None:
         assert out == "True {1} 200 2 [2]\n"
     else:  # a PyTorch whose libraries cannot be asked
         assert out == "False {2} 200 2 [2]\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists what is mapped, under names of any bytes")
+def test_a_mapped_file_whose_name_is_not_utf_8_is_passed_over(tmp_path: Path) -> None:
+    before = cpu_threads._settings.__wrapped__()
+    with open(os.fsencode(tmp_path) + b"/caf\xe9", "w+b") as file:
+        file.write(b"\0" * mmap.PAGESIZE)
+        file.flush()
+        with mmap.mmap(file.fileno(), mmap.PAGESIZE):
+            assert (cpu_threads._settings.__wrapped__() is None) == (before is None)
 
 
 def test_what_a_task_raises_comes_back_and_the_next_call_works(two_threads) -> None:
