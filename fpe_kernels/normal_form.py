@@ -302,8 +302,7 @@ def product_of(blocks: tuple[Block, ...], value: Tensor) -> Tensor:
 def adjoint_of(blocks: tuple[Block, ...], weight: Tensor) -> Tensor:
     def of_map(some: list[Term], operands: list[Tensor]) -> Tensor:
         for position, term in enumerate(some):
-            rows = term.whole_weight()
-            if rows is not None:
+            if (rows := term.whole_weight()) is not None:
                 operands[position] = (rows.unsqueeze(-1) * operands[position]).to(weight.dtype)
         index = tuple(entry for term in some for entry in term.index)
         return some[0].map.gathered_adjoint(_stacked(operands), index)
@@ -326,8 +325,7 @@ def rows_of(blocks: tuple[Block, ...], index: Tensor) -> Tensor:
             if id(term.map) not in known:
                 known[id(term.map)] = term.map.rows(index)
             rows = gathered_rows(known[id(term.map)], term.index)
-            weight = term.whole_weight()
-            if weight is not None:
+            if (weight := term.whole_weight()) is not None:
                 weight = weight if weight.shape[2] == 1 else weight[:, :, index]
                 rows = (weight.unsqueeze(-1) * rows).to(rows.dtype)
             for factor in term.factors:
@@ -393,6 +391,8 @@ def columns_at_once(product: Callable[[Tensor], Tensor], operand: Any, check: Ca
     parts = [check(part) for part in operand]
     if len(parts) == 1:
         return (given(product(parts[0])),)
+    heads = max(part.shape[1] for part in parts)  # some values may have as many as the keys, others those of the map
+    parts = [part if part.shape[1] == heads else part.repeat_interleave(heads // part.shape[1], 1) for part in parts]
     # The copy is one part in N of the product. Parts that lie side by side in memory could do without, but to find that
     # out means to look at storages, which tracing hides and autograd forbids; who has the whole tensor passes it whole.
     whole, stops = product(torch.cat(parts, dim=-1)), list(accumulate(part.shape[-1] for part in parts))

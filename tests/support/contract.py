@@ -358,6 +358,14 @@ class ProductContract:
         assert_matches(case, out=both[0])
         assert_matches(other, out=both[1])
 
+    def test_values_of_a_tuple_may_have_the_heads_of_the_keys_or_of_the_map(self) -> None:
+        shared = self.case(heads=4, key_heads=2, value_heads=2, queries=9, keys=17)
+        own = replace(shared, value=make((1, 4, 17, 5), 9, shared.value.dtype, self.device))
+        own = replace(own, weight=shared.weight[..., :5])
+        both = self.attention_map(shared) @ (shared.value, own.value)
+        assert_matches(shared, out=both[0])
+        assert_matches(own, out=both[1])
+
     def test_column_sums_are_the_adjoint_of_ones(self) -> None:
         case = self.case(queries=33, keys=17)
         ones = replace(case, weight=torch.ones_like(case.weight[..., :1]), value=case.value[..., :1])
