@@ -170,21 +170,25 @@ def _check_broadcast(name: str, tensor: object, layout: str, full: Sequence[int]
 
 def check_row_weight(weight: object, like: Placed, shape: Sequence[int]) -> Tensor:
     """Check a weight of the query rows of a map of ``shape`` (B, H, N, M); returns it as [1 | B, 1 | H, 1 | N]."""
+
+    def filled(name: str, number: object) -> Tensor:
+        # A fill: a copy from the host would not go into a CUDA graph.
+        dtype, device = accumulator_dtype(like.dtype), like.device
+        return torch.full((1, 1, 1), finite_number(name, number), dtype=dtype, device=device)
+
     if isinstance(weight, Real) and not isinstance(weight, bool):
-        weight = [weight] * shape[0]
+        return filled("weight", weight)
     if isinstance(weight, Sequence) and not isinstance(weight, (str, bytes)):
         for position, entry in enumerate(weight):
             if not isinstance(entry, Real) or isinstance(entry, bool):
                 raise TypeError(f"weight[{position}] must be a number, got {entry!r}.")
-        if len(weight) != shape[0] or not weight:
+        if len(weight) != shape[0]:
             raise ValueError(
                 f"a list of weights has one number for each of the {shape[0]} batch rows, got {len(weight)}. "
                 "For a weight of each query token pass a tensor [N]."
             )
-        # By fills: a copy from the host would not go into a CUDA graph.
-        dtype, device = accumulator_dtype(like.dtype), like.device
-        finite = [finite_number(f"weight[{position}]", entry) for position, entry in enumerate(weight)]
-        return torch.cat([torch.full((1, 1, 1), entry, dtype=dtype, device=device) for entry in finite])
+        rows = [filled(f"weight[{position}]", entry) for position, entry in enumerate(weight)]
+        return torch.cat(rows) if rows else filled("weight", 1.0)[:0]
     checked = _check_broadcast("weight", weight, "B, H, N", shape[:3], like)
     if checked.dtype not in (like.dtype, accumulator_dtype(like.dtype)):
         raise TypeError(

@@ -75,6 +75,13 @@ def test_numbers_of_the_batch_rows(backend) -> None:
     torch.testing.assert_close(attend(case, backend.name, weight=0.5), 0.5 * attend(case, backend.name))
 
 
+@pytest.mark.parametrize("weight", [0.5, []], ids=str)
+def test_numbers_of_no_batch_row(weight: float | list[float], backend) -> None:
+    case = make_case(heads=1, queries=5, keys=6, head_dim=8, device=backend.device)
+    out = shared_attention(case.query, case.key, case.value[:0], [], weight=weight, backend=backend.name)
+    assert out.shape == (0, 1, 5, 8)
+
+
 @pytest.mark.parametrize("name", ["apply", "replay"])
 def test_opcheck(name: str, backend) -> None:
     case = make_case(
