@@ -187,9 +187,10 @@ def test_gradients_of_a_map_that_no_row_names_are_zero(backend) -> None:
 def test_a_batch_of_no_rows(backend) -> None:
     case = make_case(heads=1, queries=5, keys=6, head_dim=8, device=backend.device)
     query = case.query.requires_grad_()
-    out = shared_attention(query, case.key, case.value[:0], [], backend=backend.name)
-    assert out.shape == (0, 1, 5, 8)
-    assert (torch.autograd.grad(out.sum(), query)[0] == 0).all()
+    for _ in range(2):  # the second time what is launched, nothing, is known
+        out = shared_attention(query, case.key, case.value[:0], [], backend=backend.name)
+        assert out.shape == (0, 1, 5, 8)
+        assert (torch.autograd.grad(out.sum(), query)[0] == 0).all()
 
 
 def test_autocast_changes_nothing(backend) -> None:

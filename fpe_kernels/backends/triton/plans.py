@@ -91,7 +91,8 @@ def launch_all(plan: Plan, tensors: Tensors, settings: Hashable) -> None:
     steps = _KNOWN.get(key)
     with device_of(query):
         if steps is not None and not any(step.kernel.pre_run_hooks for step in steps):
-            stream = current_stream()
+            # Of no rows nothing is launched, and with the interpreter there is no driver to ask for a stream.
+            stream = current_stream() if steps else 0
             for step in steps:
                 step(tensors, addresses, stream)
             return
