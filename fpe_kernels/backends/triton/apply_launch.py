@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .apply import apply_kernel
 from .configs import Config
-from .launch import Launch, product_precision
+from .launch import Launch, folds, product_precision
 from .packing import (
     Chunk,
     bias_varies,
@@ -108,7 +108,7 @@ def prepare(
             "BIAS_VARIES": bias_varies(bias),
             "SKIPS": row_weight is not None and skips,
             "REPEATS": chunk.repeats,
-            "PRESCALE": bias is not None or scale <= 0.0,
+            "PRESCALE": bias is not None or not folds(scale),
             "WIDE": needs_wide_index(config.block_m, *of_queries) or needs_wide_index(config.block_n, *of_keys),
             "PRECISION": product_precision(query.dtype),
         },

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .chips import MULTIPROCESSORS, SHARED_MEMORY
 from .configs import Config
-from .launch import Launch
+from .launch import Launch, folds
 from .packing import Chunk, device_table, split_width
 from .primitives import LOG2E
 
@@ -73,8 +73,8 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: floa
         return "the matrix instructions of warpgroups are those of compute capability 9.0"
     if query.element_size() != 2:
         return f"tiles are float16 or bfloat16, the tensors {query.dtype}"
-    if scale <= 0.0:
-        return f"the scale must be positive, it is {scale:g}"
+    if not folds(scale):
+        return f"the scale must be positive, it is {scale:g}" + (", too small for float32" if scale > 0.0 else "")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if reason := _no_descriptor(tensor):
             return f"no descriptor holds the {name}: {reason}"

@@ -68,6 +68,14 @@ def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
+def folds(scale: float) -> bool:
+    """Whether a scale may multiply scores that the end of the keys has masked, and their maximum.
+
+    It has to be positive as a kernel gets it, in float32, where the smallest floats are zero: zero times -inf is none.
+    """
+    return scale >= torch.finfo(torch.float32).tiny
+
+
 def allows_tf32() -> bool:
     """Whether the user allows TF32 for PyTorch's own products, by whichever of its two settings.
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import Config
-from ..launch import Launch, product_precision
+from ..launch import Launch, folds, product_precision
 from ..packing import MIN_PIECE, Chunk, device_table, needs_wide_index, vector_width
 from ..primitives import LN2, LOG2E, aligned, dot, online_softmax_update, tile_index
 
@@ -126,7 +126,7 @@ def serves(query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: float
     edges = query.shape[3], value.shape[3]
     powers = all(edge >= MIN_PIECE and edge & (edge - 1) == 0 for edge in edges)
     aligned_rows = all(map(_boxable, (query, key, value)))
-    return chunk.branches <= MOST_BRANCHES and powers and aligned_rows and query.element_size() == 2 and scale > 0.0
+    return chunk.branches <= MOST_BRANCHES and powers and aligned_rows and query.element_size() == 2 and folds(scale)
 
 
 def _boxable(tensor: Tensor) -> bool:

@@ -59,6 +59,7 @@ def misaligned(tensor: torch.Tensor) -> torch.Tensor:
         ({"config": Config(128, 64, 4, 1, gluon=True)}, "rings have two slots or more, not 1"),
         ({"scale": 0.0}, "the scale must be positive, it is 0"),
         ({"scale": -0.1}, "the scale must be positive, it is -0.1"),
+        ({"scale": 1e-50}, "the scale must be positive, it is 1e-50, too small for float32"),
         ({"key": heads(dim=128)[..., ::2]}, "no descriptor holds the key: neighbours in the last axis are 2 elements"),
         ({"query": misaligned(heads())}, "no descriptor holds the query: it does not start at a multiple of 16 bytes"),
         ({"value": heads(dim=65)[..., :64]}, r"no descriptor holds the value: its strides are \[.*\] bytes"),

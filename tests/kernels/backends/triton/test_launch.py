@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="triton has no wheel for this platform")
 from fpe_kernels import AttentionMap, shared_attention
 from fpe_kernels.backends.triton import configs, gradient_launch
 from fpe_kernels.backends.triton.configs import Config
+from fpe_kernels.backends.triton.launch import Launch
 from fpe_kernels.testing import assert_within_budget
 
 
@@ -20,6 +21,21 @@ def test_a_launch_remembered_from_aliased_tensors_serves_distinct_ones() -> None
         exact = AttentionMap(query.double(), key.double(), backend="reference") @ value.double()
         plain = AttentionMap(query, key, backend="reference") @ value
         assert_within_budget(out, plain, exact, torch.float32)
+
+
+def test_a_scale_that_is_zero_in_float32_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel on a device gets it so; the interpreter hands on the float of Python."""
+    arguments = Launch._arguments
+
+    def rounded(launch: Launch) -> dict[str, object]:
+        given = arguments(launch)
+        return given | {"scale": float(torch.tensor(given["scale"], dtype=torch.float32))}
+
+    monkeypatch.setattr(Launch, "_arguments", rounded)
+    query, key, value = torch.randn(3, 1, 1, 33, 16)
+    for scale in (1e-50, 1e-40, 0.0):
+        out = shared_attention(query, key, value, [0], scale=scale, backend="triton")
+        torch.testing.assert_close(out, value.mean(2, keepdim=True).expand_as(out), rtol=0, atol=1e-6)
 
 
 def test_bounds_of_registers_reach_the_compiler_where_there_are_any() -> None:
