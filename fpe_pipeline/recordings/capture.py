@@ -26,6 +26,7 @@ from ..session.session import EditingSession
 from .keys import Contents, Part, TensorKey, Tensors
 from .precision import HALF_LIMIT, Precision, half_reach, pack
 from .requirements import UNWATCHED
+from .source_text import SourceText, source_text
 from .store import MapStore
 
 __all__ = ["Capture"]
@@ -99,6 +100,11 @@ class Capture(EditingSession):
     def error(self) -> float:
         """Largest relative error (2-norm) that the precision made in a source's attention output or feature."""
         return float(torch.stack(self._errors).amax()) if self._errors else 0.0
+
+    @property
+    def source_text(self) -> SourceText:
+        """What the text encoders received of the source."""
+        return source_text(self._encoding)
 
     def _install(self, watchers: Sequence[Watcher]) -> None:
         super()._install(watchers)

@@ -25,7 +25,6 @@ from .contents import Contents
 from .keys import HALVES, Part
 from .padded_texts import pad_texts
 from .precision import Precision, packed_bytes
-from .source_text import SourceText, source_text
 from .store import MapStore
 
 __all__ = ["JointCapture", "joint_bytes"]
@@ -66,11 +65,6 @@ class JointCapture(Capture):
         whole = {part for parts in contents.values() for part in parts if part.name in _TEXTS - trimmed}
         self._padded = {part.conditional: text_tokens for part in whole} if trimmed else {}
         self._unpad: Callable[[], None] = _nothing
-
-    @property
-    def source_text(self) -> SourceText:
-        """What the text encoders received of the source."""
-        return source_text(self._encoding)
 
     def _install(self, watchers: Sequence[Watcher]) -> None:
         super()._install(watchers)

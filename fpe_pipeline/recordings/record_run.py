@@ -162,6 +162,7 @@ def _run(
             precision=precision,
             error=capture.error,
             unconditional=None if inversion is None else inversion.unconditional,
+            source_text=capture.source_text,
         )
 
 

@@ -75,8 +75,8 @@ class Recording:
         size: (height, width) in pixels, on a transformer; None on a UNet, whose latents say it.
         text_length: tokens of T5, on a transformer.
         true_cfg_scale: of FLUX.1 and Qwen-Image, beside a negative prompt.
-        source_text: on a transformer, what the text encoders received, by part of the text; empty in recordings of an
-            earlier version, which serve no edit that places words.
+        source_text: what the text encoders received, on a transformer by part of the text; empty in recordings of an
+            earlier version, which on a transformer serve no edit that places words.
         text_lengths: on a transformer, tokens of the source's text that are no padding, of its "conditional" and
             "unconditional" row; empty in recordings of an earlier version.
         origins: where an image's place follows the length of its text (Lumina 2, Z-Image), what the image tokens of

@@ -113,10 +113,10 @@ class Replay(EditingSession):
     def _encoded(self, encoding: Encoding) -> None:
         """The call encodes the targets alone; the edit was written for the source as well, and checked before.
 
-        On a transformer words are placed among the tokens that the text encoders received, so that an edit is shown the
-        source's with the targets'; once, as negative prompts may be encoded in a call that follows.
+        Words are placed among the tokens that the text encoders received, so that an edit is shown the source's with
+        the targets'; once, as negative prompts may be encoded in a call that follows.
         """
-        if self._has_placed or not (encoding.texts and self._recording.source_text):
+        if self._has_placed or not self._recording.source_text:
             return
         self._has_placed = True
         encoding = with_source(encoding, self._recording.prompt, self._recording.source_text)

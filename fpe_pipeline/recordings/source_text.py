@@ -1,4 +1,4 @@
-"""The source's tokens on a transformer, so that a replay, which encodes targets alone, can place words among them."""
+"""The source's tokens, so that a replay, which encodes targets alone, can place words among them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ..prompts.encoding import EncodedText, Encoding, filled
 
 __all__ = ["SourceText", "is_source_text", "source_text", "with_source"]
 
-#: By part of the text tokens, text encoder of the part and call of it, as "text-0-1-0": token numbers [1, tokens].
+#: By part of the text tokens, text encoder of the part and call of it, as "text-0-1-0": token numbers [1, tokens]. On a
+#: UNet by text encoder, as "text-text_encoder_2", those of its call with the prompts.
 SourceText = Mapping[str, torch.Tensor]
 _TEXT = "text"
 
@@ -24,7 +25,7 @@ def is_source_text(name: str) -> bool:
 
 def source_text(encoding: Encoding) -> dict[str, torch.Tensor]:
     """What the text encoders received in the call that generated a source, on the CPU."""
-    return {name: tokens.cpu() for name, tokens in _named(encoding.texts).items()}
+    return {name: tokens.cpu() for name, tokens in _named(encoding).items()}
 
 
 def with_source(encoding: Encoding, prompt: str, text: SourceText) -> Encoding:
@@ -41,7 +42,7 @@ def with_source(encoding: Encoding, prompt: str, text: SourceText) -> Encoding:
     Raises:
         ValueError: the pipeline encodes in other parts, or texts of another length, than when it was recorded.
     """
-    own = _named(encoding.texts)
+    own = _named(encoding)
     if own.keys() == text.keys():
         own, text = _of_one_length(encoding.texts, own, text)
     widths, recorded = ({name: tokens.shape[1] for name, tokens in one.items()} for one in (own, text))
@@ -56,13 +57,16 @@ def with_source(encoding: Encoding, prompt: str, text: SourceText) -> Encoding:
         replace(part, inputs=tuple(_calls(joined, number, encoder) for encoder in range(len(part.inputs))))
         for number, part in enumerate(encoding.texts)
     )
-    return replace(encoding, prompts=(prompt, *(encoding.prompts or ())), count=None, texts=texts)
+    inputs = encoding.inputs if texts else {name.removeprefix(f"{_TEXT}-"): [joined[name]] for name in joined}
+    return replace(encoding, prompts=(prompt, *(encoding.prompts or ())), count=None, inputs=inputs, texts=texts)
 
 
-def _named(texts: Sequence[EncodedText]) -> dict[str, torch.Tensor]:
+def _named(encoding: Encoding) -> dict[str, torch.Tensor]:
+    if not encoding.texts:  # of a UNet: an encoder's first call is that with the prompts
+        return {f"{_TEXT}-{encoder}": calls[0] for encoder, calls in encoding.inputs.items() if calls}
     return {
         f"{_TEXT}-{part}-{encoder}-{call}": tokens
-        for part, encoded in enumerate(texts)
+        for part, encoded in enumerate(encoding.texts)
         for encoder, calls in enumerate(encoded.inputs)
         for call, tokens in enumerate(calls)
     }

@@ -228,7 +228,7 @@ def test_a_recording_of_an_earlier_version(tiny, family, tmp_path, monkeypatch):
     without_text = tiny.record(SOURCE, edit=FreePromptEdit(1.0), **options_of(family))
     with monkeypatch.context() as before:
         before.setattr("fpe_pipeline.recordings.folder_store.FORMAT", 5)
-        before.setattr("fpe_pipeline.recordings.flow_capture.source_text", lambda encoding: {})
+        before.setattr("fpe_pipeline.recordings.capture.source_text", lambda encoding: {})
         tiny.record(SOURCE, edit=edit, placement=tmp_path / "earlier", **options_of(family))
     earlier = Recording.load(tmp_path / "earlier")
     assert earlier.source_text == {} and recording.source_text

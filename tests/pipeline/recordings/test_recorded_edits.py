@@ -157,6 +157,37 @@ def test_edits_that_are_written_for_other_prompts(tiny):
         tiny.edit(recorded, TARGETS)
 
 
+def _words_before(monkeypatch, tiny, given):
+    """Let the pipeline put words of its own before the prompts."""
+    original = type(tiny).encode_prompt
+
+    def encode_prompt(self, prompt, *args, **kwargs):
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        return original(self, [f"{given} {text}" for text in texts], *args, **kwargs)
+
+    monkeypatch.setattr(type(tiny), "encode_prompt", encode_prompt)
+
+
+@pytest.mark.parametrize("name", ["by word", "refine", "local blend"])
+def test_words_are_where_the_pipeline_encodes_them(tiny, monkeypatch, tmp_path, name):
+    """In recordings in folders too, and not where the prompt alone would have them."""
+    _words_before(monkeypatch, tiny, "a picture of")
+    edit = EDITS[name](tiny.tokenizer)
+    expected = tiny(SOURCE, TARGETS, edit=edit, output_type="latent", **RUN).images[1:]
+    tiny.record(SOURCE, edit=edit, placement=tmp_path / "r", **RUN)
+    recorded = Recording.load(tmp_path / "r")
+    assert distance(tiny.edit(recorded, TARGETS, edit=edit, output_type="latent").images, expected) <= 2e-4
+
+
+def test_words_that_the_pipeline_does_not_encode(tiny, monkeypatch):
+    edit = p2p(tiny.tokenizer)
+    recorded = tiny.record(SOURCE, edit=edit, **RUN)
+    monkeypatch.setattr(tiny.unet, "forward", lambda *a, **k: pytest.fail("denoised before it was checked"))
+    monkeypatch.setattr(tiny, "encode_prompt", lambda prompt, *a, _=tiny.encode_prompt, **k: _(["?"] * 2, *a, **k))
+    with pytest.raises(ValueError, match="the pipeline encodes other tokens than those of the prompt"):
+        tiny.edit(recorded, TARGETS, edit=edit)
+
+
 def test_features_without_a_known_size(tiny):
     with pytest.raises(ValueError, match=r"'up_blocks.0.upsamplers.0'.* is not known beforehand"):
         tiny.record(SOURCE, edit=PlugAndPlayEdit(feature_modules="up_blocks.0.upsamplers.0"), **RUN)

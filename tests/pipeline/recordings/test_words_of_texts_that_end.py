@@ -231,7 +231,7 @@ def test_a_recording_of_an_earlier_version(tiny, family, tmp_path, monkeypatch):
     options = UNGUIDED[family]
     with monkeypatch.context() as before:
         before.setattr("fpe_pipeline.recordings.folder_store.FORMAT", 6)
-        before.setattr("fpe_pipeline.recordings.flow_capture.source_text", lambda encoding: {})
+        before.setattr("fpe_pipeline.recordings.capture.source_text", lambda encoding: {})
         before.setattr("fpe_pipeline.recordings.flow_capture.JointCapture._end_of_text", lambda *args: None)
         recording = tiny.record(SOURCE, edit=FreePromptEdit(1.0), placement=tmp_path / "kept", **run(**options))
     earlier = Recording.load(tmp_path / "kept")
