@@ -32,6 +32,7 @@ from .sampling.flow_models import FlowModel
 from .sampling.flow_sampling import FlowSampling, chosen_flow_edit, flow_start, guidance_of_rows, texts_of_call
 from .sampling.output import FreePromptPipelineOutput
 from .sampling.step_end import Call, DropSource, check_source_can_be_dropped
+from .sampling.text_masks import with_masks_in_order
 from .session.finite import check_latents
 from .session.session import EditingSession, editing, session_of
 from .session.shared_noise import row_generators
@@ -280,6 +281,7 @@ class FreePromptQwenImagePipeline(FlowEditing, QwenImagePipeline):
     parent = QwenImagePipeline
     kept_in_loop = "masks of padding"
     parts = ("transformer", "vae", "text_encoder")
+    encode_prompt = with_masks_in_order(QwenImagePipeline.encode_prompt)
 
 
 class FreePromptChromaPipeline(FlowEditing, ChromaPipeline):
@@ -307,6 +309,7 @@ class FreePromptLumina2Pipeline(FlowEditing, Lumina2Pipeline):
     kept_in_loop = "masks of padding"
     parts = ("transformer", "vae", "text_encoder")
     told = ("system_prompt",)
+    encode_prompt = with_masks_in_order(Lumina2Pipeline.encode_prompt)
 
 
 class FreePromptZImagePipeline(FlowEditing, ZImagePipeline):

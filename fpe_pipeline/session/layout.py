@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from ..models.adapters.adapter import Half, ModelAdapter, is_guided
+import torch
+
+from ..models.adapters.adapter import Half, ModelAdapter, ModelCall, is_guided
+from ..models.adapters.padding import counted_tokens
 from ..models.roles import BatchRoles
 from ..prompts.encoding import Encoding
 
@@ -106,6 +109,32 @@ def _check(rows: int, encoding: Encoding, guided: bool, images: int | None) -> N
         )
 
 
+def _check_texts(call: ModelCall, roles: BatchRoles) -> None:
+    """Raise ValueError where rows of one prompt see texts that end at different tokens.
+
+    Several pipelines of diffusers 0.42 repeat texts prompt by prompt, and their masks of padding one after the other.
+    """
+    rows_of: dict[tuple[bool, int], list[int]] = {}
+    for row in range(roles.batch):
+        rows_of.setdefault((roles.conditional[row], roles.prompt_of(row)), []).append(row)
+    if len(rows_of) == roles.batch:
+        return
+    for name, mask in call.arguments[1].items():
+        if "mask" not in name or not isinstance(mask, torch.Tensor) or mask.ndim != 2 or len(mask) != call.rows:
+            continue
+        tokens = counted_tokens(mask)
+        for (_, prompt), rows in rows_of.items():
+            seen = [tokens[row] for row in rows]
+            if len(set(seen)) > 1:
+                raise ValueError(
+                    f"expected the images of prompt {prompt + 1} to see as many tokens of its text, got "
+                    f"{', '.join(map(str, seen))} in {name}: for several images a prompt this pipeline repeats masks "
+                    "of texts in another order than the texts, with an edit and without one, so that words are left "
+                    "out where another prompt's text ends; make one image a prompt in each call, or write prompts of "
+                    "as many tokens"
+                )
+
+
 @dataclass(frozen=True)
 class CallLayout:
     """How a session reads the layout of a call: what was said of it, and of the pipeline what was not.
@@ -121,6 +150,12 @@ class CallLayout:
     guided: bool | None = None
     roles: BatchRoles | None = None
     noise: Literal["shared", "separate"] | None = None
+
+    def of_call(self, call: ModelCall, encoding: Encoding) -> BatchRoles:
+        """The roles of a call's rows, where those of one prompt see as much of its text."""
+        roles = self.of(call.rows, encoding, call.half)
+        _check_texts(call, roles)
+        return roles
 
     def of(self, rows: int, encoding: Encoding, half: Half = "as guided") -> BatchRoles:
         """The roles of a batch of ``rows``, in a call that encoded this and that holds these rows of it."""

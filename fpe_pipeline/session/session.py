@@ -386,7 +386,7 @@ class EditingSession:
         return None
 
     def _read_roles(self, call: ModelCall) -> BatchRoles:
-        return self._layout.of(call.rows, self._encoding, call.half)
+        return self._layout.of_call(call, self._encoding)
 
 
 #: How a session is begun, in words: ``with editing(pipe, edit):``.
