@@ -254,6 +254,8 @@ class EditingSession:
         return latents
 
     def _after_scheduler_step(self, latents: torch.Tensor, timestep: Any) -> torch.Tensor:
+        if self._now.call is None:  # a step of a paused run, or of another pipeline that has the same scheduler
+            return latents
         latents = self.after_step(latents)
         if not self.is_paused:
             self._look(latents, getattr(self.pipe, "guidance_scale", None))

@@ -82,6 +82,22 @@ def test_a_local_blend_keeps_the_source_outside_its_words(tiny, size):
     assert "step" not in vars(tiny.scheduler)
 
 
+def test_a_blend_is_of_its_own_pipeline(pipe, tiny):
+    """Another one in the block, which has the same scheduler and a UNet of its own, is left alone."""
+    other, edit = (
+        tiny_pipeline(pipe, scheduler=tiny.scheduler),
+        LocalBlend(PAIR, tiny.tokenizer, ("red", "blue"), 0.999),
+    )
+    expected, plain = run(tiny, edit)[0], sample(other)
+    with editing(tiny, edit):
+        assert torch.equal(sample(tiny), expected)
+        assert torch.equal(sample(other), plain)
+        with editing(other, FreePromptEdit(0.5)):
+            edited = sample(other)
+        assert torch.equal(sample(tiny), expected)
+    assert torch.equal(run(other, FreePromptEdit(0.5))[0], edited)
+
+
 def test_a_blend_that_no_scheduler_step_reached(tiny):
     unet = tiny.unet
     with (
