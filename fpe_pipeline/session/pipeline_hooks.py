@@ -198,6 +198,8 @@ class _PairedNoise:
 
     def of_steps(self) -> dict[str, Any]:
         """What a step of the scheduler is to be given beside what the pipeline gives it."""
+        if _calling_pipeline() not in (None, self._pipe):  # another one has the same scheduler
+            return {}
         self._is_before = False
         if not self._is_level and self._shared is not None and self._generators is not None:
             level(self._generators, *self._shared)  # what drew in between drew from the caller's generator alone

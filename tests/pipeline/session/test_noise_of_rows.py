@@ -1,5 +1,6 @@
 """Rows of one image draw the same noise, for edits that pair images pixel by pixel."""
 
+import copy
 from typing import ClassVar
 
 import pytest
@@ -128,6 +129,21 @@ class TestStochasticFlow:
             first, again, other = (run(flow, steps=3, seed=seed, **self.OPTIONS) for seed in (0, 0, 1))
         assert torch.equal(first, again)
         assert (first - other).abs().max() > 0.1
+
+    def test_steps_of_another_pipeline_draw_their_own(self, flow):
+        """One that has the same scheduler, and a model of its own."""
+        other = type(flow)(**flow.components)
+        other.transformer = copy.deepcopy(flow.transformer)
+
+        def drawn():
+            torch.manual_seed(0)  # which flow models' steps draw from
+            return run(other, steps=3, **self.OPTIONS)
+
+        expected = drawn()
+        with editing(flow, FreePromptEdit(1.0)):
+            edited = run(flow, steps=3, **self.OPTIONS)
+            assert torch.equal(drawn(), expected)
+            assert torch.equal(run(flow, steps=3, **self.OPTIONS), edited)
 
     def test_a_list_of_generators_is_every_rows_own(self, flow):
         def generators():
