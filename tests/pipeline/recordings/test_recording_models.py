@@ -66,6 +66,24 @@ class TestSwitches:
         edited(tiny, recorded)
 
 
+def test_words_that_a_text_encoder_has_learnt(pipe):
+    """By textual inversion: the last of several vectors too, of a name that another model has learnt otherwise."""
+
+    def learnt(*seeds):
+        made = FreePromptPipeline.from_pipe(tiny_pipeline(pipe))
+        made.text_encoder, made.tokenizer = copy.deepcopy(made.text_encoder), copy.deepcopy(made.tokenizer)
+        width = made.text_encoder.config.hidden_size
+        vectors = [torch.randn(width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        made.load_textual_inversion({"<mine>": torch.stack(vectors)})
+        return made
+
+    assert fingerprint(learnt(1, 2)) == fingerprint(learnt(1, 2))
+    assert len({fingerprint(learnt(*seeds)) for seeds in ((1, 2), (1, 3), (3, 2))}) == 3
+    recorded = learnt(1, 2).record("a photo of <mine>", **RUN)
+    with pytest.raises(ValueError, match="the recording is of another model"):
+        learnt(1, 3).edit(recorded, "a drawing of <mine>")
+
+
 class TestSameModel:
     """What changes only how a model is computed."""
 
