@@ -9,6 +9,7 @@ from diffusers import QwenImage21Pipeline
 from .flow_pipeline import FlowEditing
 from .models.adapters.families import adapter_of
 from .recordings.padded_texts import pad_texts
+from .text_parts import plain_tokenizer
 
 __all__ = ["FreePromptQwenImage21Pipeline"]
 
@@ -29,6 +30,11 @@ class FreePromptQwenImage21Pipeline(FlowEditing, QwenImage21Pipeline):
     #: To how many tokens prompts are padded in the call under way; 0 for those of the longest.
     padded_tokens: int = 0
     told = ("sys_prompt", "prompt_template_t2i", "prompt_template_ti2i", "_drop_idx")
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer inside of the processor, by which edits find words."""
+        return plain_tokenizer(self.processor)
 
     @classmethod
     def parent_options(cls) -> frozenset[str]:
