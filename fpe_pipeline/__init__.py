@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from .models.roles import BatchRoles
     from .models.sites import Site, attention_sites
     from .models.steps import Step, StepWindow
+    from .nucleus_pipeline import FreePromptNucleusMoEImagePipeline
     from .pipeline import FreePromptPipeline
     from .pixart_pipeline import FreePromptPixArtAlphaPipeline, FreePromptPixArtSigmaPipeline
     from .prompts.encoding import Encoding
@@ -91,6 +92,7 @@ _HOME = {
     "FreePromptKrea2Pipeline": "krea2_pipeline",
     "FreePromptLongCatImagePipeline": "flux_kin_pipeline",
     "FreePromptLumina2Pipeline": "flow_pipeline",
+    "FreePromptNucleusMoEImagePipeline": "nucleus_pipeline",
     "FreePromptOvisImagePipeline": "flux_kin_pipeline",
     "FreePromptPipeline": "pipeline",
     "FreePromptPipelineOutput": "sampling.output",
@@ -163,6 +165,7 @@ __all__ = [
     "FreePromptKrea2Pipeline",
     "FreePromptLongCatImagePipeline",
     "FreePromptLumina2Pipeline",
+    "FreePromptNucleusMoEImagePipeline",
     "FreePromptOvisImagePipeline",
     "FreePromptPipeline",
     "FreePromptPipelineOutput",

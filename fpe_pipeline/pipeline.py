@@ -36,6 +36,7 @@ _MODULES = {
     "cogview4": "cogview",
     "krea2": "krea2",
     "ideogram4": "ideogram4",
+    "nucleus": "nucleus",
     "aura_flow": "aura_flow",
 }
 

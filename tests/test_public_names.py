@@ -20,7 +20,7 @@ PIPELINE = (
     "FreePromptAuraFlowPipeline FreePromptBriaPipeline FreePromptChromaPipeline FreePromptCogView4Pipeline "
     "FreePromptEdit FreePromptFlux2KleinPipeline FreePromptFlux2Pipeline FreePromptFluxPipeline "
     "FreePromptIdeogram4Pipeline FreePromptKrea2Pipeline FreePromptLongCatImagePipeline "
-    "FreePromptLumina2Pipeline FreePromptOvisImagePipeline "
+    "FreePromptLumina2Pipeline FreePromptNucleusMoEImagePipeline FreePromptOvisImagePipeline "
     "FreePromptPipeline FreePromptPipelineOutput FreePromptPixArtAlphaPipeline FreePromptPixArtSigmaPipeline "
     "FreePromptQwenImage21Pipeline FreePromptQwenImagePipeline FreePromptSD3Pipeline FreePromptXLPipeline "
     "FreePromptZImagePipeline HeatMaps Injecting Inversion JointProduct KVEdit LayerSelection LocalBlend MasaCtrlEdit "

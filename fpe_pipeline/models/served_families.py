@@ -29,7 +29,7 @@ __all__ = [
 Family = Literal[
     "unet", "sdxl", "pixart_alpha", "pixart_sigma", "sd3", "flux", "flux2", "flux2_klein", "ovis", "longcat", "bria",
     "qwen", "qwen21", "chroma", "lumina2", "z_image", "cogview4", "krea2", "aura_flow",
-    "ideogram4",
+    "ideogram4", "nucleus",
 ]  # fmt: skip
 #: By which layers a model is edited: self- and cross-attention, or joint attention. Methods say which they serve.
 Served = Literal["unet", "transformer"]
@@ -250,6 +250,9 @@ FAMILIES: dict[Family, ServedFamily] = {
         patch=2,
         no_negative="which is guided by a model of its own that sees no text",
         is_recorded=False,
+    ),
+    "nucleus": _flow(
+        "Nucleus-Image", "NucleusMoEImagePipeline", defaults={"steps": 50, "guidance": 4.0}, patch="patch_size"
     ),
 }
 #: The family of a pipeline by the name of its class, as diffusers or this package calls it.

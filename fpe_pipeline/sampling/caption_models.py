@@ -14,7 +14,7 @@ import torch
 from ..models.adapters import lumina2
 from ..models.adapters.z_image import filled_up
 from ..text_parts import conversation
-from .flow_model import FlowModel, GuidedByTwoCalls, Latents, Velocity, check_unguided, shift_of
+from .flow_model import FlowModel, Latents, NormedGuidance, Velocity, check_unguided, shift_of
 
 __all__ = ["Lumina2", "ZImage"]
 
@@ -28,14 +28,6 @@ class _Lumina2Velocity(Velocity):
 
     def _predicted(self) -> Latents:
         return -super()._predicted()
-
-
-class _NormedGuidance(GuidedByTwoCalls):
-    """Guidance whose result is scaled to be as long as what is guided, in each row of pixels, as the pipeline does."""
-
-    def _guided(self, away: Latents, towards: Latents) -> Latents:
-        guided = super()._guided(away, towards)
-        return guided * (towards.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
 
 class Lumina2(FlowModel):
@@ -84,7 +76,7 @@ class Lumina2(FlowModel):
         if not guided:
             return towards
         conditions = {"encoder_hidden_states": away, "encoder_attention_mask": away_mask}
-        return _NormedGuidance(towards, _Lumina2Velocity(self.pipe, conditions, None), guidance_scale)
+        return NormedGuidance(towards, _Lumina2Velocity(self.pipe, conditions, None), guidance_scale)
 
 
 class _ZImageVelocity(Velocity):

@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .arguments import check_size
 
-__all__ = ["FlowModel", "GuidedByTwoCalls", "Latents", "Velocity", "check_unguided", "shift_of"]
+__all__ = ["FlowModel", "GuidedByTwoCalls", "Latents", "NormedGuidance", "Velocity", "check_unguided", "shift_of"]
 
 Latents = torch.Tensor
 
@@ -97,6 +97,15 @@ class GuidedByTwoCalls(Velocity):
         """What the pipeline makes of both [1, …]."""
         assert self._guidance_scale is not None
         return away + self._guidance_scale * (towards - away)
+
+
+class NormedGuidance(GuidedByTwoCalls):
+    """Guidance whose result is scaled to be as long as what is guided, in each row of pixels or token."""
+
+    def _guided(self, away: Latents, towards: Latents) -> Latents:
+        guided = super()._guided(away, towards)
+        scaled: Latents = guided * (towards.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+        return scaled
 
 
 class FlowModel(ABC):

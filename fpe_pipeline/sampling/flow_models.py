@@ -18,6 +18,7 @@ from .flow_model import FlowModel, Latents, Velocity, shift_of
 from .ideogram4_model import Ideogram4
 from .kin_models import Bria, LongCat, Ovis
 from .krea2_model import Krea2
+from .nucleus_model import NucleusImage
 from .packed_models import Chroma, Flux, Flux2, Qwen, Qwen21
 
 __all__ = ["FlowModel", "Velocity", "check_served", "flow_model", "is_flow_model"]
@@ -78,6 +79,7 @@ _FAMILIES: dict[str, type[FlowModel]] = {
     "cogview4": CogView4,
     "krea2": Krea2,
     "ideogram4": Ideogram4,
+    "nucleus": NucleusImage,
     "aura_flow": AuraFlow,
 }
 #: Pipelines whose models are shown pictures, by what their names begin with.

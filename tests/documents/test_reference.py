@@ -28,6 +28,7 @@ MADE_BY_OTHERS = {"CombinedEdit", "ConceptMaps", "Edit", "HeatMaps", "LinearMap"
     "FreePromptFluxPipeline",
     "FreePromptIdeogram4Pipeline",
     "FreePromptKrea2Pipeline",
+    "FreePromptNucleusMoEImagePipeline",
     "FreePromptLongCatImagePipeline",
     "FreePromptLumina2Pipeline",
     "FreePromptOvisImagePipeline",

@@ -41,6 +41,7 @@ SHARED = {
     "fpe_pipeline.staging": "ground",
     "fpe_pipeline.endings": "ground",
     "fpe_pipeline.krea2_pipeline": "pipeline",
+    "fpe_pipeline.nucleus_pipeline": "pipeline",
     "fpe_pipeline.ideogram4_pipeline": "pipeline",
     "fpe_pipeline.aura_flow_pipeline": "pipeline",
     "fpe_pipeline.cogview_pipeline": "pipeline",

@@ -1,4 +1,4 @@
-"""CogView 4, Krea 2, AuraFlow, Ideogram 4 for tests of real images: their runs, latents and velocities, written out."""
+"""Families of flow models for tests of real images: their runs, latents and velocities, written out."""
 
 import inspect
 import math
@@ -197,6 +197,46 @@ class OnIdeogram4:
         return guided_by(guidance, towards, of(tiny.unconditional_transformer, torch.zeros_like(texts[:, 40:]), 40))
 
 
+class OnNucleus:
+    """Guided by the empty prompt, to tokens as long as those without."""
+
+    options: ClassVar = {}
+
+    def __init__(self, pipe):
+        from fpe_pipeline import FreePromptNucleusMoEImagePipeline
+        from tests.support.tiny_nucleus import tiny_nucleus_pipeline
+
+        self.kind, self.stock = FreePromptNucleusMoEImagePipeline, tiny_nucleus_pipeline(saves=True)
+
+    @staticmethod
+    def run(scheduler):
+        scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3])
+
+    start = staticmethod(OnKrea2.start)
+
+    @staticmethod
+    def velocity(tiny, guidance=None):
+        def of(text):
+            texts, mask = tiny.encode_prompt(text)
+            given = {"encoder_hidden_states": texts, "encoder_hidden_states_mask": mask, "img_shapes": [(1, 3, 5)]}
+
+            def velocity(z, sigma):
+                return -tiny.transformer(z, timestep=(1000 * sigma).expand(1).double() / 1000, **given).sample
+
+            return velocity
+
+        towards = of(SOURCE)
+        guided = guided_by(guidance, towards, of(""))
+        if guidance is None:
+            return towards
+
+        def scaled(z, sigma):
+            velocity = guided(z, sigma)
+            return velocity * (towards(z, sigma).norm(dim=-1, keepdim=True) / velocity.norm(dim=-1, keepdim=True))
+
+        return scaled
+
+
 def shifted(share):
     return SHIFT * share / (1 + (SHIFT - 1) * share)
 
@@ -206,6 +246,8 @@ if hasattr(diffusers, "Krea2Pipeline"):
     FAMILIES["Krea 2"] = OnKrea2
 
 
+if hasattr(diffusers, "NucleusMoEImagePipeline"):
+    FAMILIES["Nucleus-Image"] = OnNucleus
 NARROW = ()
 if hasattr(diffusers, "Ideogram4Pipeline"):
     from diffusers.models.transformers import transformer_ideogram4

@@ -49,6 +49,10 @@ def _made(pipe, family):
             return tiny_krea2_pipeline(dtype=_F32)
         made = tiny_cogview4_that_reads() if family == "cogview4" else tiny_aura_flow_that_encodes(pipe)
         return made.to(_F32)
+    if family == "nucleus":
+        from tests.support.tiny_nucleus import tiny_nucleus_pipeline
+
+        return tiny_nucleus_pipeline(dtype=_F32, saves=True)
     if family == "ideogram4":
         from tests.support.tiny_ideogram4 import tiny_ideogram4_pipeline
 

@@ -50,12 +50,18 @@ class _Processor:
         return self.tokenizer.apply_chat_template(messages, **options)
 
 
-def tiny_nucleus_pipeline(pipe=None, dtype=torch.float64, padding="right"):
-    """A Nucleus-Image pipeline whose tokenizer pads texts on this side."""
+def tiny_nucleus_pipeline(pipe=None, dtype=torch.float64, padding="right", saves=False):
+    """A Nucleus-Image pipeline whose tokenizer pads texts on this side.
+
+    Args:
+        saves: whether it is to be saved: with as many layers of its encoder as diffusers reads from, and a tokenizer
+            alone in the place of its processor.
+    """
     torch.manual_seed(0)
     tokenizer = qwen_tokenizer()
     tokenizer.chat_template, tokenizer.padding_side = _SAYS, padding
-    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16}
+    text |= {"num_hidden_layers": 8 if saves else 2}
     text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 512}
     text |= {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True}}
     vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16}
@@ -72,9 +78,10 @@ def tiny_nucleus_pipeline(pipe=None, dtype=torch.float64, padding="right"):
         scheduler=ExactEuler(),
         vae=tiny_video_vae().to(dtype),
         text_encoder=encoder.to(dtype).eval(),
-        processor=_Processor(tokenizer),
+        processor=tokenizer if saves else _Processor(tokenizer),
     )
-    tiny.default_return_index = -1
+    if not saves:
+        tiny.default_return_index = -1
     tiny.set_progress_bar_config(disable=True)
     return tiny
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from ...edits.joint_products import JointPlan
+from ..layers.captions import lengths_asked
 from ..layers.computing import Rows, take
 from ..layers.dispatched import DispatchedAround
 from ..layers.joint_computing import JointLayer, SegmentProjections
@@ -57,12 +59,15 @@ class EditNucleusProcessor(DispatchedAround):
         if lengths is not None and attention_mask is not None:
             read = counts_first(attention_mask[:, -text.shape[1] :])[:, : max(lengths), None]
             text, text_places = text.take_along_dim(read, 1), text_places.take_along_dim(read, 1)
+        known, beyond = lengths_asked(order, lengths or (text.shape[1],) * rows)
+        if beyond > 0:  # of a recorded source
+            text, text_places = (pad(part, (0, 0, 0, beyond)) for part in (text, text_places))
         layer = JointLayer(
-            segment_projections(attn, plan, "image", hidden_states, by_numbers(places)),
-            _text(attn, plan, text, by_numbers(text_places)),
+            segment_projections(attn, plan, "image", hidden_states, by_numbers(places)).beside("image", order.recorded),
+            _text(attn, plan, text, by_numbers(text_places)).beside("text", order.recorded, ends=True),
             head_dim(attn) ** -0.5,
             order.backend,
-            lengths,
+            None if set(known) == {text.shape[1]} else known,
             text_asks=False,
         )
         self.record = joint_record(plan, layer, attn.heads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -35,6 +36,7 @@ GUIDED = {
     "cogview4": {"guidance_scale": 3.0, "negative_prompt": "rain"},
     "krea2": {"guidance_scale": 3.0},
     "ideogram4": {"guidance_scale": 3.0},
+    "nucleus": {"guidance_scale": 3.0, "negative_prompt": "rain"},
     "aura_flow": {"guidance_scale": 3.0, "negative_prompt": "rain"},
     "pixart_alpha": {"guidance_scale": 3.0},
     "pixart_sigma": {"guidance_scale": 3.0, "negative_prompt": "rain"},
@@ -197,6 +199,21 @@ def test_what_a_family_is_refused_before_weights_are_read(family, more, reason, 
     assert reason in one_error(capsys)
 
 
+@pytest.mark.skipif(not hasattr(diffusers, "QwenImage21Pipeline"), reason="this diffusers has no Qwen-Image 2.1")
+@pytest.mark.parametrize("method", ["fpe", "p2p-refine"])
+def test_a_model_whose_tokenizer_is_in_a_processor(method, tmp_path, monkeypatch, capsys):
+    """Qwen-Image 2.1; its folder is told by its configuration alone."""
+    from tests.support.tiny_qwen21 import tiny_qwen21_pipeline
+
+    made = FreePromptPipeline.from_pipe(tiny_qwen21_pipeline(dtype=torch.float32))
+    monkeypatch.setattr("fpe_pipeline.runs.run.load_pipeline", lambda *args, **kwargs: made)
+    folder = described(tmp_path / "qwen21", "qwen21")
+    asked = ["--source", SOURCE, "--target", TARGET, "--method", method, "--size", "64x64", "--steps", "2"]
+    code = cli.main(["edit", "--model", str(folder), *asked, "--quiet", "-o", str(tmp_path / "out")])
+    assert code == 0, capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["model"]["class"] == type(made).__name__
+
+
 def described(folder, family, **config):
     """A folder that says what a pipeline of the family is, and has no weights."""
     config = {"is_distilled": True, **config} if family == "flux2_klein" else config
@@ -225,6 +242,7 @@ def described(folder, family, **config):
         ("cogview4", 50, 5.0, 0.2, "direct"),
         ("krea2", 28, 4.5, 0.2, "direct"),
         ("ideogram4", 48, 7.0, 0.2, "direct"),
+        ("nucleus", 50, 4.0, 0.2, "direct"),
         ("aura_flow", 50, 3.5, 0.2, "direct"),
         ("pixart_alpha", 20, 4.5, 0.8, "ddim"),
     ],

@@ -1,4 +1,4 @@
-"""Real images on CogView 4, Krea 2, AuraFlow, Ideogram 4: the papers' formulas, edits, files, and what is refused."""
+"""Real images on families that came later: the papers' formulas, edits, files, and what is refused."""
 
 import warnings
 

@@ -52,6 +52,10 @@ if hasattr(diffusers, "Ideogram4Pipeline"):
     from tests.support.tiny_ideogram4 import tiny_ideogram4_pipeline
 
     RUNS["Ideogram 4"] = tiny_ideogram4_pipeline
+if hasattr(diffusers, "NucleusMoEImagePipeline"):
+    from tests.support.tiny_nucleus import tiny_nucleus_pipeline
+
+    RUNS["Nucleus-Image"] = tiny_nucleus_pipeline
 #: Whose pipeline's own guidance is of another number of steps, and which shift σ themselves.
 GUIDED = {"Ideogram 4": {"guidance_scale": 3.0}}
 
