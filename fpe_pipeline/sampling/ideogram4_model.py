@@ -13,7 +13,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from .flow_model import GuidedByTwoCalls, Latents, Velocity
-from .packed_models import Flux
+from .packed_models import Flux, moments
 
 __all__ = ["Ideogram4"]
 
@@ -77,15 +77,9 @@ class Ideogram4(Flux):
         patch = self.pipe.patch_size
         parts = mean.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [1, C, h / 2, 2, w / 2, 2]
         grid = parts.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
-        middle, spread = self._moments(grid)
+        middle, spread = moments(self.pipe.vae, grid)
         normalised: Latents = (grid - middle) / spread
         return normalised
-
-    def _moments(self, grid: Latents) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of each channel of a grid [B, 4 · C, …], as its autoencoder knows them."""
-        vae = self.pipe.vae
-        mean, variance = (given.view(1, -1, 1, 1) for given in (vae.bn.running_mean, vae.bn.running_var))
-        return mean.to(grid), torch.sqrt(variance + vae.config.batch_norm_eps).to(grid)
 
     def latents(self, encoded: Latents) -> Latents:
         packed: Latents = encoded.flatten(2).transpose(1, 2)
@@ -95,7 +89,7 @@ class Ideogram4(Flux):
         if size is None:
             raise ValueError("expected the size of the images, which latents packed into tokens do not say, got None")
         grid = latents.transpose(1, 2).unflatten(2, tuple(side // self.multiple for side in size))
-        mean, spread = self._moments(grid)
+        mean, spread = moments(self.pipe.vae, grid)
         patch = self.pipe.patch_size
         parts = (grid * spread + mean).unflatten(1, (patch, patch, -1))  # [B, 2, 2, C, h / 2, w / 2]
         unpacked: Latents = parts.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3)

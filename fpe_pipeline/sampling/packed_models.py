@@ -20,7 +20,7 @@ from ..models.adapters.flux2 import is_klein
 from ..text_parts import plain_tokenizer
 from .flow_model import FlowModel, GuidedByTwoCalls, Latents, Velocity, shift_of
 
-__all__ = ["Chroma", "CodedAsVideos", "Flux", "Flux2", "FluxVelocity", "Qwen", "Qwen21"]
+__all__ = ["Chroma", "CodedAsVideos", "Flux", "Flux2", "FluxVelocity", "Qwen", "Qwen21", "moments"]
 
 
 class FluxVelocity(Velocity):
@@ -95,14 +95,8 @@ class Flux2(Flux):
     def encoded(self, pixels: torch.Tensor) -> Latents:
         """As of others, [1, 4 · C, h / 2, w / 2]."""
         grid = self.pipe._patchify_latents(self.pipe.vae.encode(pixels).latent_dist.mean)
-        mean, spread = self._moments(grid)
+        mean, spread = moments(self.pipe.vae, grid)
         return (grid - mean) / spread
-
-    def _moments(self, grid: Latents) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of each channel of a grid [B, 4 · C, …], as its autoencoder knows them."""
-        vae = self.pipe.vae
-        mean, variance = (given.view(1, -1, 1, 1) for given in (vae.bn.running_mean, vae.bn.running_var))
-        return mean.to(grid), torch.sqrt(variance + vae.config.batch_norm_eps).to(grid)
 
     def latents(self, encoded: Latents) -> Latents:
         return self.held(encoded)
@@ -111,7 +105,7 @@ class Flux2(Flux):
         if size is None:
             raise ValueError("expected the size of the images, which latents packed into tokens do not say, got None")
         grid = self.taken(latents, size)
-        mean, spread = self._moments(grid)
+        mean, spread = moments(self.pipe.vae, grid)
         return self.pipe._unpatchify_latents(grid * spread + mean)
 
     def drawn(self, size: tuple[int, int], generator: Any = None) -> Latents:
@@ -144,6 +138,13 @@ class Flux2(Flux):
             away = FluxVelocity(pipe, conditions(""), None, "uncond")
             return GuidedByTwoCalls(FluxVelocity(pipe, conditions(prompt), None), away, guidance_scale)
         return FluxVelocity(pipe, conditions(prompt), None)
+
+
+def moments(vae: Any, grid: Latents) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each channel of a grid [B, 4 · C, h / 2, w / 2], as FLUX.2's autoencoder knows
+    them."""
+    mean, variance = (given.view(1, -1, 1, 1) for given in (vae.bn.running_mean, vae.bn.running_var))
+    return mean.to(grid), torch.sqrt(variance + vae.config.batch_norm_eps).to(grid)
 
 
 class CodedAsVideos(Flux):
