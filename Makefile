@@ -53,7 +53,7 @@ help:  ## show this list
 environment: $(STAMP)  ## make the environment of everything below, which the others make where it is missing
 
 demo: $(if $(wildcard $(STAMP)),$(STAMP),$(PICTURES))  ## edit a picture with the model in the repository; pictures land in out/demo
-	@$(BIN)/fpe demo -o $(OUT_DIR)
+	@$(BIN)/fpe demo -o "$(OUT_DIR)"
 	@echo "The pictures are in $(OUT_DIR)/"
 
 test: $(STAMP)  ## the fast tests, Triton kernels through the interpreter (what CI runs)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -66,8 +67,11 @@ def test_each_target_makes_the_environment_that_it_needs(target, extra, tmp_path
     Path(stamp).touch()
     again = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "install" not in again
-    demo = ["make", "-n", "demo", f"VENV={tmp_path / 'venv'}"]
-    assert "install" not in subprocess.run(demo, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    demo = ["make", "-n", "demo", f"VENV={tmp_path / 'venv'}", "OUT_DIR=my pictures"]
+    said = subprocess.run(demo, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "install" not in said
+    command = next(line for line in said.splitlines() if "fpe demo" in line)
+    assert shlex.split(command)[-1] == "my pictures"  # one folder
 
 
 def test_the_citation_is_of_this_version():
