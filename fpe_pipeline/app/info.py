@@ -38,9 +38,10 @@ def run(method: str | None = None, *, as_json: bool = False) -> None:
     for title, names in found["words"].items():
         print_text(f"  {title:<12}{', '.join(names)}")
     print_text("other models, with what they take where nothing is said")
+    width = max(map(len, found["families"])) + 2
     for name, own in found["families"].items():
         said = f"steps {own['steps']}, guidance {own['guidance']:g}, self-replace {own['self_replace'][1]:g}"
-        print_text(f"  {name:<28}{said}; inverted by {', '.join(own['inversions'])}")
+        print_text(f"  {name:<{width}}{said}; inverted by {', '.join(own['inversions'])}")
     print_text("methods (fpe info --method NAME says what their options do)")
     for name, entry in found["methods"].items():
         print_text(f"  {name:<16}{entry['title']}: {', '.join(entry['options'])}")

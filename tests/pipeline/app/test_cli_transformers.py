@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -191,6 +192,9 @@ def test_help_says_what_models_take_where_nothing_is_said(command, capsys, monke
 def test_info_says_what_models_take_where_nothing_is_said(capsys):
     assert cli.main(["info"]) == 0
     told = capsys.readouterr().out
-    assert "  Stable Diffusion 3          steps 28, guidance 7, self-replace 0.2; inverted by direct, ref" in told
-    assert "  PixArt                      steps 20, guidance 4.5, self-replace 0.8; inverted by ddim, direct, " in told
+    assert re.search(r"^  Stable Diffusion 3 +steps 28, guidance 7, self-replace 0.2; inverted by dir", told, re.M)
+    assert re.search(r"^  PixArt +steps 20, guidance 4.5, self-replace 0.8; inverted by ddim, direct, ", told, re.M)
+    lines = [line for line in told.splitlines() if "; inverted by " in line]
+    (column,) = {line.index("steps ") for line in lines}
+    assert all(line[column - 2 : column] == "  " for line in lines)  # the longest name too
     assert defaults_for("embedded-sd3", {})["guidance"] == 7.0
