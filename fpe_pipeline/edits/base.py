@@ -116,7 +116,7 @@ class Edit(ABC):
         A session warns of a part that acted at no step of a run. What is asked to do nothing, such as a window of no
         width, is left out: () is an edit that leaves everything as it is, and is meant to.
         """
-        return (("its active steps", self.active),)
+        return (("its `active`", self.active),)
 
     def _normalise(self, **values: Any) -> None:
         """Store fields as the edit understands them, so that equal edits compare equal; a window as its fractions."""

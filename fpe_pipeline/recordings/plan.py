@@ -75,7 +75,7 @@ class Plan:
             window=None if plain is None else (plain.window.start, plain.window.stop),
             paths=() if plain is None else tuple(site.path for site in plain.select(tuple(sites))),
             nbytes=nbytes,
-            told=f"{megabytes(nbytes)} for {len(contents)} layers {words}",
+            told=f"{mebibytes(nbytes)} for {len(contents)} layers {words}",
             size=size,
         )
 
@@ -83,7 +83,7 @@ class Plan:
         """Raise ValueError where the recording takes more than ``most`` bytes; ``less`` says what takes fewer."""
         if most is not None and self.nbytes > most:
             raise ValueError(
-                f"a recording takes {self.told}, more than budget_bytes={most} ({megabytes(most)}): raise it, {less}, "
+                f"a recording takes {self.told}, more than budget_bytes={most} ({mebibytes(most)}): raise it, {less}, "
                 "or a folder as placement"
             )
 
@@ -140,6 +140,6 @@ def new_store(placement: str | Path, device: torch.device) -> MapStore:
     return FileStore.create(Path(placement))
 
 
-def megabytes(count: int) -> str:
+def mebibytes(count: int) -> str:
     """Bytes in words."""
-    return f"{count / 1e6:,.1f} MB"
+    return f"{count / 2**20:,.1f} MiB"

@@ -202,7 +202,7 @@ class TestBudget:
 
     def test_one_that_is_too_small(self, tiny, tmp_path, monkeypatch):
         monkeypatch.setattr(tiny.unet, "forward", lambda *a, **k: pytest.fail("denoised before the budget was checked"))
-        with pytest.raises(ValueError, match=r"more than budget_bytes=1000 \(0.0 MB\): raise it"):
+        with pytest.raises(ValueError, match=r"more than budget_bytes=1000 \(0.0 MiB\): raise it"):
             tiny.record(SOURCE, budget_bytes=1000, placement=tmp_path / "r", **RUN)
         assert not (tmp_path / "r").exists()
 
