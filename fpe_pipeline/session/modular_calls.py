@@ -10,6 +10,7 @@ import torch
 
 from ..models.adapters.adapter import ModelAdapter
 from ..prompts.encoding import Encoding, received_by, text_of_parts
+from ..text_parts import inner_blocks
 from .shared_noise import paired_generators
 
 __all__ = ["ModularCalls"]
@@ -78,8 +79,11 @@ class ModularCalls:
                 self._pending = None
 
     def _check_picture(self, values: Mapping[str, Any]) -> None:
-        """Raise ValueError for a picture that a generator encodes, of which there would have to be one a row."""
-        if values.get("image") is not None:
+        """Raise ValueError for a picture that a generator encodes, of which there would have to be one a row.
+
+        FLUX.3 encodes its reference pictures by none.
+        """
+        if values.get("image") is not None and any(map(_draws_by_autoencoder, inner_blocks(self._pipe))):
             raise ValueError(
                 f"{type(self._pipe).__name__} is given a picture, and encodes it by the generators that draw noise: "
                 "pass a list of generators, one a row, with the same seed for rows of one image (and as many pictures, "
@@ -90,6 +94,14 @@ class ModularCalls:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._encoded(pending())
+
+
+def _draws_by_autoencoder(block: Any) -> bool:
+    """Whether a block that holds no others takes a generator beside an autoencoder."""
+    if getattr(block, "sub_blocks", None):
+        return False
+    parts = {part.name for part in block.expected_components}
+    return "vae" in parts and "generator" in {given.name for given in block.inputs}
 
 
 class _Blocks:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from diffusers import modular_pipelines
+from diffusers import FlowMatchEulerDiscreteScheduler, modular_pipelines
+from PIL import Image
 
 from fpe_pipeline import (
     ConsistEdit,
@@ -16,6 +17,7 @@ from fpe_pipeline import (
 from fpe_pipeline.errors import EditWarning
 from tests.support.tiny_flux3 import (
     FLUX3,
+    WINDOW,
     dense_flux3,
     draw_flux3,
     draw_flux3_prompts,
@@ -23,6 +25,7 @@ from tests.support.tiny_flux3 import (
     tiny_flux3_pipeline,
     tiny_flux3_that_reads,
 )
+from tests.support.tiny_ideogram4 import tiny_ideogram4_pipeline
 
 TOLERANCE = 2e-4
 STEPS = 2  # of four
@@ -234,6 +237,31 @@ def test_an_upsampler_writes_each_prompt_anew():
     upsampling.update_components(**{name: part for name, part in given.items() if part is not None})
     with editing(upsampling, FreePromptEdit(0.5)), pytest.raises(ValueError, match=r"sub_blocks\.pop\(.prompt_ups"):
         upsampling(prompt=["a car", "a dog"], **CALL)
+
+
+def test_a_reference_picture_beside_noise_that_is_drawn():
+    """Its latents are the autoencoder's mode: no generator encodes it, so that one may draw the rows' noise."""
+    seeing = modular_pipelines.Flux3AutoBlocks()
+    for name in ("prompt_upsampler", "decode"):
+        seeing.sub_blocks.pop(name)
+    seeing.sub_blocks["text_encoder"].pad_multiple = WINDOW
+    pipe = seeing.init_pipeline()
+    parts = {name: part for name, part in tiny_flux3_that_reads(dtype=torch.float32).components.items() if part}
+    parts |= {"vae": tiny_ideogram4_pipeline(dtype=torch.float32).vae, "scheduler": FlowMatchEulerDiscreteScheduler()}
+    pipe.update_components(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    given = {"image": picture, "text_encoder_out_layers": (1, 2), "num_inference_steps": 2, "output": "latents", **CALL}
+
+    def drawn(prompt):
+        return pipe(prompt=prompt, generator=torch.Generator().manual_seed(1), **given)
+
+    prompts = ["a photo of a red car", "a photo of a blue car"]
+    with editing(pipe, FreePromptEdit(0.5)):
+        edited, same = drawn(prompts), drawn(prompts[:1] * 2)
+    torch.testing.assert_close(edited[:1], drawn(prompts[0]), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(same[0], same[1], rtol=0, atol=TOLERANCE)
+    assert (edited[1] - edited[0]).abs().max() > 1e-3
 
 
 def test_heat_of_a_word():
