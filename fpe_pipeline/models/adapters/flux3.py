@@ -127,9 +127,11 @@ def _encoded(pipe: Any, original: Callable[..., torch.Tensor], *args: Any, **kwa
 def _check_prompts(original: Callable[[Any], None], state: Any) -> None:
     """What a block checks, of each of its prompts; ValueError for lists that do not go together."""
     prompts, negative = state.prompt, getattr(state, "negative_prompt", None)
-    if not isinstance(prompts, list):
+    if isinstance(prompts, str):
         original(state)
         return
+    if not isinstance(prompts, list):
+        raise ValueError(f"prompt must be a text or a list of them, got {type(prompts).__name__}")
     for name, texts in (("prompt", prompts), ("negative_prompt", negative)):
         if isinstance(texts, list) and not (texts and all(isinstance(text, str) for text in texts)):
             raise ValueError(f"{name} must be texts, or a list of them, got {texts!r}")

@@ -206,6 +206,7 @@ class TestListsOfPrompts:
     @pytest.mark.parametrize(
         ("prompts", "negative", "said"),
         [
+            (("a car", "a dog"), None, "prompt must be a text or a list of them, got tuple"),
             (["a car", 3], None, "prompt must be texts, or a list of them"),
             ([], None, "prompt must be texts"),
             (["a car", "a dog"], ["a"], "got 2 prompts and 1 negative ones"),
