@@ -32,6 +32,13 @@ class FreePromptIdeogram4Pipeline(FlowEditing, Ideogram4Pipeline):
             return float(max(super().parent_default("guidance_schedule")))
         return super().parent_default(name)
 
+    def _arguments(
+        self, model: Any, call: Any, edit: Any, prompts: Any, latents: Any, generator: Any, options: Any
+    ) -> Any:
+        # None is the scale's default in diffusers: the schedule holds.
+        given = {name: value for name, value in options.items() if (name, value) != ("guidance_scale", None)}
+        return super()._arguments(model, call, edit, prompts, latents, generator, given)
+
     def _loop(self, arguments: dict[str, Any]) -> Any:
         if arguments.get("prompt_upsampling"):
             raise ValueError(

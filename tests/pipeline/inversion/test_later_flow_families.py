@@ -265,8 +265,11 @@ class TestIdeogram4:
         constant, falling = drawn(guidance_scale=3.0), drawn(guidance_schedule=[7.0, 3.0, 3.0])
         assert distance(constant, drawn(guidance_schedule=(3.0, 3.0, 3.0))) <= EXACT
         assert distance(constant, falling) > 1e-3
+        assert distance(falling, drawn(guidance_scale=None, guidance_schedule=[7.0, 3.0, 3.0])) == 0, "its default"
         with pytest.raises(ValueError, match=r"must have length `num_inference_steps` \(3\)"):
             drawn()
+        with pytest.raises(ValueError, match=r"One of `guidance_scale` and `guidance_schedule`"):
+            drawn(guidance_scale=None, guidance_schedule=None)
         with pytest.raises(ValueError, match="Only one of"):
             drawn(guidance_scale=3.0, guidance_schedule=[3.0] * 3)
 
