@@ -17,7 +17,8 @@ class FreePromptIdeogram4Pipeline(FlowEditing, Ideogram4Pipeline):
 
     Made by ``FreePromptPipeline.from_pipe(pipe)`` of a pipeline of diffusers; loads, saves and offloads as that does.
     Used as `FreePromptSD3Pipeline`, but that it takes no negative prompt. Its own ``guidance_schedule`` is of 48 steps:
-    a ``guidance_scale`` takes its place, and other numbers of steps ask for either. Prompts are encoded as they are
+    a ``guidance_scale`` takes its place, and other numbers of steps ask for either. A scale of 1 or less guides by
+    nothing, as in other families; diffusers' pipeline leaves the prompt out at 0. Prompts are encoded as they are
     given: ``pipe.upsample_prompt(prompts)`` rewrites them first. There are no recordings of it.
     """
 
@@ -47,7 +48,8 @@ class FreePromptIdeogram4Pipeline(FlowEditing, Ideogram4Pipeline):
             )
         scale, schedule = arguments.get("guidance_scale"), arguments.get("guidance_schedule")
         if scale is not None:
-            arguments = {"guidance_schedule": None, **arguments}
+            scale = max(scale, self.unguided)  # below, the model that sees no text would be followed
+            arguments = {"guidance_schedule": None, **arguments, "guidance_scale": scale}
         elif "guidance_schedule" not in arguments:
             schedule = self.parent_default("guidance_schedule")
         steps = arguments.get("num_inference_steps", self.parent_default("num_inference_steps"))

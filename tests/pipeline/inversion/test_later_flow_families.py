@@ -273,6 +273,16 @@ class TestIdeogram4:
         with pytest.raises(ValueError, match="Only one of"):
             drawn(guidance_scale=3.0, guidance_schedule=[3.0] * 3)
 
+    def test_no_guidance_is_none(self, ideogram):
+        """By a scale of 0 diffusers' formula would follow the model that sees no text."""
+        options = {"num_inference_steps": 3, "max_sequence_length": 40, "output_type": "latent", **SIZE}
+
+        def drawn(prompt, scale):
+            return ideogram(prompt, generator=torch.Generator().manual_seed(5), guidance_scale=scale, **options).source
+
+        assert distance(drawn(SOURCE, 0), drawn(SOURCE, 1.0)) == 0
+        assert distance(drawn(SOURCE, 0), drawn(TARGET, 0)) > 1e-3
+
     def test_what_is_refused(self, ideogram, photo):
         options = {"num_inference_steps": 3, "max_sequence_length": 40, **SIZE}
         with pytest.raises(ValueError, match=r"rewrite them by pipe\.upsample_prompt"):
