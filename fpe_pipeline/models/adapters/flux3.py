@@ -111,7 +111,7 @@ def _encoded(pipe: Any, original: Callable[..., torch.Tensor], *args: Any, **kwa
         shorter = [number for number, count in enumerate(windows) if count < max(windows)]
         warnings.warn(
             f"texts are padded to {max(windows)} tokens, as the longest one of the call is, and FLUX.3 "
-            f"attends to padding: prompts {shorter} have fewer alone, where they make other images than here. Write "
+            f"attends to padding: texts {shorter} have fewer alone, where they make other images than here. Write "
             "prompts of as many tokens, to edit the image that a source has alone",
             EditWarning,
             stacklevel=2,

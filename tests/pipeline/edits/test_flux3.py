@@ -193,7 +193,7 @@ class TestListsOfPrompts:
         longer = ["a red car", "a photo of a red car on a snow mountain in winter, a photo of a red dog"]
         with (
             editing(reads, FreePromptEdit(0.5)),
-            pytest.warns(EditWarning, match=r"padded to 40 tokens, .* prompts \[0\] have fewer alone"),
+            pytest.warns(EditWarning, match=r"padded to 40 tokens, .* texts \[0\] have fewer alone"),
         ):
             draw_flux3_prompts(reads, longer, steps=1)
 
