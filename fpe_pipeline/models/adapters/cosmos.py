@@ -12,7 +12,7 @@ from typing import Any
 
 from ...text_parts import Template, TextPart
 from ..sites import Site
-from .adapter import ModelCall
+from .adapter import ModelCall, identity
 from .named_calls import NamedCallsAdapter
 from .transformer import self_and_cross
 
@@ -31,9 +31,10 @@ class CosmosAdapter(NamedCallsAdapter):
 
     def __init__(self, pipe: Any | None, model: Any) -> None:
         super().__init__(pipe, model)
+        reader = getattr(pipe, "text_encoder", None)
         if hasattr(pipe, "text_conditioner"):
             self.text_parts = (TextPart("t5_tokenizer", ("text_conditioner",), _padded),)
-        elif pipe is not None and "T5" not in type(getattr(pipe, "text_encoder", None)).__name__:
+        elif reader is not None and "T5" not in type(identity(reader)).__name__:
             self.words_refused = (
                 f"{type(pipe).__name__} encodes prompts inside a conversation that it does not tell, so that no word "
                 "is found there: use an edit that looks for none, such as FreePromptEdit or MasaCtrlEdit"

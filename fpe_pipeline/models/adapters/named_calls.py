@@ -106,6 +106,7 @@ class NamedCallsAdapter(TransformerAdapter):
             return "unconditional"
         raise ValueError(
             f"{type(self.pipe).__name__} calls the model {self._unnamed} times in a step and does not say which call "
-            "sees the prompts: guide without a negative prompt (true_cfg_scale=1), or call the model in "
+            "sees the prompts: guide without a negative prompt (true_cfg_scale=1, or guidance_scale=1 where there is "
+            "no such option), or, where the model has it, call it in "
             '`with pipe.transformer.cache_context("cond"):` and "uncond"'
         )
