@@ -106,6 +106,29 @@ def dense_rows(models, make, rules, steps, step_of, names=KINDS, within=""):
             undo(what)
 
 
+def of_source(row, rows, map_of, value):
+    """Free-Prompt-Editing in a call of rows of one half, the source's first."""
+    return map_of(0, 0) @ value[row] if row else None
+
+
+def memory_of_source(row, rows, map_of, value):
+    """MasaCtrl in such a call."""
+    return map_of(row, 0) @ value[0] if row else None
+
+
+#: What is not Free-Prompt-Editing in the first two steps: whether the other half follows, rules by kind, and steps.
+OTHER_RULES = {
+    "the unconditional call too": (True, {"attn1": of_source}, (0, 1)),
+    "a step off": (False, {"attn1": of_source}, (1, 2)),
+    "keys and values": (False, {"attn1": memory_of_source}, (0, 1)),
+    "the text's layers": (False, {"attn2": of_source}, (0, 1)),
+}
+
+
+def farthest(one, other):
+    return float((torch.as_tensor(one) - torch.as_tensor(other)).abs().max())
+
+
 def halves(row, rows):
     """The first row of a row's half, in a batch of [unconditional, conditional]."""
     return row // (rows // 2) * (rows // 2)

@@ -20,6 +20,7 @@ from fpe_pipeline import (
     heat_maps,
 )
 from fpe_pipeline.prompts.alignment import align_refine, tokenize
+from tests.support.dense_rows import OTHER_RULES, farthest, memory_of_source, of_source
 from tests.support.tiny_cosmos import (
     PROMPTS,
     TEXTS,
@@ -41,14 +42,6 @@ def pipes(pipe):
             return self.setdefault(kind, (tiny_anima if kind == "Anima" else tiny_cosmos_pipeline)(pipe))
 
     return Made()
-
-
-def of_source(row, rows, map_of, value):
-    return map_of(0, 0) @ value[row] if row else None
-
-
-def memory(row, rows, map_of, value):
-    return map_of(row, 0) @ value[0] if row else None
 
 
 def of_words(pipe, prompts):
@@ -81,10 +74,6 @@ def reference(pipe, rules, steps, *, both=False, **options):
         return draw_cosmos(pipe, **options)
 
 
-def farthest(one, other):
-    return float((torch.as_tensor(one) - torch.as_tensor(other)).abs().max())
-
-
 CALLS = {
     "Cosmos": ("Cosmos", {}),
     "Cosmos, 3 targets, not square": ("Cosmos", {"size": (4, 12), "prompts": 4}),
@@ -94,7 +83,7 @@ CALLS = {
 }
 EDITS = {
     "FPE": lambda pipe, prompts: (FreePromptEdit(0.5), {"attn1": of_source}, (0, 1), False),
-    "MasaCtrl": lambda pipe, prompts: (MasaCtrlEdit(1, start_layer=0), {"attn1": memory}, (1, 2, 3), True),
+    "MasaCtrl": lambda pipe, prompts: (MasaCtrlEdit(1, start_layer=0), {"attn1": memory_of_source}, (1, 2, 3), True),
     "Prompt-to-Prompt": lambda pipe, prompts: (
         PromptToPromptEdit(prompts, pipe.tokenizer, "refine", cross_replace_steps=0.6, self_replace_steps=0.25),
         {"attn1": of_source, "attn2": of_words(pipe, prompts)},
@@ -128,17 +117,9 @@ def test_targets_are_the_papers(pipes, call, edit):
     assert len(report.layers) == 2 * len(rules) and farthest(actual[0], plain[0]) <= EXACT
 
 
-WRONG = {
-    "the unconditional call too": (True, {"attn1": of_source}, (0, 1)),
-    "a step off": (False, {"attn1": of_source}, (1, 2)),
-    "keys and values": (False, {"attn1": memory}, (0, 1)),
-    "the text's layers": (False, {"attn2": of_source}, (0, 1)),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("wrong", OTHER_RULES)
 def test_other_rules_are_told_apart(pipes, wrong):
-    both, rules, steps = WRONG[wrong]
+    both, rules, steps = OTHER_RULES[wrong]
     actual, _ = edited(pipes["Cosmos"], FreePromptEdit(0.5))
     assert farthest(actual, reference(pipes["Cosmos"], rules, steps, both=both)) > 1e-5
 

@@ -11,6 +11,7 @@ if not hasattr(diffusers, "Kandinsky5T2IPipeline"):
 from fpe_pipeline import FreePromptEdit, LocalBlend, MasaCtrlEdit, PromptToPromptEdit, WordMask, editing, heat_maps
 from fpe_pipeline.models.adapters.families import adapter_of
 from fpe_pipeline.prompts.alignment import align_refine
+from tests.support.dense_rows import OTHER_RULES, farthest, memory_of_source, of_source
 from tests.support.placed_words import columns, placed
 from tests.support.slow_cases import few
 from tests.support.tiny_kandinsky5 import (
@@ -57,14 +58,6 @@ class Words:
         return longest
 
 
-def of_source(row, rows, map_of, value):
-    return map_of(0, 0) @ value[row] if row else None
-
-
-def memory(row, rows, map_of, value):
-    return map_of(row, 0) @ value[0] if row else None
-
-
 def of_words(pipe, prompts):
     def rule(row, rows, map_of, value):
         if not row:
@@ -92,10 +85,6 @@ def reference(pipe, rules, steps, *, both=False, **options):
         return draw_kandinsky5(pipe, **options)
 
 
-def farthest(one, other):
-    return float((torch.as_tensor(one) - torch.as_tensor(other)).abs().max())
-
-
 CALLS = {
     "square": ("T2I", {}),
     "not square": ("T2I", {"size": (4, 12)}),
@@ -106,7 +95,7 @@ CALLS = {
 }
 EDITS = {
     "FPE": lambda pipe, prompts: (FreePromptEdit(0.5), {"attn1": of_source}, (0, 1), False),
-    "MasaCtrl": lambda pipe, prompts: (MasaCtrlEdit(1, start_layer=0), {"attn1": memory}, (1, 2, 3), True),
+    "MasaCtrl": lambda pipe, prompts: (MasaCtrlEdit(1, start_layer=0), {"attn1": memory_of_source}, (1, 2, 3), True),
     "Prompt-to-Prompt": lambda pipe, prompts: (
         PromptToPromptEdit(prompts, pipe.tokenizer, "refine", cross_replace_steps=0.6, self_replace_steps=0.25),
         {"attn1": of_source, "attn2": of_words(pipe, prompts)},
@@ -135,15 +124,7 @@ def test_targets_are_the_papers(pipes, call, edit):
     assert len(report.layers) == 2 * len(rules) and farthest(actual[0], plain[0]) <= EXACT
 
 
-WRONG = {
-    "the unconditional call too": (True, {"attn1": of_source}, (0, 1)),
-    "a step off": (False, {"attn1": of_source}, (1, 2)),
-    "keys and values": (False, {"attn1": memory}, (0, 1)),
-    "the text's layers": (False, {"attn2": of_source}, (0, 1)),
-}
-
-
-@pytest.mark.parametrize("wrong", few(WRONG, "the unconditional call too"))
+@pytest.mark.parametrize("wrong", few(OTHER_RULES, "the unconditional call too"))
 def test_other_rules_are_told_apart(pictures, wrong):
     both, rules, steps = wrong
     actual, _ = edited(pictures, FreePromptEdit(0.5))
