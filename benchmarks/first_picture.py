@@ -34,7 +34,7 @@ IMPORTS = "import torch, gradio; from diffusers import StableDiffusionPipeline"
 #: The page's first edit, as the page makes it of its fields; prints its seconds.
 _EDIT = """
 import time
-from fpe_pipeline.pipeline import FreePromptPipeline
+from fpe_pipeline.pipelines.free_prompt import FreePromptPipeline
 from fpe_pipeline.runs.run import execute
 from fpe_pipeline.studio.requests import first_fields, settings_of
 import fpe_pipeline.edits, fpe_pipeline.session

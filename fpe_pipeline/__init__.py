@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 from .extras import PIPELINE, hint
 
 if TYPE_CHECKING:
-    from .aura_flow_pipeline import FreePromptAuraFlowPipeline
-    from .cogview_pipeline import FreePromptCogView4Pipeline
     from .edits import (
         CombinedEdit,
         ConsistEdit,
@@ -32,26 +30,10 @@ if TYPE_CHECKING:
     from .edits.registry import make_edit
     from .edits.selection import LayerSelection
     from .edits.watchers import Watcher
-    from .flow_pipeline import (
-        FreePromptChromaPipeline,
-        FreePromptFluxPipeline,
-        FreePromptLumina2Pipeline,
-        FreePromptQwenImagePipeline,
-        FreePromptSD3Pipeline,
-        FreePromptZImagePipeline,
-    )
-    from .flux2_pipeline import FreePromptFlux2KleinPipeline, FreePromptFlux2Pipeline
-    from .flux_kin_pipeline import (
-        FreePromptBriaPipeline,
-        FreePromptLongCatImagePipeline,
-        FreePromptOvisImagePipeline,
-    )
     from .heatmaps.concept_maps import ConceptMaps, concept_maps
     from .heatmaps.heat_maps import HeatMaps, heat_maps
-    from .ideogram4_pipeline import FreePromptIdeogram4Pipeline
     from .inversion.null_text import NullText
     from .inversion.trajectory import Inversion
-    from .krea2_pipeline import FreePromptKrea2Pipeline
     from .models.adapters.adapter import ModelCall
     from .models.adapters.families import register_adapter
     from .models.adapters.transformer import TransformerAdapter
@@ -59,11 +41,29 @@ if TYPE_CHECKING:
     from .models.roles import BatchRoles
     from .models.sites import Site, attention_sites
     from .models.steps import Step, StepWindow
-    from .nucleus_pipeline import FreePromptNucleusMoEImagePipeline
-    from .pipeline import FreePromptPipeline
-    from .pixart_pipeline import FreePromptPixArtAlphaPipeline, FreePromptPixArtSigmaPipeline
+    from .pipelines.aura_flow import FreePromptAuraFlowPipeline
+    from .pipelines.cogview import FreePromptCogView4Pipeline
+    from .pipelines.flow import (
+        FreePromptChromaPipeline,
+        FreePromptFluxPipeline,
+        FreePromptLumina2Pipeline,
+        FreePromptQwenImagePipeline,
+        FreePromptSD3Pipeline,
+        FreePromptZImagePipeline,
+    )
+    from .pipelines.flux2 import FreePromptFlux2KleinPipeline, FreePromptFlux2Pipeline
+    from .pipelines.flux_kin import (
+        FreePromptBriaPipeline,
+        FreePromptLongCatImagePipeline,
+        FreePromptOvisImagePipeline,
+    )
+    from .pipelines.free_prompt import FreePromptPipeline
+    from .pipelines.ideogram4 import FreePromptIdeogram4Pipeline
+    from .pipelines.krea2 import FreePromptKrea2Pipeline
+    from .pipelines.nucleus import FreePromptNucleusMoEImagePipeline
+    from .pipelines.pixart import FreePromptPixArtAlphaPipeline, FreePromptPixArtSigmaPipeline
+    from .pipelines.qwen21 import FreePromptQwenImage21Pipeline
     from .prompts.encoding import Encoding
-    from .qwen21_pipeline import FreePromptQwenImage21Pipeline
     from .recordings.recording import Recording
     from .sampling.noise_schedule import ddim_scheduler
     from .sampling.output import FreePromptPipelineOutput
@@ -81,28 +81,28 @@ _HOME = {
     "FireFlowScheduler": "models.flow_solvers",
     "FreeFluxEdit": "edits",
     "FreePromptEdit": "edits",
-    "FreePromptBriaPipeline": "flux_kin_pipeline",
-    "FreePromptAuraFlowPipeline": "aura_flow_pipeline",
-    "FreePromptChromaPipeline": "flow_pipeline",
-    "FreePromptCogView4Pipeline": "cogview_pipeline",
-    "FreePromptFlux2KleinPipeline": "flux2_pipeline",
-    "FreePromptFlux2Pipeline": "flux2_pipeline",
-    "FreePromptFluxPipeline": "flow_pipeline",
-    "FreePromptIdeogram4Pipeline": "ideogram4_pipeline",
-    "FreePromptKrea2Pipeline": "krea2_pipeline",
-    "FreePromptLongCatImagePipeline": "flux_kin_pipeline",
-    "FreePromptLumina2Pipeline": "flow_pipeline",
-    "FreePromptNucleusMoEImagePipeline": "nucleus_pipeline",
-    "FreePromptOvisImagePipeline": "flux_kin_pipeline",
-    "FreePromptPipeline": "pipeline",
+    "FreePromptBriaPipeline": "pipelines.flux_kin",
+    "FreePromptAuraFlowPipeline": "pipelines.aura_flow",
+    "FreePromptChromaPipeline": "pipelines.flow",
+    "FreePromptCogView4Pipeline": "pipelines.cogview",
+    "FreePromptFlux2KleinPipeline": "pipelines.flux2",
+    "FreePromptFlux2Pipeline": "pipelines.flux2",
+    "FreePromptFluxPipeline": "pipelines.flow",
+    "FreePromptIdeogram4Pipeline": "pipelines.ideogram4",
+    "FreePromptKrea2Pipeline": "pipelines.krea2",
+    "FreePromptLongCatImagePipeline": "pipelines.flux_kin",
+    "FreePromptLumina2Pipeline": "pipelines.flow",
+    "FreePromptNucleusMoEImagePipeline": "pipelines.nucleus",
+    "FreePromptOvisImagePipeline": "pipelines.flux_kin",
+    "FreePromptPipeline": "pipelines.free_prompt",
     "FreePromptPipelineOutput": "sampling.output",
-    "FreePromptPixArtAlphaPipeline": "pixart_pipeline",
-    "FreePromptPixArtSigmaPipeline": "pixart_pipeline",
-    "FreePromptQwenImage21Pipeline": "qwen21_pipeline",
-    "FreePromptQwenImagePipeline": "flow_pipeline",
-    "FreePromptSD3Pipeline": "flow_pipeline",
-    "FreePromptXLPipeline": "xl_pipeline",
-    "FreePromptZImagePipeline": "flow_pipeline",
+    "FreePromptPixArtAlphaPipeline": "pipelines.pixart",
+    "FreePromptPixArtSigmaPipeline": "pipelines.pixart",
+    "FreePromptQwenImage21Pipeline": "pipelines.qwen21",
+    "FreePromptQwenImagePipeline": "pipelines.flow",
+    "FreePromptSD3Pipeline": "pipelines.flow",
+    "FreePromptXLPipeline": "pipelines.xl",
+    "FreePromptZImagePipeline": "pipelines.flow",
     "HeatMaps": "heatmaps.heat_maps",
     "Injecting": "edits.base",
     "Inversion": "inversion.trajectory",

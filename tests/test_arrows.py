@@ -25,13 +25,12 @@ ALLOWED = {
     "fpe_pipeline.inversion": "ground images models models.adapters prompts session sampling",
     "fpe_pipeline.recordings": "embedded ground models models.adapters prompts edits session session.layers sampling "
     "inversion fpe_kernels",
-    "fpe_pipeline.edit_request": "ground edits inversion prompts sampling session",
-    "fpe_pipeline.pipeline": "embedded ground models models.adapters prompts edits session sampling inversion "
-    "recordings edit_request",
+    "fpe_pipeline.pipelines": "embedded ground models models.adapters prompts edits session sampling inversion "
+    "recordings",
     "fpe_pipeline.compat": "ground images models models.adapters prompts edits session session.layers heatmaps "
-    "sampling inversion pipeline fpe_kernels",
+    "sampling inversion pipelines fpe_kernels",
     "fpe_pipeline.runs": "ground images models models.adapters edits session heatmaps sampling inversion recordings "
-    "pipeline fpe_kernels",
+    "pipelines fpe_kernels",
     "fpe_pipeline.quality": "embedded ground images models models.adapters edits session sampling inversion runs "
     "fpe_kernels",
     "fpe_pipeline.studio": "embedded ground images models models.adapters edits session heatmaps sampling runs",

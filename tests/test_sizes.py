@@ -37,7 +37,7 @@ def exempt(path: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> str | Non
         return "jit"
     if path in COMMANDS and node.name == path.rpartition("/")[2].removesuffix(".py"):
         return "command"
-    return "call" if (path, node.name) == ("fpe_pipeline/unet_editing.py", "__call__") else None
+    return "call" if (path, node.name) == ("fpe_pipeline/pipelines/unet_editing.py", "__call__") else None
 
 
 @functools.cache

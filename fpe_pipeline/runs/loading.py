@@ -11,7 +11,7 @@ from ..models.sources import ModelSource
 if TYPE_CHECKING:
     import torch
 
-    from ..pipeline import FreePromptPipeline
+    from ..pipelines.free_prompt import FreePromptPipeline
 
 __all__ = ["load_pipeline", "pipeline_class"]
 
@@ -32,5 +32,5 @@ def load_pipeline(source: ModelSource, *, dtype: torch.dtype, device: str, pipel
 def pipeline_class() -> type[FreePromptPipeline]:
     """`FreePromptPipeline`, whose import takes seconds where diffusers is not loaded yet."""
     with quiet_libraries():
-        from ..pipeline import FreePromptPipeline
+        from ..pipelines.free_prompt import FreePromptPipeline
     return FreePromptPipeline

@@ -27,7 +27,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from ..edits import Edit
     from ..inversion.trajectory import Inversion
-    from ..pipeline import FreePromptPipeline
+    from ..pipelines.free_prompt import FreePromptPipeline
     from ..sampling.output import FreePromptPipelineOutput
 
 __all__ = [

@@ -30,7 +30,7 @@ from .result import RECORD_FORMAT, Run
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from ..pipeline import FreePromptPipeline
+    from ..pipelines.free_prompt import FreePromptPipeline
 
 __all__ = [
     "Loaded",

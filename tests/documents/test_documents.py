@@ -32,7 +32,7 @@ import fpe_pipeline
 from fpe_pipeline.app import cli
 from fpe_pipeline.app.commands import parsed
 from fpe_pipeline.models import sources
-from fpe_pipeline.unet_editing import UNetEditing
+from fpe_pipeline.pipelines.unet_editing import UNetEditing
 from tests.support.free_prompt_pipelines import free_prompt_xl_pipeline
 from tests.support.golden_cases import load_pipeline
 from tests.support.tiny_pipelines import tiny_pipeline

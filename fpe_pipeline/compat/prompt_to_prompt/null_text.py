@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from ...images.load import load_image
 from ...inversion.null_text import NullText
 from ...inversion.trajectory import Inversion
-from ...pipeline import FreePromptPipeline
+from ...pipelines.free_prompt import FreePromptPipeline
 from ..given import numbers, shown
 from .ptp_utils import latent2image, register_attention_control
 

@@ -12,7 +12,7 @@ if not hasattr(diffusers, "QwenImage21Pipeline"):
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, Inversion, editing, flow_scheduler
 from fpe_pipeline.errors import EditWarning
-from fpe_pipeline.qwen21_pipeline import FreePromptQwenImage21Pipeline
+from fpe_pipeline.pipelines.qwen21 import FreePromptQwenImage21Pipeline
 from fpe_pipeline.sampling.decoding import decoded
 from tests.support import edited_transformers
 from tests.support.flow_formulas import path_to_noise

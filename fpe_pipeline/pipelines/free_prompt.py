@@ -10,19 +10,19 @@ from typing import Any, ClassVar, cast
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-from .embedded import embedded_path
-from .models.adapters.families import adapter_of
-from .models.adapters.flux2 import is_klein
-from .models.served_families import FAMILIES, FAMILY_OF, Family
-from .models.sources import holds_sdxl, is_embedded
-from .sampling.arguments import check_size
-from .sampling.output import FreePromptPipelineOutput
-from .sampling.unet_conditions import UNetConditions
+from ..embedded import embedded_path
+from ..models.adapters.families import adapter_of
+from ..models.adapters.flux2 import is_klein
+from ..models.served_families import FAMILIES, FAMILY_OF, Family
+from ..models.sources import holds_sdxl, is_embedded
+from ..sampling.arguments import check_size
+from ..sampling.output import FreePromptPipelineOutput
+from ..sampling.unet_conditions import UNetConditions
 from .unet_editing import UNetEditing
 
 __all__ = ["FreePromptPipeline", "FreePromptPipelineOutput"]
 
-#: Beginnings of the modules in which families' classes are, where that is not the one of most transformers.
+#: Modules beside this one in which families' classes are, where that is not the one of most transformers.
 _MODULES = {
     "sdxl": "xl",
     "pixart_alpha": "pixart",
@@ -103,7 +103,7 @@ class FreePromptPipeline(UNetEditing, StableDiffusionPipeline):
 
 def _class_for(family: str) -> type:
     """The class that edits with a family's models; its module, a second's import, is imported with the first."""
-    module = import_module(f".{_MODULES.get(family, 'flow')}_pipeline", __package__)
+    module = import_module(f".{_MODULES.get(family, 'flow')}", __package__)
     made: type = getattr(module, FAMILIES[cast(Family, family)].public_name)
     return made
 
@@ -124,7 +124,7 @@ def _class_of(pipeline: Any) -> type | None:
     pixart = next((name for name in named if name.startswith("pixart")), None)
     if pixart is not None:
         return _class_for(pixart)
-    from .sampling.flow_models import check_served
+    from ..sampling.flow_models import check_served
 
     check_served(pipeline, family)
     return _class_for("flux2_klein" if is_klein(pipeline) else family)

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
+from ..edits import Edit
+from ..inversion.trajectory import Inversion, invert
+from ..recordings import record_run, replay_run
+from ..sampling.arguments import check_option_names
+from ..sampling.output import FreePromptPipelineOutput
+from ..sampling.pipeline import SamplingPipeline
+from ..sampling.served_models import check_model
 from .edit_request import EditRequest
-from .edits import Edit
-from .inversion.trajectory import Inversion, invert
-from .recordings import record_run, replay_run
-from .sampling.arguments import check_option_names
-from .sampling.output import FreePromptPipelineOutput
-from .sampling.pipeline import SamplingPipeline
-from .sampling.served_models import check_model
 
 __all__ = ["UNetEditing"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
 
-from .flow_pipeline import FlowEditing
+from .flow import FlowEditing
 
 __all__ = ["FreePromptFlux2KleinPipeline", "FreePromptFlux2Pipeline"]
 

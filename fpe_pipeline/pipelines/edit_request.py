@@ -10,27 +10,27 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from .edits import Edit
-from .edits.base import check_prompts
-from .errors import check_generator, check_guidance, check_positive
-from .inversion.follow import Followed, check_inversion_options
-from .inversion.trajectory import Inversion
-from .prompts.encoding import encoding_tokenizer
-from .prompts.words import warn_of_unknown_words
-from .sampling.arguments import check_embeddings, chosen_edit, image_size, negative_list, prompt_list
-from .sampling.output import FreePromptPipelineOutput
-from .sampling.pipeline import SamplingPipeline
-from .sampling.served_models import (
+from ..edits import Edit
+from ..edits.base import check_prompts
+from ..errors import check_generator, check_guidance, check_positive
+from ..inversion.follow import Followed, check_inversion_options
+from ..inversion.trajectory import Inversion
+from ..prompts.encoding import encoding_tokenizer
+from ..prompts.words import warn_of_unknown_words
+from ..sampling.arguments import check_embeddings, chosen_edit, image_size, negative_list, prompt_list
+from ..sampling.output import FreePromptPipelineOutput
+from ..sampling.pipeline import SamplingPipeline
+from ..sampling.served_models import (
     check_guided_inversion,
     check_negative_sizes,
     check_options,
     check_pipeline,
     check_second_negative,
 )
-from .sampling.step_end import Call, DropSource, Task, check_source_can_be_dropped
-from .session.finite import check_latents
-from .session.session import EditingSession, editing, session_of
-from .session.shared_noise import shared_latents
+from ..sampling.step_end import Call, DropSource, Task, check_source_can_be_dropped
+from ..session.finite import check_latents
+from ..session.session import EditingSession, editing, session_of
+from ..session.shared_noise import shared_latents
 
 __all__ = ["EditPlan", "EditRequest"]
 

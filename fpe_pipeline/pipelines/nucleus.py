@@ -6,8 +6,8 @@ from typing import Any
 
 from diffusers import NucleusMoEImagePipeline
 
-from .flow_pipeline import FlowEditing
-from .text_parts import plain_tokenizer
+from ..text_parts import plain_tokenizer
+from .flow import FlowEditing
 
 __all__ = ["FreePromptNucleusMoEImagePipeline"]
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 
-from .sampling.step_end import told_of_steps
-from .sampling.unet_conditions import UNetConditions
+from ..sampling.step_end import told_of_steps
+from ..sampling.unet_conditions import UNetConditions
 from .unet_editing import UNetEditing
 
 __all__ = ["FreePromptPixArtAlphaPipeline", "FreePromptPixArtSigmaPipeline"]

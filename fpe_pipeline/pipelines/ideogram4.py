@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import Ideogram4Pipeline
 
-from .flow_pipeline import FlowEditing
+from .flow import FlowEditing
 
 __all__ = ["FreePromptIdeogram4Pipeline"]
 

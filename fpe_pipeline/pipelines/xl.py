@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
-from .sampling.arguments import check_size
-from .sampling.unet_conditions import UNetConditions
+from ..sampling.arguments import check_size
+from ..sampling.unet_conditions import UNetConditions
 from .unet_editing import UNetEditing
 
 __all__ = ["FreePromptXLPipeline"]

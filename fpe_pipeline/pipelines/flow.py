@@ -17,25 +17,25 @@ from diffusers import (
     ZImagePipeline,
 )
 
-from .edits import Edit
-from .edits.base import check_prompts
-from .errors import check_generator, check_positive
-from .inversion.flow import check_flow_inversion, invert_flow, warn_of_other_texts, with_size_of
-from .inversion.follow import Followed, check_inversion_options
-from .inversion.trajectory import Inversion
-from .prompts.encoding import encoding_tokenizer
-from .prompts.words import warn_of_unknown_words
-from .recordings.flow_record import record_flow
-from .recordings.flow_replay import edit_flow
-from .sampling.arguments import check_option_names, prompt_list
-from .sampling.flow_models import FlowModel
-from .sampling.flow_sampling import FlowSampling, chosen_flow_edit, flow_start, guidance_of_rows, texts_of_call
-from .sampling.output import FreePromptPipelineOutput
-from .sampling.step_end import Call, DropSource, check_source_can_be_dropped
-from .sampling.text_masks import with_masks_in_order
-from .session.finite import check_latents
-from .session.session import EditingSession, editing, session_of
-from .session.shared_noise import row_generators
+from ..edits import Edit
+from ..edits.base import check_prompts
+from ..errors import check_generator, check_positive
+from ..inversion.flow import check_flow_inversion, invert_flow, warn_of_other_texts, with_size_of
+from ..inversion.follow import Followed, check_inversion_options
+from ..inversion.trajectory import Inversion
+from ..prompts.encoding import encoding_tokenizer
+from ..prompts.words import warn_of_unknown_words
+from ..recordings.flow_record import record_flow
+from ..recordings.flow_replay import edit_flow
+from ..sampling.arguments import check_option_names, prompt_list
+from ..sampling.flow_models import FlowModel
+from ..sampling.flow_sampling import FlowSampling, chosen_flow_edit, flow_start, guidance_of_rows, texts_of_call
+from ..sampling.output import FreePromptPipelineOutput
+from ..sampling.step_end import Call, DropSource, check_source_can_be_dropped
+from ..sampling.text_masks import with_masks_in_order
+from ..session.finite import check_latents
+from ..session.session import EditingSession, editing, session_of
+from ..session.shared_noise import row_generators
 
 __all__ = [
     "FlowEditing",

@@ -6,10 +6,10 @@ from typing import Any
 
 from diffusers import QwenImage21Pipeline
 
-from .flow_pipeline import FlowEditing
-from .models.adapters.families import adapter_of
-from .recordings.padded_texts import pad_texts
-from .text_parts import plain_tokenizer
+from ..models.adapters.families import adapter_of
+from ..recordings.padded_texts import pad_texts
+from ..text_parts import plain_tokenizer
+from .flow import FlowEditing
 
 __all__ = ["FreePromptQwenImage21Pipeline"]
 

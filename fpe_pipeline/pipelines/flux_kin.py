@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from diffusers import BriaPipeline, LongCatImagePipeline, OvisImagePipeline
 
-from .flow_pipeline import FlowEditing
-from .sampling.kin_models import reading
-from .sampling.step_end import Call, told_of_steps
+from ..sampling.kin_models import reading
+from ..sampling.step_end import Call, told_of_steps
+from .flow import FlowEditing
 
 __all__ = [
     "FreePromptBriaPipeline",
