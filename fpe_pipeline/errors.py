@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
+
+from .callers import warn
 
 __all__ = [
     "EditWarning",
@@ -79,11 +80,10 @@ def warn_of_size(size: tuple[int, int], native: tuple[int, int]) -> None:
     """Warn of a (height, width) in pixels far from the one that a model was trained for."""
     share = size[0] * size[1] / (native[0] * native[1])
     if not 1 / FAR < share < FAR:
-        warnings.warn(
+        warn(
             f"{size[1]} x {size[0]} pixels (width x height) are {share:.2g} times those that the model was trained for "
             f"({native[1]} x {native[0]}): expect {'objects twice' if share > 1 else 'no recognisable picture'}",
             RequestWarning,
-            stacklevel=3,
         )
 
 

@@ -148,7 +148,7 @@ class ControlledLayers:
             self._layers.check(self._sites, ())
             hook = torch.compiler.disable(lambda module, args, kwargs: self._give(args, kwargs))
             self._handles.append(self._adapter.model.register_forward_pre_hook(hook, with_kwargs=True))
-            ended = torch.compiler.disable(lambda *call: self._layers.warn_of_bypassed(stacklevel=4))
+            ended = torch.compiler.disable(lambda *call: self._layers.warn_of_bypassed())
             self._handles.append(self._adapter.model.register_forward_hook(ended))
         except BaseException:
             self.restore()
@@ -171,7 +171,7 @@ class ControlledLayers:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._layers.restore(stacklevel=3)
+        self._layers.restore()
         if _CONTROLLED.get(self._adapter.module) is self:
             del _CONTROLLED[self._adapter.module]
 

@@ -20,6 +20,7 @@ from diffusers.models.attention_processor import Attention
 
 from fpe_kernels import AttentionMap
 
+from ..callers import warn
 from ..models.adapters.adapter import identity
 from ..models.adapters.families import edited_model
 from ..session.entry import check_backend
@@ -161,12 +162,11 @@ class Acceleration(AbstractContextManager["Acceleration"]):
         name = type(processor).__name__
         if not _is_known(processor) or query.shape[0] % layer.heads:
             if name not in self._left:
-                warnings.warn(
+                warn(
                     f"{name} asks for attention maps and is not known: its maps are written out, as without "
                     "acceleration. What it does with them can be done by a Watcher or an Edit: see "
                     "docs/write-an-edit.md",
                     RuntimeWarning,
-                    stacklevel=4,
                 )
             self._note(self._left, name, path)
             return type(layer).get_attention_scores(layer, query, key, attention_mask)

@@ -14,13 +14,13 @@ the source against it while it is denoised again:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
 
+from ..callers import warn
 from ..errors import EditWarning, check_guidance, check_positive, warn_of_size
 from ..images.load import load_image, to_tensor
 from ..models.adapters.adapter import identity
@@ -141,7 +141,7 @@ def warn_of_other_texts(
     apart = model.seen_apart(inversion.prompt, lengths[0], prompts, lengths[1])
     if apart is not None:
         held = "it comes back less exactly than it could" if inversion.method == "free" else "it is held all the same"
-        warnings.warn(f"the image {apart}; {held}", EditWarning, stacklevel=4)
+        warn(f"the image {apart}; {held}", EditWarning)
 
 
 def _check(pipe: Any, prompt: Any, method: Any) -> None:

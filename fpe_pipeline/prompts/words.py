@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..callers import warn
 from ..errors import RequestWarning
 from ..text_parts import plain_tokenizer
 
@@ -351,10 +351,9 @@ def warn_of_unknown_words(prompts: Iterable[str], tokenizer: Any) -> None:
     for prompt in dict.fromkeys(prompts):
         unknown = unknown_words(prompt, tokenizer)
         if unknown:
-            warnings.warn(
+            warn(
                 f"the model's tokenizer does not know {', '.join(map(repr, unknown))} of {prompt!r}: such words are "
                 "spelt letter by letter, and the model has hardly learnt what they mean (`fpe info` lists what the "
                 "embedded model draws)",
                 RequestWarning,
-                stacklevel=3,
             )

@@ -6,13 +6,13 @@ diffusers' loop runs unchanged, inside a session and with our tasks at the end o
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 
+from ..callers import warn
 from ..edits import Edit, FreePromptEdit
 from ..edits.free_prompt import JOINT_STEPS
 from ..edits.registry import require_edit
@@ -126,18 +126,16 @@ def texts_of_call(pipe: Any, options: Mapping[str, Any], count: int) -> dict[str
         check_guidance(scale)
     scale = max(scales, default=pipe.unguided)
     if texts["negative_prompt"] is not None and scale <= pipe.unguided:
-        warnings.warn(
+        warn(
             f"the negative prompt does nothing at {name}={scale:g}, which switches guidance off",
             EditWarning,
-            stacklevel=4,
         )
     negative = any(options.get(given) is not None for given in ("negative_prompt", "negative_prompt_embeds"))
     if not negative and options.get("true_cfg_scale", pipe.unguided) > pipe.unguided:
-        warnings.warn(
+        warn(
             f"true_cfg_scale={scale:g} does nothing without a negative prompt, from which it guides away: pass "
             'negative_prompt, which may be ""',
             EditWarning,
-            stacklevel=4,
         )
     return {name: given for name, given in texts.items() if given is not None}
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from ..callers import warn
 from ..errors import EditWarning
 from ..models.precision import check_precision
 
@@ -106,10 +106,9 @@ def check_options(pipe: Any, guidance_scale: float, negative: bool, options: dic
             "was distilled to take the guidance scale itself; leave negative_prompt out"
         )
     if negative and guidance_scale <= 1:
-        warnings.warn(
+        warn(
             f"the negative prompt does nothing at guidance_scale={guidance_scale:g}, which switches guidance off",
             EditWarning,
-            stacklevel=3,
         )
     takes_eta = "eta" in inspect.signature(pipe.scheduler.step).parameters
     if options.get("eta") and not takes_eta:

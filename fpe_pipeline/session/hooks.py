@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+
+from ..callers import warn
 
 __all__ = ["FeatureHooks", "SchedulerHook"]
 
@@ -98,11 +99,10 @@ class SchedulerHook:
     def remove(self, *, expected: bool) -> None:
         """Uncover the method that was there before; warn where steps were ``expected`` and none was made."""
         if expected and not self.calls:
-            warnings.warn(
+            warn(
                 "latents were to be blended after each step, and the scheduler that the session found on entering made "
                 "none: set the pipeline's scheduler before, or call session.after_step(latents) in a loop of your own",
                 RuntimeWarning,
-                stacklevel=5,
             )
         if self._nodes is not None:
             if self.pass_through in self._nodes:

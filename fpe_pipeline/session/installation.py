@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from ..callers import warn
 from ..models.adapters.adapter import ModelAdapter, is_compiled
 from ..models.sites import Site
 from ..shadows import Shadows
@@ -199,18 +199,17 @@ class LayerProcessors:
         """By layer path, each order of the call and what its processor told of it; None where it was not asked."""
         return {path: (self.orders[path], processor.record) for path, processor, _ in self._working}
 
-    def warn_of_bypassed(self, stacklevel: int) -> None:
+    def warn_of_bypassed(self) -> None:
         """Warn of layers that had an order in the call that has ended and did not carry it out."""
         bypassed = [path for path, own, _ in self._working if own.record is None or own.record.skipped]
         if bypassed:
-            warnings.warn(
+            warn(
                 "layers that this step was to edit were computed without their editing processor, which was replaced "
                 "or skipped: " + ", ".join(bypassed),
                 RuntimeWarning,
-                stacklevel=stacklevel,
             )
 
-    def restore(self, stacklevel: int) -> None:
+    def restore(self) -> None:
         """Give the layers back the processors that they had; warn of those that somebody else has replaced since."""
         self.give(NO_ORDERS)  # whoever still holds one of ours now holds one that calls the original
         self._found = {}  # a layer may be another one by now
@@ -229,11 +228,10 @@ class LayerProcessors:
             self._shadows.remove()
             self._shadows = None
         if foreign:
-            warnings.warn(
+            warn(
                 "these layers' processors were replaced during the editing session and are left as they are: "
                 + ", ".join(foreign),
                 RuntimeWarning,
-                stacklevel=stacklevel + 1,
             )
 
     def _layer(self, path: str) -> Any:

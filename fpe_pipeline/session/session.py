@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..callers import warn
 from ..edits import Edit, base
 from ..edits.registry import require_edit
 from ..edits.watchers import Watcher, blended
@@ -153,11 +153,10 @@ class EditingSession:
             self._restore()
         if error is None and self._clock.calls == 0:
             word = self.adapter.word
-            warnings.warn(
+            warn(
                 f"the editing session ended without a call of the {word} it watched: nothing was edited. Was the "
                 f"pipeline's {word.lower()} replaced, or another pipeline called?",
                 RuntimeWarning,
-                stacklevel=2,
             )
 
     def _install(self, watchers: Sequence[Watcher]) -> None:
@@ -215,7 +214,7 @@ class EditingSession:
             self._hooks = None
         self._finite.forget()
         self._now = NO_CALL
-        self._layers.restore(stacklevel=4)
+        self._layers.restore()
 
     def step(self, index: int, total: int) -> None:
         """Set the step of the model's calls that follow, in a sampling loop that has no diffusers scheduler::
@@ -337,7 +336,7 @@ class EditingSession:
         blends = any(watcher.blends for watcher in self._watchers)
         self._report.note_idle(type(self.edit).__name__, self._running, seen, blends=blends)
         for reason in self._report.idle:
-            warnings.warn(reason, EditWarning, stacklevel=3)
+            warn(reason, EditWarning)
 
     def _before_call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._hooks is not None
@@ -377,7 +376,7 @@ class EditingSession:
             assert self._hooks is not None
             self._report = self._report.at(self._clock.step)
             self._report.add(self._clock.step, self._layers.records, self._hooks.features.rows, self._now.recorded)
-        self._layers.warn_of_bypassed(stacklevel=4)
+        self._layers.warn_of_bypassed()
 
     def _orders(self, edit: Edit | None, call: ModelCall, step: Step, roles: BatchRoles) -> dict[str, Order]:
         """What the layers are to do in a call; ``edit`` is None where it is not active."""

@@ -31,6 +31,7 @@ INNER = (
 )
 #: Modules beside the folders that share a room.
 SHARED = {
+    "fpe_pipeline.callers": "ground",
     "fpe_pipeline.errors": "ground",
     "fpe_pipeline.shadows": "ground",
     "fpe_pipeline.text_parts": "ground",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from ...callers import warn
 from ...errors import EditWarning
 from ..given import listed
 from ..lazy import LazyMap
@@ -54,11 +54,10 @@ def save_attention_maps(
     keys = min(view.shape[-1] for layers in attn_maps.values() for view in layers.values())
     own = getattr(attn_maps, "tokenizer", None)
     if own is not None and _ids(own, prompts, keys) != _ids(tokenizer, prompts, keys):
-        warnings.warn(
+        warn(
             "the columns of these maps are the tokens of another tokenizer than the one that was passed, which is "
             "taken in its place: for FLUX.1 pass pipe.tokenizer_2",
             EditWarning,
-            stacklevel=2,
         )
         tokenizer = own
     tokens = [tokenizer.convert_ids_to_tokens(ids) for ids in _ids(tokenizer, prompts, keys)]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fpe_kernels import LinearMap, known_columns
+
+from ...callers import asking_line
 
 __all__ = [
     "MapNumbersWarning",
@@ -21,9 +21,6 @@ __all__ = [
     "summable",
     "warn_of_numbers",
 ]
-
-_HERE = str(Path(__file__).resolve().parents[1])
-_LIBRARIES = (_HERE, str(Path(torch.__file__).resolve().parent))
 
 #: Bytes of a block of rows where an operation goes block by block.
 BLOCK_BYTES = 1 << 26
@@ -71,14 +68,6 @@ def warn_of_numbers(operation: str, shape: tuple[int, ...], dtype: torch.dtype, 
 def forget_lines() -> None:
     """Tell of every line anew: controllers have been installed."""
     _told.clear()
-
-
-def asking_line() -> tuple[str, int]:
-    """File and line of the innermost caller outside this package and PyTorch."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
-        frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_lineno
 
 
 def entries(rows: LinearMap) -> torch.Tensor:

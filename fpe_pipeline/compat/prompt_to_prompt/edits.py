@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import abc
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from ...callers import warn
 from ...errors import EditWarning, check_positive
 from ..given import listed, window
 from ..switch import chosen_compat
@@ -94,11 +94,10 @@ class AttentionControlEdit(AttentionStore, abc.ABC):
         super().between_steps()
         # The first step's latents are handed over after its last layer, so the second one tells.
         if self.local_blend is not None and self.cur_step == 2 and not self._latents_seen:
-            warnings.warn(
+            warn(
                 "the local blend does nothing: nobody handed the controller the latents of a step, as a pipeline's own "
                 "call does not; call ptp_utils.text2image_ldm_stable, or controller.step_callback(latents) after steps",
                 EditWarning,
-                stacklevel=2,
             )
 
     def reset(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ...callers import warn
 from ...errors import EditWarning, check_generator, check_guidance, check_positive
 from ..controlled import Compat, ControlledLayers, controlled_layers, register_controller
 from ..given import check_count, listed, shown
@@ -185,11 +185,10 @@ def warn_of_prompts(controller: Any, prompts: Sequence[str]) -> None:
     """Say so where an edit's words are those of other prompts than the run's; other numbers of prompts are refused."""
     made_for = getattr(controller, "prompts", None)
     if hasattr(controller, "cross_replace_steps") and made_for is not None and list(made_for) != list(prompts):
-        warnings.warn(
+        warn(
             f"the controller is made for {list(made_for)}, whose words it aligns, and the run has {list(prompts)}: "
             "make a controller with the prompts of the call",
             EditWarning,
-            stacklevel=4,  # the caller of a loop, which torch.no_grad wraps
         )
 
 

@@ -9,13 +9,13 @@ follows them they take lists of prompts.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
+from ...callers import warn
 from ...errors import EditWarning
 from ...shadows import Shadows
 from ...text_parts import Template, TextPart, conversation, inner_blocks, plain_tokenizer
@@ -109,12 +109,11 @@ def _encoded(pipe: Any, original: Callable[..., torch.Tensor], *args: Any, **kwa
     windows = [window(prompt) for prompt in prompts]
     if min(windows) < max(windows):
         shorter = [number for number, count in enumerate(windows) if count < max(windows)]
-        warnings.warn(
+        warn(
             f"texts are padded to {max(windows)} tokens, as the longest one of the call is, and FLUX.3 "
             f"attends to padding: texts {shorter} have fewer alone, where they make other images than here. Write "
             "prompts of as many tokens, to edit the image that a source has alone",
             EditWarning,
-            stacklevel=2,
         )
     given["pad_multiple"] = max(windows)
     rows = []
