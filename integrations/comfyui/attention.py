@@ -17,7 +17,7 @@ import torch
 
 from fpe_kernels import shared_attention
 
-__all__ = ["SharedMaps", "level_of", "maps_of_rows", "step_of"]
+__all__ = ["SharedMaps", "by_head", "is_edited", "level_of", "maps_of_rows", "step_of"]
 
 #: What ComfyUI writes into ``cond_or_uncond`` for rows of the positive prompt.
 _CONDITIONAL = 0
@@ -56,7 +56,7 @@ class SharedMaps:
         if not targets:  # ComfyUI may ask for the rows of the negative prompt alone
             return _ordinary(query, key, value, heads)
         first = sorted(set(maps))
-        query, key, value = (_by_head(states, heads) for states in (query, key, value))
+        query, key, value = (by_head(states, heads) for states in (query, key, value))
         index = [first.index(row) for row in maps]
         out = shared_attention(query[first], key[first], value, map_index=index, backend=self.backend)
         if self.strength < 1:
@@ -66,8 +66,7 @@ class SharedMaps:
         return out.transpose(1, 2).flatten(2)
 
     def _acts(self, tokens: int, options: Mapping[str, Any]) -> bool:
-        index, total = step_of(options)
-        if not int(total * self.start) <= index < int(total * self.stop):
+        if not is_edited(self.start, self.stop, options):
             return False
         return level_of(tokens, options["original_shape"]) >= self.least_level
 
@@ -107,12 +106,18 @@ def step_of(options: Mapping[str, Any]) -> tuple[int, int]:
     return max(int((levels >= now * (1 - 1e-5)).sum()) - 1, 0), len(levels)
 
 
+def is_edited(start: float, stop: float, options: Mapping[str, Any]) -> bool:
+    """Whether the step at hand is in the window ``[int(total * start), int(total * stop))``."""
+    index, total = step_of(options)
+    return int(total * start) <= index < int(total * stop)
+
+
 def level_of(tokens: int, latents: Sequence[int]) -> int:
     """How often a layer of ``tokens`` has halved the sides of latents of shape [rows, channels, height, width]."""
     return round(math.log(latents[-2] * latents[-1] / tokens, 4))
 
 
-def _by_head(states: torch.Tensor, heads: int) -> torch.Tensor:
+def by_head(states: torch.Tensor, heads: int) -> torch.Tensor:
     """[rows, tokens, heads × D] as [rows, heads, tokens, D]."""
     return states.unflatten(-1, (heads, -1)).transpose(1, 2)
 

@@ -1,34 +1,17 @@
-"""The ComfyUI nodes, against a stand-in of the protocol that ComfyUI's UNets and samplers follow.
+"""The ComfyUI nodes for UNets, against a stand-in of the protocol that its models and samplers follow."""
 
-The stand-in follows ComfyUI's `BasicTransformerBlock`, `ModelPatcher` and sampler in what they hand to a replacement of
-`attn1`: projected queries, keys and values, and `transformer_options` with blocks, chunks and noise levels.
-"""
-
-import importlib.util
-import itertools
-import math
 import sys
 import types
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "integrations" / "comfyui"
-SIGMAS = torch.tensor([14.6, 7.0, 3.0, 1.0, 0.3, 0.0])
+from tests.support.comfyui import FOLDER, SIGMAS, Clip, Flux, Patcher, UNet, dense, loaded, prepared_noise
 
 
 @pytest.fixture(scope="module")
 def package():
-    """Loaded as ComfyUI loads a folder of ``custom_nodes``: by its path."""
-    spec = importlib.util.spec_from_file_location("custom_nodes_fpe", FOLDER / "__init__.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["custom_nodes_fpe"] = module
-    spec.loader.exec_module(module)
-    yield module
-    for name in [name for name in sys.modules if name.startswith("custom_nodes_fpe")]:
-        del sys.modules[name]
+    return loaded()
 
 
 @pytest.fixture
@@ -48,100 +31,6 @@ def ordinary(monkeypatch):
     return calls
 
 
-def dense(query, key, value, heads, maps):
-    """Row by row the map of another row, written out."""
-    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2).double() for x in (query, key, value))
-    weights = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]), dim=-1)
-    return (weights[list(maps)] @ value).transpose(1, 2).flatten(2)
-
-
-class Block(torch.nn.Module):
-    """A layer of self-attention as ComfyUI's blocks compute it, with and without a replacement."""
-
-    def __init__(self, channels, heads):
-        super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v, self.to_out = (torch.nn.Linear(channels, channels) for _ in range(4))
-
-    def forward(self, x, options, block):
-        extra = {name: value for name, value in options.items() if name not in ("patches", "patches_replace")}
-        extra |= {"block": block, "block_index": 0, "n_heads": self.heads, "dim_head": x.shape[-1] // self.heads}
-        replace = options.get("patches_replace", {}).get("attn1", {})
-        query, key, value = self.to_q(x), self.to_k(x), self.to_v(x)
-        place = (*block, 0) if (*block, 0) in replace else block
-        if place in replace:
-            return self.to_out(replace[place](query, key, value, extra))
-        return self.to_out(dense(query, key, value, self.heads, range(len(x))).to(x))
-
-
-class UNet(torch.nn.Module):
-    """Blocks at the latents' size and at half of it."""
-
-    def __init__(self):
-        super().__init__()
-        self.fine, self.coarse = Block(4, 1), Block(4, 2)
-
-    def forward(self, x, options):
-        options["original_shape"] = list(x.shape)
-        rows, channels, height, width = x.shape
-        tokens = x.flatten(2).transpose(1, 2)
-        tokens = tokens + self.fine(tokens, options, ("input", 1))
-        image = tokens.transpose(1, 2).reshape(rows, channels, height, width)
-        small = torch.nn.functional.avg_pool2d(image, 2)
-        half = small.flatten(2).transpose(1, 2)
-        half = half + self.coarse(half, options, ("middle", 0))
-        small = half.transpose(1, 2).reshape(small.shape)
-        return image + torch.nn.functional.interpolate(small, scale_factor=2.0)
-
-
-class Patcher:
-    """A model with options, as nodes get it."""
-
-    def __init__(self, unet, options=None):
-        self.unet, self.model_options = unet, options or {"transformer_options": {}}
-
-    def clone(self):
-        options = {name: dict(value) for name, value in self.model_options.items()}
-        return Patcher(self.unet, options)
-
-    def set_model_attn1_replace(self, patch, block, number, transformer_index=None):
-        replace = dict(self.model_options["transformer_options"].get("patches_replace", {}))
-        replace["attn1"] = {**replace.get("attn1", {}), (block, number): patch}
-        self.model_options["transformer_options"]["patches_replace"] = replace
-
-    def sample(self, latent, seed, chunks=(1, 0)):
-        """Euler's method over every noise level; each call of the model has the images once for each chunk."""
-        x = prepared_noise(latent["samples"], seed, latent.get("batch_index"))
-        for now, following in itertools.pairwise(SIGMAS):
-            options = dict(self.model_options["transformer_options"])
-            options |= {"cond_or_uncond": list(chunks), "sigmas": now.expand(len(x)), "sample_sigmas": SIGMAS}
-            guess = self.unet(torch.cat([x + 0.1 * kind for kind in chunks]), options).chunk(len(chunks))
-            x = x + 0.01 * (following - now) * sum(guess)
-        return x
-
-
-def prepared_noise(latent, seed, index):
-    """Noise as ComfyUI draws it: rows of the same index get the same."""
-    generator = torch.Generator().manual_seed(seed)
-    if index is None:
-        return torch.randn(latent.shape, generator=generator)
-    different, places = np.unique(index, return_inverse=True)
-    drawn = [torch.randn(1, *latent.shape[1:], generator=generator) for _ in range(different[-1] + 1)]
-    return torch.cat([drawn[different[place]] for place in places])
-
-
-class Clip:
-    """Embeddings of as many tokens as a prompt has blocks of 77, told from its words."""
-
-    def tokenize(self, text):
-        return text
-
-    def encode_from_tokens(self, tokens, return_pooled=False):
-        length = 154 if "long" in tokens else 77
-        generator = torch.Generator().manual_seed(len(tokens))
-        return torch.randn(1, length, 8, generator=generator), torch.randn(1, 6, generator=generator)
-
-
 @pytest.fixture
 def patched(package):
     torch.manual_seed(0)
@@ -157,7 +46,7 @@ def patched(package):
 def test_nodes_are_described_as_comfyui_asks(package):
     assert set(package.NODE_CLASS_MAPPINGS) == set(package.NODE_DISPLAY_NAME_MAPPINGS)
     for node in package.NODE_CLASS_MAPPINGS.values():
-        inputs = node.INPUT_TYPES()["required"]
+        inputs = {**node.INPUT_TYPES()["required"], **node.INPUT_TYPES().get("optional", {})}
         method = getattr(node, node.FUNCTION)
         assert list(inputs) == list(method.__code__.co_varnames[1 : method.__code__.co_argcount])
         assert all(isinstance(kind[0], str) for kind in inputs.values()) and node.CATEGORY and node.DESCRIPTION
@@ -262,6 +151,8 @@ def test_refusals(patched, package, ordinary):
         package.NODE_CLASS_MAPPINGS["FreePromptModel"]().edited(edited, 0.0, 0.8, 1.0, 1)
     with pytest.raises(ValueError, match="start below stop"):
         patched(start=0.8)
+    with pytest.raises(ValueError, match=r"expected a UNet, got Flux.*Free-Prompt-Editing \(transformers"):
+        package.NODE_CLASS_MAPPINGS["FreePromptModel"]().edited(Patcher(Flux()), 0.0, 0.8, 1.0, 1)
     with pytest.raises(ValueError, match="a source and its targets, got one image"):
         edited.sample({"samples": torch.zeros(1, 4, 8, 8)}, seed=0)
     with pytest.raises(ValueError, match="sample_sigmas"):
