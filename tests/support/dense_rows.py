@@ -94,10 +94,10 @@ def dense_rows(models, make, rules, steps, step_of, names=KINDS, within=""):
 
     for model in models:
         for name, module in model.named_modules():
-            end = name.rpartition(".")[2]
-            if end in names and name.startswith(within):
+            kind = next((kind for kind, end in zip(KINDS, names, strict=True) if f".{name}".endswith(f".{end}")), None)
+            if kind is not None and name.startswith(within):
                 restore.append((module.set_processor, module.processor))
-                module.set_processor(make(follow(KINDS[names.index(end)])))
+                module.set_processor(make(follow(kind)))
         restore.append((lambda hook: hook.remove(), model.register_forward_pre_hook(note)))
     try:
         yield state

@@ -100,6 +100,7 @@ class ModelAdapter(ABC):
             "hunyuan_video",
             "ideogram4",
             "kandinsky5",
+            "kandinsky6",
             "krea2",
             "qwen",
             "qwen21",

@@ -23,6 +23,7 @@ from .hunyuan_guided import HunyuanImageAdapter, HunyuanVideo15Adapter
 from .hunyuan_video import HunyuanVideoAdapter
 from .ideogram4 import Ideogram4Adapter
 from .kandinsky5 import Kandinsky5Adapter
+from .kandinsky6 import Kandinsky6Adapter
 from .krea2 import Krea2Adapter
 from .ltx import LTXAdapter
 from .ltx2 import LTX2Adapter
@@ -63,6 +64,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "HunyuanVideoTransformer3DModel": HunyuanVideoAdapter,
     "Ideogram4Transformer2DModel": Ideogram4Adapter,
     "Kandinsky5Transformer3DModel": Kandinsky5Adapter,
+    "Kandinsky6Transformer3DModel": Kandinsky6Adapter,
     "Krea2Transformer2DModel": Krea2Adapter,
     "LTX2VideoTransformer3DModel": LTX2Adapter,
     "LTXVideoTransformer3DModel": LTXAdapter,

@@ -72,11 +72,11 @@ def self_and_cross(
         path: of the list of blocks.
         blocks: in execution order.
         patch: of the sites.
-        names: of a block's layers.
+        names: of a block's layers, or their paths in it.
     """
     kinds: tuple[Kind, Kind] = ("self", "cross")
     for index, block in enumerate(blocks):
         for kind, name in zip(kinds, names, strict=True):
-            layer = getattr(block, name)
+            layer: Any = block.get_submodule(name)
             heads = layer.heads if hasattr(layer, "heads") else layer.num_heads
             yield Site(f"{path}.{index}.{name}", "single", kind, index, heads, 0, (), patch=patch)

@@ -32,6 +32,7 @@ from tests.support.tiny_hunyuan_guided import HUNYUAN_IMAGE, HUNYUAN_VIDEO15
 from tests.support.tiny_hunyuan_video import draw_hunyuan_video, tiny_hunyuan_video_pipeline
 from tests.support.tiny_ideogram4 import IDEOGRAM4
 from tests.support.tiny_kandinsky5 import draw_kandinsky5, tiny_kandinsky5_pipeline
+from tests.support.tiny_kandinsky6 import draw_kandinsky6, tiny_kandinsky6_pipeline
 from tests.support.tiny_krea2 import KREA2
 from tests.support.tiny_ltx2 import draw_ltx2, tiny_ltx2_pipeline
 from tests.support.tiny_lumina import draw_lumina, tiny_lumina_pipeline
@@ -70,6 +71,7 @@ MODELS = {
     "cosmos": (tiny_cosmos_pipeline, draw_cosmos),
     "lumina": (lambda pipe, dtype: tiny_lumina_pipeline(dtype), draw_lumina),
     "kandinsky 5": (tiny_kandinsky5_pipeline, draw_kandinsky5),
+    "kandinsky 6": (tiny_kandinsky6_pipeline, draw_kandinsky6),
     # Without guidance, as is its default: the model reads a layout token by token, which is long to compile.
     "qwen 2.1": (
         tiny_qwen21_pipeline,
@@ -257,7 +259,9 @@ def _blocks(transformer):
 
 
 def _layers(name):
-    return {"start_layer": 0} if name in ("wan", "ltx", "hunyuan", "kandinsky 5") else {"layers": range(2)}
+    return (
+        {"start_layer": 0} if name in ("wan", "ltx", "hunyuan", "kandinsky 5", "kandinsky 6") else {"layers": range(2)}
+    )
 
 
 @pytest.mark.slow
