@@ -4,7 +4,8 @@ import sys
 
 import diffusers
 import torch
-from diffusers import CosmosTransformer3DModel
+from diffusers import AutoencoderKLWan, CosmosTransformer3DModel
+from PIL import Image
 from transformers import Qwen3Config, Qwen3Model
 
 from tests.support.dense_rows import DenseRows, dense_rows
@@ -52,19 +53,36 @@ def tiny_cosmos(dtype=torch.float64, **config):
     return model.to(dtype).eval()
 
 
-def tiny_cosmos_pipeline(pipe, dtype=torch.float64, kind="Cosmos2TextToImagePipeline", **config):
-    """A pipeline without a decoder."""
+def tiny_cosmos_pipeline(pipe, dtype=torch.float64, kind="Cosmos2TextToImagePipeline", vae=None, **config):
+    """A pipeline without a decoder, unless one is given."""
     torch.manual_seed(1)
     tiny = getattr(diffusers, kind)(
         text_encoder=tiny_t5(pipe.tokenizer).to(dtype),
         tokenizer=pipe.tokenizer,
         transformer=tiny_cosmos(dtype, **config),
-        vae=None,
+        vae=vae,
         scheduler=ExactEuler(use_karras_sigmas=True),
         safety_checker=_Guard(),
     )
     tiny.set_progress_bar_config(disable=True)
     return tiny
+
+
+def tiny_cosmos_videos(pipe, dtype=torch.float64):
+    """A pipeline of videos that go on from a picture."""
+    torch.manual_seed(3)
+    size = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    size |= {"latents_mean": [0.1] * 4, "latents_std": [0.5] * 4}
+    vae = AutoencoderKLWan(**size, temperal_downsample=[False, True, True]).to(dtype).eval()
+    return tiny_cosmos_pipeline(pipe, dtype, "Cosmos2VideoToWorldPipeline", vae, in_channels=5)
+
+
+def tiny_cosmos25_pipeline(pipe, dtype=torch.float64):
+    """A pipeline of Cosmos Predict 2.5, which encodes nothing."""
+    torch.manual_seed(3)
+    known = {"latents_mean": [0.1] * 4, "latents_std": [0.5] * 4}
+    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **known).to(dtype).eval()
+    return tiny_cosmos_pipeline(pipe, dtype, "Cosmos2_5_PredictBasePipeline", vae, in_channels=5)
 
 
 def tiny_anima(pipe, dtype=torch.float64):
@@ -103,10 +121,10 @@ def tiny_anima(pipe, dtype=torch.float64):
     return made
 
 
-def draw_cosmos(pipe, prompts=2, *, steps=4, size=(8, 8), seed=0, callback_on_step_end=None, **options):
-    """Latents [prompts, 4, frames, h, w] of either kind; the rows start from the same noise."""
+def draw_cosmos(pipe, prompts=2, *, steps=4, size=(8, 8), frames=1, seed=0, callback_on_step_end=None, **options):
+    """Latents [prompts, 4, frames, h, w] of each kind; the rows start from the same noise, and the same picture."""
     texts = PROMPTS[:prompts] if isinstance(prompts, int) else list(prompts)
-    noise = torch.randn(1, 4, 1, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise = torch.randn(1, 4, frames, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     options.setdefault("latents", noise.repeat(len(texts), 1, 1, 1, 1))
     options |= {"height": size[0] * 8, "width": size[1] * 8, "num_inference_steps": steps}
     options |= {"prompt": texts, "max_sequence_length": TEXTS}
@@ -117,8 +135,16 @@ def draw_cosmos(pipe, prompts=2, *, steps=4, size=(8, 8), seed=0, callback_on_st
         with widened(*narrows, before_denoise), told_of_steps(pipe, callback_on_step_end):
             return pipe(output="latents", **options)
     options.setdefault("guidance_scale", 3.0)
+    told = {"negative_prompt": ["a drawing"] * len(texts)}
+    if type(pipe).__name__ == "Cosmos2VideoToWorldPipeline":
+        options.setdefault("image", [Image.new("RGB", (size[1] * 8, size[0] * 8), (200, 90, 20))] * len(texts))
+        options.setdefault("generator", [torch.Generator().manual_seed(seed) for _ in texts])
+    if type(pipe).__name__ != "Cosmos2TextToImagePipeline":
+        options["num_frames"] = 4 * frames - 3
+    if "prompt_embeds" in options:
+        told["prompt"] = told["negative_prompt"] = None
     with widened(*narrows), told_of_steps(pipe, callback_on_step_end):
-        return pipe(negative_prompt=["a drawing"] * len(texts), output_type="latent", **options).images
+        return pipe(output_type="latent", return_dict=False, **options | told)[0]
 
 
 class DenseCosmos(DenseRows):

@@ -22,6 +22,8 @@ _CONDITIONAL_FIRST = frozenset(
         "ChromaPipeline",
         "CogView4ControlPipeline",
         "Cosmos2TextToImagePipeline",
+        "Cosmos2VideoToWorldPipeline",
+        "Cosmos2_5_PredictBasePipeline",
         "FluxControlNetPipeline",
         "FluxImg2ImgPipeline",
         "FluxInpaintPipeline",

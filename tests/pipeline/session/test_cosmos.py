@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 if not hasattr(diffusers, "Cosmos2TextToImagePipeline"):
@@ -28,18 +29,28 @@ from tests.support.tiny_cosmos import (
     draw_cosmos,
     tiny_anima,
     tiny_cosmos,
+    tiny_cosmos25_pipeline,
     tiny_cosmos_pipeline,
+    tiny_cosmos_videos,
 )
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 EXACT = 1e-8
 
 
+MADE = {
+    "Cosmos": tiny_cosmos_pipeline,
+    "Anima": tiny_anima,
+    "videos": tiny_cosmos_videos,
+    "Cosmos 2.5": tiny_cosmos25_pipeline,
+}
+
+
 @pytest.fixture(scope="module")
 def pipes(pipe):
     class Made(dict):
         def __missing__(self, kind):
-            return self.setdefault(kind, (tiny_anima if kind == "Anima" else tiny_cosmos_pipeline)(pipe))
+            return self.setdefault(kind, MADE[kind](pipe))
 
     return Made()
 
@@ -78,6 +89,8 @@ CALLS = {
     "Cosmos": ("Cosmos", {}),
     "Cosmos, 3 targets, not square": ("Cosmos", {"size": (4, 12), "prompts": 4}),
     "Cosmos, no guidance": ("Cosmos", {"guidance_scale": 1.0}),
+    "a video from a picture": ("videos", {"frames": 3, "size": (4, 8)}),
+    "a video, no guidance": ("videos", {"frames": 3, "size": (4, 8), "guidance_scale": 1.0}),
     "Anima": ("Anima", {}),
     "Anima, 3 targets, not square": ("Anima", {"size": (4, 12), "prompts": 4}),
 }
@@ -95,6 +108,7 @@ ALWAYS = {
     ("Cosmos", "FPE"),
     ("Cosmos, 3 targets, not square", "Prompt-to-Prompt"),
     ("Anima, 3 targets, not square", "Prompt-to-Prompt"),
+    ("a video from a picture", "FPE"),
     ("Anima", "MasaCtrl"),
 }
 
@@ -208,6 +222,27 @@ def test_noise_is_shared_between_the_rows(pipes, kind):
     assert farthest(actual[0], actual[1]) <= EXACT
     apart = draw_cosmos(pipes[kind], [PROMPTS[0]] * 2, latents=None, generator=torch.Generator().manual_seed(3))
     assert farthest(apart[0], apart[1]) > 1e-2
+
+
+def test_one_picture_for_all_rows(pipes):
+    """Whose encoder draws what it draws for the source."""
+    given = {"image": Image.new("RGB", (64, 32), (9, 90, 200)), "latents": None, "frames": 3, "size": (4, 8)}
+    with editing(pipes["videos"], FreePromptEdit(0.5)):
+        actual = draw_cosmos(pipes["videos"], [PROMPTS[0]] * 2, generator=torch.Generator().manual_seed(3), **given)
+    assert farthest(actual[0], actual[1]) <= EXACT
+    given["image"] = [given["image"]] * 2
+    draws = [torch.Generator().manual_seed(3) for _ in range(2)]
+    assert farthest(actual, draw_cosmos(pipes["videos"], [PROMPTS[0]] * 2, generator=draws, **given)) <= EXACT
+
+
+def test_videos_of_a_language_model(pipes):
+    """Cosmos Predict 2.5, of embeddings."""
+    texts = torch.randn(2, 2, 7, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    given = {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1], "frames": 2, "size": (4, 8)}
+    actual, _ = edited(pipes["Cosmos 2.5"], FreePromptEdit(0.5), **given)
+    assert farthest(actual, reference(pipes["Cosmos 2.5"], {"attn1": of_source}, (0, 1), **given)) <= EXACT
+    plain = draw_cosmos(pipes["Cosmos 2.5"], **given)
+    assert farthest(actual[0], plain[0]) <= EXACT < farthest(actual[1], plain[1])
 
 
 class OfText(SelfAttentionEdit):
