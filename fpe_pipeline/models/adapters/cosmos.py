@@ -7,9 +7,13 @@ Anima's text tokens are T5's, which another model has read beside what a languag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
+from ...errors import EditWarning
 from ...text_parts import Template, TextPart
 from ..sites import Site
 from .adapter import ModelCall, identity
@@ -52,3 +56,35 @@ class CosmosAdapter(NamedCallsAdapter):
         frames, height, width = sample.shape[-3:]
         size = (height, width, frames // module.config.patch_size[0])
         return ModelCall(sample, given["timestep"], size, half=self._half(), arguments=(args, kwargs))
+
+    def follow(self) -> Callable[[], None]:
+        leave = super().follow()
+        conditioner = getattr(self.pipe, "text_conditioner", None)
+        if not isinstance(conditioner, torch.nn.Module):
+            return leave
+        told = conditioner.register_forward_pre_hook(torch.compiler.disable(_tell_of_padding), with_kwargs=True)
+
+        def end() -> None:
+            told.remove()
+            leave()
+
+        return end
+
+
+def _tell_of_padding(conditioner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Warn where texts of one call get more padding than each has alone, to which the model attends."""
+    mask = kwargs.get("target_attention_mask")
+    if mask is None:
+        return
+    least = conditioner.config.min_sequence_length
+    alone = [max(count, least) for count in mask.sum(1).tolist()]
+    longest = max(mask.shape[1], least)
+    shorter = [number for number, count in enumerate(alone) if count < longest]
+    if shorter:
+        warnings.warn(
+            f"texts are padded to {longest} tokens, as the longest one of the call is, and Anima attends to padding: "
+            f"texts {shorter} have fewer alone, where they make other images than here. Write prompts of as many "
+            f"tokens, or of at most {least}, to edit the image that a source has alone",
+            EditWarning,
+            stacklevel=2,
+        )

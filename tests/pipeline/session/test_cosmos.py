@@ -1,5 +1,7 @@
 """Edits of Cosmos Predict and of Anima: against maps that are written out, in float64."""
 
+import warnings
+
 import diffusers
 import pytest
 import torch
@@ -20,6 +22,7 @@ from fpe_pipeline import (
     editing,
     heat_maps,
 )
+from fpe_pipeline.errors import EditWarning
 from fpe_pipeline.prompts.alignment import align_refine, tokenize
 from tests.support.dense_rows import OTHER_RULES, farthest, memory_of_source, of_source
 from tests.support.tiny_cosmos import (
@@ -233,6 +236,24 @@ def test_one_picture_for_all_rows(pipes):
     given["image"] = [given["image"]] * 2
     draws = [torch.Generator().manual_seed(3) for _ in range(2)]
     assert farthest(actual, draw_cosmos(pipes["videos"], [PROMPTS[0]] * 2, generator=draws, **given)) <= EXACT
+
+
+def test_padding_of_long_texts_is_told(pipe):
+    """A source stands alone behind less padding than beside a longer target, and is another image there."""
+    anima = tiny_anima(pipe)
+    anima.text_conditioner.register_to_config(min_sequence_length=6)
+    longer = [PROMPTS[0], f"{PROMPTS[0]} and a house"]
+    first, second = (len(anima.t5_tokenizer(prompt)["input_ids"]) for prompt in longer)
+    told = rf"padded to {second} tokens, .* Anima attends to padding: texts \[0\] have fewer .* of at most 6, to edit"
+    with editing(anima, FreePromptEdit(0.5)), pytest.warns(EditWarning, match=told):
+        beside = draw_cosmos(anima, longer)
+    assert 6 < first < second and farthest(beside[0], draw_cosmos(anima, [PROMPTS[0]] * 2)[0]) > 1e-3
+    with warnings.catch_warnings(), editing(anima, FreePromptEdit(0.5)):
+        warnings.simplefilter("error", EditWarning)
+        draw_cosmos(anima, [PROMPTS[0]] * 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EditWarning)
+        draw_cosmos(anima, longer)  # where nothing is edited
 
 
 def test_videos_of_a_language_model(pipes):
