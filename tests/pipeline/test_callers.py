@@ -2,11 +2,13 @@
 
 import inspect
 import warnings
+from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 
+import fpe_pipeline
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, PromptToPromptEdit, editing
 
 PROMPTS = ["a red car", "a blue car"]
@@ -85,3 +87,9 @@ def test_each_line_is_told_once(stock):
         with editing(stock, FreePromptEdit(1.0)):
             pass
     assert ["ended without a call" in str(warning.message) for warning in told] == [True, True]
+
+
+def test_no_other_module_counts_frames():
+    package = Path(fpe_pipeline.__file__).parent
+    counting = [path.name for path in package.rglob("*.py") if "stacklevel" in path.read_text(encoding="utf-8")]
+    assert counting == ["callers.py"]

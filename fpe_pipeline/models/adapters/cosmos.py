@@ -7,12 +7,12 @@ Anima's text tokens are T5's, which another model has read beside what a languag
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from ...callers import warn
 from ...errors import EditWarning
 from ...text_parts import Template, TextPart
 from ..sites import Site
@@ -81,10 +81,9 @@ def _tell_of_padding(conditioner: Any, args: tuple[Any, ...], kwargs: dict[str, 
     longest = max(mask.shape[1], least)
     shorter = [number for number, count in enumerate(alone) if count < longest]
     if shorter:
-        warnings.warn(
+        warn(
             f"texts are padded to {longest} tokens, as the longest one of the call is, and Anima attends to padding: "
             f"texts {shorter} have fewer alone, where they make other images than here. Write prompts of as many "
             f"tokens, or of at most {least}, to edit the image that a source has alone",
             EditWarning,
-            stacklevel=2,
         )
