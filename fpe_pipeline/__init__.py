@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         FreePromptOvisImagePipeline,
     )
     from .pipelines.free_prompt import FreePromptPipeline
+    from .pipelines.hunyuan_image import FreePromptHunyuanImagePipeline
     from .pipelines.ideogram4 import FreePromptIdeogram4Pipeline
     from .pipelines.krea2 import FreePromptKrea2Pipeline
     from .pipelines.nucleus import FreePromptNucleusMoEImagePipeline
@@ -88,6 +89,7 @@ _HOME = {
     "FreePromptFlux2KleinPipeline": "pipelines.flux2",
     "FreePromptFlux2Pipeline": "pipelines.flux2",
     "FreePromptFluxPipeline": "pipelines.flow",
+    "FreePromptHunyuanImagePipeline": "pipelines.hunyuan_image",
     "FreePromptIdeogram4Pipeline": "pipelines.ideogram4",
     "FreePromptKrea2Pipeline": "pipelines.krea2",
     "FreePromptLongCatImagePipeline": "pipelines.flux_kin",
@@ -161,6 +163,7 @@ __all__ = [
     "FreePromptFlux2KleinPipeline",
     "FreePromptFlux2Pipeline",
     "FreePromptFluxPipeline",
+    "FreePromptHunyuanImagePipeline",
     "FreePromptIdeogram4Pipeline",
     "FreePromptKrea2Pipeline",
     "FreePromptLongCatImagePipeline",

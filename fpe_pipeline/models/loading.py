@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..text_parts import plain_tokenizer
+from .guiders import guider_settings
 from .quiet import quiet_libraries
 from .served_families import FAMILIES
 from .sources import ModelSource
@@ -86,7 +87,8 @@ def _check_tokenizers(pipe: Any, location: str) -> None:
 
 
 def identity(pipe: Any) -> str:
-    """SHA-256 (hex) of what decides the images: every weight as loaded, the scheduler's settings, the vocabulary.
+    """SHA-256 (hex) of what decides the images: every weight as loaded, settings of the scheduler and of guiders, the
+    vocabulary.
 
     Independent of the path and of files that are not loaded; different for another dtype.
     """
@@ -99,6 +101,9 @@ def identity(pipe: Any) -> str:
                 digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     digest.update(json.dumps(scheduler_settings(pipe), sort_keys=True, default=str).encode())
+    guiders = guider_settings(pipe)
+    if guiders:
+        digest.update(json.dumps(guiders, sort_keys=True, default=str).encode())
     if pipe.tokenizer is not None:
         digest.update(json.dumps(plain_tokenizer(pipe.tokenizer).get_vocab(), sort_keys=True).encode())
     return digest.hexdigest()

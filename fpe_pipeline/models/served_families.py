@@ -29,7 +29,7 @@ __all__ = [
 Family = Literal[
     "unet", "sdxl", "pixart_alpha", "pixart_sigma", "sd3", "flux", "flux2", "flux2_klein", "ovis", "longcat", "bria",
     "qwen", "qwen21", "chroma", "lumina2", "z_image", "cogview4", "krea2", "aura_flow",
-    "ideogram4", "nucleus",
+    "ideogram4", "nucleus", "hunyuan_image",
 ]  # fmt: skip
 #: By which layers a model is edited: self- and cross-attention, or joint attention. Methods say which they serve.
 Served = Literal["unet", "transformer"]
@@ -253,6 +253,14 @@ FAMILIES: dict[Family, ServedFamily] = {
     ),
     "nucleus": _flow(
         "Nucleus-Image", "NucleusMoEImagePipeline", defaults={"steps": 50, "guidance": 4.0}, patch="patch_size"
+    ),
+    "hunyuan_image": _flow(
+        "HunyuanImage 2.1",
+        "HunyuanImagePipeline",
+        defaults={"steps": 50, "guidance": 3.5},
+        patch=2,
+        distilled=Distilled("transformer", "guidance_embeds", hears_guidance=True),
+        of_distilled={"steps": 8, "guidance": 3.25, "self_replace": SHORT_WINDOW},
     ),
 }
 #: The family of a pipeline by the name of its class, as diffusers or this package calls it.

@@ -38,6 +38,7 @@ _MODULES = {
     "ideogram4": "ideogram4",
     "nucleus": "nucleus",
     "aura_flow": "aura_flow",
+    "hunyuan_image": "hunyuan_image",
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..models.adapters.adapter import identity
+from ..models.guiders import guider_settings
 
 __all__ = ["fingerprint"]
 
@@ -23,7 +24,7 @@ _FREEU = ("s1", "s2", "b1", "b2")
 
 
 def fingerprint(pipe: Any) -> str:
-    """SHA-256 (hex) of the text encoders' and the model's configuration, switches, and samples of every weight.
+    """SHA-256 (hex) of the text encoders' and the model's configuration, switches, samples of every weight, guiders.
 
     64 numbers a weight, and the tokens that textual inversion has added: another checkpoint, an adapter and another
     dtype are told apart in a fraction of the time that it takes to read everything.
@@ -48,6 +49,9 @@ def fingerprint(pipe: Any) -> str:
             digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         device = samples[0].device  # one copy from the device for all
         digest.update(torch.cat([sample.to(device) for sample in samples]).cpu().numpy().tobytes())
+    guiders = guider_settings(pipe)
+    if guiders:
+        digest.update(json.dumps(guiders, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

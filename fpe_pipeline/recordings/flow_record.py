@@ -160,7 +160,9 @@ def _source(pipe: Any, model: FlowModel, prompt: Any, inversion: Inversion | Non
         if not isinstance(text, str) and (name, text) != ("negative", None):
             raise TypeError(f"expected one {name} prompt, got {type(text).__name__}")
         check_text(f"the {name} prompt", text or "")
-    guidance = options.get("guidance_scale", pipe.parent_default("guidance_scale")) if model.takes_guidance else 1.0
+    guidance = 1.0
+    if model.takes_guidance:
+        guidance = options["guidance_scale"] if "guidance_scale" in options else pipe.default_of("guidance_scale")
     steps = options.get("num_inference_steps", pipe.parent_default("num_inference_steps"))
     check_guidance(guidance)
     check_positive(num_inference_steps=steps)
@@ -209,7 +211,7 @@ def _plan(
         "prompts_first": adapter.prompts_first,
     }
     contents = source_needs(edits, sites, run, **of_rows)
-    model.check_recorded({part.name for parts in contents.values() for part in parts})
+    model.check_recorded({part.name for parts in contents.values() for part in parts}, source.is_guided)
     itemsize = model.pipe.transformer.dtype.itemsize
     by_path = {site.path: site for site in sites}
 

@@ -44,8 +44,8 @@ def edit_flow(
         target_prompt: one or more prompts.
         edit: any that needs no more of the source than was recorded; default: Free-Prompt-Editing as recorded.
         self_replace_steps: of the default edit; fewer steps than were recorded.
-        guidance_scale: of the targets on FLUX.1 dev and FLUX.2 dev, one for all or a list with one for each; default:
-            the recording's.
+        guidance_scale: of the targets on models that are told it, such as FLUX.1 dev, one for all or a list with one
+            for each; default: the recording's.
         output_type: "pil", "np", "pt" or "latent".
         backend: attention backend.
 
@@ -55,7 +55,7 @@ def edit_flow(
 
     Raises:
         ValueError: a recording of another model or schedule, one that lacks what the edit needs, an edit that is
-            written for other prompts, a guidance that the model is not told (all but FLUX.1 dev and FLUX.2 dev), maps
+            written for other prompts, a guidance that the model is not told (those but FLUX.1 dev and the like), maps
             over texts of other lengths where a run of source and targets together refuses them, targets beside which
             the source's text would be padded further (CogView 4); before any denoising.
         InputError: a folder, or a file of it, that is not what was recorded.

@@ -162,8 +162,9 @@ class FlowModel(ABC):
     def check_texts(self, prompts: Sequence[str], text_length: int) -> None:  # noqa: B027  most are cut
         """Raise ValueError for prompts that do not go into so many tokens and that the pipeline does not cut."""
 
-    def check_recorded(self, parts: Collection[str]) -> None:  # noqa: B027
-        """Raise ValueError for parts of tokens, such as "text-query", that the model does not compute."""
+    def check_recorded(self, parts: Collection[str], is_guided: bool) -> None:  # noqa: B027
+        """Raise ValueError for parts of tokens, such as "text-query", that the model does not compute, or for guidance
+        by which some calls compute none."""
 
     @property
     @abstractmethod
@@ -197,6 +198,9 @@ class FlowModel(ABC):
 
     #: Parts of text tokens that recordings hold without the padding behind them.
     trimmed: ClassVar[frozenset[str]] = frozenset()
+
+    #: What the guidance is counted in that a model is told.
+    guidance_unit: ClassVar[float] = 1.0
 
     #: Whether the pipeline takes a ``guidance_scale`` that does something.
     takes_guidance: ClassVar[bool] = True

@@ -15,6 +15,7 @@ from .aura_flow_model import AuraFlow
 from .caption_models import Lumina2, ZImage
 from .cogview_model import CogView4
 from .flow_model import FlowModel, Latents, Velocity, shift_of
+from .hunyuan_image_model import HunyuanImage
 from .ideogram4_model import Ideogram4
 from .kin_models import Bria, LongCat, Ovis
 from .krea2_model import Krea2
@@ -81,10 +82,12 @@ _FAMILIES: dict[str, type[FlowModel]] = {
     "ideogram4": Ideogram4,
     "nucleus": NucleusImage,
     "aura_flow": AuraFlow,
+    "hunyuan_image": HunyuanImage,
 }
 #: Pipelines whose models are shown pictures, by what their names begin with.
 _SHOWN = {
     "FluxKontext": "FLUX.1 Kontext",
+    "HunyuanImageRefiner": "HunyuanImage's refiner",
     "LongCatImageEdit": "LongCat-Image-Edit",
     "QwenImageEdit": "Qwen-Image-Edit",
     "QwenImageLayered": "Qwen-Image-Layered",

@@ -51,6 +51,10 @@ class FlowSampling(AroundParent):
         """The arguments of a call in diffusers."""
         return frozenset(inspect.signature(cls.parent.__call__).parameters) - {"self"}
 
+    def default_of(self, name: str) -> Any:
+        """What an argument of a call is where it is left out: in diffusers, or by what the pipeline is made of."""
+        return self.parent_default(name)
+
     def is_guided_at(self, scale: float) -> bool:
         """Whether calls with this ``guidance_scale`` have rows that do not see their prompts."""
         return scale > self.unguided
@@ -120,14 +124,15 @@ def texts_of_call(pipe: Any, options: Mapping[str, Any], count: int) -> dict[str
     texts = {name: negative_list(options.get(name), count, name) for name in _TEXTS}
     _check_options(pipe, options)
     name = "true_cfg_scale" if pipe.takes_true_guidance() else "guidance_scale"
-    given = options.get(name, pipe.parent_default(name))
+    given = options[name] if name in options else pipe.default_of(name)
     scales = given if isinstance(given, list | tuple) else [given]
     for scale in scales:
         check_guidance(scale)
     scale = max(scales, default=pipe.unguided)
-    if texts["negative_prompt"] is not None and scale <= pipe.unguided:
+    if texts["negative_prompt"] is not None and not pipe.is_guided_at(scale):
+        off = "which switches guidance off" if scale <= pipe.unguided else "which this model is told and not guided by"
         warn(
-            f"the negative prompt does nothing at {name}={scale:g}, which switches guidance off",
+            f"the negative prompt does nothing at {name}={scale:g}, {off}",
             EditWarning,
         )
     negative = any(options.get(given) is not None for given in ("negative_prompt", "negative_prompt_embeds"))
@@ -199,10 +204,11 @@ def guidance_of_rows(pipe: Any, scales: Sequence[float], images: int) -> Iterato
         )
     for scale in scales:
         check_guidance(scale)
+    unit = flow_model(pipe).guidance_unit
     rows = torch.tensor([scale for scale in scales for _ in range(images)], dtype=torch.float32)
 
     def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**kwargs, "guidance": rows.to(kwargs["guidance"])}
+        return args, {**kwargs, "guidance": rows.to(kwargs["guidance"]) * unit}
 
     handle = pipe.transformer.register_forward_pre_hook(tell, with_kwargs=True)
     try:

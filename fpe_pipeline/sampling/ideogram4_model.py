@@ -54,7 +54,7 @@ class Ideogram4(Flux):
     def noise_dtype(self) -> torch.dtype:
         return torch.promote_types(self.pipe.transformer.dtype, torch.float32)
 
-    def check_recorded(self, parts: Collection[str]) -> None:
+    def check_recorded(self, parts: Collection[str], is_guided: bool) -> None:
         raise ValueError(
             "expected a model that sees text in all of its calls, whose layers a recording keeps, got Ideogram 4, "
             "which guides by a model without: edit the prompt or the inversion itself, pipe(…, target_prompt=…)"

@@ -43,7 +43,7 @@ class NucleusImage(CodedAsVideos):
         tokens = plain_tokenizer(self.pipe.processor)(self.pipe._format_prompt(prompt))["input_ids"]
         return min(len(tokens), text_length)
 
-    def check_recorded(self, parts: Collection[str]) -> None:
+    def check_recorded(self, parts: Collection[str], is_guided: bool) -> None:
         if not {"text-query", "text-value"}.isdisjoint(parts):
             raise ValueError(
                 "the edit takes what a source's text tokens ask for, which is nothing in this model, or their values, "

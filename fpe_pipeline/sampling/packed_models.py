@@ -240,7 +240,7 @@ class Qwen21(Qwen):
                     f"max_sequence_length={tokens} or more, or leave it out of the call"
                 )
 
-    def check_recorded(self, parts: Collection[str]) -> None:
+    def check_recorded(self, parts: Collection[str], is_guided: bool) -> None:
         if "text-query" in parts:
             raise ValueError(
                 "the edit changes what text tokens become, and in this model they look at no image and are computed "

@@ -26,6 +26,7 @@ MADE_BY_OTHERS = {"CombinedEdit", "ConceptMaps", "Edit", "HeatMaps", "LinearMap"
     "FreePromptFlux2KleinPipeline",
     "FreePromptFlux2Pipeline",
     "FreePromptFluxPipeline",
+    "FreePromptHunyuanImagePipeline",
     "FreePromptIdeogram4Pipeline",
     "FreePromptKrea2Pipeline",
     "FreePromptNucleusMoEImagePipeline",

@@ -13,7 +13,7 @@ from tests.support.tiny_aura_flow import tiny_aura_flow_that_encodes
 from tests.support.tiny_cogview import tiny_cogview4_that_reads
 
 __all__ = ["FAMILIES", "NARROW", "SIZE", "SOURCE", "STEPS", "TARGET", "OnAuraFlow", "OnCogView4", "OnKrea2"]
-__all__ += ["OnIdeogram4", "shifted"]
+__all__ += ["OnHunyuanImage", "OnIdeogram4", "shifted"]
 
 SOURCE, TARGET = "a photo of a red car on a mountain", "a photo of a big dog on a house in winter"
 SIZE, STEPS = {"height": 48, "width": 80}, 3
@@ -237,6 +237,46 @@ class OnNucleus:
         return scaled
 
 
+class OnHunyuanImage:
+    """Guided by the guider of its pipeline."""
+
+    options: ClassVar = {}
+    guided: ClassVar = {"negative_prompt": "a drawing", "guidance_scale": 3.0}
+
+    def __init__(self, pipe):
+        from fpe_pipeline import FreePromptHunyuanImagePipeline
+        from tests.support.tiny_hunyuan_guided import tiny_hunyuan_image_pipeline
+
+        self.kind, self.stock = FreePromptHunyuanImagePipeline, tiny_hunyuan_image_pipeline(decodes=True)
+
+    def told_by_calls(self, options, solver):
+        """diffusers' pipeline has the scale in its guider."""
+        self.stock.guider = diffusers.ClassifierFreeGuidance(guidance_scale=options["guidance_scale"])
+        return {name: given for name, given in options.items() if name != "guidance_scale"}
+
+    @staticmethod
+    def run(scheduler):
+        scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3])
+
+    @staticmethod
+    def start(vae, pixels):
+        return vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+
+    @staticmethod
+    def velocity(tiny, guidance=None):
+        def of(text):
+            texts, mask, quoted, quoted_mask = tiny.encode_prompt(text)
+            given = {"encoder_hidden_states": texts, "encoder_attention_mask": mask}
+            given |= {"encoder_hidden_states_2": quoted.double(), "encoder_attention_mask_2": quoted_mask}
+
+            def velocity(z, sigma):
+                return tiny.transformer(z, timestep=(1000 * sigma).expand(1).double(), **given).sample
+
+            return velocity
+
+        return guided_by(guidance, of(SOURCE), of(""))
+
+
 def shifted(share):
     return SHIFT * share / (1 + (SHIFT - 1) * share)
 
@@ -248,6 +288,8 @@ if hasattr(diffusers, "Krea2Pipeline"):
 
 if hasattr(diffusers, "NucleusMoEImagePipeline"):
     FAMILIES["Nucleus-Image"] = OnNucleus
+if hasattr(diffusers, "HunyuanImagePipeline"):
+    FAMILIES["HunyuanImage"] = OnHunyuanImage
 NARROW = ()
 if hasattr(diffusers, "Ideogram4Pipeline"):
     from diffusers.models.transformers import transformer_ideogram4

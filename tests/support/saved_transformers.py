@@ -53,6 +53,10 @@ def _made(pipe, family):
         from tests.support.tiny_nucleus import tiny_nucleus_pipeline
 
         return tiny_nucleus_pipeline(dtype=_F32, saves=True)
+    if family == "hunyuan_image":
+        from tests.support.tiny_hunyuan_guided import tiny_hunyuan_image_pipeline
+
+        return tiny_hunyuan_image_pipeline(dtype=_F32, decodes=True)
     if family == "ideogram4":
         from tests.support.tiny_ideogram4 import tiny_ideogram4_pipeline
 

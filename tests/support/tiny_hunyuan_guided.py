@@ -95,10 +95,17 @@ HUNYUAN_VIDEO15 = _HunyuanVideo15(tiny_hunyuan_video15_pipeline, draw_hunyuan_vi
 
 _IMAGE = {name: size for name, size in _SIZE.items() if name not in ("image_embed_dim", "in_channels", "out_channels")}
 _IMAGE |= {"in_channels": 8, "out_channels": 8, "num_layers": 1, "num_single_layers": 2, "rope_axes_dim": (8, 8)}
+_AUTOENCODER = {"in_channels": 3, "out_channels": 3, "latent_channels": 8, "block_out_channels": (32, 32, 32, 32)}
+_AUTOENCODER |= {"layers_per_block": 1, "spatial_compression_ratio": 8, "sample_size": 64, "scaling_factor": 0.75}
 
 
-def tiny_hunyuan_image_pipeline(pipe=None, dtype=torch.float64, guider=None):
-    """A HunyuanImage 2.1 pipeline whose texts are short."""
+def tiny_hunyuan_image_pipeline(pipe=None, dtype=torch.float64, guider=None, decodes=False, **config):
+    """A HunyuanImage 2.1 pipeline whose texts are short.
+
+    Args:
+        decodes: whether it has an autoencoder, of 8 pixels a latent; else it counts 32 of them.
+        config: of its transformer.
+    """
     torch.manual_seed(0)
     tokenizer = qwen_tokenizer()
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -107,8 +114,8 @@ def tiny_hunyuan_image_pipeline(pipe=None, dtype=torch.float64, guider=None):
     tiny = diffusers.HunyuanImagePipeline(
         text_encoder=Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(vocab_size=len(tokenizer), **text)).to(dtype).eval(),
         tokenizer=tokenizer,
-        transformer=sharpened(diffusers.HunyuanImageTransformer2DModel(**_IMAGE)).to(dtype).eval(),
-        vae=None,
+        transformer=sharpened(diffusers.HunyuanImageTransformer2DModel(**_IMAGE, **config)).to(dtype).eval(),
+        vae=diffusers.AutoencoderKLHunyuanImage(**_AUTOENCODER).to(dtype).eval() if decodes else None,
         scheduler=ExactEuler(),
         text_encoder_2=T5EncoderModel(glyphs).to(dtype).eval(),
         tokenizer_2=ByT5Tokenizer(),

@@ -92,6 +92,7 @@ class HunyuanVideo15Adapter(_GuidedAdapter):
 class HunyuanImageAdapter(_GuidedAdapter):
     """diffusers' ``HunyuanImageTransformer2DModel``."""
 
+    kind = "hunyuan_image"
     text_parts = (TextPart("tokenizer", ("text_encoder",), _of_picture, is_padded=True, quotes="text_encoder_2"),)
 
     def find_sites(self) -> tuple[Site, ...]:

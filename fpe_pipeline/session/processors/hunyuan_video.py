@@ -50,11 +50,15 @@ class EditHunyuanVideoProcessor(DispatchedAround):
         check_joint_input(order, hidden_states, encoder_hidden_states, None)  # the mask is of padding: text_lengths
         assert encoder_hidden_states is not None
         layer = JointLayer(
-            segment_projections(attn, plan, "image", hidden_states, self.turn(image_rotary_emb)),
-            segment_projections(attn, plan, "text", encoder_hidden_states, added=attn.add_q_proj is not None),
+            segment_projections(attn, plan, "image", hidden_states, self.turn(image_rotary_emb)).beside(
+                "image", order.recorded
+            ),
+            segment_projections(attn, plan, "text", encoder_hidden_states, added=attn.add_q_proj is not None).beside(
+                "text", order.recorded, ends=True
+            ),
             (attn.inner_dim // attn.heads) ** -0.5,
             order.backend,
-            order.text_lengths,
+            order.lengths(encoder_hidden_states.shape[1]),
         )
         self.record = joint_record(plan, layer, attn.heads)
         rows, text_rows = joint_rows(order, plan, layer)

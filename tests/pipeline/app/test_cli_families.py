@@ -38,6 +38,7 @@ GUIDED = {
     "ideogram4": {"guidance_scale": 3.0},
     "nucleus": {"guidance_scale": 3.0, "negative_prompt": "rain"},
     "aura_flow": {"guidance_scale": 3.0, "negative_prompt": "rain"},
+    "hunyuan_image": {"guidance_scale": 3.0, "negative_prompt": "rain"},
     "pixart_alpha": {"guidance_scale": 3.0},
     "pixart_sigma": {"guidance_scale": 3.0, "negative_prompt": "rain"},
 }
@@ -244,6 +245,7 @@ def described(folder, family, **config):
         ("ideogram4", 48, 7.0, 0.2, "direct"),
         ("nucleus", 50, 4.0, 0.2, "direct"),
         ("aura_flow", 50, 3.5, 0.2, "direct"),
+        ("hunyuan_image", 50, 3.5, 0.2, "direct"),
         ("pixart_alpha", 20, 4.5, 0.8, "ddim"),
     ],
 )
@@ -260,6 +262,8 @@ def test_defaults_are_the_familys_own(family, steps, guidance, window, inversion
     [
         ("flux", "dev", {"guidance_embeds": True}, {}, 28, 3.5, 0.2),
         ("flux", "schnell", {"guidance_embeds": False}, {}, 4, 0.0, 0.25),
+        ("hunyuan_image", "HunyuanImage-2.1", {"guidance_embeds": False}, {}, 50, 3.5, 0.2),
+        ("hunyuan_image", "HunyuanImage-2.1-Distilled", {"guidance_embeds": True}, {}, 8, 3.25, 0.25),
         ("krea2", "raw", {}, {"is_distilled": False}, 28, 4.5, 0.2),
         ("krea2", "tdm", {}, {"is_distilled": True}, 8, 0.0, 0.25),
         ("z_image", "Z-Image-Turbo", {}, {}, 9, 0.0, 0.25),
@@ -308,11 +312,11 @@ def test_weights_of_a_family_that_overflows_in_half_precision_are_bfloat16_on_a_
 
 
 def test_every_family_has_a_class_in_python():
-    from fpe_pipeline import pipeline
+    from fpe_pipeline.pipelines import free_prompt
 
     for family in FAMILIES:
         if family != "unet" and family in SAVED:
-            made = pipeline._class_for(family)
+            made = free_prompt._class_for(family)
             assert FAMILY_OF[made.parent.__name__] == FAMILY_OF[made.__name__] == family
     assert {"qwen", "chroma", "lumina2", "z_image"} <= {*FAMILIES}
 

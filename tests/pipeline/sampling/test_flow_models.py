@@ -56,8 +56,12 @@ if hasattr(diffusers, "NucleusMoEImagePipeline"):
     from tests.support.tiny_nucleus import tiny_nucleus_pipeline
 
     RUNS["Nucleus-Image"] = tiny_nucleus_pipeline
-#: Whose pipeline's own guidance is of another number of steps, and which shift σ themselves.
-GUIDED = {"Ideogram 4": {"guidance_scale": 3.0}}
+if hasattr(diffusers, "HunyuanImagePipeline"):
+    from tests.support.tiny_hunyuan_guided import tiny_hunyuan_image_pipeline
+
+    RUNS["HunyuanImage"] = lambda pipe: tiny_hunyuan_image_pipeline(decodes=True)
+#: Which shift σ themselves, or for no size; for a pipeline whose own guidance is of other steps, another guidance.
+GUIDED = {"Ideogram 4": {"guidance_scale": 3.0}, "HunyuanImage": {}}
 
 
 @pytest.mark.parametrize("shift", [flux_shift, sd3_shift])
