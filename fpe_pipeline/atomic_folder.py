@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import platform
 import re
 import shutil
 import stat
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,12 +53,14 @@ def check_writable(directory: Path) -> None:
 def replaced(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write one file to; it becomes `path` when the block ends without an error.
 
-    A file of that name is replaced, its folder made if missing.
+    A file of that name is replaced, its folder made if missing. What a process that was killed left of writing the same
+    file is deleted.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _clear(path.parent, path.name)
     # Of the process: two that write the same file each write their own.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}.part")
     try:
         with _naming(path):
             yield partial
@@ -68,11 +72,16 @@ def replaced(path: str | Path) -> Iterator[Path]:
 def clear_left(folder: Path) -> None:
     """Delete what processes that were killed were writing to a folder by :func:`replaced`.
 
-    What a living process writes stays; a folder that does not exist has none.
+    What a living process writes stays, and files that are not of ours; a folder that does not exist has none.
     """
+    _clear(folder)
+
+
+def _clear(folder: Path, name: str | None = None) -> None:
+    """Delete what was left of a file, or of any; what other machines write on a shared disk is not known to be left."""
     for partial in folder.glob(".*.part"):
-        number = partial.name.split(".")[-2]
-        if number.isdecimal() and _lives(int(number)):
+        ours = re.fullmatch(rf"\.(.+)\.{_machine()}-(\d+)\.part", partial.name, flags=re.DOTALL | re.ASCII)
+        if ours is None or name not in (None, ours[1]) or _lives(int(ours[2])):
             continue
         with contextlib.suppress(OSError):  # it has become what it was to be, or Windows knows that it is open
             partial.unlink()
@@ -145,6 +154,11 @@ def _naming(place: Path) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(place)) from error
+
+
+def _machine() -> str:
+    """This machine in eight letters: a file's name may be long already."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 def _lives(process: int) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fpe_pipeline import staging
-from fpe_pipeline.atomic_folder import staged
+from fpe_pipeline.atomic_folder import clear_left, replaced, staged
 from fpe_pipeline.staging import clear_stages, new_stage
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="locks no folders")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="locks no folders")
 HALF = """
 import sys, time
 from pathlib import Path
-from fpe_pipeline.atomic_folder import staged
+from fpe_pipeline.atomic_folder import clear_left, replaced, staged
 with staged(Path(sys.argv[1])) as stage:
     (stage / "a.png").write_text("half")
     print(stage, flush=True)
@@ -106,3 +106,23 @@ def test_a_stage_that_another_process_takes_for_left_is_made_anew(tmp_path, monk
     stage, lock = new_stage(tmp_path)
     os.close(lock)
     assert taken and names(tmp_path) == [stage.name]
+
+
+def test_a_file_that_is_written_again_clears_what_was_left_of_it(tmp_path):
+    """Of processes of this machine that are no more; what others write, and files that are nobody's here, stay."""
+    path = tmp_path / "photo.safetensors"
+    with replaced(path) as partial:
+        partial.touch()
+        mine = partial.name
+    dead = mine.replace(f"-{os.getpid()}.", f"-{2**31 - 1}.")
+    living = mine.replace(f"-{os.getpid()}.", f"-{os.getppid()}.")
+    elsewhere = dead.replace(dead.split(".")[-2][:8], "0" * 8)
+    of_others = {".film.mkv.part", ".film.12.part", living, elsewhere, dead.replace("photo", "other")}
+    for name in {dead, *of_others}:
+        (tmp_path / name).touch()
+    with replaced(path) as partial:
+        partial.write_text("whole")
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, *of_others}
+    assert path.read_text() == "whole"
+    clear_left(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, *of_others} - {dead.replace("photo", "other")}

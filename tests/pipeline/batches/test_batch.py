@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -344,7 +345,8 @@ def test_a_batch_that_begins_leaves_what_another_is_writing(tmp_path):
     folder = tmp_path / "out" / plan(request).groups[0].folder
     with replaced(folder / "0001.png") as partial:
         partial.write_bytes(b"a picture")
-        (folder / f".0002.png.{2**31 - 1}.part").touch()  # of a process that is no more
+        number = f"-{2**31 - 1}."  # of a process that is no more
+        (folder / partial.name.replace("0001", "0002").replace(f"-{os.getpid()}.", number)).touch()
         plan(request)
     assert [path.name for path in folder.iterdir()] == ["0001.png"]
 
