@@ -25,6 +25,8 @@ __all__ = ["EncodedText", "Encoding", "EncodingHook", "encoding_tokenizer", "fil
 Inputs = dict[str, list[torch.Tensor]]
 #: In the place of a token that there is not, in rows of which others are longer.
 _NONE = -1
+#: What encodes a call's prompts: JoyImage has a method of its own for those beside pictures.
+_ENCODES = ("encode_prompt", "encode_prompt_multiple_images")
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 #: Of what comes after encoders and has tokens of its own; it takes them by name.
 _TARGETS = ("target_input_ids", "target_attention_mask")
@@ -175,7 +177,8 @@ class EncodingHook:
             return encoded
 
         self._shadows = Shadows(pipe)
-        self._shadows.cover("encode_prompt", encode_prompt)
+        for name in _ENCODES:
+            self._shadows.cover(name, encode_prompt)
 
     def remove(self) -> None:
         """Uncover the method that was there before."""

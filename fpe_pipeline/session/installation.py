@@ -26,6 +26,7 @@ from .processors.flux3 import EditFlux3Processor
 from .processors.hidream import EditHiDreamProcessor
 from .processors.hunyuan_video import EditHunyuanVideoProcessor
 from .processors.ideogram4 import EditIdeogram4Processor
+from .processors.joyimage import EditJoyImageProcessor
 from .processors.kandinsky5 import EditKandinsky5Processor
 from .processors.kandinsky6 import EditKandinsky6Processor
 from .processors.krea2 import EditKrea2Processor
@@ -68,6 +69,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "hidream": (EditHiDreamProcessor, EditHiDreamProcessor.unsupported_reasons),
     "hunyuan_video": (EditHunyuanVideoProcessor, EditHunyuanVideoProcessor.unsupported_reasons),
     "ideogram4": (EditIdeogram4Processor, EditIdeogram4Processor.unsupported_reasons),
+    "joyimage": (EditJoyImageProcessor, EditJoyImageProcessor.unsupported_reasons),
     "kandinsky5": (EditKandinsky5Processor, EditKandinsky5Processor.unsupported_reasons),
     "kandinsky6": (EditKandinsky6Processor, EditKandinsky6Processor.unsupported_reasons),
     "krea2": (EditKrea2Processor, EditKrea2Processor.unsupported_reasons),

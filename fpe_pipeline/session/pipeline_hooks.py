@@ -163,6 +163,7 @@ class _PairedNoise:
         self._repeats_pictures = adapter.repeats_pictures
         self._tells_all = adapter.tells_all_it_encodes
         self._is_before = False  # whether a call has begun, and has prepared no latents yet
+        self._prepares = False  # whether it is at it
         self._shadows = Shadows(adapter.pipe)
         self._shadows.cover("prepare_latents", self._latents)
         self._shadows.cover("prepare_audio_latents", self._latents)  # of sound beside a video
@@ -222,7 +223,11 @@ class _PairedNoise:
                     # Some pipelines look for a generator's own picture, and find none where one stands for all rows.
                     repeats = len(made) // shown.shape[0]
                     given.arguments[name] = shown.repeat(repeats, *[1] * (shown.ndim - 1))
-        return original(*given.args, **given.kwargs)
+        self._prepares = True
+        try:
+            return original(*given.args, **given.kwargs)
+        finally:
+            self._prepares = False
 
     def _picture(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         signature = inspect.signature(original)
@@ -238,13 +243,15 @@ class _PairedNoise:
     def _distribution(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         encoded = original(*args, **kwargs)
         found: Any = getattr(encoded, "latent_dist", None)
-        if self._is_before and self._tells_all and hasattr(found, "std"):
+        if (self._is_before or self._prepares) and self._tells_all and hasattr(found, "std"):
             found.sample = functools.partial(self._drawn, found, found.sample)
         return encoded
 
     def _drawn(self, found: Any, sample: Any, generator: Any = None) -> torch.Tensor:
         """A sample of a picture for each row, whose noise is that of its source, which draws what it always does."""
-        layout = None if isinstance(generator, list) else self._paired(None)
+        # Beside the latents a pipeline that has generators tells them; JoyImage draws from none.
+        draws = not isinstance(generator, list) and (self._is_before or generator is None)
+        layout = self._paired(None) if draws else None
         if layout is None or len(found.mean) != len(layout[0]) * layout[1]:
             drawn: torch.Tensor = sample(generator)
             return drawn

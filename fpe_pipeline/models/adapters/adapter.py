@@ -99,6 +99,7 @@ class ModelAdapter(ABC):
             "hidream",
             "hunyuan_video",
             "ideogram4",
+            "joyimage",
             "kandinsky5",
             "kandinsky6",
             "krea2",

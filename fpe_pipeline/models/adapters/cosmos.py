@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from ...callers import warn
-from ...errors import EditWarning
 from ...text_parts import Template, TextPart
 from ..sites import Site
 from .adapter import ModelCall, identity
 from .named_calls import NamedCallsAdapter
+from .padding import warn_of_padding
 from .transformer import self_and_cross
 
 __all__ = ["CosmosAdapter"]
@@ -78,12 +77,4 @@ def _tell_of_padding(conditioner: Any, args: tuple[Any, ...], kwargs: dict[str, 
         return
     least = conditioner.config.min_sequence_length
     alone = [max(count, least) for count in mask.sum(1).tolist()]
-    longest = max(mask.shape[1], least)
-    shorter = [number for number, count in enumerate(alone) if count < longest]
-    if shorter:
-        warn(
-            f"texts are padded to {longest} tokens, as the longest one of the call is, and Anima attends to padding: "
-            f"texts {shorter} have fewer alone, where they make other images than here. Write prompts of as many "
-            f"tokens, or of at most {least}, to edit the image that a source has alone",
-            EditWarning,
-        )
+    warn_of_padding("Anima", alone, max(mask.shape[1], least), least)

@@ -22,6 +22,7 @@ from .hunyuan_dit import HunyuanDiTAdapter
 from .hunyuan_guided import HunyuanImageAdapter, HunyuanVideo15Adapter
 from .hunyuan_video import HunyuanVideoAdapter
 from .ideogram4 import Ideogram4Adapter
+from .joyimage import JoyImageAdapter
 from .kandinsky5 import Kandinsky5Adapter
 from .kandinsky6 import Kandinsky6Adapter
 from .krea2 import Krea2Adapter
@@ -63,6 +64,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "HunyuanVideo15Transformer3DModel": HunyuanVideo15Adapter,
     "HunyuanVideoTransformer3DModel": HunyuanVideoAdapter,
     "Ideogram4Transformer2DModel": Ideogram4Adapter,
+    "JoyImageEditTransformer3DModel": JoyImageAdapter,
     "Kandinsky5Transformer3DModel": Kandinsky5Adapter,
     "Kandinsky6Transformer3DModel": Kandinsky6Adapter,
     "Krea2Transformer2DModel": Krea2Adapter,

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
-from ...callers import warn
-from ...errors import EditWarning
 from ...shadows import Shadows
 from ...text_parts import Template, TextPart, conversation, inner_blocks, plain_tokenizer
 from ..sites import Site, dual_and_single
 from .adapter import ModelCall
 from .named_calls import NamedCallsAdapter
 from .once import once_a_tensor
+from .padding import warn_of_padding
 
 __all__ = ["Flux3Adapter"]
 
@@ -107,14 +106,7 @@ def _encoded(pipe: Any, original: Callable[..., torch.Tensor], *args: Any, **kwa
         return min(-(-count // multiple) * multiple, most)
 
     windows = [window(prompt) for prompt in prompts]
-    if min(windows) < max(windows):
-        shorter = [number for number, count in enumerate(windows) if count < max(windows)]
-        warn(
-            f"texts are padded to {max(windows)} tokens, as the longest one of the call is, and FLUX.3 "
-            f"attends to padding: texts {shorter} have fewer alone, where they make other images than here. Write "
-            "prompts of as many tokens, to edit the image that a source has alone",
-            EditWarning,
-        )
+    warn_of_padding("FLUX.3", windows, max(windows))
     given["pad_multiple"] = max(windows)
     rows = []
     for prompt in prompts:

@@ -32,6 +32,7 @@ _CONDITIONAL_FIRST = frozenset(
         "GlmImagePipeline",
         "HunyuanSkyreelsImageToVideoPipeline",
         "HunyuanVideoImageToVideoPipeline",
+        "JoyImageEditPipeline",
         "Kandinsky5I2IPipeline",
         "Kandinsky5I2VPipeline",
         "Kandinsky5T2IPipeline",

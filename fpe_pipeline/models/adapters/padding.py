@@ -1,12 +1,37 @@
-"""How much of each text is no padding, of masks that pipelines give their transformers."""
+"""How much of each text is no padding, of masks that pipelines give their transformers, and what is said of padding
+that is attended to."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from ...callers import warn
+from ...errors import EditWarning
 from .once import once_a_tensor
 
-__all__ = ["counted_tokens", "lengths_before_images", "text_lengths"]
+__all__ = ["counted_tokens", "lengths_before_images", "text_lengths", "warn_of_padding"]
+
+
+def warn_of_padding(model: str, alone: Sequence[int], longest: int, least: int = 0) -> None:
+    """Say which texts of a call get more padding than they have alone, where a model attends to it.
+
+    Args:
+        model: its name.
+        alone: of each text, the tokens with which it comes to the model by itself.
+        longest: the tokens with which they come together.
+        least: tokens to which shorter texts are padded by themselves.
+    """
+    shorter = [number for number, count in enumerate(alone) if count < longest]
+    if shorter:
+        many = f"as many tokens, or of at most {least}," if least else "as many tokens,"
+        warn(
+            f"texts are padded to {longest} tokens, as the longest one of the call is, and {model} attends to padding: "
+            f"texts {shorter} have fewer alone, where they make other images than here. Write prompts of {many} to "
+            "edit the image that a source has alone",
+            EditWarning,
+        )
 
 
 @once_a_tensor

@@ -63,6 +63,7 @@ def segment_rows(
     *,
     added: bool = False,
     wide: bool = False,
+    norms: tuple[Any, Any] | None = None,
 ) -> SegmentProjections:
     """Queries, keys and values that are projected already [rows, tokens, H·D], normed and turned: [rows, H, tokens, D].
 
@@ -70,11 +71,14 @@ def segment_rows(
         used: for each of the three, which rows of the batch they are.
         attn, turn, added: as of :func:`segment_projections`.
         wide: whether queries and keys are normed and turned in float32 at least.
+        norms: of queries and of keys, where they have other names than in diffusers' ``Attention``.
     """
     query, key, value = (part.unflatten(-1, (-1, head_dim(attn))) for part in split)
     if wide:
         query, key = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (query, key))
-    norm_q, norm_k = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
+    if norms is None:
+        norms = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
+    norm_q, norm_k = norms
     query, key = (query if norm_q is None else norm_q(query)), (key if norm_k is None else norm_k(key))
     if turn is not None:  # of no rows there is nothing to turn: where all are known from a recording
         query, key = (turn(part, rows) if rows else part for part, rows in zip((query, key), used[:2], strict=True))

@@ -23,6 +23,7 @@ from tests.support.tiny_flux_kin import KIN
 from tests.support.tiny_glm_image import GLM_IMAGE
 from tests.support.tiny_hidream import HIDREAM
 from tests.support.tiny_ideogram4 import IDEOGRAM4
+from tests.support.tiny_joyimage import JOYIMAGE
 from tests.support.tiny_krea2 import KREA2
 from tests.support.tiny_mochi import MOCHI
 from tests.support.tiny_nucleus import NUCLEUS
@@ -43,6 +44,7 @@ MODELS = {
     "GLM-Image": GLM_IMAGE,
     "HiDream-I1": HIDREAM,
     "Ideogram 4": IDEOGRAM4,
+    "JoyImage": JOYIMAGE,
     "Krea 2": KREA2,
     **MOCHI,
     "Nucleus-Image": NUCLEUS,
@@ -78,6 +80,7 @@ ALWAYS = {
     ("Bria", "ReFlex"),
     ("Bria FIBO", "Prompt-to-Prompt, refined"),
     ("CogView 3 Plus", "FPE"),
+    ("JoyImage", "Prompt-to-Prompt, refined"),
     ("Krea 2", "Prompt-to-Prompt, refined"),
     ("Mochi", "Prompt-to-Prompt, refined"),
     ("AuraFlow", "Prompt-to-Prompt, replaced words"),

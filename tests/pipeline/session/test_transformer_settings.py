@@ -31,6 +31,7 @@ from tests.support.tiny_hidream import HIDREAM
 from tests.support.tiny_hunyuan_guided import HUNYUAN_IMAGE, HUNYUAN_VIDEO15
 from tests.support.tiny_hunyuan_video import draw_hunyuan_video, tiny_hunyuan_video_pipeline
 from tests.support.tiny_ideogram4 import IDEOGRAM4
+from tests.support.tiny_joyimage import JOYIMAGE
 from tests.support.tiny_kandinsky5 import draw_kandinsky5, tiny_kandinsky5_pipeline
 from tests.support.tiny_kandinsky6 import draw_kandinsky6, tiny_kandinsky6_pipeline
 from tests.support.tiny_krea2 import KREA2
@@ -89,6 +90,7 @@ _NEWER = {
     "hunyuan video 1.5": HUNYUAN_VIDEO15,
     "hunyuan image": HUNYUAN_IMAGE,
     "ideogram 4": IDEOGRAM4,
+    "joyimage": JOYIMAGE,
     "krea 2": KREA2,
     "mochi": MOCHI["Mochi"],
     "nucleus": NUCLEUS,
@@ -201,7 +203,7 @@ def test_adapters(pipe, name):
     """LoRA in every projection: edits are those of the adapted weights, apart and fused."""
     model = Model(pipe, name, torch.float64)
     before = model.run()
-    projections = ["to_q", "to_k", "to_v", "to_out.0", "to_query", "to_key", "to_value"]
+    projections = ["to_q", "to_k", "to_v", "to_out.0", "to_query", "to_key", "to_value", "img_attn_qkv", "txt_attn_qkv"]
     config = peft.LoraConfig(r=2, target_modules=projections, init_lora_weights=False)
     adapted = []
     for transformer in model.transformers:
