@@ -50,6 +50,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "BriaFiboTransformer2DModel": BriaFiboAdapter,
     "BriaTransformer2DModel": BriaAdapter,
     "ChromaTransformer2DModel": ChromaAdapter,
+    "ChronoEditTransformer3DModel": WanAdapter,
     "CogVideoXTransformer3DModel": CogVideoXAdapter,
     "CogView3PlusTransformer2DModel": CogView3PlusAdapter,
     "CogView4Transformer2DModel": CogView4Adapter,

@@ -20,6 +20,7 @@ _CONDITIONAL_FIRST = frozenset(
         "ChromaImg2ImgPipeline",
         "ChromaInpaintPipeline",
         "ChromaPipeline",
+        "ChronoEditPipeline",
         "CogView4ControlPipeline",
         "Cosmos2TextToImagePipeline",
         "Cosmos2VideoToWorldPipeline",

@@ -4,7 +4,8 @@ A layer's maps are those of a UNet's, of one size throughout, and the frames' to
 by a second call, in contexts named "cond" and "uncond". Wan 2.2 has two transformers, one for the noisy steps and one
 for those after the boundary; an edit's layers are counted in each of them from 0.
 
-SkyReels-V2's blocks are the same.
+SkyReels-V2's blocks are the same, and so are those of ChronoEdit, which makes a picture's edit as a video and may leave
+out the frames between its ends on the way.
 """
 
 from __future__ import annotations

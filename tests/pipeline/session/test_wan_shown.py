@@ -108,10 +108,35 @@ def skyreels_from_a_picture(pipe, monkeypatch):
     return tiny
 
 
-SHOWN = {"Wan": wan_from_a_picture, "SkyReels-V2": skyreels_from_a_picture}
+class _Forgetful(ExactEuler):
+    """Keeps nothing of earlier steps, where ChronoEdit's scheduler keeps frames that are left out afterwards."""
+
+    model_outputs, last_sample = (), None
 
 
-@pytest.mark.parametrize("name", few(SHOWN.keys(), "Wan", "SkyReels-V2"))
+def chronoedit(pipe, monkeypatch):
+    monkeypatch.setattr("diffusers.pipelines.chronoedit.pipeline_chronoedit.prompt_clean", str)
+    torch.manual_seed(0)
+    config = {**WAN, "in_channels": 36, "image_dim": 8, "added_kv_proj_dim": 24}
+    tiny = diffusers.ChronoEditPipeline(
+        tokenizer=pipe.tokenizer,
+        text_encoder=tiny_t5(pipe.tokenizer).double(),
+        image_encoder=None,
+        image_processor=None,
+        transformer=sharpened(diffusers.ChronoEditTransformer3DModel(**config)).double().eval(),
+        vae=autoencoder(),
+        scheduler=_Forgetful(),
+    )
+    seen = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    tiny.encode_image = lambda *args, **kwargs: seen
+    tiny.set_progress_bar_config(disable=True)
+    return tiny
+
+
+SHOWN = {"Wan": wan_from_a_picture, "SkyReels-V2": skyreels_from_a_picture, "ChronoEdit": chronoedit}
+
+
+@pytest.mark.parametrize("name", few(SHOWN.keys(), "Wan", "SkyReels-V2", "ChronoEdit"))
 def test_a_picture_is_repeated_once(pipe, monkeypatch, name):
     """Rows of one video draw the same noise, beside one picture that the pipeline itself repeats."""
     tiny = SHOWN[name](pipe, monkeypatch)
@@ -131,3 +156,25 @@ def test_a_picture_is_repeated_once(pipe, monkeypatch, name):
 
         followed["attn1"] = rule
         assert farthest(actual, run(generators(3))) <= EXACT
+
+
+def test_frames_that_are_left_out_on_the_way(pipe, monkeypatch):
+    """Of ChronoEdit, whose later steps are of the first frame and the last."""
+    tiny = chronoedit(pipe, monkeypatch)
+
+    def run():
+        given = {"image": PICTURE, "prompt": PROMPTS[:2], "num_frames": 13, "num_inference_steps": 4}
+        given |= {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": 2, "guidance_scale": 4.0}
+        return tiny(**given, generator=generators(2), **SIZE).frames
+
+    with editing(tiny, FreePromptEdit(0.75)) as session:
+        actual = run()
+    assert actual.shape[2] == 2 and set(map(tuple, session.report().layers.values())) == {(0, 1, 2)}
+    followed = {}
+    with dense_wan(tiny, followed, range(3)) as state:
+
+        def rule(row, rows, map_of, value):
+            return map_of(0, 0) @ value[row] if row and state["calls"] % 2 else None
+
+        followed["attn1"] = rule
+        assert farthest(actual, run()) <= EXACT < farthest(actual[1], actual[0])
