@@ -35,7 +35,7 @@ from .nucleus import NucleusImageAdapter
 from .pixart import PixArtAdapter
 from .qwen import QwenImageAdapter
 from .qwen21 import QwenImage21Adapter
-from .sana import SanaAdapter
+from .sana import SanaAdapter, SanaVideoAdapter
 from .sd3 import SD3Adapter
 from .unet import UNetAdapter
 from .wan import WanAdapter
@@ -81,6 +81,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "QwenImageTransformer2DModel": QwenImageAdapter,
     "SD3Transformer2DModel": SD3Adapter,
     "SanaTransformer2DModel": SanaAdapter,
+    "SanaVideoTransformer3DModel": SanaVideoAdapter,
     "SkyReelsV2Transformer3DModel": WanAdapter,
     "WanTransformer3DModel": WanAdapter,
     "WanVACETransformer3DModel": WanAdapter,

@@ -2,13 +2,14 @@
 
 The batch is [unconditional, conditional] in one call, or the prompts alone in Sana-Sprint; padding of texts is masked.
 Prompts are encoded in small letters, behind an instruction of which the model receives the last token, and the token
-that begins every text; negative prompts without one.
+that begins every text; negative prompts without one. Sana-Video's blocks are the same over the tokens of all frames.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..steps import Step, step_of_scheduler
 from .adapter import Half, ModelCall
 from .transformer import TransformerAdapter, self_and_cross
 
-__all__ = ["SanaAdapter"]
+__all__ = ["SanaAdapter", "SanaVideoAdapter"]
 
 
 def _template(pipe: Any, arguments: Mapping[str, Any]) -> Template:
@@ -56,3 +57,20 @@ class SanaAdapter(TransformerAdapter):
 
     def step(self, call: ModelCall) -> Step:
         return super().step(call) if self.pipe is None else step_of_scheduler(self.pipe.scheduler)
+
+
+class SanaVideoAdapter(SanaAdapter):
+    """diffusers' ``SanaVideoTransformer3DModel``."""
+
+    repeats_pictures = True
+
+    def find_sites(self) -> tuple[Site, ...]:
+        module: Any = self.module
+        _, patch, _ = module.config.patch_size
+        return tuple(self_and_cross("transformer_blocks", module.transformer_blocks, patch))
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        module: Any = self.module
+        call = super().read(args, kwargs)
+        frames, height, width = call.sample.shape[-3:]
+        return replace(call, size=(height, width, frames // module.config.patch_size[0]))

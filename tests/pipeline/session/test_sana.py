@@ -3,6 +3,8 @@
 import diffusers
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
+from PIL import Image
 from torch.nn import functional as F
 
 if not hasattr(diffusers, "SanaSprintPipeline"):
@@ -12,7 +14,7 @@ from fpe_pipeline import FreePromptEdit, LocalBlend, MasaCtrlEdit, PromptToPromp
 from fpe_pipeline.prompts.alignment import align_refine
 from tests.support.placed_words import columns, placed
 from tests.support.slow_cases import few
-from tests.support.tiny_sana import PROMPTS, SAID, TEXTS, dense_sana, draw_sana, tiny_sana_pipeline
+from tests.support.tiny_sana import PROMPTS, SAID, TEXTS, dense_sana, draw_sana, tiny_sana_pipeline, tiny_sana_videos
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 EXACT = 1e-8
@@ -50,6 +52,11 @@ def sprint():
         qk_norm="rms_norm_across_heads",
         guidance_embeds=True,
     )
+
+
+@pytest.fixture(scope="module")
+def videos():
+    return tiny_sana_videos()
 
 
 def draw(pipe, **options):
@@ -97,10 +104,13 @@ CALLS = {
     "no guidance": ("sana", {"guidance_scale": 1.0}),
     "no instruction": ("sana", {"complex_human_instruction": None}),
     "Sprint": ("sprint", {"prompts": 3}),
+    "a video": ("videos", {"prompts": 3, "frames": 2, "size": (4, 8)}),
+    "a video, no guidance": ("videos", {"frames": 3, "size": (4, 8), "guidance_scale": 1.0}),
+    "a video, no instruction": ("videos", {"frames": 2, "complex_human_instruction": None}),
 }
 
 
-@pytest.mark.parametrize("call", few(CALLS, "not square", "Sprint"))
+@pytest.mark.parametrize("call", few(CALLS, "not square", "Sprint", "a video"))
 def test_prompt_to_prompt(request, call):
     name, options = call
     pipe, prompts = request.getfixturevalue(name), PROMPTS[: options.get("prompts", 2)]
@@ -209,9 +219,32 @@ def test_a_blend_where_words_are(sana):
         "Prompt-to-Prompt",
     ),
 )
-def test_linear_attention_has_no_map(sana, edit):
+def test_linear_attention_has_no_map(sana, videos, edit):
     steps, before = [], dict(sana.transformer.attn_processors)
     asked = r"blocks\.0\.attn1: its attention is linear, .*no map.* self_replace_steps=0"
     with pytest.raises(ValueError, match=asked):
         edited(sana, edit(sana), callback_on_step_end=lambda *given: steps.append(1) or {})
     assert not steps and sana.transformer.attn_processors == before
+    with pytest.raises(ValueError, match=asked):
+        edited(videos, edit(videos), frames=2)
+
+
+def test_a_video_from_a_picture():
+    """Which the pipeline repeats for every row itself, and whose frame takes no steps."""
+    torch.manual_seed(0)
+    size = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    size |= {"latents_mean": [0.1] * 4, "latents_std": [0.5] * 4}
+    vae = AutoencoderKLWan(**size, temperal_downsample=[False, True, True]).double().eval()
+    tiny = tiny_sana_videos(kind="SanaImageToVideoPipeline", vae=vae)
+    shown = Image.radial_gradient("L").convert("RGB").resize((64, 32))
+    options = {"image": shown, "frames": 2, "size": (4, 8), "latents": None}
+
+    def generators():
+        return [torch.Generator().manual_seed(3) for _ in range(2)]
+
+    with editing(tiny, words_of(tiny, PROMPTS[:2])):
+        actual = draw(tiny, generator=torch.Generator().manual_seed(3), **options)
+    with dense_sana(tiny, {"attn2": of_words(tiny, PROMPTS[:2])}, (0, 1)):
+        expected = draw(tiny, generator=generators(), **options)
+    plain = draw(tiny, generator=generators(), **options)
+    assert farthest(actual, expected) <= EXACT < farthest(actual[1], plain[1])
