@@ -11,7 +11,7 @@ import torch
 from ..models.adapters.adapter import ModelAdapter
 from ..prompts.encoding import Encoding, received_by, text_of_parts
 from ..text_parts import inner_blocks
-from .shared_noise import paired_generators
+from .shared_noise import are_paired, paired_generators
 
 __all__ = ["ModularCalls"]
 
@@ -68,6 +68,8 @@ class ModularCalls:
             made = paired_generators(generator, *layout)
             state.set("generator", made)
             self._drawn(made, layout)  # for the scheduler's steps, to which most blocks hand no generator
+        elif draws and layout is not None and isinstance(generator, list) and are_paired(generator, *layout):
+            self._drawn(generator, layout, given=True, pictures=_pictures(values.get("image")))
         parts = () if self._adapter.words_refused else self._adapter.text_parts
         with received_by(pipe, self._adapter.text_parts) as received:
             self._pending = lambda: Encoding.of(
@@ -94,6 +96,13 @@ class ModularCalls:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._encoded(pending())
+
+
+def _pictures(given: Any) -> int:
+    """How many pictures a call was given."""
+    if isinstance(given, list | tuple) or (isinstance(given, torch.Tensor) and given.ndim == 4):
+        return len(given)
+    return int(given is not None)
 
 
 def _draws_by_autoencoder(block: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..shadows import Shadows
 from .finite_watch import FiniteDecoder, FiniteWatch
 from .hooks import SchedulerHook
 from .modular_calls import ModularCalls
-from .shared_noise import level, paired_generators
+from .shared_noise import are_paired, level, paired_generators
 
 __all__ = ["PipelineHooks"]
 
@@ -69,7 +69,9 @@ class PipelineHooks:
         self._calls.cover("check_inputs", begun)
         heard = self._heard(called), self._heard(encoded), paired
         self._modular = (
-            ModularCalls(adapter, *heard, lambda *drawn: self._noise.take(*drawn)) if is_modular(pipe) else None
+            ModularCalls(adapter, *heard, lambda *drawn, **how: self._noise.take(*drawn, **how))
+            if is_modular(pipe)
+            else None
         )
         self._encoding = EncodingHook(pipe, self._heard(encodes), adapter.text_parts)
         self._decoder = FiniteDecoder(pipe, watch)
@@ -136,16 +138,27 @@ class PipelineHooks:
 
 def _calling_pipeline() -> Any | None:
     """The pipeline in whose call this is; None in a sampling loop of one's own."""
+    return _variables_of_call().get("self")
+
+
+def _argument_of_call(name: str) -> Any:
+    """What the pipeline in whose call this is was given under a name; None where it was not, or there is none."""
+    return _variables_of_call().get(name)
+
+
+def _variables_of_call() -> Mapping[str, Any]:
+    """The local variables of the pipeline's call in which this is; none in a sampling loop of one's own."""
     from diffusers import DiffusionPipeline
 
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         # By name first: asking a frame for its locals makes it hold them until it ends.
-        own = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
+        variables: Mapping[str, Any] = frame.f_locals if frame.f_code.co_name == "__call__" else {}
+        own = variables.get("self")
         if isinstance(own, DiffusionPipeline) or is_modular(own):
-            return own
+            return variables
         frame = frame.f_back
-    return None
+    return {}
 
 
 class _PairedNoise:
@@ -160,6 +173,9 @@ class _PairedNoise:
         self._generators: list[torch.Generator] | None = None
         self._shared: tuple[Sequence[int], int] | None = None  # what they were made of; None where they are not ours
         self._is_level = True
+        self._are_given = False  # whether they are a list of the caller's
+        self._began: dict[int, torch.Tensor] = {}  # the states of the caller's list when the call began
+        self._undrawn = 0  # pictures of all rows that are still to be drawn for by the first ones of the list
         self._repeats_pictures = adapter.repeats_pictures
         self._tells_all = adapter.tells_all_it_encodes
         self._is_before = False  # whether a call has begun, and has prepared no latents yet
@@ -185,25 +201,44 @@ class _PairedNoise:
     def begins(self) -> None:
         """A call of the pipeline begins."""
         self._is_before = True
+        generators = _argument_of_call("generator")
+        own = generators if isinstance(generators, list) else []
+        self._began = {id(each): each.get_state() for each in own}
 
-    def take(self, generators: list[torch.Generator] | None, shared: tuple[Sequence[int], int] | None = None) -> None:
+    def take(
+        self,
+        generators: list[torch.Generator] | None,
+        shared: tuple[Sequence[int], int] | None = None,
+        *,
+        given: bool = False,
+        pictures: int = 0,
+    ) -> None:
         """Take note of what the rows of a call draw from.
 
         Args:
             generators: of the rows; None where there is one for all of them, or none.
-            shared: as `paired_generators` was given it for them; None where they are the caller's.
+            shared: the sources of prompts and images a prompt, where rows of one image draw the same; None where rows
+                draw each its own.
+            given: whether they are the caller's, and not made by `paired_generators`.
+            pictures: how many the call is going to encode by the first of those before it draws noise.
         """
         self._generators, self._shared, self._is_level, self._is_before = generators, shared, False, False
+        self._are_given, self._undrawn = given, pictures if pictures < len(generators or ()) else 0
         step = getattr(getattr(self._pipe, "scheduler", None), "step", None)
         self._to_steps = step is not None and "generator" in inspect.signature(step).parameters
+
+    def _level(self) -> None:
+        """Bring the rows of each image to where that one is which a pipeline drew from in between."""
+        if self._shared is not None and self._generators is not None:
+            level(self._generators, *self._shared, given=self._are_given)
 
     def of_steps(self) -> dict[str, Any]:
         """What a step of the scheduler is to be given beside what the pipeline gives it."""
         if _calling_pipeline() not in (None, self._pipe):  # another one has the same scheduler
             return {}
         self._is_before = False
-        if not self._is_level and self._shared is not None and self._generators is not None:
-            level(self._generators, *self._shared)  # what drew in between drew from the caller's generator alone
+        if not self._is_level:
+            self._level()
             self._is_level = True
         given = self._to_steps and not self._hands_on and self._generators is not None
         return {"generator": self._generators} if given else {}
@@ -213,21 +248,51 @@ class _PairedNoise:
         given = signature.bind(*args, **kwargs)
         layout, generator = self._paired(given.arguments.get("batch_size")), given.arguments.get("generator")
         self.take(generator if isinstance(generator, list) else None)
-        draws = "generator" in signature.parameters and given.arguments.get("latents") is None
-        if draws and layout is not None and not isinstance(generator, list):  # a list says every row's own
-            given.arguments["generator"] = made = paired_generators(generator, *layout)
-            self.take(made, layout)
-            for name in () if self._repeats_pictures else ("image", "video"):
-                shown = given.arguments.get(name)
-                if isinstance(shown, torch.Tensor) and len(made) % max(shown.shape[0], 1) == 0:
-                    # Some pipelines look for a generator's own picture, and find none where one stands for all rows.
-                    repeats = len(made) // shown.shape[0]
-                    given.arguments[name] = shown.repeat(repeats, *[1] * (shown.ndim - 1))
-        self._prepares = True
+
+        def prepared() -> Any:
+            self._prepares = True
+            try:
+                return original(*given.args, **given.kwargs)
+            finally:
+                self._prepares = False
+
+        if "generator" not in signature.parameters or given.arguments.get("latents") is not None or layout is None:
+            return prepared()
+        shown = {} if self._repeats_pictures else {name: given.arguments.get(name) for name in ("image", "video")}
+        pictures = {name: each for name, each in shown.items() if isinstance(each, torch.Tensor)}
+        if isinstance(generator, list):  # which says every row's own: it may be the same
+            return self._by_list(prepared, generator, layout, pictures)
+        given.arguments["generator"] = made = paired_generators(generator, *layout)
+        self.take(made, layout)
+        for name, each in pictures.items():
+            if len(made) % max(each.shape[0], 1) == 0:
+                # Some pipelines look for a generator's own picture, and find none where one stands for all rows.
+                given.arguments[name] = each.repeat(len(made) // each.shape[0], *[1] * (each.ndim - 1))
+        return prepared()
+
+    def _by_list(
+        self,
+        prepared: Callable[[], Any],
+        generators: list[torch.Generator],
+        layout: tuple[Sequence[int], int],
+        pictures: Mapping[str, torch.Tensor],
+    ) -> Any:
+        """Latents that a caller's generators draw, one a row.
+
+        Where those of one image began the call in the same state, the caller means the same noise for them. Pipelines
+        that draw from the first ones beforehand, for a picture of all rows, would give it to the others no more.
+        """
+        if self._began_paired(generators, layout):
+            self.take(generators, layout, given=True, pictures=sum(map(len, pictures.values())))
+            self._level()
         try:
-            return original(*given.args, **given.kwargs)
+            return prepared()
         finally:
-            self._prepares = False
+            self._undrawn = 0
+
+    def _began_paired(self, generators: list[torch.Generator], layout: tuple[Sequence[int], int]) -> bool:
+        """Whether a caller's generators began the call as ones that give rows of one image the same noise."""
+        return are_paired(generators, *layout, self._began)
 
     def _picture(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         signature = inspect.signature(original)
@@ -243,22 +308,41 @@ class _PairedNoise:
     def _distribution(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         encoded = original(*args, **kwargs)
         found: Any = getattr(encoded, "latent_dist", None)
-        if (self._is_before or self._prepares) and self._tells_all and hasattr(found, "std"):
+        if not hasattr(found, "std"):
+            return encoded
+        if self._undrawn and not self._is_before:
+            found.sample = functools.partial(self._drawn_by_list, found, found.sample)
+        elif (self._is_before or self._prepares) and self._tells_all:
             found.sample = functools.partial(self._drawn, found, found.sample)
         return encoded
 
+    def _drawn_by_list(self, found: Any, sample: Any, generator: Any = None) -> torch.Tensor:
+        """A sample of a picture that stands for several rows; after the last, rows of one image go on alike."""
+        drawn: torch.Tensor = sample(generator)
+        self._undrawn = max(self._undrawn - len(found.mean), 0)
+        if not self._undrawn:
+            self._level()
+        return drawn
+
     def _drawn(self, found: Any, sample: Any, generator: Any = None) -> torch.Tensor:
         """A sample of a picture for each row, whose noise is that of its source, which draws what it always does."""
-        # Beside the latents a pipeline that has generators tells them; JoyImage draws from none.
-        draws = not isinstance(generator, list) and (self._is_before or generator is None)
-        layout = self._paired(None) if draws else None
-        if layout is None or len(found.mean) != len(layout[0]) * layout[1]:
+        layout = self._paired(None)
+        if isinstance(generator, list):
+            if layout is not None and len(found.mean) > 1 and self._began_paired(generator, layout):
+                level(generator, *layout, given=True)
+            layout = None
+        elif self._prepares and generator is not None:
+            layout = None  # a pipeline that has generators is told of them beside its latents; JoyImage draws from none
+        batch = 0 if layout is None else len(layout[0]) * layout[1]
+        # Stable Diffusion 3's ControlNets encode a picture for each half of a guided batch.
+        if layout is None or len(found.mean) not in (batch, 2 * batch):
             drawn: torch.Tensor = sample(generator)
             return drawn
         (sources, images), given = layout, found.parameters
         noise = randn_tensor(found.mean.shape, generator=generator, device=given.device, dtype=given.dtype)
         rows = [source * images + image for source in sources for image in range(images)]
-        return found.mean + found.std * noise[rows]  # type: ignore[no-any-return]
+        taken = [first + row for first in range(0, len(noise), batch) for row in rows]
+        return found.mean + found.std * noise[taken]  # type: ignore[no-any-return]
 
     def _options(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         self._hands_on, options = True, original(*args, **kwargs)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
-__all__ = ["level", "paired_generators", "row_generators", "shared_latents"]
+__all__ = ["are_paired", "level", "paired_generators", "row_generators", "shared_latents"]
 
 
 def shared_latents(
@@ -75,17 +76,41 @@ def paired_generators(
     return [each if last[id(each)] == row else _copy(each) for row, each in enumerate(rows)]
 
 
-def level(generators: Sequence[torch.Generator], source_of: Sequence[int], images: int) -> None:
-    """Bring generators that :func:`paired_generators` made to where the last row's of the same image is.
+def are_paired(
+    generators: Sequence[torch.Generator],
+    source_of: Sequence[int],
+    images: int,
+    states: Mapping[int, torch.Tensor] = MappingProxyType({}),
+) -> bool:
+    """Whether generators, one a row, give rows of one image the same noise: others, in the same state.
 
-    That is the caller's own where there is one source and one image, from which a pipeline may draw in between, as
-    where it encodes the picture under a mask.
+    Args:
+        generators: of the rows.
+        source_of: for each prompt, the index of its source.
+        images: images a prompt.
+        states: by id, those of some of them that are meant in the place of their present ones.
     """
     rows = [(source, image) for source in source_of for image in range(images)]
-    last = dict(zip(rows, generators, strict=True))
-    for row, generator in zip(rows, generators, strict=True):
-        if generator is not last[row]:
-            generator.set_state(last[row].get_state())
+    if not len({id(each) for each in generators}) == len(generators) == len(rows):
+        return False
+    known: dict[tuple[int, int], torch.Tensor] = {}
+    found = [states[id(each)] if id(each) in states else each.get_state() for each in generators]
+    return all(torch.equal(state, known.setdefault(row, state)) for row, state in zip(rows, found, strict=True))
+
+
+def level(generators: Sequence[torch.Generator], source_of: Sequence[int], images: int, *, given: bool = False) -> None:
+    """Bring generators of rows to where the one of the same image is that a pipeline may draw from in between, as where
+    it encodes the picture under a mask.
+
+    That is the last row's of those that :func:`paired_generators` made, the caller's own where there is one source and
+    one image; and the first row's of a list that the caller has given, since pictures are drawn for in its order.
+    """
+    rows = [(source, image) for source in source_of for image in range(images)]
+    pairs = list(zip(rows, generators, strict=True))
+    ahead = dict(reversed(pairs) if given else pairs)
+    for row, generator in pairs:
+        if generator is not ahead[row]:
+            generator.set_state(ahead[row].get_state())
 
 
 def _own_generators(generator: torch.Generator | list[torch.Generator] | None, count: int) -> list[torch.Generator]:
