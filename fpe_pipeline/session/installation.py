@@ -14,6 +14,7 @@ from .layers.around import ProcessorAround
 from .layers.instructions import Order
 from .layers.joint_processor import EditJointProcessor, unsupported_joint_reasons
 from .layers.record import LayerRecord
+from .processors.allegro import EditAllegroProcessor
 from .processors.aura_flow import EditAuraFlowProcessor
 from .processors.bria_fibo import EditBriaFiboProcessor
 from .processors.bria_fibo2 import EditBriaFibo2Processor
@@ -59,6 +60,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "flux2": (flux2_processor, unsupported_flux2_reasons),
     "flux3": (EditFlux3Processor, EditFlux3Processor.unsupported_reasons),
     "chroma": (EditChromaProcessor, EditChromaProcessor.unsupported_reasons),
+    "allegro": (EditAllegroProcessor, EditAllegroProcessor.unsupported_reasons),
     "aura_flow": (EditAuraFlowProcessor, EditAuraFlowProcessor.unsupported_reasons),
     "bria_fibo": (EditBriaFiboProcessor, EditBriaFiboProcessor.unsupported_reasons),
     "bria_fibo2": (EditBriaFibo2Processor, EditBriaFibo2Processor.unsupported_reasons),

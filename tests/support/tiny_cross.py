@@ -1,7 +1,15 @@
-"""Tiny pipelines of LTX-Video and HunyuanDiT, self- and cross-attention, and their layers written out densely."""
+"""Tiny pipelines of LTX-Video, Allegro and HunyuanDiT, and their layers, self and cross, written out densely."""
 
 import torch
-from diffusers import DDIMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline, LTXPipeline, LTXVideoTransformer3DModel
+from diffusers import (
+    AllegroPipeline,
+    AllegroTransformer3DModel,
+    DDIMScheduler,
+    HunyuanDiT2DModel,
+    HunyuanDiTPipeline,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+)
 from transformers import BertConfig, BertModel
 
 from tests.support.dense_rows import DenseRows, dense_rows
@@ -38,6 +46,76 @@ def tiny_ltx_pipeline(pipe, dtype=torch.float64):
     )
     tiny.set_progress_bar_config(disable=True)
     return tiny
+
+
+def tiny_allegro_pipeline(pipe, dtype=torch.float64):
+    """An Allegro pipeline without a decoder."""
+    torch.manual_seed(0)
+    transformer = AllegroTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        cross_attention_dim=24,
+        caption_channels=32,
+        sample_height=8,
+        sample_width=8,
+        sample_frames=4,
+    )
+    tiny = AllegroPipeline(
+        scheduler=ExactEuler(),
+        vae=None,
+        text_encoder=tiny_t5(pipe.tokenizer).to(dtype),
+        tokenizer=pipe.tokenizer,
+        transformer=sharpened(transformer, ("to_q", "to_k")).to(dtype).eval(),
+    )
+    tiny.scheduler.init_noise_sigma = 1.0  # which schedulers of other models have
+    tiny.set_progress_bar_config(disable=True)
+    return tiny
+
+
+def draw_allegro(pipe, prompts=2, *, steps=4, size=(8, 8), frames=2, guidance_scale=4.0, seed=0, **options):
+    """Latents [prompts, 4, frames, h, w]; the rows start from the same noise."""
+    texts = PROMPTS[:prompts] if isinstance(prompts, int) else prompts
+    noise = torch.randn(1, 4, frames, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    options.setdefault("latents", noise.repeat(len(texts), 1, 1, 1, 1).to(pipe.transformer.dtype))
+    return pipe(
+        list(texts),
+        height=size[0] * 8,
+        width=size[1] * 8,
+        num_frames=4 * frames,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        max_sequence_length=TEXTS,
+        output_type="latent",
+        **options,
+    ).frames
+
+
+class DenseAllegro(DenseRows):
+    """The layers of Allegro: no norms, and a third of each head turned by each of a token's places."""
+
+    def __init__(self, rule):
+        super().__init__(rule, turn=_turned_by_thirds)
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, image_rotary_emb=None
+    ):
+        rotary = image_rotary_emb if encoder_hidden_states is None else None
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
+
+
+def _turned_by_thirds(part, tables):
+    out = []
+    for third, (cosine, sine), places in zip(part.chunk(3, dim=-1), *tables, strict=True):
+        cosine, sine = (table[places[0]][:, None] for table in (cosine, sine))
+        first, second = third.chunk(2, dim=-1)
+        out.append(third * cosine + torch.cat([-second, first], dim=-1) * sine)
+    return torch.cat(out, dim=-1)
+
+
+def dense_allegro(pipe, rules, steps):
+    """The pipeline with dense layers that follow rules."""
+    return dense_rows([pipe.transformer], DenseAllegro, rules, steps, lambda: pipe.scheduler.step_index or 0)
 
 
 def draw_ltx(pipe, prompts=2, *, steps=4, size=(4, 4), frames=3, guidance_scale=4.0, seed=0, **options):

@@ -89,6 +89,7 @@ class ModelAdapter(ABC):
             "flux2",
             "flux3",
             "chroma",
+            "allegro",
             "aura_flow",
             "bria_fibo",
             "bria_fibo2",

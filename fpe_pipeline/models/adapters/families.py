@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .adapter import ModelAdapter, identity
+from .allegro import AllegroAdapter
 from .aura_flow import AuraFlowAdapter
 from .bria_fibo2 import BriaFibo2Adapter
 from .chroma import ChromaAdapter
@@ -45,6 +46,7 @@ __all__ = ["adapter_of", "edited_model", "register_adapter"]
 
 #: By the name of the class, the adapters of transformers; UNets are told by their blocks.
 _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
+    "AllegroTransformer3DModel": AllegroAdapter,
     "AuraFlowTransformer2DModel": AuraFlowAdapter,
     "BriaFibo2Transformer2DModel": BriaFibo2Adapter,
     "BriaFiboTransformer2DModel": BriaFiboAdapter,

@@ -1,4 +1,4 @@
-"""Edits of LTX-Video and HunyuanDiT, self- and cross-attention: against maps that are written out, in float64."""
+"""Edits of LTX-Video, Allegro and HunyuanDiT: against maps that are written out, in float64."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,13 @@ from tests.support.tiny_cross import (
     PROMPTS,
     T5_TEXTS,
     TEXTS,
+    dense_allegro,
     dense_hunyuan,
     dense_ltx,
+    draw_allegro,
     draw_hunyuan,
     draw_ltx,
+    tiny_allegro_pipeline,
     tiny_hunyuan_pipeline,
     tiny_ltx_pipeline,
 )
@@ -56,7 +59,12 @@ def hunyuan(pipe):
     return Model(tiny_hunyuan_pipeline(pipe), draw_hunyuan, dense_hunyuan, (BERT_TEXTS, T5_TEXTS), 4)
 
 
-@pytest.fixture(params=["ltx", "hunyuan"])
+@pytest.fixture(scope="module")
+def allegro(pipe):
+    return Model(tiny_allegro_pipeline(pipe), draw_allegro, dense_allegro, TEXTS, 2)
+
+
+@pytest.fixture(params=["ltx", "allegro", "hunyuan"])
 def model(request):
     return request.getfixturevalue(request.param)
 
@@ -181,9 +189,10 @@ def test_tokens_of_given_frames(ltx):
 
 
 def test_processors_are_put_back(model):
-    before, plain = dict(model.pipe.transformer.attn_processors), model.draw(model.pipe)
+    layers = [part for part in model.pipe.transformer.modules() if hasattr(part, "processor")]
+    before, plain = [layer.processor for layer in layers], model.draw(model.pipe)
     with pytest.raises(RuntimeError, match="stop"), editing(model.pipe, FreePromptEdit(0.5)):
         model.draw(model.pipe)
         raise RuntimeError("stop")
-    assert model.pipe.transformer.attn_processors == before
+    assert [layer.processor for layer in layers] == before
     assert torch.equal(model.draw(model.pipe), plain)

@@ -23,7 +23,14 @@ from tests.support.tiny_chroma import draw_chroma, tiny_chroma_pipeline
 from tests.support.tiny_cogvideox import draw_cogvideox, tiny_cogvideox_pipeline
 from tests.support.tiny_cogview import COGVIEW
 from tests.support.tiny_cosmos import draw_cosmos, tiny_cosmos_pipeline
-from tests.support.tiny_cross import draw_hunyuan, draw_ltx, tiny_hunyuan_pipeline, tiny_ltx_pipeline
+from tests.support.tiny_cross import (
+    draw_allegro,
+    draw_hunyuan,
+    draw_ltx,
+    tiny_allegro_pipeline,
+    tiny_hunyuan_pipeline,
+    tiny_ltx_pipeline,
+)
 from tests.support.tiny_flux3 import draw_flux3, tiny_flux3_pipeline
 from tests.support.tiny_flux_kin import KIN
 from tests.support.tiny_glm_image import GLM_IMAGE
@@ -65,6 +72,7 @@ MODELS = {
     ),
     "qwen": (lambda pipe, dtype: tiny_qwen_pipeline(dtype), draw_qwen),
     "wan": (lambda pipe, dtype: tiny_wan_pipeline(pipe, 2, dtype), draw_wan),
+    "allegro": (tiny_allegro_pipeline, draw_allegro),
     "ltx": (tiny_ltx_pipeline, draw_ltx),
     "ltx 2": (lambda pipe, dtype: tiny_ltx2_pipeline(dtype), lambda pipe: draw_ltx2(pipe)[0]),
     "flux 3": (lambda pipe, dtype: tiny_flux3_pipeline(dtype=dtype), draw_flux3),
@@ -261,9 +269,8 @@ def _blocks(transformer):
 
 
 def _layers(name):
-    return (
-        {"start_layer": 0} if name in ("wan", "ltx", "hunyuan", "kandinsky 5", "kandinsky 6") else {"layers": range(2)}
-    )
+    apart = ("wan", "allegro", "ltx", "hunyuan", "kandinsky 5", "kandinsky 6")
+    return {"start_layer": 0} if name in apart else {"layers": range(2)}
 
 
 @pytest.mark.slow
