@@ -6,25 +6,21 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
-from torch.nn import functional as F
 
 if not hasattr(diffusers, "Cosmos2TextToImagePipeline"):
     pytest.skip("this diffusers has no pictures of Cosmos", allow_module_level=True)
 
 from fpe_pipeline import (
     FreePromptEdit,
-    LocalBlend,
-    MasaCtrlEdit,
     Product,
     PromptToPromptEdit,
     SelfAttentionEdit,
-    WordMask,
     editing,
-    heat_maps,
 )
 from fpe_pipeline.errors import EditWarning
 from fpe_pipeline.prompts.alignment import align_refine, tokenize
-from tests.support.dense_rows import OTHER_RULES, farthest, memory_of_source, of_source
+from tests.support.cross_models import EXACT, CrossModel, papers
+from tests.support.dense_rows import OTHER_RULES, farthest, of_source
 from tests.support.tiny_cosmos import (
     PROMPTS,
     TEXTS,
@@ -38,7 +34,6 @@ from tests.support.tiny_cosmos import (
 )
 
 pytestmark = pytest.mark.usefixtures("in_float64")
-EXACT = 1e-8
 
 
 MADE = {
@@ -58,36 +53,16 @@ def pipes(pipe):
     return Made()
 
 
-def of_words(pipe, prompts):
-    tokenizer = getattr(pipe, "t5_tokenizer", pipe.tokenizer)
-
-    def rule(row, rows, map_of, value):
-        if not row:
-            return None
-        aligned = align_refine(*(tokenize(prompts[number], tokenizer, TEXTS) for number in (0, row)))
-        return (map_of(0, 0) @ aligned.mapper * aligned.kept + map_of(row, row) * (1 - aligned.kept)) @ value[row]
-
-    return rule
+def words(pipe, row):
+    return tokenize(PROMPTS[row], getattr(pipe, "t5_tokenizer", pipe.tokenizer), TEXTS)
 
 
-def edited(pipe, edit, **options):
-    with editing(pipe, edit) as session:
-        out = draw_cosmos(pipe, **options)
-    return out, session.report()
+def refined(pipe, prompts, row):
+    aligned = align_refine(words(pipe, 0), words(pipe, row))
+    return lambda of_source, own: of_source @ aligned.mapper * aligned.kept + own * (1 - aligned.kept)
 
 
-def reference(pipe, rules, steps, *, both=False, **options):
-    """A guided step's first call sees the prompts."""
-    guided, followed = options.get("guidance_scale", 3.0) > 1, {}
-
-    def of_halves(rule):
-        return lambda *given: rule(*given) if both or not guided or state["calls"] % 2 else None
-
-    with dense_cosmos(pipe, followed, steps) as state:
-        followed |= {kind: of_halves(rule) for kind, rule in rules.items()}
-        return draw_cosmos(pipe, **options)
-
-
+MODEL = CrossModel(draw_cosmos, dense_cosmos, PROMPTS, words, refined)
 CALLS = {
     "Cosmos": ("Cosmos", {}),
     "Cosmos, 3 targets, not square": ("Cosmos", {"size": (4, 12), "prompts": 4}),
@@ -96,16 +71,6 @@ CALLS = {
     "a video, no guidance": ("videos", {"frames": 3, "size": (4, 8), "guidance_scale": 1.0}),
     "Anima": ("Anima", {}),
     "Anima, 3 targets, not square": ("Anima", {"size": (4, 12), "prompts": 4}),
-}
-EDITS = {
-    "FPE": lambda pipe, prompts: (FreePromptEdit(0.5), {"attn1": of_source}, (0, 1), False),
-    "MasaCtrl": lambda pipe, prompts: (MasaCtrlEdit(1, start_layer=0), {"attn1": memory_of_source}, (1, 2, 3), True),
-    "Prompt-to-Prompt": lambda pipe, prompts: (
-        PromptToPromptEdit(prompts, pipe.tokenizer, "refine", cross_replace_steps=0.6, self_replace_steps=0.25),
-        {"attn1": of_source, "attn2": of_words(pipe, prompts)},
-        {"attn1": (0,), "attn2": (0, 1, 2)},
-        False,
-    ),
 }
 ALWAYS = {
     ("Cosmos", "FPE"),
@@ -116,106 +81,28 @@ ALWAYS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("call", "edit"),
-    [
-        pytest.param(call, edit, marks=() if (call, edit) in ALWAYS else pytest.mark.slow)
-        for call in CALLS
-        for edit in EDITS
-    ],
-)
+@pytest.mark.parametrize(("call", "edit"), papers(CALLS, ALWAYS))
 def test_targets_are_the_papers(pipes, call, edit):
     kind, options = CALLS[call]
-    pipe, prompts = pipes[kind], PROMPTS[: options.get("prompts", 2)]
-    given, rules, steps, both = EDITS[edit](pipe, prompts)
-    plain, (actual, report) = draw_cosmos(pipe, **options), edited(pipe, given, **options)
-    assert farthest(actual, reference(pipe, rules, steps, both=both, **options)) <= EXACT
-    assert (actual - plain)[1:].abs().flatten(1).amax(1).min() > 1e-4
-    assert len(report.layers) == 2 * len(rules) and farthest(actual[0], plain[0]) <= EXACT
+    MODEL.check_targets(pipes[kind], edit, **options)
 
 
 @pytest.mark.parametrize("wrong", OTHER_RULES)
 def test_other_rules_are_told_apart(pipes, wrong):
-    both, rules, steps = OTHER_RULES[wrong]
-    actual, _ = edited(pipes["Cosmos"], FreePromptEdit(0.5))
-    assert farthest(actual, reference(pipes["Cosmos"], rules, steps, both=both)) > 1e-5
-
-
-class Heat:
-    """Where a dense run's rows look for words, averaged over heads, layers and the steps so far."""
-
-    grid, size = (4, 6), (8, 12)
-
-    def __init__(self, pipe):
-        self.tokenizer, self.sums, self.count = getattr(pipe, "t5_tokenizer", pipe.tokenizer), {}, 0
-
-    def __call__(self, row, rows, map_of, value):
-        self.sums[row] = self.sums.get(row, 0) + map_of(row, row).mean(0)
-        self.count += not row
-
-    def of(self, row, word):
-        places = list(tokenize(PROMPTS[row], self.tokenizer, TEXTS).find(word))
-        return (self.sums[row] / self.count)[:, places].sum(-1).reshape(self.grid)
+    MODEL.check_told_apart(pipes["Cosmos"], OTHER_RULES[wrong])
 
 
 @pytest.mark.parametrize("kind", ["Cosmos", "Anima"])
 class TestWords:
     def test_heat(self, pipes, kind):
-        pipe = pipes[kind]
-        with heat_maps(pipe, ["mountain", "car"]) as maps:
-            draw_cosmos(pipe, size=Heat.size)
-        heat = Heat(pipe)
-        reference(pipe, {"attn2": heat}, range(4), size=Heat.size)
-        for word in ("mountain", "car"):
-            assert farthest(maps.word(word, 0), heat.of(0, word)) <= 1e-6
-        assert farthest(maps.word("mountain", 1), heat.of(1, "mountain")) <= 1e-6
-        assert farthest(maps.word("mountain", 0), heat.of(0, "car")) > 1e-4
+        MODEL.check_heat(pipes[kind], [("mountain", 0), ("car", 0), ("mountain", 1)], other="car")
 
     def test_a_mask_of_a_word(self, pipes, kind):
-        pipe = pipes[kind]
-        mask = WordMask(PROMPTS[0], "mountain", pipe.tokenizer, threshold=0.9)
-        actual, _ = edited(pipe, FreePromptEdit(1.0, mask=mask), size=Heat.size)
-
-        def expected(word):
-            heat, shares = Heat(pipe), {0: torch.ones(24, 1).double()}
-
-            def of_self(row, rows, map_of, value):
-                step = pipe.scheduler.step_index or 0
-                if step not in shares:
-                    found = heat.of(0, word)
-                    shares[step] = (found / found.amax() >= 0.9).double().reshape(-1, 1)
-                share = shares[step]
-                return (share * map_of(0, 0) + (1 - share) * map_of(row, row)) @ value[row] if row else None
-
-            out = reference(pipe, {"attn1": of_self, "attn2": heat}, range(4), size=Heat.size)
-            assert 0 < shares[3].mean() < 1
-            return out
-
-        assert farthest(actual, expected("mountain")) <= EXACT < farthest(actual, expected("red"))
+        MODEL.check_mask_of_a_word(pipes[kind], "mountain", "red")
 
     def test_a_blend_where_words_are(self, pipes, kind):
         """Of latents with one frame."""
-        pipe = pipes[kind]
-        blend = LocalBlend(PROMPTS[:2], pipe.tokenizer, ["car", "dog"], 0.9, start=0.25)
-        actual, _ = edited(pipe, FreePromptEdit(0.0) + blend, size=Heat.size)
-
-        def expected(words):
-            heat = Heat(pipe)
-
-            def blended(pipe, step, timestep, values):
-                latents, mask = values["latents"], False
-                for row, word in enumerate(words):
-                    found = F.max_pool2d(heat.of(row, word)[None, None], 3, stride=1, padding=1)
-                    found = F.interpolate(found, size=Heat.size)[0, 0]
-                    mask = mask | (found / found.amax() > 0.9)
-                both = torch.stack([latents[0], torch.where(mask, latents[1], latents[0])])
-                assert mask.any() and not mask.all()
-                return {"latents": both if step >= 1 else latents}
-
-            options = {"size": Heat.size, "callback_on_step_end": blended}
-            return reference(pipe, {"attn2": heat}, range(4), **options)
-
-        assert farthest(actual, expected(("car", "dog"))) <= EXACT < farthest(actual, expected(("photo", "mountain")))
+        MODEL.check_blend_where_words_are(pipes[kind], ("car", "dog"), ("photo", "mountain"))
 
 
 @pytest.mark.parametrize("kind", ["Cosmos", "Anima"])
@@ -260,8 +147,8 @@ def test_videos_of_a_language_model(pipes):
     """Cosmos Predict 2.5, of embeddings."""
     texts = torch.randn(2, 2, 7, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     given = {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1], "frames": 2, "size": (4, 8)}
-    actual, _ = edited(pipes["Cosmos 2.5"], FreePromptEdit(0.5), **given)
-    assert farthest(actual, reference(pipes["Cosmos 2.5"], {"attn1": of_source}, (0, 1), **given)) <= EXACT
+    actual, _ = MODEL.edited(pipes["Cosmos 2.5"], FreePromptEdit(0.5), **given)
+    assert farthest(actual, MODEL.reference(pipes["Cosmos 2.5"], {"attn1": of_source}, (0, 1), **given)) <= EXACT
     plain = draw_cosmos(pipes["Cosmos 2.5"], **given)
     assert farthest(actual[0], plain[0]) <= EXACT < farthest(actual[1], plain[1])
 
