@@ -67,6 +67,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "cogvideox": (EditCogVideoXProcessor, EditCogVideoXProcessor.unsupported_reasons),
     "cogview4": (EditCogView4Processor, EditCogView4Processor.unsupported_reasons),
     "cosmos": (EditCosmosProcessor, EditCosmosProcessor.unsupported_reasons),
+    "easyanimate": (EditHunyuanVideoProcessor, EditHunyuanVideoProcessor.unsupported_reasons),
     "glm_image": (EditGlmImageProcessor, EditGlmImageProcessor.unsupported_reasons),
     "hidream": (EditHiDreamProcessor, EditHiDreamProcessor.unsupported_reasons),
     "hunyuan_video": (EditHunyuanVideoProcessor, EditHunyuanVideoProcessor.unsupported_reasons),

@@ -192,6 +192,8 @@ def _single(model: Model) -> str:
     """ConsistEdit edits FLUX's single blocks, and all layers of a model that has none."""
     if model.family == "hidream":
         return "single_stream_blocks"
+    if model.family == "easyanimate":
+        return "transformer_blocks.2"
     families = ("flux", "flux2", "klein", "chroma", "hunyuan_video", "ovis", "longcat", "aura", "fibo")
     return "single_transformer_blocks" if model.family in families else ""
 

@@ -96,6 +96,7 @@ class ModelAdapter(ABC):
             "cogvideox",
             "cogview4",
             "cosmos",
+            "easyanimate",
             "glm_image",
             "hidream",
             "hunyuan_video",

@@ -14,6 +14,7 @@ from .chroma import ChromaAdapter
 from .cogvideox import CogVideoXAdapter
 from .cogview import CogView3PlusAdapter, CogView4Adapter, GlmImageAdapter
 from .cosmos import CosmosAdapter
+from .easyanimate import EasyAnimateAdapter
 from .flux import FluxAdapter
 from .flux2 import Flux2Adapter
 from .flux3 import Flux3Adapter
@@ -57,6 +58,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "CogView3PlusTransformer2DModel": CogView3PlusAdapter,
     "CogView4Transformer2DModel": CogView4Adapter,
     "CosmosTransformer3DModel": CosmosAdapter,
+    "EasyAnimateTransformer3DModel": EasyAnimateAdapter,
     "Flux2Transformer2DModel": Flux2Adapter,
     "Flux3Transformer2DModel": Flux3Adapter,
     "FluxTransformer2DModel": FluxAdapter,

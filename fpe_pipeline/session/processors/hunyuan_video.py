@@ -1,4 +1,4 @@
-"""The attention processor that computes an edit's joint products in the blocks of HunyuanVideo."""
+"""The attention processor that computes an edit's joint products in the blocks of HunyuanVideo and EasyAnimate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["EditHunyuanVideoProcessor"]
 
 
 class EditHunyuanVideoProcessor(DispatchedAround):
-    """Drop-in processor for the layers of HunyuanVideo, wrapped around the one that a layer already has.
+    """Drop-in processor for layers of HunyuanVideo and EasyAnimate, wrapped around the one that a layer already has.
 
     With an order it computes the order's products as :class:`.EditJointProcessor` does, of the tokens of all frames and
     of the text, from queries and keys after their norms and rotary embedding. Padding of a row's text takes no
@@ -28,6 +28,7 @@ class EditHunyuanVideoProcessor(DispatchedAround):
         "HunyuanVideoAttnProcessor2_0",
         "HunyuanVideo15AttnProcessor2_0",
         "HunyuanImageAttnProcessor",
+        "EasyAnimateAttnProcessor2_0",
     )
 
     def turn(self, places: Any) -> Turn | None:

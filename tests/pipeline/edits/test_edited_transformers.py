@@ -18,6 +18,7 @@ from tests.support.tiny_aura_flow import AURA_FLOW
 from tests.support.tiny_bria_fibo import FIBO
 from tests.support.tiny_bria_fibo2 import FIBO2
 from tests.support.tiny_cogview import COGVIEW
+from tests.support.tiny_easyanimate import EASYANIMATE
 from tests.support.tiny_flux3 import FLUX3
 from tests.support.tiny_flux_kin import KIN
 from tests.support.tiny_glm_image import GLM_IMAGE
@@ -40,6 +41,7 @@ MODELS = {
     "AuraFlow": AURA_FLOW,
     "Bria FIBO": FIBO,
     "Bria FIBO 2": FIBO2,
+    "EasyAnimate": EASYANIMATE,
     "FLUX.3": FLUX3,
     "GLM-Image": GLM_IMAGE,
     "HiDream-I1": HIDREAM,
@@ -86,6 +88,7 @@ ALWAYS = {
     ("AuraFlow", "Prompt-to-Prompt, replaced words"),
     ("GLM-Image", "FPE, the whole map"),
     ("Bria FIBO 2", "FPE, the whole map"),
+    ("EasyAnimate", "Prompt-to-Prompt, replaced words"),
     ("FLUX.3", "FPE"),
     ("FLUX.3", "Prompt-to-Prompt, refined"),
     ("HiDream-I1", "Prompt-to-Prompt, replaced words"),

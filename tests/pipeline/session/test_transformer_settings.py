@@ -31,6 +31,7 @@ from tests.support.tiny_cross import (
     tiny_hunyuan_pipeline,
     tiny_ltx_pipeline,
 )
+from tests.support.tiny_easyanimate import EASYANIMATE
 from tests.support.tiny_flux3 import draw_flux3, tiny_flux3_pipeline
 from tests.support.tiny_flux_kin import KIN
 from tests.support.tiny_glm_image import GLM_IMAGE
@@ -93,6 +94,7 @@ _NEWER = {
     "aura flow": AURA_FLOW,
     "bria fibo": FIBO,
     "bria fibo 2": FIBO2,
+    "easyanimate": EASYANIMATE,
     "glm image": GLM_IMAGE,
     "hidream": HIDREAM,
     "hunyuan video 1.5": HUNYUAN_VIDEO15,
