@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from .pipelines.free_prompt import FreePromptPipeline
     from .pipelines.hunyuan_image import FreePromptHunyuanImagePipeline
     from .pipelines.ideogram4 import FreePromptIdeogram4Pipeline
+    from .pipelines.kandinsky5 import FreePromptKandinsky5T2IPipeline
     from .pipelines.krea2 import FreePromptKrea2Pipeline
     from .pipelines.nucleus import FreePromptNucleusMoEImagePipeline
     from .pipelines.pixart import FreePromptPixArtAlphaPipeline, FreePromptPixArtSigmaPipeline
@@ -91,6 +92,7 @@ _HOME = {
     "FreePromptFluxPipeline": "pipelines.flow",
     "FreePromptHunyuanImagePipeline": "pipelines.hunyuan_image",
     "FreePromptIdeogram4Pipeline": "pipelines.ideogram4",
+    "FreePromptKandinsky5T2IPipeline": "pipelines.kandinsky5",
     "FreePromptKrea2Pipeline": "pipelines.krea2",
     "FreePromptLongCatImagePipeline": "pipelines.flux_kin",
     "FreePromptLumina2Pipeline": "pipelines.flow",
@@ -165,6 +167,7 @@ __all__ = [
     "FreePromptFluxPipeline",
     "FreePromptHunyuanImagePipeline",
     "FreePromptIdeogram4Pipeline",
+    "FreePromptKandinsky5T2IPipeline",
     "FreePromptKrea2Pipeline",
     "FreePromptLongCatImagePipeline",
     "FreePromptLumina2Pipeline",

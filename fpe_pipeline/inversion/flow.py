@@ -86,6 +86,9 @@ def invert_flow(
     check_guidance(guidance_scale)
     area = model.native_size[0] * model.native_size[1]
     picture = load_image(image, (width, height), multiple=model.multiple, pixels=area)
+    fitting = model.fitting(picture.size) if width is None and height is None else None
+    if fitting is not None:
+        picture = load_image(image, fitting, multiple=model.multiple)
     size = picture.size[::-1]
     model.check_size(size)
     warn_of_size(size, model.native_size)

@@ -29,7 +29,7 @@ __all__ = [
 Family = Literal[
     "unet", "sdxl", "pixart_alpha", "pixart_sigma", "sd3", "flux", "flux2", "flux2_klein", "ovis", "longcat", "bria",
     "qwen", "qwen21", "chroma", "lumina2", "z_image", "cogview4", "krea2", "aura_flow",
-    "ideogram4", "nucleus", "hunyuan_image",
+    "ideogram4", "nucleus", "hunyuan_image", "kandinsky5",
 ]  # fmt: skip
 #: By which layers a model is edited: self- and cross-attention, or joint attention. Methods say which they serve.
 Served = Literal["unet", "transformer"]
@@ -261,6 +261,16 @@ FAMILIES: dict[Family, ServedFamily] = {
         patch=2,
         distilled=Distilled("transformer", "guidance_embeds", hears_guidance=True),
         of_distilled={"steps": 8, "guidance": 3.25, "self_replace": SHORT_WINDOW},
+    ),
+    "kandinsky5": ServedFamily(
+        "Kandinsky 5",
+        "a transformer of Kandinsky 5's kind",
+        ("Kandinsky5T2IPipeline",),
+        {"inversion": "direct", "steps": 50, "guidance": 3.5},
+        is_flow=True,
+        inversions=FLOW_INVERSIONS,
+        patch=2,
+        cuda_dtype="bfloat16",
     ),
 }
 #: The family of a pipeline by the name of its class, as diffusers or this package calls it.

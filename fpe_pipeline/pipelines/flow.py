@@ -101,8 +101,9 @@ class FlowEditing(FlowSampling):
                 alone is generated as the diffusers pipeline would. Default with `inversion`: its prompt.
             target_prompt: one or more prompts to edit the source into.
             self_replace_steps: steps in which the queries and keys of a target's image tokens are its source's, as
-                fractions of the run: s is (0, s). Default: 0.2, the first fifth; 0 generates without control.
-            layers: which layers; see `FreePromptEdit`. Default: all of joint attention.
+                fractions of the run: s is (0, s). Default: 0.2, the first fifth, of Kandinsky 5 0.8; 0 generates
+                without control.
+            layers: which layers; see `FreePromptEdit`. Default: all of joint attention, or of self-attention.
             edit: another edit, in place of the `FreePromptEdit` that the two arguments above make.
             inversion: a real image, from `invert`, as the source: denoising starts from its noise by the same solver,
                 and the source rows follow it as its method says. It decides latents, size and number of steps.
@@ -141,7 +142,7 @@ class FlowEditing(FlowSampling):
             warn_of_other_texts(inversion, model, prompts, options.get("max_sequence_length"))
         # Embeddings are a tensor, or Z-Image's list of one a caption.
         call = Call(len(prompts) or len(options["prompt_embeds"]), num_images_per_prompt)
-        edit = chosen_flow_edit(edit, self_replace_steps, layers)
+        edit = chosen_flow_edit(self, edit, self_replace_steps, layers)
         arguments = self._arguments(model, call, edit, prompts, latents, generator, options)
         if not keep_source:
             self._check_source_can_be_dropped(call, options)

@@ -39,6 +39,7 @@ _MODULES = {
     "nucleus": "nucleus",
     "aura_flow": "aura_flow",
     "hunyuan_image": "hunyuan_image",
+    "kandinsky5": "kandinsky5",
 }
 
 

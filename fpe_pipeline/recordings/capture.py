@@ -81,12 +81,17 @@ class Capture(EditingSession):
         store: receives it, a step at a time.
         precision: see `packing`.
         backend: of the attention.
+
+    Attributes:
+        text_lengths, origins: what a recording of joint attention says of text tokens; empty of other layers.
     """
 
     unwatched = UNWATCHED
 
     def __init__(self, pipe: Any, contents: Contents, store: MapStore, precision: Precision, backend: str) -> None:
         self._kept = _Kept(contents)
+        self.text_lengths: dict[str, int] = {}
+        self.origins: dict[str, torch.Tensor] = {}
         super().__init__(pipe, self._kept, backend=backend)
         self._store = store
         self._precision = precision

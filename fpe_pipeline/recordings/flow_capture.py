@@ -27,7 +27,7 @@ from .padded_texts import pad_texts
 from .precision import Precision, packed_bytes
 from .store import MapStore
 
-__all__ = ["JointCapture", "joint_bytes"]
+__all__ = ["JointCapture", "joint_bytes", "row_bytes"]
 
 #: What models turn that turn images by their texts.
 _PLACED = ("image-query", "image-key")
@@ -59,8 +59,6 @@ class JointCapture(Capture):
         text_tokens: int = 0,
     ) -> None:
         super().__init__(pipe, contents, store, precision, backend)
-        self.text_lengths: dict[str, int] = {}
-        self.origins: dict[str, torch.Tensor] = {}
         self._trimmed = trimmed
         whole = {part for parts in contents.values() for part in parts if part.name in _TEXTS - trimmed}
         self._padded = {part.conditional: text_tokens for part in whole} if trimmed else {}
@@ -147,6 +145,26 @@ def joint_bytes(
             tokens = site.tokens if segment == "image" else text_tokens(kept)
             heads = site.heads if part == "query" else key_heads or site.heads
             total += len(steps) * packed_bytes(part, heads * (tokens or 0), dim, itemsize, precision)
+    return total
+
+
+def row_bytes(
+    contents: Contents,
+    sites: Mapping[str, Site],
+    dim: int,
+    text_tokens: Callable[[Part], int],
+    itemsize: int,
+    precision: Precision,
+    key_heads: int | None = None,
+) -> int:
+    """Bytes of all parts of layers of self- and cross-attention; arguments as of :func:`joint_bytes`."""
+    total = 0
+    for path, parts in contents.items():
+        site = sites[path]
+        for kept, steps in parts.items():
+            asked = site.kind == "cross" and kept.name in ("key", "value")
+            tokens = (text_tokens(kept) if asked else site.tokens) or 0
+            total += len(steps) * packed_bytes(kept.name, site.heads * tokens, dim, itemsize, precision)
     return total
 
 

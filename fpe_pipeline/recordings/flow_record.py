@@ -30,9 +30,10 @@ from ..sampling.step_end import Call
 from ..session.entry import check_words
 from ..session.finite import check_latents
 from ..texts import check_text, print_text
+from .capture import Capture
 from .contents import recorded_steps, source_needs
 from .fingerprint import fingerprint
-from .flow_capture import JointCapture, joint_bytes
+from .flow_capture import JointCapture, joint_bytes, row_bytes
 from .keys import Part
 from .plan import KeptLatents, Plan, new_store
 from .precision import Precision
@@ -111,7 +112,7 @@ def record_flow(
     given = edit if isinstance(edit, Sequence) else (edit,)
     if not given:
         raise ValueError("expected an edit to record for, or several, got none: leave edit out for its default")
-    edits = [chosen_flow_edit(one, self_replace_steps, layers) for one in given]
+    edits = [chosen_flow_edit(pipe, one, self_replace_steps, layers) for one in given]
     for one in edits:
         check_prompts(one, [source.prompt], encoding_tokenizer(pipe))
         check_words(adapter_of(pipe), one)
@@ -222,7 +223,10 @@ def _plan(
         own = model.own_text_tokens(prompt, source.text_length, conditional=part.conditional)
         return own + model.filling_tokens(size)
 
-    nbytes = joint_bytes(contents, by_path, model.head_dim, tokens, itemsize, precision, model.key_heads)
+    is_joint = any(site.is_joint for site in sites)
+    nbytes = (joint_bytes if is_joint else row_bytes)(
+        contents, by_path, model.head_dim, tokens, itemsize, precision, model.key_heads
+    )
     nbytes += (len(run) + 1) * noise.nbytes
     words = f"in {len(recorded_steps(contents))} of {len(run)} calls of the model, {precision}"
     schedule = NoiseSchedule.of(model.pipe.scheduler)
@@ -258,8 +262,12 @@ def _run(
     call, weights = Call(1, 1), fingerprint(pipe)
     followed = Followed.of(pipe, call, source.inversion)
     with store.all_or_nothing():
-        tokens = model.text_tokens(source.text_length)
-        capture = JointCapture(pipe, plan.contents, store, precision, backend, model.trimmed, tokens)
+        capture: Capture
+        if any(site.is_joint for site in adapter_of(pipe).sites):
+            tokens = model.text_tokens(source.text_length)
+            capture = JointCapture(pipe, plan.contents, store, precision, backend, model.trimmed, tokens)
+        else:
+            capture = Capture(pipe, plan.contents, store, precision, backend)
         with capture, followed.source:
             pipe._sample(call, nullcontext(), (), arguments)
         return plan.recording(

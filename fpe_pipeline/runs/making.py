@@ -229,7 +229,10 @@ def photo_for(pipe: FreePromptPipeline, settings: Settings) -> Image.Image | Non
         return None
     pixels = pipe.native_size[0] * pipe.native_size[1]
     size = settings.size or (None, None)
-    return load_image(settings.image, size, multiple=pixels_across(pipe), pixels=pixels)
+    multiple = pixels_across(pipe)
+    picture = load_image(settings.image, size, multiple=multiple, pixels=pixels)
+    fitting = pipe.flow().fitting(picture.size) if settings.size is None and is_flow(pipe) else None
+    return picture if fitting is None else load_image(settings.image, fitting, multiple=multiple)
 
 
 def edit_of(pipe: FreePromptPipeline, settings: Settings, width: int, height: int) -> Edit:

@@ -33,13 +33,16 @@ def decoded(pipe: Any, latents: torch.Tensor, size: tuple[int, int] | None = Non
     Raises:
         ValueError: latents that are packed, without a size.
     """
+    takes_shift = True
     if is_flow_model(pipe):
-        latents = flow_model(pipe).unpacked(latents, size)
+        flow = flow_model(pipe)
+        latents, takes_shift = flow.unpacked(latents, size), flow.takes_shift
     computing = pipe.computing_autoencoder() if isinstance(pipe, SamplingPipeline) else nullcontext(pipe.vae)
     with computing as vae:
         given = latents.to(vae.dtype)
         mean, std = _moments(vae, given)
-        pixels = vae.decode(given * std / vae.config.get("scaling_factor", 1.0) + mean, return_dict=False)[0]
+        scaled = given * std / vae.config.get("scaling_factor", 1.0)
+        pixels = vae.decode(scaled + mean if takes_shift else scaled, return_dict=False)[0]
     pixels = pixels[:, :, 0] if pixels.ndim == 5 else pixels  # of a video of one frame
     pictures: list[Image.Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
     return pictures

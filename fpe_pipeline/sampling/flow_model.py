@@ -180,9 +180,26 @@ class FlowModel(ABC):
         """Pixels of the longest side that the model has places for; None where it computes them for any."""
         return None
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of all images that the pipeline makes; () where it makes any."""
+        return ()
+
+    def fitting(self, picture: tuple[int, int]) -> tuple[int, int] | None:
+        """(width, height) of the image that a picture of (width, height) is cut to; None where that follows from its
+        shape and the model's own number of pixels."""
+        nearest = min(self.sizes, key=lambda size: abs(size[1] / size[0] - picture[0] / picture[1]), default=None)
+        return None if nearest is None else (nearest[1], nearest[0])
+
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ValueError for (height, width) in pixels that the model does not make."""
         check_size(*size, self.multiple)
+        if self.sizes and tuple(size) not in self.sizes:
+            known = ", ".join(f"{height} x {width}" for height, width in self.sizes)
+            raise ValueError(
+                f"height and width must be one of {known}, of which alone {self.pipe.parent.__name__} makes images, "
+                f"got {size[0]} x {size[1]} (height x width)"
+            )
         if self.longest is not None and max(size) > self.longest:
             raise ValueError(
                 f"height and width must be at most {self.longest} pixels, for which this model has places, got "
@@ -198,6 +215,9 @@ class FlowModel(ABC):
 
     #: Parts of text tokens that recordings hold without the padding behind them.
     trimmed: ClassVar[frozenset[str]] = frozenset()
+
+    #: Whether the pipeline takes the shift off latents that the autoencoder's settings may say.
+    takes_shift: ClassVar[bool] = True
 
     #: What the guidance is counted in that a model is told.
     guidance_unit: ClassVar[float] = 1.0
@@ -273,6 +293,11 @@ class FlowModel(ABC):
     def taken(self, held: Latents, size: tuple[int, int]) -> Latents:
         """The inverse of :meth:`held`, of images of (height, width) pixels."""
         return held
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of what the model takes."""
+        return int(self.pipe.transformer.config.in_channels)
 
     def channels(self, latent_channels: int) -> int:
         """Channels of what the model takes, of latents of so many."""

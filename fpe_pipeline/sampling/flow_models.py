@@ -17,6 +17,7 @@ from .cogview_model import CogView4
 from .flow_model import FlowModel, Latents, Velocity, shift_of
 from .hunyuan_image_model import HunyuanImage
 from .ideogram4_model import Ideogram4
+from .kandinsky5_model import Kandinsky5
 from .kin_models import Bria, LongCat, Ovis
 from .krea2_model import Krea2
 from .nucleus_model import NucleusImage
@@ -83,6 +84,7 @@ _FAMILIES: dict[str, type[FlowModel]] = {
     "nucleus": NucleusImage,
     "aura_flow": AuraFlow,
     "hunyuan_image": HunyuanImage,
+    "kandinsky5": Kandinsky5,
 }
 #: Pipelines whose models are shown pictures, by what their names begin with.
 _SHOWN = {

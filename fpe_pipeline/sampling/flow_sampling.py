@@ -36,6 +36,8 @@ _TEXTS = ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negat
 class FlowSampling(AroundParent):
     """Mixed into a diffusers pipeline of a flow model: its calls run in a session, and end each step with tasks."""
 
+    #: The fraction of the run in which a target has its source's maps where nothing is said.
+    default_window: ClassVar[float] = JOINT_STEPS
     #: The guidance scale up to which a call is not guided.
     unguided: ClassVar[float] = 1.0
     #: Text encoders and the rest, whose precision is checked.
@@ -73,10 +75,10 @@ class FlowSampling(AroundParent):
         pipe: Any = self
         model = flow_model(pipe)
         expected = model.channels(model.latent_channels)
-        if pipe.transformer.config.in_channels != expected:
+        if model.in_channels != expected:
             raise ValueError(
                 f"expected a transformer that takes the {expected} channels of its autoencoder's latents, got one that "
-                f"takes {pipe.transformer.config.in_channels}, as inpainting and control models do: put "
+                f"takes {model.in_channels}, as inpainting and control models do: put "
                 "`with editing(pipe, edit):` around this model's own diffusers pipeline"
             )
         for name in self.parts:
@@ -105,10 +107,10 @@ class FlowSampling(AroundParent):
         return super().__call__(return_dict=False, **arguments)[0]  # type: ignore[misc]
 
 
-def chosen_flow_edit(edit: Edit | None, self_replace_steps: Any, layers: Any) -> Edit:
-    """The edit, or the `FreePromptEdit` that the two arguments describe."""
+def chosen_flow_edit(pipe: Any, edit: Edit | None, self_replace_steps: Any, layers: Any) -> Edit:
+    """The edit, or the `FreePromptEdit` that the two arguments describe, in the window of a pipeline's model."""
     if edit is None:
-        return FreePromptEdit(JOINT_STEPS if self_replace_steps is None else self_replace_steps, layers=layers)
+        return FreePromptEdit(pipe.default_window if self_replace_steps is None else self_replace_steps, layers=layers)
     require_edit(edit)
     if self_replace_steps is not None or layers is not None:
         raise ValueError("self_replace_steps and layers belong to the edit; pass them to it")
@@ -166,7 +168,7 @@ def flow_start(
     model.check_size(size)
     start: dict[str, Any] = {"height": size[0], "width": size[1]}
     tokens = model.tokens(size) if packed else None
-    channels = model.pipe.transformer.config.in_channels
+    channels = model.in_channels
     shared = shared_latents(latents, call.prompts, call.images_per_prompt, channels, tokens)
     if shared is not None:
         start["latents"] = model.cast(torch.cat([shared] * call.prompts))

@@ -28,6 +28,7 @@ MADE_BY_OTHERS = {"CombinedEdit", "ConceptMaps", "Edit", "HeatMaps", "LinearMap"
     "FreePromptFluxPipeline",
     "FreePromptHunyuanImagePipeline",
     "FreePromptIdeogram4Pipeline",
+    "FreePromptKandinsky5T2IPipeline",
     "FreePromptKrea2Pipeline",
     "FreePromptNucleusMoEImagePipeline",
     "FreePromptLongCatImagePipeline",

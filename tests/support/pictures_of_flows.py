@@ -13,7 +13,7 @@ from tests.support.tiny_aura_flow import tiny_aura_flow_that_encodes
 from tests.support.tiny_cogview import tiny_cogview4_that_reads
 
 __all__ = ["FAMILIES", "NARROW", "SIZE", "SOURCE", "STEPS", "TARGET", "OnAuraFlow", "OnCogView4", "OnKrea2"]
-__all__ += ["OnHunyuanImage", "OnIdeogram4", "shifted"]
+__all__ += ["OnHunyuanImage", "OnIdeogram4", "OnKandinsky5", "shifted"]
 
 SOURCE, TARGET = "a photo of a red car on a mountain", "a photo of a big dog on a house in winter"
 SIZE, STEPS = {"height": 48, "width": 80}, 3
@@ -277,6 +277,45 @@ class OnHunyuanImage:
         return guided_by(guidance, of(SOURCE), of(""))
 
 
+class OnKandinsky5:
+    """Latents have their channels last; the autoencoder's shift stays."""
+
+    options: ClassVar = {}
+    target = "a photo of a big dog on a mountain"  # as long as the source, whose text would be padded beside a longer
+
+    def __init__(self, pipe):
+        from fpe_pipeline import FreePromptKandinsky5T2IPipeline
+        from tests.support.tiny_kandinsky5 import tiny_kandinsky5_pipeline, with_a_plain_tokenizer
+
+        self.kind = FreePromptKandinsky5T2IPipeline
+        self.stock = with_a_plain_tokenizer(tiny_kandinsky5_pipeline(pipe, decodes=True, sizes=[(80, 48), (160, 96)]))
+
+    @staticmethod
+    def run(scheduler):
+        """σ is the scheduler's own."""
+        scheduler.set_timesteps(STEPS)
+
+    @staticmethod
+    def start(vae, pixels):
+        return (vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor).permute(0, 2, 3, 1)[None]
+
+    @staticmethod
+    def velocity(tiny, guidance=None):
+        places = [torch.arange(1), torch.arange(3), torch.arange(5)]
+
+        def of(text):
+            texts, pooled, _ = tiny.encode_prompt(text)
+            given = {"encoder_hidden_states": texts, "pooled_projections": pooled, "visual_rope_pos": places}
+            given |= {"text_rope_pos": torch.arange(texts.shape[1]), "scale_factor": [1.0, 1.0, 1.0]}
+
+            def velocity(z, sigma):
+                return tiny.transformer(z, timestep=(1000 * sigma).expand(1).double(), **given).sample
+
+            return velocity
+
+        return guided_by(guidance, of(SOURCE), of(""))
+
+
 def shifted(share):
     return SHIFT * share / (1 + (SHIFT - 1) * share)
 
@@ -288,11 +327,15 @@ if hasattr(diffusers, "Krea2Pipeline"):
 
 if hasattr(diffusers, "NucleusMoEImagePipeline"):
     FAMILIES["Nucleus-Image"] = OnNucleus
+NARROW = ()
 if hasattr(diffusers, "HunyuanImagePipeline"):
     FAMILIES["HunyuanImage"] = OnHunyuanImage
-NARROW = ()
+if hasattr(diffusers, "Kandinsky5T2IPipeline"):
+    from diffusers.models.transformers import transformer_kandinsky
+
+    FAMILIES["Kandinsky 5"], NARROW = OnKandinsky5, (*NARROW, transformer_kandinsky)
 if hasattr(diffusers, "Ideogram4Pipeline"):
     from diffusers.models.transformers import transformer_ideogram4
     from diffusers.pipelines.ideogram4 import pipeline_ideogram4
 
-    FAMILIES["Ideogram 4"], NARROW = OnIdeogram4, (pipeline_ideogram4, transformer_ideogram4)
+    FAMILIES["Ideogram 4"], NARROW = OnIdeogram4, (*NARROW, pipeline_ideogram4, transformer_ideogram4)

@@ -53,6 +53,10 @@ def _made(pipe, family):
         from tests.support.tiny_nucleus import tiny_nucleus_pipeline
 
         return tiny_nucleus_pipeline(dtype=_F32, saves=True)
+    if family == "kandinsky5":
+        from tests.support.tiny_kandinsky5 import tiny_kandinsky5_pipeline, with_a_plain_tokenizer
+
+        return with_a_plain_tokenizer(tiny_kandinsky5_pipeline(pipe, _F32, decodes=True))
     if family == "hunyuan_image":
         from tests.support.tiny_hunyuan_guided import tiny_hunyuan_image_pipeline
 
@@ -89,11 +93,22 @@ def saved_transformer(pipe, family, folder, **config):
 
 def make_flux_small(monkeypatch):
     """FLUX.1's pipeline makes images of 1024 px by default, whatever its transformer says; here of 64."""
-    make = FluxPipeline.__init__
+    _make_small(monkeypatch, FluxPipeline, "default_sample_size", 8)
+
+
+def make_kandinsky_small(monkeypatch):
+    """Kandinsky 5's pipeline makes images of some sizes around 1024 px; here of one, (width, height)."""
+    kind = getattr(diffusers, "Kandinsky5T2IPipeline", None)
+    if kind is not None:
+        _make_small(monkeypatch, kind, "resolutions", [(48, 64)])
+
+
+def _make_small(monkeypatch, kind, name, value):
+    make = kind.__init__
 
     @functools.wraps(make)  # diffusers reads the components off the signature
     def smaller(self, *arguments, **options):
         make(self, *arguments, **options)
-        self.default_sample_size = 8
+        setattr(self, name, value)
 
-    monkeypatch.setattr(FluxPipeline, "__init__", smaller)
+    monkeypatch.setattr(kind, "__init__", smaller)

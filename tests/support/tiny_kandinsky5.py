@@ -10,7 +10,7 @@ from transformers import CLIPTextModel, Qwen2_5_VLConfig, Qwen2_5_VLForCondition
 
 from tests.support.dense_rows import DenseRows, dense_rows
 from tests.support.tiny_language import qwen_tokenizer
-from tests.support.tiny_transformers import ExactEuler, sharpened, tiny_clip
+from tests.support.tiny_transformers import ExactEuler, sharpened, tiny_clip, tiny_vae
 from tests.support.wide_torch import widened
 
 PROMPTS = [
@@ -61,9 +61,16 @@ def tiny_kandinsky5(dtype=torch.float64, **config):
     return model
 
 
-def tiny_kandinsky5_pipeline(pipe, dtype=torch.float64, kind="T2I", **config):
-    """A pipeline of pictures ("T2I") or of videos ("T2V"), without a decoder, whose pictures may have any size."""
+def tiny_kandinsky5_pipeline(pipe, dtype=torch.float64, kind="T2I", decodes=False, sizes=None, **config):
+    """A pipeline of pictures ("T2I") or of videos ("T2V"), whose pictures may have any size.
+
+    Args:
+        decodes: whether it has an autoencoder, with a shift that its pipeline does not take off.
+        sizes: (width, height) of its pictures; None for any.
+    """
     torch.manual_seed(1)
+    if decodes:
+        config = {"in_visual_dim": 16, "out_visual_dim": 16, **config}
     tokenizer = qwen_tokenizer()
     text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
@@ -72,7 +79,7 @@ def tiny_kandinsky5_pipeline(pipe, dtype=torch.float64, kind="T2I", **config):
     encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
     tiny = getattr(diffusers, f"Kandinsky5{kind}Pipeline")(
         transformer=tiny_kandinsky5(dtype, **config),
-        vae=None,
+        vae=tiny_vae().to(dtype) if decodes else None,
         text_encoder=encoder.to(dtype).eval(),
         tokenizer=Processor(tokenizer),
         text_encoder_2=tiny_clip(pipe.tokenizer, CLIPTextModel).to(dtype),
@@ -81,10 +88,16 @@ def tiny_kandinsky5_pipeline(pipe, dtype=torch.float64, kind="T2I", **config):
     )
     tiny.prompt_template = SAID
     tiny.prompt_template_encode_start_idx = len(tokenizer(SAID.partition("{}")[0])["input_ids"]) - 1
-    tiny.resolutions = _AnySize()
+    tiny.resolutions = _AnySize() if sizes is None else list(sizes)
     # Brings the first frames of a video from a picture to the mean of later ones, of all rows together.
     tiny.normalize_first_frame = lambda latents: latents
     tiny.set_progress_bar_config(disable=True)
+    return tiny
+
+
+def with_a_plain_tokenizer(tiny):
+    """A pipeline with the tokenizer alone in the place of its processor, so that it can be saved and loaded."""
+    tiny.register_modules(tokenizer=tiny.tokenizer.tokenizer)
     return tiny
 
 

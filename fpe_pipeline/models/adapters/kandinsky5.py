@@ -38,6 +38,12 @@ class Kandinsky5Adapter(NamedCallsAdapter):
     tells_all_it_encodes = False
     text_parts = (TextPart("tokenizer", ("text_encoder",), _template),)
 
+    @property
+    def kind(self) -> str:
+        """Pipelines of pictures from texts are served; those of videos, and from pictures, are not."""
+        names = (kind.__name__ for kind in type(self.pipe).__mro__)
+        return "kandinsky5" if "Kandinsky5T2IPipeline" in names else "kandinsky5_videos"
+
     def check(self) -> None:
         super().check()
         module: Any = self.module

@@ -18,7 +18,7 @@ from fpe_pipeline.models.loading import pick_dtype
 from fpe_pipeline.models.served_families import FAMILIES, FAMILY_OF
 from fpe_pipeline.models.sources import find_model
 from fpe_pipeline.runs.settings import Settings
-from tests.support.saved_transformers import SAVED, saved_transformer
+from tests.support.saved_transformers import SAVED, make_kandinsky_small, saved_transformer
 from tests.support.tiny_cli import OTHER, SOURCE, one_error, refuse_loading
 
 TARGET = "a photo of a big dog"
@@ -39,6 +39,7 @@ GUIDED = {
     "nucleus": {"guidance_scale": 3.0, "negative_prompt": "rain"},
     "aura_flow": {"guidance_scale": 3.0, "negative_prompt": "rain"},
     "hunyuan_image": {"guidance_scale": 3.0, "negative_prompt": "rain"},
+    "kandinsky5": {"guidance_scale": 3.0, "negative_prompt": "rain"},
     "pixart_alpha": {"guidance_scale": 3.0},
     "pixart_sigma": {"guidance_scale": 3.0, "negative_prompt": "rain"},
 }
@@ -47,6 +48,12 @@ SIZE = {"width": 48, "height": 64}
 SAME = 0  # levels of 255: the same calls in the same process
 
 pytestmark = pytest.mark.filterwarnings("ignore::fpe_pipeline.errors.RequestWarning")
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    """Of a family that makes them of some sizes alone."""
+    make_kandinsky_small(monkeypatch)
 
 
 def few(*kept):
@@ -189,6 +196,8 @@ def test_words_are_edited_and_found(family, folder_of, tmp_path, monkeypatch):
         ("lumina2", ["--image", "photo.png", "--inversion", "null-text"], "it has direct, reference, free"),
         ("pixart_sigma", ["--image", "photo.png", "--inversion", "null-text"], "it has ddim, direct, negative-prompt"),
         ("pixart_sigma", ["--levels", "1"], "--levels choose layers of a UNet"),
+        ("kandinsky5", ["--levels", "1"], "--levels choose layers of a UNet"),
+        ("kandinsky5", ["--image", "photo.png", "--inversion", "ddim"], "it has direct, reference, free"),
     ],
 )
 def test_what_a_family_is_refused_before_weights_are_read(family, more, reason, tmp_path, photo, monkeypatch, capsys):
@@ -246,6 +255,7 @@ def described(folder, family, **config):
         ("nucleus", 50, 4.0, 0.2, "direct"),
         ("aura_flow", 50, 3.5, 0.2, "direct"),
         ("hunyuan_image", 50, 3.5, 0.2, "direct"),
+        ("kandinsky5", 50, 3.5, 0.8, "direct"),
         ("pixart_alpha", 20, 4.5, 0.8, "ddim"),
     ],
 )

@@ -60,8 +60,12 @@ if hasattr(diffusers, "HunyuanImagePipeline"):
     from tests.support.tiny_hunyuan_guided import tiny_hunyuan_image_pipeline
 
     RUNS["HunyuanImage"] = lambda pipe: tiny_hunyuan_image_pipeline(decodes=True)
+if hasattr(diffusers, "Kandinsky5T2IPipeline"):
+    from tests.support.tiny_kandinsky5 import tiny_kandinsky5_pipeline
+
+    RUNS["Kandinsky 5"] = lambda pipe: tiny_kandinsky5_pipeline(pipe, torch.float32, decodes=True, sizes=[(160, 96)])
 #: Which shift σ themselves, or for no size; for a pipeline whose own guidance is of other steps, another guidance.
-GUIDED = {"Ideogram 4": {"guidance_scale": 3.0}, "HunyuanImage": {}}
+GUIDED = {"Ideogram 4": {"guidance_scale": 3.0}, "HunyuanImage": {}, "Kandinsky 5": {}}
 
 
 @pytest.mark.parametrize("shift", [flux_shift, sd3_shift])
