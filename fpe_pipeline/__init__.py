@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .models.sites import Site, attention_sites
     from .models.steps import Step, StepWindow
     from .pipelines.aura_flow import FreePromptAuraFlowPipeline
+    from .pipelines.bria_fibo import FreePromptBriaFiboPipeline
     from .pipelines.cogview import FreePromptCogView4Pipeline
     from .pipelines.flow import (
         FreePromptChromaPipeline,
@@ -83,6 +84,7 @@ _HOME = {
     "FireFlowScheduler": "models.flow_solvers",
     "FreeFluxEdit": "edits",
     "FreePromptEdit": "edits",
+    "FreePromptBriaFiboPipeline": "pipelines.bria_fibo",
     "FreePromptBriaPipeline": "pipelines.flux_kin",
     "FreePromptAuraFlowPipeline": "pipelines.aura_flow",
     "FreePromptChromaPipeline": "pipelines.flow",
@@ -158,6 +160,7 @@ __all__ = [
     "FireFlowScheduler",
     "FreeFluxEdit",
     "FreePromptAuraFlowPipeline",
+    "FreePromptBriaFiboPipeline",
     "FreePromptBriaPipeline",
     "FreePromptChromaPipeline",
     "FreePromptCogView4Pipeline",

@@ -17,7 +17,8 @@ from tests.support import arrows
 KERNELS = "AttentionMap LinearMap backends beside blend concatenate join known_columns shared_attention stack"
 PIPELINE = (
     "BatchRoles CombinedEdit ConceptMaps ConsistEdit Edit EditingSession Encoding FireFlowScheduler FreeFluxEdit "
-    "FreePromptAuraFlowPipeline FreePromptBriaPipeline FreePromptChromaPipeline FreePromptCogView4Pipeline "
+    "FreePromptAuraFlowPipeline FreePromptBriaFiboPipeline FreePromptBriaPipeline FreePromptChromaPipeline "
+    "FreePromptCogView4Pipeline "
     "FreePromptEdit FreePromptFlux2KleinPipeline FreePromptFlux2Pipeline FreePromptFluxPipeline "
     "FreePromptHunyuanImagePipeline FreePromptIdeogram4Pipeline FreePromptKandinsky5T2IPipeline "
     "FreePromptKrea2Pipeline FreePromptLongCatImagePipeline FreePromptLumina2Pipeline "

@@ -29,7 +29,7 @@ __all__ = [
 Family = Literal[
     "unet", "sdxl", "pixart_alpha", "pixart_sigma", "sd3", "flux", "flux2", "flux2_klein", "ovis", "longcat", "bria",
     "qwen", "qwen21", "chroma", "lumina2", "z_image", "cogview4", "krea2", "aura_flow",
-    "ideogram4", "nucleus", "hunyuan_image", "kandinsky5",
+    "ideogram4", "nucleus", "hunyuan_image", "kandinsky5", "bria_fibo",
 ]  # fmt: skip
 #: By which layers a model is edited: self- and cross-attention, or joint attention. Methods say which they serve.
 Served = Literal["unet", "transformer"]
@@ -272,6 +272,7 @@ FAMILIES: dict[Family, ServedFamily] = {
         patch=2,
         cuda_dtype="bfloat16",
     ),
+    "bria_fibo": _flow("Bria FIBO", "BriaFiboPipeline", defaults={"steps": 30, "guidance": 5.0}),
 }
 #: The family of a pipeline by the name of its class, as diffusers or this package calls it.
 FAMILY_OF: dict[str, Family] = {name: family for family, served in FAMILIES.items() for name in served.classes}

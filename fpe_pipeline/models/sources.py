@@ -301,7 +301,10 @@ def _pixels_across(path: Path, patch: int | str) -> int | None:
     if isinstance(patch, str):
         patch = _config(path, "transformer").get(patch, 1)
         patch = patch[0] if isinstance(patch, list) else patch
-    return None if halvings is None else patch * 2 ** len(halvings)
+    across = vae.get("scale_factor_spatial")  # of Wan's, of which the later fold 2 x 2 pixels first
+    if across is None and halvings is not None:
+        across = 2 ** len(halvings)
+    return None if across is None else patch * across
 
 
 def _config(path: Path, part: str) -> dict[str, Any]:

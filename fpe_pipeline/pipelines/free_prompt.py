@@ -40,6 +40,7 @@ _MODULES = {
     "aura_flow": "aura_flow",
     "hunyuan_image": "hunyuan_image",
     "kandinsky5": "kandinsky5",
+    "bria_fibo": "bria_fibo",
 }
 
 

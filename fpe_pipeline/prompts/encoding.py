@@ -257,7 +257,7 @@ def _text(
                 batches = [[call] for call in own] if fills_apart else [own]
                 own = [call for batch in batches for call in _filled_up(batch, part.multiple)]
             inputs.append(own)
-    ends = template is not None and not part.is_padded
+    ends = (template is not None or part.in_one_batch) and not part.is_padded
     has_quotes = part.quotes is not None and bool(received.tokens.get(part.quotes))
     tokenizer = plain_tokenizer(getattr(pipe, part.tokenizer, None))
     return EncodedText(tokenizer, tuple(inputs), length, template, part.registers, ends, has_quotes, part.multiple)

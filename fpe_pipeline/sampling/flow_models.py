@@ -12,6 +12,7 @@ import torch
 from ..models.adapters.families import adapter_of
 from ..models.served_families import titles
 from .aura_flow_model import AuraFlow
+from .bria_fibo_model import BriaFibo
 from .caption_models import Lumina2, ZImage
 from .cogview_model import CogView4
 from .flow_model import FlowModel, Latents, Velocity, shift_of
@@ -85,9 +86,11 @@ _FAMILIES: dict[str, type[FlowModel]] = {
     "aura_flow": AuraFlow,
     "hunyuan_image": HunyuanImage,
     "kandinsky5": Kandinsky5,
+    "bria_fibo": BriaFibo,
 }
 #: Pipelines whose models are shown pictures, by what their names begin with.
 _SHOWN = {
+    "BriaFiboEdit": "Bria FIBO Edit",
     "FluxKontext": "FLUX.1 Kontext",
     "HunyuanImageRefiner": "HunyuanImage's refiner",
     "LongCatImageEdit": "LongCat-Image-Edit",
@@ -110,7 +113,7 @@ def flow_model(pipe: Any) -> FlowModel:
     family = adapter_of(pipe).kind
     if getattr(pipe, "transformer", None) is None:
         raise TypeError(
-            f"expected a pipeline of {titles('transformer')}, got {type(pipe).__name__} with its "
+            f"expected a pipeline of Kandinsky 5, {titles('transformer')}, got {type(pipe).__name__} with its "
             f"{type(pipe.unet).__name__}, whose steps are no flow: use FreePromptPipeline"
         )
     check_served(pipe, family)
@@ -127,7 +130,7 @@ def check_served(pipe: Any, family: str) -> None:
     where = "; put `with editing(pipe, edit):` around its calls, which edits what they generate"
     if family not in _FAMILIES:
         raise TypeError(
-            f"real images, recordings and FreePromptPipeline are for PixArt, {titles('transformer')}, got "
+            f"real images, recordings and FreePromptPipeline are for PixArt, Kandinsky 5, {titles('transformer')}, got "
             f"{type(pipe).__name__}{where}"
         )
     for name, said in _SHOWN.items():

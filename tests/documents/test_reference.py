@@ -19,6 +19,7 @@ MEMBERS = [(f"{name}.{member.name}", member) for name, found in CLASSES for memb
 NOT_YET = {"make_edit"}  # says what it returns in its first line
 MADE_BY_OTHERS = {"CombinedEdit", "ConceptMaps", "Edit", "HeatMaps", "LinearMap", "FreePromptPipeline"} | {
     "FireFlowScheduler",
+    "FreePromptBriaFiboPipeline",
     "FreePromptBriaPipeline",
     "FreePromptAuraFlowPipeline",
     "FreePromptChromaPipeline",

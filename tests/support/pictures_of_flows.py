@@ -316,6 +316,46 @@ class OnKandinsky5:
         return guided_by(guidance, of(SOURCE), of(""))
 
 
+class OnBriaFibo:
+    """Guided in one call, whose texts are as long as the longest of both; every block reads another layer of them."""
+
+    options: ClassVar = {}
+
+    def __init__(self, pipe):
+        from fpe_pipeline import FreePromptBriaFiboPipeline
+        from tests.support.tiny_bria_fibo import tiny_fibo_pipeline
+
+        self.kind, self.stock = FreePromptBriaFiboPipeline, tiny_fibo_pipeline(decodes=True)
+
+    @staticmethod
+    def run(scheduler):
+        scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3])
+
+    @staticmethod
+    def start(vae, pixels):
+        """A latent to a token, normalised by channel, of a video of one frame."""
+        mean = vae.encode(pixels[:, :, None]).latent_dist.mean[0, :, 0]
+        parts = zip(mean, vae.config.latents_mean, vae.config.latents_std, strict=True)
+        return torch.stack([((part - shift) / spread).flatten() for part, shift, spread in parts]).T[None]
+
+    @staticmethod
+    def velocity(tiny, guidance=None):
+        grid = torch.stack(torch.meshgrid(torch.arange(3.0), torch.arange(5.0), indexing="ij"), -1).reshape(15, 2)
+        places = torch.nn.functional.pad(grid, (1, 0)).double()
+
+        def of(text):
+            texts, layers, _ = tiny.get_prompt_embeds(text)
+            given = {"encoder_hidden_states": texts, "text_encoder_layers": list(layers[-3:])}
+            given |= {"txt_ids": torch.zeros(texts.shape[1], 3).double(), "img_ids": places}
+
+            def velocity(z, sigma):
+                return tiny.transformer(z, timestep=(1000 * sigma).expand(1).double(), **given).sample
+
+            return velocity
+
+        return guided_by(guidance, of(SOURCE), of(""))
+
+
 def shifted(share):
     return SHIFT * share / (1 + (SHIFT - 1) * share)
 
@@ -330,6 +370,8 @@ if hasattr(diffusers, "NucleusMoEImagePipeline"):
 NARROW = ()
 if hasattr(diffusers, "HunyuanImagePipeline"):
     FAMILIES["HunyuanImage"] = OnHunyuanImage
+if hasattr(diffusers, "BriaFiboPipeline"):
+    FAMILIES["Bria FIBO"] = OnBriaFibo
 if hasattr(diffusers, "Kandinsky5T2IPipeline"):
     from diffusers.models.transformers import transformer_kandinsky
 

@@ -53,6 +53,10 @@ def _made(pipe, family):
         from tests.support.tiny_nucleus import tiny_nucleus_pipeline
 
         return tiny_nucleus_pipeline(dtype=_F32, saves=True)
+    if family == "bria_fibo":
+        from tests.support.tiny_bria_fibo import tiny_fibo_pipeline
+
+        return tiny_fibo_pipeline(dtype=_F32, decodes=True)
     if family == "kandinsky5":
         from tests.support.tiny_kandinsky5 import tiny_kandinsky5_pipeline, with_a_plain_tokenizer
 

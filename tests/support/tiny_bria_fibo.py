@@ -23,21 +23,36 @@ _SIZE = {
     "text_encoder_dim": 32,
     "axes_dims_rope": (2, 2, 4),
 }
+_AUTOENCODER = {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 8, "num_res_blocks": 1, "is_residual": True}
+_AUTOENCODER |= {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+_AUTOENCODER |= {
+    "latents_mean": [0.02 * place for place in range(8)],
+    "latents_std": [1.0 + 0.1 * place for place in range(8)],
+}
 _LOUDER = ("to_v", "add_v_proj", "to_out.0", "proj_out", "norm.linear", "norm1.linear", "caption_projection")
 
 
-def tiny_fibo_pipeline(pipe=None, dtype=torch.float64, kind="BriaFiboPipeline", **parts):
-    """A FIBO pipeline without an autoencoder."""
+_EMPTY = 128000  # the token that stands for the empty prompt
+
+
+def tiny_fibo_pipeline(pipe=None, dtype=torch.float64, kind="BriaFiboPipeline", decodes=False, **parts):
+    """A FIBO pipeline.
+
+    Args:
+        decodes: whether it has an autoencoder, of 16 pixels a latent, and an encoder that reads the empty prompt.
+        parts: of it.
+    """
     torch.manual_seed(0)
     tokenizer = qwen_tokenizer()
     size = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
-    encoder = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
+    encoder = LlamaForCausalLM(LlamaConfig(vocab_size=_EMPTY + 1 if decodes else len(tokenizer), **size))
     model = sharpened(diffusers.BriaFiboTransformer2DModel(**_SIZE))
     with torch.no_grad():  # so that layers say something
         for name, parameter in model.named_parameters():
             if any(f"{part}." in name for part in _LOUDER):
                 parameter.mul_(3)
-    given = {"vae": None, **parts}
+    vae = diffusers.AutoencoderKLWan(**_AUTOENCODER).to(dtype).eval() if decodes else None
+    given = {"vae": vae, **parts}
     tiny = getattr(diffusers, kind)(
         transformer=model.to(dtype).eval(),
         scheduler=ExactEuler(),

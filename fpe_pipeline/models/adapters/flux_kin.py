@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from ...text_parts import Template, TextPart, conversation
 from .adapter import Half, ModelCall
@@ -99,3 +100,20 @@ class BriaFiboAdapter(_GuidedInOneCall):
             )
         texts = given["encoder_hidden_states"].shape[1]
         return replace(call, text_lengths=lengths_before_images(mask[:, 0, 0], texts, *call.sample.shape[:2]))
+
+    def longer_texts(self, kwargs: Mapping[str, Any], tokens: Mapping[bool, int]) -> dict[str, Any]:
+        texts, told = kwargs["encoder_hidden_states"], kwargs.get("joint_attention_kwargs") or {}
+        rows, count = texts.shape[:2]
+        beyond = max(tokens.values(), default=0) - count
+        if beyond <= 0:
+            return {}
+        mask = told.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(rows, 1, 1, count + kwargs["hidden_states"].shape[1], dtype=torch.bool)
+        seen = torch.cat([functional.pad(mask[..., :count], (0, beyond)), mask[..., count:]], dim=-1)
+        return {
+            "encoder_hidden_states": functional.pad(texts, (0, 0, 0, beyond)),
+            "text_encoder_layers": [functional.pad(each, (0, 0, 0, beyond)) for each in kwargs["text_encoder_layers"]],
+            "txt_ids": functional.pad(kwargs["txt_ids"], (0, 0, 0, beyond)),
+            "joint_attention_kwargs": {**told, "attention_mask": seen.to(texts.device)},
+        }

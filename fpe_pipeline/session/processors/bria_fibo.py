@@ -16,6 +16,7 @@ class EditBriaFiboProcessor(EditFluxProcessor):
     """FLUX.1's processor, in layers that are told which tokens are padding of texts: the order holds their lengths."""
 
     plain = ("BriaFiboAttnProcessor", "BriaAttnProcessor")
+    texts_end = True
 
     def edited(
         self,

@@ -35,6 +35,8 @@ class EditFluxProcessor(DispatchedAround):
         "LongCatImageAttnProcessor",
         "OvisImageAttnProcessor",
     )
+    #: Whether texts end where they end, with padding behind those that are shorter than the longest of a call.
+    texts_end: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -72,7 +74,16 @@ class EditFluxProcessor(DispatchedAround):
             return segment_projections(attn, plan, name, tokens, turn, added=added, fused=attn.fused_projections)
 
         out, context, self.record = joint_tokens(
-            attn, order, text, given, attention_mask, image_rotary_emb, projected, added=not is_single, seen=seen
+            attn,
+            order,
+            text,
+            given,
+            attention_mask,
+            image_rotary_emb,
+            projected,
+            added=not is_single,
+            seen=seen,
+            ends=self.texts_end,
         )
         if is_single:
             return torch.cat([context, out], dim=1)
@@ -90,6 +101,7 @@ def joint_tokens(
     *,
     added: bool,
     seen: torch.Tensor | None = None,
+    ends: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, LayerRecord]:
     """A layer's order carried out.
 
@@ -104,6 +116,7 @@ def joint_tokens(
             it that the plan uses.
         added: whether the text has weights of its own.
         seen: as :class:`.JointLayer` has it.
+        ends: whether texts end where they end, with padding behind those that are shorter than the longest of a call.
 
     Returns:
         Image and reference tokens [B, N + R, H·D], text tokens [B, T, H·D], and what was done.
@@ -118,7 +131,7 @@ def joint_tokens(
         own = projected("text", reference, turns["reference"], False).followed_by(own)
     layer = JointLayer(
         projected("image", image, turns["image"], False).beside("image", order.recorded),
-        own.beside("text", order.recorded),
+        own.beside("text", order.recorded, ends=ends),
         head_dim(attn) ** -0.5,
         order.backend,
         order.lengths(text.shape[1]) if seen is None else None,

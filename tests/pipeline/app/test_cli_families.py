@@ -40,6 +40,7 @@ GUIDED = {
     "aura_flow": {"guidance_scale": 3.0, "negative_prompt": "rain"},
     "hunyuan_image": {"guidance_scale": 3.0, "negative_prompt": "rain"},
     "kandinsky5": {"guidance_scale": 3.0, "negative_prompt": "rain"},
+    "bria_fibo": {"guidance_scale": 3.0, "negative_prompt": "rain"},
     "pixart_alpha": {"guidance_scale": 3.0},
     "pixart_sigma": {"guidance_scale": 3.0, "negative_prompt": "rain"},
 }
@@ -256,6 +257,7 @@ def described(folder, family, **config):
         ("aura_flow", 50, 3.5, 0.2, "direct"),
         ("hunyuan_image", 50, 3.5, 0.2, "direct"),
         ("kandinsky5", 50, 3.5, 0.8, "direct"),
+        ("bria_fibo", 30, 5.0, 0.2, "direct"),
         ("pixart_alpha", 20, 4.5, 0.8, "ddim"),
     ],
 )

@@ -60,6 +60,10 @@ if hasattr(diffusers, "HunyuanImagePipeline"):
     from tests.support.tiny_hunyuan_guided import tiny_hunyuan_image_pipeline
 
     RUNS["HunyuanImage"] = lambda pipe: tiny_hunyuan_image_pipeline(decodes=True)
+if hasattr(diffusers, "BriaFiboPipeline"):
+    from tests.support.tiny_bria_fibo import tiny_fibo_pipeline
+
+    RUNS["Bria FIBO"] = lambda pipe: tiny_fibo_pipeline(decodes=True)
 if hasattr(diffusers, "Kandinsky5T2IPipeline"):
     from tests.support.tiny_kandinsky5 import tiny_kandinsky5_pipeline
 
