@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from . import indices, validation
-from .given import given
 from .normal_form import (
     Block,
     Diagonal,
@@ -286,9 +285,9 @@ class Combination(LinearMap):
         once = once_for_each(moved)
         return self._with_terms(lambda term, rows: _moved(term, once(term.map), lambda part: part.to(*args, **kwargs)))
 
-    def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
-        """The rows of the query tokens ``index``: [B, H, len(index), M], from those of its maps."""
-        return given(rows_of(self._normal_form, indices.check_token_index(index, self.shape[2], self.device)))
+    def rows_at(self, index: Tensor) -> Tensor:
+        """:meth:`rows`, from those of its maps; ``index`` holds positions on the device."""
+        return rows_of(self._normal_form, index)
 
     def __repr__(self) -> str:
         terms = sum(len(block.terms) for block in self._normal_form)

@@ -110,9 +110,9 @@ class KnownColumns(LinearMap):
         columns = self._columns.to(*args, **kwargs)
         return KnownColumns(columns, self._positions.to(columns.device), self._tokens)
 
-    def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
-        """The rows of the query tokens ``index``: [B, H, len(index), M]."""
-        part = self._columns[:, :, indices.check_token_index(index, self.shape[2], self.device)]
+    def rows_at(self, index: Tensor) -> Tensor:
+        """:meth:`rows`; ``index`` holds positions on the device."""
+        part = self._columns[:, :, index]
         return part.new_zeros((*part.shape[:3], self._tokens)).index_copy(3, self._positions, part)
 
     def __repr__(self) -> str:

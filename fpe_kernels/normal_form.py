@@ -43,7 +43,7 @@ class GatheredMap(Protocol):
     def gathered_product(self, value: Tensor, index: tuple[int, ...], weight: Tensor | None) -> Tensor: ...
     def gathered_adjoint(self, weight: Tensor, index: tuple[int, ...]) -> Tensor: ...
     def queries(self, start: int, stop: int | None = None) -> GatheredMap: ...
-    def rows(self, index: Tensor) -> Tensor: ...
+    def rows_at(self, index: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,7 +323,7 @@ def rows_of(blocks: tuple[Block, ...], index: Tensor) -> Tensor:
         terms = []
         for term in block.terms:
             if id(term.map) not in known:
-                known[id(term.map)] = term.map.rows(index)
+                known[id(term.map)] = term.map.rows_at(index)
             rows = gathered_rows(known[id(term.map)], term.index)
             if (weight := term.whole_weight()) is not None:
                 weight = weight if weight.shape[2] == 1 else weight[:, :, index]

@@ -59,8 +59,8 @@ class KeyBlock:
     def queries(self, start: int, stop: int | None = None) -> KeyBlock:
         return KeyBlock(self._whole.queries(start, stop), *self._range)
 
-    def rows(self, index: Tensor) -> Tensor:
-        return self._whole.rows(index)[..., slice(*self._range)]
+    def rows_at(self, index: Tensor) -> Tensor:
+        return self._whole.rows_at(index)[..., slice(*self._range)]
 
     @staticmethod
     def _share(logsumexp: Tensor, whole: Tensor) -> Tensor:

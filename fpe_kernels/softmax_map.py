@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import indices
 from .normal_form import Block, Term
 from .views import Operator
 
@@ -71,13 +69,13 @@ class SoftmaxMap(Operator):
     def _blocks(self) -> tuple[Block, ...]:
         return (Block((Term(self, tuple(range(self.shape[0]))),)),)
 
-    def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
-        """The rows of the query tokens ``index``: [B, H, len(index), M]. Memory grows with len(index) · M only."""
-        return self.wide_rows(indices.check_token_index(index, self.shape[2], self.device)).to(self.dtype)
+    def rows_at(self, index: Tensor) -> Tensor:
+        """:meth:`rows`; ``index`` holds positions on the device."""
+        return self.wide_rows(index).to(self.dtype)
 
-    def columns(self, index: int | Sequence[int] | Tensor) -> Tensor:
-        """The columns of the key tokens ``index``: [B, H, N, len(index)]. Memory grows with N · len(index) only."""
-        return self.wide_columns(indices.check_token_index(index, self.shape[3], self.device)).to(self.dtype)
+    def columns_at(self, index: Tensor) -> Tensor:
+        """:meth:`columns`; ``index`` holds positions on the device."""
+        return self.wide_columns(index).to(self.dtype)
 
     def _entries(self) -> Tensor:
         return self.wide_rows(torch.arange(self.shape[2], device=self.device)).to(self.dtype)

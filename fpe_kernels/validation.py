@@ -127,7 +127,8 @@ def check_value(value: object, like: Placed, shape: Sequence[int], key_heads: in
     batch, heads, _, keys = shape
     if value.shape[0] != batch:
         raise ValueError(f"value must have {batch} batch rows here, got {value.shape[0]}: {shape_of(value)}.")
-    if value.shape[1] not in (heads, heads if key_heads is None else key_heads):
+    # Not by `in`: torch.compile finds a size that varies in no tuple, even where it is equal to what stands there.
+    if value.shape[1] != heads and (key_heads is None or value.shape[1] != key_heads):
         shared = "" if key_heads in (None, heads) else f" or the {key_heads} of its keys"
         raise ValueError(
             f"value must have the {heads} heads of the map{shared}, got {value.shape[1]}: {shape_of(value)}."
@@ -151,6 +152,11 @@ def check_weight(weight: object, like: Placed, shape: Sequence[int]) -> Tensor:
     return weight
 
 
+def _broadcasts(axes: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether every axis has size 1 or the whole."""
+    return all(size == 1 or size == whole for size, whole in zip(axes, full, strict=True))
+
+
 def _check_broadcast(name: str, tensor: object, layout: str, full: Sequence[int], like: Placed) -> Tensor:
     """Check a float tensor that broadcasts to ``full``, and give it as many axes, each of size 1 or the whole."""
     if not isinstance(tensor, Tensor):
@@ -160,7 +166,7 @@ def _check_broadcast(name: str, tensor: object, layout: str, full: Sequence[int]
     check_same_device(name, tensor, like)
     _refuse_transforms(name, tensor)
     axes = (1,) * (len(full) - tensor.ndim) + tuple(tensor.shape)
-    if tensor.ndim > len(full) or any(size not in (1, whole) for size, whole in zip(axes, full, strict=True)):
+    if tensor.ndim > len(full) or not _broadcasts(axes, full):
         raise ValueError(
             f"{name} must broadcast to [{layout}] = {list(full)}, got {shape_of(tensor)}. "
             "Insert axes of size 1 where it does not vary."
@@ -266,7 +272,7 @@ def check_bias(bias: object, query: Tensor, key: Tensor) -> Tensor | None:
     _refuse_transforms("bias", bias)
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     axes = (1,) * (4 - bias.ndim) + tuple(bias.shape)
-    if bias.ndim > 4 or any(size not in (1, whole) for size, whole in zip(axes, full, strict=True)):
+    if bias.ndim > 4 or not _broadcasts(axes, full):
         raise ValueError(
             f"bias must broadcast to [B, H, N, M] = {list(full)}, got {shape_of(bias)}. "
             "Insert axes of size 1 where it does not vary."

@@ -58,13 +58,19 @@ class MapViews(Operator):
 
     def rows(self, index: int | Sequence[int] | Tensor) -> Tensor:
         """The rows of the query tokens ``index``: [B, H, len(index), M]. Memory grows with len(index) · M only."""
-        index = indices.check_token_index(index, self.shape[2], self.device)
+        return given(self.rows_at(indices.check_token_index(index, self.shape[2], self.device)))
+
+    def rows_at(self, index: Tensor) -> Tensor:
+        """:meth:`rows` of positions on the device, as they are: to look at them would be to wait for it."""
         rows: Tensor = self.T.matmul(self._unit_columns(index, self.shape[2])).transpose(-1, -2)
-        return given(rows)
+        return rows
 
     def columns(self, index: int | Sequence[int] | Tensor) -> Tensor:
         """The columns of the key tokens ``index``: [B, H, N, len(index)]. Memory grows with N · len(index) only."""
-        index = indices.check_token_index(index, self.shape[3], self.device)
+        return given(self.columns_at(indices.check_token_index(index, self.shape[3], self.device)))
+
+    def columns_at(self, index: Tensor) -> Tensor:
+        """:meth:`columns` of positions on the device, as they are."""
         columns: Tensor = self.matmul(self._unit_columns(index, self.shape[3]))
         return columns
 
@@ -108,4 +114,4 @@ class MapViews(Operator):
         return self._entries()
 
     def _entries(self) -> Tensor:
-        return self.columns(torch.arange(self.shape[3], device=self.device))
+        return self.columns_at(torch.arange(self.shape[3], device=self.device))

@@ -52,10 +52,10 @@ ALLOWED = {
     "fpe_kernels.dispatch": "backends backends.triton",
     "fpe_kernels.indices": "validation",
     "fpe_kernels.views": "given precision validation indices pooling",
-    "fpe_kernels.softmax_map": "indices normal_form views",
+    "fpe_kernels.softmax_map": "normal_form views",
     "fpe_kernels.ops": "backends partial_softmax precision validation gradient_rules dispatch",
     "fpe_kernels.ranges": "normal_form softmax_map",
-    "fpe_kernels.composition": "given validation indices normal_form softmax_map ranges views",
+    "fpe_kernels.composition": "validation indices normal_form softmax_map ranges views",
     "fpe_kernels.attention_map": "kept precision ready validation indices normal_form dispatch softmax_map ops "
     "composition",
     "fpe_kernels.combining": "validation indices normal_form composition",

@@ -1,9 +1,9 @@
-"""Layers of several head dims in one compiled function: torch.compile traces their scales as symbols."""
+"""Numbers that vary from call to call in one compiled function: torch.compile traces scales and sizes as symbols."""
 
 import pytest
 import torch
 
-from fpe_kernels import shared_attention
+from fpe_kernels import AttentionMap, known_columns, shared_attention
 
 
 def inputs(head_dim):
@@ -28,3 +28,19 @@ def test_a_scale_that_varies_breaks_no_graph():
 def test_a_scale_that_is_not_finite(scale):
     with pytest.raises(ValueError, match="scale must be finite"):
         shared_attention(*inputs(4), (0,), scale=scale)
+
+
+def test_sizes_that_vary_beside_those_that_are_known():
+    """As many heads as rows are one symbol, which is a number from where the rows decide what is launched."""
+
+    def attend(query, key, value):
+        A = AttentionMap(query, key, key_lengths=[3, 7])
+        edited = A.scale_columns(torch.ones(7)) + known_columns(query[..., :1], 0, tokens=7)
+        return A.matmul(value), A.matmul(2.0 * value), edited.matmul(value)
+
+    compiled = torch.compile(attend, backend="eager", fullgraph=True, dynamic=True)
+    noise = torch.Generator().manual_seed(0)
+    for queries in (6, 9):
+        operands = [torch.randn(2, 2, tokens, 8, generator=noise) for tokens in (queries, 7, 7)]
+        for found, expected in zip(compiled(*operands), attend(*operands), strict=True):
+            torch.testing.assert_close(found, expected)

@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fpe_kernels import AttentionMap, LinearMap, blend, concatenate, join, known_columns
 from tests.support.composed_edits import DIM, HEADS, PIXELS, Edits, Tensors, pair
@@ -235,3 +236,21 @@ def test_maps_on_the_meta_device_give_shapes() -> None:
         (join([A, A]).T @ query, (1, 2, 24, 8)),
     ):
         assert found.shape == shape and found.is_meta
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda A: (2.0 * A).rows([1, 2]),
+        lambda A: A.block(keys=(1, 4)).rows([1, 2]),
+        lambda A: blend(torch.ones(6), A, A.take([0])).rows([1, 2]),
+        lambda A: A.mix(torch.eye(12)).dense(),
+        lambda A: (A + known_columns(torch.ones(1, 2, 6, 1), 3, tokens=12)).rows([0]),
+    ],
+    ids=["rows", "rows of a block", "rows of a blend", "entries", "known columns"],
+)
+def test_views_of_known_positions_do_not_wait_for_the_device(view) -> None:
+    # Tensors without numbers: to ask for one is an error, as it is while a CUDA graph is captured.
+    with FakeTensorMode():
+        found = view(AttentionMap(torch.empty(1, 2, 6, 8), torch.empty(1, 2, 12, 8)))
+    assert found.shape[:2] == (1, 2)
