@@ -35,6 +35,7 @@ from .processors.ltx import EditLTXProcessor
 from .processors.ltx2 import EditLTX2Processor
 from .processors.lumina2 import EditLumina2Processor
 from .processors.mochi import EditMochiProcessor
+from .processors.motif_video import EditMotifVideoProcessor
 from .processors.nucleus import EditNucleusProcessor
 from .processors.qwen import EditQwenProcessor
 from .processors.qwen21 import EditQwen21Processor, qwen21_processor
@@ -76,6 +77,7 @@ _PROCESSORS: dict[str, tuple[Callable[[Any], ProcessorAround], _Reasons]] = {
     "kandinsky5": (EditKandinsky5Processor, EditKandinsky5Processor.unsupported_reasons),
     "kandinsky6": (EditKandinsky6Processor, EditKandinsky6Processor.unsupported_reasons),
     "krea2": (EditKrea2Processor, EditKrea2Processor.unsupported_reasons),
+    "motif_video": (EditMotifVideoProcessor, EditMotifVideoProcessor.unsupported_reasons),
     "nucleus": (EditNucleusProcessor, EditNucleusProcessor.unsupported_reasons),
     "qwen": (EditQwenProcessor, EditQwenProcessor.unsupported_reasons),
     "qwen21": (qwen21_processor, EditQwen21Processor.unsupported_reasons),

@@ -194,7 +194,7 @@ def _single(model: Model) -> str:
         return "single_stream_blocks"
     if model.family == "easyanimate":
         return "transformer_blocks.2"
-    families = ("flux", "flux2", "klein", "chroma", "hunyuan_video", "ovis", "longcat", "aura", "fibo")
+    families = ("flux", "flux2", "klein", "chroma", "hunyuan_video", "ovis", "longcat", "aura", "fibo", "motif_video")
     return "single_transformer_blocks" if model.family in families else ""
 
 

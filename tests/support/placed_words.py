@@ -33,8 +33,8 @@ def columns(model: Any, pipe: Any, align: Any, prompts: Any, number: int) -> Cal
 
 def placed(model: Any, pipe: Any, prompts: Any) -> list[list[TokenizedPrompt]]:
     """For each prompt its tokens as each part of the model's text has them, by counting the template's."""
-    if model.family in ("sd3", "flux", "chroma", "cogvideox", "mochi"):
-        lengths = (CLIP, T5) if model.family == "sd3" else (T5,)
+    if model.family in ("sd3", "flux", "chroma", "cogvideox", "mochi", "motif_video"):
+        lengths = (CLIP, T5) if model.family == "sd3" else (24,) if model.family == "motif_video" else (T5,)
         return [[tokenize(prompt, pipe.tokenizer, length) for length in lengths] for prompt in prompts]
     if model.family == "hidream":  # of T5, and of Llama twice
         readers = (pipe.tokenizer_3, pipe.tokenizer_4, pipe.tokenizer_4)

@@ -14,7 +14,7 @@ from tests.support.tiny_cogvideox import over_frames
 from tests.support.tiny_language import qwen_tokenizer
 from tests.support.tiny_transformers import ExactEuler, sharpened
 
-__all__ = ["EASYANIMATE"]
+__all__ = ["EASYANIMATE", "draw_easyanimate", "tiny_easyanimate_pipeline"]
 
 TEXTS = 256  # tokens of every text
 _SAYS = (

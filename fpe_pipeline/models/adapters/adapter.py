@@ -111,6 +111,7 @@ class ModelAdapter(ABC):
             "ltx2",
             "lumina2",
             "mochi",
+            "motif_video",
             "nucleus",
             "sana",
             "wan",

@@ -33,6 +33,7 @@ from .ltx2 import LTX2Adapter
 from .lumina2 import Lumina2Adapter
 from .mochi import MochiAdapter
 from .modular import by_guider, is_modular
+from .motif_video import MotifVideoAdapter
 from .nucleus import NucleusImageAdapter
 from .pixart import PixArtAdapter
 from .qwen import QwenImageAdapter
@@ -78,6 +79,7 @@ _TRANSFORMERS: dict[str, type[ModelAdapter]] = {
     "LongCatImageTransformer2DModel": LongCatImageAdapter,
     "Lumina2Transformer2DModel": Lumina2Adapter,
     "MochiTransformer3DModel": MochiAdapter,
+    "MotifVideoTransformer3DModel": MotifVideoAdapter,
     "NucleusMoEImageTransformer2DModel": NucleusImageAdapter,
     "OvisImageTransformer2DModel": OvisImageAdapter,
     "PixArtTransformer2DModel": PixArtAdapter,

@@ -20,7 +20,7 @@ from .named_calls import NamedCallsAdapter
 from .once import once_a_tensor
 from .padding import counted_tokens
 
-__all__ = ["HunyuanImageAdapter", "HunyuanVideo15Adapter"]
+__all__ = ["GuidedAdapter", "HunyuanImageAdapter", "HunyuanVideo15Adapter"]
 
 _GUIDED: dict[str, Half] = {"pred_cond": "conditional", "pred_uncond": "unconditional"}
 _NONE = -1  # in the place of a token that is no text
@@ -49,10 +49,8 @@ def _of_picture(pipe: Any, arguments: Mapping[str, Any]) -> Template:
     return _placed(before, after, pipe.prompt_template_encode_start_idx, 0, pipe.tokenizer_2_max_length)
 
 
-class _GuidedAdapter(NamedCallsAdapter):
+class GuidedAdapter(NamedCallsAdapter):
     """A transformer that a guider calls, in contexts of its own names."""
-
-    family = "hunyuan_video"
 
     def _half(self) -> Half:
         if self._context is None or self._context in _GUIDED:
@@ -64,9 +62,10 @@ class _GuidedAdapter(NamedCallsAdapter):
         )
 
 
-class HunyuanVideo15Adapter(_GuidedAdapter):
+class HunyuanVideo15Adapter(GuidedAdapter):
     """diffusers' ``HunyuanVideo15Transformer3DModel``."""
 
+    family = "hunyuan_video"
     text_parts = (TextPart("tokenizer", ("text_encoder",), _of_video, is_padded=True, quotes="text_encoder_2"),)
 
     def find_sites(self) -> tuple[Site, ...]:
@@ -89,9 +88,10 @@ class HunyuanVideo15Adapter(_GuidedAdapter):
         )
 
 
-class HunyuanImageAdapter(_GuidedAdapter):
+class HunyuanImageAdapter(GuidedAdapter):
     """diffusers' ``HunyuanImageTransformer2DModel``."""
 
+    family = "hunyuan_video"
     kind = "hunyuan_image"
     text_parts = (TextPart("tokenizer", ("text_encoder",), _of_picture, is_padded=True, quotes="text_encoder_2"),)
 

@@ -40,7 +40,7 @@ class Kandinsky6Adapter(NamedCallsAdapter):
 
     def __init__(self, pipe: Any | None, model: Any) -> None:
         super().__init__(pipe, model)
-        if _TEMPLATE in _said(pipe) and _DROPPED in _said(pipe):
+        if pipe is None or {_TEMPLATE, _DROPPED} <= _said(pipe).keys():
             self.text_parts = (TextPart("tokenizer", ("text_encoder",), _template, is_padded=True),)
         else:
             self.words_refused = (

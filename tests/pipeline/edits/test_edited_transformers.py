@@ -27,6 +27,7 @@ from tests.support.tiny_ideogram4 import IDEOGRAM4
 from tests.support.tiny_joyimage import JOYIMAGE
 from tests.support.tiny_krea2 import KREA2
 from tests.support.tiny_mochi import MOCHI
+from tests.support.tiny_motif_video import MOTIF_VIDEO
 from tests.support.tiny_nucleus import NUCLEUS
 from tests.support.tiny_qwen21 import QWEN21
 
@@ -49,6 +50,7 @@ MODELS = {
     "JoyImage": JOYIMAGE,
     "Krea 2": KREA2,
     **MOCHI,
+    "Motif-Video": MOTIF_VIDEO,
     "Nucleus-Image": NUCLEUS,
     **QWEN21,
 }
@@ -96,6 +98,7 @@ ALWAYS = {
     ("Ideogram 4", "FPE"),
     ("Ideogram 4", "Prompt-to-Prompt, refined"),
     ("Qwen-Image 2.1", "Prompt-to-Prompt, refined"),
+    ("Motif-Video", "Prompt-to-Prompt, refined"),
     ("Nucleus-Image", "Prompt-to-Prompt, replaced words"),
 }
 INVERTED = [pair for pair in ALL if MODELS[pair[0]].family in ("sd3", "flux", "qwen", "lumina") and pair[0] not in KIN]

@@ -149,3 +149,4 @@ class TestWords:
         with pytest.raises(ValueError, match="inside a template that it does not tell"):
             editing(pictures, PromptToPromptEdit(PROMPTS[:2], pipe.tokenizer, "refine"))
         editing(pictures, FreePromptEdit(0.5))
+        assert not adapter_of(pictures.transformer).words_refused  # of a model alone

@@ -46,6 +46,7 @@ from tests.support.tiny_krea2 import KREA2
 from tests.support.tiny_ltx2 import draw_ltx2, tiny_ltx2_pipeline
 from tests.support.tiny_lumina import draw_lumina, tiny_lumina_pipeline
 from tests.support.tiny_mochi import MOCHI
+from tests.support.tiny_motif_video import MOTIF_VIDEO
 from tests.support.tiny_nucleus import NUCLEUS
 from tests.support.tiny_qwen21 import draw_qwen21, tiny_qwen21_pipeline
 from tests.support.tiny_transformers import (
@@ -103,6 +104,7 @@ _NEWER = {
     "joyimage": JOYIMAGE,
     "krea 2": KREA2,
     "mochi": MOCHI["Mochi"],
+    "motif video": MOTIF_VIDEO,
     "nucleus": NUCLEUS,
 }
 MODELS |= {
