@@ -148,7 +148,9 @@ class Term:
     factors: tuple[Factor, ...] = ()
 
     def weighted(self, weight: Tensor) -> Term:
-        return replace(self, row_weight=weight if self.row_weight is None else self.row_weight * weight)
+        if self.row_weight is not None:  # wide, since a product of weights leaves the range of half precision
+            weight = self.row_weight.to(accumulator_dtype(self.map.dtype)) * weight
+        return replace(self, row_weight=weight)
 
     def followed_by(self, factor: Factor) -> Term:
         return replace(self, factors=(*self.factors, factor))
@@ -176,18 +178,17 @@ class Term:
     @property
     def requires_grad(self) -> bool:
         """Whether gradients go into it."""
-        tensors = [] if self.row_weight is None else [self.row_weight]
-        tensors += tensors_of(self.factors)
+        tensors = [*([] if self.row_weight is None else [self.row_weight]), *tensors_of(self.factors)]
         return self.map.requires_grad or any(tensor.requires_grad for tensor in tensors)
 
     def whole_weight(self) -> Tensor | None:
         """Number and weight as one tensor [1 | B, 1 | H, 1 | N]; None for one throughout."""
-        if self.row_weight is not None:
-            return self.row_weight if self.number == 1.0 else self.number * self.row_weight
         if self.number == 1.0:
-            return None
+            return self.row_weight
         dtype = accumulator_dtype(self.map.dtype)
-        return torch.full((1, 1, 1), self.number, dtype=dtype, device=self.map.device)
+        if self.row_weight is None:
+            return torch.full((1, 1, 1), self.number, dtype=dtype, device=self.map.device)
+        return self.number * self.row_weight.to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,8 +343,7 @@ def _evaluated(
     finished: Callable[[Term, Tensor], Tensor],
 ) -> Tensor:
     """One call of ``of_map`` for each distinct map; its results, ``finished``, summed by block and stacked."""
-    *starts, _ = starts_of(blocks)
-    parts = [operand[start : start + block.rows] for start, block in zip(starts, blocks, strict=True)]
+    parts = [operand[start:stop] for start, stop in pairwise(starts_of(blocks))]
     terms = [(number, term) for number, block in enumerate(blocks) for term in block.terms]
     sums: list[Tensor | None] = [None] * len(blocks)
     for group in terms_by_map([term for _, term in terms]):

@@ -309,7 +309,7 @@ def _bias_gradient(
     key_lengths: Sequence[int] | None = None,
 ) -> Tensor:
     # A bias holds as many numbers as its gradient, so row blocks in plain PyTorch bound the extra memory on any device.
-    grad = torch.zeros_like(bias, memory_format=torch.contiguous_format)
+    grad = torch.empty_like(bias, memory_format=torch.contiguous_format)
     maps = Maps(query, key, bias, tuple(map_index), scale, _lengths(key_lengths))
     dispatch.load_torch().bias_gradient(maps, Factors(left, right, delta, logsumexp), grad)
     return grad
@@ -317,7 +317,7 @@ def _bias_gradient(
 
 def _bias_gradient_fake(query: Tensor, key: Tensor, left: Tensor, right: Tensor, delta: Tensor, bias: Tensor,
                         *args: Any, **kwargs: Any) -> Tensor:  # fmt: skip
-    return torch.zeros_like(bias, memory_format=torch.contiguous_format)
+    return torch.empty_like(bias, memory_format=torch.contiguous_format)
 
 
 def _at_given_dtype(implementation: Callable[..., Any]) -> Callable[..., Any]:

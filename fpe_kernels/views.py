@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -105,7 +106,7 @@ class MapViews(Operator):
         Raises:
             ValueError: if the map would take more than ``max_bytes`` (default 1 GiB).
         """
-        needed = self.shape.numel() * self.dtype.itemsize
+        needed = math.prod(self.shape) * self.dtype.itemsize
         if needed > max_bytes:
             raise ValueError(
                 f"a dense map {tuple(self.shape)} takes {needed:,} bytes, more than max_bytes={max_bytes:,}. Use "

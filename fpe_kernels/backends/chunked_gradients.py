@@ -62,7 +62,9 @@ def _gradients_of_part(maps: Maps, factors: Factors, blocks: Blocks, grad_query:
 
 def bias_gradient(maps: Maps, factors: Factors, grad: Tensor) -> None:
     """Write dS to ``grad``, which has the shape of the bias, summed over the axes of size 1."""
-    accumulated = torch.zeros_like(grad, dtype=working_dtype(grad.dtype))
+    # As large as the bias, which may be as large as a map: no second one where the gradient holds sums itself.
+    narrow = grad.dtype != working_dtype(grad.dtype)
+    accumulated = torch.zeros_like(grad, dtype=working_dtype(grad.dtype)) if narrow else grad.zero_()
     # Heads may share the bias, so their blocks follow one another.
     for block, gradient in (found for blocks in _cut(maps) for found in _score_gradients(maps, factors, blocks)):
         wanted = (slice(block.group, block.group + 1), block.heads, block.queries, block.keys)
@@ -70,4 +72,5 @@ def bias_gradient(maps: Maps, factors: Factors, grad: Tensor) -> None:
             tuple(index if size > 1 else slice(None) for size, index in zip(grad.shape, wanted, strict=True))
         ]
         part += gradient.unsqueeze(0).sum_to_size(part.shape)
-    grad.copy_(accumulated)
+    if narrow:
+        grad.copy_(accumulated)

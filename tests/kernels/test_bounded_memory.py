@@ -204,3 +204,11 @@ def test_a_joined_pair_grows_with_its_tokens():
     small, large = peak(TOKENS), peak(2 * TOKENS)
     assert large <= 2.2 * small
     assert large < MAP_BYTES
+
+
+def test_the_gradient_of_a_bias_is_held_once():
+    query, key, value = (make((1, 1, TOKENS, 8), seed) for seed in range(3))
+    bias = torch.zeros(TOKENS, TOKENS, requires_grad=True)
+    out = AttentionMap(query, key, bias=bias) @ value
+    peak = peak_bytes(lambda: torch.autograd.grad(out, bias, torch.ones_like(out), retain_graph=True))
+    assert peak < 1.5 * bias.nbytes

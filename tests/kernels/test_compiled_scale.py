@@ -44,3 +44,16 @@ def test_sizes_that_vary_beside_those_that_are_known():
         operands = [torch.randn(2, 2, tokens, 8, generator=noise) for tokens in (queries, 7, 7)]
         for found, expected in zip(compiled(*operands), attend(*operands), strict=True):
             torch.testing.assert_close(found, expected)
+
+
+def test_the_entries_of_maps_whose_tokens_vary():
+    class Entries(torch.nn.Module):
+        def forward(self, query, key):
+            return (0.5 * AttentionMap(query, key)).dense()
+
+    noise = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, tokens, 4, generator=noise) for tokens in (6, 7))
+    varying = {2: torch.export.Dim("tokens", min=3, max=50)}
+    exported = torch.export.export(Entries(), (query, key), dynamic_shapes=(varying, None), strict=False)
+    longer = query.repeat(1, 1, 2, 1)
+    torch.testing.assert_close(exported.module()(longer, key), Entries()(longer, key))

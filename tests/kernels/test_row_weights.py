@@ -66,6 +66,14 @@ def test_half_precision_maps_take_float32_weights(backend) -> None:
     assert_matches(case, grad_row_weight=grad)
 
 
+def test_products_of_weights_of_half_precision_are_wide(backend) -> None:
+    case = make_case(heads=1, queries=9, keys=17, dtype=torch.float16, device=backend.device)
+    A = AttentionMap(case.query, case.key, backend=backend.name)
+    far = torch.full((9,), 300.0, dtype=torch.float16, device=backend.device)
+    for edited in (A.scale_rows(far).scale_rows(far) * (1.0 / 90_000.0), (A * 1e-7).scale_rows(far) * (1e7 / 300.0)):
+        assert_matches(case, out=edited @ case.value, adjoint=edited.T @ case.weight)
+
+
 def test_numbers_of_the_batch_rows(backend) -> None:
     case = make_case(map_index=(0, 0, 0), heads=1, queries=9, keys=17, device=backend.device)
     out = attend(case, backend.name, weight=[1.0, 0.0, -2])
