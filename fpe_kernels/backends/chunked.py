@@ -108,8 +108,10 @@ def _apply_maps(
         runs, by_map = fused_cpu.runs(query, key, value, by_map, lengths)
         for run in runs:
             fused_cpu.write_product(run, query, key, value, scale, out, logsumexp)
+    asked = plain and query.device.type == "cpu"
     in_range = [
-        plain and query.device.type == "cpu" and bounded(query, key, value, scale, group, rows, lengths[group])
+        # What a fused call has served has no rows left here.
+        asked and bool(rows) and bounded(query, key, value, scale, group, rows, lengths[group])
         for group, rows in enumerate(by_map)
     ]
     tasks: list[Task] = []

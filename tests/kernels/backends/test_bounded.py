@@ -150,6 +150,15 @@ def test_small_maps_are_not_asked(monkeypatch):
         bounded(query, key, value, 1.0, 0, (0, 1), keys)
 
 
+def test_maps_that_a_fused_call_serves_are_not_asked(monkeypatch):
+    query, key, value = (torch.cat([tensor] * 2)[:2] for tensor in operands("whole"))
+    assert query.shape[2] * key.shape[2] >= LEAST_SCORES and query.shape[3] == value.shape[3]
+    asked = []
+    monkeypatch.setattr(chunked, "bounded", lambda *arguments: asked.append(arguments[4]))
+    torch.ops.fpe_kernels.apply(query, key, value, None, [0, 1], 0.1, "torch")
+    assert asked == []
+
+
 def test_a_call_that_is_kept_ready_asks_every_time(ways):
     """The way hangs on the numbers, which a call of the same layout has others of."""
     query, key, value = operands("whole")
