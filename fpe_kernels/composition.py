@@ -61,6 +61,9 @@ class LinearMap(MapViews):
     True
     """
 
+    # What NumPy would make of ``array * A`` is an array of maps, one for each of its numbers.
+    __array_ufunc__ = None
+
     @property
     def key_heads(self) -> int:
         """Heads that a value may have instead of H: those of the keys, where query heads share them."""

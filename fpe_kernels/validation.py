@@ -45,6 +45,8 @@ def check_tensor(name: str, tensor: object, layout: str) -> Tensor:
     """Check that ``tensor`` is a floating-point torch tensor of the rank that ``layout`` (``"B, H, N, D"``) names."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor [{layout}], got {type(tensor).__name__}.")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be dense in memory, got {tensor.layout}. Convert with {name}.to_dense().")
     rank = layout.count(",") + 1
     if tensor.ndim != rank:
         raise ValueError(

@@ -169,6 +169,7 @@ REFUSED = {
     "a number added": (lambda: S + 1.0, TypeError, r"unsupported operand"),
     "another dtype": (lambda: T + AttentionMap(T.query.double(), T.key.double()), TypeError, r"the second map must"),
     "a tensor on the right": (lambda: T * torch.ones(12), TypeError, r"tensor \* A or A\.scale_rows.*A\.scale_columns"),
+    "an array on the left": (lambda: np.ones(12, np.float32) * T, TypeError, r"must be a torch\.Tensor .*got ndarray"),
     "too few numbers": (lambda: T.scale_rows([0.5]), ValueError, r"one number for each of the 2 batch rows, got 1"),
     "numbers that are none": (lambda: T.scale_rows(["a", 1]), TypeError, r"weight\[0\] must be a number, got 'a'"),
     "a weight that is text": (lambda: T.scale_rows("a"), TypeError, r"weight must be a torch\.Tensor .*got str"),

@@ -21,6 +21,11 @@ REFUSED = {
         TypeError,
         r"float16 and torch\.float32.*key\.to\(quer",
     ),
+    "query is sparse": (
+        lambda: AttentionMap(Q.to_sparse(), K),
+        TypeError,
+        r"query must be dense in memory, got torch\.sparse_coo\. Convert with query\.to_dense",
+    ),
     "key elsewhere": (
         lambda: AttentionMap(Q, K.to("meta")),
         ValueError,
