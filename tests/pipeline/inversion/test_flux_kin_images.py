@@ -12,7 +12,7 @@ if not hasattr(diffusers, "LongCatImagePipeline"):
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, Inversion, editing, flow_scheduler
-from fpe_pipeline import flux_kin_pipeline as ours
+from fpe_pipeline.pipelines import flux_kin as ours
 from fpe_pipeline.sampling.decoding import decoded
 from tests.support import edited_transformers
 from tests.support.flow_formulas import path_to_noise
