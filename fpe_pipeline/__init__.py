@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .pipelines.aura_flow import FreePromptAuraFlowPipeline
     from .pipelines.bria_fibo import FreePromptBriaFiboPipeline
     from .pipelines.cogview import FreePromptCogView4Pipeline
+    from .pipelines.cogview3 import FreePromptCogView3PlusPipeline
     from .pipelines.flow import (
         FreePromptChromaPipeline,
         FreePromptFluxPipeline,
@@ -88,6 +89,7 @@ _HOME = {
     "FreePromptBriaPipeline": "pipelines.flux_kin",
     "FreePromptAuraFlowPipeline": "pipelines.aura_flow",
     "FreePromptChromaPipeline": "pipelines.flow",
+    "FreePromptCogView3PlusPipeline": "pipelines.cogview3",
     "FreePromptCogView4Pipeline": "pipelines.cogview",
     "FreePromptFlux2KleinPipeline": "pipelines.flux2",
     "FreePromptFlux2Pipeline": "pipelines.flux2",
@@ -163,6 +165,7 @@ __all__ = [
     "FreePromptBriaFiboPipeline",
     "FreePromptBriaPipeline",
     "FreePromptChromaPipeline",
+    "FreePromptCogView3PlusPipeline",
     "FreePromptCogView4Pipeline",
     "FreePromptEdit",
     "FreePromptFlux2KleinPipeline",

@@ -18,7 +18,7 @@ KERNELS = "AttentionMap LinearMap backends beside blend concatenate join known_c
 PIPELINE = (
     "BatchRoles CombinedEdit ConceptMaps ConsistEdit Edit EditingSession Encoding FireFlowScheduler FreeFluxEdit "
     "FreePromptAuraFlowPipeline FreePromptBriaFiboPipeline FreePromptBriaPipeline FreePromptChromaPipeline "
-    "FreePromptCogView4Pipeline "
+    "FreePromptCogView3PlusPipeline FreePromptCogView4Pipeline "
     "FreePromptEdit FreePromptFlux2KleinPipeline FreePromptFlux2Pipeline FreePromptFluxPipeline "
     "FreePromptHunyuanImagePipeline FreePromptIdeogram4Pipeline FreePromptKandinsky5T2IPipeline "
     "FreePromptKrea2Pipeline FreePromptLongCatImagePipeline FreePromptLumina2Pipeline "

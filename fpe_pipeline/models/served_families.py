@@ -29,7 +29,7 @@ __all__ = [
 Family = Literal[
     "unet", "sdxl", "pixart_alpha", "pixart_sigma", "sd3", "flux", "flux2", "flux2_klein", "ovis", "longcat", "bria",
     "qwen", "qwen21", "chroma", "lumina2", "z_image", "cogview4", "krea2", "aura_flow",
-    "ideogram4", "nucleus", "hunyuan_image", "kandinsky5", "bria_fibo",
+    "ideogram4", "nucleus", "hunyuan_image", "kandinsky5", "bria_fibo", "cogview3",
 ]  # fmt: skip
 #: By which layers a model is edited: self- and cross-attention, or joint attention. Methods say which they serve.
 Served = Literal["unet", "transformer"]
@@ -270,6 +270,16 @@ FAMILIES: dict[Family, ServedFamily] = {
         is_flow=True,
         inversions=FLOW_INVERSIONS,
         patch=2,
+        cuda_dtype="bfloat16",
+    ),
+    "cogview3": ServedFamily(
+        "CogView 3 Plus",
+        "a transformer of CogView 3 Plus's kind",
+        ("CogView3PlusPipeline",),
+        {"guidance": 5.0, "self_replace": FLOW_WINDOW},
+        kind="transformer",
+        inversions=tuple(each for each in UNET_INVERSIONS if each != "null-text"),
+        patch="patch_size",
         cuda_dtype="bfloat16",
     ),
     "bria_fibo": _flow("Bria FIBO", "BriaFiboPipeline", defaults={"steps": 30, "guidance": 5.0}),

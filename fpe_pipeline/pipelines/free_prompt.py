@@ -33,6 +33,7 @@ _MODULES = {
     "longcat": "flux_kin",
     "bria": "flux_kin",
     "qwen21": "qwen21",
+    "cogview3": "cogview3",
     "cogview4": "cogview",
     "krea2": "krea2",
     "ideogram4": "ideogram4",
@@ -123,10 +124,10 @@ def _class_of(pipeline: Any) -> type | None:
     if getattr(pipeline, "transformer", None) is None:
         return None
     family = adapter_of(pipeline).kind
-    named = (FAMILY_OF.get(kind.__name__, "") for kind in type(pipeline).__mro__)
-    pixart = next((name for name in named if name.startswith("pixart")), None)
-    if pixart is not None:
-        return _class_for(pixart)
+    named = (FAMILY_OF[kind.__name__] for kind in type(pipeline).__mro__ if kind.__name__ in FAMILY_OF)
+    by_ddim = next((name for name in named if not FAMILIES[name].is_flow), None)
+    if by_ddim is not None:
+        return _class_for(by_ddim)
     from ..sampling.flow_models import check_served
 
     check_served(pipeline, family)

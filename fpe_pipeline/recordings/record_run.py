@@ -22,6 +22,7 @@ from ..texts import print_text
 from .capture import Capture
 from .contents import contents_bytes, recorded_steps, source_needs
 from .fingerprint import fingerprint
+from .flow_capture import JointCapture, joint_bytes
 from .keys import Contents
 from .plan import KeptLatents, Plan, new_store
 from .precision import Precision
@@ -109,6 +110,11 @@ record.__signature__ = RecordRequest.signature_of(record)  # type: ignore[attr-d
 
 
 def _plan(pipe: SamplingPipeline, source: Source, request: RecordRequest) -> Plan:
+    if request.precision == "int8-keys" and _is_joint(pipe):
+        raise ValueError(
+            f"precision must be exact or half for layers of joint attention, got {request.precision!r}: there a key is "
+            "asked by image and text, whose scores rounding moves apart"
+        )
     edits, noise = request.edits(pipe, source), request.noise(pipe, source)
     size = (noise.shape[-2], noise.shape[-1])
     pipe.scheduler.set_timesteps(source.steps, device=noise.device)
@@ -135,7 +141,7 @@ def _run(
     options: dict[str, Any] = {} if negative is None else {"negative_prompt": [negative]}
     factor = pipe.vae_scale_factor
     with store.all_or_nothing():
-        capture = Capture(pipe, plan.contents, store, precision, backend)
+        capture = (JointCapture if _is_joint(pipe) else Capture)(pipe, plan.contents, store, precision, backend)
         with capture, followed.source:
             pipe._sample(
                 call,
@@ -163,6 +169,7 @@ def _run(
             error=capture.error,
             unconditional=None if inversion is None else inversion.unconditional,
             source_text=capture.source_text,
+            text_lengths=capture.text_lengths,
         )
 
 
@@ -178,6 +185,11 @@ def _check_masks(pipe: SamplingPipeline, edits: Sequence[Edit], sites: Sequence[
         )
 
 
+def _is_joint(pipe: SamplingPipeline) -> bool:
+    """Whether layers are of image and text together."""
+    return any(site.is_joint for site in adapter_of(pipe).sites)
+
+
 def _sites(pipe: SamplingPipeline, size: tuple[int, int]) -> tuple[Site, ...]:
     return tuple(site.at(*size) for site in adapter_of(pipe).sites)
 
@@ -186,4 +198,7 @@ def _bytes(pipe: SamplingPipeline, contents: Contents, size: tuple[int, int], st
     """Parts of layers, and the latents before and after every step."""
     tokens, itemsize = pipe.text_tokens, pipe.denoiser.dtype.itemsize
     latents = (steps + 1) * pipe.denoiser.config.in_channels * size[0] * size[1] * itemsize
+    if _is_joint(pipe):
+        sites, dim = {site.path: site for site in _sites(pipe, size)}, pipe.denoiser.config.attention_head_dim
+        return latents + joint_bytes(contents, sites, dim, lambda part: tokens, itemsize, precision)
     return latents + contents_bytes(contents, pipe.denoiser, size, tokens, itemsize, precision)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 __all__ = ["NoiseSchedule", "ddim_inverse_step", "ddim_scheduler", "require_ddim"]
 
@@ -95,7 +95,7 @@ class NoiseSchedule:
             )
 
 
-def ddim_scheduler(scheduler: Any) -> DDIMScheduler:
+def ddim_scheduler(scheduler: Any) -> DDIMScheduler | CogVideoXDDIMScheduler:
     """A DDIM scheduler that runs backwards as well, on the noise levels that another scheduler is configured with.
 
     Samples are not clipped, and the last step ends at the first training timestep, as Stable Diffusion's own
@@ -105,14 +105,19 @@ def ddim_scheduler(scheduler: Any) -> DDIMScheduler:
         scheduler: a diffusers scheduler, whose configuration is read.
 
     Returns:
-        A new scheduler; the one that was passed stays as it is.
+        A new scheduler; the one that was passed stays as it is. Of those of CogView 3 Plus and CogVideoX, which shift
+        noise levels, the DDIM of their kind, which does not clip and ends where they do.
     """
+    if "snr_shift_scale" in scheduler.config:
+        return CogVideoXDDIMScheduler.from_config(scheduler.config)
     return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False, set_alpha_to_one=False)
 
 
 def require_ddim(scheduler: Any, what: str) -> None:
     """Raise ValueError unless each step of ``scheduler`` can be undone by :func:`ddim_inverse_step`."""
     hint = "set pipe.scheduler = fpe_pipeline.ddim_scheduler(pipe.scheduler) before inverting and editing"
+    if isinstance(scheduler, CogVideoXDDIMScheduler):  # which clips nothing, whatever its settings say
+        return
     if not isinstance(scheduler, DDIMScheduler):
         raise ValueError(f"{what} needs DDIM, whose steps can be undone, got {type(scheduler).__name__}; {hint}")
     if scheduler.config.clip_sample or scheduler.config.thresholding:
@@ -120,7 +125,7 @@ def require_ddim(scheduler: Any, what: str) -> None:
 
 
 def ddim_inverse_step(
-    scheduler: DDIMScheduler, model_output: torch.Tensor, timestep: int, sample: torch.Tensor
+    scheduler: DDIMScheduler | CogVideoXDDIMScheduler, model_output: torch.Tensor, timestep: int, sample: torch.Tensor
 ) -> torch.Tensor:
     """The sample at ``timestep`` from the less noisy one: what ``scheduler.step`` (eta 0) would lead back from.
 

@@ -20,22 +20,25 @@ class UNetConditions:
         states: ``encoder_hidden_states`` [rows, tokens, channels].
         added: ``added_cond_kwargs`` of the model's calls, each [rows, …]; none where it takes text alone.
         mask: ``encoder_attention_mask`` [rows, tokens], 1 where a token is no padding; None where every token counts.
+        named: whether what is added are arguments of the model's calls by their own names.
     """
 
     states: torch.Tensor
     added: Mapping[str, torch.Tensor] = field(default_factory=dict)
     mask: torch.Tensor | None = None
+    named: bool = False
 
     def repeated(self, rows: int) -> UNetConditions:
         """Those of one row for so many."""
         added = {name: part.expand(rows, *part.shape[1:]) for name, part in self.added.items()}
         mask = None if self.mask is None else self.mask.expand(rows, -1)
-        return UNetConditions(self.states.expand(rows, -1, -1), added, mask)
+        return replace(self, states=self.states.expand(rows, -1, -1), added=added, mask=mask)
 
     def to(self, device: Any) -> UNetConditions:
         """The same on another device."""
         added = {name: part.to(device) for name, part in self.added.items()}
-        return UNetConditions(self.states.to(device), added, None if self.mask is None else self.mask.to(device))
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, states=self.states.to(device), added=added, mask=mask)
 
     def with_states(self, states: torch.Tensor) -> UNetConditions:
         """The same beside other text embeddings, of as many rows."""
@@ -45,13 +48,16 @@ class UNetConditions:
         """The unconditional row's, and the conditional row's."""
         states, masks = self.states.chunk(2), (None, None) if self.mask is None else self.mask.chunk(2)
         added = [{name: part.chunk(2)[half] for name, part in self.added.items()} for half in range(2)]
-        return UNetConditions(states[0], added[0], masks[0]), UNetConditions(states[1], added[1], masks[1])
+        away, towards = zip(states, added, masks, strict=True)
+        return UNetConditions(*away, self.named), UNetConditions(*towards, self.named)
 
     def call(self, sample: torch.Tensor, timestep: torch.Tensor) -> tuple[tuple[torch.Tensor], dict[str, Any]]:
         """Arguments of the model's call for latents [1, C, h, w], which every row receives: by place and by name."""
         rows = self.states.shape[0]
         named: dict[str, Any] = {"timestep": timestep.expand(rows), "encoder_hidden_states": self.states}
-        if self.added:
+        if self.named:
+            named |= self.added
+        elif self.added:
             named["added_cond_kwargs"] = dict(self.added)
         if self.mask is not None:
             named["encoder_attention_mask"] = self.mask

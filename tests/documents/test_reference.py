@@ -23,6 +23,7 @@ MADE_BY_OTHERS = {"CombinedEdit", "ConceptMaps", "Edit", "HeatMaps", "LinearMap"
     "FreePromptBriaPipeline",
     "FreePromptAuraFlowPipeline",
     "FreePromptChromaPipeline",
+    "FreePromptCogView3PlusPipeline",
     "FreePromptCogView4Pipeline",
     "FreePromptFlux2KleinPipeline",
     "FreePromptFlux2Pipeline",

@@ -53,6 +53,10 @@ def _made(pipe, family):
         from tests.support.tiny_nucleus import tiny_nucleus_pipeline
 
         return tiny_nucleus_pipeline(dtype=_F32, saves=True)
+    if family == "cogview3":
+        from tests.support.tiny_cogview import tiny_cogview3_that_decodes
+
+        return tiny_cogview3_that_decodes(pipe, _F32)
     if family == "bria_fibo":
         from tests.support.tiny_bria_fibo import tiny_fibo_pipeline
 

@@ -18,19 +18,31 @@ _SIZE = {"num_attention_heads": 2, "attention_head_dim": 16, "time_embed_dim": 1
 _SIZE |= {"num_layers": 3, "condition_dim": 8, "sample_size": 8}
 
 
-def tiny_cogview3_pipeline(pipe, dtype=torch.float64):
-    """A CogView 3 Plus pipeline; its tokenizer is that of ``pipe``."""
+def tiny_cogview3_pipeline(pipe, dtype=torch.float64, vae=None, **config):
+    """A CogView 3 Plus pipeline; its tokenizer is that of ``pipe``.
+
+    Args:
+        config: of its scheduler.
+    """
     torch.manual_seed(0)
     model = diffusers.CogView3PlusTransformer2DModel(**_SIZE, pos_embed_max_size=8)
     tiny = diffusers.CogView3PlusPipeline(
         tokenizer=pipe.tokenizer,
         text_encoder=tiny_t5(pipe.tokenizer).to(dtype),
-        vae=None,
+        vae=vae,
         transformer=sharpened(model).to(dtype).eval(),
-        scheduler=CogVideoXDDIMScheduler(),
+        scheduler=CogVideoXDDIMScheduler(**config),
     )
     tiny.set_progress_bar_config(disable=True)
     return tiny
+
+
+def tiny_cogview3_that_decodes(pipe, dtype=torch.float64):
+    """A CogView 3 Plus pipeline with an autoencoder, and its scheduler's settings as they are published."""
+    vae = tiny_vae().to(dtype)
+    vae.register_to_config(shift_factor=None)  # of which the pipeline would take no notice
+    told = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return tiny_cogview3_pipeline(pipe, dtype, vae, **told)
 
 
 def tiny_cogview4_pipeline(pipe=None, dtype=torch.float64, kind=diffusers.CogView4Pipeline, vae=None, **config):

@@ -40,6 +40,7 @@ class CogView3PlusAdapter(_OnePictureAdapter):
     """diffusers' ``CogView3PlusTransformer2DModel``."""
 
     family = "cogvideox"
+    kind = "cogview3"
 
 
 class _OfTwoCallsAdapter(NamedCallsAdapter, _OnePictureAdapter):

@@ -41,6 +41,7 @@ GUIDED = {
     "hunyuan_image": {"guidance_scale": 3.0, "negative_prompt": "rain"},
     "kandinsky5": {"guidance_scale": 3.0, "negative_prompt": "rain"},
     "bria_fibo": {"guidance_scale": 3.0, "negative_prompt": "rain"},
+    "cogview3": {"guidance_scale": 3.0, "negative_prompt": "rain"},
     "pixart_alpha": {"guidance_scale": 3.0},
     "pixart_sigma": {"guidance_scale": 3.0, "negative_prompt": "rain"},
 }
@@ -197,6 +198,7 @@ def test_words_are_edited_and_found(family, folder_of, tmp_path, monkeypatch):
         ("lumina2", ["--image", "photo.png", "--inversion", "null-text"], "it has direct, reference, free"),
         ("pixart_sigma", ["--image", "photo.png", "--inversion", "null-text"], "it has ddim, direct, negative-prompt"),
         ("pixart_sigma", ["--levels", "1"], "--levels choose layers of a UNet"),
+        ("cogview3", ["--image", "photo.png", "--inversion", "null-text"], "it has ddim, direct, negative-prompt"),
         ("kandinsky5", ["--levels", "1"], "--levels choose layers of a UNet"),
         ("kandinsky5", ["--image", "photo.png", "--inversion", "ddim"], "it has direct, reference, free"),
     ],
@@ -258,6 +260,7 @@ def described(folder, family, **config):
         ("hunyuan_image", 50, 3.5, 0.2, "direct"),
         ("kandinsky5", 50, 3.5, 0.8, "direct"),
         ("bria_fibo", 30, 5.0, 0.2, "direct"),
+        ("cogview3", 50, 5.0, 0.2, "ddim"),
         ("pixart_alpha", 20, 4.5, 0.8, "ddim"),
     ],
 )

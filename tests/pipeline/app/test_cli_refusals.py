@@ -117,7 +117,7 @@ class TestRefusals:
         assert f"holds a {name}" in error
         assert (
             "FLUX.1, FLUX.2, " in error
-            and "AuraFlow, Ideogram 4, Nucleus-Image, HunyuanImage 2.1, Kandinsky 5 and Bria FIBO, " in error
+            and "HunyuanImage 2.1, Kandinsky 5, CogView 3 Plus and Bria FIBO, " in error
             and "editing(pipe, ...)" in error
         )
 

@@ -84,7 +84,7 @@ class TestRefusals:
 
     def test_conveniences_of_other_families(self, pipe):
         tiny = tiny_wan_pipeline(pipe)
-        message = r"HunyuanImage 2\.1 and Bria FIBO, got \w+Pipeline; put `with editing\(pipe, edit\):`"
+        message = r"HunyuanImage 2\.1, CogView 3 Plus and Bria FIBO, got \w+Pipeline; put `with editing\(pipe, edit\):`"
         with pytest.raises(TypeError, match=message):
             FreePromptPipeline.from_pipe(tiny)
         with pytest.raises(TypeError, match=message):
