@@ -77,7 +77,7 @@ def run(**options):
 
 @pytest.mark.parametrize("guided", few(GUIDED, "guided"))
 @pytest.mark.parametrize("targets", few(TARGETS, "shorter"))
-@pytest.mark.parametrize("edit", few(EDITS, "maps", "blended"))
+@pytest.mark.parametrize("edit", few(EDITS, "blended"))
 def test_edits_are_those_of_full_runs(tiny, edit, targets, guided, tmp_path):
     """Made before the targets were known, written and read again, in as many bytes as were foretold."""
     written = edit(tiny.tokenizer, targets)
