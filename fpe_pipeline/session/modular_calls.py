@@ -69,7 +69,7 @@ class ModularCalls:
             state.set("generator", made)
             self._drawn(made, layout)  # for the scheduler's steps, to which most blocks hand no generator
         elif draws and layout is not None and isinstance(generator, list) and are_paired(generator, *layout):
-            self._drawn(generator, layout, given=True, pictures=_pictures(values.get("image")))
+            self._drawn(generator, layout, given=True)
         parts = () if self._adapter.words_refused else self._adapter.text_parts
         with received_by(pipe, self._adapter.text_parts) as received:
             self._pending = lambda: Encoding.of(
@@ -96,13 +96,6 @@ class ModularCalls:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._encoded(pending())
-
-
-def _pictures(given: Any) -> int:
-    """How many pictures a call was given."""
-    if isinstance(given, list | tuple) or (isinstance(given, torch.Tensor) and given.ndim == 4):
-        return len(given)
-    return int(given is not None)
 
 
 def _draws_by_autoencoder(block: Any) -> bool:

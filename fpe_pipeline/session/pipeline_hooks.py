@@ -19,7 +19,7 @@ from ..shadows import Shadows
 from .finite_watch import FiniteDecoder, FiniteWatch
 from .hooks import SchedulerHook
 from .modular_calls import ModularCalls
-from .shared_noise import are_paired, level, paired_generators
+from .shared_noise import InTurn, are_paired, level, paired_generators
 
 __all__ = ["PipelineHooks"]
 
@@ -173,9 +173,8 @@ class _PairedNoise:
         self._generators: list[torch.Generator] | None = None
         self._shared: tuple[Sequence[int], int] | None = None  # what they were made of; None where they are not ours
         self._is_level = True
-        self._are_given = False  # whether they are a list of the caller's
+        self._in_turn: InTurn | None = None  # where they are a list of the caller's
         self._began: dict[int, torch.Tensor] = {}  # the states of the caller's list when the call began
-        self._undrawn = 0  # pictures of all rows that are still to be drawn for by the first ones of the list
         self._repeats_pictures = adapter.repeats_pictures
         self._tells_all = adapter.tells_all_it_encodes
         self._is_before = False  # whether a call has begun, and has prepared no latents yet
@@ -211,7 +210,6 @@ class _PairedNoise:
         shared: tuple[Sequence[int], int] | None = None,
         *,
         given: bool = False,
-        pictures: int = 0,
     ) -> None:
         """Take note of what the rows of a call draw from.
 
@@ -220,17 +218,18 @@ class _PairedNoise:
             shared: the sources of prompts and images a prompt, where rows of one image draw the same; None where rows
                 draw each its own.
             given: whether they are the caller's, and not made by `paired_generators`.
-            pictures: how many the call is going to encode by the first of those before it draws noise.
         """
         self._generators, self._shared, self._is_level, self._is_before = generators, shared, False, False
-        self._are_given, self._undrawn = given, pictures if pictures < len(generators or ()) else 0
+        self._in_turn = InTurn(generators, *shared) if given and generators and shared else None
         step = getattr(getattr(self._pipe, "scheduler", None), "step", None)
         self._to_steps = step is not None and "generator" in inspect.signature(step).parameters
 
     def _level(self) -> None:
         """Bring the rows of each image to where that one is which a pipeline drew from in between."""
-        if self._shared is not None and self._generators is not None:
-            level(self._generators, *self._shared, given=self._are_given)
+        if self._in_turn is not None:
+            self._in_turn.level()
+        elif self._shared is not None and self._generators is not None:
+            level(self._generators, *self._shared)
 
     def of_steps(self) -> dict[str, Any]:
         """What a step of the scheduler is to be given beside what the pipeline gives it."""
@@ -258,40 +257,26 @@ class _PairedNoise:
 
         if "generator" not in signature.parameters or given.arguments.get("latents") is not None or layout is None:
             return prepared()
-        shown = {} if self._repeats_pictures else {name: given.arguments.get(name) for name in ("image", "video")}
-        pictures = {name: each for name, each in shown.items() if isinstance(each, torch.Tensor)}
         if isinstance(generator, list):  # which says every row's own: it may be the same
-            return self._by_list(prepared, generator, layout, pictures)
+            if self._began_paired(generator, layout):
+                self.take(generator, layout, given=True)
+                self._level()
+            return prepared()
         given.arguments["generator"] = made = paired_generators(generator, *layout)
         self.take(made, layout)
-        for name, each in pictures.items():
-            if len(made) % max(each.shape[0], 1) == 0:
+        for name in () if self._repeats_pictures else ("image", "video"):
+            shown = given.arguments.get(name)
+            if isinstance(shown, torch.Tensor) and len(made) % max(shown.shape[0], 1) == 0:
                 # Some pipelines look for a generator's own picture, and find none where one stands for all rows.
-                given.arguments[name] = each.repeat(len(made) // each.shape[0], *[1] * (each.ndim - 1))
+                repeats = len(made) // shown.shape[0]
+                given.arguments[name] = shown.repeat(repeats, *[1] * (shown.ndim - 1))
         return prepared()
 
-    def _by_list(
-        self,
-        prepared: Callable[[], Any],
-        generators: list[torch.Generator],
-        layout: tuple[Sequence[int], int],
-        pictures: Mapping[str, torch.Tensor],
-    ) -> Any:
-        """Latents that a caller's generators draw, one a row.
-
-        Where those of one image began the call in the same state, the caller means the same noise for them. Pipelines
-        that draw from the first ones beforehand, for a picture of all rows, would give it to the others no more.
-        """
-        if self._began_paired(generators, layout):
-            self.take(generators, layout, given=True, pictures=sum(map(len, pictures.values())))
-            self._level()
-        try:
-            return prepared()
-        finally:
-            self._undrawn = 0
-
     def _began_paired(self, generators: list[torch.Generator], layout: tuple[Sequence[int], int]) -> bool:
-        """Whether a caller's generators began the call as ones that give rows of one image the same noise."""
+        """Whether a caller's generators began the call in states that give rows of one image the same noise.
+
+        Then the caller means it so, and pipelines that encode one picture for all rows draw from the first ones alone.
+        """
         return are_paired(generators, *layout, self._began)
 
     def _picture(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -310,26 +295,20 @@ class _PairedNoise:
         found: Any = getattr(encoded, "latent_dist", None)
         if not hasattr(found, "std"):
             return encoded
-        if self._undrawn and not self._is_before:
-            found.sample = functools.partial(self._drawn_by_list, found, found.sample)
-        elif (self._is_before or self._prepares) and self._tells_all:
+        if self._is_before and self._tells_all:
+            found.sample = functools.partial(self._drawn, found, found.sample)
+        elif self._in_turn is not None and not self._is_level:
+            found.sample = functools.partial(self._drawn_in_turn, found, found.sample)
+        elif self._prepares and self._tells_all:
             found.sample = functools.partial(self._drawn, found, found.sample)
         return encoded
-
-    def _drawn_by_list(self, found: Any, sample: Any, generator: Any = None) -> torch.Tensor:
-        """A sample of a picture that stands for several rows; after the last, rows of one image go on alike."""
-        drawn: torch.Tensor = sample(generator)
-        self._undrawn = max(self._undrawn - len(found.mean), 0)
-        if not self._undrawn:
-            self._level()
-        return drawn
 
     def _drawn(self, found: Any, sample: Any, generator: Any = None) -> torch.Tensor:
         """A sample of a picture for each row, whose noise is that of its source, which draws what it always does."""
         layout = self._paired(None)
         if isinstance(generator, list):
             if layout is not None and len(found.mean) > 1 and self._began_paired(generator, layout):
-                level(generator, *layout, given=True)
+                InTurn(generator, *layout).level()
             layout = None
         elif self._prepares and generator is not None:
             layout = None  # a pipeline that has generators is told of them beside its latents; JoyImage draws from none
@@ -343,6 +322,13 @@ class _PairedNoise:
         rows = [source * images + image for source in sources for image in range(images)]
         taken = [first + row for first in range(0, len(noise), batch) for row in rows]
         return found.mean + found.std * noise[taken]  # type: ignore[no-any-return]
+
+    def _drawn_in_turn(self, found: Any, sample: Any, generator: Any = None) -> torch.Tensor:
+        """The same where generators are a list of the caller's, which JoyImage does not tell where it samples."""
+        assert self._in_turn is not None
+        if generator is None and self._prepares and self._tells_all:
+            return self._drawn(found, sample)
+        return self._in_turn.draw(sample, generator)
 
     def _options(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         self._hands_on, options = True, original(*args, **kwargs)

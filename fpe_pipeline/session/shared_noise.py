@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
-__all__ = ["are_paired", "level", "paired_generators", "row_generators", "shared_latents"]
+__all__ = ["InTurn", "are_paired", "level", "paired_generators", "row_generators", "shared_latents"]
 
 
 def shared_latents(
@@ -98,19 +99,58 @@ def are_paired(
     return all(torch.equal(state, known.setdefault(row, state)) for row, state in zip(rows, found, strict=True))
 
 
-def level(generators: Sequence[torch.Generator], source_of: Sequence[int], images: int, *, given: bool = False) -> None:
-    """Bring generators of rows to where the one of the same image is that a pipeline may draw from in between, as where
-    it encodes the picture under a mask.
+def level(generators: Sequence[torch.Generator], source_of: Sequence[int], images: int) -> None:
+    """Bring generators that :func:`paired_generators` made to where the last row's of the same image is.
 
-    That is the last row's of those that :func:`paired_generators` made, the caller's own where there is one source and
-    one image; and the first row's of a list that the caller has given, since pictures are drawn for in its order.
+    That is the caller's own where there is one source and one image, from which a pipeline may draw in between, as
+    where it encodes the picture under a mask.
     """
     rows = [(source, image) for source in source_of for image in range(images)]
-    pairs = list(zip(rows, generators, strict=True))
-    ahead = dict(reversed(pairs) if given else pairs)
-    for row, generator in pairs:
-        if generator is not ahead[row]:
-            generator.set_state(ahead[row].get_state())
+    last = dict(zip(rows, generators, strict=True))
+    for row, generator in zip(rows, generators, strict=True):
+        if generator is not last[row]:
+            generator.set_state(last[row].get_state())
+
+
+class InTurn:
+    """A caller's generators, one a row, which follow the first one of the same image.
+
+    Pipelines that are given one picture for all rows encode it by the first row's alone, or by each row's in turn.
+
+    Args:
+        generators: of the rows.
+        source_of: for each prompt, the index of its source.
+        images: images a prompt.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], source_of: Sequence[int], images: int) -> None:
+        rows = [(source, image) for source in source_of for image in range(images)]
+        first = dict(reversed(list(zip(rows, generators, strict=True))))
+        self._first = {id(each): first[row] for row, each in zip(rows, generators, strict=True)}
+        self._generators = generators
+        self._before: dict[int, list[torch.Tensor]] = {}  # by a first one, the states in which it drew pictures
+        self._drawn: dict[int, int] = {}  # by each one, pictures
+
+    def level(self) -> None:
+        """Bring all to where the first one of the same image is."""
+        for each in self._generators:
+            first = self._first[id(each)]
+            if first is not each:
+                each.set_state(first.get_state())
+
+    def draw(self, sample: Callable[[Any], torch.Tensor], generator: Any = None) -> torch.Tensor:
+        """A sample of a picture, the same noise for rows of one image however many of them it is drawn for."""
+        first = self._first.get(id(generator))
+        if first is not None:
+            before, drawn = self._before.setdefault(id(first), []), self._drawn.get(id(generator), 0)
+            if first is generator:
+                before.append(generator.get_state())
+            elif drawn < len(before):
+                generator.set_state(before[drawn])
+            self._drawn[id(generator)] = drawn + 1
+        made = sample(generator)
+        self.level()
+        return made
 
 
 def _own_generators(generator: torch.Generator | list[torch.Generator] | None, count: int) -> list[torch.Generator]:

@@ -1,9 +1,16 @@
 """A list of generators in which those of one image begin alike means one noise, whatever is drawn before it."""
 
+from contextlib import nullcontext
+
 import diffusers
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionInpaintPipeline
+from diffusers import (
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
 from PIL import Image
 
 from fpe_pipeline import FreePromptEdit, editing
@@ -66,6 +73,23 @@ def test_inpainting_by_stochastic_steps(pipe, channels, images):
         apart = run(inpaint, images=images, **options)
     assert (apart[0] - apart[images]).abs().max() > 0.1
     torch.testing.assert_close(apart[:images], plain[:images], **CLOSE)
+
+
+@pytest.mark.parametrize("pictures", [PICTURE, [PICTURE.rotate(90), PICTURE]], ids=["one", "two"])
+def test_rows_that_encode_their_pictures_in_turn(pipe, pictures):
+    """Stable Diffusion repeats pictures for a list of generators, before it draws noise by the same."""
+    img2img = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    img2img.set_progress_bar_config(disable=True)
+    options = {"image": pictures, "strength": 0.75, "num_inference_steps": 4, "output_type": "latent"}
+    drawn = []
+    for edit in (FreePromptEdit(0.0), None):
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1, 0, 1)]
+        with nullcontext() if edit is None else editing(img2img, edit):
+            given = {"generator": generators, "num_images_per_prompt": 2, **options}
+            drawn.append(img2img([SOURCE, SOURCE], **given).images)
+    assert torch.equal(*drawn)
+    torch.testing.assert_close(drawn[0][:2], drawn[0][2:], **CLOSE)
+    assert (drawn[0][0] - drawn[0][1]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
