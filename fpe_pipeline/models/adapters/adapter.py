@@ -162,8 +162,14 @@ class ModelAdapter(ABC):
         return self.module.get_submodule(path)
 
     def call_of(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
-        """What a call of one of the models is; layers of the others are not computed in it."""
+        """What a call of one of the models is; layers of the others are not computed in it.
+
+        Raises:
+            ValueError: a pipeline's call in which rows have no text of their own.
+        """
         call, others = self.read(args, kwargs), tuple(other for other in self.models if other != name)
+        if self.pipe is not None and call.half == "as guided":  # HunyuanVideo has one negative prompt for all rows
+            _check_texts(args, kwargs)
         return replace(call, left_out=(*call.left_out, *others)) if others else call
 
     @cached_property
@@ -241,6 +247,19 @@ def model_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any,
 
     texts = ("encoder_hidden_states", "encoder_hidden_states_t5", "cap_feats")
     return given(0, "sample", "hidden_states", "x"), given(2, *texts)
+
+
+def _check_texts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError for a call whose texts are not those of its rows: one text would be spread over all of them."""
+    sample, texts = model_inputs(args, kwargs)
+    if not (isinstance(sample, torch.Tensor) and isinstance(texts, torch.Tensor)) or len(texts) == len(sample):
+        return
+    raise ValueError(
+        f"expected a text for each of the {len(sample)} rows of latents, got {len(texts)}: where guidance is to end, "
+        "diffusers' callbacks (SDCFGCutoffCallback and its like) keep the text of the last prompt alone, for all rows; "
+        "in a callback of your own set pipe._guidance_scale = 0.0 and keep the conditional half of each tensor, "
+        'such as tensors["prompt_embeds"].chunk(2)[1]'
+    )
 
 
 def is_guided(pipe: Any | None, encoded: bool | None = None) -> bool:

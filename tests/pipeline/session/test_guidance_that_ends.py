@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.callbacks import SD3CFGCutoffCallback, SDCFGCutoffCallback
 
 from fpe_pipeline import (
     BatchRoles,
@@ -14,7 +14,10 @@ from fpe_pipeline import (
     editing,
     heat_maps,
 )
+from tests.support.golden_cases import load_pipeline
 from tests.support.silent import SOURCE, TARGET, dense_heat, embedded, noise, positions
+from tests.support.tiny_pipelines import tiny_pipeline
+from tests.support.tiny_transformers import tiny_sd3_pipeline
 
 STEPS, CUT = 5, 0.4
 PROMPTS = [SOURCE, TARGET]
@@ -130,3 +133,22 @@ def test_through_the_pipeline():
             ).images
         )
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("window", [1.0, pytest.param(0.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("make", "callback"),
+    [(tiny_pipeline, SDCFGCutoffCallback), (tiny_sd3_pipeline, SD3CFGCutoffCallback)],
+    ids=["one that diffusers fails in", "one that sees the last prompt's text in every row"],
+)
+def test_callbacks_that_keep_the_last_prompt_alone(make, callback, window):
+    """diffusers' own: what they leave of several prompts is the last one's text, for all rows."""
+    tiny = make(load_pipeline())
+    options = {"num_inference_steps": STEPS, "height": 64, "width": 64, "output_type": "latent"}
+    message = r"expected a text for each of the 2 rows of latents, got 1: .*SDCFGCutoffCallback"
+    with pytest.raises(ValueError, match=message), editing(tiny, FreePromptEdit(window)):
+        tiny(PROMPTS, callback_on_step_end=callback(cutoff_step_ratio=CUT), **options)
+    assert not vars(tiny).keys() & {"encode_prompt", "prepare_latents"}
+    with heat_maps(tiny, ["car"]) as maps:  # of one prompt they keep what there is
+        tiny(SOURCE, callback_on_step_end=callback(cutoff_step_ratio=CUT), **options)
+    assert maps.word("car").max() > 0
