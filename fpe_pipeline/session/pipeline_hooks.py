@@ -332,6 +332,7 @@ class _PairedNoise:
 
     def _options(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         self._hands_on, options = True, original(*args, **kwargs)
-        if self._generators is not None and "generator" in options:
+        # A caller's list is there already, or what a pipeline of ours has made of it.
+        if self._shared is not None and "generator" in options:
             options["generator"] = self._generators
         return options

@@ -139,8 +139,9 @@ class TestSharedNoise:
         assert torch.equal(first, again)
         assert distance(first, second) > 0.1
 
-    def test_a_generator_for_each_image(self, tiny):
-        options = {"height": 24, "width": 32, **FAST}
+    @pytest.mark.parametrize("eta", [0.0, 1.0])
+    def test_a_generator_for_each_image(self, tiny, eta):
+        options = {"height": 24, "width": 32, "eta": eta, **FAST}
         both = tiny(
             SOURCE,
             TARGET,
@@ -150,6 +151,8 @@ class TestSharedNoise:
         )
         alone = tiny(SOURCE, TARGET, generator=torch.Generator().manual_seed(2), **options)
         assert distance(both.targets[0][1], alone.targets[0]) <= 1e-4
+        listed = tiny(SOURCE, TARGET, generator=[torch.Generator().manual_seed(2)], **options)
+        assert torch.equal(listed.images, alone.images)
 
     def test_latents_of_one_row_of_each_image_or_of_all(self, tiny):
         two = noise(2)
