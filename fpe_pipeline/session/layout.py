@@ -219,8 +219,11 @@ class CallLayout:
             rows: of the latents that the pipeline draws; None where that is not known.
 
         Raises:
-            ValueError: ``noise="shared"`` of rows that ``roles=`` do not tell.
+            ValueError: ``noise="shared"`` of rows that ``roles=`` do not tell, or a batch with further parts that
+                nobody describes.
         """
+        if self.roles is None and getattr(self.adapter.pipe, "do_perturbed_attention_guidance", False):
+            is_guided(self.adapter.pipe)  # refused before the pipeline puts processors of its own into the layers
         shared = pairs_pixels if self.noise is None else self.noise == "shared"
         if not shared:
             return None

@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
+    StableDiffusionPAGPipeline,
     StableDiffusionXLImg2ImgPipeline,
     UNet2DConditionModel,
 )
@@ -16,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from fpe_pipeline import FreePromptEdit, FreePromptPipeline, PromptToPromptEdit, ddim_scheduler, editing, heat_maps
 from tests.support.silent import SOURCE, TARGET, dense_heat, embedded, noise
+from tests.support.tiny_pipelines import tiny_pipeline
 from tests.support.tiny_unets import tiny_unet
 
 PHOTO = Image.new("RGB", (80, 80), (200, 30, 30))
@@ -249,3 +251,15 @@ def test_unets_that_are_refused_stand_among_what_is_refused(make, error, why, sa
     with pytest.raises(error, match=why), editing(unet, words, classifier_free_guidance=False) as session:
         session.step(0, 1)
         unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, 77, 16))
+
+
+def test_perturbed_attention_leaves_the_layers_as_they_were(pipe):
+    """Its pipelines put processors of their own into layers during a call, and leave them there where it fails."""
+    tiny = StableDiffusionPAGPipeline(**tiny_pipeline(pipe).components, requires_safety_checker=False)
+    tiny.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 1, "height": 64, "width": 64, "output_type": "latent"}
+    before = dict(tiny.unet.attn_processors)
+    with pytest.raises(ValueError, match="perturbed-attention guidance adds rows"), editing(tiny, FreePromptEdit(1.0)):
+        tiny(["a car", "a dog"], pag_scale=3.0, **options)
+    assert tiny.unet.attn_processors == before
+    tiny(["a car", "a dog"], pag_scale=0.0, **options)
