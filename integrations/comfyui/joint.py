@@ -157,7 +157,8 @@ def tokens_of(model: Any, latents: torch.Tensor, text: torch.Tensor | None) -> T
         text: embeddings [rows, tokens, …].
 
     Raises:
-        ValueError: the model does not say the size of its patches.
+        ValueError: the model does not say the size of its patches, or an image has as many tokens as a text that has
+            a layer of its own.
     """
     patch = getattr(model, "patch_size", getattr(model, "patch", None))
     if patch is None:
@@ -168,8 +169,15 @@ def tokens_of(model: Any, latents: torch.Tensor, text: torch.Tensor | None) -> T
     patches = tuple(patch) if isinstance(patch, Sequence) else (patch, patch)
     patches = (1,) * (len(sides) - len(patches)) + patches
     image = math.prod(-(-side // size) for side, size in zip(sides, patches, strict=True))
-    together = SERVED[type(model).__name__]
-    return Tokens(text.shape[1] if together and text is not None else 0, image)
+    words = 0 if text is None else text.shape[1]
+    if SERVED[type(model).__name__]:
+        return Tokens(words, image)
+    if words == image:  # layers of the image, and of the image to its text, are told apart by their keys alone
+        raise ValueError(
+            f"expected an image or a video of more or fewer tokens than its text, got {image} of both, so that layers "
+            "of the one cannot be told from layers of the other: choose another size or number of frames"
+        )
+    return Tokens(0, image)
 
 
 def edited_rows(

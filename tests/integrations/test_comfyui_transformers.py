@@ -187,6 +187,13 @@ class TestNothingWrongInSilence:
         with pytest.raises(ValueError, match="behind the prompt's 5 tokens, got it behind 9"):
             joint.JointMaps()(attention, *states, 2, transformer_options=options)
 
+    def test_a_video_of_as_many_tokens_as_its_text(self, package):
+        """Whose layers that attend to the text look like those that attend to the video: Wan's texts have 512."""
+        model, latent, _ = made("wan")
+        text = torch.randn(3, image_tokens(latent), 16, dtype=torch.float64)
+        with pytest.raises(ValueError, match="more or fewer tokens than its text, got 48 of both"):
+            edited(package, model).sample(latent, 1, text=text)
+
     def test_one_image(self, package):
         model, latent, text = made("flux", images=1)
         with pytest.raises(ValueError, match="a source and its targets, got one image"):
