@@ -27,14 +27,14 @@ CLOSE = {"rtol": 0, "atol": 1e-4}
 def run(pipe, prompts=(SOURCE, SOURCE, TARGET), images=1, seeds=None, **options):
     if seeds is None:
         seeds = [*range(images)] * len(prompts)
+    size = {} if isinstance(pipe, StableDiffusionImg2ImgPipeline) else {"height": 64, "width": 64}
     return pipe(
         list(prompts),
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         num_images_per_prompt=images,
         num_inference_steps=4,
-        height=64,
-        width=64,
         output_type="latent",
+        **size,
         **options,
     ).images
 
@@ -90,6 +90,18 @@ def test_rows_that_encode_their_pictures_in_turn(pipe, pictures):
     assert torch.equal(*drawn)
     torch.testing.assert_close(drawn[0][:2], drawn[0][2:], **CLOSE)
     assert (drawn[0][0] - drawn[0][1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("images", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pictures", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_picture_that_is_encoded_for_each_row(pipe, pictures, images):
+    """Stable Diffusion's pipeline repeats the one that it is given, and each row draws for its own."""
+    unet = tiny_unet("sd1", torch.float32, cross_attention_dim=32)
+    parts = {**pipe.components, "scheduler": EulerAncestralDiscreteScheduler(), "unet": unet}
+    tiny = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    tiny.set_progress_bar_config(disable=True)
+    plain = check(tiny, images, image=PICTURE if pictures == 1 else [PICTURE] * pictures, strength=0.75)
+    torch.testing.assert_close(plain[:images], plain[images : 2 * images], **CLOSE)
 
 
 @pytest.mark.parametrize(
