@@ -186,7 +186,8 @@ def _joined(prompts: list[str], encoded: list[tuple[torch.Tensor, dict[str, Any]
     length = math.lcm(*lengths)
     # Words that are repeated as a whole share their attention among the repetitions: the output is the same.
     rows = torch.cat([one.repeat(1, length // one.shape[1], 1) for one in words])
-    return [rows, {name: _stacked(name, [one[name] for one in known]) for name in known[0]}]
+    names = dict.fromkeys(name for one in known for name in one)
+    return [rows, {name: _stacked(name, [one.get(name) for one in known]) for name in names}]
 
 
 def _stacked(name: str, values: list[Any]) -> Any:
@@ -194,10 +195,29 @@ def _stacked(name: str, values: list[Any]) -> Any:
     if all(isinstance(value, torch.Tensor) for value in values):
         if len({value.shape for value in values}) > 1:
             raise ValueError(f"expected {name} of one size for all prompts, got {[list(v.shape) for v in values]}")
-        return torch.cat(values)
-    if any(isinstance(value, torch.Tensor) for value in values):
+        if values[0].shape[:1] == (1,):
+            return torch.cat(values)
+    elif any(isinstance(value, torch.Tensor) for value in values):
         raise ValueError(f"expected {name} of every prompt or of none, got it of some: write prompts that are alike")
+    if not all(_same(value, values[0]) for value in values):
+        raise ValueError(
+            f"expected {name} as tensors of one row, or the same for all prompts, got {type(values[0]).__name__} that "
+            "differ: encode the prompts by a text encoder of a model that one of these nodes edits"
+        )
     return values[0]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two things that come with embeddings are equal, tensors in them too."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(each, other[name]) for name, each in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)
 
 
 NODE_CLASS_MAPPINGS = {

@@ -238,6 +238,13 @@ class TestPrompts:
             ]
             return node.batch(clip, "a cat", "a dog", 64, 64)[0][0][1]
 
+        shared = {"scale": torch.tensor(3.0), "kinds": [torch.ones(2)], "sizes": {"of": (1, torch.ones(1))}}
+        alike = told(None, **{name: lambda tokens, value=value: value for name, value in shared.items()})
+        assert {name: alike[name] for name in shared} == shared
+        for make in (lambda n: torch.ones(4) * n, lambda n: [torch.ones(4) * n], lambda n: {"of": (n,)}, str):
+            made = map(make, (2, 3))
+            with pytest.raises(ValueError, match=r"ids as tensors of one row, or the same .*, got .* that differ"):
+                told(None, ids=lambda tokens, made=made: next(made))
         known = told(None, attention_mask=lambda tokens: torch.ones(1, 77), guidance=lambda tokens: 3.5)
         assert known["pooled_output"] is None and known["guidance"] == 3.5 and known["attention_mask"].shape == (2, 77)
         with pytest.raises(ValueError, match=r"attention_mask of one size for all prompts, got \[\[1, 5\], \[1, 6\]\]"):
