@@ -145,7 +145,7 @@ class JointMaps:
 
 def served(model: Any) -> bool:
     """Whether layers of a diffusion model of ComfyUI are known here."""
-    return type(model).__name__ in SERVED
+    return type(_uncompiled(model)).__name__ in SERVED
 
 
 def tokens_of(model: Any, latents: torch.Tensor, text: torch.Tensor | None) -> Tokens:
@@ -160,6 +160,7 @@ def tokens_of(model: Any, latents: torch.Tensor, text: torch.Tensor | None) -> T
         ValueError: the model does not say the size of its patches, or an image has as many tokens as a text that has
             a layer of its own.
     """
+    model = _uncompiled(model)
     patch = getattr(model, "patch_size", getattr(model, "patch", None))
     if patch is None:
         raise ValueError(
@@ -232,6 +233,11 @@ def put_together(states: torch.Tensor, maps: Sequence[int], tokens: Tokens, is_b
     place = (slice(None),) * (2 if is_by_head else 1) + (slice(tokens.text, tokens.text + tokens.image),)
     states[place] = states[place][list(maps)]
     return states
+
+
+def _uncompiled(model: Any) -> Any:
+    """What ``torch.compile`` was given; ComfyUI puts its result in the model's place around a call."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _is_layer(tokens: Tokens, query: torch.Tensor, key: torch.Tensor, is_by_head: bool) -> bool:

@@ -17,6 +17,7 @@ from tests.support.comfyui import (
     attention,
     loaded,
 )
+from tests.support.slow_cases import few
 
 MODELS = {
     "flux": (Flux, (4, 8, 12)),
@@ -152,6 +153,24 @@ def test_attention_that_another_node_chose_computes_the_rest(package):
     assert calls == [6] * 3 * 2, "three layers in the two steps that are not edited"
     del model.model_options["transformer_options"]["optimized_attention_override"]
     torch.testing.assert_close(ours, edited(package, model, stop=0.6).sample(latent, 1, text=text))
+
+
+@pytest.mark.parametrize("name", few(MODELS.keys(), "wan"))
+def test_a_node_that_compiles_the_model_before_this_one(package, name):
+    """Its wrapper puts the compiled model into the place of the model around each call."""
+    model, latent, text = made(name)
+    expected = edited(package, model).sample(latent, 1, text=text)
+    compiled = torch.compile(model.diffusion_model, backend="eager")
+
+    def around(executor, *given, **named):
+        found, executor.class_obj.diffusion_model = executor.class_obj.diffusion_model, compiled
+        try:
+            return executor(*given, **named)
+        finally:
+            executor.class_obj.diffusion_model = found
+
+    model.add_wrapper_with_key("apply_model", "compile", around)
+    torch.testing.assert_close(edited(package, model).sample(latent, 1, text=text), expected)
 
 
 def test_rows_of_the_negative_prompt_alone_are_comfyuis(package):
