@@ -18,6 +18,7 @@ __all__ = [
     "check_generator",
     "check_guidance",
     "check_positive",
+    "check_text_length",
     "refusals",
     "warn_of_size",
 ]
@@ -68,6 +69,12 @@ def check_positive(**numbers: Any) -> None:
     for name, number in numbers.items():
         if isinstance(number, bool) or not hasattr(number, "__index__") or number < 1:
             raise ValueError(f"{name} must be a whole number from 1 on, got {number!r}")
+
+
+def check_text_length(max_sequence_length: Any) -> None:
+    """Raise ValueError for anything but whole numbers from 1 on, and None, which is the pipeline's own."""
+    if max_sequence_length is not None:
+        check_positive(max_sequence_length=max_sequence_length)
 
 
 def check_guidance(guidance_scale: Any) -> None:

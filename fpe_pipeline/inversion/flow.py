@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..callers import warn
-from ..errors import EditWarning, check_guidance, check_positive, warn_of_size
+from ..errors import EditWarning, check_guidance, check_positive, check_text_length, warn_of_size
 from ..images.load import load_image, to_tensor
 from ..models.adapters.adapter import identity
 from ..models.flow_solvers import Solver, flow_nodes, require_flow, solver_of
@@ -83,6 +83,7 @@ def invert_flow(
     model = flow_model(pipe)
     _check(pipe, prompt, method)
     check_positive(num_inference_steps=num_inference_steps)
+    check_text_length(max_sequence_length)
     check_guidance(guidance_scale)
     area = model.native_size[0] * model.native_size[1]
     picture = load_image(image, (width, height), multiple=model.multiple, pixels=area)

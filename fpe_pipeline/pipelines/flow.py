@@ -19,7 +19,7 @@ from diffusers import (
 
 from ..edits import Edit
 from ..edits.base import check_prompts
-from ..errors import check_generator, check_positive
+from ..errors import check_generator, check_positive, check_text_length
 from ..inversion.flow import check_flow_inversion, invert_flow, warn_of_other_texts, with_size_of
 from ..inversion.follow import Followed, check_inversion_options
 from ..inversion.trajectory import Inversion
@@ -183,6 +183,7 @@ class FlowEditing(FlowSampling):
             check_prompts(edit, prompts, encoding_tokenizer(self))
         check_positive(num_images_per_prompt=call.images_per_prompt)
         check_positive(num_inference_steps=options.get("num_inference_steps", 1))
+        check_text_length(options.get("max_sequence_length"))
         check_latents(latents)
         texts = texts_of_call(self, options, call.prompts)
         start = flow_start(model, call, latents, options.get("height"), options.get("width"))

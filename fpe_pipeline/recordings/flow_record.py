@@ -13,7 +13,7 @@ import torch
 
 from ..edits import Edit
 from ..edits.base import check_prompts
-from ..errors import check_generator, check_guidance, check_positive
+from ..errors import check_generator, check_guidance, check_positive, check_text_length
 from ..inversion.flow import check_flow_inversion, with_size_of
 from ..inversion.follow import Followed, check_inversion_options
 from ..inversion.trajectory import Inversion
@@ -167,6 +167,7 @@ def _source(pipe: Any, model: FlowModel, prompt: Any, inversion: Inversion | Non
     steps = options.get("num_inference_steps", pipe.parent_default("num_inference_steps"))
     check_guidance(guidance)
     check_positive(num_inference_steps=steps)
+    check_text_length(options.get("max_sequence_length"))
     text_length = options.get("max_sequence_length") or model.text_length or model.own_text_tokens(prompt, 0)
     true = None
     if pipe.takes_true_guidance():  # by a second call; what FLUX.1 is told of guidance is one thing more

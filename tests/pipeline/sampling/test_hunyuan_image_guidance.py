@@ -196,6 +196,17 @@ class TestRefusals:
         with pytest.raises(ValueError, match="for transformers that are told it"):
             edited(tiny, guidance_scale=[1.0, 3.0])
 
+    def test_texts_of_no_tokens(self, stock, photo):
+        """Which would be as long as the pipeline has them."""
+        made, refused = ours(stock), r"max_sequence_length must be a whole number from 1 on, got 0"
+        for call in (
+            lambda: made(SOURCE, TARGET, **run(max_sequence_length=0)),
+            lambda: made.invert(photo, SOURCE, num_inference_steps=3, max_sequence_length=0, **SIZE),
+            lambda: made.record(SOURCE, num_inference_steps=3, max_sequence_length=0, **SIZE),
+        ):
+            with pytest.raises(ValueError, match=refused):
+                call()
+
     def test_guiders_that_do_not_go_together(self, stock):
         with pytest.raises(ValueError, match="got an ocr_guider alone"):
             edited(ours(stock, guider=None, ocr_guider=ClassifierFreeGuidance()))
