@@ -92,16 +92,35 @@ def test_rows_that_encode_their_pictures_in_turn(pipe, pictures):
     assert (drawn[0][0] - drawn[0][1]).abs().max() > 0.1
 
 
+def from_a_picture(pipe, kind=StableDiffusionImg2ImgPipeline):
+    unet = tiny_unet("sd1", torch.float32, cross_attention_dim=32)
+    parts = {**pipe.components, "scheduler": EulerAncestralDiscreteScheduler(), "unet": unet}
+    tiny = kind(**parts, requires_safety_checker=False)
+    tiny.set_progress_bar_config(disable=True)
+    return tiny
+
+
 @pytest.mark.parametrize("images", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pictures", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_picture_that_is_encoded_for_each_row(pipe, pictures, images):
     """Stable Diffusion's pipeline repeats the one that it is given, and each row draws for its own."""
-    unet = tiny_unet("sd1", torch.float32, cross_attention_dim=32)
-    parts = {**pipe.components, "scheduler": EulerAncestralDiscreteScheduler(), "unet": unet}
-    tiny = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
-    tiny.set_progress_bar_config(disable=True)
+    tiny = from_a_picture(pipe)
     plain = check(tiny, images, image=PICTURE if pictures == 1 else [PICTURE] * pictures, strength=0.75)
     torch.testing.assert_close(plain[:images], plain[images : 2 * images], **CLOSE)
+
+
+def test_what_is_drawn_by_the_first_row_before_pictures_of_each(pipe):
+    class Draws(StableDiffusionImg2ImgPipeline):
+        def get_timesteps(self, *given, **named):
+            torch.randn(1, generator=self.first)
+            return super().get_timesteps(*given, **named)
+
+    tiny, generators = from_a_picture(pipe, Draws), [torch.Generator().manual_seed(0) for _ in range(2)]
+    tiny.first = generators[0]
+    options = {"image": PICTURE, "strength": 0.75, "num_inference_steps": 4, "output_type": "latent"}
+    with editing(tiny, FreePromptEdit(0.5)):
+        source, same = tiny([SOURCE] * 2, generator=generators, **options).images
+    torch.testing.assert_close(same, source, **CLOSE)
 
 
 @pytest.mark.parametrize(
