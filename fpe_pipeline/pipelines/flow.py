@@ -128,6 +128,7 @@ class FlowEditing(FlowSampling):
         """
         check_option_names(options, _OWN, self.parent_options())
         check_generator(generator)
+        check_text_length(options.get("max_sequence_length"))  # before an inversion's is taken, which may be 0: any
         model = self.flow()
         if inversion is not None:
             check_inversion_options(
@@ -183,7 +184,6 @@ class FlowEditing(FlowSampling):
             check_prompts(edit, prompts, encoding_tokenizer(self))
         check_positive(num_images_per_prompt=call.images_per_prompt)
         check_positive(num_inference_steps=options.get("num_inference_steps", 1))
-        check_text_length(options.get("max_sequence_length"))
         check_latents(latents)
         texts = texts_of_call(self, options, call.prompts)
         start = flow_start(model, call, latents, options.get("height"), options.get("width"))

@@ -98,6 +98,7 @@ def record_flow(
     model = pipe.flow()
     check_option_names(options, _OWN, _options(pipe, model))
     check_generator(options.get("generator"))
+    check_text_length(options.get("max_sequence_length"))
     if precision not in ("exact", "half"):
         raise ValueError(f"precision must be exact or half for layers of joint attention, got {precision!r}")
     require_flow(model.pipe.scheduler, "a recording")
@@ -167,7 +168,6 @@ def _source(pipe: Any, model: FlowModel, prompt: Any, inversion: Inversion | Non
     steps = options.get("num_inference_steps", pipe.parent_default("num_inference_steps"))
     check_guidance(guidance)
     check_positive(num_inference_steps=steps)
-    check_text_length(options.get("max_sequence_length"))
     text_length = options.get("max_sequence_length") or model.text_length or model.own_text_tokens(prompt, 0)
     true = None
     if pipe.takes_true_guidance():  # by a second call; what FLUX.1 is told of guidance is one thing more
