@@ -27,7 +27,7 @@ from .padded_texts import pad_texts
 from .precision import Precision, packed_bytes
 from .store import MapStore
 
-__all__ = ["JointCapture", "joint_bytes", "row_bytes"]
+__all__ = ["JointCapture", "recorded_bytes"]
 
 #: What models turn that turn images by their texts.
 _PLACED = ("image-query", "image-key")
@@ -117,7 +117,7 @@ class JointCapture(Capture):
         return layer.text_tokens[0] + self.text_lengths[half]
 
 
-def joint_bytes(
+def recorded_bytes(
     contents: Contents,
     sites: Mapping[str, Site],
     dim: int,
@@ -126,7 +126,7 @@ def joint_bytes(
     precision: Precision,
     key_heads: int | None = None,
 ) -> int:
-    """Bytes of all parts of layers of joint attention.
+    """Bytes of all parts of layers along a flow.
 
     Args:
         contents: what is kept.
@@ -141,30 +141,11 @@ def joint_bytes(
     for path, parts in contents.items():
         site = sites[path]
         for kept, steps in parts.items():
-            segment, _, part = kept.name.partition("-")
-            tokens = site.tokens if segment == "image" else text_tokens(kept)
+            segment, _, part = kept.name.rpartition("-")  # of layers of rows there is no segment
+            is_text = segment == "text" or (not segment and site.kind == "cross" and part in ("key", "value"))
+            tokens = text_tokens(kept) if is_text else site.tokens
             heads = site.heads if part == "query" else key_heads or site.heads
             total += len(steps) * packed_bytes(part, heads * (tokens or 0), dim, itemsize, precision)
-    return total
-
-
-def row_bytes(
-    contents: Contents,
-    sites: Mapping[str, Site],
-    dim: int,
-    text_tokens: Callable[[Part], int],
-    itemsize: int,
-    precision: Precision,
-    key_heads: int | None = None,
-) -> int:
-    """Bytes of all parts of layers of self- and cross-attention; arguments as of :func:`joint_bytes`."""
-    total = 0
-    for path, parts in contents.items():
-        site = sites[path]
-        for kept, steps in parts.items():
-            asked = site.kind == "cross" and kept.name in ("key", "value")
-            tokens = (text_tokens(kept) if asked else site.tokens) or 0
-            total += len(steps) * packed_bytes(kept.name, site.heads * tokens, dim, itemsize, precision)
     return total
 
 

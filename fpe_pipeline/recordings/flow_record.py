@@ -33,7 +33,7 @@ from ..texts import check_text, print_text
 from .capture import Capture
 from .contents import recorded_steps, source_needs
 from .fingerprint import fingerprint
-from .flow_capture import JointCapture, joint_bytes, row_bytes
+from .flow_capture import JointCapture, recorded_bytes
 from .keys import Part
 from .plan import KeptLatents, Plan, new_store
 from .precision import Precision
@@ -224,10 +224,7 @@ def _plan(
         own = model.own_text_tokens(prompt, source.text_length, conditional=part.conditional)
         return own + model.filling_tokens(size)
 
-    is_joint = any(site.is_joint for site in sites)
-    nbytes = (joint_bytes if is_joint else row_bytes)(
-        contents, by_path, model.head_dim, tokens, itemsize, precision, model.key_heads
-    )
+    nbytes = recorded_bytes(contents, by_path, model.head_dim, tokens, itemsize, precision, model.key_heads)
     nbytes += (len(run) + 1) * noise.nbytes
     words = f"in {len(recorded_steps(contents))} of {len(run)} calls of the model, {precision}"
     schedule = NoiseSchedule.of(model.pipe.scheduler)

@@ -22,7 +22,7 @@ from ..texts import print_text
 from .capture import Capture
 from .contents import contents_bytes, recorded_steps, source_needs
 from .fingerprint import fingerprint
-from .flow_capture import JointCapture, joint_bytes
+from .flow_capture import JointCapture, recorded_bytes
 from .keys import Contents
 from .plan import KeptLatents, Plan, new_store
 from .precision import Precision
@@ -200,5 +200,5 @@ def _bytes(pipe: SamplingPipeline, contents: Contents, size: tuple[int, int], st
     latents = (steps + 1) * pipe.denoiser.config.in_channels * size[0] * size[1] * itemsize
     if _is_joint(pipe):
         sites, dim = {site.path: site for site in _sites(pipe, size)}, pipe.denoiser.config.attention_head_dim
-        return latents + joint_bytes(contents, sites, dim, lambda part: tokens, itemsize, precision)
+        return latents + recorded_bytes(contents, sites, dim, lambda part: tokens, itemsize, precision)
     return latents + contents_bytes(contents, pipe.denoiser, size, tokens, itemsize, precision)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .flow_model import FlowModel, GuidedByTwoCalls, Latents, Velocity
+from .flow_model import GuidedByTwoCalls, Latents, Velocity
+from .padded_texts import PaddedToLongest
 
 __all__ = ["CogView4"]
 
@@ -33,51 +34,22 @@ class _CogView4Velocity(Velocity):
         return timestep.expand(latents.shape[0])
 
 
-class CogView4(FlowModel):
+class CogView4(PaddedToLongest):
+    title = "CogView 4"
     trimmed = frozenset({"text-query", "text-key", "text-value"})
 
     def own_text_tokens(self, prompt: str, text_length: int, *, conditional: bool = True) -> int:
         tokens = min(len(self.pipe.tokenizer(prompt)["input_ids"]), text_length)
         return -(-tokens // _FILLED) * _FILLED
 
-    def seen_apart(self, inverted: str, length: int, prompts: Sequence[str], text_length: int) -> str | None:
-        alone = self.own_text_tokens(inverted, length)
-        beside = max(self.own_text_tokens(prompt, text_length) for prompt in prompts)
-        if beside == alone:
-            return None
-        return (
-            f"was inverted with {alone} text tokens and is denoised with {beside}, padding among them, to which the "
-            "model attends: invert with a prompt of about the targets' length"
-        )
-
     @contextmanager
     def beside(self, source: str, targets: Sequence[str], text_length: int) -> Iterator[None]:
-        longest = self.own_text_tokens(source, text_length)
-        for target in targets:
-            tokens = self.own_text_tokens(target, text_length)
-            if tokens > longest:
-                raise ValueError(
-                    f"the target {target!r} takes {tokens} tokens, and the recorded source {longest}: CogView 4 pads "
-                    f"the texts of a call to the longest and attends to padding, so that beside this target the source "
-                    f"would be another image's. Write targets of at most {longest} tokens, record a longer source "
-                    "prompt, or make both together, pipe(source, targets)"
-                )
-        is_first = True
+        def fill(tokens: torch.Tensor, longest: int) -> torch.Tensor:
+            sides = longest - tokens.shape[1], 0
+            return torch.nn.functional.pad(tokens, sides, value=self.pipe.tokenizer.pad_token_id)
 
-        def pad(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            nonlocal is_first
-            tokens, *rest = args
-            if is_first:  # the prompts; negative ones follow, which are as long as when they were recorded
-                filling = longest - tokens.shape[1], 0
-                tokens = torch.nn.functional.pad(tokens, filling, value=self.pipe.tokenizer.pad_token_id)
-                is_first = False
-            return (tokens, *rest)
-
-        handle = self.pipe.text_encoder.register_forward_pre_hook(torch.compiler.disable(pad))
-        try:
+        with self.padded_beside(source, targets, text_length, fill):
             yield
-        finally:
-            handle.remove()
 
     @property
     def multiple(self) -> int:

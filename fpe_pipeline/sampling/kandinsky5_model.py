@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .flow_model import FlowModel, GuidedByTwoCalls, Latents, Velocity
+from .flow_model import GuidedByTwoCalls, Latents, Velocity
+from .padded_texts import PaddedToLongest
 
 __all__ = ["Kandinsky5"]
 
@@ -23,7 +24,8 @@ class _Kandinsky5Velocity(Velocity):
         return timestep.expand(latents.shape[0]).to(latents.dtype)
 
 
-class Kandinsky5(FlowModel):
+class Kandinsky5(PaddedToLongest):
+    title = "Kandinsky 5"
     takes_shift: ClassVar[bool] = False
     trimmed = frozenset({"key", "value"})  # of cross-attention, whose text is as long as it is
 
@@ -73,47 +75,18 @@ class Kandinsky5(FlowModel):
                     "shorter, or pass a larger max_sequence_length"
                 )
 
-    def seen_apart(self, inverted: str, length: int, prompts: Sequence[str], text_length: int) -> str | None:
-        alone = self.own_text_tokens(inverted, length)
-        beside = max(self.own_text_tokens(prompt, text_length) for prompt in prompts)
-        if beside == alone:
-            return None
-        return (
-            f"was inverted with {alone} text tokens and is denoised with {beside}, padding among them, to which the "
-            "model attends: invert with a prompt of about the targets' length"
-        )
-
     @contextmanager
     def beside(self, source: str, targets: Sequence[str], text_length: int) -> Iterator[None]:
         self.check_texts([source, *targets], text_length)
-        longest = self.own_text_tokens(source, text_length)
-        for target in targets:
-            tokens = self.own_text_tokens(target, text_length)
-            if tokens > longest:
-                raise ValueError(
-                    f"the target {target!r} takes {tokens} tokens, and the recorded source {longest}: Kandinsky 5 pads "
-                    "the texts of a call to the longest and attends to padding, so that beside this target the source "
-                    f"would be another image's. Write targets of at most {longest} tokens, record a longer source "
-                    "prompt, or make both together, pipe(source, targets)"
-                )
-        is_first = True
 
-        def pad(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            nonlocal is_first
-            if not is_first:  # negative prompts, which are as long as when they were recorded
-                return args, kwargs
-            is_first, tokens = False, kwargs["input_ids"]
+        def fill(tokens: torch.Tensor, longest: int) -> torch.Tensor:
             filling = self.pipe.prompt_template_encode_start_idx + longest - tokens.shape[1]
             tokenizer = self.pipe.plain_tokenizer
             sides = (filling, 0) if tokenizer.padding_side == "left" else (0, filling)
-            filled = torch.nn.functional.pad(tokens, sides, value=tokenizer.pad_token_id)
-            return args, {**kwargs, "input_ids": filled}
+            return torch.nn.functional.pad(tokens, sides, value=tokenizer.pad_token_id)
 
-        handle = self.pipe.text_encoder.register_forward_pre_hook(torch.compiler.disable(pad), with_kwargs=True)
-        try:
+        with self.padded_beside(source, targets, text_length, fill):
             yield
-        finally:
-            handle.remove()
 
     def set_timesteps(self, steps: int, size: tuple[int, int]) -> None:
         self.pipe.scheduler.set_timesteps(steps, device=self.pipe._execution_device)
